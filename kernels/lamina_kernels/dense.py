@@ -1,0 +1,120 @@
+"""What dense layers are made of: linear maps, norms, rotation, gating. One place each, so that one can be replaced.
+
+Knows tensors and the machine's best way to multiply them. Knows no layer, no model, no attention.
+What stands here in torch serves every device and dtype; on CPUs `dense_cpu` does the same in one pass over memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lamina_kernels import dense_cpu, few_rows
+from lamina_kernels.emitter import cpu_has
+
+
+class Linear:
+    """y = x W^T + b, in the layout that the machine at hand multiplies fastest. Takes W over.
+
+    weight: `[n_out, n_in]`; bias: `[n_out]` or None; both in the dtype that x will have. In bfloat16 on a CPU, W is
+    prepacked for oneDNN where that has matrix units to feed (AMX); elsewhere it stays as it is: few rows of x are
+    multiplied by `few_rows`, which reads W faster, and many by oneDNN, which repacks W in a small part of its time.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.n_out, self.n_in = weight.shape
+        self._bias = bias
+        self._packed = repacks(weight)
+        self._few = not self._packed and few_rows.can_multiply(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: `[n, n_in]` -> `[n, n_out]`. n may be 0."""
+        if not len(x):  # the compiled ways refuse
+            return x.new_empty(0, self.n_out)
+        if self._few and len(x) <= few_rows.MAX_ROWS:
+            product = few_rows.multiply(x, self._weight)
+            return product if self._bias is None else product.add_(self._bias)
+        if self._packed:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", [], "")
+            return y
+        return F.linear(x, self._weight, self._bias)
+
+    def float32(self, x: torch.Tensor) -> torch.Tensor:
+        """Like a call, but the result is float32, and not rounded to x's dtype first where that costs nothing."""
+        if not self._few or self._bias is not None:
+            return self(x).float()
+        slices = [few_rows.multiply(part, self._weight, torch.float32) for part in x.split(few_rows.MAX_ROWS)]
+        return torch.cat(slices) if len(slices) > 1 else slices[0]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: `[n, d]`, weight: `[d]`."""
+    if _compiled(x):
+        return dense_cpu.rms_norm(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual). x, residual: `[n, d]`, neither is changed; weight: `[d]`."""
+    if _compiled(x):
+        return dense_cpu.add_rms_norm(x, residual, weight, eps)
+    total = x + residual
+    return F.rms_norm(total, weight.shape, weight, eps), total
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + d/2]) by each token's angle i: RoPE in the halves layout of GPT-NeoX.
+
+    x: `[n, heads, d]`; cos, sin: float32 `[n, d / 2]`.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def split_heads(
+    qkv: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q `[n, heads, d]`, k and v `[n, kv_heads, d]`, contiguous, from qkv `[n, (heads + 2 * kv_heads) * d]`.
+
+    With `norms`, the weights `[d]` for q and for k, each head of q and k is `rms_norm`ed; then, with `rotation`,
+    (cos, sin), it is `rotate`d.
+    """
+    if _compiled(qkv):
+        return dense_cpu.split_heads(qkv, heads, kv_heads, rotation, norms, eps)
+    every = heads + 2 * kv_heads
+    vectors = qkv.view(len(qkv), every, qkv.shape[1] // every)
+    q, k, v = vectors.split_with_sizes((heads, kv_heads, kv_heads), 1)
+    if norms is not None:
+        q, k = (F.rms_norm(x, weight.shape, weight, eps) for x, weight in zip((q, k), norms, strict=True))
+    if rotation is not None:
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+    return q.contiguous(), k.contiguous(), v.contiguous()
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up. gate_up: `[n, 2f]`, gate first -> `[n, f]`."""
+    if _compiled(gate_up):
+        return dense_cpu.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _compiled(x: torch.Tensor) -> bool:
+    return x.is_cpu and x.dtype in dense_cpu.DTYPES
+
+
+def repacks(weight: torch.Tensor) -> bool:
+    """Whether `Linear` makes a copy of W `[n_out, n_in]` in oneDNN's own layout instead of keeping it."""
+    # Private operators: a torch without them multiplies the plain way.
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    half = weight.is_cpu and weight.dtype == torch.bfloat16
+    return bool(known and half and (cpu_has("amx-bf16") or not few_rows.can_multiply(weight)))

@@ -1,0 +1,320 @@
+"""The small operations of dense layers, compiled for the CPU: each passes over its rows once.
+
+Numbers in memory are float32 or bfloat16; arithmetic is float32, rounded to nearest, ties to even. A row is computed
+the same way whatever rows stand beside it and however many threads share them. Knows no layer and no model.
+The functions at the end take tensors, and check that a kernel may read and write where they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import struct
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import carray, njit, types
+from numba.extending import overload
+
+from lamina_kernels.emitter import LANES
+from lamina_kernels.launch import HEADER, TAKEN, launch
+from lamina_kernels.microkernels import pointer, silu_mul_half, take
+
+DTYPES = (torch.bfloat16, torch.float32)
+_PARALLEL = 1 << 15  # numbers from which more than one thread pays
+_NORM, _SPLIT, _SILU = range(3)
+_SIZES = ("operation", "size", "rows", "width", "heads", "kv_heads")
+_ADDRESSES = ("x", "y", "out", "second", "third", "weight", "k_weight", "cos", "sin")
+_ARGUMENTS = np.dtype([*HEADER, *((name, "i8") for name in (*_SIZES, *_ADDRESSES)), ("eps", "f8")])
+_LAYOUT = struct.Struct(f"={_ARGUMENTS.itemsize // 8 - 1}qd")
+_ROUND_BY_ADDING = np.float32(1.5 * 2**23)  # leaves a float32 no bits for a fraction
+
+logger = logging.getLogger("lamina")
+
+# Kernels are generic over the numbers in memory, told apart by a tag: a uint16 holds bfloat16's bits.
+# fastmath: "contract" joins a product and a sum, "reassoc" lets a sum of squares run in several lanes.
+# error_model: without it each division is a branch, and the loop around it is not vectorised.
+
+
+def _vector(address: int, n: int, tag: Any) -> Any:
+    """n numbers in memory as an array."""
+    raise NotImplementedError
+
+
+def _load(number: Any) -> Any:
+    """A number in memory as float32."""
+    raise NotImplementedError
+
+
+def _store(x: Any, tag: Any) -> Any:
+    """A float32 as a number in memory. Every NaN that arithmetic makes stays one."""
+    raise NotImplementedError
+
+
+@overload(_vector, strict=False)  # type: ignore[untyped-decorator]
+def _vector_of(address: Any, n: Any, tag: Any) -> Any:
+    number = np.uint16 if tag == types.uint16 else np.float32
+    return lambda address, n, tag: carray(pointer(address), (n,), number)
+
+
+@overload(_load, strict=False)  # type: ignore[untyped-decorator]
+def _load_of(number: Any) -> Any:
+    if number == types.uint16:
+        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+    return lambda number: number
+
+
+@overload(_store, strict=False)  # type: ignore[untyped-decorator]
+def _store_of(x: Any, tag: Any) -> Any:
+    def rounded(x: Any, tag: Any) -> Any:
+        bits = np.float32(x).view(np.uint32)
+        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    return rounded if tag == types.uint16 else lambda x, tag: np.float32(x)
+
+
+@njit(fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+def _exp(x: Any) -> Any:
+    """e^x for -87 <= x <= 88, within 3e-7 of it near 0: 2^n by its bits times a polynomial (Cephes' expf)."""
+    n = x * np.float32(1.4426950408889634) + _ROUND_BY_ADDING
+    power = np.int32(np.int32(np.float32(n).view(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)
+    n -= _ROUND_BY_ADDING
+    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    return (p * r * r + r + np.float32(1.0)) * power
+
+
+@njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def _squares(x: Any, width: int) -> Any:
+    total = np.float32(0.0)
+    for i in range(width):
+        total += _load(x[i]) * _load(x[i])
+    return total
+
+
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def _norm(x: int, weight: int, out: int, width: int, eps: float, tag: Any) -> None:
+    """RMS norm of one vector. x and out may be the same."""
+    source, scale, target = _vector(x, width, tag), _vector(weight, width, tag), _vector(out, width, tag)
+    factor = np.float32(1.0) / np.sqrt(_squares(source, width) / np.float32(width) + np.float32(eps))
+    for i in range(width):
+        target[i] = _store(_load(source[i]) * factor * _load(scale[i]), tag)
+
+
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def _norm_row(a: Any, row: int, tag: Any) -> None:
+    """out = rms_norm(x), all `[rows, width]`; where there is a y, second = x + y and out = rms_norm(second)."""
+    at = row * a.width * a.size
+    source = a.x + at
+    if a.y:
+        source = a.second + at
+        x, y, total = _vector(a.x + at, a.width, tag), _vector(a.y + at, a.width, tag), _vector(source, a.width, tag)
+        for i in range(a.width):
+            total[i] = _store(_load(x[i]) + _load(y[i]), tag)
+    _norm(source, a.weight, a.out + at, a.width, a.eps, tag)
+
+
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def _split_row(a: Any, row: int, tag: Any) -> None:
+    """x `[rows, heads + 2 * kv_heads, width]` to q at out, k at second and v at third; q and k normed and rotated."""
+    vector, pairs = a.width * a.size, a.width // 2
+    cos = carray(pointer(a.cos + row * pairs * 4), (pairs,), np.float32)
+    sin = carray(pointer(a.sin + row * pairs * 4), (pairs,), np.float32)
+    source = a.x + row * (a.heads + 2 * a.kv_heads) * vector
+    for head in range(a.heads + a.kv_heads):
+        target, weight = a.out + (row * a.heads + head) * vector, a.weight
+        if head >= a.heads:
+            target, weight = a.second + (row * a.kv_heads + head - a.heads) * vector, a.k_weight
+        x, out = _vector(source, a.width, tag), _vector(target, a.width, tag)
+        if weight:
+            _norm(source, weight, target, a.width, a.eps, tag)
+            x = out
+        if a.cos:
+            for i in range(pairs):
+                first, last = _load(x[i]), _load(x[i + pairs])
+                out[i] = _store(first * cos[i] - last * sin[i], tag)
+                out[i + pairs] = _store(last * cos[i] + first * sin[i], tag)
+        elif not weight:
+            for i in range(a.width):
+                out[i] = x[i]
+        source += vector
+    n = a.kv_heads * a.width
+    x, out = _vector(source, n, tag), _vector(a.third + row * n * a.size, n, tag)
+    for i in range(n):
+        out[i] = x[i]
+
+
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def _silu_row(a: Any, row: int, tag: Any) -> None:
+    """out `[rows, width]` = silu(gate) * up for x `[rows, 2 * width]`."""
+    vector = a.width * a.size
+    gates, ups = _vector(a.x + 2 * row * vector, a.width, tag), _vector(a.x + (2 * row + 1) * vector, a.width, tag)
+    out = _vector(a.out + row * vector, a.width, tag)
+    whole = a.width // LANES * LANES if a.size == 2 else 0  # what is left to the loop takes a register's share
+    if whole:
+        silu_mul_half(a.x + 2 * row * vector, a.x + (2 * row + 1) * vector, a.out + row * vector, whole)
+    for i in range(whole, a.width):
+        gate = _load(gates[i])
+        low = np.float32(-88.0) if gate < np.float32(-88.0) else gate  # in this form, NaN stays NaN
+        exponent = np.float32(-87.0) if low > np.float32(87.0) else -low
+        out[i] = _store(low / (np.float32(1.0) + _exp(exponent)) * _load(ups[i]), tag)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _share(a: Any, first: int, last: int, tag: Any) -> None:
+    for row in range(first, last):
+        if a.operation == _NORM:
+            _norm_row(a, row, tag)
+        elif a.operation == _SPLIT:
+            _split_row(a, row, tag)
+        else:
+            _silu_row(a, row, tag)
+
+
+@cache
+def _kernel(half: bool) -> tuple[int, Callable[[int], None]]:
+    """The kernel's address, and a way to call it on this thread. From numba's cache on disk where it is there."""
+    logger.info("loading the CPU kernels of dense layers (the first time ever: compiling them)")
+    tag, arguments = np.uint16(0) if half else np.float32(0), _ARGUMENTS  # closed over, so parts of the cache's key
+
+    @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
+    def kernel(block: Any) -> None:
+        a = carray(block, (1,), arguments)[0]
+        share = take(block, TAKEN)
+        while share < a.shares:
+            _share(a, a.rows * share // a.shares, a.rows * (share + 1) // a.shares, tag)
+            share = take(block, TAKEN)
+
+    # PYFUNCTYPE keeps the interpreter's lock: such a call is over long before another thread could make use of it.
+    return int(kernel.address), ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
+
+
+class _Block(threading.local):
+    """One argument block a thread, used again for every call."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(_LAYOUT.size)
+        self.address = ctypes.addressof(self.buffer)
+
+
+_block = _Block()
+
+
+def _run(
+    operation: int,
+    x: torch.Tensor,
+    rows: int,
+    width: int,
+    out: torch.Tensor,
+    second: int = 0,
+    third: int = 0,
+    y: int = 0,
+    weight: int = 0,
+    k_weight: int = 0,
+    cos: int = 0,
+    sin: int = 0,
+    heads: int = 0,
+    kv_heads: int = 0,
+    eps: float = 0.0,
+) -> None:
+    """Run a kernel on x; the rest are its fields in _ARGUMENTS, addresses where they are not sizes."""
+    address, call = _kernel(x.dtype == torch.bfloat16)
+    threads = 1 if x.numel() < _PARALLEL else min(torch.get_num_threads(), rows)
+    sizes = (operation, x.element_size(), rows, width, heads, kv_heads)
+    addresses = (x.data_ptr(), y, out.data_ptr(), second, third, weight, k_weight, cos, sin)
+    _LAYOUT.pack_into(_block.buffer, 0, 0, 0, threads, *sizes, *addresses, eps)
+    if threads == 1:
+        call(_block.address)
+    else:
+        launch(address, _block.address, threads)
+
+
+def _address(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> int:
+    """Where the numbers of `tensor` are, once it is certain that as many of that kind may be read there."""
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device} with strides {tensor.stride()}, "
+            f"expected {dtype} {list(shape)}, contiguous, on a CPU"
+        )
+    return tensor.data_ptr()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `dense.rms_norm`, for x `[n, d]`."""
+    x = x.contiguous()
+    rows, width = x.shape
+    out = torch.empty_like(x)
+    _run(_NORM, x, rows, width, out, weight=_address("weight", weight, x.dtype, width), eps=eps)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `dense.add_rms_norm`."""
+    x = x.contiguous()
+    rows, width = x.shape
+    y, scale = _address("residual", residual, x.dtype, rows, width), _address("weight", weight, x.dtype, width)
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    _run(_NORM, x, rows, width, out, second=total.data_ptr(), y=y, weight=scale, eps=eps)
+    return out, total
+
+
+def split_heads(
+    qkv: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `dense.split_heads`."""
+    qkv = qkv.contiguous()
+    n, width, dtype = len(qkv), qkv.shape[1] // (heads + 2 * kv_heads), qkv.dtype
+    _address("qkv", qkv, dtype, n, width * (heads + 2 * kv_heads))
+    cos = sin = weight = k_weight = 0
+    if rotation is not None:
+        if width % 2:
+            raise ValueError(f"rotation turns pairs, but a head has {width} numbers")
+        cos, sin = (_address("rotation", x, torch.float32, n, width // 2) for x in rotation)
+    if norms is not None:
+        weight, k_weight = (_address("norm", x, dtype, width) for x in norms)
+    q = torch.empty(n, heads, width, dtype=dtype)
+    k, v = torch.empty(n, kv_heads, width, dtype=dtype), torch.empty(n, kv_heads, width, dtype=dtype)
+    _run(
+        _SPLIT,
+        qkv,
+        n,
+        width,
+        q,
+        second=k.data_ptr(),
+        third=v.data_ptr(),
+        weight=weight,
+        k_weight=k_weight,
+        cos=cos,
+        sin=sin,
+        heads=heads,
+        kv_heads=kv_heads,
+        eps=eps,
+    )
+    return q, k, v
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `dense.silu_mul`."""
+    gate_up = gate_up.contiguous()
+    rows, width = len(gate_up), gate_up.shape[1] // 2
+    _address("gate_up", gate_up, gate_up.dtype, rows, 2 * width)
+    out = torch.empty(rows, width, dtype=gate_up.dtype)
+    _run(_SILU, gate_up, rows, width, out)
+    return out

@@ -1,0 +1,184 @@
+"""LLVM IR for vectors of 16 floats: the operations that the micro-kernels are made of.
+
+LLVM fits the vectors to what the CPU has (AVX-512, AVX2, NEON); only `Kind.BFLOAT16_DOT` asks for an instruction by
+name. Knows how each storage dtype is multiplied; knows nothing of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from functools import cache
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+
+LANES = 16
+
+
+class Kind(IntEnum):
+    """How stored numbers are multiplied. The last two store the same bytes."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    BFLOAT16 = 2
+    BFLOAT16_DOT = 3
+
+    @property
+    def query(self) -> torch.dtype:
+        """What dtype the queries must have."""
+        return torch.bfloat16 if self is Kind.BFLOAT16_DOT else torch.float32
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether the CPU that numba compiles for has what LLVM calls `feature`."""
+    return f"+{feature}" in str(cpu_target.target_context.codegen().magic_tuple()[2]).split(",")
+
+
+@cache
+def kind_of(dtype: torch.dtype) -> Kind:
+    """The fastest kind for KV stored in `dtype` on the CPU that numba compiles for."""
+    if dtype is torch.bfloat16:
+        return Kind.BFLOAT16_DOT if cpu_has("avx512bf16") else Kind.BFLOAT16
+    return Kind.FLOAT32 if dtype is torch.float32 else Kind.FLOAT16
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types, and no bfloat
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VF, VI = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+VH, VS, VB = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(ir.IntType(16), LANES), ir.VectorType(_BFloat(), 32)
+Value = Any  # an llvmlite value
+
+
+class Emitter:
+    """llvmlite's builder with the few operations that the kernels are made of."""
+
+    def __init__(self, builder: Any) -> None:
+        self.b = builder
+
+    def pointer(self, address: Value) -> Value:
+        return self.b.inttoptr(address, ir.PointerType())
+
+    def at(self, pointer: Value, offset: Value | int) -> Value:
+        offset = I64(offset) if isinstance(offset, int) else offset
+        return self.b.gep(pointer, [offset], source_etype=I8)
+
+    def load(self, pointer: Value, kind: Any, align: int = 4) -> Value:
+        return self.b.load(pointer, align=align, typ=kind)
+
+    def store(self, value: Value, pointer: Value, align: int = 4) -> None:
+        self.b.store(value, pointer, align=align)
+
+    def splat(self, scalar: Value) -> Value:
+        vector = ir.VectorType(scalar.type, LANES)
+        one = self.b.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+        return self.b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(VI, [0] * LANES))
+
+    def number(self, x: float) -> Value:
+        return ir.Constant(VF, [ir.Constant(F32, x)] * LANES)
+
+    def bits(self, x: int) -> Value:
+        return ir.Constant(VI, [ir.Constant(I32, x)] * LANES)
+
+    def call(self, name: str, result: Any, *arguments: Value) -> Value:
+        kind = ir.FunctionType(result, [a.type for a in arguments])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), arguments)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        return self.call("llvm.fma.v16f32", VF, a, b, c)
+
+    def larger(self, a: Value, b: Value) -> Value:
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def fetch(self, pointer: Value) -> None:
+        """Ask for the line at `pointer` to be brought into the second-level cache."""
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(2), I32(1))
+
+    def loop(self, count: Value | int, carried: Sequence[Value], body: Callable[..., Sequence[Value]]) -> list[Value]:
+        """for i in range(count): carried = body(i, *carried); count is at least 1."""
+        count = I64(count) if isinstance(count, int) else count
+        entry = self.b.block
+        head, done = self.b.append_basic_block(), self.b.append_basic_block()
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        index = self.b.phi(I64)
+        phis = [self.b.phi(value.type) for value in carried]
+        new = body(index, *phis)
+        following = self.b.add(index, I64(1))
+        for phi, first, value in zip([index, *phis], [I64(0), *carried], [following, *new], strict=True):
+            phi.add_incoming(first, entry)
+            phi.add_incoming(value, self.b.block)
+        self.b.cbranch(self.b.icmp_signed("<", following, count), head, done)
+        self.b.position_at_end(done)
+        return list(new)
+
+    def choose(self, value: Value, cases: Sequence[int], body: Callable[[int], None]) -> None:
+        """body(c), emitted for each case, runs for the smallest c >= value."""
+        done = self.b.append_basic_block()
+        for case in cases:
+            here, after = self.b.append_basic_block(), self.b.append_basic_block()
+            self.b.cbranch(self.b.icmp_signed("<=", value, I64(case)), here, after)
+            self.b.position_at_end(here)
+            body(case)
+            self.b.branch(done)
+            self.b.position_at_end(after)
+        self.b.branch(done)
+        self.b.position_at_end(done)
+
+    def exp2(self, x: Value) -> Value:
+        """2 ** x to 2e-7; 0 below -126. The polynomial is that of Cephes' exp2f."""
+        b, shift = self.b, self.number(1.5 * 2**23)
+        moved = b.fadd(x, shift)  # the low bits of the sum are x rounded to an integer
+        fraction = b.fsub(x, b.fsub(moved, shift))
+        result = self.number(1.535336188319500e-4)
+        for c in (1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1):
+            result = self.fma(result, fraction, self.number(c))
+        result = self.fma(self.fma(result, fraction, self.number(6.931472028550421e-1)), fraction, self.number(1.0))
+        power = b.shl(b.bitcast(moved, VI), self.bits(23))
+        result = b.bitcast(b.add(b.bitcast(result, VI), power), VF)
+        return b.select(b.fcmp_ordered("<", x, self.number(-126.0)), self.number(0.0), result)
+
+    def multiply_stored(
+        self, kind: int, stored: Sequence[Value], factors: Sequence[Value], sums: Sequence[Value]
+    ) -> list[Value]:
+        """sums[f][s] + factor[f] * stored[s], over one stored vector each, as the kind wants it.
+
+        stored: pointers to 16 numbers, or 16 pairs; factors: pointers to one float, or pair.
+        """
+        b = self.b
+        if kind == Kind.BFLOAT16_DOT:
+            vectors = [b.bitcast(self.load(p, VI), VB) for p in stored]
+            steps = [(vectors, [b.bitcast(self.splat(self.load(p, I32)), VB) for p in factors])]
+        elif kind == Kind.BFLOAT16:
+            pairs = [self.load(p, VI) for p in stored]
+            low = [b.bitcast(b.shl(x, self.bits(16)), VF) for x in pairs]
+            high = [b.bitcast(b.and_(x, self.bits(0xFFFF0000)), VF) for x in pairs]
+            steps = [
+                (low, [self.splat(self.load(p, F32)) for p in factors]),
+                (high, [self.splat(self.load(self.at(p, 4), F32)) for p in factors]),
+            ]
+        else:
+            half = kind == Kind.FLOAT16
+            vectors = [b.fpext(self.load(p, VH, 2), VF) if half else self.load(p, VF) for p in stored]
+            steps = [(vectors, [self.splat(self.load(p, F32)) for p in factors])]
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        for vectors, scalars in steps:
+            products = [(f, x) for f in scalars for x in vectors]
+            if kind == Kind.BFLOAT16_DOT:
+                sums = [self.call(name, VF, s, f, x) for s, (f, x) in zip(sums, products, strict=True)]
+            else:
+                sums = [self.fma(f, x, s) for s, (f, x) in zip(sums, products, strict=True)]
+        return list(sums)

@@ -1,0 +1,53 @@
+"""Lamina: LLM decode on unlike machines, cut at attention.
+
+The names below load on first use: importing `lamina` loads neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lamina.errors import (
+    EngineError,
+    Interrupted,
+    InvalidRequest,
+    LaminaError,
+    ModelFileError,
+    UnsupportedModelError,
+)
+from lamina.types import Completion, Sample, SamplingParams, Timing, TokenEvent, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from lamina.api import close, generate, stream
+    from lamina.llm import LLM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "Completion",
+    "EngineError",
+    "Interrupted",
+    "InvalidRequest",
+    "LaminaError",
+    "ModelFileError",
+    "Sample",
+    "SamplingParams",
+    "Timing",
+    "TokenEvent",
+    "TokenLogprob",
+    "UnsupportedModelError",
+    "Usage",
+    "close",
+    "generate",
+    "stream",
+]
+
+_LAZY = {"LLM": "lamina.llm", "close": "lamina.api", "generate": "lamina.api", "stream": "lamina.api"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lamina' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,96 @@
+"""From the events of a stream to what is printed: text as it comes, text as it finishes, or JSON lines.
+
+Answers go to stdout, one line of statistics after text goes to stderr. Knows nothing about where events come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from lamina.terminal import ProgressBars, write
+from lamina.types import Sample, TokenEvent
+
+
+def print_as_it_comes(events: Iterable[TokenEvent], progress: ProgressBars) -> None:
+    """One prompt's only sample, piece by piece."""
+    meter = _Meter()
+    for event in meter.watch(events):
+        write(event.text, progress)
+    write("\n", progress)
+    sys.stderr.write(meter.summary() + "\n")
+
+
+def print_as_they_finish(events: Iterable[TokenEvent], prompts: Sequence[str], n: int, progress: ProgressBars) -> None:
+    """Each sample when it is complete, under a heading where there are several."""
+    meter = _Meter()
+    for index, sample in _samples(meter.watch(events), len(prompts) * n, progress):
+        heading = "" if len(prompts) == n == 1 else _heading(index, prompts, sample.index, n)
+        write(f"{heading}{sample.text}\n", progress)
+    sys.stderr.write(meter.summary() + "\n")
+
+
+def print_json_lines(events: Iterable[TokenEvent], prompts: Sequence[str], n: int, progress: ProgressBars) -> None:
+    """One object for each sample when it is complete: its prompt, the two indexes, and the fields of `Sample`."""
+    for index, sample in _samples(events, len(prompts) * n, progress):
+        fields = dataclasses.asdict(sample)
+        line = {"prompt_index": index, "sample_index": fields.pop("index"), "prompt": prompts[index], **fields}
+        write(json.dumps(line) + "\n", progress)
+
+
+def _samples(events: Iterable[TokenEvent], total: int, progress: ProgressBars) -> Iterator[tuple[int, Sample]]:
+    """Each sample once it is complete, with the index of its prompt."""
+    growing: dict[tuple[int, int], list[TokenEvent]] = {}
+    done = 0
+    for event in events:
+        key = (event.prompt_index, event.sample_index)
+        growing.setdefault(key, []).append(event)
+        if event.finish_reason is None:
+            continue
+        parts = growing.pop(key)
+        yield (
+            event.prompt_index,
+            Sample(
+                index=event.sample_index,
+                text="".join(part.text for part in parts),
+                token_ids=tuple(part.token_id for part in parts),
+                finish_reason=event.finish_reason,
+                logprobs=tuple(part.logprob for part in parts if part.logprob is not None) or None,
+            ),
+        )
+        done += 1
+        progress("answers", done, total)
+
+
+def _heading(index: int, prompts: Sequence[str], sample: int, n: int) -> str:
+    first_line = prompts[index].partition("\n")[0]
+    shown = first_line if len(first_line) <= 60 else f"{first_line[:57]}..."
+    which = f", sample {sample + 1}/{n}" if n > 1 else ""
+    return f"[{index + 1}/{len(prompts)}{which}] {shown}\n"
+
+
+class _Meter:
+    """Counts the tokens that pass, and the seconds they take."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._start = self._first = self._last = time.perf_counter()
+
+    def watch(self, events: Iterable[TokenEvent]) -> Iterator[TokenEvent]:
+        self._start = time.perf_counter()
+        for event in events:
+            self._tokens += 1
+            self._last = time.perf_counter()
+            if self._tokens == 1:
+                self._first = self._last
+            yield event
+
+    def summary(self) -> str:
+        """The rate is that of decoding: the tokens after the first, over the time after the first."""
+        if self._last == self._first:
+            return f"{self._tokens} tokens in {self._last - self._start:.2f} s"
+        rate = (self._tokens - 1) / (self._last - self._first)
+        return f"{self._tokens} tokens, the first after {self._first - self._start:.2f} s, then {rate:.1f} tokens/s"

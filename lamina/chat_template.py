@@ -1,0 +1,86 @@
+"""Renders a model's chat template in a child process that may be killed.
+
+Knows processes. Knows nothing of Jinja (`template_child` does) or of tokens. A template comes with the model, so
+it is not trusted: a sandbox keeps it from the interpreter's insides, but within one process nothing stops
+`{{ 10 ** 10 ** 8 }}`. The child is kept between renderings: the first takes 0.1 s, later ones a millisecond.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import InvalidRequest, ModelFileError
+
+
+class ChatTemplate:
+    """One template and the child process that renders it. Safe to use from several threads; `close` ends the child."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+        """The text that the template makes of `messages` and `variables`, all of which JSON can hold.
+
+        Raises InvalidRequest where the template refuses the messages, ModelFileError where it is malformed, passes
+        a limit (2 s, 512 MiB of memory, 4 Mi characters) or reaches for what the sandbox hides.
+        """
+        request = {"source": self._source, "variables": {"messages": list(messages), **variables}}
+        with self._lock:
+            answer = self._ask(request)
+        match answer:
+            case {"text": str(text)}:
+                return text
+            case {"refused": reason}:
+                raise InvalidRequest(f"the model's chat template refuses these messages: {reason}")
+            case {"broken": reason}:
+                raise ModelFileError(f"the model's chat template cannot be rendered: {reason}")
+        raise TypeError(f"no answer of the child process: {answer!r:.80}")
+
+    def close(self) -> None:
+        """End the child process. A later `render` starts another."""
+        with self._lock:
+            self._kill()
+
+    def __del__(self) -> None:
+        self._kill()
+
+    def _ask(self, request: Mapping[str, Any]) -> Any:
+        from lamina import template_child  # loads Jinja, which only chats need
+
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", template_child.__name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=Path(__file__).parent.parent,  # first on the child's path, so that it finds this package
+                start_new_session=True,  # Ctrl-C is for the parent
+            )
+        child = self._child
+        if child.stdin is None or child.stdout is None:
+            raise RuntimeError("the child process has no pipes")
+        try:
+            template_child.write_frame(child.stdin, request)
+            return template_child.read_frame(child.stdout)
+        except (EOFError, OSError):
+            status = child.wait()
+            self._kill()
+            why = f"within {template_child.TIME_LIMIT:g} s" if status == -signal.SIGALRM else f"well (status {status})"
+            raise ModelFileError(f"the model's chat template did not end {why}") from None
+        except BaseException:  # interrupted between question and answer: the next one must not read this answer
+            self._kill()
+            raise
+
+    def _kill(self) -> None:
+        if (child := self._child) is not None:
+            self._child = None
+            child.kill()
+            child.communicate()

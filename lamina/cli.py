@@ -1,0 +1,328 @@
+"""The command line: words in, one `LLM` used, text or JSON lines out, an exit code.
+
+stdout carries answers and nothing else; progress, statistics and errors go to stderr. Exit codes: 0, 1 where something
+failed, 2 for bad input, 130 after Ctrl-C. Knows nothing about how text is generated, and imports torch only once a
+model is needed, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lamina import cli_options as opt
+from lamina.answers import print_as_it_comes, print_as_they_finish, print_json_lines
+from lamina.errors import InvalidRequest, LaminaError, ModelFileError, UnsupportedModelError
+from lamina.terminal import (
+    ProgressBars,
+    close_stdout,
+    decode_argument,
+    iter_lines,
+    print_json,
+    print_rows,
+    read_lines,
+    show_bytes,
+    write,
+)
+from lamina.types import SamplingParams
+from lamina_workers.errors import DiskFullError
+
+if TYPE_CHECKING:
+    from lamina.llm import LLM
+
+DEFAULT_MODEL = "smollm2-135m"
+BAD_INPUT = (InvalidRequest, ModelFileError, UnsupportedModelError)
+
+
+class Commands(TyperGroup):
+    """The commands, with every way to end made an exit code and, at most, one line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # whoever read our output, such as head, has enough
+            close_stdout()
+            raise typer.Exit(1) from None
+        except typer.BadParameter as error:
+            typer.echo(f"error: {error.format_message()}", err=True)
+            raise typer.Exit(2) from None
+        except (LaminaError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(exit_code(error)) from error
+
+
+def exit_code(error: LaminaError | OSError) -> int:
+    """2 where the input was bad, 1 for all else, a full disk included."""
+    return 2 if isinstance(error, BAD_INPUT) and not isinstance(error, DiskFullError) else 1
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run large language models with attention cut off from the dense layers.",
+)
+models_app = typer.Typer(no_args_is_help=True, help="List, fetch and describe models.")
+app.add_typer(models_app, name="models")
+
+
+def main() -> None:
+    app(prog_name="lamina")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from lamina import __version__
+
+        typer.echo(f"lamina {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def generate(
+    ctx: typer.Context,
+    prompts: opt.Prompts = None,
+    file: opt.File = None,
+    chat: opt.Chat = None,
+    model: opt.Model = DEFAULT_MODEL,
+    as_json: opt.JsonLines = False,
+    stream: opt.Stream = True,
+    max_tokens: opt.MaxTokens = None,
+    min_tokens: opt.MinTokens = None,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    presence_penalty: opt.PresencePenalty = None,
+    frequency_penalty: opt.FrequencyPenalty = None,
+    seed: opt.Seed = None,
+    stop: opt.Stop = None,
+    n: opt.Samples = None,
+    logprobs: opt.Logprobs = None,
+    ignore_eos: opt.IgnoreEos = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    kv_memory: opt.KvMemory = None,
+    max_model_len: opt.MaxModelLen = None,
+) -> None:
+    """Answer one prompt as it is generated, or several together, each printed when it is finished."""
+    texts = [decode_argument(prompt) for prompt in prompts or []]
+    if file is not None:
+        texts += read_lines(file)
+    if not texts:
+        raise InvalidRequest("no prompt given: write one after `lamina generate`, or name a file with --file")
+    if "" in texts:
+        raise InvalidRequest(f"prompt {texts.index('') + 1} of {len(texts)} is empty; at least one character is needed")
+    params = _sampling(
+        max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        seed=seed, stop=stop or None, n=n, logprobs=logprobs, ignore_eos=ignore_eos,
+    )  # fmt: skip
+    load = {
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+        "kv_memory": kv_memory,
+        "max_model_len": max_model_len,
+    }
+    with ProgressBars() as progress, _open(ctx, model, progress=progress, **load) as llm:
+        use_template = llm.has_chat_template if chat is None else chat
+        if use_template:
+            events = llm.stream_chat([[{"role": "user", "content": text}] for text in texts], params)
+        else:
+            events = llm.stream(texts, params)
+        if as_json:
+            print_json_lines(events, texts, params.n, progress)
+        elif len(texts) == params.n == 1 and stream:
+            print_as_it_comes(events, progress)
+        else:
+            print_as_they_finish(events, texts, params.n, progress)
+
+
+@app.command()
+def chat(
+    ctx: typer.Context,
+    system: opt.System = None,
+    model: opt.Model = DEFAULT_MODEL,
+    max_tokens: opt.MaxTokens = None,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    stop: opt.Stop = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    kv_memory: opt.KvMemory = None,
+    max_model_len: opt.MaxModelLen = None,
+) -> None:
+    """Talk with a model, a line at a time. /reset forgets the conversation, /quit leaves."""
+    params = _sampling(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, stop=stop or None,
+    )  # fmt: skip
+    load = {
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+        "kv_memory": kv_memory,
+        "max_model_len": max_model_len,
+    }
+    opening = [] if system is None else [{"role": "system", "content": decode_argument(system)}]
+    with ProgressBars() as progress, _open(ctx, model, progress=progress, **load) as llm:
+        progress.hide()
+        history = list(opening)
+        for line in _spoken_lines():
+            if line == "/quit":
+                break
+            if line == "/reset":
+                history = list(opening)
+            elif line.strip():
+                history = _take_turn(llm, history, line, params, progress)
+
+
+def _take_turn(
+    llm: LLM, history: list[dict[str, str]], line: str, params: SamplingParams, progress: ProgressBars
+) -> list[dict[str, str]]:
+    """The conversation after one more question and its answer; at a terminal a turn that fails leaves it as it was."""
+    asked = [*history, {"role": "user", "content": line}]
+    answer = ""
+    try:
+        for event in llm.stream_chat(asked, params):
+            answer += event.text
+            write(event.text, progress)
+    except KeyboardInterrupt:  # enough of this answer, but not of the conversation
+        if not sys.stdin.isatty():
+            raise
+    except InvalidRequest as error:
+        if not sys.stdin.isatty():
+            raise
+        progress.hide()
+        typer.echo(f"error: {error}", err=True)
+        return history
+    write("\n", progress)
+    return [*asked, {"role": "assistant", "content": answer}]
+
+
+def _spoken_lines() -> Iterator[str]:
+    """What is typed at a terminal, with editing and history, or the lines of stdin, until either ends."""
+    if not sys.stdin.isatty():
+        yield from iter_lines(sys.stdin.buffer, "stdin")
+        return
+    import readline  # noqa: F401  (input() edits lines once it is imported)
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            typer.echo()
+            return
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"what was typed is not UTF-8: {error}") from error
+
+
+def _sampling(**options: Any) -> SamplingParams:
+    """Checked before a model is loaded, so that a bad value fails at once."""
+    return SamplingParams(**{name: value for name, value in options.items() if value is not None})
+
+
+def _open(ctx: typer.Context, model: str, **options: Any) -> LLM:
+    """The model, from `ctx.obj` where a caller of `app` put something else in `LLM`'s place."""
+    if ctx.obj is None:
+        from lamina.llm import LLM
+
+        return LLM(model, **options)
+    make: Callable[..., LLM] = ctx.obj
+    return make(model, **options)
+
+
+@models_app.command("ls")
+def list_models(as_json: opt.JsonLines = False) -> None:
+    """The models that have a short name, and the converted ones on this machine."""
+    from lamina.model_cache import cache_folder, is_whole, read_manifest
+    from lamina.models import ALIASES
+
+    rows: list[dict[str, Any]] = [{"model": name, "about": alias.about} for name, alias in ALIASES.items()]
+    folders = sorted(cache_folder().iterdir()) if cache_folder().is_dir() else []
+    for folder in filter(is_whole, folders):
+        size = sum(record.size for record in read_manifest(folder).values())
+        rows.append({"model": str(folder), "about": f"converted, {show_bytes(size)}", "bytes": size})
+    if as_json:
+        print_json(*rows)
+    else:
+        print_rows((row["model"], row["about"]) for row in rows)
+
+
+@models_app.command()
+def pull(model: opt.ModelName) -> None:
+    """Fetch and convert a model, if that is still to do, and print its folder."""
+    from lamina.models import resolve
+
+    with ProgressBars() as progress:
+        folder = resolve(decode_argument(model), progress)
+    typer.echo(folder)
+
+
+@models_app.command()
+def show(model: opt.ModelName, as_json: opt.JsonLines = False) -> None:
+    """Describe a model; fetches it first where it is not here yet."""
+    from lamina.models import resolve
+    from lamina_workers.model_config import ModelConfig
+    from lamina_workers.safetensors_files import find_tensors
+
+    with ProgressBars() as progress:
+        folder = resolve(decode_argument(model), progress)
+    config = ModelConfig.from_folder(folder)
+    tensors = find_tensors(folder).values()
+    windows = sorted({window for window in config.windows if window is not None})
+    facts = {
+        "folder": str(folder),
+        "architecture": config.architecture,
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "weight_bytes": sum(tensor.nbytes for tensor in tensors),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "query_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "sliding_windows": windows,
+        "context": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_rows((name, str(value)) for name, value in facts.items())
+
+
+@app.command()
+def doctor(as_json: opt.JsonLines = False) -> None:
+    """What this machine has, what will be used, and why."""
+    from lamina.doctor import as_json as report
+    from lamina.doctor import examine
+
+    findings = list(examine())
+    if as_json:
+        print_json(report(findings))
+    else:
+        print_rows((finding.section, finding.name, finding.shown) for finding in findings)

@@ -1,0 +1,107 @@
+"""What this machine has, what Lamina will use of it, and why: findings, to print or to send as JSON.
+
+Knows the same choices that a model is loaded with, by asking those who make them; loads no model.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from lamina.machine import Machine, native_dtype, this_machine
+from lamina.model_cache import cache_folder
+from lamina.terminal import show_bytes
+
+PACKAGES = ("torch", "numpy", "numba", "tokenizers", "transformers")
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. `shown` is `value` for people."""
+
+    section: str
+    name: str
+    value: str | int | bool | None
+    shown: str
+
+
+def examine() -> Iterator[Finding]:
+    machine = this_machine()
+    yield from _hardware(machine)
+    yield from _versions()
+    yield from _choices(machine)
+    yield from _storage()
+
+
+def as_json(findings: list[Finding]) -> dict[str, dict[str, str | int | bool | None]]:
+    report: dict[str, dict[str, str | int | bool | None]] = {}
+    for finding in findings:
+        report.setdefault(finding.section, {})[finding.name] = finding.value
+    return report
+
+
+def _hardware(machine: Machine) -> Iterator[Finding]:
+    yield Finding("machine", "processor", machine.processor, machine.processor)
+    yield Finding("machine", "cores", machine.cores, str(machine.cores))
+    for flag in FLAGS:
+        present = flag in machine.flags
+        yield Finding("machine", flag, present, "yes" if present else "no")
+    yield Finding("machine", "memory_bytes", machine.memory, show_bytes(machine.memory))
+    yield Finding("machine", "memory_available_bytes", machine.memory_available, show_bytes(machine.memory_available))
+    gpus = _gpus()
+    yield Finding("machine", "gpus", ", ".join(gpus) or None, ", ".join(gpus) or "none that torch can use")
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{device.name} ({show_bytes(device.total_memory)})" for device in devices]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("versions", "python", platform.python_version(), platform.python_version())
+    for package in ("lamina", *PACKAGES):
+        try:
+            version: str | None = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            version = None
+        yield Finding("versions", package, version, version or "not installed")
+
+
+def _choices(machine: Machine) -> Iterator[Finding]:
+    import torch
+
+    from lamina_kernels.select import kernels
+
+    dtype, reason = native_dtype(machine)
+    if torch.cuda.is_available():
+        yield Finding("choices", "device", "cuda", "cuda: torch finds a GPU")
+        dtype, reason = "bfloat16", "the device is a GPU"
+    else:
+        yield Finding("choices", "device", "cpu", "cpu: torch finds no GPU")
+    yield Finding("choices", "dtype", dtype, f"{dtype}: {reason}")
+    chosen = kernels(torch.device("cpu"))
+    name = getattr(chosen, "__name__", type(chosen).__name__)
+    yield Finding("choices", "attention_kernels", name, name)
+
+
+def _storage() -> Iterator[Finding]:
+    folder = cache_folder()
+    size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(_existing(folder)).free
+    yield Finding("storage", "cache", str(folder), str(folder))
+    yield Finding("storage", "cache_bytes", size, show_bytes(size))
+    yield Finding("storage", "free_bytes", free, show_bytes(free))
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())

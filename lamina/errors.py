@@ -1,0 +1,54 @@
+"""The exception tree. Every error that Lamina raises on purpose is a `LaminaError`.
+
+LaminaError
+├── InvalidRequest            a bad argument, or a prompt that cannot fit; a ValueError too
+├── ModelFileError            a model's file is missing, malformed, refused, or contradicts another
+│   └── DiskFullError         there was no room to write a model's files
+├── UnsupportedModelError     the model is well formed, but Lamina does not implement it
+├── EngineError               the engine stopped, or could not go on with this request
+├── HolderFault               a holder could not go on with a batch (the engine runs it again)
+├── KVError                   a holder was asked for something its parts do not allow
+│   └── PoolExhausted         a batch needs more pages than are free (the scheduler makes room)
+└── ProtocolError             a frame or message is malformed, too large, or out of order
+
+Interrupted                   Ctrl-C during `generate`; a KeyboardInterrupt, with what was finished
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_workers.errors import DiskFullError, ModelFileError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from lamina.types import Completion
+
+__all__ = [
+    "DiskFullError",
+    "EngineError",
+    "Interrupted",
+    "InvalidRequest",
+    "LaminaError",
+    "ModelFileError",
+    "ProtocolError",
+    "UnsupportedModelError",
+]
+
+
+class InvalidRequest(LaminaError, ValueError):
+    """A request cannot be served as given. The message names the argument, the value and what is allowed."""
+
+
+class EngineError(LaminaError):
+    """The engine stopped, or could not go on with this request. What went wrong first is the `__cause__`."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while prompts were under way. `completions` has those that were finished, None for the others."""
+
+    def __init__(self, completions: Sequence[Completion | None]) -> None:
+        finished = sum(completion is not None for completion in completions)
+        super().__init__(f"interrupted with {finished} of {len(completions)} prompts finished")
+        self.completions = tuple(completions)

@@ -1,0 +1,56 @@
+"""A model's folder from the Hugging Face hub, kept in the hub's own cache.
+
+Knows which files may be fetched. Knows nothing of what is in them. Endpoint, token and offline mode are the hub
+library's own configuration (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+from lamina.model_cache import Progress
+from lamina_workers.errors import DiskFullError, ModelFileError
+
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # never pickles: loading them can run code
+
+
+def download(hub_id: str, progress: Progress) -> Path:
+    """The folder of the model `hub_id`, such as org/name, with its newest files, or those of the cache when offline.
+
+    Raises ModelFileError where the hub cannot be reached or has no such model, DiskFullError where there is no room.
+    """
+    from huggingface_hub import snapshot_download  # takes 0.2 s to load
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_FILES), tqdm_class=_bar(hub_id, progress)))
+    except Exception as error:  # the library lets errors of its HTTP client through
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise DiskFullError(f"no room to fetch {hub_id}: {error}") from error
+        raise ModelFileError(
+            f"cannot fetch {hub_id!r} from the hub: {error}. Does it exist, and can this machine reach the hub? "
+            "On one that cannot, copy the model there and give its path"
+        ) from error
+
+
+def _bar(hub_id: str, progress: Progress) -> Any:
+    """A class that looks like tqdm to the hub library and tells `progress` of bytes instead of drawing."""
+    from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
+
+    most = 0
+
+    class Bar(tqdm):  # type: ignore[misc]  # for the same reason
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            self._in_bytes = keywords.get("unit") == "B"
+            self._done = 0
+            super().__init__(*args, **(keywords | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal most  # bytes received and bytes written have a bar each; both end at the same total
+            self._done += int(n or 0)
+            if self._in_bytes and self._done > most:
+                most = self._done
+                progress(f"fetching {hub_id}", most, int(self.total) if self.total else None)
+
+    return Bar

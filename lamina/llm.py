@@ -1,0 +1,383 @@
+"""`LLM`: a model, its workers and its engine, for Python programs.
+
+Checks what callers pass in and turns it into requests; the asynchronous methods differ from the blocking ones only in
+how they wait. Safe to use from several threads and event loops at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import secrets
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias, overload
+
+from lamina.config import EngineConfig
+from lamina.engine import Output, Ticket
+from lamina.errors import EngineError, Interrupted, InvalidRequest
+from lamina.model_cache import Progress
+from lamina.outputs import Answer
+from lamina.request import Request
+from lamina.runtime import Runtime, start
+from lamina.types import Completion, SamplingParams, TokenEvent
+
+Prompt: TypeAlias = str | Sequence[int]
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+_Item: TypeAlias = tuple[Ticket, list[Output]]
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+class LLM:
+    """A loaded model. Use it as a context manager, or `close` it.
+
+    `model` is an alias (`lamina models ls`), a folder, a GGUF file or a hub id; the keywords are the fields of
+    `EngineConfig`. `progress(what, done, total)` is told how downloads, conversion and loading go. Raises
+    ModelFileError or UnsupportedModelError for the model, InvalidRequest for the rest.
+
+    `generate` and `chat` give one `Completion` for one prompt or conversation and a list for a list; `stream` and
+    `stream_chat` give `TokenEvent`s as they come, and closing the iterator ends the requests. Each takes a
+    `SamplingParams` or its fields as keywords, and `priority` (lower is more urgent).
+    """
+
+    def __init__(self, model: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, **config: Any) -> None:
+        known = EngineConfig.__dataclass_fields__
+        for name in config:
+            if name not in known:
+                raise InvalidRequest(f"unknown keyword {name!r} for LLM; known are {', '.join(known)}")
+        self._ids = itertools.count()
+        runtime = start(model, EngineConfig(**config), progress)
+        self._loaded: Runtime | None = runtime
+        self._stop = weakref.finalize(self, runtime.stop)  # once: by close(), by the collector, or when Python ends
+
+    @property
+    def model_path(self) -> Path:
+        """The folder with config.json, safetensors and tokenizer, which transformers loads too."""
+        return self._runtime.model_path
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used: the model knows how to write a conversation."""
+        return self._runtime.tokenizer.has_chat_template
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens that one prompt and its output can have."""
+        return min(self._runtime.limits.max_model_len, self._runtime.limits.longest_possible() + 1)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take requests: not closed, and its engine runs."""
+        return self._loaded is not None and self._loaded.engine.alive
+
+    @overload
+    def generate(
+        self, prompts: str, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt] | Prompt, params: SamplingParams | None = None, *, priority: int = 0,
+        **sampling: Any,
+    ) -> Completion | list[Completion]: ...  # fmt: skip
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Completion | list[Completion]:
+        """Complete prompts: text or lists of token ids. Ctrl-C raises Interrupted, with what was finished."""
+        return self._complete(self._tickets(self._prompts(prompts), params, priority, sampling), _is_one(prompts))
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Completion | list[Completion]:
+        """Answer a conversation, a list of {"role": ..., "content": ...}, or each of a list of conversations."""
+        tickets = self._tickets(self._conversations(messages), params, priority, sampling)
+        return self._complete(tickets, _is_conversation(messages))
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Iterator[TokenEvent]:
+        """Like `generate`, token by token. Bad arguments raise here, not at the first token."""
+        return self._blocking(self._tickets(self._prompts(prompts), params, priority, sampling))
+
+    def stream_chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Iterator[TokenEvent]:
+        """Like `chat`, token by token."""
+        return self._blocking(self._tickets(self._conversations(messages), params, priority, sampling))
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Completion | list[Completion]:
+        """`generate` for event loops."""
+        tickets = self._tickets(self._prompts(prompts), params, priority, sampling)
+        return await self._acomplete(tickets, _is_one(prompts))
+
+    async def achat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Completion | list[Completion]:
+        """`chat` for event loops."""
+        tickets = self._tickets(self._conversations(messages), params, priority, sampling)
+        return await self._acomplete(tickets, _is_conversation(messages))
+
+    def astream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> AsyncIterator[TokenEvent]:
+        """`stream` for event loops."""
+        return self._awaiting(self._tickets(self._prompts(prompts), params, priority, sampling))
+
+    def astream_chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> AsyncIterator[TokenEvent]:
+        """`stream_chat` for event loops."""
+        return self._awaiting(self._tickets(self._conversations(messages), params, priority, sampling))
+
+    def close(self) -> None:
+        """Stop the engine and free the model. Harmless the second time; what is unfinished ends with EngineError."""
+        self._loaded = None
+        self._stop()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Waiting: the blocking and the asynchronous way.
+
+    def _complete(self, tickets: list[Ticket], one: bool) -> Completion | list[Completion]:
+        job = _Job(self._runtime, tickets, queue.SimpleQueue())
+        try:
+            while not job.done:
+                job.take(job.inbox.get())
+        except KeyboardInterrupt as interrupt:
+            while not job.inbox.empty():
+                job.take(job.inbox.get())
+            raise Interrupted(job.finished()) from interrupt
+        finally:
+            job.abort()
+        return job.completions()[0] if one else job.completions()
+
+    async def _acomplete(self, tickets: list[Ticket], one: bool) -> Completion | list[Completion]:
+        job = _Job(self._runtime, tickets, _LoopQueue())
+        try:
+            while not job.done:
+                job.take(await job.inbox.get())
+        finally:
+            job.abort()
+        return job.completions()[0] if one else job.completions()
+
+    def _blocking(self, tickets: list[Ticket]) -> Iterator[TokenEvent]:
+        job = _Job(self._runtime, tickets, queue.SimpleQueue())
+        try:
+            while not job.done:
+                yield from job.take(job.inbox.get())
+        finally:
+            job.abort()
+
+    async def _awaiting(self, tickets: list[Ticket]) -> AsyncIterator[TokenEvent]:
+        job = _Job(self._runtime, tickets, _LoopQueue())
+        try:
+            while not job.done:
+                for event in job.take(await job.inbox.get()):
+                    yield event
+        finally:
+            job.abort()
+
+    # Checking, and from arguments to requests.
+
+    @property
+    def _runtime(self) -> Runtime:
+        runtime = self._loaded  # once: another thread may close this LLM
+        if runtime is None:
+            raise EngineError("this LLM is closed")
+        return runtime
+
+    def _tickets(
+        self, prompts: list[list[int]], params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
+    ) -> list[Ticket]:
+        """One request a prompt, checked but not submitted."""
+        runtime = self._runtime
+        if params is not None and sampling:
+            raise InvalidRequest(f"both params and {', '.join(sampling)} were given; allowed is one of the two")
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params is {params!r:.80}; allowed is a SamplingParams")
+        if type(priority) is not int or not -(2**31) <= priority < 2**31:
+            raise InvalidRequest(f"priority is {priority!r:.80}; allowed is an integer from -2^31 to 2^31 - 1")
+        filled = (params or SamplingParams.from_keywords(**sampling)).with_defaults(runtime.generation_config)
+        self._check_token_ids("stop_token_ids", filled.stop_token_ids)
+        self._check_token_ids("logit_bias", list(filled.logit_bias))
+        for prompt in prompts:
+            self._check_token_ids("the prompt", prompt)
+            runtime.limits.validate(len(prompt), filled.max_tokens)
+        stops = frozenset(filled.stop_token_ids)
+        if not filled.ignore_eos:
+            stops |= {token for token in runtime.tokenizer.eos_ids if token < runtime.model.vocab_size}
+        return [
+            Ticket(
+                request=Request(
+                    id=str(next(self._ids)),
+                    prompt=tuple(prompt),
+                    max_tokens=filled.max_tokens,
+                    min_tokens=filled.min_tokens,
+                    stop_token_ids=stops,
+                    n=filled.n,
+                    priority=priority,
+                ),
+                params=filled,
+                seed=secrets.randbits(64) if filled.seed is None else filled.seed,
+            )
+            for prompt in prompts
+        ]
+
+    def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, str | Sequence):
+            raise InvalidRequest(
+                f"prompts is {prompts!r:.80}; allowed is text, a list of token ids, or a list of those"
+            )
+        listed: Any = [prompts] if _is_one(prompts) else prompts
+        return [self._prompt(prompt) for prompt in listed]
+
+    def _prompt(self, prompt: object) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequest("the prompt is empty; at least one character is needed")
+            return self._runtime.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
+            raise InvalidRequest(f"a prompt is {prompt!r:.80}; allowed is text or a list of token ids")
+        return list(prompt)
+
+    def _conversations(self, messages: Conversation | Sequence[Conversation]) -> list[list[int]]:
+        listed: Any = [messages] if _is_conversation(messages) else messages
+        return [self._runtime.tokenizer.chat(conversation) for conversation in listed]
+
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        size = self._runtime.model.vocab_size
+        for token in token_ids:
+            if not 0 <= token < size:
+                raise InvalidRequest(f"{name} has token id {token}; allowed are 0 to {size - 1}")
+
+
+class _Job:
+    """The prompts of one call, submitted. What the engine delivers comes through `inbox`; one thread takes it."""
+
+    def __init__(self, runtime: Runtime, tickets: Sequence[Ticket], inbox: Any) -> None:
+        self.inbox = inbox
+        self._engine = runtime.engine
+        self._tickets = tickets
+        self._open = len(tickets)
+        now = time.monotonic()
+        for ticket in tickets:
+            ticket.submitted, ticket.sink = now, lambda ticket, outputs: inbox.put((ticket, outputs))
+        self._answers = {
+            ticket.request.id: Answer(index, ticket, runtime.tokenizer, self._stopper(ticket))
+            for index, ticket in enumerate(tickets)
+        }
+        try:
+            for ticket in tickets:
+                self._engine.submit(ticket)
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def done(self) -> bool:
+        """Whether every prompt is answered."""
+        return self._open == 0
+
+    def take(self, item: _Item) -> list[TokenEvent]:
+        """The events of one delivery. Raises the request's error where it failed."""
+        ticket, outputs = item
+        answer = self._answers[ticket.request.id]
+        was_done = answer.done
+        events = list(answer.take(outputs, time.monotonic()))
+        self._open -= answer.done and not was_done
+        return events
+
+    def completions(self) -> list[Completion]:
+        """All completions, in the order of the prompts."""
+        return [answer.completion() for answer in self._answers.values()]
+
+    def finished(self) -> list[Completion | None]:
+        """Like `completions`, None where a prompt is not yet answered."""
+        return [answer.completion() if answer.done else None for answer in self._answers.values()]
+
+    def abort(self) -> None:
+        """End what has not ended."""
+        for ticket in self._tickets:
+            if not self._answers[ticket.request.id].done:
+                self._engine.abort(ticket)
+
+    def _stopper(self, ticket: Ticket) -> Callable[[int], None]:
+        return lambda sample: self._engine.abort(ticket, sample, "stop")
+
+
+class _LoopQueue:
+    """A queue of the running event loop that other threads fill."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
+
+    def put(self, item: _Item) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def get(self) -> _Item:
+        return await self._queue.get()
+
+
+def _is_one(prompts: object) -> bool:
+    """Whether `prompts` is a single prompt: text, or a list that begins with a token id (or is empty)."""
+    return isinstance(prompts, str) or (isinstance(prompts, Sequence) and (not prompts or isinstance(prompts[0], int)))
+
+
+def _is_conversation(messages: object) -> bool:
+    """Whether `messages` is one conversation and not a list of them."""
+    return not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], list | tuple)

@@ -1,0 +1,131 @@
+"""From the engine's outputs to what callers get: text, events, completions.
+
+One `Answer` a prompt, fed with outputs in order, on the caller's thread. Knows tokens and text; knows nothing of
+queues, threads or event loops, so the blocking and the asynchronous callers share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+
+from lamina.engine import Output, Ticket
+from lamina.stop_strings import StopMatcher
+from lamina.tokenizer import StreamDecoder, Tokenizer
+from lamina.types import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
+from lamina_workers.sampler import RowLogprobs
+
+
+class Answer:
+    """What becomes of one prompt: `n` samples that grow by outputs.
+
+    `stop` is called with a sample's index when a stop string ended it, so that the engine ends it too.
+    """
+
+    def __init__(self, index: int, ticket: Ticket, tokenizer: Tokenizer, stop: Callable[[int], None]) -> None:
+        self._index = index
+        self._ticket = ticket
+        self._samples = [_Growing(i, ticket, tokenizer) for i in range(ticket.params.n)]
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._first_token: float | None = None
+        self._last: float = ticket.submitted
+
+    @property
+    def done(self) -> bool:
+        """Whether every sample has ended."""
+        return all(sample.finish_reason for sample in self._samples)
+
+    def take(self, outputs: Sequence[Output], now: float) -> Iterator[TokenEvent]:
+        """The events that outputs give, in order. Raises the request's error where it failed."""
+        for output in outputs:
+            if output.error is not None:
+                raise copy(output.error) from output.error.__cause__  # a copy: threads must not share a traceback
+            sample = self._samples[output.sample]
+            if sample.finish_reason is not None:  # a stop string ended it; what was under way is not wanted
+                continue
+            self._last = now
+            if output.token is None:
+                sample.end(output.finish_reason or "abort")
+                continue
+            if self._first_token is None:
+                self._first_token = now
+            text, stopped = sample.push(output)
+            if stopped:
+                self._stop(output.sample)
+            logprob = sample.logprobs[-1] if sample.logprobs else None
+            yield TokenEvent(text, output.token, self._index, output.sample, sample.finish_reason, logprob)
+
+    def completion(self) -> Completion:
+        """All samples as they stand; those that have not ended count as aborted."""
+        ticket = self._ticket
+        tokens = sum(len(sample.token_ids) for sample in self._samples)
+        since = ticket.submitted
+        return Completion(
+            samples=tuple(sample.finished() for sample in self._samples),
+            usage=Usage(len(ticket.request.prompt), tokens, ticket.cached_tokens),
+            timing=Timing(
+                queued=(ticket.scheduled or since) - since,
+                first_token=(self._first_token or since) - since,
+                total=self._last - since,
+                tokens=tokens,
+            ),
+            stats={"preemptions": ticket.preemptions, "cached_tokens": ticket.cached_tokens},
+        )
+
+
+class _Growing:
+    """One sample under way."""
+
+    def __init__(self, index: int, ticket: Ticket, tokenizer: Tokenizer) -> None:
+        params = ticket.params
+        self.index = index
+        self.token_ids: list[int] = []
+        self.pieces: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: FinishReason | None = None
+        self._params = params
+        self._tokenizer = tokenizer
+        self._decoder = StreamDecoder(tokenizer, params.skip_special_tokens)
+        self._matcher = StopMatcher(tuple(params.stop), params.include_stop_str_in_output)
+
+    def push(self, output: Output) -> tuple[str, bool]:
+        """Add one token: the text that may be shown for it, and whether a stop string ended the sample."""
+        token = output.token or 0
+        self.token_ids.append(token)
+        if output.logprobs is not None:
+            self.logprobs.append(self._logprob(token, output.logprobs))
+        text = self._decoder.push(token)
+        if output.finish_reason is not None:
+            text += self._decoder.finish()
+        early = len(self.token_ids) < self._params.min_tokens
+        shown, stopped = (text, False) if early else self._matcher.push(text)
+        if output.finish_reason is not None and not stopped:
+            shown += self._matcher.finish()
+        self.finish_reason = "stop" if stopped else output.finish_reason
+        self.pieces.append(shown)
+        return shown, stopped
+
+    def end(self, reason: FinishReason) -> None:
+        """End without a further token; what was held back is shown."""
+        self.finish_reason = reason
+        self.pieces.append(self._matcher.push(self._decoder.finish())[0] + self._matcher.finish())
+
+    def finished(self) -> Sample:
+        """The sample as it stands."""
+        if self.finish_reason is None:
+            self.end("abort")
+        return Sample(
+            index=self.index,
+            text="".join(self.pieces),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason or "abort",
+            logprobs=tuple(self.logprobs) if self._params.logprobs is not None else None,
+        )
+
+    def _logprob(self, token: int, row: RowLogprobs) -> TokenLogprob:
+        top = tuple(TokenLogprob(i, self._text(i), value) for i, value in row.top)
+        return TokenLogprob(token, self._text(token), row.chosen, top)
+
+    def _text(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False)

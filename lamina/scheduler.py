@@ -1,0 +1,430 @@
+"""Who computes what in the next batch: requests in, plans out, tokens back. The owner of the truth.
+
+The life of a plan: `plan`, then `accepted` or `refused` as the holders say; once its batch is complete `record`, or
+`drop` where it failed. Several may be in flight, with disjoint sequences. Knows nothing of holders beyond how many
+pages they have left, and nothing of tensors, text or time: the same calls give the same plans.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from lamina.errors import EngineError, InvalidRequest
+from lamina.ledger import Ledger
+from lamina.prefix_tree import Match, Node, PrefixTree
+from lamina.request import Outcome, Plan, PlannedRow, Request, SchedulerConfig, Sequence
+from lamina.types import FinishReason
+
+Order = tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the start. `reused_tokens` came from a fork instead of a prefill."""
+
+    admitted: int = 0
+    preempted: int = 0
+    evicted: int = 0
+    reused_tokens: int = 0
+
+
+class Scheduler:
+    """First come, first served within a priority; everything goes by `Sequence.order`. For one thread."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.tree: PrefixTree | None = None
+        self._ledger = Ledger(config)
+        if config.prefix_cache:
+            self.tree = PrefixTree(config.page_size, config.held, self._ledger.fork, self._evicted, self._queue)
+        self._requests: dict[str, list[Sequence]] = {}  # unfinished ones
+        self._waiting: list[tuple[Order, Sequence]] = []  # heap; a finished sequence stays until it is on top
+        self._short: tuple[Sequence | None, int] = None, 0  # who waits for how many spare pages
+        self._running: list[Sequence] = []  # those with KV, by order
+        self._in_flight: set[Plan] = set()
+        self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
+        self._refused = False  # the last answer: nobody else is admitted on a count of pages that was wrong
+        self._stalled = False  # no room can be made before a batch in flight is over
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence is unfinished, a plan in flight, or an operation not accepted yet."""
+        return bool(self._requests or self._in_flight or self._ledger.operations)
+
+    def add(self, request: Request) -> tuple[Sequence, ...]:
+        """Queue all samples of a request and return them. Raises `InvalidRequest` where it can never run."""
+        self.config.validate(len(request.prompt), request.max_tokens)
+        if request.n < 1:
+            raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
+        if request.id in self._requests:
+            raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among unfinished requests")
+        samples = [Sequence(request, sample, self._arrivals, list(request.prompt)) for sample in range(request.n)]
+        self._arrivals += 1
+        self._requests[request.id] = samples
+        samples[0].siblings = samples[1:]  # they wait for its prompt
+        self._queue(samples[0])
+        return tuple(samples)
+
+    def abort(self, request_id: str) -> tuple[Sequence, ...]:
+        """End the unfinished samples of a request, with reason "abort", and return them: none if it has ended."""
+        samples = tuple(self._requests.get(request_id, ()))
+        for sequence in samples:
+            self.end(sequence, "abort")
+        return samples
+
+    def end(self, sequence: Sequence, reason: FinishReason, keep: bool = True) -> None:
+        """End one sample. In flight, its KV is closed when the batch is over, and a token sampled then is lost.
+
+        Without `keep` nothing more of its KV enters the prefix tree; what batches before the one in flight brought
+        there stays. That holds for a sample that has ended before, too.
+        """
+        if not keep:
+            sequence.sound = False
+            if self.tree is not None:
+                self.tree.discard(sequence)
+        if sequence.finish_reason is not None:
+            return
+        sequence.finish_reason = reason
+        samples = self._requests[sequence.request.id]
+        samples.remove(sequence)
+        if not samples:
+            del self._requests[sequence.request.id]
+        for sibling in sequence.siblings:
+            self._queue(sibling)
+        sequence.siblings = []
+        if sequence.handle is not None and not sequence.in_flight:
+            self._retire(sequence)
+
+    def plan(self) -> Plan | None:
+        """The next batch, or None where nothing can be done before a plan in flight is over.
+
+        Decoding comes first, one token each; what is left of `max_batch_tokens` goes to prefills. Pages go strictly
+        by order, so the first sequence never waits for a later one. With nothing to compute, operations that wait
+        are flushed in a plan without rows.
+        """
+        if self._stalled:
+            return None
+        rows = self._rows()
+        if not rows and (self._in_flight or not self._ledger.operations):
+            return None
+        rows.sort(key=_is_prefill)
+        plan = self._ledger.plan(rows)
+        self._in_flight.add(plan)
+        return plan
+
+    def _rows(self) -> list[PlannedRow]:
+        """Rows for the idle sequences by order, then for those that can be admitted."""
+        rows: list[PlannedRow] = []
+        idle = deque(sequence for sequence in self._running if sequence.planned == sequence.computed)
+        budget = self._batch_tokens
+        prefill = max(1, budget - sum(len(sequence.tokens) - sequence.computed == 1 for sequence in idle))
+        short = False  # of pages for somebody
+        while budget:
+            if idle:
+                sequence = idle.popleft()
+            elif prefill and not short and not (self._refused and self._running) and (admitted := self._admit()):
+                sequence = admitted
+            else:
+                break
+            left = len(sequence.tokens) - sequence.computed
+            limit = 1 if left == 1 else min(left, prefill, budget)
+            if limit == 0:
+                continue
+            count = self._make_room(sequence, limit, idle)
+            if count == 0:
+                short = True
+                continue
+            rows.append(self._ledger.reserve(sequence, count))
+            budget -= count
+            prefill -= count if left > 1 else 0
+        return rows
+
+    def _make_room(self, sequence: Sequence, want: int, younger: deque[Sequence]) -> int:
+        """How many of `want` tokens the pages allow, after making room: 0 if it must wait for those in flight.
+
+        Cached prefixes go first. The youngest of the `younger` idle sequences is preempted only where not one token
+        fits, and a sequence that is alone always gets one: the holders decide.
+        """
+        while (count := self._ledger.affordable(sequence, want)) < want:
+            if self.tree is not None and self.tree.evict():
+                continue
+            if count:
+                break
+            if younger:
+                self._preempt(younger.pop())
+            elif len(self._running) > 1:
+                break
+            elif self.tree is None or not self.tree.evict_used():
+                return 1
+        return count
+
+    def _admit(self) -> Sequence | None:
+        """Give KV to the first waiting sequence, if it fits. Those that wait for a prefix are overtaken."""
+        while self._waiting and len(self._running) < self.config.max_sequences:
+            sequence = self._waiting[0][1]
+            if sequence.finish_reason is not None:
+                heappop(self._waiting)
+                continue
+            known, needed = self._short
+            if self._running and self._spare() < (needed if sequence is known else 0):
+                return None  # and the tree is not searched again in every step
+            match = Match()
+            if self.tree is not None:
+                match = self.tree.match(tuple(sequence.tokens), sequence.request.salt)
+                if self._worth_waiting(sequence, match):
+                    self.tree.wait(sequence, match)
+                    heappop(self._waiting)
+                    continue
+            needed = self._needed(sequence, match.node, match.length)
+            if self._running and self._spare() < needed:  # alone it fits: it was validated
+                self._short = sequence, needed
+                return None
+            heappop(self._waiting)
+            self._start(sequence, match.node, match.length)
+            return sequence
+        return None
+
+    def _worth_waiting(self, sequence: Sequence, match: Match) -> bool:
+        """Whether a prefix being computed saves a page or more, and its writer comes first anyway.
+
+        A writer that comes later could be held up by others that must not hold up this sequence.
+        """
+        writer = match.pending.writer if match.pending is not None else None
+        gain = match.promised - match.length
+        return writer is not None and writer.order < sequence.order and gain >= self.config.page_size
+
+    def _spare(self) -> int:
+        """Pages left for newcomers: without what those running need for their known tokens and a page set for each."""
+        config = self.config
+        owed = sum(
+            config.pages_for(len(sequence.tokens)) - config.pages_for(sequence.planned)
+            for sequence in self._running
+            if len(sequence.tokens) - sequence.planned > 1
+        )
+        cached = self.tree.evictable if self.tree is not None else 0
+        return self._ledger.room() + cached - owed - self._ledger.page_set * len(self._running)
+
+    def _needed(self, sequence: Sequence, node: Node | None, length: int) -> int:
+        """Spare pages for all its known tokens, the first `length` shared with `node`, and a page set to grow."""
+        kept = self.tree.unused_pages(node) if self.tree is not None and node is not None else 0
+        whole = length - length % self.config.page_size
+        return self.config.pages_for(len(sequence.tokens) - whole) + self._ledger.page_set + kept
+
+    def _start(self, sequence: Sequence, source: Node | Sequence | None, length: int) -> None:
+        """Open it in the holders, as a fork of the source's first `length` tokens where there is one."""
+        if source is None or source.handle is None:
+            sequence.handle = self._ledger.open()
+        else:
+            sequence.handle = self._ledger.fork(source.handle, length)
+            sequence.floor = source.floor
+            sequence.copies = length % self.config.page_size > 0
+        sequence.computed = sequence.planned = sequence.shared = length
+        if sequence.preemptions == 0:
+            sequence.reused = length
+        insort(self._running, sequence, key=_order)
+        self.counters.admitted += 1
+        self.counters.reused_tokens += length
+        if self.tree is not None:
+            self.tree.enter(sequence)
+            node = source.node if isinstance(source, Sequence) else source
+            if node is not None:
+                self.tree.hold(sequence, node, length)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take its KV away; it waits until it fits whole, and computes what it had again."""
+        sequence.preemptions += 1
+        self.counters.preempted += 1
+        self._close(sequence)
+        self._queue(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Close a sequence that has ended and is idle; the tree keeps what others may share."""
+        if self.tree is not None and sequence.sound:
+            self.tree.keep(sequence)
+        self._close(sequence)
+
+    def _close(self, sequence: Sequence) -> None:
+        if sequence.handle is None:
+            raise EngineError(f"request {sequence.request.id} was closed twice")
+        if self.tree is not None:
+            self.tree.discard(sequence)
+            self.tree.release(sequence)
+        freed = self.config.held(sequence.shared, sequence.computed, sequence.floor)
+        self._ledger.close(sequence.handle, freed)
+        del self._running[bisect_left(self._running, sequence.order, key=_order)]
+        sequence.handle = None
+        sequence.computed = sequence.planned = sequence.shared = sequence.floor = 0
+        sequence.copies = False
+
+    def _queue(self, sequence: Sequence) -> None:
+        heappush(self._waiting, (sequence.order, sequence))
+
+    def _evicted(self, handle: int, freed: int) -> None:
+        self.counters.evicted += 1
+        self._ledger.close(handle, freed)
+
+    def accepted(self, plan: Plan, free_pages: int, floors: Tokens[int]) -> None:
+        """Every holder has accepted. `free_pages` is what the holder with the fewest has left, `floors` is for each
+        row the highest of all holders. A plan without rows is over with this."""
+        if len(floors) != len(plan.rows):
+            raise EngineError(f"{len(floors)} floors for {len(plan.rows)} rows")
+        self._ledger.accepted(plan, free_pages)
+        self._batch_tokens, self._refused = self.config.max_batch_tokens, False
+        for row, floor in zip(plan.rows, floors, strict=True):
+            row.sequence.floor = floor
+            row.sequence.copies = False
+        if not plan.rows:
+            self._land(plan)
+
+    def refused(self, plan: Plan, free_pages: int) -> tuple[Sequence, ...]:
+        """A holder has refused, so that nothing changed in it; others may have accepted. Undo the plan and make room
+        for the next one.
+
+        Returns the sequences that can never go on, normally none: where one token of the only running sequence is
+        refused with nothing left to give up, it has been ended, with reason "abort".
+        """
+        self._ledger.refused(plan, free_pages)
+        self._refused = True
+        self._raise_floors(plan)
+        self._undo(plan)
+        if not self._running or (self.tree is not None and self.tree.evict()):
+            return ()
+        tokens = sum(row.count for row in plan.rows)
+        youngest = next((sequence for sequence in reversed(self._running[1:]) if not sequence.in_flight), None)
+        if youngest is not None:
+            self._preempt(youngest)
+        elif self._in_flight:
+            self._stalled = True
+        elif self.tree is not None and self.tree.evict_used():
+            return ()
+        elif tokens > 1:
+            self._batch_tokens = tokens // 2
+        else:
+            hopeless = self._running[0]
+            self.end(hopeless, "abort")
+            return (hopeless,)
+        return ()
+
+    def record(self, plan: Plan, tokens: Tokens[int]) -> list[Outcome]:
+        """The batch is complete. `tokens` has one sampled token for each row that samples, in row order.
+
+        Sequences that were ended in the meantime have no outcome.
+        """
+        sampled = sum(row.sample for row in plan.rows)
+        if len(tokens) != sampled:
+            raise EngineError(f"{len(tokens)} tokens for {sampled} rows that sample")
+        if self._ledger.awaits(plan):
+            raise EngineError("a plan was recorded before it was accepted")
+        self._land(plan)
+        outcomes = []
+        drawn = iter(tokens)
+        for row in plan.rows:
+            sequence = row.sequence
+            sequence.computed = sequence.planned
+            token = next(drawn) if row.sample else None
+            if sequence.pending is not None and self.tree is not None:
+                self.tree.advance(sequence)
+            if sequence.finish_reason is not None:
+                self._retire(sequence)
+                continue
+            if sequence.siblings and sequence.computed >= len(sequence.request.prompt):
+                self._start_siblings(sequence)
+            if token is not None:
+                sequence.tokens.append(token)
+                reason = _finish_reason(sequence, token)
+                outcomes.append(Outcome(sequence, token, reason))
+                if reason is not None:
+                    self.end(sequence, reason)
+        return outcomes
+
+    def drop(self, plan: Plan) -> None:
+        """The batch failed. Nothing of it counts; its rows will be planned again."""
+        if self._ledger.forget(plan):
+            self._raise_floors(plan)
+        self._undo(plan)
+
+    def recompute(self) -> None:
+        """The holders may have lost KV: compute all of it again. Nothing may be in flight."""
+        if self._in_flight:
+            raise EngineError(f"KV cannot be given up with {len(self._in_flight)} plans in flight")
+        for sequence in self._running.copy():
+            self._close(sequence)
+            self._queue(sequence)
+        while self.tree is not None and self.tree.evict():
+            pass
+
+    def _start_siblings(self, first: Sequence) -> None:
+        """Fork the other samples off the first, whose prompt is computed; those without room wait like anyone."""
+        length = len(first.request.prompt) - 1
+        for sibling in first.siblings:
+            turn = not self._waiting or sibling.order < self._waiting[0][0]
+            place = len(self._running) < self.config.max_sequences
+            room = self._needed(sibling, None, length) <= self._spare()
+            if sibling.finish_reason is None and length > 0 and turn and place and room:
+                self._start(sibling, first, length)
+                first.shared = max(first.shared, length)
+                first.copies = first.copies or sibling.copies
+            else:
+                self._queue(sibling)
+        first.siblings = []
+
+    def _raise_floors(self, plan: Plan) -> None:
+        """A holder may have accepted the plan without our knowing: then windows have moved up to its rows."""
+        for row in plan.rows:
+            row.sequence.floor = row.start
+
+    def _land(self, plan: Plan) -> None:
+        if plan not in self._in_flight:
+            raise EngineError("a plan came back that is not in flight")
+        self._in_flight.remove(plan)
+        self._stalled = False
+
+    def _undo(self, plan: Plan) -> None:
+        self._land(plan)
+        for row in plan.rows:
+            row.sequence.planned = row.sequence.computed
+            if row.sequence.finish_reason is not None:
+                self._retire(row.sequence)
+
+    def check_integrity(self) -> None:
+        """Raise `EngineError` if handles, lengths, tree, queues and pending operations contradict each other."""
+        handles = [sequence.handle for sequence in self._running if sequence.handle is not None]
+        nodes = self.tree.check_integrity(self._running) if self.tree is not None else []
+        self._ledger.check_integrity([*handles, *nodes])
+        flying = {row.sequence: row.start + row.count for plan in self._in_flight for row in plan.rows}
+        for sequence in self._running:
+            name = f"sample {sequence.sample} of request {sequence.request.id}"
+            if sequence.planned != flying.pop(sequence, sequence.computed):
+                raise EngineError(f"{name} has {sequence.planned} tokens planned, which no plan in flight says")
+            if not 0 <= sequence.computed < len(sequence.tokens) or sequence.floor > sequence.computed:
+                raise EngineError(f"{name}: {sequence.floor=} {sequence.computed=} {len(sequence.tokens)=}")
+            if sequence.finish_reason is not None and not sequence.in_flight:
+                raise EngineError(f"{name} has ended, but keeps its KV")
+        if flying:
+            raise EngineError("a plan in flight has a sequence that is not running")
+        for _, sequence in self._waiting:
+            if sequence.handle is not None or sequence.computed or sequence.pending or sequence.node:
+                raise EngineError(f"sample {sequence.sample} of request {sequence.request.id} waits, but has KV")
+
+
+def _order(sequence: Sequence) -> Order:
+    return sequence.order
+
+
+def _is_prefill(row: PlannedRow) -> bool:
+    return row.count > 1
+
+
+def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
+    """Why `sequence` ends with `token`, its last."""
+    request = sequence.request
+    generated = len(sequence.tokens) - len(request.prompt)
+    if token in request.stop_token_ids and generated > request.min_tokens:
+        return "stop"
+    return "length" if generated >= request.max_tokens else None

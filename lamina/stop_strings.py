@@ -1,0 +1,62 @@
+"""Finds stop strings in text that arrives in pieces. Knows nothing of tokens.
+
+The text ends at the stop string that is complete first; of several complete at the same character, the longest
+counts. So how the text is cut into pieces changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Watches one sample's text. `stops`: none of them empty; `include` shows the stop string itself too.
+
+    Holds back no more than the longest end of the text that may still become a stop string.
+    """
+
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        self._patterns = [_Pattern(stop) for stop in stops]
+        self._include = include
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Add text; what may be shown now, and whether a stop string ended it. Once it has, push no more."""
+        seen = len(self._held)
+        text = self._held + text
+        for end in range(seen + 1, len(text) + 1):
+            complete = [len(p.text) for p in self._patterns if p.advance(text[end - 1])]
+            if complete:
+                self._held = ""
+                return text[: end if self._include else end - max(complete)], True
+        shown = len(text) - max((p.matched for p in self._patterns), default=0)
+        self._held = text[shown:]
+        return text[:shown], False
+
+    def finish(self) -> str:
+        """The text ends here: what was held back."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+class _Pattern:
+    """One stop string, and how many of its first characters the text ends with (Knuth, Morris and Pratt)."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        # Where character i does not match, the text still ends with the first `shorter[i]` characters.
+        self._shorter = [0] * len(text)
+        length = 0
+        for i in range(2, len(text)):
+            while length and text[length] != text[i - 1]:
+                length = self._shorter[length]
+            length += text[length] == text[i - 1]
+            self._shorter[i] = length
+
+    def advance(self, character: str) -> bool:
+        """Add one character of the text; whether that completes the stop string."""
+        while self.matched and self.text[self.matched] != character:
+            self.matched = self._shorter[self.matched]
+        self.matched += self.text[self.matched] == character
+        return self.matched == len(self.text)

@@ -1,0 +1,276 @@
+"""Text to token ids and back: the tokenizer and chat template of a model's folder.
+
+Knows tokenizer.json, special tokens and messages. Knows nothing of models or requests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as _Tokenizer
+
+from lamina.chat_template import ChatTemplate
+from lamina.errors import InvalidRequest, ModelFileError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_MAX_JSON_BYTES = 1 << 28
+_TEMPLATE_FILE = "chat_template.jinja"
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """The tokenizer of the model in a folder. Safe to use from several threads.
+
+    Raises ModelFileError where the folder's tokenizer files are missing or malformed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        try:
+            self._tokenizer: Any = _Tokenizer.from_buffer(_read(file))
+        except ModelFileError:
+            raise
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ModelFileError(f"{file} is malformed: {error}") from error
+        self._tokenizer.no_truncation()  # a training script's settings may be in the file
+        self._tokenizer.no_padding()
+        config = _read_json(folder / "tokenizer_config.json")
+        self._special = {name: _token_text(config.get(name)) for name in _SPECIAL_TOKENS}
+        self._template = _find_template(folder, config)
+        self.eos_ids: tuple[int, ...] = self._find_eos_ids(folder)
+        """The tokens that end a text, as generation_config.json, else config.json or the tokenizer itself says."""
+        self.special_ids: frozenset[int] = frozenset(
+            index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        """The tokens that `decode` leaves out unless told otherwise."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are. The model's embedding may have more rows."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model can be given messages."""
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, with the special tokens that the model wants around it.
+
+        Special tokens written out in the text are taken as such. Raises InvalidRequest where the text is no valid
+        Unicode, naming the place.
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Bytes that form no character become U+FFFD; ids outside the vocabulary become nothing."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def knows(self, token_id: int) -> bool:
+        """Whether `token_id` is in the vocabulary."""
+        return self._tokenizer.id_to_token(token_id) is not None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """`messages` as the text that the model was trained on; at its end the assistant's turn begins, if wanted.
+
+        A message is {"role": one of ROLES, "content": text, or a list of {"type": "text", "text": text}}. Raises
+        InvalidRequest for other messages, or where the template refuses these; ModelFileError where the model has
+        no template or it misbehaves.
+        """
+        checked = _check_messages(messages)
+        if self._template is None:
+            raise ModelFileError("the model has no chat template; give it a prompt instead of messages")
+        return self._template.render(
+            checked, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **_given(self._special)
+        )
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """The ids of `render`'s text, to which nothing is added: templates write special tokens themselves."""
+        return self._encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
+
+    def close(self) -> None:
+        """End the process that renders the chat template, if one was started."""
+        if self._template is not None:
+            self._template.close()
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        _check_text("the prompt", text)
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def _find_eos_ids(self, folder: Path) -> tuple[int, ...]:
+        for name in ("generation_config.json", "config.json"):
+            ids = _read_json(folder / name).get("eos_token_id")
+            if ids is not None:
+                listed = ids if isinstance(ids, list) else [ids]
+                if any(type(index) is not int or index < 0 for index in listed):
+                    raise ModelFileError(f"{folder / name}: eos_token_id is {ids!r:.80}; allowed are ids from 0")
+                return tuple(listed)
+        eos = self._special["eos_token"]
+        index = None if eos is None else self._tokenizer.token_to_id(eos)
+        return () if index is None else (index,)
+
+
+class StreamDecoder:
+    """Decodes one token after another. The pieces together are what `decode` makes of all ids.
+
+    A piece never ends within a character: U+FFFD at the end of the text may be the beginning of one, and waits for
+    the rest. Each token costs the decoding of a short window: what waits, and some tokens before as context, because
+    the first token of a text may decode in another way than the same token later. (Vocabularies that spell unknown
+    characters in byte tokens decode a run of them as a whole; where a later byte makes a run invalid, what was given
+    out of it before is not taken back.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._window: list[int] = []
+        self._given = 0  # characters of the window's text that were given out
+        self._waiting = 0  # tokens since the text last ended with a whole character
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes, often none."""
+        if self._shows_nothing(token_id):
+            return ""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        self._waiting = self._waiting + 1 if text.endswith(_REPLACEMENT) else 0
+        if 0 < self._waiting < _MOST_BYTES:
+            return ""
+        # After more tokens than a character has bytes some are invalid, but the last of them may still begin one.
+        piece = self._take(text, len(text) - _open_end(text))
+        if len(self._window) >= _WINDOW:
+            self._shorten(text)
+        return piece
+
+    def finish(self) -> str:
+        """The text of what still waits; U+FFFD stands for bytes that never became a character."""
+        text = self._decode(self._window)
+        return self._take(text, len(text))
+
+    def _take(self, text: str, end: int) -> str:
+        begin, self._given = self._given, max(self._given, end)
+        return text[begin:end]
+
+    def _shorten(self, text: str) -> None:
+        """Drop tokens at the window's begin, where the rest decodes to the end of the same text.
+
+        Such a place is between two characters, and within four tokens there is one: no character has more bytes.
+        At least one character that was given out stays, so that whatever a decoder does to a text's begin is done.
+        """
+        newest = len(self._window) - _CONTEXT
+        for begin in range(newest, newest - _MOST_BYTES, -1):
+            rest = self._decode(self._window[begin:])
+            given = self._given - (len(text) - len(rest))
+            if given > 0 and text.endswith(rest):
+                del self._window[:begin]
+                self._given = given
+                return
+        if len(self._window) >= _LONGEST:
+            del self._window[:newest]
+            rest = self._decode(self._window)
+            self._given = len(rest) - _open_end(rest)
+
+    def _shows_nothing(self, token_id: int) -> bool:
+        is_hidden = self._skip_special_tokens and token_id in self._tokenizer.special_ids
+        return is_hidden or not self._tokenizer.knows(token_id)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip_special_tokens)
+
+
+_REPLACEMENT = "\ufffd"
+_MOST_BYTES = 4  # of a character in UTF-8
+_CONTEXT = 10  # tokens kept at least: four characters, the last three of which may wait
+_WINDOW = 24  # tokens at which the window is shortened
+_LONGEST = 96  # tokens at which it is shortened anywhere, which only an invalid run of byte tokens can reach
+
+
+def _open_end(text: str) -> int:
+    """How many characters at the end of `text` may be the bytes that begin another one: 3 at most."""
+    return min(_MOST_BYTES - 1, len(text) - len(text.rstrip(_REPLACEMENT)))
+
+
+def _check_messages(messages: object) -> list[dict[str, str]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+        raise InvalidRequest(f"messages is {messages!r:.80}; allowed is a list of at least one message")
+    return [_check_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
+
+
+def _check_message(name: str, message: object) -> dict[str, str]:
+    if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+        raise InvalidRequest(f"{name} is {message!r:.80}; allowed is a mapping with exactly role and content")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise InvalidRequest(f"{name} has role {role!r:.80}; allowed are {', '.join(ROLES)}")
+    if isinstance(content, Iterable) and not isinstance(content, str):
+        content = "\n".join(_check_part(f"{name}.content[{index}]", part) for index, part in enumerate(content))
+    _check_text(f"{name}.content", content)
+    return {"role": role, "content": content}
+
+
+def _check_part(name: str, part: object) -> str:
+    if not isinstance(part, Mapping) or part.keys() != {"type", "text"} or part["type"] != "text":
+        raise InvalidRequest(f'{name} is {part!r:.80}; allowed is {{"type": "text", "text": ...}}')
+    _check_text(f"{name}.text", part["text"])
+    return str(part["text"])
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name} is {text!r:.80}; allowed is text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} has {text[error.start]!r} at character {error.start}, half of a surrogate pair; "
+            "allowed is text that UTF-8 can hold"
+        ) from error
+
+
+def _find_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
+    """The template in its own file, which newer checkpoints have, else in tokenizer_config.json."""
+    file = folder / _TEMPLATE_FILE
+    if file.is_file():
+        return ChatTemplate(_read(file).decode("utf-8", "replace"))
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return ChatTemplate(template) if isinstance(template, str) else None
+
+
+def _token_text(token: object) -> str | None:
+    """A special token of tokenizer_config.json: its text, or an object that has it as `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _given(values: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _read(file: Path) -> bytes:
+    try:
+        if (size := file.stat().st_size) > _MAX_JSON_BYTES:
+            raise ModelFileError(f"{file} has {size} bytes; allowed are {_MAX_JSON_BYTES}")
+        return file.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"cannot read {file}: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`, or an empty one where there is no file."""
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(_read(file))
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{file} is malformed: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{file} holds a {type(value).__name__}; expected an object")
+    return value

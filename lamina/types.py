@@ -1,0 +1,303 @@
+"""What callers pass in and get back: frozen values, checked once. Knows no model, no tensor, no tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lamina.errors import InvalidRequest, ModelFileError
+
+FinishReason = Literal["stop", "length", "abort"]
+"""Why a sample ended: a stop string or token, a full `max_tokens` or context, or an abort by its caller."""
+
+MAX_SAMPLES = 256
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024  # characters
+
+# The fields that a model's generation_config.json may set, and what they are where neither it nor the caller does.
+# Without a temperature sampling is at 1, but only where `do_sample` is true: decoding is greedy unless asked for.
+_MODEL_DEFAULTS: dict[str, float] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen, and when a sample ends. Raises `InvalidRequest` on any value that is not allowed.
+
+    `None` in one of the first five means the model's own default (`with_defaults`), else greedy and neutral.
+    Greedy is temperature 0. The filters apply in the order min_p, top_k, top_p, after the temperature.
+    """
+
+    temperature: float | None = None
+    """0 to 100; 0, and anything below 1e-5, always takes the likeliest token."""
+    top_p: float | None = None
+    """Above 0 to 1: keep the likeliest tokens that together reach this probability."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0 (or -1) keeps all."""
+    min_p: float | None = None
+    """0 to 1: drop tokens less likely than this share of the likeliest one."""
+    repetition_penalty: float | None = None
+    """0.01 to 100, 1 is neutral: divides positive logits of tokens in prompt or output, multiplies negative ones."""
+
+    presence_penalty: float = 0.0
+    """-2 to 2: subtracted from the logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """-2 to 2: subtracted from a token's logit for each time it is in the output."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Token id to a value from -100 to 100 that is added to its logit. Kept as a copy."""
+    seed: int | None = None
+    """0 to 2**64 - 1: the same seed gives the same random numbers, whatever else runs. None draws one."""
+
+    stop: str | Sequence[str] = ()
+    """Strings that end a sample where they first appear; at most 64 of 1 to 1024 characters. Kept as a tuple."""
+    stop_token_ids: Sequence[int] = ()
+    """Token ids that end a sample, beside the model's own. Kept as a tuple."""
+    max_tokens: int = 256
+    """The most tokens to generate for a sample, 1 to 2**31 - 1."""
+    min_tokens: int = 0
+    """Stop tokens are impossible and stop strings ignored before this many tokens; at most `max_tokens`."""
+    ignore_eos: bool = False
+    """Go on past the model's own end-of-text tokens."""
+    n: int = 1
+    """Samples for each prompt, 1 to 256."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to report beside the chosen one, 0 to 20. None reports nothing."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    include_stop_str_in_output: bool = False
+    """End the text after the stop string instead of before it."""
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "temperature": _optional(_real, "temperature", self.temperature, 0, 100),
+            "top_p": _optional(_real, "top_p", self.top_p, 0, 1, above_low=True),
+            "top_k": _optional(_integer, "top_k", self.top_k, -1),
+            "min_p": _optional(_real, "min_p", self.min_p, 0, 1),
+            "repetition_penalty": _optional(_real, "repetition_penalty", self.repetition_penalty, 0.01, 100),
+            "presence_penalty": _real("presence_penalty", self.presence_penalty, -2, 2),
+            "frequency_penalty": _real("frequency_penalty", self.frequency_penalty, -2, 2),
+            "logit_bias": _logit_bias(self.logit_bias),
+            "seed": _optional(_integer, "seed", self.seed, 0, 2**64 - 1),
+            "stop": _stop_strings(self.stop),
+            "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids),
+            "max_tokens": _integer("max_tokens", self.max_tokens, 1),
+            "min_tokens": _integer("min_tokens", self.min_tokens, 0),
+            "ignore_eos": _flag("ignore_eos", self.ignore_eos),
+            "n": _integer("n", self.n, 1, MAX_SAMPLES),
+            "logprobs": _optional(_integer, "logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            "skip_special_tokens": _flag("skip_special_tokens", self.skip_special_tokens),
+            "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),
+        }
+        if checked["min_tokens"] > checked["max_tokens"]:
+            raise _refused("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_keywords(cls, **keywords: Any) -> SamplingParams:
+        """Like the constructor, but an unknown keyword is an `InvalidRequest` that names the nearest ones."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in keywords:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=2)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+                raise InvalidRequest(f"unknown sampling parameter {name!r}: {hint}")
+        return cls(**keywords)
+
+    def with_defaults(self, generation_config: Mapping[str, Any]) -> SamplingParams:
+        """Fill every field that is still None from a model's generation_config.json, else greedy and neutral.
+
+        As in transformers, a config without `"do_sample": true` means greedy. Raises `ModelFileError` where the
+        config holds a value that is not allowed here.
+        """
+        defaults: dict[str, Any] = _MODEL_DEFAULTS | {
+            name: generation_config[name] for name in _MODEL_DEFAULTS if generation_config.get(name) is not None
+        }
+        if generation_config.get("do_sample") is not True:
+            defaults["temperature"] = 0.0
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        try:
+            return dataclasses.replace(self, **missing)
+        except InvalidRequest as error:  # the fields of self were checked before: only a default can be wrong
+            raise ModelFileError(f"generation_config.json: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that one prompt took. `cached_tokens` of the prompt came from the prefix cache, not from a prefill;
+    `completion_tokens` counts all samples."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When things happened to one prompt, in seconds since it was submitted.
+
+    `queued` until it was first scheduled, `first_token` until the first token of any sample, `total` until the
+    last token of all samples. `tokens` counts the tokens generated in that time, over all samples.
+    """
+
+    queued: float
+    first_token: float
+    total: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The decode rate: tokens after the first, over the time after the first. 0 for a single token."""
+        return (self.tokens - 1) / (self.total - self.first_token) if self.total > self.first_token else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability under the model itself: softmax of the raw logits,
+    before temperature, penalties and filters. `top` has the likeliest tokens at this place, likeliest first."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One continuation of a prompt. `logprobs` has one entry a token, or is None where none were asked for.
+
+    `token_ids` holds every token generated, a stop token included; `text` ends at a stop string.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """All that one prompt gave: `n` samples, the first of which the plain properties show. `str()` is its text.
+
+    `stats` counts what happened on the way, by name (such as preemptions).
+    """
+
+    samples: tuple[Sample, ...]
+    usage: Usage
+    timing: Timing
+    stats: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def text(self) -> str:
+        """The first sample's text."""
+        return self.samples[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The first sample's tokens."""
+        return self.samples[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first sample ended."""
+        return self.samples[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """The first sample's log probabilities, one entry a token, or None where none were asked for."""
+        return self.samples[0].logprobs
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of a stream. `text` is what it adds to the sample's text: often nothing while a character or a
+    possible stop string is incomplete. `finish_reason` is set on a sample's last event only."""
+
+    text: str
+    token_id: int
+    prompt_index: int = 0
+    sample_index: int = 0
+    finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None
+
+
+def _refused(name: str, value: object, allowed: str) -> InvalidRequest:
+    if isinstance(value, int) and value.bit_length() > 128:  # printing a huge integer is itself an error in Python
+        shown = f"an integer of {value.bit_length()} bits"
+    else:
+        shown = repr(value)
+    if len(shown) > 80:
+        shown = f"{shown[:60]}... ({len(shown)} characters)"
+    return InvalidRequest(f"{name} is {shown}; allowed is {allowed}")
+
+
+def _optional(check: Callable[..., Any], name: str, value: object, *limits: float, **options: bool) -> Any:
+    return None if value is None else check(name, value, *limits, **options)
+
+
+def _real(name: str, value: Any, low: float, high: float, *, above_low: bool = False) -> float:
+    allowed = f"a number {'above' if above_low else 'from'} {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are Real, a bool is no number
+        raise _refused(name, value, allowed)
+    number: Any = value
+    if not low <= number <= high or (above_low and number == low):  # NaN compares false
+        raise _refused(name, value, allowed)
+    return float(number)
+
+
+def _integer(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
+    if not isinstance(value, bool) and isinstance(value, numbers.Integral) and low <= int(value) <= high:
+        return int(value)
+    raise _refused(name, value, f"an integer from {low} to {high}")
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _refused(name, value, "True or False")
+    return value
+
+
+def _sequence(name: str, value: object, allowed: str) -> Sequence[object]:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise _refused(name, value, allowed)
+    return value
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    return tuple(_integer(f"{name}[{i}]", v, 0) for i, v in enumerate(_sequence(name, value, "a list of token ids")))
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else _sequence("stop", value, "a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"stop has {len(strings)} strings; allowed are at most {MAX_STOP_STRINGS}")
+    return tuple(_stop_string(string) for string in strings)
+
+
+def _stop_string(value: object) -> str:
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_STOP_LENGTH:
+        raise _refused("stop", value, f"a string of 1 to {MAX_STOP_LENGTH} characters")
+    return value
+
+
+def _logit_bias(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise _refused("logit_bias", value, "a mapping of token ids to numbers")
+    return {
+        _integer("a token id in logit_bias", token, 0): _real(f"logit_bias[{token!r}]", bias, -100, 100)
+        for token, bias in value.items()
+    }

@@ -1,0 +1,12 @@
+"""The root of the exception tree, and the errors of the wire.
+
+`lamina.errors` draws the whole tree; the root stands here because imports only point down.
+"""
+
+
+class LaminaError(Exception):
+    """Every error that Lamina raises on purpose."""
+
+
+class ProtocolError(LaminaError):
+    """A frame or message is malformed, too large, or out of order."""

@@ -1,0 +1,190 @@
+"""The messages of a batch: one frozen dataclass each.
+
+The model worker sends one `Announcement` a batch to each holder, then per layer a `Query` and a `Fresh`;
+the holder answers the announcement with `Announced` and each query with an `Attended`. A holder that
+cannot go on answers with a `Fault` in the place of the reply. Knows nothing of bytes: `codec` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What a holder must know of one layer to keep its KV and attend.
+
+    `scale` multiplies q.k; `window` w lets a query at p see keys in (p - w, p]; `soft_cap` c turns a logit
+    x into c * tanh(x / c). `kv_layer` names the layer whose KV this one reads (itself unless KV is shared).
+    """
+
+    kv_layer: int
+    heads: int
+    kv_heads: int
+    d_k: int
+    d_v: int
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    kind: str = "attention"
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class HolderConfig:
+    """All that an attention worker is built from. `kv_memory` in bytes; `dtype` is the storage dtype's name."""
+
+    layers: tuple[LayerSpec, ...]
+    page_size: int
+    dtype: str
+    kv_memory: int
+
+
+# Operations: what changes which parts exist. A part is what one holder keeps of one sequence.
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Create the empty part `handle` for KV heads `heads` and token positions [lo, hi)."""
+
+    handle: int
+    heads: tuple[int, ...]
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Create the part `handle` as the first `length` tokens of part `parent`, sharing its pages."""
+
+    handle: int
+    parent: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Forget the part `handle`. Pages that no other part shares return to the pool."""
+
+    handle: int
+
+
+Operation = Open | Fork | Close
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one part does in a batch for `count` tokens at positions [start, start + count).
+
+    `read` is the range of positions whose keys the holder attends, or None. It ends at `start` at most, unless
+    it ends at `start + count`: then the holder stores first and attends the row's own tokens too, causally
+    (`fused`), and the model worker computes no present. `store` cuts the part back to `start`, then keeps the
+    row's K and V.
+    """
+
+    handle: int
+    start: int
+    count: int
+    read: tuple[int, int] | None
+    store: bool
+
+    @property
+    def fused(self) -> bool:
+        """Whether the holder attends this row's own tokens too."""
+        return self.read is not None and self.read[1] > self.start
+
+    def stored(self, lo: int, hi: int) -> tuple[int, int]:
+        """The positions [first, end) that a part of range [lo, hi) stores of this row; (0, 0) where there are none."""
+        first, end = max(self.start, lo), min(self.start + self.count, hi)
+        return (first, end) if self.store and first < end else (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """One batch, announced to one holder: operations first, then rows. Reserves all it needs, or is refused.
+
+    `first` numbers the first operation; the holder applies each number once. Without rows it only carries
+    operations (an idle engine flushing closes).
+    """
+
+    epoch: int
+    batch: int
+    first: int
+    operations: tuple[Operation, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """The reply. `accepted=False` means that nothing changed, operations included; `reason` says what lacked.
+
+    `free_pages` is what the pool has left after the reservation; `floors` is per row the lowest length to
+    which its part can still be cut back.
+    """
+
+    epoch: int
+    batch: int
+    accepted: bool
+    free_pages: int
+    floors: tuple[int, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Queries of one layer, for the rows that read, flat in row order.
+
+    q: `[sum over rows of count * (part's KV heads * group), d_k]`, in each row token-major, then head.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    q: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """New K and V of one layer, for the rows that store, flat in row order.
+
+    k: `[sum over rows of count * part's KV heads, d_k]`, v: the same with d_v; token-major, then head.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """The partial attention of one `Query`, in its order. out: `[n, d_v]` in q's dtype, lse: float32 `[n]`."""
+
+    epoch: int
+    batch: int
+    layer: int
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """In the place of a reply, and numbered like it: what went wrong at this holder since the last one."""
+
+    epoch: int
+    batch: int
+    reason: str
+
+
+Request = Announcement | Query | Fresh
+Reply = Announced | Attended | Fault
+Message = Request | Reply

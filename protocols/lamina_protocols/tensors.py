@@ -1,0 +1,65 @@
+"""Tensors as raw little-endian bytes, and back without a copy. Knows no message.
+
+Both directions share memory: `buffer` views the tensor, `from_buffer` views the bytes it was given.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+from lamina_protocols.errors import ProtocolError
+
+ALIGNMENT = 64  # of every tensor inside a payload: one cache line, the widest SIMD register
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+if sys.byteorder != "little":
+    raise ImportError("lamina sends tensors as little-endian bytes and runs on little-endian machines only")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The wire name of a dtype. Raises ProtocolError where the wire has none."""
+    try:
+        return _NAMES[dtype]
+    except KeyError:
+        raise ProtocolError(f"dtype {dtype} cannot be sent, only {', '.join(DTYPES)}") from None
+
+
+def padding(size: int) -> int:
+    """Bytes to add so that `size` becomes a multiple of ALIGNMENT."""
+    return -size % ALIGNMENT
+
+
+def buffer(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor (made contiguous first), sharing its memory."""
+    flat = tensor.contiguous().reshape(-1)
+    if not flat.numel():
+        return memoryview(b"")
+    return flat.view(torch.uint8).numpy().data
+
+
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Size in bytes of a tensor as a header describes it. Raises ProtocolError for an unknown dtype or a bad shape."""
+    if dtype not in DTYPES:
+        raise ProtocolError(f"unknown dtype {dtype!r}, allowed: {', '.join(DTYPES)}")
+    if any(dim < 0 for dim in shape):
+        raise ProtocolError(f"negative dimension in tensor shape {shape}")
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def from_buffer(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor that views `data`, which must be exactly as long as dtype and shape say and writable."""
+    if len(data) != nbytes(dtype, shape):
+        raise ProtocolError(f"{len(data)} bytes for a {dtype} tensor {shape} of {nbytes(dtype, shape)}")
+    if not len(data):
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)

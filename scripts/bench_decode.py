@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Decode ms/step and prefill tokens/s of Lamina beside its peers, with the roofline, all in one run.
+
+usage: scripts/bench_decode.py [--peer-python PYTHON] [--engines lamina,hf,vllm] [--rounds 3] [BATCHxCONTEXT ...]
+
+Every engine runs in a process of its own and waits while another one is measured; rounds take turns, so that a slow
+minute of the machine meets all of them. Prompts are random token ids (none seen before: prefix caches are off),
+sampling is greedy, end-of-text is ignored. A step is (time of 1 + STEPS tokens - time of 1 token) / STEPS; the
+prefill rate is the prompts' tokens over the time of 1 token. The roofline is (weight bytes + KV bytes read) over the
+read bandwidth that torch's sum reaches in the same run. `--peer-python` is a Python with vLLM's CPU build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEPS = 32
+SHAPES = ["1x64", "8x512", "1x2048", "8x2048"]
+Run = Callable[[list[list[int]], int], None]
+
+
+def prompts(batch: int, context: int, seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randint(10, 40000) for _ in range(context)] for _ in range(batch)]
+
+
+def lamina(model: str) -> Run:
+    from lamina import LLM
+
+    llm = LLM(model, dtype="bfloat16", prefix_cache=False)
+    return lambda ids, n: llm.generate(ids, max_tokens=n, ignore_eos=True) and None
+
+
+def hf(model: str) -> Run:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def run(ids: list[list[int]], n: int) -> None:
+        out = net(torch.tensor(ids), use_cache=True, logits_to_keep=1)
+        for _ in range(n - 1):
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = net(token, past_key_values=out.past_key_values, use_cache=True)
+
+    return run
+
+
+def vllm(model: str) -> Run:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{cores() - 1}")
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, dtype="bfloat16", max_model_len=8192, max_num_seqs=16, enable_prefix_caching=False)
+
+    def run(ids: list[list[int]], n: int) -> None:
+        params = SamplingParams(max_tokens=n, ignore_eos=True, temperature=0)
+        llm.generate([{"prompt_token_ids": p} for p in ids], params, use_tqdm=False)
+
+    return run
+
+
+def bandwidth(_model: str) -> Run:
+    """No engine: reads 1 GB."""
+    import torch
+
+    data = torch.ones(1 << 28)
+    return lambda _ids, _n: data.sum() and None
+
+
+ENGINES = {"lamina": lamina, "hf": hf, "vllm": vllm, "bandwidth": bandwidth}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def serve(engine: str, model: str) -> None:
+    """Child: answer each line [batch, context, n, seed] with the seconds it took."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # engines print
+    run = ENGINES[engine](model)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        batch, context, n, seed = json.loads(line)
+        ids = prompts(batch, context, seed)
+        start = time.perf_counter()
+        run(ids, n)
+        print(time.perf_counter() - start, file=answers, flush=True)
+
+
+class Child:
+    """One engine in its own process."""
+
+    def __init__(self, engine: str, python: str, model: str) -> None:
+        self._process = subprocess.Popen(
+            [python, __file__, "--serve", engine, "--model", model],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._answer(engine)
+
+    def seconds(self, batch: int, context: int, n: int, seed: int) -> float:
+        print(json.dumps([batch, context, n, seed]), file=self._process.stdin, flush=True)
+        return float(self._answer("the engine"))
+
+    def _answer(self, who: str) -> str:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            raise SystemExit(f"{who} ended with status {self._process.wait()}")
+        return line
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def measure(children: dict[str, Child], batch: int, context: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Per engine the medians of seconds for one token and of seconds a step; for bandwidth, of seconds a GB."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in children}
+    for number in range(rounds + 1):
+        for name, child in children.items():
+            one = child.seconds(batch, context, 1, 2 * number)
+            many = child.seconds(batch, context, 1 + STEPS, 2 * number + 1) if name != "bandwidth" else one
+            if number:  # the first round warms up
+                times[name].append((one, (many - one) / STEPS))
+    return {
+        name: (statistics.median(t[0] for t in taken), statistics.median(t[1] for t in taken))
+        for name, taken in times.items()
+    }
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="BATCHxCONTEXT")
+    parser.add_argument("--engines", default=None, help="comma separated; default lamina,hf and with a peer vllm")
+    parser.add_argument("--peer-python", default=None)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.model)
+        return
+
+    from lamina.models import resolve
+
+    folder = resolve(args.model)
+    config = json.loads((folder / "config.json").read_text())
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    kv_bytes = config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 2 * 2
+    names = (args.engines or ("lamina,hf,vllm" if args.peer_python else "lamina,hf")).split(",")
+    print(f"{processor()}, {cores()} cores; {args.model} in bfloat16")
+    print(f"{weights / 1e6:.0f} MB of weights, {kv_bytes} bytes of KV a token")
+    pythons = {name: args.peer_python if name == "vllm" else sys.executable for name in names}
+    children = {name: Child(name, python, str(folder)) for name, python in pythons.items()}
+    children["bandwidth"] = Child("bandwidth", sys.executable, str(folder))
+    baseline = "vllm" if "vllm" in names else "hf" if "hf" in names else names[0]
+    header = ("shape", "engine", "ms/step", f"of {baseline}", "roofline", "prefill tok/s", f"of {baseline}")
+    print("{:>8} {:>10} {:>9} {:>8} {:>9} {:>14} {:>8}".format(*header))
+    for shape in args.shapes:
+        batch, context = map(int, shape.split("x"))
+        results = measure(children, batch, context, args.rounds)
+        speed = (1 << 30) / results.pop("bandwidth")[0]
+        roofline = (weights + batch * (context + STEPS / 2) * kv_bytes) / speed
+        for name, (one, step) in results.items():
+            print(
+                f"{shape:>8} {name:>10} {step * 1e3:9.2f} {step / results[baseline][1]:8.2f} {roofline / step:8.0%} "
+                f"{batch * context / one:14.0f} {results[baseline][0] / one:8.2f}",
+                flush=True,
+            )
+        print(f"{'':>8} {'roofline':>10} {roofline * 1e3:9.2f} {'':8} {speed / 1e9:5.1f} GB/s", flush=True)
+    for child in children.values():
+        child.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Shared by the tests: a tiny random model, and an engine around it whose every part can be replaced."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from lamina.engine import Engine, Output, Ticket
+from lamina.placement import Placement, Share
+from lamina.request import Request as TokenRequest
+from lamina.request import SchedulerConfig
+from lamina.scheduler import Scheduler
+from lamina.types import SamplingParams
+from lamina_protocols import codec
+from lamina_protocols.errors import LaminaError
+from lamina_protocols.messages import Fault, Fresh, HolderConfig, Message, Reply, Request
+from lamina_workers.attention_port import AttentionPort, LocalAttention
+from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.decoder_weights import tensor_shapes
+from lamina_workers.layout import page_layout
+from lamina_workers.model import Decoder
+from lamina_workers.model_config import ModelConfig
+from lamina_workers.model_worker import ModelWorker
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+
+
+class Tensors:
+    """A checkpoint in memory: random weights of a config."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._tensors = {
+            name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.3
+            for name, shape in tensor_shapes(config).items()
+        }
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
+
+    def shape(self, name: str) -> Sequence[int]:
+        return self._tensors[name].shape
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def release(self, name: str) -> None:
+        pass
+
+
+def tiny_decoder(**overrides: Any) -> Decoder:
+    """A float32 decoder of `TINY`, some fields of its config replaced."""
+    config = ModelConfig.from_dict(TINY | overrides)
+    return Decoder.load(config, Tensors(config), torch.float32)
+
+
+def holder_config(decoder: Decoder, pages: int = 2000, page_size: int = 16) -> HolderConfig:
+    """What a holder of that decoder's KV is built from, with room for `pages`."""
+    layers = decoder.config.layer_specs()
+    config = HolderConfig(layers, page_size, "float32", 1)
+    return HolderConfig(layers, page_size, "float32", pages * page_layout(config).page_bytes)
+
+
+class BytesPort:
+    """A port that turns every message into bytes and back, both ways: nothing else crosses the cut.
+
+    `before(request)` may raise a LaminaError: the message is lost, and a fault takes the place of the next reply.
+    """
+
+    def __init__(self, worker: AttentionWorker, before: Callable[[Request], None] = lambda request: None) -> None:
+        self._inner = LocalAttention(worker)
+        self._before = before
+        self._lost = ""
+        self._replies: deque[bytearray] = deque()
+
+    def send(self, request: Request) -> None:
+        try:
+            self._before(request)
+        except LaminaError as error:
+            self._lost = str(error)
+        if not self._lost:
+            self._inner.send(codec.decode(_frame(request)))  # type: ignore[arg-type]  # a request comes back as one
+        if isinstance(request, Fresh):
+            return
+        lost = Fault(request.epoch, request.batch, self._lost)
+        self._replies.append(_frame(lost if self._lost else self._inner.receive()))
+        self._lost = ""
+
+    def receive(self) -> Reply:
+        return codec.decode(self._replies.popleft())  # type: ignore[return-value]  # a reply comes back as one
+
+
+def _frame(message: Message) -> bytearray:
+    return bytearray(b"".join(codec.encode(message)))
+
+
+class Rig:
+    """An engine around a tiny decoder: answers prompts with token ids."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        shares: Sequence[Share] | None = None,
+        pages: int = 2000,
+        page_size: int = 16,
+        max_batch_tokens: int = 512,
+        prefix_cache: bool = False,
+        max_model_len: int = 2048,
+        port: Callable[[AttentionWorker], AttentionPort] = LocalAttention,
+    ) -> None:
+        heads = tuple(range(decoder.config.num_key_value_heads))
+        shares = shares or [Share(heads, 0, max_model_len, fused=True)]
+        holder = holder_config(decoder, pages, page_size)
+        groups: dict[int | None, int] = {}
+        for spec in holder.layers:
+            groups[spec.window] = groups.get(spec.window, 0) + spec.kv_heads
+        limits = SchedulerConfig(
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=64,
+            max_model_len=max_model_len,
+            page_size=page_size,
+            page_groups=tuple((units, window) for window, units in groups.items()),
+            total_pages=pages,
+            prefix_cache=prefix_cache,
+        )
+        self.workers = [AttentionWorker(holder) for _ in shares]
+        self.scheduler = Scheduler(limits)
+        worker = ModelWorker(decoder, holder, [port(w) for w in self.workers])
+        self.engine = Engine(worker, self.scheduler, Placement(tuple(shares)), time.monotonic)
+        self._thread = threading.Thread(target=self.engine.run, daemon=True)
+        self._thread.start()
+        self._submitted = 0
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> tuple[Ticket, Any]:
+        """Queue one prompt; its outputs come through the queue that is returned."""
+        inbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+        self._submitted += 1
+        ticket = Ticket(
+            request=TokenRequest(
+                id=str(self._submitted),
+                prompt=tuple(prompt),
+                max_tokens=params.max_tokens,
+                min_tokens=params.min_tokens,
+                stop_token_ids=frozenset(params.stop_token_ids),
+                n=params.n,
+                priority=priority,
+            ),
+            params=params,
+            seed=params.seed or 0,
+            sink=lambda _ticket, outputs: inbox.put(outputs),
+            submitted=0.0,
+        )
+        self.engine.submit(ticket)
+        return ticket, inbox
+
+    def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[list[list[int]]]:
+        """The output tokens of each sample of each prompt. Raises what the engine reports."""
+        params = SamplingParams(**sampling).with_defaults({"do_sample": True} if "temperature" in sampling else {})
+        return [collect(inbox, params.n) for _, inbox in [self.submit(prompt, params) for prompt in prompts]]
+
+    def close(self) -> None:
+        """Stop, and check that every page came back."""
+        self.engine.close()
+        self._thread.join()
+        for worker in self.workers:
+            worker.store.check_integrity()
+
+
+def collect(inbox: Any, n: int = 1) -> list[list[int]]:
+    """The tokens of every sample, read until all have ended."""
+    tokens: list[list[int]] = [[] for _ in range(n)]
+    ended = 0
+    while ended < n:
+        for output in inbox.get(timeout=60):
+            if output.error is not None:
+                raise output.error
+            if output.token is not None:
+                tokens[output.sample].append(output.token)
+            ended += output.finish_reason is not None
+    return tokens
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from more, and a busy machine makes teams of threads wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def decoder() -> Decoder:
+    """The tiny decoder, full attention in every layer."""
+    return tiny_decoder()
+
+
+@pytest.fixture(scope="session")
+def windowed() -> Decoder:
+    """A tiny decoder whose middle layer has a sliding window of 21 tokens."""
+    return tiny_decoder(
+        architectures=["Qwen3ForCausalLM"],
+        model_type="qwen3",
+        use_sliding_window=True,
+        sliding_window=21,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )

@@ -1,0 +1,138 @@
+"""Frames: every message comes back as it was, and nothing malformed gets through."""
+
+from __future__ import annotations
+
+import struct
+
+import msgpack
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina_protocols import codec
+from lamina_protocols import messages as m
+from lamina_protocols.errors import ProtocolError
+
+_int = st.integers(0, 2**62 - 1)
+_rows = st.builds(
+    m.Row, _int, _int, _int, st.none() | st.tuples(_int, _int).map(lambda x: tuple(sorted(x))), st.booleans()
+)
+_operations = (
+    st.builds(m.Open, _int, st.lists(_int, max_size=4).map(tuple), _int, _int)
+    | st.builds(m.Fork, _int, _int, _int)
+    | st.builds(m.Close, _int)
+)
+_plain = (
+    st.builds(
+        m.Announcement, _int, _int, _int, st.lists(_operations, max_size=4).map(tuple), st.lists(_rows).map(tuple)
+    )
+    | st.builds(m.Announced, _int, _int, st.booleans(), _int, st.lists(_int).map(tuple), st.text())
+    | st.builds(m.Fault, _int, _int, st.text())
+)
+
+
+def whole(message: m.Message) -> bytearray:
+    return bytearray(b"".join(codec.encode(message)))
+
+
+@given(_plain)
+def test_messages_without_tensors_come_back_equal(message):
+    assert codec.decode(whole(message)) == message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("n", [0, 1, 37])
+def test_tensors_come_back_bit_for_bit(dtype, n):
+    k, v = (torch.randint(-99, 99, (n, d)).to(dtype) for d in (5, 16))
+    back = codec.decode(whole(m.Fresh(1, 2, 3, k, v)))
+    assert isinstance(back, m.Fresh)
+    assert (back.epoch, back.batch, back.layer) == (1, 2, 3)
+    assert back.k.dtype == back.v.dtype == dtype
+    assert torch.equal(back.k, k)
+    assert torch.equal(back.v, v)
+
+
+def test_tensors_share_memory_with_frame_and_message():
+    q = torch.arange(8.0).view(2, 4)
+    buffers = codec.encode(m.Query(0, 0, 0, q))
+    q[0, 0] = 42
+    frame = bytearray(b"".join(buffers))
+    back = codec.decode(frame)
+    assert isinstance(back, m.Query)
+    assert back.q[0, 0] == 42
+    frame[-4:] = struct.pack("<f", -7)
+    assert back.q[1, 3] == -7
+
+
+def test_header_of_a_layers_message_is_short():
+    for message in (m.Query(9, 1 << 20, 79, torch.zeros(64 * 64, 128)), m.Attended(9, 1 << 20, 79, *_attended())):
+        assert len(codec.encode(message)[0]) <= 64
+
+
+def _attended():
+    return torch.zeros(64 * 64, 128), torch.zeros(64 * 64)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(data):
+    with pytest.raises(ProtocolError):
+        codec.decode(bytearray(data))
+
+
+@given(st.data())
+def test_a_changed_frame_is_refused_or_means_something_valid(data):
+    frame = whole(m.Attended(1, 2, 3, torch.ones(3, 4), torch.ones(3)))
+    frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        message = codec.decode(frame)
+    except ProtocolError:
+        return
+    assert isinstance(message, m.Query | m.Fresh | m.Attended)
+
+
+@given(st.data())
+def test_a_truncated_frame_is_refused(data):
+    frame = whole(m.Query(1, 2, 3, torch.ones(3, 4)))
+    with pytest.raises(ProtocolError):
+        codec.decode(frame[: data.draw(st.integers(0, len(frame) - 1))])
+
+
+def frame_of(tag: int, header: bytes, payload: bytes = b"") -> bytearray:
+    return bytearray(struct.pack("<4sHHIQ", b"LMNA", 1, tag, len(header), len(payload)) + header + payload)
+
+
+@pytest.mark.parametrize(
+    ("tag", "header"),
+    [
+        (1, b"\xdd\xff\xff\xff\xff"),  # an array that claims 2^32 items in 5 bytes
+        (1, b"\x91" * 5000),  # nested 5,000 deep
+        (2, msgpack.packb([1, 2, 1, 3, [], ""])),  # 1 is not true
+        (2, msgpack.packb([1, 2, True, -3, [], ""])),
+        (2, msgpack.packb([1, 2, True, 3, {}, ""])),
+        (6, msgpack.packb([1, 2, b"bytes"])),
+        (6, msgpack.packb([1, 2, msgpack.ExtType(4, b"x")])),
+        (1, msgpack.packb([1, 2, 3, [[7, 1]], []])),  # no such operation
+        (1, msgpack.packb([1, 2, 3, [], [[1, 2, 3, [5, 4], True]]])),  # a range that ends before it begins
+        (3, msgpack.packb([1, 2, 3, ["float64", 1]])),
+        (3, msgpack.packb([1, 2, 3, ["float32", 1 << 40, 1 << 40]])),
+        (3, msgpack.packb([1, 2, 3, ["float32", -1]])),
+        (3, msgpack.packb([1, 2, 3, ["float32", 2]])),  # no bytes there
+        (99, msgpack.packb([])),
+    ],
+)
+def test_lying_headers_are_refused(tag, header):
+    with pytest.raises(ProtocolError):
+        codec.decode(frame_of(tag, header))
+
+
+def test_another_version_is_refused_naming_both():
+    frame = whole(m.Fault(1, 2, "x"))
+    frame[4:6] = struct.pack("<H", 77)
+    with pytest.raises(ProtocolError, match=r"77.*1"):
+        codec.decode(frame)
+
+
+def test_a_dtype_without_a_name_is_refused():
+    with pytest.raises(ProtocolError, match="float64"):
+        codec.encode(m.Query(0, 0, 0, torch.zeros(1, dtype=torch.float64)))

@@ -1,0 +1,89 @@
+"""A converted GGUF is the model it was made of; what cannot be converted is named."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_writing import FAMILIES, silent, tiny, write_gguf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lamina.errors import LaminaError, ModelFileError, UnsupportedModelError
+from lamina.gguf_conversion import convert
+from lamina.gguf_files import GgufFile
+
+
+def converted(path: Path) -> Path:
+    """The folder that a GGUF file becomes."""
+    folder = path.with_suffix("")
+    folder.mkdir()
+    convert(GgufFile(path), folder, silent)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_converted_gguf_is_the_model_it_was_made_of(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight")
+    folder = converted(write_gguf(tmp_path / "x.gguf", model.config, weights))
+    written = load_file(folder / "model.safetensors")
+    assert written.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(written[name], tensor.to(torch.bfloat16)), name
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.to(torch.bfloat16).to(torch.float32)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # its frequencies are no weights
+    ids = torch.randint(0, 300, (1, 77), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # it takes every Qwen3 to have heads of 128
+def test_the_model_is_the_one_that_transformers_reads_from_the_gguf(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    weights = {name: t.to(torch.bfloat16) for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    path = write_gguf(tmp_path / "x.gguf", model.config, weights)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    ours = AutoModelForCausalLM.from_pretrained(converted(path), dtype=torch.float32).eval()
+    ids = torch.randint(0, 300, (1, 33), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"llama__expert_count": 8}, "mixture"),
+        ({"llama__attention__value_length": 16}, "values"),
+        ({"llama__attention__sliding_window": 1 << 31}, "sliding_window"),
+    ],
+)
+def test_what_is_not_implemented_is_named(tmp_path: Path, extra: dict[str, int], message: str) -> None:
+    model = tiny("llama")
+    path = write_gguf(tmp_path / "x.gguf", model.config, model.state_dict(), **extra)
+    with pytest.raises(LaminaError, match=message):
+        converted(path)
+
+
+def test_a_gguf_that_contradicts_itself_names_tensor_and_shapes(tmp_path: Path) -> None:
+    model = tiny("llama")
+    weights = model.state_dict()
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(70, 48)
+    with pytest.raises(ModelFileError, match=r"blk\.1\.ffn_up\.weight.*\[70, 48\].*\[72, 48\]"):
+        converted(write_gguf(tmp_path / "a.gguf", model.config, weights))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ModelFileError, match=r"no tensor 'blk\.1\.ffn_up\.weight'"):
+        converted(write_gguf(tmp_path / "b.gguf", model.config, weights))
+
+
+def test_an_unknown_architecture_lists_what_is_supported(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    key = struct.pack("<Q20sIQ5s", 20, b"general.architecture", 8, 5, b"mamba")
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
+    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, mistral, qwen2, qwen3"):
+        converted(path)

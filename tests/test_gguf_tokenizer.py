@@ -1,0 +1,146 @@
+"""Tokenizers from GGUF metadata give the ids that transformers gives; what cannot be built is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer
+
+from lamina.errors import LaminaError, ModelFileError, UnsupportedModelError
+from lamina.gguf_files import GgufFile
+from lamina.gguf_tokenizer import tokenizer_files
+
+TEXTS = [
+    "the hat's THE cat, 'll don't\n\n  the  end  ",
+    "é 🎉🧑‍🚀 漢字かな ½",
+    "  <s>the</s> <think>x",
+    "<|end|>the<|end|>",
+    "\t\r\n x",
+    "",
+]
+MERGES = ["Ġ t", "h e", "Ġt he", "t he", "1 2", "Ġ 1", "12 1", "' s", "a t"]
+SPECIAL = ["<s>", "</s>", "<|end|>"]
+USER_DEFINED = ["<think>"]
+
+
+def byte_level(pre: str) -> dict[str, Any]:
+    """A byte-level vocabulary: all bytes, a few merges, special tokens, and one token that only is found whole."""
+    tokens = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
+    kinds = [1] * len(tokens) + [3] * len(SPECIAL) + [4] * len(USER_DEFINED)
+    tokens += SPECIAL + USER_DEFINED
+    return {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": kinds,
+        "merges": MERGES,
+        "bos_token_id": tokens.index("<s>"),
+        "eos_token_id": tokens.index("</s>"),
+        "add_bos_token": False,
+    }
+
+
+def sentencepiece() -> dict[str, Any]:
+    """A SentencePiece vocabulary: unknown, special, byte tokens, then words with their scores."""
+    words = ["▁", "t", "h", "e", "a", "▁t", "he", "▁the", "▁th", "at", "hat", "▁hat", "▁▁", "c", "x", "'"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    return {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(words),
+        "scores": [0.0] * 259 + [-float(i) for i in range(len(words))],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        "add_bos_token": True,
+    }
+
+
+def write(path: Path, keys: dict[str, Any]) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    for key, value in keys.items():
+        name = f"tokenizer.ggml.{key}"
+        match value:
+            case bool():
+                writer.add_bool(name, value)
+            case int():
+                writer.add_uint32(name, value)
+            case str():
+                writer.add_string(name, value)
+            case _:
+                writer.add_array(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def build(path: Path) -> Tokenizer:
+    files = tokenizer_files(path, GgufFile(path).metadata)
+    return Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+
+
+@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "sentencepiece"])
+def test_ids_and_text_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "x.gguf", sentencepiece() if kind == "sentencepiece" else byte_level(kind))
+    ours, theirs = build(path), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    for text in TEXTS:
+        ids = theirs(text).input_ids
+        assert ours.encode(text).ids == ids, text
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("smollm", ["Ġ", "1", "2", "1", "x"]),
+        ("qwen2", ["Ġ", "1", "2", "1", "x"]),
+        ("llama-bpe", ["Ġ", "121", "x"]),
+    ],
+)
+def test_digits_are_split_as_the_vocabulary_was_trained(tmp_path: Path, pre: str, pieces: list[str]) -> None:
+    assert build(write(tmp_path / "x.gguf", byte_level(pre))).encode(" 121x").tokens == pieces
+
+
+def test_qwen2_composes_characters_first(tmp_path: Path) -> None:
+    tokenizer = build(write(tmp_path / "x.gguf", byte_level("qwen2")))
+    assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
+
+
+def test_companion_files_name_special_tokens(tmp_path: Path) -> None:
+    keys = byte_level("smollm")
+    keys |= {"eot_token_id": keys["tokens"].index("<|end|>"), "add_bos_token": True}
+    path = write(tmp_path / "x.gguf", keys)
+    files = tokenizer_files(path, GgufFile(path).metadata | {"tokenizer.chat_template": "{{ messages }}"})
+    assert files["generation_config.json"]["eos_token_id"] == [keys["eos_token_id"], keys["eot_token_id"]]
+    assert files["tokenizer_config.json"]["bos_token"] == "<s>"
+    assert files["tokenizer_config.json"]["chat_template"] == "{{ messages }}"
+    assert build(path).encode("x").tokens == ["<s>", "x"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "bert"}, UnsupportedModelError, "'bert'; supported are gpt2, llama"),
+        ({"pre": "falcon"}, UnsupportedModelError, "'falcon'; supported are smollm"),
+        ({"bos_token_id": 1 << 20}, ModelFileError, r"bos token is 1048576; allowed is 0 to \d+"),
+        ({"merges": ["no such"]}, ModelFileError, "malformed tokenizer"),
+        ({"merges": ["one"]}, ModelFileError, "malformed tokenizer"),
+        ({"tokens": ["a", "a"]}, ModelFileError, "repeats"),
+        ({"token_type": [1]}, ModelFileError, "token types"),
+        ({"tokens": [1, 2]}, ModelFileError, "only str"),
+    ],
+)
+def test_what_cannot_be_built_is_named(
+    tmp_path: Path, change: dict[str, Any], error: type[LaminaError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build(write(tmp_path / "x.gguf", byte_level("smollm") | change))

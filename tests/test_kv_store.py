@@ -1,0 +1,290 @@
+"""The page pool against a plain model of what each part holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Row
+from lamina_workers.errors import KVError, PoolExhausted
+from lamina_workers.kv_store import NO_PAGE, KVStore
+
+SIZE = 16
+WINDOW = 20
+
+
+def config(windows=(None, WINDOW), kv_heads=2):
+    layers = tuple(LayerSpec(i, 4, kv_heads, 16, 16, 0.25, window) for i, window in enumerate(windows))
+    return HolderConfig(layers, SIZE, "float32", 0)
+
+
+def store(pages, windows=(None,)):
+    return KVStore(config(windows), pages)
+
+
+def row(handle, start, count, store=True):
+    return Row(handle, start, count, None, store)
+
+
+def test_pages_are_counted_exactly():
+    kv = store(100)
+    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 17)])
+    assert kv.free_pages == 100 - 2 * 2
+    kv.update([], [row(1, 17, 15)])
+    assert kv.free_pages == 100 - 2 * 2
+    kv.update([], [row(1, 32, 1)])
+    assert kv.free_pages == 100 - 3 * 2
+    kv.update([Close(1)], [])
+    assert kv.free_pages == 100
+
+
+def test_a_refused_update_changes_nothing():
+    kv = store(6)
+    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    before = kv.part(1).table.copy()
+    with pytest.raises(PoolExhausted, match="needed"):
+        kv.update([Fork(2, 1, 10), Open(3, (0, 1), 0, 1000)], [row(1, 4, 100), row(3, 0, 1)])
+    assert (kv.part(1).table == before).all()
+    assert kv.part(1).held == 20
+    with pytest.raises(KVError, match="no part has handle 2"):
+        kv.part(2)
+    kv.check_integrity()
+    kv.update([Fork(2, 1, 10)], [])
+
+
+def test_a_shared_page_is_copied_before_it_is_written():
+    kv = store(100)
+    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    reservation = kv.update([Fork(2, 1, 18)], [row(2, 18, 1)])
+    assert sorted(reservation.copies_from) == sorted(kv.part(1).table[0, :, 1])
+    assert sorted(reservation.copies_to) == sorted(kv.part(2).table[0, :, 1])
+    assert (kv.part(1).table[:, :, 0] == kv.part(2).table[:, :, 0]).all()
+    assert not kv.update([], [row(2, 19, 1)]).copies_from.size
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(1, 21, 1)], "gap"),
+        ([Row(1, 20, 1, (0, 22), True)], r"reads \[0, 22\)"),
+        ([Row(1, 20, 1, (0, 21), False)], r"reads \[0, 21\)"),
+        ([row(9, 0, 1)], "handle 9"),
+        ([row(1, 0, 0)], "0 tokens"),
+        ([row(1, 20, 1), row(1, 21, 1)], "part 1 has 2 rows"),
+        ([Row(1, 20, 1, (0, 20), False), row(1, 5, 1)], "part 1 has 2 rows"),
+    ],
+)
+def test_impossible_rows_are_refused(rows, message):
+    kv = store(100)
+    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    with pytest.raises(KVError, match=message):
+        kv.update([], rows)
+    kv.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [Open(1, (0,), 0, 9), Open(2, (0, 0), 0, 9), Open(2, (2,), 0, 9), Open(2, (), 0, 9), Open(2, (0,), 9, 9),
+     Fork(2, 1, 21), Fork(2, 7, 0), Fork(1, 1, 4), Close(4)],
+)  # fmt: skip
+def test_impossible_operations_are_refused(operation):
+    kv = store(100)
+    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    with pytest.raises(KVError):
+        kv.update([operation], [])
+    kv.check_integrity()
+
+
+def test_pages_behind_a_window_are_freed_and_raise_the_floor():
+    kv = store(1000, (None, WINDOW))
+    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 64)])
+    free = kv.free_pages
+    reservation = kv.update([], [row(1, 64, 1)])
+    freed = (64 - WINDOW + 1) // SIZE
+    assert kv.free_pages == free + 2 * freed - 2 * 2
+    assert reservation.floors == (freed * SIZE + WINDOW - 1,)
+    with pytest.raises(KVError, match="floor"):
+        kv.update([], [row(1, reservation.floors[0] - 1, 1)])
+    kv.update([], [row(1, reservation.floors[0], 1)])
+    kv.check_integrity()
+
+
+def test_a_part_of_a_range_stores_only_its_own_positions():
+    kv = store(100)
+    kv.update([Open(1, (1,), 24, 56)], [row(1, 0, 30)])
+    assert kv.part(1).held == 30
+    assert kv.slots(row(1, 0, 30)).shape == (1, 6, 1)
+    kv.update([], [row(1, 30, 40)])
+    assert kv.part(1).held == 56
+    assert kv.free_pages == 100 - 2
+
+
+@pytest.mark.parametrize(
+    ("length", "held"), [(0, 24), (23, 24), (24, 24), (25, 25), (41, 41), (56, 56), (57, 56), (80, 56)]
+)
+def test_a_fork_of_a_range_takes_what_lies_in_it(length, held):
+    kv = store(100)
+    kv.update([Open(1, (0, 1), 24, 56)], [row(1, 0, 80)])
+    kv.update([Fork(2, 1, length)], [])
+    kv.check_integrity()
+    assert kv.part(2).held == held
+    used = -(-(held - 24) // SIZE)
+    assert kv.part(2).table.shape[2] == used
+    assert (kv.part(2).table == kv.part(1).table[:, :, :used]).all()
+    kv.update([Close(1)], [row(2, length, 3)])
+    kv.check_integrity()
+
+
+@pytest.mark.parametrize("length", [-1, 41, 56, 80])
+def test_a_fork_of_a_range_beyond_what_is_held_is_refused(length):
+    kv = store(100)
+    kv.update([Open(7, (0, 1), 24, 56)], [row(7, 0, 40)])
+    with pytest.raises(KVError, match=f"cannot fork part 7 at {length},"):
+        kv.update([Fork(8, 7, length)], [])
+    kv.check_integrity()
+
+
+@pytest.mark.parametrize(("length", "allowed"), [(16, True), (17, False), (82, False), (83, True), (91, True)])
+def test_a_fork_of_a_range_has_every_key_that_its_windows_see(length, allowed):
+    kv = store(100, (WINDOW,))
+    kv.update([Open(1, (0, 1), 16, 56)], [row(1, 0, 90)])
+    floor = kv.update([], [row(1, 90, 1)]).floors[0]
+    kv.check_integrity()
+    assert floor == 83  # the window has left the whole range, whose last page ends at 64
+    if allowed:
+        kv.update([Fork(2, 1, length)], [])
+    else:
+        with pytest.raises(KVError, match="cannot fork"):
+            kv.update([Fork(2, 1, length)], [])
+    kv.check_integrity()
+
+
+def snapshot(kv):
+    parts = {handle: (part.held, part.table.tolist(), part.freed.tolist()) for handle, part in kv._parts.items()}
+    return parts, kv._free[: kv.free_pages].tolist(), kv._references.tolist()
+
+
+def test_an_interrupted_update_changes_nothing():
+    def operations():
+        yield from (Fork(2, 1, 10), Close(1), Open(3, (0, 1), 0, 1000))
+        raise KeyboardInterrupt
+
+    kv = store(100)
+    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    before = snapshot(kv)
+    with pytest.raises(KeyboardInterrupt):
+        kv.update(operations(), [])
+    assert snapshot(kv) == before
+    kv.check_integrity()
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_an_update_that_fails_while_it_reserves_changes_nothing(failing):
+    class Failing(KVStore):
+        """Runs out of memory in the `failing`-th part that it extends."""
+
+        calls = 0
+
+        def _extend(self, part, end):
+            self.calls += 1
+            if self.calls == failing:
+                raise MemoryError
+            super()._extend(part, end)
+
+    kv = Failing(config((None, WINDOW)), 100)
+    kv.calls = -3
+    kv.update([Open(n, (0, 1), 0, 1000) for n in (1, 2, 3)], [row(1, 0, 50), row(2, 0, 17), row(3, 0, 16)])
+    kv.update([Fork(4, 1, 41)], [])
+    before = snapshot(kv)
+    with pytest.raises(MemoryError):
+        kv.update([Close(3), Fork(5, 2, 8)], [row(1, 45, 80), row(2, 16, 1), row(5, 8, 1)])
+    assert snapshot(kv) == before
+    kv.check_integrity()
+    kv.update([Close(3), Fork(5, 2, 8)], [row(1, 45, 80), row(2, 16, 1), row(5, 8, 1)])
+    kv.check_integrity()
+
+
+class Pool(RuleBasedStateMachine):
+    """Each part's content as a list of unique values, written and read through the tables like real KV."""
+
+    parts = Bundle("parts")
+
+    def __init__(self):
+        super().__init__()
+        self.kv = KVStore(config(), 120)
+        self.memory = np.full((120, SIZE), -1)
+        self.held: dict[int, list[int]] = {}
+        self.floors: dict[int, int] = {}
+        self.handles = 0
+        self.values = 0
+
+    def handle(self):
+        self.handles += 1
+        return self.handles
+
+    @rule(target=parts)
+    def open(self):
+        handle = self.handle()
+        self.kv.update([Open(handle, (0, 1), 0, 500)], [])
+        self.held[handle], self.floors[handle] = [], 0
+        return handle
+
+    @rule(target=parts, parent=parts, data=st.data())
+    def fork(self, parent, data):
+        length = data.draw(st.integers(self.floors[parent], len(self.held[parent])))
+        handle = self.handle()
+        self.kv.update([Fork(handle, parent, length)], [])
+        self.held[handle], self.floors[handle] = self.held[parent][:length], self.floors[parent]
+        return handle
+
+    @rule(handle=consumes(parts))
+    def close(self, handle):
+        self.kv.update([Close(handle)], [])
+        del self.held[handle], self.floors[handle]
+
+    @rule(handles=st.lists(parts, min_size=1, max_size=3, unique=True), data=st.data())
+    def write(self, handles, data):
+        rows = []
+        for handle in handles:
+            start = data.draw(st.integers(self.floors[handle], len(self.held[handle])))
+            rows.append(row(handle, start, data.draw(st.integers(1, 60))))
+        before = self.kv.free_pages
+        try:
+            reservation = self.kv.update([], rows)
+        except PoolExhausted:
+            assert self.kv.free_pages == before
+            return
+        self.memory[reservation.copies_to] = self.memory[reservation.copies_from]
+        for written, floor in zip(rows, reservation.floors, strict=True):
+            self.values += written.count
+            values = list(range(self.values - written.count, self.values))
+            self.held[written.handle][written.start :] = values
+            self.floors[written.handle] = floor
+            slots = self.kv.slots(written)
+            self.memory.reshape(-1)[slots] = np.array(values)[None, :, None]
+
+    @invariant()
+    def holds_what_was_written(self):
+        self.kv.check_integrity()
+        for handle, values in self.held.items():
+            part = self.kv.part(handle)
+            assert part.held == len(values)
+            if not values:
+                continue
+            for layer, seen_from in ((0, 0), (1, max(0, self.floors[handle] - WINDOW + 1))):
+                positions = np.arange(seen_from, len(values))
+                pages = part.table[layer][:, positions // SIZE]
+                assert (pages != NO_PAGE).all()
+                assert (self.memory[pages, positions % SIZE] == np.array(values)[positions]).all()
+
+    def teardown(self):
+        self.kv.update([Close(handle) for handle in self.held], [])
+        assert self.kv.free_pages == 120
+        self.kv.check_integrity()
+
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,50 @@
+"""Pages as a `HolderConfig` describes them: their bytes, and what no page can be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lamina_protocols.messages import HolderConfig, LayerSpec
+from lamina_workers.errors import KVError, UnsupportedModelError
+from lamina_workers.layout import page_count, page_layout
+
+SPEC = LayerSpec(kv_layer=0, heads=6, kv_heads=3, d_k=48, d_v=32, scale=0.1)
+CONFIG = HolderConfig((SPEC, dataclasses.replace(SPEC, kv_layer=1, window=9)), 16, "bfloat16", 1 << 20)
+
+
+def test_a_page_is_as_large_as_its_keys_and_values() -> None:
+    layout = page_layout(CONFIG)
+    assert (layout.page_size, layout.d_k, layout.d_v, layout.dtype) == (16, 48, 32, torch.bfloat16)
+    assert page_count(CONFIG) == (1 << 20) // (16 * (48 + 32) * 2)
+
+
+@pytest.mark.parametrize("changes", [{"kv_heads": 6}, {"heads": 3}, {"d_k": 64}, {"d_v": 16}, {"kind": "latent"}])
+def test_layers_of_unlike_shapes_are_unsupported(changes: dict[str, int | str]) -> None:
+    other = dataclasses.replace(SPEC, **changes)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match="unlike KV shapes"):
+        page_layout(dataclasses.replace(CONFIG, layers=(SPEC, other)))
+
+
+@pytest.mark.parametrize("name", ["d_k", "d_v"])
+@pytest.mark.parametrize("size", [8, 40, 272])
+def test_a_head_size_that_no_page_holds_is_unsupported(name: str, size: int) -> None:
+    spec = dataclasses.replace(SPEC, **{name: size})  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match=f"{name} must be a multiple of 16 from 16 to 256, got {size}"):
+        page_layout(dataclasses.replace(CONFIG, layers=(spec,)))
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8", ""])
+def test_a_dtype_that_kv_is_not_kept_in_is_named(dtype: str) -> None:
+    with pytest.raises(KVError, match=f"KV dtype '{dtype}', allowed: float32, bfloat16, float16"):
+        page_layout(dataclasses.replace(CONFIG, dtype=dtype))
+
+
+def test_memory_for_less_than_a_page_a_layer_is_refused() -> None:
+    least = 2 * page_layout(CONFIG).page_bytes
+    assert page_count(dataclasses.replace(CONFIG, kv_memory=least)) == 2
+    for given in (0, least - 1):
+        with pytest.raises(KVError, match=f"kv_memory is {given} bytes; the least is {least}"):
+            page_count(dataclasses.replace(CONFIG, kv_memory=given))

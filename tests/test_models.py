@@ -1,0 +1,147 @@
+"""Names become folders: aliases, folders, GGUF files, hub ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_writing import write_tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lamina import model_cache, models
+from lamina.errors import InvalidRequest, ModelFileError
+from lamina.model_cache import is_whole, verify
+from lamina_workers.weights import Checkpoint
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A cache of its own for each test, except where the real model is needed."""
+    if request.node.get_closest_marker("data") is None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def test_a_second_start_reads_no_contents(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.resolve(tiny_gguf)
+    monkeypatch.setattr(model_cache, "hash_file", lambda file: pytest.fail(f"read {file}"))
+    monkeypatch.setattr(models, "_convert", lambda *args: pytest.fail("converted again"))
+    assert models.resolve(tiny_gguf) == folder
+
+
+def test_a_changed_gguf_is_converted_again(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(tiny_gguf.read_bytes())
+    first = models.resolve(path)
+    os.utime(path, ns=(0, 0))
+    assert models.resolve(path) != first
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
+def test_a_damaged_folder_is_made_again(tiny_gguf: Path, damage: str) -> None:
+    folder = models.resolve(tiny_gguf)
+    weights = folder / "model.safetensors"
+    match damage:
+        case "truncate":
+            os.truncate(weights, 100)
+        case "remove":
+            weights.unlink()
+        case "manifest":
+            (folder / "manifest.json").write_text("[")
+    assert not is_whole(folder)
+    assert models.resolve(tiny_gguf) == folder
+    verify(folder)
+
+
+def test_verify_sees_one_changed_bit(tiny_gguf: Path) -> None:
+    folder = models.resolve(tiny_gguf)
+    with (folder / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))
+    assert is_whole(folder)
+    with pytest.raises(ModelFileError, match="damaged"):
+        verify(folder)
+
+
+def test_progress_reaches_its_total(tiny_gguf: Path) -> None:
+    calls: list[tuple[str, int, int | None]] = []
+    models.resolve(tiny_gguf, lambda *call: calls.append(call))
+    assert {what for what, _, _ in calls} == {"converting"}
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+    assert calls[-1][1] == calls[-1][2]
+
+
+_RESOLVE = "import sys; from lamina.models import resolve; sys.stdout.write(str(resolve(sys.argv[1])))"
+
+
+def test_a_limit_on_file_size_leaves_nothing_half_written(tmp_path: Path, tiny_gguf: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", _RESOLVE, str(tiny_gguf)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),  # config fits, weights don't
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "DiskFullError" in process.stderr
+    assert [file.suffix for file in (tmp_path / "cache" / "lamina" / "models").iterdir()] == [".lock"]
+
+
+def test_two_processes_at_once_get_one_whole_folder(tiny_gguf: Path) -> None:
+    command = [sys.executable, "-c", _RESOLVE, str(tiny_gguf)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    folders = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    verify(Path(folders.pop()))
+    assert not folders
+
+
+def test_a_folder_is_taken_as_it_is(tiny_gguf: Path) -> None:
+    folder = models.resolve(tiny_gguf)
+    assert models.resolve(str(folder)) == folder
+
+
+@pytest.mark.parametrize(
+    "name", ["no-such-model", "a/b/c", "./missing", "x\0y", "smollm2", "../org/name", "x" * 5000, "~no-such-user/x"]
+)
+def test_an_unknown_name_says_what_is_allowed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidRequest, match=r"allowed is an alias|is no path"):
+        models.resolve(name)
+
+
+def test_pickles_and_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelFileError, match=r"pytorch_model\.bin.*refused"):
+        models.resolve(tmp_path)
+    with pytest.raises(ModelFileError, match=r"allowed is a \.gguf file"):
+        models.resolve(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.data
+def test_smollm2_is_what_its_gguf_says(tmp_path: Path) -> None:
+    folder = models.resolve("smollm2-135m")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == 100000.0
+    assert config["tie_word_embeddings"] is True
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2]
+    with Checkpoint(folder) as checkpoint:
+        assert checkpoint.nbytes == 2 * 134_515_008
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"

@@ -1,0 +1,85 @@
+"""Partials form a commutative monoid under merge, and merging is attention over the union."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina_kernels.partial import Partial, empty, merge
+
+
+def attention(logits: torch.Tensor, v: torch.Tensor) -> Partial:
+    """logits `[n, keys]`, v `[keys, d]`; no keys, or only -inf, make the empty partial."""
+    return Partial(torch.softmax(logits, -1).nan_to_num(0.0) @ v, torch.logsumexp(logits, -1))
+
+
+@st.composite
+def partials(draw: st.DrawFn, least: int = 1) -> list[Partial]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    sizes = draw(st.lists(st.integers(0, 5), min_size=least, max_size=4))
+    spread = draw(st.sampled_from([0.1, 1.0, 1e4]))
+    made = []
+    for size in sizes:
+        logits = torch.randn(3, size, generator=generator) * spread
+        logits[torch.rand(3, generator=generator) < 0.3] = -torch.inf
+        made.append(attention(logits, torch.randn(size, 8, generator=generator)))
+    return made
+
+
+def close(a: Partial, b: Partial) -> None:
+    torch.testing.assert_close(a.out, b.out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(a.lse, b.lse)
+
+
+@settings(deadline=None, max_examples=60)
+@given(partials(), st.randoms())
+def test_order_does_not_matter(parts: list[Partial], random) -> None:
+    shuffled = parts.copy()
+    random.shuffle(shuffled)
+    close(merge(parts), merge(shuffled))
+
+
+@settings(deadline=None, max_examples=60)
+@given(partials(least=2), st.integers(1, 4))
+def test_grouping_does_not_matter(parts: list[Partial], at: int) -> None:
+    at = min(at, len(parts) - 1)
+    close(merge([merge(parts[:at]), merge(parts[at:])]), merge(parts))
+
+
+@settings(deadline=None, max_examples=60)
+@given(partials())
+def test_empty_is_the_identity(parts: list[Partial]) -> None:
+    nothing = empty(3, 8)
+    for part in parts:
+        for merged in (merge([part, nothing]), merge([nothing, part])):
+            assert torch.equal(merged.lse, part.lse)
+            torch.testing.assert_close(merged.out, part.out)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 9), st.sampled_from([1.0, 1e4]), st.integers(0, 99))
+def test_merging_is_attention_over_the_union(at: int, spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, v = torch.randn(3, 9, generator=generator) * spread, torch.randn(9, 8, generator=generator)
+    close(merge([attention(logits[:, :at], v[:at]), attention(logits[:, at:], v[at:])]), attention(logits, v))
+
+
+def test_two_empties_are_empty() -> None:
+    out, lse = merge([empty(2, 4), empty(2, 4)])
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
+def test_the_dtype_of_out_is_kept_and_lse_is_float32() -> None:
+    part = Partial(torch.ones(2, 4, dtype=torch.bfloat16), torch.zeros(2))
+    out, lse = merge([part, part])
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, part.out)
+    torch.testing.assert_close(lse, torch.full((2,), 2.0).log())
+
+
+def test_nothing_to_merge_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one partial"):
+        merge([])

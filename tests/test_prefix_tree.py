@@ -1,0 +1,246 @@
+"""The prefix tree: the longest match against brute force, who waits for whom, and what is evicted first."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina.prefix_tree import Match, PrefixTree
+from lamina.request import Request, Sequence
+
+
+class Keeper:
+    """A tree, and a record of what it asked of the holders: the tokens of each handle. A page of tokens is one page."""
+
+    def __init__(self, page_size: int = 4) -> None:
+        self.page_size = page_size
+        self.held: dict[int, tuple[int, ...]] = {}
+        self.closed: list[tuple[int, ...]] = []
+        self.awake: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.handles = 0
+        self.tree = PrefixTree(page_size, self.weigh, self.fork, self.close, self.awake.append)
+
+    def weigh(self, lo: int, hi: int, floor: int) -> int:
+        return -(-hi // self.page_size) - -(-lo // self.page_size)
+
+    def fork(self, parent: int, length: int) -> int:
+        assert length <= len(self.held[parent])
+        return self.hold(self.held[parent][:length])
+
+    def hold(self, tokens: tuple[int, ...]) -> int:
+        self.handles += 1
+        self.held[self.handles] = tokens
+        return self.handles
+
+    def close(self, handle: int, freed: int) -> None:
+        self.closed.append(self.held.pop(handle))
+
+    def start(self, tokens: tuple[int, ...], match: Match | None = None, salt: str | None = None) -> Sequence:
+        """A sequence that has computed nothing yet, or what the match gives it."""
+        sequence = Sequence(Request("0", tokens, 1, salt=salt), 0, self.handles, list(tokens))
+        sequence.handle = self.hold(tokens)
+        self.running.append(sequence)
+        self.tree.enter(sequence)
+        if match and match.node:
+            sequence.computed = match.length
+            self.tree.hold(sequence, match.node, match.length)
+        self.check_integrity()
+        return sequence
+
+    def compute(self, sequence: Sequence, length: int) -> None:
+        sequence.computed = length
+        self.tree.advance(sequence)
+        self.check_integrity()
+
+    def finish(self, sequence: Sequence) -> None:
+        self.tree.keep(sequence)
+        self.tree.release(sequence)
+        self.running.remove(sequence)
+        assert sequence.handle is not None
+        del self.held[sequence.handle]
+        self.check_integrity()
+
+    def keep(self, tokens: tuple[int, ...]) -> None:
+        sequence = self.start(tokens)
+        self.compute(sequence, len(tokens))
+        self.finish(sequence)
+
+    def check_integrity(self) -> None:
+        handles = self.tree.check_integrity(self.running)
+        assert set(handles) == self.held.keys() - {sequence.handle for sequence in self.running}
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> list[tuple[int, ...]]:
+    """Prompts that often begin like another."""
+    found: list[tuple[int, ...]] = [()]
+    for _ in range(draw(st.integers(1, 8))):
+        before = draw(st.sampled_from(found))
+        cut = draw(st.integers(0, len(before)))
+        tail = draw(st.lists(st.integers(0, 2), max_size=12)) * draw(st.sampled_from([1, 1, 20]))
+        found.append((*before[:cut], *tail))
+    return found
+
+
+def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@given(prompts(), prompts(), st.sampled_from([1, 2, 5]))
+@settings(max_examples=150, deadline=None)
+def test_the_longest_match_is_found(kept: list[tuple[int, ...]], asked: list[tuple[int, ...]], page_size: int) -> None:
+    keeper = Keeper(page_size)
+    for tokens in kept:
+        keeper.keep(tokens)
+    for tokens in kept + asked:
+        match = keeper.tree.match(tokens)
+        reach = max(common(tokens[:-1], other[: len(other) // page_size * page_size]) for other in kept)
+        tail = reach % page_size
+        assert match.length == (reach if 2 * tail >= page_size else reach - tail)
+        if match.node is not None:
+            assert match.node.handle is not None
+            assert keeper.held[match.node.handle][: match.length] == tokens[: match.length]
+        assert match.pending is None
+
+
+@given(prompts(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_everything_unused_can_be_evicted(kept: list[tuple[int, ...]], data: st.DataObject) -> None:
+    keeper = Keeper()
+    for tokens in kept:
+        keeper.keep(tokens)
+    users = []
+    for tokens in data.draw(st.lists(st.sampled_from(kept), max_size=3)):
+        users.append(keeper.start(tokens, keeper.tree.match(tokens)))
+        keeper.tree.discard(users[-1])
+    promised, nodes = keeper.tree.evictable, len(keeper.held)
+    while keeper.tree.evict():
+        keeper.check_integrity()
+    assert keeper.tree.evictable == 0
+    assert sum(len(tokens) for tokens in keeper.closed) >= promised
+    for user in users:
+        whole = user.computed - user.computed % 4
+        assert keeper.tree.match((*user.tokens[:whole], -1)).length == whole
+        keeper.finish(user)
+    while keeper.tree.evict():
+        pass
+    assert not keeper.held
+    assert len(keeper.closed) >= nodes - len(users)
+
+
+def test_eviction_takes_the_least_recently_used_leaf() -> None:
+    keeper = Keeper()
+    trunk = (0,) * 4
+    branches = [trunk + (branch,) * 4 for branch in (1, 2, 3)]
+    for branch in branches:
+        keeper.keep(branch)
+    touch = (*branches[0], 9)
+    keeper.finish(keeper.start(touch, keeper.tree.match(touch)))
+    while keeper.tree.evict():
+        pass
+    assert keeper.closed == [branches[1], branches[2], branches[0], trunk]
+
+
+def test_a_node_in_use_is_not_evicted_but_can_be_given_up() -> None:
+    keeper = Keeper()
+    keeper.keep((1,) * 8)
+    tokens = (1,) * 8 + (2,)
+    user = keeper.start(tokens, keeper.tree.match(tokens))
+    assert keeper.tree.evictable == 0
+    assert not keeper.tree.evict()
+    assert keeper.tree.evict_used()
+    assert not keeper.tree.evict_used()
+    keeper.finish(user)
+    assert keeper.closed == [(1,) * 8]
+
+
+def test_a_fork_inside_a_page_must_save_half_of_it() -> None:
+    keeper = Keeper(page_size=4)
+    keeper.keep(tuple(range(1, 9)))
+    lengths = [keeper.tree.match((*range(1, 1 + n), 0, 0)).length for n in range(9)]
+    assert lengths == [0, 0, 2, 3, 4, 4, 6, 7, 8]
+
+
+def test_no_fork_below_the_floor() -> None:
+    keeper = Keeper(page_size=4)
+    sequence = keeper.start((1,) * 12)
+    sequence.floor = 7
+    keeper.compute(sequence, 12)
+    keeper.finish(sequence)
+    assert keeper.tree.match((1,) * 6 + (0,)).length == 0
+    assert keeper.tree.match((1,) * 7 + (0,)).length == 7
+    other = keeper.start((1,) * 4 + (0,) * 4)  # it would be split off at 4
+    assert other.pending is None
+
+
+def test_a_waiter_is_woken_as_soon_as_its_part_is_computed() -> None:
+    keeper = Keeper()
+    writer = keeper.start((1,) * 16)
+    waiter = Sequence(Request("1", (1,) * 9, 1), 0, 1, [1] * 9)
+    match = keeper.tree.match((1,) * 9)
+    assert (match.length, match.promised) == (0, 8)
+    keeper.tree.wait(waiter, match)
+    keeper.compute(writer, 7)
+    assert keeper.awake == []
+    keeper.compute(writer, 8)
+    assert keeper.awake == [waiter]
+    assert keeper.tree.match((1,) * 9).length == 8
+    assert keeper.tree.match((1,) * 17).promised == 16
+
+
+def test_waiters_are_woken_when_the_writer_goes() -> None:
+    keeper = Keeper()
+    writer = keeper.start((1,) * 16)
+    waiters = [Sequence(Request(str(n), (1,) * n, 1), 0, n, [1] * n) for n in (9, 17)]
+    for waiter in waiters:
+        keeper.tree.wait(waiter, keeper.tree.match(tuple(waiter.tokens)))
+    keeper.tree.discard(writer)
+    assert keeper.awake == waiters
+    assert keeper.tree.match((1,) * 17) == Match()
+    keeper.check_integrity()
+
+
+def test_a_part_split_off_too_late_is_given_up() -> None:
+    keeper = Keeper()
+    writer = keeper.start((1,) * 16)
+    keeper.compute(writer, 9)
+    waiter = Sequence(Request("1", (1,) * 9, 1), 0, 1, [1] * 9)
+    keeper.tree.wait(waiter, keeper.tree.match((1,) * 9))
+    writer.floor = 9  # its next row began there, and a window left what is below
+    keeper.compute(writer, 16)
+    assert keeper.awake == [waiter]
+    assert keeper.tree.match((1,) * 17) == Match()
+
+
+def test_who_is_faster_keeps_nothing_below_its_floor() -> None:
+    keeper = Keeper()
+    keeper.start((1,) * 12)
+    fast = keeper.start((1,) * 8 + (2,) * 8)
+    keeper.compute(fast, 16)
+    fast.floor = 9
+    keeper.finish(fast)
+    assert keeper.tree.match((1,) * 8 + (2,) * 9).length == 0
+
+
+def test_who_is_faster_keeps_what_what_another_promised() -> None:
+    keeper = Keeper()
+    slow = keeper.start((1,) * 12)
+    fast = keeper.start((1,) * 8 + (2,) * 8)
+    assert fast.pending is None  # below another's pending node nothing is promised
+    keeper.compute(fast, 16)
+    keeper.finish(fast)
+    assert keeper.tree.match((1,) * 8 + (2,) * 9).length == 16
+    keeper.compute(slow, 12)
+    keeper.finish(slow)
+    assert keeper.tree.match((1,) * 13).length == 12
+
+
+def test_an_empty_tree_leaves_nothing_behind() -> None:
+    keeper = Keeper()
+    for salt in ("a", "b"):
+        sequence = keeper.start((1,) * 8, salt=salt)
+        keeper.tree.discard(sequence)
+        keeper.finish(sequence)
+        keeper.finish(keeper.start((1, 2), salt=salt))
+    assert keeper.tree._roots == {}

@@ -1,0 +1,75 @@
+"""Stop strings: the same text however it arrives, and never more held back than could still be one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina.stop_strings import StopMatcher
+
+texts = st.text("abc", max_size=40)
+stop_lists = st.lists(st.text("abc", min_size=1, max_size=6), max_size=4)
+
+
+def cut(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
+    """Slow and obvious: the first end of any stop string, the longest that ends there."""
+    for end in range(len(text) + 1):
+        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if lengths:
+            return text[: end if include else end - max(lengths)], True
+    return text, False
+
+
+def feed(matcher: StopMatcher, pieces: list[str]) -> tuple[str, bool]:
+    shown = ""
+    for piece in pieces:
+        more, stopped = matcher.push(piece)
+        shown += more
+        if stopped:
+            return shown, True
+    return shown + matcher.finish(), False
+
+
+@given(texts, stop_lists, st.booleans(), st.lists(st.integers(0, 40)))
+def test_any_cutting_into_pieces_shows_the_same_text(
+    text: str, stops: list[str], include: bool, cuts: list[int]
+) -> None:
+    edges = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
+    assert feed(StopMatcher(stops, include), pieces) == cut(text, stops, include)
+
+
+@given(texts, stop_lists)
+def test_holds_back_exactly_the_longest_beginning_of_a_stop_string(text: str, stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    shown, stopped = matcher.push(text)
+    if not stopped:
+        beginnings = {stop[:n] for stop in stops for n in range(len(stop))}
+        held = max((b for b in beginnings if text.endswith(b)), key=len, default="")
+        assert text == shown + held
+        assert matcher.finish() == held
+
+
+def test_a_stop_string_may_span_pieces_and_contain_itself() -> None:
+    matcher = StopMatcher(["aabaaa"])
+    assert matcher.push("xaabaa") == ("x", False)
+    assert matcher.push("baa") == ("aab", False)  # the second "aab" may begin the stop string
+    assert matcher.push("a!") == ("", True)
+
+
+@pytest.mark.parametrize(("include", "shown"), [(False, "a "), (True, "a stop.")])
+def test_the_stop_string_is_shown_on_request(include: bool, shown: str) -> None:
+    assert StopMatcher(["stop."], include).push("a stop. And more") == (shown, True)
+
+
+def test_without_stop_strings_everything_is_shown_at_once() -> None:
+    assert StopMatcher([]).push("anything") == ("anything", False)
+
+
+def test_long_stop_strings_cost_no_more_than_the_text() -> None:
+    """The worst case for a search that starts again: 64 stop strings of 1024 characters, almost complete."""
+    matcher = StopMatcher(["a" * (1023 - i) + "b" for i in range(64)])
+    assert feed(matcher, ["a"] * 2000) == ("a" * 2000, False)

@@ -1,0 +1,252 @@
+"""Text to ids and back, streams included; messages and folders that are wrong are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Rust
+from tokenizers.pre_tokenizers import ByteLevel
+
+from lamina.errors import InvalidRequest, ModelFileError
+from lamina.models import resolve
+from lamina.tokenizer import ROLES, StreamDecoder, Tokenizer
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}<end>{% endfor %}"
+ONE = [{"role": "user", "content": "hi"}]
+
+
+def byte_level() -> Rust:
+    """One token a byte, some of several characters or of half of one, and two special ones."""
+    letters = sorted(ByteLevel.alphabet())
+    merges = [("Ġ", "t"), ("h", "e"), ("ð", "Ł"), ("Ł", "ĺ"), ("Ċ", "Ċ"), ("Â", "Â"), ("©", "a")]
+    vocabulary = {token: i for i, token in enumerate([*letters, *(a + b for a, b in merges)])}
+    tokenizer = Rust(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken("<bos>", special=True), AddedToken("<end>", special=True)])
+    return tokenizer
+
+
+def sentencepiece() -> Rust:
+    """Words that begin with the space before them, the first of which is not shown."""
+    words = ["▁", "▁t", "t", "he", "é", "漢", "🎉", "▁▁", "\n"]
+    tokenizer = Rust(models.BPE({token: i for i, token in enumerate(words)}, []))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+def byte_fallback() -> Rust:
+    """Tokens of one byte that decode together, as SentencePiece spells characters that it lacks."""
+    words = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a"]
+    tokenizer = Rust(models.BPE({token: i for i, token in enumerate(words)}, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def save(folder: Path, tokenizer: Rust, **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    made = {"byte-level": byte_level(), "sentencepiece": sentencepiece(), "byte-fallback": byte_fallback()}
+    return {name: Tokenizer(save(root / name, tokenizer)) for name, tokenizer in made.items()}
+
+
+@pytest.fixture
+def chatty(tmp_path: Path) -> Tokenizer:
+    return Tokenizer(save(tmp_path, byte_level(), chat_template=TEMPLATE, bos_token={"content": "<bos>"}))
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True) -> list[str]:
+    decoder = StreamDecoder(tokenizer, skip_special_tokens)
+    return [*map(decoder.push, ids), decoder.finish()]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@given(ids=st.lists(st.integers(0, 270), max_size=120), skip=st.booleans())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pieces_are_the_text_of_any_ids(
+    tokenizers: dict[str, Tokenizer], kind: str, ids: list[int], skip: bool
+) -> None:
+    tokenizer = tokenizers[kind]
+    ids = [index % (tokenizer.vocab_size + 2) for index in ids]  # two ids are unknown
+    assert "".join(streamed(tokenizer, ids, skip)) == tokenizer.decode(ids, skip)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+@given(text=st.text(st.sampled_from("the \n\u00e9\u6f22\U0001f389\u200d\U0001f9d1"), max_size=80))
+@example(text="\U0001f389" * 40)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pieces_of_valid_text_never_hold_half_a_character(
+    tokenizers: dict[str, Tokenizer], kind: str, text: str
+) -> None:
+    tokenizer = tokenizers[kind]
+    pieces = streamed(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert pieces[-1] == ""  # nothing waits for more
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "é", "漢", "🎉", "\n", "the "])
+def test_a_token_costs_the_same_anywhere_in_a_text(tokenizers: dict[str, Tokenizer], unit: str) -> None:
+    tokenizer = tokenizers["byte-level"]
+    lengths: list[int] = []
+
+    class Counting(Tokenizer):
+        def __init__(self) -> None:
+            self.__dict__.update(tokenizer.__dict__)
+
+        def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+            lengths.append(len(ids))
+            return super().decode(ids, skip_special_tokens)
+
+    pieces = streamed(Counting(), tokenizer.encode(unit * 500))
+    assert "".join(pieces) == unit * 500
+    assert max(lengths) <= 32
+
+
+@pytest.mark.parametrize("bytes_", ["F0 9F 98", "E2", "FF", "F0 9F 98 E2 82 41", "C2"])
+def test_bytes_that_form_no_character_cost_no_more(tokenizers: dict[str, Tokenizer], bytes_: str) -> None:
+    tokenizer = tokenizers["byte-level"]
+    letters = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    spelled = bytes_to_letters()
+    ids = [letters[spelled[byte]] for byte in bytes.fromhex(bytes_)] * 100
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(index) for index in ids]
+    assert len(decoder._window) <= 32
+    assert "".join(pieces) + decoder.finish() == tokenizer.decode(ids)
+
+
+def bytes_to_letters() -> dict[int, str]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others follow from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+
+
+@given(text=st.text(max_size=60))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_byte_level_text_comes_back(tokenizers: dict[str, Tokenizer], text: str) -> None:
+    tokenizer = tokenizers["byte-level"]
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize(("text", "position"), [("\ud800", 0), ("ab\udfffc", 2)])
+def test_invalid_unicode_is_named_with_its_place(chatty: Tokenizer, text: str, position: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"character {position}"):
+        chatty.encode(text)
+    with pytest.raises(InvalidRequest, match=rf"messages\[0\].content.*character {position}"):
+        chatty.render([{"role": "user", "content": text}])
+
+
+def test_a_chat_is_rendered_and_its_special_tokens_are_parsed(chatty: Tokenizer) -> None:
+    assert chatty.render(ONE) == "<bos>user:hi<end>"
+    ids = chatty.chat(ONE)
+    assert chatty.decode(ids) == "user:hi"
+    assert chatty.decode(ids, skip_special_tokens=False) == "<bos>user:hi<end>"
+    chatty.close()
+
+
+def test_text_parts_are_joined(chatty: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chatty.render([{"role": "user", "content": parts}]) == "<bos>user:a\nb<end>"
+    chatty.close()
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one message"),
+        ("hi", "at least one message"),
+        (None, "at least one message"),
+        (["hi"], r"messages\[0\] is 'hi'"),
+        ([*ONE, {"role": "user"}], r"messages\[1\].*exactly role and content"),
+        ([{"role": "user", "content": "x", "name": "y"}], "exactly role and content"),
+        ([{"role": "robot", "content": "x"}], f"'robot'; allowed are {', '.join(ROLES)}"),
+        ([{"role": ["user"], "content": "x"}], "allowed are"),
+        ([{"role": "user", "content": 7}], "content is 7; allowed is text"),
+        ([{"role": "user", "content": None}], "content is None"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], r"content\[0\].*image"),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"content\[0\].text is 1"),
+    ],
+)
+def test_wrong_messages_are_named(chatty: Tokenizer, messages: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        chatty.chat(messages)
+
+
+def test_a_model_without_template_cannot_chat(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(save(tmp_path, byte_level()))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(ModelFileError, match="no chat template"):
+        tokenizer.chat(ONE)
+
+
+def test_the_template_may_have_its_own_file(tmp_path: Path) -> None:
+    save(tmp_path, byte_level(), chat_template="from the config")
+    (tmp_path / "chat_template.jinja").write_text("from its file")
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.render(ONE) == "from its file"
+    tokenizer.close()
+
+
+def test_the_end_of_a_text_is_what_the_files_say(tmp_path: Path) -> None:
+    save(tmp_path, byte_level(), eos_token="<end>")
+    end = byte_level().token_to_id("<end>")
+    assert Tokenizer(tmp_path).eos_ids == (end,)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
+    assert Tokenizer(tmp_path).eos_ids == (5,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert Tokenizer(tmp_path).eos_ids == (7, 8)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
+    with pytest.raises(ModelFileError, match="eos_token_id"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]", "\x00"])
+def test_malformed_tokenizers_are_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def test_a_files_own_truncation_does_not_shorten_prompts(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    assert len(Tokenizer(save(tmp_path, tokenizer)).encode("abcdef")) == 6
+
+
+@pytest.mark.data
+def test_smollm2_is_tokenised_as_transformers_does() -> None:
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    folder = resolve("smollm2-135m")
+    ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder, model_max_length=1 << 30)
+    assert ours.vocab_size == len(theirs)
+    assert ours.eos_ids == (theirs.eos_token_id,)
+    for text in [*list(topics.values())[:20], "é🎉 12  34 <|im_end|>漢字", ""]:
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert "".join(streamed(ours, ids)) == ours.decode(ids)
+    for chat in (ONE, [{"role": "system", "content": "Be <b>brief</b>."}, *ONE, {"role": "assistant", "content": "é"}]):
+        for prompted in (True, False):
+            wanted = theirs.apply_chat_template(chat, add_generation_prompt=prompted, return_dict=True)["input_ids"]
+            assert ours.chat(chat, add_generation_prompt=prompted) == wanted
+    ours.close()

@@ -1,0 +1,159 @@
+"""The public values: what is refused and how, what a model's defaults fill, what a completion shows."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from lamina.errors import InvalidRequest, LaminaError, ModelFileError
+from lamina.types import Completion, Sample, SamplingParams, Timing, Usage
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("temperature", math.nan, "0 to 100"),
+        ("temperature", math.inf, "0 to 100"),
+        ("temperature", -0.1, "0 to 100"),
+        ("temperature", "1", "0 to 100"),
+        ("temperature", True, "0 to 100"),
+        ("top_p", 0, "above 0 to 1"),
+        ("top_p", 2, "above 0 to 1"),
+        ("top_p", math.nan, "above 0 to 1"),
+        ("top_k", -2, "-1 to"),
+        ("top_k", 1.5, "-1 to"),
+        ("min_p", 1.01, "0 to 1"),
+        ("repetition_penalty", 0, "0.01 to 100"),
+        ("presence_penalty", 2.5, "-2 to 2"),
+        ("presence_penalty", None, "-2 to 2"),
+        ("frequency_penalty", -math.inf, "-2 to 2"),
+        ("logit_bias", [(1, 2.0)], "mapping"),
+        ("logit_bias", {"1": 2.0}, "integer"),
+        ("logit_bias", {-1: 2.0}, "integer from 0"),
+        ("logit_bias", {1: 101}, "-100 to 100"),
+        ("logit_bias", {1: math.nan}, "-100 to 100"),
+        ("seed", -1, "0 to 18446744073709551615"),
+        ("seed", 2**64, "0 to 18446744073709551615"),
+        ("seed", 10**5000, "0 to 18446744073709551615"),
+        ("seed", 0.0, "integer"),
+        ("stop", "", "1 to 1024 characters"),
+        ("stop", ["a", ""], "1 to 1024 characters"),
+        ("stop", "a" * 1025, "1 to 1024 characters"),
+        ("stop", ["a"] * 65, "at most 64"),
+        ("stop", [b"a"], "1 to 1024 characters"),
+        ("stop", 5, "a string or a list"),
+        ("stop_token_ids", [1, -1], "integer from 0"),
+        ("stop_token_ids", [True], "integer from 0"),
+        ("stop_token_ids", "12", "list of token ids"),
+        ("max_tokens", 0, "integer from 1"),
+        ("max_tokens", 10**5000, "integer from 1"),
+        ("max_tokens", None, "integer from 1"),
+        ("min_tokens", -1, "integer from 0"),
+        ("min_tokens", 257, "at most max_tokens, which is 256"),
+        ("ignore_eos", 1, "True or False"),
+        ("n", 0, "1 to 256"),
+        ("n", 10**9, "1 to 256"),
+        ("n", True, "1 to 256"),
+        ("logprobs", 21, "0 to 20"),
+        ("logprobs", -1, "0 to 20"),
+        ("skip_special_tokens", "no", "True or False"),
+        ("include_stop_str_in_output", None, "True or False"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_value_that_is_not_allowed_is_refused_by_name(name: str, value: object, allowed: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        SamplingParams(**{name: value})
+    message = str(refusal.value)
+    assert name in message
+    assert allowed in message
+    assert len(message) < 250
+    assert isinstance(refusal.value, (ValueError, LaminaError))
+
+
+def test_the_value_given_is_named() -> None:
+    with pytest.raises(InvalidRequest, match=r"top_p is 2\.5; allowed is a number above 0 to 1"):
+        SamplingParams(top_p=2.5)
+
+
+def test_the_edges_are_allowed() -> None:
+    SamplingParams(
+        temperature=0, top_p=1, top_k=-1, min_p=1, repetition_penalty=0.01, presence_penalty=-2, frequency_penalty=2,
+        logit_bias={0: -100, 7: 100}, seed=2**64 - 1, stop=["a" * 1024] * 64, stop_token_ids=[0], max_tokens=1,
+        min_tokens=1, n=256, logprobs=20,
+    )  # fmt: skip
+    SamplingParams(temperature=100, top_p=1e-9, top_k=0, min_p=0, seed=0, logprobs=0)
+
+
+def test_numbers_of_other_types_become_plain_ones() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(4), seed=np.uint64(2**64 - 1))
+    assert (type(params.temperature), type(params.top_k), type(params.seed)) == (float, int, int)
+    assert (params.temperature, params.top_k, params.seed) == (0.5, 4, 2**64 - 1)
+
+
+def test_what_the_caller_changes_later_changes_nothing() -> None:
+    stop, bias = ["a"], {1: 2.0}
+    params = SamplingParams(stop=stop, logit_bias=bias)
+    stop.append("")
+    bias[1] = math.nan
+    assert params.stop == ("a",)
+    assert params.logit_bias == {1: 2.0}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_p = 5.0  # type: ignore[misc]
+
+
+def test_params_are_values() -> None:
+    params = SamplingParams(stop="a", logit_bias={1: 2})
+    assert params.stop == ("a",)
+    assert params == SamplingParams(stop=["a"], logit_bias={1: 2.0})
+    assert hash(params) == hash(copy.deepcopy(params))
+    assert dataclasses.replace(params, seed=3).stop == ("a",)
+    with pytest.raises(InvalidRequest, match="seed"):
+        dataclasses.replace(params, seed=-3)
+
+
+def test_an_unknown_keyword_is_named_with_the_nearest_known() -> None:
+    with pytest.raises(InvalidRequest, match=r"'temprature': did you mean temperature\?"):
+        SamplingParams.from_keywords(temprature=0.5)
+    with pytest.raises(InvalidRequest, match=r"'xyzzy': known are temperature, .*max_tokens"):
+        SamplingParams.from_keywords(xyzzy=1)
+    assert SamplingParams.from_keywords(top_k=3) == SamplingParams(top_k=3)
+
+
+def test_the_model_fills_what_the_caller_left_open() -> None:
+    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": None, "eos_token_id": 2}
+    params = SamplingParams(top_p=0.5, max_tokens=9).with_defaults(config)
+    assert params == SamplingParams(temperature=0.6, top_p=0.5, top_k=0, min_p=0, repetition_penalty=1, max_tokens=9)
+
+
+@pytest.mark.parametrize("config", [{}, {"temperature": 0.6}, {"temperature": 0.6, "do_sample": False}])
+def test_a_model_that_does_not_ask_for_sampling_is_greedy(config: dict[str, object]) -> None:
+    assert SamplingParams().with_defaults(config).temperature == 0
+    assert SamplingParams(temperature=0.3).with_defaults(config).temperature == 0.3
+
+
+def test_a_model_that_asks_for_sampling_alone_samples_at_one() -> None:
+    assert SamplingParams().with_defaults({"do_sample": True}).temperature == 1
+
+
+def test_a_default_that_is_not_allowed_is_the_model_s_fault() -> None:
+    with pytest.raises(ModelFileError, match=r"generation_config.json: top_p is 'high'"):
+        SamplingParams().with_defaults({"top_p": "high"})
+    assert SamplingParams(top_p=0.5).with_defaults({"top_p": "high"}).top_p == 0.5
+
+
+def test_a_completion_shows_its_first_sample() -> None:
+    first, second = Sample(0, "one", (1, 2), "stop"), Sample(1, "two", (3,), "length")
+    completion = Completion((first, second), Usage(4, 3), Timing(0.1, 0.5, 1.5, 3))
+    assert str(completion) == completion.text == "one"
+    assert (completion.token_ids, completion.finish_reason, completion.logprobs) == ((1, 2), "stop", None)
+    assert dataclasses.asdict(completion)["samples"][1]["text"] == "two"
+
+
+def test_tokens_per_second_is_the_rate_after_the_first() -> None:
+    assert Timing(queued=0.1, first_token=0.5, total=1.5, tokens=3).tokens_per_second == 2.0
+    assert Timing(queued=0.1, first_token=0.5, total=0.5, tokens=1).tokens_per_second == 0.0

@@ -1,0 +1,178 @@
+"""One KV shard: append, attend, free. Built from a `HolderConfig` alone; knows no sockets, no model, no engine.
+
+A batch is announced once; then, per layer, its `Fresh` is stored and its `Query` answered, in the order in which
+they come. A batch's state is dropped when one of its handles is announced again or a new epoch comes, so a late
+message of a dropped batch is refused instead of touching pages that are now someone else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lamina_kernels.pages import Pages, Rows
+from lamina_kernels.select import Kernels, kernels
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.messages import (
+    Announced,
+    Announcement,
+    Attended,
+    Fresh,
+    HolderConfig,
+    LayerSpec,
+    Query,
+    Reply,
+    Request,
+    Row,
+)
+from lamina_workers.errors import PoolExhausted
+from lamina_workers.kv_store import KVStore
+from lamina_workers.layout import page_count, page_layout
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """An accepted batch: where its tokens go and what its queries read, the same for every layer."""
+
+    handles: frozenset[int]
+    places: Any  # the kernels' plan of where K and V go, None where no row stores
+    plans: dict[int | None, Any]  # the kernels' plans of what is read, by window; empty where no row reads
+
+
+class AttentionWorker:
+    """Holds the KV of its parts and attends it. Every method runs on the caller's thread.
+
+    Raises UnsupportedModelError for layers that its pages cannot keep, KVError for too little memory or a wrong dtype.
+    """
+
+    def __init__(self, config: HolderConfig, threads: int = 1) -> None:
+        self.config = config
+        self._threads = threads
+        self._kernels: Kernels = kernels(torch.device("cpu"))
+        n_pages = page_count(config)
+        self.store = KVStore(config, n_pages)
+        self._pages = Pages.allocate(page_layout(config), n_pages)
+        self._epoch = 0
+        self._last_batch = 0
+        self._next_operation = 0
+        self._batches: dict[int, _Batch] = {}
+
+    def handle(self, request: Request) -> Reply | None:
+        """Answer one message; `Fresh` has no answer.
+
+        Raises ProtocolError for a message out of order or of a wrong shape, KVError for what the parts do not allow.
+        """
+        match request:
+            case Announcement():
+                return self._announce(request)
+            case Query():
+                return self._attend(request)
+            case Fresh():
+                self._append(request)
+                return None
+
+    def _announce(self, message: Announcement) -> Announced:
+        if (message.epoch, message.batch) <= (self._epoch, self._last_batch):
+            raise ProtocolError(
+                f"announcement {(message.epoch, message.batch)} is not newer than {(self._epoch, self._last_batch)}"
+            )
+        if message.first > self._next_operation:
+            raise ProtocolError(f"operation {message.first} announced, {self._next_operation} has not come yet")
+        self._drop_superseded(message)
+        self._epoch, self._last_batch = message.epoch, message.batch
+        operations = message.operations[self._next_operation - message.first :]
+        try:
+            reservation = self.store.update(operations, message.rows)
+        except PoolExhausted as error:
+            return Announced(message.epoch, message.batch, False, self.store.free_pages, (), str(error))
+        # They are applied, whatever goes wrong from here on; the batch exists only once all has gone right.
+        self._next_operation = max(self._next_operation, message.first + len(message.operations))
+        if reservation.copies_from.size:
+            source, target = map(_indices, (reservation.copies_from, reservation.copies_to))
+            self._kernels.copy(self._pages, source, target)
+        if message.rows:
+            self._batches[message.batch] = self._prepare(message.rows)
+        return Announced(message.epoch, message.batch, True, self.store.free_pages, reservation.floors)
+
+    def _drop_superseded(self, message: Announcement) -> None:
+        if message.epoch > self._epoch:
+            self._batches.clear()
+        announced = {row.handle for row in message.rows}
+        announced.update(operation.handle for operation in message.operations)
+        for number in [n for n, batch in self._batches.items() if batch.handles & announced]:
+            del self._batches[number]
+
+    def _prepare(self, rows: Sequence[Row]) -> _Batch:
+        slots = [self.store.slots(row) for row in rows if row.store]
+        slots = [s.reshape(s.shape[0], -1) for s in slots if s.size]
+        read = [row for row in rows if row.read is not None]
+        places, plans = None, {}
+        try:
+            if slots:
+                places = self._kernels.plan_append(self._pages, torch.from_numpy(np.concatenate(slots, axis=1)))
+            if read:
+                table_rows = self._rows(read)
+                for window in {spec.window for spec in self.config.layers}:
+                    plans[window] = self._kernels.plan(self._pages, table_rows, window, self._threads)
+        except ValueError as error:
+            raise ProtocolError(f"rows that no batch can have: {error}") from error
+        return _Batch(frozenset(row.handle for row in rows), places, plans)
+
+    def _rows(self, rows: Sequence[Row]) -> Rows:
+        parts = [self.store.part(row.handle) for row in rows]
+        heads = np.array([len(part.heads) for part in parts])
+        group = np.full(len(rows), self.config.layers[0].group)
+        count = np.array([row.count for row in rows])
+        vectors = count * heads * group
+        reads = np.array([row.read for row in rows])
+        return Rows(
+            first=np.cumsum(vectors) - vectors,
+            count=count,
+            start=np.array([row.start for row in rows]),
+            kv_heads=heads,
+            group=group,
+            lo=reads[:, 0],
+            hi=reads[:, 1],
+            base=np.array([part.lo for part in parts]),
+            tables=[part.table for part in parts],
+        )
+
+    def _append(self, message: Fresh) -> None:
+        spec, batch = self._layer(message)
+        if batch.places is None:
+            raise ProtocolError(f"{len(message.k)} fresh vectors for batch {message.batch}, which stores 0")
+        try:
+            self._kernels.append(self._pages, batch.places, spec.kv_layer, message.k, message.v)
+        except ValueError as error:
+            raise ProtocolError(f"fresh vectors of batch {message.batch}: {error}") from error
+
+    def _attend(self, message: Query) -> Attended:
+        spec, batch = self._layer(message)
+        if not batch.plans:
+            raise ProtocolError(f"query for batch {message.batch}, none of whose rows read")
+        plan = batch.plans[spec.window]
+        try:
+            out, lse = self._kernels.attend(self._pages, plan, spec.kv_layer, message.q, spec.scale, spec.soft_cap)
+        except ValueError as error:
+            raise ProtocolError(f"query of batch {message.batch}: {error}") from error
+        return Attended(message.epoch, message.batch, message.layer, out, lse)
+
+    def _layer(self, message: Query | Fresh) -> tuple[LayerSpec, _Batch]:
+        batch = self._batches.get(message.batch)
+        if message.epoch != self._epoch or batch is None:
+            raise ProtocolError(
+                f"batch {message.batch} of epoch {message.epoch} is not in flight (epoch {self._epoch}, "
+                f"batches {sorted(self._batches)})"
+            )
+        if not 0 <= message.layer < len(self.config.layers):
+            raise ProtocolError(f"layer {message.layer}, there are {len(self.config.layers)}")
+        return self.config.layers[message.layer], batch
+
+
+def _indices(pages: npt.NDArray[np.int32]) -> torch.Tensor:
+    return torch.from_numpy(pages.astype(np.int64))

@@ -1,0 +1,29 @@
+"""What can be wrong with a model's files, and at a holder."""
+
+from __future__ import annotations
+
+from lamina_protocols.errors import LaminaError
+
+
+class ModelFileError(LaminaError):
+    """A model's file is missing, malformed, refused, or contradicts another."""
+
+
+class DiskFullError(ModelFileError):
+    """There was no room to write a model's files. Nothing half-written is left; the `OSError` is the cause."""
+
+
+class UnsupportedModelError(LaminaError):
+    """The model is well formed, but uses something that Lamina does not implement."""
+
+
+class KVError(LaminaError):
+    """A holder was asked for something its parts do not allow; nothing has changed."""
+
+
+class PoolExhausted(KVError):
+    """A batch needs more pages than are free; nothing has changed."""
+
+
+class HolderFault(LaminaError):
+    """A holder could not go on with a batch. Nothing of the batch is recorded; it can run again."""

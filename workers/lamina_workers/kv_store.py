@@ -1,0 +1,351 @@
+"""Pages of KV: allocate, fork, cut, free, account. Knows no attention, no message but its operations and rows.
+
+A page is `page_size` tokens of one layer and one KV head. A part's table `[layer, head, slot]` names the page that
+holds its positions `lo + slot * page_size ...`; -1 where none is held. Forks share pages by reference count, and a
+shared page is copied before its first write. `update` is all or nothing: it either reserves every page that the
+batch can need, in every layer, or leaves the store as it was. Nothing else allocates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lamina_protocols.messages import Close, Fork, HolderConfig, Open, Operation, Row
+from lamina_workers.errors import KVError, PoolExhausted
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+NO_PAGE = -1
+
+
+@dataclasses.dataclass(slots=True)
+class Part:
+    """What this holder keeps of one sequence: KV heads `heads`, positions [lo, held) of at most [lo, hi)."""
+
+    heads: tuple[int, ...]
+    lo: int
+    hi: int
+    held: int
+    table: Int32  # [layers, len(heads), capacity]
+    freed: Int32  # [layers]: slots below this were freed because no later query can see them
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one accepted batch may write: pages to copy before the first write, and each part's floor."""
+
+    copies_from: Int32  # [n] pages whose content the first writer must keep
+    copies_to: Int32  # [n] pages that take it
+    floors: tuple[int, ...]  # per row
+
+
+class KVStore:
+    """The tables and the page pool of one holder. Page contents lie elsewhere: here are numbers only."""
+
+    def __init__(self, config: HolderConfig, n_pages: int) -> None:
+        if n_pages < 1:
+            raise KVError(f"a pool of {n_pages} pages, at least 1 is needed")
+        self.config = config
+        self.n_pages = n_pages
+        self._layers = 1 + max(spec.kv_layer for spec in config.layers)
+        self._windows = _windows(config, self._layers)
+        self._windowed = np.flatnonzero(self._windows >= 0)
+        self._parts: dict[int, Part] = {}
+        self._references = np.zeros(n_pages, np.int32)
+        self._free = np.arange(n_pages - 1, -1, -1, dtype=np.int32)  # a stack: the page freed last is warm
+        self._n_free = n_pages
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no part holds."""
+        return self._n_free
+
+    def part(self, handle: int) -> Part:
+        """The part of that handle. Raises KVError where there is none."""
+        try:
+            return self._parts[handle]
+        except KeyError:
+            raise KVError(f"no part has handle {handle}") from None
+
+    def update(self, operations: Iterable[Operation], rows: Sequence[Row]) -> Reservation:
+        """Apply operations in order, cut every storing row's part back to its start, then reserve for all rows.
+
+        Raises PoolExhausted (pages short) or KVError (unknown handle, gap, below the floor, a stored part with two
+        rows). Whatever it raises, nothing has changed.
+        """
+        self._undo = []
+        try:
+            for operation in operations:
+                self._apply(operation)
+            handles = Counter(row.handle for row in rows)
+            for row in rows:
+                self._check(row)
+                if row.store and handles[row.handle] > 1:
+                    raise KVError(f"part {row.handle} has {handles[row.handle]} rows; a part that is stored to has one")
+            for row in rows:
+                if row.store:
+                    self._cut(self._parts[row.handle], row.start)
+            return self._reserve(rows)
+        except BaseException:
+            for undo in reversed(self._undo):
+                undo()
+            raise
+        finally:
+            self._undo = []
+
+    def slots(self, row: Row) -> Int64:
+        """Where a storing row's tokens go: `[layers, stored tokens, heads]`, each page * page_size + offset."""
+        part = self._parts[row.handle]
+        size = self.config.page_size
+        first, end = row.stored(part.lo, part.hi)
+        slot, offset = np.divmod(np.arange(first, end) - part.lo, size)
+        return part.table[:, :, slot].transpose(0, 2, 1).astype(np.int64) * size + offset[:, None]
+
+    def check_integrity(self) -> None:
+        """Raise KVError unless tables, reference counts and the free stack agree."""
+        counted = np.zeros(self.n_pages, np.int32)
+        for handle, part in self._parts.items():
+            held = part.table[part.table != NO_PAGE]
+            if held.size and (held.min() < 0 or held.max() >= self.n_pages):
+                raise KVError(f"part {handle} names page {held.max()} of {self.n_pages}")
+            if not part.lo <= part.held <= part.hi:
+                raise KVError(f"part {handle} holds up to {part.held}, outside [{part.lo}, {part.hi}]")
+            for layer, freed in enumerate(part.freed):
+                row = part.table[layer]
+                held_slots = np.arange(row.shape[1])
+                inside = (held_slots >= freed) & (held_slots < self._slots(part.held - part.lo))
+                if (row[:, inside] == NO_PAGE).any():
+                    raise KVError(f"part {handle} lacks a page in layer {layer} that it should hold")
+                if (row[:, held_slots < freed] != NO_PAGE).any():
+                    raise KVError(f"part {handle} keeps a freed page in layer {layer}")
+            np.add.at(counted, held, 1)
+        if (counted != self._references).any():
+            page = int(np.flatnonzero(counted != self._references)[0])
+            raise KVError(f"page {page} has {counted[page]} references, counted as {self._references[page]}")
+        free = self._free[: self._n_free]
+        if len(np.unique(free)) != self._n_free or self._references[free].any():
+            raise KVError("the free stack holds a page twice, or one in use")
+        if self._n_free + np.count_nonzero(self._references) != self.n_pages:
+            raise KVError(f"{self._n_free} pages free, {np.count_nonzero(self._references)} used, of {self.n_pages}")
+
+    # The operations. Each leaves in the journal how to undo it.
+
+    def _apply(self, operation: Operation) -> None:
+        if not isinstance(operation, Close) and operation.handle in self._parts:
+            raise KVError(f"handle {operation.handle} is in use; handles are never reused")
+        match operation:
+            case Open(handle, heads, lo, hi):
+                self._check_open(operation)
+                part = Part(heads, lo, hi, lo, self._table(len(heads), 0), np.zeros(self._layers, np.int32))
+                self._insert(handle, part)
+            case Fork(handle, parent, length):
+                self._insert(handle, self._forked(self.part(parent), parent, length))
+            case Close(handle):
+                part = self.part(handle)
+                del self._parts[handle]
+                self._undo.append(lambda: self._parts.update({handle: part}))
+                self._release(part.table[part.table != NO_PAGE])
+
+    def _check_open(self, open_: Open) -> None:
+        kv_heads = self.config.layers[0].kv_heads
+        if len(set(open_.heads)) != len(open_.heads) or not all(0 <= head < kv_heads for head in open_.heads):
+            raise KVError(f"part {open_.handle} names heads {open_.heads}, allowed: different ones below {kv_heads}")
+        if not open_.heads or not 0 <= open_.lo < open_.hi:
+            raise KVError(f"part {open_.handle} of heads {open_.heads} and range [{open_.lo}, {open_.hi}) is empty")
+
+    def _forked(self, source: Part, parent: int, length: int) -> Part:
+        """What `source`, of handle `parent`, keeps of the sequence's first `length` tokens: all where its range ends
+        below `length`, nothing where it begins there or above."""
+        held = max(source.lo, min(length, source.hi))
+        lowest = self._floor(source) if held > source.lo else 0
+        if length < lowest:
+            raise KVError(f"cannot fork part {parent} at {length}, allowed: {lowest} or more")
+        if held > source.held:
+            raise KVError(f"cannot fork part {parent} at {length}, it holds up to {source.held}")
+        used = self._slots(held - source.lo)
+        part = dataclasses.replace(
+            source, held=held, table=source.table[:, :, :used].copy(), freed=np.minimum(source.freed, used)
+        )
+        self._share(part.table[part.table != NO_PAGE])
+        return part
+
+    def _insert(self, handle: int, part: Part) -> None:
+        self._parts[handle] = part
+        self._undo.append(lambda: self._parts.__delitem__(handle))
+
+    def _check(self, row: Row) -> None:
+        part = self.part(row.handle)
+        floor = self._floor(part)
+        if row.count < 1:
+            raise KVError(f"row of part {row.handle} has {row.count} tokens")
+        if row.start < floor:
+            raise KVError(f"row starts at {row.start}, below the floor {floor} of part {row.handle}")
+        if row.store and min(row.start, part.hi) > part.held:
+            raise KVError(f"row starts at {row.start}, a gap: part {row.handle} holds up to {part.held}")
+        if row.read is not None:
+            lo, hi = row.read
+            reach = min(row.start + row.count, part.hi) if row.store and row.fused else min(part.held, row.start)
+            if not part.lo <= lo <= hi <= reach:
+                raise KVError(f"row reads [{lo}, {hi}) of part {row.handle}, allowed: within [{part.lo}, {reach}]")
+
+    def _cut(self, part: Part, start: int) -> None:
+        """Cut back to `start`, then free what no query at `start` or later can see."""
+        before, part.held = part.held, max(part.lo, min(part.held, start))
+        self._undo.append(lambda: setattr(part, "held", before))
+        used = self._slots(part.held - part.lo)
+        self._drop(part, np.s_[:, :, used:])
+        for layer in map(int, self._windowed):
+            seen_from = start - int(self._windows[layer]) + 1  # the lowest position that a query at start sees
+            freed = min(max(0, (seen_from - part.lo) // self.config.page_size), used)
+            previous = int(part.freed[layer])
+            if freed > previous:
+                self._drop(part, np.s_[layer, :, previous:freed])
+                self._set_freed(part, layer, previous, freed)
+
+    def _set_freed(self, part: Part, layer: int, previous: int, freed: int) -> None:
+        part.freed[layer] = freed
+        self._undo.append(lambda: part.freed.__setitem__(layer, previous))
+
+    def _drop(self, part: Part, where: tuple[slice | int, ...]) -> None:
+        view = part.table[where]
+        held = view[view != NO_PAGE]
+        if not held.size:
+            return
+        before = view.copy()
+        view[...] = NO_PAGE
+        self._undo.append(lambda: view.__setitem__(..., before))
+        self._release(held)
+
+    def _reserve(self, rows: Sequence[Row]) -> Reservation:
+        """Pages for all that the storing rows can write. Counted first: a refusal takes nothing."""
+        writes = []
+        for row in rows:
+            part = self._parts[row.handle]
+            first, end = row.stored(part.lo, part.hi)
+            if first < end:
+                writes.append((part, first - part.lo, end - part.lo))
+        needed = sum(np.count_nonzero(self._shared(*write)) + self._missing(*write) for write in writes)
+        if needed > self._n_free:
+            raise PoolExhausted(f"{needed} pages needed, {self._n_free} of {self.n_pages} are free")
+        copies = [self._own(*write) for write in writes]
+        for part, _, end in writes:
+            self._extend(part, end)
+        return Reservation(
+            np.concatenate([_NO_PAGES, *(source for source, _ in copies)]),
+            np.concatenate([_NO_PAGES, *(target for _, target in copies)]),
+            tuple(self._floor(self._parts[row.handle]) for row in rows),
+        )
+
+    def _shared(self, part: Part, first: int, _end: int) -> npt.NDArray[np.bool_]:
+        """[layers, heads]: whether the page that `first` falls into holds tokens and belongs to others too."""
+        slot, offset = divmod(first, self.config.page_size)
+        if not offset:
+            return _NONE_SHARED
+        pages = part.table[:, :, slot]
+        shared: npt.NDArray[np.bool_] = (pages != NO_PAGE) & (self._references[pages] > 1)
+        return shared
+
+    def _missing(self, part: Part, first: int, end: int) -> int:
+        return self._layers * len(part.heads) * (self._slots(end) - self._slots(first))
+
+    def _own(self, part: Part, first: int, end: int) -> tuple[Int32, Int32]:
+        """Replace shared pages that will be written by fresh ones; gives which to copy, and where to."""
+        shared = self._shared(part, first, end)
+        if not shared.any():
+            return _NO_PAGES, _NO_PAGES
+        slot = first // self.config.page_size
+        layers, heads = np.nonzero(shared)
+        sources: Int32 = part.table[layers, heads, slot]
+        targets = self._take(len(sources))
+        table = part.table
+
+        def undo() -> None:
+            self._references[sources] += 1
+            table[layers, heads, slot] = sources
+
+        self._references[sources] -= 1
+        table[layers, heads, slot] = targets
+        self._undo.append(undo)
+        return sources, targets
+
+    def _extend(self, part: Part, end: int) -> None:
+        table, held = part.table, part.held
+        start, stop = self._slots(held - part.lo), self._slots(end)
+        if stop > table.shape[2]:
+            part.table = self._table(len(part.heads), max(stop, 2 * table.shape[2]))
+            part.table[:, :, :start] = table[:, :, :start]
+        fresh = part.table[:, :, start:stop]
+
+        def undo() -> None:
+            fresh[...] = NO_PAGE
+            part.table, part.held = table, held
+
+        self._undo.append(undo)
+        if stop > start:
+            fresh[...] = self._take(fresh.size).reshape(fresh.shape)
+        part.held = part.lo + end
+
+    def _slots(self, tokens: int) -> int:
+        return -(-tokens // self.config.page_size)
+
+    def _floor(self, part: Part) -> int:
+        """The lowest length to which the part can return: there every window must still be whole."""
+        size = self.config.page_size
+        lowest = 0
+        for layer in self._windowed:
+            if freed := int(part.freed[layer]):
+                lowest = max(lowest, part.lo + freed * size + int(self._windows[layer]) - 1)
+        return lowest
+
+    # The pool.
+
+    def _table(self, heads: int, slots: int) -> Int32:
+        return np.full((self._layers, heads, slots), NO_PAGE, np.int32)
+
+    def _take(self, n: int) -> Int32:
+        pages = self._free[self._n_free - n : self._n_free][::-1].copy()
+
+        def undo() -> None:  # the pages still stand above the top: an update releases before it takes
+            self._references[pages] = 0
+            self._n_free += n
+
+        self._n_free -= n
+        self._references[pages] = 1
+        self._undo.append(undo)
+        return pages
+
+    def _share(self, pages: Int32) -> None:
+        self._references[pages] += 1
+        self._undo.append(lambda: self._references.__setitem__(pages, self._references[pages] - 1))
+
+    def _release(self, pages: Int32) -> None:
+        self._references[pages] -= 1
+        returned = pages[self._references[pages] == 0]
+        self._free[self._n_free : self._n_free + returned.size] = returned
+        self._n_free += returned.size
+
+        def undo() -> None:
+            self._n_free -= returned.size
+            self._references[pages] += 1
+
+        self._undo.append(undo)
+
+
+def _windows(config: HolderConfig, layers: int) -> Int32:
+    """Per stored layer the window of its readers, -1 where one of them sees everything."""
+    windows = np.zeros(layers, np.int32)
+    for spec in config.layers:
+        narrow = spec.window is not None and windows[spec.kv_layer] >= 0
+        windows[spec.kv_layer] = max(windows[spec.kv_layer], spec.window or 0) if narrow else -1
+    return windows
+
+
+_NO_PAGES = np.empty(0, np.int32)
+_NONE_SHARED = np.zeros((0, 0), np.bool_)

@@ -1,0 +1,320 @@
+"""The next token of every row of a batch, from its logits. Knows no model, no request, no clock and no randomness.
+
+A row's token depends on that row alone: on its logits, its `RowSampling`, and the random number that hashing
+(seed, sample_index, position) gives. So neither the rest of the batch nor a rerun or a preemption changes it.
+
+The order is vLLM's (its v1 sampler): bias, penalties, suppression; then temperature, min_p, top_k, top_p. Ties are
+won by the lower token id, everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import pad
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: there the likeliest token has all the probability that float32 can tell."""
+
+_RUNGS = (64, 1024)  # how many of a row's likeliest tokens the filters look at, before they sort the vocabulary
+_BLOCK = 256  # tokens whose probabilities are summed first, to find the drawn one without a sum over the vocabulary
+_SLICE = 32  # rows shaped at once: few enough that the C library keeps their memory, whose page faults cost most
+_BELOW_ONE = 1 - 2.0**-53
+
+
+class TokenHistory:
+    """The distinct tokens of one sequence, and how often each was generated: all that the penalties need.
+
+    Kept by whoever owns the token ids, who appends each recorded token; so a step costs no walk over the context.
+    """
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._slots = {token: slot for slot, token in enumerate(dict.fromkeys(prompt))}
+        self._tokens = np.fromiter(self._slots, np.int64, len(self._slots))
+        self._counts = np.zeros(len(self._slots), np.float32)
+
+    def append(self, token: int) -> None:
+        """Count one generated token."""
+        slot = self._slots.setdefault(token, len(self._slots))
+        if slot == len(self._tokens):
+            room = max(64, slot)
+            self._tokens = np.concatenate([self._tokens, np.zeros(room, np.int64)])
+            self._counts = np.concatenate([self._counts, np.zeros(room, np.float32)])
+        self._tokens[slot] = token
+        self._counts[slot] += 1
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """The distinct tokens of prompt and output, int64 `[n]`, in order of appearance. A view."""
+        return self._tokens[: len(self._slots)]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """How often each of `tokens` was generated, float32 `[n]`; 0 for a token of the prompt only. A view."""
+        return self._counts[: len(self._slots)]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How one row's token is chosen; the defaults are greedy and neutral. Checked by the caller, token ids included.
+
+    `position` counts the tokens generated before: with `seed` (below 2**64) and `sample_index` it is the random
+    counter. `history` is needed where one of the penalties is not neutral. `suppressed` tokens are impossible.
+    `logprobs` is how many of the likeliest tokens to report beside the chosen one, at most 64; None is no report.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    history: TokenHistory | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    suppressed: Sequence[int] = ()
+    seed: int = 0
+    sample_index: int = 0
+    position: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.penalised and self.history is None:
+            raise ValueError("a row with a repetition, presence or frequency penalty needs its history, got None")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens are left out before drawing."""
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the token is simply the largest logit's."""
+        return self.greedy and not (self.penalised or self.logit_bias or self.suppressed)
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """Natural log probabilities under the softmax of the raw logits: the chosen token's, and (token, logprob) of
+    the likeliest, likeliest first."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One entry a row. A token is None where the row's logits allow none: NaN or infinity among them, or all
+    suppressed. Log probabilities are None there, and where none were asked for."""
+
+    tokens: list[int | None]
+    logprobs: list[RowLogprobs | None]
+
+
+def uniform(seed: int, sample_index: int, position: int) -> float:
+    """A number in [0, 1), a multiple of 2**-53, that depends on nothing but its arguments (each below 2**64)."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed, sample_index, position), digest_size=8).digest()
+    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def sample(logits: torch.Tensor, rows: Sequence[RowSampling]) -> Sampled:
+    """Choose a token for each row. logits: `[len(rows), vocabulary]`, any float dtype, not modified."""
+    if logits.shape[0] != len(rows):
+        raise ValueError(f"logits have {logits.shape[0]} rows, but {len(rows)} rows say how to sample")
+    tokens = _largest(logits)
+    others = [i for i, row in enumerate(rows) if tokens[i] is not None and not row.plain]
+    for start in range(0, len(others), _SLICE):
+        part = others[start : start + _SLICE]
+        chosen = _choose(_select(logits, part).float(), [rows[i] for i in part])
+        for i, token in zip(part, chosen, strict=True):
+            tokens[i] = token
+    return Sampled(tokens, _report(logits, tokens, rows))
+
+
+def _select(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """A copy of some rows."""
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))
+
+
+def _largest(logits: torch.Tensor) -> list[int | None]:
+    """The id of each row's largest logit, None where that is not finite: argmax holds NaN for the largest of all."""
+    tokens = logits.argmax(-1)
+    finite = logits.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite()
+    return [token if good else None for token, good in zip(tokens.tolist(), finite.tolist(), strict=True)]
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int | None]:
+    """Tokens of rows that are not plain. logits: float32 `[len(rows), vocabulary]`, overwritten."""
+    _add_bias(logits, rows)
+    _penalise(logits, rows)
+    _suppress(logits, rows)
+    tokens = _largest(logits)
+    if all(row.greedy for row in rows):
+        return tokens
+    failed = [i for i, token in enumerate(tokens) if token is None]
+    logits[failed] = 0  # something to draw from; what is drawn counts for nothing
+    drawn = _draw(logits, rows)
+    return [t if t is None or row.greedy else d for t, d, row in zip(tokens, drawn, rows, strict=True)]
+
+
+def _add_bias(logits: torch.Tensor, rows: Sequence[RowSampling]) -> None:
+    for i, row in enumerate(rows):
+        if row.logit_bias:
+            logits[i, list(row.logit_bias)] += torch.tensor(list(row.logit_bias.values()), device=logits.device)
+
+
+def _penalise(logits: torch.Tensor, rows: Sequence[RowSampling]) -> None:
+    """Repetition (CTRL, arXiv 1909.05858: x / r or x * r, whichever is lower) over prompt and output, then
+    frequency and presence (OpenAI: - count * f, - p) over the output."""
+    penalised = [(i, row, row.history) for i, row in enumerate(rows) if row.penalised and row.history is not None]
+    if not penalised:
+        return
+    histories = [history for _, _, history in penalised]
+    tokens = torch.from_numpy(np.concatenate([history.tokens for history in histories])).to(logits.device)
+    counts = torch.from_numpy(np.concatenate([history.counts for history in histories])).to(logits.device)
+    # What belongs to a row, spread over the tokens of its history.
+    spread = torch.from_numpy(np.repeat(np.arange(len(histories)), [len(h.tokens) for h in histories]))
+    row_ids = torch.tensor([i for i, _, _ in penalised])[spread].to(logits.device)
+    penalties = [(r.repetition_penalty, r.frequency_penalty, r.presence_penalty) for _, r, _ in penalised]
+    repetition, frequency, presence = torch.tensor(penalties, dtype=logits.dtype)[spread].to(logits.device).unbind(1)
+    x = logits[row_ids, tokens]
+    x = torch.where(x > 0, x / repetition, x * repetition)
+    logits[row_ids, tokens] = x - counts * frequency - (counts > 0) * presence
+
+
+def _suppress(logits: torch.Tensor, rows: Sequence[RowSampling]) -> None:
+    for i, row in enumerate(rows):
+        if row.suppressed:
+            logits[i, list(row.suppressed)] = -torch.inf
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int]:
+    """Tokens drawn at random. logits: float32 `[len(rows), vocabulary]`, each row's largest finite, overwritten."""
+    temperature = torch.tensor([[max(row.temperature, GREEDY_BELOW)] for row in rows], device=logits.device)
+    # The largest is taken off before the division: a small temperature would overflow.
+    scaled = logits.sub_(logits.amax(1, keepdim=True)).div_(temperature)
+    probs = scaled.softmax(1)
+    _filter(probs, scaled, rows)
+    numbers = [uniform(row.seed, row.sample_index, row.position) for row in rows]
+    return _invert(probs, torch.tensor(numbers, dtype=torch.float64, device=probs.device)).tolist()
+
+
+def _filter(probs: torch.Tensor, scaled: torch.Tensor, rows: Sequence[RowSampling]) -> None:
+    """Zero, in place, the probabilities that min_p, top_k and top_p leave out. Both float32 `[rows, vocabulary]`.
+
+    In order of likelihood each filter keeps a prefix, so all that is sought is the shortest prefix's length. Few of
+    the likeliest tokens mostly settle it; the rows that they don't settle look at more. How far a row looks depends
+    on that row alone, as everything does.
+    """
+    device, vocabulary = scaled.device, scaled.shape[1]
+    limits = torch.tensor([[row.min_p, row.top_p] for row in rows], dtype=torch.float64, device=device)
+    top_k = torch.tensor([[row.top_k if row.top_k > 0 else vocabulary] for row in rows], device=device)
+    left = torch.tensor([i for i, row in enumerate(rows) if row.filtered], dtype=torch.int64, device=device)
+    for size in (*(rung for rung in _RUNGS if rung < vocabulary), vocabulary):
+        if not len(left):
+            return
+        values, tokens = _likeliest(scaled.index_select(0, left), size)
+        p = probs[left.unsqueeze(1), tokens]
+        length, settled = _prefix(p.double(), top_k[left], limits[left, :1], limits[left, 1:], vocabulary)
+        # Beyond the last token seen may be its equals, of lower ids: a prefix that ends among them is not settled.
+        settled &= (values.gather(1, length - 1) > values[:, -1:]) | (size == vocabulary)
+        p.masked_fill_(torch.arange(size, device=device) >= length, 0)
+        done = settled.squeeze(1)
+        probs.index_fill_(0, left[done], 0)
+        probs[left[done].unsqueeze(1), tokens[done]] = p[done]
+        left = left[~done]
+
+
+def _prefix(
+    p: torch.Tensor, top_k: torch.Tensor, min_p: torch.Tensor, top_p: torch.Tensor, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of each row's likeliest tokens the filters keep, and whether those seen settle it. All but p `[n, 1]`.
+
+    p: float64 `[n, seen]`, falling, probabilities over the whole vocabulary.
+    """
+    seen = p.shape[1]
+    mass = p.cumsum(1)
+    length = torch.where(min_p > 0, (p >= min_p * p[:, :1]).sum(1, keepdim=True), vocabulary).minimum(top_k)
+    settled = (length < seen) | (length == vocabulary)
+    # top_p is a share of what the others left: of 1 where that is everything.
+    left = torch.where(length == vocabulary, 1.0, mass.gather(1, length.clamp(max=seen) - 1))
+    nucleus = (mass - p < top_p * left).sum(1, keepdim=True)
+    length = torch.where(top_p < 1, length.minimum(nucleus), length)
+    return length.clamp(max=seen), settled
+
+
+def _likeliest(values: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `size` largest of each row and their ids, largest first, then lower ids first. `[rows, size]` each."""
+    if size == values.shape[1]:
+        ordered = values.sort(dim=1, descending=True, stable=True)
+        return ordered.values, ordered.indices
+    found, tokens = values.topk(size)
+    tokens, order = tokens.sort(dim=1)  # topk leaves equals in any order
+    found, order = found.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return found, tokens.gather(1, order)
+
+
+def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The token at which the sum of probabilities, in order of token id, passes u of the whole. `[rows]`.
+
+    Id order rather than likelihood: two tokens that trade places by rounding then move no other token's interval.
+    First a block of tokens is found so (by sums in float32), then the token within it by what is left of u.
+    """
+    rows, vocabulary = probs.shape
+    short = -vocabulary % _BLOCK
+    blocks = (pad(probs, (0, short)) if short else probs).view(rows, -1, _BLOCK)
+    block, u = _pass(blocks.sum(2).double(), u)
+    token, _ = _pass(blocks[torch.arange(rows, device=block.device), block].double(), u)
+    return block * _BLOCK + token
+
+
+def _pass(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first index whose running sum exceeds u of the total, and how far into its own weight that is, in [0, 1).
+
+    weights: float64 `[rows, n]`; a weight of 0 is never chosen. u: at most `_BELOW_ONE`, so that u * total rounds to
+    less than the total.
+    """
+    sums = weights.cumsum(1)
+    target = u.unsqueeze(1) * sums[:, -1:]
+    index = torch.searchsorted(sums, target, right=True)
+    weight = weights.gather(1, index)
+    rest = (target - (sums.gather(1, index) - weight)) / weight
+    return index.squeeze(1), rest.clamp(0, _BELOW_ONE).squeeze(1)
+
+
+def _report(
+    logits: torch.Tensor, tokens: Sequence[int | None], rows: Sequence[RowSampling]
+) -> list[RowLogprobs | None]:
+    report: list[RowLogprobs | None] = [None] * len(rows)
+    asked = [
+        (i, token, row.logprobs)
+        for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
+        if token is not None and row.logprobs is not None
+    ]
+    if not asked:
+        return report
+    logprobs = _select(logits, [i for i, _, _ in asked]).float().log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor([[token] for _, token, _ in asked], device=logits.device))
+    # A fixed number is looked for, so that among equals the rest of the batch has no say.
+    values, ids = _likeliest(logprobs, min(_RUNGS[0], logprobs.shape[1]))
+    for (i, _, count), own, row_ids, row_values in zip(
+        asked, chosen.squeeze(1).tolist(), ids.tolist(), values.tolist(), strict=True
+    ):
+        report[i] = RowLogprobs(own, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
+    return report

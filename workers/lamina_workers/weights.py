@@ -1,0 +1,107 @@
+"""A checkpoint's tensors as views of memory-mapped safetensors files.
+
+Knows names, shapes, dtypes and pages of memory. Knows nothing of models or of what the tensors mean.
+A tensor's bytes come into memory when they are first read and leave it with `release`, so whoever repacks
+the weights one by one never holds them twice.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from lamina_workers.errors import ModelFileError
+from lamina_workers.safetensors_files import TensorInfo, find_tensors
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Checkpoint:
+    """The tensors of `model.safetensors`, or of the shards of `model.safetensors.index.json`, in a folder.
+
+    Raises ModelFileError where the files are missing, truncated, malformed or refused; every offset is checked
+    before anything is mapped. Use it as a context manager.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._tensors = find_tensors(self._folder)
+        self._maps: dict[Path, mmap.mmap] = {}
+        for file in {info.file for info in self._tensors.values()}:
+            try:
+                with file.open("rb") as stream:
+                    # Copy on write: torch wants a writable buffer, and no one can write through to the file.
+                    self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise ModelFileError(f"cannot map {file}: {error}") from error
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors, in the order of the files."""
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor `name`, without reading it."""
+        return self._info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the tensor `name`, without reading it."""
+        return _DTYPES[self._info(name).dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors together."""
+        return sum(info.nbytes for info in self._tensors.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor `name` as a view of the file, in its dtype and shape, on the CPU.
+
+        Writing to it changes neither the file nor what `release` brings back.
+        """
+        info = self._info(name)
+        dtype = _DTYPES[info.dtype]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype)
+        data = torch.frombuffer(self._maps[info.file], dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        if info.offset % dtype.itemsize:  # the format does not promise alignment, kernels need it
+            data = data.clone()
+        return data.view(dtype).view(info.shape)
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading `name` took. Views of it stay valid and are read from the file again."""
+        info = self._info(name)
+        if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            begin = info.offset - info.offset % mmap.PAGESIZE
+            self._maps[info.file].madvise(mmap.MADV_DONTNEED, begin, info.offset + info.nbytes - begin)
+
+    def close(self) -> None:
+        """Forget the files. Each stays mapped only as long as a tensor that views it lives."""
+        self._maps.clear()
+        self._tensors.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _info(self, name: str) -> TensorInfo:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise ModelFileError(f"{self._folder} has no tensor {name!r} (or is closed)") from None
