@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lamina.llm import DEFAULT_MODEL, LLM, Prompt
+from lamina.config import DEFAULT_MODEL
+from lamina.llm import LLM, Prompt
 from lamina.types import Completion, SamplingParams, TokenEvent
 
 _lock = threading.Lock()

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from lamina import cli_options as opt
 from lamina.answers import print_as_it_comes, print_as_they_finish, print_json_lines
+from lamina.config import DEFAULT_MODEL
 from lamina.errors import InvalidRequest, LaminaError, ModelFileError, UnsupportedModelError
 from lamina.terminal import (
     ProgressBars,
@@ -35,7 +36,6 @@ from lamina_workers.errors import DiskFullError
 if TYPE_CHECKING:
     from lamina.llm import LLM
 
-DEFAULT_MODEL = "smollm2-135m"
 BAD_INPUT = (InvalidRequest, ModelFileError, UnsupportedModelError)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lamina.errors import InvalidRequest
 
+DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")

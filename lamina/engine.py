@@ -45,18 +45,24 @@ def _nobody(ticket: Ticket, outputs: list[Output]) -> None:
     """The sink of a ticket that was not submitted."""
 
 
+def _unwatched(done: int, total: int) -> None:
+    """The `prefilled` of a ticket whose prefill nobody follows."""
+
+
 @dataclass(slots=True)
 class Ticket:
     """A request and what becomes of it.
 
-    Whoever submits it sets `submitted` and `sink`, which the engine calls with each batch's outputs and which must not
-    block. Times are the engine clock's, in seconds; None until it happened.
+    Whoever submits it sets `submitted`, `sink`, which the engine calls with each batch's outputs, and perhaps
+    `prefilled`, which it calls with how many of the prompt's tokens are computed; neither may block. Times are the
+    engine clock's, in seconds; None until it happened.
     """
 
     request: Request
     params: SamplingParams
     seed: int
     sink: Callable[[Ticket, list[Output]], None] = _nobody
+    prefilled: Callable[[int, int], None] = _unwatched
     submitted: float = 0.0
     scheduled: float | None = None
     cached_tokens: int = 0
@@ -235,6 +241,10 @@ class Engine:
                 self._scheduler.end(row.sequence, "abort", keep=False)
                 if ticket := self._tickets.get(row.sequence.request.id):
                     self._fail(ticket, EngineError("the model's logits are not finite for this request"))
+        for row in plan.rows:
+            prompt = len(row.sequence.request.prompt)
+            if row.start < prompt and (ticket := self._tickets.get(row.sequence.request.id)):
+                ticket.prefilled(min(row.start + row.count, prompt), prompt)
         reports = dict(zip((row.sequence for row in rows), sampled.logprobs, strict=True))
         outputs: dict[str, list[Output]] = {}
         for outcome in self._scheduler.record(plan, [token or 0 for token in sampled.tokens]):

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, overload
 
-from lamina.config import EngineConfig
+from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.engine import Output, Ticket
 from lamina.errors import EngineError, Interrupted, InvalidRequest
 from lamina.model_cache import Progress
@@ -31,7 +31,7 @@ Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 _Item: TypeAlias = tuple[Ticket, list[Output]]
 
-DEFAULT_MODEL = "smollm2-135m"
+_LONG_PREFILL = 2048  # tokens from which progress is told
 
 
 class LLM:
@@ -315,6 +315,8 @@ class _Job:
         now = time.monotonic()
         for ticket in tickets:
             ticket.submitted, ticket.sink = now, lambda ticket, outputs: inbox.put((ticket, outputs))
+        if runtime.progress is not None:
+            _follow_prefill(tickets, runtime.progress)
         self._answers = {
             ticket.request.id: Answer(index, ticket, runtime.tokenizer, self._stopper(ticket))
             for index, ticket in enumerate(tickets)
@@ -371,6 +373,23 @@ class _LoopQueue:
 
     async def get(self) -> _Item:
         return await self._queue.get()
+
+
+def _follow_prefill(tickets: Sequence[Ticket], progress: Progress) -> None:
+    """Tell `progress` how many of all prompts' tokens are computed, where there are many."""
+    total = sum(len(ticket.request.prompt) for ticket in tickets)
+    done: dict[str, int] = {}
+
+    def follower(request_id: str) -> Callable[[int, int], None]:
+        def prefilled(computed: int, _length: int) -> None:
+            done[request_id] = max(computed, done.get(request_id, 0))  # a preempted one computes again
+            progress("reading the prompt", sum(done.values()), total)
+
+        return prefilled
+
+    if total > _LONG_PREFILL:
+        for ticket in tickets:
+            ticket.prefilled = follower(ticket.request.id)
 
 
 def _is_one(prompts: object) -> bool:

@@ -5,7 +5,6 @@ Knows every part by its constructor and no part's inside.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -26,7 +25,7 @@ from lamina.models import resolve
 from lamina.placement import Placement, Share
 from lamina.request import SchedulerConfig
 from lamina.scheduler import Scheduler
-from lamina.tokenizer import Tokenizer
+from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.attention_port import LocalAttention
@@ -55,6 +54,7 @@ class Runtime:
     limits: SchedulerConfig
     engine: Engine
     thread: threading.Thread
+    progress: Progress | None
 
     def stop(self) -> None:
         """Stop the engine, and wait until its thread is gone: the interpreter must not end while it is in torch."""
@@ -112,7 +112,7 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None) ->
         kv_memory=_kv_memory(config, machine),
     )
     limits = _limits(config, model, holder, machine)
-    generation_config = _generation_config(path)
+    generation_config = read_json(path / "generation_config.json")
     SamplingParams().with_defaults(generation_config)  # what is wrong in it is said now, not at each request
     decoder = _load(model, path, dtype, device, progress)
     worker = ModelWorker(decoder, holder, [LocalAttention(AttentionWorker(holder, threads))], threads)
@@ -122,7 +122,7 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None) ->
         name, dtype, device, holder.dtype, limits.longest_possible(), threads,
     )  # fmt: skip
     engine = Engine(worker, Scheduler(limits), Placement((share,)), time.monotonic)
-    return Runtime(path, model, generation_config, tokenizer, limits, engine, threading.current_thread())
+    return Runtime(path, model, generation_config, tokenizer, limits, engine, threading.current_thread(), progress)
 
 
 def _rescaled(model: ModelConfig, scaling: Mapping[str, Any]) -> ModelConfig:
@@ -199,16 +199,3 @@ def _limits(config: EngineConfig, model: ModelConfig, holder: HolderConfig, mach
 def _keys_depend_on_length(model: ModelConfig, length: int) -> bool:
     """Dynamic RoPE turns keys by their prompt's length, so prompts of unlike lengths cannot share them."""
     return model.rope.kind == "dynamic" and length > model.rope.positions
-
-
-def _generation_config(path: Path) -> Mapping[str, Any]:
-    file = path / "generation_config.json"
-    if not file.exists():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"{file} is malformed: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelFileError(f"{file} holds a {type(config).__name__}; expected an object")
-    return config

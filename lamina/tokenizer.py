@@ -39,7 +39,7 @@ class Tokenizer:
             raise ModelFileError(f"{file} is malformed: {error}") from error
         self._tokenizer.no_truncation()  # a training script's settings may be in the file
         self._tokenizer.no_padding()
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         self._special = {name: _token_text(config.get(name)) for name in _SPECIAL_TOKENS}
         self._template = _find_template(folder, config)
         self.eos_ids: tuple[int, ...] = self._find_eos_ids(folder)
@@ -104,7 +104,7 @@ class Tokenizer:
 
     def _find_eos_ids(self, folder: Path) -> tuple[int, ...]:
         for name in ("generation_config.json", "config.json"):
-            ids = _read_json(folder / name).get("eos_token_id")
+            ids = read_json(folder / name).get("eos_token_id")
             if ids is not None:
                 listed = ids if isinstance(ids, list) else [ids]
                 if any(type(index) is not int or index < 0 for index in listed):
@@ -263,7 +263,7 @@ def _read(file: Path) -> bytes:
         raise ModelFileError(f"cannot read {file}: {error}") from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The object in `file`, or an empty one where there is no file."""
     if not file.exists():
         return {}

@@ -225,7 +225,8 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One token of a stream. `text` is what it adds to the sample's text: often nothing while a character or a
-    possible stop string is incomplete. `finish_reason` is set on a sample's last event only."""
+    possible stop string is incomplete. `finish_reason` is set on a sample's last event only;
+    a sample that its caller aborts has no such event."""
 
     text: str
     token_id: int
