@@ -241,10 +241,7 @@ class Engine:
                 self._scheduler.end(row.sequence, "abort", keep=False)
                 if ticket := self._tickets.get(row.sequence.request.id):
                     self._fail(ticket, EngineError("the model's logits are not finite for this request"))
-        for row in plan.rows:
-            prompt = len(row.sequence.request.prompt)
-            if row.start < prompt and (ticket := self._tickets.get(row.sequence.request.id)):
-                ticket.prefilled(min(row.start + row.count, prompt), prompt)
+        self._report_prefill(plan)
         reports = dict(zip((row.sequence for row in rows), sampled.logprobs, strict=True))
         outputs: dict[str, list[Output]] = {}
         for outcome in self._scheduler.record(plan, [token or 0 for token in sampled.tokens]):
@@ -257,6 +254,18 @@ class Engine:
                 self._forget(sequence)
         for request_id, batch in outputs.items():
             self._publish(self._tickets[request_id], batch)
+
+    def _report_prefill(self, plan: Plan) -> None:
+        for row in plan.rows:
+            prompt = len(row.sequence.request.prompt)
+            ticket = self._tickets.get(row.sequence.request.id)
+            if row.start >= prompt or ticket is None:
+                continue
+            try:
+                ticket.prefilled(min(row.start + row.count, prompt), prompt)
+            except Exception:  # it may be anything
+                logger.exception("a client could not follow its prefill")
+                ticket.prefilled = _unwatched
 
     def _publish(self, ticket: Ticket, outputs: list[Output]) -> None:
         ticket.unfinished -= sum(output.finish_reason is not None for output in outputs)
