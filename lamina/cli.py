@@ -7,6 +7,7 @@ model is needed, so that `--help` is quick.
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
         except BrokenPipeError:  # whoever read our output, such as head, has enough
             close_stdout()
@@ -54,13 +56,14 @@ class Commands(TyperGroup):
             typer.echo(f"error: {error.format_message()}", err=True)
             raise typer.Exit(2) from None
         except (LaminaError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)  # one line, whatever a template put in it
             raise typer.Exit(exit_code(error)) from error
 
 
 def exit_code(error: LaminaError | OSError) -> int:
-    """2 where the input was bad, 1 for all else, a full disk included."""
-    return 2 if isinstance(error, BAD_INPUT) and not isinstance(error, DiskFullError) else 1
+    """2 where the input was bad, 1 for all else: a full disk, or a folder that cannot be written."""
+    unwritable = isinstance(error.__cause__, PermissionError) or getattr(error.__cause__, "errno", 0) == errno.EROFS
+    return 1 if isinstance(error, DiskFullError) or unwritable or not isinstance(error, BAD_INPUT) else 2
 
 
 app = typer.Typer(

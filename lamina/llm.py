@@ -281,16 +281,17 @@ class LLM:
             raise InvalidRequest(
                 f"prompts is {prompts!r:.80}; allowed is text, a list of token ids, or a list of those"
             )
-        listed: Any = [prompts] if _is_one(prompts) else prompts
-        return [self._prompt(prompt) for prompt in listed]
+        if _is_one(prompts):
+            return [self._prompt("the prompt", prompts)]
+        return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
 
-    def _prompt(self, prompt: object) -> list[int]:
+    def _prompt(self, name: str, prompt: object) -> list[int]:
         if isinstance(prompt, str):
             if not prompt:
-                raise InvalidRequest("the prompt is empty; at least one character is needed")
+                raise InvalidRequest(f"{name} is empty; at least one character is needed")
             return self._runtime.tokenizer.encode(prompt)
         if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
-            raise InvalidRequest(f"a prompt is {prompt!r:.80}; allowed is text or a list of token ids")
+            raise InvalidRequest(f"{name} is {prompt!r:.80}; allowed is text or a list of token ids")
         return list(prompt)
 
     def _conversations(self, messages: Conversation | Sequence[Conversation]) -> list[list[int]]:

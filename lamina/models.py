@@ -56,6 +56,8 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
     where there is no room, UnsupportedModelError for a GGUF file that cannot be converted.
     """
     text, progress = str(name), progress or _silent
+    if not text.strip():
+        raise InvalidRequest(f"model is {text!r}; allowed is {_FORMS.format(aliases=', '.join(ALIASES))}")
     if (alias := ALIASES.get(text)) is not None:
         return get_or_create(_alias_folder(text, alias), lambda folder: _fetch(alias, folder, progress))
     try:

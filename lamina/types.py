@@ -292,6 +292,8 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 def _stop_string(value: object) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_STOP_LENGTH:
         raise _refused("stop", value, f"a string of 1 to {MAX_STOP_LENGTH} characters")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _refused("stop", value, "valid Unicode, without half of a surrogate pair")
     return value
 
 
