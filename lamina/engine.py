@@ -32,13 +32,14 @@ MAX_FAULTS = 3  # batches in a row that may fail at a holder before their reques
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One step of one sample: a token, or the end. `error` ends the whole request."""
+    """One step of one sample: a token, or the end, at a time of the engine's clock. `error` ends the whole request."""
 
     sample: int
     token: int | None
     finish_reason: FinishReason | None = None
     logprobs: RowLogprobs | None = None
     error: LaminaError | None = None
+    at: float = 0.0
 
 
 def _nobody(ticket: Ticket, outputs: list[Output]) -> None:
@@ -244,11 +245,12 @@ class Engine:
         self._report_prefill(plan)
         reports = dict(zip((row.sequence for row in rows), sampled.logprobs, strict=True))
         outputs: dict[str, list[Output]] = {}
+        now = self._clock()
         for outcome in self._scheduler.record(plan, [token or 0 for token in sampled.tokens]):
             sequence = outcome.sequence
             if sequence in self._histories:
                 self._histories[sequence].append(outcome.token)
-            output = Output(sequence.sample, outcome.token, outcome.finish_reason, reports[sequence])
+            output = Output(sequence.sample, outcome.token, outcome.finish_reason, reports[sequence], at=now)
             outputs.setdefault(sequence.request.id, []).append(output)
             if outcome.finish_reason is not None:
                 self._forget(sequence)
@@ -317,7 +319,8 @@ class Engine:
         for sequence in ended:
             self._forget(sequence)
         if ended:
-            self._publish(ticket, [Output(sequence.sample, None, reason) for sequence in ended])
+            now = self._clock()
+            self._publish(ticket, [Output(sequence.sample, None, reason, at=now) for sequence in ended])
 
     def _forget(self, sequence: Sample) -> None:
         self._histories.pop(sequence, None)

@@ -192,7 +192,7 @@ class LLM:
     # Waiting: the blocking and the asynchronous way.
 
     def _complete(self, tickets: list[Ticket], one: bool) -> Completion | list[Completion]:
-        job = _Job(self._runtime, tickets, queue.SimpleQueue())
+        job = _Job(self._runtime, tickets, queue.SimpleQueue(), streamed=False)
         try:
             while not job.done:
                 job.take(job.inbox.get())
@@ -205,7 +205,7 @@ class LLM:
         return job.completions()[0] if one else job.completions()
 
     async def _acomplete(self, tickets: list[Ticket], one: bool) -> Completion | list[Completion]:
-        job = _Job(self._runtime, tickets, _LoopQueue())
+        job = _Job(self._runtime, tickets, _LoopQueue(), streamed=False)
         try:
             while not job.done:
                 job.take(await job.inbox.get())
@@ -214,7 +214,7 @@ class LLM:
         return job.completions()[0] if one else job.completions()
 
     def _blocking(self, tickets: list[Ticket]) -> Iterator[TokenEvent]:
-        job = _Job(self._runtime, tickets, queue.SimpleQueue())
+        job = _Job(self._runtime, tickets, queue.SimpleQueue(), streamed=True)
         try:
             while not job.done:
                 yield from job.take(job.inbox.get())
@@ -222,7 +222,7 @@ class LLM:
             job.abort()
 
     async def _awaiting(self, tickets: list[Ticket]) -> AsyncIterator[TokenEvent]:
-        job = _Job(self._runtime, tickets, _LoopQueue())
+        job = _Job(self._runtime, tickets, _LoopQueue(), streamed=True)
         try:
             while not job.done:
                 for event in job.take(await job.inbox.get()):
@@ -306,16 +306,22 @@ class LLM:
 
 
 class _Job:
-    """The prompts of one call, submitted. What the engine delivers comes through `inbox`; one thread takes it."""
+    """The prompts of one call, submitted. What the engine delivers comes through `inbox`; one thread takes it.
 
-    def __init__(self, runtime: Runtime, tickets: Sequence[Ticket], inbox: Any) -> None:
+    Unless it is `streamed`, or stop strings must be looked for, outputs are held back until a sample has ended: waking
+    the caller for each token would take a core from the engine.
+    """
+
+    def __init__(self, runtime: Runtime, tickets: Sequence[Ticket], inbox: Any, streamed: bool) -> None:
         self.inbox = inbox
+        self._held: dict[str, list[Output]] = {ticket.request.id: [] for ticket in tickets}
         self._engine = runtime.engine
         self._tickets = tickets
         self._open = len(tickets)
         now = time.monotonic()
         for ticket in tickets:
-            ticket.submitted, ticket.sink = now, lambda ticket, outputs: inbox.put((ticket, outputs))
+            ticket.submitted = now
+            ticket.sink = self._deliver if streamed or ticket.params.stop else self._hold
         if runtime.progress is not None:
             _follow_prefill(tickets, runtime.progress)
         self._answers = {
@@ -339,7 +345,7 @@ class _Job:
         ticket, outputs = item
         answer = self._answers[ticket.request.id]
         was_done = answer.done
-        events = list(answer.take(outputs, time.monotonic()))
+        events = list(answer.take(outputs))
         self._open -= answer.done and not was_done
         return events
 
@@ -356,6 +362,16 @@ class _Job:
         for ticket in self._tickets:
             if not self._answers[ticket.request.id].done:
                 self._engine.abort(ticket)
+
+    def _deliver(self, ticket: Ticket, outputs: list[Output]) -> None:
+        self.inbox.put((ticket, outputs))
+
+    def _hold(self, ticket: Ticket, outputs: list[Output]) -> None:
+        held = self._held[ticket.request.id]
+        held += outputs
+        if any(output.finish_reason is not None or output.error is not None for output in outputs):
+            self._held[ticket.request.id] = []
+            self._deliver(ticket, held)
 
     def _stopper(self, ticket: Ticket) -> Callable[[int], None]:
         return lambda sample: self._engine.abort(ticket, sample, "stop")

@@ -36,7 +36,7 @@ class Answer:
         """Whether every sample has ended."""
         return all(sample.finish_reason for sample in self._samples)
 
-    def take(self, outputs: Sequence[Output], now: float) -> Iterator[TokenEvent]:
+    def take(self, outputs: Sequence[Output]) -> Iterator[TokenEvent]:
         """The events that outputs give, in order. Raises the request's error where it failed."""
         for output in outputs:
             if output.error is not None:
@@ -44,12 +44,12 @@ class Answer:
             sample = self._samples[output.sample]
             if sample.finish_reason is not None:  # a stop string ended it; what was under way is not wanted
                 continue
-            self._last = now
+            self._last = output.at
             if output.token is None:
                 sample.end(output.finish_reason or "abort")
                 continue
             if self._first_token is None:
-                self._first_token = now
+                self._first_token = output.at
             text, stopped = sample.push(output)
             if stopped:
                 self._stop(output.sample)
