@@ -6,32 +6,26 @@ how they wait. Safe to use from several threads and event loops at once.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import queue
 import secrets
-import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, overload
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
-from lamina.engine import Output, Ticket
+from lamina.engine import Ticket
 from lamina.errors import EngineError, Interrupted, InvalidRequest
+from lamina.job import Job, LoopQueue
 from lamina.model_cache import Progress
-from lamina.outputs import Answer
 from lamina.request import Request
 from lamina.runtime import Runtime, start
 from lamina.types import Completion, SamplingParams, TokenEvent
 
 Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
-_Item: TypeAlias = tuple[Ticket, list[Output]]
-
-_LONG_PREFILL = 2048  # tokens from which progress is told
 
 
 class LLM:
@@ -192,7 +186,7 @@ class LLM:
     # Waiting: the blocking and the asynchronous way.
 
     def _complete(self, tickets: list[Ticket], one: bool) -> Completion | list[Completion]:
-        job = _Job(self._runtime, tickets, queue.SimpleQueue(), streamed=False)
+        job = Job(self._runtime, tickets, queue.SimpleQueue(), streamed=False)
         try:
             while not job.done:
                 job.take(job.inbox.get())
@@ -205,7 +199,7 @@ class LLM:
         return job.completions()[0] if one else job.completions()
 
     async def _acomplete(self, tickets: list[Ticket], one: bool) -> Completion | list[Completion]:
-        job = _Job(self._runtime, tickets, _LoopQueue(), streamed=False)
+        job = Job(self._runtime, tickets, LoopQueue(), streamed=False)
         try:
             while not job.done:
                 job.take(await job.inbox.get())
@@ -214,7 +208,7 @@ class LLM:
         return job.completions()[0] if one else job.completions()
 
     def _blocking(self, tickets: list[Ticket]) -> Iterator[TokenEvent]:
-        job = _Job(self._runtime, tickets, queue.SimpleQueue(), streamed=True)
+        job = Job(self._runtime, tickets, queue.SimpleQueue(), streamed=True)
         try:
             while not job.done:
                 yield from job.take(job.inbox.get())
@@ -222,7 +216,7 @@ class LLM:
             job.abort()
 
     async def _awaiting(self, tickets: list[Ticket]) -> AsyncIterator[TokenEvent]:
-        job = _Job(self._runtime, tickets, _LoopQueue(), streamed=True)
+        job = Job(self._runtime, tickets, LoopQueue(), streamed=True)
         try:
             while not job.done:
                 for event in job.take(await job.inbox.get()):
@@ -303,110 +297,6 @@ class LLM:
         for token in token_ids:
             if not 0 <= token < size:
                 raise InvalidRequest(f"{name} has token id {token}; allowed are 0 to {size - 1}")
-
-
-class _Job:
-    """The prompts of one call, submitted. What the engine delivers comes through `inbox`; one thread takes it.
-
-    Unless it is `streamed`, or stop strings must be looked for, outputs are held back until a sample has ended: waking
-    the caller for each token would take a core from the engine.
-    """
-
-    def __init__(self, runtime: Runtime, tickets: Sequence[Ticket], inbox: Any, streamed: bool) -> None:
-        self.inbox = inbox
-        self._held: dict[str, list[Output]] = {ticket.request.id: [] for ticket in tickets}
-        self._engine = runtime.engine
-        self._tickets = tickets
-        self._open = len(tickets)
-        now = time.monotonic()
-        for ticket in tickets:
-            ticket.submitted = now
-            ticket.sink = self._deliver if streamed or ticket.params.stop else self._hold
-        if runtime.progress is not None:
-            _follow_prefill(tickets, runtime.progress)
-        self._answers = {
-            ticket.request.id: Answer(index, ticket, runtime.tokenizer, self._stopper(ticket))
-            for index, ticket in enumerate(tickets)
-        }
-        try:
-            for ticket in tickets:
-                self._engine.submit(ticket)
-        except BaseException:
-            self.abort()
-            raise
-
-    @property
-    def done(self) -> bool:
-        """Whether every prompt is answered."""
-        return self._open == 0
-
-    def take(self, item: _Item) -> list[TokenEvent]:
-        """The events of one delivery. Raises the request's error where it failed."""
-        ticket, outputs = item
-        answer = self._answers[ticket.request.id]
-        was_done = answer.done
-        events = list(answer.take(outputs))
-        self._open -= answer.done and not was_done
-        return events
-
-    def completions(self) -> list[Completion]:
-        """All completions, in the order of the prompts."""
-        return [answer.completion() for answer in self._answers.values()]
-
-    def finished(self) -> list[Completion | None]:
-        """Like `completions`, None where a prompt is not yet answered."""
-        return [answer.completion() if answer.done else None for answer in self._answers.values()]
-
-    def abort(self) -> None:
-        """End what has not ended."""
-        for ticket in self._tickets:
-            if not self._answers[ticket.request.id].done:
-                self._engine.abort(ticket)
-
-    def _deliver(self, ticket: Ticket, outputs: list[Output]) -> None:
-        self.inbox.put((ticket, outputs))
-
-    def _hold(self, ticket: Ticket, outputs: list[Output]) -> None:
-        held = self._held[ticket.request.id]
-        held += outputs
-        if any(output.finish_reason is not None or output.error is not None for output in outputs):
-            self._held[ticket.request.id] = []
-            self._deliver(ticket, held)
-
-    def _stopper(self, ticket: Ticket) -> Callable[[int], None]:
-        return lambda sample: self._engine.abort(ticket, sample, "stop")
-
-
-class _LoopQueue:
-    """A queue of the running event loop that other threads fill."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
-
-    def put(self, item: _Item) -> None:
-        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-
-    async def get(self) -> _Item:
-        return await self._queue.get()
-
-
-def _follow_prefill(tickets: Sequence[Ticket], progress: Progress) -> None:
-    """Tell `progress` how many of all prompts' tokens are computed, where there are many."""
-    total = sum(len(ticket.request.prompt) for ticket in tickets)
-    done: dict[str, int] = {}
-
-    def follower(request_id: str) -> Callable[[int, int], None]:
-        def prefilled(computed: int, _length: int) -> None:
-            done[request_id] = max(computed, done.get(request_id, 0))  # a preempted one computes again
-            progress("reading the prompt", sum(done.values()), total)
-
-        return prefilled
-
-    if total > _LONG_PREFILL:
-        for ticket in tickets:
-            ticket.prefilled = follower(ticket.request.id)
 
 
 def _is_one(prompts: object) -> bool:

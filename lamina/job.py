@@ -1,0 +1,126 @@
+"""One call under way: its prompts, submitted, and what becomes of them.
+
+Knows how outputs get from the engine's thread to the caller's; knows nothing of arguments, and waits for nothing: that
+is what blocking and asynchronous callers do each in their way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+from lamina.engine import Output, Ticket
+from lamina.model_cache import Progress
+from lamina.outputs import Answer
+from lamina.runtime import Runtime
+from lamina.types import Completion, TokenEvent
+
+Item: TypeAlias = tuple[Ticket, list[Output]]
+_LONG_PREFILL = 2048  # tokens from which progress is told
+
+
+class Job:
+    """The prompts of one call, submitted. What the engine delivers comes through `inbox`; one thread takes it.
+
+    Unless it is `streamed`, or stop strings must be looked for, outputs are held back until a sample has ended: waking
+    the caller for each token would take a core from the engine.
+    """
+
+    def __init__(self, runtime: Runtime, tickets: Sequence[Ticket], inbox: Any, streamed: bool) -> None:
+        self.inbox = inbox
+        self._held: dict[str, list[Output]] = {ticket.request.id: [] for ticket in tickets}
+        self._engine = runtime.engine
+        self._tickets = tickets
+        self._open = len(tickets)
+        now = time.monotonic()
+        for ticket in tickets:
+            ticket.submitted = now
+            ticket.sink = self._deliver if streamed or ticket.params.stop else self._hold
+        if runtime.progress is not None:
+            _follow_prefill(tickets, runtime.progress)
+        self._answers = {
+            ticket.request.id: Answer(index, ticket, runtime.tokenizer, self._stopper(ticket))
+            for index, ticket in enumerate(tickets)
+        }
+        try:
+            for ticket in tickets:
+                self._engine.submit(ticket)
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def done(self) -> bool:
+        """Whether every prompt is answered."""
+        return self._open == 0
+
+    def take(self, item: Item) -> list[TokenEvent]:
+        """The events of one delivery. Raises the request's error where it failed."""
+        ticket, outputs = item
+        answer = self._answers[ticket.request.id]
+        was_done = answer.done
+        events = list(answer.take(outputs))
+        self._open -= answer.done and not was_done
+        return events
+
+    def completions(self) -> list[Completion]:
+        """All completions, in the order of the prompts."""
+        return [answer.completion() for answer in self._answers.values()]
+
+    def finished(self) -> list[Completion | None]:
+        """Like `completions`, None where a prompt is not yet answered."""
+        return [answer.completion() if answer.done else None for answer in self._answers.values()]
+
+    def abort(self) -> None:
+        """End what has not ended."""
+        for ticket in self._tickets:
+            if not self._answers[ticket.request.id].done:
+                self._engine.abort(ticket)
+
+    def _deliver(self, ticket: Ticket, outputs: list[Output]) -> None:
+        self.inbox.put((ticket, outputs))
+
+    def _hold(self, ticket: Ticket, outputs: list[Output]) -> None:
+        held = self._held[ticket.request.id]
+        held += outputs
+        if any(output.finish_reason is not None or output.error is not None for output in outputs):
+            self._held[ticket.request.id] = []
+            self._deliver(ticket, held)
+
+    def _stopper(self, ticket: Ticket) -> Callable[[int], None]:
+        return lambda sample: self._engine.abort(ticket, sample, "stop")
+
+
+class LoopQueue:
+    """A queue of the running event loop that other threads fill."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Item] = asyncio.Queue()
+
+    def put(self, item: Item) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def get(self) -> Item:
+        return await self._queue.get()
+
+
+def _follow_prefill(tickets: Sequence[Ticket], progress: Progress) -> None:
+    """Tell `progress` how many of all prompts' tokens are computed, where there are many."""
+    total = sum(len(ticket.request.prompt) for ticket in tickets)
+    done: dict[str, int] = {}
+
+    def follower(request_id: str) -> Callable[[int, int], None]:
+        def prefilled(computed: int, _length: int) -> None:
+            done[request_id] = max(computed, done.get(request_id, 0))  # a preempted one computes again
+            progress("reading the prompt", sum(done.values()), total)
+
+        return prefilled
+
+    if total > _LONG_PREFILL:
+        for ticket in tickets:
+            ticket.prefilled = follower(ticket.request.id)
