@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from lamina import cli_options as opt
 from lamina.answers import print_as_it_comes, print_as_they_finish, print_json_lines
+from lamina.cluster_cli import attention_worker, cluster_app, credentials
 from lamina.config import DEFAULT_MODEL
 from lamina.errors import InvalidRequest, LaminaError, ModelFileError, UnsupportedModelError
 from lamina.terminal import (
@@ -75,6 +76,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="List, fetch and describe models.")
 app.add_typer(models_app, name="models")
+app.add_typer(cluster_app, name="cluster", short_help="Look at a Ray cluster, end its engines, drain a worker.")
 
 
 def main() -> None:
@@ -98,6 +100,7 @@ def _root(
 
 
 @app.command()
+@opt.engine_options
 def generate(
     ctx: typer.Context,
     prompts: opt.Prompts = None,
@@ -120,11 +123,8 @@ def generate(
     n: opt.Samples = None,
     logprobs: opt.Logprobs = None,
     ignore_eos: opt.IgnoreEos = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    kv_memory: opt.KvMemory = None,
-    max_model_len: opt.MaxModelLen = None,
+    *,
+    engine: opt.EngineOptions,
 ) -> None:
     """Answer one prompt as it is generated, or several together, each printed when it is finished."""
     texts = [decode_argument(prompt) for prompt in prompts or []]
@@ -139,13 +139,7 @@ def generate(
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
         seed=seed, stop=stop or None, n=n, logprobs=logprobs, ignore_eos=ignore_eos,
     )  # fmt: skip
-    load = {
-        "dtype": dtype,
-        "device": device,
-        "threads": threads,
-        "kv_memory": kv_memory,
-        "max_model_len": max_model_len,
-    }
+    load = engine.config()
     with ProgressBars() as progress, _open(ctx, model, progress=progress, **load) as llm:
         use_template = llm.has_chat_template if chat is None else chat
         if use_template:
@@ -161,6 +155,7 @@ def generate(
 
 
 @app.command()
+@opt.engine_options
 def chat(
     ctx: typer.Context,
     system: opt.System = None,
@@ -173,24 +168,15 @@ def chat(
     repetition_penalty: opt.RepetitionPenalty = None,
     seed: opt.Seed = None,
     stop: opt.Stop = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    kv_memory: opt.KvMemory = None,
-    max_model_len: opt.MaxModelLen = None,
+    *,
+    engine: opt.EngineOptions,
 ) -> None:
     """Talk with a model, a line at a time. /reset forgets the conversation, /quit leaves."""
     params = _sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, stop=stop or None,
     )  # fmt: skip
-    load = {
-        "dtype": dtype,
-        "device": device,
-        "threads": threads,
-        "kv_memory": kv_memory,
-        "max_model_len": max_model_len,
-    }
+    load = engine.config()
     opening = [] if system is None else [{"role": "system", "content": decode_argument(system)}]
     with ProgressBars() as progress, _open(ctx, model, progress=progress, **load) as llm:
         progress.hide()
@@ -329,3 +315,7 @@ def doctor(as_json: opt.JsonLines = False) -> None:
         print_json(report(findings))
     else:
         print_rows((finding.section, finding.name, finding.shown) for finding in findings)
+
+
+app.command("attention-worker")(attention_worker)
+app.command()(credentials)

@@ -6,7 +6,11 @@ own default, or Lamina's.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -37,6 +41,10 @@ def _engine_option(help: str) -> Any:
     return typer.Option(help=help, rich_help_panel="Engine")
 
 
+def _worker_option(*names: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Attention workers", **more)
+
+
 _MODELS = "An alias, a folder, a GGUF file or a hub id."
 
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
@@ -49,11 +57,8 @@ Stream = Annotated[bool, typer.Option("--stream/--no-stream", help="Show one pro
 System = Annotated[str | None, typer.Option(help="The system message.")]
 
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODELS)]
-Dtype = Annotated[str, _engine_option("float32, bfloat16 or auto.")]
-Device = Annotated[str, _engine_option("cpu, cuda or auto.")]
 Threads = Annotated[int | None, _integer_option("CPU threads.", "Engine")]
 KvMemory = Annotated[str | None, _engine_option("Memory for the KV cache: bytes, or such as 2GiB.")]
-MaxModelLen = Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")]
 
 MaxTokens = Annotated[int | None, _integer_option("The most tokens to generate.")]
 MinTokens = Annotated[int | None, _integer_option("Do not stop before this many tokens.")]
@@ -71,3 +76,66 @@ Logprobs = Annotated[int | None, _integer_option("With --json: report this many 
 IgnoreEos = Annotated[
     bool | None, typer.Option("--ignore-eos", help="Go on past the end token.", rich_help_panel="Sampling")
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The options of every command that loads a model: fields of `EngineConfig`."""
+
+    dtype: Annotated[str, _engine_option("float32, bfloat16 or auto.")] = "auto"
+    device: Annotated[str, _engine_option("cpu, cuda or auto.")] = "auto"
+    threads: Threads = None
+    kv_memory: KvMemory = None
+    max_model_len: Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")] = None
+    attention_workers: Annotated[
+        list[str] | None,
+        _worker_option(help="How many to start, or HOST:PORT of those that run: repeated, or with commas."),
+    ] = None
+    shard: Annotated[str | None, _worker_option(help="heads, sequence or heads+sequence.")] = None
+    cluster: Annotated[str | None, _worker_option(help="Run on a Ray cluster: auto, or its address.")] = None
+    lanes: Annotated[str | None, _worker_option(help="Batches under way at once: a number or auto.")] = None
+    data_channel: Annotated[str | None, _worker_option(help="Between hosts: grpc or tcp.")] = None
+    local_channel: Annotated[
+        bool | None, _worker_option("--local-channel/--no-local-channel", help="A Unix socket on one host, or not.")
+    ] = None
+    tls_dir: Annotated[str | None, _worker_option(help="Folder with the workers' ca.pem.")] = None
+    token_file: Annotated[str | None, _worker_option(help="File with the workers' token.")] = None
+    insecure: Annotated[bool | None, _worker_option("--insecure", help="Use other hosts without TLS or token.")] = None
+
+    def config(self) -> dict[str, Any]:
+        """What was given, as keywords for `LLM`."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given["attention_workers"] = _workers(self.attention_workers or [])
+        given["lanes"] = int(self.lanes) if self.lanes is not None and self.lanes.isdecimal() else self.lanes
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _workers(words: list[str]) -> int | list[str] | None:
+    """A number, or the addresses in words such as "a:1,b:2"."""
+    items = [item.strip() for word in words for item in word.split(",")]
+    if len(items) == 1 and items[0].isdecimal():
+        return int(items[0])
+    if wrong := [item for item in items if ":" not in item]:
+        raise typer.BadParameter(f"--attention-workers has {wrong[0]!r}; allowed are a number, or HOST:PORT")
+    return items or None
+
+
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with all of `EngineOptions` after its own options; it takes them together, as `engine`."""
+
+    @functools.wraps(command)
+    def taking_options(**given: Any) -> None:
+        engine = EngineOptions(**{field.name: given.pop(field.name) for field in fields(EngineOptions)})
+        command(**given, engine=engine)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    hints = get_type_hints(EngineOptions, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [parameter.replace(kind=keyword) for parameter in own if parameter.name != "engine"]
+    parameters += [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
+        for field in fields(EngineOptions)
+    ]
+    taking_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    taking_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return taking_options

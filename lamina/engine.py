@@ -1,7 +1,8 @@
-"""The step loop: schedule, announce, execute, record, publish. One step on one screen.
+"""The step loop: schedule, announce, execute, record, publish. One batch on one screen.
 
-One thread owns the loop and every torch call. Requests and aborts come through an inbox that is drained between
-batches; outputs leave once a batch and client, through a sink that never blocks. Knows tokens; knows nothing of text.
+One thread owns the loop and every torch call. Several batches can be under way, one a lane: while one waits for a
+holder another computes. Requests, aborts and news of holders come through an inbox that is drained between batches;
+outputs leave once a batch and client, through a sink that never blocks. Knows tokens; knows nothing of text.
 """
 
 from __future__ import annotations
@@ -9,67 +10,33 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from lamina.errors import EngineError, LaminaError
-from lamina.placement import Placement
-from lamina.request import Plan, PlannedRow, Request
+from lamina.fleet import Fleet
+from lamina.lanes import Lanes
+from lamina.placement import Holder, Placement
+from lamina.request import Plan
 from lamina.request import Sequence as Sample
 from lamina.scheduler import Scheduler
-from lamina.types import FinishReason, SamplingParams
+from lamina.shares import Pages
+from lamina.ticket import Output, Ticket, nobody, unwatched
+from lamina.types import FinishReason
+from lamina.work import work
 from lamina_protocols.messages import Announced
-from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker import HolderShare, ModelWorker, Work
-from lamina_workers.resolver import Span
-from lamina_workers.sampler import RowLogprobs, RowSampling, Sampled, TokenHistory
+from lamina_workers.attention_port import AttentionPort
+from lamina_workers.errors import HolderFault, HolderLost
+from lamina_workers.model_worker import HolderShare, ModelWorker
+from lamina_workers.resolver import Waiting
+from lamina_workers.sampler import Sampled, TokenHistory
 
 logger = logging.getLogger("lamina")
 
 MAX_FAULTS = 3  # batches in a row that may fail at a holder before their requests do
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One step of one sample: a token, or the end, at a time of the engine's clock. `error` ends the whole request."""
-
-    sample: int
-    token: int | None
-    finish_reason: FinishReason | None = None
-    logprobs: RowLogprobs | None = None
-    error: LaminaError | None = None
-    at: float = 0.0
-
-
-def _nobody(ticket: Ticket, outputs: list[Output]) -> None:
-    """The sink of a ticket that was not submitted."""
-
-
-def _unwatched(done: int, total: int) -> None:
-    """The `prefilled` of a ticket whose prefill nobody follows."""
-
-
-@dataclass(slots=True)
-class Ticket:
-    """A request and what becomes of it.
-
-    Whoever submits it sets `submitted`, `sink`, which the engine calls with each batch's outputs, and perhaps
-    `prefilled`, which it calls with how many of the prompt's tokens are computed; neither may block. Times are the
-    engine clock's, in seconds; None until it happened.
-    """
-
-    request: Request
-    params: SamplingParams
-    seed: int
-    sink: Callable[[Ticket, list[Output]], None] = _nobody
-    prefilled: Callable[[int, int], None] = _unwatched
-    submitted: float = 0.0
-    scheduled: float | None = None
-    cached_tokens: int = 0
-    preemptions: int = 0
-    unfinished: int = 0
-    sequences: tuple[Sample, ...] = ()
 
 
 class _End(NamedTuple):
@@ -80,17 +47,80 @@ class _End(NamedTuple):
     reason: FinishReason
 
 
+class _Join(NamedTuple):
+    """What `join` tells."""
+
+    port: AttentionPort
+    holder: Holder
+
+
+class _Leave(NamedTuple):
+    """What `leave` tells."""
+
+    name: str
+
+
+class _Drain(NamedTuple):
+    """What `drain` asks for."""
+
+    name: str
+    done: Future[int]
+
+
+_News = Ticket | _End | _Join | _Leave | _Drain | None
+
+
+@dataclass(slots=True)
+class _Flag:
+    up: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """A batch under way. `plan` is None where it only carries operations that the scheduler does not know of."""
+
+    plan: Plan | None
+    run: Generator[Waiting, None, None]
+    announced: _Flag  # set once every holder has answered
+    waiting: Waiting | None = None
+
+
 class Engine:
-    """Requests in, outputs out. Somebody's thread must `run` it; the other public methods are for any thread."""
+    """Requests in, outputs out. Somebody's thread must `run` it; the other public methods are for any thread.
+
+    Without any holder requests wait for one to join, `hope` seconds at most. `on_lost` is told the name of each that
+    was given up, `on_rebuilt` how many of how many lost tokens have been computed again. Neither may block.
+    """
 
     def __init__(
-        self, worker: ModelWorker, scheduler: Scheduler, placement: Placement, clock: Callable[[], float]
+        self,
+        worker: ModelWorker,
+        scheduler: Scheduler,
+        placement: Placement,
+        clock: Callable[[], float],
+        *,
+        names: Mapping[int, str] | None = None,
+        local: int | None = None,
+        lanes: Lanes | None = None,
+        hope: float = 60.0,
+        on_lost: Callable[[str], None] | None = None,
+        on_rebuilt: Callable[[int, int], None] = unwatched,
     ) -> None:
         self._worker = worker
         self._scheduler = scheduler
         self._placement = placement
+        self._fleet = Fleet(worker, scheduler, placement, dict(names or {}), local)
+        self._local = local
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Ticket | _End | None] = queue.SimpleQueue()
+        self._lane_count = lanes or Lanes(1)
+        self._hope = hope
+        self._on_lost = on_lost
+        self._on_rebuilt = on_rebuilt
+        self._rebuild: tuple[int, int] | None = None  # tokens computed again before the last loss, and due since
+        self._lanes: deque[_Lane] = deque()  # whoever went on last stands at the end
+        self._full = False  # nothing more can be planned until something happens
+        self._deserted: float | None = None  # since when there is no holder
+        self._inbox: queue.SimpleQueue[_News] = queue.SimpleQueue()
         self._tickets: dict[str, Ticket] = {}
         self._histories: dict[Sample, TokenHistory] = {}
         self._faults = 0  # since a batch was last complete
@@ -116,8 +146,25 @@ class Engine:
         """End a request, or one sample of it. Harmless where it has ended; what is under way is thrown away."""
         self._inbox.put(_End(ticket, sample, reason))
 
+    def join(self, port: AttentionPort, holder: Holder) -> None:
+        """One attention worker more, by the name of its port. New sequences use it."""
+        self._inbox.put(_Join(port, holder))
+
+    def leave(self, name: str) -> None:
+        """An attention worker is known to be gone. Harmless where that was noticed already."""
+        self._inbox.put(_Leave(name))
+
+    def drain(self, name: str) -> Future[int]:
+        """Let an attention worker go once its KV has moved to the others; the result is how many tokens moved."""
+        drain = _Drain(name, Future())
+        with self._door:
+            if self._stopped.is_set():
+                raise self._stop_error()
+            self._inbox.put(drain)
+        return drain.done
+
     def close(self) -> None:
-        """Stop after the batch in flight; unfinished requests end with an EngineError."""
+        """Stop after the batches under way; unfinished requests end with an EngineError."""
         self._inbox.put(None)
 
     # The engine's thread.
@@ -136,8 +183,12 @@ class Engine:
             late = self._inbox.get()
             if isinstance(late, Ticket):
                 self._tickets[late.request.id] = late
+            elif isinstance(late, _Drain):
+                late.done.set_exception(self._stop_error())
         for ticket in self._tickets.values():  # the scheduler is not touched: perhaps it is what broke
             self._deliver(ticket, [Output(0, None, error=self._stop_error())])
+        for lane in self._lanes:
+            lane.run.close()
 
     def _stop_error(self) -> EngineError:
         error = EngineError("the engine has stopped" + (f": {self._cause!r}" if self._cause else ""))
@@ -147,93 +198,201 @@ class Engine:
     def _drain_inbox(self) -> bool:
         """Do what was asked since the last batch; wait only where there is nothing else to do."""
         while True:
+            work = self._scheduler.has_work or self._placement.pending
+            idle = not self._lanes and (not work or (self._full and self._fleet.empty))
             try:
-                item = self._inbox.get(block=not self._scheduler.has_work)
+                news = self._inbox.get(block=idle, timeout=self._patience() if idle else None)
             except queue.Empty:
+                if idle:
+                    self._despair()
                 return True
-            if item is None:
-                return False
-            if isinstance(item, Ticket):
-                self._add(item)
-            else:
-                self._end(*item)
+            self._full = False
+            match news:
+                case None:
+                    return False
+                case Ticket():
+                    self._add(news)
+                case _End():
+                    self._end(*news)
+                case _Join(port, holder):
+                    self._fleet.join(port, holder)
+                    self._deserted = None
+                case _Leave(name):
+                    self._leave(name)
+                case _Drain(name, done):
+                    self._drain(name, done)
 
     def step(self) -> None:
+        """Begin batches where lanes are free, and go on with one whose reply has come: with the one that has waited
+        longest where none has."""
+        while len(self._lanes) < self._lane_count.count and not self._full:
+            plan = self._scheduler.plan(self._lane_count.count)
+            if plan is None and (self._lanes or not self._placement.pending):
+                self._full = True
+                break
+            self._lanes.append(self._begin(plan))
+        if not self._lanes:
+            return
+        lane = next((lane for lane in self._lanes if lane.waiting is None or lane.waiting.over()), self._lanes[0])
+        self._lanes.remove(lane)
+        self._lanes.append(lane)
+        self._advance(lane)
+
+    def _advance(self, lane: _Lane) -> None:
+        """Go on with a batch until it is over, or until it waits while there are others to go on with."""
+        try:
+            lane.waiting = next(lane.run)
+            while len(self._lanes) == 1 == self._lane_count.count:
+                lane.waiting = next(lane.run)
+            return
+        except StopIteration:
+            self._over(lane)
+        except HolderLost as loss:
+            logger.warning("%s", loss)
+            self._lose(self._worker.lost())
+        except HolderFault as fault:
+            self._recover(lane, fault)
+
+    def _over(self, lane: _Lane) -> None:
+        self._lanes.remove(lane)
+        self._full = False
+
+    def _begin(self, plan: Plan | None) -> _Lane:
+        rows = plan.rows if plan is not None else ()
+        # Looked up now: the batch goes on for those that end meanwhile.
+        tickets = {row.sequence: self._tickets[row.sequence.request.id] for row in rows}
+        histories = {s: history for s in tickets if (history := self._histories.get(s)) is not None}
+        announced = _Flag()
+        return _Lane(plan, self._batch(plan, tickets, histories, announced), announced)
+
+    def _batch(
+        self,
+        plan: Plan | None,
+        tickets: Mapping[Sample, Ticket],
+        histories: Mapping[Sample, TokenHistory],
+        announced: _Flag,
+    ) -> Generator[Waiting, None, None]:
         """One batch: from the scheduler's plan to the outputs that its clients get."""
-        plan = self._scheduler.plan()
+        shares = self._placement.place(plan) if plan is not None else self._placement.outgoing()
+        batch, answers = yield from self._worker.announce(shares)
+        announced.up = True
+        for number, answer in answers.items():
+            if answer.accepted:
+                self._placement.holders[number].accepted(shares[number])
         if plan is None:
             return
-        shares = self._shares(plan)
-        try:
-            accepted = self._announce(plan, shares)
-        except HolderFault as fault:  # something that had no reply of its own was lost: perhaps stored keys
-            self._recover(plan, fault)
-            self._scheduler.recompute()
-            return
-        if accepted and plan.rows:
-            try:
-                sampled = self._worker.execute(self._work(plan), shares)
-            except HolderFault as fault:
-                self._recover(plan, fault)
-                return
+        if self._accepted(plan, shares, answers) and plan.rows:
+            self._mark_scheduled(tickets)
+            suspends = self._lane_count.count > 1
+            sampled = yield from self._worker.execute(work(plan, tickets, histories), batch, shares, suspends)
             self._record(plan, sampled)
-        if accepted:
-            self._faults = 0
+        self._faults = 0
 
-    def _announce(self, plan: Plan, shares: list[HolderShare]) -> bool:
+    def _accepted(self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
-        replies = self._worker.announce(shares)
-        free_pages = min(reply.free_pages for reply in replies)
-        accepted = all(reply.accepted for reply in replies)
-        if accepted:
-            self._scheduler.accepted(plan, free_pages, _floors(plan, shares, replies))
-        else:
-            for sequence in self._scheduler.refused(plan, free_pages):
-                reason = next(reply.reason for reply in replies if not reply.accepted)
-                self._fail(self._tickets[sequence.request.id], EngineError(f"the holders have no room: {reason}"))
-        return accepted
+        free = Pages({number: answer.free_pages for number, answer in answers.items() if number != self._local})
+        if all(answer.accepted for answer in answers.values()):
+            self._scheduler.accepted(plan, free, self._floors(plan, shares, answers))
+            return True
+        reason = next(answer.reason for answer in answers.values() if not answer.accepted)
+        for sequence in self._scheduler.refused(plan, free):
+            if ticket := self._tickets.get(sequence.request.id):
+                self._fail(ticket, EngineError(f"the holders have no room: {reason}"))
+        return False
 
-    def _shares(self, plan: Plan) -> list[HolderShare]:
-        return [HolderShare(plan.first, *placed) for placed in self._placement.place(plan)]
+    def _floors(self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> list[int]:
+        """Per row the highest floor of its parts; what the local holder has only for now is not counted."""
+        remote = {number: answer for number, answer in answers.items() if number != self._local}
+        asked = Counter(route.source for number in remote for route in shares[number].routes)
+        # A part that was not asked, its range being full, has let go of no more than before.
+        floors = [row.sequence.floor if asked[at] < len(row.sequence.layout) else 0 for at, row in enumerate(plan.rows)]
+        for number, answer in remote.items():
+            for route, floor in zip(shares[number].routes, answer.floors, strict=True):
+                floors[route.source] = max(floors[route.source], floor)
+        return floors
 
-    def _work(self, plan: Plan) -> Work:
-        token_ids: list[int] = []
-        rope_lengths: list[int] = []
-        sampled, sampling = [], []
-        for row in plan.rows:
-            tokens, end = row.sequence.tokens, row.start + row.count
-            token_ids += tokens[row.start : end]
-            prompt = len(row.sequence.request.prompt)
-            rope_lengths += [max(prompt, position + 1) for position in range(row.start, end)]
-            ticket = self._tickets[row.sequence.request.id]
+    # What goes wrong.
+
+    def _recover(self, lane: _Lane, fault: HolderFault) -> None:
+        """Plan the batch again; where that keeps failing give up its requests, and at last everything."""
+        self._faults += 1
+        logger.warning("a batch failed and runs again: %s", fault)
+        if lane.announced.up:
+            self._over(lane)
+            if lane.plan is not None:
+                self._scheduler.drop(lane.plan)
+        else:  # something that had no reply of its own was lost: perhaps stored keys
+            self._abandon()
+        if self._faults % MAX_FAULTS == 0 and lane.plan is not None:
+            for request_id in {row.sequence.request.id for row in lane.plan.rows}:
+                error = EngineError(f"a holder failed {MAX_FAULTS} times in a row: {fault}")
+                if ticket := self._tickets.get(request_id):
+                    self._fail(ticket, error, fault)
+        if self._faults >= 3 * MAX_FAULTS:
+            raise EngineError(f"a holder failed {self._faults} times in a row: {fault}") from fault
+        if not lane.announced.up:
+            self._scheduler.recompute()
+
+    def _abandon(self) -> None:
+        """Give up every batch under way. Nothing of them counts; they are planned again."""
+        for lane in self._lanes:
+            lane.run.close()
+            if lane.plan is not None:
+                self._scheduler.drop(lane.plan)
+        self._lanes.clear()
+        self._full = False
+        self._worker.next_epoch()
+
+    def _lose(self, numbers: list[int]) -> None:
+        """Holders are gone: what they kept is rebuilt elsewhere, and the batches under way run again."""
+        self._abandon()
+        names = [self._fleet.names[number] for number in numbers]
+        due = self._fleet.lose(numbers)
+        self._rebuild = (self._scheduler.counters.rebuilt_tokens, due) if due else None
+        if self._on_lost is not None:
+            for name in names:
+                self._on_lost(name)
+        if self._fleet.empty:
+            self._deserted = self._clock()
+
+    def _leave(self, name: str) -> None:
+        number = next((number for number, known in self._fleet.names.items() if known == name), None)
+        if number is not None:
+            self._lose([number])
+
+    def _patience(self) -> float | None:
+        """Seconds that requests may still wait for a holder to join; None where there are holders, or no requests."""
+        if self._deserted is None or not self._tickets:
+            return None
+        return max(0.0, self._deserted + self._hope - self._clock())
+
+    def _despair(self) -> None:
+        """Nobody has joined in time: whoever waits is told."""
+        self._full = False
+        for ticket in list(self._tickets.values()):
+            message = f"no attention worker is left, and none has joined for {self._hope:g} s; start one and try again"
+            self._fail(ticket, EngineError(message))
+
+    def _drain(self, name: str, done: Future[int]) -> None:
+        while self._lanes:
+            self._advance(self._lanes[0])
+        try:
+            done.set_result(self._fleet.drain(self._fleet.number(name)))
+        except HolderFault as fault:
+            done.set_exception(EngineError(f"{name} could not be drained: {fault}"))
+            self._abandon()
+            if gone := self._worker.lost():
+                self._lose(gone)
+            self._scheduler.recompute()
+        except LaminaError as error:
+            done.set_exception(error)
+
+    # What a batch needs, and what comes of it.
+
+    def _mark_scheduled(self, tickets: Mapping[Sample, Ticket]) -> None:
+        for sequence, ticket in tickets.items():
             if ticket.scheduled is None:
-                ticket.scheduled, ticket.cached_tokens = self._clock(), row.sequence.reused
-            if row.sample:
-                sampled.append(len(token_ids) - 1)
-                sampling.append(self._row_sampling(row, ticket))
-        spans = tuple(Span(row.start, row.count) for row in plan.rows)
-        return Work(spans, token_ids, rope_lengths, tuple(sampled), tuple(sampling))
-
-    def _row_sampling(self, row: PlannedRow, ticket: Ticket) -> RowSampling:
-        params, sequence = ticket.params, row.sequence
-        position = len(sequence.tokens) - len(ticket.request.prompt)
-        stops = ticket.request.stop_token_ids
-        return RowSampling(
-            temperature=params.temperature or 0.0,
-            top_p=params.top_p or 1.0,
-            top_k=max(0, params.top_k or 0),
-            min_p=params.min_p or 0.0,
-            repetition_penalty=params.repetition_penalty or 1.0,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            history=self._histories.get(sequence),
-            logit_bias=params.logit_bias,
-            suppressed=tuple(stops) if position < params.min_tokens else (),
-            seed=ticket.seed,
-            sample_index=sequence.sample,
-            position=position,
-            logprobs=params.logprobs,
-        )
+                ticket.scheduled, ticket.cached_tokens = self._clock(), sequence.reused
 
     def _record(self, plan: Plan, sampled: Sampled) -> None:
         rows = [row for row in plan.rows if row.sample]
@@ -246,7 +405,12 @@ class Engine:
         reports = dict(zip((row.sequence for row in rows), sampled.logprobs, strict=True))
         outputs: dict[str, list[Output]] = {}
         now = self._clock()
-        for outcome in self._scheduler.record(plan, [token or 0 for token in sampled.tokens]):
+        outcomes = self._scheduler.record(plan, [token or 0 for token in sampled.tokens])
+        self._placement.recorded(plan)
+        self._report_rebuild()
+        prefill = any(row.count > 1 for row in plan.rows)
+        self._lane_count.completed(len(outcomes), len(self._tickets), prefill, now)
+        for outcome in outcomes:
             sequence = outcome.sequence
             if sequence in self._histories:
                 self._histories[sequence].append(outcome.token)
@@ -257,17 +421,27 @@ class Engine:
         for request_id, batch in outputs.items():
             self._publish(self._tickets[request_id], batch)
 
+    def _report_rebuild(self) -> None:
+        if self._rebuild is None:
+            return
+        before, due = self._rebuild
+        done = self._scheduler.counters.rebuilt_tokens - before
+        self._on_rebuilt(min(done, due), due)
+        if done >= due:
+            logger.info("%d tokens of lost KV are computed again", due)
+            self._rebuild = None
+
     def _report_prefill(self, plan: Plan) -> None:
         for row in plan.rows:
             prompt = len(row.sequence.request.prompt)
             ticket = self._tickets.get(row.sequence.request.id)
-            if row.start >= prompt or ticket is None:
+            if row.start >= prompt or row.rebuild or ticket is None:
                 continue
             try:
                 ticket.prefilled(min(row.start + row.count, prompt), prompt)
             except Exception:  # it may be anything
                 logger.exception("a client could not follow its prefill")
-                ticket.prefilled = _unwatched
+                ticket.prefilled = unwatched
 
     def _publish(self, ticket: Ticket, outputs: list[Output]) -> None:
         ticket.unfinished -= sum(output.finish_reason is not None for output in outputs)
@@ -282,21 +456,9 @@ class Engine:
             ticket.sink(ticket, outputs)
         except Exception:  # it may be anything
             logger.exception("a client could not take its outputs")
-            ticket.sink = _nobody
+            ticket.sink = nobody
             return False
         return True
-
-    def _recover(self, plan: Plan, fault: HolderFault) -> None:
-        """Plan the batch again; where that keeps failing give up its requests, and at last everything."""
-        self._faults += 1
-        logger.warning("a batch failed and runs again: %s", fault)
-        self._scheduler.drop(plan)
-        if self._faults % MAX_FAULTS == 0:
-            for request_id in {row.sequence.request.id for row in plan.rows}:
-                error = EngineError(f"a holder failed {MAX_FAULTS} times in a row: {fault}")
-                self._fail(self._tickets[request_id], error, fault)
-        if self._faults >= 3 * MAX_FAULTS:
-            raise EngineError(f"a holder failed {self._faults} times in a row: {fault}") from fault
 
     def _add(self, ticket: Ticket) -> None:
         ticket.unfinished = ticket.request.n
@@ -335,12 +497,3 @@ class Engine:
         self._tickets.pop(ticket.request.id, None)
         error.__cause__ = cause or error.__cause__
         self._deliver(ticket, [Output(0, None, error=error)])
-
-
-def _floors(plan: Plan, shares: Sequence[HolderShare], replies: Sequence[Announced]) -> list[int]:
-    """Per row the highest floor of its parts."""
-    floors = [0] * len(plan.rows)
-    for share, reply in zip(shares, replies, strict=True):
-        for route, floor in zip(share.routes, reply.floors, strict=True):
-            floors[route.source] = max(floors[route.source], floor)
-    return floors

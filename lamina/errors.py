@@ -7,6 +7,7 @@ LaminaError
 ├── UnsupportedModelError     the model is well formed, but Lamina does not implement it
 ├── EngineError               the engine stopped, or could not go on with this request
 ├── HolderFault               a holder could not go on with a batch (the engine runs it again)
+│   └── HolderLost            a holder is gone (the engine rebuilds its KV elsewhere)
 ├── KVError                   a holder was asked for something its parts do not allow
 │   └── PoolExhausted         a batch needs more pages than are free (the scheduler makes room)
 └── ProtocolError             a frame or message is malformed, too large, or out of order

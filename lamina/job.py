@@ -10,13 +10,16 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lamina.engine import Output, Ticket
 from lamina.model_cache import Progress
 from lamina.outputs import Answer
-from lamina.runtime import Runtime
+from lamina.ticket import Output, Ticket
 from lamina.types import Completion, TokenEvent
+
+if TYPE_CHECKING:
+    from lamina.ray_engine import ClusterRuntime
+    from lamina.runtime import Runtime
 
 Item: TypeAlias = tuple[Ticket, list[Output]]
 _LONG_PREFILL = 2048  # tokens from which progress is told
@@ -29,7 +32,9 @@ class Job:
     the caller for each token would take a core from the engine.
     """
 
-    def __init__(self, runtime: Runtime, tickets: Sequence[Ticket], inbox: Any, streamed: bool) -> None:
+    def __init__(
+        self, runtime: Runtime | ClusterRuntime, tickets: Sequence[Ticket], inbox: Any, streamed: bool
+    ) -> None:
         self.inbox = inbox
         self._held: dict[str, list[Output]] = {ticket.request.id: [] for ticket in tickets}
         self._engine = runtime.engine

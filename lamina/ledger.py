@@ -1,4 +1,4 @@
-"""What the scheduler has told the holders, and what they have left: numbered operations, and a count of pages.
+"""What the scheduler has told the holders, and what they have left: numbered operations, and pages by holder.
 
 Pages are counted, not known. Between two replies the ledger takes the most that rows can need and the least that
 closing can free, so a refusal is rare; each reply brings the count back to the truth. Knows nothing of who is
@@ -16,80 +16,109 @@ from lamina.request import (
     OpenSequence,
     Plan,
     PlannedRow,
+    ReplaceShares,
     SchedulerConfig,
     Sequence,
     SequenceOperation,
 )
+from lamina.shares import NO_PAGES, Layout, Pages
 
 
 class Ledger:
     """Operations wait in it until a plan that carries them is accepted; every plan carries all that wait."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self.page_set = config.page_set
+    def __init__(self, config: SchedulerConfig, free: Pages) -> None:
         self.operations: list[SequenceOperation] = []
         self._config = config
-        self._freed: list[int] = []  # pages that each of the operations frees, at least
-        self._closing = 0  # their sum
+        self._freed: list[Pages] = []  # what each of the operations frees, at least
+        self._closing = NO_PAGES  # their sum
         self._first = 0  # the number of the first of them
         self._last_handle = 0
         self._held: set[int] = set()  # handles that the holders have
-        self._free = config.total_pages  # as last told
-        self._drafted = 0  # pages of the rows reserved since the last plan was made
-        self._unanswered: dict[Plan, int] = {}  # and the pages that each will take
+        self._free = free  # as last told
+        self._drafted = NO_PAGES  # of the rows reserved since the last plan was made
+        self._unanswered: dict[Plan, Pages] = {}  # and what each will take
 
-    def open(self) -> int:
+    def joined(self, holder: int, pages: int) -> None:
+        """There is one holder more, empty."""
+        self._free += {holder: pages}
+
+    def left(self, holder: int) -> None:
+        """A holder is gone, with all it had. No plan may wait for an answer."""
+        self._free = Pages({at: pages for at, pages in self._free.items() if at != holder})
+
+    def open(self, layout: Layout) -> int:
         """Have an empty sequence opened. Returns its handle, which is never used again."""
         self._last_handle += 1
-        self._append(OpenSequence(self._last_handle), 0)
+        self._append(OpenSequence(self._last_handle, layout), NO_PAGES)
         return self._last_handle
 
     def fork(self, parent: int, length: int) -> int:
         """Have a sequence made of the parent's first `length` tokens. Returns its handle."""
         self._last_handle += 1
-        self._append(ForkSequence(self._last_handle, parent, length), 0)
+        self._append(ForkSequence(self._last_handle, parent, length), NO_PAGES)
         return self._last_handle
 
-    def close(self, handle: int, freed: int) -> None:
-        """Have a sequence closed, which frees this many pages or more."""
+    def close(self, handle: int, freed: Pages) -> None:
+        """Have a sequence closed, which frees these pages or more."""
         self._append(CloseSequence(handle), freed)
 
-    def _append(self, operation: SequenceOperation, freed: int) -> None:
+    def replace(self, handle: int, lost: int, shares: Layout, source: int | None = None, length: int = 0) -> None:
+        """Have what a lost holder kept of a sequence opened elsewhere: empty, or as forks of the source's shares."""
+        self._append(ReplaceShares(handle, lost, shares, source, length), NO_PAGES)
+
+    def _append(self, operation: SequenceOperation, freed: Pages) -> None:
         self.operations.append(operation)
         self._freed.append(freed)
         self._closing += freed
 
-    def room(self) -> int:
+    def room(self) -> Pages:
         """Pages free once every plan is answered and every operation accepted, at least. Can be negative."""
-        return self._free + self._closing - self._drafted - sum(self._unanswered.values())
+        room = self._free + self._closing - self._drafted
+        for pages in self._unanswered.values():
+            room -= pages
+        return room
 
     def affordable(self, sequence: Sequence, want: int) -> int:
         """How many of its next `want` tokens fit into its last page and the room there is."""
-        size = self._config.page_size
-        tail = -sequence.computed % size
-        if want <= tail and not sequence.copies:
+        tail = -sequence.computed % self._config.page_size
+        if want <= tail and not sequence.copies and sequence.rebuild is None:
             return want
-        room = self.room() - self._cost(sequence, 0)
-        if room < 0 and sequence.copies:
-            return 0
-        return min(want, tail + max(0, room) // self.page_set * size)
+        room = self.room()
+        if room.covers(self._cost(sequence, want)):
+            return want
+        fits, too_many = 0, want
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if room.covers(self._cost(sequence, middle)):
+                fits = middle
+            else:
+                too_many = middle
+        return fits
 
-    def _cost(self, sequence: Sequence, count: int) -> int:
+    def _cost(self, sequence: Sequence, count: int) -> Pages:
         """Pages that its next `count` tokens take, at most: new ones and the copy of a shared one that they fall
         into, less those that fall behind sliding windows."""
-        start, size = sequence.computed, self._config.page_size
+        start, size, held = sequence.next, self._config.page_size, self._config.held
+        if sequence.rebuild is not None:
+            return held(sequence.rebuild.missing, start, start + count, start)
         if not sequence.copies and 0 < start % size <= size - count:
-            return 0
-        held = self._config.held
-        pages = held(sequence.shared, start + count, start) - held(sequence.shared, start, sequence.floor)
-        return pages + (self.page_set if sequence.copies and start % size else 0)
+            return NO_PAGES
+        layout = sequence.layout
+        pages = held(layout, sequence.shared, start + count, start) - held(
+            layout, sequence.shared, start, sequence.floor
+        )
+        return pages + self._config.page_set(layout, start) if sequence.copies and start % size else pages
 
     def reserve(self, sequence: Sequence, count: int) -> PlannedRow:
         """A row for its next `count` tokens, to go into the next plan."""
         if sequence.handle is None:
             raise EngineError(f"request {sequence.request.id} was planned before it was admitted")
         self._drafted += self._cost(sequence, count)
-        start, end = sequence.computed, sequence.computed + count
+        start, end, rebuild = sequence.next, sequence.next + count, sequence.rebuild
+        if rebuild is not None:
+            rebuild.planned = end
+            return PlannedRow(sequence, sequence.handle, start, count, sample=False, rebuild=True)
         sequence.planned = end
         return PlannedRow(sequence, sequence.handle, start, count, sample=end == len(sequence.tokens))
 
@@ -97,28 +126,29 @@ class Ledger:
         """A plan of rows that were reserved."""
         plan = Plan(self._first, tuple(self.operations), tuple(rows))
         self._unanswered[plan] = self._drafted
-        self._drafted = 0
+        self._drafted = NO_PAGES
         return plan
 
-    def accepted(self, plan: Plan, free_pages: int) -> None:
-        """All holders have applied the plan's operations and reserved for its rows. The one with the fewest pages
-        has this many left."""
-        self._answered(plan, free_pages)
+    def accepted(self, plan: Plan, free: Pages) -> None:
+        """All holders have applied the plan's operations and reserved for its rows. Those that were asked have this
+        many pages left."""
+        self._answered(plan, free)
         done = max(0, plan.first + len(plan.operations) - self._first)
         for operation in self.operations[:done]:
             _apply(operation, self._held)
-        self._closing -= sum(self._freed[:done])
+        for freed in self._freed[:done]:
+            self._closing -= freed
         del self.operations[:done], self._freed[:done]
         self._first += done
 
-    def refused(self, plan: Plan, free_pages: int) -> None:
-        """Not every holder has accepted, so all operations still wait. The one with the fewest pages has this many."""
-        self._answered(plan, free_pages)
+    def refused(self, plan: Plan, free: Pages) -> None:
+        """Not every holder has accepted, so all operations still wait. Those that were asked have this many pages."""
+        self._answered(plan, free)
 
-    def _answered(self, plan: Plan, free_pages: int) -> None:
+    def _answered(self, plan: Plan, free: Pages) -> None:
         if self._unanswered.pop(plan, None) is None:
             raise EngineError("a plan was answered that was not waiting for an answer")
-        self._free = free_pages
+        self._free = Pages(self._free | free)
 
     def forget(self, plan: Plan) -> bool:
         """Expect no answer to the plan any more. Whether one was expected."""
@@ -138,10 +168,11 @@ class Ledger:
 
 
 def _apply(operation: SequenceOperation, handles: set[int]) -> None:
-    if isinstance(operation, CloseSequence):
+    if isinstance(operation, CloseSequence | ReplaceShares):
         if operation.handle not in handles:
-            raise EngineError(f"{operation} closes what is not there")
-        handles.remove(operation.handle)
+            raise EngineError(f"{operation} names what is not there")
+        if isinstance(operation, CloseSequence):
+            handles.remove(operation.handle)
         return
     if isinstance(operation, ForkSequence) and operation.parent not in handles:
         raise EngineError(f"{operation} forks what is not there")

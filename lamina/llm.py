@@ -7,22 +7,29 @@ how they wait. Safe to use from several threads and event loops at once.
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import secrets
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
-from lamina.engine import Ticket
 from lamina.errors import EngineError, Interrupted, InvalidRequest
 from lamina.job import Job, LoopQueue
 from lamina.model_cache import Progress
 from lamina.request import Request
-from lamina.runtime import Runtime, start
+from lamina.ticket import Ticket
 from lamina.types import Completion, SamplingParams, TokenEvent
+from lamina_workers.openmp import share_cores
+
+if TYPE_CHECKING:
+    from lamina.ray_engine import ClusterRuntime
+    from lamina.runtime import Runtime
+
+logger = logging.getLogger("lamina")
 
 Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
@@ -46,8 +53,8 @@ class LLM:
             if name not in known:
                 raise InvalidRequest(f"unknown keyword {name!r} for LLM; known are {', '.join(known)}")
         self._ids = itertools.count()
-        runtime = start(model, EngineConfig(**config), progress)
-        self._loaded: Runtime | None = runtime
+        runtime = _start(model, EngineConfig(**config), progress)
+        self._loaded: Runtime | ClusterRuntime | None = runtime
         self._stop = weakref.finalize(self, runtime.stop)  # once: by close(), by the collector, or when Python ends
 
     @property
@@ -63,7 +70,7 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         """The most tokens that one prompt and its output can have."""
-        return min(self._runtime.limits.max_model_len, self._runtime.limits.longest_possible() + 1)
+        return min(self._runtime.limits.max_model_len, self._runtime.possible + 1)
 
     @property
     def alive(self) -> bool:
@@ -227,7 +234,7 @@ class LLM:
     # Checking, and from arguments to requests.
 
     @property
-    def _runtime(self) -> Runtime:
+    def _runtime(self) -> Runtime | ClusterRuntime:
         runtime = self._loaded  # once: another thread may close this LLM
         if runtime is None:
             raise EngineError("this LLM is closed")
@@ -249,7 +256,7 @@ class LLM:
         self._check_token_ids("logit_bias", list(filled.logit_bias))
         for prompt in prompts:
             self._check_token_ids("the prompt", prompt)
-            runtime.limits.validate(len(prompt), filled.max_tokens)
+            runtime.limits.validate(len(prompt), filled.max_tokens, runtime.possible)
         stops = frozenset(filled.stop_token_ids)
         if not filled.ignore_eos:
             stops |= {token for token in runtime.tokenizer.eos_ids if token < runtime.model.vocab_size}
@@ -297,6 +304,21 @@ class LLM:
         for token in token_ids:
             if not 0 <= token < size:
                 raise InvalidRequest(f"{name} has token id {token}; allowed are 0 to {size - 1}")
+
+
+def _start(model: str | Path, config: EngineConfig, progress: Progress | None) -> Runtime | ClusterRuntime:
+    if config.cluster is not None:
+        from lamina.ray_engine import start_on_cluster
+
+        return start_on_cluster(model, config, progress)
+    if config.attention_workers and not share_cores():
+        logger.warning(
+            "torch was imported before this LLM, so its idle threads spin while attention workers on this host want "
+            "the cores; import lamina first, or set GOMP_SPINCOUNT=3000"
+        )
+    from lamina.runtime import start  # it imports torch, which reads the environment
+
+    return start(model, config, progress)
 
 
 def _is_one(prompts: object) -> bool:

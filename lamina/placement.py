@@ -1,86 +1,294 @@
-"""Which holder has which heads and positions, and what each of them is told of a plan. Pure: makes messages only."""
+"""Which holder keeps what of each sequence, and what each of them is told of a plan. Pure: makes messages only.
+
+A sequence has a handle; what a holder keeps of it is a part, with a handle of its own, so that a holder can have
+several parts of one sequence after a loss. Operations wait in one outbox a holder until it has accepted them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from lamina import layouts
 from lamina.errors import EngineError
-from lamina.request import ForkSequence, OpenSequence, Plan, PlannedRow, SequenceOperation
+from lamina.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, ReplaceShares
+from lamina.shares import Layout, Pages, Share
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
+from lamina_workers.model_worker import HolderShare
 from lamina_workers.resolver import Route
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one holder keeps of every sequence: KV heads `heads` at positions [lo, hi).
+@dataclass(slots=True)
+class Holder:
+    """One holder as placement sees it. `pages` is its whole memory; a larger `weight` gets more of each sequence.
 
-    A `fused` holder attends the rows' own tokens too, so it must have all positions of its heads.
+    A `fused` holder attends the rows' own tokens too. One that is `draining` gets nothing new.
     """
 
-    heads: tuple[int, ...]
-    lo: int
-    hi: int
+    pages: int
+    weight: int = 1
     fused: bool = False
+    draining: bool = False
+    outbox: list[Operation] = field(default_factory=list)
+    first: int = 0  # the number of the first operation in the outbox
+
+    def outgoing(self, routes: tuple[Route, ...] = ()) -> HolderShare:
+        """All that waits, and routes."""
+        return HolderShare(self.first, tuple(self.outbox), routes)
+
+    def accepted(self, share: HolderShare) -> None:
+        """It has applied the share's operations."""
+        done = max(0, share.first + len(share.operations) - self.first)
+        del self.outbox[:done]
+        self.first += done
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """The shares of all holders. For every head their ranges are disjoint and begin at 0 without a gap.
+class Part:
+    """A share, and the handle that it has at its holder."""
 
-    Either all are fused or none: a batch's own tokens are attended by the holders or by the model worker, never both.
+    handle: int
+    share: Share
+
+
+@dataclass(slots=True)
+class _Scratch:
+    """A part at the local holder, for as long as a prompt (or a rebuild) is being computed: positions from `lo` on."""
+
+    handle: int
+    lo: int
+    pages: int
+
+
+class Placement:
+    """The holders, and the parts of all sequences.
+
+    `shard` says how new sequences are cut: "heads", "sequence" or "heads+sequence". `local` is the number of a fused
+    holder in the engine's process that no layout names: prompts are read from it while they fit, then it lets go.
     """
 
-    shares: tuple[Share, ...]
+    def __init__(
+        self,
+        holders: Mapping[int, Holder],
+        *,
+        heads: int,
+        page_size: int,
+        max_model_len: int,
+        layers: int,
+        shard: str = "heads",
+        local: int | None = None,
+    ) -> None:
+        self.holders = dict(holders)
+        self._shape = (heads, page_size, max_model_len)
+        self._layers = layers
+        self._shard = shard
+        self._local = local
+        self._turn = 0
+        self._last_part = 0
+        self._translated = 0  # operations of plans so far
+        self._parts: dict[int, list[Part]] = {}  # by the sequence's handle
+        self._scratch: dict[int, _Scratch] = {}
+        self._scratch_pages = 0
 
-    def __post_init__(self) -> None:
-        if not self.shares:
-            raise EngineError("no holder keeps anything")
-        ends: dict[int, int] = {}
-        for share in sorted(self.shares, key=lambda share: share.lo):
-            if not share.heads:
-                raise EngineError(f"a holder of [{share.lo}, {share.hi}) keeps no heads")
-            for head in share.heads:
-                if share.lo != ends.get(head, 0) or share.hi <= share.lo:
-                    raise EngineError(
-                        f"head {head} is placed at [{share.lo}, {share.hi}); its next range must begin at "
-                        f"{ends.get(head, 0)} and not be empty"
-                    )
-                ends[head] = share.hi
-        if len(set(ends.values())) > 1:
-            raise EngineError(f"heads are placed up to different positions: {ends}")
-        if any(share.fused and (share.lo, share.hi) != (0, ends[share.heads[0]]) for share in self.shares):
-            raise EngineError("a fused holder must have all positions of its heads")
-        fused = sum(share.fused for share in self.shares)
-        if fused not in (0, len(self.shares)):
-            raise EngineError(f"{fused} of {len(self.shares)} holders are fused; allowed is all or none")
+    # Layouts.
 
-    def place(self, plan: Plan) -> list[tuple[tuple[Operation, ...], tuple[Route, ...]]]:
-        """For each holder its operations, numbered as in the plan, and the rows that read or store there."""
-        return [
-            (
-                tuple(_operation(operation, share) for operation in plan.operations),
-                tuple(
-                    Route(source, share.heads, row, row.stored(share.lo, share.hi))
-                    for source, planned in enumerate(plan.rows)
-                    if (row := _row(planned, share))
-                ),
-            )
-            for share in self.shares
-        ]
+    @property
+    def capacity(self) -> Pages:
+        """All pages of every holder that takes sequences."""
+        return Pages({number: holder.pages for number, holder in self._taking()})
 
+    def layout(self, length: int) -> Layout:
+        """Shares for a new sequence of up to `length` tokens. Whoever comes first changes from one to the next, so
+        that what does not divide evenly is even over many sequences."""
+        taking = [(number, holder.weight) for number, holder in self._taking()]
+        if not taking:
+            return ()
+        self._turn += 1
+        turn = self._turn % len(taking)
+        heads, page_size, end = self._shape
+        return layouts.layout(self._shard, taking[turn:] + taking[:turn], heads, length, page_size, end)
 
-def _operation(operation: SequenceOperation, share: Share) -> Operation:
-    if isinstance(operation, OpenSequence):
-        return Open(operation.handle, share.heads, share.lo, share.hi)
-    if isinstance(operation, ForkSequence):
-        return Fork(operation.handle, operation.parent, operation.length)
-    return Close(operation.handle)
+    def reads_locally(self, length: int) -> bool:
+        """Whether the local holder has room for a prompt of so many tokens now."""
+        return self._local is not None and self._scratch_pages + self._scratch_cost(length) <= self._local_pages()
 
+    def _local_pages(self) -> int:
+        return 0 if self._local is None else self.holders[self._local].pages
 
-def _row(planned: PlannedRow, share: Share) -> Row | None:
-    """None where the holder has no key that the row reads, and no place for its tokens."""
-    start, end = planned.start, planned.start + planned.count
-    store = start < share.hi and end > share.lo
-    read_end = end if share.fused else min(start, share.hi)
-    read = (share.lo, read_end) if read_end > share.lo else None
-    return Row(planned.handle, start, planned.count, read, store) if read or store else None
+    def _scratch_cost(self, length: int) -> int:
+        heads, size, _ = self._shape
+        return heads * self._layers * (-(-length // size) + 1)
+
+    def substitute(self, share: Share, free: Pages) -> Share | None:
+        """`share` at the holder with the most free pages."""
+        numbers = [number for number, _ in self._taking()]
+        if not numbers:
+            return None
+        best = max(numbers, key=lambda number: free.get(number, 0))
+        return Share(best, share.heads, share.lo, share.hi)
+
+    def _taking(self) -> list[tuple[int, Holder]]:
+        return [(n, holder) for n, holder in self.holders.items() if n != self._local and not holder.draining]
+
+    # Holders come and go.
+
+    def joined(self, number: int, holder: Holder) -> None:
+        """There is one holder more, empty. Numbers are never reused."""
+        if number in self.holders:
+            raise EngineError(f"holder {number} joined twice")
+        self.holders[number] = holder
+
+    def lost(self, number: int) -> None:
+        """A holder is gone, with all it had."""
+        del self.holders[number]
+
+    @property
+    def pending(self) -> bool:
+        """Whether operations wait that a holder has not accepted yet."""
+        return any(holder.outbox for holder in self.holders.values())
+
+    def outgoing(self) -> dict[int, HolderShare]:
+        """The operations that wait, without any rows."""
+        return {number: holder.outgoing() for number, holder in self.holders.items() if holder.outbox}
+
+    def kept_by(self, number: int) -> dict[int, list[Part]]:
+        """The parts at one holder, by the handles of their sequences."""
+        kept = {
+            handle: [part for part in parts if part.share.holder == number] for handle, parts in self._parts.items()
+        }
+        return {handle: parts for handle, parts in kept.items() if parts}
+
+    def move(self, part: Part, to: int) -> Part:
+        """Open `part` at another holder too; `moved` or `give_up` ends that."""
+        share = part.share
+        return self._open(Share(to, share.heads, share.lo, share.hi))
+
+    def give_up(self, new: Part) -> None:
+        """The other holder has no room for it."""
+        self._close(new)
+
+    def moved(self, handle: int, part: Part, new: Part) -> None:
+        """`new` has all that `part` had: it takes its place."""
+        parts = self._parts[handle]
+        parts[parts.index(part)] = new
+        self._close(part)
+
+    # Plans.
+
+    def place(self, plan: Plan) -> dict[int, HolderShare]:
+        """For each holder that is concerned, its operations and the rows that read or store there."""
+        for operation in plan.operations[max(0, self._translated - plan.first) :]:
+            self._translate(operation)
+        self._translated = max(self._translated, plan.first + len(plan.operations))
+        routes: dict[int, list[Route]] = {}
+        again: dict[int, list[Route]] = {}  # further parts of a sequence come last, so that the first stand together
+        for source, row in enumerate(plan.rows):
+            told = set[int]()
+            for number, route in self._routes(source, row):
+                (again if number in told else routes).setdefault(number, []).append(route)
+                told.add(number)
+        for number, more in again.items():
+            routes[number] += more
+        return {
+            number: holder.outgoing(tuple(routes.get(number, ())))
+            for number, holder in self.holders.items()
+            if holder.outbox or number in routes
+        }
+
+    def recorded(self, plan: Plan) -> None:
+        """The batch is complete: where a prompt or a rebuild has ended, the local holder lets go."""
+        for row in plan.rows:
+            rebuilt = row.rebuild and row.sequence.rebuild is None
+            if row.sample or rebuilt:
+                self._drop_scratch(row.handle)
+
+    def _translate(self, operation: OpenSequence | ForkSequence | CloseSequence | ReplaceShares) -> None:
+        match operation:
+            case OpenSequence(handle, layout):
+                self._parts[handle] = [self._open(share) for share in layout]
+            case ForkSequence(handle, parent, length):
+                self._parts[handle] = self._fork(self._parts[parent], length)
+            case CloseSequence(handle):
+                self._drop_scratch(handle)
+                for part in self._parts.pop(handle):
+                    self._close(part)
+            case ReplaceShares(handle, lost, shares, source, length):
+                kept = [part for part in self._parts[handle] if part.share.holder != lost]
+                if source is None:
+                    self._parts[handle] = kept + [self._open(share) for share in shares]
+                    return
+                parts = [part for part in self._parts[source] if part.share in shares]
+                self._parts[handle] = kept + self._fork(parts, length)
+
+    def _open(self, share: Share) -> Part:
+        part = Part(self._next(), share)
+        self._tell(share.holder, Open(part.handle, share.heads, share.lo, share.hi))
+        return part
+
+    def _fork(self, parts: Sequence[Part], length: int) -> list[Part]:
+        forks = []
+        for part in parts:
+            forks.append(Part(self._next(), part.share))
+            self._tell(part.share.holder, Fork(forks[-1].handle, part.handle, length))
+        return forks
+
+    def _close(self, part: Part) -> None:
+        self._tell(part.share.holder, Close(part.handle))
+
+    def _next(self) -> int:
+        self._last_part += 1
+        return self._last_part
+
+    def _tell(self, number: int, operation: Operation) -> None:
+        if number in self.holders:  # whoever is gone has forgotten everything
+            self.holders[number].outbox.append(operation)
+
+    def _routes(self, source: int, row: PlannedRow) -> list[tuple[int, Route]]:
+        """Every part that reads or stores the row. For each head, what is read is [0, start), or [0, end) where a
+        fused part attends the row's own tokens too."""
+        start, end = row.start, row.start + row.count
+        scratch = self._scratch_for(row)
+        below = scratch.lo if scratch else start
+        missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
+        routes = []
+        for part in self._parts[row.handle]:
+            share = part.share
+            fused = self.holders[share.holder].fused
+            store = start < share.hi and end > share.lo and (not row.rebuild or share in missing)
+            read_end = end if fused else min(below, share.hi)
+            read = (share.lo, read_end) if read_end > share.lo else None
+            if read or store:
+                told = Row(part.handle, start, row.count, read, store)
+                routes.append((share.holder, Route(source, share.heads, told, told.stored(share.lo, share.hi))))
+        if scratch and self._local is not None:
+            told = Row(scratch.handle, start, row.count, (scratch.lo, end), True)
+            every = tuple(range(self._shape[0]))
+            routes.append((self._local, Route(source, every, told, (start, end))))
+        return routes
+
+    def _scratch_for(self, row: PlannedRow) -> _Scratch | None:
+        """The local part that the row reads, opened where the row begins a prompt or a rebuild that fits."""
+        if self._local is None:
+            return None
+        scratch = self._scratch.get(row.handle)
+        if scratch is not None and scratch.lo <= row.start:
+            return scratch
+        self._drop_scratch(row.handle)
+        left = row.sequence.left
+        if left == 1:
+            return None
+        heads, _, end = self._shape
+        pages = self._scratch_cost(left)
+        if not self.reads_locally(left):
+            return None
+        scratch = _Scratch(self._next(), row.start, pages)
+        self._tell(self._local, Open(scratch.handle, tuple(range(heads)), row.start, end))
+        self._scratch[row.handle] = scratch
+        self._scratch_pages += pages
+        return scratch
+
+    def _drop_scratch(self, handle: int) -> None:
+        scratch = self._scratch.pop(handle, None)
+        if scratch is not None and self._local is not None:
+            self._scratch_pages -= scratch.pages
+            self._tell(self._local, Close(scratch.handle))

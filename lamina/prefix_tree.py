@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from lamina.errors import EngineError
 from lamina.request import Sequence
+from lamina.shares import NO_PAGES, Layout, Pages
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +34,8 @@ class Node:
     writer: Sequence | None = None
     handle: int | None = None
     floor: int = 0  # the lowest length at which it can be forked
-    pages: int = 0  # what its eviction frees: its pages that the parent has not
+    layout: Layout = ()  # who keeps it
+    pages: Pages = field(default_factory=Pages)  # what its eviction frees: its pages that the parent has not
     users: int = 0  # running sequences that share pages with it or with a node below
     tick: int = 0  # when it was last used
     queued: bool = False  # whether the heap of unused leaves has it
@@ -55,7 +57,7 @@ class Match(NamedTuple):
 class PrefixTree:
     """All trees, one for each salt. `evictable` is how many pages eviction could free, at least.
 
-    `weigh(lo, hi, floor)` counts the pages of positions [lo, hi) kept by a sequence with that floor,
+    `weigh(layout, lo, hi, floor)` counts the pages of positions [lo, hi) kept by a sequence with that floor,
     `fork(parent, length)` and `close(handle, pages)` change the holders, `wake` is told of each sequence that need
     not wait any more.
     """
@@ -63,12 +65,12 @@ class PrefixTree:
     def __init__(
         self,
         page_size: int,
-        weigh: Callable[[int, int, int], int],
+        weigh: Callable[[Layout, int, int, int], Pages],
         fork: Callable[[int, int], int],
-        close: Callable[[int, int], None],
+        close: Callable[[int, Pages], None],
         wake: Callable[[Sequence], None],
     ) -> None:
-        self.evictable = 0
+        self.evictable = NO_PAGES
         self._page_size = page_size
         self._weigh, self._fork, self._close, self._wake = weigh, fork, close, wake
         self._roots: dict[Hashable, Node] = {}
@@ -182,9 +184,13 @@ class PrefixTree:
                 self._queue(node)
         sequence.node = None
 
-    def unused_pages(self, node: Node) -> int:
-        """How many evictable pages would no longer be so if `node` were held."""
-        return sum(held.pages for held in _path(node) if held.users == 0)
+    def unused_pages(self, node: Node) -> Pages:
+        """The evictable pages that would no longer be so if `node` were held."""
+        unused = NO_PAGES
+        for held in _path(node):
+            if held.users == 0:
+                unused += held.pages
+        return unused
 
     def evict(self) -> bool:
         """Close the least recently used leaf without users. False: there is none."""
@@ -197,6 +203,14 @@ class PrefixTree:
                 self._evict(node)
                 return True
         return False
+
+    def clear(self) -> None:
+        """Give up every node, pending ones too. Those who use them keep what they share."""
+        for node in list(self._nodes()):
+            if node.writer is not None:
+                self.discard(node.writer)
+        for node in reversed(list(self._nodes())):  # those below come first
+            self._evict(node)
 
     def evict_used(self) -> bool:
         """Give up any leaf, pending or in use: its users keep what they share. False: no node is left."""
@@ -251,9 +265,9 @@ class PrefixTree:
         parent.children[at] = upper
         node.parent, node.tokens = upper, node.tokens[same:]
         if node.handle is not None:
-            upper.handle = self._fork(node.handle, length)
-            upper.pages = self._weigh(parent.length, length, node.floor)
-            node.pages = self._weigh(length, node.length, node.floor)
+            upper.handle, upper.layout = self._fork(node.handle, length), node.layout
+            upper.pages = self._weigh(node.layout, parent.length, length, node.floor)
+            node.pages = self._weigh(node.layout, length, node.length, node.floor)
         return upper
 
     def _make_ready(self, node: Node, source: Sequence) -> None:
@@ -263,8 +277,8 @@ class PrefixTree:
             node.writer.pending = None
         node.writer = None
         node.handle = self._fork(source.handle, node.length)
-        node.floor = source.floor
-        node.pages = self._weigh(node.parent.length, node.length, node.floor)
+        node.floor, node.layout = source.floor, source.layout
+        node.pages = self._weigh(node.layout, node.parent.length, node.length, node.floor)
         node.tick = self._tick
         source.shared = max(source.shared, node.length)
         self.evictable += node.pages
@@ -284,7 +298,7 @@ class PrefixTree:
     def _evict(self, node: Node) -> None:
         if node.handle is None:
             raise EngineError("a prefix node was evicted twice")
-        freed = node.pages if node.users == 0 else 0
+        freed = node.pages if node.users == 0 else NO_PAGES
         self.evictable -= freed
         self._close(node.handle, freed)
         node.handle = None
@@ -312,7 +326,7 @@ class PrefixTree:
         """Raise `EngineError` if nodes, users and counts contradict each other. Returns the handles of all nodes."""
         users = Counter(node for sequence in running if sequence.node for node in _path(sequence.node))
         writers = {sequence for sequence in running if sequence.pending is not None}
-        handles, evictable = [], 0
+        handles, evictable = [], NO_PAGES
         for node in self._nodes():
             parent = node.parent
             wrong = None
@@ -340,7 +354,7 @@ class PrefixTree:
                 raise EngineError(f"the prefix node of {node.length} tokens, handle {node.handle}: {wrong}")
             if node.handle is not None:
                 handles.append(node.handle)
-                evictable += 0 if node.users else node.pages
+                evictable += NO_PAGES if node.users else node.pages
         if evictable != self.evictable:
             raise EngineError(f"the prefix tree counts {self.evictable} evictable pages, its nodes have {evictable}")
         return handles
@@ -360,13 +374,13 @@ def _closest(node: Node, tokens: tuple[int, ...]) -> tuple[Node | None, int]:
     best, most = None, 0
     at = _place(node, tokens)
     for child in node.children[max(at - 1, 0) : at + 1]:
-        same = _common(child.tokens, tokens)
+        same = common_length(child.tokens, tokens)
         if same > most:
             best, most = child, same
     return best, most
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def common_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """How many tokens a and b have in common at their beginning. Compares slices: a loop would take 1 ms on 12,000."""
     shorter = min(len(a), len(b))
     low, high = 0, 64

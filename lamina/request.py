@@ -1,16 +1,16 @@
-"""The nouns of scheduling: what was asked, one sample of it, what one batch does, and what memory there is.
+"""The nouns of scheduling: what was asked, one sample of it, what one batch does, and what limits it.
 
 Knows nothing of tensors, holders, clocks or the text behind the tokens: ints, tuples and lists only.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import InvalidRequest
+from lamina.shares import Layout, Pages
 
 if TYPE_CHECKING:
     from lamina.prefix_tree import Node
@@ -35,6 +35,24 @@ class Request:
     salt: Hashable = None
 
 
+@dataclass(slots=True)
+class Rebuild:
+    """What a lost holder had of a sequence, being computed again: positions [at, end) are still to be done.
+
+    `missing` are the shares that take it. `planned` is `at`, and the tokens of the row in flight. With a `source` it
+    waits until that sequence's share is whole up to `length`, and is forked off it; `lost` is the holder that had it.
+    """
+
+    missing: Layout
+    at: int
+    end: int
+    planned: int
+    source: Sequence | None = None
+    source_handle: int | None = None
+    length: int = 0
+    lost: int = 0
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One sample of a request. Only the scheduler (and its prefix tree) writes to it.
@@ -54,6 +72,8 @@ class Sequence:
     reused: int = 0  # tokens of its prompt that it has from a fork instead of a prefill
     preemptions: int = 0
     sound: bool = True  # whether the prefix tree may keep what it computes
+    layout: Layout = ()  # who keeps its KV, while it has any
+    rebuild: Rebuild | None = None  # before it can go on
 
     # What its pages are shared with, as far as the scheduler must know to count them.
     floor: int = 0  # the lowest length to which its KV can be cut or forked, as the holders reported it
@@ -71,14 +91,30 @@ class Sequence:
     @property
     def in_flight(self) -> bool:
         """Whether a row of it is in a plan that has neither been recorded nor undone."""
-        return self.planned > self.computed
+        return self.planned > self.computed or (self.rebuild is not None and self.rebuild.planned > self.rebuild.at)
+
+    @property
+    def next(self) -> int:
+        """The position where its next row begins."""
+        return self.computed if self.rebuild is None else self.rebuild.at
+
+    @property
+    def left(self) -> int:
+        """Tokens that are known and still to be computed, or computed again, before it can sample (or go on)."""
+        return len(self.tokens) - self.computed if self.rebuild is None else self.rebuild.end - self.rebuild.at
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of it that will ever have KV: the last one is never fed back."""
+        return len(self.request.prompt) + self.request.max_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)
 class OpenSequence:
-    """Create `handle`, empty, in the holders."""
+    """Create `handle`, empty, in the holders that `layout` names."""
 
     handle: int
+    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +133,34 @@ class CloseSequence:
     handle: int
 
 
-SequenceOperation = OpenSequence | ForkSequence | CloseSequence
+@dataclass(frozen=True, slots=True)
+class ReplaceShares:
+    """Of `handle`, what the lost holder kept is gone: create `shares` in its place, empty, or as the first `length`
+    tokens of the same shares of `source`."""
+
+    handle: int
+    lost: int
+    shares: Layout
+    source: int | None = None
+    length: int = 0
+
+
+SequenceOperation = OpenSequence | ForkSequence | CloseSequence | ReplaceShares
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """Compute the `count` tokens of `sequence` from position `start` on, and sample after them if `sample`."""
+    """Compute the `count` tokens of `sequence` from position `start` on, and sample after them if `sample`.
+
+    `rebuild`: they were computed before; only the shares that are missing store them.
+    """
 
     sequence: Sequence
     handle: int
     start: int
     count: int
     sample: bool
+    rebuild: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,10 +185,10 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits of a batch, and the memory to fill. Raises `InvalidRequest` where no request could ever run.
+    """Limits of a batch, and what a token costs. Raises `InvalidRequest` where no request could ever run.
 
-    `page_groups` describes the holders' layers as (layers x KV heads, sliding window or None for full attention):
-    a page is `page_size` tokens of one layer and one KV head.
+    `page_groups` describes the model's layers, for one KV head, as (layers, sliding window or None for full
+    attention): a page is `page_size` tokens of one layer and one KV head.
     """
 
     max_batch_tokens: int
@@ -144,53 +196,65 @@ class SchedulerConfig:
     max_model_len: int
     page_size: int
     page_groups: tuple[tuple[int, int | None], ...]
-    total_pages: int
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences", "max_model_len", "page_size"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; allowed is 1 or more")
-        if self.total_pages < self.pages_for(1):
-            raise InvalidRequest(
-                f"the KV memory has {self.total_pages} pages; one token needs {self.pages_for(1)}, one in each of "
-                "the model's layers and KV heads"
-            )
 
     @property
-    def page_set(self) -> int:
-        """Pages that `page_size` tokens take: one in every layer and KV head."""
-        return sum(units for units, _ in self.page_groups)
+    def unbounded(self) -> bool:
+        """Whether every layer sees everything, so that nothing is ever let go behind a window."""
+        return all(window is None for _, window in self.page_groups)
 
-    def held(self, lo: int, hi: int, start: int) -> int:
+    def page_set(self, layout: Layout, position: int) -> Pages:
+        """Pages that the `page_size` tokens from `position` on take: one in every layer and KV head."""
+        layers = sum(layers for layers, _ in self.page_groups)
+        pages = Pages()
+        for share in layout:
+            if share.lo <= position < share.hi:
+                pages[share.holder] = pages.get(share.holder, 0) + layers * len(share.heads)
+        return pages
+
+    def held(self, layout: Layout, lo: int, hi: int, start: int) -> Pages:
         """Pages between positions lo and hi that a sequence keeps when its last row began at `start`.
 
         The page that `lo` falls into is not counted, the one that `hi` falls into is. A page behind the window of
-        the query at `start` has been let go.
+        the query at `start` has been let go, where a share stores that row.
         """
         size = self.page_size
-        first, end = -(-lo // size), -(-hi // size)
-        pages = 0
-        for units, window in self.page_groups:
-            kept = first if window is None else max(first, (start - window + 1) // size)
-            pages += units * max(0, end - kept)
+        pages = Pages()
+        for share in layout:
+            first, end = -(-max(lo, share.lo) // size), -(-min(hi, share.hi) // size)
+            if end <= first:
+                continue
+            per_head = 0
+            for layers, window in self.page_groups:
+                kept = first if window is None else max(first, (min(start, share.hi) - window + 1) // size)
+                per_head += layers * max(0, end - kept)
+            pages[share.holder] = pages.get(share.holder, 0) + per_head * len(share.heads)
         return pages
 
-    def pages_for(self, length: int) -> int:
-        """The most pages that a sequence of `length` tokens needs when it grows by no more than a page at a time."""
-        needed = -(-length // self.page_size)
-        return sum(
-            units * (needed if window is None else min(needed, -(-window // self.page_size) + 2))
-            for units, window in self.page_groups
-        )
+    def pages_for(self, layout: Layout, length: int, shared: int = 0) -> Pages:
+        """The most pages that a sequence of `length` tokens needs when it grows by no more than a page at a time, and
+        has its first `shared` tokens, which are whole pages, from elsewhere."""
+        size = self.page_size
+        pages = Pages()
+        for share in layout:
+            needed = -(-(min(length, share.hi) - max(share.lo, shared)) // size)
+            if needed <= 0:
+                continue
+            per_head = sum(
+                layers * (needed if window is None else min(needed, -(-window // size) + 2))
+                for layers, window in self.page_groups
+            )
+            pages[share.holder] = pages.get(share.holder, 0) + per_head * len(share.heads)
+        return pages
 
-    def longest_possible(self) -> int:
-        """The most tokens of one sequence that the context and the KV memory can ever hold."""
-        lengths = range(self.max_model_len + 1)
-        return bisect_right(lengths, self.total_pages, key=self.pages_for) - 1
-
-    def validate(self, prompt_len: int, max_tokens: int) -> None:
-        """Raise `InvalidRequest` unless a prompt of this many tokens can run to `max_tokens`."""
+    def validate(self, prompt_len: int, max_tokens: int, possible: int) -> None:
+        """Raise `InvalidRequest` unless a prompt of this many tokens can run to `max_tokens`, where the holders have
+        room for `possible` tokens of one sequence."""
         if prompt_len < 1:
             raise InvalidRequest("the prompt is empty; at least one token is needed")
         if max_tokens < 1:
@@ -198,6 +262,5 @@ class SchedulerConfig:
         asked = f"the prompt's {prompt_len} tokens and max_tokens {max_tokens} make {prompt_len + max_tokens}"
         if prompt_len + max_tokens > self.max_model_len:
             raise InvalidRequest(f"{asked}; the context holds at most {self.max_model_len}")
-        possible = self.longest_possible() + 1  # the last token is never fed back, so it needs no KV
-        if prompt_len + max_tokens > possible:
-            raise InvalidRequest(f"{asked}; the KV memory holds at most {possible}")
+        if prompt_len + max_tokens > possible + 1:  # the last token is never fed back, so it needs no KV
+            raise InvalidRequest(f"{asked}; the KV memory holds at most {possible + 1}")

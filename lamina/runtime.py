@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,63 +16,84 @@ from typing import Any
 
 import torch
 
+from lamina.attach import LOCAL, Attachment, attach
 from lamina.config import EngineConfig
 from lamina.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
+from lamina.lanes import Lanes
 from lamina.machine import Machine, native_dtype, this_machine
+from lamina.members import Members
 from lamina.model_cache import Progress
 from lamina.models import resolve
-from lamina.placement import Placement, Share
+from lamina.placement import Holder, Placement
 from lamina.request import SchedulerConfig
 from lamina.scheduler import Scheduler
 from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
 from lamina_protocols.messages import HolderConfig
-from lamina_workers.attention_port import LocalAttention
+from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.layout import page_layout
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
-from lamina_workers.weights import Checkpoint
+from lamina_workers.weights import Checkpoint, fingerprint
 
 logger = logging.getLogger("lamina")
 
 DEFAULT_BATCH_TOKENS = 1024
 MAX_SEQUENCES = 256  # in one batch
+AUTO_LANES = 3  # that are tried: more share the weights' reading among too few sequences each
+_KV_PROJECTION = 2 << 20  # bytes of weights: 80 us at 25 GB/s, twice what the calls were measured to cost
 _KV_SHARE = 4  # of the available memory, one part in so many
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A loaded model and the engine that runs it."""
+    """A loaded model and the engine that runs it. `possible` is the most tokens of one sequence that can have KV."""
 
     model_path: Path
     model: ModelConfig
     generation_config: Mapping[str, Any]
     tokenizer: Tokenizer
     limits: SchedulerConfig
+    possible: int
     engine: Engine
     thread: threading.Thread
     progress: Progress | None
+    attachment: Attachment | None = None
 
     def stop(self) -> None:
         """Stop the engine, and wait until its thread is gone: the interpreter must not end while it is in torch."""
         self.engine.close()
         if self.thread is not threading.current_thread():
             self.thread.join()
+        if self.attachment is not None:
+            self.attachment.close()
         self.tokenizer.close()
 
+    def drain(self, worker: str) -> int:
+        """Move an attention worker's KV to the others and let it go. Returns how many tokens moved.
 
-def start(name: str | Path, config: EngineConfig, progress: Progress | None = None) -> Runtime:
-    """Load a model by name and start its engine. Raises ModelFileError, UnsupportedModelError or InvalidRequest.
+        Raises InvalidRequest for an unknown worker or the last one, EngineError where it could not be done.
+        """
+        return self.engine.drain(worker).result()
+
+
+def start(
+    name: str | Path, config: EngineConfig, progress: Progress | None = None, members: Members | None = None
+) -> Runtime:
+    """Load a model by name and start its engine. Raises ModelFileError, UnsupportedModelError, InvalidRequest, or
+    EngineError where attention workers do not come up. `members` are those workers, where the config does not say.
 
     Loading and running share one thread, because OpenMP keeps a team of workers for each thread that ever computed:
     with a second team its workers count as too many for the cores, and sleep after each operation (measured on two
     cores: 22 ms a step instead of 16).
     """
     loaded: Future[Runtime] = Future()
-    thread = threading.Thread(target=_live, args=(loaded, name, config, progress), name="lamina-engine", daemon=True)
+    thread = threading.Thread(
+        target=_live, args=(loaded, name, config, progress, members), name="lamina-engine", daemon=True
+    )
     thread.start()
     try:
         return loaded.result()
@@ -81,10 +102,16 @@ def start(name: str | Path, config: EngineConfig, progress: Progress | None = No
         raise
 
 
-def _live(loaded: Future[Runtime], name: str | Path, config: EngineConfig, progress: Progress | None) -> None:
+def _live(
+    loaded: Future[Runtime],
+    name: str | Path,
+    config: EngineConfig,
+    progress: Progress | None,
+    members: Members | None,
+) -> None:
     """The life of the engine's thread."""
     try:
-        runtime = _build(name, config, progress)
+        runtime = _build(name, config, progress, members)
     except BaseException as error:  # noqa: BLE001  # it goes to whoever waits
         if loaded.set_running_or_notify_cancel():
             loaded.set_exception(error)
@@ -94,7 +121,7 @@ def _live(loaded: Future[Runtime], name: str | Path, config: EngineConfig, progr
         runtime.engine.run()
 
 
-def _build(name: str | Path, config: EngineConfig, progress: Progress | None) -> Runtime:
+def _build(name: str | Path, config: EngineConfig, progress: Progress | None, members: Members | None) -> Runtime:
     path = resolve(name, progress)
     tokenizer = Tokenizer(path)
     model = ModelConfig.from_folder(path)
@@ -105,24 +132,89 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None) ->
     torch.set_num_threads(threads)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device, machine)
+    dtype_name = str(dtype).removeprefix("torch.")
     holder = HolderConfig(
         layers=model.layer_specs(),
         page_size=config.page_size,
-        dtype=str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype,
+        dtype=dtype_name if config.kv_dtype == "auto" else config.kv_dtype,
         kv_memory=_kv_memory(config, machine),
     )
     limits = _limits(config, model, holder, machine)
     generation_config = read_json(path / "generation_config.json")
     SamplingParams().with_defaults(generation_config)  # what is wrong in it is said now, not at each request
-    decoder = _load(model, path, dtype, device, progress)
-    worker = ModelWorker(decoder, holder, [LocalAttention(AttentionWorker(holder, threads))], threads)
-    share = Share(heads=tuple(range(model.num_key_value_heads)), lo=0, hi=limits.max_model_len, fused=True)
-    logger.info(
-        "%s: %s on %s, KV %s for %d tokens, %d threads",
-        name, dtype, device, holder.dtype, limits.longest_possible(), threads,
+    attachment = attach(config, holder, fingerprint(path), dtype_name, threads, members)
+    try:
+        if attachment is not None:
+            attachment.begin(progress)  # they come up while the model loads
+        decoder = _load(model, path, dtype, device, progress)
+        # Prompts are read from the local holder while they fit; without attention workers it keeps everything.
+        ports: dict[int, AttentionPort] = {LOCAL: LocalAttention(AttentionWorker(holder, threads))}
+        holders = {LOCAL: Holder(holder.kv_memory // page_layout(holder).page_bytes, fused=True)}
+        if attachment is not None:
+            for number, (port, remote) in enumerate(attachment.ports(), LOCAL + 1):
+                ports[number], holders[number] = port, remote
+        placement = Placement(
+            holders,
+            heads=model.num_key_value_heads,
+            page_size=config.page_size,
+            max_model_len=limits.max_model_len,
+            layers=len({spec.kv_layer for spec in holder.layers}),
+            shard=config.shard,
+            local=None if attachment is None else LOCAL,
+        )
+        scheduler = Scheduler(limits, placement)
+        possible = scheduler.longest_possible()
+        _check_room(config, holder, possible)
+        engine = Engine(
+            ModelWorker(
+                decoder,
+                holder,
+                ports,
+                threads,
+                config.worker_timeout,
+                early_query=attachment is not None and _query_goes_first(model, dtype),
+            ),
+            scheduler,
+            placement,
+            time.monotonic,
+            names={number: port.name for number, port in ports.items() if number != LOCAL},
+            local=None if attachment is None else LOCAL,
+            lanes=_lanes(config, attachment),
+            hope=config.recovery_timeout,
+            on_rebuilt=_rebuild_report(progress),
+            on_lost=None if attachment is None else attachment.members.lost,
+        )
+        if attachment is not None:
+            attachment.watch(engine)
+    except BaseException:
+        if attachment is not None:
+            attachment.close()
+        raise
+    logger.info("%s: %s on %s, KV %s for %d tokens, %d threads", name, dtype, device, holder.dtype, possible, threads)
+    return Runtime(
+        path, model, generation_config, tokenizer, limits, possible, engine, threading.current_thread(), progress,
+        attachment,
     )  # fmt: skip
-    engine = Engine(worker, Scheduler(limits), Placement((share,)), time.monotonic)
-    return Runtime(path, model, generation_config, tokenizer, limits, engine, threading.current_thread(), progress)
+
+
+def _query_goes_first(model: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether computing k and v takes so long that q should leave before: longer than three more calls a layer."""
+    kv_bytes = 2 * model.num_key_value_heads * model.head_dim * model.hidden_size * dtype.itemsize
+    return kv_bytes > _KV_PROJECTION
+
+
+def _rebuild_report(progress: Progress | None) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("rebuilding lost KV", done, total)
+
+    return report
+
+
+def _lanes(config: EngineConfig, attachment: Attachment | None) -> Lanes:
+    if isinstance(config.lanes, int):
+        return Lanes(config.lanes)
+    return Lanes.auto(AUTO_LANES) if attachment is not None else Lanes(1)  # nobody to wait for
 
 
 def _rescaled(model: ModelConfig, scaling: Mapping[str, Any]) -> ModelConfig:
@@ -159,41 +251,52 @@ def _dtype(name: str, device: torch.device, machine: Machine) -> torch.dtype:
 
 
 def _kv_memory(config: EngineConfig, machine: Machine) -> int:
+    """Of each holder on this machine: the local one, and attention workers that are started here."""
     if isinstance(config.kv_memory, int):
         return config.kv_memory
-    return max(1 << 28, (machine.memory_available or 4 << 30) // _KV_SHARE)
+    here = 1 + (config.attention_workers if isinstance(config.attention_workers, int) and not config.cluster else 0)
+    return max(1 << 28, (machine.memory_available or 4 << 30) // (_KV_SHARE * here))
 
 
 def _limits(config: EngineConfig, model: ModelConfig, holder: HolderConfig, machine: Machine) -> SchedulerConfig:
     """What the scheduler may plan with. Raises InvalidRequest where settings contradict the model or the machine."""
-    groups: dict[int | None, int] = {}
-    for spec in holder.layers:
-        groups[spec.window] = groups.get(spec.window, 0) + spec.kv_heads
     context = model.max_position_embeddings
     asked = config.max_model_len
     if asked is not None and asked > context:
         raise InvalidRequest(f"max_model_len is {asked}; the model's context is {context} (see rope_scaling)")
     page_bytes = page_layout(holder).page_bytes
-    least = sum(groups.values()) * page_bytes
+    groups = page_groups(holder)
+    least = sum(layers for layers, _ in groups) * model.num_key_value_heads * page_bytes
     most = machine.memory or 1 << 50
     if not least <= holder.kv_memory <= most:
         raise InvalidRequest(
             f"kv_memory is {holder.kv_memory} bytes; allowed are {least} (a page for each layer and KV head) to {most}"
         )
-    limits = SchedulerConfig(
+    return SchedulerConfig(
         max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
         max_sequences=min(MAX_SEQUENCES, config.max_batch_tokens or MAX_SEQUENCES),
         max_model_len=asked or context,
         page_size=config.page_size,
-        page_groups=tuple((units, window) for window, units in groups.items()),
-        total_pages=holder.kv_memory // page_bytes,
+        page_groups=groups,
         prefix_cache=config.prefix_cache and not _keys_depend_on_length(model, asked or context),
     )
-    if asked is not None and asked > limits.longest_possible():
-        raise InvalidRequest(
-            f"max_model_len is {asked}; kv_memory of {holder.kv_memory} bytes holds {limits.longest_possible()} tokens"
-        )
-    return limits
+
+
+def _check_room(config: EngineConfig, holder: HolderConfig, possible: int) -> None:
+    asked = config.max_model_len
+    if possible < 1:
+        raise InvalidRequest(f"kv_memory of {holder.kv_memory} bytes holds not one token")
+    if asked is not None and asked > possible:
+        where = "kv_memory of" if not config.attention_workers else "the attention workers, with kv_memory of"
+        raise InvalidRequest(f"max_model_len is {asked}; {where} {holder.kv_memory} bytes holds {possible} tokens")
+
+
+def page_groups(holder: HolderConfig) -> tuple[tuple[int, int | None], ...]:
+    """The layers that keep KV of their own, counted by sliding window."""
+    groups: dict[int | None, int] = {}
+    for spec in holder.layers:
+        groups[spec.window] = groups.get(spec.window, 0) + 1
+    return tuple((layers, window) for window, layers in groups.items())
 
 
 def _keys_depend_on_length(model: ModelConfig, length: int) -> bool:

@@ -7,7 +7,7 @@ pages they have left, and nothing of tensors, text or time: the same calls give 
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ from heapq import heappop, heappush
 from lamina.errors import EngineError, InvalidRequest
 from lamina.ledger import Ledger
 from lamina.prefix_tree import Match, Node, PrefixTree
+from lamina.rebuilder import Rebuilder
 from lamina.request import Outcome, Plan, PlannedRow, Request, SchedulerConfig, Sequence
+from lamina.shares import NO_PAGES, Layout, Layouts, Pages, Share
 from lamina.types import FinishReason
 
 Order = tuple[int, int, int]
@@ -24,27 +26,31 @@ Order = tuple[int, int, int]
 
 @dataclass(slots=True)
 class Counters:
-    """What happened since the start. `reused_tokens` came from a fork instead of a prefill."""
+    """What happened since the start. `reused_tokens` came from a fork instead of a prefill, `rebuilt_tokens` were
+    computed again for a lost holder's sake."""
 
     admitted: int = 0
     preempted: int = 0
     evicted: int = 0
     reused_tokens: int = 0
+    rebuilt_tokens: int = 0
 
 
 class Scheduler:
     """First come, first served within a priority; everything goes by `Sequence.order`. For one thread."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
         self.config = config
         self.counters = Counters()
         self.tree: PrefixTree | None = None
-        self._ledger = Ledger(config)
+        self._layouts = layouts
+        self._ledger = Ledger(config, layouts.capacity)
+        self._rebuilder = Rebuilder(config, layouts, self._ledger)
         if config.prefix_cache:
             self.tree = PrefixTree(config.page_size, config.held, self._ledger.fork, self._evicted, self._queue)
         self._requests: dict[str, list[Sequence]] = {}  # unfinished ones
         self._waiting: list[tuple[Order, Sequence]] = []  # heap; a finished sequence stays until it is on top
-        self._short: tuple[Sequence | None, int] = None, 0  # who waits for how many spare pages
+        self._short: tuple[Sequence | None, Pages] = None, NO_PAGES  # who waits for how many spare pages
         self._running: list[Sequence] = []  # those with KV, by order
         self._in_flight: set[Plan] = set()
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
@@ -57,9 +63,18 @@ class Scheduler:
         """Whether a sequence is unfinished, a plan in flight, or an operation not accepted yet."""
         return bool(self._requests or self._in_flight or self._ledger.operations)
 
+    def longest_possible(self) -> int:
+        """The most tokens of one sequence that the context and the holders' memory can ever hold."""
+        if not self._layouts.capacity:  # no holder, for now
+            return self.config.max_model_len
+        return bisect_right(range(1, self.config.max_model_len + 1), False, key=lambda length: not self._fits(length))
+
+    def _fits(self, length: int) -> bool:
+        return self._layouts.capacity.covers(self.config.pages_for(self._layouts.layout(length), length))
+
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """Queue all samples of a request and return them. Raises `InvalidRequest` where it can never run."""
-        self.config.validate(len(request.prompt), request.max_tokens)
+        self.config.validate(len(request.prompt), request.max_tokens, self.longest_possible())
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
         if request.id in self._requests:
@@ -101,16 +116,16 @@ class Scheduler:
         if sequence.handle is not None and not sequence.in_flight:
             self._retire(sequence)
 
-    def plan(self) -> Plan | None:
+    def plan(self, lanes: int = 1) -> Plan | None:
         """The next batch, or None where nothing can be done before a plan in flight is over.
 
         Decoding comes first, one token each; what is left of `max_batch_tokens` goes to prefills. Pages go strictly
         by order, so the first sequence never waits for a later one. With nothing to compute, operations that wait
-        are flushed in a plan without rows.
+        are flushed in a plan without rows. With several `lanes`, a plan takes its share of the sequences only.
         """
         if self._stalled:
             return None
-        rows = self._rows()
+        rows = self._rows(lanes)
         if not rows and (self._in_flight or not self._ledger.operations):
             return None
         rows.sort(key=_is_prefill)
@@ -118,21 +133,23 @@ class Scheduler:
         self._in_flight.add(plan)
         return plan
 
-    def _rows(self) -> list[PlannedRow]:
+    def _rows(self, lanes: int) -> list[PlannedRow]:
         """Rows for the idle sequences by order, then for those that can be admitted."""
         rows: list[PlannedRow] = []
-        idle = deque(sequence for sequence in self._running if sequence.planned == sequence.computed)
+        idle = deque(sequence for sequence in self._running if not sequence.in_flight)
         budget = self._batch_tokens
-        prefill = max(1, budget - sum(len(sequence.tokens) - sequence.computed == 1 for sequence in idle))
+        prefill = max(1, budget - sum(sequence.left == 1 for sequence in idle))
         short = False  # of pages for somebody
-        while budget:
+        while budget and (lanes == 1 or len(rows) * lanes < max(lanes, len(self._running))):
             if idle:
                 sequence = idle.popleft()
+                if not self._rebuilder.ready(sequence):
+                    continue
             elif prefill and not short and not (self._refused and self._running) and (admitted := self._admit()):
                 sequence = admitted
             else:
                 break
-            left = len(sequence.tokens) - sequence.computed
+            left = sequence.left
             limit = 1 if left == 1 else min(left, prefill, budget)
             if limit == 0:
                 continue
@@ -172,7 +189,7 @@ class Scheduler:
                 heappop(self._waiting)
                 continue
             known, needed = self._short
-            if self._running and self._spare() < (needed if sequence is known else 0):
+            if self._running and sequence is known and not self._spare().covers(needed):
                 return None  # and the tree is not searched again in every step
             match = Match()
             if self.tree is not None:
@@ -181,14 +198,23 @@ class Scheduler:
                     self.tree.wait(sequence, match)
                     heappop(self._waiting)
                     continue
-            needed = self._needed(sequence, match.node, match.length)
-            if self._running and self._spare() < needed:  # alone it fits: it was validated
+                if match.node is not None and not self._outlives(sequence, match.node.layout):
+                    match = Match()
+            layout = match.node.layout if match.node is not None else self._layouts.layout(sequence.longest)
+            if not layout:
+                return None
+            needed = self._needed(sequence, layout, match.node, match.length)
+            if self._running and not self._spare().covers(needed):  # alone it fits: it was validated
                 self._short = sequence, needed
                 return None
             heappop(self._waiting)
-            self._start(sequence, match.node, match.length)
+            self._start(sequence, layout, match.node, match.length)
             return sequence
         return None
+
+    def _outlives(self, sequence: Sequence, layout: Layout) -> bool:
+        """Whether `sequence` could run to its end in a layout made for another."""
+        return self._layouts.capacity.covers(self.config.pages_for(layout, sequence.longest))
 
     def _worth_waiting(self, sequence: Sequence, match: Match) -> bool:
         """Whether a prefix being computed saves a page or more, and its writer comes first anyway.
@@ -199,31 +225,37 @@ class Scheduler:
         gain = match.promised - match.length
         return writer is not None and writer.order < sequence.order and gain >= self.config.page_size
 
-    def _spare(self) -> int:
+    def _spare(self) -> Pages:
         """Pages left for newcomers: without what those running need for their known tokens and a page set for each."""
         config = self.config
-        owed = sum(
-            config.pages_for(len(sequence.tokens)) - config.pages_for(sequence.planned)
-            for sequence in self._running
-            if len(sequence.tokens) - sequence.planned > 1
-        )
-        cached = self.tree.evictable if self.tree is not None else 0
-        return self._ledger.room() + cached - owed - self._ledger.page_set * len(self._running)
+        spare = self._ledger.room()
+        if self.tree is not None:
+            spare += self.tree.evictable
+        for sequence in self._running:
+            layout, known = sequence.layout, len(sequence.tokens)
+            if known - sequence.planned > 1:
+                spare -= config.pages_for(layout, known) - config.pages_for(layout, sequence.planned)
+            if sequence.rebuild is not None:
+                spare -= config.held(sequence.rebuild.missing, sequence.rebuild.planned, sequence.rebuild.end, 0)
+            spare -= config.page_set(layout, known)
+        return spare
 
-    def _needed(self, sequence: Sequence, node: Node | None, length: int) -> int:
+    def _needed(self, sequence: Sequence, layout: Layout, node: Node | None, length: int) -> Pages:
         """Spare pages for all its known tokens, the first `length` shared with `node`, and a page set to grow."""
-        kept = self.tree.unused_pages(node) if self.tree is not None and node is not None else 0
-        whole = length - length % self.config.page_size
-        return self.config.pages_for(len(sequence.tokens) - whole) + self._ledger.page_set + kept
+        config, known = self.config, len(sequence.tokens)
+        whole = length - length % config.page_size
+        needed = config.pages_for(layout, known, whole) + config.page_set(layout, known)
+        return needed + self.tree.unused_pages(node) if self.tree is not None and node is not None else needed
 
-    def _start(self, sequence: Sequence, source: Node | Sequence | None, length: int) -> None:
+    def _start(self, sequence: Sequence, layout: Layout, source: Node | Sequence | None, length: int) -> None:
         """Open it in the holders, as a fork of the source's first `length` tokens where there is one."""
         if source is None or source.handle is None:
-            sequence.handle = self._ledger.open()
+            sequence.handle = self._ledger.open(layout)
         else:
             sequence.handle = self._ledger.fork(source.handle, length)
             sequence.floor = source.floor
             sequence.copies = length % self.config.page_size > 0
+        sequence.layout = layout
         sequence.computed = sequence.planned = sequence.shared = length
         if sequence.preemptions == 0:
             sequence.reused = length
@@ -245,7 +277,7 @@ class Scheduler:
 
     def _retire(self, sequence: Sequence) -> None:
         """Close a sequence that has ended and is idle; the tree keeps what others may share."""
-        if self.tree is not None and sequence.sound:
+        if self.tree is not None and sequence.sound and sequence.rebuild is None:
             self.tree.keep(sequence)
         self._close(sequence)
 
@@ -255,41 +287,54 @@ class Scheduler:
         if self.tree is not None:
             self.tree.discard(sequence)
             self.tree.release(sequence)
-        freed = self.config.held(sequence.shared, sequence.computed, sequence.floor)
-        self._ledger.close(sequence.handle, freed)
+        self._ledger.close(sequence.handle, self._freed(sequence))
         del self._running[bisect_left(self._running, sequence.order, key=_order)]
-        sequence.handle = None
+        sequence.handle = sequence.rebuild = None
+        sequence.layout = ()
         sequence.computed = sequence.planned = sequence.shared = sequence.floor = 0
         sequence.copies = False
+
+    def _freed(self, sequence: Sequence) -> Pages:
+        """Pages that closing it frees, at least."""
+        layout, rebuild = sequence.layout, sequence.rebuild
+        if rebuild is None:
+            return self.config.held(layout, sequence.shared, sequence.computed, sequence.floor)
+        whole = tuple(share for share in layout if share not in rebuild.missing)
+        return self.config.held(whole, sequence.shared, sequence.computed, sequence.floor) + self.config.held(
+            rebuild.missing, sequence.shared, rebuild.at, rebuild.at
+        )
 
     def _queue(self, sequence: Sequence) -> None:
         heappush(self._waiting, (sequence.order, sequence))
 
-    def _evicted(self, handle: int, freed: int) -> None:
+    def _evicted(self, handle: int, freed: Pages) -> None:
         self.counters.evicted += 1
         self._ledger.close(handle, freed)
 
-    def accepted(self, plan: Plan, free_pages: int, floors: Tokens[int]) -> None:
-        """Every holder has accepted. `free_pages` is what the holder with the fewest has left, `floors` is for each
-        row the highest of all holders. A plan without rows is over with this."""
+    def accepted(self, plan: Plan, free: Pages, floors: Tokens[int]) -> None:
+        """Every holder has accepted. `free` is what those that were asked have left, `floors` is for each row the
+        highest of all holders. A plan without rows is over with this."""
         if len(floors) != len(plan.rows):
             raise EngineError(f"{len(floors)} floors for {len(plan.rows)} rows")
-        self._ledger.accepted(plan, free_pages)
+        self._ledger.accepted(plan, free)
         self._batch_tokens, self._refused = self.config.max_batch_tokens, False
         for row, floor in zip(plan.rows, floors, strict=True):
+            if row.rebuild:  # survivors may have let go more than those that store have
+                row.sequence.floor = max(row.sequence.floor, floor)
+                continue
             row.sequence.floor = floor
             row.sequence.copies = False
         if not plan.rows:
             self._land(plan)
 
-    def refused(self, plan: Plan, free_pages: int) -> tuple[Sequence, ...]:
+    def refused(self, plan: Plan, free: Pages) -> tuple[Sequence, ...]:
         """A holder has refused, so that nothing changed in it; others may have accepted. Undo the plan and make room
         for the next one.
 
         Returns the sequences that can never go on, normally none: where one token of the only running sequence is
         refused with nothing left to give up, it has been ended, with reason "abort".
         """
-        self._ledger.refused(plan, free_pages)
+        self._ledger.refused(plan, free)
         self._refused = True
         self._raise_floors(plan)
         self._undo(plan)
@@ -326,6 +371,9 @@ class Scheduler:
         drawn = iter(tokens)
         for row in plan.rows:
             sequence = row.sequence
+            if row.rebuild:
+                self._rebuilt(sequence, row.count)
+                continue
             sequence.computed = sequence.planned
             token = next(drawn) if row.sample else None
             if sequence.pending is not None and self.tree is not None:
@@ -343,6 +391,17 @@ class Scheduler:
                     self.end(sequence, reason)
         return outcomes
 
+    def _rebuilt(self, sequence: Sequence, count: int) -> None:
+        rebuild = sequence.rebuild
+        if rebuild is None:
+            raise EngineError(f"request {sequence.request.id} was rebuilt without need")
+        self.counters.rebuilt_tokens += count
+        rebuild.at = rebuild.planned
+        if rebuild.at >= rebuild.end:
+            sequence.rebuild = None
+        if sequence.finish_reason is not None:
+            self._retire(sequence)
+
     def drop(self, plan: Plan) -> None:
         """The batch failed. Nothing of it counts; its rows will be planned again."""
         if self._ledger.forget(plan):
@@ -351,13 +410,85 @@ class Scheduler:
 
     def recompute(self) -> None:
         """The holders may have lost KV: compute all of it again. Nothing may be in flight."""
-        if self._in_flight:
-            raise EngineError(f"KV cannot be given up with {len(self._in_flight)} plans in flight")
+        self._require_idle()
         for sequence in self._running.copy():
             self._close(sequence)
             self._queue(sequence)
-        while self.tree is not None and self.tree.evict():
-            pass
+        self.forget_prefixes()
+
+    # Holders come and go.
+
+    def room(self) -> Pages:
+        """Pages that every holder has left, at least, once all it was told is done."""
+        return self._ledger.room()
+
+    def kept_by(self, holder: int) -> list[Sequence]:
+        """The sequences of which a holder keeps a share."""
+        return [s for s in self._running if any(share.holder == holder for share in s.layout)]
+
+    def plan_operations(self) -> Plan | None:
+        """A plan of the operations that wait, without rows; None where none does."""
+        if not self._ledger.operations:
+            return None
+        plan = self._ledger.plan([])
+        self._in_flight.add(plan)
+        return plan
+
+    def forget_prefixes(self) -> None:
+        """Give up all cached prefixes."""
+        if self.tree is not None:
+            self.tree.clear()
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take an idle sequence's KV away; it waits until it fits whole, and computes what it had again."""
+        self._preempt(sequence)
+
+    def moved(self, sequence: Sequence, old: Share, new: Share) -> None:
+        """A share of an idle sequence is now kept by another holder."""
+        sequence.layout = tuple(new if share == old else share for share in sequence.layout)
+        sequence.shared = 0 if new.holder != old.holder else sequence.shared
+
+    def left(self, holder: int) -> None:
+        """A holder that keeps nothing any more is gone."""
+        self._ledger.left(holder)
+
+    def joined(self, holder: int, pages: int) -> None:
+        """There is one holder more, which the layouts know already."""
+        self._ledger.joined(holder, pages)
+        self._stalled = False
+        self._short = None, NO_PAGES
+
+    def lost(self, holder: int) -> tuple[int, int]:
+        """A holder is gone, and the layouts know it. What it had is opened elsewhere, to be computed again.
+
+        Nothing may be in flight. Returns how many tokens will be computed again for it, and how many tokens had those
+        sequences that cannot be rebuilt in part: they wait, and are computed again from their start.
+        """
+        self._require_idle()
+        self._ledger.left(holder)
+        self.forget_prefixes()
+        self._short = None, NO_PAGES
+        spare = self._spare()
+        begun: list[Sequence] = []
+        rebuilt = whole = 0
+        for sequence in self._running.copy():
+            if all(share.holder != holder for share in sequence.layout):
+                continue
+            taken = self._rebuilder.begin(sequence, holder, spare, begun)
+            if taken is None:
+                whole += sequence.computed
+                self._close(sequence)
+                self._queue(sequence)
+                continue
+            begun.append(sequence)
+            spare -= taken
+            if sequence.rebuild is not None:
+                rebuilt += sequence.rebuild.end - max(sequence.rebuild.at, sequence.rebuild.length)
+        return rebuilt, whole
+
+    def _require_idle(self) -> None:
+        if self._in_flight:
+            raise EngineError(f"KV cannot be given up with {len(self._in_flight)} plans in flight")
 
     def _start_siblings(self, first: Sequence) -> None:
         """Fork the other samples off the first, whose prompt is computed; those without room wait like anyone."""
@@ -365,9 +496,9 @@ class Scheduler:
         for sibling in first.siblings:
             turn = not self._waiting or sibling.order < self._waiting[0][0]
             place = len(self._running) < self.config.max_sequences
-            room = self._needed(sibling, None, length) <= self._spare()
+            room = self._spare().covers(self._needed(sibling, first.layout, None, length))
             if sibling.finish_reason is None and length > 0 and turn and place and room:
-                self._start(sibling, first, length)
+                self._start(sibling, first.layout, first, length)
                 first.shared = max(first.shared, length)
                 first.copies = first.copies or sibling.copies
             else:
@@ -377,7 +508,8 @@ class Scheduler:
     def _raise_floors(self, plan: Plan) -> None:
         """A holder may have accepted the plan without our knowing: then windows have moved up to its rows."""
         for row in plan.rows:
-            row.sequence.floor = row.start
+            if not row.rebuild:
+                row.sequence.floor = row.start
 
     def _land(self, plan: Plan) -> None:
         if plan not in self._in_flight:
@@ -389,6 +521,8 @@ class Scheduler:
         self._land(plan)
         for row in plan.rows:
             row.sequence.planned = row.sequence.computed
+            if row.sequence.rebuild is not None:
+                row.sequence.rebuild.planned = row.sequence.rebuild.at
             if row.sequence.finish_reason is not None:
                 self._retire(row.sequence)
 
@@ -400,7 +534,8 @@ class Scheduler:
         flying = {row.sequence: row.start + row.count for plan in self._in_flight for row in plan.rows}
         for sequence in self._running:
             name = f"sample {sequence.sample} of request {sequence.request.id}"
-            if sequence.planned != flying.pop(sequence, sequence.computed):
+            planned = sequence.planned if sequence.rebuild is None else sequence.rebuild.planned
+            if planned != flying.pop(sequence, sequence.next):
                 raise EngineError(f"{name} has {sequence.planned} tokens planned, which no plan in flight says")
             if not 0 <= sequence.computed < len(sequence.tokens) or sequence.floor > sequence.computed:
                 raise EngineError(f"{name}: {sequence.floor=} {sequence.computed=} {len(sequence.tokens)=}")

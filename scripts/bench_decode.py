@@ -2,12 +2,16 @@
 """Decode ms/step and prefill tokens/s of Lamina beside its peers, with the roofline, all in one run.
 
 usage: scripts/bench_decode.py [--peer-python PYTHON] [--engines lamina,hf,vllm] [--rounds 3] [BATCHxCONTEXT ...]
+       scripts/bench_decode.py --attention-workers 1 [8x2048 ...]
 
 Every engine runs in a process of its own and waits while another one is measured; rounds take turns, so that a slow
 minute of the machine meets all of them. Prompts are random token ids (none seen before: prefix caches are off),
 sampling is greedy, end-of-text is ignored. A step is (time of 1 + STEPS tokens - time of 1 token) / STEPS; the
 prefill rate is the prompts' tokens over the time of 1 token. The roofline is (weight bytes + KV bytes read) over the
 read bandwidth that torch's sum reaches in the same run. `--peer-python` is a Python with vLLM's CPU build.
+
+`--attention-workers N` measures Lamina in one process beside itself with N attention workers on this host, over each
+channel, and says what a layer of a decode step costs more.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 32
+WORKERS, LANES = "BENCH_ATTENTION_WORKERS", "BENCH_LANES"  # how the children learn them
 SHAPES = ["1x64", "8x512", "1x2048", "8x2048"]
 Run = Callable[[list[list[int]], int], None]
 
@@ -35,11 +40,18 @@ def prompts(batch: int, context: int, seed: int) -> list[list[int]]:
     return [[rng.randint(10, 40000) for _ in range(context)] for _ in range(batch)]
 
 
-def lamina(model: str) -> Run:
+def lamina(model: str, **options: Any) -> Run:
     from lamina import LLM
 
-    llm = LLM(model, dtype="bfloat16", prefix_cache=False)
+    llm = LLM(model, dtype="bfloat16", prefix_cache=False, **options)
     return lambda ids, n: llm.generate(ids, max_tokens=n, ignore_eos=True) and None
+
+
+def over(**options: Any) -> Callable[[str], Run]:
+    """Lamina with attention workers, whose number is in the environment."""
+    return lambda model: lamina(
+        model, attention_workers=int(os.environ[WORKERS]), lanes=int(os.environ.get(LANES) or 0) or "auto", **options
+    )
 
 
 def hf(model: str) -> Run:
@@ -82,7 +94,15 @@ def bandwidth(_model: str) -> Run:
     return lambda _ids, _n: data.sum() and None
 
 
-ENGINES = {"lamina": lamina, "hf": hf, "vllm": vllm, "bandwidth": bandwidth}
+ENGINES: dict[str, Callable[[str], Run]] = {
+    "lamina": lamina,
+    "local": over(),
+    "tcp": over(local_channel=False, data_channel="tcp"),
+    "grpc": over(local_channel=False),
+    "hf": hf,
+    "vllm": vllm,
+    "bandwidth": bandwidth,
+}
 
 
 def cores() -> int:
@@ -159,6 +179,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default=None)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--attention-workers", type=int, default=0)
     parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -172,24 +193,31 @@ def main() -> None:
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     kv_bytes = config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 2 * 2
-    names = (args.engines or ("lamina,hf,vllm" if args.peer_python else "lamina,hf")).split(",")
+    default = "lamina,hf,vllm" if args.peer_python else "lamina,hf"
+    if args.attention_workers:
+        default = "lamina,local,tcp,grpc"
+        os.environ[WORKERS] = str(args.attention_workers)
+    names = (args.engines or default).split(",")
+    layers = config["num_hidden_layers"]
     print(f"{processor()}, {cores()} cores; {args.model} in bfloat16")
     print(f"{weights / 1e6:.0f} MB of weights, {kv_bytes} bytes of KV a token")
     pythons = {name: args.peer_python if name == "vllm" else sys.executable for name in names}
     children = {name: Child(name, python, str(folder)) for name, python in pythons.items()}
     children["bandwidth"] = Child("bandwidth", sys.executable, str(folder))
     baseline = "vllm" if "vllm" in names else "hf" if "hf" in names else names[0]
-    header = ("shape", "engine", "ms/step", f"of {baseline}", "roofline", "prefill tok/s", f"of {baseline}")
-    print("{:>8} {:>10} {:>9} {:>8} {:>9} {:>14} {:>8}".format(*header))
+    of = f"of {baseline}"
+    header = ("shape", "engine", "ms/step", of, "roofline", "prefill tok/s", of, "+ms/layer")
+    print("{:>8} {:>10} {:>9} {:>9} {:>9} {:>14} {:>9} {:>10}".format(*header))
     for shape in args.shapes:
         batch, context = map(int, shape.split("x"))
         results = measure(children, batch, context, args.rounds)
         speed = (1 << 30) / results.pop("bandwidth")[0]
         roofline = (weights + batch * (context + STEPS / 2) * kv_bytes) / speed
         for name, (one, step) in results.items():
+            more = (step - results[baseline][1]) * 1e3 / layers
             print(
-                f"{shape:>8} {name:>10} {step * 1e3:9.2f} {step / results[baseline][1]:8.2f} {roofline / step:8.0%} "
-                f"{batch * context / one:14.0f} {results[baseline][0] / one:8.2f}",
+                f"{shape:>8} {name:>10} {step * 1e3:9.2f} {step / results[baseline][1]:9.2f} {roofline / step:9.0%} "
+                f"{batch * context / one:14.0f} {results[baseline][0] / one:9.2f} {more:+10.3f}",
                 flush=True,
             )
         print(f"{'':>8} {'roofline':>10} {roofline * 1e3:9.2f} {'':8} {speed / 1e9:5.1f} GB/s", flush=True)

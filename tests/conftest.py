@@ -12,18 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from lamina.engine import Engine, Output, Ticket
-from lamina.placement import Placement, Share
+from lamina.engine import Engine
+from lamina.lanes import Lanes
+from lamina.placement import Holder, Placement
 from lamina.request import Request as TokenRequest
 from lamina.request import SchedulerConfig
+from lamina.runtime import page_groups
 from lamina.scheduler import Scheduler
+from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.messages import Fault, Fresh, HolderConfig, Message, Reply, Request
+from lamina_protocols.messages import Fault, HolderConfig, Message, Reply, Request, answered
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.decoder_weights import tensor_shapes
+from lamina_workers.errors import HolderLost
 from lamina_workers.layout import page_layout
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
@@ -88,26 +92,41 @@ class BytesPort:
     """
 
     def __init__(self, worker: AttentionWorker, before: Callable[[Request], None] = lambda request: None) -> None:
+        self.name = "bytes"
+        self.closed = False
         self._inner = LocalAttention(worker)
         self._before = before
         self._lost = ""
         self._replies: deque[bytearray] = deque()
 
     def send(self, request: Request) -> None:
+        if self.closed:
+            raise HolderLost(f"{self.name} is closed")
         try:
             self._before(request)
+        except HolderLost:
+            self.closed = True
+            raise
         except LaminaError as error:
             self._lost = str(error)
         if not self._lost:
             self._inner.send(codec.decode(_frame(request)))  # type: ignore[arg-type]  # a request comes back as one
-        if isinstance(request, Fresh):
+        if not answered(request):
             return
         lost = Fault(request.epoch, request.batch, self._lost)
         self._replies.append(_frame(lost if self._lost else self._inner.receive()))
         self._lost = ""
 
-    def receive(self) -> Reply:
+    def receive(self, timeout: float | None = None) -> Reply:
+        if self.closed or not self._replies:
+            raise HolderLost(f"{self.name} has nothing to say")
         return codec.decode(self._replies.popleft())  # type: ignore[return-value]  # a reply comes back as one
+
+    def ready(self) -> bool:
+        return self.closed or bool(self._replies)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def _frame(message: Message) -> bytearray:
@@ -115,39 +134,68 @@ def _frame(message: Message) -> bytearray:
 
 
 class Rig:
-    """An engine around a tiny decoder: answers prompts with token ids."""
+    """An engine around a tiny decoder: answers prompts with token ids.
+
+    `shard=None` is one holder that fuses, as in one process. Otherwise there are holders without fusing, one for each
+    number in `weights`, and where `scratch` gives pages a local one beside them (number 0) for prompts.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         *,
-        shares: Sequence[Share] | None = None,
+        shard: str | None = None,
+        weights: Sequence[int] = (1,),
+        scratch: int = 0,
         pages: int = 2000,
         page_size: int = 16,
         max_batch_tokens: int = 512,
         prefix_cache: bool = False,
         max_model_len: int = 2048,
+        lanes: int = 1,
+        hope: float = 60.0,
+        early_query: bool = False,
         port: Callable[[AttentionWorker], AttentionPort] = LocalAttention,
     ) -> None:
-        heads = tuple(range(decoder.config.num_key_value_heads))
-        shares = shares or [Share(heads, 0, max_model_len, fused=True)]
-        holder = holder_config(decoder, pages, page_size)
-        groups: dict[int | None, int] = {}
-        for spec in holder.layers:
-            groups[spec.window] = groups.get(spec.window, 0) + spec.kv_heads
+        self.pages = pages
+        self.holder = holder_config(decoder, pages, page_size)
         limits = SchedulerConfig(
             max_batch_tokens=max_batch_tokens,
             max_sequences=64,
             max_model_len=max_model_len,
             page_size=page_size,
-            page_groups=tuple((units, window) for window, units in groups.items()),
-            total_pages=pages,
+            page_groups=page_groups(self.holder),
             prefix_cache=prefix_cache,
         )
-        self.workers = [AttentionWorker(holder) for _ in shares]
-        self.scheduler = Scheduler(limits)
-        worker = ModelWorker(decoder, holder, [port(w) for w in self.workers])
-        self.engine = Engine(worker, self.scheduler, Placement(tuple(shares)), time.monotonic)
+        holders = {number: Holder(pages, weight, fused=shard is None) for number, weight in enumerate(weights, 1)}
+        self.workers = {number: AttentionWorker(self.holder) for number in holders}
+        self.ports = {number: port(worker) for number, worker in self.workers.items()}
+        ports = dict(self.ports)
+        if scratch:
+            holders[0] = Holder(scratch, fused=True)
+            self.workers[0] = AttentionWorker(holder_config(decoder, scratch, page_size))
+            ports[0] = LocalAttention(self.workers[0])
+        self.placement = Placement(
+            holders,
+            heads=decoder.config.num_key_value_heads,
+            page_size=page_size,
+            max_model_len=max_model_len,
+            layers=decoder.config.num_hidden_layers,
+            shard=shard or "heads",
+            local=0 if scratch else None,
+        )
+        self.scheduler = Scheduler(limits, self.placement)
+        worker = ModelWorker(decoder, self.holder, ports, early_query=early_query)
+        self.engine = Engine(
+            worker,
+            self.scheduler,
+            self.placement,
+            time.monotonic,
+            names={number: f"worker-{number}" for number in self.ports},
+            local=0 if scratch else None,
+            lanes=Lanes(lanes),
+            hope=hope,
+        )
         self._thread = threading.Thread(target=self.engine.run, daemon=True)
         self._thread.start()
         self._submitted = 0
@@ -183,7 +231,8 @@ class Rig:
         """Stop, and check that every page came back."""
         self.engine.close()
         self._thread.join()
-        for worker in self.workers:
+        self.scheduler.check_integrity()
+        for worker in self.workers.values():
             worker.store.check_integrity()
 
 

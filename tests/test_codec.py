@@ -115,9 +115,9 @@ def frame_of(tag: int, header: bytes, payload: bytes = b"") -> bytearray:
         (1, msgpack.packb([1, 2, 3, [[7, 1]], []])),  # no such operation
         (1, msgpack.packb([1, 2, 3, [], [[1, 2, 3, [5, 4], True]]])),  # a range that ends before it begins
         (3, msgpack.packb([1, 2, 3, ["float64", 1]])),
-        (3, msgpack.packb([1, 2, 3, ["float32", 1 << 40, 1 << 40]])),
-        (3, msgpack.packb([1, 2, 3, ["float32", -1]])),
-        (3, msgpack.packb([1, 2, 3, ["float32", 2]])),  # no bytes there
+        (3, msgpack.packb([1, 2, 3, ["f32", 1 << 40, 1 << 40]])),
+        (3, msgpack.packb([1, 2, 3, ["f32", -1]])),
+        (3, msgpack.packb([1, 2, 3, ["f32", 2]])),  # no bytes there
         (99, msgpack.packb([])),
     ],
 )

@@ -8,22 +8,23 @@ import pytest
 from conftest import BytesPort, Rig, collect, tiny_decoder
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.placement import Share
 from lamina.types import SamplingParams
-from lamina_kernels.partial import Partial
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Announcement, Fresh, Query
-from lamina_workers import resolver
+from lamina_protocols.messages import Announcement, Attended, Exchange, Fresh, Query
+from lamina_workers.attention_port import LocalAttention
 
 rng = random.Random(7)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 150)]
-LENGTH = 2048
-HEADS = {
-    "one holder": [Share((0, 1, 2), 0, LENGTH)],
-    "heads on two": [Share((0, 2), 0, LENGTH), Share((1,), 0, LENGTH)],
-    "heads on two, fused": [Share((1,), 0, LENGTH, fused=True), Share((2, 0), 0, LENGTH, fused=True)],
-    "ranges on three": [Share((0, 1, 2), 0, 20), Share((0, 1, 2), 20, 64), Share((0, 1, 2), 64, LENGTH)],
-    "heads and ranges": [Share((0,), 0, LENGTH), Share((1, 2), 0, 37), Share((2, 1), 37, LENGTH)],
+SPLIT = {"shard": "heads"}
+PLACEMENTS = {
+    "one holder": SPLIT,
+    "one holder and a local one": {"shard": "heads", "scratch": 500},
+    "heads on two, fused": {"weights": (1, 1)},
+    "heads on two": {"shard": "heads", "weights": (1, 1)},
+    "heads on three, prompts local": {"shard": "heads", "weights": (2, 1, 1), "scratch": 60},
+    "ranges on three": {"shard": "sequence", "weights": (1, 1, 1)},
+    "ranges on unlike two, prompts local": {"shard": "sequence", "weights": (1, 3), "scratch": 500},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "scratch": 60},
 }
 SAMPLINGS = {"greedy": {}, "seeded": {"temperature": 0.9, "top_p": 0.9, "seed": 11}}
 
@@ -62,14 +63,23 @@ def test_mixed_batches_and_chunks(model, sampling, expected, chunk):
     assert answers(model, sampling, max_batch_tokens=chunk) == expected
 
 
-@pytest.mark.parametrize("shares", HEADS.values(), ids=HEADS)
-def test_any_placement_of_heads_and_ranges(model, sampling, expected, shares):
-    assert answers(model, sampling, shares=shares, max_batch_tokens=64) == expected
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_any_placement_of_heads_and_ranges(model, sampling, expected, placement, lanes):
+    assert answers(model, sampling, max_batch_tokens=64, lanes=lanes, **placement) == expected
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_nothing_but_bytes_crosses_the_cut(model, sampling, expected, fused):
-    assert answers(model, sampling, port=BytesPort, shares=[Share((0, 1, 2), 0, LENGTH, fused)]) == expected
+@pytest.mark.parametrize("scratch", [0, 60])
+def test_a_query_that_goes_first_changes_no_token(sampling, scratch):
+    model = tiny_decoder()  # it is changed
+    expected = answers(model, sampling)
+    assert answers(model, sampling, shard="heads", weights=(1, 1), scratch=scratch, early_query=True) == expected
+    assert answers(model, sampling) == expected
+
+
+@pytest.mark.parametrize("placement", [{}, SPLIT], ids=["fused", "split"])
+def test_nothing_but_bytes_crosses_the_cut(model, sampling, expected, placement):
+    assert answers(model, sampling, port=BytesPort, **placement) == expected
 
 
 def test_preemption_changes_no_token(model, sampling, expected):
@@ -118,9 +128,9 @@ class Breaking:
             raise ProtocolError("cut off")
 
 
-@pytest.mark.parametrize("kind", [Query, Fresh])
+@pytest.mark.parametrize(("kind", "placement"), [(Query, {}), (Fresh, {}), (Exchange, SPLIT)])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_a_batch_that_breaks_at_any_layer_runs_again(monkeypatch, model, sampling, expected, kind, layer):
+def test_a_batch_that_breaks_at_any_layer_runs_again(model, sampling, expected, kind, placement, layer):
     seen = []
 
     def wanted(request):
@@ -129,23 +139,23 @@ def test_a_batch_that_breaks_at_any_layer_runs_again(monkeypatch, model, samplin
         return len(seen) == 9
 
     breaking = Breaking(wanted)
-    assert answers(model, sampling, port=breaking, shares=HEADS["one holder"], max_batch_tokens=64) == expected
+    assert answers(model, sampling, port=breaking, **placement, max_batch_tokens=64) == expected
     assert breaking.broken == 1
 
 
-@pytest.mark.parametrize("kind", [Announcement, Query, Fresh])
+@pytest.mark.parametrize("kind", [Announcement, Fresh, Exchange])
 def test_one_of_two_holders_breaks_and_both_stay_in_step(decoder, kind):
     seen = []
 
     def wanted(request):
         if isinstance(request, kind):
             seen.append(request)
-        return len(seen) == 15
+        return len(seen) == (5 if kind is Fresh else 15)
 
     breaking = Breaking(wanted)
     greedy = {"max_tokens": 10}
-    shares = HEADS["heads on two"]
-    assert answers(decoder, greedy, port=breaking, shares=shares) == answers(decoder, greedy)
+    placement = PLACEMENTS["heads on two"]
+    assert answers(decoder, greedy, port=breaking, **placement) == answers(decoder, greedy)
     assert breaking.broken == 1
 
 
@@ -157,7 +167,7 @@ def test_a_client_that_cannot_take_its_outputs_stops_nobody_else(decoder):
     assert rig.generate([[3]], max_tokens=5)
     assert rig.engine.alive
     rig.close()
-    assert rig.workers[0].store.free_pages == 2000
+    assert rig.workers[1].store.free_pages == 2000
 
 
 def test_a_broken_announcement_runs_again(decoder):
@@ -185,20 +195,24 @@ def test_a_holder_that_always_fails_ends_the_requests_and_nothing_hangs(decoder)
     rig.close()
 
 
-def test_a_poisoned_row_fails_alone(monkeypatch, decoder, expected):
-    rig = Rig(decoder, shares=HEADS["one holder"])
-    original = resolver.merge
+class Poisoning(LocalAttention):
+    """A holder whose answers are not numbers, for the first row of every batch of two, once it is `on`."""
 
-    def poison(partials):
-        out, lse = original(partials)
-        if len(out) == 2 * decoder.config.num_attention_heads:
-            out = out.clone()
-            out[: decoder.config.num_attention_heads] = float("nan")
-        return Partial(out, lse)
+    on = False
 
+    def receive(self, timeout=None):
+        reply = super().receive(timeout)
+        heads = 6
+        if self.on and isinstance(reply, Attended) and len(reply.out) == 2 * heads:
+            reply.out[:heads] = float("nan")
+        return reply
+
+
+def test_a_poisoned_row_fails_alone(decoder):
+    rig = Rig(decoder, **SPLIT, port=Poisoning)
     good, bad = [5, 6, 7], [1, 2, 3]
     (alone,) = rig.generate([good], max_tokens=8)
-    monkeypatch.setattr(resolver, "merge", poison)
+    rig.ports[1].on = True
     params = SamplingParams(max_tokens=8).with_defaults({})
     _, first = rig.submit(bad, params)
     _, second = rig.submit(good, params)
@@ -221,7 +235,7 @@ def test_an_abort_frees_the_pages_of_a_running_request(decoder):
     assert reasons == ["abort"] * 3
     rig.generate([[1]], max_tokens=2)
     rig.close()
-    assert rig.workers[0].store.free_pages == 2000
+    assert rig.workers[1].store.free_pages == 2000
 
 
 def test_an_urgent_request_overtakes(decoder):

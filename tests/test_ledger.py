@@ -7,79 +7,83 @@ import pytest
 from lamina.errors import EngineError
 from lamina.ledger import Ledger
 from lamina.request import CloseSequence, ForkSequence, OpenSequence, Request, SchedulerConfig, Sequence
+from lamina.shares import Pages, Share
 
-CONFIG = SchedulerConfig(
-    max_batch_tokens=16, max_sequences=8, max_model_len=64, page_size=4, page_groups=((2, None),), total_pages=20
-)
+CONFIG = SchedulerConfig(max_batch_tokens=16, max_sequences=8, max_model_len=64, page_size=4, page_groups=((2, None),))
+LAYOUT = (Share(0, (0,), 0, 64),)
+
+
+def pages(n: int) -> Pages:
+    return Pages({0: n})
 
 
 def sequence(handle: int, tokens: int) -> Sequence:
     made = Sequence(Request("0", (1,) * tokens, 1), 0, 0, [1] * tokens)
-    made.handle = handle
+    made.handle, made.layout = handle, LAYOUT
     return made
 
 
 def test_operations_wait_until_a_plan_that_carries_them_is_accepted() -> None:
-    ledger = Ledger(CONFIG)
-    assert (ledger.open(), ledger.fork(1, 0)) == (1, 2)
+    ledger = Ledger(CONFIG, pages(20))
+    assert (ledger.open(LAYOUT), ledger.fork(1, 0)) == (1, 2)
     first = ledger.plan([])
-    ledger.close(1, 0)
+    ledger.close(1, pages(0))
     second = ledger.plan([])
-    assert (first.first, first.operations) == (0, (OpenSequence(1), ForkSequence(2, 1, 0)))
+    assert (first.first, first.operations) == (0, (OpenSequence(1, LAYOUT), ForkSequence(2, 1, 0)))
     assert (second.first, second.operations) == (0, (*first.operations, CloseSequence(1)))
-    ledger.refused(first, 20)
+    ledger.refused(first, pages(20))
     assert ledger.operations == list(second.operations)
-    ledger.accepted(second, 20)
+    ledger.accepted(second, pages(20))
     assert ledger.operations == []
     ledger.check_integrity([2])
-    assert (ledger.plan([]).first, ledger.open()) == (3, 3)
+    assert (ledger.plan([]).first, ledger.open(LAYOUT)) == (3, 3)
 
 
 def test_an_answer_that_comes_late_undoes_nothing() -> None:
-    ledger = Ledger(CONFIG)
-    ledger.open()
+    ledger = Ledger(CONFIG, pages(20))
+    ledger.open(LAYOUT)
     plans = [ledger.plan([]), ledger.plan([])]
-    ledger.accepted(plans[1], 20)
-    ledger.open()
-    ledger.accepted(plans[0], 20)
-    assert ledger.operations == [OpenSequence(2)]
+    ledger.accepted(plans[1], pages(20))
+    ledger.open(LAYOUT)
+    ledger.accepted(plans[0], pages(20))
+    assert ledger.operations == [OpenSequence(2, LAYOUT)]
     assert ledger.plan([]).first == 1
 
 
 def test_pages_are_taken_when_reserved_and_told_when_answered() -> None:
-    ledger = Ledger(CONFIG)
-    one = sequence(ledger.open(), 9)
+    ledger = Ledger(CONFIG, pages(20))
+    one = sequence(ledger.open(LAYOUT), 9)
     assert ledger.affordable(one, 9) == 9
     row = ledger.reserve(one, 9)
     assert (row.start, row.count, row.sample, one.planned) == (0, 9, True, 9)
-    assert ledger.room() == 20 - 3 * 2
+    assert ledger.room() == pages(20 - 3 * 2)
     plan = ledger.plan([row])
-    assert (ledger.awaits(plan), ledger.room()) == (True, 14)
-    ledger.close(1, 6)
-    assert ledger.room() == 20
-    ledger.accepted(plan, 13)  # the holder took one page more than was counted
-    assert (ledger.awaits(plan), ledger.room()) == (False, 19)
-    ledger.accepted(ledger.plan([]), 20)
-    assert ledger.room() == 20
+    assert (ledger.awaits(plan), ledger.room()) == (True, pages(14))
+    ledger.close(1, pages(6))
+    assert ledger.room() == pages(20)
+    ledger.accepted(plan, pages(13))  # the holder took one page more than was counted
+    assert (ledger.awaits(plan), ledger.room()) == (False, pages(19))
+    ledger.accepted(ledger.plan([]), pages(20))
+    assert ledger.room() == pages(20)
 
 
 def test_a_plan_that_is_refused_or_forgotten_takes_nothing() -> None:
-    ledger = Ledger(CONFIG)
-    one = sequence(ledger.open(), 8)
+    ledger = Ledger(CONFIG, pages(20))
+    one = sequence(ledger.open(LAYOUT), 8)
     plan = ledger.plan([ledger.reserve(one, 8)])
-    ledger.refused(plan, 18)
-    assert ledger.room() == 18
+    ledger.refused(plan, pages(18))
+    assert ledger.room() == pages(18)
     assert not ledger.forget(plan)
     one.planned = 0
     plan = ledger.plan([ledger.reserve(one, 8)])
-    assert ledger.room() == 14
+    assert ledger.room() == pages(14)
     assert ledger.forget(plan)
-    assert ledger.room() == 18
+    assert ledger.room() == pages(18)
 
 
 def test_tokens_are_afforded_by_the_page() -> None:
-    ledger = Ledger(CONFIG)
-    other, one = sequence(ledger.open(), 60), sequence(ledger.open(), 60)
+    ledger = Ledger(CONFIG, pages(20))
+    other, one = sequence(ledger.open(LAYOUT), 60), sequence(ledger.open(LAYOUT), 60)
     ledger.reserve(other, 30)  # 8 of 10 page sets
     assert ledger.affordable(one, 60) == 8
     one.computed = 3
@@ -89,18 +93,18 @@ def test_tokens_are_afforded_by_the_page() -> None:
 
 
 def test_what_cannot_be_is_an_error() -> None:
-    ledger = Ledger(CONFIG)
+    ledger = Ledger(CONFIG, pages(20))
     with pytest.raises(EngineError, match="before it was admitted"):
         ledger.reserve(Sequence(Request("0", (1,), 1), 0, 0, [1]), 1)
     plan = ledger.plan([])
-    ledger.accepted(plan, 20)
+    ledger.accepted(plan, pages(20))
     with pytest.raises(EngineError, match="not waiting for an answer"):
-        ledger.refused(plan, 20)
-    ledger.open()
+        ledger.refused(plan, pages(20))
+    ledger.open(LAYOUT)
     with pytest.raises(EngineError, match=r"will have handles \[1\]; in use are \[\]"):
         ledger.check_integrity([])
     with pytest.raises(EngineError, match=r"in use are \[1, 1\]"):
         ledger.check_integrity([1, 1])
-    ledger.close(2, 0)
-    with pytest.raises(EngineError, match="closes what is not there"):
+    ledger.close(2, pages(0))
+    with pytest.raises(EngineError, match="names what is not there"):
         ledger.check_integrity([1])

@@ -2,80 +2,165 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import EngineError
-from lamina.placement import Placement, Share
-from lamina.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, Request, Sequence
+from lamina.layouts import SHARDS
+from lamina.placement import Holder, Placement
+from lamina.request import (
+    CloseSequence,
+    ForkSequence,
+    OpenSequence,
+    Plan,
+    PlannedRow,
+    Rebuild,
+    ReplaceShares,
+    Request,
+    Sequence,
+    SequenceOperation,
+)
+from lamina.shares import Pages, Share
 from lamina_protocols.messages import Close, Fork, Open, Row
 
-OPERATIONS = (OpenSequence(1), ForkSequence(2, 1, 30), CloseSequence(1))
+LOCAL = 0
+END = 96
 
 
-def plan(*rows: tuple[int, int]) -> Plan:
-    """Rows of (start, count), of handles 10, 11, ..."""
-    sequence = Sequence(Request("0", (1,), 1), 0, 0, [1])
-    planned = (PlannedRow(sequence, 10 + at, start, count, False) for at, (start, count) in enumerate(rows))
-    return Plan(5, OPERATIONS, tuple(planned))
+def placement(weights: tuple[int, ...], *, scratch: int = 0, fused: bool = False, shard: str = "heads") -> Placement:
+    """Holders 1, 2, ... of these weights, and a local one of so many pages, for a model of 4 heads and one layer."""
+    holders = {number: Holder(100, weight, fused) for number, weight in enumerate(weights, 1)}
+    if scratch:
+        holders[LOCAL] = Holder(scratch, fused=True)
+    return Placement(
+        holders, heads=4, page_size=8, max_model_len=END, layers=1, shard=shard, local=LOCAL if scratch else None
+    )
+
+
+def sequence(handle: int, tokens: int, computed: int) -> Sequence:
+    made = Sequence(Request(str(handle), (1,) * tokens, 1), 0, 0, [1] * tokens)
+    made.handle, made.computed = handle, computed
+    return made
+
+
+def plan(first: int, operations: tuple[SequenceOperation, ...], *rows: PlannedRow) -> Plan:
+    return Plan(first, operations, rows)
+
+
+def row(handle: int, start: int, count: int, sample: bool = False) -> PlannedRow:
+    return PlannedRow(sequence(handle, start + count, start), handle, start, count, sample)
 
 
 def test_a_holder_that_fuses_attends_the_rows_own_tokens() -> None:
-    placement = Placement((Share((0, 1, 2), 0, 100, fused=True),))
-    [(operations, routes)] = placement.place(plan((0, 7), (9, 1)))
-    assert operations == (Open(1, (0, 1, 2), 0, 100), Fork(2, 1, 30), Close(1))
-    assert [route.row for route in routes] == [Row(10, 0, 7, (0, 7), True), Row(11, 9, 1, (0, 10), True)]
-    assert all(route.row.fused for route in routes)
+    placed = placement((1,), fused=True)
+    share = Share(1, (0, 1, 2, 3), 0, END)
+    opened = (OpenSequence(10, (share,)), OpenSequence(11, (share,)))
+    told = placed.place(plan(0, opened, row(10, 0, 7), row(11, 9, 1)))[1]
+    assert told.operations == (Open(1, share.heads, 0, END), Open(2, share.heads, 0, END))
+    assert told.rows == (Row(1, 0, 7, (0, 7), True), Row(2, 9, 1, (0, 10), True))
+    assert all(row.fused for row in told.rows)
 
 
 def test_a_holder_that_does_not_fuse_reads_the_past() -> None:
-    [(_, routes)] = Placement((Share((0,), 0, 100),)).place(plan((0, 7), (9, 1)))
-    assert [route.row for route in routes] == [Row(10, 0, 7, None, True), Row(11, 9, 1, (0, 9), True)]
-    assert not any(route.row.fused for route in routes)
+    placed = placement((1,))
+    share = Share(1, (0, 1, 2, 3), 0, END)
+    told = placed.place(plan(0, (OpenSequence(10, (share,)),), row(10, 0, 7)))[1]
+    assert told.rows == (Row(1, 0, 7, None, True),)
+    placed.holders[1].accepted(told)
+    told = placed.place(plan(1, (), row(10, 9, 1)))[1]
+    assert told == (told.__class__(1, (), told.routes))
+    assert told.rows == (Row(1, 9, 1, (0, 9), True),)
 
 
 @given(
-    cuts=st.sets(st.integers(1, 49)).map(lambda cuts: [0, *sorted(cuts), 50]),
-    split=st.integers(1, 3),
-    start=st.integers(0, 49),
-    count=st.integers(1, 50),
+    shard=st.sampled_from(SHARDS),
+    weights=st.lists(st.integers(1, 3), min_size=1, max_size=5).map(tuple),
+    length=st.integers(1, END),
+    scratch=st.sampled_from([0, 20, 500]),
+    cuts=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    prompt=st.integers(1, 60),
 )
 def test_reads_partition_the_past_and_every_token_is_stored_once(
-    cuts: list[int], split: int, start: int, count: int
+    shard: str, weights: tuple[int, ...], length: int, scratch: int, cuts: list[int], prompt: int
 ) -> None:
-    count = min(count, 50 - start)
-    ranges = list(pairwise(cuts))
-    by_range = [Share(tuple(range(split)), lo, hi) for lo, hi in ranges]
-    shares = (*by_range, Share(tuple(range(split, 4)), 0, 50))
-    placed = Placement(shares).place(plan((start, count)))
-    for head in range(4):
-        read: list[int] = []
-        stored: list[int] = []
-        for share, (operations, routes) in zip(shares, placed, strict=True):
-            assert operations[0] == Open(1, share.heads, share.lo, share.hi)
-            for route in routes if head in share.heads else ():
-                assert (route.source, route.heads, route.row.handle) == (0, share.heads, 10)
-                read += range(*route.row.read) if route.row.read else []
-                stored += range(*route.stored) if route.row.store else []
-        assert sorted(read) == list(range(start))
-        assert sorted(stored) == list(range(start, start + count))
+    placed = placement(weights, scratch=scratch, shard=shard)
+    operations = (OpenSequence(10, placed.layout(length)),)
+    one = sequence(10, prompt, 0)
+    for count in cuts:
+        count = min(count, len(one.tokens) - one.computed)
+        planned = PlannedRow(one, 10, one.computed, count, one.computed + count == len(one.tokens))
+        shares = placed.place(plan(0, operations, planned))
+        start, end = planned.start, planned.start + count
+        for head in range(4):
+            read: list[int] = []
+            fused: list[int] = []
+            stored: list[int] = []
+            for number, told in shares.items():
+                for route in told.routes:
+                    if head not in route.heads:
+                        continue
+                    if route.row.read:
+                        (fused if route.row.fused else read).extend(range(*route.row.read))
+                    if number != LOCAL:
+                        stored += range(*route.stored) if route.row.store else []
+            assert sorted(stored) == list(range(start, end))
+            assert sorted(read + fused) == list(range(end if fused else start))
+        for number, told in shares.items():
+            placed.holders[number].accepted(told)
+        one.computed = one.planned = end
+        placed.recorded(plan(0, operations, planned))
+        if planned.sample:
+            one.tokens.append(1)
+            assert not any(isinstance(o, Open) for o in placed.holders.get(LOCAL, Holder(0)).outbox)
 
 
-@pytest.mark.parametrize(
-    ("shares", "message"),
-    [
-        ((), "no holder"),
-        ((Share((), 0, 9),), "no heads"),
-        ((Share((0,), 1, 9),), "head 0 is placed at"),
-        ((Share((0,), 0, 5), Share((0,), 4, 9)), "must begin at 5"),
-        ((Share((0,), 0, 9), Share((1,), 0, 8)), "different positions"),
-        ((Share((0,), 0, 5, fused=True), Share((0,), 5, 9)), "all positions"),
-        ((Share((0,), 0, 9, fused=True), Share((1,), 0, 9)), "1 of 2 holders are fused"),
-    ],
-)
-def test_a_placement_that_covers_no_head_exactly_once_is_refused(shares: tuple[Share, ...], message: str) -> None:
-    with pytest.raises(EngineError, match=message):
-        Placement(shares)
+def test_prompts_are_local_while_they_fit_and_then_let_go() -> None:
+    placed = placement((1, 1), scratch=4 * 3)
+    share = (Share(1, (0, 1), 0, END), Share(2, (2, 3), 0, END))
+    told = placed.place(plan(0, (OpenSequence(10, share),), row(10, 0, 9, sample=True)))
+    assert told[LOCAL].operations == (Open(3, (0, 1, 2, 3), 0, END),)
+    assert told[LOCAL].rows == (Row(3, 0, 9, (0, 9), True),)
+    assert told[1].rows == (Row(1, 0, 9, None, True),)
+    second = placed.place(plan(1, (OpenSequence(11, share),), row(11, 0, 9, sample=True)))
+    assert LOCAL not in second or not second[LOCAL].routes  # no room for another
+    placed.recorded(plan(0, (), row(10, 0, 9, sample=True)))
+    assert placed.holders[LOCAL].outbox[-1] == Close(3)
+
+
+def test_operations_wait_for_the_holder_that_has_not_accepted_them() -> None:
+    placed = placement((1, 1))
+    layout = (Share(1, (0, 1), 0, END), Share(2, (2, 3), 0, END))
+    first = plan(0, (OpenSequence(10, layout),), row(10, 0, 1))
+    told = placed.place(first)
+    placed.holders[1].accepted(told[1])  # and the other refuses
+    told = placed.place(plan(0, (*first.operations, ForkSequence(11, 10, 1)), row(10, 0, 1)))
+    assert (told[1].first, told[1].operations) == (1, (Fork(3, 1, 1),))
+    assert (told[2].first, told[2].operations) == (0, (Open(2, (2, 3), 0, END), Fork(4, 2, 1)))
+    assert placed.pending
+    for number in (1, 2):
+        placed.holders[number].accepted(told[number])
+    assert not placed.pending
+    assert placed.place(plan(2, (CloseSequence(10), CloseSequence(11))))[2].operations == (Close(2), Close(4))
+
+
+def test_what_a_lost_holder_had_is_stored_by_who_takes_over_alone() -> None:
+    placed = placement((1, 1, 1))
+    layout = (Share(1, (0, 1), 0, END), Share(2, (2,), 0, END), Share(3, (3,), 0, END))
+    for number, told in placed.place(plan(0, (OpenSequence(10, layout),), row(10, 0, 1))).items():
+        placed.holders[number].accepted(told)
+    placed.lost(2)
+    new = placed.substitute(layout[1], Pages({1: 3, 3: 5}))
+    assert new == Share(3, (2,), 0, END)
+    one = sequence(10, 30, 20)
+    one.rebuild = Rebuild((new,), 4, 20, 20)
+    told = placed.place(plan(1, (ReplaceShares(10, 2, (new,)),), PlannedRow(one, 10, 4, 16, False, rebuild=True)))
+    assert told[1].rows == (Row(1, 4, 16, (0, 4), False),)
+    assert told[3].operations == (Open(4, (2,), 0, END),)
+    assert told[3].rows == (Row(3, 4, 16, (0, 4), False), Row(4, 4, 16, (0, 4), True))
+
+
+def test_a_holder_joins_once() -> None:
+    placed = placement((1,))
+    with pytest.raises(EngineError, match="holder 1 joined twice"):
+        placed.joined(1, Holder(5))

@@ -26,6 +26,7 @@ from lamina.request import (
     Sequence,
 )
 from lamina.scheduler import Scheduler
+from lamina.shares import Layout, Pages, Share
 
 
 @dataclass
@@ -41,17 +42,38 @@ class Part:
     tables: list[list[Page | None]]  # by unit; None: behind the window
 
 
+class OneHolder:
+    """The layouts of a single holder with a single KV head."""
+
+    def __init__(self, pages: int) -> None:
+        self.capacity = Pages({0: pages})
+
+    def layout(self, length: int) -> Layout:
+        return (Share(0, (0,), 0, 1 << 20),)
+
+    def reads_locally(self, length: int) -> bool:
+        return False
+
+    def substitute(self, share: Share, free: Pages) -> Share | None:
+        return None
+
+
+def most(config: SchedulerConfig, length: int) -> int:
+    """The most pages that a sequence needs, where there is one holder."""
+    return config.pages_for(OneHolder(0).layout(length), length)[0]
+
+
 class Holder:
     """Pages of one layer and head each, shared by forks, copied on write, freed behind windows; refuses when short.
 
     It refuses before it touches its last `hidden` pages, of which the scheduler knows nothing.
     """
 
-    def __init__(self, config: SchedulerConfig, hidden: int = 0) -> None:
+    def __init__(self, config: SchedulerConfig, total_pages: int, hidden: int = 0) -> None:
         self.hidden = hidden
         self.size = config.page_size
         self.units = [window for units, window in config.page_groups for _ in range(units)]
-        self.free = config.total_pages
+        self.free = total_pages
         self.parts: dict[int, Part] = {}
         self.applied = 0
 
@@ -155,10 +177,11 @@ def next_token(tokens: list[int], sample: int) -> int:
 class World:
     """A scheduler, its holder, and the batches between them."""
 
-    def __init__(self, config: SchedulerConfig, hidden: int = 0) -> None:
+    def __init__(self, config: SchedulerConfig, total_pages: int = 64, hidden: int = 0) -> None:
         self.config = config
-        self.scheduler = Scheduler(config)
-        self.holder = Holder(config, hidden)
+        self.total_pages = total_pages
+        self.scheduler = Scheduler(config, OneHolder(total_pages))
+        self.holder = Holder(config, total_pages, hidden)
         self.sent: list[Plan] = []  # not answered yet; answered in order
         self.running: list[Plan] = []
         self.samples: list[Sequence] = []
@@ -197,12 +220,12 @@ class World:
         accepted, floors = self.holder.announce(plan)
         if accepted:
             self.batches.append(plan)
-            self.scheduler.accepted(plan, self.holder.free, floors)
+            self.scheduler.accepted(plan, Pages({0: self.holder.free}), floors)
             if plan.rows:
                 self.running.append(plan)
         else:
             self.refusals += 1
-            self.scheduler.refused(plan, self.holder.free)
+            self.scheduler.refused(plan, Pages({0: self.holder.free}))
         return accepted
 
     def record(self, index: int = 0) -> None:
@@ -244,7 +267,7 @@ class World:
         plan = self.sent.pop(0)
         self.holder.announce(plan)
         self.refusals += 1
-        self.scheduler.refused(plan, self.holder.free)
+        self.scheduler.refused(plan, Pages({0: self.holder.free}))
 
     def forget(self) -> None:
         """The holder loses what it has stored."""
@@ -274,7 +297,7 @@ class World:
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
-        self.holder.check_integrity(self.config.total_pages)
+        self.holder.check_integrity(self.total_pages)
 
     def check_end(self) -> None:
         """Everybody has the tokens that the model gives alone, and no page is lost."""
@@ -297,7 +320,7 @@ class World:
                 pass
             self.finish()
         assert not self.holder.parts
-        assert self.holder.free == self.config.total_pages
+        assert self.holder.free == self.total_pages
 
 
 def config(**changes: object) -> SchedulerConfig:
@@ -307,7 +330,6 @@ def config(**changes: object) -> SchedulerConfig:
         "max_model_len": 64,
         "page_size": 4,
         "page_groups": ((2, None),),
-        "total_pages": 64,
     }
     return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -333,11 +355,8 @@ class Machine(RuleBasedStateMachine):
         prefix_cache: bool,
     ) -> None:
         changes = {"page_groups": groups, "page_size": page_size, "max_batch_tokens": max_batch_tokens}
-        enough = config(**changes, total_pages=1000).pages_for(48)
-        total = int(enough * memory) + hidden
-        self.world = World(
-            config(**changes, total_pages=total, max_model_len=48, prefix_cache=prefix_cache), hidden=hidden
-        )
+        total = int(most(config(**changes), 48) * memory) + hidden
+        self.world = World(config(**changes, max_model_len=48, prefix_cache=prefix_cache), total, hidden=hidden)
 
     @rule(
         shared=st.integers(0, 20),
@@ -466,8 +485,8 @@ def test_first_come_first_served_within_a_priority() -> None:
 def test_under_pressure_the_oldest_always_advances(
     groups: tuple[tuple[int, int | None], ...], prefix_cache: bool
 ) -> None:
-    tight = config(page_groups=groups, prefix_cache=prefix_cache, max_sequences=16, total_pages=40)
-    world = World(tight, hidden=6)
+    tight = config(page_groups=groups, prefix_cache=prefix_cache, max_sequences=16)
+    world = World(tight, 40, hidden=6)
     samples = [world.add(prompt(6, salt), max_tokens=40)[0] for salt in range(16)]
     while world.scheduler.has_work:
         oldest = next((sequence for sequence in samples if sequence.finish_reason is None), None)
@@ -480,7 +499,7 @@ def test_under_pressure_the_oldest_always_advances(
 
 
 def test_the_youngest_is_preempted() -> None:
-    world = World(config(total_pages=24, max_batch_tokens=32, prefix_cache=False))
+    world = World(config(max_batch_tokens=32, prefix_cache=False), 24)
     samples = [world.add(prompt(length, length), max_tokens=30)[0] for length in (8, 6, 5)]  # the first runs short
     while world.scheduler.counters.preempted == 0:
         assert world.step()
@@ -490,7 +509,7 @@ def test_the_youngest_is_preempted() -> None:
 
 
 def test_admission_leaves_what_those_running_still_need() -> None:
-    world = World(config(max_batch_tokens=8, total_pages=28))  # 14 page sets
+    world = World(config(max_batch_tokens=8), 28)  # 14 page sets
     world.add(prompt(40), max_tokens=1)
     world.plan()
     world.add(prompt(20, 1), max_tokens=1)
@@ -500,7 +519,7 @@ def test_admission_leaves_what_those_running_still_need() -> None:
 
 
 def test_admission_counts_no_prefix_as_room_that_it_shares() -> None:
-    world = World(config(max_batch_tokens=64, total_pages=28))
+    world = World(config(max_batch_tokens=64), 28)
     world.add(prompt(33), max_tokens=1)  # leaves 8 page sets in the cache
     world.finish()
     world.add(prompt(14, 1), max_tokens=30)  # takes 4, and leaves 2
@@ -514,7 +533,7 @@ def test_admission_counts_no_prefix_as_room_that_it_shares() -> None:
 
 def test_preemption_does_not_thrash() -> None:
     """Each sequence grows to eight times its prompt, and all of them to thirteen times the memory."""
-    world = World(config(max_sequences=64, max_batch_tokens=64, total_pages=80))
+    world = World(config(max_sequences=64, max_batch_tokens=64), 80)
     for salt in range(40):
         world.add(prompt(6, salt), max_tokens=46)
     world.finish()
@@ -524,7 +543,7 @@ def test_preemption_does_not_thrash() -> None:
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
-    world = World(config(max_batch_tokens=64, max_model_len=100, total_pages=1000))
+    world = World(config(max_batch_tokens=64, max_model_len=100), 1000)
     for tail in range(6):
         world.add(prompt(40) + prompt(3, tail + 1), max_tokens=1)
     world.finish()
@@ -535,7 +554,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 
 
 def test_who_waits_for_a_prefix_is_overtaken() -> None:
-    world = World(config(max_batch_tokens=64, max_model_len=100, total_pages=1000))
+    world = World(config(max_batch_tokens=64, max_model_len=100), 1000)
     world.add(prompt(40), max_tokens=1)
     world.add(prompt(16) + prompt(4, 1), max_tokens=1)
     world.add(prompt(2, 2), max_tokens=1)
@@ -545,7 +564,7 @@ def test_who_waits_for_a_prefix_is_overtaken() -> None:
 
 
 def test_nobody_waits_for_a_less_urgent_writer() -> None:
-    world = World(config(max_batch_tokens=64, max_model_len=100, total_pages=1000))
+    world = World(config(max_batch_tokens=64, max_model_len=100), 1000)
     world.add(prompt(40), max_tokens=1, priority=1)
     world.plan()
     world.add(prompt(32) + prompt(4, 1), max_tokens=1, priority=0)
@@ -557,7 +576,7 @@ def test_nobody_waits_for_a_less_urgent_writer() -> None:
 
 
 def test_waiters_compute_for_themselves_when_the_writer_goes() -> None:
-    world = World(config(max_batch_tokens=64, max_model_len=100, total_pages=1000))
+    world = World(config(max_batch_tokens=64, max_model_len=100), 1000)
     world.add(prompt(40), max_tokens=1)
     for tail in (1, 2):
         world.add(prompt(32) + prompt(3, tail), max_tokens=1)
@@ -662,8 +681,8 @@ def test_samples_share_their_prompt(prefix_cache: bool, length: int) -> None:
 @pytest.mark.parametrize("max_batch_tokens", [1, 16])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_shared_and_copied_pages_are_counted(total_pages: int, max_batch_tokens: int, prefix_cache: bool) -> None:
-    tight = config(total_pages=total_pages, max_batch_tokens=max_batch_tokens, prefix_cache=prefix_cache)
-    world = World(dataclasses.replace(tight, max_model_len=20))
+    tight = config(max_batch_tokens=max_batch_tokens, prefix_cache=prefix_cache)
+    world = World(dataclasses.replace(tight, max_model_len=20), total_pages)
     for salt in range(6):
         world.add(prompt(10, salt), max_tokens=10, n=3, stop_token_ids=frozenset({1}))
     world.finish()
@@ -711,7 +730,7 @@ def test_salts_keep_tenants_apart() -> None:
 
 
 def test_a_full_cache_makes_room_for_requests() -> None:
-    world = World(config(total_pages=40))
+    world = World(config(), 40)
     for salt in range(10):
         world.add(prompt(30, salt), max_tokens=8)
         world.finish()
@@ -767,13 +786,13 @@ def test_ending_in_flight_loses_the_token_and_frees_the_kv() -> None:
 
 
 def test_a_stop_token_counts_after_min_tokens_only() -> None:
-    scheduler = Scheduler(config())
+    scheduler = Scheduler(config(), OneHolder(64))
     (sequence,) = scheduler.add(Request("0", (1, 2), 9, min_tokens=2, stop_token_ids=frozenset({7})))
     reasons = []
     for token in (7, 7, 7):
         plan = scheduler.plan()
         assert plan is not None
-        scheduler.accepted(plan, 60, [0])
+        scheduler.accepted(plan, Pages({0: 60}), [0])
         reasons += [outcome.finish_reason for outcome in scheduler.record(plan, [token])]
     assert reasons == [None, None, "stop"]
     assert sequence.tokens == [1, 2, 7, 7, 7]
@@ -785,10 +804,10 @@ def test_a_stop_token_counts_after_min_tokens_only() -> None:
 def test_the_longest_request_fits_alone(
     groups: tuple[tuple[int, int | None], ...], page_size: int, total_pages: int
 ) -> None:
-    small = config(page_groups=groups, page_size=page_size, total_pages=total_pages, max_batch_tokens=9)
-    longest = small.longest_possible()
-    assert longest == 64 or small.pages_for(longest) <= total_pages < small.pages_for(longest + 1)
-    world = World(small)
+    small = config(page_groups=groups, page_size=page_size, max_batch_tokens=9)
+    world = World(small, total_pages)
+    longest = world.scheduler.longest_possible()
+    assert longest == 64 or most(small, longest) <= total_pages < most(small, longest + 1)
     for length in (longest - 3, 1):
         world.add(prompt(length, length), max_tokens=min(64, longest + 1) - length)
     world.finish()
@@ -798,7 +817,7 @@ def test_the_longest_request_fits_alone(
 
 
 def test_bad_requests_are_named() -> None:
-    scheduler = Scheduler(config())
+    scheduler = Scheduler(config(), OneHolder(64))
     scheduler.add(Request("a", (1,), 1))
     for request, message in [
         (Request("b", (), 1), "empty"),
@@ -809,38 +828,39 @@ def test_bad_requests_are_named() -> None:
     ]:
         with pytest.raises(InvalidRequest, match=message):
             scheduler.add(request)
-    with pytest.raises(InvalidRequest, match="2 pages; one token needs 3"):
-        config(page_groups=((3, None),), total_pages=2)
+    small = Scheduler(config(page_groups=((3, None),)), OneHolder(2))
+    with pytest.raises(InvalidRequest, match="the KV memory holds at most 1"):
+        small.add(Request("c", (1,), 1))
 
 
 def test_who_is_refused_alone_ends_and_the_next_has_its_turn() -> None:
-    scheduler = Scheduler(config())
+    scheduler = Scheduler(config(), OneHolder(64))
     samples = [scheduler.add(Request(str(at), (at,) * 9, 3))[0] for at in range(3)]
     hopeless: list[Sequence] = []
     for _ in range(20):
         plan = scheduler.plan()
         assert plan is not None
         if hopeless == samples[:2]:
-            scheduler.accepted(plan, 64, [0] * len(plan.rows))
+            scheduler.accepted(plan, Pages({0: 64}), [0] * len(plan.rows))
             break
-        hopeless += scheduler.refused(plan, 64)
+        hopeless += scheduler.refused(plan, Pages({0: 64}))
         scheduler.check_integrity()
     assert [sequence.finish_reason for sequence in samples] == ["abort", "abort", None]
     assert [row.sequence for row in plan.rows] == samples[2:]
 
 
 def test_answers_out_of_place_are_errors() -> None:
-    scheduler = Scheduler(config())
+    scheduler = Scheduler(config(), OneHolder(64))
     scheduler.add(Request("0", (1, 2), 3))
     plan = scheduler.plan()
     assert plan is not None
     with pytest.raises(EngineError, match="before it was accepted"):
         scheduler.record(plan, [1])
     with pytest.raises(EngineError, match="0 floors for 1 rows"):
-        scheduler.accepted(plan, 60, [])
-    scheduler.accepted(plan, 60, [0])
+        scheduler.accepted(plan, Pages({0: 60}), [])
+    scheduler.accepted(plan, Pages({0: 60}), [0])
     with pytest.raises(EngineError, match="not waiting for an answer"):
-        scheduler.accepted(plan, 60, [0])
+        scheduler.accepted(plan, Pages({0: 60}), [0])
     with pytest.raises(EngineError, match="2 tokens for 1 rows"):
         scheduler.record(plan, [1, 2])
     scheduler.record(plan, [1])

@@ -16,6 +16,7 @@ import torch
 from lamina_kernels.cpu_loops import APPEND, ARGUMENTS, STRIPS, append_kernel, attend_kernel
 from lamina_kernels.emitter import kind_of
 from lamina_kernels.launch import block_type, launch
+from lamina_kernels.merge import merge_into
 from lamina_kernels.microkernels import ROW, TILE
 from lamina_kernels.pages import (
     Pages,
@@ -30,7 +31,7 @@ from lamina_kernels.pages import (
 from lamina_kernels.partial import Partial
 from lamina_kernels.schedule import EVERYTHING, cut, deal
 
-__all__ = ["AppendPlan", "Plan", "append", "attend", "copy", "gather", "plan", "plan_append"]
+__all__ = ["AppendPlan", "Plan", "append", "attend", "copy", "gather", "merge_into", "plan", "plan_append"]
 
 OUT_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `settle` numbers them
 APPEND_SHARE = 256  # vectors that are worth a thread

@@ -40,6 +40,13 @@ class Linear:
             return y
         return F.linear(x, self._weight, self._bias)
 
+    def split(self, rows: int) -> tuple[Linear, Linear] | None:
+        """The first `rows` outputs and the others as maps of their own, sharing W; None where W was repacked."""
+        if self._packed:
+            return None
+        biases = (None, None) if self._bias is None else (self._bias[:rows], self._bias[rows:])
+        return Linear(self._weight[:rows], biases[0]), Linear(self._weight[rows:], biases[1])
+
     def float32(self, x: torch.Tensor) -> torch.Tensor:
         """Like a call, but the result is float32, and not rounded to x's dtype first where that costs nothing."""
         if not self._few or self._bias is not None:

@@ -300,7 +300,7 @@ def settle(context: Any, dtype: Any, sums: Any, out: Any, vectors: Any, factor: 
                 if code == 0:
                     e.store(x, e.at(out, b.shl(i, I64(6))))
                 elif code == 1:
-                    e.store(_to_half(e, x), e.at(out, b.shl(i, I64(5))), 2)
+                    e.store(to_half(e, x), e.at(out, b.shl(i, I64(5))), 2)
                 else:
                     e.store(b.fptrunc(x, VH), e.at(out, b.shl(i, I64(5))), 2)
                 return []
@@ -323,11 +323,11 @@ def silu_mul_half(context: Any, gates: Any, ups: Any, out: Any, n: Any) -> Any:
 
         def step(i: Value) -> list[Value]:
             at = builder.shl(i, I64(5))
-            gate, up = (_from_half(e, e.load(e.at(p, at), VS, 2)) for p in (gates, ups))
+            gate, up = (from_half(e, e.load(e.at(p, at), VS, 2)) for p in (gates, ups))
             low = builder.select(builder.fcmp_ordered("<", gate, e.number(-87.0)), e.number(-87.0), gate)  # NaN stays
             power = e.exp2(builder.fmul(low, e.number(-LOG2E)))
             silu = builder.fdiv(low, builder.fadd(power, e.number(1.0)))
-            e.store(_to_half(e, builder.fmul(silu, up)), e.at(out, at), 2)
+            e.store(to_half(e, builder.fmul(silu, up)), e.at(out, at), 2)
             return []
 
         e.loop(builder.lshr(args[3], I64(4)), [], step)
@@ -336,12 +336,12 @@ def silu_mul_half(context: Any, gates: Any, ups: Any, out: Any, n: Any) -> Any:
     return _signature([], 4), emit
 
 
-def _from_half(e: Emitter, bits: Value) -> Value:
+def from_half(e: Emitter, bits: Value) -> Value:
     """16 bfloat16 as float32."""
     return e.b.bitcast(e.b.shl(e.b.zext(bits, VI), e.bits(16)), VF)
 
 
-def _to_half(e: Emitter, x: Value) -> Value:
+def to_half(e: Emitter, x: Value) -> Value:
     """16 float32 as bfloat16: to nearest, ties to even; NaN stays NaN."""
     whole = e.b.bitcast(x, VI)
     odd = e.b.and_(e.b.lshr(whole, e.bits(16)), e.bits(1))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lamina_kernels.merge import check_merge
 from lamina_kernels.pages import (
     Pages,
     Rows,
@@ -16,9 +17,9 @@ from lamina_kernels.pages import (
     copy,
     gather,
 )
-from lamina_kernels.partial import Partial, empty
+from lamina_kernels.partial import Partial, empty, merge
 
-__all__ = ["Plan", "append", "attend", "copy", "gather", "plan", "plan_append"]
+__all__ = ["Plan", "append", "attend", "copy", "gather", "merge_into", "plan", "plan_append"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +106,18 @@ def attend(
             weights = torch.softmax(logits, -1).nan_to_num(0.0)  # a query that sees nothing: 0 / 0
             answers[:, head] = (weights @ v).to(q.dtype)
     return Partial(result, lse)
+
+
+def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None:
+    """Merge `past` into the vectors `index` of `into`, in place: `merge` in float32, rounded once."""
+    total, n, _ = check_merge(into, past, index)
+    if not n:
+        return
+    if index is None:
+        index = torch.arange(total)
+    low, high = (int(x) for x in index.aminmax())
+    if low < 0 or high >= total:
+        raise ValueError(f"index must be from 0 to {total - 1}, got {low if low < 0 else high}")
+    mine = Partial(into.out[index].float(), into.lse[index])
+    out, into.lse[index] = merge((mine, Partial(past.out.float(), past.lse)))
+    into.out[index] = out.to(into.out.dtype)

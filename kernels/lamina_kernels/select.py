@@ -45,6 +45,15 @@ class Kernels(Protocol):
     def copy(self, pages: Pages, src: torch.Tensor, dst: torch.Tensor) -> None:
         """Copy whole pages."""
 
+    def merge_into(self, into: Partial, past: Partial, index: torch.Tensor | None) -> None:
+        """Merge `past` into `into`, in place: its vector i into vector `index[i]`, or into vector i without an index.
+
+        into: out `[N, d_v]` and lse float32 `[N]`, contiguous; past: out `[n, d_v]` and lse float32 `[n]`, in other
+        memory; index: int64 `[n]`, all distinct; without it n is N. Either out is float32, bfloat16 or float16.
+        As `partial.merge`: sums in float32, rounded once to the dtype of into; only empties merge to the empty one.
+        Raises ValueError, and changes nothing, on other shapes and dtypes and on an index outside [0, N).
+        """
+
 
 @cache
 def kernels(device: torch.device) -> Kernels:

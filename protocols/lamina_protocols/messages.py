@@ -1,8 +1,9 @@
 """The messages of a batch: one frozen dataclass each.
 
-The model worker sends one `Announcement` a batch to each holder, then per layer a `Query` and a `Fresh`;
-the holder answers the announcement with `Announced` and each query with an `Attended`. A holder that
-cannot go on answers with a `Fault` in the place of the reply. Knows nothing of bytes: `codec` does.
+The model worker sends one `Announcement` a batch to each holder, then per layer a `Query` and a `Fresh`, or both as
+one `Exchange`; the holder answers the announcement with `Announced` and each query with an `Attended`. KV moves from
+one holder to another by `Fetch` and `Fresh`. A holder that cannot go on answers with a `Fault` in the place of the
+reply. Knows nothing of bytes: `codec` does.
 """
 
 from __future__ import annotations
@@ -166,6 +167,47 @@ class Fresh:
 
 
 @dataclass(frozen=True, slots=True)
+class Exchange:
+    """`Query` and `Fresh` of one layer in one frame. The holder answers first and stores afterwards.
+
+    So no row of the batch may be `fused`: its query would need what is not stored yet.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Ask for what a part holds of positions [lo, hi) in one layer. Needs no announcement and changes nothing."""
+
+    epoch: int
+    batch: int
+    layer: int
+    handle: int
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The answer, in the storage dtype. k: `[(hi - lo) * part's KV heads, d_k]`, v the same with d_v; as in `Fresh`.
+
+    Positions whose pages a window has let go are zeros.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Attended:
     """The partial attention of one `Query`, in its order. out: `[n, d_v]` in q's dtype, lse: float32 `[n]`."""
 
@@ -185,6 +227,11 @@ class Fault:
     reason: str
 
 
-Request = Announcement | Query | Fresh
-Reply = Announced | Attended | Fault
+Request = Announcement | Query | Fresh | Exchange | Fetch
+Reply = Announced | Attended | Fetched | Fault
 Message = Request | Reply
+
+
+def answered(request: Request) -> bool:
+    """Whether a holder answers it: everything but `Fresh` has one reply, in order."""
+    return not isinstance(request, Fresh)

@@ -20,7 +20,13 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WIRE = {  # what a header calls them: short, because a header goes with each layer's message
+    "f32": torch.float32,
+    "b16": torch.bfloat16,
+    "f16": torch.float16,
+    "i8": torch.int8,
+}
+_NAMES = {dtype: name for name, dtype in _WIRE.items()}
 
 if sys.byteorder != "little":
     raise ImportError("lamina sends tensors as little-endian bytes and runs on little-endian machines only")
@@ -41,19 +47,18 @@ def padding(size: int) -> int:
 
 def buffer(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor (made contiguous first), sharing its memory."""
-    flat = tensor.contiguous().reshape(-1)
-    if not flat.numel():
+    if not tensor.numel():
         return memoryview(b"")
-    return flat.view(torch.uint8).numpy().data
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Size in bytes of a tensor as a header describes it. Raises ProtocolError for an unknown dtype or a bad shape."""
-    if dtype not in DTYPES:
-        raise ProtocolError(f"unknown dtype {dtype!r}, allowed: {', '.join(DTYPES)}")
+    if dtype not in _WIRE:
+        raise ProtocolError(f"unknown dtype {dtype!r}, allowed: {', '.join(_WIRE)}")
     if any(dim < 0 for dim in shape):
         raise ProtocolError(f"negative dimension in tensor shape {shape}")
-    return math.prod(shape) * DTYPES[dtype].itemsize
+    return math.prod(shape) * _WIRE[dtype].itemsize
 
 
 def from_buffer(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -61,5 +66,5 @@ def from_buffer(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.T
     if len(data) != nbytes(dtype, shape):
         raise ProtocolError(f"{len(data)} bytes for a {dtype} tensor {shape} of {nbytes(dtype, shape)}")
     if not len(data):
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
+        return torch.empty(shape, dtype=_WIRE[dtype])
+    return torch.frombuffer(data, dtype=_WIRE[dtype]).view(shape)

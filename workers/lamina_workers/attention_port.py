@@ -1,7 +1,7 @@
 """The seam to one holder: messages go in, replies come out, in order. Knows nothing of what is in them.
 
 `LocalAttention` calls an attention worker in this process and copies nothing. A port over a transport has the same
-two verbs, so the model worker cannot tell which it has.
+verbs, so the model worker cannot tell which it has. `Replies` sorts a port's replies by the batch that waits for them.
 """
 
 from __future__ import annotations
@@ -10,66 +10,150 @@ from collections import deque
 from typing import Protocol, TypeVar
 
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.messages import Announced, Attended, Fault, Fresh, Reply, Request
+from lamina_protocols.messages import Announced, Announcement, Attended, Fault, Fetched, Reply, Request, answered
 from lamina_workers.attention_worker import AttentionWorker
-from lamina_workers.errors import HolderFault
+from lamina_workers.errors import HolderFault, HolderLost
 
-R = TypeVar("R", Announced, Attended)
+R = TypeVar("R", Announced, Attended, Fetched)
 
 
 class AttentionPort(Protocol):
-    """One holder. Every `Announcement` and `Query` gets one reply, in order; a `Fresh` gets none."""
+    """One holder. Every request but `Fresh` gets one reply, in order."""
+
+    name: str
+
+    @property
+    def closed(self) -> bool:
+        """Whether the holder is gone for good."""
 
     def send(self, request: Request) -> None:
-        """Hand over one message, at once where there is a transport; its tensors may be read until the next reply."""
+        """Hand over one message, at once where there is a transport; its tensors may be read until the next reply.
 
-    def receive(self) -> Reply:
-        """The next reply. Whatever went wrong at the holder since the last one comes as a `Fault` in its place."""
+        Raises HolderLost where the holder is gone.
+        """
+
+    def receive(self, timeout: float | None = None) -> Reply:
+        """The next reply. Whatever went wrong at the holder since the last one comes as a `Fault` in its place.
+
+        Raises HolderLost where the holder is gone, or no reply came for `timeout` seconds: then it counts as gone.
+        """
+
+    def ready(self) -> bool:
+        """Whether `receive` would return or raise at once."""
+
+    def close(self) -> None:
+        """Let the holder go. It frees what it keeps."""
 
 
-def receive(port: AttentionPort, kind: type[R], epoch: int, batch: int, layer: int | None = None) -> R:
-    """The reply of that kind to that batch (and layer); what is left of batches that a fault ended is skipped.
+class Replies:
+    """The replies of one port, sorted by batch: several batches may be under way, each taking its own.
 
-    Raises HolderFault for a fault, for any other reply, and where the port itself fails.
+    What belongs to a batch that nobody waits for any more is dropped; but a fault is told to the next announcement.
     """
-    try:
-        reply = port.receive()
-        while (reply.epoch, reply.batch) < (epoch, batch):
-            reply = port.receive()
-    except ProtocolError as error:
-        raise HolderFault(str(error)) from error
-    if isinstance(reply, Fault):
-        raise HolderFault(reply.reason)
-    same = (reply.epoch, reply.batch) == (epoch, batch) and layer == getattr(reply, "layer", None)
-    if not isinstance(reply, kind) or not same:
-        raise HolderFault(f"a {kind.__name__} for batch {batch}, layer {layer} was due, got {reply!r:.200}")
-    return reply
+
+    def __init__(self, port: AttentionPort) -> None:
+        self.port = port
+        self._waiting: dict[int, deque[Reply]] = {}  # by batch under way
+        self._epoch = 0
+        self.unheard = ""  # a fault that nobody waited for: it may have told of lost keys
+
+    def expect(self, epoch: int, batch: int) -> None:
+        """Keep replies to this batch until `forget`. A new epoch forgets all others."""
+        if epoch > self._epoch:
+            self._epoch = epoch
+            self._waiting.clear()
+        self._waiting.setdefault(batch, deque())
+
+    def forget(self, batch: int) -> None:
+        """Drop what still comes for this batch."""
+        self._waiting.pop(batch, None)
+
+    def ready(self, batch: int) -> bool:
+        """Whether `take` would not wait."""
+        while not self._waiting[batch]:
+            if not self.port.ready():
+                return False
+            try:
+                self._sort(self.port.receive(0))
+            except HolderLost:
+                return True  # and `take` says so
+        return True
+
+    def take(self, kind: type[R], batch: int, layer: int | None = None, timeout: float | None = None) -> R:
+        """The next reply to that batch, which must be of that kind (and layer); waits for it.
+
+        Raises HolderFault for a fault and for any other reply, HolderLost where the port is gone.
+        """
+        replies = self._waiting[batch]
+        while not replies:
+            self._sort(self.port.receive(timeout))
+        reply = replies.popleft()
+        if kind is Announced and self.unheard:
+            reason, self.unheard = self.unheard, ""
+            raise HolderFault(f"{self.port.name}: {reason}")
+        if isinstance(reply, Fault):
+            raise HolderFault(f"{self.port.name}: {reply.reason}")
+        if not isinstance(reply, kind) or layer != getattr(reply, "layer", None):
+            raise HolderFault(f"{self.port.name}: {kind.__name__} of layer {layer} was due, got {reply!r:.200}")
+        return reply
+
+    def _sort(self, reply: Reply) -> None:
+        if reply.epoch == self._epoch and reply.batch in self._waiting:
+            self._waiting[reply.batch].append(reply)
+        elif isinstance(reply, Fault):
+            self.unheard = reply.reason
 
 
 class LocalAttention:
     """The port to an attention worker in this process. A message is handled while it is sent."""
 
-    def __init__(self, worker: AttentionWorker) -> None:
+    def __init__(self, worker: AttentionWorker, name: str = "local") -> None:
+        self.name = name
         self._worker = worker
         self._replies: deque[Reply] = deque()
-        self._failure = ""  # why a message since the last reply could not be handled
+        self._failure: tuple[int, str] | None = None  # a batch, and why a message of it could not be handled
+
+    @property
+    def closed(self) -> bool:
+        """Never: the worker lives as long as this process."""
+        return False
 
     def send(self, request: Request) -> None:
-        """Let the worker handle the message; keep its reply, or its error as a `Fault`."""
+        """Let the worker handle the message; keep its reply, or its error as a `Fault`.
+
+        What went wrong with a message that has no reply is told in the next reply of its batch, or to the next
+        announcement.
+        """
+        self.settle()
         reply: Reply | None = None
         try:
             reply = self._worker.handle(request)
         except (LaminaError, ValueError) as error:
-            self._failure = self._failure or f"{type(error).__name__}: {error}"
-        if isinstance(request, Fresh):
+            self._failure = self._failure or (request.batch, f"{type(error).__name__}: {error}")
+        if not answered(request):
             return
-        if self._failure or reply is None:
-            reply = Fault(request.epoch, request.batch, self._failure or "no reply")
-            self._failure = ""
-        self._replies.append(reply)
+        if self._failure and (self._failure[0] == request.batch or isinstance(request, Announcement)):
+            reply = Fault(request.epoch, request.batch, self._failure[1])
+            self._failure = None
+        self._replies.append(reply or Fault(request.epoch, request.batch, "an earlier message went wrong"))
 
-    def receive(self) -> Reply:
+    def settle(self) -> None:
+        """Let the worker do what it put off until its last reply was on its way."""
+        batch = self._worker.unsettled
+        try:
+            self._worker.settle()
+        except (LaminaError, ValueError) as error:
+            self._failure = self._failure or (batch or 0, f"{type(error).__name__}: {error}")
+
+    def receive(self, timeout: float | None = None) -> Reply:
         """The oldest reply that was not taken yet. Raises ProtocolError where none is due."""
         if not self._replies:
             raise ProtocolError("no reply is due: nothing that has one was sent")
         return self._replies.popleft()
+
+    def ready(self) -> bool:
+        """Whether a reply is there: always, once something that has one was sent."""
+        return bool(self._replies)
+
+    def close(self) -> None:
+        """Nothing to do: the worker goes with whoever holds it."""

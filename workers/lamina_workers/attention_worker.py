@@ -1,8 +1,9 @@
 """One KV shard: append, attend, free. Built from a `HolderConfig` alone; knows no sockets, no model, no engine.
 
 A batch is announced once; then, per layer, its `Fresh` is stored and its `Query` answered, in the order in which
-they come. A batch's state is dropped when one of its handles is announced again or a new epoch comes, so a late
-message of a dropped batch is refused instead of touching pages that are now someone else's.
+they come. What an `Exchange` brings is stored after its answer was given, so that nobody waits for it: by `settle`,
+or before the next message. A batch's state is dropped when one of its handles is announced again or a new epoch
+comes, so a late message of a dropped batch is refused instead of touching pages that are now someone else's.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.pages import Pages, Rows
+from lamina_kernels.pages import Pages, Rows, gather
 from lamina_kernels.select import Kernels, kernels
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
     Announced,
     Announcement,
     Attended,
+    Exchange,
+    Fetch,
+    Fetched,
     Fresh,
     HolderConfig,
     LayerSpec,
@@ -30,9 +34,18 @@ from lamina_protocols.messages import (
     Request,
     Row,
 )
-from lamina_workers.errors import PoolExhausted
+from lamina_workers.errors import KVError, PoolExhausted
 from lamina_workers.kv_store import KVStore
 from lamina_workers.layout import page_count, page_layout
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a worker has done since it was made: batches accepted, query vectors attended, K vectors stored."""
+
+    batches: int = 0
+    queries: int = 0
+    vectors_stored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,7 @@ class _Batch:
     """An accepted batch: where its tokens go and what its queries read, the same for every layer."""
 
     handles: frozenset[int]
+    fused: bool  # whether a row attends its own tokens
     places: Any  # the kernels' plan of where K and V go, None where no row stores
     plans: dict[int | None, Any]  # the kernels' plans of what is read, by window; empty where no row reads
 
@@ -61,12 +75,15 @@ class AttentionWorker:
         self._last_batch = 0
         self._next_operation = 0
         self._batches: dict[int, _Batch] = {}
+        self._unsettled: Exchange | None = None
+        self.counters = Counters()
 
     def handle(self, request: Request) -> Reply | None:
         """Answer one message; `Fresh` has no answer.
 
         Raises ProtocolError for a message out of order or of a wrong shape, KVError for what the parts do not allow.
         """
+        self.settle()
         match request:
             case Announcement():
                 return self._announce(request)
@@ -75,6 +92,23 @@ class AttentionWorker:
             case Fresh():
                 self._append(request)
                 return None
+            case Exchange():
+                reply = self._attend(request)
+                self._unsettled = request
+                return reply
+            case Fetch():
+                return self._fetch(request)
+
+    @property
+    def unsettled(self) -> int | None:
+        """The batch of which something waits to be stored."""
+        return self._unsettled.batch if self._unsettled else None
+
+    def settle(self) -> None:
+        """Store what the last `Exchange` brought, if that was not done yet. Raises as `handle` does."""
+        exchange, self._unsettled = self._unsettled, None
+        if exchange is not None:
+            self._append(exchange)
 
     def _announce(self, message: Announcement) -> Announced:
         if (message.epoch, message.batch) <= (self._epoch, self._last_batch):
@@ -97,13 +131,16 @@ class AttentionWorker:
             self._kernels.copy(self._pages, source, target)
         if message.rows:
             self._batches[message.batch] = self._prepare(message.rows)
+            self.counters.batches += 1
         return Announced(message.epoch, message.batch, True, self.store.free_pages, reservation.floors)
 
     def _drop_superseded(self, message: Announcement) -> None:
         if message.epoch > self._epoch:
             self._batches.clear()
         announced = {row.handle for row in message.rows}
-        announced.update(operation.handle for operation in message.operations)
+        # Those applied already came again because their first reply was still on its way: their batch is under way.
+        new = message.operations[self._next_operation - message.first :]
+        announced.update(operation.handle for operation in new)
         for number in [n for n, batch in self._batches.items() if batch.handles & announced]:
             del self._batches[number]
 
@@ -121,7 +158,7 @@ class AttentionWorker:
                     plans[window] = self._kernels.plan(self._pages, table_rows, window, self._threads)
         except ValueError as error:
             raise ProtocolError(f"rows that no batch can have: {error}") from error
-        return _Batch(frozenset(row.handle for row in rows), places, plans)
+        return _Batch(frozenset(row.handle for row in rows), any(row.fused for row in rows), places, plans)
 
     def _rows(self, rows: Sequence[Row]) -> Rows:
         parts = [self.store.part(row.handle) for row in rows]
@@ -142,7 +179,7 @@ class AttentionWorker:
             tables=[part.table for part in parts],
         )
 
-    def _append(self, message: Fresh) -> None:
+    def _append(self, message: Fresh | Exchange) -> None:
         spec, batch = self._layer(message)
         if batch.places is None:
             raise ProtocolError(f"{len(message.k)} fresh vectors for batch {message.batch}, which stores 0")
@@ -150,9 +187,33 @@ class AttentionWorker:
             self._kernels.append(self._pages, batch.places, spec.kv_layer, message.k, message.v)
         except ValueError as error:
             raise ProtocolError(f"fresh vectors of batch {message.batch}: {error}") from error
+        self.counters.vectors_stored += len(message.k)
 
-    def _attend(self, message: Query) -> Attended:
+    def _fetch(self, message: Fetch) -> Fetched:
+        part = self.store.part(message.handle)
+        if not 0 <= message.layer < len(self.config.layers):
+            raise ProtocolError(f"layer {message.layer}, there are {len(self.config.layers)}")
+        lo, hi = message.lo, message.hi
+        if not part.lo <= lo <= hi <= part.held:
+            raise KVError(f"[{lo}, {hi}) of part {message.handle} asked for, it holds [{part.lo}, {part.held})")
+        spec, size = self.config.layers[message.layer], self.config.page_size
+        first = (lo - part.lo) // size
+        tables = part.table[spec.kv_layer, :, first : -(-(hi - part.lo) // size)]
+        skip = lo - part.lo - first * size
+        k = torch.empty(hi - lo, len(part.heads), spec.d_k, dtype=self._pages.layout.dtype)
+        v = torch.empty(hi - lo, len(part.heads), spec.d_v, dtype=self._pages.layout.dtype)
+        for head, table in enumerate(tables):
+            pages = torch.from_numpy(np.maximum(table, 0))
+            of_k, of_v = gather(self._pages, pages, hi - lo + skip)
+            gone = torch.from_numpy(np.repeat(table < 0, size)[: hi - lo + skip, None])
+            k[:, head], v[:, head] = of_k.masked_fill(gone, 0)[skip:], of_v.masked_fill(gone, 0)[skip:]
+        flat_k, flat_v = k.view(-1, spec.d_k), v.view(-1, spec.d_v)
+        return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
+
+    def _attend(self, message: Query | Exchange) -> Attended:
         spec, batch = self._layer(message)
+        if isinstance(message, Exchange) and batch.fused:
+            raise ProtocolError(f"an exchange for batch {message.batch}, whose queries need its own keys stored first")
         if not batch.plans:
             raise ProtocolError(f"query for batch {message.batch}, none of whose rows read")
         plan = batch.plans[spec.window]
@@ -160,9 +221,10 @@ class AttentionWorker:
             out, lse = self._kernels.attend(self._pages, plan, spec.kv_layer, message.q, spec.scale, spec.soft_cap)
         except ValueError as error:
             raise ProtocolError(f"query of batch {message.batch}: {error}") from error
+        self.counters.queries += len(message.q)
         return Attended(message.epoch, message.batch, message.layer, out, lse)
 
-    def _layer(self, message: Query | Fresh) -> tuple[LayerSpec, _Batch]:
+    def _layer(self, message: Query | Fresh | Exchange) -> tuple[LayerSpec, _Batch]:
         batch = self._batches.get(message.batch)
         if message.epoch != self._epoch or batch is None:
             raise ProtocolError(

@@ -27,3 +27,7 @@ class PoolExhausted(KVError):
 
 class HolderFault(LaminaError):
     """A holder could not go on with a batch. Nothing of the batch is recorded; it can run again."""
+
+
+class HolderLost(HolderFault):
+    """A holder is gone, and its KV with it: its channel closed, its session ended, or a deadline passed."""

@@ -67,6 +67,10 @@ class KVStore:
         """Pages that no part holds."""
         return self._n_free
 
+    def parts(self) -> tuple[Part, ...]:
+        """All parts, as they are now."""
+        return tuple(self._parts.values())
+
     def part(self, handle: int) -> Part:
         """The part of that handle. Raises KVError where there is none."""
         try:

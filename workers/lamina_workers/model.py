@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.dense import add_rms_norm, rms_norm, split_heads
+from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, split_heads
 from lamina_workers.decoder_weights import DecoderWeights, LayerWeights, TensorSource, load_weights
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.rope import Rotary
@@ -68,6 +68,7 @@ class Decoder:
         self.device = weights.norm.device
         self._weights = weights
         self._rope = Rotary(config.rope, config.head_dim, self.device)
+        self._halves: list[tuple[Linear, Linear]] = []  # the projections to q, and to k and v; where q comes first
 
     @classmethod
     def load(
@@ -80,6 +81,13 @@ class Decoder:
     ) -> Decoder:
         """The decoder of a checkpoint, computing in `dtype` on `device`; see `load_weights` for the rest."""
         return cls(config, load_weights(config, checkpoint, dtype, torch.device(device), progress))
+
+    def compute_query_first(self) -> bool:
+        """From now on compute q before k and v, so that it can leave while they are computed. False: it cannot."""
+        rows = self.config.num_attention_heads * self.config.head_dim
+        halves = [layer.qkv.split(rows) for layer in self._weights.layers]
+        self._halves = [half for half in halves if half is not None]
+        return len(self._halves) == len(halves)
 
     def forward(self, batch: Batch, hidden: torch.Tensor | None = None, first_layer: int = 0) -> Forward:
         """Run `batch` from `first_layer` to the head; returns logits, float32 `[S, vocab_size]`.
@@ -97,8 +105,15 @@ class Decoder:
         for index in range(first_layer, len(layers)):
             layer = layers[index]
             rotation = angles if self.config.rotary[index] else None
-            q, k, v = self._before_attention(layer, hidden, rotation)
-            yield QueryReady(index, q)
+            if self._halves:
+                heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+                normed = rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps)
+                q, _, _ = self._split(layer, self._halves[index][0](normed), heads, 0, rotation)
+                yield QueryReady(index, q)
+                _, k, v = self._split(layer, self._halves[index][1](normed), 0, kv_heads, rotation)
+            else:
+                q, k, v = self._before_attention(layer, hidden, rotation)
+                yield QueryReady(index, q)
             attended = yield KeyValueReady(index, k, v)
             if attended is None:
                 raise ValueError(f"layer {index} needs the attention output sent in answer to KeyValueReady, got None")
@@ -112,9 +127,18 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q `[T, heads, d]`, k and v `[T, kv_heads, d]` from hidden `[T, hidden_size]`."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        eps = self.config.rms_norm_eps
-        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, eps))
-        return split_heads(qkv, heads, kv_heads, rotation, layer.qk_norms, eps)
+        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps))
+        return self._split(layer, qkv, heads, kv_heads, rotation)
+
+    def _split(
+        self,
+        layer: LayerWeights,
+        projected: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return split_heads(projected, heads, kv_heads, rotation, layer.qk_norms, self.config.rms_norm_eps)
 
     def _after_attention(self, layer: LayerWeights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The residual stream that enters the next layer, `[n, hidden_size]` as `hidden`."""

@@ -1,21 +1,23 @@
 """The dense side of the cut: announces a batch to the holders, runs the decoder over it, samples.
 
-Owns the decoder, the resolver and the numbering of batches. Knows nothing of requests, of queues, or of why a row is
-in a batch: whoever plans hands it spans of tokens and the routes of their rows.
+Owns the decoder, the resolver, the ports to the holders, and the numbering of epochs and batches. Knows nothing of
+requests, of queues, or of why a row is in a batch: whoever plans hands it spans of tokens and the routes of their rows.
+Announcing and executing are generators, suspended while they wait for a holder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from lamina_protocols.messages import Announced, Announcement, HolderConfig, Operation, Row
-from lamina_workers.attention_port import AttentionPort, receive
-from lamina_workers.errors import HolderFault
+from lamina_protocols.messages import Announced, Announcement, Fetch, Fetched, Fresh, HolderConfig, Operation, Row
+from lamina_workers.attention_port import AttentionPort, Replies
+from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model import Batch, Decoder
-from lamina_workers.resolver import Resolver, Route, Span
+from lamina_workers.resolver import Resolver, Route, Span, Waiting
 from lamina_workers.sampler import RowSampling, Sampled, sample
 
 
@@ -45,47 +47,153 @@ class Work:
     sampling: tuple[RowSampling, ...]
 
 
+class Move(NamedTuple):
+    """Positions [lo, hi) of part `source` at holder `origin` are to be copied to part `target` at holder `to`."""
+
+    origin: int
+    source: int
+    to: int
+    target: int
+    lo: int
+    hi: int
+
+
 class ModelWorker:
-    """Runs batches over one decoder. One thread, one batch at a time."""
+    """Runs batches over one decoder. One thread; several batches may be under way, each suspended in turn.
+
+    `patience`: seconds that a holder may take for a reply, above what its work is expected to take. `early_query`:
+    have the model compute q before k and v, and send it at once.
+    """
 
     def __init__(
-        self, decoder: Decoder, holder: HolderConfig, ports: Sequence[AttentionPort], threads: int = 1
+        self,
+        decoder: Decoder,
+        holder: HolderConfig,
+        ports: Mapping[int, AttentionPort],
+        threads: int = 1,
+        patience: float = 10.0,
+        early_query: bool = False,
     ) -> None:
         self._decoder = decoder
-        self._ports = tuple(ports)
-        self._resolver = Resolver(holder, self._ports, threads)
+        self._replies = {number: Replies(port) for number, port in ports.items()}
+        early_query = early_query and decoder.compute_query_first()
+        self._resolver = Resolver(holder, threads, early_query, patience)
+        self._layers = len(holder.layers)
+        self._patience = patience
         self._epoch = 1
         self._batch = 0
 
-    def announce(self, shares: Sequence[HolderShare]) -> list[Announced]:
-        """Announce the next batch, one share a holder; every holder's reply, refusals included.
+    def join(self, number: int, port: AttentionPort) -> None:
+        """There is one holder more."""
+        self._replies[number] = Replies(port)
 
-        Raises HolderFault where a holder answers with a fault.
+    def leave(self, number: int) -> None:
+        """A holder is gone, or not wanted any more: let it go."""
+        self._replies.pop(number).port.close()
+
+    def next_epoch(self) -> None:
+        """Whatever is under way is given up: holders drop it, and late replies to it are not heard."""
+        self._epoch += 1
+
+    def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
+        """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
+
+        Raises HolderFault where a holder answers with a fault, HolderLost where it is gone.
         """
         self._batch += 1
-        for port, share in zip(self._ports, shares, strict=True):
-            port.send(Announcement(self._epoch, self._batch, share.first, share.operations, share.rows))
-        replies, faults = [], []
-        for port in self._ports:  # all are heard before one is blamed
+        batch = self._batch
+        answers: dict[int, Announced] = {}
+        faults: dict[int, HolderFault] = {}
+        told = []
+        for number, share in shares.items():
+            self._replies[number].expect(self._epoch, batch)
             try:
-                replies.append(receive(port, Announced, self._epoch, self._batch))
+                self._send(number, Announcement(self._epoch, batch, share.first, share.operations, share.rows))
+                told.append(number)
             except HolderFault as fault:
-                faults.append(fault)
+                faults[number] = fault
+        for number in told:  # all are heard before one is blamed
+            try:
+                answers[number] = yield from self._answer(number, batch)
+            except HolderFault as fault:
+                faults[number] = fault
         if faults:
-            raise faults[0]
-        return replies
+            self._forget(batch, shares)
+            worst = max(faults, key=lambda number: isinstance(faults[number], HolderLost))
+            for number in faults.keys() - {worst}:  # what tells of lost keys must not go unheard
+                self._replies[number].unheard = str(faults[number])
+            raise faults[worst]
+        if not any(share.routes for share in shares.values()) or not all(reply.accepted for reply in answers.values()):
+            self._forget(batch, shares)
+        return batch, answers
+
+    def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
+        """As `announce`, waiting for the answers."""
+        announcing = self.announce(shares)
+        while True:
+            try:
+                next(announcing)
+            except StopIteration as stop:
+                answered: tuple[int, dict[int, Announced]] = stop.value
+                return answered
 
     @torch.inference_mode()
-    def execute(self, work: Work, shares: Sequence[HolderShare]) -> Sampled:
-        """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done."""
-        logits = self._resolver.run(
-            self._decoder.forward(self._to_device(work)),
-            self._epoch,
-            self._batch,
-            work.spans,
-            [share.routes for share in shares],
-        )
+    def execute(
+        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+    ) -> Generator[Waiting, None, Sampled]:
+        """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done.
+
+        It is suspended while it waits, unless told that there is nothing else to go on with.
+        """
+        routes = {self._replies[number]: share.routes for number, share in shares.items()}
+        try:
+            forward = self._decoder.forward(self._to_device(work))
+            logits = yield from self._resolver.run(forward, self._epoch, batch, work.spans, routes, suspends)
+        finally:
+            self._forget(batch, shares)
         return sample(logits, work.sampling)
+
+    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
+        """Copy KV between holders. `shares` open the parts and announce rows that store what is moved, in this order
+        at each target. Blocks until all is sent. Returns whether every target had room; where one has not, nothing
+        counts as done."""
+        batch, answers = self.announce_now(shares)
+        if not all(reply.accepted for reply in answers.values()):
+            return False
+        origins = {move.origin for move in moves}
+        for number in origins:
+            self._replies[number].expect(self._epoch, batch)
+        for layer in range(self._layers):
+            arrived: dict[int, list[Fetched]] = {}
+            for move in moves:
+                self._send(move.origin, Fetch(self._epoch, batch, layer, move.source, move.lo, move.hi))
+                arrived.setdefault(move.to, []).append(
+                    self._replies[move.origin].take(Fetched, batch, layer, self._patience)
+                )
+            for number, pieces in arrived.items():
+                k, v = torch.cat([piece.k for piece in pieces]), torch.cat([piece.v for piece in pieces])
+                self._send(number, Fresh(self._epoch, batch, layer, k, v))
+        for number in origins:
+            self._replies[number].forget(batch)
+        return True
+
+    def lost(self) -> list[int]:
+        """The holders whose ports have closed."""
+        return [number for number, replies in self._replies.items() if replies.port.closed]
+
+    def _send(self, number: int, message: Announcement | Fetch | Fresh) -> None:
+        self._replies[number].port.send(message)
+
+    def _answer(self, number: int, batch: int) -> Generator[Waiting, None, Announced]:
+        replies = self._replies[number]
+        if not replies.ready(batch):
+            yield Waiting(replies, batch)
+        return replies.take(Announced, batch, timeout=self._patience)
+
+    def _forget(self, batch: int, shares: Mapping[int, HolderShare]) -> None:
+        for number in shares:
+            if number in self._replies:
+                self._replies[number].forget(batch)
 
     def _to_device(self, work: Work) -> Batch:
         device = self._decoder.device

@@ -1,14 +1,16 @@
 """Between the model and the holders: q, k, v of a layer in, attention output out.
 
 The model worker computes the *present* (a batch's own tokens, causal inside each row), holders compute the *past*
-(keys below a row's start), and the partials merge. A holder in this process may be asked to fuse the two. Knows the
-messages and the ports; knows nothing of the decoder's weights, of scheduling, or of what a holder does.
+(keys below a row's start), and the partials merge. A holder in this process may be asked to fuse the two. Where a
+reply is not there yet the run is suspended, so that one thread can drive several. Knows the messages and the ports;
+knows nothing of the decoder's weights, of scheduling, or of what a holder does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,10 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels.pages import Pages, Rows
-from lamina_kernels.partial import Partial, empty, merge
+from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import kernels
-from lamina_protocols.messages import Attended, Fresh, HolderConfig, LayerSpec, Query, Row
-from lamina_workers.attention_port import AttentionPort, receive
+from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, LayerSpec, Query, Row
+from lamina_workers.attention_port import Replies
 from lamina_workers.errors import HolderFault
 from lamina_workers.layout import page_layout
 from lamina_workers.model import Forward, KeyValueReady, QueryReady
@@ -45,115 +47,192 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class _Exchange:
-    """Which vectors of a layer go to one holder: indices into the flat q and k, None for all in order."""
+class Waiting:
+    """Why a run is suspended: a reply of `replies` to `batch` is not there yet. It may be resumed anyway, and waits."""
 
-    port: AttentionPort
+    replies: Replies
+    batch: int
+
+    def over(self) -> bool:
+        """Whether the run would go on at once."""
+        return self.replies.ready(self.batch)
+
+
+Suspended = Generator[Waiting, None, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Traffic:
+    """What a layer of a batch exchanges with one holder. `queries` and `fresh` are indices into the flat q and k, None
+    for all in order. Where it has several parts of one sequence a vector is asked, and answered, more than once:
+    `rounds` cuts the answer so that no vector is twice in a piece. `timeout`: seconds after which a missing answer
+    means that the holder is gone."""
+
+    replies: Replies
     reads: bool
     stores: bool
     fused: bool
     queries: torch.Tensor | None
+    rounds: tuple[slice, ...]
     fresh: torch.Tensor | None
+    timeout: float
+
+    def pieces(self, past: Partial) -> Iterator[tuple[Partial, torch.Tensor | None]]:
+        """The answer in pieces, each with the indices of its vectors, which are all different."""
+        if len(self.rounds) == 1 or self.queries is None:
+            yield past, self.queries
+            return
+        for at in self.rounds:
+            yield Partial(past.out[at], past.lse[at]), self.queries[at]
+
+    def send_query(self, epoch: int, batch: int, layer: int, q: torch.Tensor) -> None:
+        self.replies.port.send(Query(epoch, batch, layer, _pick(q, self.queries)))
+
+    def send_fresh(self, epoch: int, batch: int, layer: int, kv: KeyValueReady) -> None:
+        self.replies.port.send(Fresh(epoch, batch, layer, _pick(kv.k, self.fresh), _pick(kv.v, self.fresh)))
+
+    def send_both(self, epoch: int, batch: int, layer: int, q: torch.Tensor, kv: KeyValueReady) -> None:
+        k, v = _pick(kv.k, self.fresh), _pick(kv.v, self.fresh)
+        self.replies.port.send(Exchange(epoch, batch, layer, _pick(q, self.queries), k, v))
 
 
 class Resolver:
-    """Answers a forward pass. One thread, one batch at a time."""
+    """Answers forward passes. One thread; each batch has a run of its own.
 
-    def __init__(self, config: HolderConfig, ports: Sequence[AttentionPort], threads: int = 1) -> None:
+    `early_query`: the model computes q before k and v, so q is sent alone and the past is attended meanwhile.
+    `patience`: seconds that a holder may take for an answer, above what its work is expected to take.
+    """
+
+    def __init__(
+        self, config: HolderConfig, threads: int = 1, early_query: bool = False, patience: float = 10.0
+    ) -> None:
+        self._config = config
         self._layers = config.layers
-        self._ports = tuple(ports)
-        self._present = _Present(config, threads)
+        self._threads = threads
+        self._early_query = early_query
+        self._patience = patience
+        self._kernels = kernels(torch.device("cpu"))
+        self._idle_presents: list[_Present] = []  # pages to use again, one set for each run at a time
 
     def run(
-        self, forward: Forward, epoch: int, batch: int, spans: Sequence[Span], routes: Sequence[Sequence[Route]]
-    ) -> torch.Tensor:
-        """Drive `forward` to its end and return what it returns. `routes` holds one list per port.
+        self,
+        forward: Forward,
+        epoch: int,
+        batch: int,
+        spans: Sequence[Span],
+        routes: Mapping[Replies, Sequence[Route]],
+        suspends: bool = True,
+    ) -> Suspended:
+        """Drive `forward` to its end and return what it returns. `routes` has those of each holder concerned.
 
-        Raises HolderFault where a holder answers with a fault; the batch can then run again from the start.
+        Without `suspends` it waits for replies itself: there is nothing else to go on with, and asking takes time.
+
+        Raises HolderFault where a holder answers with a fault; the batch can then run again from the start. Closing
+        the generator leaves replies behind, which whoever called must have forgotten.
         """
-        spec = self._layers[0]
-        exchanges = [
-            _exchange(port, spec, spans, routed) for port, routed in zip(self._ports, routes, strict=True) if routed
-        ]
-        if not all(exchange.fused for exchange in exchanges):
-            self._present.begin(spans)
+        traffic = [self._traffic(replies, spans, routed) for replies, routed in routes.items() if routed]
+        fused = {route.source for routed in routes.values() for route in routed if route.row.fused}
+        present = self._idle_presents.pop() if self._idle_presents else _Present(self._config, self._threads)
         try:
+            present.begin(spans, [source for source in range(len(spans)) if source not in fused])
             event = next(forward)
             while True:
                 if not isinstance(event, QueryReady):
                     raise TypeError(f"the model yields QueryReady first in each layer, got {type(event).__name__}")
                 layer, q = event.layer, event.q
-                for exchange in exchanges:
-                    if not exchange.fused:  # the past can be attended while k and v are still being computed
-                        _send_query(exchange, epoch, batch, layer, q)
+                if self._early_query:
+                    for holder in traffic:
+                        if holder.reads and not holder.fused:
+                            holder.send_query(epoch, batch, layer, q)
                 event = forward.send(None)
                 if not isinstance(event, KeyValueReady):
                     raise TypeError(f"the model yields KeyValueReady after QueryReady, got {type(event).__name__}")
-                attended = self._attend(exchanges, epoch, batch, layer, q, event)
+                attended = yield from self._attend(traffic, present, epoch, batch, layer, q, event, suspends)
                 event = forward.send(attended)
         except StopIteration as stop:
             logits: torch.Tensor = stop.value
             return logits
+        finally:
+            self._idle_presents.append(present)
 
     def _attend(
-        self, exchanges: Sequence[_Exchange], epoch: int, batch: int, layer: int, q: torch.Tensor, kv: KeyValueReady
-    ) -> torch.Tensor:
+        self,
+        traffic: Sequence[_Traffic],
+        present: _Present,
+        epoch: int,
+        batch: int,
+        layer: int,
+        q: torch.Tensor,
+        kv: KeyValueReady,
+        suspends: bool,
+    ) -> Suspended:
         """[T, heads * d_v]: the present merged with every holder's partial."""
         spec = self._layers[layer]
-        for exchange in exchanges:
-            if exchange.stores:
-                k, v = _pick(kv.k, exchange.fresh), _pick(kv.v, exchange.fresh)
-                exchange.port.send(Fresh(epoch, batch, layer, k, v))
-            if exchange.fused:
-                _send_query(exchange, epoch, batch, layer, q)
-        partial: Partial | None = None
-        if not all(exchange.fused for exchange in exchanges):
-            partial = self._present.attend(spec, q, kv.k, kv.v)
-        for exchange in exchanges:
-            if exchange.reads:
-                reply = receive(exchange.port, Attended, epoch, batch, layer)
-                past = Partial(reply.out, reply.lse)
-                partial = _merged(partial, past, exchange.queries, len(q) * spec.heads)
-        if partial is None:
+        for holder in traffic:
+            if holder.fused or self._early_query or not (holder.reads and holder.stores):
+                if holder.stores:
+                    holder.send_fresh(epoch, batch, layer, kv)
+                if holder.reads and (holder.fused or not self._early_query):
+                    holder.send_query(epoch, batch, layer, q)
+            else:
+                holder.send_both(epoch, batch, layer, q, kv)
+        whole = present.attend(spec, q, kv.k, kv.v)
+        for holder in traffic:
+            if not holder.reads:
+                continue
+            if suspends and not holder.replies.ready(batch):
+                yield Waiting(holder.replies, batch)
+            reply = holder.replies.take(Attended, batch, layer, holder.timeout)
+            past = Partial(reply.out, reply.lse)
+            if whole is None:
+                if holder.queries is None and past.out.shape == (len(q) * spec.heads, spec.d_v):
+                    whole = past
+                    continue
+                whole = empty(len(q) * spec.heads, spec.d_v, q.dtype, torch.device("cpu"))
+            try:
+                for piece, index in holder.pieces(past):
+                    self._kernels.merge_into(whole, piece, index)
+            except ValueError as error:
+                raise HolderFault(f"{holder.replies.port.name}: {error}") from error
+        if whole is None:
             raise HolderFault(f"nobody attends layer {layer}: no holder fuses and no present was computed")
-        return partial.out.view(len(q), -1).to(q.device)
+        return whole.out.view(len(q), -1).to(q.device)
+
+    def _traffic(self, replies: Replies, spans: Sequence[Span], routes: Sequence[Route]) -> _Traffic:
+        spec = self._layers[0]
+        first = np.cumsum([0, *(span.count for span in spans)])
+        queries, fresh, pairs = [], [], 0
+        cuts, asked, in_round = [0], 0, set[int]()
+        for route in routes:
+            start, source, row = spans[route.source].start, int(first[route.source]), route.row
+            if row.read is not None:
+                if route.source in in_round:
+                    cuts.append(asked)
+                    in_round.clear()
+                in_round.add(route.source)
+                asked += row.count * len(route.heads) * spec.group
+                heads = np.concatenate([np.arange(h * spec.group, (h + 1) * spec.group) for h in route.heads])
+                queries.append(_vectors(source, source + row.count, heads, spec.heads))
+                pairs += (row.read[1] - row.read[0]) * len(heads) * row.count
+            lo, hi = route.stored
+            if lo < hi:
+                heads = np.array(route.heads)
+                fresh.append(_vectors(source + lo - start, source + hi - start, heads, spec.kv_heads))
+        tokens = int(first[-1])
+        return _Traffic(
+            replies=replies,
+            reads=bool(queries),
+            stores=bool(fresh),
+            fused=any(route.row.fused for route in routes),
+            queries=_index(queries, tokens * spec.heads),
+            rounds=tuple(slice(lo, hi) for lo, hi in pairwise([*cuts, asked])),
+            fresh=_index(fresh, tokens * spec.kv_heads),
+            timeout=self._patience + pairs * (spec.d_k + spec.d_v) / _SLOWEST,
+        )
 
 
-def _send_query(exchange: _Exchange, epoch: int, batch: int, layer: int, q: torch.Tensor) -> None:
-    if exchange.reads:
-        exchange.port.send(Query(epoch, batch, layer, _pick(q, exchange.queries)))
-
-
-def _merged(partial: Partial | None, past: Partial, index: torch.Tensor | None, total: int) -> Partial:
-    """`past` merged into `partial`, whose `total` vectors it covers whole, or at `index` only."""
-    if index is None:
-        return past if partial is None else merge((partial, past))
-    whole = partial or empty(total, past.out.shape[-1], past.out.dtype, past.out.device)
-    whole.out[index], whole.lse[index] = merge((Partial(whole.out[index], whole.lse[index]), past))
-    return whole
-
-
-def _exchange(port: AttentionPort, spec: LayerSpec, spans: Sequence[Span], routes: Sequence[Route]) -> _Exchange:
-    first = np.cumsum([0, *(span.count for span in spans)])
-    queries, fresh = [], []
-    for route in routes:
-        start, source, row = spans[route.source].start, int(first[route.source]), route.row
-        if row.read is not None:
-            heads = np.concatenate([np.arange(h * spec.group, (h + 1) * spec.group) for h in route.heads])
-            queries.append(_vectors(source, source + row.count, heads, spec.heads))
-        lo, hi = route.stored
-        if lo < hi:
-            heads = np.array(route.heads)
-            fresh.append(_vectors(source + lo - start, source + hi - start, heads, spec.kv_heads))
-    tokens = int(first[-1])
-    return _Exchange(
-        port=port,
-        reads=bool(queries),
-        stores=bool(fresh),
-        fused=any(route.row.fused for route in routes),
-        queries=_index(queries, tokens * spec.heads),
-        fresh=_index(fresh, tokens * spec.kv_heads),
-    )
+_FEW_VECTORS = 4096  # query vectors of a batch's own tokens that one thread attends
+_SLOWEST = 1e8  # multiplications and additions a second of attention that any holder is trusted to do
 
 
 def _vectors(first: int, end: int, heads: npt.NDArray[np.int64], of: int) -> npt.NDArray[np.int64]:
@@ -178,7 +257,8 @@ def _pick(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
 class _Present:
     """Attention of a batch's own tokens, causal inside each span, over pages that live for one layer.
 
-    They have the holders' layout, so k and v are rounded to the cache's dtype here as they are there.
+    They have the holders' layout, so k and v are rounded to the cache's dtype here as they are there. Spans that a
+    fused holder attends are left out.
     """
 
     def __init__(self, config: HolderConfig, threads: int) -> None:
@@ -187,32 +267,58 @@ class _Present:
         self._kernels = kernels(torch.device("cpu"))
         self._pages = Pages.allocate(page_layout(config), 1)
         self._slots: Any = None
-        self._plans: dict[int | None, Any] = {}
+        self._plans: dict[int | None, Any] = {}  # by window; empty where no span was chosen
+        self._queries: torch.Tensor | None = None  # which vectors of the flat q they are, None: all
+        self._fresh: torch.Tensor | None = None  # and of the flat k and v
+        self._tokens = 0
 
-    def begin(self, spans: Sequence[Span]) -> None:
-        """Lay out the pages of a batch and plan its attention, once for all layers."""
+    def begin(self, spans: Sequence[Span], chosen: Sequence[int]) -> None:
+        """Lay out the pages of the chosen spans of a batch and plan their attention, once for all layers."""
         spec, size = self._layers[0], self._pages.layout.page_size
-        tables, slots, used = [], [], 0
-        for span in spans:
-            pages = -(-span.count // size)
+        first = np.cumsum([0, *(span.count for span in spans)])
+        self._tokens = int(first[-1])
+        self._plans = {}
+        if not chosen:
+            return
+        tables, slots, vectors, fresh, used = [], [], [], [], 0
+        every_head, every_kv_head = np.arange(spec.heads), np.arange(spec.kv_heads)
+        for at in chosen:
+            count, source = spans[at].count, int(first[at])
+            pages = -(-count // size)
             table = np.arange(used, used + spec.kv_heads * pages, dtype=np.int32).reshape(1, spec.kv_heads, pages)
-            page, offset = np.divmod(np.arange(span.count), size)
+            page, offset = np.divmod(np.arange(count), size)
             slots.append((table[0, :, page].astype(np.int64) * size + offset[:, None]).reshape(-1))
             tables.append(table)
+            vectors.append(_vectors(source, source + count, every_head, spec.heads))
+            fresh.append(_vectors(source, source + count, every_kv_head, spec.kv_heads))
             used += table.size
         if used > self._pages.n_pages:
             self._pages = Pages.allocate(self._pages.layout, used)
+        self._queries = _index(vectors, self._tokens * spec.heads)
+        self._fresh = _index(fresh, self._tokens * spec.kv_heads)
         self._slots = self._kernels.plan_append(self._pages, torch.from_numpy(np.concatenate(slots)[None]))
-        starts, counts = (np.array([getattr(span, name) for span in spans]) for name in ("start", "count"))
-        vectors = counts * spec.heads
-        heads, group = np.full(len(spans), spec.kv_heads), np.full(len(spans), spec.group)
-        rows = Rows(np.cumsum(vectors) - vectors, counts, starts, heads, group, starts, starts + counts, starts, tables)
+        starts, counts = (np.array([getattr(spans[at], name) for at in chosen]) for name in ("start", "count"))
+        sizes = counts * spec.heads
+        heads, group = np.full(len(chosen), spec.kv_heads), np.full(len(chosen), spec.group)
+        rows = Rows(np.cumsum(sizes) - sizes, counts, starts, heads, group, starts, starts + counts, starts, tables)
+        # The holders are attending the past meanwhile, perhaps on these cores: a few tokens are not worth a team.
+        threads = self._threads if sizes.sum() > _FEW_VECTORS else 1
         self._plans = {
-            window: self._kernels.plan(self._pages, rows, window, self._threads)
+            window: self._kernels.plan(self._pages, rows, window, threads)
             for window in {layer.window for layer in self._layers}
         }
 
-    def attend(self, spec: LayerSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial:
-        """q `[T, heads, d_k]`, k `[T, kv_heads, d_k]`, v `[T, kv_heads, d_v]` of one layer, all spans."""
-        self._kernels.append(self._pages, self._slots, 0, _pick(k, None), _pick(v, None))
-        return self._kernels.attend(self._pages, self._plans[spec.window], 0, _pick(q, None), spec.scale, spec.soft_cap)
+    def attend(self, spec: LayerSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial | None:
+        """q `[T, heads, d_k]`, k `[T, kv_heads, d_k]`, v `[T, kv_heads, d_v]` of one layer, all spans. Vectors of
+        spans that were not chosen come back empty; None where none was."""
+        if not self._plans:
+            return None
+        self._kernels.append(self._pages, self._slots, 0, _pick(k, self._fresh), _pick(v, self._fresh))
+        out, lse = self._kernels.attend(
+            self._pages, self._plans[spec.window], 0, _pick(q, self._queries), spec.scale, spec.soft_cap
+        )
+        if self._queries is None:
+            return Partial(out, lse)
+        whole = empty(self._tokens * spec.heads, spec.d_v, out.dtype, out.device)
+        self._kernels.merge_into(whole, Partial(out, lse), self._queries)
+        return whole

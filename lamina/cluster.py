@@ -1,0 +1,173 @@
+"""The edge to Ray: the package, the connection to a cluster, what its nodes have, and which Lamina they run.
+
+The only file that imports ray, and only once a cluster is wanted. Knows nodes and resources; knows no model, no engine
+and no worker.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+from lamina.errors import EngineError, InvalidRequest
+
+NAMESPACE = "lamina"
+MODEL, ATTENTION = "lamina_model", "lamina_attention"  # resources that `ray start --resources` gives a node
+TIMEOUT = 60.0  # seconds for anything that Ray should do at once, the start of a process included
+
+_UNPRINTED = "RAY_DEDUP_LOGS_SKIP_REGEX"
+_OLDEST_RAY = (2, 54)
+_JOINING = 10.0  # seconds in which nodes may still join, and an engine before this one may still end
+_REACHING = 5.0  # seconds until a head that does not answer counts as absent
+_POLL = 0.5  # seconds
+
+
+def ray_module() -> Any:
+    """The ray package. Raises EngineError where there is none, or an old one."""
+    if "ray" not in sys.modules:
+        with _quiet_import():
+            _import_ray()
+    ray = _import_ray()
+    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < _OLDEST_RAY:
+        raise EngineError(f"a cluster needs ray 2.54 or newer; installed is {ray.__version__}")
+    return ray
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise EngineError("a cluster needs ray 2.54 or newer, and there is none: pip install 'ray>=2.54'") from error
+    return ray
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Ray prints news of dead workers on stdout, where answers go; it is told once, at its import, what to leave out.
+
+    Those of our workers come through the logger "lamina". A program that has imported ray itself has its own way.
+    """
+    before = os.environ.get(_UNPRINTED)
+    os.environ.setdefault(_UNPRINTED, ".")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_UNPRINTED]
+
+
+@contextmanager
+def connection(address: str) -> Iterator[Any]:
+    """The ray package, connected to the cluster at `address`, "auto" for the one of this host.
+
+    A program that is connected already stays so, else the connection ends with the block.
+    """
+    ray = ray_module()
+    own = connect(address)
+    try:
+        yield ray
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def connect(address: str) -> bool:
+    """Connect this process to the cluster; whether it was not before. Raises InvalidRequest or EngineError."""
+    ray = ray_module()
+    host, _, port = address.rpartition(":")
+    if address != "auto" and (not host or not port.isdecimal() or "/" in host):
+        raise InvalidRequest(f'cluster is {address!r:.80}; allowed are "auto" and the "host:port" of a Ray head')
+    if ray.is_initialized():
+        return False
+    try:
+        if address != "auto":
+            _check_reachable(host.strip("[]"), int(port))
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EngineError(
+            f"no Ray cluster at {address!r}: {error}. One is started with `ray start --head "
+            f"""--resources='{{"{MODEL}": 1}}'`, and joined with `ray start --address=HEAD:6379 """
+            f"""--resources='{{"{ATTENTION}": 1}}'`"""
+        ) from error
+    return True
+
+
+def _check_reachable(host: str, port: int) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    probe = http.client.HTTPConnection(host, port, timeout=_REACHING)
+    try:
+        probe.connect()  # a plain TCP connection; nothing is sent
+    finally:
+        probe.close()
+
+
+def require(wanted: Mapping[str, int], seconds: float = _JOINING) -> None:
+    """Wait until the cluster has so much of each resource free. Raises EngineError after `seconds`, naming what is
+    missing; also where a node that has one of them runs another version of Lamina than this process."""
+    ray = ray_module()
+    deadline = time.monotonic() + seconds
+    while short := [name for name, count in wanted.items() if ray.available_resources().get(name, 0) < count]:
+        if time.monotonic() >= deadline:
+            raise EngineError(_shortage(short[0], wanted[short[0]]))
+        time.sleep(_POLL)
+    compare_versions(metadata.version("lamina"), _versions(wanted))
+
+
+def _shortage(name: str, count: int) -> str:
+    ray = ray_module()
+    there = ray.cluster_resources().get(name, 0)
+    free = ray.available_resources().get(name, 0)
+    used = f", {there - free:g} of them in use" if free < there else ""
+    return (
+        f"the cluster has {there:g} {name}{used}; asked for are {count}. A node that joins brings one: "
+        f"""`ray start --address=HEAD:6379 --resources='{{"{name}": 1}}'`"""
+    )
+
+
+def compare_versions(here: str, there: Mapping[str, str | None]) -> None:
+    """Raise EngineError where a node has another version of Lamina, or none."""
+    for node, version in there.items():
+        if version != here:
+            found = f"Lamina {version}" if version else "no Lamina"
+            raise EngineError(f"node {node} has {found}; this process has Lamina {here}. All must have the same")
+
+
+def _versions(resources: Mapping[str, int]) -> dict[str, str | None]:
+    """The version of Lamina on each node that has one of the resources, by the node's address."""
+    ray = ray_module()
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def installed() -> str | None:  # sent by value: it must run where there is no Lamina, or another one
+        from importlib import metadata
+
+        try:
+            return metadata.version("lamina")
+        except metadata.PackageNotFoundError:
+            return None
+
+    task = ray.remote(num_cpus=0, max_retries=0)(installed)
+    asked = {
+        node["NodeManagerAddress"]: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in ray.nodes()
+        if node["Alive"] and any(node["Resources"].get(name) for name in resources)
+    }
+    try:
+        return dict(zip(asked, ray.get(list(asked.values()), timeout=TIMEOUT), strict=True))
+    except RayError as error:
+        raise EngineError(f"cannot ask the nodes {', '.join(asked)} for their versions: {error}") from error
+
+
+def explain(error: Exception) -> str:
+    """What happened, in a line: Ray's errors go on for a page, and those of a call hold what it raised."""
+    cause = getattr(error, "cause", None)
+    return f"{type(cause).__name__}: {cause}" if cause is not None else str(error).strip().partition("\n")[0]

@@ -1,0 +1,61 @@
+"""How a sequence is cut over holders of unlike memory: by KV head, by range, or both. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from lamina.errors import EngineError
+from lamina.shares import Layout, Share
+
+SHARDS = ("heads", "sequence", "heads+sequence")
+
+
+def layout(shard: str, holders: Sequence[tuple[int, int]], heads: int, length: int, page_size: int, end: int) -> Layout:
+    """Shares of `heads` KV heads and positions [0, end) for the holders, given as (number, weight), in their order.
+
+    Ranges are cut so that a sequence of `length` tokens is spread by weight, whole pages each; what lies beyond goes
+    to the last. A holder whose part would be empty has none. No holders: nothing.
+    """
+    if shard not in SHARDS:
+        raise EngineError(f"shard is {shard!r}, allowed: {', '.join(SHARDS)}")
+    if not holders:
+        return ()
+    every = tuple(range(heads))
+    if shard == "sequence":
+        return _by_range(holders, every, length, page_size, end)
+    if shard == "heads":
+        groups = [[holder] for holder in holders]
+    else:
+        columns = max(1, min(heads, round(len(holders) ** 0.5)))
+        groups = [list(holders[column::columns]) for column in range(columns)]
+    counts = apportion(heads, [sum(weight for _, weight in group) for group in groups])
+    shares: list[Share] = []
+    for group, (first, last) in zip(groups, pairwise(accumulate(counts, initial=0)), strict=True):
+        if first < last:
+            shares += _by_range(group, every[first:last], length, page_size, end)
+    return tuple(shares)
+
+
+def _by_range(
+    holders: Sequence[tuple[int, int]], heads: tuple[int, ...], length: int, page_size: int, end: int
+) -> Layout:
+    counts = apportion(-(-length // page_size), [weight for _, weight in holders])
+    cuts = [min(end, pages * page_size) for pages in accumulate(counts, initial=0)]
+    used = [(number, lo, hi) for (number, _), (lo, hi) in zip(holders, pairwise(cuts), strict=True) if lo < hi]
+    return tuple(
+        Share(number, heads, lo, end if at == len(used) - 1 else hi) for at, (number, lo, hi) in enumerate(used)
+    )
+
+
+def apportion(total: int, weights: Sequence[int]) -> list[int]:
+    """`total` things cut by weight into whole numbers (largest remainders; the first of equals has precedence)."""
+    whole = sum(weights)
+    if whole <= 0:
+        raise EngineError(f"weights {list(weights)} have no sum to share by")
+    exact = [total * weight / whole for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda at: counts[at] - exact[at])
+    for at in by_remainder[: total - sum(counts)]:
+        counts[at] += 1
+    return counts

@@ -1,0 +1,115 @@
+"""Has what a lost holder kept of sequences computed again, by others, and no more than that. Pure.
+
+Each sequence that can be rebuilt in part gets substitutes for its lost shares; its next rows compute the missing
+positions again, and only the substitutes store them. Of sequences that begin alike the first is computed, and the
+others' shares are forked off it, as they were shared before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lamina.ledger import Ledger
+from lamina.prefix_tree import common_length
+from lamina.request import Rebuild, SchedulerConfig, Sequence
+from lamina.shares import Layout, Layouts, Pages, Share
+
+
+class Rebuilder:
+    """Decides who takes over, and when a sequence's next row can be planned. Tells the ledger."""
+
+    def __init__(self, config: SchedulerConfig, layouts: Layouts, ledger: Ledger) -> None:
+        self._config = config
+        self._layouts = layouts
+        self._ledger = ledger
+
+    def begin(self, sequence: Sequence, holder: int, spare: Pages, earlier: Iterable[Sequence]) -> Pages | None:
+        """Have the idle `sequence`'s shares at the lost `holder` taken over, by who has `spare` pages for it.
+
+        `earlier` are sequences whose rebuild has begun. Returns the pages that it takes; None where nobody has them,
+        or where what the others keep is not enough to compute the lost from.
+        """
+        if sequence.handle is None:
+            return None
+        self._wait_no_more(sequence)
+        lost = tuple(share for share in sequence.layout if share.holder == holder)
+        if sequence.floor > min(share.lo for share in lost) > 0 or len(lost) == len(sequence.layout):
+            return None
+        if sequence.floor and not self._layouts.reads_locally(sequence.computed):  # survivors have let go of too much
+            return None
+        source, length = self._source(sequence, lost, earlier)
+        substitutes = self._substitutes(sequence, lost, spare, source, length)
+        if substitutes is None:
+            return None
+        sequence.layout = (*(share for share in sequence.layout if share.holder != holder), *substitutes)
+        self._miss(sequence, substitutes)
+        if source is not None and sequence.rebuild is not None:
+            sequence.rebuild.source, sequence.rebuild.source_handle = source, source.handle
+            sequence.rebuild.length, sequence.rebuild.lost = length, holder
+        else:
+            self._ledger.replace(sequence.handle, holder, substitutes)
+        return self._config.pages_for(substitutes, len(sequence.tokens), length)
+
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether the next row can be planned: not while it waits for another's to be rebuilt first."""
+        rebuild = sequence.rebuild
+        if rebuild is None or rebuild.source is None or sequence.handle is None:
+            return True
+        source = rebuild.source
+        if source.handle is None or source.handle != rebuild.source_handle or rebuild.missing[0] not in source.layout:
+            self._wait_no_more(sequence)
+            return True
+        if source.rebuild is not None and source.rebuild.at < rebuild.length:
+            return False
+        self._ledger.replace(sequence.handle, rebuild.lost, rebuild.missing, source.handle, rebuild.length)
+        source.shared, sequence.shared = (max(known.shared, rebuild.length) for known in (source, sequence))
+        rebuild.source = None
+        rebuild.at = rebuild.planned = rebuild.length
+        if rebuild.at >= rebuild.end:
+            sequence.rebuild = None
+        return True
+
+    def _wait_no_more(self, sequence: Sequence) -> None:
+        rebuild = sequence.rebuild
+        if rebuild is not None and rebuild.source is not None and sequence.handle is not None:
+            rebuild.source = None
+            self._ledger.replace(sequence.handle, rebuild.lost, rebuild.missing)
+
+    def _source(self, sequence: Sequence, lost: Layout, earlier: Iterable[Sequence]) -> tuple[Sequence | None, int]:
+        """Off whom the lost share can be forked, and how many tokens of it; whole pages."""
+        best, most = None, 0
+        if len(lost) > 1 or sequence.rebuild is not None or not self._config.unbounded:
+            return best, most
+        (share,) = lost
+        for other in earlier:
+            rebuild = other.rebuild
+            if rebuild is None or rebuild.source is not None or len(rebuild.missing) > 1:
+                continue
+            there = rebuild.missing[0]
+            if (there.heads, there.lo, there.hi) != (share.heads, share.lo, share.hi):
+                continue
+            same = common_length(tuple(other.tokens[: rebuild.end]), tuple(sequence.tokens[: sequence.computed]))
+            same -= same % self._config.page_size
+            if same > max(share.lo, most):
+                best, most = other, same
+        return best, most
+
+    def _substitutes(
+        self, sequence: Sequence, lost: Layout, spare: Pages, source: Sequence | None, length: int
+    ) -> Layout | None:
+        if source is not None and source.rebuild is not None:
+            taken: list[Share] = list(source.rebuild.missing)
+        else:
+            found = [self._layouts.substitute(share, spare) for share in lost]
+            taken = [share for share in found if share is not None]
+        needed = self._config.pages_for(tuple(taken), len(sequence.tokens), length)
+        return tuple(taken) if len(taken) == len(lost) and spare.covers(needed) else None
+
+    def _miss(self, sequence: Sequence, substitutes: Layout) -> None:
+        """The substitutes are to be computed, and what was missing before."""
+        missing = substitutes
+        if sequence.rebuild is not None:
+            missing = (*(share for share in sequence.rebuild.missing if share in sequence.layout), *substitutes)
+        at = min(share.lo for share in missing)
+        end = min(sequence.computed, max(share.hi for share in missing))
+        sequence.rebuild = Rebuild(missing, at, end, at) if at < end else None

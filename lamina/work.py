@@ -1,0 +1,50 @@
+"""From a plan to what the model worker computes: tokens, positions, and how each row samples. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lamina.request import Plan, Sequence
+from lamina.ticket import Ticket
+from lamina_workers.model_worker import Work
+from lamina_workers.resolver import Span
+from lamina_workers.sampler import RowSampling, TokenHistory
+
+
+def work(plan: Plan, tickets: Mapping[Sequence, Ticket], histories: Mapping[Sequence, TokenHistory]) -> Work:
+    """The tokens of a plan's rows. `tickets` has one for each row's sequence, `histories` those that penalties need."""
+    token_ids: list[int] = []
+    rope_lengths: list[int] = []
+    sampled, sampling = [], []
+    for row in plan.rows:
+        tokens, end = row.sequence.tokens, row.start + row.count
+        token_ids += tokens[row.start : end]
+        prompt = len(row.sequence.request.prompt)
+        rope_lengths += [max(prompt, position + 1) for position in range(row.start, end)]
+        if row.sample:
+            sampled.append(len(token_ids) - 1)
+            sampling.append(_sampling(row.sequence, tickets[row.sequence], histories.get(row.sequence)))
+    spans = tuple(Span(row.start, row.count) for row in plan.rows)
+    return Work(spans, token_ids, rope_lengths, tuple(sampled), tuple(sampling))
+
+
+def _sampling(sequence: Sequence, ticket: Ticket, history: TokenHistory | None) -> RowSampling:
+    params = ticket.params
+    position = len(sequence.tokens) - len(ticket.request.prompt)
+    stops = ticket.request.stop_token_ids
+    return RowSampling(
+        temperature=params.temperature or 0.0,
+        top_p=params.top_p or 1.0,
+        top_k=max(0, params.top_k or 0),
+        min_p=params.min_p or 0.0,
+        repetition_penalty=params.repetition_penalty or 1.0,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        history=history,
+        logit_bias=params.logit_bias,
+        suppressed=tuple(stops) if position < params.min_tokens else (),
+        seed=ticket.seed,
+        sample_index=sequence.sample,
+        position=position,
+        logprobs=params.logprobs,
+    )

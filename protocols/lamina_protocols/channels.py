@@ -1,0 +1,100 @@
+"""A channel carries whole frames in order. Knows no message, no session, and not what carries the bytes.
+
+`socket_channel` has it over Unix sockets and TCP, `service` over a gRPC stream.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lamina_protocols.errors import LaminaError, ProtocolError
+
+CHECKSUM_SIZE = 4  # behind each frame where nothing else vouches for its bytes: neither TLS nor one host's kernel
+
+
+class ChannelClosed(LaminaError):
+    """The other side is gone, or this side closed the channel. It stays so."""
+
+
+class AddressError(LaminaError):
+    """What should be host:port is not."""
+
+
+class Channel(Protocol):
+    """Frames one way and the other. One thread sends and receives; `close` may come from any.
+
+    Raises ChannelClosed where it is closed, ProtocolError for what is no frame: after that nothing more is received.
+    """
+
+    bytes_sent: int
+    bytes_received: int
+
+    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Send one frame, given as buffers in order; they may be changed once this returns."""
+
+    def receive(self, timeout: float | None = None) -> memoryview:
+        """The next frame, in writable memory of its own. Raises TimeoutError after `timeout` seconds without one."""
+
+    def ready(self) -> bool:
+        """Whether `receive` would return or raise at once."""
+
+    def close(self) -> None:
+        """End both directions; a `receive` or `send` that waits raises ChannelClosed. May be called again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What one side shows and what it accepts: PEM bytes, and the shared token. All empty: no TLS, no token.
+
+    A server with `cert` and `key` speaks TLS, and asks clients for certificates of `ca` where TLS is mutual.
+    A client with `ca` speaks TLS, and shows `cert` and `key` where it has them.
+    """
+
+    ca: bytes = b""
+    cert: bytes = b""
+    key: bytes = field(default=b"", repr=False)
+    token: str = field(default="", repr=False)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """host:port or [v6]:port in its parts. Raises AddressError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise AddressError(f"address {address!r:.80}, expected HOST:PORT with a port up to 65535")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or IP address means this host and nothing else."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def checksum(buffers: Iterable[bytes | memoryview]) -> bytes:
+    """CRC-32 of the buffers one after the other, little-endian."""
+    value = 0
+    for buffer in buffers:
+        value = zlib.crc32(buffer, value)
+    return value.to_bytes(CHECKSUM_SIZE, "little")
+
+
+def verified(memory: memoryview, size: int) -> memoryview:
+    """The frame of `size` bytes at the start of `memory`, if the checksum behind it agrees, where there is one."""
+    frame = memory[:size]
+    if len(memory) > size and checksum([frame]) != memory[size:]:
+        raise ProtocolError(f"the checksum of a frame of {size} bytes does not agree")
+    return frame
+
+
+def check_size(buffers: Sequence[bytes | memoryview], max_frame: int) -> int:
+    """The bytes of a frame to send. Raises ProtocolError for more than the other side takes."""
+    size = sum(map(len, buffers))
+    if size > max_frame:
+        raise ProtocolError(f"frame of {size} bytes, the other side takes up to {max_frame}")
+    return size

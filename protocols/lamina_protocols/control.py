@@ -1,0 +1,210 @@
+"""The messages of the unary calls: handshake, heartbeat, status, drain. Knows neither gRPC nor what a worker does.
+
+Each is a msgpack array of its fields. What refuses a handshake names the field and both values.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgpack
+
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.fields import (
+    BOOL,
+    BYTES,
+    FLOAT,
+    INT,
+    INTS,
+    TEXT,
+    Field,
+    Record,
+    list_of,
+    optional,
+    record,
+    shown,
+    unpack_array,
+)
+from lamina_protocols.messages import PROTOCOL_VERSION, LayerSpec
+
+MAX_CONTROL = 1 << 20  # bytes; a Hello of 1,000 layers takes 40 kB
+DATA_CHANNELS = ("grpc", "tcp")
+
+M = TypeVar("M")
+
+
+def package_version() -> str:
+    """The version of the installed package, which both sides must share."""
+    return importlib.metadata.version("lamina")
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """An engine asks for a session: who it is, what it will send, and over which channels it can.
+
+    `session` is random, made by the engine. `model` is the fingerprint of the model's config. `compute_dtype` is that
+    of queries and outputs, `kv_dtype` that in which KV is stored. `local_channel` allows a Unix socket.
+    """
+
+    protocol: int
+    version: str
+    session: str
+    model: str
+    compute_dtype: str
+    kv_dtype: str
+    page_size: int
+    layers: tuple[LayerSpec, ...]
+    local_channel: bool
+    data_channel: str
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOffer:
+    """A Unix socket of the worker's host, and what to say there first."""
+
+    path: str
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TcpOffer:
+    """A port of the address that was called, and what to say there first."""
+
+    port: int
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The session is there. `kv_memory` in bytes, `lease` in seconds: so long KV is kept without a sign of life."""
+
+    name: str
+    kv_memory: int
+    threads: int
+    lease: float
+    max_frame: int
+    local: LocalOffer | None
+    tcp: TcpOffer | None
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The engine of this session lives."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """So does the worker. `state`: "serving", "draining", or "ended" where it does not know the session any more."""
+
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRequest:
+    """How is the worker?"""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What a worker is, what it holds, and what it has done since it started.
+
+    `parts` are counted; `heads` are the KV heads and [lo, hi) the positions that any of them holds. `queries` counts
+    query vectors attended, `stored` K vectors stored, `busy` the seconds spent on messages; times in seconds, sizes
+    in bytes.
+    """
+
+    name: str
+    version: str
+    model: str
+    session: bool
+    session_age: float
+    draining: bool
+    channel: str
+    kv_memory: int
+    parts: int
+    heads: tuple[int, ...]
+    lo: int
+    hi: int
+    free_pages: int
+    total_pages: int
+    batches: int
+    queries: int
+    stored: int
+    bytes_in: int
+    bytes_out: int
+    busy: float
+    uptime: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new session; the one under way is told by its heartbeat."""
+
+
+_LAYER = Record(
+    LayerSpec,
+    {
+        "kv_layer": INT,
+        "heads": INT,
+        "kv_heads": INT,
+        "d_k": INT,
+        "d_v": INT,
+        "scale": FLOAT,
+        "window": optional(INT),
+        "soft_cap": optional(FLOAT),
+        "kind": TEXT,
+    },
+)
+_KINDS: dict[str, Field] = {
+    "int": INT,
+    "float": FLOAT,
+    "bool": BOOL,
+    "str": TEXT,
+    "bytes": BYTES,
+    "tuple[int, ...]": INTS,
+    "tuple[LayerSpec, ...]": list_of(_LAYER),
+}
+
+
+def _record(cls: type) -> Record:
+    return Record(cls, {name: _KINDS[kind] for name, kind in cls.__annotations__.items()})
+
+
+_KINDS["LocalOffer | None"] = optional(record(_record(LocalOffer)))
+_KINDS["TcpOffer | None"] = optional(record(_record(TcpOffer)))
+_RECORDS: dict[type, Record] = {
+    cls: _record(cls) for cls in (Hello, Welcome, Heartbeat, Alive, StatusRequest, WorkerStatus, Drain)
+}
+
+
+def pack(message: Any) -> bytes:
+    """The bytes of a control message."""
+    data: bytes = msgpack.packb(_RECORDS[type(message)].pack(message))
+    if len(data) > MAX_CONTROL:
+        raise ProtocolError(f"{type(message).__name__} of {len(data)} bytes, allowed: {MAX_CONTROL}")
+    return data
+
+
+def unpack(cls: type[M], data: bytes) -> M:
+    """A control message of that kind. Raises ProtocolError for anything else.
+
+    The versions stand first in a Hello and are checked first: nothing else of another version can be relied on.
+    """
+    if len(data) > MAX_CONTROL:
+        raise ProtocolError(f"{cls.__name__} of {len(data)} bytes, allowed: {MAX_CONTROL}")
+    values = unpack_array(data)
+    if cls is Hello and values:
+        check("protocol version", values[0], PROTOCOL_VERSION)
+        check("lamina version", values[1] if len(values) > 1 else None, package_version())
+    message: M = _RECORDS[cls].unpack(values)
+    return message
+
+
+def check(what: str, theirs: object, ours: object) -> None:
+    """Raise ProtocolError naming both values where they differ."""
+    if theirs != ours:
+        raise ProtocolError(f"{what}: the engine has {shown(theirs)}, this worker {shown(ours)}")

@@ -1,0 +1,68 @@
+"""The fixed prefix of a frame: what a channel must read to know how much follows. Knows no message and no socket.
+
+prefix   magic "LMNA", version u16, tag u16, header bytes u32, payload bytes u64  (little-endian, 20 bytes)
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.messages import PROTOCOL_VERSION
+from lamina_protocols.tensors import ALIGNMENT, padding
+
+MAGIC = b"LMNA"
+MAX_HEADER = 1 << 19  # an announcement of 18,000 rows; reading the worst that fits takes some 25 ms
+MAX_PAYLOAD = 1 << 30
+_PREFIX = struct.Struct("<4sHHIQ")
+PREFIX_SIZE = _PREFIX.size
+MAX_FRAME = PREFIX_SIZE + MAX_HEADER + MAX_PAYLOAD
+
+
+class Prefix(NamedTuple):
+    """What stands in front of a frame. Sizes in bytes."""
+
+    tag: int
+    header: int
+    payload: int
+
+    @property
+    def frame(self) -> int:
+        """Bytes of the whole frame, the prefix included."""
+        return PREFIX_SIZE + self.header + self.payload
+
+
+def pack_prefix(prefix: Prefix) -> bytes:
+    return _PREFIX.pack(MAGIC, PROTOCOL_VERSION, *prefix)
+
+
+def read_prefix(data: bytes | bytearray | memoryview, max_frame: int = MAX_FRAME) -> Prefix:
+    """The prefix at the start of `data`. Raises ProtocolError where it is short, foreign, or claims too much."""
+    if len(data) < PREFIX_SIZE:
+        raise ProtocolError(f"frame of {len(data)} bytes is shorter than its prefix of {PREFIX_SIZE}")
+    magic, version, tag, header, payload = _PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise ProtocolError(f"frame starts with {magic!r}, not {MAGIC!r}")
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {version}, this side speaks {PROTOCOL_VERSION}")
+    if header > MAX_HEADER or payload > MAX_PAYLOAD:
+        raise ProtocolError(
+            f"frame too large: header {header} of {MAX_HEADER} bytes, payload {payload} of {MAX_PAYLOAD}"
+        )
+    if PREFIX_SIZE + header + payload > max_frame:
+        raise ProtocolError(f"frame of {PREFIX_SIZE + header + payload} bytes, this side takes up to {max_frame}")
+    return Prefix(tag, header, payload)
+
+
+def blank_frame(prefix: Prefix, trailer: int = 0) -> memoryview:
+    """Writable memory for a frame and `trailer` bytes after it, its payload at a multiple of 64.
+
+    The system gives pages as they are written, so a large claim takes no memory before its bytes arrive.
+    """
+    size = prefix.frame + trailer
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    shift = padding(memory.__array_interface__["data"][0] + PREFIX_SIZE + prefix.header)
+    return memory.data[shift : shift + size]

@@ -1,0 +1,379 @@
+"""Channels over Unix sockets and TCP, with TLS or without. Knows no message and no session.
+
+Who connects first sends a secret of 32 bytes and one that says whether each frame is followed by its checksum, and is
+told by one byte that the secret was right; then come frames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import ssl
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from lamina_protocols.channels import CHECKSUM_SIZE, ChannelClosed, Credentials, check_size, checksum, verified
+from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.frames import MAX_FRAME, PREFIX_SIZE, Prefix, blank_frame, read_prefix
+
+SECRET_SIZE = 32
+_PLAIN, _CHECKSUMMED = b"\x00", b"\x01"
+_WELCOME = b"\x01"
+_BUFFER = 4 << 20  # bytes of a socket's buffers where the system allows it: a layer's K and V of many rows
+_HELD = 256 << 20  # bytes of frames that are kept while the other side does not read
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+_GREETINGS = 16  # connections that have not shown a secret yet, at most
+_GREETING_S = 5.0
+_SMALL = 64 << 10  # TLS copies what it is given: below this, buffers are joined rather than sent one by one
+
+_LINUX = sys.platform == "linux"
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # Linux's numbers, which the socket module does not name
+
+_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class SocketChannel:
+    """A `Channel` over a connected stream socket, which it owns."""
+
+    def __init__(self, sock: socket.socket, checksummed: bool, max_frame: int = MAX_FRAME) -> None:
+        sock.setblocking(False)
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._socket = sock
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._trailer = CHECKSUM_SIZE if checksummed else 0
+        self._max_frame = max_frame
+        self._busy = threading.RLock()  # held while the socket is in use: it is closed by nobody meanwhile
+        self._closed = ""  # why
+        self._unreadable = ""  # what came in that is no frame; the other side can still be told so
+        self._arrivals = select.poll()
+        self._arrivals.register(sock, select.POLLIN)
+        self._both = select.poll()
+        self._both.register(sock, select.POLLIN | select.POLLOUT)
+        self._room = select.poll()
+        self._room.register(sock, select.POLLOUT)
+        self._frames: deque[memoryview] = deque()
+        self._held = 0  # bytes of them
+        self._prefix_memory = memoryview(bytearray(PREFIX_SIZE))
+        self._prefix: Prefix | None = None  # of the frame that is arriving
+        self._memory = self._missing = self._prefix_memory  # what it goes to, and the part that has not come yet
+
+    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        size = check_size(buffers, self._max_frame)
+        pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        if self._trailer:
+            pending.append(memoryview(checksum(buffers)))
+        if self._tls and size < _SMALL:
+            pending = [memoryview(b"".join(pending))]
+        with self._busy:
+            while pending:
+                self._check_open()
+                try:
+                    sent = self._write(pending)
+                except _NOT_NOW:
+                    self._wait_for_room()
+                    continue
+                except OSError as error:
+                    raise self._broken(error) from error
+                while pending and sent >= len(pending[0]):
+                    sent -= len(pending.pop(0))
+                if sent:
+                    pending[0] = pending[0][sent:]
+        self.bytes_sent += size + self._trailer
+
+    def receive(self, timeout: float | None = None) -> memoryview:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._busy:
+            if not (self._frames or self._tls or self._closed or self._unreadable):
+                # A reply is seldom there before it is waited for, and to wait costs less than to find nothing. TLS may
+                # hold bytes that no wait sees.
+                self._arrivals.poll(None if timeout is None else timeout * 1e3)
+            while not self._frames and not self._pump():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError(f"no frame within {timeout} seconds")
+                self._arrivals.poll(None if left is None else left * 1e3 + 1)
+            frame = self._frames.popleft()
+            self._held -= len(frame)
+            return frame
+
+    def ready(self) -> bool:
+        with self._busy:
+            try:
+                return bool(self._frames) or self._pump()
+            except LaminaError:
+                return True
+
+    def close(self) -> None:
+        self._closed = self._closed or "closed on this side"
+        with contextlib.suppress(OSError):  # it wakes who waits in poll; not TLS's own, which forgets its state
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        with self._busy:
+            # Bytes left unread would make the system reset the connection, and the other side lose what was sent last.
+            with contextlib.suppress(OSError):
+                while socket.socket.recv(self._socket, _BUFFER):
+                    pass
+            self._socket.close()
+
+    def _write(self, pending: list[memoryview]) -> int:
+        if self._tls:
+            return self._socket.send(pending[0])
+        return self._socket.sendmsg(pending[:_IOV_MAX])
+
+    def _wait_for_room(self) -> None:
+        """Wait until more can be sent. What comes in meanwhile is taken, else two large frames could wait for each
+        other; a peer that only sends is not read beyond a bound."""
+        if self._held > _HELD:
+            self._room.poll()
+        elif any(event & ~select.POLLOUT for _, event in self._both.poll()):
+            self._pump()
+
+    def _pump(self) -> bool:
+        """Take what has arrived, without waiting, up to the end of one frame. Whether one is whole now."""
+        self._check_open()
+        if self._unreadable:
+            raise ChannelClosed(self._unreadable)
+        try:
+            while True:
+                count = self._socket.recv_into(self._missing)
+                if not count:
+                    raise self._broken(None)
+                self._missing = self._missing[count:]
+                if not self._missing and self._next_part():
+                    return True
+        except _NOT_NOW:
+            return False
+        except ProtocolError as error:
+            self._unreadable = str(error)
+            raise
+        except OSError as error:
+            raise self._broken(error) from error
+
+    def _next_part(self) -> bool:
+        """The prefix or the rest of a frame has come; whether the frame is whole."""
+        if self._prefix is None:
+            self._prefix = read_prefix(self._prefix_memory, self._max_frame)
+            self._memory = blank_frame(self._prefix, self._trailer)
+            self._memory[:PREFIX_SIZE] = self._prefix_memory
+            self._missing = self._memory[PREFIX_SIZE:]
+            if self._missing:
+                return False
+        frame = verified(self._memory, self._prefix.frame)
+        self._frames.append(frame)
+        self._held += len(frame)
+        self.bytes_received += len(self._memory)
+        self._prefix, self._memory, self._missing = None, self._prefix_memory, self._prefix_memory
+        return True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ChannelClosed(self._closed)
+
+    def _broken(self, error: OSError | None) -> ChannelClosed:
+        inside = self._prefix is not None or len(self._missing) < PREFIX_SIZE
+        how = f"the connection broke: {error}" if error else "closed by the other side"
+        self._closed = self._closed or (f"{how}, inside a frame" if inside else how)
+        return ChannelClosed(self._closed)
+
+
+class Listener:
+    """Accepts connections in a thread of its own, and gives those that show the right secret to `deliver`.
+
+    `admit` says whether a secret is right, and is asked once a connection; `deliver` takes the channel over. Both are
+    called on threads of the listener.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        admit: Callable[[bytes], bool],
+        deliver: Callable[[SocketChannel], None],
+        tls: ssl.SSLContext | None = None,
+        max_frame: int = MAX_FRAME,
+    ) -> None:
+        self._socket = sock
+        self._admit = admit
+        self._deliver = deliver
+        self._tls = tls
+        self._max_frame = max_frame
+        self._greetings = threading.BoundedSemaphore(_GREETINGS)
+        self._closed = False
+        self._thread = threading.Thread(target=self._accept, name="lamina-listener", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The TCP port that is listened on."""
+        port: int = self._socket.getsockname()[1]
+        return port
+
+    def close(self) -> None:
+        self._closed = True
+        with contextlib.suppress(OSError):  # wakes the thread in accept
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                sock, _ = self._socket.accept()
+            except OSError:
+                if not self._closed:
+                    time.sleep(0.05)  # out of file descriptors, say: the next connection may fare better
+                continue
+            if self._closed or not self._greetings.acquire(blocking=False):
+                sock.close()
+                continue
+            threading.Thread(target=self._greet, args=(sock,), name="lamina-greeting", daemon=True).start()
+
+    def _greet(self, sock: socket.socket) -> None:
+        try:
+            sock.settimeout(_GREETING_S)
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(sock, server_side=True)
+            greeting = _read_greeting(sock)
+            if not self._admit(greeting[:SECRET_SIZE]):
+                raise ChannelClosed("a wrong secret")
+            sock.sendall(_WELCOME)
+            _tune(sock)
+            self._deliver(SocketChannel(sock, greeting[SECRET_SIZE:] == _CHECKSUMMED, self._max_frame))
+        except (OSError, LaminaError):
+            sock.close()  # a stranger is told nothing
+        finally:
+            self._greetings.release()
+
+
+def listen_unix(path: str) -> socket.socket:
+    """A Unix socket that listens at `path`; who may connect is up to the folder's mode."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    return _listening(sock, path)
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """A TCP socket that listens; port 0 takes a free one."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return _listening(sock, (host, port))
+
+
+def connect_unix(path: str, secret: bytes, timeout: float, max_frame: int = MAX_FRAME) -> SocketChannel:
+    """Raises ChannelClosed where nobody is there, or the secret is not taken."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise ChannelClosed(f"no local channel at {path}: {error}") from error
+    return _introduced(sock, secret, False, max_frame)
+
+
+def connect_tcp(
+    host: str,
+    port: int,
+    secret: bytes,
+    timeout: float,
+    tls: ssl.SSLContext | None = None,
+    max_frame: int = MAX_FRAME,
+    checksummed: bool = False,
+) -> SocketChannel:
+    """Raises ChannelClosed where nobody is there, TLS fails, or the secret is not taken."""
+    try:
+        sock = socket.create_connection((host, port), timeout)
+    except OSError as error:
+        raise ChannelClosed(f"no data channel at {host}:{port}: {error}") from error
+    if tls is not None:
+        try:
+            sock = tls.wrap_socket(sock, server_hostname=host)
+        except OSError as error:
+            sock.close()
+            raise ChannelClosed(f"TLS with {host}:{port}: {error}") from error
+    return _introduced(sock, secret, checksummed, max_frame)
+
+
+def server_context(credentials: Credentials, mutual: bool) -> ssl.SSLContext:
+    """TLS of a server; with `mutual`, clients must show a certificate of the CA."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    _load_certificate(context, credentials)
+    if mutual:
+        context.load_verify_locations(cadata=credentials.ca.decode())
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context(credentials: Credentials) -> ssl.SSLContext:
+    """TLS of a client, which trusts the CA and nobody else."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=credentials.ca.decode())
+    if credentials.cert:
+        _load_certificate(context, credentials)
+    return context
+
+
+def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
+    with tempfile.NamedTemporaryFile() as file:  # of mode 0600; `ssl` reads files only
+        file.write(credentials.cert + b"\n" + credentials.key)
+        file.flush()
+        context.load_cert_chain(file.name)
+
+
+def _listening(sock: socket.socket, address: str | tuple[str, int]) -> socket.socket:
+    try:
+        sock.bind(address)
+        sock.listen()
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _introduced(sock: socket.socket, secret: bytes, checksummed: bool, max_frame: int) -> SocketChannel:
+    try:
+        sock.sendall(secret + (_CHECKSUMMED if checksummed else _PLAIN))
+        if sock.recv(1) != _WELCOME:
+            raise ChannelClosed("the other side did not take the secret of this session")
+    except OSError as error:
+        sock.close()
+        raise ChannelClosed(f"the other side did not take the secret of this session: {error}") from error
+    except ChannelClosed:
+        sock.close()
+        raise
+    _tune(sock)
+    return SocketChannel(sock, checksummed, max_frame)
+
+
+def _read_greeting(sock: socket.socket) -> bytes:
+    greeting = b""
+    deadline = time.monotonic() + _GREETING_S
+    while len(greeting) <= SECRET_SIZE:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        part = sock.recv(SECRET_SIZE + 1 - len(greeting))
+        if not part:
+            raise ChannelClosed("closed before the secret was sent")
+        greeting += part
+    return greeting
+
+
+def _tune(sock: socket.socket) -> None:
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # The forced sizes need a privilege. Without it a Unix socket gets what the system's limit allows, and TCP is
+    # left to grow by itself, which goes beyond that limit.
+    for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
+        try:
+            if not _LINUX:
+                raise OSError("no forced sizes")
+            sock.setsockopt(socket.SOL_SOCKET, forced, _BUFFER)
+        except OSError:
+            if sock.family == socket.AF_UNIX:
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, plain, _BUFFER)

@@ -1,0 +1,305 @@
+"""Every channel carries the same frames, takes big ones both ways at once, and ends when it is told to."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+import tracemalloc
+
+import pytest
+import torch
+from transports import SECRET, TRANSPORTS, made_credentials, pair
+
+from lamina_protocols import codec
+from lamina_protocols import messages as m
+from lamina_protocols.channels import ChannelClosed, checksum
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import Prefix, blank_frame, pack_prefix, read_prefix
+from lamina_protocols.socket_channel import (
+    Listener,
+    SocketChannel,
+    client_context,
+    connect_tcp,
+    listen_tcp,
+    server_context,
+)
+
+LAYER = m.Exchange(1, 2, 3, torch.randn(7, 16), torch.randn(5, 16), torch.randn(5, 32))
+OPEN = m.Open(1, (0, 1), 0, 1000)
+MESSAGES = (
+    m.Announcement(1, 2, 0, (OPEN, m.Close(3)), (m.Row(1, 0, 9, None, True),)),
+    m.Announced(1, 2, True, 17, (0,), ""),
+    m.Query(1, 2, 3, LAYER.q.bfloat16()),
+    m.Fresh(1, 2, 3, LAYER.k, LAYER.v),
+    m.Fresh(1, 2, 3, LAYER.k[:0], LAYER.v[:0]),
+    LAYER,
+    m.Attended(1, 2, 3, LAYER.q, LAYER.q[:, 0]),
+    m.Fault(1, 2, "wrong"),
+)
+
+
+def sized(n: int) -> m.Fresh:
+    """A message of about 2 n bytes, which starts and ends with known numbers."""
+    k = torch.arange(n // 4, dtype=torch.float32).view(1, -1)
+    return m.Fresh(1, 2, 3, k, -k)
+
+
+def same(a: m.Message, b: m.Message) -> bool:
+    whole = [b"".join(codec.encode(message)) for message in (a, b)]
+    return type(a) is type(b) and whole[0] == whole[1]
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request):
+    return request.param
+
+
+def test_messages_arrive_as_they_were_sent(transport):
+    with pair(transport) as (near, far):
+        for sender, receiver in ((near, far), (far, near)):
+            for message in MESSAGES:
+                sender.send(codec.encode(message))
+            for message in MESSAGES:
+                assert same(codec.decode(receiver.receive(10)), message)
+        assert near.bytes_sent == near.bytes_received == far.bytes_sent == far.bytes_received
+        trailer = 4 * len(MESSAGES) if transport.endswith("+sum") else 0
+        assert near.bytes_sent == trailer + sum(len(b"".join(codec.encode(message))) for message in MESSAGES)
+
+
+def test_tensors_of_a_received_frame_can_be_written_and_are_aligned(transport):
+    with pair(transport) as (near, far):
+        near.send(codec.encode(LAYER))
+        back = codec.decode(far.receive(10))
+        assert isinstance(back, m.Exchange)
+        for tensor in (back.q, back.k, back.v):
+            assert tensor.data_ptr() % 64 == 0
+            tensor.add_(1)
+        assert torch.equal(back.q, LAYER.q + 1)
+
+
+def test_big_frames_both_ways_at_once_do_not_wait_for_each_other(transport):
+    """Both ends send 24 MB before either receives: more than any socket buffers."""
+    message = sized(12 << 20)
+    with pair(transport) as (near, far):
+        failures = []
+
+        def exchange(channel):
+            try:
+                for _ in range(2):
+                    channel.send(codec.encode(message))
+                failures.extend("changed" for _ in range(2) if not same(codec.decode(channel.receive(30)), message))
+            except Exception as error:  # noqa: BLE001
+                failures.append(error)
+
+        threads = [threading.Thread(target=exchange, args=(end,)) for end in (near, far)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not failures
+        assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_receive_that_waits_raises_when_this_side_closes(transport):
+    with pair(transport) as (near, _):
+        raised: list[Exception] = []
+
+        def wait():
+            try:
+                near.receive()
+            except Exception as error:  # noqa: BLE001
+                raised.append(error)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.1)
+        near.close()
+        thread.join(5)
+        assert [type(error) for error in raised] == [ChannelClosed]
+        with pytest.raises(ChannelClosed, match="closed on this side"):
+            near.send([b"x"])
+        with pytest.raises(ChannelClosed, match="closed on this side"):
+            near.receive(0)
+        assert near.ready()
+
+
+def test_what_the_other_side_closed_still_gives_what_it_sent(transport):
+    with pair(transport) as (near, far):
+        near.send(codec.encode(LAYER))
+        assert same(codec.decode(far.receive(10)), LAYER)
+        near.send(codec.encode(LAYER))
+        time.sleep(0.2)
+        near.close()
+        assert same(codec.decode(far.receive(10)), LAYER)
+        with pytest.raises(ChannelClosed):
+            far.receive(10)
+
+
+def test_ready_and_timeout(transport):
+    with pair(transport) as (near, far):
+        assert not far.ready()
+        for seconds in (0, 0.05):
+            with pytest.raises(TimeoutError, match="no frame within"):
+                far.receive(seconds)
+        near.send(codec.encode(LAYER))
+        until(far.ready)
+        assert same(codec.decode(far.receive(0)), LAYER)
+        assert not far.ready()
+
+
+def test_a_frame_that_is_too_large_is_refused_by_who_sends_it(transport):
+    error = r"frame of \d+ bytes, the other side takes up to 1000"
+    with pair(transport, max_frame=1000) as (near, _), pytest.raises(ProtocolError, match=error):
+        near.send(codec.encode(sized(1000)))
+
+
+def until(condition):
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# Sockets, byte by byte.
+
+
+@pytest.fixture
+def wire():
+    """A raw socket, and the channel at its other end, which expects checksums."""
+    raw, other = socket.socketpair()
+    channel = SocketChannel(other, True, 1 << 20)
+    with raw:
+        yield raw, channel
+    channel.close()
+
+
+def checksummed(message: m.Message) -> bytes:
+    buffers = codec.encode(message)
+    return b"".join([*buffers, checksum(buffers)])
+
+
+def test_a_frame_in_slices_of_one_byte(wire):
+    raw, channel = wire
+    for byte in checksummed(LAYER):
+        assert not channel.ready()
+        raw.send(bytes([byte]))
+    assert channel.ready()
+    assert same(codec.decode(channel.receive(0)), LAYER)
+
+
+def test_a_changed_bit_is_noticed_wherever_it_is(wire):
+    good = checksummed(LAYER)
+    for position in range(20, len(good), 97):
+        raw, other = socket.socketpair()
+        changed = bytearray(good)
+        changed[position] ^= 4
+        channel = SocketChannel(other, True)
+        with raw:
+            raw.sendall(changed)
+            with pytest.raises(ProtocolError, match="checksum"):
+                channel.receive(5)
+            with pytest.raises(ChannelClosed, match="checksum"):
+                channel.receive(0)
+        channel.close()
+
+
+def test_a_stream_that_ends_inside_a_frame(wire):
+    raw, channel = wire
+    raw.sendall(checksummed(LAYER)[:100])
+    raw.shutdown(socket.SHUT_WR)
+    with pytest.raises(ChannelClosed, match="inside a frame"):
+        channel.receive(5)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "error"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n  ", "starts with"),
+        (pack_prefix(Prefix(3, 0, 1 << 60)), "too large"),
+        (pack_prefix(Prefix(3, 1 << 31, 0)), "too large"),
+        (pack_prefix(Prefix(3, 8, 1 << 20)), r"takes up to 1048576"),
+    ],
+)
+def test_a_lying_prefix_is_refused_before_memory_is_taken(wire, prefix, error):
+    raw, channel = wire
+    raw.sendall(prefix)
+    tracemalloc.start()
+    began = time.monotonic()
+    with pytest.raises(ProtocolError, match=error):
+        channel.receive(5)
+    assert time.monotonic() - began < 0.05
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_a_claimed_frame_takes_pages_only_as_its_bytes_arrive():
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    before = resident()
+    memory = blank_frame(Prefix(3, 100, 1 << 29))
+    assert len(memory) == 20 + 100 + (1 << 29)
+    assert resident() - before < 16 << 20
+
+
+def test_prefixes_come_back():
+    assert read_prefix(pack_prefix(Prefix(9, 5, 7)) + bytes(12)) == Prefix(9, 5, 7)
+    assert Prefix(9, 5, 7).frame == 32
+    with pytest.raises(ProtocolError, match="shorter than its prefix"):
+        read_prefix(b"LMNA")
+
+
+def test_only_the_secret_opens_a_channel():
+    arrived: list[SocketChannel] = []
+    listener = Listener(listen_tcp("127.0.0.1", 0), SECRET.__eq__, arrived.append)
+    try:
+        with pytest.raises(ChannelClosed, match="secret"):
+            connect_tcp("127.0.0.1", listener.port, bytes(32), 5)
+        with socket.create_connection(("127.0.0.1", listener.port)) as silent:
+            connect_tcp("127.0.0.1", listener.port, SECRET, 5).close()  # a silent stranger holds up nobody
+            silent.send(b"x")
+        until(lambda: arrived)
+        assert len(arrived) == 1
+    finally:
+        listener.close()
+        for channel in arrived:
+            channel.close()
+    with pytest.raises(ChannelClosed, match="no data channel"):
+        connect_tcp("127.0.0.1", listener_port_of_nobody(), SECRET, 1)
+
+
+def listener_port_of_nobody() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_tls_takes_no_stranger_and_no_plaintext():
+    made = made_credentials()
+    arrived: list[SocketChannel] = []
+    listener = Listener(listen_tcp("127.0.0.1", 0), SECRET.__eq__, arrived.append, server_context(made, True))
+    try:
+        with pytest.raises(ChannelClosed):
+            connect_tcp("127.0.0.1", listener.port, SECRET, 5)
+        from lamina_workers.credentials import create_credentials
+
+        with pytest.raises(ChannelClosed, match=r"TLS with .*certificate verify failed"):
+            connect_tcp("127.0.0.1", listener.port, SECRET, 5, client_context(create_credentials(["127.0.0.1"])))
+        without = client_context(type(made)(ca=made.ca))
+        with pytest.raises(ChannelClosed):
+            connect_tcp("127.0.0.1", listener.port, SECRET, 5, without)
+        assert not arrived
+        connect_tcp("127.0.0.1", listener.port, SECRET, 5, client_context(made)).close()
+        until(lambda: arrived)
+    finally:
+        listener.close()
+        for channel in arrived:
+            channel.close()
+
+
+def test_tls_contexts_take_nothing_older():
+    assert server_context(made_credentials(), False).minimum_version is ssl.TLSVersion.TLSv1_3
+    assert client_context(made_credentials()).minimum_version is ssl.TLSVersion.TLSv1_3

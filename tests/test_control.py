@@ -1,0 +1,102 @@
+"""Control messages: each comes back as it was, nothing malformed gets through, versions are compared first."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina_protocols import control
+from lamina_protocols.control import (
+    Alive,
+    Drain,
+    Heartbeat,
+    Hello,
+    LocalOffer,
+    StatusRequest,
+    TcpOffer,
+    Welcome,
+    WorkerStatus,
+    pack,
+    unpack,
+)
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.messages import PROTOCOL_VERSION, LayerSpec
+
+LAYERS = (LayerSpec(0, 6, 2, 16, 32, 0.25), LayerSpec(0, 6, 2, 16, 32, 0.25, window=7, soft_cap=5.0))
+HELLO = Hello(
+    PROTOCOL_VERSION, control.package_version(), "s" * 32, "model", "bfloat16", "int8", 32, LAYERS, True, "grpc"
+)
+STATUS = WorkerStatus(
+    "a", "1", "m", True, 1.5, False, "local", 1 << 30, 3, (0, 1), 0, 99, 5, 9, 1, 2, 3, 4, 5, 0.25, 9.75
+)
+ALL = (
+    HELLO,
+    Welcome("a", 1 << 40, 2, 30.0, 1 << 30, LocalOffer("/tmp/x", b"\0" * 32), None),
+    Welcome("a", 0, 1, 0.5, 1, None, TcpOffer(4000, b"s")),
+    Heartbeat("s" * 32),
+    Alive("serving"),
+    StatusRequest(),
+    STATUS,
+    Drain(),
+)
+
+
+@pytest.mark.parametrize("message", ALL)
+def test_messages_come_back_equal(message):
+    assert unpack(type(message), pack(message)) == message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("protocol", 77, rf"protocol version: the engine has 77, this worker {PROTOCOL_VERSION}"),
+        ("version", "9.9.9", rf"lamina version: the engine has '9.9.9', this worker '{control.package_version()}'"),
+    ],
+)
+def test_another_version_is_refused_naming_both_before_anything_else_is_read(field, value, said):
+    other = dataclasses.replace(HELLO, **{field: value})
+    for data in (pack(other), msgpack.packb([other.protocol, other.version, "new", "fields"])):
+        with pytest.raises(ProtocolError, match=said):
+            unpack(Hello, data)
+
+
+@given(st.binary(max_size=300), st.sampled_from([type(message) for message in ALL]))
+def test_random_bytes_are_refused_or_mean_something(data, kind):
+    with contextlib.suppress(ProtocolError):
+        unpack(kind, data)
+
+
+@given(st.data())
+def test_a_field_of_a_wrong_type_is_refused(data):
+    values = msgpack.unpackb(pack(STATUS))
+    position = data.draw(st.integers(0, len(values) - 1))
+    values[position] = data.draw(
+        st.sampled_from([None, [[]], b"x", -1, 2**63, float("nan"), float("inf")]).filter(
+            lambda value: not isinstance(values[position], float) or value not in (-1, 2**63)
+        )
+    )
+    with pytest.raises(ProtocolError):
+        unpack(WorkerStatus, msgpack.packb(values))
+
+
+@pytest.mark.parametrize("values", [[], [1], [*dataclasses.astuple(STATUS), 1]])
+def test_fields_that_lack_or_exceed_are_refused(values):
+    with pytest.raises(ProtocolError, match="WorkerStatus has 21 fields"):
+        unpack(WorkerStatus, msgpack.packb(values))
+
+
+def test_large_messages_are_refused_on_both_sides():
+    large = dataclasses.replace(HELLO, model="m" * control.MAX_CONTROL)
+    with pytest.raises(ProtocolError, match="allowed: 1048576"):
+        pack(large)
+    with pytest.raises(ProtocolError, match="allowed: 1048576"):
+        unpack(Heartbeat, bytes(control.MAX_CONTROL + 1))
+
+
+def test_secrets_do_not_show_in_a_repr():
+    assert "\\x07" not in repr(LocalOffer("/x", b"\x07" * 32)) + repr(TcpOffer(1, b"\x07" * 32))

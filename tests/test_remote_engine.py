@@ -1,0 +1,240 @@
+"""An engine behind a wire: the same tokens, times and errors as beside it. The wire is two queues in one process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from conftest import Rig
+
+from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.remote_engine import Command, EngineHost, Event, RemoteEngine, decode_ticket, encode_ticket, fetch
+from lamina.request import Request
+from lamina.ticket import Output, Ticket
+from lamina.types import FinishReason, SamplingParams
+from lamina_workers.model import Decoder
+from lamina_workers.sampler import RowLogprobs
+
+AHEAD = 1000.0  # seconds that the far end's clock is ahead of ours
+
+
+class Loop:
+    """A wire that does not leave the process. What crosses it must be plain data."""
+
+    def __init__(self, engine: Any, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._host = EngineHost(engine, self._events, clock)
+        self.cut = False
+        self.asked: list[Command] = []
+
+    def ask(self, commands: Sequence[Command]) -> None:
+        check_plain(list(commands))
+        if self.cut:
+            raise EngineError("the wire is cut")
+        self.asked += commands
+        self._host.ask(commands)
+
+    def events(self) -> Sequence[Event]:
+        while not (fetched := fetch(self._events, 0.05)):
+            if self.cut:
+                raise EngineError("the wire is cut")
+            if not self._engine.alive:
+                return [("stopped", "the engine has stopped")]
+        check_plain(fetched)
+        return fetched
+
+    def put(self, event: Event) -> None:
+        self._events.put(event)
+
+
+def check_plain(value: object) -> None:
+    if isinstance(value, tuple | list):
+        for item in value:
+            check_plain(item)
+    elif isinstance(value, dict):
+        check_plain(list(value.items()))
+    else:
+        assert value is None or type(value) in (bool, int, float, str), value
+
+
+class FakeEngine:
+    """Keeps what it is asked; a test plays the engine's thread with `say`."""
+
+    def __init__(self) -> None:
+        self.alive = True
+        self.submitted: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self.aborted: queue.SimpleQueue[tuple[str, int | None, FinishReason]] = queue.SimpleQueue()
+        self.refuse: LaminaError | None = None
+
+    def submit(self, ticket: Ticket) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        self.submitted.put(ticket)
+
+    def abort(self, ticket: Ticket, sample: int | None = None, reason: FinishReason = "abort") -> None:
+        self.aborted.put((ticket.request.id, sample, reason))
+
+    def close(self) -> None:
+        self.alive = False
+
+
+class Pair:
+    """A remote engine in front of a fake one, and a ticket's sink."""
+
+    def __init__(self) -> None:
+        self.engine = FakeEngine()
+        self.wire = Loop(self.engine, lambda: time.monotonic() + AHEAD)
+        self.progress: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self.remote = RemoteEngine(self.wire, time.monotonic, lambda *news: self.progress.put(news))
+        self.got: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+
+    def submit(self, request_id: str = "0", **params: Any) -> Ticket:
+        sampling = SamplingParams(**params)
+        ticket = Ticket(
+            Request(request_id, (1, 2, 3), sampling.max_tokens, stop_token_ids=frozenset({5, 6}), n=sampling.n),
+            sampling,
+            seed=2**64 - 1,
+            sink=lambda _ticket, outputs: self.got.put(outputs),
+            submitted=time.monotonic(),
+        )
+        self.remote.submit(ticket)
+        return ticket
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.remote.close()
+    assert made.remote.join(5)
+
+
+def test_a_ticket_survives_the_journey() -> None:
+    params = SamplingParams(
+        temperature=0.7,
+        logit_bias={3: 1.5},
+        stop=("a", "b"),
+        stop_token_ids=(9,),
+        n=2,
+        logprobs=3,
+        seed=1,
+        min_tokens=2,
+    )
+    request = Request("7", (1, 2), 10, 2, frozenset({5, 9}), 2, -3, "a salt")
+    command = encode_ticket(Ticket(request, params, seed=2**63))
+    check_plain(command)
+    ticket = decode_ticket(*command[1:])
+    assert (ticket.request, ticket.params, ticket.seed) == (request, params, 2**63)
+
+
+def test_outputs_come_back_whole_on_the_callers_clock(pair: Pair) -> None:
+    before = time.monotonic()
+    ticket = pair.submit(n=2, logprobs=1)
+    far = pair.engine.submitted.get(timeout=5)
+    assert (far.request, far.seed) == (ticket.request, ticket.seed)
+    far.scheduled, far.cached_tokens = far.submitted + 0.25, 17
+    first = [Output(1, 42, None, RowLogprobs(-0.5, ((42, -0.5), (7, -1.25))), at=far.submitted + 0.5)]
+    far.sink(far, first)
+    [output] = pair.got.get(timeout=5)
+    assert (output.sample, output.token, output.logprobs) == (1, 42, first[0].logprobs)
+    assert before + 0.5 <= output.at <= time.monotonic() + 0.5
+    assert ticket.scheduled is not None
+    assert ticket.scheduled == pytest.approx(output.at - 0.25)
+    assert ticket.cached_tokens == 17
+    far.preemptions = 3
+    far.sink(far, [Output(0, 1, "stop"), Output(1, 2, "length")])
+    assert [(o.sample, o.token, o.finish_reason) for o in pair.got.get(timeout=5)] == [(0, 1, "stop"), (1, 2, "length")]
+    assert ticket.preemptions == 3
+
+
+def test_an_abort_never_overtakes_its_request(pair: Pair) -> None:
+    for index in range(200):
+        ticket = pair.submit(str(index))
+        pair.remote.abort(ticket, 0, "stop")
+    for index in range(200):
+        assert pair.engine.aborted.get(timeout=5) == (str(index), 0, "stop")
+
+
+def test_an_abort_of_what_has_ended_stays_here(pair: Pair) -> None:
+    ticket = pair.submit()
+    far = pair.engine.submitted.get(timeout=5)
+    far.sink(far, [Output(0, 1, "stop")])
+    pair.got.get(timeout=5)
+    pair.remote.abort(ticket)
+    pair.submit("1")
+    pair.engine.submitted.get(timeout=5)
+    assert pair.engine.aborted.empty()
+
+
+@pytest.mark.parametrize("kind", [EngineError, InvalidRequest])
+def test_an_error_over_there_is_the_same_error_here(pair: Pair, kind: type[LaminaError]) -> None:
+    pair.engine.refuse = kind("3 is too much; allowed is 2")
+    pair.submit()
+    [output] = pair.got.get(timeout=5)
+    assert type(output.error) is kind
+    assert str(output.error) == "3 is too much; allowed is 2"
+
+
+def test_when_the_wire_is_cut_every_request_ends_and_no_new_one_is_taken(pair: Pair) -> None:
+    pair.submit("0")
+    pair.submit("1")
+    pair.wire.cut = True
+    for _ in range(2):
+        [output] = pair.got.get(timeout=5)
+        assert isinstance(output.error, EngineError)
+        assert "the wire is cut" in str(output.error)
+    assert not pair.remote.alive
+    with pytest.raises(EngineError, match="the wire is cut"):
+        pair.submit("2")
+
+
+def test_a_client_that_cannot_take_its_outputs_ends_alone(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    ticket = pair.submit("bad")
+    bad = pair.engine.submitted.get(timeout=5)
+
+    def refuse(_ticket: Ticket, _outputs: list[Output]) -> None:
+        raise ValueError("no")
+
+    ticket.sink = refuse
+    bad.sink(bad, [Output(0, 1)])
+    assert pair.engine.aborted.get(timeout=5) == ("bad", None, "abort")
+    assert "what the engine sent it" in caplog.text
+    pair.submit("good")
+    good = pair.engine.submitted.get(timeout=5)
+    good.sink(good, [Output(0, 1)])
+    assert pair.got.get(timeout=5)[0].token == 1
+
+
+def test_prefill_and_progress_are_told(pair: Pair) -> None:
+    told: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    ticket = pair.submit()
+    ticket.prefilled = lambda done, total: told.put((done, total))
+    pair.engine.submitted.get(timeout=5).prefilled(2, 3)
+    assert told.get(timeout=5) == (2, 3)
+    pair.wire.put(("progress", "loading", 5, None))
+    assert pair.progress.get(timeout=5) == ("loading", 5, None)
+
+
+def test_a_real_engine_gives_the_same_tokens_behind_a_wire(decoder: Decoder) -> None:
+    rig = Rig(decoder)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    sampling: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 3, "n": 2, "ignore_eos": True}
+    expected = rig.generate(prompts, **sampling)
+    local = rig.engine
+    remote = RemoteEngine(Loop(local, time.monotonic), time.monotonic)
+    rig.engine = remote  # type: ignore[assignment]  # it has what clients use
+    try:
+        assert rig.generate(prompts, **sampling) == expected
+        many = threading.Thread(target=lambda: rig.generate(prompts * 5, **sampling))
+        many.start()
+        assert rig.generate(prompts, **sampling) == expected
+        many.join()
+    finally:
+        rig.close()
+    assert remote.join(5)
+    assert not remote.alive

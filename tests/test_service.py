@@ -1,0 +1,178 @@
+"""The gRPC service: who may call, what errors become, deadlines, and frames beyond the message limit."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import grpc
+import pytest
+import torch
+from transports import OneStream, made_credentials, pair, serving
+
+from lamina_protocols import codec, control
+from lamina_protocols.channels import ChannelClosed, Credentials
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import Prefix, pack_prefix
+from lamina_protocols.messages import Query
+from lamina_protocols.service import GrpcChannel, WorkerClient, WorkerRefused, WorkerUnreachable
+from lamina_workers.credentials import create_credentials
+
+QUERY = Query(1, 2, 3, torch.randn(4, 16))
+
+
+class Slow(OneStream):
+    def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive:
+        time.sleep(0.5)
+        return control.Alive("serving")
+
+    def drain(self) -> control.WorkerStatus:
+        raise ProtocolError("not now, says the worker")
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "right-but-longer", "Bearer right"])
+def test_without_the_token_every_call_is_refused_streams_too(token):
+    with serving(OneStream(), None, token="right") as address:
+        with WorkerClient(address, Credentials(token=token)) as client:
+            for call in (lambda: client.heartbeat("s", 5), client.status, client.drain):
+                with pytest.raises(WorkerRefused, match=r"token .*UNAUTHENTICATED"):
+                    call()
+            stream = client.stream("s" * 32, 1 << 20)
+            with pytest.raises(ChannelClosed, match=r"token .*UNAUTHENTICATED"):
+                stream.receive(5)
+            stream.close()
+        with WorkerClient(address, Credentials(token="right")) as client:
+            assert client.heartbeat("s", 5).state == "serving"
+
+
+def test_the_token_is_found_behind_others():
+    with serving(OneStream(), None, token="right") as address, grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary("/lamina.Attention/Heartbeat")
+        metadata = (("authorization", "Bearer wrong"), ("x", "y"), ("authorization", "Bearer right"))
+        data = call(control.pack(control.Heartbeat("s")), metadata=metadata, timeout=5)
+        assert control.unpack(control.Alive, data).state == "serving"
+
+
+def test_errors_tell_their_kind_and_nothing_from_inside(caplog):
+    with serving(Slow(), None) as address, WorkerClient(address) as client:
+        with pytest.raises(WorkerRefused, match=r"not now, says the worker .*FAILED_PRECONDITION"):
+            client.drain()
+        with pytest.raises(WorkerRefused) as refused:
+            client.status()
+        assert "RuntimeError" in str(refused.value)
+        assert "secret" not in str(refused.value)
+        assert "Traceback" not in str(refused.value)
+    assert "a secret of the server" in caplog.text
+
+
+def test_calls_end_at_their_deadline():
+    with serving(Slow(), None) as address, WorkerClient(address) as client:
+        began = time.monotonic()
+        with pytest.raises(WorkerUnreachable, match="DEADLINE_EXCEEDED"):
+            client.heartbeat("s", 0.1)
+        assert time.monotonic() - began < 0.4
+
+
+def test_nobody_there():
+    with WorkerClient("127.0.0.1:1") as client, pytest.raises(WorkerUnreachable, match=r"127.0.0.1:1: .*UNAVAILABLE"):
+        client.status(5)
+
+
+def test_what_is_no_control_message_is_refused():
+    with serving(OneStream(), None) as address, grpc.insecure_channel(address) as channel:
+        for body in (b"", b"\xdd\xff\xff\xff\xff", b"\x91" * 5000, b"\x90"):
+            with pytest.raises(grpc.RpcError) as error:
+                channel.unary_unary("/lamina.Attention/Hello")(body, timeout=5)
+            assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        reply = channel.unary_unary("/lamina.Attention/Heartbeat")(control.pack(control.Heartbeat("s")), timeout=5)
+        assert reply
+
+
+def test_tls_takes_a_client_of_its_ca_and_no_other():
+    made = made_credentials()
+    with serving(OneStream(), made) as address:
+        for credentials in (Credentials(), Credentials(ca=create_credentials(["127.0.0.1"]).ca)):
+            with WorkerClient(address, credentials) as client, pytest.raises(WorkerUnreachable):
+                client.heartbeat("s", 2)
+        with WorkerClient(address, Credentials(ca=made.ca)) as client:
+            assert client.heartbeat("s", 5).state == "serving"
+
+
+def test_a_certificate_for_another_host_is_refused():
+    made = create_credentials(["192.0.2.1", "worker.example"])
+    with serving(OneStream(), made) as address:
+        client = WorkerClient(address, Credentials(ca=made.ca))
+        with client, pytest.raises(WorkerUnreachable):
+            client.heartbeat("s", 2)
+
+
+@pytest.mark.parametrize("size", [(1 << 20) - 200, 1 << 20, (1 << 20) + 1, 3 << 20])
+def test_frames_around_the_message_limit(size):
+    """`pair` limits messages to 1 MiB; the header of this message takes less than 100 bytes."""
+    message = Query(1, 2, 3, torch.randint(-128, 127, (size, 1), dtype=torch.int8))
+    with pair("grpc+sum") as (near, far):
+        near.send(codec.encode(message))
+        near.send(codec.encode(QUERY))
+        back = codec.decode(far.receive(10))
+        assert isinstance(back, Query)
+        assert torch.equal(back.q, message.q)
+        assert codec.decode(far.receive(10)).layer == QUERY.layer
+
+
+class Loop:
+    """A channel whose stream is a list."""
+
+    def __init__(self, *messages: bytes, checksummed: bool = False) -> None:
+        self.channel = GrpcChannel(checksummed, max_frame=1 << 20)
+        self.channel.start(messages, lambda: None)
+
+
+def frame() -> bytes:
+    return b"".join(codec.encode(QUERY))
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ((b"short",), "shorter than its prefix"),
+        ((frame() + b"x",), r"\d+ bytes for a frame of"),
+        ((frame()[:50], frame()), r"\d+ bytes for a frame of"),
+        ((frame()[:50], b""), r"\d+ bytes for a frame of"),
+        ((pack_prefix(Prefix(3, 0, 1 << 25)),), "takes up to 1048576"),
+    ],
+)
+def test_malformed_streams_are_refused(messages, error):
+    channel = Loop(*messages).channel
+    with pytest.raises(ProtocolError, match=error):
+        channel.receive(5)
+    with pytest.raises(ChannelClosed, match=error):
+        channel.receive(5)
+    channel.close()
+
+
+def test_a_stream_that_ends_inside_a_frame():
+    channel = Loop(frame()[:50]).channel
+    with pytest.raises(ChannelClosed, match="inside a frame"):
+        channel.receive(5)
+    channel.close()
+
+
+def test_who_does_not_read_is_not_sent_more_than_a_bound():
+    channel = GrpcChannel(False)
+    sent = []
+
+    def send():
+        with contextlib.suppress(ChannelClosed):
+            for _ in range(1000):
+                channel.send([frame()])
+                sent.append(1)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    time.sleep(0.3)
+    assert len(sent) == 64
+    channel.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert len(sent) == 64

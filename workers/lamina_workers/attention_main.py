@@ -1,0 +1,118 @@
+"""An attention worker as a process: `python -m lamina_workers.attention_main`. Knows flags, signals and its parent.
+
+Prints `listening HOST:PORT` when it serves. torch is imported only after the environment that OpenMP reads is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lamina_workers.openmp import share_cores
+
+if TYPE_CHECKING:
+    from lamina_workers.attention_server import AttentionServer
+
+_PR_SET_PDEATHSIG = 1
+_GRACE_S = 5.0  # that a session is given after SIGTERM, to move its KV
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM, SIGINT or the parent's end. The exit status: 0, or 1 where it could not serve."""
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    share_cores()
+    from lamina_protocols.errors import LaminaError
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    parent_gone = threading.Event()
+    if args.die_with_parent or args.parent_pipe is not None:
+        _follow_parent(0 if args.parent_pipe is None else args.parent_pipe, ended, parent_gone)
+    try:
+        server = _server(args)
+        address = server.start()
+    except LaminaError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  # this is a command
+        return 1
+    print(f"listening {address}", flush=True)  # noqa: T201  # whoever started this reads the port here
+    ended.wait()
+    grace = 0.0 if parent_gone.is_set() else _GRACE_S
+    threading.Thread(target=_leave_anyway, args=(grace + 5.0,), daemon=True).start()
+    server.stop(grace)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="attention-worker", description="Hold KV and attend it, for one engine.")
+    add = parser.add_argument
+    add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to listen; port 0 takes a free one")
+    add("--data-port", type=int, default=0, metavar="PORT", help="of the TCP data channel; 0 takes a free one")
+    add("--kv-memory", type=int, required=True, metavar="BYTES", help="memory for KV")
+    add("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="that compute")
+    add("--name", default="attention", help="what status and errors call this worker")
+    add("--tls-dir", metavar="DIR", help="with ca.pem, cert.pem and key.pem")
+    add("--token-file", metavar="FILE", help="with the token that callers must show")
+    add("--mutual-tls", action="store_true", help="ask callers for a certificate of the CA")
+    add("--insecure", action="store_true", help="serve on any address without TLS or token")
+    add("--no-local-channel", action="store_true", help="offer no Unix socket to callers on this host")
+    add("--lease", type=float, default=30.0, metavar="SECONDS", help="that KV outlives the last sign of its engine")
+    add("--die-with-parent", action="store_true", help="end when stdin closes or the parent's thread ends")
+    add("--parent-pipe", type=int, metavar="FD", help="end when this descriptor closes, instead of stdin")
+    return parser
+
+
+def _server(args: argparse.Namespace) -> AttentionServer:
+    from lamina_workers.attention_server import AttentionServer, ServerConfig
+    from lamina_workers.credentials import load_credentials
+
+    return AttentionServer(
+        ServerConfig(
+            name=args.name,
+            kv_memory=args.kv_memory,
+            threads=args.threads,
+            listen=args.listen,
+            data_port=args.data_port,
+            credentials=load_credentials(args.tls_dir, args.token_file, server=True),
+            mutual_tls=args.mutual_tls,
+            insecure=args.insecure,
+            local_channel=not args.no_local_channel,
+            lease=args.lease,
+        )
+    )
+
+
+def _follow_parent(descriptor: int, ended: threading.Event, parent_gone: threading.Event) -> None:
+    """Set both events when the pipe closes, which it does however the parent dies. The kernel's own signal helps where
+    this process is stopped by then; it follows the parent's thread that started this one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def read() -> None:
+        try:
+            while os.read(descriptor, 4096):
+                pass
+        except OSError:
+            pass  # as good as closed
+        parent_gone.set()
+        ended.set()
+
+    threading.Thread(target=read, name="lamina-parent", daemon=True).start()
+
+
+def _leave_anyway(seconds: float) -> None:
+    threading.Event().wait(seconds)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

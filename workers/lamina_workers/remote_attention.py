@@ -1,0 +1,225 @@
+"""The port to an attention worker elsewhere: handshake, data channel, heartbeat. Knows no batch and no model.
+
+The data channel is a Unix socket where both ends share a host, else the gRPC stream, or TCP where that was asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+
+from lamina_protocols import codec, control
+from lamina_protocols.channels import Channel, ChannelClosed, Credentials, is_loopback, split_address
+from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.messages import PROTOCOL_VERSION, Announced, Attended, Fault, Fetched, LayerSpec, Reply, Request
+from lamina_protocols.service import WorkerBusy, WorkerClient, WorkerRefused
+from lamina_protocols.socket_channel import client_context, connect_tcp, connect_unix
+from lamina_workers.attention_session import FAREWELL
+from lamina_workers.errors import HolderLost
+
+logger = logging.getLogger("lamina")
+
+_BUSY_PAUSE = 0.1  # seconds
+_REPLIES = (Announced, Attended, Fetched, Fault)
+
+
+class RemoteAttention:
+    """An `AttentionPort` over a channel. Made by `connect`; once lost or closed it stays so.
+
+    `capacity` is the worker's KV memory in bytes, `channel_kind` "local", "tcp" or "grpc". One thread sends and
+    receives; `close` may come from any.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        client: WorkerClient,
+        session: str,
+        welcome: control.Welcome,
+        channel: Channel,
+        channel_kind: str,
+        lost_after: float,
+    ) -> None:
+        self.name = name
+        self.address = client.address
+        self.worker_name = welcome.name
+        self.capacity = welcome.kv_memory
+        self.channel_kind = channel_kind
+        self._client = client
+        self._session = session
+        self._channel = channel
+        self._lost = ""  # why
+        self._lost_after = lost_after
+        self._closed = threading.Event()
+        self._draining = False
+        self._heart = threading.Thread(
+            target=self._beat, args=(min(welcome.lease / 6, 5.0),), name="lamina-heartbeat", daemon=True
+        )
+        self._heart.start()
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._channel.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        return self._channel.bytes_received
+
+    @property
+    def closed(self) -> bool:
+        """Whether the holder is gone, or was let go."""
+        return self._closed.is_set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether the worker asked, in its last heartbeat, that its KV be moved elsewhere."""
+        return self._draining
+
+    def send(self, request: Request) -> None:
+        try:
+            self._channel.send(codec.encode(request))
+        except ChannelClosed as error:
+            raise self._gone(str(error)) from error
+
+    def receive(self, timeout: float | None = None) -> Reply:
+        try:
+            reply = codec.decode(self._channel.receive(timeout))
+        except TimeoutError as error:
+            raise self._gone(f"no reply within {timeout:g} seconds") from error
+        except (ChannelClosed, ProtocolError) as error:
+            raise self._gone(str(error)) from error
+        if not isinstance(reply, _REPLIES):
+            raise self._gone(f"it sent a {type(reply).__name__}")
+        if isinstance(reply, Fault) and (reply.epoch, reply.batch) == FAREWELL:
+            raise self._gone(f"it ended the session: {reply.reason}")
+        return reply
+
+    def ready(self) -> bool:
+        return self._channel.ready()
+
+    def close(self) -> None:
+        """End the session: the worker frees its KV. A `receive` that waits raises HolderLost."""
+        self._end("closed on this side")
+        if self._heart is not threading.current_thread():
+            self._heart.join()
+        self._client.close()
+
+    def status(self, timeout: float = 5.0) -> control.WorkerStatus:
+        """Raises WorkerUnreachable or WorkerRefused."""
+        return self._client.status(timeout)
+
+    def drain(self, timeout: float = 5.0) -> control.WorkerStatus:
+        """Let the worker take no new session. Raises as `status` does."""
+        return self._client.drain(timeout)
+
+    def _gone(self, reason: str) -> HolderLost:
+        self._end(reason)
+        return HolderLost(f"attention worker {self.name} at {self.address} is lost: {self._lost}")
+
+    def _end(self, reason: str) -> None:
+        self._lost = self._lost or reason
+        self._closed.set()
+        self._channel.close()
+
+    def _beat(self, interval: float) -> None:
+        """Tell the worker that this side lives, and end the port when the worker does not say the same for too long."""
+        deadline = min(interval, self._lost_after / 2)
+        answered_at = time.monotonic()
+        while not self._closed.wait(min(interval, self._lost_after / 4)):
+            try:
+                state = self._client.heartbeat(self._session, deadline).state
+            except LaminaError as error:
+                silent = time.monotonic() - answered_at
+                if silent > self._lost_after and not self._closed.is_set():
+                    self._end(f"no heartbeat for {silent:.1f} seconds: {error}")
+                continue
+            answered_at = time.monotonic()
+            self._draining = state == "draining"
+            if state == "ended":
+                self._end("the worker has ended the session")
+
+
+def connect(
+    address: str,
+    *,
+    name: str,
+    layers: tuple[LayerSpec, ...],
+    page_size: int,
+    kv_dtype: str,
+    compute_dtype: str,
+    model: str,
+    credentials: Credentials | None = None,
+    local_channel: bool = True,
+    data_channel: str = "grpc",
+    checksum: bool | None = None,
+    timeout: float = 10.0,
+    lost_after: float = 10.0,
+) -> RemoteAttention:
+    """Open a session at the worker that listens at `address`.
+
+    `model` is the fingerprint of the model; `timeout` bounds each step of the handshake, and without an answer to
+    heartbeats for `lost_after` seconds the port is lost. Frames carry a checksum, unless `checksum` says otherwise,
+    where nothing else vouches for them: on the way to another host without TLS.
+
+    Raises WorkerUnreachable where nobody answers, WorkerRefused
+    where the worker does not want this session.
+    """
+    session = secrets.token_hex(16)
+    hello = control.Hello(
+        PROTOCOL_VERSION, control.package_version(), session, model, compute_dtype, kv_dtype, page_size, layers,
+        local_channel, data_channel,
+    )  # fmt: skip
+    credentials = credentials or Credentials()
+    if checksum is None:
+        checksum = not credentials.ca and not is_loopback(split_address(address)[0])
+    client = WorkerClient(address, credentials)
+    try:
+        welcome = _greet(client, hello, timeout)
+        channel, kind = _open_channel(client, welcome, session, credentials, data_channel, checksum, timeout)
+    except BaseException:
+        client.close()
+        raise
+    logger.info("attention worker %s at %s (%s): data over %s", name, address, welcome.name, kind)
+    return RemoteAttention(name, client, session, welcome, channel, kind, lost_after)
+
+
+def _greet(client: WorkerClient, hello: control.Hello, timeout: float) -> control.Welcome:
+    """Whoever had the worker before may be about to leave: ask again for a while."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return client.hello(hello, timeout)
+        except WorkerBusy:
+            if time.monotonic() + _BUSY_PAUSE > deadline:
+                raise
+        time.sleep(_BUSY_PAUSE)
+
+
+def _open_channel(
+    client: WorkerClient,
+    welcome: control.Welcome,
+    session: str,
+    credentials: Credentials,
+    data_channel: str,
+    checksum: bool,
+    timeout: float,
+) -> tuple[Channel, str]:
+    if welcome.local is not None:
+        try:
+            return connect_unix(welcome.local.path, welcome.local.secret, timeout, welcome.max_frame), "local"
+        except ChannelClosed as error:  # another host, or a container of its own
+            logger.debug("%s", error)
+    if data_channel != "tcp":
+        return client.stream(session, welcome.max_frame, checksum), "grpc"
+    if welcome.tcp is None:
+        raise WorkerRefused(f"the worker at {client.address} offers no TCP data channel")
+    host, _ = split_address(client.address)
+    tls = client_context(credentials) if credentials.ca else None
+    try:
+        offer = welcome.tcp
+        channel = connect_tcp(host, offer.port, offer.secret, timeout, tls, welcome.max_frame, checksum)
+    except ChannelClosed as error:
+        raise WorkerRefused(f"the worker at {client.address}: {error}") from error
+    return channel, "tcp"
