@@ -248,8 +248,11 @@ class Engine:
         except StopIteration:
             self._over(lane)
         except HolderLost as loss:
-            logger.warning("%s", loss)
-            self._lose(self._worker.lost())
+            if gone := self._worker.lost():
+                logger.warning("%s", loss)
+                self._lose(gone)
+            else:  # the local one, which cannot be lost
+                self._recover(lane, loss)
         except HolderFault as fault:
             self._recover(lane, fault)
 

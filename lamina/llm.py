@@ -314,7 +314,7 @@ def _start(model: str | Path, config: EngineConfig, progress: Progress | None) -
     if config.attention_workers and not share_cores():
         logger.warning(
             "torch was imported before this LLM, so its idle threads spin while attention workers on this host want "
-            "the cores; import lamina first, or set GOMP_SPINCOUNT=3000"
+            "the cores; import lamina first, or set GOMP_SPINCOUNT=1000"
         )
     from lamina.runtime import start  # it imports torch, which reads the environment
 

@@ -11,7 +11,8 @@ prefill rate is the prompts' tokens over the time of 1 token. The roofline is (w
 read bandwidth that torch's sum reaches in the same run. `--peer-python` is a Python with vLLM's CPU build.
 
 `--attention-workers N` measures Lamina in one process beside itself with N attention workers on this host, over each
-channel, and says what a layer of a decode step costs more.
+channel, and says what a layer of a decode step costs more. There a step is the median gap between tokens of the last
+prompt's stream: the difference of two runs would drown in the noise of long prefills.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 STEPS = 32
 WORKERS, LANES = "BENCH_ATTENTION_WORKERS", "BENCH_LANES"  # how the children learn them
 SHAPES = ["1x64", "8x512", "1x2048", "8x2048"]
-Run = Callable[[list[list[int]], int], None]
+Run = Callable[[list[list[int]], int], float | None]  # prompts and tokens; seconds a step, where it knows
 
 
 def prompts(batch: int, context: int, seed: int) -> list[list[int]]:
@@ -44,7 +46,16 @@ def lamina(model: str, **options: Any) -> Run:
     from lamina import LLM
 
     llm = LLM(model, dtype="bfloat16", prefix_cache=False, **options)
-    return lambda ids, n: llm.generate(ids, max_tokens=n, ignore_eos=True) and None
+
+    def run(ids: list[list[int]], n: int) -> float | None:
+        if WORKERS not in os.environ:
+            llm.generate(ids, max_tokens=n, ignore_eos=True)
+            return None
+        stream = llm.stream(ids, max_tokens=n, ignore_eos=True)
+        times = [time.perf_counter() for event in stream if event.prompt_index == len(ids) - 1]
+        return statistics.median(b - a for a, b in pairwise(times)) if n > 1 else None
+
+    return run
 
 
 def over(**options: Any) -> Callable[[str], Run]:
@@ -61,11 +72,12 @@ def hf(model: str) -> Run:
     net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
 
     @torch.no_grad()
-    def run(ids: list[list[int]], n: int) -> None:
+    def run(ids: list[list[int]], n: int) -> float | None:
         out = net(torch.tensor(ids), use_cache=True, logits_to_keep=1)
         for _ in range(n - 1):
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             out = net(token, past_key_values=out.past_key_values, use_cache=True)
+        return None
 
     return run
 
@@ -79,9 +91,10 @@ def vllm(model: str) -> Run:
 
     llm = LLM(model, dtype="bfloat16", max_model_len=8192, max_num_seqs=16, enable_prefix_caching=False)
 
-    def run(ids: list[list[int]], n: int) -> None:
+    def run(ids: list[list[int]], n: int) -> float | None:
         params = SamplingParams(max_tokens=n, ignore_eos=True, temperature=0)
         llm.generate([{"prompt_token_ids": p} for p in ids], params, use_tqdm=False)
+        return None
 
     return run
 
@@ -118,8 +131,8 @@ def serve(engine: str, model: str) -> None:
         batch, context, n, seed = json.loads(line)
         ids = prompts(batch, context, seed)
         start = time.perf_counter()
-        run(ids, n)
-        print(time.perf_counter() - start, file=answers, flush=True)
+        step = run(ids, n)
+        print(json.dumps([time.perf_counter() - start, step]), file=answers, flush=True)
 
 
 class Child:
@@ -135,9 +148,11 @@ class Child:
         )
         self._answer(engine)
 
-    def seconds(self, batch: int, context: int, n: int, seed: int) -> float:
+    def seconds(self, batch: int, context: int, n: int, seed: int) -> tuple[float, float | None]:
+        """Of the whole run, and of a step where the engine knows."""
         print(json.dumps([batch, context, n, seed]), file=self._process.stdin, flush=True)
-        return float(self._answer("the engine"))
+        whole, step = json.loads(self._answer("the engine"))
+        return whole, step
 
     def _answer(self, who: str) -> str:
         line = self._process.stdout.readline() if self._process.stdout else ""
@@ -155,10 +170,10 @@ def measure(children: dict[str, Child], batch: int, context: int, rounds: int) -
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in children}
     for number in range(rounds + 1):
         for name, child in children.items():
-            one = child.seconds(batch, context, 1, 2 * number)
-            many = child.seconds(batch, context, 1 + STEPS, 2 * number + 1) if name != "bandwidth" else one
+            one, _ = child.seconds(batch, context, 1, 2 * number)
+            many, step = child.seconds(batch, context, 1 + STEPS, 2 * number + 1) if name != "bandwidth" else (one, 0.0)
             if number:  # the first round warms up
-                times[name].append((one, (many - one) / STEPS))
+                times[name].append((one, (many - one) / STEPS if step is None else step))
     return {
         name: (statistics.median(t[0] for t in taken), statistics.median(t[1] for t in taken))
         for name, taken in times.items()

@@ -82,7 +82,7 @@ class Replies:
     def take(self, kind: type[R], batch: int, layer: int | None = None, timeout: float | None = None) -> R:
         """The next reply to that batch, which must be of that kind (and layer); waits for it.
 
-        Raises HolderFault for a fault and for any other reply, HolderLost where the port is gone.
+        Raises HolderFault for a fault, HolderLost where the port is gone or gives any other reply.
         """
         replies = self._waiting[batch]
         while not replies:
@@ -94,7 +94,9 @@ class Replies:
         if isinstance(reply, Fault):
             raise HolderFault(f"{self.port.name}: {reply.reason}")
         if not isinstance(reply, kind) or layer != getattr(reply, "layer", None):
-            raise HolderFault(f"{self.port.name}: {kind.__name__} of layer {layer} was due, got {reply!r:.200}")
+            self.port.close()  # its replies are out of step, and would stay so
+            got = f"{type(reply).__name__} of layer {getattr(reply, 'layer', None)}"
+            raise HolderLost(f"{self.port.name}: {kind.__name__} of layer {layer} was due, got {got}")
         return reply
 
     def _sort(self, reply: Reply) -> None:
