@@ -10,6 +10,13 @@ LaminaError
 │   └── HolderLost            a holder is gone (the engine rebuilds its KV elsewhere)
 ├── KVError                   a holder was asked for something its parts do not allow
 │   └── PoolExhausted         a batch needs more pages than are free (the scheduler makes room)
+├── WorkerUnreachable         no attention worker answers at an address; it may do so later
+├── WorkerRefused             a worker refuses: another version, model or dtype, a wrong token, draining
+│   └── WorkerBusy            it has a session with somebody else
+├── ServerError               an attention worker cannot serve as it is configured, or not at that address
+├── CredentialsError          certificates or a token are missing, unreadable or wrong
+├── ChannelClosed             the other side of a channel is gone
+├── AddressError              an address is not HOST:PORT
 └── ProtocolError             a frame or message is malformed, too large, or out of order
 
 Interrupted                   Ctrl-C during `generate`; a KeyboardInterrupt, with what was finished
