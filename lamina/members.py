@@ -172,7 +172,7 @@ class FixedMembers:
             if self._clock() >= deadline:
                 raise EngineError(
                     f"no attention worker answers at {', '.join(missing)} within {self._timeout:g} s; start one there "
-                    "with `lamina attention-worker --listen HOST:PORT`"
+                    "with `lamina attention-worker --listen HOST:PORT`; one that speaks TLS answers nobody who does not"
                 )
             if self._closed.wait(min(0.2, self._interval)):
                 raise EngineError("closed while waiting for the attention workers")

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM, SIGINT or the parent's end. The exit status: 0, or 1 where it could not serve."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else a stranger fills the log, a line a try
     share_cores()
     from lamina_protocols.errors import LaminaError
 
