@@ -15,6 +15,7 @@ import transformers
 import lamina
 from lamina import LLM, EngineError, InvalidRequest, SamplingParams
 from lamina.models import resolve
+from lamina.shares import Share
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 
@@ -102,7 +103,7 @@ def test_greedy_tokens_equal_transformers_one_by_one_and_together(path, prompts,
 @pytest.mark.timeout(900)
 def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, reference, prompts):
     from lamina_protocols.messages import Announcement, HolderConfig, Open, Row
-    from lamina_workers.attention_port import LocalAttention
+    from lamina_workers.attention_port import LocalAttention, Replies
     from lamina_workers.attention_worker import AttentionWorker
     from lamina_workers.model import Batch, Decoder
     from lamina_workers.model_config import ModelConfig
@@ -119,7 +120,7 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
         decoder = Decoder.load(model, checkpoint, torch.bfloat16)
         config = HolderConfig(model.layer_specs(), 32, "bfloat16", 1 << 28)
         port = LocalAttention(AttentionWorker(config))
-        resolver = Resolver(config, [port])
+        replies, resolver = Replies(port), Resolver(config)
         ours = []
         for batch, start in enumerate(range(0, len(prompt), 100)):
             chunk = prompt[start : start + 100]
@@ -129,9 +130,12 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
             port.send(Announcement(1, batch + 1, min(batch, 1), operations, (row,)))
             port.receive()
             tokens = Batch(torch.tensor(chunk), torch.arange(start, end), torch.arange(len(chunk)))
-            routes = [[Route(0, (0, 1, 2), row, (start, end))]]
-            logits = resolver.run(decoder.forward(tokens), 1, batch + 1, [Span(start, len(chunk))], routes)
-            ours.append(logits.argmax(-1))
+            routes = {replies: [Route(0, (0, 1, 2), row, (start, end))]}
+            replies.expect(1, batch + 1)
+            run = resolver.run(decoder.forward(tokens), 1, batch + 1, [Span(start, len(chunk))], routes, suspends=False)
+            with pytest.raises(StopIteration) as stop:
+                next(run)
+            ours.append(stop.value.value.argmax(-1))
     agreement, their_agreement = ((x == exact).float().mean().item() for x in (torch.cat(ours), theirs))
     assert agreement >= their_agreement - 0.005
 
@@ -166,10 +170,11 @@ def llm(path):
 
 def test_a_page_of_kv_takes_exactly_its_keys_and_values(llm):
     layers, heads, d, size = 30, 3, 64, 32
-    worker = llm._runtime.limits
-    assert worker.total_pages == (256 << 20) // (size * d * 2 * 2)
+    runtime = llm._runtime
+    assert runtime.engine._placement.capacity == {0: (256 << 20) // (size * d * 2 * 2)}
     assert 2 * d * 2 * layers * heads == 23_040
-    assert worker.pages_for(1) == layers * heads
+    every = (Share(0, (0, 1, 2), 0, 4096),)
+    assert runtime.limits.pages_for(every, 1) == runtime.limits.pages_for(every, size) == {0: layers * heads}
 
 
 def test_stream_and_generate_agree(llm):
