@@ -44,9 +44,7 @@ logger = logging.getLogger("lamina")
 DEFAULT_BATCH_TOKENS = 1024
 MAX_SEQUENCES = 256  # in one batch
 AUTO_LANES = 3  # that are tried: more share the weights' reading among too few sequences each
-_KV_PROJECTION = (
-    2 << 20
-)  # bytes of weights: 80 us at 25 GB/s; an estimate, as no model here is large enough to measure it
+_KV_PROJECTION = 2 << 20  # bytes of weights: 80 us at 25 GB/s. An estimate: no model at hand is large enough
 _KV_SHARE = 4  # of the available memory, one part in so many
 
 

@@ -253,6 +253,6 @@ def test_what_the_network_does_changes_no_token(model, expected, workers, folder
 @pytest.mark.parametrize("tls", [True, False])
 @pytest.mark.parametrize("toxic", TOXICS)
 def test_more_that_the_network_does_changes_no_token(model, expected, workers, folder, toxic, tls, seed):
-    if not tls and toxic in ("bit flips", "duplicates"):
-        pytest.skip("TCP does neither, and on loopback without TLS nothing else would notice")
+    if not tls and toxic == "bit flips":
+        pytest.skip("loopback without TLS carries no checksum, so nothing could notice")
     through_proxies(model, expected, workers, folder, toxic, tls, seed)
