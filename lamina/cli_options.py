@@ -86,6 +86,7 @@ class EngineOptions:
     device: Annotated[str, _engine_option("cpu, cuda or auto.")] = "auto"
     threads: Threads = None
     kv_memory: KvMemory = None
+    kv_dtype: Annotated[str | None, _engine_option("Of the KV cache. int8 halves bfloat16. Default: the dtype.")] = None
     max_model_len: Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")] = None
     attention_workers: Annotated[
         list[str] | None,

@@ -16,7 +16,7 @@ from lamina.layouts import SHARDS
 
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 DEVICES = ("auto", "cpu", "cuda")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DATA_CHANNELS = ("grpc", "tcp")
@@ -38,7 +38,8 @@ class EngineConfig:
     kv_memory: int | str | None = None
     """Bytes of KV for each holder, or text such as "2GiB"; None: a quarter of the memory that is available."""
     kv_dtype: str = "auto"
-    """What K and V are stored in; auto: as `dtype`."""
+    """What K and V are stored in; auto: as `dtype`. int8 and float8_e4m3fn keep a scale for each token and head;
+    the CPU kernels have no float8."""
     page_size: int = 32
     """Tokens a KV page."""
     max_batch_tokens: int | None = None

@@ -48,12 +48,13 @@ _MAX_LAYERS = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """One tensor to write: its name and shape, the GGUF tensor it comes from, and the order of its rows there."""
+    """One tensor to write: its name and shape, the GGUF tensor it comes from, and how many heads stand permuted there
+    (0: its rows are in order)."""
 
     name: str
     source: str
     shape: tuple[int, ...]
-    order: npt.NDArray[np.int64] | None = None
+    permuted: int = 0
 
 
 def convert(file: GgufFile, folder: Path, progress: Progress) -> dict[str, FileRecord]:
@@ -170,14 +171,12 @@ def _targets(file: GgufFile, config: Mapping[str, Any]) -> Iterator[_Target]:
         "attn_v.bias": (kv,),
         **dict.fromkeys(_NORM_NAMES, (head_dim,)),
     }
-    orders = {}
-    if family in ("llama", "mistral"):
-        orders = {"attn_q.weight": _unpermuted(heads, head_dim), "attn_k.weight": _unpermuted(kv_heads, head_dim)}
+    permuted = {"attn_q.weight": heads, "attn_k.weight": kv_heads} if family in ("llama", "mistral") else {}
     names = _LAYER_NAMES | {"qwen2": _BIAS_NAMES, "qwen3": _NORM_NAMES}.get(family, {})
     targets = [
         _Target("model.embed_tokens.weight", "token_embd.weight", (config["vocab_size"], hidden)),
         *(
-            _Target(f"model.layers.{i}.{name}", f"blk.{i}.{part}", shapes.get(part, (hidden,)), orders.get(part))
+            _Target(f"model.layers.{i}.{name}", f"blk.{i}.{part}", shapes.get(part, (hidden,)), permuted.get(part, 0))
             for i in range(config["num_hidden_layers"])
             for part, name in names.items()
         ),
@@ -199,14 +198,13 @@ def _targets(file: GgufFile, config: Mapping[str, Any]) -> Iterator[_Target]:
         yield target
 
 
-def _unpermuted(heads: int, head_dim: int) -> npt.NDArray[np.int64]:
-    """Where the rows of a Hugging Face q or k projection stand in a GGUF of the llama family. `[heads * head_dim]`
+def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
+    """Where the rows of a Hugging Face q or k projection stand in a GGUF of the llama family. `[rows]`
 
     Hugging Face rotates dimension i of a head with i + d/2, llama.cpp 2i with 2i + 1, so its converter
     (convert_hf_to_gguf.py, `permute`) interleaves the halves.
     """
-    rows = np.arange(heads * head_dim, dtype=np.int64)
-    return rows.reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+    return np.arange(rows, dtype=np.int64).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _safetensors(file: GgufFile, targets: list[_Target], progress: Progress) -> Iterator[bytes]:
@@ -223,7 +221,8 @@ def _safetensors(file: GgufFile, targets: list[_Target], progress: Progress) -> 
     done = 0
     progress("converting", done, total)
     for target in targets:
-        for block in file.rows(target.source, target.order):
+        order = _unpermuted(target.shape[0], target.permuted) if target.permuted else None
+        for block in file.rows(target.source, order):
             rounded = torch.from_numpy(np.require(block, requirements="W")).to(torch.bfloat16)
             data = rounded.view(torch.uint8).numpy().tobytes()
             yield data

@@ -30,6 +30,8 @@ from lamina.request import SchedulerConfig
 from lamina.scheduler import Scheduler
 from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
+from lamina_kernels import dense
+from lamina_kernels.select import kernels
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker import AttentionWorker
@@ -146,6 +148,7 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None, me
     try:
         if attachment is not None:
             attachment.begin(progress)  # they come up while the model loads
+        _prepare(holder, dtype, device, progress)
         decoder = _load(model, path, dtype, device, progress)
         # Prompts are read from the local holder while they fit; without attention workers it keeps everything.
         ports: dict[int, AttentionPort] = {LOCAL: LocalAttention(AttentionWorker(holder, threads))}
@@ -195,6 +198,15 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None, me
         path, model, generation_config, tokenizer, limits, possible, engine, threading.current_thread(), progress,
         attachment,
     )  # fmt: skip
+
+
+def _prepare(holder: HolderConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> None:
+    """Load the kernels. The first time on a machine they are compiled, which takes some seconds."""
+    attention = kernels(torch.device("cpu")).prepare(page_layout(holder))
+    for what, steps in (("attention kernels", attention), ("dense kernels", dense.prepare(dtype, device))):
+        for done, total in steps:
+            if progress is not None:
+                progress(what, done, total)
 
 
 def _query_goes_first(model: ModelConfig, dtype: torch.dtype) -> bool:

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """Decode ms/step and prefill tokens/s of Lamina beside its peers, with the roofline, all in one run.
 
-usage: scripts/bench_decode.py [--peer-python PYTHON] [--engines lamina,hf,vllm] [--rounds 3] [BATCHxCONTEXT ...]
+usage: scripts/bench_decode.py [--peer-python PYTHON] [--llama-python PYTHON --gguf FILE] [--rounds 3]
+                               [--engines lamina,hf,vllm,llamacpp] [BATCHxCONTEXT ...]
        scripts/bench_decode.py --attention-workers 1 [8x2048 ...]
 
 Every engine runs in a process of its own and waits while another one is measured; rounds take turns, so that a slow
 minute of the machine meets all of them. Prompts are random token ids (none seen before: prefix caches are off),
-sampling is greedy, end-of-text is ignored. A step is (time of 1 + STEPS tokens - time of 1 token) / STEPS; the
-prefill rate is the prompts' tokens over the time of 1 token. The roofline is (weight bytes + KV bytes read) over the
-read bandwidth that torch's sum reaches in the same run. `--peer-python` is a Python with vLLM's CPU build.
+sampling is greedy, end-of-text is ignored. A step is the median gap between two tokens of a sequence while all
+sequences decode and none is in prefill; the prefill rate is the prompts' tokens over the time until all have their
+first token. The roofline is (weight bytes + KV bytes read) over the read bandwidth that torch's sum reaches in the
+same run. `--peer-python` is a Python with vLLM's CPU build, `--llama-python` one with llama-cpp-python, which runs a
+GGUF file, at batch 1 alone.
 
 `--attention-workers N` measures Lamina in one process beside itself with N attention workers on this host, over each
-channel, and says what a layer of a decode step costs more. There a step is the median gap between tokens of the last
-prompt's stream: the difference of two runs would drown in the noise of long prefills.
+channel, and says what a layer of a decode step costs more.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from typing import Any
 STEPS = 32
 WORKERS, LANES = "BENCH_ATTENTION_WORKERS", "BENCH_LANES"  # how the children learn them
 SHAPES = ["1x64", "8x512", "1x2048", "8x2048"]
-Run = Callable[[list[list[int]], int], float | None]  # prompts and tokens; seconds a step, where it knows
+Times = list[list[float]]  # of each prompt: when each of its tokens came
+Run = Callable[[list[list[int]], int], Times]  # prompts, and how many tokens each
 
 
 def prompts(batch: int, context: int, seed: int) -> list[list[int]]:
@@ -47,13 +50,11 @@ def lamina(model: str, **options: Any) -> Run:
 
     llm = LLM(model, dtype="bfloat16", prefix_cache=False, **options)
 
-    def run(ids: list[list[int]], n: int) -> float | None:
-        if WORKERS not in os.environ:
-            llm.generate(ids, max_tokens=n, ignore_eos=True)
-            return None
-        stream = llm.stream(ids, max_tokens=n, ignore_eos=True)
-        times = [time.perf_counter() for event in stream if event.prompt_index == len(ids) - 1]
-        return statistics.median(b - a for a, b in pairwise(times)) if n > 1 else None
+    def run(ids: list[list[int]], n: int) -> Times:
+        times: Times = [[] for _ in ids]
+        for event in llm.stream(ids, max_tokens=n, ignore_eos=True):
+            times[event.prompt_index].append(time.perf_counter())
+        return times
 
     return run
 
@@ -72,12 +73,14 @@ def hf(model: str) -> Run:
     net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
 
     @torch.no_grad()
-    def run(ids: list[list[int]], n: int) -> float | None:
+    def run(ids: list[list[int]], n: int) -> Times:
         out = net(torch.tensor(ids), use_cache=True, logits_to_keep=1)
+        times = [time.perf_counter()]
         for _ in range(n - 1):
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             out = net(token, past_key_values=out.past_key_values, use_cache=True)
-        return None
+            times.append(time.perf_counter())
+        return [times] * len(ids)
 
     return run
 
@@ -91,10 +94,35 @@ def vllm(model: str) -> Run:
 
     llm = LLM(model, dtype="bfloat16", max_model_len=8192, max_num_seqs=16, enable_prefix_caching=False)
 
-    def run(ids: list[list[int]], n: int) -> float | None:
+    def run(ids: list[list[int]], n: int) -> Times:
         params = SamplingParams(max_tokens=n, ignore_eos=True, temperature=0)
-        llm.generate([{"prompt_token_ids": p} for p in ids], params, use_tqdm=False)
-        return None
+        engine, times = llm.llm_engine, [[] for _ in ids]
+        for number, prompt in enumerate(ids):
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if len(output.outputs[0].token_ids) > len(times[int(output.request_id.split("-")[0])]):
+                    times[int(output.request_id.split("-")[0])].append(time.perf_counter())
+        return times
+
+    return run
+
+
+def llamacpp(model: str) -> Run:
+    from llama_cpp import Llama
+
+    threads = cores()
+    llm = Llama(model, n_ctx=8192, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
+
+    def run(ids: list[list[int]], n: int) -> Times:
+        times = []
+        llm.reset()
+        llm.eval(ids[0])
+        times.append(time.perf_counter())
+        for _ in range(n - 1):
+            llm.eval([100])
+            times.append(time.perf_counter())
+        return [times]
 
     return run
 
@@ -104,7 +132,12 @@ def bandwidth(_model: str) -> Run:
     import torch
 
     data = torch.ones(1 << 28)
-    return lambda _ids, _n: data.sum() and None
+
+    def run(_ids: list[list[int]], _n: int) -> Times:
+        data.sum()
+        return []
+
+    return run
 
 
 ENGINES: dict[str, Callable[[str], Run]] = {
@@ -114,6 +147,7 @@ ENGINES: dict[str, Callable[[str], Run]] = {
     "grpc": over(local_channel=False),
     "hf": hf,
     "vllm": vllm,
+    "llamacpp": llamacpp,
     "bandwidth": bandwidth,
 }
 
@@ -131,8 +165,9 @@ def serve(engine: str, model: str) -> None:
         batch, context, n, seed = json.loads(line)
         ids = prompts(batch, context, seed)
         start = time.perf_counter()
-        step = run(ids, n)
-        print(json.dumps([time.perf_counter() - start, step]), file=answers, flush=True)
+        times = run(ids, n)
+        seconds = time.perf_counter() - start
+        print(json.dumps([seconds, [[at - start for at in own] for own in times]]), file=answers, flush=True)
 
 
 class Child:
@@ -148,11 +183,11 @@ class Child:
         )
         self._answer(engine)
 
-    def seconds(self, batch: int, context: int, n: int, seed: int) -> tuple[float, float | None]:
-        """Of the whole run, and of a step where the engine knows."""
+    def run(self, batch: int, context: int, n: int, seed: int) -> tuple[float, Times]:
+        """Seconds of the whole run, and when each token came."""
         print(json.dumps([batch, context, n, seed]), file=self._process.stdin, flush=True)
-        whole, step = json.loads(self._answer("the engine"))
-        return whole, step
+        seconds, times = json.loads(self._answer("the engine"))
+        return seconds, times
 
     def _answer(self, who: str) -> str:
         line = self._process.stdout.readline() if self._process.stdout else ""
@@ -166,18 +201,35 @@ class Child:
 
 
 def measure(children: dict[str, Child], batch: int, context: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Per engine the medians of seconds for one token and of seconds a step; for bandwidth, of seconds a GB."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in children}
+    """Per engine the medians of seconds until all have their first token, and of seconds a step; for bandwidth, of
+    seconds a GiB."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in children}
     for number in range(rounds + 1):
         for name, child in children.items():
-            one, _ = child.seconds(batch, context, 1, 2 * number)
-            many, step = child.seconds(batch, context, 1 + STEPS, 2 * number + 1) if name != "bandwidth" else (one, 0.0)
+            if name == "llamacpp" and batch > 1:
+                continue
+            seconds, times = child.run(batch, context, tokens(batch, context), number)
             if number:  # the first round warms up
-                times[name].append((one, (many - one) / STEPS if step is None else step))
+                taken[name].append((seconds, 0.0) if name == "bandwidth" else (max(t[0] for t in times), step(times)))
     return {
-        name: (statistics.median(t[0] for t in taken), statistics.median(t[1] for t in taken))
-        for name, taken in times.items()
+        name: (statistics.median(t[0] for t in own), statistics.median(t[1] for t in own))
+        for name, own in taken.items()
+        if own
     }
+
+
+def tokens(batch: int, context: int) -> int:
+    """So many that the first sequence still decodes when the last one's prompt is through, in chunks of 512."""
+    return STEPS + (batch - 1) * (context // 512 + 1)
+
+
+def step(times: Times) -> float:
+    """The median gap while every sequence decodes."""
+    begin, end = max(own[0] for own in times), min(own[-1] for own in times)
+    gaps = [b - a for own in times for a, b in pairwise(own) if a >= begin and b <= end]
+    if len(gaps) < STEPS // 2:
+        raise SystemExit(f"all sequences decoded together for {len(gaps)} tokens, too few to measure a step")
+    return statistics.median(gaps)
 
 
 def processor() -> str:
@@ -192,6 +244,8 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="BATCHxCONTEXT")
     parser.add_argument("--engines", default=None, help="comma separated; default lamina,hf and with a peer vllm")
     parser.add_argument("--peer-python", default=None)
+    parser.add_argument("--llama-python", default=None)
+    parser.add_argument("--gguf", default=None, help="the file that llama.cpp runs")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--attention-workers", type=int, default=0)
@@ -216,8 +270,13 @@ def main() -> None:
     layers = config["num_hidden_layers"]
     print(f"{processor()}, {cores()} cores; {args.model} in bfloat16")
     print(f"{weights / 1e6:.0f} MB of weights, {kv_bytes} bytes of KV a token")
-    pythons = {name: args.peer_python if name == "vllm" else sys.executable for name in names}
-    children = {name: Child(name, python, str(folder)) for name, python in pythons.items()}
+    if args.llama_python and "llamacpp" not in names:
+        names.append("llamacpp")
+    pythons = {"vllm": args.peer_python, "llamacpp": args.llama_python}
+    models = {"llamacpp": args.gguf}
+    children = {
+        name: Child(name, pythons.get(name) or sys.executable, models.get(name) or str(folder)) for name in names
+    }
     children["bandwidth"] = Child("bandwidth", sys.executable, str(folder))
     baseline = "vllm" if "vllm" in names else "hf" if "hf" in names else names[0]
     of = f"of {baseline}"
@@ -227,7 +286,8 @@ def main() -> None:
         batch, context = map(int, shape.split("x"))
         results = measure(children, batch, context, args.rounds)
         speed = (1 << 30) / results.pop("bandwidth")[0]
-        roofline = (weights + batch * (context + STEPS / 2) * kv_bytes) / speed
+        read = context + tokens(batch, context) / 2
+        roofline = (weights + batch * read * kv_bytes) / speed
         for name, (one, step) in results.items():
             more = (step - results[baseline][1]) * 1e3 / layers
             print(

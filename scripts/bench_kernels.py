@@ -1,113 +1,402 @@
-"""GB/s of KV that decode attention reads, and prefill time, beside this machine's read bandwidth and torch.
+#!/usr/bin/env python3
+"""GB/s of KV that decode attention reads, and its share of the read bandwidth measured in the same run.
 
-    python scripts/bench_kernels.py [--gib 2]
+usage: scripts/bench_kernels.py [targets] [grid] [peers] [plot] [--gib 2] [--seconds 2] [--device cpu] [--json FILE]
 
-KV bytes are counted once, however many query heads read them. KV and bandwidth runs cycle over --gib GiB, so that no
-cache answers; pages stand in the order in which a store hands them out to one prompt, or shuffled, the worst case.
+targets   the shapes that Lamina promises something of, the fixed cost of a call, prefill beside torch (the default)
+grid      every KV dtype, head size and group at a context of 16384
+peers     two shapes beside torch, FlexAttention and, on a GPU, FlashInfer and FlashAttention where installed
+plot      the share over context, batch and raggedness, drawn into docs/kernels.png
+
+KV bytes are counted once, however many query heads read them; int8 counts codes and scales. A row alternates between
+a few calls and a reading of the bandwidth, since the machine's bandwidth drifts; its share is the median over these
+rounds, each against the bandwidth right before and after it. Calls go through layers that make up --gib GiB, and the
+bandwidth through as much of its own, so that no cache answers. A row costs --seconds; a run takes some 2.5 times --gib.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import math
+import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from kernel_peers import Bandwidth, allocate, huge_pages, machine, peers, repeat, sdpa_prefill, synchronise
 from torch.nn.functional import scaled_dot_product_attention
 
-from lamina_kernels import cpu_decode
-from lamina_kernels.pages import PageLayout, Pages, Rows
+from lamina_kernels.pages import DTYPES, PEAKS, PageLayout, Pages
+from lamina_kernels.rows import Rows
+from lamina_kernels.select import kernels
 
-DECODE = [(1, 8, 4, 32768, 128), (1, 8, 1, 32768, 128), (16, 3, 3, 4096, 64), (8, 3, 3, 512, 64)]
-PREFILL = [(3, 3, 64, 2048), (3, 3, 64, 512), (8, 4, 128, 1024)]
+BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
+LONG, SMALL = (1, 8, 4, 32768, 128), (16, 3, 3, 4096, 64)  # batch, KV heads, group, context, head size
+PREFILL = [(3, 3, 64, 2048, 0), (3, 3, 64, 512, 0), (8, 4, 128, 1024, 0), (8, 4, 128, 256, 4096)]  # ..., d, count, past
+HEAD_SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)]
+GROUPS = (1, 2, 4, 8, 16)
+TIMED = 0.01  # seconds of calls between two readings of the bandwidth
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "kernels.png"
+Call = Callable[[], object]
 
 
-def seconds(call: Callable[[], object], least: float = 1.0) -> float:
-    """The median time of a call, repeated for at least that long."""
-    call()
-    times: list[float] = []
-    while sum(times) < least or len(times) < 5:
+@dataclass(frozen=True)
+class Case:
+    """A decode step of one layer."""
+
+    contexts: tuple[int, ...]
+    kv_heads: int
+    group: int
+    d_k: int
+    d_v: int
+    dtype: torch.dtype = BF16
+    page_size: int = 32
+    shuffled: bool = False  # pages in the order of a store that has run for long, instead of one after another
+
+    @property
+    def kv_bytes(self) -> int:
+        scales = 8 if self.dtype in PEAKS else 0
+        return sum(self.contexts) * self.kv_heads * ((self.d_k + self.d_v) * self.dtype.itemsize + scales)
+
+    def __str__(self) -> str:
+        longest, n = max(self.contexts), len(self.contexts)
+        contexts = f"{n}x{longest}" if len(set(self.contexts)) == 1 else f"{longest}+{n - 1}x{min(self.contexts)}"
+        d = f"{self.d_k}" if self.d_k == self.d_v else f"{self.d_k}/{self.d_v}"
+        pages = ("" if self.page_size == 32 else f" pages of {self.page_size}") + " shuffled" * self.shuffled
+        return f"{name(self.dtype)} {contexts} heads {self.kv_heads}x{self.group} d {d}{pages}"
+
+
+def even(shape: tuple[int, int, int, int, int], dtype: torch.dtype = BF16, **others: Any) -> Case:
+    batch, kv_heads, group, context, d = shape
+    return Case((context,) * batch, kv_heads, group, d, d, dtype, **others)
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row measured: medians, and the quartiles of the share."""
+
+    name: str
+    kv_bytes: int
+    gb_s: float
+    bandwidth: float
+    share: float
+    low: float
+    high: float
+
+    def speed(self, other: Row) -> float:
+        """How many times as many calls a second as `other`, at the same bandwidth."""
+        return self.share / self.kv_bytes / (other.share / other.kv_bytes)
+
+
+class Bench:
+    """Makes calls and measures them. One memory serves all rows in turn."""
+
+    def __init__(self, size: int, seconds: float, device: torch.device) -> None:
+        self.device, self.size, self._seconds = device, size, seconds
+        self.threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self.machine = {**machine(device), "threads": self.threads}
+        self.kernels = kernels(device)
+        self.bandwidth = Bandwidth(size, device, self.threads)
+        self.results: list[dict[str, Any]] = []
+        self._memory, self._content = torch.empty(0, dtype=torch.uint8), ""
+
+    def _filled(self, size: int, content: str, block: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """uint8 `[size]` with copies of `block`. Filled anew only where `content` is another than before."""
+        if len(self._memory) < size:
+            self._memory, self._content = torch.empty(0), ""
+            self._memory = allocate(size, self.device)
+        if self._content != content:
+            repeat(block().contiguous().view(torch.uint8).view(-1), self._memory)
+            self._content = content
+        return self._memory[:size]
+
+    def paged(self, case: Case, count: int = 1, size: int | None = None) -> Call:
+        """Our attention over the next layer, of one query a sequence to its context, or of `count` more tokens.
+
+        Those see themselves too, causally. The layers make up `size` bytes, by default all that a run goes through.
+        """
+        at = self.kernels.layout(case.page_size, case.d_k, case.d_v, case.dtype)
+        held = np.array(case.contexts) + (count if count > 1 else 0)
+        entries = case.kv_heads * -(-held // at.page_size)
+        layers = -(-(self.size if size is None else size) // int(entries.sum() * at.page_bytes))
+        n = layers * int(entries.sum())
+        content = f"{at.dtype} {at.page_bytes if at.scaled else ''}"
+        arena = self._filled(n * at.page_bytes, content, lambda: self._page_block(at))
+        pages = Pages(at, arena.view(n, at.page_bytes))
+        order = (np.random.default_rng(0).permutation(n) if case.shuffled else np.arange(n)).astype(np.int32)
+        parts = np.split(order, np.cumsum(layers * entries)[:-1])
+        tables = [part.reshape(layers, case.kv_heads, -1) for part in parts]
+        every, context = np.ones(len(tables), np.int64), np.array(case.contexts, np.int64)
+        heads = case.kv_heads * case.group
+        first = np.arange(len(tables)) * count * heads
+        numbers = (every * count, context, every * case.kv_heads, every * case.group, every * 0, held, every * 0)
+        rows = Rows(first, *numbers, tables)
+        plan = self.kernels.plan(pages, rows, self.threads)
+        query = BF16 if at.scaled else case.dtype
+        q, layer = torch.randn(rows.n, at.d_k, device=self.device).to(query), itertools.cycle(range(layers))
+        out = q.new_empty(rows.n, at.d_v)
+        return lambda: self.kernels.attend(pages, plan, next(layer), q, at.d_k**-0.5, None, out)
+
+    def _page_block(self, at: PageLayout) -> torch.Tensor:
+        """About 2 MiB of pages of random numbers."""
+        block = Pages.allocate(at, max(1, (1 << 21) // at.page_bytes))
+        numbers = torch.randn(block.arena.shape[0], at.kv_bytes // at.dtype.itemsize)
+        block.arena[:, : at.kv_bytes] = (numbers * (32 if at.scaled else 1)).to(at.dtype).view(torch.uint8)
+        if at.scaled:
+            block.scales.fill_(1 / 32)
+        return block.arena.to(self.device)
+
+    def dense(self, case: Case) -> list[list[tuple[torch.Tensor, ...]]]:
+        """For each layer K and V `[sequences, kv_heads, tokens, d]`, of sequences of the same length together."""
+        layers = -(-self.size // case.kv_bytes)
+        filler = torch.randn(1 << 20, device=self.device).to(case.dtype)
+        flat = self._filled(layers * case.kv_bytes, f"{case.dtype} ", lambda: filler).view(case.dtype)
+        runs = [(context, len(list(same))) for context, same in itertools.groupby(case.contexts)]
+        shapes = [(2, batch, case.kv_heads, context, case.d_k) for context, batch in runs]
+        parts = flat.view(layers, -1).split([math.prod(shape) for shape in shapes], 1)
+        return [
+            [part[i].view(shape).unbind() for part, shape in zip(parts, shapes, strict=True)] for i in range(layers)
+        ]
+
+    def timed(self, call: Call, n: int) -> float:
+        """Seconds of n calls."""
         start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for _ in range(n):
+            call()
+        synchronise(self.device)
+        return time.perf_counter() - start
+
+    def repeats(self, call: Call) -> int:
+        """How many calls make a timing. The first call of all compiles."""
+        self.timed(call, 2)
+        return math.ceil(TIMED / min(self.timed(call, 1) for _ in range(3)))
+
+    def measure(self, title: str, call: Call, kv_bytes: int) -> Row:
+        """Alternate calls and readings of the bandwidth."""
+        n = self.repeats(call)
+        rates: list[float] = []
+        limits, until = [self.bandwidth()], time.perf_counter() + self._seconds
+        while len(rates) < 5 or time.perf_counter() < until:
+            rates.append(n * kv_bytes / self.timed(call, n) / 1e9)
+            limits.append(self.bandwidth())
+        shares = [2 * rate / (a + b) for rate, (a, b) in zip(rates, itertools.pairwise(limits), strict=True)]
+        low, share, high = statistics.quantiles(shares, n=4)
+        row = Row(title, kv_bytes, statistics.median(rates), statistics.median(limits), share, low, high)
+        self.results.append(asdict(row))
+        return row
+
+    def decode(self, case: Case, title: str = "") -> Row | None:
+        """Our row of a case; None, and a line that says why, where these kernels do not do it."""
+        try:
+            call = self.paged(case)
+        except (ValueError, NotImplementedError) as e:
+            print(f"{title or case!s:60} | not here: {e}", flush=True)
+            return None
+        return self.measure(title or str(case), call, case.kv_bytes)
+
+    def versus(self, title: str, first: Call, second: Call) -> tuple[float, float, float]:
+        """Milliseconds of each call, and the second over the first: medians of alternating timings."""
+        counts, times = (self.repeats(first), self.repeats(second)), ([], [])
+        until = time.perf_counter() + self._seconds
+        while len(times[0]) < 5 or time.perf_counter() < until:
+            for call, n, into in zip((first, second), counts, times, strict=True):
+                into.append(self.timed(call, n) / n * 1e3)
+        ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
+        ours, other = (statistics.median(x) for x in times)
+        self.results.append({"name": title, "ms": ours, "other_ms": other, "ratio": ratio})
+        return ours, other, ratio
 
 
-def read_bandwidth(size: int) -> float:
-    """GB/s at which torch sums `size` bytes."""
-    x = torch.ones(size // 4)
-    return size / seconds(x.sum) / 1e9
+def show(row: Row | None, note: str = "") -> Row | None:
+    if row is not None:
+        rates = f"{row.gb_s:7.1f} of {row.bandwidth:7.1f} GB/s"
+        print(f"{row.name:60} | {rates} | {row.share:.3f} ({row.low:.3f}..{row.high:.3f}) | {note}", flush=True)
+    return row
 
 
-def paged(layout: PageLayout, batch: int, heads: int, group: int, context: int, count: int, size: int, shuffle: bool):
-    """Pages of about `size` bytes filled with numbers, rows over them, and the number of layers that this makes."""
-    slots = -(-(context + count) // layout.page_size)
-    layers = max(1, size // (batch * heads * slots * layout.page_bytes))
-    pages = Pages.allocate(layout, layers * batch * heads * slots)
-    filler = torch.randn(1 << 20).to(layout.dtype).view(torch.uint8)
-    flat = pages.arena.view(-1)
-    for start in range(0, flat.numel(), filler.numel()):
-        flat[start : start + filler.numel()] = filler[: flat.numel() - start]
-    order = np.random.default_rng(0).permutation(pages.n_pages) if shuffle else np.arange(pages.n_pages)
-    tables = list(order.astype(np.int32).reshape(batch, layers, heads, slots))
-    every = np.ones(batch, np.int64)
-    hi = context + (count if count > 1 else 0)
-    first = np.arange(batch) * count * heads * group
-    rows = Rows(
-        first, every * count, every * context, every * heads, every * group, every * 0, every * hi, every * 0, tables
+def targets(bench: Bench) -> None:
+    print("decode | KV and bandwidth | share, quartiles |")
+
+    def against(other: Row | None, case: Case, what: str) -> Row | None:
+        row = bench.decode(case)
+        return show(row, f"{row.speed(other):.2f} times the tokens/s of {what}" if row and other else "")
+
+    long = show(bench.decode(even(LONG)))
+    for group in (1, 8):
+        show(bench.decode(even((1, 8, group, 32768, 128))))
+    against(long, even(LONG, INT8), "bfloat16")
+    small = show(bench.decode(even(SMALL)))
+    against(small, even(SMALL, F32), "bfloat16")
+    against(small, even(SMALL, INT8), "bfloat16")
+    both = show(bench.decode(Case((2544,) * 32, 8, 4, 128, 128)))
+    against(both, Case((65536, *(512,) * 31), 8, 4, 128, 128), "the even batch")
+    for shape in (LONG, SMALL):
+        wide = show(bench.decode(even(shape, page_size=64)))
+        against(wide, even(shape, page_size=16), "pages of 64")
+    against(long, even(LONG, shuffled=True), "pages in order")
+    against(small, even(SMALL, shuffled=True), "pages in order")
+
+    call = bench.paged(even((1, 8, 4, 16, 128)), size=1)
+    n = bench.repeats(call)
+    cost = statistics.median(bench.timed(call, n) / n for _ in range(50)) * 1e6
+    bench.results.append({"name": "fixed cost of a call", "us": cost})
+    print(f"fixed cost of a call, batch 1, 16 tokens, in caches: {cost:.1f} us", flush=True)
+
+    print("prefill of one layer | ms | torch SDPA, ms | speed-up")
+    for dtype, shape in itertools.product((BF16, F32), PREFILL):
+        kv_heads, group, d, count, past = shape
+        case = Case((past,), kv_heads, group, d, d, dtype)
+        title = f"{name(dtype)} {count} tokens on {past} heads {kv_heads}x{group} d {d}"
+        ours = bench.paged(case, count, size=1 << 25)
+        other = sdpa_prefill(kv_heads * group, d, count, past, dtype, bench.device)
+        ms, other_ms, ratio = bench.versus(title, ours, other)
+        print(f"{title:60} | {ms:8.2f} | {other_ms:8.2f} | {ratio:.2f}", flush=True)
+
+
+def grid(bench: Bench) -> None:
+    print(f"share at a context of 16384 and 8 KV heads | group {' | '.join(map(str, GROUPS))}")
+    worst: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for dtype, (d_k, d_v) in itertools.product(DTYPES, HEAD_SIZES):
+        if dtype is torch.float8_e4m3fn and bench.device.type == "cpu":
+            continue
+        print(f"{name(dtype):9} d {d_k:3}/{d_v:3}", end="", flush=True)
+        for group in GROUPS:
+            case = Case((16384,), 8, group, d_k, d_v, dtype)
+            row = bench.decode(case)
+            if row is None:
+                break
+            print(f" | {row.share:.3f}", end="", flush=True)
+            worst["1-8" if group <= 8 else "16"].append((row.share, str(case)))
+        print()
+    for groups, shares in worst.items():
+        share, case_name = min(shares)
+        print(f"worst of groups {groups}: {share:.3f}, {case_name}", flush=True)
+
+
+def beside(bench: Bench) -> None:
+    for shape in (LONG, SMALL):
+        batch, kv_heads, group, context, d = shape
+        case, label = even(shape), f"{batch}x{context}"
+        print(f"{case} | KV and bandwidth | share, quartiles |")
+        ours = show(bench.decode(case, f"{label} Lamina, bfloat16"))
+        row = bench.decode(even(shape, INT8), f"{label} Lamina, int8")
+        show(row, f"{row.speed(ours):.2f} times the tokens/s of Lamina" if row and ours else "")
+        for peer, attend in peers(bench.device, batch, kv_heads, group, context, d, BF16):
+            if isinstance(attend, str):
+                print(f"{label} {peer:52} | {attend}", flush=True)
+                continue
+            layer = itertools.cycle(bench.dense(case))
+            call = partial(lambda attend, layer: attend(*next(layer)[0]), attend, layer)
+            row = bench.measure(f"{label} {peer}", call, case.kv_bytes)
+            show(row, f"{row.speed(ours):.2f} times the tokens/s of Lamina" if ours else "")
+
+
+def curves() -> dict[str, dict[float, tuple[int, ...]]]:
+    """The panels of the picture: what stands on the x axis, and the contexts at each of its values."""
+    total = 1 << 16
+    ragged = {}
+    for longest in (total // 32, total // 8, total // 4, total // 2, total * 3 // 4, total * 15 // 16):
+        ragged[longest / total] = (longest, *((total - longest) // 31,) * 31)
+    return {
+        "context of one sequence": {1 << i: (1 << i,) for i in range(9, 18)},
+        "sequences of 4096 tokens": {1 << i: (4096,) * (1 << i) for i in range(7)},
+        "share of the longest of 32 sequences, 65536 tokens": ragged,
+    }
+
+
+def sdpa_row(bench: Bench, case: Case) -> Row:
+    """torch's scaled_dot_product_attention, the group as query tokens; a call for each length."""
+    layers = bench.dense(case)
+    queries = [torch.randn(len(k), case.kv_heads, case.group, case.d_k).to(k) for k, _ in layers[0]]
+    layer = itertools.cycle(layers)
+
+    def call() -> None:
+        for q, (k, v) in zip(queries, next(layer), strict=True):
+            scaled_dot_product_attention(q, k, v)
+
+    return bench.measure(f"torch SDPA {case}", call, case.kv_bytes)
+
+
+def plot(bench: Bench) -> None:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise SystemExit("plot needs matplotlib: pip install matplotlib") from None
+
+    # Colours of Okabe and Ito: told apart by every kind of sight; the markers do so in print.
+    styles = {BF16: ("#0072B2", "o"), F32: ("#D55E00", "s"), INT8: ("#009E73", "^"), None: ("#000000", "x")}
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
+    bandwidths = []
+    for (label, points), axis in zip(curves().items(), axes, strict=True):
+        for dtype, (colour, marker) in styles.items():
+            shares: dict[float, float] = {}
+            for x, contexts in points.items():
+                case = Case(contexts, 8, 4, 128, 128, dtype or BF16)
+                row = show(bench.decode(case) if dtype else sdpa_row(bench, case))
+                if row is not None:
+                    shares[x] = row.share
+                    bandwidths.append(row.bandwidth)
+            title = f"Lamina, {name(dtype)}" if dtype else "torch SDPA, bfloat16 (a call for each length)"
+            style = {"color": colour, "marker": marker, "linestyle": "-" if dtype else "--", "label": title}
+            axis.plot(list(shares), list(shares.values()), **style)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        if min(points) >= 1:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(list(points), [f"{x // 1024}K" if x >= 1024 else str(x) for x in points])
+    axes[0].set_ylim(0, 1.05)
+    axes[0].set_ylabel("KV read, share of the read bandwidth")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(styles))
+    figure.suptitle(
+        f"Decode attention, 8 KV heads, group 4, head size 128: {bench.machine['device']}, "
+        f"{bench.threads} threads, which read {statistics.median(bandwidths):.0f} GB/s"
     )
-    return pages, rows, layers
-
-
-def decode(shape: tuple[int, int, int, int, int], dtype: torch.dtype, size: int, shuffle: bool) -> float:
-    """GB/s of KV."""
-    batch, heads, group, context, d = shape
-    pages, rows, layers = paged(PageLayout(32, d, d, dtype), batch, heads, group, context, 1, size, shuffle)
-    plan = cpu_decode.plan(pages, rows, None, torch.get_num_threads())
-    q, layer = torch.randn(rows.n, d).to(dtype), itertools.cycle(range(layers))
-    taken = seconds(lambda: cpu_decode.attend(pages, plan, next(layer), q, d**-0.5))
-    return batch * heads * context * 2 * d * dtype.itemsize / taken / 1e9
-
-
-def torch_decode(shape: tuple[int, int, int, int, int], dtype: torch.dtype, size: int) -> float:
-    """GB/s of KV of torch's scaled_dot_product_attention, the group as its query tokens."""
-    batch, heads, group, context, d = shape
-    n = max(1, size // (batch * heads * context * 2 * d * dtype.itemsize))
-    kv = torch.randn(1, 2, batch, heads, context, d).to(dtype).repeat(n, 1, 1, 1, 1, 1)
-    q, layer = torch.randn(batch, heads, group, d).to(dtype), itertools.cycle(kv)
-    taken = seconds(lambda: scaled_dot_product_attention(q, *next(layer)))
-    return kv[0].numel() * dtype.itemsize / taken / 1e9
-
-
-def prefill(heads: int, group: int, d: int, count: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Milliseconds of causal attention of a prompt: here, and torch's flash kernel on dense K and V."""
-    pages, rows, layers = paged(PageLayout(32, d, d, dtype), 1, heads, group, 0, count, 1 << 25, False)
-    plan = cpu_decode.plan(pages, rows, None, torch.get_num_threads())
-    q, layer = torch.randn(rows.n, d).to(dtype), itertools.cycle(range(layers))
-    ours = seconds(lambda: cpu_decode.attend(pages, plan, next(layer), q, d**-0.5))
-    x = torch.randn(1, heads * group, count, d).to(dtype)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return ours * 1e3, seconds(lambda: flash(x, x, x, is_causal=True)) * 1e3
+    figure.savefig(PICTURE, dpi=110)
+    print(f"drawn into {PICTURE}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=2.0, help="memory that a run cycles over")
-    size = int(parser.parse_args().gib * 2**30)
-    limit = read_bandwidth(size)
-    print(f"{torch.get_num_threads()} threads, read bandwidth {limit:.1f} GB/s")
-    print("batch, KV heads, group, context, d | dtype | GB/s in order (of the limit) | shuffled | torch SDPA")
-    for shape, dtype in itertools.product(DECODE, (torch.bfloat16, torch.float32)):
-        ordered, shuffled = (decode(shape, dtype, size, shuffle) for shuffle in (False, True))
-        peer = torch_decode(shape, dtype, size)
-        print(f"{shape} | {dtype} | {ordered:.1f} ({ordered / limit:.2f}) | {shuffled:.1f} | {peer:.1f}", flush=True)
-    print("KV heads, group, d, prompt | ms | torch flash")
-    for shape in PREFILL:
-        ours, peer = prefill(*shape, torch.bfloat16)
-        print(f"{shape} | {ours:.2f} | {peer:.2f}", flush=True)
+    modes = {"targets": targets, "grid": grid, "peers": beside, "plot": plot}
+    parser.add_argument("modes", nargs="*", metavar="mode", help=", ".join(modes))
+    parser.add_argument("--gib", type=float, default=2.0, help="memory that rows and the bandwidth each go through")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long a row is measured")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    options = parser.parse_args()
+    chosen = options.modes or ["targets"]
+    if unknown := sorted(set(chosen) - set(modes)):
+        parser.error(f"mode must be one of {', '.join(modes)}, got {', '.join(unknown)}")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch finds no CUDA device")
+    bench = Bench(int(options.gib * 2**30), options.seconds, options.device)
+    has = ", ".join(f"{label} {'yes' if there else 'no'}" for label, there in bench.machine["features"].items())
+    print(f"{bench.machine['device']}, {bench.threads} threads of {bench.machine['cores']} cores; {has}")
+    rates, best = bench.bandwidth.rates, bench.bandwidth.best
+    print(f"read bandwidth {rates[best]:.1f} GB/s by {best}; by other ways down to {min(rates.values()):.1f}; ", end="")
+    print(f"{huge_pages():.1f} GiB in huge pages; load of the last minute {os.getloadavg()[0]:.1f}")
+    try:
+        for mode in chosen:
+            print(f"\n{mode}")
+            modes[mode](bench)
+    finally:
+        if options.json:
+            numbers = {"machine": bench.machine, "bandwidth": rates, "rows": bench.results}
+            options.json.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,21 @@ def test_a_head_size_that_no_page_holds_is_unsupported(name: str, size: int) -> 
         page_layout(dataclasses.replace(CONFIG, layers=(spec,)))
 
 
-@pytest.mark.parametrize("dtype", ["float8", "int8", ""])
+def test_int8_keeps_a_scale_for_each_key_and_value() -> None:
+    layout = page_layout(dataclasses.replace(CONFIG, dtype="int8"))
+    assert layout.dtype == torch.int8
+    assert layout.page_bytes == 16 * (48 + 32 + 2 * 4)
+    assert page_count(dataclasses.replace(CONFIG, dtype="int8")) == (1 << 20) // layout.page_bytes
+
+
+def test_a_dtype_that_these_kernels_do_not_keep_is_unsupported() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"KV dtype must be one of .* got torch\.float8_e4m3fn"):
+        page_layout(dataclasses.replace(CONFIG, dtype="float8_e4m3fn"))
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int4", "torch.int8", "float64", ""])
 def test_a_dtype_that_kv_is_not_kept_in_is_named(dtype: str) -> None:
-    with pytest.raises(KVError, match=f"KV dtype '{dtype}', allowed: float32, bfloat16, float16"):
+    with pytest.raises(KVError, match=f"KV dtype '{dtype}', allowed: float32, bfloat16, float16, int8, float8_e4m3fn"):
         page_layout(dataclasses.replace(CONFIG, dtype=dtype))
 
 

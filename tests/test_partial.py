@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,6 +66,34 @@ def test_merging_is_attention_over_the_union(at: int, spread: float, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     logits, v = torch.randn(3, 9, generator=generator) * spread, torch.randn(9, 8, generator=generator)
     close(merge([attention(logits[:, :at], v[:at]), attention(logits[:, at:], v[at:])]), attention(logits, v))
+
+
+@settings(deadline=None, max_examples=60)
+@given(partials(), st.permutations(range(4)))
+def test_merging_two_at_a_time_in_any_order_is_merging_all(parts: list[Partial], order: list[int]) -> None:
+    total = empty(3, 8)
+    for part in (parts[at] for at in order if at < len(parts)):
+        total = merge([part, total])
+    close(total, merge(parts))
+
+
+@pytest.mark.parametrize("far", [80.0, 1e4, 3e38])
+def test_the_larger_of_two_far_apart_is_all_there_is(far: float) -> None:
+    v = torch.randn(2, 3, 8)
+    near = Partial(v[0], torch.full((3,), -far))
+    out, lse = merge([near, Partial(v[1], torch.full((3,), far))])
+    assert torch.equal(out, v[1])
+    assert torch.equal(lse, torch.full((3,), far))
+    close(merge([near, near]), Partial(v[0], near.lse + math.log(2)))
+
+
+def test_nan_is_not_hidden_and_stays_in_its_vector() -> None:
+    part = attention(torch.randn(3, 5), torch.randn(5, 8))
+    wrong = Partial(part.out.clone(), part.lse.clone())
+    wrong.out[0, 3] = wrong.lse[1] = torch.nan
+    for out, lse in (merge([part, wrong]), merge([wrong, part])):
+        assert torch.isnan(out).tolist() == [[i == 3 for i in range(8)], [True] * 8, [False] * 8]
+        assert torch.isnan(lse).tolist() == [False, True, False]
 
 
 def test_two_empties_are_empty() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from lamina_kernels import cpu_decode, reference
 from lamina_kernels.select import kernels
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 choose = kernels.__wrapped__  # without the cache, which lasts as long as the process
 
 
@@ -26,10 +30,63 @@ def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_kernels_and_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMINA_KERNELS", "fast")
-    with pytest.raises(ValueError, match="LAMINA_KERNELS must be reference or cpu, got 'fast'"):
+    message = "LAMINA_KERNELS must be cpu or reference or triton for the device cpu, got 'fast'"
+    with pytest.raises(ValueError, match=message):
         choose(CPU)
-    with pytest.raises(ValueError, match="there are kernels for the device cpu, got meta"):
+    with pytest.raises(ValueError, match="there are kernels for the devices cpu and cuda, got meta"):
         choose(torch.device("meta"))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_what_computes_on_a_cpu_is_refused_for_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_KERNELS", name)
+    with pytest.raises(ValueError, match=f"LAMINA_KERNELS must be triton for the device cuda, got '{name}'"):
+        choose(CUDA)
+
+
+@pytest.mark.parametrize("value", [None, "0", ""])
+def test_triton_on_a_cpu_needs_its_interpreter(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    with pytest.raises(ValueError, match="needs TRITON_INTERPRET=1 in the environment"):
+        choose(CPU)
+
+
+def test_without_the_package_triton_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LAMINA_KERNELS", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match=r"need the package triton \(pip install triton\)"):
+        choose(CUDA)
+
+
+CHOICE = """
+import sys
+import torch
+import lamina
+from lamina_kernels.select import kernels
+
+chosen = kernels(torch.device(sys.argv[1]))
+print(chosen.__name__, "triton" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "wanted"),
+    [
+        ("cpu", {}, "lamina_kernels.cpu_decode False"),
+        ("cpu", {"LAMINA_KERNELS": "triton", "TRITON_INTERPRET": "1"}, "lamina_kernels.triton_decode True"),
+        ("cuda", {}, "lamina_kernels.triton_decode True"),
+    ],
+)
+def test_triton_is_imported_only_where_it_is_chosen(device: str, environment: dict[str, str], wanted: str) -> None:
+    if wanted.endswith("True"):
+        pytest.importorskip("triton")
+    clean = {k: v for k, v in os.environ.items() if k not in ("LAMINA_KERNELS", "TRITON_INTERPRET")}
+    run = [sys.executable, "-c", CHOICE, device]
+    done = subprocess.run(run, env=clean | environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == wanted
 
 
 def test_the_choice_lasts() -> None:

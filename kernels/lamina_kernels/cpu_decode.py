@@ -7,31 +7,25 @@ arguments and launches the compiled loops. Knows pages and rows; knows no policy
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 
-from lamina_kernels.cpu_loops import APPEND, ARGUMENTS, STRIPS, append_kernel, attend_kernel
+from lamina_kernels.cpu_loops import ARGUMENTS, SCRATCH, STRIPS, attend_kernel
+from lamina_kernels.cpu_moves import APPEND, CODES, append_kernel
 from lamina_kernels.emitter import kind_of
-from lamina_kernels.launch import block_type, launch
-from lamina_kernels.merge import merge_into
-from lamina_kernels.microkernels import ROW, TILE
-from lamina_kernels.pages import (
-    Pages,
-    Rows,
-    check_append,
-    check_attend,
-    check_rows,
-    check_slots,
-    copy,
-    gather,
-)
+from lamina_kernels.launch import block_type, launch, load_each
+from lamina_kernels.merge import merge_into, merge_kernel
+from lamina_kernels.microkernels import BLOCK, ROW, TILE, WORTH
+from lamina_kernels.pages import Order, PageLayout, Pages, check_append, check_slots, copy, gather
 from lamina_kernels.partial import Partial
-from lamina_kernels.schedule import EVERYTHING, cut, deal
+from lamina_kernels.rows import Rows, check_attend, check_rows
+from lamina_kernels.schedule import cut, deal
 
-__all__ = ["AppendPlan", "Plan", "append", "attend", "copy", "gather", "merge_into", "plan", "plan_append"]
+__all__ = ["append", "attend", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "prepare"]
 
 OUT_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `settle` numbers them
 APPEND_SHARE = 256  # vectors that are worth a thread
@@ -52,7 +46,21 @@ class Plan:
     keep: tuple[Any, ...]  # what addresses in it point to
 
 
-def plan(pages: Pages, rows: Rows, window: int | None = None, threads: int = 1) -> Plan:
+def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
+    """How these kernels lay out a page."""
+    return PageLayout(page_size, d_k, d_v, dtype, Order.CHANNELS)
+
+
+def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
+    """Load the kernels for such pages, compiling those that numba's cache on disk lacks: how many of how many."""
+    return load_each((lambda: _attend_kernel(layout), append_kernel, merge_kernel))
+
+
+def _attend_kernel(layout: PageLayout) -> int:
+    return attend_kernel(kind_of(layout.dtype), 2 if layout.page_size % 32 == 0 else 1)
+
+
+def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     """Check `rows`, and cut their attention into `threads` equal shares, once for all layers.
 
     Raises ValueError on rows that overlap, read beyond their table, or name pages that do not exist. Page -1 is none:
@@ -60,39 +68,40 @@ def plan(pages: Pages, rows: Rows, window: int | None = None, threads: int = 1) 
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    missing = check_rows(pages, rows, window)
+    missing = check_rows(pages, rows)
     at, kind = pages.layout, kind_of(pages.layout.dtype)
-    pieces, starts = deal(cut(rows, window), threads)
+    pieces, starts = deal(cut(rows), threads)
     vectors = -(-int(pieces["rows"].max(initial=1)) // TILE) * TILE
     partials = int(pieces["rows"][pieces["partial"] >= 0].sum())
     sizes = {
-        "panel": vectors * at.d_k * kind.query.itemsize,
+        "panel": vectors * at.d_k * 4 // kind.words[0],
+        "scales": vectors * 4,
         "logits": TILE * ROW,
         "sums": vectors * at.d_v * 4,
         "totals": vectors * 64,
         "peaks": vectors * 4,
-        "decays": TILE * 4,
+        "decays": 2 * WORTH,
         "tails": 2 * 32 * at.d_v * at.dtype.itemsize,
         "lists": 4 * STRIPS * 8,
+        "slots": 3 * BLOCK * 4,
+        "gathered": BLOCK * (at.d_k + at.d_v) * at.dtype.itemsize * bool(rows.listed.any()),
     }
-    ends = list(accumulate(-(-size // 64) * 64 for size in sizes.values()))
+    ends = list(accumulate(-(-sizes[name] // 64) * 64 for name in SCRATCH))
     scratch = torch.zeros(threads * ends[-1] + 64, dtype=torch.uint8)
     partial_out = torch.empty(partials * (at.d_v + 1))
     base = scratch.data_ptr() + -scratch.data_ptr() % 64
     a = _Arguments(
         shares=threads,
-        window=window or EVERYTHING,
         pieces=pieces.ctypes.data,
         starts=starts.ctypes.data,
         partials=partial_out.data_ptr(),
         partial_lse=partial_out.data_ptr() + partials * at.d_v * 4,
         scratch_bytes=ends[-1],
-        **{name: base + start for name, start in zip(sizes, [0, *ends[:-1]], strict=True)},
+        **{name: base + start for name, start in zip(SCRATCH, [0, *ends[:-1]], strict=True)},
         **_describe(pages),
     )
-    kernel = attend_kernel(kind, 2 if at.page_size % 32 == 0 else 1)
     keep = (rows, pieces, starts, scratch, partial_out)
-    return Plan(rows.n, rows.layers, missing, kind.query, kernel, a, keep)
+    return Plan(rows.n, rows.layers, missing, kind.query, _attend_kernel(at), a, keep)
 
 
 def _describe(pages: Pages) -> dict[str, int]:
@@ -103,8 +112,11 @@ def _describe(pages: Pages) -> dict[str, int]:
         "page_size": at.page_size,
         "page_bytes": at.page_bytes,
         "k_bytes": at.k_bytes,
+        "kv_bytes": at.kv_bytes,
         "itemsize": at.dtype.itemsize,
-        "pair": at.pair,
+        "k_pack": at.k_pack,
+        "v_pack": at.v_pack,
+        "scaled": int(at.scaled),
         "d_k": at.d_k,
         "d_v": at.d_v,
     }
@@ -121,9 +133,8 @@ def attend(
 ) -> Partial:
     """Attention of q `[n, d_k]` over the pages of `layer`: out `[n, d_v]` in q's dtype, lse float32 `[n]`.
 
-    A query at position p sees key position k iff k <= p, lo <= k < hi and, with a window, p - k < window.
-    softmax(cap(scale * q.k)) v, where cap(x) = soft_cap * tanh(x / soft_cap), or x without a soft cap.
-    Where the CPU multiplies bfloat16, q and the weights are rounded to it; sums are float32.
+    As `reference.attend`. Where the CPU multiplies bfloat16, q and the weights are rounded to it; with KV in int8 they
+    are rounded to 16 bits. Sums are float32.
     """
     check_attend(pages, plan, layer, q, scale, soft_cap, out)
     out = q.new_empty(plan.n, pages.layout.d_v) if out is None else out
@@ -145,7 +156,8 @@ class AppendPlan:
 
     slots: torch.Tensor
     threads: int
-    arguments: Any
+    arguments: Any  # the kernel's block of arguments
+    codes: torch.Tensor  # its scratch
 
 
 def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
@@ -153,13 +165,15 @@ def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
     check_slots(pages, slots)
     slots = slots.contiguous()
     threads = min(1 + slots.shape[1] // APPEND_SHARE, torch.get_num_threads())
-    return AppendPlan(slots, threads, _AppendArguments(shares=threads, n=slots.shape[1], **_describe(pages)))
+    codes = torch.empty(threads * CODES, dtype=torch.uint8)
+    a = _AppendArguments(shares=threads, n=slots.shape[1], codes=codes.data_ptr(), **_describe(pages))
+    return AppendPlan(slots, threads, a, codes)
 
 
 def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
     """Store k `[n, d_k]` and v `[n, d_v]` of a layer, rounded to the pages' dtype, at the plan's slots."""
     check_append(pages, plan.slots, layer, k, v)
-    k, v = k.to(pages.layout.dtype).contiguous(), v.to(pages.layout.dtype).contiguous()
+    k, v = k.to(pages.layout.loaded).contiguous(), v.to(pages.layout.loaded).contiguous()
     a = plan.arguments
     if a.arena != pages.arena.data_ptr():
         raise ValueError("the plan was made for other pages")

@@ -11,21 +11,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-import zlib
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from numba import carray, literally, njit, types
 
-from lamina_kernels import emitter, schedule
+from lamina_kernels import cpu_moves, emitter, intrinsics, schedule
 from lamina_kernels import launch as launching
 from lamina_kernels import microkernels as micro
+from lamina_kernels.cpu_moves import PAGES, move, value_offset
 from lamina_kernels.emitter import Kind
-from lamina_kernels.launch import FINISHED, HEADER, TAKEN
-from lamina_kernels.microkernels import BLOCK, LOG2E, ROW, TILE, pointer
+from lamina_kernels.intrinsics import LOG2E, pointer
+from lamina_kernels.launch import FINISHED, HEADER, TAKEN, source_fingerprint
+from lamina_kernels.microkernels import BLOCK, ROW, TILE
 from lamina_kernels.schedule import PIECE
 
 logger = logging.getLogger("lamina")
@@ -33,19 +33,18 @@ logger = logging.getLogger("lamina")
 STRIPS = BLOCK // 16  # at most, of a block
 
 # What the kernels are called with. Sizes in bytes; scratch addresses are those of share 0.
-_PAGES = [(name, "i8") for name in ("arena", "page_size", "page_bytes", "k_bytes", "itemsize", "pair", "d_k", "d_v")]
+SCRATCH = ("panel", "scales", "logits", "sums", "totals", "peaks", "decays", "tails", "lists", "slots", "gathered")
 ARGUMENTS = np.dtype(
     [
         *HEADER,
-        *_PAGES,
-        *((name, "i8") for name in ("layer", "q", "out", "lse", "out_dtype", "window", "pieces", "starts")),
+        *PAGES,
+        *((name, "i8") for name in ("layer", "q", "out", "lse", "out_dtype", "pieces", "starts")),
         *((name, "i8") for name in ("partials", "partial_lse", "scratch_bytes")),
-        *((name, "i8") for name in ("panel", "logits", "sums", "totals", "peaks", "decays", "tails", "lists")),
+        *((name, "i8") for name in SCRATCH),
         ("scale", "f8"),
         ("soft_cap", "f8"),  # 0: none
     ]
 )
-APPEND = np.dtype([*HEADER, *_PAGES, *((name, "i8") for name in ("n", "slots", "k", "v"))])
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -59,39 +58,104 @@ def _floats(address: int, n: int) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
+def _entry(a: Any, piece: Any, number: int) -> Any:
+    """An entry of the piece's table."""
+    return carray(pointer(piece.table + a.layer * piece.layer_stride * 4), (number + 1,), np.int32)[number]
+
+
+@njit  # type: ignore[untyped-decorator]
 def _locate(a: Any, piece: Any, slot: int) -> tuple[int, int]:
-    """Addresses of K and V from `slot` on."""
-    table = carray(pointer(piece.table + a.layer * piece.layer_stride * 4), (slot // a.page_size + 1,), np.int32)
-    address = a.arena + np.int64(table[slot // a.page_size]) * a.page_bytes
-    offset = slot % a.page_size * a.itemsize
-    return address + offset * a.pair, address + a.k_bytes + offset * a.d_v
+    """Addresses of a slot's page, and its place in the page."""
+    if piece.listed:
+        entry = np.int64(_entry(a, piece, slot))
+        return a.arena + entry // a.page_size * a.page_bytes, entry % a.page_size
+    return a.arena + np.int64(_entry(a, piece, slot // a.page_size)) * a.page_bytes, slot % a.page_size
+
+
+@njit  # type: ignore[untyped-decorator]
+def _blocks(a: Any, piece: Any, slot: int) -> tuple[int, int]:
+    """Addresses of K and V from a slot on, for pieces that list no slots."""
+    page, offset = _locate(a, piece, slot)
+    return page + offset * a.k_pack * a.itemsize, page + a.k_bytes + offset * a.d_v * a.itemsize
 
 
 @njit  # type: ignore[untyped-decorator]
 def _trim(a: Any, values: int, scratch: int, begin: int, end: int, width: int) -> int:
     """A copy of a strip of V with zeros outside tokens [begin, end): there memory may hold anything, even NaN."""
     size = a.d_v * a.itemsize // 2
-    source = carray(pointer(values), (width // a.pair, size, a.pair), np.uint16)
-    target = carray(pointer(scratch), (width // a.pair, size, a.pair), np.uint16)
+    pack = a.v_pack
+    source = carray(pointer(values), (width // pack, size, pack), np.uint16)
+    target = carray(pointer(scratch), (width // pack, size, pack), np.uint16)
     target[:] = 0
     for token in range(begin, end):
-        target[token // a.pair, :, token % a.pair] = source[token // a.pair, :, token % a.pair]
+        target[token // pack, :, token % pack] = source[token // pack, :, token % pack]
     return scratch
 
 
 @njit  # type: ignore[untyped-decorator]
-def _pack(kind: int, a: Any, piece: Any, panel: int) -> None:
-    """Lay the piece's queries out as `dot` reads them: `[tiles, steps, TILE, words a step]`."""
-    words = a.d_k // 2 if kind == Kind.BFLOAT16_DOT else a.d_k
-    pair = 2 if kind == Kind.BFLOAT16 else 1
+def _gather(a: Any, piece: Any, slot: int, width: int, scratch: int) -> tuple[int, int]:
+    """Strips of K and V of the listed slots from `slot` on, and zeros outside the piece."""
+    values = scratch + width * a.d_k * a.itemsize
+    carray(pointer(scratch), (width * (a.d_k + a.d_v) * a.itemsize,), np.uint8)[:] = 0
+    word, channels = a.k_pack * a.itemsize, a.d_k // a.k_pack
+    for token in range(max(piece.lo - slot, 0), min(piece.hi - slot, width)):
+        page, offset = _locate(a, piece, slot + token)
+        move(page + offset * word, a.page_size, scratch + token * word, width, channels, word)
+        place = page + a.k_bytes + value_offset(a, offset)
+        move(place, a.v_pack, values + value_offset(a, token), a.v_pack, a.d_v, a.itemsize)
+    return scratch, values
+
+
+@njit  # type: ignore[untyped-decorator]
+def _collect_scales(a: Any, piece: Any, begin: int, strips: int, width: int, shift: int) -> None:
+    """Lay out the scales of K and of V of a block, 0 outside the piece."""
+    for strip in range(strips):
+        slot = begin + strip * width
+        of_k = _floats(a.slots + shift + strip * width * 4, width)
+        of_v = _floats(a.slots + shift + (BLOCK + strip * width) * 4, width)
+        if slot >= piece.lo and slot + width <= piece.hi and not piece.listed:
+            page, offset = _locate(a, piece, slot)
+            scales = _floats(page + a.kv_bytes, 2 * a.page_size)
+            for token in range(width):
+                of_k[token], of_v[token] = scales[offset + token], scales[a.page_size + offset + token]
+            continue
+        of_k[:] = 0
+        of_v[:] = 0
+        for token in range(max(piece.lo - slot, 0), min(piece.hi - slot, width)):
+            page, offset = _locate(a, piece, slot + token)
+            scales = _floats(page + a.kv_bytes, 2 * a.page_size)
+            of_k[token], of_v[token] = scales[offset], scales[a.page_size + offset]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _collect_biases(a: Any, piece: Any, begin: int, shift: int) -> None:
+    """Lay out the biases of a block, 0 outside the piece: there the caller's array may end."""
+    lo, hi = max(piece.lo, begin), min(piece.hi, begin + BLOCK)
+    biases = _floats(a.slots + shift + 8 * BLOCK, BLOCK)
+    source = _floats(piece.bias + a.layer * piece.bias_stride * 4, hi)
+    biases[:] = 0
+    for slot in range(lo, hi):
+        biases[slot - begin] = source[slot]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _pack(kind: int, a: Any, piece: Any, shift: int) -> None:
+    """Lay the piece's queries out as `dot` reads them, `[tiles, steps, TILE, words a step]`: INT8 as int16, with the
+    scale of each among the scales."""
+    channels, pair = 2 if kind == Kind.BFLOAT16_DOT or kind == Kind.INT8 else 1, 2 if kind == Kind.BFLOAT16 else 1
+    words = a.d_k // channels
     for row in range(piece.rows):
         vector = piece.q + row // piece.group * piece.stride + row % piece.group
-        source = carray(pointer(a.q + vector * words * 4), (words // pair, pair), np.int32)
-        place = panel + (row // TILE * TILE * words + row % TILE * pair) * 4
-        target = carray(pointer(place), (words // pair * TILE, pair), np.int32)
-        for i in range(words // pair):
-            for j in range(pair):
-                target[i * TILE, j] = source[i, j]
+        place = a.panel + shift + (row // TILE * TILE * words + row % TILE * pair) * 4
+        if kind == Kind.INT8:
+            scale = micro.quantise(a.q + vector * a.d_k * 4, place, words, TILE)
+            _floats(a.scales + shift, piece.rows)[row] = scale
+        else:
+            source = carray(pointer(a.q + vector * words * 4), (words // pair, pair), np.int32)
+            target = carray(pointer(place), (words // pair * TILE, pair), np.int32)
+            for i in range(words // pair):
+                for j in range(pair):
+                    target[i * TILE, j] = source[i, j]
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -123,34 +187,70 @@ def _attend_block(
     first = piece.position + row // piece.group  # of the tile's queries
     last = piece.position + (row + rows - 1) // piece.group
     hi = min(begin + BLOCK, piece.hi, last + 1)
-    if begin >= hi or begin + BLOCK <= first - a.window + 1:
+    if begin >= hi or begin + BLOCK <= first - piece.window + 1:
         return
     strips = (hi - begin + width - 1) // width
-    words = a.d_k // 2 if kind == Kind.BFLOAT16_DOT else a.d_k
-    panel, logits = a.panel + shift + row * words * 4, a.logits + shift
-    steps, stride = a.d_k // a.pair, a.page_size * a.itemsize * a.pair
+    channels = 2 if kind == Kind.BFLOAT16_DOT or kind == Kind.INT8 else 1
+    panel, logits = a.panel + shift + row * (a.d_k // channels) * 4, a.logits + shift
+    steps, stride = a.d_k // a.k_pack, (width if piece.listed else a.page_size) * a.itemsize * a.k_pack
     scale = np.float32(a.scale if a.soft_cap else a.scale * LOG2E)
+    of_q, of_k = a.scales + shift + row * 4, a.slots + shift
     for strip in range(strips):
-        at = logits + strip * width * 4
-        micro.dot(kind, unit, rows, panel, near[strip], far[strip], at, steps, stride, scale)
-    edge = begin < max(piece.lo, last - a.window + 1) or begin + strips * width > min(piece.hi, first + 1)
+        at = strip * width * 4
+        micro.dot(kind, unit, rows, panel, near[strip], far[strip], logits + at, steps, stride, of_q, of_k + at, scale)
+    edge = begin < max(piece.lo, last - piece.window + 1) or begin + strips * width > min(piece.hi, first + 1)
     sums, totals = a.sums + shift + row * a.d_v * 4, a.totals + shift + row * 64
     peaks, decays = a.peaks + shift + row * 4, a.decays + shift
     for r in range(rows):
         at = logits + r * ROW
         if a.soft_cap:
             micro.cap(at, strips * unit, np.float32(a.soft_cap))
+        if piece.bias:
+            micro.shift(at, strips * unit, a.slots + shift + 8 * BLOCK)
         if edge:
             position = piece.position + (row + r) // piece.group
-            lowest, highest = max(piece.lo, position - a.window + 1), min(piece.hi, position + 1)
+            lowest, highest = max(piece.lo, position - piece.window + 1), min(piece.hi, position + 1)
             micro.mask(at, strips * unit, max(lowest - begin, -1), min(highest - begin, BLOCK))
-        micro.weigh(kind, at, strips * unit, peaks + r * 4, totals + r * 64, decays + r * 4)
-    for r in range(0, rows, 4):
+        factors = a.slots + shift + 4 * BLOCK
+        micro.weigh(kind, at, strips * unit, peaks + r * 4, totals + r * 64, decays + r * 4, factors)
+    tile = TILE if rows == TILE else 4  # of rows that share what is loaded of V
+    for r in range(0, rows, tile):
         at = sums + r * a.d_v * 4
         values, ahead = near.ctypes.data + 8 * STRIPS, (near if r else far).ctypes.data + 8 * STRIPS
-        micro.accumulate(
-            kind, unit, min(4, rows - r), logits + r * ROW, values, ahead, strips, at, a.d_v, decays + r * 4
-        )
+        count, weights = min(tile, rows - r), logits + r * ROW
+        micro.accumulate(kind, unit, count, weights, values, ahead, strips, at, a.d_v, decays + r * 4)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _strip(kind: int, a: Any, piece: Any, slot: int, width: int, strip: int, shift: int) -> Any:
+    """Where K and V of a strip of the piece are: in the page, or in scratch what has to be put together first."""
+    if piece.listed:
+        return _gather(a, piece, slot, width, a.gathered + shift + strip * width * (a.d_k + a.d_v) * a.itemsize)
+    k, v = _blocks(a, piece, slot)
+    if kind != Kind.INT8 and (slot < piece.lo or slot + width > piece.hi):  # integers times weights of 0 are 0
+        place = a.tails + shift + (0 if slot < piece.lo else width * a.d_v * a.itemsize)
+        v = _trim(a, v, place, max(piece.lo - slot, 0), min(piece.hi - slot, width), width)
+    return k, v
+
+
+@njit  # type: ignore[untyped-decorator]
+def _look_ahead(a: Any, target: Any, ahead: int, width: int, strips: int, far: Any) -> None:
+    """Have the block of `target` from slot `ahead` on fetched: by the loops over the current one, which has `strips`
+    strips, through their list `far`; what is more, or not in strips, now."""
+    if target.listed:
+        for slot in range(max(ahead, target.lo), min(target.hi, ahead + BLOCK)):
+            page, offset = _locate(a, target, slot)
+            for channel in range(a.d_k // a.k_pack):
+                intrinsics.prefetch(page + (channel * a.page_size + offset) * a.k_pack * a.itemsize, 1)
+            intrinsics.prefetch(page + a.k_bytes + value_offset(a, offset), a.d_v * a.v_pack * a.itemsize)
+        return
+    for strip in range((min(target.hi - ahead, BLOCK) + width - 1) // width):
+        k, v = _blocks(a, target, ahead + strip * width)
+        if strip < strips:
+            far[strip], far[STRIPS + strip] = k, v
+        else:
+            intrinsics.prefetch(k, width * a.itemsize * a.d_k)
+            intrinsics.prefetch(v, width * a.itemsize * a.d_v)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -158,12 +258,11 @@ def _attend_piece(kind: int, unit: int, a: Any, piece: Any, following: Any, shif
     """All of one piece; `following` is the one whose first keys are fetched while the last are computed."""
     width = 16 * unit
     near, far = _numbers(a.lists + shift, 2 * STRIPS), _numbers(a.lists + shift + 16 * STRIPS, 2 * STRIPS)
-    _pack(kind, a, piece, a.panel + shift)
+    _pack(kind, a, piece, shift)
     peaks = _floats(a.peaks + shift, piece.rows)
     peaks[:] = -np.inf
     _floats(a.totals + shift, piece.rows * 16)[:] = 0
     _floats(a.sums + shift, piece.rows * a.d_v)[:] = 0
-    strip_bytes = width * a.itemsize
     for begin in range(piece.lo // width * width, piece.hi, BLOCK):
         ahead, target = begin + BLOCK, piece
         if ahead >= piece.hi:
@@ -171,19 +270,14 @@ def _attend_piece(kind: int, unit: int, a: Any, piece: Any, following: Any, shif
         strips = (min(piece.hi - begin, BLOCK) + width - 1) // width
         for strip in range(strips):
             slot = begin + strip * width
-            k, v = _locate(a, piece, slot)
-            if slot < piece.lo or slot + width > piece.hi:
-                place = a.tails + shift + (0 if slot < piece.lo else width * a.d_v * a.itemsize)
-                v = _trim(a, v, place, max(piece.lo - slot, 0), min(piece.hi - slot, width), width)
+            k, v = _strip(kind, a, piece, slot, width, strip, shift)
             near[strip], near[STRIPS + strip] = k, v
             far[strip], far[STRIPS + strip] = k, v
-        for strip in range((min(target.hi - ahead, BLOCK) + width - 1) // width):
-            k, v = _locate(a, target, ahead + strip * width)
-            if strip < strips:
-                far[strip], far[STRIPS + strip] = k, v
-            else:
-                micro.prefetch(k, strip_bytes * a.d_k)
-                micro.prefetch(v, strip_bytes * a.d_v)
+        _look_ahead(a, target, ahead, width, strips, far)
+        if kind == Kind.INT8:
+            _collect_scales(a, piece, begin, strips, width, shift)
+        if piece.bias:
+            _collect_biases(a, piece, begin, shift)
         for row in range(0, piece.rows, TILE):
             _attend_block(kind, unit, a, piece, begin, row, near, far if row == 0 else near, shift)
     _finish(a, piece, a.sums + shift, a.totals + shift, peaks)
@@ -224,44 +318,14 @@ def _attend_shares(kind: int, unit: int, block: Any) -> None:
     a = carray(block, (1,), ARGUMENTS)[0]
     starts = _numbers(a.starts, a.shares + 1)
     pieces = carray(pointer(a.pieces), (starts[a.shares],), PIECE)
-    share = micro.take(block, TAKEN)
+    share = intrinsics.take(block, TAKEN)
     while share < a.shares:
         for i in range(starts[share], starts[share + 1]):
             following = pieces[min(i + 1, starts[share + 1] - 1)]
             _attend_piece(kind, unit, a, pieces[i], following, share * a.scratch_bytes)
-        if micro.take(block, FINISHED) == a.shares - 1:  # every share is done, and this thread saw it last
+        if intrinsics.take(block, FINISHED) == a.shares - 1:  # every share is done, and this thread saw it last
             _merge(a, pieces)
-        share = micro.take(block, TAKEN)
-
-
-@njit  # type: ignore[untyped-decorator]
-def _scatter(source: int, target: int, n: int, stride: int, size: int) -> None:
-    """Copy n numbers of `size` bytes, 2 or 4, to places `stride` numbers apart."""
-    if size == 4:
-        from_words = carray(pointer(source), (n,), np.int32)
-        to_words = carray(pointer(target), (n, stride), np.int32)
-        for i in range(n):
-            to_words[i, 0] = from_words[i]
-    else:
-        from_halves = carray(pointer(source), (n,), np.int16)
-        to_halves = carray(pointer(target), (n, stride), np.int16)
-        for i in range(n):
-            to_halves[i, 0] = from_halves[i]
-
-
-@njit  # type: ignore[untyped-decorator]
-def _append_shares(block: Any) -> None:
-    a = carray(block, (1,), APPEND)[0]
-    slots = _numbers(a.slots, a.n)
-    share = micro.take(block, TAKEN)
-    while share < a.shares:
-        for i in range(a.n * share // a.shares, a.n * (share + 1) // a.shares):
-            address, offset = a.arena + slots[i] // a.page_size * a.page_bytes, slots[i] % a.page_size
-            word = a.pair * a.itemsize
-            _scatter(a.k + i * a.d_k * a.itemsize, address + offset * word, a.d_k // a.pair, a.page_size, word)
-            values = address + a.k_bytes + (offset // a.pair * a.d_v * a.pair + offset % a.pair) * a.itemsize
-            _scatter(a.v + i * a.d_v * a.itemsize, values, a.d_v, a.pair, a.itemsize)
-        share = micro.take(block, TAKEN)
+        share = intrinsics.take(block, TAKEN)
 
 
 @cache
@@ -270,7 +334,8 @@ def attend_kernel(kind: Kind, unit: int) -> int:
 
     Compiled where numba's cache on disk does not have it yet.
     """
-    code, fingerprint, started = int(kind), _fingerprint(), time.perf_counter()
+    code, started = int(kind), time.perf_counter()
+    fingerprint = source_fingerprint(micro, intrinsics, emitter, schedule, launching, cpu_moves)
     logger.info("loading the CPU attention kernel for %s; compiling it, the first time, takes a while", kind.name)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
@@ -280,22 +345,3 @@ def attend_kernel(kind: Kind, unit: int) -> int:
 
     logger.info("CPU attention kernel ready after %.1f s", time.perf_counter() - started)
     return int(kernel.address)
-
-
-@cache
-def append_kernel() -> int:
-    """The address of the kernel that stores K and V, compiled or from the cache as well."""
-    fingerprint = _fingerprint()
-
-    @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
-    def kernel(block: Any) -> None:
-        if fingerprint:
-            _append_shares(block)
-
-    return int(kernel.address)
-
-
-def _fingerprint() -> int:
-    """What the kernels are compiled from outside this file. Closed over, it is a part of numba's cache key."""
-    sources = (micro, emitter, schedule, launching)
-    return zlib.crc32(b"".join(Path(str(source.__file__)).read_bytes() for source in sources)) or 1

@@ -6,11 +6,14 @@ What stands here in torch serves every device and dtype; on CPUs `dense_cpu` doe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 
 from lamina_kernels import dense_cpu, few_rows
-from lamina_kernels.emitter import cpu_has
+from lamina_kernels.emitter import Kind, cpu_has, kind_of
+from lamina_kernels.launch import load_each
 
 
 class Linear:
@@ -53,6 +56,16 @@ class Linear:
             return self(x).float()
         slices = [few_rows.multiply(part, self._weight, torch.float32) for part in x.split(few_rows.MAX_ROWS)]
         return torch.cat(slices) if len(slices) > 1 else slices[0]
+
+
+def prepare(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Load the kernels of dense layers, compiling those that numba's cache on disk lacks: how many of how many."""
+    loads: list[Callable[[], object]] = []
+    if device.type == "cpu" and dtype in dense_cpu.DTYPES:
+        loads.append(lambda: dense_cpu.load_kernel(dtype is torch.bfloat16))
+        if kind_of(dtype) is Kind.BFLOAT16_DOT:
+            loads.append(few_rows.load_kernel)
+    return load_each(loads)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

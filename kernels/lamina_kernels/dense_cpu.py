@@ -22,8 +22,8 @@ from numba import carray, njit, types
 from numba.extending import overload
 
 from lamina_kernels.emitter import LANES
+from lamina_kernels.intrinsics import pointer, silu_mul_half, take
 from lamina_kernels.launch import HEADER, TAKEN, launch
-from lamina_kernels.microkernels import pointer, silu_mul_half, take
 
 DTYPES = (torch.bfloat16, torch.float32)
 _PARALLEL = 1 << 15  # numbers from which more than one thread pays
@@ -182,7 +182,7 @@ def _share(a: Any, first: int, last: int, tag: Any) -> None:
 
 
 @cache
-def _kernel(half: bool) -> tuple[int, Callable[[int], None]]:
+def load_kernel(half: bool) -> tuple[int, Callable[[int], None]]:
     """The kernel's address, and a way to call it on this thread. From numba's cache on disk where it is there."""
     logger.info("loading the CPU kernels of dense layers (the first time ever: compiling them)")
     tag, arguments = np.uint16(0) if half else np.float32(0), _ARGUMENTS  # closed over, so parts of the cache's key
@@ -228,7 +228,7 @@ def _run(
     eps: float = 0.0,
 ) -> None:
     """Run a kernel on x; the rest are its fields in _ARGUMENTS, addresses where they are not sizes."""
-    address, call = _kernel(x.dtype == torch.bfloat16)
+    address, call = load_kernel(x.dtype == torch.bfloat16)
     threads = 1 if x.numel() < _PARALLEL else min(torch.get_num_threads(), rows)
     sizes = (operation, x.element_size(), rows, width, heads, kv_heads)
     addresses = (x.data_ptr(), y, out.data_ptr(), second, third, weight, k_weight, cos, sin)

@@ -23,8 +23,8 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from lamina_kernels.emitter import I32, I64, LANES, VB, VF, VI, Emitter, Kind, Value, kind_of
+from lamina_kernels.intrinsics import literals, take
 from lamina_kernels.launch import HEADER, TAKEN, launch
-from lamina_kernels.microkernels import literals, take
 
 MAX_ROWS = 32
 """Rows of x up to which this is worth while: beyond, arithmetic binds, and a library multiplies faster."""
@@ -63,7 +63,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.b
     threads = torch.get_num_threads()
     addresses = (x.data_ptr(), weight.data_ptr(), y.data_ptr())
     _LAYOUT.pack_into(_block.buffer, 0, 0, 0, threads * _SHARES, *addresses, len(x), n_in, n_out, _OUT_BYTES[dtype])
-    launch(_kernel(), _block.address, threads)
+    launch(load_kernel(), _block.address, threads)
     return y
 
 
@@ -79,7 +79,8 @@ _block = _Block()
 
 
 @cache
-def _kernel() -> int:
+def load_kernel() -> int:
+    """The kernel's address. From numba's cache on disk where it is there."""
     arguments = _ARGUMENTS
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]

@@ -8,10 +8,12 @@ what a kernel computes.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,19 @@ def block_type(fields: npt.DTypeLike) -> Any:
     kinds = {"i": ctypes.c_int64, "f": ctypes.c_double}
     described: Mapping[str, Any] = np.dtype(fields).fields or {}
     return type("Block", (ctypes.Structure,), {"_fields_": [(n, kinds[f[0].kind]) for n, f in described.items()]})
+
+
+def source_fingerprint(*modules: ModuleType) -> int:
+    """What is compiled into a kernel from other files than its own. Closed over, it is a part of numba's cache key."""
+    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)) or 1
+
+
+def load_each(loads: Sequence[Callable[[], object]]) -> Iterator[tuple[int, int]]:
+    """Call each, and say before the first and after each how many of how many are done."""
+    yield 0, len(loads)
+    for done, load in enumerate(loads, 1):
+        load()
+        yield done, len(loads)
 
 
 def launch(kernel: int, arguments: int, threads: int) -> None:

@@ -12,10 +12,8 @@ import ctypes
 import logging
 import math
 import threading
-import zlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -26,12 +24,12 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lamina_kernels import emitter, microkernels
+from lamina_kernels import emitter, intrinsics
 from lamina_kernels import launch as launching
 from lamina_kernels.emitter import F32, I32, I64, LANES, VF, VH, VS, Emitter, Value
-from lamina_kernels.launch import HEADER, TAKEN, block_type, launch
-from lamina_kernels.microkernels import LOG2E, pointer, prefetch, take
-from lamina_kernels.pages import DTYPES
+from lamina_kernels.intrinsics import LOG2E, pointer, prefetch, take
+from lamina_kernels.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
+from lamina_kernels.pages import FLOATS
 from lamina_kernels.partial import Partial
 
 _SHARE = 1 << 15  # numbers of `past` that are worth a thread
@@ -47,40 +45,46 @@ logger = logging.getLogger("lamina")
 def check_merge(into: Partial, past: Partial, index: torch.Tensor | None) -> tuple[int, int, int]:
     """How many vectors `into` and `past` have, and their width. Does not look at the numbers in `index`.
 
-    Raises ValueError unless dtypes and shapes are those of `Kernels.merge_into`, and `into` is contiguous.
+    Raises ValueError unless dtypes and shapes are those of `Kernels.merge_into`, all on one device, and `into` is
+    contiguous.
     """
     if into.out.ndim != 2 or past.out.ndim != 2:
         raise ValueError(f"out must be [n, d_v], got {list(into.out.shape)} and {list(past.out.shape)}")
     total, width = into.out.shape
     n = past.out.shape[0] if index is not None else total  # len() takes four times as long
-    _check("into.out", into.out, DTYPES, (total, width))
-    _check("into.lse", into.lse, (torch.float32,), (total,))
-    _check("past.out", past.out, DTYPES, (n, width))
-    _check("past.lse", past.lse, (torch.float32,), (n,))
+    device = into.out.device
+    _check("into.out", into.out, FLOATS, (total, width), device)
+    _check("into.lse", into.lse, (torch.float32,), (total,), device)
+    _check("past.out", past.out, FLOATS, (n, width), device)
+    _check("past.lse", past.lse, (torch.float32,), (n,), device)
     if index is not None:
-        _check("index", index, (torch.int64,), (n,))
+        _check("index", index, (torch.int64,), (n,), device)
     if not into.out.is_contiguous() or not into.lse.is_contiguous():
         raise ValueError(f"into must be contiguous, got strides {into.out.stride()} and {into.lse.stride()}")
     return total, n, width
 
 
-def _check(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    if x.dtype not in dtypes or x.shape != shape or not x.is_cpu:
+def _check(
+    name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
+) -> None:
+    if x.dtype not in dtypes or x.shape != shape or x.device != device:
         allowed = ", ".join(map(str, dtypes))
         raise ValueError(
-            f"{name} must be {list(shape)} on the CPU in one of {allowed}, got {x.dtype} {list(x.shape)} on {x.device}"
+            f"{name} must be {list(shape)} on {device} in one of {allowed}, got {x.dtype} {list(x.shape)} on {x.device}"
         )
 
 
 def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None:
     """As `Kernels.merge_into`. Few vectors are merged on the caller's thread: a team costs more than it saves."""
     total, n, width = check_merge(into, past, index)
+    if not into.out.is_cpu:
+        raise ValueError(f"into.out must be on the CPU, got {into.out.device}")
     if not n:
         return
     out, lse = past.out.contiguous(), past.lse.contiguous()
     index = None if index is None else index.contiguous()
     threads = min(1 + n * width // _SHARE, torch.get_num_threads())
-    kernel, call = _kernel()
+    kernel, call = merge_kernel()
     a = _block.arguments
     a.taken, a.n, a.total, a.width = 0, n, total, width
     a.into_dtype, a.past_dtype = _CODES[into.out.dtype], _CODES[out.dtype]
@@ -109,12 +113,11 @@ _block = _Block()
 
 
 @cache
-def _kernel() -> tuple[int, Callable[[int], None]]:
+def merge_kernel() -> tuple[int, Callable[[int], None]]:
     """The kernel's address, and a way to call it on this thread. From numba's cache on disk where it is there."""
     logger.info("loading the CPU kernel that merges partials (the first time ever: compiling it)")
     arguments = _ARGUMENTS  # closed over, so a part of the cache's key, as is what is compiled in from other files
-    sources = (emitter, microkernels, launching)
-    fingerprint = zlib.crc32(b"".join(Path(str(source.__file__)).read_bytes() for source in sources)) or 1
+    fingerprint = source_fingerprint(emitter, intrinsics, launching)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:
@@ -269,10 +272,10 @@ def _widen(e: Emitter, code: int, place: Value, lanes: int) -> Value:
         x = e.load(place, kind, size)
     else:
         x = e.b.insert_element(ir.Constant(kind, [0] * LANES), e.load(place, kind.element, size), I32(0))
-    return x if code == 0 else microkernels.from_half(e, x) if code == 1 else e.b.fpext(x, VF)
+    return x if code == 0 else intrinsics.from_half(e, x) if code == 1 else e.b.fpext(x, VF)
 
 
 def _narrow(e: Emitter, code: int, x: Value, place: Value, lanes: int) -> None:
     """Store what `_widen` loads."""
-    y = x if code == 0 else microkernels.to_half(e, x) if code == 1 else e.b.fptrunc(x, VH)
+    y = x if code == 0 else intrinsics.to_half(e, x) if code == 1 else e.b.fptrunc(x, VH)
     e.store(y if lanes == LANES else e.b.extract_element(y, I32(0)), place, 4 if code == 0 else 2)

@@ -11,24 +11,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.core.errors import RequireLiteralValue
+from numba.core import types
 from numba.extending import intrinsic
 
-from lamina_kernels.emitter import F32, I32, I64, LANES, VF, VH, VI, VS, Emitter, Kind, Value
+from lamina_kernels.emitter import F32, I32, I64, LANES, VF, VH, VI, VS, VY, Emitter, Kind, Value
+from lamina_kernels.intrinsics import LOG2E, literals, to_half
 
 TILE = 8  # query vectors computed together: 8 x 2 registers of logits
 BLOCK = 128  # keys between two updates of the softmax
 ROW = BLOCK * 4  # bytes from one query vector's logits to the next one's
-LOG2E = 1.4426950408889634
+WORTH = TILE * 4  # bytes from a query vector's decay to what an integer of its sums is worth
 
 
-def literals(*values: Any) -> list[int]:
-    """The values of arguments that must be compile-time constants."""
-    for value in values:
-        if not isinstance(value, types.IntegerLiteral):
-            raise RequireLiteralValue(f"{value} must be a compile-time constant")
-    return [value.literal_value for value in values]
+def stored_bytes(code: int, pack: int) -> int:
+    """Bytes of 16 times `pack` stored numbers: what one step takes of a vector."""
+    return LANES * pack * {Kind.FLOAT32: 4, Kind.INT8: 1}.get(Kind(code), 2)
+
+
+def packs(code: int) -> tuple[int, int]:
+    """`k_pack` and `v_pack` of the pages that are multiplied so."""
+    if code == Kind.INT8:
+        return 2, 4
+    return (2, 2) if code in (Kind.BFLOAT16, Kind.BFLOAT16_DOT) else (1, 1)
 
 
 def _signature(literals: Sequence[Any], integers: int, floats: int = 0) -> Any:
@@ -36,42 +40,39 @@ def _signature(literals: Sequence[Any], integers: int, floats: int = 0) -> Any:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def pointer(context: Any, address: Any) -> Any:
-    """An address as what numba's carray takes."""
+def quantise(context: Any, source: Any, target: Any, words: Any, stride: Any) -> Any:
+    """2 * words floats, words a multiple of 8, as pairs of int16, `stride` pairs apart; returns what a unit of them
+    is worth: the largest number over 32767, NaN where one of them is not finite."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
+        b, e = builder, Emitter(builder)
+        source, target, vectors, stride = e.pointer(args[0]), e.pointer(args[1]), b.lshr(args[2], I64(3)), args[3]
 
-    return types.voidptr(types.int64), emit
+        def widest(i: Value, top: Value, nothing: Value) -> list[Value]:
+            x = e.load(e.at(source, b.shl(i, I64(6))), VF)
+            return [e.larger(e.call("llvm.fabs.v16f32", VF, x), top), e.fma(x, e.number(0.0), nothing)]
 
+        top, nothing = e.loop(vectors, [e.number(0.0), e.number(0.0)], widest)  # 0 * x: NaN where x is not finite
+        nothing = e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), nothing)
+        worth = b.fmul(e.call("llvm.vector.reduce.fmax.v16f32", F32, top), F32(1 / 32767))
+        usable = b.fcmp_ordered(">", worth, F32(1e-30))
+        units = e.splat(b.select(usable, b.fdiv(F32(1.0), worth), F32(0.0)))
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def take(context: Any, block: Any, index: Any) -> Any:
-    """Add one to the int64 number `index` of the block at a pointer, atomically, and return what it was."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = builder.gep(args[0], [args[1]], source_etype=I64)
-        return builder.atomic_rmw("add", place, I64(1), "acq_rel")
-
-    return types.int64(types.voidptr, types.int64), emit
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def prefetch(context: Any, address: Any, size: Any) -> Any:
-    """Ask for `size` bytes (at least 1) to be brought into the second-level cache."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emitter(builder)
-        start = e.pointer(args[0])
-
-        def line(i: Value) -> list[Value]:
-            e.fetch(e.at(start, builder.shl(i, I64(6))))
+        def step(i: Value) -> list[Value]:
+            x = b.fmul(e.load(e.at(source, b.shl(i, I64(6))), VF), units)
+            low = e.number(-32767.0)
+            x = b.select(b.fcmp_ordered(">", x, low), x, low)
+            x = b.select(b.fcmp_ordered("<", x, e.number(32767.0)), x, e.number(32767.0))
+            pairs = b.bitcast(b.trunc(e.nearest(x), VS), ir.VectorType(I32, LANES // 2))
+            for lane in range(LANES // 2):
+                place = b.mul(b.add(b.shl(i, I64(3)), I64(lane)), b.shl(stride, I64(2)))
+                e.store(b.extract_element(pairs, I32(lane)), e.at(target, place))
             return []
 
-        e.loop(builder.lshr(builder.add(args[1], I64(63)), I64(6)), [], line)
-        return context.get_dummy_value()
+        e.loop(vectors, [], step)
+        return b.fadd(worth, nothing)
 
-    return _signature([], 2), emit
+    return types.float32(*[types.int64] * 4), emit
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -86,23 +87,25 @@ def dot(
     logits: Any,
     steps: Any,
     stride: Any,
+    of_q: Any,
+    of_k: Any,
     scale: Any,
 ) -> Any:
     """Logits of up to TILE query vectors against 16 * unit keys: scale * sum over d of q[d] k[d].
 
     panel: the queries `[steps, TILE]`, each one channel's float, or pair's; keys: `[steps, stride bytes]`, each step
     one channel, or pair, of all keys; ahead: keys to fetch meanwhile, of the same shape; logits: float32
-    `[TILE, BLOCK]`, of which rows x 16 * unit are written.
+    `[TILE, BLOCK]`, of which rows x 16 * unit are written; of_q, of_k: float32, for INT8 alone, what a unit of each
+    query and of each key is worth.
     """
     code, width = literals(kind, unit)
-    words = 2 if code == Kind.BFLOAT16 else 1  # of the panel a step
-    size = 32 if code == Kind.FLOAT16 else 64  # bytes of 16 stored numbers, or pairs
+    words = Kind(code).words[1]  # of the panel a step
+    size = stored_bytes(code, packs(code)[0])
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
-        rows, panel, keys, ahead, logits, steps, stride, scale = args[2:]
-        panel, keys, ahead, logits = (e.pointer(a) for a in (panel, keys, ahead, logits))
-        factor = e.splat(scale)
+        rows, panel, keys, ahead, logits, steps, stride, of_q, of_k, scale = args[2:]
+        panel, keys, ahead, logits, of_q, of_k = (e.pointer(a) for a in (panel, keys, ahead, logits, of_q, of_k))
 
         def tile(count: int) -> None:
             def step(i: Value, q: Value, k: Value, far: Value, *sums: Value) -> list[Value]:
@@ -112,14 +115,21 @@ def dot(
                 new = e.multiply_stored(code, stored, [e.at(q, 4 * words * r) for r in range(count)], sums)
                 return [e.at(q, 4 * words * TILE), e.at(k, stride), e.at(far, stride), *new]
 
-            sums = e.loop(steps, [panel, keys, ahead] + [e.number(0.0)] * (count * width), step)[3:]
+            sums = e.loop(steps, [panel, keys, ahead] + [e.zero(code)] * (count * width), step)[3:]
+            factors = [e.splat(scale)] * width
+            if code == Kind.INT8:
+                factors = [builder.fmul(e.load(e.at(of_k, 64 * u), VF), factors[u]) for u in range(width)]
             for i, total in enumerate(sums):
+                factor = factors[i % width]
+                if code == Kind.INT8:
+                    total = builder.sitofp(total, VF)
+                    factor = builder.fmul(e.splat(e.load(e.at(of_q, i // width * 4), F32)), factor)
                 e.store(builder.fmul(total, factor), e.at(logits, i // width * ROW + i % width * 64))
 
-        e.choose(rows, (1, 2, 4, TILE), tile)
+        e.choose(rows, (1, 2, 3, 4, TILE), tile)
         return context.get_dummy_value()
 
-    return _signature([kind, unit], 7, 1), emit
+    return _signature([kind, unit], 9, 1), emit
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -147,6 +157,26 @@ def cap(context: Any, logits: Any, vectors: Any, soft_cap: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def shift(context: Any, logits: Any, vectors: Any, biases: Any) -> Any:
+    """x <- x + log2(e) * biases[i] over 16 * vectors floats: logits are in powers of two."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emitter(builder)
+        logits, biases = e.pointer(args[0]), e.pointer(args[2])
+
+        def step(i: Value) -> list[Value]:
+            at = builder.shl(i, I64(6))
+            x = e.fma(e.load(e.at(biases, at), VF), e.number(LOG2E), e.load(e.at(logits, at), VF))
+            e.store(x, e.at(logits, at))
+            return []
+
+        e.loop(args[1], [], step)
+        return context.get_dummy_value()
+
+    return _signature([], 3), emit
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def mask(context: Any, logits: Any, vectors: Any, begin: Any, end: Any) -> Any:
     """Put -inf into the float32 `[16 * vectors]` logits outside [begin, end)."""
 
@@ -169,18 +199,19 @@ def mask(context: Any, logits: Any, vectors: Any, begin: Any, end: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def weigh(context: Any, kind: Any, logits: Any, vectors: Any, peak: Any, total: Any, decay: Any) -> Any:
+def weigh(context: Any, kind: Any, logits: Any, vectors: Any, peak: Any, total: Any, decay: Any, factors: Any) -> Any:
     """One query vector's softmax over 16 * vectors more keys, in powers of two.
 
-    logits: float32, overwritten by the weights 2^(x - peak), as bfloat16 where the kind multiplies that; peak: the
-    largest logit so far, updated; total: 16 partial sums of weights, updated; decay: gets what the earlier sums
-    must be multiplied with. All logits -inf: weights 0.
+    logits: float32, overwritten by the weights 2^(x - peak), in what the kind multiplies: as bfloat16, or for INT8,
+    after a multiplication with factors[i], as `halves`; peak: the largest logit so far, updated; total: 16 partial
+    sums of weights, updated; decay: gets what the earlier sums must be multiplied with, and WORTH bytes on, for INT8,
+    what one of its integers is worth. All logits -inf: weights 0.
     """
     (code,) = literals(kind)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, e = builder, Emitter(builder)
-        logits, vectors, peak, total, decay = (e.pointer(a) if i != 1 else a for i, a in enumerate(args[1:]))
+        logits, vectors, peak, total, decay, factors = (e.pointer(a) if i != 1 else a for i, a in enumerate(args[1:]))
         low = e.number(float("-inf"))
         (top,) = e.loop(vectors, [low], lambda i, top: [e.larger(e.load(e.at(logits, b.shl(i, I64(6))), VF), top)])
         old = e.load(peak, F32)
@@ -191,20 +222,45 @@ def weigh(context: Any, kind: Any, logits: Any, vectors: Any, peak: Any, total: 
         fade = e.exp2(b.fsub(e.splat(old), shift))
         e.store(b.extract_element(fade, I32(0)), decay)
 
-        def step(i: Value, sums: Value) -> list[Value]:
+        def step(i: Value, sums: Value, *largest: Value) -> list[Value]:
             weights = e.exp2(b.fsub(e.load(e.at(logits, b.shl(i, I64(6))), VF), shift))
+            sums = b.fadd(sums, weights)
             if code == Kind.BFLOAT16_DOT:  # weights are finite and not negative: rounding is one addition
                 rounded = b.lshr(b.add(b.bitcast(weights, VI), e.bits(0x8000)), e.bits(16))
                 e.store(b.trunc(rounded, VS), e.at(logits, b.shl(i, I64(5))))
-            else:
-                e.store(weights, e.at(logits, b.shl(i, I64(6))))
-            return [b.fadd(sums, weights)]
+                return [sums]
+            if code == Kind.INT8:
+                weights = b.fmul(weights, e.load(e.at(factors, b.shl(i, I64(6))), VF))
+                largest = (e.larger(weights, largest[0]), b.fadd(weights, largest[1]))
+            e.store(weights, e.at(logits, b.shl(i, I64(6))))
+            return [sums, *largest]
 
-        (sums,) = e.loop(vectors, [b.fmul(e.load(total, VF), fade)], step)
+        start = [b.fmul(e.load(total, VF), fade), *([e.number(0.0)] * 2 if code == Kind.INT8 else [])]
+        sums, *largest = e.loop(vectors, start, step)
         e.store(sums, total)
+        if code == Kind.INT8:
+            _make_integers(e, logits, vectors, largest[0], largest[1], e.at(decay, WORTH))
         return context.get_dummy_value()
 
-    return _signature([kind], 5), emit
+    return _signature([kind], 6), emit
+
+
+def _make_integers(e: Emitter, weights: Value, vectors: Value, largest: Value, sums: Value, worth: Value) -> None:
+    """16 * vectors weights to `halves`, in place, the largest to 65535: with 8 bits, all weights beside that of an
+    attention sink would be lost. Where the sums are not finite, what they are worth is NaN: that must be seen."""
+    b = e.b
+    most = e.call("llvm.vector.reduce.fmax.v16f32", F32, largest)
+    usable = b.fcmp_ordered(">", most, F32(1e-30))
+    units = e.splat(b.select(usable, b.fdiv(F32(65535.0), most), F32(0.0)))
+    nothing = b.fmul(e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), sums), F32(0.0))
+    e.store(b.fadd(b.fmul(most, F32(1 / 65535)), nothing), worth)
+
+    def step(i: Value) -> list[Value]:
+        scaled = b.fmul(e.load(e.at(weights, b.shl(i, I64(6))), VF), units)
+        e.store(halves(e, e.nearest(scaled)), e.at(weights, b.shl(i, I64(5))))
+        return []
+
+    e.loop(vectors, [], step)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -221,17 +277,18 @@ def accumulate(
     d: Any,
     decay: Any,
 ) -> Any:
-    """sums <- decay * sums + weights @ values, for up to 4 query vectors.
+    """sums <- decay * sums + weights @ values, for 1 to 4 query vectors, or TILE.
 
     weights: as `weigh` leaves them, ROW bytes a query vector; values: addresses of `strips` strips of 16 * unit
-    values, each `[tokens, d]` or `[tokens / 2, d, 2]`; ahead: those of strips to fetch meanwhile; sums: float32
-    `[rows, d]`; decay: float32 `[rows]`.
+    values, each `[tokens / v_pack, d, v_pack]`; ahead: those of strips to fetch meanwhile; sums: float32
+    `[rows, d]`; decay: float32 `[rows]` as `weigh` leaves them.
     """
     code, width = literals(kind, unit)
-    paired = code in (Kind.BFLOAT16, Kind.BFLOAT16_DOT)
-    steps = LANES * width // (2 if paired else 1)  # of a strip
-    size = 32 if code == Kind.FLOAT16 else 64
-    advance = 8 if code == Kind.BFLOAT16 else 4  # bytes of weights a step
+    pack = packs(code)[1]
+    steps = LANES * width // pack  # of a strip
+    size = stored_bytes(code, pack)
+    exact = code == Kind.INT8
+    advance = 8 if exact or code == Kind.BFLOAT16 else 4  # bytes of weights a step
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, e = builder, Emitter(builder)
@@ -248,7 +305,12 @@ def accumulate(
                 for c in range(chunks)
             ]
             fades = [e.splat(e.load(e.at(decay, 4 * r), F32)) for r in range(count)]
-            start = [b.fmul(e.load(p, VF), fades[i // chunks]) for i, p in enumerate(places)]
+
+            def faded() -> list[Value]:
+                return [b.fmul(e.load(p, VF), fades[i // chunks]) for i, p in enumerate(places)]
+
+            # Of INT8 this block is summed in whole numbers, high and low bytes apart, then added to the earlier ones.
+            start = [e.zero(code)] * len(places) * 2 if exact else faded()
 
             def strip(i: Value, w: Value, *totals: Value) -> list[Value]:
                 near, far = (
@@ -259,27 +321,37 @@ def accumulate(
                 def step(i: Value, w: Value, v: Value, far: Value, *totals: Value) -> list[Value]:
                     for line in range(0, size * chunks, 64):
                         e.fetch(e.at(far, line))
-                    stored = [e.at(v, size * c) for c in range(chunks)]
-                    new = e.multiply_stored(code, stored, [e.at(w, ROW * r) for r in range(count)], totals)
+                    stored, new = [e.at(v, size * c) for c in range(chunks)], []
+                    for half in range(len(totals) // len(places)):
+                        factors = [e.at(w, ROW * r + 4 * half) for r in range(count)]
+                        own = totals[half * len(places) : (half + 1) * len(places)]
+                        new += e.multiply_stored(code, stored, factors, own, pack)
                     return [e.at(w, advance), e.at(v, stride), e.at(far, stride), *new]
 
                 new = e.loop(steps, [w, near, far, *totals], step)
                 return [new[0], *new[3:]]
 
-            for place, total in zip(places, e.loop(strips, [weights, *start], strip)[1:], strict=True):
+            totals = e.loop(strips, [weights, *start], strip)[1:]
+            if exact:
+                worth = [e.splat(e.load(e.at(decay, WORTH + 4 * r), F32)) for r in range(count)]
+                highs, lows = totals[: len(places)], totals[len(places) :]
+                whole = [b.add(b.shl(high, e.bits(8)), low) for high, low in zip(highs, lows, strict=True)]
+                terms = zip(whole, faded(), strict=True)
+                totals = [e.fma(b.sitofp(t, VF), worth[i // chunks], old) for i, (t, old) in enumerate(terms)]
+            for place, total in zip(places, totals, strict=True):
                 e.store(total, place)
             return []
 
         def tile(count: int) -> None:
-            registers = b.lshr(d, I64(4))
-            whole = b.lshr(registers, I64(2))
+            registers, log = b.lshr(d, I64(4)), (1 if count == TILE else 2) - exact  # 16 registers of sums at most
+            whole = b.lshr(registers, I64(log))
             with b.if_then(b.icmp_signed(">", whole, I64(0))):
-                e.loop(whole, [], lambda i: columns(count, 4, b.shl(i, I64(2))))
-            left = b.and_(registers, I64(3))
+                e.loop(whole, [], lambda i: columns(count, 1 << log, b.shl(i, I64(log))))
+            left = b.and_(registers, I64((1 << log) - 1))
             with b.if_then(b.icmp_signed(">", left, I64(0))):
-                e.loop(left, [], lambda i: columns(count, 1, b.add(b.shl(whole, I64(2)), i)))
+                e.loop(left, [], lambda i: columns(count, 1, b.add(b.shl(whole, I64(log)), i)))
 
-        e.choose(rows, (1, 2, 4), tile)
+        e.choose(rows, (1, 2, 3, 4, TILE), tile)
         return context.get_dummy_value()
 
     return _signature([kind, unit], 8), emit
@@ -313,38 +385,9 @@ def settle(context: Any, dtype: Any, sums: Any, out: Any, vectors: Any, factor: 
     return _signature([], 4, 1), emit
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def silu_mul_half(context: Any, gates: Any, ups: Any, out: Any, n: Any) -> Any:
-    """out = silu(gates) * ups for n bfloat16 numbers at each address, n a multiple of LANES and at least LANES."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emitter(builder)
-        gates, ups, out = (e.pointer(a) for a in args[:3])
-
-        def step(i: Value) -> list[Value]:
-            at = builder.shl(i, I64(5))
-            gate, up = (from_half(e, e.load(e.at(p, at), VS, 2)) for p in (gates, ups))
-            low = builder.select(builder.fcmp_ordered("<", gate, e.number(-87.0)), e.number(-87.0), gate)  # NaN stays
-            power = e.exp2(builder.fmul(low, e.number(-LOG2E)))
-            silu = builder.fdiv(low, builder.fadd(power, e.number(1.0)))
-            e.store(to_half(e, builder.fmul(silu, up)), e.at(out, at), 2)
-            return []
-
-        e.loop(builder.lshr(args[3], I64(4)), [], step)
-        return context.get_dummy_value()
-
-    return _signature([], 4), emit
-
-
-def from_half(e: Emitter, bits: Value) -> Value:
-    """16 bfloat16 as float32."""
-    return e.b.bitcast(e.b.shl(e.b.zext(bits, VI), e.bits(16)), VF)
-
-
-def to_half(e: Emitter, x: Value) -> Value:
-    """16 float32 as bfloat16: to nearest, ties to even; NaN stays NaN."""
-    whole = e.b.bitcast(x, VI)
-    odd = e.b.and_(e.b.lshr(whole, e.bits(16)), e.bits(1))
-    near = e.b.add(e.b.add(whole, e.bits(0x7FFF)), odd)
-    kept = e.b.select(e.b.fcmp_unordered("uno", x, x), e.bits(0x7FC00000), near)
-    return e.b.trunc(e.b.lshr(kept, e.bits(16)), VS)
+def halves(e: Emitter, numbers: Value) -> Value:
+    """16 integers below 65536 as bytes: four times the high bytes of four numbers, then their low bytes."""
+    four = ir.VectorType(I32, 4)
+    high, low = (e.b.bitcast(e.b.trunc(x, VY), four) for x in (e.b.lshr(numbers, e.bits(8)), numbers))
+    order = ir.Constant(ir.VectorType(I32, 8), [ir.Constant(I32, i) for i in (0, 4, 1, 5, 2, 6, 3, 7)])
+    return e.b.shuffle_vector(high, low, order)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lamina_kernels.merge import check_merge
-from lamina_kernels.pages import (
-    Pages,
-    Rows,
-    check_append,
-    check_attend,
-    check_rows,
-    check_slots,
-    copy,
-    gather,
-)
+from lamina_kernels.pages import Order, PageLayout, Pages, check_append, check_slots, copy, gather, quantise
 from lamina_kernels.partial import Partial, empty, merge
+from lamina_kernels.rows import Rows, Table, check_attend, check_rows
 
-__all__ = ["Plan", "append", "attend", "copy", "gather", "merge_into", "plan", "plan_append"]
+__all__ = ["Plan", "append", "attend", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "prepare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +21,6 @@ class Plan:
     """What of a batch does not change from layer to layer."""
 
     rows: Rows
-    window: int | None
     missing: frozenset[int]  # layers that lack a page which the rows read
 
     @property
@@ -41,9 +34,19 @@ class Plan:
         return self.rows.layers
 
 
-def plan(pages: Pages, rows: Rows, window: int | None = None, threads: int = 1) -> Plan:
+def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
+    """How these kernels lay out a page. They read any order."""
+    return PageLayout(page_size, d_k, d_v, dtype, Order.TOKENS)
+
+
+def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
+    """There is nothing to load."""
+    return iter(())
+
+
+def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     """Check `rows` once for all layers. `threads` is of no use here."""
-    return Plan(rows, window, check_rows(pages, rows, window))
+    return Plan(rows, check_rows(pages, rows))
 
 
 def plan_append(pages: Pages, slots: torch.Tensor) -> torch.Tensor:
@@ -57,8 +60,11 @@ def append(pages: Pages, plan: torch.Tensor, layer: int, k: torch.Tensor, v: tor
     check_append(pages, plan, layer, k, v)
     at = pages.layout
     page, offset = plan[layer] // at.page_size, plan[layer] % at.page_size
-    pages.k[page, :, offset] = k.to(at.dtype).reshape(-1, at.d_k // at.pair, at.pair)
-    pages.v[page, offset // at.pair, :, offset % at.pair] = v.to(at.dtype)
+    if at.scaled:
+        (k, k_scale), (v, v_scale) = quantise(k, at.dtype), quantise(v, at.dtype)
+        pages.scales[page, 0, offset], pages.scales[page, 1, offset] = k_scale, v_scale
+    pages.k[page, offset] = k.to(at.dtype).reshape(-1, at.d_k // at.k_pack, at.k_pack)
+    pages.v[page, offset // at.v_pack, offset % at.v_pack] = v.to(at.dtype)
 
 
 def attend(
@@ -72,40 +78,48 @@ def attend(
 ) -> Partial:
     """Attention of q `[n, d_k]` over the pages of `layer`: out `[n, d_v]` in q's dtype, lse float32 `[n]`.
 
-    A query at position p sees key position k iff k <= p, lo <= k < hi and, with a window, p - k < window.
-    softmax(cap(scale * q.k)) v, where cap(x) = soft_cap * tanh(x / soft_cap), or x without a soft cap.
+    softmax(cap(scale * q.k) + bias) v over the keys that a query sees (`Rows`), where cap(x) is
+    soft_cap * tanh(x / soft_cap), or x without a soft cap.
     """
     rows = plan.rows
     check_attend(pages, plan, layer, q, scale, soft_cap, out)
     result, lse = empty(rows.n, pages.layout.d_v, q.dtype) if out is None else (out, torch.empty(rows.n))
     for row, table in enumerate(rows.tables):
-        first, count, heads, group = (int(x[row]) for x in (rows.first, rows.count, rows.kv_heads, rows.group))
-        lo, hi, base, start = (int(x[row]) for x in (rows.lo, rows.hi, rows.base, rows.start))
-        if plan.window is not None:
-            lo = max(lo, start - plan.window + 1)  # below, pages may be freed
-        own = slice(first, first + count * heads * group)
-        answers, sums = result[own].view(count, heads, group, -1), lse[own].view(count, heads, group)
-        if lo >= hi:
-            answers.zero_()
-            sums.fill_(-torch.inf)
-            continue
-        keys = torch.arange(lo, hi)
-        age = (start + torch.arange(count)).unsqueeze(1) - keys
-        visible = (age >= 0) if plan.window is None else (age >= 0) & (age < plan.window)
+        first, count, stride = int(rows.first[row]), int(rows.count[row]), int(rows.stride[row])
+        heads, group = int(rows.kv_heads[row]), int(rows.group[row])
+        own = first + torch.arange(count)[:, None] * stride + torch.arange(heads * group)
         queries = q[own].float().view(count, heads, group, -1)
-        skipped = (lo - base) // pages.layout.page_size  # whole pages that nothing of is read
-        first_key = base + skipped * pages.layout.page_size
-        for head in range(heads):
-            k, v = gather(pages, torch.from_numpy(table[layer, head, skipped:]), hi - first_key)
-            k, v = k[lo - first_key :].float(), v[lo - first_key :].float()
+        sums = torch.full((count, heads, group), -torch.inf)
+        answers = torch.zeros(count, heads, group, pages.layout.d_v, dtype=q.dtype)
+        keys = torch.arange(int(rows.lo[row]), max(int(rows.lo[row]), int(rows.hi[row])))
+        age = (int(rows.start[row]) + torch.arange(count)).unsqueeze(1) - keys
+        visible = (age >= 0) & ((age < int(rows.window[row])) | (keys < int(rows.sinks[row])))
+        seen = visible.any(0)  # what nobody sees may lie in pages that are freed
+        keys, visible = keys[seen] - int(rows.base[row]), visible[:, seen]
+        for head in range(heads if len(keys) else 0):
+            k, v = _read(pages, table[layer, head], keys, bool(rows.listed[row]))
             logits = torch.einsum("tgd,kd->tgk", queries[:, head], k) * scale
             if soft_cap is not None:
                 logits = soft_cap * torch.tanh(logits / soft_cap)
+            if rows.bias and (bias := rows.bias[row]) is not None:
+                logits = logits + torch.from_numpy(bias[layer, head])[keys]
             logits = logits.masked_fill(~visible.unsqueeze(1), -torch.inf)
             sums[:, head] = torch.logsumexp(logits, -1)
-            weights = torch.softmax(logits, -1).nan_to_num(0.0)  # a query that sees nothing: 0 / 0
+            nothing = sums[:, head].unsqueeze(-1) == -torch.inf  # not so where a logit is NaN: that must be seen
+            weights = torch.softmax(logits, -1).masked_fill(nothing, 0.0)
             answers[:, head] = (weights @ v).to(q.dtype)
+        result[own], lse[own] = answers.flatten(1, 2), sums.flatten(1)
     return Partial(result, lse)
+
+
+def _read(pages: Pages, entries: Table, slots: torch.Tensor, listed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """k `[n, d_k]` and v `[n, d_v]` in float32, of the table's `slots` (int64 `[n]`)."""
+    table, size = torch.from_numpy(entries.astype(np.int64)), pages.layout.page_size
+    place = table[slots] if listed else table[slots // size] * size + slots % size
+    needed, inverse = torch.unique(place // size, return_inverse=True)
+    k, v = gather(pages, needed, len(needed) * size)
+    at = inverse * size + place % size
+    return k[at].float(), v[at].float()
 
 
 def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None:

@@ -7,18 +7,18 @@ pieces, whose partials are merged. Knows nothing of pages' contents or of how a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lamina_kernels.pages import Rows
+from lamina_kernels.rows import EVERYTHING, Ints, Rows, visible
 
 MAX_ROWS = 128  # query vectors of a piece: its queries and sums stay in the second-level cache
 MIN_KEYS = 64  # nothing is cut this close to an end
 FIXED = 32  # a piece costs as much as so many keys more
 READ = 8  # reading a key from memory costs as much as multiplying it with so many query vectors
-EVERYTHING = 1 << 40  # a window that hides nothing
 
 # A block of queries of one row and KV head against a range of keys. Positions count from the row's base: they are
 # slots of its table.
@@ -31,42 +31,62 @@ PIECE = np.dtype(
         ("position", "i8"),  # of its first token
         ("lo", "i8"),
         ("hi", "i8"),
-        ("table", "i8"),  # address of the KV head's pages in layer 0
-        ("layer_stride", "i8"),  # pages from one layer to the next
-        ("parts", "i8"),  # how many pieces its output was cut into, said at the first of them
+        ("window", "i8"),
+        ("table", "i8"),  # address of the KV head's entries in layer 0
+        ("layer_stride", "i8"),  # entries from one layer to the next
+        ("listed", "i8"),  # whether an entry is a slot, not a page
+        ("bias", "i8"),  # address of the KV head's biases in layer 0, 0 where there are none
+        ("bias_stride", "i8"),  # biases from one layer to the next
+        ("output", "i8"),  # pieces of one output follow each other
+        ("parts", "i8"),  # how many pieces its output has, said at the first of them
         ("partial", "i8"),  # number of its first vector among the partials; -1: its output is whole
     ]
 )
 Pieces = npt.NDArray[Any]
 
 
-def cut(rows: Rows, window: int | None) -> Pieces:
-    """Whole outputs: every KV head's blocks of at most MAX_ROWS query vectors, with the keys that any of them sees."""
+def cut(rows: Rows) -> Pieces:
+    """Every KV head's blocks of at most MAX_ROWS query vectors, with the keys that any of them sees: one piece for
+    each output, two where it sees sinks apart from its window."""
     tokens = np.maximum(MAX_ROWS // rows.group, 1)
     blocks = -(-rows.count // tokens)
     outputs = rows.kv_heads * blocks
     row = np.repeat(np.arange(len(rows)), outputs)
     inside = np.arange(len(row)) - np.repeat(np.cumsum(outputs) - outputs, outputs)
     head, first = inside // blocks[row], inside % blocks[row] * tokens[row]
-    heads, group, base = rows.kv_heads[row], rows.group[row], rows.base[row]
+    group, base = rows.group[row], rows.base[row]
     count = np.minimum(rows.count[row] - first, tokens[row])
-    pages = np.array([table.shape[2] for table in rows.tables], np.int64)[row]
-    start = np.array([table.ctypes.data for table in rows.tables], np.int64)[row]
 
     pieces = np.zeros(len(row), PIECE)
-    pieces["q"] = rows.first[row] + (first * heads + head) * group
-    pieces["stride"], pieces["group"], pieces["rows"] = heads * group, group, count * group
+    pieces["q"] = rows.first[row] + first * rows.stride[row] + head * group
+    pieces["stride"], pieces["group"], pieces["rows"] = rows.stride[row], group, count * group
     position = rows.start[row] + first
     pieces["position"] = position - base
-    lo = np.maximum(rows.lo[row], position - (window or EVERYTHING) + 1)
-    hi = np.minimum(rows.hi[row], position + count)
-    pieces["lo"], pieces["hi"] = np.where(lo < hi, lo - base, 0), np.where(lo < hi, hi - base, 0)
-    pieces["table"], pieces["layer_stride"] = start + head * pages * 4, heads * pages
-    pieces["parts"], pieces["partial"] = 1, -1
-    return pieces
+    pieces["listed"], pieces["output"] = rows.listed[row], np.arange(len(row))
+    pieces["table"], pieces["layer_stride"] = _addresses(rows.tables, row, head)
+    if rows.bias:
+        pieces["bias"], pieces["bias_stride"] = _addresses(rows.bias, row, head)
+
+    seen = visible(position, position + count - 1, rows.lo[row], rows.hi[row], rows.window[row], rows.sinks[row])
+    apart, near = pieces.copy(), pieces
+    apart["lo"], apart["hi"], apart["window"] = seen.lo - base, seen.end - base, EVERYTHING
+    near["lo"], near["hi"], near["window"] = seen.begin - base, seen.hi - base, seen.window
+    empty = seen.begin >= seen.hi
+    near["lo"][empty] = near["hi"][empty] = 0
+    both = np.stack([apart, near], -1).reshape(-1)
+    some = both["lo"] < both["hi"]
+    some[1::2] |= ~some[::2]  # an output without keys must be written too
+    return both[some]
 
 
-def deal(whole: Pieces, shares: int) -> tuple[Pieces, npt.NDArray[np.int64]]:
+def _addresses(arrays: Sequence[npt.NDArray[Any] | None], row: Ints, head: Ints) -> tuple[Ints, Ints]:
+    """Of each row's array `[layers, kv_heads, n]`: where a head begins in layer 0, and numbers from layer to layer."""
+    described = [(0, 0, 0) if x is None else (x.ctypes.data, x.strides[1], x.strides[0] // 4) for x in arrays]
+    start, head_stride, layer_stride = np.array(described, np.int64).reshape(-1, 3)[row].T
+    return start + head * head_stride, layer_stride
+
+
+def deal(whole: Pieces, shares: int) -> tuple[Pieces, Ints]:
     """Cut pieces so that `shares` equal runs result: the pieces, and where each share starts and the last one ends."""
     if not len(whole):
         return whole, np.zeros(shares + 1, np.int64)
@@ -82,14 +102,14 @@ def deal(whole: Pieces, shares: int) -> tuple[Pieces, npt.NDArray[np.int64]]:
     place = before[at] + np.where(inside, key - lo[np.minimum(at, len(whole) - 1)], 0)
 
     cuts, where = np.unique(place[inside], return_index=True)
-    output, key = at[inside][where], key[inside][where]
-    parts = 1 + np.bincount(output, minlength=len(whole))
-    pieces = np.repeat(whole, parts)
-    number = output + 1 + np.arange(len(cuts))
+    cut_piece, key = at[inside][where], key[inside][where]
+    pieces = np.repeat(whole, 1 + np.bincount(cut_piece, minlength=len(whole)))
+    number = cut_piece + 1 + np.arange(len(cuts))
     pieces["lo"][number] = pieces["hi"][number - 1] = key
-    pieces["parts"] = np.repeat(parts, parts)
+    parts = np.bincount(pieces["output"])
+    pieces["parts"] = parts[pieces["output"]]
     rows = np.where(pieces["parts"] > 1, pieces["rows"], 0)
     pieces["partial"] = np.where(rows > 0, np.cumsum(rows) - rows, -1)
-    pieces["parts"][number] = 1
+    pieces["parts"][1:][pieces["output"][1:] == pieces["output"][:-1]] = 1
     starts = at + np.searchsorted(cuts, place, "right")
     return pieces, np.concatenate([[0], starts, [len(pieces)]])

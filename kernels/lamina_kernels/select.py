@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 
-from lamina_kernels.pages import Pages, Rows
+from lamina_kernels.pages import PageLayout, Pages
 from lamina_kernels.partial import Partial
+from lamina_kernels.rows import Rows
+
+CHOICES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton",)}  # by kind of device, its default first
 
 logger = logging.getLogger("lamina")
 
@@ -18,7 +22,14 @@ logger = logging.getLogger("lamina")
 class Kernels(Protocol):
     """What a module of kernels offers. A plan is made once a batch and window, and read by `attend` alone."""
 
-    def plan(self, pages: Pages, rows: Rows, window: int | None = None, threads: int = 1) -> Any:
+    def layout(self, page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
+        """How these kernels lay out a page. Raises ValueError for what they cannot keep."""
+
+    def prepare(self, layout: PageLayout) -> Iterator[tuple[int, int]]:
+        """Load what pages of `layout` need, compiling it where it never was; yields how many steps of how many are
+        done, the first time before the first step."""
+
+    def plan(self, pages: Pages, rows: Rows, threads: int = 1) -> Any:
         """Check `rows`, and cut their work into equal shares for `threads`."""
 
     def attend(
@@ -57,10 +68,17 @@ class Kernels(Protocol):
 
 @cache
 def kernels(device: torch.device) -> Kernels:
-    """The kernels for `device`. `LAMINA_KERNELS`, one of reference and cpu, overrides the choice."""
-    if device.type != "cpu":
-        raise ValueError(f"there are kernels for the device cpu, got {device}")
-    name = os.environ.get("LAMINA_KERNELS", "cpu")
+    """The kernels for `device`: of those that it has, the first, or the one that `LAMINA_KERNELS` names.
+
+    Raises ValueError for another name or device, and on a CPU for triton without its interpreter; ImportError where
+    the package triton is missing.
+    """
+    if device.type not in CHOICES:
+        raise ValueError(f"there are kernels for the devices {' and '.join(CHOICES)}, got {device}")
+    choices = CHOICES[device.type]
+    name = os.environ.get("LAMINA_KERNELS", choices[0])
+    if name not in choices:
+        raise ValueError(f"LAMINA_KERNELS must be {' or '.join(choices)} for the device {device.type}, got {name!r}")
     chosen: Kernels
     if name == "cpu":
         from lamina_kernels import cpu_decode
@@ -71,6 +89,20 @@ def kernels(device: torch.device) -> Kernels:
 
         chosen = reference
     else:
-        raise ValueError(f"LAMINA_KERNELS must be reference or cpu, got {name!r}")
+        chosen = _triton(device)
     logger.info("attention kernels for %s: %s", device, name)
     return chosen
+
+
+def _triton(device: torch.device) -> Kernels:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "LAMINA_KERNELS=triton on a CPU needs TRITON_INTERPRET=1 in the environment, set from the start"
+        )
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the kernels triton need the package triton (pip install triton): {error}") from error
+    from lamina_kernels import triton_decode
+
+    return triton_decode

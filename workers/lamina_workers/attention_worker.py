@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.pages import Pages, Rows, gather
+from lamina_kernels.pages import Pages, gather
+from lamina_kernels.rows import Rows
 from lamina_kernels.select import Kernels, kernels
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
@@ -70,7 +71,10 @@ class AttentionWorker:
         self._kernels: Kernels = kernels(torch.device("cpu"))
         n_pages = page_count(config)
         self.store = KVStore(config, n_pages)
-        self._pages = Pages.allocate(page_layout(config), n_pages)
+        layout = page_layout(config)
+        for _ in self._kernels.prepare(layout):
+            pass
+        self._pages = Pages.allocate(layout, n_pages)
         self._epoch = 0
         self._last_batch = 0
         self._next_operation = 0
@@ -155,7 +159,7 @@ class AttentionWorker:
             if read:
                 table_rows = self._rows(read)
                 for window in {spec.window for spec in self.config.layers}:
-                    plans[window] = self._kernels.plan(self._pages, table_rows, window, self._threads)
+                    plans[window] = self._kernels.plan(self._pages, table_rows.within(window), self._threads)
         except ValueError as error:
             raise ProtocolError(f"rows that no batch can have: {error}") from error
         return _Batch(frozenset(row.handle for row in rows), any(row.fused for row in rows), places, plans)
@@ -200,8 +204,8 @@ class AttentionWorker:
         first = (lo - part.lo) // size
         tables = part.table[spec.kv_layer, :, first : -(-(hi - part.lo) // size)]
         skip = lo - part.lo - first * size
-        k = torch.empty(hi - lo, len(part.heads), spec.d_k, dtype=self._pages.layout.dtype)
-        v = torch.empty(hi - lo, len(part.heads), spec.d_v, dtype=self._pages.layout.dtype)
+        k = torch.empty(hi - lo, len(part.heads), spec.d_k, dtype=self._pages.layout.loaded)
+        v = torch.empty(hi - lo, len(part.heads), spec.d_v, dtype=self._pages.layout.loaded)
         for head, table in enumerate(tables):
             pages = torch.from_numpy(np.maximum(table, 0))
             of_k, of_v = gather(self._pages, pages, hi - lo + skip)

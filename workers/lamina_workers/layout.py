@@ -5,13 +5,14 @@ Knows nothing of what is kept in a page, or of who owns it.
 
 from __future__ import annotations
 
-from lamina_kernels.pages import DTYPES as PAGE_DTYPES
-from lamina_kernels.pages import PageLayout
+import torch
+
+from lamina_kernels.pages import DTYPES, PageLayout
+from lamina_kernels.select import kernels
 from lamina_protocols.messages import HolderConfig
-from lamina_protocols.tensors import DTYPES
 from lamina_workers.errors import KVError, UnsupportedModelError
 
-KV_DTYPES = {name: dtype for name, dtype in DTYPES.items() if dtype in PAGE_DTYPES}
+KV_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def page_layout(config: HolderConfig) -> PageLayout:
@@ -27,7 +28,8 @@ def page_layout(config: HolderConfig) -> PageLayout:
         raise KVError(f"KV dtype {config.dtype!r}, allowed: {', '.join(KV_DTYPES)}")
     spec = config.layers[0]
     try:
-        return PageLayout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype])
+        chosen = kernels(torch.device("cpu"))
+        return chosen.layout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype])
     except ValueError as error:
         raise UnsupportedModelError(f"no page of KV can have this shape: {error}") from error
 

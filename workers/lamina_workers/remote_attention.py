@@ -154,12 +154,13 @@ def connect(
     local_channel: bool = True,
     data_channel: str = "grpc",
     checksum: bool | None = None,
-    timeout: float = 10.0,
+    timeout: float = 30.0,
     lost_after: float = 10.0,
 ) -> RemoteAttention:
     """Open a session at the worker that listens at `address`.
 
-    `model` is the fingerprint of the model; `timeout` bounds each step of the handshake, and without an answer to
+    `model` is the fingerprint of the model; `timeout` bounds each step of the handshake (a worker that
+    has never run compiles its kernels first), and without an answer to
     heartbeats for `lost_after` seconds the port is lost. Frames carry a checksum, unless `checksum` says otherwise,
     where nothing else vouches for them: on the way to another host without TLS.
 

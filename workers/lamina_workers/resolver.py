@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.pages import Pages, Rows
+from lamina_kernels.pages import Pages
 from lamina_kernels.partial import Partial, empty
+from lamina_kernels.rows import Rows
 from lamina_kernels.select import kernels
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, LayerSpec, Query, Row
 from lamina_workers.attention_port import Replies
@@ -304,7 +305,7 @@ class _Present:
         # The holders are attending the past meanwhile, perhaps on these cores: a few tokens are not worth a team.
         threads = self._threads if sizes.sum() > _FEW_VECTORS else 1
         self._plans = {
-            window: self._kernels.plan(self._pages, rows, window, threads)
+            window: self._kernels.plan(self._pages, rows.within(window), threads)
             for window in {layer.window for layer in self._layers}
         }
 

@@ -1,0 +1,281 @@
+"""Paged attention in Triton, split-KV: every piece's keys are cut into the same number of chunks, a program each.
+
+The schedule of FlashDecoding, right where pieces are about equally long; `lean_decode` is for others and shares the
+attention of a chunk, which is here. The query heads of a KV head fill the rows of one tile, so K and V are read once.
+Knows pages and pieces; knows no rows, no policy and no sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from lamina_kernels.kv_append import PLAIN, widened
+from lamina_kernels.merge_partials import LN2, LOG2E, finite, higher, settle
+from lamina_kernels.rows import Ints
+from lamina_kernels.schedule import Pieces
+
+# What the kernels are told of a piece, int64 each. As in schedule.PIECE, but table and bias are numbers of entries in
+# the device's copy of all tables and biases.
+RECORD = (
+    "q",
+    "stride",
+    "group",
+    "rows",
+    "position",
+    "lo",
+    "hi",
+    "window",
+    "table",
+    "layer_stride",
+    "listed",
+    "bias",
+    "bias_stride",
+    "partial",
+)
+FIELDS = tl.constexpr(len(RECORD))
+(
+    _Q,
+    _STRIDE,
+    _GROUP,
+    ROWS_OF,
+    _POSITION,
+    LO,
+    HI,
+    _WINDOW,
+    _TABLE,
+    _LAYER_STRIDE,
+    _LISTED,
+    _BIAS,
+    _BIAS_STRIDE,
+    PARTIAL,
+) = (tl.constexpr(i) for i in range(len(RECORD)))
+
+MAX_SPLITS = 128  # num_splits_heuristic of FlashAttention-2 (flash_api.cpp), as the two numbers in split_count
+FULL, NEARLY_BEST = 0.8, 0.85
+
+
+def split(pieces: Pieces, programs: int, keys: int) -> tuple[Pieces, int]:
+    """Number the partials of pieces that are cut into chunks of whole tiles of `keys`: the pieces, and how many chunks.
+
+    Where a piece has chunks, or its output two pieces, its partials follow each other: chunk i of piece p begins at
+    number p["partial"] + i * p["rows"]; the first piece of an output says in "parts" how many there are of it.
+    """
+    pieces = pieces.copy()
+    longest = int((pieces["hi"] - pieces["lo"]).max(initial=1))
+    splits = split_count(len(pieces), programs, -(-longest // keys))
+    parts = np.bincount(pieces["output"])[pieces["output"]] * splits
+    rows = np.where(parts > 1, pieces["rows"] * splits, 0)
+    pieces["partial"] = np.where(parts > 1, np.cumsum(rows) - rows, -1)
+    pieces["parts"] = parts
+    pieces["parts"][1:][pieces["output"][1:] == pieces["output"][:-1]] = 1
+    return pieces, splits
+
+
+def split_count(pieces: int, programs: int, tiles: int) -> int:
+    """Into how many chunks each of `pieces` pieces of `tiles` tiles should be cut for `programs` at once.
+
+    The fewest that keep the programs nearly as busy as the best number does: num_splits_heuristic of FlashAttention-2.
+    """
+    if pieces >= FULL * programs:
+        return 1
+    splits = np.arange(1, max(1, min(MAX_SPLITS, programs, tiles)) + 1)
+    waves = pieces * splits / programs
+    efficiency = waves / np.ceil(waves)
+    return int(splits[efficiency >= NEARLY_BEST * efficiency.max()][0])
+
+
+def records(pieces: Pieces, table: int, bias: int, device: torch.device) -> torch.Tensor:
+    """Pieces as the kernels read them, int64 `[n, len(RECORD)]`. table, bias: addresses that theirs count from."""
+    columns: dict[str, Ints] = {name: pieces[name] for name in RECORD}
+    columns["window"] = np.minimum(pieces["window"], 2**31 - 1)
+    columns["table"] = (pieces["table"] - table) // 4
+    columns["bias"] = np.where(pieces["bias"] > 0, (pieces["bias"] - bias) // 4, -1)
+    return torch.from_numpy(np.stack([columns[name] for name in RECORD], 1)).to(device)
+
+
+@triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
+def split_kernel(
+    pieces: tl.tensor,
+    q: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    partial_out: tl.tensor,
+    partial_lse: tl.tensor,
+    table: tl.tensor,
+    bias: tl.tensor,
+    layer: tl.tensor,
+    scale: tl.tensor,
+    soft_cap: tl.tensor,
+    arena: tl.tensor,
+    scales: tl.tensor,
+    PAGE: tl.constexpr,
+    PAGE_NUMBERS: tl.constexpr,
+    PAGE_SCALES: tl.constexpr,
+    V_AT: tl.constexpr,
+    SCALES_AT: tl.constexpr,
+    D_K: tl.constexpr,
+    D_V: tl.constexpr,
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    CAPPED: tl.constexpr,
+    LISTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    WIDTH_K: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """One chunk of one piece."""
+    piece, chunk = pieces + tl.program_id(0).to(tl.int64) * FIELDS, tl.program_id(1)
+    lo, hi = tl.load(piece + LO).to(tl.int32), tl.load(piece + HI).to(tl.int32)
+    length = tl.cdiv(tl.cdiv(hi - lo, tl.num_programs(1)), KEYS) * KEYS
+    begin, partial = lo + chunk * length, tl.load(piece + PARTIAL)
+    attend_chunk(
+        piece,
+        begin,
+        tl.minimum(begin + length, hi),
+        tl.where(partial < 0, partial, partial + chunk * tl.load(piece + ROWS_OF)),
+        q,
+        out,
+        lse,
+        partial_out,
+        partial_lse,
+        table,
+        bias,
+        layer,
+        scale,
+        soft_cap,
+        arena,
+        scales,
+        PAGE,
+        PAGE_NUMBERS,
+        PAGE_SCALES,
+        V_AT,
+        SCALES_AT,
+        D_K,
+        D_V,
+        KIND,
+        DOT,
+        CAPPED,
+        LISTED,
+        BIASED,
+        WIDTH_K,
+        WIDTH_V,
+        ROWS,
+        KEYS,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def attend_chunk(
+    piece: tl.tensor,
+    lo: tl.tensor,
+    hi: tl.tensor,
+    partial: tl.tensor,
+    q: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    partial_out: tl.tensor,
+    partial_lse: tl.tensor,
+    table: tl.tensor,
+    bias: tl.tensor,
+    layer: tl.tensor,
+    scale: tl.tensor,
+    soft_cap: tl.tensor,
+    arena: tl.tensor,
+    scales: tl.tensor,
+    PAGE: tl.constexpr,
+    PAGE_NUMBERS: tl.constexpr,
+    PAGE_SCALES: tl.constexpr,
+    V_AT: tl.constexpr,
+    SCALES_AT: tl.constexpr,
+    D_K: tl.constexpr,
+    D_V: tl.constexpr,
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    CAPPED: tl.constexpr,
+    LISTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    WIDTH_K: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """Attention of a piece's queries over its keys [lo, hi): into out and lse, or from partial number `partial` on.
+
+    The online softmax of FlashAttention, in powers of two: weights are 2 ** (logit - top), logits times log2(e).
+    """
+    first, rows = tl.load(piece + _Q), tl.load(piece + ROWS_OF).to(tl.int32)
+    group, stride = tl.load(piece + _GROUP).to(tl.int32), tl.load(piece + _STRIDE)
+    window = tl.load(piece + _WINDOW).to(tl.int32)
+    entries = table + tl.load(piece + _TABLE) + tl.load(piece + _LAYER_STRIDE) * layer
+
+    row, column_k, column_v = tl.arange(0, ROWS), tl.arange(0, WIDTH_K), tl.arange(0, WIDTH_V)
+    held, mask_k, mask_v = row < rows, column_k < D_K, column_v < D_V
+    vector = first + row // group * stride + row % group
+    position = tl.load(piece + _POSITION).to(tl.int32) + row // group
+    query_place = q + vector[:, None] * D_K + column_k[None, :]
+    query = tl.load(query_place, mask=held[:, None] & mask_k[None, :], other=0.0).to(DOT)
+
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, WIDTH_V], tl.float32)
+    for begin in range(lo, hi, KEYS):
+        key = begin + tl.arange(0, KEYS)
+        inside = key < hi
+        if LISTED:
+            listed = tl.load(piece + _LISTED) > 0
+            entry = tl.load(entries + tl.where(listed, key, key // PAGE), mask=inside, other=0)
+            page = tl.where(listed, entry // PAGE, entry).to(tl.int64)
+            offset = tl.where(listed, entry % PAGE, key % PAGE)
+        else:
+            page = tl.load(entries + key // PAGE, mask=inside, other=0).to(tl.int64)
+            offset = key % PAGE
+        block, scale_place = arena + page * PAGE_NUMBERS, scales + page * PAGE_SCALES + SCALES_AT + offset
+
+        k_place = (block + offset * D_K)[None, :] + column_k[:, None]
+        k = tl.load(k_place, mask=inside[None, :] & mask_k[:, None], other=0)
+        logits = tl.dot(query, widened(k, KIND, DOT), input_precision="ieee") * scale
+        if KIND != PLAIN:
+            logits *= tl.load(scale_place, mask=inside, other=0.0)[None, :]
+        if CAPPED:
+            logits = capped(logits, soft_cap)
+        logits *= LOG2E
+        if BIASED:
+            at = tl.load(piece + _BIAS)
+            own = bias + at + tl.load(piece + _BIAS_STRIDE) * layer
+            biased = key < tl.where(at < 0, lo, hi)  # none of them where the row has no bias
+            logits += (tl.load(own + key, mask=biased, other=0.0) * LOG2E)[None, :]
+        age = position[:, None] - key[None, :]
+        logits = tl.where(inside[None, :] & (age >= 0) & (age < window), logits, float("-inf"))
+
+        peak = higher(top, tl.max(tl.where(logits == logits, logits, float("-inf")), 1))
+        shift = finite(peak)
+        weight = tl.exp2(logits - shift[:, None])
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(weight, 1)
+        if KIND != PLAIN:
+            weight *= tl.load(scale_place + PAGE, mask=inside, other=0.0)[None, :]
+        v_place = (block + V_AT + offset * D_V)[:, None] + column_v[None, :]
+        v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
+        sums = tl.dot(weight.to(DOT), widened(v, KIND, DOT), sums * decay[:, None], input_precision="ieee")
+        top = peak
+
+    mask = held[:, None] & mask_v[None, :]
+    if partial < 0:
+        settle(sums, top * LN2, total, out + vector[:, None] * D_V + column_v[None, :], lse + vector, mask, held)
+    else:
+        number = partial + row
+        place = partial_out + number[:, None] * D_V + column_v[None, :]
+        settle(sums, top * LN2, total, place, partial_lse + number, mask, held)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def capped(x: tl.tensor, cap: tl.tensor) -> tl.tensor:
+    """cap * tanh(x / cap), by way of exp2: Triton has no tanh of its own."""
+    small = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / cap))
+    bent = cap * (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0.0, -bent, bent)

@@ -1,0 +1,214 @@
+"""Paged attention on a GPU, in Triton, or on a CPU in Triton's interpreter, which is slow and there to test it.
+
+`plan` checks a batch, cuts its work and copies what the kernels need to the device, once for all layers; `attend`
+then only launches. Pieces of few query vectors, which decoding asks, and pieces of many, of prompts, get tiles of
+their own. Each kind is attended split-KV (`paged_decode`) where its pieces are about equally long, and stream-K
+(`lean_decode`) where they are not. Knows pages and rows; knows no policy and no sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+
+from lamina_kernels.kv_append import AppendPlan, append, describe, plan_append
+from lamina_kernels.lean_decode import lean_kernel
+from lamina_kernels.merge_partials import OUTPUT, merge_into, merge_outputs
+from lamina_kernels.paged_decode import records, split, split_kernel
+from lamina_kernels.pages import Order, PageLayout, Pages, copy, gather
+from lamina_kernels.partial import Partial
+from lamina_kernels.rows import Rows, check_attend, check_rows
+from lamina_kernels.schedule import Pieces, cut, deal
+from lamina_kernels.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
+
+__all__ = [
+    "AppendPlan", "Plan", "append", "attend", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "prepare"
+]  # fmt: skip
+
+EVEN = 0.75  # pieces whose mean length is below this share of the longest are ragged: an estimate, unmeasured
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel, its grid, and what it is told apart from `Plan.arguments`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The work of a batch, the same for all layers. For one stream at a time: it owns scratch."""
+
+    n: int  # query vectors
+    layers: int
+    missing: frozenset[int]  # layers that lack an entry which the rows read
+    arena: int  # address of the pages that it was made for
+    launches: tuple[Launch, ...]
+    arguments: dict[str, Any]  # what every launch is told
+    outputs: torch.Tensor  # those that are cut, int64 [n, len(OUTPUT)]
+    most_rows: int  # query vectors of the largest of them
+    partials: Partial  # of their parts: scratch, float32
+
+
+def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
+    """How these kernels lay out a page. Heads are multiples of 16, so that the loads of a vector are aligned."""
+    for name, value in (("d_k", d_k), ("d_v", d_v)):
+        if value not in range(16, 257, 16):
+            raise ValueError(f"{name} must be a multiple of 16 from 16 to 256, got {value!r}")
+    return PageLayout(page_size, d_k, d_v, dtype, Order.TOKENS)
+
+
+def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
+    """There is nothing to load: Triton compiles a kernel where it is first launched, and keeps it on disk."""
+    return iter(())
+
+
+def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
+    """Check `rows`, and cut their attention into equal shares, once for all layers.
+
+    threads: how many programs there are in the interpreter; a GPU has its own number. All tables and biases of the
+    rows are copied to the device. Raises ValueError on rows that overlap, read beyond their table, or name pages that
+    do not exist, and on pages of another order. Page -1 is none: a layer where one is read cannot be attended.
+    """
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    at, device = pages.layout, pages.arena.device
+    if at.order is not Order.TOKENS:
+        raise ValueError(f"these kernels read pages of {Order.TOKENS}, got {at.order}")
+    missing = check_rows(pages, rows)
+    table, tables = _joined(rows.tables, np.dtype(np.int32))
+    bias, biases = _joined(rows.bias, np.dtype(np.float32))
+    whole = cut(dataclasses.replace(rows, tables=tables, bias=biases))
+    few = whole["rows"] <= FEW_ROWS
+    launches, outputs, partials, at_once = [], [], 0, programs(device, threads)
+    for pieces in (whole[few], whole[~few]):
+        if not len(pieces):
+            continue
+        tile = tuning_for(device).tile(at, int(pieces["rows"].max()))
+        pieces = narrowed(pieces, tile.rows)
+        rows_of_tile = max(tile.rows, int(triton.next_power_of_2(int(pieces["rows"].max()))))
+        told: dict[str, Any] = {"ROWS": rows_of_tile, "KEYS": tile.keys}
+        told |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        if is_ragged(pieces):
+            pieces, starts = deal(pieces, at_once)
+            splits, kernel = 1, lean_kernel
+            grid: tuple[int, ...] = (at_once,)
+            told["starts"] = torch.from_numpy(starts).to(device)
+        else:
+            pieces, splits = split(pieces, at_once, tile.keys)
+            kernel, grid = split_kernel, (len(pieces), splits)
+        inner = pieces["partial"] >= 0
+        pieces["partial"][inner] += partials
+        partials += int(pieces["rows"][inner].sum()) * splits
+        told["pieces"] = records(pieces, table.ctypes.data, bias.ctypes.data, device)
+        launches.append(Launch(kernel, grid, told))
+        outputs.append(pieces[pieces["parts"] > 1])
+    cut_ones = np.concatenate([*outputs, whole[:0]])
+    arguments = {
+        "partial_out": torch.empty(partials, at.d_v, device=device),
+        "partial_lse": torch.empty(partials, device=device),
+        "table": torch.from_numpy(table).to(device),
+        "bias": torch.from_numpy(bias).to(device),
+        "DOT": dot_type(at.dtype),
+        "LISTED": bool(rows.listed.any()),
+        "BIASED": bool(bias.size),
+        "WIDTH_K": padded(at.d_k),
+        "WIDTH_V": padded(at.d_v),
+        **describe(pages),
+    }
+    return Plan(
+        n=rows.n,
+        layers=rows.layers,
+        missing=missing,
+        arena=pages.arena.data_ptr(),
+        launches=tuple(launches),
+        arguments=arguments,
+        outputs=torch.from_numpy(np.stack([cut_ones[name] for name in OUTPUT], 1)).to(device),
+        most_rows=int(cut_ones["rows"].max(initial=0)),
+        partials=Partial(arguments["partial_out"], arguments["partial_lse"]),
+    )
+
+
+def narrowed(pieces: Pieces, most_rows: int) -> Pieces:
+    """The pieces in blocks of at most `most_rows` query vectors, of one token at least, each an output of its own."""
+    tokens, block = pieces["rows"] // pieces["group"], np.maximum(most_rows // pieces["group"], 1)
+    blocks = -(-tokens // block)
+    source = np.repeat(np.arange(len(pieces)), blocks)
+    first = (np.arange(len(source)) - np.repeat(np.cumsum(blocks) - blocks, blocks)) * block[source]
+    count = np.minimum(tokens[source] - first, block[source])
+    narrow = pieces[source]
+    narrow["q"] += first * narrow["stride"]
+    narrow["position"] += first
+    narrow["rows"] = count * narrow["group"]
+    narrow["hi"] = np.clip(narrow["position"] + count, narrow["lo"], narrow["hi"])
+    order = np.lexsort((first, narrow["output"]))  # stable: the pieces of one output keep their order
+    begins = (np.diff(narrow["output"][order], prepend=-1) != 0) | (np.diff(first[order], prepend=-1) != 0)
+    narrow = narrow[order]
+    narrow["output"] = np.cumsum(begins) - 1
+    return narrow
+
+
+def is_ragged(pieces: Pieces) -> bool:
+    """Whether split-KV, which cuts every piece into as many chunks, would leave much of its programs without work."""
+    length = pieces["hi"] - pieces["lo"]
+    return bool(length.mean() < EVEN * length.max())
+
+
+def _joined(arrays: Sequence[npt.NDArray[Any] | None], dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], Any]:
+    """All arrays laid end to end in one, and each as a view of its part of it."""
+    sizes = [0 if x is None else x.size for x in arrays]
+    flat = np.empty(sum(sizes), dtype)
+    views: list[npt.NDArray[Any] | None] = []
+    for x, end, size in zip(arrays, np.cumsum(sizes), sizes, strict=True):
+        part = flat[end - size : end]
+        views.append(None if x is None else part.reshape(x.shape))
+        if x is not None:
+            part[:] = x.reshape(-1)
+    return flat, views
+
+
+def attend(
+    pages: Pages,
+    plan: Plan,
+    layer: int,
+    q: torch.Tensor,
+    scale: float,
+    soft_cap: float | None = None,
+    out: torch.Tensor | None = None,
+) -> Partial:
+    """Attention of q `[n, d_k]` over the pages of `layer`: out `[n, d_v]` in q's dtype, lse float32 `[n]`.
+
+    softmax(cap(scale * q.k) + bias) v over the keys that a query sees (`Rows`), where cap(x) is
+    soft_cap * tanh(x / soft_cap), or x without a soft cap. On a GPU q and the weights are rounded to the dtype of K
+    and V, to bfloat16 where those are quantised; sums are float32.
+    """
+    check_attend(pages, plan, layer, q, scale, soft_cap, out)
+    if plan.arena != pages.arena.data_ptr():
+        raise ValueError("the plan was made for other pages")
+    result = Partial(
+        q.new_empty(plan.n, pages.layout.d_v) if out is None else out,
+        torch.empty(plan.n, device=q.device),
+    )
+    arguments = plan.arguments | {
+        "q": q.contiguous(),
+        "out": result.out,
+        "lse": result.lse,
+        "layer": layer,
+        "scale": float(scale),
+        "soft_cap": float(soft_cap or 0.0),
+        "CAPPED": soft_cap is not None,
+    }
+    for each in plan.launches:
+        launch(each.kernel, each.grid, arguments | each.arguments)
+    if len(plan.outputs):
+        merge_outputs(plan.outputs, plan.most_rows, plan.partials, result)
+    return result
