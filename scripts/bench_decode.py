@@ -128,14 +128,18 @@ def llamacpp(model: str) -> Run:
 
 
 def bandwidth(_model: str) -> Run:
-    """No engine: reads 1 GB."""
+    """No engine: reads a GiB several times, once the threads of the engine before have stopped spinning."""
     import torch
 
     data = torch.ones(1 << 28)
 
     def run(_ids: list[list[int]], _n: int) -> Times:
-        data.sum()
-        return []
+        time.sleep(0.5)
+        times = [time.perf_counter()]
+        for _ in range(9):
+            data.sum()
+            times.append(time.perf_counter())
+        return [times]
 
     return run
 
@@ -166,8 +170,7 @@ def serve(engine: str, model: str) -> None:
         ids = prompts(batch, context, seed)
         start = time.perf_counter()
         times = run(ids, n)
-        seconds = time.perf_counter() - start
-        print(json.dumps([seconds, [[at - start for at in own] for own in times]]), file=answers, flush=True)
+        print(json.dumps([[at - start for at in own] for own in times]), file=answers, flush=True)
 
 
 class Child:
@@ -183,11 +186,10 @@ class Child:
         )
         self._answer(engine)
 
-    def run(self, batch: int, context: int, n: int, seed: int) -> tuple[float, Times]:
-        """Seconds of the whole run, and when each token came."""
+    def run(self, batch: int, context: int, n: int, seed: int) -> Times:
         print(json.dumps([batch, context, n, seed]), file=self._process.stdin, flush=True)
-        seconds, times = json.loads(self._answer("the engine"))
-        return seconds, times
+        times: Times = json.loads(self._answer("the engine"))
+        return times
 
     def _answer(self, who: str) -> str:
         line = self._process.stdout.readline() if self._process.stdout else ""
@@ -201,21 +203,28 @@ class Child:
 
 
 def measure(children: dict[str, Child], batch: int, context: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Per engine the medians of seconds until all have their first token, and of seconds a step; for bandwidth, of
+    """Per engine the medians of seconds until all have their first token, and of seconds a step; of bandwidth, of
     seconds a GiB."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in children}
     for number in range(rounds + 1):
         for name, child in children.items():
             if name == "llamacpp" and batch > 1:
                 continue
-            seconds, times = child.run(batch, context, tokens(batch, context), number)
-            if number:  # the first round warms up
-                taken[name].append((seconds, 0.0) if name == "bandwidth" else (max(t[0] for t in times), step(times)))
+            if number == 0:  # warms up
+                child.run(batch, min(context, 64), STEPS, number)
+                continue
+            times = child.run(batch, context, tokens(batch, context), number)
+            first = max(own[0] for own in times)
+            taken[name].append((first, step(times) if name != "bandwidth" else statistics.median(gaps(times[0]))))
     return {
         name: (statistics.median(t[0] for t in own), statistics.median(t[1] for t in own))
         for name, own in taken.items()
         if own
     }
+
+
+def gaps(times: list[float]) -> list[float]:
+    return [b - a for a, b in pairwise(times)]
 
 
 def tokens(batch: int, context: int) -> int:
@@ -226,10 +235,10 @@ def tokens(batch: int, context: int) -> int:
 def step(times: Times) -> float:
     """The median gap while every sequence decodes."""
     begin, end = max(own[0] for own in times), min(own[-1] for own in times)
-    gaps = [b - a for own in times for a, b in pairwise(own) if a >= begin and b <= end]
-    if len(gaps) < STEPS // 2:
-        raise SystemExit(f"all sequences decoded together for {len(gaps)} tokens, too few to measure a step")
-    return statistics.median(gaps)
+    together = [gap for own in times for gap in gaps([at for at in own if begin <= at <= end])]
+    if len(together) < STEPS // 2:
+        raise SystemExit(f"all sequences decoded together for {len(together)} tokens, too few to measure a step")
+    return statistics.median(together)
 
 
 def processor() -> str:
@@ -285,7 +294,7 @@ def main() -> None:
     for shape in args.shapes:
         batch, context = map(int, shape.split("x"))
         results = measure(children, batch, context, args.rounds)
-        speed = (1 << 30) / results.pop("bandwidth")[0]
+        speed = (1 << 30) / results.pop("bandwidth")[1]
         read = context + tokens(batch, context) / 2
         roofline = (weights + batch * read * kv_bytes) / speed
         for name, (one, step) in results.items():

@@ -11,7 +11,8 @@ plot      the share over context, batch and raggedness, drawn into docs/kernels.
 KV bytes are counted once, however many query heads read them; int8 counts codes and scales. A row alternates between
 a few calls and a reading of the bandwidth, since the machine's bandwidth drifts; its share is the median over these
 rounds, each against the bandwidth right before and after it. Calls go through layers that make up --gib GiB, and the
-bandwidth through as much of its own, so that no cache answers. A row costs --seconds; a run takes some 2.5 times --gib.
+bandwidth through as much of its own, so that no cache answers. A row costs --seconds; a run takes some 3.5 times --gib.
+Where one row is said to be so many times as fast as another, the two were called in turns.
 """
 
 from __future__ import annotations
@@ -96,13 +97,9 @@ class Row:
     low: float
     high: float
 
-    def speed(self, other: Row) -> float:
-        """How many times as many calls a second as `other`, at the same bandwidth."""
-        return self.share / self.kv_bytes / (other.share / other.kv_bytes)
-
 
 class Bench:
-    """Makes calls and measures them. One memory serves all rows in turn."""
+    """Makes calls and measures them. One memory serves all rows in turn, and a spare one what they stand beside."""
 
     def __init__(self, size: int, seconds: float, device: torch.device) -> None:
         self.device, self.size, self._seconds = device, size, seconds
@@ -111,19 +108,19 @@ class Bench:
         self.kernels = kernels(device)
         self.bandwidth = Bandwidth(size, device, self.threads)
         self.results: list[dict[str, Any]] = []
-        self._memory, self._content = torch.empty(0, dtype=torch.uint8), ""
+        self._memories, self._contents = [torch.empty(0, dtype=torch.uint8)] * 2, ["", ""]
 
-    def _filled(self, size: int, content: str, block: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _filled(self, size: int, content: str, block: Callable[[], torch.Tensor], spare: bool) -> torch.Tensor:
         """uint8 `[size]` with copies of `block`. Filled anew only where `content` is another than before."""
-        if len(self._memory) < size:
-            self._memory, self._content = torch.empty(0), ""
-            self._memory = allocate(size, self.device)
-        if self._content != content:
-            repeat(block().contiguous().view(torch.uint8).view(-1), self._memory)
-            self._content = content
-        return self._memory[:size]
+        if len(self._memories[spare]) < size:
+            self._memories[spare], self._contents[spare] = torch.empty(0), ""
+            self._memories[spare] = allocate(size, self.device)
+        if self._contents[spare] != content:
+            repeat(block().contiguous().view(torch.uint8).view(-1), self._memories[spare])
+            self._contents[spare] = content
+        return self._memories[spare][:size]
 
-    def paged(self, case: Case, count: int = 1, size: int | None = None) -> Call:
+    def paged(self, case: Case, count: int = 1, size: int | None = None, spare: bool = False) -> Call:
         """Our attention over the next layer, of one query a sequence to its context, or of `count` more tokens.
 
         Those see themselves too, causally. The layers make up `size` bytes, by default all that a run goes through.
@@ -134,7 +131,7 @@ class Bench:
         layers = -(-(self.size if size is None else size) // int(entries.sum() * at.page_bytes))
         n = layers * int(entries.sum())
         content = f"{at.dtype} {at.page_bytes if at.scaled else ''}"
-        arena = self._filled(n * at.page_bytes, content, lambda: self._page_block(at))
+        arena = self._filled(n * at.page_bytes, content, lambda: self._page_block(at), spare)
         pages = Pages(at, arena.view(n, at.page_bytes))
         order = (np.random.default_rng(0).permutation(n) if case.shuffled else np.arange(n)).astype(np.int32)
         parts = np.split(order, np.cumsum(layers * entries)[:-1])
@@ -163,7 +160,7 @@ class Bench:
         """For each layer K and V `[sequences, kv_heads, tokens, d]`, of sequences of the same length together."""
         layers = -(-self.size // case.kv_bytes)
         filler = torch.randn(1 << 20, device=self.device).to(case.dtype)
-        flat = self._filled(layers * case.kv_bytes, f"{case.dtype} ", lambda: filler).view(case.dtype)
+        flat = self._filled(layers * case.kv_bytes, f"{case.dtype} ", lambda: filler, False).view(case.dtype)
         runs = [(context, len(list(same))) for context, same in itertools.groupby(case.contexts)]
         shapes = [(2, batch, case.kv_heads, context, case.d_k) for context, batch in runs]
         parts = flat.view(layers, -1).split([math.prod(shape) for shape in shapes], 1)
@@ -230,24 +227,22 @@ def show(row: Row | None, note: str = "") -> Row | None:
 def targets(bench: Bench) -> None:
     print("decode | KV and bandwidth | share, quartiles |")
 
-    def against(other: Row | None, case: Case, what: str) -> Row | None:
+    def against(case: Case, other: Case, what: str) -> None:
+        """The row of a case, and how many times as fast as another, of as many tokens, it is: in turns."""
         row = bench.decode(case)
-        return show(row, f"{row.speed(other):.2f} times the tokens/s of {what}" if row and other else "")
+        if row is not None:
+            _, _, ratio = bench.versus(f"{case} against {other}", bench.paged(case), bench.paged(other, spare=True))
+            show(row, f"{ratio:.2f} times the tokens/s of {what}")
 
-    long = show(bench.decode(even(LONG)))
-    for group in (1, 8):
-        show(bench.decode(even((1, 8, group, 32768, 128))))
-    against(long, even(LONG, INT8), "bfloat16")
-    small = show(bench.decode(even(SMALL)))
-    against(small, even(SMALL, F32), "bfloat16")
-    against(small, even(SMALL, INT8), "bfloat16")
-    both = show(bench.decode(Case((2544,) * 32, 8, 4, 128, 128)))
-    against(both, Case((65536, *(512,) * 31), 8, 4, 128, 128), "the even batch")
+    long, small, batch = even(LONG), even(SMALL), Case((2544,) * 32, 8, 4, 128, 128)
+    for case in (long, *(even((1, 8, group, 32768, 128)) for group in (1, 8)), small, even(SMALL, F32), batch):
+        show(bench.decode(case))
+    against(even(LONG, INT8), long, "bfloat16")
+    against(even(SMALL, INT8), small, "bfloat16")
+    against(Case((65536, *(512,) * 31), 8, 4, 128, 128), batch, "the even batch")
     for shape in (LONG, SMALL):
-        wide = show(bench.decode(even(shape, page_size=64)))
-        against(wide, even(shape, page_size=16), "pages of 64")
-    against(long, even(LONG, shuffled=True), "pages in order")
-    against(small, even(SMALL, shuffled=True), "pages in order")
+        against(even(shape, page_size=16), even(shape, page_size=64), "pages of 64")
+        against(even(shape, shuffled=True), even(shape), "pages in order")
 
     call = bench.paged(even((1, 8, 4, 16, 128)), size=1)
     n = bench.repeats(call)
@@ -291,9 +286,8 @@ def beside(bench: Bench) -> None:
         batch, kv_heads, group, context, d = shape
         case, label = even(shape), f"{batch}x{context}"
         print(f"{case} | KV and bandwidth | share, quartiles |")
-        ours = show(bench.decode(case, f"{label} Lamina, bfloat16"))
-        row = bench.decode(even(shape, INT8), f"{label} Lamina, int8")
-        show(row, f"{row.speed(ours):.2f} times the tokens/s of Lamina" if row and ours else "")
+        show(bench.decode(case, f"{label} Lamina, bfloat16"))
+        show(bench.decode(even(shape, INT8), f"{label} Lamina, int8"))
         for peer, attend in peers(bench.device, batch, kv_heads, group, context, d, BF16):
             if isinstance(attend, str):
                 print(f"{label} {peer:52} | {attend}", flush=True)
@@ -301,7 +295,8 @@ def beside(bench: Bench) -> None:
             layer = itertools.cycle(bench.dense(case))
             call = partial(lambda attend, layer: attend(*next(layer)[0]), attend, layer)
             row = bench.measure(f"{label} {peer}", call, case.kv_bytes)
-            show(row, f"{row.speed(ours):.2f} times the tokens/s of Lamina" if ours else "")
+            _, _, ratio = bench.versus(f"{label} {peer} against Lamina", call, bench.paged(case, spare=True))
+            show(row, f"{ratio:.2f} times the tokens/s of Lamina")
 
 
 def curves() -> dict[str, dict[float, tuple[int, ...]]]:

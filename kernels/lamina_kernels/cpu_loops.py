@@ -31,6 +31,9 @@ from lamina_kernels.schedule import PIECE
 logger = logging.getLogger("lamina")
 
 STRIPS = BLOCK // 16  # at most, of a block
+FEW = 4  # query vectors that are few
+WIDE = 64  # channels that `accumulate` passes over at once, for few query vectors
+KICK = 256  # bytes of a page that set the hardware's prefetcher going
 
 # What the kernels are called with. Sizes in bytes; scratch addresses are those of share 0.
 SCRATCH = ("panel", "scales", "logits", "sums", "totals", "peaks", "decays", "tails", "lists", "slots", "gathered")
@@ -176,9 +179,9 @@ def _finish(a: Any, piece: Any, sums: int, totals: int, peaks: Any) -> None:
 
 @njit  # type: ignore[untyped-decorator]
 def _attend_block(
-    kind: int, unit: int, a: Any, piece: Any, begin: int, row: int, near: Any, far: Any, shift: int
+    kind: int, unit: int, a: Any, piece: Any, begin: int, end: int, row: int, near: Any, far: Any, shift: int
 ) -> None:
-    """TILE query vectors from `row` on against the block of keys from slot `begin` on.
+    """TILE query vectors from `row` on against the block of keys from slot `begin` to `end`.
 
     near: addresses of the block's strips of K, then of V; far: of strips to fetch meanwhile.
     """
@@ -186,8 +189,8 @@ def _attend_block(
     rows = min(TILE, piece.rows - row)
     first = piece.position + row // piece.group  # of the tile's queries
     last = piece.position + (row + rows - 1) // piece.group
-    hi = min(begin + BLOCK, piece.hi, last + 1)
-    if begin >= hi or begin + BLOCK <= first - piece.window + 1:
+    hi = min(end, piece.hi, last + 1)
+    if begin >= hi or end <= first - piece.window + 1:
         return
     strips = (hi - begin + width - 1) // width
     channels = 2 if kind == Kind.BFLOAT16_DOT or kind == Kind.INT8 else 1
@@ -234,23 +237,48 @@ def _strip(kind: int, a: Any, piece: Any, slot: int, width: int, strip: int, shi
 
 
 @njit  # type: ignore[untyped-decorator]
-def _look_ahead(a: Any, target: Any, ahead: int, width: int, strips: int, far: Any) -> None:
-    """Have the block of `target` from slot `ahead` on fetched: by the loops over the current one, which has `strips`
+def _look_ahead(a: Any, target: Any, ahead: int, end: int, width: int, strips: int, near: Any, far: Any) -> None:
+    """Have the slots of `target` from `ahead` to `end` fetched: by the loops over the current block, which has `strips`
     strips, through their list `far`; what is more, or not in strips, now."""
     if target.listed:
-        for slot in range(max(ahead, target.lo), min(target.hi, ahead + BLOCK)):
+        for slot in range(max(ahead, target.lo), min(target.hi, end)):
             page, offset = _locate(a, target, slot)
             for channel in range(a.d_k // a.k_pack):
                 intrinsics.prefetch(page + (channel * a.page_size + offset) * a.k_pack * a.itemsize, 1)
             intrinsics.prefetch(page + a.k_bytes + value_offset(a, offset), a.d_v * a.v_pack * a.itemsize)
         return
-    for strip in range((min(target.hi - ahead, BLOCK) + width - 1) // width):
+    for strip in range((min(target.hi, end) - ahead + width - 1) // width):
         k, v = _blocks(a, target, ahead + strip * width)
-        if strip < strips:
+        if a.scaled:
+            page, offset = _locate(a, target, ahead + strip * width)
+            intrinsics.prefetch(page + a.kv_bytes + offset * 4, width * 4)
+            intrinsics.prefetch(page + a.kv_bytes + (a.page_size + offset) * 4, width * 4)
+        if strips == 1 and strip == 0 and k - near[0] == a.page_bytes:
+            intrinsics.prefetch(k, KICK)  # the hardware goes on from there
+            intrinsics.prefetch(v, KICK)
+        elif strip < strips:
             far[strip], far[STRIPS + strip] = k, v
         else:
             intrinsics.prefetch(k, width * a.itemsize * a.d_k)
             intrinsics.prefetch(v, width * a.itemsize * a.d_v)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _block(kind: int, a: Any, piece: Any, begin: int, width: int) -> int:
+    """How many keys from slot `begin` on to take at once.
+
+    A page alone where the next one follows it in memory and one pass reads each of its bytes in order: then the
+    hardware fetches better than we do. For few query vectors half a block, so that prefetches come in smaller bursts.
+    """
+    if piece.rows > FEW:
+        return BLOCK
+    in_order = kind != Kind.INT8 and width == a.page_size and a.d_v <= WIDE and not piece.listed
+    if in_order and begin + width < piece.hi:
+        page, _ = _locate(a, piece, begin)
+        following, _ = _locate(a, piece, begin + width)
+        if following - page == a.page_bytes:
+            return width
+    return BLOCK // 2
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -263,23 +291,26 @@ def _attend_piece(kind: int, unit: int, a: Any, piece: Any, following: Any, shif
     peaks[:] = -np.inf
     _floats(a.totals + shift, piece.rows * 16)[:] = 0
     _floats(a.sums + shift, piece.rows * a.d_v)[:] = 0
-    for begin in range(piece.lo // width * width, piece.hi, BLOCK):
-        ahead, target = begin + BLOCK, piece
+    begin = piece.lo // width * width
+    while begin < piece.hi:
+        block = _block(kind, a, piece, begin, width)
+        ahead, target = begin + block, piece
         if ahead >= piece.hi:
             ahead, target = following.lo // width * width, following
-        strips = (min(piece.hi - begin, BLOCK) + width - 1) // width
+        strips = (min(piece.hi - begin, block) + width - 1) // width
         for strip in range(strips):
             slot = begin + strip * width
             k, v = _strip(kind, a, piece, slot, width, strip, shift)
             near[strip], near[STRIPS + strip] = k, v
             far[strip], far[STRIPS + strip] = k, v
-        _look_ahead(a, target, ahead, width, strips, far)
+        _look_ahead(a, target, ahead, ahead + block, width, strips, near, far)
         if kind == Kind.INT8:
             _collect_scales(a, piece, begin, strips, width, shift)
         if piece.bias:
             _collect_biases(a, piece, begin, shift)
         for row in range(0, piece.rows, TILE):
-            _attend_block(kind, unit, a, piece, begin, row, near, far if row == 0 else near, shift)
+            _attend_block(kind, unit, a, piece, begin, begin + block, row, near, far if row == 0 else near, shift)
+        begin += block
     _finish(a, piece, a.sums + shift, a.totals + shift, peaks)
 
 
