@@ -86,7 +86,7 @@ class EngineOptions:
     device: Annotated[str, _engine_option("cpu, cuda or auto.")] = "auto"
     threads: Threads = None
     kv_memory: KvMemory = None
-    kv_dtype: Annotated[str | None, _engine_option("Of the KV cache. int8 halves bfloat16. Default: the dtype.")] = None
+    kv_dtype: Annotated[str | None, _engine_option("Of the KV cache: float32, bfloat16, float16, int8 or auto.")] = None
     max_model_len: Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")] = None
     attention_workers: Annotated[
         list[str] | None,

@@ -79,7 +79,8 @@ def _versions() -> Iterator[Finding]:
 def _choices(machine: Machine) -> Iterator[Finding]:
     import torch
 
-    from lamina_kernels.select import kernels
+    from lamina_workers.errors import KernelsUnavailable
+    from lamina_workers.layout import attention_kernels
 
     dtype, reason = native_dtype(machine)
     if torch.cuda.is_available():
@@ -88,8 +89,11 @@ def _choices(machine: Machine) -> Iterator[Finding]:
     else:
         yield Finding("choices", "device", "cpu", "cpu: torch finds no GPU")
     yield Finding("choices", "dtype", dtype, f"{dtype}: {reason}")
-    chosen = kernels(torch.device("cpu"))
-    name = getattr(chosen, "__name__", type(chosen).__name__)
+    try:
+        module = getattr(attention_kernels(), "__name__", "")
+        name = module.rpartition(".")[2].removesuffix("_decode")  # as LAMINA_KERNELS names it
+    except KernelsUnavailable as error:
+        name = f"none: {error}"
     yield Finding("choices", "attention_kernels", name, name)
 
 

@@ -5,6 +5,7 @@ LaminaError
 ├── ModelFileError            a model's file is missing, malformed, refused, or contradicts another
 │   └── DiskFullError         there was no room to write a model's files
 ├── UnsupportedModelError     the model is well formed, but Lamina does not implement it
+├── KernelsUnavailable        the attention kernels that LAMINA_KERNELS names cannot run here
 ├── EngineError               the engine stopped, or could not go on with this request
 ├── HolderFault               a holder could not go on with a batch (the engine runs it again)
 │   └── HolderLost            a holder is gone (the engine rebuilds its KV elsewhere)

@@ -10,8 +10,9 @@ minute of the machine meets all of them. Prompts are random token ids (none seen
 sampling is greedy, end-of-text is ignored. A step is the median gap between two tokens of a sequence while all
 sequences decode and none is in prefill; the prefill rate is the prompts' tokens over the time until all have their
 first token. The roofline is (weight bytes + KV bytes read) over the read bandwidth that torch's sum reaches in the
-same run. `--peer-python` is a Python with vLLM's CPU build, `--llama-python` one with llama-cpp-python, which runs a
-GGUF file, at batch 1 alone.
+same run; it counts bfloat16 for every engine, also where llama.cpp reads fewer bytes. `--peer-python` is a Python with
+vLLM's CPU build, `--llama-python` one with llama-cpp-python, which runs a GGUF file, at batch 1 alone and without
+sampling.
 
 `--attention-workers N` measures Lamina in one process beside itself with N attention workers on this host, over each
 channel, and says what a layer of a decode step costs more.

@@ -183,11 +183,7 @@ def _reader(streams: int, fetched: bool) -> int:
     def kernel(block: Any) -> None:
         _read_shares(streams, code, block)
 
-    _KEPT.append(kernel)
     return int(kernel.address)
-
-
-_KEPT: list[Any] = []  # kernels whose machine code must stay
 
 
 def peers(

@@ -32,7 +32,7 @@ from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.decoder_weights import tensor_shapes
 from lamina_workers.errors import HolderLost
-from lamina_workers.layout import page_layout
+from lamina_workers.layout import attention_kernels, page_layout
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
@@ -252,6 +252,14 @@ def collect(inbox: Any, n: int = 1) -> list[list[int]]:
                 tokens[output.sample].append(output.token)
             ended += output.finish_reason is not None
     return tokens
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels() -> None:
+    """The kernels of the tiny model, compiled if they never were: no test's deadline has to allow for that."""
+    for page_size in (16, 32):
+        for _ in attention_kernels().prepare(attention_kernels().layout(page_size, 16, 16, torch.float32)):
+            pass
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -181,7 +181,7 @@ def hello(**changes: Any) -> control.Hello:
         ({"version": "0.0.7"}, r"lamina version: the engine has '0.0.7', this worker '\d.*'"),
         ({"compute_dtype": "float8"}, "compute dtype 'float8', this worker knows float32"),
         ({"kv_dtype": "float8"}, "KV dtype 'float8', allowed: float32"),
-        ({"page_size": 7}, "no page of KV can have this shape"),
+        ({"page_size": 7}, "cannot keep such KV"),
         ({"layers": ()}, "0 layers"),
         ({"layers": (FULL, dataclasses.replace(FULL, d_k=32))}, "unlike KV shapes"),
         ({"session": "short"}, "session id of 5 characters"),

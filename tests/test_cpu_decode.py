@@ -474,11 +474,32 @@ def test_threads_must_be_positive() -> None:
         cpu_decode.plan(world.pages, world.rows, 0)
 
 
-def test_another_arena_than_the_plans_is_refused() -> None:
-    world = build(cpu_decode, LAYOUTS[0], [Row(40, 1, 0, 40)])
-    plan = cpu_decode.plan(world.pages, world.rows, 1)
-    with pytest.raises(ValueError, match="other pages"):
-        cpu_decode.attend(Pages.allocate(LAYOUTS[0], 1), plan, 1, world.q, 0.1)
+@both
+def test_other_pages_than_the_plans_are_refused_even_over_the_same_memory(kernels: Kernels) -> None:
+    world = build(kernels, LAYOUTS[0], [Row(40, 1, 0, 40)])
+    plan, slots = kernels.plan(world.pages, world.rows, 1), kernels.plan_append(world.pages, torch.zeros(1, 1).long())
+    k = torch.zeros(1, 64)
+    for other in (Pages.allocate(LAYOUTS[0], 1), Pages(LAYOUTS[0], world.pages.arena)):
+        with pytest.raises(ValueError, match="other pages"):
+            kernels.attend(other, plan, 1, world.q, 0.1)
+        with pytest.raises(ValueError, match="other pages"):
+            kernels.append(other, slots, 0, k, k)
+
+
+def test_pages_in_the_order_of_other_kernels_are_refused() -> None:
+    world = build(reference, dataclasses.replace(LAYOUTS[0], order=Order.TOKENS), [Row(40, 1, 0, 40)])
+    with pytest.raises(ValueError, match=r"these kernels read pages of Order.CHANNELS, got Order.TOKENS"):
+        cpu_decode.plan(world.pages, world.rows, 1)
+    with pytest.raises(ValueError, match=r"these kernels read pages of Order.CHANNELS, got Order.TOKENS"):
+        cpu_decode.plan_append(world.pages, torch.zeros(1, 1).long())
+
+
+@pytest.mark.parametrize("cap", [1e3, 1e6])
+def test_a_large_soft_cap_hides_nothing(cap: float) -> None:
+    world = build(cpu_decode, LAYOUTS[0], RAGGED[:2])
+    plan = cpu_decode.plan(world.pages, world.rows, 2)
+    out = cpu_decode.attend(world.pages, plan, 1, world.q, 0.125, cap).out
+    assert relative_error(out, world.expected(0.125, cap).out) <= 1e-5
 
 
 ONE_BATCH = """

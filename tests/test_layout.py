@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from lamina_kernels import select
 from lamina_protocols.messages import HolderConfig, LayerSpec
-from lamina_workers.errors import KVError, UnsupportedModelError
+from lamina_workers import layout
+from lamina_workers.errors import KernelsUnavailable, KVError, UnsupportedModelError
 from lamina_workers.layout import page_count, page_layout
 
 SPEC = LayerSpec(kv_layer=0, heads=6, kv_heads=3, d_k=48, d_v=32, scale=0.1)
@@ -46,6 +48,13 @@ def test_int8_keeps_a_scale_for_each_key_and_value() -> None:
 def test_a_dtype_that_these_kernels_do_not_keep_is_unsupported() -> None:
     with pytest.raises(UnsupportedModelError, match=r"KV dtype must be one of .* got torch\.float8_e4m3fn"):
         page_layout(dataclasses.replace(CONFIG, dtype="float8_e4m3fn"))
+
+
+def test_kernels_that_cannot_run_here_are_an_error_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "kernels", select.kernels.__wrapped__)  # without the choice made before
+    monkeypatch.setenv("LAMINA_KERNELS", "fast")
+    with pytest.raises(KernelsUnavailable, match="LAMINA_KERNELS must be cpu or reference or triton"):
+        page_layout(CONFIG)
 
 
 @pytest.mark.parametrize("dtype", ["float8", "int4", "torch.int8", "float64", ""])

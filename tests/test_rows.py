@@ -246,3 +246,19 @@ class TestRefuses:
                 wrong[at] = value
                 refused(f"the bias of row 1 has {value}, allowed: finite, or -inf to hide", bias=[None, wrong])
         refused(r"the bias of row 0 must be float32 \[2, 2, 48\]", bias=[right[:, :, :5], None])
+
+
+@both
+def test_tables_between_whole_numbers_are_refused(kernels: Kernels) -> None:
+    pages = build(kernels, LAYOUT, [Row(5, 1, 0, 5)]).pages
+    table = np.zeros((2, 1, 1), [("a", "i4"), ("b", "i2")])["a"]
+    rows = Rows(ints(0), ints(1), ints(5), ints(1), ints(1), ints(0), ints(5), ints(0), [table])
+    with pytest.raises(ValueError, match="the table of row 0 must be int32"):
+        kernels.plan(pages, rows, 1)
+
+
+def test_queries_end_below_two_to_the_31() -> None:
+    with pytest.raises(ValueError, match=r"a row's queries end at 2147483648, allowed: below 2\*\*31"):
+        Rows(
+            ints(0), ints(2), ints(2**31 - 2), ints(1), ints(1), ints(0), ints(0), ints(0), [np.zeros((1, 1, 1), "i4")]
+        )

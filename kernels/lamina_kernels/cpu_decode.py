@@ -20,14 +20,24 @@ from lamina_kernels.emitter import kind_of
 from lamina_kernels.launch import block_type, launch, load_each
 from lamina_kernels.merge import merge_into, merge_kernel
 from lamina_kernels.microkernels import BLOCK, ROW, TILE, WORTH
-from lamina_kernels.pages import Order, PageLayout, Pages, check_append, check_slots, copy, gather
+from lamina_kernels.pages import (
+    FLOATS,
+    AppendPlan,
+    Order,
+    PageLayout,
+    Pages,
+    check_append,
+    check_order,
+    check_slots,
+    copy,
+    gather,
+)
 from lamina_kernels.partial import Partial
 from lamina_kernels.rows import Rows, check_attend, check_rows
 from lamina_kernels.schedule import cut, deal
 
 __all__ = ["append", "attend", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "prepare"]
 
-OUT_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `settle` numbers them
 APPEND_SHARE = 256  # vectors that are worth a thread
 
 _Arguments, _AppendArguments = block_type(ARGUMENTS), block_type(APPEND)
@@ -37,6 +47,7 @@ _Arguments, _AppendArguments = block_type(ARGUMENTS), block_type(APPEND)
 class Plan:
     """The work of a batch, cut into shares: the same for all layers. For one thread at a time: it owns scratch."""
 
+    pages: Pages
     n: int  # query vectors
     layers: int
     missing: frozenset[int]  # layers that lack a page which the rows read
@@ -68,6 +79,7 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    check_order(pages, Order.CHANNELS)
     missing = check_rows(pages, rows)
     at, kind = pages.layout, kind_of(pages.layout.dtype)
     pieces, starts = deal(cut(rows), threads)
@@ -101,7 +113,7 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         **_describe(pages),
     )
     keep = (rows, pieces, starts, scratch, partial_out)
-    return Plan(rows.n, rows.layers, missing, kind.query, _attend_kernel(at), a, keep)
+    return Plan(pages, rows.n, rows.layers, missing, kind.query, _attend_kernel(at), a, keep)
 
 
 def _describe(pages: Pages) -> dict[str, int]:
@@ -141,42 +153,38 @@ def attend(
     lse = torch.empty(plan.n)
     q = q.to(plan.query).contiguous()
     a = plan.arguments
-    if a.arena != pages.arena.data_ptr():
-        raise ValueError("the plan was made for other pages")
     a.taken = a.finished = 0
     a.layer, a.q, a.out, a.lse = layer, q.data_ptr(), out.data_ptr(), lse.data_ptr()
-    a.out_dtype, a.scale, a.soft_cap = OUT_DTYPES[out.dtype], scale, soft_cap or 0.0
+    a.out_dtype, a.scale, a.soft_cap = FLOATS.index(out.dtype), scale, soft_cap or 0.0
     launch(plan.kernel, ctypes.addressof(a), a.shares)
     return Partial(out, lse)
 
 
 @dataclass(frozen=True, slots=True)
-class AppendPlan:
-    """Where the K and V of a batch go, in every layer. For one thread at a time."""
+class CompiledAppend(AppendPlan):
+    """The same with what the kernel is called with. For one thread at a time."""
 
-    slots: torch.Tensor
     threads: int
     arguments: Any  # the kernel's block of arguments
     codes: torch.Tensor  # its scratch
 
 
-def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
+def plan_append(pages: Pages, slots: torch.Tensor) -> CompiledAppend:
     """Check slots, int64 `[layers, n]` (page * page_size + offset for each vector), once for all layers."""
+    check_order(pages, Order.CHANNELS)
     check_slots(pages, slots)
     slots = slots.contiguous()
     threads = min(1 + slots.shape[1] // APPEND_SHARE, torch.get_num_threads())
     codes = torch.empty(threads * CODES, dtype=torch.uint8)
     a = _AppendArguments(shares=threads, n=slots.shape[1], codes=codes.data_ptr(), **_describe(pages))
-    return AppendPlan(slots, threads, a, codes)
+    return CompiledAppend(pages, slots, threads, a, codes)
 
 
-def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+def append(pages: Pages, plan: CompiledAppend, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
     """Store k `[n, d_k]` and v `[n, d_v]` of a layer, rounded to the pages' dtype, at the plan's slots."""
-    check_append(pages, plan.slots, layer, k, v)
+    check_append(pages, plan, layer, k, v)
     k, v = k.to(pages.layout.loaded).contiguous(), v.to(pages.layout.loaded).contiguous()
     a = plan.arguments
-    if a.arena != pages.arena.data_ptr():
-        raise ValueError("the plan was made for other pages")
     a.taken = a.finished = 0
     a.slots, a.k, a.v = plan.slots.data_ptr() + layer * plan.slots.shape[1] * 8, k.data_ptr(), v.data_ptr()
     launch(append_kernel(), ctypes.addressof(a), plan.threads)

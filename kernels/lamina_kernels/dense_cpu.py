@@ -21,9 +21,11 @@ import torch
 from numba import carray, njit, types
 from numba.extending import overload
 
+from lamina_kernels import emitter, intrinsics
+from lamina_kernels import launch as launching
 from lamina_kernels.emitter import LANES
 from lamina_kernels.intrinsics import pointer, silu_mul_half, take
-from lamina_kernels.launch import HEADER, TAKEN, launch
+from lamina_kernels.launch import HEADER, TAKEN, launch, source_fingerprint
 
 DTYPES = (torch.bfloat16, torch.float32)
 _PARALLEL = 1 << 15  # numbers from which more than one thread pays
@@ -186,12 +188,13 @@ def load_kernel(half: bool) -> tuple[int, Callable[[int], None]]:
     """The kernel's address, and a way to call it on this thread. From numba's cache on disk where it is there."""
     logger.info("loading the CPU kernels of dense layers (the first time ever: compiling them)")
     tag, arguments = np.uint16(0) if half else np.float32(0), _ARGUMENTS  # closed over, so parts of the cache's key
+    fingerprint = source_fingerprint(emitter, intrinsics, launching)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:
         a = carray(block, (1,), arguments)[0]
         share = take(block, TAKEN)
-        while share < a.shares:
+        while fingerprint and share < a.shares:
             _share(a, a.rows * share // a.shares, a.rows * (share + 1) // a.shares, tag)
             share = take(block, TAKEN)
 

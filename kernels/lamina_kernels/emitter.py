@@ -20,8 +20,8 @@ LANES = 16
 
 
 class Kind(IntEnum):
-    """How stored numbers are multiplied: INT8 in whole numbers, K by pairs of int16, V by four uint8 at a time; the
-    others in floats.
+    """How stored numbers are multiplied: INT8 in whole numbers, K by pairs of int16, V by fours of uint8; the others in
+    floats.
 
     The two kinds of BFLOAT16 store the same bytes; the second is for CPUs that multiply them as they are.
     """

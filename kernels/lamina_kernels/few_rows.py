@@ -22,9 +22,11 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from lamina_kernels import emitter, intrinsics
+from lamina_kernels import launch as launching
 from lamina_kernels.emitter import I32, I64, LANES, VB, VF, VI, Emitter, Kind, Value, kind_of
 from lamina_kernels.intrinsics import literals, take
-from lamina_kernels.launch import HEADER, TAKEN, launch
+from lamina_kernels.launch import HEADER, TAKEN, launch, source_fingerprint
 
 MAX_ROWS = 32
 """Rows of x up to which this is worth while: beyond, arithmetic binds, and a library multiplies faster."""
@@ -81,14 +83,14 @@ _block = _Block()
 @cache
 def load_kernel() -> int:
     """The kernel's address. From numba's cache on disk where it is there."""
-    arguments = _ARGUMENTS
+    arguments, fingerprint = _ARGUMENTS, source_fingerprint(emitter, intrinsics, launching)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:
         a = carray(block, (1,), arguments)[0]
         tiles = a.n_out // _TILE
         share = take(block, TAKEN)
-        while share < a.shares:
+        while fingerprint and share < a.shares:
             for tile in range(tiles * share // a.shares, tiles * (share + 1) // a.shares):
                 column = tile * _TILE
                 for row in range(0, a.rows, _GROUP):

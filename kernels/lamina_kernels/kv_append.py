@@ -5,14 +5,13 @@ Knows pages and slots; knows nothing of sequences or of attention. Codes are tho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from lamina_kernels.pages import PEAKS, Pages, check_append, check_slots
+from lamina_kernels.pages import PEAKS, AppendPlan, Order, Pages, check_append, check_order, check_slots
 from lamina_kernels.tuning import launch, padded
 
 BLOCK = 16  # vectors of a program: estimate, unmeasured
@@ -21,22 +20,16 @@ PLAIN, INT8, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how num
 _KINDS = {torch.int8: (INT8, torch.int8), torch.float8_e4m3fn: (E4M3, torch.uint8)}
 
 
-@dataclass(frozen=True, slots=True)
-class AppendPlan:
-    """Where the K and V of a batch go, in every layer: slots int64 `[layers, n]` on the device of the pages."""
-
-    slots: torch.Tensor
-
-
 def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
     """Check slots, int64 `[layers, n]` (page * page_size + offset for each vector), once for all layers."""
+    check_order(pages, Order.TOKENS)
     check_slots(pages, slots)
-    return AppendPlan(slots.contiguous().to(pages.arena.device))
+    return AppendPlan(pages, slots.contiguous().to(pages.arena.device))
 
 
 def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
     """Store k `[n, d_k]` and v `[n, d_v]` of a layer, rounded or quantised to the pages' dtype, at the plan's slots."""
-    check_append(pages, plan.slots, layer, k, v)
+    check_append(pages, plan, layer, k, v)
     n, at = len(k), pages.layout
     if not n:
         return
@@ -95,7 +88,7 @@ def append_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """BLOCK vectors of K, and those of V."""
-    vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    vector = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     held = vector < n
     slot = tl.load(slots + vector, mask=held, other=0)
     page, offset = slot // PAGE, slot % PAGE

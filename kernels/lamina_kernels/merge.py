@@ -33,7 +33,6 @@ from lamina_kernels.pages import FLOATS
 from lamina_kernels.partial import Partial
 
 _SHARE = 1 << 15  # numbers of `past` that are worth a thread
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SIZES = ("n", "total", "width", "into_dtype", "past_dtype")
 _ADDRESSES = ("into", "into_lse", "past", "past_lse", "index")  # no index: vector i is merged into vector i
 _ARGUMENTS = np.dtype([*HEADER, *((name, "i8") for name in ("check", "highest", *_SIZES, *_ADDRESSES))])
@@ -87,7 +86,7 @@ def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None
     kernel, call = merge_kernel()
     a = _block.arguments
     a.taken, a.n, a.total, a.width = 0, n, total, width
-    a.into_dtype, a.past_dtype = _CODES[into.out.dtype], _CODES[out.dtype]
+    a.into_dtype, a.past_dtype = FLOATS.index(into.out.dtype), FLOATS.index(out.dtype)
     a.into, a.into_lse = into.out.data_ptr(), into.lse.data_ptr()
     a.past, a.past_lse = out.data_ptr(), lse.data_ptr()
     a.check, a.highest, a.index = (0, 0, 0) if index is None else (1, 0, index.data_ptr())

@@ -18,7 +18,7 @@ from lamina_kernels.emitter import F32, I32, I64, LANES, VF, VH, VI, VS, VY, Emi
 from lamina_kernels.intrinsics import LOG2E, literals, to_half
 
 TILE = 8  # query vectors computed together: 8 x 2 registers of logits
-BLOCK = 128  # keys between two updates of the softmax
+BLOCK = 128  # keys between two updates of the softmax, at most
 ROW = BLOCK * 4  # bytes from one query vector's logits to the next one's
 WORTH = TILE * 4  # bytes from a query vector's decay to what an integer of its sums is worth
 
@@ -55,7 +55,7 @@ def quantise(context: Any, source: Any, target: Any, words: Any, stride: Any) ->
         top, nothing = e.loop(vectors, [e.number(0.0), e.number(0.0)], widest)  # 0 * x: NaN where x is not finite
         nothing = e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), nothing)
         worth = b.fmul(e.call("llvm.vector.reduce.fmax.v16f32", F32, top), F32(1 / 32767))
-        usable = b.fcmp_ordered(">", worth, F32(1e-30))
+        usable = b.fcmp_ordered(">", worth, F32(1e-37))
         units = e.splat(b.select(usable, b.fdiv(F32(1.0), worth), F32(0.0)))
 
         def step(i: Value) -> list[Value]:
@@ -134,20 +134,30 @@ def dot(
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def cap(context: Any, logits: Any, vectors: Any, soft_cap: Any) -> Any:
-    """x <- log2(e) * soft_cap * tanh(x / soft_cap) over 16 * vectors floats; tanh(y) = 1 - 2 / (e^2y + 1)."""
+    """x <- log2(e) * soft_cap * tanh(x / soft_cap) over 16 * vectors floats.
+
+    tanh(y) is 1 - 2 / (e^2y + 1), which loses small y; below 1/64 it is y - y^3 / 3, to 1e-8.
+    """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
         logits, limit = e.pointer(args[0]), e.splat(args[2])
         rate = builder.fdiv(e.number(2 * LOG2E), limit)
         height = builder.fmul(limit, e.number(LOG2E))
+        inverse = builder.fdiv(e.number(1.0), limit)
 
         def step(i: Value) -> list[Value]:
             place = e.at(logits, builder.shl(i, I64(6)))
-            y = builder.fmul(e.load(place, VF), rate)
+            x = e.load(place, VF)
+            t = builder.fmul(x, inverse)
+            bent = e.fma(builder.fmul(t, t), e.number(-1 / 3), e.number(1.0))
+            slight = builder.fmul(builder.fmul(x, e.number(LOG2E)), bent)
+            y = builder.fmul(x, rate)
             y = builder.select(builder.fcmp_ordered(">", y, e.number(126.0)), e.number(126.0), y)
             two = builder.fdiv(e.number(2.0), builder.fadd(e.exp2(y), e.number(1.0)))
-            e.store(builder.fmul(height, builder.fsub(e.number(1.0), two)), place)
+            full = builder.fmul(height, builder.fsub(e.number(1.0), two))
+            small = builder.fcmp_ordered("<", e.call("llvm.fabs.v16f32", VF, t), e.number(1 / 64))
+            e.store(builder.select(small, slight, full), place)
             return []
 
         e.loop(args[1], [], step)
@@ -250,7 +260,7 @@ def _make_integers(e: Emitter, weights: Value, vectors: Value, largest: Value, s
     attention sink would be lost. Where the sums are not finite, what they are worth is NaN: that must be seen."""
     b = e.b
     most = e.call("llvm.vector.reduce.fmax.v16f32", F32, largest)
-    usable = b.fcmp_ordered(">", most, F32(1e-30))
+    usable = b.fcmp_ordered(">", most, F32(1e-33))
     units = e.splat(b.select(usable, b.fdiv(F32(65535.0), most), F32(0.0)))
     nothing = b.fmul(e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), sums), F32(0.0))
     e.store(b.fadd(b.fmul(most, F32(1 / 65535)), nothing), worth)
@@ -359,7 +369,7 @@ def accumulate(
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def settle(context: Any, dtype: Any, sums: Any, out: Any, vectors: Any, factor: Any) -> Any:
-    """out <- factor * sums over 16 * vectors floats, stored as `dtype`: 0 float32, 1 bfloat16, 2 float16."""
+    """out <- factor * sums over 16 * vectors floats, stored as `FLOATS[dtype]`."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, e = builder, Emitter(builder)

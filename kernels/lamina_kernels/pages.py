@@ -33,7 +33,10 @@ class Order(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PageLayout:
-    """The shape of one page. `dtype` is what K and V are stored in."""
+    """The shape of one page. `dtype` is what K and V are stored in.
+
+    Head sizes are multiples of 16: whole registers on a CPU, aligned loads on a GPU.
+    """
 
     page_size: int
     d_k: int
@@ -159,6 +162,20 @@ def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     return codes.clamp(-PEAKS[dtype], PEAKS[dtype]).to(dtype), scale
 
 
+@dataclass(frozen=True, slots=True)
+class AppendPlan:
+    """Where the K and V of a batch go in `pages`, in every layer: slots int64 `[layers, n]`."""
+
+    pages: Pages
+    slots: torch.Tensor
+
+
+def check_order(pages: Pages, order: Order) -> None:
+    """Raise ValueError unless the blocks of `pages` stand in the order that a kernel reads."""
+    if pages.layout.order is not order:
+        raise ValueError(f"these kernels read pages of {order}, got {pages.layout.order}")
+
+
 def check_slots(pages: Pages, slots: torch.Tensor) -> None:
     """Raise ValueError unless slots is int64 `[layers, n]`, and every slot exists."""
     if slots.dtype != torch.int64 or slots.ndim != 2:
@@ -166,13 +183,20 @@ def check_slots(pages: Pages, slots: torch.Tensor) -> None:
     _check_range("slots", slots, pages.slots)
 
 
-def check_append(pages: Pages, slots: torch.Tensor, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise ValueError unless slots `[layers, n]` has that layer, k is `[n, d_k]` and v `[n, d_v]`."""
-    layers, n = slots.shape
+def check_append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ValueError unless the plan was made for `pages` and has that layer, k is `[n, d_k]` and v `[n, d_v]`."""
+    check_made_for(plan.pages, pages)
+    layers, n = plan.slots.shape
     if not 0 <= layer < layers:
         raise ValueError(f"layer must be from 0 to {layers - 1}, got {layer}")
     check_vectors("k", k, n, pages.layout.d_k, pages.arena.device)
     check_vectors("v", v, n, pages.layout.d_v, pages.arena.device)
+
+
+def check_made_for(planned: Pages, pages: Pages) -> None:
+    """Raise ValueError unless a plan's pages are these: it has addresses in it."""
+    if planned is not pages:
+        raise ValueError("the plan was made for other pages")
 
 
 def check_vectors(name: str, x: torch.Tensor, n: int, d: int, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lamina_kernels.merge import check_merge
-from lamina_kernels.pages import Order, PageLayout, Pages, check_append, check_slots, copy, gather, quantise
+from lamina_kernels.pages import AppendPlan, Order, PageLayout, Pages, check_append, check_slots, copy, gather, quantise
 from lamina_kernels.partial import Partial, empty, merge
 from lamina_kernels.rows import Rows, Table, check_attend, check_rows
 
@@ -20,6 +20,7 @@ __all__ = ["Plan", "append", "attend", "copy", "gather", "layout", "merge_into",
 class Plan:
     """What of a batch does not change from layer to layer."""
 
+    pages: Pages
     rows: Rows
     missing: frozenset[int]  # layers that lack a page which the rows read
 
@@ -46,20 +47,20 @@ def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
 
 def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     """Check `rows` once for all layers. `threads` is of no use here."""
-    return Plan(rows, check_rows(pages, rows))
+    return Plan(pages, rows, check_rows(pages, rows))
 
 
-def plan_append(pages: Pages, slots: torch.Tensor) -> torch.Tensor:
+def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
     """Check slots, int64 `[layers, n]` (page * page_size + offset for each vector), once for all layers."""
     check_slots(pages, slots)
-    return slots
+    return AppendPlan(pages, slots)
 
 
-def append(pages: Pages, plan: torch.Tensor, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
     """Store k `[n, d_k]` and v `[n, d_v]` of a layer, rounded to the pages' dtype, at the plan's slots."""
     check_append(pages, plan, layer, k, v)
     at = pages.layout
-    page, offset = plan[layer] // at.page_size, plan[layer] % at.page_size
+    page, offset = plan.slots[layer] // at.page_size, plan.slots[layer] % at.page_size
     if at.scaled:
         (k, k_scale), (v, v_scale) = quantise(k, at.dtype), quantise(v, at.dtype)
         pages.scales[page, 0, offset], pages.scales[page, 1, offset] = k_scale, v_scale
@@ -102,7 +103,7 @@ def attend(
             if soft_cap is not None:
                 logits = soft_cap * torch.tanh(logits / soft_cap)
             if rows.bias and (bias := rows.bias[row]) is not None:
-                logits = logits + torch.from_numpy(bias[layer, head])[keys]
+                logits = logits + torch.tensor(bias[layer, head])[keys]
             logits = logits.masked_fill(~visible.unsqueeze(1), -torch.inf)
             sums[:, head] = torch.logsumexp(logits, -1)
             nothing = sums[:, head].unsqueeze(-1) == -torch.inf  # not so where a logit is NaN: that must be seen

@@ -9,13 +9,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.pages import Pages, check_vectors
+from lamina_kernels.pages import Pages, check_made_for, check_vectors
 
 Ints = npt.NDArray[np.int64]
 Table = npt.NDArray[np.int32]
@@ -82,6 +82,9 @@ class Rows:
                 raise ValueError(f"{name} has {value.min()}, allowed: {_LEAST.get(name, 0)} or more")
             if value.size and value.max() >= 2**31 and name != "window":
                 raise ValueError(f"{name} has {value.max()}, allowed: below 2**31")
+        ends = self.start + self.count
+        if ends.size and ends.max() >= 2**31:
+            raise ValueError(f"a row's queries end at {ends.max()}, allowed: below 2**31")
         if self.listed.size and self.listed.max() > 1:
             raise ValueError(f"listed has {self.listed.max()}, allowed: 0 or 1")
         if len(self.bias) not in (0, n):
@@ -132,6 +135,10 @@ class Planned(Protocol):
     """What every implementation's plan says of itself."""
 
     @property
+    def pages(self) -> Pages:
+        """What it was made for."""
+
+    @property
     def n(self) -> int:
         """How many query vectors a call takes."""
 
@@ -158,7 +165,7 @@ def check_rows(pages: Pages, rows: Rows) -> frozenset[int]:
         base, listed = int(rows.base[row]), bool(rows.listed[row])
         unit, limit, what = (1, pages.slots, "slot") if listed else (size, pages.n_pages, "page")
         shape = (rows.layers, int(rows.kv_heads[row]))
-        if table.dtype != np.int32 or table.ndim != 3 or table.shape[:2] != shape or not _along_entries(table):
+        if table.dtype != np.int32 or table.ndim != 3 or table.shape[:2] != shape or not _addressable(table):
             raise ValueError(
                 f"the table of row {row} must be int32 [{shape[0]}, {shape[1]}, entries], contiguous along the "
                 f"entries, got {table.dtype} {list(table.shape)}"
@@ -207,12 +214,13 @@ def _check_cover(rows: Rows) -> None:
         raise ValueError(f"rows must cover q without gap or overlap, but {covered[vector]} have vector {vector}")
 
 
-def _along_entries(table: Table) -> bool:
-    return table.shape[2] < 2 or table.strides[2] == table.itemsize
+def _addressable(x: npt.NDArray[Any]) -> bool:
+    """Whether numbers of 4 bytes are contiguous along the last axis, and whole numbers apart along the others."""
+    return (x.shape[2] < 2 or x.strides[2] == 4) and not any(step % 4 for step in x.strides[:2])
 
 
 def _check_bias(row: int, bias: Bias, shape: tuple[int, int, int]) -> None:
-    if bias.dtype != np.float32 or bias.shape != shape or (bias.shape[2] > 1 and bias.strides[2] != 4):
+    if bias.dtype != np.float32 or bias.shape != shape or not _addressable(bias):
         raise ValueError(
             f"the bias of row {row} must be float32 {list(shape)}, contiguous along the slots, "
             f"got {bias.dtype} {list(bias.shape)}"
@@ -232,15 +240,17 @@ def check_attend(
 ) -> None:
     """Raise ValueError unless the arguments of `attend` fit the plan and the pages."""
     at = pages.layout
+    check_made_for(plan.pages, pages)
     check_vectors("q", q, plan.n, at.d_k, pages.arena.device)
     if out is not None:
         check_vectors("out", out, plan.n, at.d_v, pages.arena.device)
         if out.dtype != q.dtype or not out.is_contiguous():
-            raise ValueError(f"out must be contiguous and {q.dtype} as q is, got {out.dtype}")
+            raise ValueError(f"out must be contiguous {q.dtype} as q is, got {out.dtype} with strides {out.stride()}")
     if not 0 <= layer < plan.layers and plan.n:
         raise ValueError(f"layer must be from 0 to {plan.layers - 1}, got {layer}")
     if layer in plan.missing:
-        raise ValueError(f"layer {layer} lacks a page in the range that the plan reads; it lacks none in other layers")
+        lacking = ", ".join(map(str, sorted(plan.missing)))
+        raise ValueError(f"layer {layer} lacks a page that the plan reads; layers that lack one: {lacking}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     if soft_cap is not None and not 0 < soft_cap < math.inf:

@@ -20,7 +20,7 @@ logger = logging.getLogger("lamina")
 
 
 class Kernels(Protocol):
-    """What a module of kernels offers. A plan is made once a batch and window, and read by `attend` alone."""
+    """What a module of kernels offers. A plan is made once for the rows of a batch, and read by `attend` alone."""
 
     def layout(self, page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
         """How these kernels lay out a page. Raises ValueError for what they cannot keep."""
@@ -30,7 +30,10 @@ class Kernels(Protocol):
         done, the first time before the first step."""
 
     def plan(self, pages: Pages, rows: Rows, threads: int = 1) -> Any:
-        """Check `rows`, and cut their work into equal shares for `threads`."""
+        """Check `rows`, and cut their work into equal shares for `threads`.
+
+        Their tables and biases may be kept, not copied: they must not change while the plan is used.
+        """
 
     def attend(
         self,
@@ -45,7 +48,7 @@ class Kernels(Protocol):
         """Attention of q `[n, d_k]` over the pages of `layer`."""
 
     def plan_append(self, pages: Pages, slots: torch.Tensor) -> Any:
-        """Check slots, int64 `[layers, n]`."""
+        """Check slots, int64 `[layers, n]`, which must not change while the plan is used."""
 
     def append(self, pages: Pages, plan: Any, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k `[n, d_k]` and v `[n, d_v]` at the slots of `layer`."""

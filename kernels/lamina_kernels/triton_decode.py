@@ -18,19 +18,17 @@ import numpy.typing as npt
 import torch
 import triton
 
-from lamina_kernels.kv_append import AppendPlan, append, describe, plan_append
+from lamina_kernels.kv_append import append, describe, plan_append
 from lamina_kernels.lean_decode import lean_kernel
 from lamina_kernels.merge_partials import OUTPUT, merge_into, merge_outputs
 from lamina_kernels.paged_decode import records, split, split_kernel
-from lamina_kernels.pages import Order, PageLayout, Pages, copy, gather
+from lamina_kernels.pages import Order, PageLayout, Pages, check_order, copy, gather
 from lamina_kernels.partial import Partial
 from lamina_kernels.rows import Rows, check_attend, check_rows
 from lamina_kernels.schedule import Pieces, cut, deal
 from lamina_kernels.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
 
-__all__ = [
-    "AppendPlan", "Plan", "append", "attend", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "prepare"
-]  # fmt: skip
+__all__ = ["append", "attend", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "prepare"]
 
 EVEN = 0.75  # pieces whose mean length is below this share of the longest are ragged: an estimate, unmeasured
 
@@ -48,10 +46,10 @@ class Launch:
 class Plan:
     """The work of a batch, the same for all layers. For one stream at a time: it owns scratch."""
 
+    pages: Pages
     n: int  # query vectors
     layers: int
     missing: frozenset[int]  # layers that lack an entry which the rows read
-    arena: int  # address of the pages that it was made for
     launches: tuple[Launch, ...]
     arguments: dict[str, Any]  # what every launch is told
     outputs: torch.Tensor  # those that are cut, int64 [n, len(OUTPUT)]
@@ -60,10 +58,7 @@ class Plan:
 
 
 def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
-    """How these kernels lay out a page. Heads are multiples of 16, so that the loads of a vector are aligned."""
-    for name, value in (("d_k", d_k), ("d_v", d_v)):
-        if value not in range(16, 257, 16):
-            raise ValueError(f"{name} must be a multiple of 16 from 16 to 256, got {value!r}")
+    """How these kernels lay out a page."""
     return PageLayout(page_size, d_k, d_v, dtype, Order.TOKENS)
 
 
@@ -81,9 +76,8 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    check_order(pages, Order.TOKENS)
     at, device = pages.layout, pages.arena.device
-    if at.order is not Order.TOKENS:
-        raise ValueError(f"these kernels read pages of {Order.TOKENS}, got {at.order}")
     missing = check_rows(pages, rows)
     table, tables = _joined(rows.tables, np.dtype(np.int32))
     bias, biases = _joined(rows.bias, np.dtype(np.float32))
@@ -129,7 +123,7 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         n=rows.n,
         layers=rows.layers,
         missing=missing,
-        arena=pages.arena.data_ptr(),
+        pages=pages,
         launches=tuple(launches),
         arguments=arguments,
         outputs=torch.from_numpy(np.stack([cut_ones[name] for name in OUTPUT], 1)).to(device),
@@ -192,8 +186,6 @@ def attend(
     and V, to bfloat16 where those are quantised; sums are float32.
     """
     check_attend(pages, plan, layer, q, scale, soft_cap, out)
-    if plan.arena != pages.arena.data_ptr():
-        raise ValueError("the plan was made for other pages")
     result = Partial(
         q.new_empty(plan.n, pages.layout.d_v) if out is None else out,
         torch.empty(plan.n, device=q.device),

@@ -18,7 +18,6 @@ import torch
 
 from lamina_kernels.pages import Pages, gather
 from lamina_kernels.rows import Rows
-from lamina_kernels.select import Kernels, kernels
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
     Announced,
@@ -37,7 +36,7 @@ from lamina_protocols.messages import (
 )
 from lamina_workers.errors import KVError, PoolExhausted
 from lamina_workers.kv_store import KVStore
-from lamina_workers.layout import page_count, page_layout
+from lamina_workers.layout import attention_kernels, page_count, page_layout
 
 
 @dataclass(slots=True)
@@ -68,7 +67,7 @@ class AttentionWorker:
     def __init__(self, config: HolderConfig, threads: int = 1) -> None:
         self.config = config
         self._threads = threads
-        self._kernels: Kernels = kernels(torch.device("cpu"))
+        self._kernels = attention_kernels()
         n_pages = page_count(config)
         self.store = KVStore(config, n_pages)
         layout = page_layout(config)

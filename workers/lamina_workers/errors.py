@@ -17,6 +17,10 @@ class UnsupportedModelError(LaminaError):
     """The model is well formed, but uses something that Lamina does not implement."""
 
 
+class KernelsUnavailable(LaminaError):
+    """The attention kernels that were asked for cannot run in this process."""
+
+
 class KVError(LaminaError):
     """A holder was asked for something its parts do not allow; nothing has changed."""
 

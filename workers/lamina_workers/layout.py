@@ -1,4 +1,5 @@
-"""How a holder's pages look, and how many it has: read off a `HolderConfig`, for both sides of the cut.
+"""How a holder's pages look, and how many it has: read off a `HolderConfig` and the kernels that read them, for both
+sides of the cut.
 
 Knows nothing of what is kept in a page, or of who owns it.
 """
@@ -8,11 +9,19 @@ from __future__ import annotations
 import torch
 
 from lamina_kernels.pages import DTYPES, PageLayout
-from lamina_kernels.select import kernels
+from lamina_kernels.select import Kernels, kernels
 from lamina_protocols.messages import HolderConfig
-from lamina_workers.errors import KVError, UnsupportedModelError
+from lamina_workers.errors import KernelsUnavailable, KVError, UnsupportedModelError
 
 KV_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+def attention_kernels() -> Kernels:
+    """The kernels that attend in this process. Raises KernelsUnavailable where those asked for cannot run here."""
+    try:
+        return kernels(torch.device("cpu"))
+    except (ValueError, ImportError) as error:
+        raise KernelsUnavailable(str(error)) from error
 
 
 def page_layout(config: HolderConfig) -> PageLayout:
@@ -27,11 +36,11 @@ def page_layout(config: HolderConfig) -> PageLayout:
     if config.dtype not in KV_DTYPES:
         raise KVError(f"KV dtype {config.dtype!r}, allowed: {', '.join(KV_DTYPES)}")
     spec = config.layers[0]
+    chosen = attention_kernels()
     try:
-        chosen = kernels(torch.device("cpu"))
         return chosen.layout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype])
     except ValueError as error:
-        raise UnsupportedModelError(f"no page of KV can have this shape: {error}") from error
+        raise UnsupportedModelError(f"the kernels of this process cannot keep such KV: {error}") from error
 
 
 def page_count(config: HolderConfig) -> int:

@@ -20,11 +20,10 @@ import torch
 from lamina_kernels.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.rows import Rows
-from lamina_kernels.select import kernels
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, LayerSpec, Query, Row
 from lamina_workers.attention_port import Replies
 from lamina_workers.errors import HolderFault
-from lamina_workers.layout import page_layout
+from lamina_workers.layout import attention_kernels, page_layout
 from lamina_workers.model import Forward, KeyValueReady, QueryReady
 
 
@@ -112,7 +111,7 @@ class Resolver:
         self._threads = threads
         self._early_query = early_query
         self._patience = patience
-        self._kernels = kernels(torch.device("cpu"))
+        self._kernels = attention_kernels()
         self._idle_presents: list[_Present] = []  # pages to use again, one set for each run at a time
 
     def run(
@@ -265,7 +264,7 @@ class _Present:
     def __init__(self, config: HolderConfig, threads: int) -> None:
         self._layers = config.layers
         self._threads = threads
-        self._kernels = kernels(torch.device("cpu"))
+        self._kernels = attention_kernels()
         self._pages = Pages.allocate(page_layout(config), 1)
         self._slots: Any = None
         self._plans: dict[int | None, Any] = {}  # by window; empty where no span was chosen
