@@ -329,36 +329,44 @@ def plot(bench: Bench) -> None:
     try:
         from matplotlib import pyplot
     except ImportError:
-        raise SystemExit("plot needs matplotlib: pip install matplotlib") from None
+        raise SystemExit("plot needs matplotlib: pip install 'lamina[plots]'") from None
+    panels = {}
+    for label, points in curves().items():
+        for dtype in (BF16, F32, INT8, None):
+            cases = {x: Case(contexts, 8, 4, 128, 128, dtype or BF16) for x, contexts in points.items()}
+            measured = {x: show(bench.decode(case) if dtype else sdpa_row(bench, case)) for x, case in cases.items()}
+            panels[label, dtype] = {x: row for x, row in measured.items() if row is not None}
+    draw(pyplot, panels, f"{bench.machine['device']}, {bench.threads} threads")
 
+
+def draw(pyplot: Any, panels: dict[tuple[str, torch.dtype | None], dict[float, Row]], where: str) -> None:
+    """A panel for each label; hollow marks where memory was much faster than at its slowest, as shared machines do."""
     # Colours of Okabe and Ito: told apart by every kind of sight; the markers do so in print.
-    styles = {BF16: ("#0072B2", "o"), F32: ("#D55E00", "s"), INT8: ("#009E73", "^"), None: ("#000000", "x")}
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
-    bandwidths = []
-    for (label, points), axis in zip(curves().items(), axes, strict=True):
-        for dtype, (colour, marker) in styles.items():
-            shares: dict[float, float] = {}
-            for x, contexts in points.items():
-                case = Case(contexts, 8, 4, 128, 128, dtype or BF16)
-                row = show(bench.decode(case) if dtype else sdpa_row(bench, case))
-                if row is not None:
-                    shares[x] = row.share
-                    bandwidths.append(row.bandwidth)
-            title = f"Lamina, {name(dtype)}" if dtype else "torch SDPA, bfloat16 (a call for each length)"
-            style = {"color": colour, "marker": marker, "linestyle": "-" if dtype else "--", "label": title}
-            axis.plot(list(shares), list(shares.values()), **style)
+    styles = {BF16: ("#0072B2", "o"), F32: ("#D55E00", "s"), INT8: ("#009E73", "^"), None: ("#000000", "D")}
+    slow = min(row.bandwidth for rows in panels.values() for row in rows.values())
+    labels = list(dict.fromkeys(label for label, _ in panels))
+    figure, axes = pyplot.subplots(1, len(labels), figsize=(15, 5), sharey=True, layout="constrained")
+    for (label, dtype), rows in panels.items():
+        axis, (colour, marker) = axes[labels.index(label)], styles[dtype]
+        title = f"Lamina, {name(dtype)}" if dtype else "torch SDPA, bfloat16 (a call for each length)"
+        shares = [row.share for row in rows.values()]
+        axis.plot(list(rows), shares, color=colour, linestyle="-" if dtype else "--", linewidth=0.8, alpha=0.6)
+        fast = [row.bandwidth > 1.3 * slow for row in rows.values()]
+        inside = ["white" if x else colour for x in fast]
+        axis.scatter(list(rows), shares, marker=marker, edgecolors=colour, facecolors=inside, zorder=3)
+        axis.scatter([], [], marker=marker, color=colour, label=title)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-        if min(points) >= 1:
+        if min(rows) >= 1:
             axis.set_xscale("log", base=2)
-            axis.set_xticks(list(points), [f"{x // 1024}K" if x >= 1024 else str(x) for x in points])
+            axis.set_xticks(list(rows), [f"{x // 1024}K" if x >= 1024 else str(x) for x in rows])
     axes[0].set_ylim(0, 1.05)
     axes[0].set_ylabel("KV read, share of the read bandwidth")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(styles))
+    handles, titles = axes[0].get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside lower center", ncols=len(styles))
     figure.suptitle(
-        f"Decode attention, 8 KV heads, group 4, head size 128: {bench.machine['device']}, "
-        f"{bench.threads} threads, which read {statistics.median(bandwidths):.0f} GB/s"
+        f"Decode attention, 8 KV heads, group 4, head size 128: {where}. "
+        f"Hollow: memory gave more than {1.3 * slow:.0f} GB/s (lowest {slow:.0f})"
     )
     figure.savefig(PICTURE, dpi=110)
     print(f"drawn into {PICTURE}")
