@@ -19,7 +19,7 @@ from lamina.placement import Holder
 from lamina_protocols.channels import is_loopback, split_address
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.credentials import load_credentials
-from lamina_workers.layout import page_layout
+from lamina_workers.layout import page_cost
 from lamina_workers.remote_attention import RemoteAttention, connect
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Attachment:
         self.members = members
         self._config = config
         self._holder = holder
-        self._page_bytes = page_layout(holder).page_bytes
+        self._page_bytes = page_cost(holder)
         self._model = model
         self._compute_dtype = compute_dtype
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="lamina-connect")

@@ -48,6 +48,9 @@ class EngineConfig:
     """CPU threads of one step; None: one a core."""
     prefix_cache: bool = True
     """Keep the KV of prompts and answers, so that shared prefixes are computed once."""
+    policy: str | Path | None = None
+    """What each KV head reads and keeps: None or "full" for everything, "auto" for what matters, another policy for
+    all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
     rope_scaling: Mapping[str, Any] | None = None
     """Overrides the RoPE scaling of the model's config, for contexts longer than it allows."""
     attention_workers: int | Sequence[str] = 0
@@ -86,6 +89,8 @@ class EngineConfig:
             if type(value) not in (int, float) or not 0.1 <= value <= 86400:
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed are 0.1 to 86400 seconds")
         self._check_workers()
+        if self.policy is not None and not (isinstance(self.policy, (str, Path)) and str(self.policy).strip()):
+            raise InvalidRequest(f'policy is {self.policy!r:.80}; allowed is "auto", a policy, or a file ending in .toml')
         for name, high in (("max_model_len", 2**24), ("max_batch_tokens", 2**20), ("threads", 1024)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):

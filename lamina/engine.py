@@ -24,10 +24,10 @@ from lamina.request import Plan
 from lamina.request import Sequence as Sample
 from lamina.scheduler import Scheduler
 from lamina.shares import Pages
-from lamina.ticket import Output, Ticket, nobody, unwatched
+from lamina.ticket import Output, Spared, Ticket, nobody, unwatched
 from lamina.types import FinishReason
 from lamina.work import work
-from lamina_protocols.messages import Announced
+from lamina_protocols.messages import Announced, Usage
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model_worker import HolderShare, ModelWorker
@@ -296,6 +296,7 @@ class Engine:
         free = Pages({number: answer.free_pages for number, answer in answers.items() if number != self._local})
         if all(answer.accepted for answer in answers.values()):
             self._scheduler.accepted(plan, free, self._floors(plan, shares, answers))
+            self._note_usages(plan, shares, answers)
             return True
         reason = next(answer.reason for answer in answers.values() if not answer.accepted)
         for sequence in self._scheduler.refused(plan, free):
@@ -313,6 +314,20 @@ class Engine:
             for route, floor in zip(shares[number].routes, answer.floors, strict=True):
                 floors[route.source] = max(floors[route.source], floor)
         return floors
+
+    def _note_usages(
+        self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]
+    ) -> None:
+        """What policies have spared each request, as those parts tell that were asked."""
+        told: dict[str, list[Usage]] = {}
+        for number, answer in answers.items():
+            if number != self._local and answer.usages:
+                for route, usage in zip(shares[number].routes, answer.usages, strict=True):
+                    told.setdefault(plan.rows[route.source].sequence.request.id, []).append(usage)
+        for request_id, usages in told.items():
+            if ticket := self._tickets.get(request_id):
+                columns = [[getattr(usage, name) for usage in usages] for name in Spared._fields]
+                ticket.spared = Spared(*map(sum, columns))._replace(worst=max(columns[Spared._fields.index("worst")]))
 
     # What goes wrong.
 

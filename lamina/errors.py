@@ -5,6 +5,7 @@ LaminaError
 ├── ModelFileError            a model's file is missing, malformed, refused, or contradicts another
 │   └── DiskFullError         there was no room to write a model's files
 ├── UnsupportedModelError     the model is well formed, but Lamina does not implement it
+├── PolicyError               a KV policy is unknown, contradicts itself, or is for another model
 ├── KernelsUnavailable        the attention kernels that LAMINA_KERNELS names cannot run here
 ├── EngineError               the engine stopped, or could not go on with this request
 ├── HolderFault               a holder could not go on with a batch (the engine runs it again)
@@ -29,7 +30,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_workers.errors import DiskFullError, ModelFileError, UnsupportedModelError
+from lamina_workers.errors import DiskFullError, ModelFileError, PolicyError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from lamina.types import Completion
@@ -41,6 +42,7 @@ __all__ = [
     "InvalidRequest",
     "LaminaError",
     "ModelFileError",
+    "PolicyError",
     "ProtocolError",
     "UnsupportedModelError",
 ]

@@ -73,7 +73,11 @@ class Answer:
                 total=self._last - since,
                 tokens=tokens,
             ),
-            stats={"preemptions": ticket.preemptions, "cached_tokens": ticket.cached_tokens},
+            stats={
+                "preemptions": ticket.preemptions,
+                "cached_tokens": ticket.cached_tokens,
+                **ticket.spared.stats(),
+            },
         )
 
 

@@ -249,6 +249,7 @@ class Placement:
         start, end = row.start, row.start + row.count
         scratch = self._scratch_for(row)
         below = scratch.lo if scratch else start
+        chooses = row.count == 1 and row.sample  # one that the caller waits for: prompts and rebuilds are exact
         missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
         routes = []
         for part in self._parts[row.handle]:
@@ -258,7 +259,7 @@ class Placement:
             read_end = end if fused else min(below, share.hi)
             read = (share.lo, read_end) if read_end > share.lo else None
             if read or store:
-                told = Row(part.handle, start, row.count, read, store)
+                told = Row(part.handle, start, row.count, read, store, chooses)
                 routes.append((share.holder, Route(source, share.heads, told, told.stored(share.lo, share.hi))))
         if scratch and self._local is not None:
             told = Row(scratch.handle, start, row.count, (scratch.lo, end), True)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.model_cache import Progress
 from lamina.request import Request
-from lamina.ticket import Output, Ticket
+from lamina.ticket import Output, Spared, Ticket
 from lamina.types import FinishReason, SamplingParams
 
 logger = logging.getLogger("lamina")
@@ -25,7 +25,7 @@ Command: TypeAlias = tuple[Any, ...]
 """("submit", fields of the request, fields of the params, seed) | ("abort", id, sample, reason) | ("close",)."""
 
 Event: TypeAlias = tuple[Any, ...]
-"""("outputs", id, outputs, scheduled, cached tokens, preemptions) | ("prefilled", id, done, total) |
+"""("outputs", id, outputs, scheduled, cached tokens, preemptions, spared) | ("prefilled", id, done, total) |
 ("progress", what, done, total) | ("log", level, text) | ("stopped", why). Times are seconds since the submission."""
 
 _ERRORS: dict[str, type[LaminaError]] = {"InvalidRequest": InvalidRequest, "EngineError": EngineError}
@@ -140,13 +140,19 @@ class RemoteEngine:
             self._stop(*fields)
 
     def _outputs(
-        self, request_id: str, outputs: Sequence[tuple[Any, ...]], scheduled: float | None, cached: int, preempted: int
+        self,
+        request_id: str,
+        outputs: Sequence[tuple[Any, ...]],
+        scheduled: float | None,
+        cached: int,
+        preempted: int,
+        spared: Sequence[float],
     ) -> None:
         if request_id not in self._open:  # its client could not take its outputs
             return
         ticket, start, ended = self._open[request_id]
         ticket.scheduled = None if scheduled is None else start + scheduled
-        ticket.cached_tokens, ticket.preemptions = cached, preempted
+        ticket.cached_tokens, ticket.preemptions, ticket.spared = cached, preempted, Spared(*spared)
         decoded = [decode_output(output, start) for output in outputs]
         ended.update(output.sample for output in decoded if output.finish_reason is not None)
         if len(ended) == ticket.request.n or any(output.error is not None for output in decoded):
@@ -216,7 +222,7 @@ class EngineHost:
                 del self._open[request_id]
         encoded = [encode_output(output, start) for output in outputs]
         scheduled = None if ticket.scheduled is None else ticket.scheduled - start
-        self._events.put(("outputs", request_id, encoded, scheduled, ticket.cached_tokens, ticket.preemptions))
+        self._events.put(("outputs", request_id, encoded, scheduled, ticket.cached_tokens, ticket.preemptions, ticket.spared))
 
 
 def fetch(events: queue.SimpleQueue[Event], timeout: float) -> list[Event]:

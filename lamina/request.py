@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lamina.errors import InvalidRequest
 from lamina.shares import Layout, Pages
@@ -183,19 +183,58 @@ class Outcome(NamedTuple):
     finish_reason: FinishReason | None
 
 
+class Retention(Protocol):
+    """What of a sequence must be kept; `lamina_workers.policies.policy.Policy` is one."""
+
+    @property
+    def sinks(self) -> int:
+        """How many of the first tokens are kept."""
+
+    def seen_from(self, start: int) -> int:
+        """The lowest position above the sinks that is kept for queries at `start` or later."""
+
+
+class PageGroup(NamedTuple):
+    """Layers whose KV heads `heads` (None: every one) keep what `policy` says; None: everything."""
+
+    layers: int
+    policy: Retention | None = None
+    heads: frozenset[int] | None = None
+
+    def cells(self, heads: tuple[int, ...]) -> int:
+        """How many of these heads, over all layers, belong to it."""
+        return self.layers * (len(heads) if self.heads is None else len(self.heads.intersection(heads)))
+
+    def kept(self, first: int, end: int, start: int, size: int) -> int:
+        """How many of the pages [first, end) of a head are kept for queries at `start` or later."""
+        if self.policy is None:
+            return max(0, end - first)
+        sinks = min(end, -(-self.policy.sinks // size))
+        window = max(first, sinks, self.policy.seen_from(start) // size)
+        return max(0, sinks - first) + max(0, end - window)
+
+    def most(self, first: int, needed: int, length: int, size: int) -> int:
+        """The most of `needed` pages from `first` on that a head has at a time, while its sequence grows page by page
+        to `length` tokens."""
+        if self.policy is None:
+            return needed
+        sinks, window = -(-self.policy.sinks // size), length - self.policy.seen_from(length) + 1
+        return min(needed, max(0, sinks - first) + -(-window // size) + 2)
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Limits of a batch, and what a token costs. Raises `InvalidRequest` where no request could ever run.
 
-    `page_groups` describes the model's layers, for one KV head, as (layers, sliding window or None for full
-    attention): a page is `page_size` tokens of one layer and one KV head.
+    `page_groups` describes what the model's layers and KV heads keep: a page is `page_size` tokens of one layer and
+    one KV head.
     """
 
     max_batch_tokens: int
     max_sequences: int
     max_model_len: int
     page_size: int
-    page_groups: tuple[tuple[int, int | None], ...]
+    page_groups: tuple[PageGroup, ...]
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -205,23 +244,23 @@ class SchedulerConfig:
 
     @property
     def unbounded(self) -> bool:
-        """Whether every layer sees everything, so that nothing is ever let go behind a window."""
-        return all(window is None for _, window in self.page_groups)
+        """Whether every head keeps everything."""
+        return all(group.policy is None for group in self.page_groups)
 
     def page_set(self, layout: Layout, position: int) -> Pages:
         """Pages that the `page_size` tokens from `position` on take: one in every layer and KV head."""
-        layers = sum(layers for layers, _ in self.page_groups)
         pages = Pages()
         for share in layout:
             if share.lo <= position < share.hi:
-                pages[share.holder] = pages.get(share.holder, 0) + layers * len(share.heads)
+                cells = sum(group.cells(share.heads) for group in self.page_groups)
+                pages[share.holder] = pages.get(share.holder, 0) + cells
         return pages
 
     def held(self, layout: Layout, lo: int, hi: int, start: int) -> Pages:
         """Pages between positions lo and hi that a sequence keeps when its last row began at `start`.
 
-        The page that `lo` falls into is not counted, the one that `hi` falls into is. A page behind the window of
-        the query at `start` has been let go, where a share stores that row.
+        The page that `lo` falls into is not counted, the one that `hi` falls into is. A page that no query at `start`
+        or later sees has been let go, where a share stores that row.
         """
         size = self.page_size
         pages = Pages()
@@ -229,11 +268,9 @@ class SchedulerConfig:
             first, end = -(-max(lo, share.lo) // size), -(-min(hi, share.hi) // size)
             if end <= first:
                 continue
-            per_head = 0
-            for layers, window in self.page_groups:
-                kept = first if window is None else max(first, (min(start, share.hi) - window + 1) // size)
-                per_head += layers * max(0, end - kept)
-            pages[share.holder] = pages.get(share.holder, 0) + per_head * len(share.heads)
+            seen = min(start, share.hi)
+            kept = sum(group.cells(share.heads) * group.kept(first, end, seen, size) for group in self.page_groups)
+            pages[share.holder] = pages.get(share.holder, 0) + kept
         return pages
 
     def pages_for(self, layout: Layout, length: int, shared: int = 0) -> Pages:
@@ -245,11 +282,9 @@ class SchedulerConfig:
             needed = -(-(min(length, share.hi) - max(share.lo, shared)) // size)
             if needed <= 0:
                 continue
-            per_head = sum(
-                layers * (needed if window is None else min(needed, -(-window // size) + 2))
-                for layers, window in self.page_groups
-            )
-            pages[share.holder] = pages.get(share.holder, 0) + per_head * len(share.heads)
+            first = max(share.lo, shared) // size
+            most = sum(group.cells(share.heads) * group.most(first, needed, length, size) for group in self.page_groups)
+            pages[share.holder] = pages.get(share.holder, 0) + most
         return pages
 
     def validate(self, prompt_len: int, max_tokens: int, possible: int) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from lamina.members import Members
 from lamina.model_cache import Progress
 from lamina.models import resolve
 from lamina.placement import Holder, Placement
-from lamina.request import SchedulerConfig
+from lamina.policy_choice import head_policies
+from lamina.request import PageGroup, SchedulerConfig
 from lamina.scheduler import Scheduler
 from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
@@ -34,10 +36,12 @@ from lamina_kernels import dense
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker import AttentionWorker
-from lamina_workers.layout import attention_kernels, page_layout
+from lamina_workers.layout import attention_kernels, page_cost, page_count, page_layout
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
+from lamina_workers.policies.policy import LONGEST, Policy
+from lamina_workers.retention import keepers
 from lamina_workers.weights import Checkpoint, fingerprint
 
 logger = logging.getLogger("lamina")
@@ -125,21 +129,14 @@ def _live(
 def _build(name: str | Path, config: EngineConfig, progress: Progress | None, members: Members | None) -> Runtime:
     path = resolve(name, progress)
     tokenizer = Tokenizer(path)
-    model = ModelConfig.from_folder(path)
-    if config.rope_scaling is not None:
-        model = _rescaled(model, config.rope_scaling)
+    model = rescaled(ModelConfig.from_folder(path), config.rope_scaling)
     machine = this_machine()
     threads = config.threads or machine.cores
     torch.set_num_threads(threads)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device, machine)
     dtype_name = str(dtype).removeprefix("torch.")
-    holder = HolderConfig(
-        layers=model.layer_specs(),
-        page_size=config.page_size,
-        dtype=dtype_name if config.kv_dtype == "auto" else config.kv_dtype,
-        kv_memory=_kv_memory(config, machine),
-    )
+    holder = holder_config(path, model, config, dtype, machine)
     limits = _limits(config, model, holder, machine)
     generation_config = read_json(path / "generation_config.json")
     SamplingParams().with_defaults(generation_config)  # what is wrong in it is said now, not at each request
@@ -151,7 +148,7 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None, me
         decoder = _load(model, path, dtype, device, progress)
         # Prompts are read from the local holder while they fit; without attention workers it keeps everything.
         ports: dict[int, AttentionPort] = {LOCAL: LocalAttention(AttentionWorker(holder, threads))}
-        holders = {LOCAL: Holder(holder.kv_memory // page_layout(holder).page_bytes, fused=True)}
+        holders = {LOCAL: Holder(page_count(holder), fused=True)}
         if attachment is not None:
             for number, (port, remote) in enumerate(attachment.ports(), LOCAL + 1):
                 ports[number], holders[number] = port, remote
@@ -228,7 +225,28 @@ def _lanes(config: EngineConfig, attachment: Attachment | None) -> Lanes:
     return Lanes.auto(AUTO_LANES) if attachment is not None else Lanes(1)  # nobody to wait for
 
 
-def _rescaled(model: ModelConfig, scaling: Mapping[str, Any]) -> ModelConfig:
+def holder_config(
+    path: Path, model: ModelConfig, config: EngineConfig, dtype: torch.dtype, machine: Machine
+) -> HolderConfig:
+    """What holders of the KV of that model, whose files are at `path`, are built from. `dtype` is that of computing.
+
+    Raises PolicyError for a policy that is unknown or does not fit the model.
+    """
+    layers = model.layer_specs()
+    if (policies := head_policies(config.policy, model, fingerprint(path))) is not None:
+        layers = tuple(replace(spec, policies=texts) for spec, texts in zip(layers, policies, strict=True))
+    return HolderConfig(
+        layers=layers,
+        page_size=config.page_size,
+        dtype=str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype,
+        kv_memory=_kv_memory(config, machine),
+    )
+
+
+def rescaled(model: ModelConfig, scaling: Mapping[str, Any] | None) -> ModelConfig:
+    """The model with another RoPE scaling, where one is given. Raises InvalidRequest."""
+    if scaling is None:
+        return model
     try:
         return model.with_rope_scaling(scaling)
     except (ModelFileError, UnsupportedModelError) as error:
@@ -275,9 +293,9 @@ def _limits(config: EngineConfig, model: ModelConfig, holder: HolderConfig, mach
     asked = config.max_model_len
     if asked is not None and asked > context:
         raise InvalidRequest(f"max_model_len is {asked}; the model's context is {context} (see rope_scaling)")
-    page_bytes = page_layout(holder).page_bytes
+    page_bytes = page_cost(holder)
     groups = page_groups(holder)
-    least = sum(layers for layers, _ in groups) * model.num_key_value_heads * page_bytes
+    least = sum(group.cells(tuple(range(model.num_key_value_heads))) for group in groups) * page_bytes
     most = machine.memory or 1 << 50
     if not least <= holder.kv_memory <= most:
         raise InvalidRequest(
@@ -302,12 +320,15 @@ def _check_room(config: EngineConfig, holder: HolderConfig, possible: int) -> No
         raise InvalidRequest(f"max_model_len is {asked}; {where} {holder.kv_memory} bytes holds {possible} tokens")
 
 
-def page_groups(holder: HolderConfig) -> tuple[tuple[int, int | None], ...]:
-    """The layers that keep KV of their own, counted by sliding window."""
-    groups: dict[int | None, int] = {}
-    for spec in holder.layers:
-        groups[spec.window] = groups.get(spec.window, 0) + 1
-    return tuple((layers, window) for window, layers in groups.items())
+def page_groups(holder: HolderConfig) -> tuple[PageGroup, ...]:
+    """What the layers that keep KV of their own keep of it, counted by policy and heads."""
+    groups: Counter[tuple[Policy | None, frozenset[int]]] = Counter()
+    for layer in keepers(holder):
+        heads: dict[Policy | None, set[int]] = {}
+        for head, policy in enumerate(layer):
+            heads.setdefault(policy if policy.seen_from(LONGEST) > 0 else None, set()).add(head)
+        groups.update((policy, frozenset(those)) for policy, those in heads.items())
+    return tuple(PageGroup(layers, policy, heads) for (policy, heads), layers in groups.items())
 
 
 def _keys_depend_on_length(model: ModelConfig, length: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import LaminaError
 from lamina.request import Request
@@ -25,6 +25,27 @@ class Output:
     logprobs: RowLogprobs | None = None
     error: LaminaError | None = None
     at: float = 0.0
+
+
+class Spared(NamedTuple):
+    """What KV policies have spared a request so far, in decode, over all its parts: `messages.Usage`, summed."""
+
+    read: int = 0
+    whole: int = 0
+    missed: float = 0.0
+    queries: int = 0
+    worst: float = 0.0
+    held: int = 0
+    kept: int = 0
+
+    def stats(self) -> dict[str, float]:
+        """As shares of what reading and keeping everything would take; nothing where no policy did anything."""
+        if not self.whole:
+            return {}
+        shares = {"kv_read": self.read / self.whole, "kv_held": self.held / max(1, self.kept)}
+        if self.queries:
+            shares |= {"missed_mass": self.missed / self.queries, "missed_mass_worst": self.worst}
+        return shares
 
 
 def nobody(ticket: Ticket, outputs: list[Output]) -> None:
@@ -53,5 +74,6 @@ class Ticket:
     scheduled: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
+    spared: Spared = Spared()
     unfinished: int = 0
     sequences: tuple[Sample, ...] = ()

@@ -190,7 +190,9 @@ class Sample:
 class Completion:
     """All that one prompt gave: `n` samples, the first of which the plain properties show. `str()` is its text.
 
-    `stats` counts what happened on the way, by name (such as preemptions).
+    `stats` counts what happened on the way, by name: preemptions, cached_tokens; and where a KV policy was at work,
+    of what reading and keeping everything would take in decode, `kv_read` (bytes) and `kv_held` (pages), and what it
+    estimates of the attention mass that it did not read, `missed_mass` and the worst query's `missed_mass_worst`.
     """
 
     samples: tuple[Sample, ...]

@@ -19,6 +19,7 @@ from lamina.request import (
     CloseSequence,
     ForkSequence,
     OpenSequence,
+    PageGroup,
     Plan,
     PlannedRow,
     Request,
@@ -27,6 +28,8 @@ from lamina.request import (
 )
 from lamina.scheduler import Scheduler
 from lamina.shares import Layout, Pages, Share
+from lamina_workers.policies.full import Full
+from lamina_workers.policies.policy import Policy, parse, within
 
 
 @dataclass
@@ -58,6 +61,11 @@ class OneHolder:
         return None
 
 
+Groups = tuple[tuple[int, int | str | None], ...]
+STREAMING = "streaming(sink=5, recent=7)"
+MIXED: Groups = ((1, None), (1, STREAMING), (1, 6))
+
+
 def most(config: SchedulerConfig, length: int) -> int:
     """The most pages that a sequence needs, where there is one holder."""
     return config.pages_for(OneHolder(0).layout(length), length)[0]
@@ -72,7 +80,7 @@ class Holder:
     def __init__(self, config: SchedulerConfig, total_pages: int, hidden: int = 0) -> None:
         self.hidden = hidden
         self.size = config.page_size
-        self.units = [window for units, window in config.page_groups for _ in range(units)]
+        self.units = [group.policy or Full() for group in config.page_groups for _ in range(group.layers)]
         self.free = total_pages
         self.parts: dict[int, Part] = {}
         self.applied = 0
@@ -111,10 +119,11 @@ class Holder:
                 self.give_back(page)
 
     def cut(self, part: Part, start: int) -> None:
-        for window, table in zip(self.units, part.tables, strict=True):
-            hidden = 0 if window is None else max(0, start - window + 1) // self.size
+        for policy, table in zip(self.units, part.tables, strict=True):
+            hidden = policy.seen_from(start) // self.size
             for at, page in enumerate(table):
-                if page is not None and (at < hidden or at * self.size >= start):
+                gone = at < hidden and at * self.size >= policy.sinks
+                if page is not None and (gone or at * self.size >= start):
                     self.give_back(page)
                     table[at] = None
             del table[-(-start // self.size) :]
@@ -132,22 +141,22 @@ class Holder:
 
     def floor(self, part: Part) -> int:
         floors = [0]
-        for window, table in zip(self.units, part.tables, strict=True):
+        for policy, table in zip(self.units, part.tables, strict=True):
             gone = next((at for at in range(len(table), 0, -1) if table[at - 1] is None), 0)
-            if window is not None and gone:
-                floors.append(gone * self.size + window - 1)
+            if gone:
+                floors.append(policy.returns_to(gone * self.size))
         return max(floors)
 
     def write(self, handle: int, start: int, tokens: list[int]) -> None:
         """Store KV from `start` on, attending to everything below each token as the layer does."""
         kv = list(accumulate(tokens, lambda before, token: hash((before, token)), initial=0))[1:]
-        for window, table in zip(self.units, self.parts[handle].tables, strict=True):
+        for policy, table in zip(self.units, self.parts[handle].tables, strict=True):
             for at in range(start, len(tokens)):
                 page = table[at // self.size]
                 assert page is not None
                 assert page.owners == 1, "a shared page is written"
                 page.kv[at] = kv[at]
-            for key in range(0 if window is None else max(0, start - window + 1), len(tokens)):
+            for key in {*range(policy.seen_from(start), len(tokens)), *range(min(policy.sinks, len(tokens)))}:
                 page = table[key // self.size]
                 assert page is not None, f"position {key} is gone at {start}"
                 assert page.kv[key] == kv[key], f"position {key} is wrong at {start}"
@@ -331,14 +340,25 @@ def config(**changes: object) -> SchedulerConfig:
         "page_size": 4,
         "page_groups": ((2, None),),
     }
-    return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
+    values |= changes
+    values["page_groups"] = tuple(PageGroup(layers, keeping(what)) for layers, what in values["page_groups"])  # type: ignore[attr-defined]
+    return SchedulerConfig(**values)  # type: ignore[arg-type]
+
+
+def keeping(what: int | str | None) -> Policy | None:
+    """A sliding window, a policy, or everything."""
+    if isinstance(what, str):
+        return parse(what)
+    return None if what is None else within(Full(), what)
 
 
 class Machine(RuleBasedStateMachine):
     """Any order of requests, answers, failures and aborts; several plans in flight; little memory."""
 
     @initialize(
-        groups=st.sampled_from([((2, None),), ((1, None), (2, 5)), ((2, 6),), ((1, 3), (1, 9))]),
+        groups=st.sampled_from(
+            [((2, None),), ((1, None), (2, 5)), ((2, 6),), ((1, 3), (1, 9)), MIXED, ((2, STREAMING),)]
+        ),
         page_size=st.sampled_from([1, 3, 4]),
         max_batch_tokens=st.sampled_from([1, 3, 7, 16]),
         memory=st.sampled_from([1.0, 1.5, 3.0]),
@@ -347,7 +367,7 @@ class Machine(RuleBasedStateMachine):
     )
     def start(
         self,
-        groups: tuple[tuple[int, int | None], ...],
+        groups: Groups,
         page_size: int,
         max_batch_tokens: int,
         memory: float,
@@ -480,11 +500,9 @@ def test_first_come_first_served_within_a_priority() -> None:
     assert order == ["2", "4", "0", "1", "3"]
 
 
-@pytest.mark.parametrize("groups", [((2, None),), ((1, None), (1, 6))])
+@pytest.mark.parametrize("groups", [((2, None),), ((1, None), (1, 6)), MIXED])
 @pytest.mark.parametrize("prefix_cache", [False, True])
-def test_under_pressure_the_oldest_always_advances(
-    groups: tuple[tuple[int, int | None], ...], prefix_cache: bool
-) -> None:
+def test_under_pressure_the_oldest_always_advances(groups: Groups, prefix_cache: bool) -> None:
     tight = config(page_groups=groups, prefix_cache=prefix_cache, max_sequences=16)
     world = World(tight, 40, hidden=6)
     samples = [world.add(prompt(6, salt), max_tokens=40)[0] for salt in range(16)]
@@ -798,12 +816,10 @@ def test_a_stop_token_counts_after_min_tokens_only() -> None:
     assert sequence.tokens == [1, 2, 7, 7, 7]
 
 
-@pytest.mark.parametrize("groups", [((3, None),), ((1, None), (2, 7)), ((2, 1),), ((1, 5), (1, 11))])
+@pytest.mark.parametrize("groups", [((3, None),), ((1, None), (2, 7)), ((2, 1),), ((1, 5), (1, 11)), MIXED])
 @pytest.mark.parametrize("page_size", [1, 4, 5])
 @pytest.mark.parametrize("total_pages", [17, 18, 40])
-def test_the_longest_request_fits_alone(
-    groups: tuple[tuple[int, int | None], ...], page_size: int, total_pages: int
-) -> None:
+def test_the_longest_request_fits_alone(groups: Groups, page_size: int, total_pages: int) -> None:
     small = config(page_groups=groups, page_size=page_size, max_batch_tokens=9)
     world = World(small, total_pages)
     longest = world.scheduler.longest_possible()

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
+from lamina_kernels.cpu_lists import deal_lists, deal_lists_kernel
 from lamina_kernels.cpu_loops import ARGUMENTS, SCRATCH, STRIPS, attend_kernel
 from lamina_kernels.cpu_moves import APPEND, CODES, append_kernel
 from lamina_kernels.emitter import kind_of
@@ -32,11 +34,12 @@ from lamina_kernels.pages import (
     copy,
     gather,
 )
+from lamina_kernels.page_lists import ListPlan, check_lists
 from lamina_kernels.partial import Partial
-from lamina_kernels.rows import Rows, check_attend, check_rows
-from lamina_kernels.schedule import cut, deal
+from lamina_kernels.rows import Ints, Rows, Table, check_attend, check_rows
+from lamina_kernels.schedule import MAX_ROWS, PIECE, Pieces, cut, deal
 
-__all__ = ["append", "attend", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "prepare"]
+__all__ = ["append", "attend", "attend_lists", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "plan_lists", "prepare"]
 
 APPEND_SHARE = 256  # vectors that are worth a thread
 
@@ -64,7 +67,7 @@ def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout
 
 def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
     """Load the kernels for such pages, compiling those that numba's cache on disk lacks: how many of how many."""
-    return load_each((lambda: _attend_kernel(layout), append_kernel, merge_kernel))
+    return load_each((lambda: _attend_kernel(layout), append_kernel, merge_kernel, deal_lists_kernel))
 
 
 def _attend_kernel(layout: PageLayout) -> int:
@@ -81,10 +84,25 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         raise ValueError(f"threads must be at least 1, got {threads}")
     check_order(pages, Order.CHANNELS)
     missing = check_rows(pages, rows)
-    at, kind = pages.layout, kind_of(pages.layout.dtype)
     pieces, starts = deal(cut(rows), threads)
     vectors = -(-int(pieces["rows"].max(initial=1)) // TILE) * TILE
     partials = int(pieces["rows"][pieces["partial"] >= 0].sum())
+    return _assemble(pages, pieces, starts, vectors, partials, rows, missing)
+
+
+def _assemble(
+    pages: Pages,
+    pieces: Pieces,
+    starts: Ints,
+    vectors: int,
+    partials: int,
+    rows: Rows | ListPlan,
+    missing: frozenset[int] = frozenset(),
+) -> Plan:
+    """A plan with scratch for `vectors` query vectors a piece, a multiple of TILE, and for so many partials."""
+    at, kind, threads = pages.layout, kind_of(pages.layout.dtype), len(starts) - 1
+    listed = isinstance(rows, Rows) and bool(rows.listed.any())
+    n, layers = (rows.n, rows.layers) if isinstance(rows, Rows) else (rows.items * rows.group, 1)
     sizes = {
         "panel": vectors * at.d_k * 4 // kind.words[0],
         "scales": vectors * 4,
@@ -96,7 +114,7 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         "tails": 2 * 32 * at.d_v * at.dtype.itemsize,
         "lists": 4 * STRIPS * 8,
         "slots": 3 * BLOCK * 4,
-        "gathered": BLOCK * (at.d_k + at.d_v) * at.dtype.itemsize * bool(rows.listed.any()),
+        "gathered": BLOCK * (at.d_k + at.d_v) * at.dtype.itemsize * listed,
     }
     ends = list(accumulate(-(-sizes[name] // 64) * 64 for name in SCRATCH))
     scratch = torch.zeros(threads * ends[-1] + 64, dtype=torch.uint8)
@@ -113,7 +131,7 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         **_describe(pages),
     )
     keep = (rows, pieces, starts, scratch, partial_out)
-    return Plan(pages, rows.n, rows.layers, missing, kind.query, _attend_kernel(at), a, keep)
+    return Plan(pages, n, layers, missing, kind.query, _attend_kernel(at), a, keep)
 
 
 def _describe(pages: Pages) -> dict[str, int]:
@@ -158,6 +176,44 @@ def attend(
     a.out_dtype, a.scale, a.soft_cap = FLOATS.index(out.dtype), scale, soft_cap or 0.0
     launch(plan.kernel, ctypes.addressof(a), a.shares)
     return Partial(out, lse)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledLists(ListPlan):
+    """The same with what the kernel is called with. For one thread at a time."""
+
+    plan: Plan
+    pieces: Pieces
+    starts: Ints
+
+
+def plan_lists(pages: Pages, items: int, group: int, threads: int = 1) -> CompiledLists:
+    """Room for so many lists of pages, each with a query of `group` heads, `group` at most 128."""
+    check_order(pages, Order.CHANNELS)
+    lists = ListPlan(pages, items, group, threads)
+    if group > MAX_ROWS:
+        raise ValueError(f"group must be at most {MAX_ROWS}, got {group}")
+    pieces, starts = np.zeros(items + threads, PIECE), np.zeros(threads + 1, np.int64)
+    vectors = -(-group // TILE) * TILE
+    plan = _assemble(pages, pieces, starts, vectors, 2 * threads * group, lists)
+    return CompiledLists(pages, items, group, threads, plan, pieces, starts)
+
+
+def attend_lists(
+    pages: Pages,
+    plan: CompiledLists,
+    lists: Table,
+    lengths: Ints,
+    q: torch.Tensor,
+    scale: float,
+    soft_cap: float | None = None,
+) -> Partial:
+    """As `page_lists.attend_as_rows`, in a tenth of the time that planning would take."""
+    check_lists(pages, plan, lists, lengths, q)
+    bad = deal_lists(plan.pieces, plan.starts, lists, lengths, plan.group, pages.layout.page_size, pages.n_pages)
+    if bad >= 0:
+        raise ValueError(f"list {bad} names a page that does not exist; there are pages 0 to {pages.n_pages - 1}")
+    return attend(pages, plan.plan, 0, q, scale, soft_cap)
 
 
 @dataclass(frozen=True, slots=True)

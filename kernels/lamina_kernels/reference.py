@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from lamina_kernels.merge import check_merge
+from lamina_kernels.page_lists import ListPlan, attend_as_rows
 from lamina_kernels.pages import AppendPlan, Order, PageLayout, Pages, check_append, check_slots, copy, gather, quantise
 from lamina_kernels.partial import Partial, empty, merge
 from lamina_kernels.rows import Rows, Table, check_attend, check_rows
 
-__all__ = ["Plan", "append", "attend", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "prepare"]
+__all__ = ["Plan", "append", "attend", "attend_lists", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "plan_lists", "prepare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +138,10 @@ def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None
     mine = Partial(into.out[index].float(), into.lse[index])
     out, into.lse[index] = merge((mine, Partial(past.out.float(), past.lse)))
     into.out[index] = out.to(into.out.dtype)
+
+def plan_lists(pages: Pages, items: int, group: int, threads: int = 1) -> ListPlan:
+    """Room for so many lists of pages, each with a query of `group` heads."""
+    return ListPlan(pages, items, group, threads)
+
+
+attend_lists = partial(attend_as_rows, plan, attend)

@@ -12,7 +12,7 @@ import torch
 
 from lamina_kernels.pages import PageLayout, Pages
 from lamina_kernels.partial import Partial
-from lamina_kernels.rows import Rows
+from lamina_kernels.rows import Ints, Rows, Table
 
 CHOICES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton",)}  # by kind of device, its default first
 
@@ -46,6 +46,23 @@ class Kernels(Protocol):
         out: torch.Tensor | None = None,
     ) -> Partial:
         """Attention of q `[n, d_k]` over the pages of `layer`."""
+
+    def plan_lists(self, pages: Pages, items: int, group: int, threads: int = 1) -> Any:
+        """Room for so many lists of pages, each with a query of `group` heads."""
+
+    def attend_lists(
+        self,
+        pages: Pages,
+        plan: Any,
+        lists: Table,
+        lengths: Ints,
+        q: torch.Tensor,
+        scale: float,
+        soft_cap: float | None = None,
+    ) -> Partial:
+        """Attention of q `[items * group, d_k]`, item by item, over the first lengths[i] tokens of the pages in
+        lists[i], all of which each query sees. lists: int32 `[items, most]`; lengths: int64 `[items]`.
+        Raises ValueError where a list that long names a page that does not exist."""
 
     def plan_append(self, pages: Pages, slots: torch.Tensor) -> Any:
         """Check slots, int64 `[layers, n]`, which must not change while the plan is used."""

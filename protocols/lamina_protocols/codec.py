@@ -20,6 +20,7 @@ from lamina_protocols import messages as m
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.fields import (
     BOOL,
+    FLOAT,
     INT,
     INTS,
     RANGE,
@@ -42,7 +43,11 @@ _OPERATIONS = (
     Record(m.Fork, {"handle": INT, "parent": INT, "length": INT}),
     Record(m.Close, {"handle": INT}),
 )
-_ROW = Record(m.Row, {"handle": INT, "start": INT, "count": INT, "read": RANGE, "store": BOOL})
+_ROW = Record(m.Row, {"handle": INT, "start": INT, "count": INT, "read": RANGE, "store": BOOL, "chooses": BOOL})
+_USAGE = Record(
+    m.Usage,
+    {"read": INT, "whole": INT, "missed": FLOAT, "queries": INT, "worst": FLOAT, "held": INT, "kept": INT},
+)
 _BATCH = {"epoch": INT, "batch": INT}
 _LAYER = _BATCH | {"layer": INT}
 
@@ -57,7 +62,10 @@ class _Layout(NamedTuple):
 
 _LAYOUTS: dict[int, _Layout] = {  # the tag is part of the protocol: never reuse one
     1: _Layout(m.Announcement, _BATCH | {"first": INT, "operations": one_of(_OPERATIONS), "rows": list_of(_ROW)}),
-    2: _Layout(m.Announced, _BATCH | {"accepted": BOOL, "free_pages": INT, "floors": INTS, "reason": TEXT}),
+    2: _Layout(
+        m.Announced,
+        _BATCH | {"accepted": BOOL, "free_pages": INT, "floors": INTS, "reason": TEXT, "usages": list_of(_USAGE)},
+    ),
     3: _Layout(m.Query, _LAYER, ("q",)),
     4: _Layout(m.Fresh, _LAYER, ("k", "v")),
     5: _Layout(m.Attended, _LAYER, ("out", "lse")),

@@ -19,6 +19,7 @@ from lamina_protocols.fields import (
     INT,
     INTS,
     TEXT,
+    TEXTS,
     Field,
     Record,
     list_of,
@@ -157,6 +158,7 @@ _LAYER = Record(
         "window": optional(INT),
         "soft_cap": optional(FLOAT),
         "kind": TEXT,
+        "policies": TEXTS,
     },
 )
 _KINDS: dict[str, Field] = {

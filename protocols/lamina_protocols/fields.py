@@ -69,6 +69,12 @@ def unpack_ints(value: Any) -> tuple[int, ...]:
     return tuple(unpack_int(item) for item in value)
 
 
+def unpack_texts(value: Any) -> tuple[str, ...]:
+    if type(value) is not tuple:
+        raise ProtocolError(f"expected a list of texts, got {shown(value)}")
+    return tuple(unpack_text(item) for item in value)
+
+
 def unpack_range(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
@@ -84,6 +90,7 @@ BOOL = Field(bool, unpack_bool)
 TEXT = Field(str, unpack_text)
 BYTES = Field(bytes, unpack_bytes)
 INTS = Field(tuple, unpack_ints)
+TEXTS = Field(tuple, unpack_texts)
 RANGE = Field(lambda value: value, unpack_range)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class LayerSpec:
 
     `scale` multiplies q.k; `window` w lets a query at p see keys in (p - w, p]; `soft_cap` c turns a logit
     x into c * tanh(x / c). `kv_layer` names the layer whose KV this one reads (itself unless KV is shared).
+    `policies` says how each KV head is read and kept, as `lamina_workers.policies` writes it; empty: all of it.
     """
 
     kv_layer: int
@@ -32,6 +33,7 @@ class LayerSpec:
     window: int | None = None
     soft_cap: float | None = None
     kind: str = "attention"
+    policies: tuple[str, ...] = ()
 
     @property
     def group(self) -> int:
@@ -88,7 +90,7 @@ class Row:
     `read` is the range of positions whose keys the holder attends, or None. It ends at `start` at most, unless
     it ends at `start + count`: then the holder stores first and attends the row's own tokens too, causally
     (`fused`), and the model worker computes no present. `store` cuts the part back to `start`, then keeps the
-    row's K and V.
+    row's K and V. Where it `chooses`, in decode, adaptive policies may read less; elsewhere they read everything.
     """
 
     handle: int
@@ -96,6 +98,7 @@ class Row:
     count: int
     read: tuple[int, int] | None
     store: bool
+    chooses: bool = False
 
     @property
     def fused(self) -> bool:
@@ -124,11 +127,29 @@ class Announcement:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What policies have saved at one part. All are counted, none computed from a formula.
+
+    In decode so far, over all layers and KV heads: `read` bytes of KV and of what was read to choose, of `whole` that
+    reading everything would have taken. `missed` is the sum over `queries` query vectors of the estimated attention
+    mass that they did not read; `worst` the largest. `held` of `kept` pages that keeping everything would take now.
+    """
+
+    read: int
+    whole: int
+    missed: float
+    queries: int
+    worst: float
+    held: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
 class Announced:
     """The reply. `accepted=False` means that nothing changed, operations included; `reason` says what lacked.
 
     `free_pages` is what the pool has left after the reservation; `floors` is per row the lowest length to
-    which its part can still be cut back.
+    which its part can still be cut back; `usages` is what the row's part has read, left out and kept so far.
     """
 
     epoch: int
@@ -137,6 +158,7 @@ class Announced:
     free_pages: int
     floors: tuple[int, ...]
     reason: str = ""
+    usages: tuple[Usage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,16 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels.pages import Pages, gather
-from lamina_kernels.rows import Rows
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
     Announced,
     Announcement,
     Attended,
+    Close,
     Exchange,
     Fetch,
     Fetched,
+    Fork,
     Fresh,
     HolderConfig,
     LayerSpec,
@@ -37,6 +38,8 @@ from lamina_protocols.messages import (
 from lamina_workers.errors import KVError, PoolExhausted
 from lamina_workers.kv_store import KVStore
 from lamina_workers.layout import attention_kernels, page_count, page_layout
+from lamina_workers.reader import Policies, Reader, Reading
+from lamina_workers.retention import layer_policies
 
 
 @dataclass(slots=True)
@@ -55,7 +58,8 @@ class _Batch:
     handles: frozenset[int]
     fused: bool  # whether a row attends its own tokens
     places: Any  # the kernels' plan of where K and V go, None where no row stores
-    plans: dict[int | None, Any]  # the kernels' plans of what is read, by window; empty where no row reads
+    sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them
+    readings: dict[Policies, Reading]  # what is read, by the policies of a layer's heads; empty where no row reads
 
 
 class AttentionWorker:
@@ -74,6 +78,8 @@ class AttentionWorker:
         for _ in self._kernels.prepare(layout):
             pass
         self._pages = Pages.allocate(layout, n_pages)
+        self._policies = [layer_policies(spec) for spec in config.layers]
+        self._reader = Reader(config, self._kernels, self._pages, self.store, threads)
         self._epoch = 0
         self._last_batch = 0
         self._next_operation = 0
@@ -127,6 +133,12 @@ class AttentionWorker:
             reservation = self.store.update(operations, message.rows)
         except PoolExhausted as error:
             return Announced(message.epoch, message.batch, False, self.store.free_pages, (), str(error))
+        for operation in operations:
+            if isinstance(operation, Close):
+                self._reader.forget(operation.handle)
+            elif isinstance(operation, Fork):
+                self._reader.forked(operation)
+        self._reader.absorb(reservation.absorbed)
         # They are applied, whatever goes wrong from here on; the batch exists only once all has gone right.
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
         if reservation.copies_from.size:
@@ -135,52 +147,31 @@ class AttentionWorker:
         if message.rows:
             self._batches[message.batch] = self._prepare(message.rows)
             self.counters.batches += 1
-        return Announced(message.epoch, message.batch, True, self.store.free_pages, reservation.floors)
+        usages = tuple(self._reader.usage(row.handle) for row in message.rows) if self._reader.tallies else ()
+        return Announced(message.epoch, message.batch, True, self.store.free_pages, reservation.floors, usages=usages)
 
     def _drop_superseded(self, message: Announcement) -> None:
-        if message.epoch > self._epoch:
-            self._batches.clear()
         announced = {row.handle for row in message.rows}
         # Those applied already came again because their first reply was still on its way: their batch is under way.
         new = message.operations[self._next_operation - message.first :]
         announced.update(operation.handle for operation in new)
-        for number in [n for n, batch in self._batches.items() if batch.handles & announced]:
-            del self._batches[number]
+        for number, batch in list(self._batches.items()):
+            if message.epoch > self._epoch or batch.handles & announced:
+                self._reader.over(batch.readings.values())
+                del self._batches[number]
 
     def _prepare(self, rows: Sequence[Row]) -> _Batch:
         slots = [self.store.slots(row) for row in rows if row.store]
         slots = [s.reshape(s.shape[0], -1) for s in slots if s.size]
-        read = [row for row in rows if row.read is not None]
-        places, plans = None, {}
+        places = None
         try:
             if slots:
                 places = self._kernels.plan_append(self._pages, torch.from_numpy(np.concatenate(slots, axis=1)))
-            if read:
-                table_rows = self._rows(read)
-                for window in {spec.window for spec in self.config.layers}:
-                    plans[window] = self._kernels.plan(self._pages, table_rows.within(window), self._threads)
+            readings = self._reader.readings([row for row in rows if row.read is not None])
         except ValueError as error:
             raise ProtocolError(f"rows that no batch can have: {error}") from error
-        return _Batch(frozenset(row.handle for row in rows), any(row.fused for row in rows), places, plans)
-
-    def _rows(self, rows: Sequence[Row]) -> Rows:
-        parts = [self.store.part(row.handle) for row in rows]
-        heads = np.array([len(part.heads) for part in parts])
-        group = np.full(len(rows), self.config.layers[0].group)
-        count = np.array([row.count for row in rows])
-        vectors = count * heads * group
-        reads = np.array([row.read for row in rows])
-        return Rows(
-            first=np.cumsum(vectors) - vectors,
-            count=count,
-            start=np.array([row.start for row in rows]),
-            kv_heads=heads,
-            group=group,
-            lo=reads[:, 0],
-            hi=reads[:, 1],
-            base=np.array([part.lo for part in parts]),
-            tables=[part.table for part in parts],
-        )
+        handles = frozenset(row.handle for row in rows)
+        return _Batch(handles, any(row.fused for row in rows), places, self._reader.sealed(rows), readings)
 
     def _append(self, message: Fresh | Exchange) -> None:
         spec, batch = self._layer(message)
@@ -190,6 +181,7 @@ class AttentionWorker:
             self._kernels.append(self._pages, batch.places, spec.kv_layer, message.k, message.v)
         except ValueError as error:
             raise ProtocolError(f"fresh vectors of batch {message.batch}: {error}") from error
+        self._reader.seal(batch.sealed, spec.kv_layer)
         self.counters.vectors_stored += len(message.k)
 
     def _fetch(self, message: Fetch) -> Fetched:
@@ -217,11 +209,11 @@ class AttentionWorker:
         spec, batch = self._layer(message)
         if isinstance(message, Exchange) and batch.fused:
             raise ProtocolError(f"an exchange for batch {message.batch}, whose queries need its own keys stored first")
-        if not batch.plans:
+        if not batch.readings:
             raise ProtocolError(f"query for batch {message.batch}, none of whose rows read")
-        plan = batch.plans[spec.window]
+        reading = batch.readings[self._policies[message.layer]]
         try:
-            out, lse = self._kernels.attend(self._pages, plan, spec.kv_layer, message.q, spec.scale, spec.soft_cap)
+            out, lse = self._reader.attend(reading, message.layer, message.q)
         except ValueError as error:
             raise ProtocolError(f"query of batch {message.batch}: {error}") from error
         self.counters.queries += len(message.q)

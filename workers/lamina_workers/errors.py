@@ -21,6 +21,10 @@ class KernelsUnavailable(LaminaError):
     """The attention kernels that were asked for cannot run in this process."""
 
 
+class PolicyError(LaminaError):
+    """A KV policy is unknown, its parameters contradict, or it does not fit the model."""
+
+
 class KVError(LaminaError):
     """A holder was asked for something its parts do not allow; nothing has changed."""
 

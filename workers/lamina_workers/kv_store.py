@@ -17,11 +17,14 @@ import numpy.typing as npt
 
 from lamina_protocols.messages import Close, Fork, HolderConfig, Open, Operation, Row
 from lamina_workers.errors import KVError, PoolExhausted
+from lamina_workers.policies.policy import Policy
+from lamina_workers.retention import Group, Retention, returns_to
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 NO_PAGE = -1
+ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a mean begins to stand in one step
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,7 +36,19 @@ class Part:
     hi: int
     held: int
     table: Int32  # [layers, len(heads), capacity]
-    freed: Int32  # [layers]: slots below this were freed because no later query can see them
+    freed: Int32  # [layers, len(heads)]: slots below this, but for sinks, hold nothing that a later query sees
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Absorbed:
+    """Pages that a part, which begins at position `lo`, has let go and that a mean stands for from now on: they must be
+    read before anything is written. cells: bool `[layers, heads]`; pages: int32 `[cells, slots]`, in the order of the
+    cells that are set."""
+
+    handle: int
+    lo: int
+    cells: npt.NDArray[np.bool_]
+    pages: Int32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +58,7 @@ class Reservation:
     copies_from: Int32  # [n] pages whose content the first writer must keep
     copies_to: Int32  # [n] pages that take it
     floors: tuple[int, ...]  # per row
+    absorbed: tuple[Absorbed, ...] = ()
 
 
 class KVStore:
@@ -54,13 +70,13 @@ class KVStore:
         self.config = config
         self.n_pages = n_pages
         self._layers = 1 + max(spec.kv_layer for spec in config.layers)
-        self._windows = _windows(config, self._layers)
-        self._windowed = np.flatnonzero(self._windows >= 0)
+        self._retention = Retention(config)
         self._parts: dict[int, Part] = {}
         self._references = np.zeros(n_pages, np.int32)
         self._free = np.arange(n_pages - 1, -1, -1, dtype=np.int32)  # a stack: the page freed last is warm
         self._n_free = n_pages
         self._undo: list[Callable[[], None]] = []
+        self._absorbed: list[Absorbed] = []
 
     @property
     def free_pages(self) -> int:
@@ -84,7 +100,7 @@ class KVStore:
         Raises PoolExhausted (pages short) or KVError (unknown handle, gap, below the floor, a stored part with two
         rows). Whatever it raises, nothing has changed.
         """
-        self._undo = []
+        self._undo, self._absorbed = [], []
         try:
             for operation in operations:
                 self._apply(operation)
@@ -95,7 +111,7 @@ class KVStore:
                     raise KVError(f"part {row.handle} has {handles[row.handle]} rows; a part that is stored to has one")
             for row in rows:
                 if row.store:
-                    self._cut(self._parts[row.handle], row.start)
+                    self._cut(self._parts[row.handle], row)
             return self._reserve(rows)
         except BaseException:
             for undo in reversed(self._undo):
@@ -112,6 +128,14 @@ class KVStore:
         slot, offset = np.divmod(np.arange(first, end) - part.lo, size)
         return part.table[:, :, slot].transpose(0, 2, 1).astype(np.int64) * size + offset[:, None]
 
+    def gap(self, part: Part, policy: Policy) -> tuple[int, int]:
+        """The slots [first, end) of a part's heads of a compensated policy for which a mean stands."""
+        for group in self._retention.groups(part.heads):
+            if group.policy == policy:
+                first = self._sinks_of(part, group)
+                return first, max(first, int(part.freed[group.cells].max()))
+        return 0, 0
+
     def check_integrity(self) -> None:
         """Raise KVError unless tables, reference counts and the free stack agree."""
         counted = np.zeros(self.n_pages, np.int32)
@@ -121,13 +145,13 @@ class KVStore:
                 raise KVError(f"part {handle} names page {held.max()} of {self.n_pages}")
             if not part.lo <= part.held <= part.hi:
                 raise KVError(f"part {handle} holds up to {part.held}, outside [{part.lo}, {part.hi}]")
-            for layer, freed in enumerate(part.freed):
-                row = part.table[layer]
-                held_slots = np.arange(row.shape[1])
-                inside = (held_slots >= freed) & (held_slots < self._slots(part.held - part.lo))
-                if (row[:, inside] == NO_PAGE).any():
+            slots = np.arange(part.table.shape[2])
+            gone = (slots >= self._sink_slots(part)[..., None]) & (slots < part.freed[..., None])
+            inside = ~gone & (slots < self._slots(part.held - part.lo))
+            for layer in range(self._layers):
+                if (part.table[layer][inside[layer]] == NO_PAGE).any():
                     raise KVError(f"part {handle} lacks a page in layer {layer} that it should hold")
-                if (row[:, held_slots < freed] != NO_PAGE).any():
+                if (part.table[layer][~inside[layer]] != NO_PAGE).any():
                     raise KVError(f"part {handle} keeps a freed page in layer {layer}")
             np.add.at(counted, held, 1)
         if (counted != self._references).any():
@@ -147,7 +171,9 @@ class KVStore:
         match operation:
             case Open(handle, heads, lo, hi):
                 self._check_open(operation)
-                part = Part(heads, lo, hi, lo, self._table(len(heads), 0), np.zeros(self._layers, np.int32))
+                part = Part(
+                    heads, lo, hi, lo, self._table(len(heads), 0), np.zeros((self._layers, len(heads)), np.int32)
+                )
                 self._insert(handle, part)
             case Fork(handle, parent, length):
                 self._insert(handle, self._forked(self.part(parent), parent, length))
@@ -199,33 +225,50 @@ class KVStore:
             if not part.lo <= lo <= hi <= reach:
                 raise KVError(f"row reads [{lo}, {hi}) of part {row.handle}, allowed: within [{part.lo}, {reach}]")
 
-    def _cut(self, part: Part, start: int) -> None:
-        """Cut back to `start`, then free what no query at `start` or later can see."""
+    def _cut(self, part: Part, row: Row) -> None:
+        """Cut back to the row's start, then free what no query there or later can see, or what a mean stands for."""
+        start = row.start
         before, part.held = part.held, max(part.lo, min(part.held, start))
         self._undo.append(lambda: setattr(part, "held", before))
         used = self._slots(part.held - part.lo)
-        self._drop(part, np.s_[:, :, used:])
-        for layer in map(int, self._windowed):
-            seen_from = start - int(self._windows[layer]) + 1  # the lowest position that a query at start sees
-            freed = min(max(0, (seen_from - part.lo) // self.config.page_size), used)
-            previous = int(part.freed[layer])
-            if freed > previous:
-                self._drop(part, np.s_[layer, :, previous:freed])
-                self._set_freed(part, layer, previous, freed)
+        tail = part.table[:, :, used:]
+        self._drop(tail, tail != NO_PAGE)
+        for group in self._retention.groups(part.heads):
+            lowest = group.policy.seen_from(start)
+            if group.policy.compensated and row.chooses and row.read is not None:
+                lowest = self._absorbs_to(part, group, min(group.policy.kept_from(start), row.read[1]))
+            freed = min(max(0, (lowest - part.lo) // self.config.page_size), used)
+            gone = self._let_go(part, group, freed)
+            if group.policy.compensated and gone.size:
+                pages = gone.reshape(np.count_nonzero(group.cells), -1)
+                self._absorbed.append(Absorbed(row.handle, part.lo, group.cells, pages))
 
-    def _set_freed(self, part: Part, layer: int, previous: int, freed: int) -> None:
-        part.freed[layer] = freed
-        self._undo.append(lambda: part.freed.__setitem__(layer, previous))
+    def _absorbs_to(self, part: Part, group: Group, position: int) -> int:
+        """Up to where pages below `position` are let go in this step. Reading them takes time, so a long prompt's are
+        let go in several."""
+        held = max(int(part.freed[group.cells].max()), self._sinks_of(part, group))
+        return min(position, part.lo + (held + ABSORBED_AT_ONCE) * self.config.page_size)
 
-    def _drop(self, part: Part, where: tuple[slice | int, ...]) -> None:
-        view = part.table[where]
-        held = view[view != NO_PAGE]
-        if not held.size:
-            return
-        before = view.copy()
-        view[...] = NO_PAGE
-        self._undo.append(lambda: view.__setitem__(..., before))
-        self._release(held)
+    def _let_go(self, part: Part, group: Group, freed: int) -> Int32:
+        """Free a group's slots below `freed`, but for its sinks. Returns the pages, int32 `[n]`, cell by cell."""
+        before = part.freed.copy()
+        part.freed[group.cells] = np.maximum(before[group.cells], freed)
+        if (part.freed == before).all():
+            return _NO_PAGES
+        self._undo.append(lambda: part.freed.__setitem__(..., before))
+        kept = max(int(before[group.cells].min()), self._sinks_of(part, group))
+        view = part.table[:, :, kept:freed]
+        slots = np.arange(kept, freed)
+        return self._drop(view, group.cells[..., None] & (slots >= before[..., None]) & (view != NO_PAGE))
+
+    def _drop(self, view: Int32, where: npt.NDArray[np.bool_]) -> Int32:
+        """Let go of the pages that `view`, a part of a table, names there, and return them."""
+        pages: Int32 = view[where]
+        if pages.size:
+            view[where] = NO_PAGE
+            self._undo.append(lambda: view.__setitem__(where, pages))
+            self._release(pages)
+        return pages
 
     def _reserve(self, rows: Sequence[Row]) -> Reservation:
         """Pages for all that the storing rows can write. Counted first: a refusal takes nothing."""
@@ -245,6 +288,7 @@ class KVStore:
             np.concatenate([_NO_PAGES, *(source for source, _ in copies)]),
             np.concatenate([_NO_PAGES, *(target for _, target in copies)]),
             tuple(self._floor(self._parts[row.handle]) for row in rows),
+            tuple(self._absorbed),
         )
 
     def _shared(self, part: Part, first: int, _end: int) -> npt.NDArray[np.bool_]:
@@ -300,13 +344,24 @@ class KVStore:
         return -(-tokens // self.config.page_size)
 
     def _floor(self, part: Part) -> int:
-        """The lowest length to which the part can return: there every window must still be whole."""
-        size = self.config.page_size
+        """The lowest length to which the part can return: there all that any query sees must still be held."""
         lowest = 0
-        for layer in self._windowed:
-            if freed := int(part.freed[layer]):
-                lowest = max(lowest, part.lo + freed * size + int(self._windows[layer]) - 1)
+        for group in self._retention.groups(part.heads):
+            freed = int(part.freed[group.cells].max())
+            if freed > self._sinks_of(part, group):
+                lowest = max(lowest, returns_to(group.policy, part.lo + freed * self.config.page_size))
         return lowest
+
+    def _sinks_of(self, part: Part, group: Group) -> int:
+        """The part's slots that hold sinks, which stay."""
+        return self._slots(max(0, group.policy.sinks - part.lo))
+
+    def _sink_slots(self, part: Part) -> Int32:
+        """The same for every layer and head, `[layers, heads]`."""
+        slots = np.zeros_like(part.freed)
+        for group in self._retention.groups(part.heads):
+            slots[group.cells] = self._sinks_of(part, group)
+        return slots
 
     # The pool.
 
@@ -340,15 +395,6 @@ class KVStore:
             self._references[pages] += 1
 
         self._undo.append(undo)
-
-
-def _windows(config: HolderConfig, layers: int) -> Int32:
-    """Per stored layer the window of its readers, -1 where one of them sees everything."""
-    windows = np.zeros(layers, np.int32)
-    for spec in config.layers:
-        narrow = spec.window is not None and windows[spec.kv_layer] >= 0
-        windows[spec.kv_layer] = max(windows[spec.kv_layer], spec.window or 0) if narrow else -1
-    return windows
 
 
 _NO_PAGES = np.empty(0, np.int32)

@@ -10,8 +10,10 @@ import torch
 
 from lamina_kernels.pages import DTYPES, PageLayout
 from lamina_kernels.select import Kernels, kernels
+from lamina_kernels.sketches import SketchLayout
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.errors import KernelsUnavailable, KVError, UnsupportedModelError
+from lamina_workers.retention import layer_policies
 
 KV_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -43,9 +45,20 @@ def page_layout(config: HolderConfig) -> PageLayout:
         raise UnsupportedModelError(f"the kernels of this process cannot keep such KV: {error}") from error
 
 
+def sketched(config: HolderConfig) -> bool:
+    """Whether a policy of the holder reads sketches of pages."""
+    return any(policy.sketched for spec in config.layers for policy in layer_policies(spec))
+
+
+def page_cost(config: HolderConfig) -> int:
+    """Bytes of a page, and of its sketch where policies read one."""
+    layout = page_layout(config)
+    return layout.page_bytes + (SketchLayout(layout).sketch_bytes if sketched(config) else 0)
+
+
 def page_count(config: HolderConfig) -> int:
     """How many pages `kv_memory` holds. Raises KVError where there is not even one for each layer that keeps KV."""
-    page_bytes = page_layout(config).page_bytes
+    page_bytes = page_cost(config)
     least = (1 + max(spec.kv_layer for spec in config.layers)) * page_bytes
     if config.kv_memory < least:
         raise KVError(f"kv_memory is {config.kv_memory} bytes; the least is {least}, one page for each layer with KV")

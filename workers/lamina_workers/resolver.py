@@ -19,12 +19,14 @@ import torch
 
 from lamina_kernels.pages import Pages
 from lamina_kernels.partial import Partial, empty
-from lamina_kernels.rows import Rows
-from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, LayerSpec, Query, Row
+from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query, Row
 from lamina_workers.attention_port import Replies
 from lamina_workers.errors import HolderFault
 from lamina_workers.layout import attention_kernels, page_layout
 from lamina_workers.model import Forward, KeyValueReady, QueryReady
+from lamina_workers.policies.policy import Policy
+from lamina_workers.retention import layer_policies
+from lamina_workers.row_builder import Asked, RowBuilder
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ class Resolver:
                     holder.send_query(epoch, batch, layer, q)
             else:
                 holder.send_both(epoch, batch, layer, q, kv)
-        whole = present.attend(spec, q, kv.k, kv.v)
+        whole = present.attend(layer, q, kv.k, kv.v)
         for holder in traffic:
             if not holder.reads:
                 continue
@@ -267,7 +269,8 @@ class _Present:
         self._kernels = attention_kernels()
         self._pages = Pages.allocate(page_layout(config), 1)
         self._slots: Any = None
-        self._plans: dict[int | None, Any] = {}  # by window; empty where no span was chosen
+        self._plans: dict[tuple[Policy, ...], Any] = {}  # by the heads' policies; empty where no span was chosen
+        self._policies = [layer_policies(spec) for spec in config.layers]
         self._queries: torch.Tensor | None = None  # which vectors of the flat q they are, None: all
         self._fresh: torch.Tensor | None = None  # and of the flat k and v
         self._tokens = 0
@@ -297,26 +300,24 @@ class _Present:
         self._queries = _index(vectors, self._tokens * spec.heads)
         self._fresh = _index(fresh, self._tokens * spec.kv_heads)
         self._slots = self._kernels.plan_append(self._pages, torch.from_numpy(np.concatenate(slots)[None]))
-        starts, counts = (np.array([getattr(spans[at], name) for at in chosen]) for name in ("start", "count"))
-        sizes = counts * spec.heads
-        heads, group = np.full(len(chosen), spec.kv_heads), np.full(len(chosen), spec.group)
-        rows = Rows(np.cumsum(sizes) - sizes, counts, starts, heads, group, starts, starts + counts, starts, tables)
         # The holders are attending the past meanwhile, perhaps on these cores: a few tokens are not worth a team.
-        threads = self._threads if sizes.sum() > _FEW_VECTORS else 1
-        self._plans = {
-            window: self._kernels.plan(self._pages, rows.within(window), threads)
-            for window in {layer.window for layer in self._layers}
-        }
+        threads = self._threads if sum(spans[at].count for at in chosen) * spec.heads > _FEW_VECTORS else 1
+        for policies in dict.fromkeys(self._policies):
+            rows, asked = RowBuilder(size), 0
+            for at, table in zip(chosen, tables, strict=True):
+                start, count = spans[at].start, spans[at].count
+                rows.add(Asked(asked, start, count, spec.group, start, start + count, start, table), policies)
+                asked += count * spec.heads
+            self._plans[policies] = self._kernels.plan(self._pages, rows.rows(), threads)
 
-    def attend(self, spec: LayerSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial | None:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial | None:
         """q `[T, heads, d_k]`, k `[T, kv_heads, d_k]`, v `[T, kv_heads, d_v]` of one layer, all spans. Vectors of
         spans that were not chosen come back empty; None where none was."""
         if not self._plans:
             return None
         self._kernels.append(self._pages, self._slots, 0, _pick(k, self._fresh), _pick(v, self._fresh))
-        out, lse = self._kernels.attend(
-            self._pages, self._plans[spec.window], 0, _pick(q, self._queries), spec.scale, spec.soft_cap
-        )
+        spec, plan = self._layers[layer], self._plans[self._policies[layer]]
+        out, lse = self._kernels.attend(self._pages, plan, 0, _pick(q, self._queries), spec.scale, spec.soft_cap)
         if self._queries is None:
             return Partial(out, lse)
         whole = empty(self._tokens * spec.heads, spec.d_v, out.dtype, out.device)

@@ -1,0 +1,630 @@
+"""The inner loops over page sketches, written as LLVM IR over vectors of 16 floats.
+
+Each public function is a numba intrinsic: called from compiled code, it is emitted in place. Addresses and sizes are
+int64, `kind` and `unit` compile-time constants. Knows how a sketch is laid out (`sketches.SketchLayout`); knows nothing
+of tables, items or threads.
+
+What is computed for up to LANES pages at once stands in *rows* of 64 bytes: that of query head r and page p is number
+LANES * r + p, so that one tree of shuffles reduces the rows of a head's pages to a register.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from lamina_kernels.emitter import F32, I32, I64, LANES, V16, VB, VF, VH, VI, VS, VY, Emitter, Kind, Value, cpu_has
+from lamina_kernels.intrinsics import LOG2E, from_half, literals, to_half
+
+LINE = 64  # bytes of a row
+HEADS = 8  # query heads computed together
+CASES = (1, 2, 3, 4, HEADS)
+FEW = 4  # query heads whose tails are summed together
+AHEAD = 12  # means that are fetched before they are needed
+EXP2 = (0.337189434618089, 0.6576362757382366, 1.001724763214558)  # of a polynomial of 2^x on [0, 1)
+MAGIC = 1.5 * 2**23  # added to a small float, it leaves the nearest integer in the low bits
+BIAS = 127 << 7  # of the exponent, in the bits of a bfloat16
+LEAST = BIAS - (90 << 7)  # the bits of 2^-90, below which a product of a step and a query is taken for that
+SLACK = 1.126  # the sum of two floats' bits is the bits of their product, or of up to 9/8 less (Mitchell)
+
+
+def _signature(literals: Sequence[Any], integers: int, floats: int = 0) -> Any:
+    return types.void(*literals, *[types.int64] * integers, *[types.float32] * floats)
+
+
+def _order(*lanes: Sequence[int]) -> Value:
+    return ir.Constant(VI, [ir.Constant(I32, i) for lane in lanes for i in lane])
+
+
+# The masks of a tree's four levels: which lanes of two vectors face each other.
+_LEVELS = [
+    (
+        _order(*[(4 * k, 16 + 4 * k, 4 * k + 1, 17 + 4 * k) for k in range(4)]),
+        _order(*[(4 * k + 2, 18 + 4 * k, 4 * k + 3, 19 + 4 * k) for k in range(4)]),
+    ),
+    (
+        _order(*[(4 * k, 4 * k + 1, 16 + 4 * k, 17 + 4 * k) for k in range(4)]),
+        _order(*[(4 * k + 2, 4 * k + 3, 18 + 4 * k, 19 + 4 * k) for k in range(4)]),
+    ),
+    (_order(range(8), range(16, 24)), _order(range(8, 16), range(24, 32))),
+    (
+        _order(range(4), range(8, 12), range(16, 20), range(24, 28)),
+        _order(range(4, 8), range(12, 16), range(20, 24), range(28, 32)),
+    ),
+]
+
+
+def _tree(e: Emitter, rows: Value, kind: Any, join: Callable[[Value, Value], Value]) -> Value:
+    """A vector whose lane i joins the 16 lanes of row i, for 16 rows from a pointer on."""
+
+    def reduced(first: int, level: int) -> Value:
+        if level < 0:
+            return e.load(e.at(rows, LINE * first), kind)
+        a, b = reduced(first, level - 1), reduced(first + (1 << level), level - 1)
+        return join(*(e.b.shuffle_vector(a, b, mask) for mask in _LEVELS[level]))
+
+    return reduced(0, len(_LEVELS) - 1)
+
+
+def _larger_bits(e: Emitter, a: Value, b: Value) -> Value:
+    return e.b.select(e.b.icmp_unsigned(">", a, b), a, b)
+
+
+def _smaller(e: Emitter, a: Value, b: Value) -> Value:
+    return e.b.select(e.b.fcmp_ordered("<", a, b), a, b)
+
+
+def _half_words(x: int) -> Value:
+    return ir.Constant(V16, [ir.Constant(ir.IntType(16), x)] * 2 * LANES)
+
+
+def _load_keys(
+    e: Emitter, code: int, keys: Value, pair: Value, token: Value, size: Value, scales: Value
+) -> list[Value]:
+    """Channels 2 * pair and 2 * pair + 1 of 16 tokens from `token` on, of a K block of `size` tokens, as floats."""
+    b = e.b
+    if code in (Kind.FLOAT32, Kind.FLOAT16):
+        width, kind = (4, VF) if code == Kind.FLOAT32 else (2, VH)
+        first = b.add(b.mul(b.shl(pair, I64(1)), size), token)
+        places = [e.at(keys, b.mul(x, I64(width))) for x in (first, b.add(first, size))]
+        loaded = [e.load(p, kind, width) for p in places]
+        return loaded if code == Kind.FLOAT32 else [b.fpext(x, VF) for x in loaded]
+    place = b.add(b.mul(pair, size), token)
+    if code == Kind.INT8:
+        pairs = e.load(e.at(keys, b.shl(place, I64(1))), VS, 2)
+        byte = ir.Constant(VS, [ir.Constant(ir.IntType(16), 8)] * LANES)
+        factor = e.load(e.at(scales, b.shl(token, I64(2))), VF)
+        both = b.ashr(b.shl(pairs, byte), byte), b.ashr(pairs, byte)
+        return [b.fmul(b.sitofp(b.sext(x, VI), VF), factor) for x in both]
+    pairs = e.load(e.at(keys, b.shl(place, I64(2))), VI)
+    return [b.bitcast(b.shl(pairs, e.bits(16)), VF), b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF)]
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def seal_keys(
+    context: Any,
+    kind: Any,
+    unit: Any,
+    keys: Any,
+    scales: Any,
+    size: Any,
+    d: Any,
+    codes: Any,
+    steps: Any,
+    lows: Any,
+    scratch: Any,
+) -> Any:
+    """The 4-bit codes of a K block of `size` tokens and d channels, and bfloat16 step and low of each channel.
+
+    scales: float32 `[size]`, read for INT8 alone; scratch: 34 rows. code = round((k - low) / step), from 0 to 15,
+    where step = (high - low) / 15, with both as they are stored. Where a number is not finite, low is NaN for the 16
+    channels about it: that must be seen.
+    """
+    code, width = literals(kind, unit)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        keys, scales, codes, steps, lows, scratch = (e.pointer(args[i]) for i in (2, 3, 6, 7, 8, 9))
+        size, d = args[4], args[5]
+        least, most = scratch, e.at(scratch, LINE * LANES)
+        inverse, low_floats = e.at(scratch, 2 * LINE * LANES), e.at(scratch, 2 * LINE * LANES + LINE)
+        vectors, low_start, high_start = b.lshr(size, I64(4)), e.number(float("inf")), e.number(float("-inf"))
+
+        def channels(group: Value) -> list[Value]:
+            first = b.shl(group, I64(3))  # pair of channels
+            nothing = e.number(0.0)  # NaN where a number is not finite
+            for j in range(LANES // 2):
+                pair = b.add(first, I64(j))
+
+                def tokens(i: Value, *found: Value, pair: Value = pair) -> list[Value]:
+                    both = _load_keys(e, code, keys, pair, b.shl(i, I64(4)), size, scales)
+                    new = [_smaller(e, x, low) for x, low in zip(both, found[:2], strict=True)]
+                    new += [e.larger(x, high) for x, high in zip(both, found[2:4], strict=True)]
+                    return [*new, e.fma(both[1], e.number(0.0), e.fma(both[0], e.number(0.0), found[4]))]
+
+                *found, nothing = e.loop(vectors, [low_start] * 2 + [high_start] * 2 + [nothing], tokens)
+                for half in range(2):
+                    e.store(found[half], e.at(least, LINE * (2 * j + half)))
+                    e.store(found[2 + half], e.at(most, LINE * (2 * j + half)))
+            nothing = e.splat(e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), nothing))
+            low = to_half(e, b.fadd(_tree(e, least, VF, lambda x, y: _smaller(e, x, y)), nothing))
+            low_float = from_half(e, low)
+            step = b.fmul(b.fsub(_tree(e, most, VF, e.larger), low_float), e.number(1 / 15))
+            step_half = to_half(e, step)
+            step = from_half(e, step_half)
+            usable = b.fcmp_ordered(">", step, e.number(1e-37))
+            e.store(b.select(usable, b.fdiv(e.number(1.0), step), e.number(0.0)), inverse)
+            e.store(low_float, low_floats)
+            at = b.shl(group, I64(5))
+            e.store(step_half, e.at(steps, at), 2)
+            e.store(low, e.at(lows, at), 2)
+
+            def strip(i: Value) -> list[Value]:
+                begin = b.mul(i, I64(16 * width))
+                place = b.mul(begin, b.lshr(d, I64(1)))  # of the strip's codes: half a byte a number
+                place = e.at(codes, b.add(place, b.shl(group, I64(8 if width == 2 else 7))))
+                for line in range(4 if width == 2 else 2):
+                    word = e.bits(0)
+                    for half in range(2):  # low and high half of the bytes: other tokens, or other channels
+                        quad = line if width == 2 else 2 * line + half
+                        token = b.add(begin, I64(16 * half if width == 2 else 0))
+                        for couple in range(2):
+                            pair = b.add(first, I64(2 * quad + couple))
+                            both = _load_keys(e, code, keys, pair, token, size, scales)
+                            for k, x in enumerate(both):
+                                channel = 4 * quad + 2 * couple + k
+                                own = e.splat(e.load(e.at(low_floats, 4 * channel), F32))
+                                x = b.fmul(b.fsub(x, own), e.splat(e.load(e.at(inverse, 4 * channel), F32)))
+                                x = _smaller(e, e.larger(x, e.number(0.0)), e.number(15.0))
+                                shift = 8 * (2 * couple + k) + 4 * half
+                                word = b.or_(word, b.shl(e.nearest(x), e.bits(shift)))
+                    e.store(word, e.at(place, LINE * line))
+                return []
+
+            e.loop(b.udiv(size, I64(16 * width)), [], strip)
+            return []
+
+        e.loop(b.lshr(d, I64(4)), [], channels)
+        return context.get_dummy_value()
+
+    return _signature([kind, unit], 8), emit
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def seal_values(context: Any, kind: Any, values: Any, scales: Any, size: Any, d: Any, mean: Any) -> Any:
+    """mean <- the mean over `size` tokens of a V block of d channels, as bfloat16; scales as in `seal_keys`."""
+    (code,) = literals(kind)
+    pack = {Kind.FLOAT32: 1, Kind.FLOAT16: 1, Kind.INT8: 4}.get(Kind(code), 2)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        values, scales, mean = (e.pointer(args[i]) for i in (1, 2, 5))
+        size, d = args[3], args[4]
+        stride = b.mul(d, I64(2 if code == Kind.FLOAT16 else 4))
+
+        def channels(i: Value) -> list[Value]:
+            start = e.at(values, b.shl(i, I64(5 if code == Kind.FLOAT16 else 6)))
+
+            def token(t: Value, place: Value, total: Value) -> list[Value]:
+                if code == Kind.FLOAT32:
+                    total = b.fadd(total, e.load(place, VF))
+                elif code == Kind.FLOAT16:
+                    total = b.fadd(total, b.fpext(e.load(place, VH, 2), VF))
+                elif code == Kind.INT8:
+                    fours = e.load(place, VI)
+                    for j in range(4):
+                        number = b.sitofp(b.ashr(b.shl(fours, e.bits(24 - 8 * j)), e.bits(24)), VF)
+                        at = b.shl(b.add(b.shl(t, I64(2)), I64(j)), I64(2))
+                        total = e.fma(number, e.splat(e.load(e.at(scales, at), F32)), total)
+                else:
+                    pairs = e.load(place, VI)
+                    total = b.fadd(total, b.bitcast(b.shl(pairs, e.bits(16)), VF))
+                    total = b.fadd(total, b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF))
+                return [e.at(place, stride), total]
+
+            total = e.loop(b.udiv(size, I64(pack)), [start, e.number(0.0)], token)[1]
+            count = e.splat(b.sitofp(size, F32))
+            e.store(to_half(e, b.fdiv(total, count)), e.at(mean, b.shl(i, I64(5))), 2)
+            return []
+
+        e.loop(b.lshr(d, I64(4)), [], channels)
+        return context.get_dummy_value()
+
+    return _signature([kind], 5), emit
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def spread(context: Any, query: Any, d: Any, padded: Any, floats: Any, halves: Any, bounds: Any) -> Any:
+    """One query vector as the loops read it, and what it adds to each logit: 0, or NaN if it is not finite.
+
+    query: float32 `[d]`; floats: the same; halves: as bfloat16 `[padded]`; bounds: the bits of its size as bfloat16,
+    rounded up, `[padded]`. padded: d, or more by 16, where zeros are written.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        query, floats, halves, bounds = (e.pointer(args[i]) for i in (0, 3, 4, 5))
+        d, padded = args[1], args[2]
+        zeros = ir.Constant(VS, [ir.Constant(ir.IntType(16), 0)] * LANES)
+        last = b.shl(b.sub(padded, I64(LANES)), I64(1))
+        for target in (halves, bounds):
+            e.store(zeros, e.at(target, last), 2)
+
+        def step(i: Value, nothing: Value) -> list[Value]:
+            x = e.load(e.at(query, b.shl(i, I64(6))), VF)
+            e.store(x, e.at(floats, b.shl(i, I64(6))))
+            e.store(to_half(e, x), e.at(halves, b.shl(i, I64(5))), 2)
+            size = b.add(b.and_(b.bitcast(x, VI), e.bits(0x7FFFFFFF)), e.bits(0xFFFF))
+            e.store(b.trunc(b.lshr(size, e.bits(16)), VS), e.at(bounds, b.shl(i, I64(5))), 2)
+            return [e.fma(x, e.number(0.0), nothing)]
+
+        nothing = e.loop(b.lshr(d, I64(4)), [e.number(0.0)], step)[0]
+        return e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), nothing)
+
+    return types.float32(*[types.int64] * 6), emit
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def bound(
+    context: Any,
+    rows: Any,
+    pages: Any,
+    places: Any,
+    steps_at: Any,
+    chunks: Any,
+    bounds: Any,
+    halves: Any,
+    tops: Any,
+    dots: Any,
+) -> Any:
+    """Of some pages and up to HEADS query vectors: a bound of |q| * step over the channels, and q . low.
+
+    places: int64 `[pages]`, where sketches are; steps_at: bytes to the steps, bfloat16 `[32 * chunks]`, behind which
+    the lows stand; bounds, halves: those of `spread`, a query vector after the other; tops: to the rows of the first
+    query vector and page, bits of the products; dots: to rows likewise, summands of q . low.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        rows, pages, steps_at, chunks = args[0], args[1], args[3], args[4]
+        places, bounds, halves, tops, dots = (e.pointer(args[i]) for i in (2, 5, 6, 7, 8))
+        size = b.shl(chunks, I64(6))
+
+        def tile(count: int) -> None:
+            def page(p: Value) -> list[Value]:
+                steps = e.pointer(b.add(e.load(e.at(places, b.shl(p, I64(3))), I64, 8), steps_at))
+                lows, row = e.at(steps, size), b.shl(p, I64(6))
+
+                def chunk(i: Value, *found: Value) -> list[Value]:
+                    at = b.shl(i, I64(6))
+                    step, low = e.load(e.at(steps, at), V16), e.load(e.at(lows, at), VI)
+                    new = []
+                    for r in range(count):
+                        product = b.add(step, e.load(e.at(bounds, b.add(at, b.mul(size, I64(r)))), V16))
+                        new.append(_larger_bits(e, product, found[r]))
+                    for r in range(count):
+                        half = e.load(e.at(halves, b.add(at, b.mul(size, I64(r)))), VI)
+                        new.append(_add_halves(e, half, low, found[count + r]))
+                    return new
+
+                found = e.loop(chunks, [_half_words(0)] * count + [e.number(0.0)] * count, chunk)
+                for r in range(count):
+                    top, at = b.bitcast(found[r], VI), b.add(row, I64(LINE * LANES * r))
+                    top = _larger_bits(e, b.lshr(top, e.bits(16)), b.and_(top, e.bits(0xFFFF)))
+                    e.store(top, e.at(tops, at))
+                    e.store(found[count + r], e.at(dots, at))
+                return []
+
+            e.loop(pages, [], page)
+
+        e.choose(rows, CASES, tile)
+        return context.get_dummy_value()
+
+    return _signature([], 9), emit
+
+
+def _add_halves(e: Emitter, a: Value, b: Value, total: Value) -> Value:
+    """total[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1], of bfloat16 seen as int32."""
+    if cpu_has("avx512bf16"):
+        return e.call("llvm.x86.avx512bf16.dpbf16ps.512", VF, total, e.b.bitcast(a, VB), e.b.bitcast(b, VB))
+    for part in (lambda x: e.b.shl(x, e.bits(16)), lambda x: e.b.and_(x, e.bits(0xFFFF0000))):
+        total = e.fma(e.b.bitcast(part(a), VF), e.b.bitcast(part(b), VF), total)
+    return total
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def settle_bounds(
+    context: Any, tops: Any, dots: Any, inverses: Any, factors: Any, bases: Any, nothing: Any, scale: Any
+) -> Any:
+    """From the rows of LANES pages of one query vector to what it is to be multiplied with as whole numbers.
+
+    inverses: float32 `[LANES]`, 127 over the bound of |q| * step; factors: scale over that; bases: scale * q . low.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        tops, dots, inverses, factors, bases = (e.pointer(a) for a in args[:5])
+        nothing, scale = e.splat(args[5]), e.splat(args[6])
+        top = _tree(e, tops, VI, lambda x, y: _larger_bits(e, x, y))
+        top = b.sub(_larger_bits(e, top, e.bits(BIAS + LEAST)), e.bits(BIAS))
+        most = b.fmul(b.bitcast(b.shl(top, e.bits(16)), VF), e.number(SLACK / 127))
+        e.store(b.fdiv(e.number(1.0), most), inverses)
+        e.store(b.fmul(most, scale), factors)
+        e.store(b.fadd(b.fmul(_tree(e, dots, VF, b.fadd), scale), nothing), bases)
+        return context.get_dummy_value()
+
+    return _signature([], 5, 2), emit
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def judge(
+    context: Any,
+    unit: Any,
+    rows: Any,
+    pages: Any,
+    places: Any,
+    ahead: Any,
+    sketch_bytes: Any,
+    steps_at: Any,
+    strips: Any,
+    d: Any,
+    floats: Any,
+    panel: Any,
+    inverses: Any,
+    factors: Any,
+    bases: Any,
+    logits: Any,
+    tops: Any,
+) -> Any:
+    """Logits of up to HEADS query vectors against the keys of some pages, from their codes.
+
+    places, ahead: int64 `[pages]`, where the sketches are, and those to fetch meanwhile, in `strips` strips of
+    16 * unit tokens; floats: float32 `[rows, d]`; panel: scratch, int8 `[rows, d]`: the queries times steps and
+    inverses, in whole numbers. inverses, factors, bases: those of `settle_bounds` for the first query vector and page;
+    logits: float32 `[rows, LANES, 16 * unit * strips]`, of the largest of which, in each lane, there is a row in tops.
+    """
+    (width,) = literals(unit)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        rows, pages, sketch_bytes, steps_at, strips, d = (args[i] for i in (1, 2, 5, 6, 7, 8))
+        places, ahead, floats, panel, inverses, factors, bases, logits, tops = (
+            e.pointer(args[i]) for i in (3, 4, 9, 10, 11, 12, 13, 14, 15)
+        )
+        low, high = e.bits(0x0F0F0F0F), e.bits(0xF0F0F0F0)
+        lines = b.lshr(d, I64(2 if width == 2 else 3))
+        size = b.mul(strips, I64(width * LINE))  # of a page's logits
+        others = b.lshr(b.sub(sketch_bytes, steps_at), I64(6))  # lines of a sketch that have no codes, all but parts
+
+        def make_panel(count: int, steps: Value, at: Value) -> None:
+            own = [e.splat(e.load(e.at(inverses, b.add(at, I64(4 * LANES * r))), F32)) for r in range(count)]
+
+            def chunk(i: Value) -> list[Value]:
+                step = from_half(e, e.load(e.at(steps, b.shl(i, I64(5))), VS, 2))
+                for r in range(count):
+                    place = b.add(b.shl(i, I64(4)), b.mul(d, I64(r)))
+                    x = b.fmul(step, e.load(e.at(floats, b.shl(place, I64(2))), VF))
+                    x = b.bitcast(e.fma(x, own[r], e.number(MAGIC)), VI)
+                    e.store(b.trunc(x, VY), e.at(panel, place), 1)
+                return []
+
+            e.loop(b.lshr(d, I64(4)), [], chunk)
+
+        def tile(count: int) -> None:
+            def line(j: Value, near: Value, far: Value, place: Value, *sums: Value) -> list[Value]:
+                e.fetch(far)
+                stored, new = e.load(near, VI), list(sums)
+                parts = [b.and_(stored, low), b.and_(stored, high)]
+                if width == 1:
+                    parts[1] = b.lshr(parts[1], e.bits(4))
+                for r in range(count):
+                    at = e.at(place, b.mul(d, I64(r)))
+                    for half in range(2):
+                        word = e.splat(e.load(at if width == 2 or half == 0 else e.at(at, 4), I32))
+                        slot = width * r + (half if width == 2 else 0)
+                        new[slot] = e.add_fours(new[slot], parts[half], word)
+                return [e.at(near, LINE), e.at(far, LINE), e.at(place, 8 // width), *new]
+
+            def page(p: Value) -> list[Value]:
+                at = b.shl(p, I64(2))
+                near, far = (e.pointer(e.load(e.at(x, b.shl(p, I64(3))), I64, 8)) for x in (places, ahead))
+                make_panel(count, e.at(near, steps_at), at)
+                own = [e.splat(e.load(e.at(factors, b.add(at, I64(4 * LANES * r))), F32)) for r in range(count)]
+                base = [e.splat(e.load(e.at(bases, b.add(at, I64(4 * LANES * r))), F32)) for r in range(count)]
+                worth = [[f, b.fmul(f, e.number(1 / 16))] for f in own]
+                target = e.at(logits, b.mul(p, size))
+
+                def strip(i: Value, near: Value, far: Value, *found: Value) -> list[Value]:
+                    near, far, _, *sums = e.loop(lines, [near, far, panel] + [e.bits(0)] * (width * count), line)
+                    start, new = b.mul(i, I64(width * LINE)), []
+                    for r in range(count):
+                        top, own = found[r], b.add(start, b.mul(size, I64(LANES * r)))
+                        for u in range(width):
+                            x = e.fma(b.sitofp(sums[width * r + u], VF), worth[r][u], base[r])
+                            e.store(x, e.at(target, b.add(own, I64(LINE * u))))
+                            top = e.larger(x, top)
+                        new.append(top)
+                    return [near, far, *new]
+
+                start = [near, far] + [e.number(float("-inf"))] * count
+                _, far, *found = e.loop(strips, start, strip)
+
+                def rest(i: Value, far: Value) -> list[Value]:
+                    e.fetch(far)
+                    return [e.at(far, LINE)]
+
+                e.loop(others, [far], rest)
+                for r in range(count):
+                    e.store(found[r], e.at(tops, b.add(b.shl(p, I64(6)), I64(LINE * LANES * r))))
+                return []
+
+            e.loop(pages, [], page)
+
+        e.choose(rows, CASES, tile)
+        return context.get_dummy_value()
+
+    return _signature([unit], 15), emit
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def crest(context: Any, numbers: Any, vectors: Any, top: Any) -> Any:
+    """top <- the largest of 16 * vectors floats in each lane."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        numbers = e.pointer(args[0])
+
+        def step(i: Value, top: Value) -> list[Value]:
+            return [e.larger(e.load(e.at(numbers, b.shl(i, I64(6))), VF), top)]
+
+        (top,) = e.loop(args[1], [e.number(float("-inf"))], step)
+        e.store(top, e.pointer(args[2]))
+        return context.get_dummy_value()
+
+    return _signature([], 3), emit
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def masses(
+    context: Any, unit: Any, tops: Any, logits: Any, pages: Any, strips: Any, bases: Any, out: Any
+) -> Any:
+    """out float32 `[LANES]` <- the log of the sum of 2^x over the 16 * unit * strips logits of each of `pages` pages.
+
+    tops: the rows of `judge`, overwritten; bases: what makes the result NaN where it is not finite.
+    """
+    (width,) = literals(unit)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        tops, logits, bases, out = (e.pointer(args[i]) for i in (1, 2, 5, 6))
+        pages, strips = args[3], args[4]
+        peaks = _tree(e, tops, VF, e.larger)
+        e.store(peaks, out)
+
+        def page(p: Value, place: Value) -> list[Value]:
+            peak = e.splat(e.load(e.at(out, b.shl(p, I64(2))), F32))
+
+            def step(i: Value, place: Value, *totals: Value) -> list[Value]:
+                logs = [b.fsub(e.load(e.at(place, LINE * u), VF), peak) for u in range(width)]
+                new = [b.fadd(t, _exp2(e, x)) for t, x in zip(totals, logs, strict=True)]
+                return [e.at(place, LINE * width), *new]
+
+            place, *totals = e.loop(strips, [place] + [e.number(0.0)] * width, step)
+            total = totals[0] if width == 1 else b.fadd(*totals)
+            e.store(total, e.at(tops, b.shl(p, I64(6))))
+            return [place]
+
+        e.loop(pages, [logits], page)
+        log = b.fadd(peaks, _log2(e, _tree(e, tops, VF, b.fadd)))
+        nothing = b.fmul(e.load(bases, VF), e.number(0.0))
+        e.store(e.fma(log, e.number(1 / LOG2E), nothing), out)
+        return context.get_dummy_value()
+
+    return _signature([unit], 6), emit
+
+
+def _exp2(e: Emitter, x: Value) -> Value:
+    """2 ** x to 1.8e-3, far less than the codes' error: a minimax polynomial of relative error where one instruction
+    takes the fraction and one multiplies by a power of two, which is most of the work; else as exactly as always."""
+    if not cpu_has("avx512dq"):
+        return e.exp2(x)
+    every, as_is, floor = ir.IntType(16)(-1), I32(4), I32(1)
+    fraction = e.call("llvm.x86.avx512.mask.reduce.ps.512", VF, x, floor, x, every, as_is)
+    result = e.number(EXP2[0])
+    for c in EXP2[1:]:
+        result = e.fma(result, fraction, e.number(c))
+    return e.call("llvm.x86.avx512.mask.scalef.ps.512", VF, result, x, x, every, as_is)
+
+
+def _log2(e: Emitter, x: Value) -> Value:
+    """log2(x) to 2e-7, for x of at least 2^-126: exponent, and a Chebyshev polynomial of the fraction."""
+    b = e.b
+    whole = b.bitcast(x, VI)
+    exponent = b.sitofp(b.sub(b.lshr(whole, e.bits(23)), e.bits(127)), VF)
+    mantissa = b.bitcast(b.or_(b.and_(whole, e.bits(0x7FFFFF)), e.bits(0x3F800000)), VF)
+    w = b.fsub(mantissa, e.number(1.0))
+    series = e.number(-0.012077020234711909)
+    for c in (
+        0.0627484334406473,
+        -0.15415200623469044,
+        0.25517634906150993,
+        -0.35309635327795946,
+        0.4800124607817127,
+        -0.7213067574267126,
+        1.4426947245903081,
+    ):
+        series = e.fma(series, w, e.number(c))
+    return e.fma(series, w, exponent)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def blend_means(
+    context: Any,
+    rows: Any,
+    n: Any,
+    entries: Any,
+    table: Any,
+    means: Any,
+    sketch_bytes: Any,
+    d: Any,
+    weights: Any,
+    stride: Any,
+    sums: Any,
+    totals: Any,
+) -> Any:
+    """The weighted sum of the means of n pages, and of their weights, for up to FEW query vectors.
+
+    entries: int32 `[n + AHEAD]`, of the table, int32; means: where the mean of page 0 is, bfloat16 `[d]`; weights:
+    float32, one an entry, those of the query vectors `stride` bytes apart; sums float32 `[rows, d]`, totals float32
+    `[rows]`: written.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        rows, n, means, sketch_bytes, d, stride = (args[i] for i in (0, 1, 4, 5, 6, 8))
+        entries, table, weights, sums, totals = (e.pointer(args[i]) for i in (2, 3, 7, 9, 10))
+
+        def mean_of(entry: Value, first: Value) -> Value:
+            page = b.sext(e.load(e.at(table, b.shl(entry, I64(2))), I32), I64)
+            return e.at(e.pointer(b.add(means, b.mul(page, sketch_bytes))), b.shl(first, I64(5)))
+
+        def columns(count: int, chunks: int, first: Value) -> list[Value]:
+            """`chunks` registers of channels from number `first` on."""
+
+            def step(i: Value, *carried: Value) -> list[Value]:
+                place = e.at(entries, b.shl(i, I64(2)))
+                entry, later = (b.sext(e.load(e.at(place, 4 * k), I32), I64) for k in (0, AHEAD))
+                far = mean_of(later, first)
+                for at in range(0, 32 * chunks, LINE):
+                    e.fetch(e.at(far, at))
+                near = mean_of(entry, first)
+                x = [from_half(e, e.load(e.at(near, 32 * c), VS, 2)) for c in range(chunks)]
+                weight = e.at(weights, b.shl(entry, I64(2)))
+                own = [e.splat(e.load(e.at(weight, b.mul(stride, I64(r))), F32)) for r in range(count)]
+                new = [b.fadd(w, total) for w, total in zip(own, carried[:count], strict=True)]
+                terms = [(w, y) for w in own for y in x]
+                return new + [e.fma(w, y, s) for (w, y), s in zip(terms, carried[count:], strict=True)]
+
+            found = e.loop(n, [e.number(0.0)] * (count + count * chunks), step)
+            for r in range(count):
+                e.store(e.b.extract_element(found[r], I32(0)), e.at(totals, 4 * r))
+                for c in range(chunks):
+                    at = b.shl(b.add(b.mul(d, I64(r)), b.shl(b.add(first, I64(c)), I64(4))), I64(2))
+                    e.store(found[count + r * chunks + c], e.at(sums, at))
+            return []
+
+        def tile(count: int) -> None:
+            whole, left = b.lshr(d, I64(6)), b.and_(b.lshr(d, I64(4)), I64(3))
+            with b.if_then(b.icmp_signed(">", whole, I64(0))):
+                e.loop(whole, [], lambda i: columns(count, 4, b.shl(i, I64(2))))
+            with b.if_then(b.icmp_signed(">", left, I64(0))):
+                e.loop(left, [], lambda i: columns(count, 1, b.add(b.shl(whole, I64(2)), i)))
+
+        e.choose(rows, CASES[:FEW], tile)
+        return context.get_dummy_value()
+
+    return _signature([], 11), emit

@@ -1,0 +1,294 @@
+"""Policy files: which KV policy each layer and KV head of a model has, as TOML that a person can read and edit.
+
+    version = 1
+    model = "smollm2-135m"      # for people
+    fingerprint = "..."         # of `lamina_workers.weights.fingerprint`; "": any model of this shape
+    [about]                     # whatever a reader wants: texts, numbers, true or false
+    [[layer]]                   # one a layer, in order
+    heads = ["full", "streaming(sink=64, recent=256)"]
+
+Everything wrong is a PolicyError that names the file, the value and what is allowed. DuoAttention's published
+patterns become policy files here too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import PolicyError
+from lamina_workers.model_config import ModelConfig
+from lamina_workers.policies.policy import parse
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+VERSION = 1
+MAX_BYTES = 4 << 20
+MAX_LAYERS, MAX_HEADS = 1024, 4096  # as `ModelConfig` allows
+_MAX_TEXT = 4000  # characters of a name or a remark
+_KEYS = ("version", "model", "fingerprint", "about", "layer")
+_BARE = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_ALPHAS = (-1.0, 2.0)  # published ones lie in [0, 1], or a little outside
+_FINGERPRINT = re.compile(r"[0-9a-f]{0,64}")
+
+Heads = tuple[tuple[str, ...], ...]
+About = Mapping[str, str | int | float | bool]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFile:
+    """What a policy file says. `heads` has, by layer, the policy of each KV head, as `parse` reads it."""
+
+    model: str
+    fingerprint: str
+    heads: Heads
+    about: About = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, given in (("model", self.model), ("fingerprint", self.fingerprint)):
+            if not isinstance(given, str) or len(given) > _MAX_TEXT:
+                raise PolicyError(f"{name} is {given!r:.80}; allowed is a text of up to {_MAX_TEXT} characters")
+        if not _FINGERPRINT.fullmatch(self.fingerprint):
+            raise PolicyError(f'fingerprint is {self.fingerprint!r:.80}; allowed are hexadecimal digits, or ""')
+        if not 1 <= len(self.heads) <= MAX_LAYERS:
+            raise PolicyError(f"there are {len(self.heads)} layers; allowed are 1 to {MAX_LAYERS}")
+        object.__setattr__(self, "heads", tuple(_layer(n, layer) for n, layer in enumerate(self.heads)))
+        for name, value in self.about.items():
+            if not _BARE.fullmatch(name):
+                raise PolicyError(f"about has the key {name!r:.80}; allowed are 1 to 80 letters, digits, _ and -")
+            _remark(f"about.{name}", value)
+
+    def check(self, model: ModelConfig, fingerprint: str) -> None:
+        """Raise PolicyError unless this file is for that model, whose files have that fingerprint."""
+        if self.fingerprint and self.fingerprint != fingerprint:
+            raise PolicyError(
+                f"this policy is for {self.model or 'a model'} with the fingerprint {self.fingerprint}; the model has "
+                f'{fingerprint}. Allowed are the same, or fingerprint = "" for any model of this shape'
+            )
+        self.policies(model.num_hidden_layers, model.num_key_value_heads)
+
+    def policies(self, layers: int, heads: int) -> Heads:
+        """The policies by layer and KV head. Raises PolicyError unless there are that many of each."""
+        if len(self.heads) != layers:
+            raise PolicyError(f"this policy has {len(self.heads)} layers; the model has {layers}")
+        for number, layer in enumerate(self.heads):
+            if len(layer) != heads:
+                raise PolicyError(f"layer {number} of this policy has {len(layer)} heads; the model has {heads}")
+        return self.heads
+
+
+def kept(policy: str, length: int) -> int:
+    """How many of `length` tokens a head under that policy keeps, before rounding to pages."""
+    known = parse(policy)
+    return length - max(0, min(known.seen_from(length), length) - known.sinks)
+
+
+def kept_share(heads: Sequence[Sequence[str]], length: int) -> float:
+    """The share of the KV of `length` tokens that a model keeps under these policies, before rounding to pages."""
+    counts = [kept(policy, length) for layer in heads for policy in layer]
+    return sum(counts) / (len(counts) * length)
+
+
+def read(path: str | Path) -> PolicyFile:
+    """The policy file at `path`, checked. Raises PolicyError."""
+    try:
+        text = read_text(path).removeprefix("\ufeff")
+        return _from_toml(tomllib.loads(text))
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # tomllib's own, of which one is for arrays nested too deep
+        raise PolicyError(f"{path} is not TOML: {error}") from error
+
+
+def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
+    """A UTF-8 file of at most `limit` bytes. Raises PolicyError, which does not name the file."""
+    file = Path(path)
+    try:
+        if not file.is_file():
+            raise PolicyError("there is no such file" if not file.exists() else "it is no file")
+        with file.open("rb") as stream:
+            content = stream.read(limit + 1)
+        if len(content) > limit:
+            raise PolicyError(f"it has more than {limit} bytes; allowed are {limit}")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"it is not UTF-8: byte 0x{content[error.start]:02x} at position {error.start}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise PolicyError(f"it cannot be read: {error}") from error
+
+
+def write(path: str | Path, file: PolicyFile) -> None:
+    """Write a policy file: all of it, or nothing. Raises PolicyError where that cannot be done."""
+    write_text(path, dumps(file))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Put a UTF-8 file in the place of whatever is at `path`, in one step. Raises PolicyError."""
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with draft.open("w", encoding="utf-8", newline="\n") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path} cannot be written: {error}") from error
+
+
+def dumps(file: PolicyFile) -> str:
+    """The file's text: `read` gives back the same."""
+    lines = [f"version = {VERSION}", f"model = {_quoted(file.model)}", f"fingerprint = {_quoted(file.fingerprint)}"]
+    if file.about:
+        lines += ["", "[about]", *(f"{name} = {_scalar(value)}" for name, value in file.about.items())]
+    for number, layer in enumerate(file.heads):
+        heads = [_quoted(policy) for policy in layer]
+        one_line = f"heads = [{', '.join(heads)}]"
+        many = ["heads = [", *(f"    {policy}," for policy in heads), "]"]
+        lines += ["", f"[[layer]] # {number}", *([one_line] if len(one_line) <= 120 else many)]
+    return "\n".join(lines) + "\n"
+
+
+def import_duo(path: str | Path, sparsity: float, sink: int | None = None, recent: int | None = None) -> PolicyFile:
+    """DuoAttention's full_attention_heads.tsv (arXiv 2410.10819) as a policy file for any model of that shape.
+
+    Of the KV heads the share `sparsity` with the smallest alpha becomes streaming, where alphas tie those of lower
+    layers first. Sizes that are not given come from config.json beside the file, else they are 64 and 256, as
+    published for use. Raises PolicyError.
+    """
+    if not 0 <= sparsity <= 1:
+        raise PolicyError(f"sparsity is {sparsity}; allowed is 0 to 1")
+    alphas = read_alphas(path)
+    sizes = _duo_sizes(Path(path).with_name("config.json"))
+    policy = parse(
+        f"streaming(sink={sizes[0] if sink is None else sink}, recent={sizes[1] if recent is None else recent})"
+    )
+    cells = [(layer, head) for layer, row in enumerate(alphas) for head in range(len(row))]
+    ordered = sorted(cells, key=lambda cell: (alphas[cell[0]][cell[1]], cell))
+    streaming = set(ordered[: round(sparsity * len(ordered))])
+    heads = tuple(
+        tuple(str(policy) if (layer, head) in streaming else "full" for head in range(len(row)))
+        for layer, row in enumerate(alphas)
+    )
+    name = Path(path).parent.name
+    about: dict[str, str | int | float | bool] = {"method": "DuoAttention, published", "sparsity": float(sparsity)}
+    return PolicyFile(name, "", heads, about)
+
+
+def read_alphas(path: str | Path) -> tuple[tuple[float, ...], ...]:
+    """Alpha of each layer (row) and KV head (column) of a full_attention_heads.tsv, clamped to [0, 1].
+
+    Raises PolicyError for what is ragged, empty, no number, or far outside.
+    """
+    try:
+        rows = [line.split() for line in read_text(path).splitlines() if line.strip()]
+        if not 1 <= len(rows) <= MAX_LAYERS or not 1 <= len(rows[0]) <= MAX_HEADS:
+            shape = f"{len(rows)} rows of {len(rows[0]) if rows else 0} numbers"
+            raise PolicyError(f"it has {shape}; allowed are 1 to {MAX_LAYERS} rows of 1 to {MAX_HEADS}")
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(rows[0]):
+                raise PolicyError(f"row {number} has {len(row)} numbers; allowed are {len(rows[0])}, as in row 1")
+        return tuple(tuple(_alpha(number, word) for word in row) for number, row in enumerate(rows, 1))
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from error
+
+
+def _alpha(row: int, word: str) -> float:
+    low, high = _ALPHAS
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:  # NaN compares false
+        raise PolicyError(f"row {row} has {word!r:.80}; allowed are numbers from {low:g} to {high:g}")
+    return min(1.0, max(0.0, value))
+
+
+def _duo_sizes(path: Path) -> tuple[int, int]:
+    """(sink, recent) of a DuoAttention config.json: those for use where it says so, else those of its training."""
+    if not path.exists():
+        return 64, 256
+    try:
+        try:
+            config = json.loads(read_text(path))
+        except (ValueError, RecursionError) as error:
+            raise PolicyError(f"it is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise PolicyError(f"it holds a {type(config).__name__}; allowed is an object")
+        sizes = []
+        for name, default in (("sink", 64), ("recent", 256)):
+            value = config.get(f"deploy_{name}_size")
+            value = config.get(f"{name}_size", default) if value is None else value
+            if type(value) is not int:
+                raise PolicyError(f"{name}_size is {value!r:.80}; allowed is a whole number")
+            sizes.append(value)
+        return sizes[0], sizes[1]
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from error
+
+
+def _from_toml(data: dict[str, Any]) -> PolicyFile:
+    if (version := data.get("version")) != VERSION or type(version) is not int:
+        raise PolicyError(f"version is {version!r:.80}; allowed is {VERSION}")
+    _known(data, _KEYS, "the file")
+    layers = data.get("layer", [])
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        raise PolicyError(f"layer is {layers!r:.80}; allowed are tables, written [[layer]]")
+    for number, layer in enumerate(layers):
+        _known(layer, ("heads",), f"layer {number}")
+    about = data.get("about", {})
+    if not isinstance(about, dict):
+        raise PolicyError(f"about is {about!r:.80}; allowed is a table, written [about]")
+    heads = tuple(layer.get("heads", []) for layer in layers)
+    return PolicyFile(data.get("model", ""), data.get("fingerprint", ""), heads, about)
+
+
+def _known(table: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    if unknown := [name for name in table if name not in allowed]:
+        raise PolicyError(f"{where} has the key {unknown[0]!r:.80}; allowed are {', '.join(allowed)}")
+
+
+def _layer(number: int, heads: Any) -> tuple[str, ...]:
+    if not isinstance(heads, (list, tuple)) or not 1 <= len(heads) <= MAX_HEADS:
+        raise PolicyError(f"heads of layer {number} is {heads!r:.80}; allowed are 1 to {MAX_HEADS} policies, in a list")
+    return tuple(_canonical(f"layer {number}, head {head}", policy) for head, policy in enumerate(heads))
+
+
+def _canonical(where: str, policy: Any) -> str:
+    if not isinstance(policy, str):
+        raise PolicyError(f"{where}: the policy is {policy!r:.80}; allowed is a text")
+    try:
+        return str(parse(policy))
+    except PolicyError as error:
+        raise PolicyError(f"{where}: {error}") from error
+
+
+def _remark(name: str, value: Any) -> None:
+    allowed = isinstance(value, (bool, float)) or (isinstance(value, str) and len(value) <= _MAX_TEXT)
+    if not allowed and not (isinstance(value, int) and abs(value) < 1 << 63):
+        raise PolicyError(
+            f"{name} is {value!r:.80}; allowed are texts of up to {_MAX_TEXT} characters, numbers, true and false"
+        )
+
+
+def _scalar(value: str | int | float | bool) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return _quoted(value) if isinstance(value, str) else repr(value)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

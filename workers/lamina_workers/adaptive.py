@@ -1,0 +1,171 @@
+"""Attention of the decode queries whose policy chooses what they read.
+
+Asks the choosers, has the kernels attend what they chose, merges what stands for the rest, and counts. Knows parts
+and pages; knows no policy by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lamina_kernels.pages import Pages
+from lamina_kernels.partial import Partial
+from lamina_kernels.select import Kernels
+from lamina_protocols.messages import LayerSpec, Usage
+from lamina_workers.kv_store import Part
+from lamina_workers.policies.chooser import Adaptive, Chooser, Holding, Items
+
+
+class Cell(NamedTuple):
+    """A KV head of a part, by its number in the part, that is asked one query; `first` is its first vector in the
+    flat q, of which it has a group. `tokens` of the part are read."""
+
+    handle: int
+    part: Part
+    head: int
+    first: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class _Tally:
+    """A part's `Usage` so far."""
+
+    read: float = 0.0
+    whole: float = 0.0
+    missed: float = 0.0
+    queries: int = 0
+    worst: float = 0.0
+
+
+@dataclass(slots=True)
+class Tallies:
+    """What was read for each part in decode. `token_bytes` are of one token's K and V in one layer and KV head."""
+
+    token_bytes: float
+    _by_handle: dict[int, _Tally] = field(default_factory=dict)
+
+    def add(self, handle: int, read: float, whole: float) -> None:
+        """A part's queries read `read` bytes, where everything would have been `whole` tokens."""
+        tally = self._of(handle)
+        tally.read += read
+        tally.whole += whole * self.token_bytes
+
+    def miss(self, handle: int, missed: float, queries: int, worst: float) -> None:
+        """So much of the mass of some queries was not read, by estimate: their sum, and the worst of them."""
+        tally = self._of(handle)
+        tally.missed += missed
+        tally.queries += queries
+        tally.worst = max(tally.worst, worst)
+
+    def _of(self, handle: int) -> _Tally:
+        return self._by_handle.setdefault(handle, _Tally())
+
+    def forget(self, handle: int) -> None:
+        """The part is closed."""
+        self._by_handle.pop(handle, None)
+
+    def usage(self, handle: int, held: int, kept: int) -> Usage:
+        """All of one part, which holds that many pages of those that keeping everything would take."""
+        t = self._by_handle.get(handle, _Tally())
+        return Usage(round(t.read), round(t.whole), t.missed, t.queries, t.worst, held, kept)
+
+
+class _Counts:
+    """What the layers of a batch have read for some cells: in arrays, since every layer adds to it."""
+
+    def __init__(self, cells: int) -> None:
+        self.read = np.zeros(cells)  # tokens
+        self.chosen_by = 0.0  # bytes a cell
+        self.layers = 0
+        self.missed = np.zeros(cells)
+        self.queries = np.zeros(cells, np.int64)
+        self.worst = np.zeros(cells)
+
+    def add(self, lengths: npt.NDArray[np.int64], missed: npt.NDArray[np.float32], chosen_by: float) -> None:
+        self.layers += 1
+        self.read += lengths
+        self.chosen_by += chosen_by
+        of_cells = missed.reshape(len(lengths), -1)
+        known = of_cells >= 0  # NaN, unknown, is not
+        of_cells = np.where(known, of_cells, 0)
+        self.missed += of_cells.sum(1)
+        self.queries += known.sum(1)
+        np.maximum(self.worst, of_cells.max(1), out=self.worst)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The cells of one policy in a batch. vectors: int64 `[cells * group]`, theirs of the flat q; `plan` is the
+    chooser's."""
+
+    policy: Adaptive
+    cells: tuple[Cell, ...]
+    vectors: torch.Tensor
+    plan: Any
+    lists: Any  # the kernels' plan
+    lacking: npt.NDArray[np.int64]  # of each cell: what its last page has not got
+    counts: _Counts
+
+
+class AdaptiveAttention:
+    """The choosers of one worker."""
+
+    def __init__(
+        self, pages: Pages, kernels: Kernels, holding: Holding, policies: Sequence[Adaptive], tallies: Tallies
+    ) -> None:
+        self._pages = pages
+        self._kernels = kernels
+        self._threads = holding.threads
+        self._choosers: Mapping[Adaptive, Chooser] = {policy: policy.chooser(holding) for policy in policies}
+        self._tallies = tallies
+
+    def forget(self, handle: int) -> None:
+        """A part is closed."""
+        for chooser in self._choosers.values():
+            chooser.forget(handle)
+
+    def group(self, policy: Adaptive, cells: Sequence[Cell], group: int) -> Group:
+        """Plan a batch's cells of one policy, each with `group` query heads."""
+        size = self._pages.layout.page_size
+        items = Items(
+            [cell.handle for cell in cells],
+            [cell.part.heads[cell.head] for cell in cells],
+            [cell.part.table[:, cell.head, : -(-cell.tokens // size)] for cell in cells],
+            np.array([cell.tokens for cell in cells], np.int64),
+            np.array([cell.part.lo == 0 for cell in cells]),
+            group,
+        )
+        vectors = np.array([cell.first for cell in cells])[:, None] + np.arange(group)
+        plan = self._choosers[policy].plan(items)
+        lists = self._kernels.plan_lists(self._pages, len(cells), group, self._threads)
+        lacking = -items.tokens % size
+        flat = torch.from_numpy(vectors.reshape(-1))
+        return Group(policy, tuple(cells), flat, plan, lists, lacking, _Counts(len(cells)))
+
+    def attend(self, group: Group, layer: int, spec: LayerSpec, q: torch.Tensor) -> Partial:
+        """q `[cells * group, d_k]`, cell by cell: attention over what the policy's chooser picks for each."""
+        choice = self._choosers[group.policy].choose(group.plan, layer, spec, q)
+        lengths = choice.counts * self._pages.layout.page_size - group.lacking
+        group.counts.add(lengths, choice.missed, choice.read / len(group.cells))
+        whole = self._kernels.attend_lists(
+            self._pages, group.lists, choice.pages, lengths, q, spec.scale, spec.soft_cap
+        )
+        if choice.rest is not None:
+            self._kernels.merge_into(whole, choice.rest, None)
+        return whole
+
+    def tally(self, group: Group) -> None:
+        """The batch is over, or given up: what it has read belongs to the parts."""
+        counts = group.counts
+        columns = (counts.read, counts.missed, counts.queries, counts.worst)
+        for cell, (read, missed, queries, worst) in zip(group.cells, zip(*(c.tolist() for c in columns)), strict=True):
+            whole = cell.tokens * counts.layers
+            self._tallies.add(cell.handle, read * self._tallies.token_bytes + counts.chosen_by, whole)
+            self._tallies.miss(cell.handle, missed, queries, worst)

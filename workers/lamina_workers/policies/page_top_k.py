@@ -1,0 +1,92 @@
+"""`page_top_k`: in every step the pages whose keys could matter most (Quest, arXiv 2406.10774).
+
+No key of a page has a larger inner product with q than sum over channels of max(q_c * low_c, q_c * high_c), where low
+and high are the channel's least and largest value in the page. Pages are ranked by that bound, the largest over the
+query heads that share the KV head. Nothing stands for what is not read, and nothing is let go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from lamina_kernels.sketches import LEVELS
+from lamina_protocols.messages import LayerSpec
+from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Int32, Items, everything
+from lamina_workers.policies.page_budget import Bounds, best, bounds, lists
+from lamina_workers.policies.policy import LONGEST
+
+
+@dataclass(frozen=True)
+class PageTopK(Adaptive):
+    """`sink` first and `recent` last tokens are always read, and of all pages the share `budget` beside them, at least
+    `least` pages."""
+
+    name: ClassVar[str] = "page_top_k"
+    sink: int = 64
+    recent: int = 256
+    budget: float = 0.25
+    least: int = 8
+
+    def __post_init__(self) -> None:
+        self.check("sink", 0, LONGEST)
+        self.check("recent", 1, LONGEST)
+        self.check("budget", 0, 1)
+        self.check("least", 0, LONGEST)
+
+    def chooser(self, at: Holding) -> Chooser:
+        return _Bounding(self, at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    items: Items
+    at: Bounds
+
+
+class _Bounding:
+    def __init__(self, policy: PageTopK, at: Holding) -> None:
+        self._policy = policy
+        self._at = at
+
+    def plan(self, items: Items) -> _Plan:
+        at = bounds(self._policy, items, self._at.page_size)
+        np.maximum(at.picks, self._policy.least, out=at.picks)
+        return _Plan(items, at)
+
+    def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+        items, at = plan.items, plan.at
+        if at.whole:
+            return everything(items, spec.kv_layer)
+        queries = q.float().view(len(items), items.group, -1)
+        chosen: list[Int32] = []
+        looked_at = 0
+        missed = np.zeros((len(items), items.group), np.float32)
+        for i, table in enumerate(items.tables):
+            pages, sinks, recent, picks = table[spec.kv_layer], int(at.sinks[i]), int(at.recent[i]), int(at.picks[i])
+            if picks >= recent - sinks:
+                chosen.append(pages)
+                continue
+            looked_at += recent - sinks
+            missed[i] = np.nan
+            found = best(self._bounds(queries[i], pages[sinks:recent]), picks) + sinks
+            chosen.append(np.concatenate([pages[:sinks], pages[found], pages[recent:]]))
+        layout = self._at.sketches.layout
+        return Choice(
+            *lists(chosen), missed.reshape(-1), looked_at * 4 * layout.padded
+        )  # lows and steps, two bytes each
+
+    def _bounds(self, q: torch.Tensor, pages: Int32) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """q float32 `[group, d_k]`: of each page the bound of what q.k can be, float32 `[pages]`, the highest of all
+        heads. max(q * low, q * high) is q * middle + |q| * half the width."""
+        index = torch.from_numpy(pages.astype(np.int64))
+        half = self._at.sketches.steps[index].float() * (LEVELS / 2)
+        middle = self._at.sketches.lows[index].float() + half
+        highest: np.ndarray[tuple[int], np.dtype[np.float32]] = (q @ middle.T + q.abs() @ half.T).amax(0).numpy()
+        return highest
+
+    def forget(self, handle: int) -> None:
+        """Nothing is kept of parts."""

@@ -1,0 +1,147 @@
+"""What a policy is, and how one is written: `streaming(sink=64, recent=256)`. Pure arithmetic on positions.
+
+A policy belongs to one layer and one KV head. A *static* one says which keys a query sees by their positions alone, so
+past and present, any chunks and any shards agree. An *adaptive* one reads less in decode, as `choosers` choose from the
+queries; prefill and rebuilding read everything. No policy computes attention: kernels do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from lamina_workers.errors import PolicyError
+
+EVERYTHING = 1 << 40  # a window that hides nothing
+LONGEST = 1 << 24  # tokens that a parameter may speak of
+MAX_TEXT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How the queries at positions start, ..., start + count - 1 see: key k <= p where p - k < window or k < sinks.
+
+    With `listed`, ascending positions, only those of them.
+    """
+
+    start: int
+    count: int
+    window: int = EVERYTHING
+    sinks: int = 0
+    listed: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The base, which sees and keeps everything. A policy is a frozen dataclass whose fields are its parameters.
+
+    `seen_from` never falls as `start` grows: what lies behind it, but for the first `sinks` tokens, is let go.
+    """
+
+    name: ClassVar[str]
+    adaptive: ClassVar[bool] = False  # whether it has a chooser in `choosers`
+    sketched: ClassVar[bool] = False  # whether that reads sketches of pages
+    compensated: ClassVar[bool] = False  # whether a mean stands for the pages that decode has let go
+
+    @property
+    def sinks(self) -> int:
+        """How many of the first tokens stay visible, and are kept."""
+        return 0
+
+    def seen_from(self, start: int) -> int:
+        """The lowest position above the sinks that a query at `start` or later sees."""
+        return 0
+
+    def kept_from(self, start: int) -> int:
+        """The lowest position above the sinks that is kept once a decode step at `start` has come. Never falls as
+        `start` grows. Above `seen_from(start)` only where the policy is `compensated`."""
+        return self.seen_from(start)
+
+    def views(self, start: int, count: int) -> Iterator[View]:
+        """What `count` queries from `start` on see, in order, as few views as it takes."""
+        yield View(start, count)
+
+    def returns_to(self, position: int) -> int:
+        """The lowest start whose queries see nothing of [sinks, position): so far back a part can go that has let
+        go what lies below `position`."""
+        low, high = 0, 2 * LONGEST
+        while low < high:
+            middle = (low + high) // 2
+            if self.kept_from(middle) >= position:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+        return f"{self.name}({fields})" if fields else self.name
+
+    def check(self, name: str, low: float, high: float) -> None:
+        """Raise PolicyError unless the field of that name is in [low, high]."""
+        value = getattr(self, name)
+        if not low <= value <= high:  # NaN compares false
+            raise PolicyError(f"{self.name}: {name} is {value}; allowed is {low} to {high}")
+
+
+@dataclass(frozen=True)
+class Windowed(Policy):
+    """A policy in a layer whose model has a sliding window: then nothing lies outside it, sinks neither."""
+
+    name: ClassVar[str] = "windowed"
+    inner: Policy
+    window: int
+
+    def seen_from(self, start: int) -> int:
+        return max(self.inner.seen_from(start), start - self.window + 1, 0)
+
+    def views(self, start: int, count: int) -> Iterator[View]:
+        for view in self.inner.views(start, count):
+            yield dataclasses.replace(view, window=min(view.window, self.window), sinks=0)
+
+
+def within(policy: Policy, window: int | None) -> Policy:
+    """The policy in a layer with that sliding window."""
+    return policy if window is None else Windowed(policy, window)
+
+
+_FORM = re.compile(r"\s*([a-z_0-9]+)\s*(?:\(([^()]*)\)\s*)?")
+_PARAMETER = re.compile(r"\s*([a-z_0-9]+)\s*=\s*([-+0-9.eE]+|[a-z]+)\s*")
+
+
+@cache
+def parse(text: str) -> Policy:
+    """The policy that is written so; parameters left out have their defaults. Raises PolicyError, which names what is
+    wrong and what is allowed."""
+    from lamina_workers.policies.catalogue import POLICIES
+
+    form = _FORM.fullmatch(text) if len(text) <= MAX_TEXT else None
+    if form is None:
+        raise PolicyError(f"a policy is written {text!r:.80}; allowed is name or name(parameter=number, ...)")
+    known = POLICIES.get(form[1])
+    if known is None:
+        raise PolicyError(f"there is no policy {form[1]!r:.40}; allowed are {', '.join(POLICIES)}")
+    fields = {f.name: f for f in dataclasses.fields(known)}
+    given: dict[str, Any] = {}
+    for part in (form[2] or "").split(",") if (form[2] or "").strip() else []:
+        parameter = _PARAMETER.fullmatch(part)
+        name = parameter[1] if parameter else part.strip()
+        if parameter is None or name not in fields or name in given:
+            allowed = f"each once, of {', '.join(fields)}, as name=value" if fields else "none"
+            raise PolicyError(f"{known.name} has the parameter {part.strip()!r:.60}; allowed is {allowed}")
+        given[name] = _value(known.name, name, str(fields[name].type), parameter[2])
+    return known(**given)
+
+
+def _value(policy: str, name: str, kind: str, text: str) -> Any:
+    try:
+        if kind == "str":
+            return text
+        return int(text) if kind == "int" else float(text)
+    except ValueError as error:
+        wanted = "a whole number" if kind == "int" else "a number"
+        raise PolicyError(f"{policy}: {name} is {text!r:.40}; allowed is {wanted}") from error

@@ -1,0 +1,143 @@
+"""`recycled`: the pages that a full look found are read again in the steps after it (Recycled Attention, arXiv
+2411.05787).
+
+A full look scans the sketches of all pages, which ranks them by the attention that they get, and reads the best; the
+means of the others' values stand for them. It happens every `every` steps, and every 5 steps where the query has turned
+away from that of the last look. In between the same pages are read, and those that are new. Nothing is let go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from lamina_kernels import sketches
+from lamina_kernels.partial import Partial, empty
+from lamina_protocols.messages import LayerSpec
+from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Float32, Holding, Int32, Items, everything
+from lamina_workers.policies.page_budget import Bounds, Ints, best, bounds, lists
+from lamina_workers.policies.policy import LONGEST
+
+CHECK = 5  # steps after which the query is compared with that of the last look: the paper's
+
+
+@dataclass(frozen=True)
+class Recycled(Adaptive):
+    """`sink` first and `recent` last tokens are always read, and of all pages the share `budget` beside them. A look is
+    taken every `every` steps, or where the cosine of the query and the last look's is below `turn`."""
+
+    name: ClassVar[str] = "recycled"
+    sink: int = 64
+    recent: int = 256
+    budget: float = 0.25
+    every: int = 50
+    turn: float = 0.8
+
+    def __post_init__(self) -> None:
+        self.check("sink", 0, LONGEST)
+        self.check("recent", 1, LONGEST)
+        self.check("budget", 0, 1)
+        self.check("every", 1, LONGEST)
+        self.check("turn", -1, 1)
+
+    def chooser(self, at: Holding) -> Chooser:
+        return _Looks(self, at)
+
+
+@dataclass(slots=True)
+class _Look:
+    """What one layer and KV head of a part found: `entries` of those below `upto`, at so many `tokens`, with the query
+    heads' q, float32 `[group, d_k]`."""
+
+    entries: Ints
+    upto: int
+    tokens: int
+    q: Float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    items: Items
+    at: Bounds
+    scan: Any  # the kernels' plan
+
+
+class _Looks:
+    def __init__(self, policy: Recycled, at: Holding) -> None:
+        self._policy = policy
+        self._at = at
+        self._looks: dict[int, dict[tuple[int, int], _Look]] = {}  # by part, then by layer and KV head
+
+    def plan(self, items: Items) -> _Plan:
+        at = bounds(self._policy, items, self._at.page_size)
+        scan = None
+        if not at.whole:
+            asked = sketches.Items(items.tables, at.sealed, at.sinks, at.recent, at.held)
+            scan = sketches.plan_scan(self._at.sketches, asked, items.group, self._at.threads)
+        return _Plan(items, at, scan)
+
+    def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+        items, at = plan.items, plan.at
+        if at.whole:
+            return everything(items, spec.kv_layer)
+        queries = q.float().view(len(items), items.group, -1).numpy()
+        known = [self._known(items, i, layer, queries[i]) for i in range(len(items))]
+        missed = np.full((len(items), items.group), np.nan, np.float32)
+        rest = empty(len(q), self._at.sketches.layout.pages.d_v)
+        read, log_mass = 0, np.empty((len(items), items.group, 0), np.float32)
+        if None in known:
+            found = sketches.scan(self._at.sketches, plan.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 0.0)
+            log_mass = found.log_mass.numpy()
+            read = int(at.held.sum()) * self._at.sketches.layout.sketch_bytes
+        pages: list[Int32] = []
+        for i, look in enumerate(known):
+            table = items.tables[i][spec.kv_layer]
+            if look is None:
+                of_item = log_mass[i, :, : int(at.sealed[i])]
+                look = self._look(at, i, of_item, int(items.tokens[i]), queries[i])
+                self._looks.setdefault(items.parts[i], {})[layer, items.heads[i]] = look
+                own = slice(i * items.group, (i + 1) * items.group)
+                missed[i] = self._rest(Partial(rest.out[own], rest.lse[own]), table, of_item, look)
+            pages.append(np.concatenate([table[look.entries], table[look.upto :]]))
+        return Choice(*lists(pages), missed.reshape(-1), read, rest if read else None)
+
+    def _known(self, items: Items, i: int, layer: int, q: Float32) -> _Look | None:
+        """The look that still holds for an item; None where it is time for another."""
+        look = self._looks.get(items.parts[i], {}).get((layer, items.heads[i]))
+        tokens = int(items.tokens[i])
+        if look is None or not 0 < tokens - look.tokens < self._policy.every:  # or the part was cut back
+            return None
+        if (tokens - look.tokens) % CHECK == 0:
+            lengths = np.linalg.norm(q, axis=1) * np.linalg.norm(look.q, axis=1)
+            cosine = float(((q * look.q).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).mean())
+            if not cosine >= self._policy.turn:
+                return None
+        return look
+
+    @staticmethod
+    def _look(at: Bounds, i: int, log_mass: Float32, tokens: int, q: Float32) -> _Look:
+        """The best entries by the largest share that any query head gives them; log_mass `[group, sealed]`."""
+        sinks, recent = int(at.sinks[i]), int(at.recent[i])
+        shares = log_mass - np.logaddexp.reduce(log_mass, axis=1, keepdims=True)
+        chosen = best(shares.max(0)[sinks:recent], int(at.picks[i])) + sinks
+        return _Look(np.concatenate([np.arange(sinks), chosen]), recent, tokens, q.copy())
+
+    def _rest(self, rest: Partial, pages: Int32, log_mass: Float32, look: _Look) -> Float32:
+        """Fill in what stands for an item's pages that are not read. Returns their share of the mass, `[group]`."""
+        others = np.ones(look.upto, np.bool_)
+        others[look.entries] = False
+        left = np.flatnonzero(others)
+        if not left.size:
+            return np.zeros(len(log_mass), np.float32)
+        means = self._at.sketches.means[torch.from_numpy(pages[left].astype(np.int64))].float()
+        of_left = torch.from_numpy(log_mass[:, left])
+        rest.out.copy_(torch.softmax(of_left, -1) @ means)
+        rest.lse.copy_(torch.logsumexp(of_left, -1))
+        share: Float32 = np.exp(rest.lse.numpy() - np.logaddexp.reduce(log_mass, axis=1))
+        return share
+
+    def forget(self, handle: int) -> None:
+        self._looks.pop(handle, None)

@@ -1,0 +1,106 @@
+"""What stands for the tokens that compensated policies have let go: their mean key and mean value, as one slot more.
+
+Sums are kept in float32 for each part, layer and KV head; a fork begins with those of its parent. Knows pages and
+handles; knows no position and no policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lamina_kernels.pages import Pages, gather
+from lamina_kernels.partial import Partial
+from lamina_protocols.messages import LayerSpec
+from lamina_workers.kv_store import Absorbed
+
+AT_ONCE = 256  # pages that are read at a time, so that little memory is taken
+
+
+class _Sums(NamedTuple):
+    """Of one part, which begins at position `lo`. tokens: int64 `[layers, heads]`; k, v: float32 `[layers, heads, d]`.
+    Shared by forks, so never written."""
+
+    lo: int
+    tokens: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What stands for the tokens that some vectors of a batch no longer find. vectors: int64 `[n]` of the flat q;
+    cells: int64 `[n]`, whose mean each of them reads; log_tokens: float32 `[layers, cells]`; k, v: the means, float32
+    `[layers, cells, d]`."""
+
+    vectors: torch.Tensor
+    cells: torch.Tensor
+    log_tokens: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def attend(self, spec: LayerSpec, q: torch.Tensor) -> Partial:
+        """The slots' part of the attention of `vectors`, of the flat q `[m, d_k]` of a layer: out in q's dtype."""
+        layer = spec.kv_layer
+        logits = (q[self.vectors].float() * self.k[layer, self.cells]).sum(-1) * spec.scale
+        if spec.soft_cap is not None:
+            logits = spec.soft_cap * torch.tanh(logits / spec.soft_cap)
+        out = self.v[layer, self.cells].to(q.dtype)
+        return Partial(out, logits + self.log_tokens[layer, self.cells])
+
+
+class StandIns:
+    """The sums of one worker's parts."""
+
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+        self._sums: dict[int, _Sums] = {}
+
+    def fork(self, handle: int, parent: int, length: int) -> None:
+        """A part begins as another's first `length` tokens, and with what that has let go of them, if anything."""
+        sums = self._sums.get(parent)
+        if sums is not None and sums.lo < length:
+            self._sums[handle] = sums
+
+    def forget(self, handle: int) -> None:
+        """A part is closed."""
+        self._sums.pop(handle, None)
+
+    def absorb(self, absorbed: Absorbed) -> None:
+        """Add up pages that were let go, before anything is written to them."""
+        at = self._pages.layout
+        cells = torch.from_numpy(absorbed.cells)
+        old = self._sums.get(absorbed.handle)
+        if old is None:
+            shape = absorbed.cells.shape
+            none = torch.zeros(shape, dtype=torch.int64)
+            old = _Sums(absorbed.lo, none, torch.zeros(*shape, at.d_k), torch.zeros(*shape, at.d_v))
+        tokens, k, v = old.tokens.clone(), old.k.clone(), old.v.clone()
+        tokens[cells] += absorbed.pages.shape[1] * at.page_size
+        flat = torch.from_numpy(absorbed.pages.astype(np.int64).reshape(-1))
+        of_k, of_v = torch.empty(len(flat), at.d_k), torch.empty(len(flat), at.d_v)
+        for first in range(0, len(flat), AT_ONCE):
+            some = flat[first : first + AT_ONCE]
+            page_k, page_v = gather(self._pages, some, len(some) * at.page_size)
+            of_k[first : first + AT_ONCE] = page_k.float().view(len(some), at.page_size, -1).sum(1)
+            of_v[first : first + AT_ONCE] = page_v.float().view(len(some), at.page_size, -1).sum(1)
+        k[cells] += of_k.view(*absorbed.pages.shape, -1).sum(1)
+        v[cells] += of_v.view(*absorbed.pages.shape, -1).sum(1)
+        self._sums[absorbed.handle] = _Sums(absorbed.lo, tokens, k, v)
+
+    def standing(self, cells: list[tuple[int, int]], vectors: list[torch.Tensor]) -> Standing | None:
+        """For parts' heads, by handle and number in the part, the vectors that read what stands for what each has let
+        go; None where there are none."""
+        if not cells:
+            return None
+        sums = [self._sums[handle] for handle, _ in cells]
+        heads = [head for _, head in cells]
+        tokens = torch.stack([of.tokens[:, head] for of, head in zip(sums, heads, strict=True)], 1)
+        k = torch.stack([of.k[:, head] for of, head in zip(sums, heads, strict=True)], 1)
+        v = torch.stack([of.v[:, head] for of, head in zip(sums, heads, strict=True)], 1)
+        counts = tokens.float().clamp(min=1).unsqueeze(-1)
+        numbers = torch.repeat_interleave(torch.arange(len(cells)), torch.tensor([len(x) for x in vectors]))
+        return Standing(torch.cat(vectors), numbers, tokens.float().log(), k / counts, v / counts)
