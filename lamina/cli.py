@@ -20,7 +20,8 @@ from lamina import cli_options as opt
 from lamina.answers import print_as_it_comes, print_as_they_finish, print_json_lines
 from lamina.cluster_cli import attention_worker, cluster_app, credentials
 from lamina.config import DEFAULT_MODEL
-from lamina.errors import InvalidRequest, LaminaError, ModelFileError, UnsupportedModelError
+from lamina.errors import InvalidRequest, LaminaError, ModelFileError, PolicyError, UnsupportedModelError
+from lamina.policy_cli import calibrate, policy_app
 from lamina.terminal import (
     ProgressBars,
     close_stdout,
@@ -38,7 +39,7 @@ from lamina_workers.errors import DiskFullError
 if TYPE_CHECKING:
     from lamina.llm import LLM
 
-BAD_INPUT = (InvalidRequest, ModelFileError, UnsupportedModelError)
+BAD_INPUT = (InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError)
 
 
 class Commands(TyperGroup):
@@ -76,6 +77,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="List, fetch and describe models.")
 app.add_typer(models_app, name="models")
+app.add_typer(policy_app, name="policy")
 app.add_typer(cluster_app, name="cluster", short_help="Look at a Ray cluster, end its engines, drain a worker.")
 
 
@@ -319,3 +321,4 @@ def doctor(as_json: opt.JsonLines = False) -> None:
 
 app.command("attention-worker")(attention_worker)
 app.command()(credentials)
+app.command()(calibrate)

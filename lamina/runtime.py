@@ -32,11 +32,11 @@ from lamina.request import PageGroup, SchedulerConfig
 from lamina.scheduler import Scheduler
 from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
-from lamina_kernels import dense
+from lamina_kernels import dense, sketches
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker import AttentionWorker
-from lamina_workers.layout import attention_kernels, page_cost, page_count, page_layout
+from lamina_workers.layout import attention_kernels, page_cost, page_count, page_layout, sketched
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
@@ -198,8 +198,11 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None, me
 
 def _prepare(holder: HolderConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> None:
     """Load the kernels. The first time on a machine they are compiled, which takes some seconds."""
-    attention = attention_kernels().prepare(page_layout(holder))
-    for what, steps in (("attention kernels", attention), ("dense kernels", dense.prepare(dtype, device))):
+    stages = [("attention kernels", attention_kernels().prepare(page_layout(holder)))]
+    if sketched(holder):
+        stages.append(("sketch kernels", sketches.prepare(page_layout(holder))))
+    stages.append(("dense kernels", dense.prepare(dtype, device)))
+    for what, steps in stages:
         for done, total in steps:
             if progress is not None:
                 progress(what, done, total)

@@ -30,13 +30,13 @@ class Output:
 class Spared(NamedTuple):
     """What KV policies have spared a request so far, in decode, over all its parts: `messages.Usage`, summed."""
 
-    read: int = 0
-    whole: int = 0
-    missed: float = 0.0
-    queries: int = 0
-    worst: float = 0.0
-    held: int = 0
-    kept: int = 0
+    read: float = 0
+    whole: float = 0
+    missed: float = 0
+    queries: float = 0
+    worst: float = 0
+    held: float = 0
+    kept: float = 0
 
     def stats(self) -> dict[str, float]:
         """As shares of what reading and keeping everything would take; nothing where no policy did anything."""

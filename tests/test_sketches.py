@@ -92,14 +92,18 @@ def check_choice(
             assert count <= most
         if most is None or len(wanted) < most:
             assert (left <= missed * 1.001 + 1e-6).all()
-        assert len(wanted) - 1 <= count <= len(wanted) * 1.01 + 2  # one threshold's width more or less
+        score = torch.softmax(masses, -1).amax(0)
+        free = every[:sealed][~torch.isin(every[:sealed], kept)]
+        lowest = min(score[wanted[torch.isin(wanted, free)]].tolist(), default=1.0)
+        alike = int((score[free] >= 0.99 * lowest).sum())  # pages are told apart by this much, or not at all
+        assert len(wanted) - 1 <= count <= max(len(wanted), len(kept) + alike)
         weights = torch.softmax(masses[:, others].double(), -1)
         means = world.sketches.means[torch.from_numpy(items.tables[i][layer, :sealed].copy()).long()[others]]
-        if others.any():
+        if others.any() and left.min() > 1e-25:
             lse = torch.logsumexp(masses[:, others].double(), -1)
             torch.testing.assert_close(choice.tail.lse[own].double(), lse, rtol=1e-4, atol=1e-3)
             torch.testing.assert_close(choice.tail.out[own].double(), weights @ means.double(), rtol=1e-3, atol=1e-3)
-        else:
+        if not others.any():
             assert (choice.tail.lse[own] == -torch.inf).all()
             assert (choice.tail.out[own] == 0).all()
 
@@ -139,6 +143,48 @@ def test_only_named_pages_are_sealed_and_a_constant_channel_is_exact() -> None:
     sketches.seal(pages, made, torch.empty(0, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, I8], ids=str)
+def test_a_constant_that_is_rounded_up_spoils_nothing(dtype: torch.dtype) -> None:
+    layout = PageLayout(32, 32, 16, dtype)
+    pages, made = Pages.allocate(layout, 2), Sketches.allocate(layout, 2)
+    k = torch.randn(64, 32)
+    k[:, 3] = 1.006  # in bfloat16 1.0078
+    append = cpu_decode.plan_append(pages, torch.arange(64).unsqueeze(0))
+    cpu_decode.append(pages, append, 0, k, torch.zeros(64, 16))
+    sketches.seal(pages, made, torch.arange(2))
+    assert (made.steps >= 0).all()
+    items = Items([np.arange(2, dtype=np.int32)[None]], ints(2), ints(0), ints(2), ints(2))
+    q = torch.randn(3, 32)
+    masses = sketches.scan(made, sketches.plan_scan(made, items, 3), 0, q, 0.2).log_mass[0, :, :2]
+    exact = torch.logsumexp((q @ k.T * 0.2).view(3, 2, 32), -1)
+    assert (masses - exact).abs().max() < NOISE
+
+
+def test_a_tail_that_weighs_next_to_nothing_is_nothing(small: World) -> None:
+    items = Items([np.arange(64, dtype=np.int32)[None]], ints(64), ints(0), ints(64), ints(64))
+    q = torch.randn(2, 16, generator=torch.Generator().manual_seed(3)) * 60
+    choice = sketches.scan(small.sketches, sketches.plan_scan(small.sketches, items, 2), 0, q, small.scale)
+    spread = masses_of(choice, items, 0)
+    assert (spread.amax(-1) - spread.amin(-1) > 100).all()
+    assert choice.tail.out.isfinite().all()
+    assert not choice.tail.lse.isnan().any()
+    alone = sketches.plan_scan(small.sketches, items, 2, most=63)
+    assert sketches.scan(small.sketches, alone, 0, q, small.scale).tail.out.isfinite().all()
+
+
+def test_only_active_items_are_scanned(small: World) -> None:
+    items = some_items(64, (300, 20, 100))
+    plan, q = sketches.plan_scan(small.sketches, items, 2), torch.randn(6, 16)
+    whole = [x.clone() for x in sketches.scan(small.sketches, plan, 1, q, small.scale)[:4]]
+    plan.result.counts.fill_(-1)
+    some = sketches.scan(small.sketches, plan, 1, q, small.scale, active=np.array([True, False, True]))
+    assert some.counts.tolist() == [int(whole[3][0]), -1, int(whole[3][2])]
+    sketches.scan(small.sketches, plan, 1, q, small.scale)
+    assert torch.equal(plan.result.counts, whole[3])
+    with pytest.raises(ValueError, match=r"active must be bool \[3\], got int64 \[3\]"):
+        sketches.scan(small.sketches, plan, 1, q, small.scale, active=np.ones(3, np.int64))  # type: ignore[arg-type]
+
+
 def test_a_copy_follows_its_page() -> None:
     world = make_world(16, 16, 32, BF16, 6)
     copy(world.pages, torch.tensor([0, 2]), torch.tensor([5, 3]))
@@ -156,7 +202,7 @@ def test_masses_are_those_of_the_reference(
 ) -> None:
     world = make_world(page_size, d_k, d_v, dtype)
     items = some_items(40, (100, 1, 17, 0, 33))
-    for group in (1, 2, 3, 4, 5, 8, 9, 16):
+    for group in (1, 2, 3, 4, 5, 8, 9, 16) if dtype is BF16 else (3, 16):
         q = torch.randn(5 * group, d_k, generator=torch.Generator().manual_seed(group))
         choice = sketches.scan(
             world.sketches, sketches.plan_scan(world.sketches, items, group, 2), 1, q, world.scale, soft_cap
@@ -191,7 +237,7 @@ def small() -> World:
     return make_world(16, 16, 16, F32, 64, spread=2.0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_a_choice_keeps_its_promises(small: World, data: st.DataObject) -> None:
     draw = data.draw
@@ -250,7 +296,7 @@ def test_keys_that_are_not_finite_are_seen() -> None:
 
 
 def test_chosen_pages_and_the_tail_are_nearly_all_of_attention() -> None:
-    world = make_world(32, 64, 64, BF16, 128, spread=2.5)
+    world = make_world(32, 64, 64, BF16, 128, spread=4.0)
     table = np.random.default_rng(1).permutation(128).astype(np.int32)
     items = Items([table[None]], ints(128), ints(1), ints(124), ints(128))
     q = torch.randn(4, 64).bfloat16()
@@ -347,7 +393,7 @@ def test_wrong_arguments_are_refused(small: World) -> None:
         Sketches.allocate(small.pages.layout, 0)
     with pytest.raises(ValueError, match="sketches are made of pages of"):
         Sketches.allocate(PageLayout(16, 16, 16, F32, Order.TOKENS), 3)
-    with pytest.raises(ValueError, match=r"arena must be uint8 \[n_pages, 256\]"):
+    with pytest.raises(ValueError, match=r"arena must be uint8 \[n_pages, 320\]"):
         Sketches(small.sketches.layout, torch.zeros(3, 64, dtype=torch.uint8))
 
 
@@ -378,6 +424,7 @@ AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse2,+sse4.2,+popcn
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # it compiles five kernels
 def test_a_cpu_with_fewer_instructions_finds_the_same(tmp_path: Path) -> None:
     if os.uname().machine != "x86_64":
         pytest.skip("an x86 CPU is named")

@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import numba
-import numpy as np
 from numba import from_dtype, int32, int64
 
 from lamina_kernels.rows import EVERYTHING, Ints, Table
@@ -33,9 +32,7 @@ def deal_lists_kernel() -> Any:
     return numba.njit(signature, cache=True)(_deal)
 
 
-def _deal(
-    pieces: Any, starts: Any, lists: Any, lengths: Any, group: int, size: int, n_pages: int, address: int
-) -> int:
+def _deal(pieces: Any, starts: Any, lists: Any, lengths: Any, group: int, size: int, n_pages: int, address: int) -> int:
     items, most = lists.shape
     shares = len(starts) - 1
     rate, total = group + READ, 0

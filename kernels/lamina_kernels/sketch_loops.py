@@ -17,20 +17,24 @@ import numpy as np
 from numba import carray, literally, njit, types
 
 from lamina_kernels import choice_micro as choosing
-from lamina_kernels import cpu_moves, emitter, intrinsics, microkernels
+from lamina_kernels import cpu_moves, emitter, intrinsics, microkernels, trees
 from lamina_kernels import launch as launching
+from lamina_kernels import seal_micro as sealing
 from lamina_kernels import sketch_micro as micro
+from lamina_kernels.choice_micro import AHEAD, FEW
 from lamina_kernels.cpu_moves import PAGES
 from lamina_kernels.emitter import LANES, Kind
 from lamina_kernels.intrinsics import LOG2E, pointer, take
 from lamina_kernels.launch import FINISHED, HEADER, TAKEN, source_fingerprint
-from lamina_kernels.sketch_micro import AHEAD, FEW, HEADS, LINE
+from lamina_kernels.sketch_micro import HEADS
+from lamina_kernels.trees import LINE
 
 logger = logging.getLogger("lamina")
 
 SEAL_SCRATCH = 34 * LINE  # bytes that a share needs
 ROUNDS = 14  # of halving the range in which a threshold is
 RANGE = 64.0  # octaves of that range
+LEAST = np.float32(1e-30)  # the smallest share of a head's mass that is not nothing: one over it is still a number
 
 # What a block of arguments says of the sketches, in bytes.
 _SKETCHES = [(name, "i8") for name in ("sketches", "sketch_bytes", "steps_at", "lows_at", "mean_at")]
@@ -83,9 +87,9 @@ def _seal_shares(kind: int, unit: int, block: Any) -> None:
             page, sketch = a.arena + ids[i] * a.page_bytes, a.sketches + ids[i] * a.sketch_bytes
             scales = page + a.kv_bytes
             steps, lows = sketch + a.steps_at, sketch + a.lows_at
-            micro.seal_keys(kind, unit, page, scales, a.page_size, a.d_k, sketch, steps, lows, scratch)
+            sealing.seal_keys(kind, unit, page, scales, a.page_size, a.d_k, sketch, steps, lows, scratch)
             scales += a.page_size * 4
-            micro.seal_values(kind, page + a.k_bytes, scales, a.page_size, a.d_v, sketch + a.mean_at)
+            sealing.seal_values(kind, page + a.k_bytes, scales, a.page_size, a.d_v, sketch + a.mean_at)
         share = take(block, TAKEN)
 
 
@@ -152,7 +156,7 @@ def _scan_block(unit: int, a: Any, item: Any, number: int, first: int, pages: in
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _threshold(scores: int, shares: int, group: int, stride: int, vectors: int, missed: float) -> Any:
+def _threshold(scores: int, shares: int, group: int, stride: int, vectors: int, missed: Any) -> Any:
     """About the largest limit, down to 2^-RANGE, below which no row of shares sums to more than `missed`; or 0."""
     low, high, best = np.float32(-RANGE), np.float32(0.0), np.float32(0.0)
     for _ in range(ROUNDS):
@@ -169,7 +173,7 @@ def _threshold(scores: int, shares: int, group: int, stride: int, vectors: int, 
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _restrict(scores: int, limit: float, vectors: int, candidates: int, room: int) -> Any:
+def _restrict(scores: int, vectors: int, candidates: int, room: int) -> Any:
     """A limit that leaves at most `room` of the candidates above it, one just below it, and the room that is left."""
     low, high = np.float32(-RANGE), np.float32(1.0)
     for _ in range(2 * ROUNDS):
@@ -183,7 +187,7 @@ def _restrict(scores: int, limit: float, vectors: int, candidates: int, room: in
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _pick(a: Any, item: Any, number: int, begin: int, end: int, room: int, shift: int) -> int:
+def _pick(a: Any, item: Any, number: int, begin: int, end: int, room: int, shift: int) -> Any:
     """Write the chosen entries of an item and list the others; returns how many others. Scores say what is chosen:
     at least the limit, or, until the room that is left is filled, at least the floor."""
     limits = _floats(a.limits + shift, 3)
@@ -193,7 +197,8 @@ def _pick(a: Any, item: Any, number: int, begin: int, end: int, room: int, shift
     entries = carray(pointer(a.entries + number * a.capacity * 4), (a.capacity,), np.int32)
     others = carray(pointer(a.others + shift), (a.width + AHEAD,), np.int32)
     scores = _floats(a.scores + shift, end)
-    count, left = begin, 0
+    count: Any = begin
+    left: Any = 0
     for entry in range(begin):
         pages[entry], entries[entry] = table[entry], entry
     for entry in range(begin, end):
@@ -235,7 +240,7 @@ def _choose(a: Any, item: Any, number: int, shift: int) -> None:
         score[end:] = np.inf
         limits[0] = limits[1] = _threshold(scores, shares, a.group, stride, vectors, np.float32(a.missed))
         if end - begin - choosing.count_below(scores, limits[0], vectors) > room:
-            limits[0], limits[1], limits[2] = _restrict(scores, limits[0], vectors, end - begin, room)
+            limits[0], limits[1], limits[2] = _restrict(scores, vectors, end - begin, room)
     left = _pick(a, item, number, begin, end, room, shift)
     missing = _floats(a.missing + number * a.group * 4, a.group)
     tail, tail_lse = a.tail + number * a.group * a.d_v * 4, _floats(a.tail_lse + number * a.group * 4, a.group)
@@ -248,11 +253,9 @@ def _choose(a: Any, item: Any, number: int, shift: int) -> None:
     for row in range(0, a.group, FEW):
         rows, weights, totals = min(FEW, a.group - row), shares + row * stride, a.missing + (number * a.group + row) * 4
         sums, others = tail + row * a.d_v * 4, a.others + shift
-        micro.blend_means(
-            rows, left, others, table, means, a.sketch_bytes, a.d_v, weights, stride, sums, totals
-        )
+        choosing.blend_means(rows, left, others, table, means, a.sketch_bytes, a.d_v, weights, stride, sums, totals)
     for row in range(a.group):
-        nothing = missing[row] == 0  # where it is NaN, that must be seen
+        nothing = missing[row] < LEAST  # not so where it is NaN: that must be seen
         tail_lse[row] = -np.inf if nothing else lse[row] + math.log(missing[row])
         factor = np.float32(0.0) if nothing else np.float32(1.0) / missing[row]
         choosing.multiply(tail + row * a.d_v * 4, a.d_v // LANES, factor)
@@ -280,7 +283,7 @@ def _scan_tasks(unit: int, block: Any) -> None:
 
 
 def _fingerprint() -> int:
-    return source_fingerprint(micro, choosing, microkernels, intrinsics, emitter, launching, cpu_moves)
+    return source_fingerprint(micro, sealing, choosing, trees, microkernels, intrinsics, emitter, launching, cpu_moves)
 
 
 @cache

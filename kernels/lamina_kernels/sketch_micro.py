@@ -10,21 +10,19 @@ LANES * r + p, so that one tree of shuffles reduces the rows of a head's pages t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lamina_kernels.emitter import F32, I32, I64, LANES, V16, VB, VF, VH, VI, VS, VY, Emitter, Kind, Value, cpu_has
+from lamina_kernels.emitter import F32, I32, I64, LANES, V16, VB, VF, VI, VS, VY, Emitter, Value, cpu_has
 from lamina_kernels.intrinsics import LOG2E, from_half, literals, to_half
+from lamina_kernels.trees import LINE, tree
 
-LINE = 64  # bytes of a row
 HEADS = 8  # query heads computed together
 CASES = (1, 2, 3, 4, HEADS)
-FEW = 4  # query heads whose tails are summed together
-AHEAD = 12  # means that are fetched before they are needed
 EXP2 = (0.337189434618089, 0.6576362757382366, 1.001724763214558)  # of a polynomial of 2^x on [0, 1)
 MAGIC = 1.5 * 2**23  # added to a small float, it leaves the nearest integer in the low bits
 BIAS = 127 << 7  # of the exponent, in the bits of a bfloat16
@@ -36,205 +34,12 @@ def _signature(literals: Sequence[Any], integers: int, floats: int = 0) -> Any:
     return types.void(*literals, *[types.int64] * integers, *[types.float32] * floats)
 
 
-def _order(*lanes: Sequence[int]) -> Value:
-    return ir.Constant(VI, [ir.Constant(I32, i) for lane in lanes for i in lane])
-
-
-# The masks of a tree's four levels: which lanes of two vectors face each other.
-_LEVELS = [
-    (
-        _order(*[(4 * k, 16 + 4 * k, 4 * k + 1, 17 + 4 * k) for k in range(4)]),
-        _order(*[(4 * k + 2, 18 + 4 * k, 4 * k + 3, 19 + 4 * k) for k in range(4)]),
-    ),
-    (
-        _order(*[(4 * k, 4 * k + 1, 16 + 4 * k, 17 + 4 * k) for k in range(4)]),
-        _order(*[(4 * k + 2, 4 * k + 3, 18 + 4 * k, 19 + 4 * k) for k in range(4)]),
-    ),
-    (_order(range(8), range(16, 24)), _order(range(8, 16), range(24, 32))),
-    (
-        _order(range(4), range(8, 12), range(16, 20), range(24, 28)),
-        _order(range(4, 8), range(12, 16), range(20, 24), range(28, 32)),
-    ),
-]
-
-
-def _tree(e: Emitter, rows: Value, kind: Any, join: Callable[[Value, Value], Value]) -> Value:
-    """A vector whose lane i joins the 16 lanes of row i, for 16 rows from a pointer on."""
-
-    def reduced(first: int, level: int) -> Value:
-        if level < 0:
-            return e.load(e.at(rows, LINE * first), kind)
-        a, b = reduced(first, level - 1), reduced(first + (1 << level), level - 1)
-        return join(*(e.b.shuffle_vector(a, b, mask) for mask in _LEVELS[level]))
-
-    return reduced(0, len(_LEVELS) - 1)
-
-
 def _larger_bits(e: Emitter, a: Value, b: Value) -> Value:
     return e.b.select(e.b.icmp_unsigned(">", a, b), a, b)
 
 
-def _smaller(e: Emitter, a: Value, b: Value) -> Value:
-    return e.b.select(e.b.fcmp_ordered("<", a, b), a, b)
-
-
 def _half_words(x: int) -> Value:
     return ir.Constant(V16, [ir.Constant(ir.IntType(16), x)] * 2 * LANES)
-
-
-def _load_keys(
-    e: Emitter, code: int, keys: Value, pair: Value, token: Value, size: Value, scales: Value
-) -> list[Value]:
-    """Channels 2 * pair and 2 * pair + 1 of 16 tokens from `token` on, of a K block of `size` tokens, as floats."""
-    b = e.b
-    if code in (Kind.FLOAT32, Kind.FLOAT16):
-        width, kind = (4, VF) if code == Kind.FLOAT32 else (2, VH)
-        first = b.add(b.mul(b.shl(pair, I64(1)), size), token)
-        places = [e.at(keys, b.mul(x, I64(width))) for x in (first, b.add(first, size))]
-        loaded = [e.load(p, kind, width) for p in places]
-        return loaded if code == Kind.FLOAT32 else [b.fpext(x, VF) for x in loaded]
-    place = b.add(b.mul(pair, size), token)
-    if code == Kind.INT8:
-        pairs = e.load(e.at(keys, b.shl(place, I64(1))), VS, 2)
-        byte = ir.Constant(VS, [ir.Constant(ir.IntType(16), 8)] * LANES)
-        factor = e.load(e.at(scales, b.shl(token, I64(2))), VF)
-        both = b.ashr(b.shl(pairs, byte), byte), b.ashr(pairs, byte)
-        return [b.fmul(b.sitofp(b.sext(x, VI), VF), factor) for x in both]
-    pairs = e.load(e.at(keys, b.shl(place, I64(2))), VI)
-    return [b.bitcast(b.shl(pairs, e.bits(16)), VF), b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF)]
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def seal_keys(
-    context: Any,
-    kind: Any,
-    unit: Any,
-    keys: Any,
-    scales: Any,
-    size: Any,
-    d: Any,
-    codes: Any,
-    steps: Any,
-    lows: Any,
-    scratch: Any,
-) -> Any:
-    """The 4-bit codes of a K block of `size` tokens and d channels, and bfloat16 step and low of each channel.
-
-    scales: float32 `[size]`, read for INT8 alone; scratch: 34 rows. code = round((k - low) / step), from 0 to 15,
-    where step = (high - low) / 15, with both as they are stored. Where a number is not finite, low is NaN for the 16
-    channels about it: that must be seen.
-    """
-    code, width = literals(kind, unit)
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, e = builder, Emitter(builder)
-        keys, scales, codes, steps, lows, scratch = (e.pointer(args[i]) for i in (2, 3, 6, 7, 8, 9))
-        size, d = args[4], args[5]
-        least, most = scratch, e.at(scratch, LINE * LANES)
-        inverse, low_floats = e.at(scratch, 2 * LINE * LANES), e.at(scratch, 2 * LINE * LANES + LINE)
-        vectors, low_start, high_start = b.lshr(size, I64(4)), e.number(float("inf")), e.number(float("-inf"))
-
-        def channels(group: Value) -> list[Value]:
-            first = b.shl(group, I64(3))  # pair of channels
-            nothing = e.number(0.0)  # NaN where a number is not finite
-            for j in range(LANES // 2):
-                pair = b.add(first, I64(j))
-
-                def tokens(i: Value, *found: Value, pair: Value = pair) -> list[Value]:
-                    both = _load_keys(e, code, keys, pair, b.shl(i, I64(4)), size, scales)
-                    new = [_smaller(e, x, low) for x, low in zip(both, found[:2], strict=True)]
-                    new += [e.larger(x, high) for x, high in zip(both, found[2:4], strict=True)]
-                    return [*new, e.fma(both[1], e.number(0.0), e.fma(both[0], e.number(0.0), found[4]))]
-
-                *found, nothing = e.loop(vectors, [low_start] * 2 + [high_start] * 2 + [nothing], tokens)
-                for half in range(2):
-                    e.store(found[half], e.at(least, LINE * (2 * j + half)))
-                    e.store(found[2 + half], e.at(most, LINE * (2 * j + half)))
-            nothing = e.splat(e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), nothing))
-            low = to_half(e, b.fadd(_tree(e, least, VF, lambda x, y: _smaller(e, x, y)), nothing))
-            low_float = from_half(e, low)
-            step = b.fmul(b.fsub(_tree(e, most, VF, e.larger), low_float), e.number(1 / 15))
-            step_half = to_half(e, step)
-            step = from_half(e, step_half)
-            usable = b.fcmp_ordered(">", step, e.number(1e-37))
-            e.store(b.select(usable, b.fdiv(e.number(1.0), step), e.number(0.0)), inverse)
-            e.store(low_float, low_floats)
-            at = b.shl(group, I64(5))
-            e.store(step_half, e.at(steps, at), 2)
-            e.store(low, e.at(lows, at), 2)
-
-            def strip(i: Value) -> list[Value]:
-                begin = b.mul(i, I64(16 * width))
-                place = b.mul(begin, b.lshr(d, I64(1)))  # of the strip's codes: half a byte a number
-                place = e.at(codes, b.add(place, b.shl(group, I64(8 if width == 2 else 7))))
-                for line in range(4 if width == 2 else 2):
-                    word = e.bits(0)
-                    for half in range(2):  # low and high half of the bytes: other tokens, or other channels
-                        quad = line if width == 2 else 2 * line + half
-                        token = b.add(begin, I64(16 * half if width == 2 else 0))
-                        for couple in range(2):
-                            pair = b.add(first, I64(2 * quad + couple))
-                            both = _load_keys(e, code, keys, pair, token, size, scales)
-                            for k, x in enumerate(both):
-                                channel = 4 * quad + 2 * couple + k
-                                own = e.splat(e.load(e.at(low_floats, 4 * channel), F32))
-                                x = b.fmul(b.fsub(x, own), e.splat(e.load(e.at(inverse, 4 * channel), F32)))
-                                x = _smaller(e, e.larger(x, e.number(0.0)), e.number(15.0))
-                                shift = 8 * (2 * couple + k) + 4 * half
-                                word = b.or_(word, b.shl(e.nearest(x), e.bits(shift)))
-                    e.store(word, e.at(place, LINE * line))
-                return []
-
-            e.loop(b.udiv(size, I64(16 * width)), [], strip)
-            return []
-
-        e.loop(b.lshr(d, I64(4)), [], channels)
-        return context.get_dummy_value()
-
-    return _signature([kind, unit], 8), emit
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def seal_values(context: Any, kind: Any, values: Any, scales: Any, size: Any, d: Any, mean: Any) -> Any:
-    """mean <- the mean over `size` tokens of a V block of d channels, as bfloat16; scales as in `seal_keys`."""
-    (code,) = literals(kind)
-    pack = {Kind.FLOAT32: 1, Kind.FLOAT16: 1, Kind.INT8: 4}.get(Kind(code), 2)
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, e = builder, Emitter(builder)
-        values, scales, mean = (e.pointer(args[i]) for i in (1, 2, 5))
-        size, d = args[3], args[4]
-        stride = b.mul(d, I64(2 if code == Kind.FLOAT16 else 4))
-
-        def channels(i: Value) -> list[Value]:
-            start = e.at(values, b.shl(i, I64(5 if code == Kind.FLOAT16 else 6)))
-
-            def token(t: Value, place: Value, total: Value) -> list[Value]:
-                if code == Kind.FLOAT32:
-                    total = b.fadd(total, e.load(place, VF))
-                elif code == Kind.FLOAT16:
-                    total = b.fadd(total, b.fpext(e.load(place, VH, 2), VF))
-                elif code == Kind.INT8:
-                    fours = e.load(place, VI)
-                    for j in range(4):
-                        number = b.sitofp(b.ashr(b.shl(fours, e.bits(24 - 8 * j)), e.bits(24)), VF)
-                        at = b.shl(b.add(b.shl(t, I64(2)), I64(j)), I64(2))
-                        total = e.fma(number, e.splat(e.load(e.at(scales, at), F32)), total)
-                else:
-                    pairs = e.load(place, VI)
-                    total = b.fadd(total, b.bitcast(b.shl(pairs, e.bits(16)), VF))
-                    total = b.fadd(total, b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF))
-                return [e.at(place, stride), total]
-
-            total = e.loop(b.udiv(size, I64(pack)), [start, e.number(0.0)], token)[1]
-            count = e.splat(b.sitofp(size, F32))
-            e.store(to_half(e, b.fdiv(total, count)), e.at(mean, b.shl(i, I64(5))), 2)
-            return []
-
-        e.loop(b.lshr(d, I64(4)), [], channels)
-        return context.get_dummy_value()
-
-    return _signature([kind], 5), emit
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -331,8 +136,10 @@ def _add_halves(e: Emitter, a: Value, b: Value, total: Value) -> Value:
     """total[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1], of bfloat16 seen as int32."""
     if cpu_has("avx512bf16"):
         return e.call("llvm.x86.avx512bf16.dpbf16ps.512", VF, total, e.b.bitcast(a, VB), e.b.bitcast(b, VB))
-    for part in (lambda x: e.b.shl(x, e.bits(16)), lambda x: e.b.and_(x, e.bits(0xFFFF0000))):
-        total = e.fma(e.b.bitcast(part(a), VF), e.b.bitcast(part(b), VF), total)
+    low = [e.b.bitcast(e.b.shl(x, e.bits(16)), VF) for x in (a, b)]
+    high = [e.b.bitcast(e.b.and_(x, e.bits(0xFFFF0000)), VF) for x in (a, b)]
+    for x, y in (low, high):
+        total = e.fma(x, y, total)
     return total
 
 
@@ -349,12 +156,12 @@ def settle_bounds(
         b, e = builder, Emitter(builder)
         tops, dots, inverses, factors, bases = (e.pointer(a) for a in args[:5])
         nothing, scale = e.splat(args[5]), e.splat(args[6])
-        top = _tree(e, tops, VI, lambda x, y: _larger_bits(e, x, y))
+        top = tree(e, tops, VI, lambda x, y: _larger_bits(e, x, y))
         top = b.sub(_larger_bits(e, top, e.bits(BIAS + LEAST)), e.bits(BIAS))
         most = b.fmul(b.bitcast(b.shl(top, e.bits(16)), VF), e.number(SLACK / 127))
         e.store(b.fdiv(e.number(1.0), most), inverses)
         e.store(b.fmul(most, scale), factors)
-        e.store(b.fadd(b.fmul(_tree(e, dots, VF, b.fadd), scale), nothing), bases)
+        e.store(b.fadd(b.fmul(tree(e, dots, VF, b.fadd), scale), nothing), bases)
         return context.get_dummy_value()
 
     return _signature([], 5, 2), emit
@@ -489,9 +296,7 @@ def crest(context: Any, numbers: Any, vectors: Any, top: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def masses(
-    context: Any, unit: Any, tops: Any, logits: Any, pages: Any, strips: Any, bases: Any, out: Any
-) -> Any:
+def masses(context: Any, unit: Any, tops: Any, logits: Any, pages: Any, strips: Any, bases: Any, out: Any) -> Any:
     """out float32 `[LANES]` <- the log of the sum of 2^x over the 16 * unit * strips logits of each of `pages` pages.
 
     tops: the rows of `judge`, overwritten; bases: what makes the result NaN where it is not finite.
@@ -502,7 +307,7 @@ def masses(
         b, e = builder, Emitter(builder)
         tops, logits, bases, out = (e.pointer(args[i]) for i in (1, 2, 5, 6))
         pages, strips = args[3], args[4]
-        peaks = _tree(e, tops, VF, e.larger)
+        peaks = tree(e, tops, VF, e.larger)
         e.store(peaks, out)
 
         def page(p: Value, place: Value) -> list[Value]:
@@ -519,7 +324,7 @@ def masses(
             return [place]
 
         e.loop(pages, [logits], page)
-        log = b.fadd(peaks, _log2(e, _tree(e, tops, VF, b.fadd)))
+        log = b.fadd(peaks, _log2(e, tree(e, tops, VF, b.fadd)))
         nothing = b.fmul(e.load(bases, VF), e.number(0.0))
         e.store(e.fma(log, e.number(1 / LOG2E), nothing), out)
         return context.get_dummy_value()
@@ -559,72 +364,3 @@ def _log2(e: Emitter, x: Value) -> Value:
     ):
         series = e.fma(series, w, e.number(c))
     return e.fma(series, w, exponent)
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def blend_means(
-    context: Any,
-    rows: Any,
-    n: Any,
-    entries: Any,
-    table: Any,
-    means: Any,
-    sketch_bytes: Any,
-    d: Any,
-    weights: Any,
-    stride: Any,
-    sums: Any,
-    totals: Any,
-) -> Any:
-    """The weighted sum of the means of n pages, and of their weights, for up to FEW query vectors.
-
-    entries: int32 `[n + AHEAD]`, of the table, int32; means: where the mean of page 0 is, bfloat16 `[d]`; weights:
-    float32, one an entry, those of the query vectors `stride` bytes apart; sums float32 `[rows, d]`, totals float32
-    `[rows]`: written.
-    """
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, e = builder, Emitter(builder)
-        rows, n, means, sketch_bytes, d, stride = (args[i] for i in (0, 1, 4, 5, 6, 8))
-        entries, table, weights, sums, totals = (e.pointer(args[i]) for i in (2, 3, 7, 9, 10))
-
-        def mean_of(entry: Value, first: Value) -> Value:
-            page = b.sext(e.load(e.at(table, b.shl(entry, I64(2))), I32), I64)
-            return e.at(e.pointer(b.add(means, b.mul(page, sketch_bytes))), b.shl(first, I64(5)))
-
-        def columns(count: int, chunks: int, first: Value) -> list[Value]:
-            """`chunks` registers of channels from number `first` on."""
-
-            def step(i: Value, *carried: Value) -> list[Value]:
-                place = e.at(entries, b.shl(i, I64(2)))
-                entry, later = (b.sext(e.load(e.at(place, 4 * k), I32), I64) for k in (0, AHEAD))
-                far = mean_of(later, first)
-                for at in range(0, 32 * chunks, LINE):
-                    e.fetch(e.at(far, at))
-                near = mean_of(entry, first)
-                x = [from_half(e, e.load(e.at(near, 32 * c), VS, 2)) for c in range(chunks)]
-                weight = e.at(weights, b.shl(entry, I64(2)))
-                own = [e.splat(e.load(e.at(weight, b.mul(stride, I64(r))), F32)) for r in range(count)]
-                new = [b.fadd(w, total) for w, total in zip(own, carried[:count], strict=True)]
-                terms = [(w, y) for w in own for y in x]
-                return new + [e.fma(w, y, s) for (w, y), s in zip(terms, carried[count:], strict=True)]
-
-            found = e.loop(n, [e.number(0.0)] * (count + count * chunks), step)
-            for r in range(count):
-                e.store(e.b.extract_element(found[r], I32(0)), e.at(totals, 4 * r))
-                for c in range(chunks):
-                    at = b.shl(b.add(b.mul(d, I64(r)), b.shl(b.add(first, I64(c)), I64(4))), I64(2))
-                    e.store(found[count + r * chunks + c], e.at(sums, at))
-            return []
-
-        def tile(count: int) -> None:
-            whole, left = b.lshr(d, I64(6)), b.and_(b.lshr(d, I64(4)), I64(3))
-            with b.if_then(b.icmp_signed(">", whole, I64(0))):
-                e.loop(whole, [], lambda i: columns(count, 4, b.shl(i, I64(2))))
-            with b.if_then(b.icmp_signed(">", left, I64(0))):
-                e.loop(left, [], lambda i: columns(count, 1, b.add(b.shl(whole, I64(2)), i)))
-
-        e.choose(rows, CASES[:FEW], tile)
-        return context.get_dummy_value()
-
-    return _signature([], 11), emit

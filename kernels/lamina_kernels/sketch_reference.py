@@ -8,7 +8,9 @@ import torch
 
 from lamina_kernels.pages import Pages, gather
 from lamina_kernels.partial import empty
-from lamina_kernels.sketches import LEVELS, MISSED, Choice, Items, Sketches, check_items, check_scan, check_sealed
+from lamina_kernels.sketch_items import Choice, Items, check_items, check_scan
+from lamina_kernels.sketch_layout import LEVELS, Sketches, check_sealed
+from lamina_kernels.sketches import MISSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ def seal(pages: Pages, sketches: Sketches, page_ids: torch.Tensor) -> None:
         k, v = (x.float() for x in gather(pages, torch.tensor([page]), at.pages.page_size))
         k = torch.where(torch.isfinite(k).view(len(k), -1, 16).all(-1).all(0).repeat_interleave(16), k, torch.nan)
         low = k.amin(0).bfloat16()
-        step = ((k.amax(0) - low.float()) * (1 / LEVELS)).bfloat16()
+        step = ((k.amax(0) - low.float()) * (1 / LEVELS)).bfloat16().clamp(min=0)  # low may be rounded up
         inverse = torch.where(step > 0, 1.0 / step.float(), 0.0)
         codes = ((k - low.float()) * inverse).nan_to_num(0.0).clamp(0, LEVELS).round().to(torch.uint8)
         arena[page] = 0
@@ -45,13 +47,15 @@ def pack(codes: torch.Tensor, unit: int) -> torch.Tensor:
         low, high = codes.view(-1, 2, 16, d // 4, 4).permute(1, 0, 3, 2, 4)
     else:
         low, high = codes.view(-1, 16, d // 8, 2, 4).permute(3, 0, 2, 1, 4)
-    return (low | high << 4).reshape(size * d // 2)
+    packed: torch.Tensor = low | high << 4
+    return packed.reshape(size * d // 2)
 
 
 def keys(sketches: Sketches, page_ids: torch.Tensor) -> torch.Tensor:
     """The keys as the sketches of pages `[n]` have them: float32 `[n, page_size, d_k]`."""
     chosen = Sketches(sketches.layout, sketches.arena[page_ids])
-    return chosen.codes * chosen.steps.float().unsqueeze(1) + chosen.lows.float().unsqueeze(1)
+    near: torch.Tensor = chosen.codes * chosen.steps.float().unsqueeze(1) + chosen.lows.float().unsqueeze(1)
+    return near
 
 
 def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1, most: int | None = None) -> ScanPlan:

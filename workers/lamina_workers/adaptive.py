@@ -19,7 +19,8 @@ from lamina_kernels.partial import Partial
 from lamina_kernels.select import Kernels
 from lamina_protocols.messages import LayerSpec, Usage
 from lamina_workers.kv_store import Part
-from lamina_workers.policies.chooser import Adaptive, Chooser, Holding, Items
+from lamina_workers.policies.chooser import Adaptive, Chooser, Holding, Items, Watcher
+from lamina_workers.policies.policy import Policy
 
 
 class Cell(NamedTuple):
@@ -31,6 +32,21 @@ class Cell(NamedTuple):
     head: int
     first: int
     tokens: int
+
+
+class Watched(NamedTuple):
+    """A row of prefill some of whose KV heads a chooser watches: `heads` by their numbers in the part. `first` is the
+    row's first vector in the flat q, of `tokens` tokens from position `start` of the part on, each with a group for
+    every head of the part."""
+
+    policy: Adaptive
+    handle: int
+    part: Part
+    heads: tuple[int, ...]
+    first: int
+    tokens: int
+    start: int
+    group: int
 
 
 @dataclass(slots=True)
@@ -124,12 +140,41 @@ class AdaptiveAttention:
         self._kernels = kernels
         self._threads = holding.threads
         self._choosers: Mapping[Adaptive, Chooser] = {policy: policy.chooser(holding) for policy in policies}
+        self._watchers = {policy: x for policy, x in self._choosers.items() if isinstance(x, Watcher)}
         self._tallies = tallies
+
+    def watches(self, policy: Policy) -> bool:
+        """Whether that policy's chooser wants to see prefill's queries."""
+        return policy in self._watchers
+
+    def observe(self, watched: Watched, layer: int, q: torch.Tensor) -> None:
+        """Show a chooser the queries of a row of prefill; q `[n, d_k]` of the whole batch, flat."""
+        heads = len(watched.part.heads)
+        rows = q[watched.first : watched.first + watched.tokens * heads * watched.group]
+        by_head = rows.reshape(watched.tokens, heads, watched.group, -1)
+        watcher = self._watchers[watched.policy]
+        for number in watched.heads:
+            of_head = by_head[:, number].float().numpy()
+            watcher.observe(watched.handle, layer, watched.part.heads[number], watched.start, of_head)
+
+    def fork(self, handle: int, parent: int, tokens: int) -> None:
+        """A part is new, and has the first `tokens` of another."""
+        for watcher in self._watchers.values():
+            watcher.fork(handle, parent, tokens)
+
+    def written(self, handle: int, start: int) -> None:
+        """A part's tokens from `start`, counted from its first, on are new."""
+        for watcher in self._watchers.values():
+            watcher.written(handle, start)
 
     def forget(self, handle: int) -> None:
         """A part is closed."""
         for chooser in self._choosers.values():
             chooser.forget(handle)
+
+    def worth(self, policy: Adaptive, tokens: Sequence[int]) -> bool:
+        """Whether a policy would rather choose than read everything, for cells of so many tokens each."""
+        return self._choosers[policy].worth(tokens)
 
     def group(self, policy: Adaptive, cells: Sequence[Cell], group: int) -> Group:
         """Plan a batch's cells of one policy, each with `group` query heads."""
@@ -165,7 +210,9 @@ class AdaptiveAttention:
         """The batch is over, or given up: what it has read belongs to the parts."""
         counts = group.counts
         columns = (counts.read, counts.missed, counts.queries, counts.worst)
-        for cell, (read, missed, queries, worst) in zip(group.cells, zip(*(c.tolist() for c in columns)), strict=True):
+        for cell, (read, missed, queries, worst) in zip(
+            group.cells, zip(*(c.tolist() for c in columns), strict=True), strict=True
+        ):
             whole = cell.tokens * counts.layers
             self._tallies.add(cell.handle, read * self._tallies.token_bytes + counts.chosen_by, whole)
             self._tallies.miss(cell.handle, missed, queries, worst)

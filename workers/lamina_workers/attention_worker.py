@@ -206,7 +206,7 @@ class AttentionWorker:
         return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
 
     def _attend(self, message: Query | Exchange) -> Attended:
-        spec, batch = self._layer(message)
+        _, batch = self._layer(message)
         if isinstance(message, Exchange) and batch.fused:
             raise ProtocolError(f"an exchange for batch {message.batch}, whose queries need its own keys stored first")
         if not batch.readings:

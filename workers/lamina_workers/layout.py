@@ -12,7 +12,7 @@ from lamina_kernels.pages import DTYPES, PageLayout
 from lamina_kernels.select import Kernels, kernels
 from lamina_kernels.sketches import SketchLayout
 from lamina_protocols.messages import HolderConfig
-from lamina_workers.errors import KernelsUnavailable, KVError, UnsupportedModelError
+from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError
 from lamina_workers.retention import layer_policies
 
 KV_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -53,7 +53,12 @@ def sketched(config: HolderConfig) -> bool:
 def page_cost(config: HolderConfig) -> int:
     """Bytes of a page, and of its sketch where policies read one."""
     layout = page_layout(config)
-    return layout.page_bytes + (SketchLayout(layout).sketch_bytes if sketched(config) else 0)
+    if not sketched(config):
+        return layout.page_bytes
+    try:
+        return layout.page_bytes + SketchLayout(layout).sketch_bytes
+    except ValueError as error:
+        raise PolicyError(f"a policy reads sketches, which the kernels of this process cannot make: {error}") from error
 
 
 def page_count(config: HolderConfig) -> int:

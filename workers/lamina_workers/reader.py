@@ -6,7 +6,7 @@ sketches that those read. Knows pages and parts; knows no message but its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from lamina_kernels.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_protocols.messages import Fork, HolderConfig, LayerSpec, Row, Usage
-from lamina_workers.adaptive import AdaptiveAttention, Cell, Group, Tallies
+from lamina_workers.adaptive import AdaptiveAttention, Cell, Group, Tallies, Watched
+from lamina_workers.errors import KVError
 from lamina_workers.kv_store import NO_PAGE, Absorbed, KVStore, Part
 from lamina_workers.layout import sketched
 from lamina_workers.policies.chooser import Adaptive, Holding
@@ -44,6 +45,7 @@ class Reading:
     counts: tuple[tuple[int, float, int], ...]  # of decode rows: handle, tokens read by static heads, tokens they have
     layers: int = 0  # that have been attended so
     standing: Standing | None = None  # what stands for what compensated policies have let go
+    watched: tuple[Watched, ...] = ()  # rows of prefill whose queries a chooser is shown
 
 
 class Reader:
@@ -68,7 +70,7 @@ class Reader:
             for _ in sketches.prepare(at):
                 pass
             adaptive = [policy for policy in every if isinstance(policy, Adaptive)]
-            holding = Holding(self._sketches, at.page_size, threads)
+            holding = Holding(self._sketches, at.page_size, threads, pages)
             self._adaptive = AdaptiveAttention(pages, kernels, holding, adaptive, self.tallies or Tallies(token_bytes))
 
     def readings(self, rows: Sequence[Row]) -> dict[Policies, Reading]:
@@ -82,20 +84,23 @@ class Reader:
         builder, planned, counts = RowBuilder(size), 0, []
         vectors: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         cells: dict[Adaptive, list[Cell]] = {}
+        watched: list[Watched] = []
         means: list[tuple[int, int]] = []  # of what was let go, by handle and head
         readers: list[torch.Tensor] = []  # the vectors that read each
+        choosing = self._choosing(policies, rows)
         first = 0
         for row in rows:
             part = self._store.part(row.handle)
             lo, hi = row.read or (0, 0)
             of_heads: list[Policy | None] = [policies[head] for head in part.heads]
-            whole = lo == part.lo and hi > lo and row.count == 1
-            if row.chooses and whole:
+            if self._chooses(row):
                 for number, policy in enumerate(of_heads):
-                    if isinstance(policy, Adaptive):
+                    if isinstance(policy, Adaptive) and policy in choosing:
                         of_heads[number] = None
                         cell = Cell(row.handle, part, number, first + number * group, hi - lo)
                         cells.setdefault(policy, []).append(cell)
+            elif not row.chooses and hi > lo:
+                watched += self._watched(row, part, of_heads, first)
             static = [number for number, policy in enumerate(of_heads) if policy is not None]
             tokens = np.arange(row.count)[:, None, None] * (len(of_heads) * group)
             gaps = self._gaps(part, of_heads)
@@ -118,7 +123,31 @@ class Reader:
         index = torch.from_numpy(np.concatenate(vectors)) if planned < first else None
         groups = [self._choosers.group(policy, those, group) for policy, those in cells.items()] if cells else ()
         standing = self._stand_ins.standing(means, readers) if self._stand_ins else None
-        return Reading(plan, index, tuple(groups), tuple(counts), standing=standing)
+        return Reading(plan, index, tuple(groups), tuple(counts), standing=standing, watched=tuple(watched))
+
+    def _watched(self, row: Row, part: Part, policies: Sequence[Policy | None], first: int) -> Iterator[Watched]:
+        """What choosers are shown of a row of prefill whose vectors begin with `first`."""
+        for policy in dict.fromkeys(policies):
+            if isinstance(policy, Adaptive) and self._choosers.watches(policy):
+                heads = tuple(number for number, of_head in enumerate(policies) if of_head == policy)
+                group = self._config.layers[0].group
+                yield Watched(policy, row.handle, part, heads, first, row.count, row.start - part.lo, group)
+
+    def _chooses(self, row: Row) -> bool:
+        """Whether a row is one query of decode that reads all that its part has."""
+        lo, hi = row.read or (0, 0)
+        return row.chooses and row.count == 1 and lo == self._store.part(row.handle).lo < hi
+
+    def _choosing(self, policies: Policies, rows: Sequence[Row]) -> set[Adaptive]:
+        """The policies that choose in this batch: those for which it is worth it."""
+        tokens: dict[Adaptive, list[int]] = {}
+        for row in rows:
+            if self._chooses(row):
+                lo, hi = row.read or (0, 0)
+                for head in self._store.part(row.handle).heads:
+                    if isinstance(policy := policies[head], Adaptive):
+                        tokens.setdefault(policy, []).append(hi - lo)
+        return {policy for policy, those in tokens.items() if self._choosers.worth(policy, those)}
 
     def _gaps(self, part: Part, policies: Sequence[Policy | None]) -> dict[Policy | None, tuple[int, int]]:
         """Of compensated policies: the slots for which a mean stands, where there are any."""
@@ -136,6 +165,8 @@ class Reader:
         """q `[n, d_k]` of a layer, flat in row order: attention over what each vector's policy reads."""
         spec = self._config.layers[layer]
         reading.layers += 1
+        for watched in reading.watched:
+            self._choosers.observe(watched, layer, q)
         whole = self._attend(reading, layer, spec, q)
         if reading.standing is not None:
             means = reading.standing.attend(spec, q)
@@ -174,7 +205,8 @@ class Reader:
         return self._adaptive
 
     def sealed(self, rows: Sequence[Row]) -> torch.Tensor | None:
-        """int64 `[layers, n]`: the pages that are full once those rows have stored, where sketches are kept."""
+        """int64 `[layers, n]`: the pages that are full once those rows have stored, where sketches are kept. What
+        choosers know of tokens that the rows replace ends here."""
         if self._sketches is None:
             return None
         size, pages = self._pages.layout.page_size, []
@@ -182,6 +214,7 @@ class Reader:
             part = self._store.part(row.handle)
             first, end = row.stored(part.lo, part.hi)
             if first < end:
+                self._choosers.written(row.handle, first - part.lo)
                 full = part.table[:, :, (first - part.lo) // size : (end - part.lo) // size]
                 pages.append(full.reshape(len(full), -1))
         if not pages or not sum(x.shape[1] for x in pages):
@@ -197,6 +230,12 @@ class Reader:
         """A part is new, as a fork of another."""
         if self._stand_ins is not None:
             self._stand_ins.fork(fork.handle, fork.parent, fork.length)
+        if self._adaptive is not None:
+            try:
+                part = self._store.part(fork.handle)
+            except KVError:  # the announcement that made it has closed it again
+                return
+            self._adaptive.fork(fork.handle, fork.parent, fork.length - part.lo)
 
     def absorb(self, absorbed: Sequence[Absorbed]) -> None:
         """Pages have been let go for which a mean stands from now on. Nothing may have been written to them yet."""

@@ -1,19 +1,20 @@
 """What an adaptive policy is given in a decode step, and what it answers: pages to read, and what stands for the rest.
 
-A chooser is made once a worker for each adaptive policy in use. It reads queries and sketches of pages, never pages:
-kernels attend what it chose, and the partials merge.
+A chooser is made once a worker for each adaptive policy in use. It reads queries and sketches of pages; pages only to
+build an index of what they hold. Kernels attend what it chose, and the partials merge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from lamina_kernels.pages import Pages
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches import Sketches
 from lamina_protocols.messages import LayerSpec
@@ -25,12 +26,13 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What choosers share: the sketches of the worker's pages, which are of full pages, and how many threads they may
-    use."""
+    """What choosers share: the sketches of the worker's pages, which are of full pages, how many threads they may use,
+    and the pages."""
 
     sketches: Sketches
     page_size: int
     threads: int
+    pages: Pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,9 @@ class Choice(NamedTuple):
 class Chooser(Protocol):
     """The adaptive part of a policy. Called by the worker's one thread."""
 
+    def worth(self, tokens: Sequence[int]) -> bool:
+        """Whether to choose at all in layers where items read so many tokens each; else everything is read."""
+
     def plan(self, items: Items) -> Any:
         """What can be settled for all layers of a decode step."""
 
@@ -80,6 +85,20 @@ class Chooser(Protocol):
 
     def forget(self, handle: int) -> None:
         """That part is closed."""
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """What a chooser has that is told more than decode's queries. Positions count from the part's first token."""
+
+    def observe(self, handle: int, layer: int, head: int, first: int, q: Float32) -> None:
+        """Prefill's queries of a part's KV head, float32 `[t, group, d_k]`, at positions first, first + 1, ..."""
+
+    def fork(self, handle: int, parent: int, tokens: int) -> None:
+        """A part is new, and has the first `tokens` of another."""
+
+    def written(self, handle: int, start: int) -> None:
+        """A part's tokens from `start` on are new, or other ones than before."""
 
 
 class Adaptive(Policy):

@@ -9,6 +9,7 @@ heavy late is read again, which H2O cannot do; memory is not saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -81,6 +82,9 @@ class _Counting:
         self._policy = policy
         self._at = at
         self._counts: dict[int, dict[tuple[int, int], _Count]] = {}  # by part, then by layer and KV head
+
+    def worth(self, tokens: Sequence[int]) -> bool:
+        return True
 
     def plan(self, items: Items) -> _Plan:
         at = bounds(self._policy, items, self._at.page_size)

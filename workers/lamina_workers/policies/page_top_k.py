@@ -7,13 +7,14 @@ query heads that share the KV head. Nothing stands for what is not read, and not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from lamina_kernels.sketches import LEVELS
+from lamina_kernels.sketch_layout import LEVELS
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Int32, Items, everything
 from lamina_workers.policies.page_budget import Bounds, best, bounds, lists
@@ -51,6 +52,9 @@ class _Bounding:
     def __init__(self, policy: PageTopK, at: Holding) -> None:
         self._policy = policy
         self._at = at
+
+    def worth(self, tokens: Sequence[int]) -> bool:
+        return True
 
     def plan(self, items: Items) -> _Plan:
         at = bounds(self._policy, items, self._at.page_size)

@@ -8,6 +8,7 @@ away from that of the last look. In between the same pages are read, and those t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,6 +71,9 @@ class _Looks:
         self._policy = policy
         self._at = at
         self._looks: dict[int, dict[tuple[int, int], _Look]] = {}  # by part, then by layer and KV head
+
+    def worth(self, tokens: Sequence[int]) -> bool:
+        return True
 
     def plan(self, items: Items) -> _Plan:
         at = bounds(self._policy, items, self._at.page_size)

@@ -1,0 +1,177 @@
+"""The inner loops that make sketches of pages, as LLVM IR over vectors of 16 floats.
+
+Each public function is a numba intrinsic over int64 addresses and sizes; `kind` and `unit` are compile-time constants.
+Knows how blocks of K and V are stored and how a sketch is laid out (`sketches.SketchLayout`); knows no threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from lamina_kernels.emitter import F32, I64, LANES, VF, VH, VI, VS, Emitter, Kind, Value
+from lamina_kernels.intrinsics import from_half, literals, to_half
+from lamina_kernels.trees import LINE, tree
+
+
+def _load_keys(
+    e: Emitter, code: int, keys: Value, pair: Value, token: Value, size: Value, scales: Value
+) -> list[Value]:
+    """Channels 2 * pair and 2 * pair + 1 of 16 tokens from `token` on, of a K block of `size` tokens, as floats."""
+    b = e.b
+    if code in (Kind.FLOAT32, Kind.FLOAT16):
+        width, kind = (4, VF) if code == Kind.FLOAT32 else (2, VH)
+        first = b.add(b.mul(b.shl(pair, I64(1)), size), token)
+        places = [e.at(keys, b.mul(x, I64(width))) for x in (first, b.add(first, size))]
+        loaded = [e.load(p, kind, width) for p in places]
+        return loaded if code == Kind.FLOAT32 else [b.fpext(x, VF) for x in loaded]
+    place = b.add(b.mul(pair, size), token)
+    if code == Kind.INT8:
+        pairs = e.load(e.at(keys, b.shl(place, I64(1))), VS, 2)
+        byte = ir.Constant(VS, [ir.Constant(ir.IntType(16), 8)] * LANES)
+        factor = e.load(e.at(scales, b.shl(token, I64(2))), VF)
+        both = b.ashr(b.shl(pairs, byte), byte), b.ashr(pairs, byte)
+        return [b.fmul(b.sitofp(b.sext(x, VI), VF), factor) for x in both]
+    pairs = e.load(e.at(keys, b.shl(place, I64(2))), VI)
+    return [b.bitcast(b.shl(pairs, e.bits(16)), VF), b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF)]
+
+
+def _smaller(e: Emitter, a: Value, b: Value) -> Value:
+    return e.b.select(e.b.fcmp_ordered("<", a, b), a, b)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def seal_keys(
+    context: Any,
+    kind: Any,
+    unit: Any,
+    keys: Any,
+    scales: Any,
+    size: Any,
+    d: Any,
+    codes: Any,
+    steps: Any,
+    lows: Any,
+    scratch: Any,
+) -> Any:
+    """The 4-bit codes of a K block of `size` tokens and d channels, and bfloat16 step and low of each channel.
+
+    scales: float32 `[size]`, read for INT8 alone; scratch: 34 rows. code = round((k - low) / step), from 0 to 15,
+    where step = (high - low) / 15, with both as they are stored. Where a number is not finite, low is NaN for the 16
+    channels about it: that must be seen.
+    """
+    code, width = literals(kind, unit)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        keys, scales, codes, steps, lows, scratch = (e.pointer(args[i]) for i in (2, 3, 6, 7, 8, 9))
+        size, d = args[4], args[5]
+        least, most = scratch, e.at(scratch, LINE * LANES)
+        inverse, low_floats = e.at(scratch, 2 * LINE * LANES), e.at(scratch, 2 * LINE * LANES + LINE)
+        vectors, low_start, high_start = b.lshr(size, I64(4)), e.number(float("inf")), e.number(float("-inf"))
+
+        def channels(group: Value) -> list[Value]:
+            first = b.shl(group, I64(3))  # pair of channels
+            nothing = e.number(0.0)  # NaN where a number is not finite
+            for j in range(LANES // 2):
+                pair = b.add(first, I64(j))
+
+                def tokens(i: Value, *found: Value, pair: Value = pair) -> list[Value]:
+                    both = _load_keys(e, code, keys, pair, b.shl(i, I64(4)), size, scales)
+                    new = [_smaller(e, x, low) for x, low in zip(both, found[:2], strict=True)]
+                    new += [e.larger(x, high) for x, high in zip(both, found[2:4], strict=True)]
+                    return [*new, e.fma(both[1], e.number(0.0), e.fma(both[0], e.number(0.0), found[4]))]
+
+                *found, nothing = e.loop(vectors, [low_start] * 2 + [high_start] * 2 + [nothing], tokens)
+                for half in range(2):
+                    e.store(found[half], e.at(least, LINE * (2 * j + half)))
+                    e.store(found[2 + half], e.at(most, LINE * (2 * j + half)))
+            nothing = e.splat(e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), nothing))
+            low = to_half(e, b.fadd(tree(e, least, VF, lambda x, y: _smaller(e, x, y)), nothing))
+            low_float = from_half(e, low)
+            step = b.fmul(b.fsub(tree(e, most, VF, e.larger), low_float), e.number(1 / 15))
+            step = e.larger(step, e.number(0.0))  # low may have been rounded up, above all there is
+            step_half = to_half(e, step)
+            step = from_half(e, step_half)
+            usable = b.fcmp_ordered(">", step, e.number(1e-37))
+            e.store(b.select(usable, b.fdiv(e.number(1.0), step), e.number(0.0)), inverse)
+            e.store(low_float, low_floats)
+            at = b.shl(group, I64(5))
+            e.store(step_half, e.at(steps, at), 2)
+            e.store(low, e.at(lows, at), 2)
+
+            def strip(i: Value) -> list[Value]:
+                begin = b.mul(i, I64(16 * width))
+                place = b.mul(begin, b.lshr(d, I64(1)))  # of the strip's codes: half a byte a number
+                place = e.at(codes, b.add(place, b.shl(group, I64(8 if width == 2 else 7))))
+                for line in range(4 if width == 2 else 2):
+                    word = e.bits(0)
+                    for half in range(2):  # low and high half of the bytes: other tokens, or other channels
+                        quad = line if width == 2 else 2 * line + half
+                        token = b.add(begin, I64(16 * half if width == 2 else 0))
+                        for couple in range(2):
+                            pair = b.add(first, I64(2 * quad + couple))
+                            both = _load_keys(e, code, keys, pair, token, size, scales)
+                            for k, x in enumerate(both):
+                                channel = 4 * quad + 2 * couple + k
+                                own = e.splat(e.load(e.at(low_floats, 4 * channel), F32))
+                                x = b.fmul(b.fsub(x, own), e.splat(e.load(e.at(inverse, 4 * channel), F32)))
+                                x = _smaller(e, e.larger(x, e.number(0.0)), e.number(15.0))
+                                shift = 8 * (2 * couple + k) + 4 * half
+                                word = b.or_(word, b.shl(e.nearest(x), e.bits(shift)))
+                    e.store(word, e.at(place, LINE * line))
+                return []
+
+            e.loop(b.udiv(size, I64(16 * width)), [], strip)
+            return []
+
+        e.loop(b.lshr(d, I64(4)), [], channels)
+        return context.get_dummy_value()
+
+    return types.void(kind, unit, *[types.int64] * 8), emit
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def seal_values(context: Any, kind: Any, values: Any, scales: Any, size: Any, d: Any, mean: Any) -> Any:
+    """mean <- the mean over `size` tokens of a V block of d channels, as bfloat16; scales as in `seal_keys`."""
+    (code,) = literals(kind)
+    pack = {Kind.FLOAT32: 1, Kind.FLOAT16: 1, Kind.INT8: 4}.get(Kind(code), 2)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, e = builder, Emitter(builder)
+        values, scales, mean = (e.pointer(args[i]) for i in (1, 2, 5))
+        size, d = args[3], args[4]
+        stride = b.mul(d, I64(2 if code == Kind.FLOAT16 else 4))
+
+        def channels(i: Value) -> list[Value]:
+            start = e.at(values, b.shl(i, I64(5 if code == Kind.FLOAT16 else 6)))
+
+            def token(t: Value, place: Value, total: Value) -> list[Value]:
+                if code == Kind.FLOAT32:
+                    total = b.fadd(total, e.load(place, VF))
+                elif code == Kind.FLOAT16:
+                    total = b.fadd(total, b.fpext(e.load(place, VH, 2), VF))
+                elif code == Kind.INT8:
+                    fours = e.load(place, VI)
+                    for j in range(4):
+                        number = b.sitofp(b.ashr(b.shl(fours, e.bits(24 - 8 * j)), e.bits(24)), VF)
+                        at = b.shl(b.add(b.shl(t, I64(2)), I64(j)), I64(2))
+                        total = e.fma(number, e.splat(e.load(e.at(scales, at), F32)), total)
+                else:
+                    pairs = e.load(place, VI)
+                    total = b.fadd(total, b.bitcast(b.shl(pairs, e.bits(16)), VF))
+                    total = b.fadd(total, b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF))
+                return [e.at(place, stride), total]
+
+            total = e.loop(b.udiv(size, I64(pack)), [start, e.number(0.0)], token)[1]
+            count = e.splat(b.sitofp(size, F32))
+            e.store(to_half(e, b.fdiv(total, count)), e.at(mean, b.shl(i, I64(5))), 2)
+            return []
+
+        e.loop(b.lshr(d, I64(4)), [], channels)
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 5), emit

@@ -1,0 +1,230 @@
+"""Calibration from one end to the other: a model's name and a target in, a policy file and what led to it out.
+
+Everything happens on the caller's thread, as torch wants it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from lamina.calibration.data import TAIL, Corpus, corpus, passkeys
+from lamina.calibration.evidence import NEEDLES, WORDS, Evidence, Progress, gather
+from lamina.calibration.quality import Quality, Reading, Target, compare, read
+from lamina.calibration.selection import Trial, by_evidence, candidates, choose, options
+from lamina.calibration.torch_path import TorchPath
+from lamina.config import EngineConfig
+from lamina.errors import InvalidRequest, PolicyError
+from lamina.machine import native_dtype, this_machine
+from lamina.models import resolve
+from lamina.policy_file import Heads, PolicyFile, kept_share
+from lamina.probe import Probe
+from lamina.runtime import holder_config, rescaled
+from lamina.tokenizer import Tokenizer
+from lamina_workers.layout import page_cost
+from lamina_workers.model import Decoder
+from lamina_workers.model_config import ModelConfig
+from lamina_workers.policies.policy import Policy, parse
+from lamina_workers.policies.streaming import Streaming
+from lamina_workers.weights import Checkpoint, fingerprint
+
+DEFAULT_CONTEXT = 8192  # tokens, where the model's own is longer
+DEFAULT_STEPS = 200
+LEAST_CONTEXT = 2048
+_READ = 1024  # tokens of plain text that quality is measured on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to calibrate. `context` None: the model's, up to 8192; `steps` are of the gates; `text` None: Python's help.
+
+    `scores` is a file that keeps the evidence: it is read if it is there, else written.
+    """
+
+    target: Target = field(default_factory=lambda: Target(0.99))
+    method: str = "windows"
+    context: int | None = None
+    sink: int = 64
+    recent: int = 256
+    steps: int = DEFAULT_STEPS
+    text: Path | None = None
+    seed: int = 0
+    scores: Path | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.steps) is not int or not 1 <= self.steps <= 100_000:
+            raise InvalidRequest(f"steps is {self.steps!r:.80}; allowed are 1 to 100000")
+        options(self.method, LEAST_CONTEXT, self.sink, self.recent)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was chosen. `chosen` None: nothing but the full cache was good enough, and `file` says full everywhere."""
+
+    file: PolicyFile
+    evidence: Evidence
+    options: tuple[Policy, ...]
+    trials: tuple[Trial, ...]
+    chosen: Trial | None
+    context: int
+
+
+class Workbench:
+    """A loaded model whose policies can be changed, and the texts it is judged by."""
+
+    def __init__(self, path: Path, model: ModelConfig, decoder: Decoder, tokenizer: Tokenizer, engine: EngineConfig):
+        self.path = path
+        self.model = model
+        self.tokenizer = tokenizer
+        self._decoder = decoder
+        self._threads = engine.threads or this_machine().cores
+        self._holder = holder_config(path, model, replace(engine, policy=None), decoder.dtype, this_machine())
+
+    @classmethod
+    @contextmanager
+    def open(cls, name: str | Path, engine: EngineConfig) -> Iterator[Workbench]:
+        """The model of that name, as `LLM(name, ...)` would load it."""
+        path, machine = resolve(name), this_machine()
+        torch.set_num_threads(engine.threads or machine.cores)
+        model = rescaled(ModelConfig.from_folder(path), engine.rope_scaling)
+        dtype: torch.dtype = getattr(torch, native_dtype(machine)[0] if engine.dtype == "auto" else engine.dtype)
+        tokenizer = Tokenizer(path)
+        try:
+            with Checkpoint(path) as checkpoint, torch.inference_mode():
+                decoder = Decoder.load(model, checkpoint, dtype)
+            yield cls(path, model, decoder, tokenizer, engine)
+        finally:
+            tokenizer.close()
+
+    def probe(self, context: int, heads: Heads | None = None) -> Probe:
+        """The model under these policies (None: everything is kept), with room for one sequence of `context`."""
+        layers = self._holder.layers
+        if heads is not None:
+            layers = tuple(replace(spec, policies=texts) for spec, texts in zip(layers, heads, strict=True))
+        holder = replace(self._holder, layers=layers)
+        cells = self.model.num_hidden_layers * self.model.num_key_value_heads
+        pages = cells * (-(-context // holder.page_size) + 1)
+        return Probe(
+            self.model,
+            self._decoder,
+            replace(holder, kv_memory=pages * page_cost(holder)),
+            self._threads,
+        )
+
+    def context(self, asked: int | None) -> int:
+        """The length to calibrate for. Raises InvalidRequest where the model has no such context."""
+        most = self.model.max_position_embeddings
+        context = min(most, DEFAULT_CONTEXT) if asked is None else asked
+        if not LEAST_CONTEXT <= context <= most:
+            raise InvalidRequest(f"context is {context}; allowed are {LEAST_CONTEXT} to {most}, the model's own")
+        return context
+
+    def judge(self, texts: Corpus, context: int, seed: int, progress: Progress) -> Callable[[Heads], Quality]:
+        """A function that measures policies on `context` tokens of the held-out text, beside the full cache, which
+        is measured now."""
+        count = min(_READ, context // 4)
+        length = context - count - TAIL
+        hidden = passkeys(self.tokenizer, texts.held_out, length, NEEDLES, WORDS, random.Random(seed + 1))
+        text = texts.held_out[length : length + count]
+
+        def reading(heads: Heads | None, what: str) -> Reading:
+            return read(self.probe(context, heads), hidden, text, lambda done, total: progress(what, done, total))
+
+        full = reading(None, "full cache")
+        return lambda heads: compare(reading(heads, "policies"), full)
+
+
+def calibrate(
+    name: str | Path, settings: Settings, engine: EngineConfig, progress: Progress = lambda what, done, total: None
+) -> Calibration:
+    """Find which policy each KV head of a model can do with. Raises InvalidRequest, PolicyError, ModelFileError, and
+    UnsupportedModelError for mixtures of experts.
+
+    `engine` says in what dtype and with how many threads the model runs, and how its RoPE is scaled.
+    """
+    with Workbench.open(name, engine) as bench:
+        context = bench.context(settings.context)
+        texts = corpus(bench.tokenizer, settings.text, context)
+        allowed = options(settings.method, context, settings.sink, settings.recent)
+        mark = fingerprint(bench.path)
+        evidence = _evidence(bench, texts, context, allowed, settings, mark, progress)
+        combined = evidence.combined()
+        if settings.method == "streaming":
+            tried = by_evidence(allowed[0], combined)
+        else:
+            tried = candidates(allowed, evidence.influence, combined, context)
+        measure = bench.judge(texts, context, settings.seed, progress)
+        chosen, trials = choose(tried, measure, settings.target, lambda d, t: progress("selection", d, t))
+        heads = tried[-1] if chosen is None else chosen.heads
+        about: dict[str, str | int | float | bool] = {
+            "method": settings.method,
+            "target_quality": settings.target.quality,
+            "context": context,
+            "kv_kept": round(kept_share(heads, context), 4),
+        }
+        if chosen is not None:
+            quality = chosen.quality
+            about |= {
+                "measured_kv_held": round(quality.held, 4),
+                "measured_nll_change": round(quality.nll_change, 5),
+                "measured_agreement": round(quality.agreement, 4),
+                "measured_passkeys": f"{quality.passkeys} of {quality.words}, full cache {quality.passkeys_full}",
+            }
+        file = PolicyFile(str(name), mark, heads, about)
+        return Calibration(file, evidence, tuple(allowed), tuple(trials), chosen, context)
+
+
+def measure(
+    name: str | Path,
+    file: PolicyFile,
+    engine: EngineConfig,
+    context: int | None = None,
+    text: Path | None = None,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> Quality:
+    """What a policy file costs on the held-out half of a text, at `context` tokens. Raises as `calibrate` does, and
+    PolicyError for adaptive policies: they read everything here, where tokens come many at a time."""
+    adaptive = [policy for layer in file.heads for policy in layer if parse(policy).adaptive]
+    if adaptive:
+        raise PolicyError(f"{adaptive[0]} is adaptive; allowed are policies that see by position alone")
+    with Workbench.open(name, engine) as bench:
+        file.check(bench.model, fingerprint(bench.path))
+        length = bench.context(context)
+        texts = corpus(bench.tokenizer, text, length)
+        return bench.judge(texts, length, seed, progress)(file.heads)
+
+
+def _evidence(
+    bench: Workbench,
+    texts: Corpus,
+    context: int,
+    allowed: list[Policy],
+    settings: Settings,
+    mark: str,
+    progress: Progress,
+) -> Evidence:
+    if settings.scores is not None and settings.scores.exists():
+        return Evidence.load(settings.scores, mark, allowed)
+    with Checkpoint(bench.path) as checkpoint:
+        path = TorchPath(bench.model, checkpoint)
+    evidence = gather(
+        bench.probe(context),
+        path,
+        bench.tokenizer,
+        texts,
+        context,
+        allowed,
+        Streaming(settings.sink, settings.recent),
+        settings.steps,
+        settings.seed,
+        progress,
+    )
+    if settings.scores is not None:
+        evidence.save(settings.scores, mark, allowed)
+    return evidence

@@ -1,0 +1,125 @@
+"""What a choice of policies costs, measured by the real runtime: a long text is read under them and under none.
+
+The text's beginning holds passkeys; its end is read token by token known, so that likelihoods compare; then the
+passkeys are asked for. Prefill is under the policies too, as it is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lamina.calibration.data import Passkeys
+from lamina.errors import InvalidRequest
+from lamina.probe import Probe
+
+_PIECE = 256  # tokens that are read together: their logits take 50 MB at a vocabulary of 49,152
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One reading. `nll` in nats a token over the text, `top` int64 `[n]` the likeliest token after each of them;
+    `answers` bool, for each hidden word whether it was the likeliest; `held` the share of the KV's pages."""
+
+    nll: float
+    top: npt.NDArray[np.int64]
+    answers: npt.NDArray[np.bool_]
+    held: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A reading beside that of the full cache. `nll_change` is relative; `agreement` the share of equal likeliest
+    tokens; `passkeys` and `passkeys_full` count right words, of `words`."""
+
+    nll_change: float
+    agreement: float
+    passkeys: int
+    passkeys_full: int
+    words: int
+    held: float
+
+    def __str__(self) -> str:
+        return (
+            f"KV held {self.held:.3f}, NLL {self.nll_change:+.2%}, top-1 agreement {self.agreement:.2%}, "
+            f"passkey words {self.passkeys} of {self.words} (full cache {self.passkeys_full})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What quality is enough. 0.99 stands for a likelihood whose NLL rises by 1 % at most, 97 % of likeliest tokens
+    unchanged, and as many passkey words as with the full cache."""
+
+    quality: float
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.quality <= 1:
+            raise InvalidRequest(f"target quality is {self.quality}; allowed is 0.5 to 1")
+
+    @property
+    def nll_change(self) -> float:
+        return 1 - self.quality
+
+    @property
+    def agreement(self) -> float:
+        return max(0.0, 1 - 3 * (1 - self.quality))
+
+    def met(self, quality: Quality) -> bool:
+        return (
+            quality.nll_change <= self.nll_change
+            and quality.agreement >= self.agreement
+            and quality.passkeys >= quality.passkeys_full
+        )
+
+
+def read(
+    probe: Probe, hidden: Passkeys, text: Sequence[int], report: Callable[[int, int], None] = lambda done, total: None
+) -> Reading:
+    """Read the document with its needles, then `text`, then the questions. `report(done, total)` counts tokens."""
+    ids = [*hidden.document, *text, *hidden.tail]
+    begin = len(hidden.document)
+    handle, fed = probe.open(), 0
+
+    def count(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        nonlocal fed
+        if layer == probe.model.num_hidden_layers - 1:
+            fed += len(q)
+            report(fed, len(ids))
+
+    after = probe.prefill(handle, ids[:begin], tap=count).unsqueeze(0)
+    losses, tops = [], []
+    for first in range(begin, len(ids), _PIECE):
+        piece = ids[first : first + _PIECE]
+        logits = probe.read(handle, piece)
+        before = torch.cat([after, logits[:-1]])
+        losses.append(torch.nn.functional.cross_entropy(before, torch.tensor(piece), reduction="none").numpy())
+        tops.append(before.argmax(-1).numpy())
+        after = logits[-1:]
+        report(first + len(piece), len(ids))
+    store = probe.worker.store
+    model = probe.model
+    pages = model.num_hidden_layers * model.num_key_value_heads * -(-len(ids) // probe.holder.page_size)
+    held = (store.n_pages - store.free_pages) / pages
+    probe.close(handle)
+    loss, top = np.concatenate(losses), np.concatenate(tops)
+    expected = np.array(hidden.tail)
+    places = np.concatenate([np.arange(*answer) for answer in hidden.answers])
+    answers = top[len(text) :][places] == expected[places]
+    return Reading(float(loss[: len(text)].mean()), top[: len(text)], answers, held)
+
+
+def compare(reading: Reading, full: Reading) -> Quality:
+    """A reading beside that of the same text with the full cache."""
+    return Quality(
+        nll_change=reading.nll / full.nll - 1,
+        agreement=float((reading.top == full.top).mean()),
+        passkeys=int(reading.answers.sum()),
+        passkeys_full=int(full.answers.sum()),
+        words=len(full.answers),
+        held=reading.held,
+    )

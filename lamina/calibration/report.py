@@ -1,0 +1,173 @@
+"""What calibration found, for people: a heat map of heads, and one page of HTML that needs nothing else.
+
+Draws with matplotlib, of the extra `plots`; without it the page has the same numbers as coloured tables.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from lamina.calibration.calibrate import Calibration
+from lamina.calibration.quality import Quality, Target
+from lamina.calibration.scores import Scores
+from lamina.errors import PolicyError
+from lamina.policy_file import Heads, dumps, kept, kept_share, write_text
+
+NO_PLOTS = "the heat map needs matplotlib; install it with: pip install 'lamina[plots]'"
+_MEASURES = {
+    "kept": "Share of the tokens that a head keeps under the choice",
+    "echo": "Echo: attention to the same token in earlier repeats (RazorAttention)",
+    "induction": "Induction: attention to the token after it (RazorAttention)",
+    "mean attention": "Area under the cumulated attention of the mean query (DuoAttention without gradients)",
+    "alpha": "Gate after optimisation: 1 needs full attention, 0 does not (DuoAttention)",
+    "influence": "Estimated change of predictions in nats a token, mean over the options (logarithm)",
+    "combined": "Mean rank under all measures",
+}
+_STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.15em .6em;text-align:right;border-bottom:1px solid #ddd}
+th{text-align:left}pre{background:#f6f6f6;padding:1em;overflow-x:auto}img{max-width:100%}"""
+
+
+def measures(found: Calibration) -> dict[str, Scores]:
+    """Every number that has one value a head, `[layers, kv_heads]`, by the names that the report uses."""
+    evidence = found.evidence
+    return {
+        "kept": kept_shares(found.file.heads, found.context),
+        "echo": evidence.echo,
+        "induction": evidence.induction,
+        "mean attention": evidence.mean_attention,
+        "alpha": evidence.alpha,
+        "influence": evidence.influence.mean(0),
+        "combined": evidence.combined(),
+    }
+
+
+def kept_shares(heads: Heads, context: int) -> Scores:
+    """The share of `context` tokens that each head keeps, float64 `[layers, kv_heads]`."""
+    return np.array([[kept(policy, context) / context for policy in layer] for layer in heads])
+
+
+def heat_map(of: Mapping[str, Scores]) -> bytes:
+    """A PNG: one panel a measure, layers down, KV heads across. Raises PolicyError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PolicyError(NO_PLOTS) from error
+    layers, heads = next(iter(of.values())).shape
+    figure = Figure(figsize=(2.2 * len(of), 1.5 + layers * 0.16), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, values) in zip(figure.subplots(1, len(of), squeeze=False)[0], of.items(), strict=True):
+        image = axes.imshow(_shown(name, values), aspect="auto", cmap="viridis", interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("KV head", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.set_xticks(range(0, heads, max(1, heads // 8)))
+        figure.colorbar(image, ax=axes, location="bottom").ax.tick_params(labelsize=7)
+    figure.get_axes()[0].set_ylabel("layer", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110, metadata={"Software": "lamina"})
+    return picture.getvalue()
+
+
+def write_report(path: Path, found: Calibration, target: Target) -> bool:
+    """Write PATH.html and, where matplotlib is there, PATH.png, for a policy file at `path`. Returns whether it is.
+
+    Raises PolicyError where they cannot be written.
+    """
+    of = measures(found)
+    try:
+        picture: bytes | None = heat_map(of)
+    except PolicyError:
+        picture = None
+    if picture is not None:
+        try:
+            path.with_suffix(".png").write_bytes(picture)
+        except OSError as error:
+            raise PolicyError(f"{path.with_suffix('.png')} cannot be written: {error}") from error
+    write_text(path.with_suffix(".html"), page(found, target, of, picture))
+    return picture is not None
+
+
+def page(found: Calibration, target: Target, of: Mapping[str, Scores], picture: bytes | None) -> str:
+    """The page, whole: the picture is part of it."""
+    file, context = found.file, found.context
+    full = sum(policy == "full" for layer in file.heads for policy in layer)
+    count = sum(map(len, file.heads))
+    if found.chosen is None:
+        verdict = "No choice met the target: every head stays full."
+    else:
+        verdict = f"{full} of {count} KV heads stay full. {found.chosen.quality}."
+    parts = [
+        f"<h1>KV policies of {escape(file.model)}</h1>",
+        f"<p><b>{escape(verdict)}</b></p>",
+        f"<p>At {context} tokens the choice keeps {kept_share(file.heads, context):.1%} of the KV, before rounding to "
+        f"pages. The target, quality {target.quality:g}, means: NLL rises by {target.nll_change:.1%} at most, the "
+        f"likeliest token stays the same for at least {target.agreement:.1%}, and as many hidden passkey words are "
+        "found as with the full cache. All of that was measured with the serving runtime on text that the choice had "
+        "not seen, prompt included.</p>",
+        "<h2>What was tried</h2>",
+        _trials(found, target),
+        "<h2>Heads</h2>",
+        "<ul>" + "".join(f"<li><b>{name}</b>: {escape(text)}</li>" for name, text in _MEASURES.items()) + "</ul>",
+    ]
+    if picture is not None:
+        data = base64.b64encode(picture).decode()
+        parts.append(f'<img alt="Heat map: layers down, KV heads across" src="data:image/png;base64,{data}">')
+    parts += [_scores(found, of), "<h2>The policy file</h2>", f"<pre>{escape(dumps(file))}</pre>"]
+    title = f"KV policies of {escape(file.model)}"
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _trials(found: Calibration, target: Target) -> str:
+    names = ("KV held", "NLL change", "top-1 agreement", "passkey words", "with the full cache", "target")
+    rows = [_row("th", names)]
+    for trial in sorted(found.trials, key=lambda trial: trial.quality.held):
+        quality: Quality = trial.quality
+        cells = (
+            f"{quality.held:.3f}",
+            f"{quality.nll_change:+.2%}",
+            f"{quality.agreement:.2%}",
+            f"{quality.passkeys} of {quality.words}",
+            str(quality.passkeys_full),
+            "met" if target.met(quality) else "missed",
+        )
+        rows.append(_row("td", cells))
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _scores(found: Calibration, of: Mapping[str, Scores]) -> str:
+    rows = [_row("th", ("layer", "KV head", "policy", *of))]
+    scaled = {name: _scaled(_shown(name, values)) for name, values in of.items()}
+    for layer, policies in enumerate(found.file.heads):
+        for head, policy in enumerate(policies):
+            cells = [
+                f'<td style="background:rgba(31,120,180,{scaled[name][layer, head] * 0.6:.2f})">'
+                f"{values[layer, head]:.3g}</td>"
+                for name, values in of.items()
+            ]
+            rows.append(f"<tr><td>{layer}</td><td>{head}</td><td>{escape(policy)}</td>{''.join(cells)}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _row(tag: str, cells: tuple[str, ...]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _shown(name: str, values: Scores) -> Scores:
+    """Values as a colour shows them: influence spans orders of magnitude."""
+    shown: Scores = np.log10(np.maximum(values, 1e-9)) if name == "influence" else values
+    return shown
+
+
+def _scaled(values: Scores) -> Scores:
+    low, high = float(values.min()), float(values.max())
+    scaled: Scores = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return scaled

@@ -1,0 +1,159 @@
+"""The commands around KV policies: find one for a model, import a published one, look at a file, measure it.
+
+Knows words, columns and exit codes; what the commands do, others know.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lamina import cli_options as opt
+from lamina.errors import InvalidRequest
+from lamina.terminal import ProgressBars, print_json, print_rows
+
+policy_app = typer.Typer(no_args_is_help=True, help="Import, look at and measure policy files: what KV heads keep.")
+
+PolicyPath = Annotated[Path, typer.Argument(metavar="POLICY.toml", help="A policy file.")]
+Out = Annotated[Path, typer.Option(help="Where to write the policy file; reports go beside it.")]
+Context = Annotated[int | None, typer.Option(help="Tokens. Default: the model's context, up to 8192.")]
+Text = Annotated[Path | None, typer.Option(help="A UTF-8 text file. Default: Python's help topics.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
+Seed = Annotated[int, typer.Option(help="For random words, tokens and draws.")]
+Sink = Annotated[int | None, typer.Option(help="First tokens that a streaming head keeps.")]
+Recent = Annotated[int | None, typer.Option(help="Last tokens that a streaming head keeps.")]
+
+
+@policy_app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE.tsv", help="DuoAttention's full_attention_heads.tsv.")],
+    out: Out,
+    sparsity: Annotated[float, typer.Option(help="The share of KV heads that become streaming, 0 to 1.")] = 0.5,
+    sink: Sink = None,
+    recent: Recent = None,
+) -> None:
+    """Make a policy file of a published DuoAttention pattern. Sizes come from config.json beside it unless given."""
+    from lamina.policy_file import import_duo, write
+
+    policy = import_duo(file, sparsity, sink, recent)
+    write(_toml(out), policy)
+    full = sum(text == "full" for layer in policy.heads for text in layer)
+    typer.echo(f"{out}: {full} of {sum(map(len, policy.heads))} KV heads are full, the others streaming")
+
+
+@policy_app.command()
+def show(
+    file: PolicyPath,
+    context: Annotated[int, typer.Option(help="The length at which to count what is kept.")] = 8192,
+    as_json: opt.JsonLines = False,
+) -> None:
+    """What a policy file says, and how much of the KV it keeps at a length, before rounding to pages."""
+    from lamina.policy_file import kept_share, read
+
+    if not 1 <= context <= 1 << 24:
+        raise InvalidRequest(f"context is {context}; allowed are 1 to {1 << 24}")
+    policy = read(file)
+    share = kept_share(policy.heads, context)
+    if as_json:
+        said: dict[str, Any] = {"model": policy.model, "fingerprint": policy.fingerprint, "about": dict(policy.about)}
+        print_json(said | {"heads": policy.heads, "context": context, "kv_kept": share})
+        return
+    typer.echo(f"{policy.model or 'any model'}, {policy.fingerprint or 'any of this shape'}")
+    for name, value in policy.about.items():
+        typer.echo(f"  {name}: {value}")
+    rows = [("layer", "kept", "policies of KV heads")]
+    for number, layer in enumerate(policy.heads):
+        counted = ", ".join(f"{count} x {text}" for text, count in Counter(layer).items())
+        rows.append((str(number), f"{kept_share([layer], context):.1%}", counted))
+    print_rows(rows)
+    typer.echo(f"KV kept at {context} tokens: {share:.1%}")
+
+
+@policy_app.command()
+def measure(
+    model: opt.ModelName,
+    file: PolicyPath,
+    context: Context = None,
+    text: Text = None,
+    dtype: Dtype = "auto",
+    threads: opt.Threads = None,
+    seed: Seed = 0,
+    as_json: opt.JsonLines = False,
+) -> None:
+    """What a policy file costs in quality on a long text, beside the full cache."""
+    from dataclasses import asdict
+
+    from lamina.calibration.calibrate import measure as measured
+    from lamina.config import EngineConfig
+    from lamina.policy_file import read
+
+    with ProgressBars() as bars:
+        quality = measured(
+            model, read(file), EngineConfig(dtype=dtype, threads=threads), context, text, seed, progress=bars
+        )
+    print_json(asdict(quality)) if as_json else typer.echo(str(quality))
+
+
+def calibrate(
+    model: opt.ModelName,
+    out: Out,
+    target_quality: Annotated[
+        float, typer.Option(help="0.99: NLL rises by 1 % at most, 97 % of likeliest tokens stay, passkeys too.")
+    ] = 0.99,
+    method: Annotated[
+        str, typer.Option(help="windows, spans (they grow) or streaming (one size, or full).")
+    ] = "windows",
+    context: Context = None,
+    sink: Sink = None,
+    recent: Recent = None,
+    steps: Annotated[int | None, typer.Option(help="Of the gates' optimisation.")] = None,
+    text: Text = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="An .npz file to keep heads' scores in, and to use again.")
+    ] = None,
+    dtype: Dtype = "auto",
+    threads: opt.Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Find what each KV head of a model has to keep, and write a policy file with a report beside it."""
+    from lamina.calibration.calibrate import Settings
+    from lamina.calibration.calibrate import calibrate as calibrated
+    from lamina.calibration.quality import Target
+    from lamina.calibration.report import NO_PLOTS, write_report
+    from lamina.config import EngineConfig
+    from lamina.policy_file import write
+
+    given: dict[str, Any] = {
+        "sink": sink,
+        "recent": recent,
+        "steps": steps,
+        "context": context,
+        "text": text,
+        "scores": scores,
+    }
+    settings = Settings(
+        target=Target(target_quality),
+        method=method,
+        seed=seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    path = _toml(out)
+    with ProgressBars() as bars:
+        found = calibrated(model, settings, EngineConfig(dtype=dtype, threads=threads), bars)
+    write(path, found.file)
+    if not write_report(path, found, settings.target):
+        typer.echo(NO_PLOTS, err=True)
+    if found.chosen is None:
+        typer.echo(f"no choice met the target: {path} keeps everything", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{path}: {found.chosen.quality}")
+
+
+def _toml(path: Path) -> Path:
+    """`path`, which must end as engines know policy files."""
+    if path.suffix != ".toml":
+        raise InvalidRequest(f"--out is {str(path)!r:.200}; allowed are names that end in .toml")
+    return path

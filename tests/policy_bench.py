@@ -1,0 +1,186 @@
+"""Shared by the tests of policies: one attention worker and sequences of given queries, keys and values, beside what
+attention by its definition makes of them; and the tiny decoder under a policy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lamina_protocols.messages import (
+    Announced,
+    Announcement,
+    Attended,
+    Close,
+    Fork,
+    Fresh,
+    HolderConfig,
+    LayerSpec,
+    Open,
+    Operation,
+    Query,
+    Row,
+    Usage,
+)
+from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.layout import page_cost
+from lamina_workers.model import Decoder
+
+LAYERS, KV_HEADS, GROUP, D, PAGE = 2, 3, 2, 16, 16
+HEADS = KV_HEADS * GROUP
+SCALE = 0.25
+TOKEN_BYTES = 2 * D * 4  # of float32, in one layer and KV head
+
+
+class Bench:
+    """A worker whose heads all have one policy, or each its own. Every batch is one row, which fuses."""
+
+    def __init__(self, *policies: str, dtype: str = "float32", pages: int = 2400) -> None:
+        texts = policies if len(policies) == KV_HEADS else policies * KV_HEADS
+        spec = LayerSpec(0, HEADS, KV_HEADS, D, D, SCALE, policies=texts)
+        layers = tuple(dataclasses.replace(spec, kv_layer=layer) for layer in range(LAYERS))
+        config = HolderConfig(layers, PAGE, dtype, 1)
+        self.worker = AttentionWorker(dataclasses.replace(config, kv_memory=pages * page_cost(config)))
+        self.k: dict[int, torch.Tensor] = {}  # by handle: [layers, tokens, heads, d]
+        self.v: dict[int, torch.Tensor] = {}
+        self.generator = torch.Generator().manual_seed(5)
+        self._operations: list[Operation] = []
+        self._told = self._batch = self._last = 0
+        self._usages: dict[int, Usage] = {}
+
+    def open(self, lo: int = 0) -> int:
+        """A new sequence, or the part of one from position `lo` on."""
+        return self._new(lambda handle: Open(handle, tuple(range(KV_HEADS)), lo, 1 << 20), None, 0)
+
+    def fork(self, parent: int, length: int) -> int:
+        return self._new(lambda handle: Fork(handle, parent, length), parent, length)
+
+    def close(self, handle: int) -> None:
+        self._operations.append(Close(handle))
+        self._announce(())
+
+    def take_back(self) -> None:
+        """What was to be told was refused."""
+        self._operations.clear()
+
+    def _new(self, operation: Any, parent: int | None, length: int) -> int:
+        self._last += 1
+        self._operations.append(operation(self._last))
+        none = torch.empty(LAYERS, 0, KV_HEADS, D)
+        self.k[self._last] = none if parent is None else self.k[parent][:, :length]
+        self.v[self._last] = none if parent is None else self.v[parent][:, :length]
+        return self._last
+
+    def random(self, n: int, heads: int = KV_HEADS) -> torch.Tensor:
+        return torch.randn(LAYERS, n, heads, D, generator=self.generator)
+
+    def prefill(self, handle: int, n: int, chunk: int = 400, **given: torch.Tensor) -> torch.Tensor:
+        """n tokens in chunks; out `[layers, n, heads, d]`."""
+        start = self.k[handle].shape[1]
+        pieces = [
+            self.feed(
+                handle, first, min(chunk, n - first + start), **{x: t[:, first - start :] for x, t in given.items()}
+            )
+            for first in range(start, start + n, chunk)
+        ]
+        return torch.cat(pieces, 1)
+
+    def step(self, handle: int, **given: torch.Tensor) -> torch.Tensor:
+        """One decode step; out `[layers, heads, d]`."""
+        return self.feed(handle, self.k[handle].shape[1], 1, True, **given)[:, 0]
+
+    def feed(self, handle: int, start: int, count: int, chooses: bool = False, **given: torch.Tensor) -> torch.Tensor:
+        """A row of `count` tokens at `start`, where it cuts back; q, k, v `[layers, count or more, heads, d]`, else
+        random."""
+        k, v = (given[x][:, :count] if x in given else self.random(count) for x in ("k", "v"))
+        q = given["q"][:, :count] if "q" in given else self.random(count, HEADS)
+        self.q = q
+        self._announce((Row(handle, start, count, (0, start + count), True, chooses),))
+        self.k[handle] = torch.cat([self.k[handle][:, :start], k], 1)
+        self.v[handle] = torch.cat([self.v[handle][:, :start], v], 1)
+        outs = []
+        for layer in range(LAYERS):
+            self.worker.handle(Fresh(1, self._batch, layer, k[layer].reshape(-1, D), v[layer].reshape(-1, D)))
+            reply = self.worker.handle(Query(1, self._batch, layer, q[layer].reshape(-1, D)))
+            assert isinstance(reply, Attended)
+            outs.append(reply.out.reshape(count, HEADS, D))
+        return torch.stack(outs)
+
+    def _announce(self, rows: tuple[Row, ...]) -> None:
+        self._batch += 1
+        operations, self._operations = tuple(self._operations), []
+        reply = self.worker.handle(Announcement(1, self._batch, self._told, operations, rows))
+        assert isinstance(reply, Announced)
+        assert reply.accepted, reply.reason
+        self._told += len(operations)
+        self.floors = reply.floors
+        self._usages.update({row.handle: usage for row, usage in zip(rows, reply.usages, strict=False)})
+        self.worker.store.check_integrity()
+
+    def usage(self, handle: int) -> Usage:
+        """What a part has read up to now: told with its next row, so one that repeats the last token is fed."""
+        self.feed(handle, self.k[handle].shape[1] - 1, 1)
+        return self._usages[handle]
+
+    def dense(self, handle: int, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of the last queries over the keys that `seen`, bool `[n, keys]` or `[layers, heads, keys]`, lets
+        through, in float64; all that are not later without it. `[layers, n, heads, d]`, or without n."""
+        keys = self.k[handle].shape[1]
+        n = self.q.shape[1]
+        if seen is None:
+            seen = torch.arange(keys) <= torch.arange(keys - n, keys)[:, None]
+        mask = seen[None, None] if seen.ndim == 2 else seen[:, :, None]
+        weights = self.logits(handle).masked_fill(~mask, -torch.inf).softmax(-1)
+        out = torch.einsum("lhnk,lkhd->lnhd", weights, self.v[handle].double().repeat_interleave(GROUP, 2)).float()
+        return out if seen.ndim == 2 else out[:, 0]
+
+    def logits(self, handle: int) -> torch.Tensor:
+        """Of the last queries and all keys, float64 `[layers, heads, n, keys]`."""
+        k = self.k[handle].double().repeat_interleave(GROUP, 2)
+        return torch.einsum("lnhd,lkhd->lhnk", self.q.double(), k) * SCALE
+
+
+def peaked(bench: Bench, handle: int, n: int, near: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Keys and values of n tokens: small ones, but for those on the pages `near`, which point where `towards` does."""
+    k, v = bench.random(n) * 0.3, bench.random(n)
+    for page in near:
+        k[:, page * PAGE : (page + 1) * PAGE] += towards(0)
+    return {"k": k, "v": v}
+
+
+def towards(number: int, strength: float = 3.0) -> torch.Tensor:
+    """A direction, `[d]`: the same one for each number, and one at a right angle for another."""
+    direction = torch.zeros(D)
+    direction[2 * number : 2 * number + 2] = strength
+    return direction
+
+
+def pages_held(bench: Bench, handle: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How many pages each layer and head of a part holds."""
+    return (bench.worker.store.part(handle).table >= 0).sum(2)
+
+
+class _Policied:
+    """A model's config whose layers have policies."""
+
+    def __init__(self, config: Any, policies: tuple[str, ...]) -> None:
+        self._config = config
+        self._policies = policies
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        return tuple(dataclasses.replace(spec, policies=self._policies) for spec in self._config.layer_specs())
+
+
+def under(decoder: Decoder, *policies: str) -> Decoder:
+    """The decoder, all of whose heads have that policy, or each its own."""
+    changed = copy.copy(decoder)
+    heads = decoder.config.num_key_value_heads
+    changed.config = _Policied(decoder.config, policies if len(policies) == heads else policies * heads)  # type: ignore[assignment]  # it has what a config has
+    return changed
