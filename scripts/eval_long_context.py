@@ -351,15 +351,19 @@ def draw_quality(pyplot: Any, results: Mapping[str, Comparison], where: str, fil
 
 def draw_heads(pyplot: Any, results: Mapping[str, Comparison], where: str, file: Path) -> None:
     shown = {name: of.heads.cosine for name, of in results.items() if of.heads is not None}
-    figure, axes = pyplot.subplots(
-        1, len(shown), figsize=(2.2 + 2.6 * len(shown), 6), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (name, cosine) in zip(axes[0], shown.items(), strict=True):
+    across = min(4, len(shown))
+    down = -(-len(shown) // across)
+    size = (2.2 + 2.6 * across, 0.6 + 5 * down)
+    figure, axes = pyplot.subplots(down, across, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, (name, cosine) in zip(axes.flat, shown.items(), strict=False):
         image = axis.imshow(cosine.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
         axis.set_title(short(name), fontsize=8, wrap=True)
         axis.set_xlabel("query head")
-    axes[0, 0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes[0].tolist(), label="cosine of a head's output and exact attention's")
+    for row in axes:
+        row[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes.tolist(), label="cosine of a head's output and exact attention's")
     figure.suptitle(where, fontsize=9)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

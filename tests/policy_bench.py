@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,36 @@ SCALE = 0.25
 TOKEN_BYTES = 2 * D * 4  # of float32, in one layer and KV head
 
 
+TIGHT = {
+    "full": "full",
+    "streaming": "streaming(sink=16, recent=40)",
+    "span": "span(alpha=40, beta=0.1)",
+    "sharded": "sharded(block=16, local=2, stride=3)",
+    "retrieval": "retrieval(sink=16, recent=16, missed=0.02)",
+    "page_top_k": "page_top_k(sink=16, recent=16, budget=0.1, least=1)",
+    "recycled": "recycled(sink=16, recent=16, budget=0.1, every=20)",
+    "heavy_hitter": "heavy_hitter(sink=16, recent=16, budget=0.1, every=3)",
+    "razor": "razor(sink=16, recent=40, share=0.05)",
+}
+LOOSE = {
+    "full": "full",
+    "streaming": "streaming(sink=0, recent=10000)",
+    "span": "span(alpha=10000)",
+    "sharded": "sharded(block=64, local=1000, stride=1)",
+    "retrieval": "retrieval(missed=0)",
+    "page_top_k": "page_top_k(sink=0, recent=1, budget=1)",
+    "recycled": "recycled(sink=0, recent=1, budget=1)",
+    "heavy_hitter": "heavy_hitter(sink=0, recent=1, budget=1)",
+    "razor": "razor(sink=0, recent=10000)",
+}
+STATIC = {  # whether the query at p sees key k <= p, told once more
+    "full": lambda p, k: k >= 0,
+    "streaming": lambda p, k: (k < 16) | (p - k < 40),
+    "span": lambda p, k: (k < 64) | (p - k < 40 + (0.1 * (p // 64 * 64)).long()),
+    "sharded": lambda p, k: (p // 16 - k // 16 < 2) | (k // 16 % 3 == 0),
+}
+
+
 class Bench:
     """A worker whose heads all have one policy, or each its own. Every batch is one row, which fuses."""
 
@@ -48,16 +79,22 @@ class Bench:
         self.k: dict[int, torch.Tensor] = {}  # by handle: [layers, tokens, heads, d]
         self.v: dict[int, torch.Tensor] = {}
         self.generator = torch.Generator().manual_seed(5)
+        self._lo: dict[int, int] = {}
         self._operations: list[Operation] = []
         self._told = self._batch = self._last = 0
         self._usages: dict[int, Usage] = {}
 
     def open(self, lo: int = 0) -> int:
         """A new sequence, or the part of one from position `lo` on."""
-        return self._new(lambda handle: Open(handle, tuple(range(KV_HEADS)), lo, 1 << 20), None, 0)
+        handle = self._new(lambda handle: Open(handle, tuple(range(KV_HEADS)), lo, 1 << 20), None, 0)
+        self._lo[handle] = lo
+        self.k[handle], self.v[handle] = torch.zeros(2, LAYERS, lo, KV_HEADS, D)  # are elsewhere
+        return handle
 
     def fork(self, parent: int, length: int) -> int:
-        return self._new(lambda handle: Fork(handle, parent, length), parent, length)
+        handle = self._new(lambda handle: Fork(handle, parent, length), parent, length)
+        self._lo[handle] = self._lo[parent]
+        return handle
 
     def close(self, handle: int) -> None:
         self._operations.append(Close(handle))
@@ -99,7 +136,7 @@ class Bench:
         k, v = (given[x][:, :count] if x in given else self.random(count) for x in ("k", "v"))
         q = given["q"][:, :count] if "q" in given else self.random(count, HEADS)
         self.q = q
-        self._announce((Row(handle, start, count, (0, start + count), True, chooses),))
+        self._announce((Row(handle, start, count, (self._lo[handle], start + count), True, chooses),))
         self.k[handle] = torch.cat([self.k[handle][:, :start], k], 1)
         self.v[handle] = torch.cat([self.v[handle][:, :start], v], 1)
         outs = []
@@ -184,3 +221,28 @@ def under(decoder: Decoder, *policies: str) -> Decoder:
     heads = decoder.config.num_key_value_heads
     changed.config = _Policied(decoder.config, policies if len(policies) == heads else policies * heads)  # type: ignore[assignment]  # it has what a config has
     return changed
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def kept_of_razor(length: int, sink: int = 16, recent: int = 40, share: float = 0.05) -> tuple[int, int]:
+    """Of a decode step at position `length`: the tokens [first, end) for which the mean stands."""
+    lowest = length - max(recent, int(share * length)) + 1
+    first = -(-sink // PAGE) * PAGE
+    return first, max(first, lowest // PAGE * PAGE)
+
+
+def razor_dense(bench: Bench, handle: int, gap: tuple[int, int], lo: int = 0) -> torch.Tensor:
+    """Attention of the last queries over the keys from `lo` on, with the mean of [first, end) and its ln n instead of
+    these: `[layers, n, heads, d]`."""
+    first, end = gap
+    k, v = (x.repeat_interleave(GROUP, 2).double() for x in (bench.k[handle], bench.v[handle]))
+    n, keys = bench.q.shape[1], k.shape[1]
+    kept = [*range(lo, first), *range(end, keys)]
+    logits = bench.logits(handle).masked_fill(torch.arange(keys) > torch.arange(keys - n, keys)[:, None], -torch.inf)
+    mean_k, mean_v = k[:, first:end].mean(1), v[:, first:end].mean(1)
+    slot = torch.einsum("lnhd,lhd->lhn", bench.q.double(), mean_k) * SCALE + math.log(end - first)
+    weights = torch.cat([logits[..., kept], slot[..., None]], -1).softmax(-1)
+    return torch.einsum("lhnk,lkhd->lnhd", weights, torch.cat([v[:, kept], mean_v[:, None]], 1)).float()

@@ -340,7 +340,7 @@ def brute_force(policy: Policy, keys: int) -> list[bool]:
 def test_what_a_policy_sees(text: str, window: int | None) -> None:
     policy = within(parse(text), window)
     for keys in (1, 20, 140):
-        mask = seen(policy, keys)
+        mask = seen(policy, keys, 16)
         assert mask is not None
         assert mask.tolist() == brute_force(policy, keys)
         assert mask[-1]
@@ -354,7 +354,16 @@ def test_positions_do_not_say_what_an_adaptive_policy_sees() -> None:
         def views(self, start: int, count: int) -> list[View]:  # type: ignore[override]  # never asked
             raise NotImplementedError
 
-    assert seen(Choosing(), 5) is None
+    assert seen(Choosing(), 5, 16) is None
+
+
+def test_what_a_mean_stands_for_is_not_seen() -> None:
+    mask = seen(parse("razor(sink=5, recent=20, share=0)"), 100, 16)  # kept from position 80 on, which begins a page
+    assert mask is not None
+    assert mask.nonzero().flatten().tolist() == [*range(16), *range(80, 100)]
+    mask = seen(parse("razor(sink=16, recent=10, share=0.5)"), 100, 16)  # from 99 - 49 + 1 = 51 on, whose page is 48's
+    assert mask is not None
+    assert mask.nonzero().flatten().tolist() == [*range(16), *range(48, 100)]
 
 
 def test_full_heads_return_exact_attention(decoder: Decoder, windowed: Decoder) -> None:
@@ -453,6 +462,7 @@ def test_suites_that_cannot_be_run_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.data
+@pytest.mark.timeout(600)
 def test_the_script_on_the_real_model(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "scripts" / "eval_long_context.py"
     policy = "streaming(sink=16, recent=64)"
@@ -469,7 +479,7 @@ def test_the_script_on_the_real_model(tmp_path: Path) -> None:
         "2",
     ]
     command += ["--steps", "16", "--samples", "1", "--head-steps", "2", "--threads", "1", "--kv-memory", "1GiB"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     floor, narrow = results["results"]["full, other chunks"], results["results"][policy]

@@ -94,6 +94,14 @@ def _seal_shares(kind: int, unit: int, block: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
+def _begin(a: Any, item: Any, first: int, end: int) -> None:
+    """Have the first sketches of a task fetched, all at once: later ones are while others are computed."""
+    table = carray(pointer(item.table + a.layer * item.layer_stride * 4), (end,), np.int32)
+    for entry in range(first, end):
+        intrinsics.prefetch(a.sketches + np.int64(table[entry]) * a.sketch_bytes, a.sketch_bytes)
+
+
+@njit  # type: ignore[untyped-decorator]
 def _spread(a: Any, number: int, shift: int) -> None:
     """Lay out the queries of an item."""
     nothing = _floats(a.nothing + shift, a.group)
@@ -273,6 +281,7 @@ def _scan_tasks(unit: int, block: Any) -> None:
         task = tasks[number]
         item = carray(pointer(a.items), (task.item + 1,), ITEM)[task.item]
         if task.lo < task.hi:
+            _begin(a, item, task.lo, min(task.hi, task.lo + LANES))
             _spread(a, task.item, shift)
         for first in range(task.lo, task.hi, LANES):
             _scan_block(unit, a, item, task.item, first, min(LANES, task.hi - first), task.hi, shift)

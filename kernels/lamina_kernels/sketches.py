@@ -44,7 +44,8 @@ __all__ = [
 ]
 
 SEAL_SHARE = 4  # pages that are worth a thread
-TASK_ENTRIES = 256  # that a thread scans at once
+TASKS = 12  # of a thread, so that all end at about the same time
+TASK_ENTRIES = (128, 1024)  # least and most: at the beginning of a task nothing is fetched yet
 MISSED = 0.01  # of the estimated mass, which may be left out
 
 _SealArguments, _ScanArguments = block_type(SEAL), block_type(SCAN)
@@ -133,7 +134,7 @@ def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1, mo
     at, n = sketches.layout, len(items)
     capacity = max(-(-int(items.held.max(initial=1)) // LANES) * LANES, LANES)
     width = max(-(-int(items.sealed.max(initial=1)) // LANES) * LANES, LANES)
-    described, tasks = _cut(items)
+    described, tasks = _cut(items, threads)
     rows = group * LANES
     sizes = {
         "floats": group * at.pages.d_k * 4,
@@ -198,19 +199,22 @@ def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1, mo
     return ScanPlan(sketches, items, group, threads, missing, a, result, (described, tasks, done, scratch))
 
 
-def _cut(items: Items) -> tuple[Any, Any]:
-    """The items as the kernel takes them, and their tasks: ranges of TASK_ENTRIES entries; one at least for each."""
+def _cut(items: Items, threads: int) -> tuple[Any, Any]:
+    """The items as the kernel takes them, and their tasks: equal ranges of an item's entries, at least one for each."""
     described = np.zeros(len(items), ITEM)
     described["table"] = [table.ctypes.data for table in items.tables]
     described["layer_stride"] = [table.strides[0] // 4 for table in items.tables]
     for name in ("sealed", "sinks", "recent", "held"):
         described[name] = getattr(items, name)
-    described["tasks"] = np.maximum(-(-items.sealed // TASK_ENTRIES), 1)
+    size = int(np.clip(items.sealed.sum() // (threads * TASKS), *TASK_ENTRIES))
+    described["tasks"] = np.maximum(-(-items.sealed // size), 1)
+    length = -(-items.sealed // (described["tasks"] * LANES)) * LANES
     tasks = np.zeros(int(described["tasks"].sum()), TASK)
     tasks["item"] = np.repeat(np.arange(len(items)), described["tasks"])
     first = np.cumsum(described["tasks"]) - described["tasks"]
-    tasks["lo"] = (np.arange(len(tasks)) - first[tasks["item"]]) * TASK_ENTRIES
-    tasks["hi"] = np.minimum(tasks["lo"] + TASK_ENTRIES, items.sealed[tasks["item"]])
+    own = tasks["item"]
+    tasks["lo"] = (np.arange(len(tasks)) - first[own]) * length[own]
+    tasks["hi"] = np.minimum(tasks["lo"] + length[own], items.sealed[own])
     return described, tasks
 
 

@@ -36,7 +36,7 @@ def read_heads(
     probe: Probe, text: Sequence[int], steps: int, total: Total, progress: Progress, chunk: int = 1024
 ) -> Fidelity:
     """Prefill `text` but its last `steps` tokens, feed these, and compare what every layer returns in each step."""
-    recorder = _Recorder(probe.holder.layers, len(text))
+    recorder = _Recorder(probe.holder.layers, probe.holder.page_size, len(text))
     handle = probe.open()
     prompt = text[:-steps]
     probe.prefill(handle, prompt, chunk, recorder.tap)
@@ -49,8 +49,9 @@ def read_heads(
     return recorder.fidelity(steps)
 
 
-def seen(policy: Policy, keys: int) -> torch.Tensor | None:
-    """Which of `keys` keys the query of the last one sees, bool `[keys]`; None where positions alone do not say."""
+def seen(policy: Policy, keys: int, page_size: int) -> torch.Tensor | None:
+    """Which of `keys` keys the query of the last one sees in decode, bool `[keys]`; None where positions alone do not
+    say. Keys that a mean stands for, in whole pages, are not seen."""
     if policy.adaptive:
         return None
     (view,) = policy.views(keys - 1, 1)
@@ -60,6 +61,9 @@ def seen(policy: Policy, keys: int) -> torch.Tensor | None:
         listed = torch.zeros(keys, dtype=torch.bool)
         listed[torch.as_tensor(view.listed, dtype=torch.int64)] = True
         visible &= listed
+    if policy.compensated:
+        kept_from = policy.kept_from(keys - 1) // page_size * page_size
+        visible &= (positions >= kept_from) | (positions < -(-policy.sinks // page_size) * page_size)
     return visible
 
 
@@ -68,6 +72,7 @@ class _Recorder:
     """Keeps keys and values of all layers, and compares at once what a step returns."""
 
     layers: Sequence[LayerSpec]
+    page_size: int
     tokens: int
     _keys: dict[int, torch.Tensor] = field(default_factory=dict)  # by layer, [tokens, kv_heads, d_k]
     _values: dict[int, torch.Tensor] = field(default_factory=dict)  # [tokens, kv_heads, d_v]
@@ -92,7 +97,7 @@ class _Recorder:
             self._query, self._keys[of][:n], self._values[of][:n], spec.scale, spec.window, spec.soft_cap
         )
         out = attended[-1].reshape(spec.heads, -1)
-        masks = [seen(policy, n) for policy in layer_policies(spec)]
+        masks = [seen(policy, n, self.page_size) for policy in layer_policies(spec)]
         mass = torch.stack([
             torch.tensor(torch.nan) if (mask := masks[head // spec.group]) is None else weights[head][mask].sum()
             for head in range(spec.heads)

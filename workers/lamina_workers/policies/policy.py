@@ -78,7 +78,7 @@ class Policy:
         return low
 
     def __str__(self) -> str:
-        fields = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+        fields = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
         return f"{self.name}({fields})" if fields else self.name
 
     def check(self, name: str, low: float, high: float) -> None:
@@ -101,7 +101,12 @@ class Windowed(Policy):
 
     def views(self, start: int, count: int) -> Iterator[View]:
         for view in self.inner.views(start, count):
-            yield dataclasses.replace(view, window=min(view.window, self.window), sinks=0)
+            if view.listed is None:
+                yield dataclasses.replace(view, window=min(view.window, self.window), sinks=0)
+                continue
+            for position in range(view.start, view.start + view.count):  # each query's list begins elsewhere
+                seen = [key for key in view.listed if position - self.window < key <= position]
+                yield View(position, 1, listed=seen)
 
 
 def within(policy: Policy, window: int | None) -> Policy:

@@ -21,11 +21,16 @@ from lamina_kernels import sketches
 from lamina_kernels.partial import Partial
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.errors import PolicyError
-from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Items
+from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Items, everything
 from lamina_workers.policies.memory import Ints, LayerMemory, Limits, listed, looked
 from lamina_workers.policies.policy import LONGEST
 
-WORTH = 24_000  # tokens of a layer's items together, from which on looking pays: measured, see docs/long_context.md
+# What choosing costs in a layer, in pages that could be read in order meanwhile; measured (docs/log.md).
+CALL = 1_100  # the calls
+LOOK = 0.34  # a page's sketch
+SCATTERED = 1.5  # a page that is read without its neighbours
+GUESS = 0.6  # all of that for each page, before anything is known
+REST = 64  # steps for which a layer is read whole that was not worth it
 INDEXES = ("scan", "graph", "ivf")
 MARGIN = 0.7  # of the limit, which a look may leave out: the rest is for the steps until the next
 
@@ -41,7 +46,7 @@ class Retrieval(Adaptive):
     name: ClassVar[str] = "retrieval"
     sink: int = 32
     recent: int = 64
-    missed: float = 0.015
+    missed: float = 0.02
     budget: float = 0.7
     every: int = 8
     index: str = "scan"
@@ -87,12 +92,13 @@ class _Looks:
     policy: Retrieval
     at: Holding
     memories: dict[int, LayerMemory] = field(default_factory=dict)  # by layer
+    resting: dict[int, int] = field(default_factory=dict)  # steps for which a layer is still read whole
 
     def __post_init__(self) -> None:
         looked(), listed()  # compiled now rather than in the first step
 
     def worth(self, tokens: Sequence[int]) -> bool:
-        return sum(tokens) >= WORTH
+        return CALL / (sum(tokens) / self.at.page_size) + GUESS < 1
 
     def plan(self, items: Items) -> _Plan:
         size, policy = self.at.page_size, self.policy
@@ -108,6 +114,10 @@ class _Looks:
 
     def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
         items, at, policy = plan.items, self.at.sketches, self.policy
+        if resting := self.resting.pop(layer, 0):
+            if resting > 1:
+                self.resting[layer] = resting - 1
+            return everything(items, spec.kv_layer)
         most = int(plan.held.max())
         memory = self.memories.get(layer) or LayerMemory.empty(plan.keys, most, items.group)
         memory = self.memories[layer] = memory.arranged(plan.keys, most)
@@ -120,6 +130,10 @@ class _Looks:
             memory.look(limits, due, plan.held, plan.sealed, *(x.numpy() for x in chosen))
             rest = _of(due, found.tail, items.group)
             read = int(plan.held[due].sum()) * at.layout.sketch_bytes
+            every = plan.held.sum()
+            often = (plan.held / (1 + memory.pause)).sum()  # sketches read a step
+            if CALL + LOOK * often + SCATTERED * memory.counts.sum() > every:
+                self.resting[layer] = REST
         pages, counts = memory.read(plan.held, plan.tables + spec.kv_layer * plan.strides)
         return Choice(pages, counts, memory.missed.reshape(-1), read, rest)
 

@@ -1,0 +1,208 @@
+"""Each policy beside its own definition: what it chooses, what stands for the rest, and what is counted of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from policy_bench import (
+    GROUP,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    PAGE,
+    STATIC,
+    TIGHT,
+    TOKEN_BYTES,
+    Bench,
+    D,
+    close,
+    kept_of_razor,
+    pages_held,
+    peaked,
+    razor_dense,
+    towards,
+)
+
+from lamina_workers.errors import KVError
+from lamina_workers.policies.policy import parse
+
+LONG = 1120  # tokens, with which every policy has something to choose
+
+
+@pytest.fixture(autouse=True)
+def _choosing_is_always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cost in ("CALL", "LOOK", "SCATTERED"):  # choosing is always worth it
+        monkeypatch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
+
+
+def test_page_top_k_reads_the_pages_of_the_highest_bounds() -> None:
+    bench = Bench(TIGHT["page_top_k"])
+    handle = bench.open()
+    bench.prefill(handle, 480)
+    out = bench.step(handle)
+    k = bench.k[handle][:, :480].unflatten(1, (-1, PAGE))
+    q = bench.q[:, 0].unflatten(1, (KV_HEADS, GROUP))[:, None]
+    low = k.amin(2).bfloat16().float()  # as sketches have them
+    high = low + 15 * ((k.amax(2) - low) / 15).bfloat16().float()
+    low, high = low[:, :, :, None], high[:, :, :, None]
+    bound = torch.maximum(q * low, q * high).sum(-1).amax(-1)  # [layers, pages, kv_heads]
+    held = 31
+    chosen = torch.zeros(LAYERS, held, KV_HEADS, dtype=torch.bool)
+    chosen[:, 0] = chosen[:, 29:] = True  # sinks, and what the last 16 tokens touch
+    best = bound[:, 1:29].topk(math.ceil(0.1 * held), 1).indices + 1
+    chosen.scatter_(1, best, True)
+    seen = chosen.repeat_interleave(PAGE, 1)[:, :481].transpose(1, 2).repeat_interleave(GROUP, 1)
+    close(out, bench.dense(handle, seen))
+    usage = bench.usage(handle)
+    pages = (1 + 4) * PAGE + PAGE + 1
+    bounds = 28 * 2 * 2 * 32  # lows and steps of 28 pages, bfloat16, channels up to a multiple of 32
+    assert usage.read == LAYERS * KV_HEADS * (pages * TOKEN_BYTES + bounds)
+    assert usage.whole == LAYERS * KV_HEADS * 481 * TOKEN_BYTES
+
+
+def test_recycled_looks_when_it_is_time_or_the_query_has_turned() -> None:
+    """`missed` is known in looks alone, so its count tells them."""
+    bench = Bench(TIGHT["recycled"])
+    handle = bench.open()
+    bench.prefill(handle, LONG, **peaked(bench, handle, LONG, near=(17, 30)))
+    looked = []
+    for step in range(48):
+        direction = towards(0) if step < 27 else towards(1)  # a quarter turn
+        bench.step(handle, q=direction.expand(LAYERS, 1, HEADS, D))
+        queries = bench._usages[handle].queries
+        looked.append(queries)
+    steps = [i - 1 for i in range(1, 48) if looked[i] > looked[i - 1]]  # told with the next row
+    assert steps == [0, 20, 30]
+    assert looked[-1] == 3 * LAYERS * HEADS
+
+
+def test_heavy_hitter_keeps_what_was_heavy_for_long() -> None:
+    """A page that all early queries want stays chosen while a few late ones look elsewhere."""
+    bench = Bench("heavy_hitter(sink=16, recent=16, budget=0.01, every=1)")
+    handle = bench.open()
+    near = peaked(bench, handle, LONG, near=(17,))
+    near["k"][:, 30 * PAGE : 31 * PAGE] += towards(1)
+    bench.prefill(handle, LONG, **near)
+    chooser = next(iter(bench.worker._reader._choosers._choosers.values()))
+
+    def chosen() -> list[int]:
+        return chooser._counts[handle][1, 2].entries.tolist()
+
+    for _ in range(6):
+        bench.step(handle, q=towards(0).expand(LAYERS, 1, HEADS, D))
+        assert chosen() == [0, 17]
+    for _ in range(4):
+        bench.step(handle, q=towards(1).expand(LAYERS, 1, HEADS, D))
+        assert chosen() == [0, 17]
+    for _ in range(8):
+        bench.step(handle, q=towards(1).expand(LAYERS, 1, HEADS, D))
+    assert chosen() == [0, 30]
+    bench.close(handle)
+    assert not chooser._counts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_razor_has_a_mean_stand_for_what_it_let_go(dtype: str) -> None:
+    """In decode, in a prompt that goes on after it, in a fork, and after a cut."""
+    tolerance = 1e-4 if dtype == "float32" else 3e-2
+    bench = Bench(TIGHT["razor"], dtype=dtype)
+    handle = bench.open()
+    bench.prefill(handle, 300)
+    for p in range(300, 330):
+        close(bench.step(handle)[:, None], razor_dense(bench, handle, kept_of_razor(p)), tolerance)
+    gap = kept_of_razor(329)
+    out = bench.feed(handle, 330, 45)
+    close(out, razor_dense(bench, handle, gap), tolerance)  # nothing more is let go
+    child = bench.fork(handle, 375)
+    close(bench.step(child)[:, None], razor_dense(bench, child, kept_of_razor(375)), tolerance)
+    floor = bench.floors[0]
+    close(bench.feed(handle, floor, 1, True), razor_dense(bench, handle, kept_of_razor(floor)), tolerance)
+    with pytest.raises(KVError, match="below the floor"):
+        bench.feed(child, floor - PAGE, 1)
+
+
+def test_razor_lets_go_of_a_long_prompt_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina_workers.kv_store.ABSORBED_AT_ONCE", 5)
+    bench = Bench(TIGHT["razor"])
+    handle = bench.open()
+    bench.prefill(handle, 300)
+    for p, slots in zip(range(300, 305), (5, 10, 15, 15, 15), strict=True):
+        close(bench.step(handle)[:, None], razor_dense(bench, handle, (PAGE, (1 + slots) * PAGE)))
+        assert kept_of_razor(p)[1] >= 16 * PAGE
+
+
+def test_of_a_sequence_in_ranges_each_part_stands_for_its_own() -> None:
+    """The part that begins at 160 has no sinks: one mean stands for all that its queries have moved past."""
+    bench = Bench(TIGHT["razor"])
+    handle = bench.open(lo=160)
+    bench.prefill(handle, 90)
+    out = [bench.step(handle) for _ in range(20)][-1]
+    gap = (160, kept_of_razor(269)[1])
+    assert gap == (160, 224)
+    close(out[:, None], razor_dense(bench, handle, gap, lo=160))
+    assert (pages_held(bench, handle) == 270 // PAGE + 1 - 14).all()
+
+
+@pytest.mark.parametrize("name", [*STATIC, "razor"])
+def test_what_was_read_is_counted(name: str) -> None:
+    bench = Bench(TIGHT[name])
+    handle = bench.open()
+    bench.prefill(handle, 200)  # prompts do not count
+    for _ in range(3):
+        bench.step(handle)
+    read = 0
+    for p in (200, 201, 202):
+        first, end = kept_of_razor(p)
+        keys = torch.arange(p + 1)
+        # A mean is a key and a value in float32, as every token here is.
+        read += p + 1 - (end - first) + 1 if name == "razor" else int(STATIC[name](torch.tensor(p), keys).sum())
+    usage = bench.usage(handle)
+    bytes_of = LAYERS * KV_HEADS * TOKEN_BYTES
+    assert (usage.read, usage.whole) == (bytes_of * read, bytes_of * (201 + 202 + 203))
+    assert usage.queries == 0
+
+
+class _Listener:
+    """A chooser whose choices are kept."""
+
+    def __init__(self, chooser: Any) -> None:
+        self._chooser = chooser
+        self.choices: list[tuple[Any, Any, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chooser, name)
+
+    def choose(self, *of_layer: Any) -> Any:
+        choice = self._chooser.choose(*of_layer)
+        self.choices.append((choice.pages.copy(), choice.counts.copy(), choice.missed.copy()))
+        return choice
+
+
+@pytest.mark.parametrize("shape", ["random", "peaked"])
+def test_the_missed_mass_is_as_estimated(shape: str) -> None:
+    """`retrieval` reports the attention mass that it has not read, by sketches of 4 bits: within a fifth of the true
+    one or 0.004, in each query."""
+    bench = Bench(TIGHT["retrieval"])
+    handle = bench.open()
+    given = {"k": bench.random(LONG) * (1.5 if shape == "random" else 1.0)}
+    if shape == "peaked":
+        given = peaked(bench, handle, LONG, near=(17, 30, 52))
+    bench.prefill(handle, LONG, **given)
+    choosers = bench.worker._reader._choosers._choosers
+    listener = _Listener(choosers[parse(TIGHT["retrieval"])])
+    choosers[parse(TIGHT["retrieval"])] = listener
+    bench.step(handle, q=bench.random(1, HEADS) * (1.0 if shape == "random" else 0.2) + towards(0, 1.0))
+    table = bench.worker.store.part(handle).table
+    mass = bench.logits(handle)[:, :, 0].softmax(-1)  # [layers, heads, keys]
+    pages = torch.nn.functional.pad(mass, (0, -mass.shape[-1] % PAGE)).unflatten(-1, (-1, PAGE)).sum(-1).numpy()
+    for layer, (chosen, counts, missed) in enumerate(listener.choices):
+        for head in range(KV_HEADS):
+            left = ~np.isin(table[layer, head, : pages.shape[-1]], chosen[head, : counts[head]])
+            for number in range(head * GROUP, (head + 1) * GROUP):
+                true = pages[layer, number][left].sum()
+                assert abs(missed[number] - true) <= max(0.2 * true, 0.004)
+                assert missed[number] <= 0.02 + 1e-6

@@ -1,0 +1,123 @@
+"""What policies let go, against what any later query sees; and who reads what of which layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina_protocols.messages import HolderConfig, LayerSpec
+from lamina_workers.errors import PolicyError
+from lamina_workers.policies.policy import Policy, parse, within
+from lamina_workers.retention import Retention, keepers, layer_policies, returns_to
+
+SPEC = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=16, scale=0.25)
+POLICIES = st.one_of(
+    st.builds(lambda s, r: parse(f"streaming(sink={s}, recent={r})"), st.integers(0, 20), st.integers(1, 40)),
+    st.builds(lambda a, b: parse(f"span(alpha={a}, beta={b:.3f})"), st.integers(1, 90), st.floats(0, 1)),
+    st.builds(lambda r, s: parse(f"razor(sink=9, recent={r}, share={s:.3f})"), st.integers(1, 40), st.floats(0, 1)),
+    st.builds(lambda o: parse(f"sharded(block=4, local=2, stride=3, offset={o})"), st.integers(0, 5)),
+    st.just(parse("full")),
+)
+WINDOWED = st.builds(within, POLICIES, st.one_of(st.none(), st.integers(1, 30)))
+
+
+def config(*layers: tuple[int, tuple[str, ...]], window: int | None = None) -> HolderConfig:
+    """Layers, each by the layer whose KV it reads and the policies of its heads."""
+    specs = tuple(dataclasses.replace(SPEC, kv_layer=at, policies=texts, window=window) for at, texts in layers)
+    return HolderConfig(specs, 16, "float32", 1 << 20)
+
+
+def sees(policy: Policy, p: int) -> set[int]:
+    (view,) = policy.views(p, 1)
+    if view.listed is not None:
+        return {k for k in view.listed if k <= p}
+    return {k for k in range(p + 1) if p - k < view.window or k < view.sinks}
+
+
+@given(WINDOWED, st.integers(0, 300), st.integers(0, 150))
+@settings(max_examples=150, deadline=None)
+def test_no_later_query_sees_what_lies_below(policy: Policy, start: int, later: int) -> None:
+    lowest = policy.seen_from(start)
+    assert all(k >= lowest or k < policy.sinks for k in sees(policy, start + later))
+
+
+@given(WINDOWED, st.integers(0, 300), st.integers(1, 150))
+@settings(max_examples=150, deadline=None)
+def test_what_is_kept_never_moves_back(policy: Policy, start: int, later: int) -> None:
+    for lowest in (policy.seen_from, policy.kept_from):
+        assert 0 <= lowest(start) <= lowest(start + later)
+    assert policy.seen_from(start) <= policy.kept_from(start) <= start + 1
+    assert policy.compensated or policy.seen_from(start) == policy.kept_from(start)
+
+
+@given(POLICIES, st.integers(0, 400))
+@settings(max_examples=100, deadline=None)
+def test_a_part_returns_as_far_as_its_queries_find_everything(policy: Policy, length: int) -> None:
+    position = policy.kept_from(length)
+    lowest = returns_to(policy, position)
+    assert lowest <= length
+    assert policy.kept_from(lowest) >= position
+    assert lowest == 0 or policy.kept_from(lowest - 1) < position
+
+
+def test_the_present_may_be_cut_in_any_way() -> None:
+    """Views of many queries say what views of one do."""
+    for text in ("full", "streaming(sink=3, recent=5)", "span(alpha=9, beta=0.4)", "sharded(block=4, local=2)"):
+        policy = parse(text)
+        for start, count in ((0, 150), (61, 9), (63, 2)):
+            views = list(policy.views(start, count))
+            assert [view.start for view in views] == [start, *(v.start + v.count for v in views[:-1])]
+            assert sum(view.count for view in views) == count
+            for view in views:
+                for p in range(view.start, view.start + view.count):
+                    if view.listed is None:
+                        seen = {k for k in range(p + 1) if p - k < view.window or k < view.sinks}
+                    else:
+                        seen = {k for k in view.listed if k <= p}
+                    assert seen == sees(policy, p)
+
+
+def test_a_sliding_window_hides_sinks_too() -> None:
+    (policy, _) = layer_policies(dataclasses.replace(SPEC, policies=("streaming(sink=8)", "full"), window=20))
+    assert policy.sinks == 0
+    assert sees(policy, 100) == set(range(81, 101))
+    assert policy.seen_from(100) == 81
+
+
+def test_a_layer_names_a_policy_for_each_head() -> None:
+    assert [policy.name for policy in layer_policies(SPEC)] == ["full", "full"]
+    with pytest.raises(PolicyError, match="3 policies for a layer of 2 KV heads"):
+        layer_policies(dataclasses.replace(SPEC, policies=("full",) * 3))
+
+
+def test_heads_are_grouped_by_what_they_let_go() -> None:
+    a, b = "streaming(sink=4, recent=9)", "streaming(sink=4, recent=30)"
+    retention = Retention(config((0, (a, "full")), (1, (b, a))))
+    groups = {str(group.policy): group.cells.tolist() for group in retention.groups((0, 1))}
+    assert groups == {
+        "streaming(sink=4, recent=9)": [[True, False], [False, True]],
+        "streaming(sink=4, recent=30)": [[False, False], [True, False]],
+    }
+    (group,) = retention.groups((1,))  # a part of that head alone
+    assert group.cells.tolist() == [[False], [True]]
+    assert Retention(config((0, ()))).groups((0, 1)) == ()
+
+
+def test_layers_that_share_keys_keep_what_either_sees() -> None:
+    shared = config((0, ("streaming(sink=4, recent=9)", "full")), (0, ("streaming(sink=8, recent=30)", "streaming")))
+    ((first, second),) = keepers(shared)
+    assert (first.sinks, first.seen_from(100)) == (8, 71)
+    assert second.seen_from(100) == 0
+    ((same, _),) = keepers(config((0, ("span", "full")), (0, ("span", "full"))))
+    assert same == parse("span")
+
+
+def test_nothing_stands_for_what_another_layer_still_reads() -> None:
+    alone = Retention(config((0, ("razor", "full")), (1, ("razor", "razor"))))
+    (group,) = alone.groups((0, 1))
+    assert group.cells.tolist() == [[True, False], [True, True]]
+    assert Retention(config((0, ("razor", "full")), (0, ("full", "full")), (1, ("razor", "full")))).groups((0, 1)) == ()
+    assert Retention(config((0, ("razor", "razor")), window=8)).groups((0,))[0].policy.compensated is False

@@ -1,0 +1,125 @@
+"""Rows that a kernel reads, against the keys that each head's policy lets each query see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina_workers.policies.policy import Policy, parse, within
+from lamina_workers.row_builder import Asked, RowBuilder, runs
+
+SIZE, LAYERS, GROUP = 4, 2, 2
+TEXTS = (
+    "full",
+    "streaming(sink=5, recent=9)",
+    "span(alpha=7, beta=0.5)",
+    "sharded(block=4, local=2, stride=3)",
+)
+
+
+def keys_of(rows: Any, layer: int) -> dict[int, set[tuple[int, int]]]:
+    """By vector of the flat q: the (page, offset) of each key that it sees, as `Rows` says it is read."""
+    seen: dict[int, set[tuple[int, int]]] = {}
+    for row, table in enumerate(rows.tables):
+        numbers = (rows.first, rows.count, rows.start, rows.kv_heads, rows.group, rows.lo, rows.hi, rows.base)
+        first, count, start, heads, group, lo, hi, base = (int(x[row]) for x in numbers)
+        window, sinks, listed, stride = (int(x[row]) for x in (rows.window, rows.sinks, rows.listed, rows.stride))
+        for i in range(count):
+            p = start + i
+            keys = [k for k in range(lo, hi) if k <= p and (p - k < window or k < sinks)]
+            for j in range(heads * group):
+                vector = first + i * stride + j
+                assert vector not in seen
+                entries = table[layer, j // group]
+                slots = [divmod(k - base, SIZE) for k in keys]
+                found = [divmod(int(entries[k - base]), SIZE) for k in keys] if listed else None
+                seen[vector] = set(found or [(int(entries[slot]), offset) for slot, offset in slots])
+                assert len(seen[vector]) == len(keys)
+    return seen
+
+
+def visible(policy: Policy, p: int) -> set[int]:
+    """The keys that a query at p sees, one position at a time."""
+    (view,) = policy.views(p, 1)
+    if view.listed is not None:
+        return {k for k in view.listed if k <= p}
+    return {k for k in range(p + 1) if p - k < view.window or k < view.sinks}
+
+
+def table_of(heads: int, entries: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.random.default_rng(3).permutation(LAYERS * heads * entries).astype(np.int32).reshape(LAYERS, heads, -1)
+
+
+@given(
+    start=st.integers(0, 60),
+    count=st.integers(1, 30),
+    base=st.integers(0, 6).map(lambda n: n * SIZE),
+    policies=st.lists(st.sampled_from((*TEXTS, None)), min_size=1, max_size=4).filter(any),
+    fused=st.booleans(),
+    window=st.sampled_from((None, None, 6)),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_vector_sees_what_its_policy_says(
+    start: int, count: int, base: int, policies: list[str | None], fused: bool, window: int | None
+) -> None:
+    hi = start + count if fused else start
+    base = min(base, hi // SIZE * SIZE)
+    table = table_of(len(policies), 30)
+    parsed = [None if text is None else within(parse(text), window) for text in policies]
+    builder = RowBuilder(SIZE)
+    builder.add(Asked(7 * GROUP, start, count, GROUP, base, hi, base, table), parsed)
+    rows = builder.rows()
+    for layer in range(LAYERS):
+        seen = keys_of(rows, layer)
+        planned = [(number, policy) for number, policy in enumerate(parsed) if policy is not None]
+        assert len(seen) == count * len(planned) * GROUP
+        for i in range(count):
+            for place, (head, policy) in enumerate(planned):
+                keys = {k for k in visible(policy, start + i) if base <= k < hi}
+                expected = {(int(table[layer, head, (k - base) // SIZE]), (k - base) % SIZE) for k in keys}
+                for g in range(GROUP):
+                    assert seen[7 * GROUP + (i * len(planned) + place) * GROUP + g] == expected
+
+
+@pytest.mark.parametrize("gap", [(0, 3), (1, 4), (2, 2), (5, 9)])
+@pytest.mark.parametrize("hi", [23, 40, 45])
+def test_what_was_let_go_is_left_out(gap: tuple[int, int], hi: int) -> None:
+    table = table_of(2, 12)
+    kept = table.copy()
+    kept[:, 0, gap[0] : gap[1]] = -1
+    razor, full = parse("razor"), parse("full")
+    builder = RowBuilder(SIZE)
+    builder.add(Asked(0, 40, 5, GROUP, 0, hi, 0, kept), [razor, full], {razor: gap})
+    seen = keys_of(builder.rows(), 1)
+    for i in range(5):
+        keys = range(min(hi, 41 + i))
+        whole = {(int(table[1, 1, k // SIZE]), k % SIZE) for k in keys}
+        rest = {(int(table[1, 0, k // SIZE]), k % SIZE) for k in keys if not gap[0] <= k // SIZE < gap[1]}
+        assert [seen[i * 4 + j] for j in range(4)] == [rest, rest, whole, whole]
+
+
+def test_queries_in_what_was_let_go_are_refused() -> None:
+    razor = parse("razor")
+    asked = Asked(0, 11, 2, GROUP, 0, 13, 0, table_of(1, 4))
+    with pytest.raises(ValueError, match=r"queries from 11 on are not behind what was let go, \[4, 12\)"):
+        RowBuilder(SIZE).add(asked, [razor], {razor: (1, 3)})
+
+
+def test_runs_are_of_equal_policies() -> None:
+    a, b = parse("full"), parse("streaming")
+    assert list(runs([a, a, None, b, b, a])) == [
+        (a, slice(0, 2)),
+        (None, slice(2, 3)),
+        (b, slice(3, 5)),
+        (a, slice(5, 6)),
+    ]
+    assert list(runs([])) == []
+
+
+def test_no_rows_at_all() -> None:
+    rows = RowBuilder(SIZE).rows()
+    assert len(rows) == rows.n == 0

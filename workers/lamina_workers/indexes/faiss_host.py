@@ -1,0 +1,162 @@
+"""FAISS: exact neighbours, a graph that was made elsewhere, inverted lists. The only file that imports it.
+
+FAISS is imported when something of it is asked for, so that all else works without it. Everything here takes and
+returns numpy arrays. What FAISS counts (keys whose inner products were computed) it counts in one place for all threads
+and without a lock: a count is exact only while one thread searches.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lamina_workers.errors import KernelsUnavailable
+from lamina_workers.indexes.key_index import Floats
+
+Storage = Literal["float32", "bfloat16", "float16", "int8"]
+STORAGES = ("float32", "bfloat16", "float16", "int8")
+LIMITS = {"float16": 65504.0}  # of the numbers in keys, beyond those of all storages
+_CODES = {"bfloat16": "QT_bf16", "float16": "QT_fp16", "int8": "QT_8bit"}
+
+
+@cache
+def module() -> Any:
+    """The FAISS module. Raises KernelsUnavailable where it is not installed."""
+    try:
+        return importlib.import_module("faiss")
+    except ImportError as error:
+        raise KernelsUnavailable(
+            'an index over keys needs FAISS; install it with: pip install "lamina[cpu]"'
+        ) from error
+
+
+def set_threads(threads: int) -> None:
+    """How many threads FAISS uses for what this thread asks of it. Other threads keep their own number."""
+    module().omp_set_num_threads(threads)
+
+
+def nearest(queries: Floats, keys: Floats, k: int) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Exactly the k keys with the largest inner products: indices `[m, k]`, best first, and the products.
+
+    queries: float32 `[m, d]`. keys: float32 `[n, d]`, n at least k. On a GPU where FAISS was built for one.
+    """
+    faiss = module()
+    if faiss.get_num_gpus() > 0:
+        scores, indices = faiss.knn_gpu(_resources(), queries, keys, k, metric=faiss.METRIC_INNER_PRODUCT)
+    else:
+        scores, indices = faiss.knn(queries, keys, k, faiss.METRIC_INNER_PRODUCT)
+    return indices, scores
+
+
+@cache
+def _resources() -> Any:
+    return module().StandardGpuResources()
+
+
+def graph(keys: Floats, neighbours: npt.NDArray[np.int32], entry: int, storage: Storage) -> Any:
+    """An `IndexHNSW` with one level, whose links are `neighbours`: int32 `[n, slots]`, slots even, -1 ends a list.
+
+    FAISS keeps a copy of the keys in `storage`. Under inner products it needs no negated distances since 1.14.3.
+    """
+    faiss = module()
+    n, slots = neighbours.shape
+    kept = _storage(keys, storage)
+    index = faiss.IndexHNSW(kept, slots // 2)  # level 0 has 2 M slots; faiss's Python keeps a reference to `kept`
+    index.ntotal = n
+    for name, values in (
+        ("levels", np.ones(n, np.int32)),
+        ("offsets", np.arange(n + 1, dtype=np.uint64) * np.uint64(slots)),
+        ("neighbors", np.ascontiguousarray(neighbours).ravel()),
+    ):
+        faiss.copy_array_to_vector(values, getattr(index.hnsw, name))
+    index.hnsw.entry_point = entry
+    index.hnsw.max_level = 0
+    return index
+
+
+def plain_graph(keys: Floats, links: int, storage: Storage) -> Any:
+    """FAISS's own HNSW over the keys, which knows nothing of queries: what the other graph is compared with."""
+    faiss = module()
+    index = faiss.IndexHNSW(_storage(np.empty((0, keys.shape[1]), np.float32), storage, keys), links)
+    index.hnsw.efConstruction = 4 * links
+    index.add(keys)
+    return index
+
+
+def inverted_lists(keys: Floats, lists: int, storage: Storage) -> Any:
+    """An IVF over the keys with `lists` lists, whose centroids FAISS trains as unit vectors under inner products."""
+    faiss = module()
+    d = keys.shape[1]
+    index = faiss.index_factory(d, f"IVF{lists},{_FACTORY[storage]}", faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1  # short segments are allowed; the warning would go to stderr
+    index.train(keys)
+    index.add(keys)
+    return index
+
+
+_FACTORY = {"float32": "Flat", "bfloat16": "SQbf16", "float16": "SQfp16", "int8": "SQ8"}
+
+
+@cache
+def graph_effort(effort: int) -> Any:
+    """The search parameters with which a graph keeps `effort` candidates."""
+    return module().SearchParametersHNSW(efSearch=effort)
+
+
+@cache
+def lists_effort(effort: int) -> Any:
+    """The search parameters with which `effort` inverted lists are read."""
+    return module().SearchParametersIVF(nprobe=effort)
+
+
+def search(index: Any, q: Floats, k: int, params: Any) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Indices `[group, k]`, -1 where fewer were found, and inner products. q: contiguous float32 `[group, d]`.
+
+    Query by query: FAISS then opens no team of OpenMP threads. It lets other Python threads run meanwhile. This goes
+    past FAISS's own wrapper, which costs some 10 us a call and more where threads wait for each other.
+    """
+    pointer = module().swig_ptr
+    indices, scores = np.empty((len(q), k), np.int64), np.empty((len(q), k), np.float32)
+    for i in range(len(q)):
+        index.search_c(1, pointer(q[i]), k, pointer(scores[i]), pointer(indices[i]), params)
+    return indices, scores
+
+
+def graph_distances() -> int:
+    """How many inner products searches of graphs have computed in this process."""
+    return int(_statistics().hnsw_stats.ndis)
+
+
+def lists_distances() -> int:
+    """The same of inverted lists, without those with the centroids."""
+    return int(_statistics().indexIVF_stats.ndis)
+
+
+@cache
+def _statistics() -> Any:
+    return module().cvar
+
+
+def _storage(keys: Floats, storage: Storage, sample: Floats | None = None) -> Any:
+    """Keys in `storage`, trained on `sample` where it needs training (without: on the keys)."""
+    faiss = module()
+    d = keys.shape[1]
+    if storage == "float32":
+        kept = faiss.IndexFlatIP(d)
+    else:
+        kept = faiss.IndexScalarQuantizer(
+            d, getattr(faiss.ScalarQuantizer, _CODES[storage]), faiss.METRIC_INNER_PRODUCT
+        )
+        kept.train(keys if sample is None else sample)
+    if len(keys):
+        kept.add(keys)
+    return kept
+
+
+def code_bytes(d: int, storage: Storage) -> int:
+    """Of one key in `storage`."""
+    return d * {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[storage]
