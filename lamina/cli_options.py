@@ -88,7 +88,7 @@ class EngineOptions:
     kv_memory: KvMemory = None
     kv_dtype: Annotated[str | None, _engine_option("Of the KV cache: float32, bfloat16, float16, int8 or auto.")] = None
     policy: Annotated[
-        str | None, _engine_option('What each KV head reads and keeps: full, auto, a policy, or a .toml file.')
+        str | None, _engine_option("What each KV head reads and keeps: full, auto, a policy, or a .toml file.")
     ] = None
     max_model_len: Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")] = None
     attention_workers: Annotated[

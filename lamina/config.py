@@ -90,7 +90,9 @@ class EngineConfig:
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed are 0.1 to 86400 seconds")
         self._check_workers()
         if self.policy is not None and not (isinstance(self.policy, (str, Path)) and str(self.policy).strip()):
-            raise InvalidRequest(f'policy is {self.policy!r:.80}; allowed is "auto", a policy, or a file ending in .toml')
+            raise InvalidRequest(
+                f'policy is {self.policy!r:.80}; allowed is "auto", a policy, or a file ending in .toml'
+            )
         for name, high in (("max_model_len", 2**24), ("max_batch_tokens", 2**20), ("threads", 1024)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):

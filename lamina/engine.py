@@ -315,9 +315,7 @@ class Engine:
                 floors[route.source] = max(floors[route.source], floor)
         return floors
 
-    def _note_usages(
-        self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]
-    ) -> None:
+    def _note_usages(self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> None:
         """What policies have spared each request, as those parts tell that were asked."""
         told: dict[str, list[Usage]] = {}
         for number, answer in answers.items():

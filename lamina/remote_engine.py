@@ -222,7 +222,9 @@ class EngineHost:
                 del self._open[request_id]
         encoded = [encode_output(output, start) for output in outputs]
         scheduled = None if ticket.scheduled is None else ticket.scheduled - start
-        self._events.put(("outputs", request_id, encoded, scheduled, ticket.cached_tokens, ticket.preemptions, ticket.spared))
+        self._events.put(
+            ("outputs", request_id, encoded, scheduled, ticket.cached_tokens, ticket.preemptions, ticket.spared)
+        )
 
 
 def fetch(events: queue.SimpleQueue[Event], timeout: float) -> list[Event]:

@@ -123,7 +123,9 @@ def main() -> None:
                 steps[child.policy].append(statistics.median(own["step"] for own in told[child.policy]))
                 ratios[child.policy].append(steps[child.policy][-1] / steps[children[0].policy][-1])
     first = told[children[0].policy]
-    print(f"{'policy':>24} {'ms/step':>8} {'of ' + children[0].policy:>8} {'same text':>9}  kv_read kv_held missed worst")
+    print(
+        f"{'policy':>24} {'ms/step':>8} {'of ' + children[0].policy:>8} {'same text':>9}  kv_read kv_held missed worst"
+    )
     for child in children:
         own = told[child.policy]
         agree = statistics.mean(same(a["tokens"], b["tokens"]) for a, b in zip(own, first, strict=True))

@@ -363,7 +363,7 @@ def draw_heads(pyplot: Any, results: Mapping[str, Comparison], where: str, file:
         axis.set_xlabel("query head")
     for row in axes:
         row[0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes.tolist(), label="cosine of a head's output and exact attention's")
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="cosine of a head's output and exact attention's")
     figure.suptitle(where, fontsize=9)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

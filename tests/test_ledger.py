@@ -9,7 +9,9 @@ from lamina.ledger import Ledger
 from lamina.request import CloseSequence, ForkSequence, OpenSequence, PageGroup, Request, SchedulerConfig, Sequence
 from lamina.shares import Pages, Share
 
-CONFIG = SchedulerConfig(max_batch_tokens=16, max_sequences=8, max_model_len=64, page_size=4, page_groups=(PageGroup(2),))
+CONFIG = SchedulerConfig(
+    max_batch_tokens=16, max_sequences=8, max_model_len=64, page_size=4, page_groups=(PageGroup(2),)
+)
 LAYOUT = (Share(0, (0,), 0, 64),)
 
 

@@ -27,6 +27,7 @@ from policy_bench import (
     towards,
 )
 
+from lamina_protocols.messages import Announced, Announcement, Row
 from lamina_workers.errors import KVError
 from lamina_workers.policies.policy import parse
 
@@ -133,6 +134,22 @@ def test_razor_lets_go_of_a_long_prompt_in_several_steps(monkeypatch: pytest.Mon
     for p, slots in zip(range(300, 305), (5, 10, 15, 15, 15), strict=True):
         close(bench.step(handle)[:, None], razor_dense(bench, handle, (PAGE, (1 + slots) * PAGE)))
         assert kept_of_razor(p)[1] >= 16 * PAGE
+
+
+def test_a_refused_batch_has_let_go_of_nothing() -> None:
+    bench = Bench(TIGHT["razor"])
+    handle, other = bench.open(), bench.open()
+    bench.prefill(handle, 300)
+    bench.prefill(other, 20)
+    free = bench.worker.store.free_pages
+    rows = (Row(handle, 300, 1, (0, 301), True, True), Row(other, 20, 100_000, None, True))
+    reply = bench.worker.handle(Announcement(1, 1000, 2, (), rows))
+    assert isinstance(reply, Announced)
+    assert (reply.accepted, reply.free_pages) == (False, free)
+    bench.worker.store.check_integrity()
+    bench._batch = 1000
+    close(bench.step(handle)[:, None], razor_dense(bench, handle, kept_of_razor(300)))
+    assert bench.worker.store.free_pages > free
 
 
 def test_of_a_sequence_in_ranges_each_part_stands_for_its_own() -> None:

@@ -22,6 +22,7 @@ from lamina_kernels.emitter import kind_of
 from lamina_kernels.launch import block_type, launch, load_each
 from lamina_kernels.merge import merge_into, merge_kernel
 from lamina_kernels.microkernels import BLOCK, ROW, TILE, WORTH
+from lamina_kernels.page_lists import ListPlan, check_lists
 from lamina_kernels.pages import (
     FLOATS,
     AppendPlan,
@@ -34,12 +35,23 @@ from lamina_kernels.pages import (
     copy,
     gather,
 )
-from lamina_kernels.page_lists import ListPlan, check_lists
 from lamina_kernels.partial import Partial
 from lamina_kernels.rows import Ints, Rows, Table, check_attend, check_rows
 from lamina_kernels.schedule import MAX_ROWS, PIECE, Pieces, cut, deal
 
-__all__ = ["append", "attend", "attend_lists", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "plan_lists", "prepare"]
+__all__ = [
+    "append",
+    "attend",
+    "attend_lists",
+    "copy",
+    "gather",
+    "layout",
+    "merge_into",
+    "plan",
+    "plan_append",
+    "plan_lists",
+    "prepare",
+]
 
 APPEND_SHARE = 256  # vectors that are worth a thread
 

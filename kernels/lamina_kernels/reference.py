@@ -15,7 +15,20 @@ from lamina_kernels.pages import AppendPlan, Order, PageLayout, Pages, check_app
 from lamina_kernels.partial import Partial, empty, merge
 from lamina_kernels.rows import Rows, Table, check_attend, check_rows
 
-__all__ = ["Plan", "append", "attend", "attend_lists", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "plan_lists", "prepare"]
+__all__ = [
+    "Plan",
+    "append",
+    "attend",
+    "attend_lists",
+    "copy",
+    "gather",
+    "layout",
+    "merge_into",
+    "plan",
+    "plan_append",
+    "plan_lists",
+    "prepare",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +151,7 @@ def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None
     mine = Partial(into.out[index].float(), into.lse[index])
     out, into.lse[index] = merge((mine, Partial(past.out.float(), past.lse)))
     into.out[index] = out.to(into.out.dtype)
+
 
 def plan_lists(pages: Pages, items: int, group: int, threads: int = 1) -> ListPlan:
     """Room for so many lists of pages, each with a query of `group` heads."""

@@ -22,15 +22,27 @@ import triton
 from lamina_kernels.kv_append import append, describe, plan_append
 from lamina_kernels.lean_decode import lean_kernel
 from lamina_kernels.merge_partials import OUTPUT, merge_into, merge_outputs
-from lamina_kernels.paged_decode import records, split, split_kernel
 from lamina_kernels.page_lists import ListPlan, attend_as_rows
+from lamina_kernels.paged_decode import records, split, split_kernel
 from lamina_kernels.pages import Order, PageLayout, Pages, check_order, copy, gather
 from lamina_kernels.partial import Partial
 from lamina_kernels.rows import Rows, check_attend, check_rows
 from lamina_kernels.schedule import Pieces, cut, deal
 from lamina_kernels.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
 
-__all__ = ["append", "attend", "attend_lists", "copy", "gather", "layout", "merge_into", "plan", "plan_append", "plan_lists", "prepare"]
+__all__ = [
+    "append",
+    "attend",
+    "attend_lists",
+    "copy",
+    "gather",
+    "layout",
+    "merge_into",
+    "plan",
+    "plan_append",
+    "plan_lists",
+    "prepare",
+]
 
 EVEN = 0.75  # pieces whose mean length is below this share of the longest are ragged: an estimate, unmeasured
 
@@ -206,6 +218,7 @@ def attend(
     if len(plan.outputs):
         merge_outputs(plan.outputs, plan.most_rows, plan.partials, result)
     return result
+
 
 def plan_lists(pages: Pages, items: int, group: int, threads: int = 1) -> ListPlan:
     """Room for so many lists of pages, each with a query of `group` heads."""
