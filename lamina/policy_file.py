@@ -90,7 +90,7 @@ class PolicyFile:
 def kept(policy: str, length: int) -> int:
     """How many of `length` tokens a head under that policy keeps, before rounding to pages."""
     known = parse(policy)
-    return length - max(0, min(known.seen_from(length), length) - known.sinks)
+    return length - max(0, min(known.kept_from(length), length) - known.sinks)
 
 
 def kept_share(heads: Sequence[Sequence[str]], length: int) -> float:

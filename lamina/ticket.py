@@ -48,6 +48,9 @@ class Spared(NamedTuple):
         return shares
 
 
+NOTHING_SPARED = Spared()
+
+
 def nobody(ticket: Ticket, outputs: list[Output]) -> None:
     """The sink of a ticket that was not submitted."""
 
@@ -74,6 +77,6 @@ class Ticket:
     scheduled: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
-    spared: Spared = Spared()
+    spared: Spared = NOTHING_SPARED
     unfinished: int = 0
     sequences: tuple[Sample, ...] = ()

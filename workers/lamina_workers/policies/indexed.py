@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 
 SAMPLED = 64  # pages from which the mass of what is not read is estimated
 WIDEST = 8  # times the policy's `top`: more keys than that are not asked for
-
-
 COUNTS = ("builds", "failed", "cancelled", "searches", "queries", "distances", "pauses")
 
 
@@ -99,8 +97,12 @@ class Indexed:
 
     def observe(self, handle: int, layer: int, head: int, first: int, q: Float32) -> None:
         """Prefill's queries, float32 `[t, group, d_k]`, of a part's head, at positions first, first + 1, ... of it."""
-        if self._asked:
-            self._head(handle, layer, head).offer(first, q)
+        # Most parts never get long enough: of those nothing is kept. Queries that early tell little of decode's.
+        if not self._asked or first + len(q) <= self._policy.least // 2:
+            return
+        known = self._head(handle, layer, head)
+        if not known.failed:
+            known.offer(first, q)
             part = self._parts[handle]
             part.reach = max(part.reach, first + len(q))
 
