@@ -37,9 +37,9 @@ class Looks:
             entries[i, : len(those)] = those
             for h in range(GROUP):
                 mass = masses[i, h, : full[i]]
-                left = 1 - mass[[e for e in those if e < full[i]]].sum() / mass.sum()
+                left = 1 - mass[[e for e in those if e < full[i]]].sum() / max(mass.sum(), 1e-9) if len(mass) else 0
                 missed[i * GROUP + h] = max(left, 0)
-                tail[i * GROUP + h] = np.log(max(left, 1e-9) * mass.sum())
+                tail[i * GROUP + h] = np.log(max(left, 1e-9) * max(mass.sum(), 1e-9))
         self.memory.look(self.limits, due, n, full, logs, entries, counts, missed, tail)
         pages, read = self.memory.read(n, self.tables.ctypes.data + np.arange(2) * self.tables.strides[0])
         return [pages[i, :count].tolist() for i, count in enumerate(read)]
@@ -120,3 +120,11 @@ def test_memories_follow_their_keys():
     larger = looks.memory.arranged(looks.keys, 100)
     assert larger.lists.shape[1] >= 100
     assert larger.counts.tolist() == [3, 2]
+
+
+def test_an_item_without_a_full_page_misses_nothing():
+    looks = Looks()
+    masses = even(1)
+    for _ in range(3):
+        assert looks.step(masses, [[0], [0]], 1, sealed=0) == [[100], [124]]
+    assert (looks.memory.missed == 0).all()

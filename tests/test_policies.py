@@ -28,6 +28,7 @@ from policy_bench import (
     towards,
 )
 
+from lamina_protocols.messages import Fetch, Fetched
 from lamina_workers.errors import KVError, PolicyError
 from lamina_workers.policies.catalogue import POLICIES
 from lamina_workers.policies.policy import parse
@@ -218,3 +219,20 @@ def test_heads_with_policies_of_their_own() -> None:
 def test_what_a_policy_cannot_be(text: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         parse(text)
+
+
+def test_a_part_that_moves_takes_with_it_what_stands_for_what_it_has_let_go() -> None:
+    bench, target = Bench(TIGHT["razor"]), Bench(TIGHT["razor"])
+    handle, moved = bench.open(), target.open()
+    bench.prefill(handle, 600)
+    for _ in range(30):
+        bench.step(handle)
+    assert pages_held(bench, handle).max() < 20
+    length = bench.k[handle].shape[1]
+    fetched = [bench.worker.handle(Fetch(1, 10_000, layer, handle, 0, length)) for layer in range(LAYERS)]
+    assert all(isinstance(piece, Fetched) for piece in fetched)
+    kv = {name: torch.stack([getattr(piece, name) for piece in fetched]) for name in ("k", "v")}  # type: ignore[union-attr]
+    target.prefill(moved, length, **{name: x.view(LAYERS, length, KV_HEADS, D) for name, x in kv.items()})
+    asked = {"q": bench.random(1, HEADS), "k": bench.random(1), "v": bench.random(1)}
+    for _ in range(3):
+        torch.testing.assert_close(target.step(moved, **asked), bench.step(handle, **asked), atol=1e-4, rtol=1e-4)

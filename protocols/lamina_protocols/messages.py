@@ -219,7 +219,7 @@ class Fetch:
 class Fetched:
     """The answer, in the storage dtype. k: `[(hi - lo) * part's KV heads, d_k]`, v the same with d_v; as in `Fresh`.
 
-    Positions whose pages a window has let go are zeros.
+    Positions whose pages were let go are zeros, or the mean that stands for them.
     """
 
     epoch: int

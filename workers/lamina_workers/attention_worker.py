@@ -201,7 +201,9 @@ class AttentionWorker:
             pages = torch.from_numpy(np.maximum(table, 0))
             of_k, of_v = gather(self._pages, pages, hi - lo + skip)
             gone = torch.from_numpy(np.repeat(table < 0, size)[: hi - lo + skip, None])
-            k[:, head], v[:, head] = of_k.masked_fill(gone, 0)[skip:], of_v.masked_fill(gone, 0)[skip:]
+            for_k, for_v = self._reader.stand_in(message.handle, spec.kv_layer, head)
+            k[:, head] = torch.where(gone, for_k.to(of_k.dtype), of_k)[skip:]
+            v[:, head] = torch.where(gone, for_v.to(of_v.dtype), of_v)[skip:]
         flat_k, flat_v = k.view(-1, spec.d_k), v.view(-1, spec.d_v)
         return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
 

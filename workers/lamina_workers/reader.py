@@ -243,6 +243,10 @@ class Reader:
             if self._stand_ins is not None:
                 self._stand_ins.absorb(pages)
 
+    def stand_in(self, handle: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A key `[d_k]` and a value `[d_v]` for the tokens that a part's head has let go, where it is to be moved."""
+        return (self._stand_ins or StandIns(self._pages)).mean(handle, layer, head)
+
     def forget(self, handle: int) -> None:
         """A part is closed."""
         if self._stand_ins is not None:

@@ -91,6 +91,15 @@ class StandIns:
         v[cells] += of_v.view(*absorbed.pages.shape, -1).sum(1)
         self._sums[absorbed.handle] = _Sums(absorbed.lo, tokens, k, v)
 
+    def mean(self, handle: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean k `[d_k]` and v `[d_v]`, float32, of what a part's head has let go: so many tokens that are all like
+        it are attended as it is. Zeros where nothing was."""
+        sums = self._sums.get(handle)
+        if sums is None:
+            return torch.zeros(self._pages.layout.d_k), torch.zeros(self._pages.layout.d_v)
+        tokens = sums.tokens[layer, head].clamp(min=1)
+        return sums.k[layer, head] / tokens, sums.v[layer, head] / tokens
+
     def standing(self, cells: list[tuple[int, int]], vectors: list[torch.Tensor]) -> Standing | None:
         """For parts' heads, by handle and number in the part, the vectors that read what stands for what each has let
         go; None where there are none."""

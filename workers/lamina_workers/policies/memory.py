@@ -127,7 +127,7 @@ def _look(
         knew, worst, known = 0 < list_held[i] <= held[i], 0.0, sealed[i]  # of pages that are not full nothing is known
         for h in range(group):
             stale, left_out = np.float32(0.0), missed[i * group + h]
-            if knew:
+            if knew and known > 0:  # where no page is full everything is read
                 logs = log_mass[i, h]
                 if left_out > 0:  # of the mass of all sealed pages
                     total = tail_lse[i * group + h] - math.log(left_out)
