@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lamina_workers.policies.memory import LayerMemory, Limits
+from lamina_workers.policies.memory import LayerMemory, Limits, Memories
 
 SIZE, GROUP = 24, 2
 
@@ -16,9 +16,10 @@ class Looks:
     def __init__(self, every: int = 8, missed: float = 0.1, budget: float = 0.9) -> None:
         self.keys = [(7, 0), (9, 1)]
         self.limits = Limits(missed, budget, every)
-        self.memory = LayerMemory.empty(self.keys, SIZE, GROUP)
+        self.memories = Memories()
         self.tables = np.arange(2 * SIZE, dtype=np.int32).reshape(2, SIZE) + 100
         self.looks = [0, 0]
+        self.memory: LayerMemory
 
     def step(
         self, masses: np.ndarray, chosen: list[list[int]], held: int, sealed: int | None = None
@@ -26,7 +27,7 @@ class Looks:
         """masses [items, group, entries]. Returns the pages that each item reads."""
         n = np.full(2, held)
         full = np.full(2, held if sealed is None else sealed)
-        self.memory = self.memory.arranged(self.keys, held)
+        self.memory = self.memories.of(self.keys, held, GROUP)
         due = self.memory.due(n)
         logs = np.full((2, GROUP, 32), -np.inf, np.float32)
         logs[:, :, :held] = np.log(masses[:, :, :held])
@@ -113,13 +114,31 @@ def test_memories_follow_their_keys():
     masses = even(1)
     for _ in range(2):
         looks.step(masses, [[1, 18, 19], [1, 19]], 20)
-    moved = looks.memory.arranged([(9, 1), (5, 0), (7, 0)], 20)
+    before, all_of = looks.memory, looks.memories
+    assert all_of.of(looks.keys, 20, GROUP) is before
+    other = all_of.of([(4, 0)], 20, GROUP)  # another lane
+    assert all_of.of(looks.keys, 20, GROUP) is before
+    moved = all_of.of([(9, 1), (5, 0), (7, 0)], 20, GROUP)
     assert moved.lists[:, :2].tolist() == [[1, 19], [0, 0], [1, 18]]
     assert moved.due(np.full(3, 20)).tolist() == [False, True, False]
-    assert looks.memory.arranged(looks.keys, 20) is looks.memory
-    larger = looks.memory.arranged(looks.keys, 100)
+    assert all_of.of([(4, 0)], 20, GROUP) is other
+    assert all_of.of(looks.keys, 20, GROUP) is not before  # given up when the others took over
+    larger = all_of.of(looks.keys, 100, GROUP)
     assert larger.lists.shape[1] >= 100
     assert larger.counts.tolist() == [3, 2]
+
+
+def test_what_is_closed_is_forgotten_and_nothing_else():
+    looks = Looks()
+    for _ in range(2):
+        looks.step(even(1), [[1, 19], [1, 19]], 20)
+    looks.memories.forget(7)
+    rest = looks.memories.of([(9, 1)], 20, GROUP)
+    assert rest.lists[0, :2].tolist() == [1, 19]
+    assert looks.memories.of([(7, 0)], 20, GROUP).counts.tolist() == [0]
+    looks.memories.forget(9)
+    looks.memories.forget(7)
+    assert not looks.memories._all
 
 
 def test_an_item_without_a_full_page_misses_nothing():

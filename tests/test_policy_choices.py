@@ -27,6 +27,7 @@ from policy_bench import (
     towards,
 )
 
+from lamina_kernels import sketches
 from lamina_protocols.messages import Announced, Announcement, Row
 from lamina_workers.errors import KVError
 from lamina_workers.policies.policy import parse
@@ -223,3 +224,30 @@ def test_the_missed_mass_is_as_estimated(shape: str) -> None:
                 true = pages[layer, number][left].sum()
                 assert abs(missed[number] - true) <= max(0.2 * true, 0.004)
                 assert missed[number] <= 0.02 + 1e-6
+
+
+def test_what_a_scan_leaves_of_heads_that_do_not_look_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sketches.scan
+
+    def scan(*args: Any) -> sketches.Choice:
+        choice = real(*args)
+        others = torch.from_numpy(np.repeat(~args[-1], GROUP))
+        choice.tail.out[others] = torch.nan  # a plan's buffers are any bytes where nothing was written
+        choice.tail.lse[others] = torch.nan
+        choice.missed[others] = torch.nan
+        return choice
+
+    seen: list[tuple[bool, ...]] = []
+    monkeypatch.setattr(sketches, "scan", lambda *args: (seen.append(tuple(args[-1].tolist())), scan(*args))[1])
+    bench = Bench("retrieval(sink=16, recent=16, missed=0.02, every=8)")
+    handle = bench.open()
+    k = bench.random(500) * 0.3
+    for number in range(3):
+        k[:, 80 * (number + 1) : 80 * (number + 1) + PAGE] += towards(number, 6.0)
+    bench.prefill(handle, 500, k=k)
+    for step in range(12):
+        q = towards(1 + step % 2, 6.0).expand(LAYERS, 1, HEADS, D).clone()
+        q[:, :, :GROUP] = towards(0, 6.0)  # the first KV head keeps its choice, the others look in every step
+        assert bench.step(handle, q=q).isfinite().all()
+    assert any(any(due) and not all(due) for due in seen), seen
+    assert bench.usage(handle).missed >= 0

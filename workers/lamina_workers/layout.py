@@ -58,7 +58,8 @@ def page_cost(config: HolderConfig) -> int:
     try:
         return layout.page_bytes + SketchLayout(layout).sketch_bytes
     except ValueError as error:
-        raise PolicyError(f"a policy reads sketches, which the kernels of this process cannot make: {error}") from error
+        why = f"a policy chooses by sketches of pages, which the kernels of this process cannot make ({error})"
+        raise PolicyError(f"{why}; allowed here are static policies") from error
 
 
 def page_count(config: HolderConfig) -> int:

@@ -55,7 +55,8 @@ def keepers(config: HolderConfig) -> tuple[tuple[Policy, ...], ...]:
     readers: list[list[tuple[Policy, ...]]] = [[] for _ in range(1 + max(spec.kv_layer for spec in config.layers))]
     for spec in config.layers:
         readers[spec.kv_layer].append(layer_policies(spec))
-    return tuple(tuple(_all_of(policies) for policies in zip(*of_layer, strict=True)) for of_layer in readers)
+    unread = ((parse("full"),) * config.layers[0].kv_heads,)  # of layers whose KV nobody reads
+    return tuple(tuple(_all_of(policies) for policies in zip(*of_layer or unread, strict=True)) for of_layer in readers)
 
 
 def _all_of(policies: Sequence[Policy]) -> Policy:

@@ -40,7 +40,7 @@ class LayerMemory:
     steps until the next.
     """
 
-    keys: list[tuple[int, int]]
+    keys: list[tuple[int, int] | None]  # None: that part is closed
     lists: Int32
     counts: Ints
     held: Ints
@@ -56,20 +56,23 @@ class LayerMemory:
         counts, held, pause, left = np.zeros((4, n), np.int64)
         return cls(list(keys), lists, counts, held, missed, pause, left)
 
-    def arranged(self, keys: Sequence[tuple[int, int]], capacity: int) -> LayerMemory:
-        """The same for these keys, with room for as many entries. New ones know nothing."""
-        if keys == self.keys and self.lists.shape[1] >= capacity:
-            return self
-        new = LayerMemory.empty(keys, 2 * capacity, self.missed.shape[1])
-        place = {key: i for i, key in enumerate(self.keys)}
-        pairs = [(to, place[key]) for to, key in enumerate(keys) if key in place]
-        if pairs:
-            to, source = map(list, zip(*pairs, strict=True))
-            width = min(self.lists.shape[1], new.lists.shape[1])
-            new.lists[to, :width] = self.lists[source, :width]
-            for name in ("counts", "held", "missed", "pause", "left"):
-                getattr(new, name)[to] = getattr(self, name)[source]
-        return new
+    def take_over(self, other: LayerMemory) -> bool:
+        """Know of the keys in common what the other does. Whether there are any."""
+        place = {key: i for i, key in enumerate(other.keys)}
+        pairs = [(to, place[key]) for to, key in enumerate(self.keys) if key in place]
+        if not pairs:
+            return False
+        to, source = map(list, zip(*pairs, strict=True))
+        width = min(self.lists.shape[1], other.lists.shape[1])
+        self.lists[to, :width] = other.lists[source, :width]
+        for name in ("counts", "held", "missed", "pause", "left"):
+            getattr(self, name)[to] = getattr(other, name)[source]
+        return True
+
+    def forget(self, handle: int) -> bool:
+        """A part is closed. Whether nothing is left."""
+        self.keys = [key if key is not None and key[0] != handle else None for key in self.keys]
+        return not any(self.keys)
 
     def due(self, held: Ints) -> npt.NDArray[np.bool_]:
         """Who has to look: those whose time has come, and those that know nothing, or of more than there is."""
@@ -101,6 +104,28 @@ class LayerMemory:
         listed()(pages, self.lists, self.counts, self.held, held, tables)
         self.left -= 1
         return pages, counts
+
+
+class Memories:
+    """Those of one layer: one for each set of heads that decode together, of which lanes make several."""
+
+    def __init__(self) -> None:
+        self._all: list[LayerMemory] = []
+
+    def of(self, keys: list[tuple[int, int]], capacity: int, group: int) -> LayerMemory:
+        """The memory for these keys, in this order, with room for lists of `capacity` entries. What others know of them
+        is taken over, and those are given up."""
+        for memory in self._all:
+            if memory.keys == keys and memory.lists.shape[1] >= capacity:
+                return memory
+        new = LayerMemory.empty(keys, 2 * capacity, group)
+        self._all = [memory for memory in self._all if not new.take_over(memory)]
+        self._all.append(new)
+        return new
+
+    def forget(self, handle: int) -> None:
+        """A part is closed."""
+        self._all = [memory for memory in self._all if not memory.forget(handle)]
 
 
 @cache

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from lamina_workers.errors import PolicyError
@@ -118,7 +118,7 @@ _FORM = re.compile(r"\s*([a-z_0-9]+)\s*(?:\(([^()]*)\)\s*)?")
 _PARAMETER = re.compile(r"\s*([a-z_0-9]+)\s*=\s*([-+0-9.eE]+|[a-z]+)\s*")
 
 
-@cache
+@lru_cache(maxsize=4096)  # texts come from files and from the wire
 def parse(text: str) -> Policy:
     """The policy that is written so; parameters left out have their defaults. Raises PolicyError, which names what is
     wrong and what is allowed."""

@@ -22,7 +22,7 @@ from lamina_kernels.partial import Partial
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Items, everything
-from lamina_workers.policies.memory import Ints, LayerMemory, Limits, listed, looked
+from lamina_workers.policies.memory import Ints, Limits, Memories, listed, looked
 from lamina_workers.policies.policy import LONGEST
 
 # What choosing costs in a layer, in pages that could be read in order meanwhile; measured (docs/log.md).
@@ -91,7 +91,7 @@ class _Looks:
 
     policy: Retrieval
     at: Holding
-    memories: dict[int, LayerMemory] = field(default_factory=dict)  # by layer
+    memories: dict[int, Memories] = field(default_factory=dict)  # by layer
     resting: dict[int, int] = field(default_factory=dict)  # steps for which a layer is still read whole
 
     def __post_init__(self) -> None:
@@ -119,8 +119,7 @@ class _Looks:
                 self.resting[layer] = resting - 1
             return everything(items, spec.kv_layer)
         most = int(plan.held.max())
-        memory = self.memories.get(layer) or LayerMemory.empty(plan.keys, most, items.group)
-        memory = self.memories[layer] = memory.arranged(plan.keys, most)
+        memory = self.memories.setdefault(layer, Memories()).of(plan.keys, most, items.group)
         due, rest, read = memory.due(plan.held), None, 0
         if due.any():
             limit = MARGIN * policy.missed
@@ -138,13 +137,14 @@ class _Looks:
         return Choice(pages, counts, memory.missed.reshape(-1), read, rest)
 
     def forget(self, handle: int) -> None:
-        for layer, memory in list(self.memories.items()):
-            if any(key[0] == handle for key in memory.keys):
-                del self.memories[layer]
+        for memories in self.memories.values():
+            memories.forget(handle)
 
 
 def _of(due: npt.NDArray[np.bool_], tail: Partial, group: int) -> Partial:
-    """The tail of those items alone."""
+    """The tail of those items alone. What is there of the others may be any bytes, which weigh nothing, but NaN times
+    nothing is NaN."""
     if due.all():
         return tail
-    return Partial(tail.out, tail.lse.masked_fill(torch.from_numpy(~np.repeat(due, group)), -torch.inf))
+    others = torch.from_numpy(~np.repeat(due, group))
+    return Partial(tail.out.masked_fill(others[:, None], 0), tail.lse.masked_fill(others, -torch.inf))
