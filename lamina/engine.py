@@ -319,7 +319,7 @@ class Engine:
         """What policies have spared each request, as those parts tell that were asked."""
         told: dict[str, list[Usage]] = {}
         for number, answer in answers.items():
-            if number != self._local and answer.usages:
+            if number != self._local and len(answer.usages) == len(shares[number].routes):
                 for route, usage in zip(shares[number].routes, answer.usages, strict=True):
                     told.setdefault(plan.rows[route.source].sequence.request.id, []).append(usage)
         for request_id, usages in told.items():

@@ -249,7 +249,7 @@ class Placement:
         start, end = row.start, row.start + row.count
         scratch = self._scratch_for(row)
         below = scratch.lo if scratch else start
-        chooses = row.count == 1 and row.sample  # one that the caller waits for: prompts and rebuilds are exact
+        chooses = row.count == 1 and row.sample  # decode; rebuilds and prompts, but for a last token alone, read all
         missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
         routes = []
         for part in self._parts[row.handle]:

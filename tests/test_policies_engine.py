@@ -5,6 +5,7 @@ samples, prefixes, preemption and lost holders, with no token lost or said twice
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 from conftest import BytesPort, Rig
@@ -26,6 +27,14 @@ SHARDS = {
     "ranges": {"shard": "sequence", "weights": (1, 2)},
     "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "scratch": 500},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _choosing_is_always_worth_it() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for cost in ("CALL", "LOOK", "SCATTERED"):
+            patch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
+        yield
 
 
 @pytest.fixture(scope="module", params=POLICIES)

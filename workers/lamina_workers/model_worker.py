@@ -115,6 +115,7 @@ class ModelWorker:
         for number in told:  # all are heard before one is blamed
             try:
                 answers[number] = yield from self._answer(number, batch)
+                self._check(answers[number], shares[number], self._replies[number].port.name)
             except HolderFault as fault:
                 faults[number] = fault
         if faults:
@@ -189,6 +190,12 @@ class ModelWorker:
         if not replies.ready(batch):
             yield Waiting(replies, batch)
         return replies.take(Announced, batch, timeout=self._patience)
+
+    @staticmethod
+    def _check(answer: Announced, share: HolderShare, name: str) -> None:
+        told = (len(answer.floors), len(answer.usages) or len(share.rows))
+        if answer.accepted and told != (len(share.rows), len(share.rows)):
+            raise HolderFault(f"{name}: floors and usages of {told} rows, {len(share.rows)} were announced")
 
     def _forget(self, batch: int, shares: Mapping[int, HolderShare]) -> None:
         for number in shares:

@@ -123,7 +123,8 @@ class _Counting:
     def _counted(self, items: Items, at: Bounds, i: int, layer: int, log_mass: Float32) -> tuple[_Count, Float32]:
         """Count a step in which an item's pages got so much, float32 `[group, sealed]`, and choose anew. Returns also
         the share of each head's attention that goes to what is not read, `[group]`."""
-        shares = np.exp(log_mass - np.logaddexp.reduce(log_mass, axis=1, keepdims=True))
+        with np.errstate(invalid="ignore"):  # of queries that are no numbers nothing is counted
+            shares = np.nan_to_num(np.exp(log_mass - np.logaddexp.reduce(log_mass, axis=1, keepdims=True)))
         counts = self._counts.setdefault(items.parts[i], {})
         count = counts.get((layer, items.heads[i]))
         tokens = int(items.tokens[i])

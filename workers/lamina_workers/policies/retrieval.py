@@ -127,7 +127,7 @@ class _Looks:
             chosen = [found.log_mass, found.entries, found.counts, found.missed, found.tail.lse]
             limits = Limits(policy.missed, policy.budget, policy.every)
             memory.look(limits, due, plan.held, plan.sealed, *(x.numpy() for x in chosen))
-            rest = _of(due, found.tail, items.group)
+            rest = _of(due & (memory.counts < plan.held), found.tail, items.group)
             read = int(plan.held[due].sum()) * at.layout.sketch_bytes
             every = plan.held.sum()
             often = (plan.held / (1 + memory.pause)).sum()  # sketches read a step
@@ -141,10 +141,10 @@ class _Looks:
             memories.forget(handle)
 
 
-def _of(due: npt.NDArray[np.bool_], tail: Partial, group: int) -> Partial:
+def _of(some: npt.NDArray[np.bool_], tail: Partial, group: int) -> Partial:
     """The tail of those items alone. What is there of the others may be any bytes, which weigh nothing, but NaN times
     nothing is NaN."""
-    if due.all():
+    if some.all():
         return tail
-    others = torch.from_numpy(~np.repeat(due, group))
+    others = torch.from_numpy(~np.repeat(some, group))
     return Partial(tail.out.masked_fill(others[:, None], 0), tail.lse.masked_fill(others, -torch.inf))
