@@ -112,7 +112,7 @@ def calibrate(
     steps: Annotated[int | None, typer.Option(help="Of the gates' optimisation.")] = None,
     text: Text = None,
     scores: Annotated[
-        Path | None, typer.Option(help="An .npz file to keep heads' scores in, and to use again.")
+        Path | None, typer.Option(help="A .json file to keep heads' scores in, and to use again.")
     ] = None,
     dtype: Dtype = "auto",
     threads: opt.Threads = None,

@@ -316,8 +316,8 @@ def test_a_build_of_what_was_cut_back_is_given_up(monkeypatch: pytest.MonkeyPatc
     world(bench, handle)
     step(bench, handle)
     assert gate.begun.wait(10)
-    k = bench.random(300) * 0.3
-    bench.feed(handle, 950, 300, k=k)
+    q = asking([i * 7 % TARGETS for i in range(300)]) + 0.3 * bench.random(300, HEADS)
+    bench.feed(handle, 950, 300, q=q, k=bench.random(300) * 0.3)
     gate.open.set()
     ready(bench, handle)
     assert report(bench)["cancelled"] == 1

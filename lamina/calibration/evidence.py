@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lamina.calibration.influence import influences
 from lamina.calibration.scores import Scores, echo_and_induction, mean_attention, ranks
 from lamina.calibration.torch_path import TorchPath
 from lamina.errors import PolicyError
+from lamina.policy_file import read_text
 from lamina.probe import Probe
 from lamina.tokenizer import Tokenizer
 from lamina_workers.policies.policy import Policy
@@ -55,23 +56,23 @@ class Evidence:
         return mean
 
     def save(self, path: Path, fingerprint: str, policies: Sequence[Policy]) -> None:
-        """Keep it in an .npz file, with what it is of."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        with path.open("wb") as stream:
-            np.savez(stream, of=np.array([fingerprint, *map(str, policies)]), **arrays)
+        """Keep it in a JSON file, with what it is of."""
+        lists = {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+        path.write_text(json.dumps({"of": [fingerprint, *map(str, policies)], **lists}))
 
     @classmethod
     def load(cls, path: Path, fingerprint: str, policies: Sequence[Policy]) -> Evidence:
         """What `save` kept. Raises PolicyError for a file that is of another model or of other policies, or none."""
         wanted = [fingerprint, *map(str, policies)]
         try:
-            # Opened here: numpy leaves a file open that it cannot make sense of.
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                if (found := arrays["of"].tolist()) != wanted:
-                    raise PolicyError(f"{path} is of {found!r:.200}; allowed is {wanted!r:.200}")
-                return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            kept = json.loads(read_text(path))
+            found = kept["of"]
+            scores = cls(**{field.name: np.array(kept[field.name], np.float64) for field in fields(cls)})
+        except (OSError, PolicyError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PolicyError(f"{path} has no scores that can be read: {error}") from error
+        if found != wanted:
+            raise PolicyError(f"{path} is of {found!r:.200}; allowed is {wanted!r:.200}")
+        return scores
 
 
 def gather(

@@ -27,7 +27,7 @@ class Sharded(Policy):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        self.check("block", 16, 4096)  # a view is made for each
+        self.check("block", 4, 4096)  # a view is made for each
         for name, low in (("local", 1), ("stride", 1), ("offset", 0)):
             self.check(name, low, LONGEST)
 
