@@ -1,18 +1,22 @@
 """A budget of pages: which of an item's pages are always read, and how many of the others may be.
 
-Shared by the policies that read a fixed share of a sequence's pages. Knows numbers of entries, no page.
+Shared by the policies that read a fixed share of a sequence's pages, some of which scan them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from lamina_workers.policies.chooser import Int32, Items
+from lamina_kernels import sketches
+from lamina_kernels.sketches import Sketches
+from lamina_protocols.messages import LayerSpec
+from lamina_workers.policies.chooser import Float32, Holding, Int32, Items
 
 Ints = npt.NDArray[np.int64]
 
@@ -57,6 +61,29 @@ def bounds(policy: Budgeted, items: Items, page_size: int) -> Bounds:
     recent = np.minimum(np.maximum(0, items.tokens - policy.recent) // page_size, sealed)
     sinks = np.minimum(np.where(items.begins, -(-policy.sink // page_size), 0), recent)
     return Bounds(held, sealed, sinks, recent, np.ceil(policy.budget * held).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedItems:
+    """A decode step's items with their bounds, and the kernels' plan of a scan of them; None where all is read."""
+
+    items: Items
+    at: Bounds
+    scan: Any
+
+    def masses(self, of: Sketches, spec: LayerSpec, q: torch.Tensor) -> tuple[Float32, int]:
+        """What a layer's scan says of every page, `[items, group, entries]` as in `sketches.Choice`, and bytes read."""
+        found = sketches.scan(of, self.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 0.0)
+        return found.log_mass.numpy(), int(self.at.held.sum()) * of.layout.sketch_bytes
+
+
+def scanned(policy: Budgeted, holding: Holding, items: Items) -> ScannedItems:
+    """The items of a policy that may scan."""
+    at = bounds(policy, items, holding.page_size)
+    if at.whole:
+        return ScannedItems(items, at, None)
+    asked = sketches.Items(items.tables, at.sealed, at.sinks, at.recent, at.held)
+    return ScannedItems(items, at, sketches.plan_scan(holding.sketches, asked, items.group, holding.threads))
 
 
 def best(scores: npt.NDArray[np.float32], number: int) -> Ints:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from lamina_kernels import sketches
 from lamina_kernels.partial import Partial, empty
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Float32, Holding, Int32, Items, everything
-from lamina_workers.policies.page_budget import Bounds, Ints, best, bounds, lists
+from lamina_workers.policies.page_budget import Bounds, Ints, ScannedItems, best, lists, scanned
 from lamina_workers.policies.policy import LONGEST
 
 CHECK = 5  # steps after which the query is compared with that of the last look: the paper's
@@ -59,13 +58,6 @@ class _Look:
     q: Float32
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    items: Items
-    at: Bounds
-    scan: Any  # the kernels' plan
-
-
 class _Looks:
     def __init__(self, policy: Recycled, at: Holding) -> None:
         self._policy = policy
@@ -75,15 +67,10 @@ class _Looks:
     def worth(self, tokens: Sequence[int]) -> bool:
         return True
 
-    def plan(self, items: Items) -> _Plan:
-        at = bounds(self._policy, items, self._at.page_size)
-        scan = None
-        if not at.whole:
-            asked = sketches.Items(items.tables, at.sealed, at.sinks, at.recent, at.held)
-            scan = sketches.plan_scan(self._at.sketches, asked, items.group, self._at.threads)
-        return _Plan(items, at, scan)
+    def plan(self, items: Items) -> ScannedItems:
+        return scanned(self._policy, self._at, items)
 
-    def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+    def choose(self, plan: ScannedItems, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
         items, at = plan.items, plan.at
         if at.whole:
             return everything(items, spec.kv_layer)
@@ -93,9 +80,7 @@ class _Looks:
         rest = empty(len(q), self._at.sketches.layout.pages.d_v)
         read, log_mass = 0, np.empty((len(items), items.group, 0), np.float32)
         if None in known:
-            found = sketches.scan(self._at.sketches, plan.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 0.0)
-            log_mass = found.log_mass.numpy()
-            read = int(at.held.sum()) * self._at.sketches.layout.sketch_bytes
+            log_mass, read = plan.masses(self._at.sketches, spec, q)
         pages: list[Int32] = []
         for i, look in enumerate(known):
             table = items.tables[i][spec.kv_layer]
