@@ -25,7 +25,10 @@ def head_policies(
         from lamina.policy_file import read
 
         file = read(Path(policy))
-        file.check(model, fingerprint)
+        try:
+            file.check(model, fingerprint)
+        except PolicyError as error:
+            raise PolicyError(f"{policy}: {error}") from error
         return file.policies(model.num_hidden_layers, model.num_key_value_heads)
     text = AUTO if policy == "auto" else policy
     try:
