@@ -116,8 +116,9 @@ class Reader:
             if row.chooses and self.tallies is not None:
                 saved = sum(self._saved(part, gaps[policy], hi) for policy in of_heads if policy in gaps)
                 counts.append((row.handle, _static_keys(of_heads, row) - saved, (hi - lo) * len(static)))
-            inside = np.array(static, np.int64)[:, None] * group + np.arange(group)
-            vectors.append((first + tokens + inside).reshape(-1))
+            if choosing:
+                inside = np.array(static, np.int64)[:, None] * group + np.arange(group)
+                vectors.append((first + tokens + inside).reshape(-1))
             first += row.count * len(of_heads) * group
         plan = self._kernels.plan(self._pages, builder.rows(), self._threads) if planned else None
         index = torch.from_numpy(np.concatenate(vectors)) if planned < first else None
