@@ -30,8 +30,9 @@ from lamina.work import work
 from lamina_protocols.messages import Announced, Usage
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault, HolderLost
-from lamina_workers.model_worker import HolderShare, ModelWorker
+from lamina_workers.model_worker import ModelWorker
 from lamina_workers.resolver import Waiting
+from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, TokenHistory
 
 logger = logging.getLogger("lamina")

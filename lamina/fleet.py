@@ -16,8 +16,8 @@ from lamina.shares import Pages
 from lamina_protocols.messages import Row
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker import HolderShare, ModelWorker, Move
-from lamina_workers.resolver import Route
+from lamina_workers.model_worker import ModelWorker, Move
+from lamina_workers.routes import HolderShare, Route
 
 logger = logging.getLogger("lamina")
 

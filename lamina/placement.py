@@ -14,8 +14,7 @@ from lamina.errors import EngineError
 from lamina.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, ReplaceShares
 from lamina.shares import Layout, Pages, Share
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
-from lamina_workers.model_worker import HolderShare
-from lamina_workers.resolver import Route
+from lamina_workers.routes import HolderShare, Route
 
 
 @dataclass(slots=True)
@@ -86,6 +85,7 @@ class Placement:
         self._turn = 0
         self._last_part = 0
         self._translated = 0  # operations of plans so far
+        self._layouts: dict[Layout, Layout] = {}  # by heads: one of each kind, so that sequences are seen to be alike
         self._parts: dict[int, list[Part]] = {}  # by the sequence's handle
         self._scratch: dict[int, _Scratch] = {}
         self._scratch_pages = 0
@@ -106,7 +106,8 @@ class Placement:
         self._turn += 1
         turn = self._turn % len(taking)
         heads, page_size, end = self._shape
-        return layouts.layout(self._shard, taking[turn:] + taking[:turn], heads, length, page_size, end)
+        layout = layouts.layout(self._shard, taking[turn:] + taking[:turn], heads, length, page_size, end)
+        return self._layouts.setdefault(layout, layout) if self._shard == "heads" else layout
 
     def reads_locally(self, length: int) -> bool:
         """Whether the local holder has room for a prompt of so many tokens now."""

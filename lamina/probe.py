@@ -22,7 +22,8 @@ from lamina_workers.attention_port import LocalAttention, Replies
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
 from lamina_workers.model_config import ModelConfig
-from lamina_workers.resolver import Resolver, Route, Span
+from lamina_workers.resolver import Resolver
+from lamina_workers.routes import Route, Span
 from lamina_workers.weights import Checkpoint
 
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]

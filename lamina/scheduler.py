@@ -63,6 +63,16 @@ class Scheduler:
         """Whether a sequence is unfinished, a plan in flight, or an operation not accepted yet."""
         return bool(self._requests or self._in_flight or self._ledger.operations)
 
+    @property
+    def running(self) -> int:
+        """How many sequences have KV."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many unfinished sequences have none."""
+        return sum(map(len, self._requests.values())) - sum(s.finish_reason is None for s in self._running)
+
     def longest_possible(self) -> int:
         """The most tokens of one sequence that the context and the holders' memory can ever hold."""
         if not self._layouts.capacity:  # no holder, for now
@@ -231,13 +241,21 @@ class Scheduler:
         spare = self._ledger.room()
         if self.tree is not None:
             spare += self.tree.evictable
+        alike: dict[int, list[Sequence]] = {}  # by layout, which placement makes only once of each kind
         for sequence in self._running:
-            layout, known = sequence.layout, len(sequence.tokens)
-            if known - sequence.planned > 1:
-                spare -= config.pages_for(layout, known) - config.pages_for(layout, sequence.planned)
+            alike.setdefault(id(sequence.layout), []).append(sequence)
+            known, planned = len(sequence.tokens), sequence.planned
+            if known - planned > 1:
+                spare -= config.pages_for(sequence.layout, known) - config.pages_for(sequence.layout, planned)
             if sequence.rebuild is not None:
                 spare -= config.held(sequence.rebuild.missing, sequence.rebuild.planned, sequence.rebuild.end, 0)
-            spare -= config.page_set(layout, known)
+        for sequences in alike.values():
+            layout = sequences[0].layout
+            if all(share.lo == 0 and share.hi >= config.max_model_len for share in layout):
+                spare -= config.page_set(layout, 0) * len(sequences)
+                continue
+            for sequence in sequences:
+                spare -= config.page_set(layout, len(sequence.tokens))
         return spare
 
     def _needed(self, sequence: Sequence, layout: Layout, node: Node | None, length: int) -> Pages:

@@ -36,6 +36,9 @@ class Pages(dict[int, int]):
             result._set(holder, result.get(holder, 0) - pages)
         return result
 
+    def __mul__(self, times: int) -> Pages:
+        return Pages({holder: pages * times for holder, pages in self.items() if pages * times})
+
     def _set(self, holder: int, pages: int) -> None:
         if pages:
             self[holder] = pages

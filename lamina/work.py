@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lamina.request import Plan, Sequence
 from lamina.ticket import Ticket
 from lamina_workers.model_worker import Work
-from lamina_workers.resolver import Span
+from lamina_workers.routes import Span
 from lamina_workers.sampler import RowSampling, TokenHistory
 
 

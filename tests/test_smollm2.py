@@ -107,7 +107,8 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
     from lamina_workers.attention_worker import AttentionWorker
     from lamina_workers.model import Batch, Decoder
     from lamina_workers.model_config import ModelConfig
-    from lamina_workers.resolver import Resolver, Route, Span
+    from lamina_workers.resolver import Resolver
+    from lamina_workers.routes import Route, Span
     from lamina_workers.weights import Checkpoint
 
     prompt = prompts[-1]

@@ -9,8 +9,10 @@ reply. Knows nothing of bytes: `codec` does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PROTOCOL_VERSION = 2
 

@@ -13,26 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from lamina_protocols.messages import Announced, Announcement, Fetch, Fetched, Fresh, HolderConfig, Operation, Row
+from lamina_protocols.messages import Announced, Announcement, Fetch, Fetched, Fresh, HolderConfig
 from lamina_workers.attention_port import AttentionPort, Replies
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model import Batch, Decoder
-from lamina_workers.resolver import Resolver, Route, Span, Waiting
+from lamina_workers.resolver import Resolver, Waiting
+from lamina_workers.routes import HolderShare, Span
 from lamina_workers.sampler import RowSampling, Sampled, sample
-
-
-@dataclass(frozen=True, slots=True)
-class HolderShare:
-    """What one batch asks of one holder: operations, the first of which has number `first`, and routed rows."""
-
-    first: int
-    operations: tuple[Operation, ...]
-    routes: tuple[Route, ...]
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """The rows as the announcement carries them."""
-        return tuple(route.row for route in self.routes)
 
 
 @dataclass(frozen=True, slots=True)

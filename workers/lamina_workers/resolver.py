@@ -19,33 +19,15 @@ import torch
 
 from lamina_kernels.pages import Pages
 from lamina_kernels.partial import Partial, empty
-from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query, Row
+from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query
 from lamina_workers.attention_port import Replies
 from lamina_workers.errors import HolderFault
 from lamina_workers.layout import attention_kernels, page_layout
 from lamina_workers.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.policies.policy import Policy
 from lamina_workers.retention import layer_policies
+from lamina_workers.routes import Route, Span
 from lamina_workers.row_builder import Asked, RowBuilder
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A row of one holder: `row` concerns the batch's span number `source`, its KV heads `heads`, and stores
-    the positions `stored` of it."""
-
-    source: int
-    heads: tuple[int, ...]
-    row: Row
-    stored: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`count` tokens of one sequence in the batch, at positions `start` ...; spans follow each other in the batch."""
-
-    start: int
-    count: int
 
 
 @dataclass(frozen=True, slots=True)
