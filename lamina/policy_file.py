@@ -15,22 +15,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lamina import text_files
 from lamina.errors import PolicyError
+from lamina.text_files import toml_value
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.policies.policy import parse
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 VERSION = 1
 MAX_BYTES = 4 << 20
@@ -102,29 +97,14 @@ def kept_share(heads: Sequence[Sequence[str]], length: int) -> float:
 def read(path: str | Path) -> PolicyFile:
     """The policy file at `path`, checked. Raises PolicyError."""
     try:
-        text = read_text(path).removeprefix("\ufeff")
-        return _from_toml(tomllib.loads(text))
+        return _from_toml(text_files.read_toml(path, MAX_BYTES, PolicyError))
     except PolicyError as error:
         raise PolicyError(f"{path}: {error}") from error
-    except (ValueError, RecursionError) as error:  # tomllib's own, of which one is for arrays nested too deep
-        raise PolicyError(f"{path} is not TOML: {error}") from error
 
 
 def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
     """A UTF-8 file of at most `limit` bytes. Raises PolicyError, which does not name the file."""
-    file = Path(path)
-    try:
-        if not file.is_file():
-            raise PolicyError("there is no such file" if not file.exists() else "it is no file")
-        with file.open("rb") as stream:
-            content = stream.read(limit + 1)
-        if len(content) > limit:
-            raise PolicyError(f"it has more than {limit} bytes; allowed are {limit}")
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PolicyError(f"it is not UTF-8: byte 0x{content[error.start]:02x} at position {error.start}") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise PolicyError(f"it cannot be read: {error}") from error
+    return text_files.read_text(path, limit, PolicyError)
 
 
 def write(path: str | Path, file: PolicyFile) -> None:
@@ -134,28 +114,20 @@ def write(path: str | Path, file: PolicyFile) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Put a UTF-8 file in the place of whatever is at `path`, in one step. Raises PolicyError."""
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with draft.open("w", encoding="utf-8", newline="\n") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            draft.replace(target)
-        finally:
-            draft.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"{path} cannot be written: {error}") from error
+    text_files.write_text(path, text, PolicyError)
 
 
 def dumps(file: PolicyFile) -> str:
     """The file's text: `read` gives back the same."""
-    lines = [f"version = {VERSION}", f"model = {_quoted(file.model)}", f"fingerprint = {_quoted(file.fingerprint)}"]
+    lines = [
+        f"version = {VERSION}",
+        f"model = {toml_value(file.model)}",
+        f"fingerprint = {toml_value(file.fingerprint)}",
+    ]
     if file.about:
-        lines += ["", "[about]", *(f"{name} = {_scalar(value)}" for name, value in file.about.items())]
+        lines += ["", "[about]", *(f"{name} = {toml_value(value)}" for name, value in file.about.items())]
     for number, layer in enumerate(file.heads):
-        heads = [_quoted(policy) for policy in layer]
+        heads = [toml_value(policy) for policy in layer]
         one_line = f"heads = [{', '.join(heads)}]"
         many = ["heads = [", *(f"    {policy}," for policy in heads), "]"]
         lines += ["", f"[[layer]] # {number}", *([one_line] if len(one_line) <= 120 else many)]
@@ -282,13 +254,3 @@ def _remark(name: str, value: Any) -> None:
         raise PolicyError(
             f"{name} is {value!r:.80}; allowed are texts of up to {_MAX_TEXT} characters, numbers, true and false"
         )
-
-
-def _scalar(value: str | int | float | bool) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return _quoted(value) if isinstance(value, str) else repr(value)
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

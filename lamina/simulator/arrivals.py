@@ -1,0 +1,135 @@
+"""Requests over time, and what makes one trace of another. Knows no file, draws nothing, and serves nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lamina.errors import InvalidRequest
+
+BLOCK = 512
+"""Tokens that one name in `Arrival.blocks` stands for, as in Mooncake's traces."""
+MAX_TOKENS = 1 << 24
+"""Of one prompt or one output."""
+MAX_REQUESTS = 1 << 21
+"""Of one trace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request: seconds after the trace's start, tokens of prompt and output. `blocks` names each `BLOCK` tokens of
+    the prompt, so that equal names mean equal tokens; empty: it shares nothing. The last block may be filled in part,
+    or have no name: then its tokens are this request's own."""
+
+    at: float
+    prompt: int
+    output: int
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests by time of arrival, at least one. Raises InvalidRequest, which names the first wrong one by its index:
+    times are finite, 0 or more and never fall; prompt and output are 1 to `MAX_TOKENS` tokens; names of blocks are 0 or
+    more, and none or one for each block of the prompt."""
+
+    name: str
+    arrivals: tuple[Arrival, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.arrivals) <= MAX_REQUESTS:
+            raise InvalidRequest(
+                f"the trace {self.name} has {len(self.arrivals)} requests; allowed are 1 to {MAX_REQUESTS}"
+            )
+        before = 0.0
+        for index, arrival in enumerate(self.arrivals):
+            if wrong := _wrong(arrival, before):
+                raise InvalidRequest(f"request {index} of the trace {self.name} {wrong}")
+            before = arrival.at
+
+    @property
+    def seconds(self) -> float:
+        """From the first arrival to the last."""
+        return self.arrivals[-1].at - self.arrivals[0].at
+
+
+def scaled(trace: Trace, rate_factor: float) -> Trace:
+    """The same requests, arriving `rate_factor` times as fast. InvalidRequest unless it is above 0 and finite."""
+    if not 0 < rate_factor < math.inf:
+        raise InvalidRequest(f"rate_factor is {rate_factor!r}; allowed are finite numbers above 0")
+    arrivals = tuple(replace(arrival, at=arrival.at / rate_factor) for arrival in trace.arrivals)
+    return Trace(f"{trace.name} x{rate_factor:g}", arrivals)
+
+
+def all_at_once(trace: Trace) -> Trace:
+    """The same requests as a closed backlog: all of them are there at second 0."""
+    return Trace(f"{trace.name} at once", tuple(replace(arrival, at=0.0) for arrival in trace.arrivals))
+
+
+def head(trace: Trace, count: int) -> Trace:
+    """The first `count` requests. Raises InvalidRequest where there are fewer."""
+    if type(count) is not int or not 1 <= count <= len(trace.arrivals):
+        raise InvalidRequest(f"count is {count!r}; allowed is 1 to {len(trace.arrivals)}, as {trace.name} has")
+    return Trace(trace.name, trace.arrivals[:count])
+
+
+def split(trace: Trace, replicas: int) -> tuple[Trace, ...]:
+    """The requests dealt out in turn, as a router does that knows nothing. Times stay. Raises InvalidRequest unless
+    each replica gets one."""
+    if type(replicas) is not int or not 1 <= replicas <= len(trace.arrivals):
+        raise InvalidRequest(f"replicas is {replicas!r}; allowed is 1 to {len(trace.arrivals)}, as {trace.name} has")
+    if replicas == 1:
+        return (trace,)
+    return tuple(Trace(f"{trace.name} {n + 1}/{replicas}", trace.arrivals[n::replicas]) for n in range(replicas))
+
+
+def tokens(arrival: Arrival, salt: int) -> tuple[int, ...]:
+    """The prompt as token ids for a prefix tree: those of two prompts are equal as far as their blocks are.
+
+    All tokens of block b are 2b, and all that are in no block 2 `salt` + 1: `salt` is the request's own number, 0 or
+    more. So a prompt is made of a few shared ints, and takes 8 bytes a token.
+    """
+    ids: list[int] = []
+    for block in arrival.blocks:
+        ids += [2 * block] * BLOCK
+    del ids[arrival.prompt :]
+    ids += [2 * salt + 1] * (arrival.prompt - len(ids))
+    return tuple(ids)
+
+
+def blocks_of(prompt: int) -> int:
+    """How many blocks a prompt of that many tokens has, the last one filled in part or whole."""
+    return -(-prompt // BLOCK)
+
+
+def wrong_tokens(count: Any) -> str:
+    """What is wrong with a count of tokens, in words; "" if nothing is."""
+    if type(count) is not int or not 1 <= count <= MAX_TOKENS:
+        return f"is {count!r:.80}; allowed are whole numbers from 1 to {MAX_TOKENS}"
+    return ""
+
+
+def wrong_blocks(blocks: Any, prompt: int) -> str:
+    """What is wrong with the names of a prompt's blocks, in words; "" if nothing is."""
+    least, most = prompt // BLOCK, blocks_of(prompt)
+    if not least <= len(blocks) <= most:
+        allowed = f"{most}" if least == most else f"{least} or {most}"
+        return f"are {len(blocks)}; allowed are {allowed} for {prompt} tokens, one for each {BLOCK}"
+    if wrong := [block for block in blocks if type(block) is not int or not 0 <= block < 1 << 62]:
+        return f"have {wrong[0]!r:.80}; allowed are whole numbers from 0 on, below 2**62"
+    return ""
+
+
+def _wrong(arrival: Arrival, before: float) -> str:
+    if type(arrival.at) not in (float, int) or not 0 <= arrival.at < math.inf:
+        return f"arrives at {arrival.at!r:.80} s; allowed are finite numbers from 0 on"
+    if arrival.at < before:
+        return f"arrives at {arrival.at!r} s, after one at {before!r} s; allowed are times that never fall"
+    if wrong := wrong_tokens(arrival.prompt):
+        return f"has a prompt whose length {wrong}"
+    if wrong := wrong_tokens(arrival.output):
+        return f"has an output whose length {wrong}"
+    if arrival.blocks and (wrong := wrong_blocks(arrival.blocks, arrival.prompt)):
+        return f"has blocks that {wrong}"
+    return ""

@@ -1,0 +1,364 @@
+"""Devices and the links between them: what they can do at best, what share of that is reached, and what they cost.
+
+Numbers with their sources are in `hardware.toml` beside this file; users add their own in the same form:
+
+    [[device]]
+    name = "my-gpu"             # needed, as kind, flops, memory, bandwidth and price are; see `Device`
+    [device.sources]            # where each number is from
+    [device.efficiency]         # see `Efficiency`; curves are lists of [x, y]
+    dense = [[1, 0.5], [256, 0.8]]
+    [device.efficiency.sources]
+    [[link]]                    # see `Link`
+    [link.sources]
+    [typical]                   # an Efficiency for devices that nobody measured
+
+All units are SI: bytes, seconds, FLOP, watts; prices are US dollars an hour. What is wrong is an InvalidRequest that
+names the file, the entry, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lamina.errors import InvalidRequest
+from lamina.text_files import read_text, toml_value
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Curve = tuple[tuple[float, float], ...]
+"""(x, y) by rising x; between two points y goes straight over log x, outside it stays as at the end."""
+
+KINDS = ("gpu", "tpu", "npu", "cpu")
+MAX_BYTES = 1 << 20
+_MAX_POINTS, _MAX_TEXT, _MAX_ENTRIES = 256, 2000, 4096
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,79}")
+_SHARE = (1e-6, 1.5)  # above 1 where caches answer what was counted as memory's bytes
+_TIME = (0.0, 60.0)
+_LIMITS = {
+    "flops": (1.0, 1e18),
+    "flops_8bit": (0.0, 1e18),
+    "memory": (1.0, 1e16),
+    "bandwidth": (1.0, 1e16),
+    "price": (0.0, 1e6),
+    "power": (0.0, 1e6),
+    "interconnect": (0.0, 1e16),
+    "network": (0.0, 1e16),
+    "round_trip": _TIME,
+    "collective": _SHARE,
+    "collective_latency": _TIME,
+    "layer_overhead": _TIME,
+    "step_overhead": _TIME,
+    "row_overhead": _TIME,
+    "attention_row_overhead": _TIME,
+}
+
+
+def at(curve: Curve, x: float) -> float:
+    """The curve's y at `x`: straight over log x between two of its points, flat outside them."""
+    if x <= curve[0][0]:
+        return curve[0][1]
+    for (left, low), (right, high) in pairwise(curve):
+        if x < right:
+            return low + (high - low) * math.log(x / left) / math.log(right / left)
+    return curve[-1][1]
+
+
+def _known(table: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+    allowed = list(allowed)
+    if unknown := [name for name in table if name not in allowed]:
+        raise InvalidRequest(f"{where}: the key {unknown[0]!r:.80} is unknown; known are {', '.join(allowed)}")
+
+
+def _named(kind: str, name: Any) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidRequest(f"the name of a {kind} is {name!r:.80}; allowed are 1 to 80 letters, digits and ._+- ")
+    return name
+
+
+def _check(entry: Efficiency | Device | Link, where: str) -> None:
+    """Raise InvalidRequest unless all numbers are within their limits, and all sources are texts about one."""
+    names = [item.name for item in fields(entry)]
+    for name in names:
+        if name in _LIMITS:
+            _number(f"{where}: {name}", getattr(entry, name), *_LIMITS[name])
+    if not isinstance(entry.sources, Mapping):
+        raise InvalidRequest(f"{where}: sources is {entry.sources!r:.80}; allowed is a table of texts")
+    _known(entry.sources, [name for name in names if name not in ("name", "sources")], f"{where}: sources")
+    for name, text in entry.sources.items():
+        if not isinstance(text, str) or len(text) > _MAX_TEXT:
+            raise InvalidRequest(
+                f"{where}: sources.{name} is {text!r:.80}; allowed is a text of {_MAX_TEXT} characters"
+            )
+
+
+def _number(what: str, value: Any, low: float, high: float) -> float:
+    # NaN compares false with everything, and true and false are no numbers.
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidRequest(f"{what} is {value!r:.80}; allowed is a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _curve(what: str, points: Any) -> Curve:
+    if not isinstance(points, (list, tuple)) or not 1 <= len(points) <= _MAX_POINTS:
+        raise InvalidRequest(f"{what} is {points!r:.80}; allowed are 1 to {_MAX_POINTS} points [x, y]")
+    curve = []
+    for point in points:
+        if not isinstance(point, (list, tuple)) or len(point) != 2:
+            raise InvalidRequest(f"{what} has the point {point!r:.80}; allowed is [x, y]")
+        curve.append((_number(f"{what}: x", point[0], 1e-6, 1e18), _number(f"{what}: y", point[1], *_SHARE)))
+    for (left, _), (right, _) in pairwise(curve):
+        if right <= left:
+            raise InvalidRequest(f"{what} has x = {right:g} after {left:g}; allowed are points by rising x")
+    return tuple(curve)
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """What share of a device's best is reached, and what comes on top. The default is the bare roofline.
+
+    `dense` is over the tokens of a batch, `attention` over the bytes of KV that one layer of one device reads in a
+    step; both are shares of the larger of bytes / bandwidth and FLOPs / rate. Times are seconds. `sources` says for
+    each number where it is from.
+    """
+
+    dense: Curve = ((1.0, 1.0),)
+    attention: Curve = ((1.0, 1.0),)
+    collective: float = 1.0
+    """Share of the interconnect that an all-reduce reaches."""
+    collective_latency: float = 0.0
+    """Of one all-reduce, beside its bytes."""
+    layer_overhead: float = 0.0
+    """Seconds a layer and batch: launches, norms, Python."""
+    step_overhead: float = 0.0
+    """Seconds a batch: scheduling, sampling, the output layer's launch."""
+    row_overhead: float = 0.0
+    """Seconds a sequence and batch: what the host does for each."""
+    attention_row_overhead: float = 0.0
+    """Seconds a sequence and layer, of attention."""
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name in ("dense", "attention"):
+            object.__setattr__(self, name, _curve(f"efficiency.{name}", getattr(self, name)))
+        _check(self, "efficiency")
+
+
+ROOFLINE = Efficiency()
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator, or one socket of a host that computes on its CPU; `kind` is one of `KINDS`.
+
+    `flops` are dense ones of 16-bit floats, `flops_8bit` of 8-bit ones (0: as 16-bit); `interconnect` is each way, to
+    its neighbours in one machine, `network` out of the machine; 0 stands for none. `power` 0: not published. `sources`
+    says for each number where it is from.
+    """
+
+    name: str
+    kind: str
+    flops: float
+    memory: float
+    bandwidth: float
+    price: float
+    flops_8bit: float = 0.0
+    power: float = 0.0
+    interconnect: float = 0.0
+    network: float = 0.0
+    efficiency: Efficiency = ROOFLINE
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        where = f"device {_named('device', self.name)!r}"
+        if self.kind not in KINDS:
+            raise InvalidRequest(f"{where}: kind is {self.kind!r:.80}; allowed are {', '.join(KINDS)}")
+        if not isinstance(self.efficiency, Efficiency):
+            raise InvalidRequest(f"{where}: efficiency is {self.efficiency!r:.80}; allowed is an Efficiency")
+        _check(self, where)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What carries queries to attention workers. `round_trip`: seconds of a small message there and back;
+    `bandwidth`: bytes a second that one model worker's side reaches each way."""
+
+    name: str
+    bandwidth: float
+    round_trip: float
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _check(self, f"link {_named('link', self.name)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Devices and links by name, in lower case. `typical`: an efficiency for devices that nobody measured."""
+
+    devices: Mapping[str, Device]
+    links: Mapping[str, Link]
+    typical: Efficiency = ROOFLINE
+
+    def device(self, name: str) -> Device:
+        """The device of that name, in any case. Raises InvalidRequest, which lists what is known."""
+        if (found := self.devices.get(str(name).lower())) is None:
+            raise InvalidRequest(f"unknown device {name!r:.80}; known are {', '.join(self.devices) or 'none'}")
+        return found
+
+    def link(self, name: str) -> Link:
+        """The link of that name, in any case. Raises InvalidRequest, which lists what is known."""
+        if (found := self.links.get(str(name).lower())) is None:
+            raise InvalidRequest(f"unknown link {name!r:.80}; known are {', '.join(self.links) or 'none'}")
+        return found
+
+
+def load(path: str | Path | None = None) -> Catalogue:
+    """The packaged catalogue; with `path`, that file's entries are added to it, or replace those of the same name.
+
+    Raises InvalidRequest, which names the file.
+    """
+    ours = _packaged()
+    if path is None:
+        return ours
+    try:
+        devices, links, typical = _parse(read_text(path, MAX_BYTES).removeprefix("\ufeff"))
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{path}: {error}") from error
+    return _catalogue({**ours.devices, **devices}, {**ours.links, **links}, typical or ours.typical)
+
+
+def loads(text: str) -> Catalogue:
+    """A catalogue of what this TOML says, and nothing else. Raises InvalidRequest."""
+    return _catalogue(*_parse(text))
+
+
+def from_tables(data: Mapping[str, Any]) -> Catalogue:
+    """A catalogue of what is parsed already: `device`, `link`, `typical` as TOML gives them. Raises InvalidRequest."""
+    try:
+        return _catalogue(*_entries(data))
+    except InvalidRequest:
+        raise
+    except ValueError as error:  # an integer too long to print
+        raise InvalidRequest(f"the tables hold what cannot be shown: {error}") from error
+
+
+def dumps(devices: Iterable[Device], links: Iterable[Link] = (), typical: Efficiency | None = None) -> str:
+    """TOML that `load` and `loads` read back as the same; what has its default is left out."""
+    parts = []
+    for device in devices:
+        parts += ["[[device]]", *_lines(device), *_sources("device", device.sources)]
+        if device.efficiency != ROOFLINE:
+            parts += _efficiency("device.efficiency", device.efficiency)
+        parts.append("")
+    for link in links:
+        parts += ["[[link]]", *_lines(link), *_sources("link", link.sources), ""]
+    if typical is not None:
+        parts += _efficiency("typical", typical)
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+@functools.cache
+def _packaged() -> Catalogue:
+    return loads(resources.files("lamina.simulator").joinpath("hardware.toml").read_text(encoding="utf-8"))
+
+
+def _catalogue(devices: Mapping[str, Device], links: Mapping[str, Link], typical: Efficiency | None) -> Catalogue:
+    return Catalogue(MappingProxyType(dict(devices)), MappingProxyType(dict(links)), typical or ROOFLINE)
+
+
+_Entries = tuple[dict[str, Device], dict[str, Link], Efficiency | None]
+
+
+def _parse(text: str) -> _Entries:
+    try:
+        return _entries(tomllib.loads(text))
+    except InvalidRequest:
+        raise
+    except (ValueError, RecursionError) as error:  # tomllib's own, nesting too deep, an integer too long to print
+        raise InvalidRequest(f"it is not TOML: {error}") from error
+
+
+def _entries(data: Mapping[str, Any]) -> _Entries:
+    _known(data, ("device", "link", "typical"), "the file")
+    if not data:
+        raise InvalidRequest("it is empty; allowed are [[device]], [[link]] and [typical]")
+    devices: dict[str, Device] = {}
+    for table in _tables(data, "device"):
+        where = _entry("device", table, devices)
+        given = _arguments(Device, table, where)
+        if "efficiency" in given:
+            given["efficiency"] = _read_efficiency(given["efficiency"], where)
+        devices[given["name"].lower()] = Device(**given)
+    links: dict[str, Link] = {}
+    for table in _tables(data, "link"):
+        given = _arguments(Link, table, _entry("link", table, links))
+        links[given["name"].lower()] = Link(**given)
+    return devices, links, _read_efficiency(data["typical"], "typical") if "typical" in data else None
+
+
+def _tables(data: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+    tables = data.get(kind, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise InvalidRequest(f"{kind} is {tables!r:.80}; allowed are tables, written [[{kind}]]")
+    if len(tables) > _MAX_ENTRIES:
+        raise InvalidRequest(f"there are {len(tables)} tables [[{kind}]]; allowed are {_MAX_ENTRIES}")
+    return tables
+
+
+def _entry(kind: str, table: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """What to call that table in errors, its name checked."""
+    if _named(kind, table.get("name")).lower() in known:
+        raise InvalidRequest(f"{kind} {table['name']!r} is there twice; allowed is once in a file")
+    return f"{kind} {table['name']!r}"
+
+
+def _read_efficiency(table: Any, where: str) -> Efficiency:
+    if not isinstance(table, dict):
+        raise InvalidRequest(f"{where}: efficiency is {table!r:.80}; allowed is a table")
+    try:
+        return Efficiency(**_arguments(Efficiency, table, "efficiency"))
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error}") from error
+
+
+def _arguments(kind: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    needed = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
+    _known(table, [item.name for item in fields(kind)], where)
+    if missing := [name for name in needed if name not in table]:
+        raise InvalidRequest(f"{where}: {missing[0]} is missing; needed are {', '.join(needed)}")
+    return dict(table)
+
+
+def _efficiency(heading: str, efficiency: Efficiency) -> list[str]:
+    return [f"[{heading}]", *_lines(efficiency), *_sources(heading, efficiency.sources)]
+
+
+def _lines(entry: Efficiency | Device | Link) -> list[str]:
+    return [
+        f"{item.name} = {_written(getattr(entry, item.name))}"
+        for item in fields(entry)
+        if item.name not in ("efficiency", "sources") and getattr(entry, item.name) != item.default
+    ]
+
+
+def _sources(heading: str, sources: Mapping[str, str]) -> list[str]:
+    return (
+        [f"[{heading}.sources]", *(f"{name} = {toml_value(text)}" for name, text in sources.items())] if sources else []
+    )
+
+
+def _written(value: str | float | Curve) -> str:
+    return toml_value(value if isinstance(value, (str, tuple)) else float(value))  # numpy's numbers print otherwise

@@ -1,0 +1,224 @@
+"""What papers printed, beside what the formulas here give for it: the simulator's own test, and its documentation.
+
+Each `Row` has one published number. Lamina is arXiv 2405.01814v2, Step-3 is arXiv 2507.19427. Numbers that the papers
+do not print, but that follow from theirs by arithmetic, say "derived".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from lamina.simulator.cost_model import Load, attention_time, dense_time, minimum_bandwidth
+from lamina.simulator.hardware import ROOFLINE, Catalogue, Device, Efficiency
+from lamina.simulator.models import ModelShape, model
+from lamina.simulator.results import RunResult
+from lamina.simulator.simulate import Progress, simulate
+from lamina.simulator.systems import Colocated, Offloaded, price
+from lamina.simulator.traces import Trace, all_at_once
+
+EQUAL_COST = (("llama-33b", 1, 2, 2), ("llama-65b", 2, 4, 4), ("llama-3-70b", 2, 4, 4))
+"""Lamina's table 5: a model, its DOP(a, b) of H100 and H20, and how many H100 vLLM has for about as much."""
+GAINS = (1.161, 1.901)
+"""Lamina's throughput over vLLM's, smallest and largest over its models and traces."""
+COMPUTE_BOUND = ("llama-3-70b", "azure-conv")
+"""The cell of Lamina's evaluation where two H100 do the dense layers of 800 sequences: no faster than four."""
+BATCH_GAIN = 2.39
+OVERLAP_GAINS = {"llama-65b": 0.132, "llama-3-70b": 0.035}
+"""Figure 14: how much shorter a token's time is at most with overlap, at a context of 4096."""
+STEP3_COSTS = {
+    "h800": (0.181, 0.716, 0.014),
+    "h20-step3": (0.069, 0.248, 0.038),
+    "a800": (0.120, 0.455, 0.034),
+    "ascend-910b": (0.133, 0.508, 0.033),
+}
+"""Step-3's table 6: dollars per million tokens of Qwen3-32B; attention at 8K, at 32K, and FFN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One number as it was published and as it is here."""
+
+    what: str
+    published: float
+    ours: float
+    unit: str
+    note: str = ""
+
+    @property
+    def difference(self) -> float:
+        return self.ours / self.published - 1
+
+
+def equal_cost(name: str, catalogue: Catalogue, baseline: Efficiency = ROOFLINE) -> tuple[Offloaded, Colocated]:
+    """The two systems of about equal cost that Lamina compares for a model: two lanes over FHBN, and vLLM with tensor
+    parallelism, whose devices reach what `baseline` says."""
+    a, b, parallel = next((a, b, parallel) for known, a, b, parallel in EQUAL_COST if known == name)
+    shape, h100 = model(name), catalogue.device("h100")
+    offloaded = Offloaded(
+        model=shape, model_device=h100, model_count=a, attention_device=catalogue.device("h20"), attention_count=b,
+        link=catalogue.link("fhbn-400g"), lanes=2,
+    )  # fmt: skip
+    return offloaded, Colocated(model=shape, device=replace(h100, efficiency=baseline), tensor_parallel=parallel)
+
+
+def lamina_rows(catalogue: Catalogue) -> list[Row]:
+    """Everything of Lamina's paper that follows from shapes and prices alone."""
+    llama, h100, h20 = model("llama-3-70b"), catalogue.device("h100"), catalogue.device("h20")
+    published = {"llama-33b": (1_597_440, 20.32, 22.12), "llama-65b": (2_621_440, 40.64, 44.24)}
+    published["llama-3-70b"] = 327_680, 40.64, 44.24
+    rows = []
+    for name, (kv, ours, theirs) in published.items():
+        offloaded, colocated = equal_cost(name, catalogue)
+        rows += [
+            Row(f"{name}: KV of a token", kv, model(name).kv_bytes_per_token(), "bytes", "derived from table 3"),
+            Row(f"{name}: price of {offloaded.name}", ours, price(offloaded), "$/h", "table 5"),
+            Row(f"{name}: price of {colocated.name}", theirs, price(colocated), "$/h", "table 5"),
+        ]
+    rows.append(
+        Row(
+            "llama-3-70b: bytes that cross in a step of 300",
+            884.7e6,
+            300 * llama.exchange_bytes(),
+            "bytes",
+            "derived: (2 + 2/G) e d B L",
+        )
+    )
+    room = h100.memory / (8192 * llama.kv_bytes_per_token())
+    rows.append(Row("llama-3-70b: requests of 8192 tokens in an H100's 80 GB", 30, room, "requests", "section 2"))
+    for a, b, needs in ((1, 1, (66, 31, 18)), (2, 4, (163, 96, 62))):
+        for context, need in zip((1024, 4096, 8192), needs, strict=True):
+            ours = required_bandwidth(llama, h100, a, h20, b, 300, context)
+            what = f"llama-3-70b: bandwidth for 300 sequences of {context}, DOP({a}, {b})"
+            rows.append(Row(what, need * 1e9, ours, "bytes/s", "derived from the formula and table 1"))
+    return rows
+
+
+def required_bandwidth(
+    shape: ModelShape, model_device: Device, a: int, attention_device: Device, b: int, batch: int, context: float
+) -> float:
+    """Lamina's minimum bandwidth, bytes a second between all model and all attention devices, at the bare roofline."""
+    load = Load(batch, context)
+    dense = dense_time(shape, replace(model_device, efficiency=ROOFLINE), 1, load).seconds / a  # without all-reduces
+    attention = attention_time(shape, replace(attention_device, efficiency=ROOFLINE), 1 / b, load).seconds
+    return minimum_bandwidth(shape, batch, dense, attention)
+
+
+def overlap_rows(catalogue: Catalogue, context: int = 4096) -> list[Row]:
+    """How much shorter a step is when attention begins as q arrives, at the batch where that helps most."""
+    rows = []
+    for name, published in OVERLAP_GAINS.items():
+        offloaded = replace(equal_cost(name, catalogue)[0], lanes=1)
+        in_order = replace(offloaded, overlap=False)
+        loads = [Load(batch, context) for batch in range(1, max(2, offloaded.kv_tokens // context + 1))]
+        best = max(1 - offloaded.step(load).seconds / in_order.step(load).seconds for load in loads)
+        rows.append(Row(f"{name}: shorter step by overlap, at most", published, best, "share", "figure 14"))
+    return rows
+
+
+def step3_rows(catalogue: Catalogue) -> list[Row]:
+    """Step-3's dollars per million tokens of Qwen3-32B, 8-bit weights and KV, and the gain of splitting them."""
+    rows, costs = [], {}
+    for name, (short, long, ffn) in STEP3_COSTS.items():
+        device = catalogue.device(name)
+        costs[name] = [step3_attention(device, 8192), step3_attention(device, 32768), step3_ffn(device)]
+        for what, published, ours in zip(
+            ("attention at 8K", "attention at 32K", "FFN"), (short, long, ffn), costs[name], strict=True
+        ):
+            rows.append(Row(f"qwen3-32b on {name}: {what}", published, ours, "$/M tokens", "table 6"))
+    for at, (context, gain) in enumerate((("8K", 2.35), ("32K", 2.79))):
+        together = costs["h800"][at] + costs["h800"][2]
+        ours = together / (costs["h20-step3"][at] + costs["h800"][2])
+        rows.append(
+            Row(f"qwen3-32b at {context}: h800 alone / h20 for attention", gain, ours, "times", "derived from table 6")
+        )
+    return rows
+
+
+def step3_attention(device: Device, context: int) -> float:
+    """Dollars per million tokens: the larger of KV bytes and attention FLOPs, and the projections' FLOPs, each at what
+    a byte or a FLOP costs when the device does nothing else (Step-3, section 4)."""
+    shape = model("qwen3-32b")
+    byte, flop = step3_units(device)
+    core = max(shape.kv_bytes_read(context, 1.0) * byte, shape.attention_flops(context) * flop)
+    return 1e6 * (core + shape.projection_flops * flop)
+
+
+def step3_ffn(device: Device) -> float:
+    shape = model("qwen3-32b")
+    return 1e6 * 2 * sum(group.layers * group.mlp for group in shape.groups) * step3_units(device)[1]
+
+
+def step3_units(device: Device) -> tuple[float, float]:
+    """Dollars of one byte read and of one FLOP, 8-bit where the device has them (Step-3's table 5)."""
+    second = device.price / 3600
+    return second / device.bandwidth, second / (device.flops_8bit or device.flops)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One model on one trace, both systems full: decode alone, as Lamina's evaluation has it."""
+
+    model: str
+    trace: str
+    left_out: int
+    """Requests whose KV fits into one of the two systems at most."""
+    lamina: RunResult
+    vllm: RunResult
+
+    @property
+    def gain(self) -> float:
+        return self.lamina.saturated_tokens_per_second / self.vllm.saturated_tokens_per_second
+
+    @property
+    def batch_gain(self) -> float:
+        return self.lamina.saturated_batch / self.vllm.saturated_batch
+
+
+def cell(
+    name: str, trace: Trace, catalogue: Catalogue, baseline: Efficiency = ROOFLINE, progress: Progress | None = None
+) -> Cell:
+    """Run the requests of a trace, all there from the start, through both systems. Their steady states are compared."""
+    offloaded, colocated = equal_cost(name, catalogue, baseline)
+    most = min(offloaded.kv_tokens, colocated.kv_tokens) // 2
+    fitting = tuple(arrival for arrival in trace.arrivals if arrival.prompt + arrival.output <= most)
+    full = all_at_once(Trace(trace.name, fitting))
+    runs = [
+        simulate(system, full, prefill=False, prefix_cache=False, progress=progress)
+        for system in (offloaded, colocated)
+    ]
+    return Cell(name, trace.name, len(trace.arrivals) - len(fitting), *runs)
+
+
+def closed_gain(name: str, catalogue: Catalogue, context: float, baseline: Efficiency = ROOFLINE) -> float:
+    """The gain of a full Lamina over a full vLLM where every sequence has `context` tokens: for fitting, in no time."""
+    rates = []
+    for system in equal_cost(name, catalogue, baseline):
+        batch = max(1.0, system.kv_tokens / context)
+        rates.append(batch / system.step(Load(int(batch), context)).seconds)
+    return rates[0] / rates[1]
+
+
+def fit_baseline(contexts: Mapping[str, float], catalogue: Catalogue) -> Efficiency:
+    """The one share of the roofline that vLLM must have reached for the gains to lie, in their mean, in the middle of
+    what Lamina printed. `contexts`: mean tokens of KV of a sequence, by trace. `COMPUTE_BOUND` is left out.
+    """
+    cells = [(name, trace) for name, *_ in EQUAL_COST for trace in contexts if (name, trace) != COMPUTE_BOUND]
+
+    def mean(share: float) -> float:
+        efficiency = uniform(share)
+        return sum(closed_gain(name, catalogue, contexts[trace], efficiency) for name, trace in cells) / len(cells)
+
+    return uniform(_solve(mean, sum(GAINS) / 2))
+
+
+def uniform(share: float) -> Efficiency:
+    return Efficiency(dense=((1.0, share),), attention=((1.0, share),))
+
+
+def _solve(falling: Callable[[float], float], target: float) -> float:
+    low, high = 0.05, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling(middle) > target else (low, middle)
+    return round((low + high) / 2, 3)

@@ -1,0 +1,99 @@
+"""What a run of the simulator found. Nouns only, and the percentiles that everybody asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Of one latency over all requests, in seconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One step: when it began, how long it took, and what ran. Shares are of the step's seconds, 0 to 1."""
+
+    at: float
+    seconds: float
+    decode: int
+    prefill_tokens: int
+    running: int
+    waiting: int
+    kv_share: float
+    """Of the pages, how many are taken."""
+    model_share: float
+    attention_share: float
+    network_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One system on one trace. Rates are over `seconds`, from the first arrival to the last token."""
+
+    system: str
+    model: str
+    trace: str
+    policy: str
+    requests: int
+    finished: int
+    prompt_tokens: int
+    output_tokens: int
+    reused_tokens: int
+    preemptions: int
+    steps: int
+    seconds: float
+    price: float
+    """Dollars an hour of all its devices."""
+    power: float
+    """Mean watts, by utilisation; 0 where a device's power is not published."""
+    mean_batch: float
+    """Sequences in decode, over the time that there were any."""
+    peak_batch: int
+    ttft: Distribution
+    tpot: Distribution
+    tbt: Distribution
+    goodput: float
+    """Requests a second that met the SLO; all of them without one."""
+    slo_share: float
+    model_utilisation: float
+    attention_utilisation: float
+    network_utilisation: float
+    link_bytes: float
+    """That crossed between model and attention workers, or from prefill to decode."""
+    seed: int
+    rejected: int = 0
+    """Requests that could never have fitted."""
+    saturated_seconds: float = 0.0
+    """While somebody waited for room: the steady state of a full system, without its beginning and its end."""
+    saturated_tokens: int = 0
+    saturated_batch: float = 0.0
+    assumptions: dict[str, str] = field(default_factory=dict)
+    """In words, each number that was assumed or fitted."""
+    samples: tuple[Sampled, ...] = ()
+    """At most a few thousand steps, evenly over the run, for plots."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def saturated_tokens_per_second(self) -> float:
+        return self.saturated_tokens / self.saturated_seconds if self.saturated_seconds else 0.0
+
+    @property
+    def tokens_per_dollar(self) -> float:
+        return self.tokens_per_second * 3600 / self.price if self.price else 0.0
+
+    @property
+    def dollars_per_million(self) -> float:
+        return 1e6 / self.tokens_per_dollar if self.tokens_per_dollar else 0.0
+
+    @property
+    def tokens_per_joule(self) -> float:
+        return self.tokens_per_second / self.power if self.power else 0.0

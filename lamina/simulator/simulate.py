@@ -1,0 +1,187 @@
+"""The event loop: a trace through the real `Scheduler` and `Placement`, with the seconds of each batch from the cost
+model and its pages from counters. What the engine decides is decided here by the same code; only time is computed.
+
+A system's seconds advance a clock of its own, so a run is a function of its arguments.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.instance import Instance, Life, Totals
+from lamina.simulator.results import RunResult
+from lamina.simulator.statistics import Gaps, Samples, distribution
+from lamina.simulator.systems import Disaggregated, System, power, price
+from lamina.simulator.traces import Arrival, Trace, split
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Seconds that users accept: to the first token, and a token after it in the mean of a request. None: any."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft", self.ttft), ("tpot", self.tpot)):
+            if value is not None and not 0 < value < float("inf"):
+                raise InvalidRequest(f"{name} of the SLO is {value}; allowed are seconds above 0")
+
+    def met(self, ttft: float, tpot: float) -> bool:
+        return (self.ttft is None or ttft <= self.ttft) and (self.tpot is None or tpot <= self.tpot)
+
+
+def simulate(
+    system: System,
+    trace: Trace,
+    *,
+    seed: int = 0,
+    slo: Slo | None = None,
+    prefill: bool = True,
+    prefix_cache: bool = True,
+    replicas: int = 1,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Serve a trace by `replicas` instances of a system, which take requests in turn.
+
+    Without `prefill` a prompt's KV is there as soon as it is admitted, at no cost: the paper's evaluation, which is of
+    decode alone. With `prefix_cache` prompts whose blocks are named share them through the real prefix tree. `seed`
+    is kept in the result alone: nothing here is drawn by chance. Raises InvalidRequest where the model fits nowhere.
+    """
+    if replicas < 1:
+        raise InvalidRequest(f"replicas is {replicas}; allowed is 1 or more")
+    totals, gaps, samples, lives = Totals(), Gaps(), Samples(), list[Life]()
+    done = 0
+
+    def report(finished: int) -> None:
+        if progress is not None:
+            progress("simulating", done + finished, len(trace.arrivals))
+
+    with _without_collector():
+        for part in split(trace, min(replicas, len(trace.arrivals))):
+            if isinstance(system, Disaggregated) and prefill:
+                served = _disaggregated(system, part, prefix_cache, totals, gaps, samples, report)
+            else:
+                served = Instance(system, part, prefill, prefix_cache, totals, gaps, samples).run(report)
+            lives += served
+            done += len(part.arrivals)
+            report(0)
+    return _result(system, trace, replicas, seed, slo or Slo(), totals, gaps, samples, lives)
+
+
+def _disaggregated(
+    system: Disaggregated,
+    trace: Trace,
+    prefix_cache: bool,
+    totals: Totals,
+    gaps: Gaps,
+    samples: Samples,
+    report: Callable[[int], None],
+) -> list[Life]:
+    """Prompts to their first token on one instance, then decode on the other as their KV arrives, one after another."""
+    before, after = Totals(), Totals()
+    prompts = Trace(trace.name, tuple(replace(arrival, output=1) for arrival in trace.arrivals))
+    lives = Instance(system.prefill, prompts, True, prefix_cache, before, Gaps(), Samples()).run(lambda done: None)
+    outputs = {id(short): whole.output for short, whole in zip(prompts.arrivals, trace.arrivals, strict=True)}
+    free_at = 0.0
+    moved: list[tuple[Arrival, Life]] = []
+    for life in sorted(lives, key=lambda life: life.last):
+        prompt, more = life.arrival.prompt, outputs[id(life.arrival)] - 1
+        if not more:
+            continue
+        sent = system.transfer_bytes(prompt)
+        start = max(life.last, free_at)
+        free_at = start + sent / system.link.bandwidth
+        after.link_bytes += sent
+        after.busy[2] += free_at - start
+        moved.append((Arrival(free_at + system.link.round_trip, prompt + 1, more), life))
+    finished = [life for life in lives if outputs[id(life.arrival)] == 1]
+    if moved:
+        owners = {id(arrival): life for arrival, life in moved}
+        rest = Trace(trace.name, tuple(arrival for arrival, _ in moved))
+        for done in Instance(system.decode, rest, False, False, after, gaps, samples).run(report):
+            life = owners[id(done.arrival)]
+            gaps.add(done.first - life.last, 1)
+            life.tokens += done.tokens
+            life.last = done.last
+            finished.append(life)
+    # The first tier is the prefill instance, the last the decode instance.
+    after.busy = [sum(before.busy), after.busy[0] + after.busy[1], after.busy[2]]
+    after.prompt_tokens, after.reused = before.prompt_tokens, before.reused
+    after.rejected += before.rejected
+    after.preemptions += before.preemptions
+    totals.add(after)
+    return finished
+
+
+def _result(
+    system: System,
+    trace: Trace,
+    replicas: int,
+    seed: int,
+    slo: Slo,
+    totals: Totals,
+    gaps: Gaps,
+    samples: Samples,
+    lives: list[Life],
+) -> RunResult:
+    start = trace.arrivals[0].at
+    seconds = max((life.last for life in lives), default=start) - start
+    ttft = [life.first - life.arrival.at for life in lives]
+    tpot = [(life.last - life.first) / (life.tokens - 1) for life in lives if life.tokens > 1]
+    met = sum(
+        slo.met(life.first - life.arrival.at, (life.last - life.first) / max(1, life.tokens - 1)) for life in lives
+    )
+    model, attention, network = (min(1.0, busy / (seconds * replicas)) if seconds else 0.0 for busy in totals.busy)
+    busy = (model, attention) if len(system.devices) == 2 else (min(1.0, model + attention),)
+    return RunResult(
+        system=system.name if replicas == 1 else f"{replicas} of {system.name}",
+        model=system.model.name,
+        trace=trace.name,
+        policy=system.policy.name,
+        requests=len(trace.arrivals),
+        finished=len(lives),
+        prompt_tokens=totals.prompt_tokens,
+        output_tokens=sum(life.tokens for life in lives),
+        reused_tokens=totals.reused,
+        preemptions=totals.preemptions,
+        steps=totals.steps,
+        seconds=seconds,
+        price=price(system) * replicas,
+        power=power(system, busy) * replicas,
+        mean_batch=totals.decode_rows / totals.decode_seconds if totals.decode_seconds else 0.0,
+        peak_batch=totals.peak,
+        ttft=distribution(ttft),
+        tpot=distribution(tpot),
+        tbt=gaps.distribution(),
+        goodput=met / seconds if seconds else 0.0,
+        slo_share=met / len(trace.arrivals),
+        model_utilisation=model,
+        attention_utilisation=attention,
+        network_utilisation=network,
+        link_bytes=totals.link_bytes,
+        seed=seed,
+        rejected=totals.rejected,
+        saturated_seconds=totals.saturated_seconds / replicas,
+        saturated_tokens=totals.saturated_tokens,
+        saturated_batch=totals.saturated_rows / totals.saturated_seconds if totals.saturated_seconds else 0.0,
+        samples=samples.kept(),
+    )
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Plans and rows are freed by their counts; the cycle collector walks them in vain, which doubled the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

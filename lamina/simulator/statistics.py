@@ -1,0 +1,69 @@
+"""Percentiles of latencies, and a fair sample of a run's steps. Knows numbers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from math import ceil
+
+from lamina.simulator.results import Distribution, Sampled
+
+MOST_SAMPLES = 2000
+
+
+def distribution(values: Iterable[float]) -> Distribution:
+    """Mean and percentiles (nearest rank) of values that count once each; zeros where there are none."""
+    return weighted_distribution(Counter(values))
+
+
+def weighted_distribution(counts: Counter[float]) -> Distribution:
+    """The same of values with how often each came."""
+    whole = sum(counts.values())
+    if not whole:
+        return Distribution(0.0, 0.0, 0.0, 0.0)
+    ordered = sorted(counts.items())
+    percentiles, passed, at = [], 0, iter(ordered)
+    value = ordered[0][0]
+    for share in (0.5, 0.9, 0.99):
+        while passed < ceil(share * whole):
+            value, count = next(at)
+            passed += count
+        percentiles.append(value)
+    mean = sum(value * count for value, count in ordered) / whole
+    return Distribution(mean, *percentiles)
+
+
+class Gaps:
+    """Times between two tokens of a sequence. Most sequences of a batch wait as long, so they are counted."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[float] = Counter()
+
+    def add(self, seconds: float, times: int) -> None:
+        self._counts[seconds] += times
+
+    def distribution(self) -> Distribution:
+        return weighted_distribution(self._counts)
+
+
+class Samples:
+    """Of any number of steps, at most MOST_SAMPLES evenly over them: every nth, with n doubled when it is full."""
+
+    def __init__(self) -> None:
+        self._kept: list[Sampled] = []
+        self._every = 1
+        self._seen = 0
+
+    def due(self) -> bool:
+        """Whether the next step is wanted. Every step is asked about once."""
+        self._seen += 1
+        return (self._seen - 1) % self._every == 0
+
+    def add(self, sample: Sampled) -> None:
+        self._kept.append(sample)
+        if len(self._kept) >= MOST_SAMPLES:
+            del self._kept[1::2]
+            self._every *= 2
+
+    def kept(self) -> tuple[Sampled, ...]:
+        return tuple(self._kept)

@@ -1,0 +1,160 @@
+"""Traces that are drawn: by a rate and lengths, or like a published one by its figures. The same seed, the same trace.
+
+Every generator is made here from the seed it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.arrivals import BLOCK, MAX_REQUESTS, MAX_TOKENS, Arrival, Trace, blocks_of
+from lamina.simulator.trace_figures import Figures, Floats, Quantiles, Sharing
+
+Lengths: TypeAlias = int | Quantiles
+"""Tokens: the same for all requests, or drawn."""
+Integers: TypeAlias = NDArray[np.int64]
+
+_RATES = (1e-6, 1e6)  # requests a second
+_MAX_CV = 100.0
+_CANDIDATES = 64  # earlier requests that one which goes on chooses from; by trial, see `synthetic`
+
+
+def poisson(rate: float, count: int, prompt: Lengths, output: Lengths, seed: int = 0) -> Trace:
+    """`count` requests that come independently, `rate` a second. Raises InvalidRequest."""
+    return Trace(f"poisson {rate:g}/s", gamma(rate, 1.0, count, prompt, output, seed).arrivals)
+
+
+def gamma(rate: float, cv: float, count: int, prompt: Lengths, output: Lengths, seed: int = 0) -> Trace:
+    """`count` requests, `rate` a second, whose gaps are gamma distributed with the coefficient of variation `cv`.
+
+    0: regular, 1: Poisson, above: bursts. Lengths are drawn independently. Raises InvalidRequest.
+    """
+    rng = _generator(count, rate, seed)
+    if not 0 <= cv <= _MAX_CV:
+        raise InvalidRequest(f"cv is {cv!r}; allowed is 0 to {_MAX_CV:g}")
+    at = _times(_gamma_gaps(rng, cv, count - 1) / rate)
+    drawn = [_lengths(length, rng.random(count)) for length in (prompt, output)]
+    return _trace(f"gamma {rate:g}/s cv {cv:g}", at, drawn[0], drawn[1])
+
+
+def synthetic(figures: Figures, count: int | None = None, rate: float | None = None, seed: int = 0) -> Trace:
+    """`count` requests, `rate` a second, like those of a trace with these figures; its own count and rate by default.
+
+    Lengths have its quantiles and, by a Gaussian copula (r = 2 sin(π ρ / 6) for Spearman's ρ), its rank correlation.
+    One is drawn from each 1 / count of the distribution, so that the mean is no matter of luck. Arrivals are a renewal
+    process whose gaps have the trace's quantiles, or, where its times were rounded, gamma distributed ones that are
+    rounded down alike. Gaps are scaled to give the rate exactly (before any rounding). What is lost: how the load
+    changes over the hour or the day, and any dependence of a gap or a length on those before it.
+
+    Shared prefixes are those of a simple model, as its figures say: each prompt begins with the common blocks; how
+    deep it shares beyond is drawn like a third length; and the blocks are those of an earlier prompt, taken as one turn
+    of a conversation that goes on. It is, of 64 that came lags ago as drawn, the one with the fewest whole blocks that
+    still has enough (else with the most), and nobody goes on from it again. What is lost: documents that many share.
+
+    Raises InvalidRequest.
+    """
+    count = figures.count if count is None else count
+    rate = figures.rate if rate is None else rate
+    rng = _generator(count, rate, seed)
+    normal = rng.standard_normal((3, count))
+    prompt = _lengths(figures.prompt, _stratified(rng, normal[0]))
+    output = _lengths(figures.output, _stratified(rng, _correlated(normal[0], normal[1], figures.rank_correlation)))
+    if figures.gaps is None:
+        gaps = _gamma_gaps(rng, figures.step_cv, count - 1)
+    else:
+        gaps = figures.gaps.at(_stratified(rng, rng.random(count - 1)))
+    if gaps.any():
+        gaps *= (count - 1) / rate / gaps.sum()
+    exact = _times(gaps)
+    at = np.floor(exact / figures.step) * figures.step if figures.step else exact
+    blocks: list[tuple[int, ...]] = []
+    if sharing := figures.sharing:
+        depth = sharing.depth.at(_stratified(rng, _correlated(normal[0], normal[2], sharing.correlation)))
+        blocks = _conversations(rng, sharing, exact, prompt, depth)
+    return _trace(f"{figures.name} (synthetic)", at, prompt, output, blocks)
+
+
+def _conversations(
+    rng: np.random.Generator, sharing: Sharing, at: Floats, prompt: Integers, depth: Floats
+) -> list[tuple[int, ...]]:
+    """The names of each prompt's blocks. `at` [s] is before any rounding, as else few were ever found by their lag."""
+    total = np.array([blocks_of(int(tokens)) for tokens in prompt])
+    whole = prompt // BLOCK
+    wanted = np.rint(depth * np.maximum(total - sharing.common, 0)).astype(np.int64)
+    common, fresh = tuple(range(sharing.common)), sharing.common
+    last_turn = np.ones(len(prompt), np.bool_)
+    blocks: list[tuple[int, ...]] = []
+    for n in range(len(prompt)):
+        start = common
+        if wanted[n]:
+            lags = sharing.lag.at(rng.random(_CANDIDATES))
+            earlier = np.unique(np.searchsorted(at[:n], at[n] - lags, side="right") - 1)
+            earlier = earlier[(earlier >= 0) & last_turn[earlier]]
+            if earlier.size:
+                needed = sharing.common + int(wanted[n])
+                enough = earlier[whole[earlier] >= needed]
+                chosen = enough[whole[enough].argmin()] if enough.size else earlier[whole[earlier].argmax()]
+                if whole[chosen] > sharing.common:
+                    start = blocks[chosen][: min(needed, int(whole[chosen]))]
+                    last_turn[chosen] = False
+        start = start[: total[n]]
+        new = int(total[n]) - len(start)
+        blocks.append(start + tuple(range(fresh, fresh + new)))
+        fresh += new
+    return blocks
+
+
+def _generator(count: int, rate: float, seed: int) -> np.random.Generator:
+    if type(count) is not int or not 1 <= count <= MAX_REQUESTS:
+        raise InvalidRequest(f"count is {count!r}; allowed is 1 to {MAX_REQUESTS}")
+    low, high = _RATES
+    if not low <= rate <= high:
+        raise InvalidRequest(f"rate is {rate!r}; allowed is {low:g} to {high:g} requests a second")
+    if type(seed) is not int or seed < 0:
+        raise InvalidRequest(f"seed is {seed!r}; allowed are whole numbers from 0 on")
+    return np.random.default_rng(seed)
+
+
+def _gamma_gaps(rng: np.random.Generator, cv: float, count: int) -> Floats:
+    """With the mean 1."""
+    shape = 1 / cv**2 if cv > 1e-3 else math.inf
+    return rng.gamma(shape, 1 / shape, count) if shape < math.inf else np.ones(count)
+
+
+def _times(gaps: Floats) -> Floats:
+    return np.concatenate([np.zeros(1), np.cumsum(gaps)])
+
+
+def _correlated(normal: Floats, other: Floats, rank_correlation: float) -> Floats:
+    """Normal numbers with that rank correlation to `normal`; `other` are independent ones."""
+    r = 2 * math.sin(math.pi * rank_correlation / 6)
+    return r * normal + math.sqrt(1 - r * r) * other
+
+
+def _stratified(rng: np.random.Generator, values: Floats) -> Floats:
+    """Shares from 0 to 1 in the order of `values`, one in each 1 / n."""
+    ranks = np.argsort(np.argsort(values))
+    return (ranks + rng.random(len(values))) / max(len(values), 1)
+
+
+def _lengths(lengths: Lengths, shares: Floats) -> Integers:
+    """Whole numbers of tokens, at least 1."""
+    if isinstance(lengths, Quantiles):
+        drawn = lengths.at(shares)
+    elif type(lengths) is int and 1 <= lengths <= MAX_TOKENS:
+        drawn = np.full(len(shares), float(lengths))
+    else:
+        raise InvalidRequest(f"lengths are {lengths!r}; allowed are 1 to {MAX_TOKENS} tokens, or Quantiles of them")
+    return np.maximum(np.rint(drawn), 1).astype(np.int64)
+
+
+def _trace(
+    name: str, at: Floats, prompt: Integers, output: Integers, blocks: list[tuple[int, ...]] | None = None
+) -> Trace:
+    columns = zip(at.tolist(), prompt.tolist(), output.tolist(), blocks or [()] * len(at), strict=True)
+    return Trace(name, tuple(Arrival(*column) for column in columns))

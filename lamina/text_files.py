@@ -1,0 +1,81 @@
+"""Small UTF-8 files, read whole up to a limit and written whole or not at all, and values as TOML writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import InvalidRequest, LaminaError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_BYTES = 4 << 20
+
+
+def read_text(path: str | Path, limit: int = MAX_BYTES, error: type[LaminaError] = InvalidRequest) -> str:
+    """A UTF-8 file of at most `limit` bytes. Raises `error`, which does not name the file."""
+    file = Path(path)
+    try:
+        if not file.is_file():
+            raise error("there is no such file" if not file.exists() else "it is no file")
+        with file.open("rb") as stream:
+            content = stream.read(limit + 1)
+        if len(content) > limit:
+            raise error(f"it has more than {limit} bytes; allowed are {limit}")
+        return content.decode("utf-8")
+    except LaminaError:
+        raise
+    except UnicodeDecodeError as fault:
+        raise error(f"it is not UTF-8: byte 0x{content[fault.start]:02x} at position {fault.start}") from fault
+    except (OSError, ValueError) as fault:  # ValueError: a NUL in the path
+        raise error(f"it cannot be read: {fault}") from fault
+
+
+def write_text(path: str | Path, text: str, error: type[LaminaError] = InvalidRequest) -> None:
+    """Put a UTF-8 file in the place of whatever is at `path`, in one step. Raises `error`."""
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with draft.open("w", encoding="utf-8", newline="\n") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, ValueError) as fault:
+        raise error(f"{path} cannot be written: {fault}") from fault
+
+
+def read_toml(path: str | Path, limit: int = MAX_BYTES, error: type[LaminaError] = InvalidRequest) -> dict[str, Any]:
+    """What a TOML file of at most `limit` bytes says. Raises `error`, which does not name the file."""
+    text = read_text(path, limit, error).removeprefix("\ufeff")
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as fault:  # tomllib's own, of which one is for arrays nested too deep
+        raise error(f"it is not TOML: {fault}") from fault
+
+
+def toml_value(value: Any) -> str:
+    """A value on one line, as TOML has it: a text, a number, true or false, a list or a table of such. Raises
+    InvalidRequest for any other."""
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{toml_value(str(name))} = {toml_value(each)}" for name, each in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    raise InvalidRequest(f"{value!r:.80} is no value here; allowed are texts, numbers, true, false, lists and tables")

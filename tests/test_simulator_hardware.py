@@ -1,0 +1,260 @@
+"""The catalogue of devices and links: published numbers, their sources, users' files, and what may be wrong in one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.hardware import (
+    KINDS,
+    MAX_BYTES,
+    ROOFLINE,
+    Device,
+    Efficiency,
+    Link,
+    at,
+    dumps,
+    from_tables,
+    load,
+    loads,
+)
+
+DEVICE = """
+[[device]]
+name = "mine"
+kind = "gpu"
+flops = 1e14
+memory = 24_000_000_000
+bandwidth = 1e12
+price = 0
+"""
+LINK = '[[link]]\nname = "wire"\nbandwidth = 1e9\nround_trip = 1e-4\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # the Lamina paper's table 1: FLOPs, memory, bandwidth, interconnect, network, price, power
+        ("h100", (989e12, 80e9, 3.35e12, 450e9, 50e9, 11.06, 700)),
+        ("h20", (148e12, 96e9, 4.0e12, 450e9, 50e9, 4.63, 400)),
+        ("tpu-v6e", (918e12, 32e9, 1.64e12, 448e9, 25e9, 2.70, 0)),
+    ],
+)
+def test_the_paper_s_devices(name: str, expected: tuple[float, ...]) -> None:
+    d = load().device(name)
+    assert (d.flops, d.memory, d.bandwidth, d.interconnect, d.network, d.price, d.power) == expected
+
+
+def test_the_paper_s_equal_cost_pairs() -> None:
+    h100, h20 = load().device("h100").price, load().device("h20").price
+    assert (round(h100 + 2 * h20, 2), round(2 * h100, 2)) == (20.32, 22.12)
+    assert (round(2 * h100 + 4 * h20, 2), round(4 * h100, 2)) == (40.64, 44.24)
+
+
+@pytest.mark.parametrize(
+    ("name", "per_flop", "per_byte"),
+    [  # Step-3, table 5: dollars, in FP8 where the device has it
+        ("h800", 2.80e-19, 1.66e-16),
+        ("h20-step3", 7.51e-19, 5.56e-17),
+        ("a800", 6.68e-19, 1.04e-16),
+        ("ascend-910b", 6.65e-19, 1.16e-16),
+    ],
+)
+def test_step_3_s_unit_costs(name: str, per_flop: float, per_byte: float) -> None:
+    device = load().device(name)
+    assert device.price / 3600 / (device.flops_8bit or device.flops) == pytest.approx(per_flop, rel=0.005)
+    assert device.price / 3600 / device.bandwidth == pytest.approx(per_byte, rel=0.005)
+
+
+def test_every_number_of_the_catalogue_has_a_source() -> None:
+    catalogue = load()
+    for entry in (*catalogue.devices.values(), *catalogue.links.values(), catalogue.typical):
+        for item in fields(entry):
+            value = getattr(entry, item.name)
+            if item.name not in ("name", "kind", "efficiency", "sources") and value != item.default:
+                assert len(entry.sources.get(item.name, "")) > 10, (entry, item.name)
+
+
+def test_devices_of_the_catalogue_are_bare_rooflines() -> None:
+    catalogue = load()
+    assert {device.efficiency for device in catalogue.devices.values()} == {ROOFLINE}
+    assert {device.kind for device in catalogue.devices.values()} == set(KINDS)
+    assert at(catalogue.typical.attention, 1e6) == 0.7
+    assert load() is catalogue  # read once
+
+
+def test_hosts_have_the_bandwidth_of_their_memory_channels() -> None:
+    bandwidths = {name: load().device(name).bandwidth / 1e9 for name in ("epyc-genoa", "epyc-milan")}
+    assert bandwidths == {"epyc-genoa": pytest.approx(460.8), "epyc-milan": pytest.approx(204.8)}
+
+
+def test_the_paper_s_links() -> None:
+    fhbn, nccl = load().link("fhbn-400g"), load().link("NCCL-400G")
+    assert (fhbn.round_trip, fhbn.bandwidth, nccl.round_trip, nccl.bandwidth) == (33.0e-6, 45.7e9, 66.6e-6, 35.5e9)
+
+
+def test_unknown_names_list_what_is_known() -> None:
+    with pytest.raises(InvalidRequest, match="unknown device 'h1000'; known are h100, h200, h20"):
+        load().device("h1000")
+    with pytest.raises(InvalidRequest, match="unknown link 'string'; known are fhbn-400g"):
+        load().link("string")
+    with pytest.raises(InvalidRequest, match="known are none"):
+        loads(LINK).device("h100")
+
+
+def test_a_curve_is_straight_over_the_logarithm_and_flat_outside() -> None:
+    curve = ((1.0, 0.2), (100.0, 0.6), (1000.0, 0.5))
+    assert [at(curve, x) for x in (0, 0.5, 1, 100, 1000, 1e9)] == [0.2, 0.2, 0.2, 0.6, 0.5, 0.5]
+    assert at(curve, 10) == pytest.approx(0.4)
+    assert at(((4.0, 0.7),), 1e6) == 0.7
+
+
+def test_a_user_s_file_adds_and_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(DEVICE + LINK + DEVICE.replace("mine", "H100") + "[typical]\ncollective = 0.5\n")
+    catalogue = load(file)
+    assert catalogue.device("mine") == Device("mine", "gpu", 1e14, 24e9, 1e12, 0)
+    assert catalogue.link("wire") == Link("wire", 1e9, 1e-4)
+    assert (catalogue.device("h100").price, load().device("h100").price) == (0, 11.06)
+    assert catalogue.device("h20") is load().device("h20")
+    assert catalogue.typical == Efficiency(collective=0.5)
+    assert len(catalogue.devices) == len(load().devices) + 1
+    file.write_text(LINK)
+    assert load(file).typical == load().typical
+    assert from_tables({"link": [{"name": "wire", "bandwidth": 1e9, "round_trip": 1e-4}]}) == loads(LINK)
+
+
+def test_the_catalogue_can_be_written() -> None:
+    catalogue = load()
+    assert loads(dumps(catalogue.devices.values(), catalogue.links.values(), catalogue.typical)) == catalogue
+
+
+shares = st.floats(1e-6, 1.5)
+curves = st.dictionaries(st.floats(1e-6, 1e18), shares, min_size=1, max_size=5).map(lambda d: tuple(sorted(d.items())))
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+times = st.floats(0, 60)
+efficiencies = st.builds(
+    Efficiency,
+    dense=curves,
+    attention=curves,
+    collective=shares,
+    collective_latency=times,
+    row_overhead=times,
+    sources=st.dictionaries(st.sampled_from(["dense", "collective"]), texts),
+)
+devices = st.builds(
+    Device,
+    name=st.just("a device"),
+    kind=st.sampled_from(KINDS),
+    flops=st.integers(1, 10**18) | st.floats(1, 1e18),
+    memory=st.floats(1, 1e16),
+    bandwidth=st.floats(1, 1e16),
+    price=st.floats(0, 1e6),
+    power=st.floats(0, 1e6),
+    efficiency=st.just(ROOFLINE) | efficiencies,
+    sources=st.dictionaries(st.sampled_from(["flops", "price"]), texts),
+)
+
+
+@given(devices, st.none() | efficiencies)
+def test_what_is_written_is_read_back(device: Device, typical: Efficiency | None) -> None:
+    again = loads(dumps([device], typical=typical))
+    assert again.device("a device") == replace(device, flops=float(device.flops))
+    assert again.typical == (typical or ROOFLINE)
+    assert hash(again.device("a device")) == hash(again.device("A DEVICE"))
+
+
+@given(curves, st.floats(0, 1e20))
+def test_a_curve_stays_between_its_points(curve: tuple[tuple[float, float], ...], x: float) -> None:
+    ys = [y for _, y in curve]
+    assert min(ys) - 1e-9 <= at(curve, x) <= max(ys) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is empty"),
+        ("# nothing", "it is empty"),
+        ("not toml", "it is not TOML"),
+        ("a = " + "[" * 5000, "it is not TOML"),
+        (DEVICE + "bandwidth = 1", "it is not TOML"),  # a key given twice
+        ("[x]", "the key 'x' is unknown; known are device, link, typical"),
+        ("device = 1", "device is 1; allowed are tables"),
+        ("[device]\nname = 'x'", "allowed are tables"),
+        (
+            "[[device]]\nname = 'x'",
+            "device 'x': kind is missing; needed are name, kind, flops, memory, bandwidth, price",
+        ),
+        ("[[device]]\nname = ''", "the name of a device is ''"),
+        ("[[device]]\nkind = 'gpu'", "the name of a device is None"),
+        ("[[link]]\nname = 'a\\nb'", "the name of a link is"),
+        (DEVICE + DEVICE.replace("mine", "Mine"), "device 'Mine' is there twice"),
+        (LINK + LINK, "link 'wire' is there twice"),
+        (DEVICE.replace("price = 0", "price = -1"), "device 'mine': price is -1; allowed is a number from 0"),
+        (DEVICE.replace("1e12", "0"), "bandwidth is 0; allowed is a number from 1"),
+        (DEVICE.replace("1e12", "nan"), "bandwidth is nan"),
+        (DEVICE.replace("1e12", "inf"), "bandwidth is inf"),
+        (DEVICE.replace("1e12", "'1e12'"), "bandwidth is '1e12'"),
+        (DEVICE.replace("1e12", "true"), "bandwidth is True"),
+        (DEVICE.replace("1e12", "0x" + "f" * 5000), "it is not TOML"),  # too long to be printed
+        (DEVICE.replace('"gpu"', '"fpga"'), "kind is 'fpga'; allowed are gpu, tpu, npu, cpu"),
+        (DEVICE + "colour = 1", "the key 'colour' is unknown; known are name, kind, flops"),
+        (DEVICE + "efficiency = 1", "device 'mine': efficiency is 1; allowed is a table"),
+        (DEVICE + "sources = 1", "sources is 1; allowed is a table"),
+        (DEVICE + "sources.colour = 'x'", "sources: the key 'colour' is unknown"),
+        (DEVICE + "sources.flops = 1", "sources.flops is 1; allowed is a text"),
+        (DEVICE + "efficiency.dense = 0.5", "efficiency.dense is 0.5; allowed are 1 to 256 points"),
+        (DEVICE + "efficiency.dense = []", "allowed are 1 to 256 points"),
+        (DEVICE + "efficiency.dense = [[1, 0.5, 2]]", r"has the point \[1, 0.5, 2\]; allowed is"),
+        (DEVICE + "efficiency.dense = [[1, 0]]", "efficiency.dense: y is 0"),
+        (DEVICE + "efficiency.dense = [[1, 1.6]]", "efficiency.dense: y is 1.6"),
+        (DEVICE + "efficiency.dense = [[0, 1]]", "efficiency.dense: x is 0"),
+        (DEVICE + "efficiency.attention = [[2, 1], [2, 1]]", "efficiency.attention has x = 2 after 2"),
+        (DEVICE + "efficiency.layer_overhead = -1e-6", "efficiency: layer_overhead is -1e-06"),
+        (DEVICE + "efficiency.speed = 1", "the key 'speed' is unknown; known are dense"),
+        (LINK.replace("1e-4", "-1"), "link 'wire': round_trip is -1"),
+        ("typical = 1", "typical: efficiency is 1"),
+        ("[typical]\ncollective = 0", "typical: efficiency: collective is 0"),
+    ],
+)
+def test_what_a_file_may_not_say(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest, match=f"bad.toml: .*{message}"):
+        load(file)
+
+
+def test_tables_with_a_number_too_long_to_print() -> None:
+    with pytest.raises(InvalidRequest, match="cannot be shown"):
+        from_tables({"link": [{"name": "wire", "bandwidth": 16**5000, "round_trip": 0}]})
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    large, latin = tmp_path / "large.toml", tmp_path / "latin.toml"
+    large.write_bytes(b"#" * (MAX_BYTES + 1))
+    latin.write_bytes(b"# \xe9\n")
+    for path, message in (
+        (tmp_path / "none.toml", "there is no such file"),
+        (tmp_path, "it is no file"),
+        (large, f"it has more than {MAX_BYTES} bytes"),
+        (latin, "it is not UTF-8"),
+        ("nul\0.toml", "there is no such file|it cannot be read"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            load(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, True, "1", None])
+def test_numbers_are_checked_where_entries_are_made(value: Any) -> None:
+    with pytest.raises(InvalidRequest, match="bandwidth is"):
+        Link("wire", value, 0.0)
+    with pytest.raises(InvalidRequest, match="step_overhead is"):
+        Efficiency(step_overhead=value)
+    with pytest.raises(InvalidRequest, match="price is"):
+        replace(load().device("h100"), price=value)

@@ -1,0 +1,302 @@
+"""Shapes of models: published counts, the config's many forms, and what a config may not say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.models import PRESETS, ModelShape, from_config, from_folder, model
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": 512,
+}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MLA = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 10}
+
+
+def small(**more: Any) -> ModelShape:
+    return from_config({**SMALL, **more}, "small")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("llama-33b", 1_597_440), ("llama-65b", 2_621_440), ("llama-3-70b", 327_680), ("smollm2-135m", 23_040)],
+)
+def test_kv_bytes_of_a_token_are_those_published(name: str, expected: int) -> None:
+    assert model(name).kv_bytes_per_token() == expected
+    assert model(name).kv_bytes_per_token(1.0) == expected / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "tolerance"),
+    [  # what the models' cards say; a count of active parameters is rounded there to the billion
+        ("llama-33b", 32.53e9, 32.53e9, 0.005),
+        ("llama-65b", 65.3e9, 65.3e9, 0.005),
+        ("llama-3-70b", 70.55e9, 70.55e9, 0.005),
+        ("llama-3-8b", 8.03e9, 8.03e9, 0.005),
+        ("llama-3.1-405b", 405.85e9, 405.85e9, 0.005),
+        ("mistral-7b", 7.24e9, 7.24e9, 0.005),
+        ("mixtral-8x7b", 46.7e9, 12.9e9, 0.005),
+        ("mixtral-8x22b", 141e9, 39e9, 0.005),
+        ("qwen2.5-7b", 7.62e9, 7.62e9, 0.005),
+        ("qwen3-32b", 32.8e9, 32.8e9, 0.005),
+        ("qwen3-30b-a3b", 30.5e9, 3.3e9, 0.02),
+        ("qwen3-235b-a22b", 235e9, 22e9, 0.01),
+        ("deepseek-v2", 236e9, 21e9, 0.02),
+        ("deepseek-v3", 671e9, 37e9, 0.02),
+        ("gemma-2-9b", 9.24e9, 9.24e9, 0.005),
+        ("smollm2-135m", 134.515e6, 134.515e6, 0.0001),
+    ],
+)
+def test_parameters_are_those_published(name: str, total: float, active: float, tolerance: float) -> None:
+    assert model(name).parameters == pytest.approx(total, rel=0.005)
+    assert model(name).active_parameters == pytest.approx(active, rel=tolerance)
+
+
+def test_a_paper_s_weights_stand_for_the_count() -> None:
+    shape = model("llama-3-70b")
+    assert shape.weight_bytes == 137.5e9
+    read = shape.parameters - shape.embedding
+    assert shape.weights_read(1) == pytest.approx(137.5e9 * read / shape.parameters)
+    assert replace(shape, published_weight_bytes=None).weight_bytes == 2 * shape.parameters
+
+
+def test_exchange_of_grouped_queries_is_the_paper_s_formula() -> None:
+    shape = model("llama-3-70b")
+    assert shape.exchange_bytes() == (2 + 2 / 8) * 2 * 8192 * 80 == 2_949_120
+    assert shape.kv_exchange_bytes() == shape.kv_bytes_per_token()
+    assert shape.attention_flops(1000) == 4 * 8192 * 80 * 1000
+    assert shape.kv_bytes_read(1000, 1.0) == shape.kv_bytes_per_token(1.0) * 1000
+
+
+def test_projections() -> None:
+    shape = model("llama-65b")
+    assert shape.projection_flops == 2 * 80 * 4 * 8192 * 8192
+    assert shape.kv_projection_share == pytest.approx(2 / (4 + 3 * 22016 / 8192), rel=0.005)  # but for the head
+    assert shape.dense_flops(7) == 14 * shape.multiplied_parameters
+    assert shape.dense_flops(7, sampled=1) == shape.dense_flops(7) - 12 * shape.head
+
+
+def test_absorbed_latent_attention() -> None:
+    shape = model("deepseek-v3")
+    assert shape.layers == 61
+    assert shape.kv_bytes_per_token() == 61 * 576 * 2
+    dense, sparse = shape.groups
+    assert (dense.layers, sparse.layers) == (3, 58)
+    assert (sparse.kv_heads, sparse.experts, sparse.top_k) == (1, 256, 8)
+    assert (sparse.query_elements, sparse.output_elements) == (128 * 576, 128 * 512)
+    assert sparse.score_flops == 2 * 128 * (2 * 512 + 64)
+    assert sparse.kv_projections == 7168 * 576
+    assert model("deepseek-v2-lite").groups[0].vectors == 512 + 2 * 2048  # no norm of queries, as they have no rank
+
+
+def test_experts_that_a_batch_is_expected_to_read() -> None:
+    shape = model("mixtral-8x7b")
+    (group,) = shape.groups
+    assert group.experts_read(0) == 0
+    assert group.experts_read(1) == pytest.approx(2)
+    assert group.experts_read(2) == pytest.approx(8 * (1 - 0.75**2))
+    assert group.experts_read(1000) == pytest.approx(8)
+    assert shape.weights_read(0) == 0
+    assert shape.weights_read(1) == pytest.approx(2 * (shape.active_parameters - shape.embedding))
+    assert shape.weights_read(10_000) == pytest.approx(2 * (shape.parameters - shape.embedding))
+
+
+def test_a_tied_table_is_kept_once_and_read_as_the_head() -> None:
+    tied, untied = small(tie_word_embeddings=True), small()
+    assert untied.parameters - tied.parameters == tied.head == 131 * 48
+    assert tied.weights_read(3) == untied.weights_read(3) == 2 * tied.parameters
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, [None] * 4),
+        ({"sliding_window": 7}, [7] * 4),
+        ({"sliding_window": None, "model_type": "mistral"}, [None] * 4),
+        ({"model_type": "mistral"}, [4096] * 4),
+        ({"sliding_window": 7, "sliding_window_pattern": 3}, [7, 7, None, 7]),
+        ({"sliding_window": 7, "model_type": "gemma2", "head_dim": 8}, [7, None, 7, None]),
+        ({"sliding_window": 7, "model_type": "qwen2"}, [None] * 4),
+        (
+            {"sliding_window": 7, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+            [None, 7, 7, 7],
+        ),
+        ({"sliding_window": 7, "use_sliding_window": False}, [None] * 4),
+        ({"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2}, [7, None, 7, None]),
+        ({"attention_chunk_size": 5, "layer_types": ["full_attention"] + ["chunked_attention"] * 3}, [None, 5, 5, 5]),
+    ],
+)
+def test_windows(more: dict[str, Any], expected: list[int | None]) -> None:
+    shape = small(**more)
+    widths = {window: expected.count(window) for window in expected}
+    assert {group.window: group.layers for group in shape.groups} == widths
+    read = sum(min(100, 100 if window is None else window) for window in expected)
+    assert shape.kv_bytes_read(100) == read * 2 * 2 * shape.groups[0].kv_elements / 2
+    assert shape.attention_flops(100) == read * shape.groups[0].score_flops
+
+
+@pytest.mark.parametrize(
+    ("more", "sparse"),
+    [
+        ({"num_local_experts": 5}, 4),
+        ({"num_experts": 5, "decoder_sparse_step": 2}, 2),
+        ({"num_experts": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]}, 1),
+        ({"n_routed_experts": 5, "first_k_dense_replace": 3, "n_shared_experts": 2}, 1),
+        ({"n_routed_experts": 5, "moe_layer_freq": 4}, 1),
+    ],
+)
+def test_which_layers_have_experts(more: dict[str, Any], sparse: int) -> None:
+    shape = small(**MOE, **more)
+    assert sum(group.layers for group in shape.groups if group.experts) == sparse
+    assert {group.expert for group in shape.groups if group.experts} == {3 * 48 * 24}
+    shared = {group.mlp for group in shape.groups if group.experts}
+    assert shared == {48 * 5 + more.get("n_shared_experts", 0) * 3 * 48 * 24}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen2_moe", {"num_experts": 6, **MOE, "shared_expert_intermediate_size": 40}),
+        ("qwen3", {"head_dim": 8}),
+        ("qwen3_moe", {"num_experts": 6, **MOE, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+        ("mixtral", {"num_local_experts": 5}),
+        ("gemma2", {"head_dim": 12}),
+        ("smollm3", {}),
+        ("deepseek_v2", {"n_routed_experts": 8, **MOE, **MLA, "q_lora_rank": None, "first_k_dense_replace": 2}),
+        ("deepseek_v3", {"n_routed_experts": 8, **MOE, **MLA, "q_lora_rank": 20, "first_k_dense_replace": 1}),
+    ],
+)
+def test_parameters_are_those_that_transformers_makes(kind: str, more: dict[str, Any]) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    routing = {"n_group": 1, "topk_group": 1} if kind.startswith("deepseek") else {}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **tokens, **routing, **more})
+    with torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(config)
+    assert from_config(config.to_dict(), kind).parameters == sum(each.numel() for each in module.parameters())
+
+
+@pytest.mark.parametrize("missing", sorted(set(SMALL) - {"num_key_value_heads"}))
+def test_a_missing_key_is_named(missing: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"small: {missing} is missing"):
+        from_config({key: value for key, value in SMALL.items() if key != missing}, "small")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4; it must divide num_attention_heads 6"),
+        ({"hidden_size": 50}, "head_dim is missing"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"hidden_size": "48"}, "hidden_size is '48'"),
+        ({"hidden_size": 1e9}, "hidden_size is 1000000000.0"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, expected an integer from 1 to 1024"),
+        ({"num_hidden_layers": 16**5000}, "small: "),
+        ({"num_local_experts": 4}, "num_experts_per_tok is missing"),
+        ({"num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok is 5"),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}, "moe_intermediate_size is missing"),
+        ({"moe_num_experts": 4}, "the config has moe_num_experts, but none of n_routed_experts"),
+        ({"kv_lora_rank": 16}, "qk_rope_head_dim is missing"),
+        ({**MLA, "v_head_dim": None}, "v_head_dim is missing"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        ({"layer_types": ["linear_attention"] * 4}, "expected a list of 'full_attention'"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding_window is missing"),
+        ({"mamba_d_state": 16}, "the config has mamba_d_state; layers of that kind are not described"),
+        ({"index_topk": 2048}, "index_topk"),
+        ({"is_encoder_decoder": True}, "only decoders"),
+    ],
+)
+def test_what_a_config_may_not_say(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        small(**more)
+
+
+def test_a_model_of_text_and_pictures_is_what_it_decodes_with() -> None:
+    assert from_config({"model_type": "gemma3", "text_config": SMALL}, "small") == small()
+
+
+keys = st.sampled_from(
+    [
+        *SMALL,
+        *MLA,
+        *MOE,
+        *("model_type", "head_dim", "num_experts", "n_routed_experts", "num_local_experts", "n_shared_experts"),
+        *("q_lora_rank", "first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "mlp_only_layers"),
+        *("sliding_window", "use_sliding_window", "sliding_window_pattern", "layer_types", "max_window_layers"),
+        *("attention_bias", "mlp_bias", "tie_word_embeddings", "text_config", "shared_expert_intermediate_size"),
+    ]
+)
+numbers = st.integers(-2, 9) | st.integers() | st.floats()
+words = st.sampled_from(["qwen2", "qwen3_moe", "deepseek_v3", "gemma2", "full_attention", "sliding_attention", ""])
+values = st.recursive(
+    st.none() | st.booleans() | numbers | words | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(keys | st.text(max_size=5), values, max_size=12), st.booleans())
+def test_no_config_does_worse_than_to_be_refused(raw: dict[str, Any], usable: bool) -> None:
+    try:
+        shape = from_config({**SMALL, **raw} if usable else raw, "random")
+    except InvalidRequest:
+        return
+    assert shape.layers >= 1
+    assert 0 < shape.active_parameters <= shape.parameters
+    assert 0 < shape.kv_projection_share < 1
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.integers(1, 4096), st.integers(1, 200_000))
+def test_more_tokens_never_cost_less(name: str, tokens: int, context: int) -> None:
+    shape = model(name)
+    assert 0 < shape.weights_read(tokens) <= shape.weights_read(tokens + 1) <= shape.weight_bytes
+    assert shape.dense_flops(tokens) < shape.dense_flops(tokens + 1)
+    assert (
+        shape.kv_bytes_read(context) <= shape.kv_bytes_read(context + 1) <= shape.kv_bytes_per_token() * (context + 1)
+    )
+    assert shape.attention_flops(context) <= shape.attention_flops(context + 1)
+
+
+def test_a_path_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    assert model(folder) == model(str(folder / "config.json")) == from_folder(folder) == replace(small(), name="mine")
+
+
+def test_names() -> None:
+    assert model("Qwen3-32B") is PRESETS["qwen3-32b"]
+    for name in ("qwen3-33b", "", "a\0b", "x" * 5000):
+        with pytest.raises(InvalidRequest, match=r"unknown model .*; known are llama-33b"):
+            model(name)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '"\ud800"', "{" + " " * (4 << 20) + "}"])
+def test_a_file_that_is_no_config(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InvalidRequest, match=r"cannot read the model at|holds a list"):
+        from_folder(file)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none", "a/\0"):
+        with pytest.raises(InvalidRequest):
+            model(path)

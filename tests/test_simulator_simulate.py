@@ -1,0 +1,200 @@
+"""The event loop: what goes in comes out, Little's law, sameness by seed, and what each way to serve does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.cost_model import KvPolicy
+from lamina.simulator.hardware import load
+from lamina.simulator.models import model
+from lamina.simulator.simulate import Slo, simulate
+from lamina.simulator.statistics import MOST_SAMPLES, Gaps, Samples, distribution, weighted_distribution
+from lamina.simulator.systems import Colocated, Disaggregated, Offloaded
+from lamina.simulator.traces import Arrival, Trace, all_at_once, poisson, published, scaled, synthetic
+
+HARDWARE = load()
+H100, H20 = HARDWARE.device("h100"), HARDWARE.device("h20")
+LLAMA, SMALL = model("llama-3-70b"), model("llama-3-8b")
+COLOCATED = Colocated(model=SMALL, device=H100)
+OFFLOADED = Offloaded(
+    model=LLAMA, model_device=H100, model_count=2, attention_device=H20, attention_count=4,
+    link=HARDWARE.link("fhbn-400g"), lanes=2,
+)  # fmt: skip
+DISAGGREGATED = Disaggregated(prefill=COLOCATED, decode=COLOCATED, link=HARDWARE.link("ethernet-100g"))
+SYSTEMS = [COLOCATED, replace(COLOCATED, chunked_prefill=False), OFFLOADED, DISAGGREGATED]
+NARROW = replace(H100, memory=19.5e9)
+"""Room for the small model and 11,000 tokens: sequences are preempted."""
+
+traces = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 3000), st.integers(1, 60)), min_size=1, max_size=25).map(
+    lambda rows: Trace("drawn", tuple(Arrival(*row) for row in sorted(rows)))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trace=traces, system=st.sampled_from(SYSTEMS), replicas=st.integers(1, 3))
+def test_every_request_and_every_token_comes_out(trace: Trace, system: Colocated, replicas: int) -> None:
+    result = simulate(system, trace, replicas=replicas)
+    assert result.requests == result.finished + result.rejected == len(trace.arrivals)
+    assert result.rejected == 0
+    assert result.output_tokens == sum(arrival.output for arrival in trace.arrivals)
+    assert result.prompt_tokens == sum(arrival.prompt for arrival in trace.arrivals)
+    assert 0 <= result.ttft.p50 <= result.ttft.p90 <= result.ttft.p99
+    for share in (result.model_utilisation, result.attention_utilisation, result.network_utilisation, result.slo_share):
+        assert 0 <= share <= 1
+
+
+def test_littles_law() -> None:
+    """Sequences in decode in the mean = requests a second x seconds that each decodes."""
+    trace = poisson(rate=8.0, count=50, prompt=500, output=50, seed=1)
+    result = simulate(COLOCATED, trace)
+    assert len(result.samples) == result.steps <= MOST_SAMPLES
+    in_decode = sum(sample.seconds * sample.decode for sample in result.samples) / result.seconds
+    assert in_decode == pytest.approx(result.finished / result.seconds * result.tpot.mean * 49, rel=1e-6)
+
+
+def test_preempted_sequences_lose_time_and_no_token() -> None:
+    full = all_at_once(poisson(rate=1.0, count=40, prompt=900, output=300, seed=2))
+    result = simulate(replace(COLOCATED, device=NARROW), full)
+    assert result.preemptions > 0
+    assert result.output_tokens == 40 * 300
+    assert result.tbt.p99 <= result.ttft.p99
+    assert result.saturated_batch > 5
+
+
+def test_one_request_takes_the_steps_that_it_must() -> None:
+    result = simulate(COLOCATED, Trace("one", (Arrival(5.0, 3000, 10),)))
+    assert result.steps == 2 + 9  # two chunks of at most 2048, the second samples; then one token a step
+    assert result.seconds == pytest.approx(result.ttft.mean + 9 * result.tpot.mean)
+    assert result.mean_batch == 1
+    whole = simulate(replace(COLOCATED, chunked_prefill=False), Trace("one", (Arrival(5.0, 3000, 10),)))
+    assert whole.steps == 1 + 9
+
+
+def test_without_prefill_only_decode_takes_time() -> None:
+    trace = Trace("one", (Arrival(0.0, 3000, 10),))
+    result = simulate(COLOCATED, trace, prefill=False)
+    assert result.ttft.mean == 0
+    assert result.seconds == pytest.approx(9 * result.tpot.mean)
+
+
+def test_the_same_arguments_give_the_same_result() -> None:
+    def run(seed: int) -> object:
+        return simulate(OFFLOADED, synthetic(published()["azure-conv"], 150, seed=seed), seed=seed)
+
+    assert run(3) == run(3)
+    assert run(3) != run(4)
+
+
+def test_a_faster_link_and_a_cheaper_policy_serve_no_later() -> None:
+    trace = all_at_once(synthetic(published()["azure-conv"], 120, seed=0))
+    slow = replace(OFFLOADED, link=HARDWARE.link("ethernet-10g"), lanes=1)
+    fast = replace(OFFLOADED, lanes=1)
+    seconds = [simulate(system, trace, prefill=False).seconds for system in (slow, fast)]
+    assert seconds[1] < seconds[0]
+    spared = replace(fast, policy=KvPolicy("half", read=0.5, held=0.5))
+    assert simulate(spared, trace, prefill=False).seconds < seconds[1]
+
+
+@settings(max_examples=15, deadline=None)
+@given(factor=st.floats(1.0, 8.0), seed=st.integers(0, 99))
+def test_more_bandwidth_serves_a_backlog_no_later(factor: float, seed: int) -> None:
+    trace = all_at_once(synthetic(published()["azure-code"], 60, seed=seed))
+    better = replace(COLOCATED, device=replace(H100, bandwidth=H100.bandwidth * factor))
+    assert simulate(better, trace).seconds <= simulate(COLOCATED, trace).seconds * (1 + 1e-9)
+
+
+def test_replicas_share_the_load() -> None:
+    trace = scaled(synthetic(published()["azure-conv"], 200, seed=0), 40.0)
+    one, four = simulate(COLOCATED, trace), simulate(COLOCATED, trace, replicas=4)
+    assert four.price == 4 * one.price
+    assert four.system == f"4 of {one.system}"
+    assert four.mean_batch < one.mean_batch
+    assert four.ttft.p90 <= one.ttft.p90
+
+
+def test_shared_prefixes_go_through_the_prefix_tree() -> None:
+    blocks = tuple(range(4))
+    rows = (Arrival(0.0, 2048, 5, blocks), Arrival(20.0, 2048, 5, blocks), Arrival(40.0, 2600, 5, (*blocks, 9, 10)))
+    trace = Trace("turns", rows)
+    result = simulate(COLOCATED, trace)
+    assert result.reused_tokens == 2047 + 2048  # the last token of a prompt is always computed
+    assert simulate(COLOCATED, trace, prefix_cache=False).reused_tokens == 0
+
+
+def test_what_never_fits_is_rejected_and_counted() -> None:
+    trace = Trace("long", (Arrival(0.0, 100, 5), Arrival(0.0, 50_000, 5)))
+    result = simulate(replace(COLOCATED, device=NARROW), trace)
+    assert (result.finished, result.rejected) == (1, 1)
+    assert result.slo_share == 0.5
+
+
+def test_uneven_heads_are_dealt_to_real_holders() -> None:
+    trace = all_at_once(synthetic(published()["azure-conv"], 40, seed=0))
+    uneven = replace(OFFLOADED, attention_count=3)
+    result = simulate(uneven, trace)
+    assert result.finished == 40
+    assert uneven.holders == 3
+
+
+def test_disaggregation_moves_each_prompts_kv_once() -> None:
+    trace = poisson(rate=2.0, count=50, prompt=1000, output=20, seed=1)
+    result = simulate(DISAGGREGATED, trace)
+    assert result.link_bytes == 50 * 1000 * SMALL.kv_bytes_per_token()
+    together = simulate(COLOCATED, trace)
+    assert result.price == 2 * together.price
+    assert result.tbt.p50 <= together.tbt.p50  # no prompt stands in the way of decode
+    assert simulate(DISAGGREGATED, trace, prefill=False).link_bytes == 0
+
+
+def test_slo_counts_those_who_met_it() -> None:
+    trace = poisson(rate=30.0, count=100, prompt=800, output=30, seed=1)
+    free, strict = simulate(COLOCATED, trace), simulate(COLOCATED, trace, slo=Slo(ttft=1e-9))
+    assert free.slo_share == 1
+    assert free.goodput == pytest.approx(100 / free.seconds)
+    assert strict.slo_share == strict.goodput == 0
+    with pytest.raises(InvalidRequest, match="tpot of the SLO is -1"):
+        Slo(tpot=-1)
+
+
+@pytest.mark.parametrize("replicas", [0, -1])
+def test_replicas_are_checked(replicas: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"replicas is {replicas}"):
+        simulate(COLOCATED, Trace("one", (Arrival(0.0, 10, 10),)), replicas=replicas)
+
+
+def test_progress_goes_up_to_the_end() -> None:
+    seen: list[tuple[int, int]] = []
+    trace = synthetic(published()["azure-code"], 120, seed=0)
+    simulate(COLOCATED, trace, progress=lambda what, done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1] == (120, 120)
+
+
+def test_percentiles_are_of_the_nearest_rank() -> None:
+    assert distribution([]) == distribution([0.0])
+    values = distribution(float(number) for number in range(1, 101))
+    assert (values.mean, values.p50, values.p90, values.p99) == (50.5, 50, 90, 99)
+    weighted = weighted_distribution(Counter({1.0: 98, 5.0: 2}))
+    assert (weighted.p90, weighted.p99) == (1.0, 5.0)
+    gaps = Gaps()
+    gaps.add(1.0, 98)
+    gaps.add(5.0, 2)
+    assert gaps.distribution() == weighted
+
+
+def test_samples_stay_few_and_even() -> None:
+    samples = Samples()
+    first = simulate(COLOCATED, Trace("one", (Arrival(0.0, 10, 10),))).samples[0]
+    for step in range(50_000):
+        if samples.due():
+            samples.add(replace(first, at=float(step)))
+    kept = [sample.at for sample in samples.kept()]
+    assert MOST_SAMPLES / 2 <= len(kept) <= MOST_SAMPLES
+    assert len({later - earlier for earlier, later in pairwise(kept)}) == 1
