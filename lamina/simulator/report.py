@@ -1,0 +1,132 @@
+"""Runs of the simulator for people and for programs: a table, JSON, CSV, and (`html`) a page that needs nothing else.
+
+Pure: texts come back, and whoever called writes them. The same runs give the same bytes. Numbers that are not known
+(a power that nobody published, a latency of no request) are a dash for people, null in JSON, and empty in CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lamina.simulator.report_data import UNKNOWN, best_of, checked, columns, labels, printable, saturated_rate
+from lamina.simulator.report_page import html
+from lamina.simulator.results import Distribution, RunResult, Sampled
+
+__all__ = ["html", "samples_csv", "table", "to_csv", "to_json"]
+
+VERSION = 1
+"""Of the JSON; it rises when a key changes its meaning."""
+DERIVED: dict[str, Callable[[RunResult], float]] = {
+    "tokens_per_second": lambda run: run.tokens_per_second,
+    "tokens_per_dollar": lambda run: run.tokens_per_dollar,
+    "dollars_per_million": lambda run: run.dollars_per_million,
+    "tokens_per_joule": lambda run: run.tokens_per_joule,
+    "saturated_tokens_per_second": saturated_rate,
+    "requests_per_second": lambda run: run.finished / run.seconds if run.seconds else 0.0,
+    "link_bytes_per_second": lambda run: run.link_bytes / run.seconds if run.seconds else 0.0,
+}
+UNITS = {
+    "seconds, saturated_seconds": "s",
+    "price": "$/h",
+    "power": "W, 0: not known",
+    "mean_batch": "sequences",
+    "ttft, tpot, tbt": "s",
+    "goodput": "requests/s",
+    "slo_share, *_utilisation, *_share": "0 to 1",
+    "link_bytes": "bytes",
+    "tokens_per_second, tokens_per_dollar, tokens_per_joule, dollars_per_million": "output tokens; 0: not known",
+    "samples": "by field, one value a sampled step: at and seconds in s",
+}
+_SAMPLED = tuple(item.name for item in dataclasses.fields(Sampled))
+
+
+def table(results: Iterable[RunResult]) -> str:
+    """Aligned plain text, a line a system; `*` marks the best of a column. Raises InvalidRequest without results."""
+    runs = checked(results)
+    shown = columns(runs)
+    rows = [("system", *(column.head for column in shown)), ("", *(column.unit for column in shown))]
+    marked = best_of(runs)
+    for place, (run, name) in enumerate(zip(runs, labels(runs), strict=True)):
+        cells = (column.text(run) + ("*" if place in best else " ") for column, best in zip(shown, marked, strict=True))
+        rows.append((printable(name, 48), *cells))
+    # heads end where numbers do: before the place of the mark
+    rows[:2] = [(row[0], *(cell + " " for cell in row[1:])) for row in rows[:2]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    lines.insert(2, "-" * max(map(len, lines)))
+    if len(runs) > 1:
+        lines.append(f"* best of its column; {UNKNOWN} not known")
+    return "\n".join(lines) + "\n"
+
+
+def to_json(results: Iterable[RunResult]) -> str:
+    """Every field and what follows from it. Keys keep their order; samples are lists by field; no NaN, no infinity."""
+    made = {"version": VERSION, "units": UNITS, "results": [_record(run) for run in checked(results)]}
+    return json.dumps(made, indent=1, allow_nan=False) + "\n"
+
+
+def to_csv(results: Iterable[RunResult]) -> str:
+    """One row a system, distributions as `ttft_p50` and so on, assumptions as one text; samples are left out."""
+    rows: list[dict[str, Any]] = []
+    for run in checked(results):
+        row: dict[str, Any] = {}
+        for key, value in _record(run, samples=False).items():
+            if key == "assumptions":
+                row[key] = "; ".join(f"{name}: {text}" for name, text in value.items())
+            elif isinstance(value, dict):
+                row |= {f"{key}_{part}": number for part, number in value.items()}
+            else:
+                row[key] = value
+        rows.append(row)
+    return _csv(list(rows[0]), rows)
+
+
+def samples_csv(result: RunResult) -> str:
+    """One row a sampled step, under the names of `Sampled`'s fields. Seconds and shares, as there."""
+    return _csv(_SAMPLED, ({name: _plain(getattr(sample, name)) for name in _SAMPLED} for sample in result.samples))
+
+
+def _record(run: RunResult, samples: bool = True) -> dict[str, Any]:
+    """The fields in their order, then the derived numbers, then assumptions and samples."""
+    made: dict[str, Any] = {}
+    for item in dataclasses.fields(run):
+        value = getattr(run, item.name)
+        if isinstance(value, Distribution):
+            value = dataclasses.asdict(value)
+        if item.name not in ("assumptions", "samples"):
+            made[item.name] = _plain(value)
+    made |= {name: _plain(of(run)) for name, of in DERIVED.items()}
+    made["assumptions"] = {str(name): str(text) for name, text in run.assumptions.items()}
+    if samples:
+        made["samples"] = {name: [_plain(getattr(sample, name)) for sample in run.samples] for name in _SAMPLED}
+    return made
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: None for a number that is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _csv(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
+    made = io.StringIO()
+    writer = csv.DictWriter(made, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return made.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Texts come from files: one that a spreadsheet would take for a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") and value else value

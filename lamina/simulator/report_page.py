@@ -1,0 +1,322 @@
+"""The page of a report: runs, and a plan where there is one, as one file of HTML. Pure; `report.html` is its name.
+
+Charts are `svg_charts`', numbers `report_data`'s; here is what stands where, and in which words. Everything that comes
+from a result or a plan is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from lamina.simulator import svg_charts as svg
+from lamina.simulator.report_data import (
+    TIERS,
+    UNKNOWN,
+    X_LABEL,
+    Y_LABEL,
+    Point,
+    best_of,
+    checked,
+    checked_points,
+    columns,
+    finite,
+    labels,
+    over_time,
+    printable,
+    words,
+)
+from lamina.simulator.results import RunResult
+
+_STYLE = """
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+main{max-width:1200px;margin:0 auto;padding:20px 16px 48px}
+h1{font-size:1.5rem;line-height:1.25;margin:.2em 0;overflow-wrap:anywhere}
+h2{font-size:1.15rem;margin:2.2em 0 .4em}h3{font-size:.95rem;margin:1.3em 0 .3em;overflow-wrap:anywhere}
+p{margin:.4em 0;max-width:80ch}p,li,dd,dt{overflow-wrap:anywhere}.soft{color:var(--soft)}
+ul{padding-left:1.2em;margin:.4em 0;max-width:80ch}li{margin:.15em 0}
+.verdict{background:var(--panel);border-left:4px solid var(--best);padding:8px 14px;margin:16px 0;max-width:1000px}
+.verdict p{max-width:none}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:26px 34px;margin-top:12px}
+figure{margin:0;max-width:450px}figcaption{font-weight:650;margin-bottom:8px}figcaption span{font-weight:400}
+.wide{max-width:660px;margin-top:14px}
+.beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:0 40px}section{min-width:0}
+.scroll{overflow-x:auto;margin:8px 0;border:1px solid var(--rule);border-radius:4px;width:fit-content;max-width:100%}
+table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;font-size:13.5px}
+th,td{padding:6px 8px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule)}
+tbody tr:last-child>*{border-bottom:0}
+thead th{font-weight:600;line-height:1.25;vertical-align:bottom}
+thead span{display:block;color:var(--soft);font-weight:400}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--page);
+border-right:1px solid var(--rule)}
+th[scope=row]{font-weight:500;white-space:normal;min-width:9.5em;max-width:18em;overflow-wrap:anywhere}
+td.best{font-weight:700;color:var(--best)}th.text{text-align:left}td.text{text-align:left;white-space:normal}
+td.text+td.text{min-width:14em}
+dl{display:grid;grid-template-columns:minmax(7em,max-content) 1fr;gap:4px 16px;margin:.5em 0;max-width:90ch}
+dt{color:var(--soft);max-width:20em}dd{margin:0;min-width:0;grid-column:2}dd>ul,dd>p,dd>dl{margin-top:0}
+@media (max-width:600px){dl{grid-template-columns:1fr;gap:0}dd{margin:0 0 .5em;padding-left:.8em;grid-column:1}}
+"""
+_OTHERS = 12  # systems up to which each batch is drawn in front of all others
+_LATENCIES = {"ttft": "Time to the first token", "tpot": "Time a token after it", "tbt": "Between tokens"}
+_TERMS = """<h2>Terms</h2><dl>
+<dt>TTFT</dt><dd>time to first token, from a request's arrival</dd>
+<dt>TPOT</dt><dd>time per output token after the first, mean of a request</dd>
+<dt>TBT</dt><dd>time between two tokens of a request</dd>
+<dt>p50, p90, p99</dt><dd>half, nine tenths, 99 of 100 are at most that</dd>
+<dt>goodput</dt><dd>requests a second that met the SLO; all of them where none was set</dd>
+<dt>when full</dt><dd>output while somebody waited for room, without a run's beginning and end</dd>
+<dt>busy</dt><dd>share of the run's seconds that a tier worked</dd>
+<dt>1.21×</dt><dd>against the first system</dd></dl>"""
+
+
+def html(results: Iterable[RunResult], title: str, plan: Mapping[str, Any] | None = None) -> str:
+    """One page with table, charts and assumptions. It asks for nothing from elsewhere and runs no script.
+
+    The first system is the one that others are compared with. Of `plan`, which a planner makes, `points` are
+    candidates `(name, x, y, feasible)` for a Pareto plot, with `chosen`, `x_label` and `y_label`; `slo` may have
+    `ttft`, `tpot` and `tbt` in seconds; everything else is shown under its key: texts, numbers, lists of texts,
+    mappings, and lists of mappings as tables. Raises InvalidRequest without results, or for points that are none.
+    """
+    runs = checked(results)
+    names = labels(runs)
+    given = dict(plan or {})
+    points = checked_points(given.pop("points", None) or ())
+    chosen = printable(str(given.get("chosen", "")))
+    x_label, y_label = str(given.pop("x_label", X_LABEL)), str(given.pop("y_label", Y_LABEL))
+    limits = _limits(given.pop("slo", None))
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="soft">{_text(_about(runs, limits))}</p>',
+        f'<div class="verdict">{"".join(f"<p>{line}</p>" for line in _verdict(runs, names))}</div>',
+    ]
+    beside = [f"<section><h2>The plan</h2>{_sections(given)}</section>"] if given else []
+    if points:
+        beside.append(f"<section><h2>Candidates</h2>{_candidates(points, chosen, x_label, y_label)}</section>")
+    parts.append(f'<div class="beside">{"".join(beside)}</div>' if beside else "")
+    parts += ["<h2>Throughput and cost</h2>", _charts(_bar_charts(runs, names))]
+    latencies = _latency_charts(runs, names, limits)
+    if latencies:
+        parts += ["<h2>Latency</h2>", '<p class="soft">● p50, | p90, ◇ p99 of all requests.</p>', _charts(latencies)]
+    if any(run.samples for run in runs):
+        note = "Sequences in decode" + ("; grey: the other systems." if 1 < len(runs) <= _OTHERS else ".")
+        parts += ["<h2>Batch over time</h2>", f'<p class="soft">{note}</p>', _charts(_batch_charts(runs, names))]
+        parts += [
+            "<h2>Utilisation over time</h2>",
+            '<p class="soft">How much of a step each tier works; in the heads, its share of the whole run.</p>',
+            _charts(_tier_charts(runs, names)),
+        ]
+    parts += ["<h2>All numbers</h2>", _number_table(runs, names), "<h2>What was assumed</h2>"]
+    parts += [_assumptions(runs, names), _TERMS]
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f'<meta name="color-scheme" content="light dark"><title>{_text(title)}</title>'
+        f"<style>{svg.STYLE}{_STYLE}</style>"
+    )
+    body = "\n".join(part for part in parts if part)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
+
+
+def _text(text: object, most: int = 4000) -> str:
+    return escape(printable(str(text), most))
+
+
+def _charts(figures: Iterable[str]) -> str:
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _figure(drawing: str, caption: str = "", unit: str = "") -> str:
+    head = f'<figcaption>{_text(caption)} <span class="soft">{_text(unit)}</span></figcaption>' if caption else ""
+    return f"<figure>{head}{drawing}</figure>"
+
+
+def _limits(slo: object) -> dict[str, float]:
+    """What an SLO allows, in seconds, as far as it is given in numbers above 0."""
+    given = slo if isinstance(slo, Mapping) else {}
+    found = {key: given.get(key) for key in _LATENCIES}
+    return {
+        key: float(value) for key, value in found.items() if isinstance(value, int | float) and 0 < value < math.inf
+    }
+
+
+def _about(runs: Sequence[RunResult], limits: Mapping[str, float]) -> str:
+    def every(values: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    allowed = (f"{key.upper()} {f'{v:.4g} s' if v >= 1 else f'{v * 1e3:.4g} ms'}" for key, v in limits.items())
+    return (
+        f"{every(run.model for run in runs)} on {every(run.trace for run in runs)}: "
+        f"{every(f'{run.requests:,}' for run in runs)} requests, seed {every(str(run.seed) for run in runs)}. "
+        + (f"SLO: {', '.join(allowed)}. " if limits else "")
+        + "Simulated, not measured."
+    )
+
+
+def _verdict(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
+    """Who is best at what, in sentences, against the first system."""
+    first, lines = runs[0], []
+    wanted = [
+        ("Most tokens a second", [run.tokens_per_second for run in runs], "tok/s"),
+        ("Most tokens a dollar", [run.tokens_per_dollar / 1e6 for run in runs], "million"),
+    ]
+    if any(run.slo_share < 1 for run in runs):  # otherwise none was set, or all met it
+        wanted.append(("Most requests within the SLO", [run.goodput for run in runs], "a second"))
+    if len(runs) == 1:
+        cost = (
+            f" for ${words(first.dollars_per_million)} a million, at ${first.price:,.2f} an hour" if first.price else ""
+        )
+        lines.append(f"<b>{_text(names[0])}</b>: {words(first.tokens_per_second)} output tokens a second{cost}.")
+        wanted = []
+    for what, given, unit in wanted:
+        values = finite(given)
+        place = max(range(len(runs)), key=values.__getitem__)
+        if not values[place] > 0:
+            continue
+        ratio = f", {values[place] / values[0]:.2f} times {_text(names[0])}" if place and values[0] > 0 else ""
+        met = runs[place].slo_share
+        caveat = f", but with {met:.0%} of its requests within the SLO" if met < 0.9 else ""
+        lines.append(f"{what}: <b>{_text(names[place])}</b>, {words(values[place])} {unit}{ratio}{caveat}.")
+    for run, name in zip(runs, names, strict=True):
+        if run.finished < run.requests:
+            never = f" ({run.rejected:,} could never have fitted)" if run.rejected else ""
+            lines.append(f"{_text(name)} finished {run.finished:,} of {run.requests:,} requests{never}.")
+    return lines
+
+
+def _bar_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
+    charts = []
+    for caption, unit, given, known_zero in (
+        ("Output", "tok/s", [run.tokens_per_second for run in runs], True),
+        ("Output a dollar", "million tokens", [run.tokens_per_dollar / 1e6 for run in runs], False),
+        ("Goodput", "requests/s within the SLO", [run.goodput for run in runs], True),
+        ("Output a joule", "tok/J", [run.tokens_per_joule for run in runs], False),
+    ):
+        values = finite(given)
+        top = max(values)
+        if not top > 0:
+            continue
+        rows = []
+        for name, value in zip(names, values, strict=True):
+            known = value > 0 or known_zero
+            ratio = f"{value / values[0]:.2f}×" if len(runs) > 1 and known and values[0] > 0 else ""
+            rows.append(svg.Bar(name, value, words(value) if known else "not known", ratio, value == top))
+        charts.append(_figure(svg.bars(rows, f"{caption} of each system, {unit}"), caption, unit))
+    return charts
+
+
+def _latency_charts(runs: Sequence[RunResult], names: Sequence[str], limits: Mapping[str, float]) -> list[str]:
+    charts = []
+    for key, caption in _LATENCIES.items():
+        found = [(name, getattr(run, key)) for run, name in zip(runs, names, strict=True)]
+        found = [(name, of) for name, of in found if all(map(math.isfinite, (of.p50, of.p90, of.p99)))]
+        longest = max((of.p99 for _, of in found), default=0.0)
+        if not longest > 0:
+            continue
+        scale, unit = (1.0, "s") if longest >= 2 else (1e3, "ms")
+        rows = [svg.Spread(name, of.p50 * scale, of.p90 * scale, of.p99 * scale) for name, of in found]
+        limit = limits[key] * scale if key in limits else None
+        about = f"{key.upper()} percentiles of each system, {unit}"
+        charts.append(_figure(svg.spreads(rows, unit, about, limit), caption, key.upper()))
+    return charts
+
+
+def _batch_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
+    lines = [over_time(run.samples, lambda sample: sample.decode) for run in runs]
+    seconds = max((x for line in lines for x, _ in line), default=0.0)
+    high = max((y for line in lines for _, y in line), default=0.0)
+    charts = []
+    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
+        note = f"mean {words(run.mean_batch)}, peak {run.peak_batch:,}"
+        others = [line for at, line in enumerate(lines) if at != place] if len(runs) <= _OTHERS else []
+        curve = svg.Curve("model", lines[place])
+        charts.append(_figure(svg.panel(name, note, [curve], seconds, high, f"Batch over time of {name}", others)))
+    return charts
+
+
+def _tier_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
+    seconds = max((sample.at for run in runs for sample in run.samples if math.isfinite(sample.at)), default=0.0)
+    charts = []
+    for run, name in zip(runs, names, strict=True):
+        means = (run.model_utilisation, run.attention_utilisation, run.network_utilisation)
+        curves = [
+            svg.Curve(tier, over_time(run.samples, share), f"{tier} {mean:.0%}" if math.isfinite(mean) else tier)
+            for (tier, share), mean in zip(TIERS, means, strict=True)
+        ]
+        about = f"Busy share of each tier over time, {name}"
+        charts.append(_figure(svg.panel(name, "", curves, seconds, 1.0, about, percent=True)))
+    return charts
+
+
+def _candidates(points: Sequence[Point], chosen: str, x_label: str, y_label: str) -> str:
+    fits = sum(point[3] for point in points)
+    star = f" The star is {chosen}." if any(point[0] == chosen for point in points) else ""
+    said = f"{len(points):,} candidates, {fits:,} of them feasible (discs; crosses are not). The line joins the best."
+    drawing = svg.scatter(points, chosen, x_label, y_label, f"{y_label} over {x_label} of {len(points)} candidates")
+    return f'<p class="soft">{_text(said + star)}</p><figure class="wide">{drawing}</figure>'
+
+
+def _number_table(runs: Sequence[RunResult], names: Sequence[str]) -> str:
+    shown, marked = columns(runs), best_of(runs)
+    heads = "".join(f'<th scope="col">{_text(column.head)}<span>{_text(column.unit)}</span></th>' for column in shown)
+    rows = []
+    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
+        cells = "".join(
+            (f'<td class="best">{column.text(run)}</td>' if place in best else f"<td>{column.text(run)}</td>")
+            for column, best in zip(shown, marked, strict=True)
+        )
+        rows.append(f'<tr><th scope="row">{_text(name)}</th>{cells}</tr>')
+    note = f'<p class="soft">Bold: best of its column. {UNKNOWN}: not known.</p>' if len(runs) > 1 else ""
+    return _scrolling(f'<th scope="col">system</th>{heads}', "".join(rows)) + note
+
+
+def _scrolling(head: str, body: str) -> str:
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _assumptions(runs: Sequence[RunResult], names: Sequence[str]) -> str:
+    """By what it is about: what was assumed, and for which systems where not for all."""
+    entries = []
+    for key in dict.fromkeys(key for run in runs for key in run.assumptions):
+        texts: dict[str, list[str]] = {}
+        for run, name in zip(runs, names, strict=True):
+            if key in run.assumptions:
+                texts.setdefault(run.assumptions[key], []).append(name)
+        said = [
+            _text(text) + ("" if len(of) == len(runs) else f' <span class="soft">({_text("; ".join(of))})</span>')
+            for text, of in texts.items()
+        ]
+        entries.append(f"<dt>{_text(key)}</dt>" + "".join(f"<dd>{text}</dd>" for text in said))
+    return f"<dl>{''.join(entries)}</dl>" if entries else "<p>Nothing was noted.</p>"
+
+
+def _sections(given: Mapping[str, Any]) -> str:
+    """A plan's keys: single values together, everything else under its own head."""
+    single = {key: value for key, value in given.items() if not isinstance(value, Mapping | list | tuple)}
+    parts = [_tree(single)] if single else []
+    parts += [f"<h3>{_text(key)}</h3>{_tree(value)}" for key, value in given.items() if key not in single]
+    return "".join(parts)
+
+
+def _tree(given: Any, depth: int = 0) -> str:
+    """Whatever a plan says, as lists and tables; below four levels as Python writes it."""
+    if isinstance(given, Mapping) and depth < 4:
+        rows = "".join(f"<dt>{_text(key)}</dt><dd>{_tree(value, depth + 1)}</dd>" for key, value in given.items())
+        return f"<dl>{rows}</dl>"
+    if isinstance(given, list | tuple) and depth < 4:
+        if given and all(isinstance(item, Mapping) for item in given):
+            return _rows(given)
+        return "<ul>" + "".join(f"<li>{_tree(item, depth + 1)}</li>" for item in given) + "</ul>"
+    if isinstance(given, bool):
+        return "yes" if given else "no"
+    return words(given) if isinstance(given, float) else _text(given)
+
+
+def _rows(items: Sequence[Mapping[str, Any]]) -> str:
+    keys = list(dict.fromkeys(key for item in items for key in item))
+    kind = {key: ' class="text"' if any(isinstance(item.get(key), str) for item in items) else "" for key in keys}
+    head = "".join(f'<th scope="col"{kind[key]}>{_text(key)}</th>' for key in keys)
+    rows = ("".join(f"<td{kind[key]}>{_tree(item.get(key, UNKNOWN), 4)}</td>" for key in keys) for item in items)
+    return _scrolling(head, "".join(f"<tr>{row}</tr>" for row in rows))

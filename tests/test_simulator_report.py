@@ -1,0 +1,300 @@
+"""Reports of simulated runs: what people and programs read agrees with the runs, and nothing in a name gets out."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_runs import candidates, five, plan, run
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.report import html, samples_csv, table, to_csv, to_json
+from lamina.simulator.results import Distribution, RunResult, Sampled
+
+HOSTILE = "<script>alert('x')</script> & \"a\" \x1b[31m\x00\n=1+1"
+NAN = Distribution(math.nan, math.nan, math.nan, math.nan)
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and keeps what was seen."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+def checked_page(text: str) -> Page:
+    page = Page(text)
+    allowed = (
+        "html head meta title style body main section div h1 h2 h3 p b span ul li dl dt dd table thead tbody tr th td "
+        "figure figcaption svg g text tspan rect path circle"
+    )
+    assert {tag for tag, _ in page.tags} <= {*allowed.split()}
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") or name in ("src", "href", "srcset") for name in attributes)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "://" not in text
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(drawing)
+        assert "nan" not in re.sub(r">[^<]*<|aria-label=\"[^\"]*\"", "", drawing)
+    return page
+
+
+class TestTable:
+    def test_every_line_is_aligned_and_the_best_is_marked(self) -> None:
+        runs = five()
+        lines = table(runs).splitlines()
+        head, units, rule, *rows, note = lines
+        assert len(rows) == len(runs)
+        assert set(rule) == {"-"}
+        assert note.startswith("* best")
+        for unit in ("tok/s", "$/M tok", "tok/J", "p50 s", "p99 ms", "busy %", "GB/s"):
+            assert unit in units
+        for name in ("output", "TTFT", "TPOT", "TBT", "goodput", "model", "attention", "network", "batch"):
+            assert name in head
+        cells = [row[len(runs[3].system) :].split() for row in rows]
+        assert [row[0] for row in cells] == ["4,180", "4,215", "3,920", "5,075*", "4,460"]
+        assert [row[2] for row in cells] == ["2.94", "2.92", "3.13", "2.22", "1.86*"]
+        assert cells[4][3] == "–"  # nobody published its power
+        ends = [match.end() for match in re.finditer(r"\S+(?: \S+)*", units)]
+        for row in rows:  # each number ends where its head does; a mark comes after it
+            numbers = re.finditer(r"[^\s*]+", row[len(runs[3].system) :])
+            assert [match.end() + len(runs[3].system) for match in numbers] == ends
+
+    def test_one_system_has_no_best(self) -> None:
+        text = table([run()])
+        assert "*" not in text
+        assert "5,075" in text
+
+    def test_alike_is_no_best(self) -> None:
+        lines = table([run(0, system="a"), run(0, system="b")]).splitlines()
+        assert not any("*" in line for line in lines[:-1])
+
+    def test_steady_state_is_shown_where_there_was_one(self) -> None:
+        assert "when full" not in table(five())
+        full = table([run(0), run(3, saturated_seconds=100.0, saturated_tokens=650_000)])
+        assert "when full" in full
+        assert "6,500" in full
+
+    def test_what_is_not_known_is_a_dash(self) -> None:
+        text = table([run(0, ttft=NAN, power=0.0, price=0.0), run(3)])
+        assert text.splitlines()[3].count("–") >= 5
+
+    def test_a_hostile_name(self) -> None:
+        text = table([run(0, system=HOSTILE), run(3)])
+        assert "\x1b" not in text
+        assert "\x00" not in text
+        assert len(text.splitlines()) == 6
+
+
+class TestJson:
+    def test_everything_is_there(self) -> None:
+        runs = five()
+        made = json.loads(to_json(runs))
+        for result, record in zip(runs, made["results"], strict=True):
+            for item in dataclasses.fields(RunResult):
+                assert item.name in record
+            assert record["ttft"] == dataclasses.asdict(result.ttft)
+            assert record["tokens_per_second"] == result.tokens_per_second
+            assert record["tokens_per_dollar"] == result.tokens_per_dollar
+            assert record["tokens_per_joule"] == result.tokens_per_joule
+            assert record["dollars_per_million"] == result.dollars_per_million
+            assert record["assumptions"] == result.assumptions
+            assert record["samples"]["decode"] == [sample.decode for sample in result.samples]
+            assert set(record["samples"]) == {item.name for item in dataclasses.fields(Sampled)}
+        assert [list(record) for record in made["results"]] == [list(made["results"][0])] * 5
+        assert to_json(runs) == to_json(five())
+
+    def test_only_finite_numbers(self) -> None:
+        broken = run(0, ttft=NAN, power=math.inf, samples=3, mean_batch=-math.inf)
+
+        def refuse(name: str) -> Any:
+            raise AssertionError(name)
+
+        record = json.loads(to_json([broken]), parse_constant=refuse)["results"][0]
+        assert record["ttft"]["p50"] is None
+        assert record["power"] is None
+
+
+class TestCsv:
+    def test_one_row_a_system(self) -> None:
+        runs = five()
+        rows = list(csv.DictReader(io.StringIO(to_csv(runs))))
+        assert [row["system"] for row in rows] == [result.system for result in runs]
+        for row, result in zip(rows, runs, strict=True):
+            assert float(row["ttft_p99"]) == result.ttft.p99
+            assert float(row["tokens_per_second"]) == result.tokens_per_second
+            assert "usable memory: " in row["assumptions"]
+            assert "samples" not in row
+
+    def test_samples(self) -> None:
+        result = run(2, samples=7)
+        rows = list(csv.DictReader(io.StringIO(samples_csv(result))))
+        assert [int(row["decode"]) for row in rows] == [sample.decode for sample in result.samples]
+        assert [float(row["at"]) for row in rows] == [sample.at for sample in result.samples]
+        assert samples_csv(run(samples=0)) == ",".join(item.name for item in dataclasses.fields(Sampled)) + "\n"
+
+    @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@sum", "\t=1"])
+    def test_no_name_becomes_a_formula(self, name: str) -> None:
+        row = next(csv.DictReader(io.StringIO(to_csv([run(0, system=name)]))))
+        assert row["system"] == f"'{name}"
+
+    def test_negative_numbers_stay_numbers(self) -> None:
+        row = next(csv.DictReader(io.StringIO(to_csv([run(0, power=-5.0)]))))
+        assert row["power"] == "-5.0"
+
+    def test_not_finite_is_empty(self) -> None:
+        assert next(csv.DictReader(io.StringIO(to_csv([run(0, tbt=NAN)]))))["tbt_p50"] == ""
+
+
+class TestPage:
+    def test_it_needs_nothing_and_says_everything(self) -> None:
+        runs = five()
+        made = html(runs, "Five systems", plan())
+        page = checked_page(made)
+        told = "\n".join(page.text)
+        for result in runs:
+            assert result.system in told
+            assert all(text in told for text in result.assumptions.values())
+        for head in ("Throughput and cost", "Latency", "Batch over time", "Utilisation over time", "All numbers"):
+            assert head in told
+        for head in ("The plan", "Candidates", "why", "ranked", "what would change it"):
+            assert head in told
+        assert "SLO: TTFT 2 s, TPOT 100 ms" in told
+        assert "Simulated, not measured." in told
+        assert "5,075 tok/s, 1.21 times vLLM 4x H100" in re.sub(r"<[^>]+>", "", made)
+        assert "with 12% of its requests within the SLO" in told
+        assert sum(tag == "svg" for tag, _ in page.tags) == 4 + 3 + 5 + 5 + 1
+        assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg")
+        policy = next(attributes for tag, attributes in page.tags if attributes.get("http-equiv"))
+        assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+        assert "prefers-color-scheme:dark" in made
+
+    def test_the_same_runs_give_the_same_page(self) -> None:
+        assert html(five(), "t", plan()) == html(five(), "t", plan())
+
+    def test_one_system_is_compared_with_none(self) -> None:
+        made = html([run()], "One")
+        told = "\n".join(checked_page(made).text)
+        assert "×" not in told.replace("1.21×", "")
+        assert "best of its column" not in told
+        assert "5,075 output tokens a second for $2.22 a million, at $40.64 an hour." in told
+        assert "The plan" not in told
+
+    def test_without_samples_nothing_is_drawn_over_time(self) -> None:
+        told = "\n".join(checked_page(html([run(samples=0)], "One")).text)
+        assert "over time" not in told
+
+    def test_nothing_known(self) -> None:
+        empty = run(
+            0, samples=0, seconds=0.0, price=0.0, power=0.0, output_tokens=0, finished=0, ttft=NAN, tpot=NAN, tbt=NAN,
+            goodput=0.0, assumptions={}, rejected=4, link_bytes=0.0,
+        )  # fmt: skip
+        told = "\n".join(checked_page(html([empty, empty], "Nothing")).text)
+        assert "Nothing was noted." in told
+        assert "finished 0 of 19,366 requests (4 could never have fitted)." in told
+        assert "Latency" not in told
+
+    def test_not_finite(self) -> None:
+        broken = run(0, goodput=math.nan, model_utilisation=math.nan, mean_batch=math.inf, link_bytes=math.nan)
+        samples = (dataclasses.replace(broken.samples[5], at=math.nan, decode=3), *broken.samples[:9])
+        checked_page(html([dataclasses.replace(broken, samples=samples), run(1)], "Broken"))
+
+    def test_names_are_shown_and_do_nothing(self) -> None:
+        result = run(0, system=HOSTILE, model=HOSTILE, trace=HOSTILE, policy=HOSTILE, assumptions={HOSTILE: HOSTILE})
+        given_ = {HOSTILE: HOSTILE, "deep": {HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}]}, "rows": [{HOSTILE: HOSTILE}]}
+        given_ |= {"points": [(HOSTILE, 1.0, 2.0, True)], "chosen": HOSTILE, "x_label": HOSTILE, "y_label": HOSTILE}
+        page = checked_page(html([result, run(3)], HOSTILE, given_))
+        assert any("<script>alert('x')</script>" in text for text in page.text)
+
+    @given(st.text(max_size=60), st.text(max_size=60))
+    @settings(max_examples=40, deadline=None)
+    def test_any_name(self, system: str, text: str) -> None:
+        result = run(1, samples=4, system=system, assumptions={text: system})
+        checked_page(html([result, run(2, samples=4)], text, {text: system, "points": [(text, 1, 1, False)]}))
+        json.loads(to_json([result]))
+        assert len(list(csv.reader(io.StringIO(to_csv([result]))))) == 2
+        assert len(table([result]).splitlines()) == 4
+
+    def test_a_plan_of_any_shape(self) -> None:
+        deep: Any = "end"
+        for _ in range(30):
+            deep = {"more": [deep]}
+        told = "\n".join(
+            checked_page(
+                html(
+                    [run()],
+                    "t",
+                    {
+                        "yes": True,
+                        "none": None,
+                        "number": 0.123456,
+                        "count": 12345,
+                        "deep": deep,
+                        "empty": [],
+                        "uneven": [{"a": 1}, {"b": "two"}],
+                        "slo": {"ttft": "soon", "tpot": -1, "tbt": math.inf},
+                        "points": None,
+                    },
+                )
+            ).text
+        )
+        for text in ("yes", "None", "0.123", "12345", "two"):
+            assert text in told
+        assert "SLO:" not in told
+
+    def test_what_differs_is_assumed_of_some(self) -> None:
+        told = re.sub(r"<[^>]+>", "", html(five(), "t"))
+        assert "0.82 of the bandwidth, fitted to one published cell (Lamina DOP(2, 4), overlap, 2 lanes)" in told
+        assert told.count("90 % of each device") == 1
+
+
+@pytest.mark.parametrize("report", [table, to_json, to_csv, lambda runs: html(runs, "none")])
+def test_no_results(report: Any) -> None:
+    with pytest.raises(InvalidRequest, match="no results"):
+        report([])
+
+
+@pytest.mark.parametrize("point", [("a", 1.0, math.nan, True), ("a", 1.0), ("a", "1", 2.0, True), {"name": "a"}])
+def test_a_point_that_is_none(point: Any) -> None:
+    with pytest.raises(InvalidRequest, match="a point is"):
+        html([run()], "t", {"points": [point]})
+
+
+def test_points_may_be_mappings() -> None:
+    as_tuples = html([run()], "t", {"points": candidates()})
+    keys = ("name", "x", "y", "feasible")
+    mappings = [dict(zip(keys, point, strict=True)) for point in candidates()]
+    assert html([run()], "t", {"points": mappings}) == as_tuples

@@ -1,0 +1,206 @@
+"""A step's events: what runs where, in which order, and how long a cycle takes once lanes have fallen into step."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.timeline import (
+    ATTENTION,
+    LINK_BACK,
+    LINK_OUT,
+    Event,
+    busy,
+    chrome_trace,
+    makespan,
+    resources,
+    step_timeline,
+)
+
+SECONDS = st.sampled_from([0.0, 1e-6, 17e-6, 0.25e-3, 1e-3, 3.1e-3])
+CASES = st.fixed_dictionaries(
+    {
+        "model_seconds_per_layer": SECONDS,
+        "attention_seconds_per_layer": SECONDS,
+        "send_q": SECONDS,
+        "send_kv": SECONDS,
+        "receive": SECONDS,
+        "layers": st.integers(1, 7),
+        "lanes": st.integers(1, 5),
+        "overlap": st.booleans(),
+        "replicas": st.integers(1, 4),
+        "latency": SECONDS,
+        "steps": st.integers(1, 3),
+    }
+)
+
+
+def named(events: tuple[Event, ...], name: str) -> dict[tuple[int, int, int], Event]:
+    found = {(event.lane, event.step, event.layer): event for event in events if event.name == name}
+    assert len(found) == sum(event.name == name for event in events)
+    return found
+
+
+@given(CASES, st.floats(0, 1))
+@settings(max_examples=150, deadline=None)
+def test_invariants(case: dict[str, float], share: float) -> None:
+    kv_seconds = share * case["model_seconds_per_layer"]
+    events = step_timeline(**case, kv_seconds=kv_seconds)
+    layers, lanes, replicas, steps = (int(case[key]) for key in ("layers", "lanes", "replicas", "steps"))
+    latency, tiny = case["latency"], 1e-12
+
+    for resource in resources(events):  # one thing at a time
+        mine = sorted((e.start, e.end) for e in events if e.resource == resource)
+        assert all(before[1] <= after[0] + tiny for before, after in pairwise(mine))
+
+    every = {(lane, step, layer) for lane in range(lanes) for step in range(steps) for layer in range(layers)}
+    slices, attention, back = (named(events, name) for name in ("slice", "attention", "return"))
+    assert slices.keys() == attention.keys() == back.keys() == every
+    if case["overlap"]:
+        sends, keys = named(events, "send q"), named(events, "send k, v")
+        assert sends.keys() == keys.keys() == every
+    else:
+        sends = keys = named(events, "send q, k, v")
+        assert sends.keys() == every
+    assert len(events) == len(every) * (5 if case["overlap"] else 4)
+
+    for key in every:
+        lane, step, layer = key
+        assert slices[key].resource == f"model {(lane + step * layers + layer) % replicas}"
+        early = kv_seconds if case["overlap"] else 0.0
+        assert sends[key].start >= slices[key].end - early - tiny
+        assert keys[key].start >= slices[key].end - tiny
+        assert attention[key].start >= sends[key].end + latency - tiny
+        assert back[key].start >= max(attention[key].end, keys[key].end + latency) - tiny
+        after = (lane, step, layer + 1) if layer + 1 < layers else (lane, step + 1, 0)
+        if after in every:
+            assert slices[after].start >= back[key].end + latency - tiny
+
+    assert all(value <= makespan(events) + tiny for value in busy(events).values())
+    assert [e.start for e in events] == sorted(e.start for e in events)
+
+
+def test_one_lane_is_the_sum_of_its_parts() -> None:
+    events = step_timeline(3e-3, 2e-3, 1e-4, 2e-4, 5e-5, layers=7, lanes=1, overlap=False, latency=1e-5)
+    # the last result is on its way when the link has done its work
+    assert makespan(events) == pytest.approx(7 * (3e-3 + 2e-3 + 1e-4 + 2e-4 + 5e-5 + 2 * 1e-5) - 1e-5)
+    assert busy(events) == pytest.approx(
+        {"model 0": 7 * 3e-3, LINK_OUT: 7 * 3e-4, ATTENTION: 7 * 2e-3, LINK_BACK: 7 * 5e-5}
+    )
+
+
+def test_overlap_hides_projecting_and_sending_k_and_v() -> None:
+    parts = {"layers": 5, "lanes": 1, "kv_seconds": 4e-4}
+    hidden = step_timeline(3e-3, 2e-3, 1e-4, 2e-4, 5e-5, overlap=True, **parts)
+    plain = step_timeline(3e-3, 2e-3, 1e-4, 2e-4, 5e-5, overlap=False, **parts)
+    assert makespan(plain) - makespan(hidden) == pytest.approx(5 * (4e-4 + 2e-4))
+    # attention that is over before k and v have come waits for them
+    quick = step_timeline(3e-3, 1e-5, 1e-4, 2e-4, 5e-5, overlap=True, **parts)
+    assert makespan(quick) == pytest.approx(5 * (3e-3 + 2e-4 + 5e-5))
+    assert busy(quick) == pytest.approx(busy(step_timeline(3e-3, 1e-5, 1e-4, 2e-4, 5e-5, overlap=False, **parts)))
+
+
+@pytest.mark.parametrize(("lanes", "replicas"), [(1, 1), (2, 1), (3, 2), (4, 3), (4, 1), (3, 3)])
+@pytest.mark.parametrize("attention", [0.1, 1 / 3, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("network", [0.0, 0.3])
+def test_cycle_in_steady_state(lanes: int, replicas: int, attention: float, network: float) -> None:
+    """offload.md 1.7 for one layer: the slowest of the model replicas, of attention, and of a lane's own way."""
+    layers, model = 6, 1.0
+    send_q, send_kv, receive = network / 3, network / 3, network / 3
+
+    def until(steps: int) -> float:
+        return makespan(
+            step_timeline(model, attention, send_q, send_kv, receive, layers, lanes, False, replicas, steps=steps)
+        )
+
+    cycle = (until(60) - until(20)) / 40 / layers
+    assert cycle == pytest.approx(
+        max(lanes * model / replicas, lanes * attention, model + attention + network), rel=0.03
+    )
+
+
+def test_the_papers_schedule_leaves_nobody_idle() -> None:
+    """n lanes, n - 1 replicas, t_a = t_m / (n - 1), nothing for the network: all are busy but for the first rounds."""
+    lanes, layers = 4, 300
+    events = step_timeline(3e-3, 1e-3, 0, 0, 0, layers, lanes, True, replicas=lanes - 1)
+    for resource, seconds in busy(events).items():
+        if not resource.startswith("link"):
+            assert seconds / makespan(events) > 0.98
+    assert resources(events) == ("model 0", "model 1", "model 2", LINK_OUT, ATTENTION, LINK_BACK)
+
+
+def test_more_time_is_never_faster() -> None:
+    base = {"layers": 6, "lanes": 3, "overlap": True, "replicas": 2, "steps": 4}
+    times = [1e-3, 5e-4, 1e-4, 1e-4, 1e-4]
+    before = makespan(step_timeline(*times, **base))
+    for place in range(5):
+        slower = [value * (2 if at == place else 1) for at, value in enumerate(times)]
+        assert makespan(step_timeline(*slower, **base)) >= before
+
+
+def test_nothing_is_nothing() -> None:
+    assert makespan(()) == 0.0
+    assert busy(()) == {}
+    assert makespan(step_timeline(0, 0, 0, 0, 0, 3, 2, True)) == 0.0
+
+
+def test_chrome_trace() -> None:
+    events = step_timeline(1e-3, 4e-4, 1e-5, 2e-5, 1e-5, 3, 2, True, replicas=2, steps=2)
+    text = chrome_trace(events, 2)
+    trace = json.loads(text)
+    assert text == chrome_trace(events, 2)
+    names = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"}
+    assert tuple(names[row] for row in sorted(names)) == resources(events)
+    drawn = [e for e in trace["traceEvents"] if e["ph"] == "X"]
+    assert len(drawn) == len(events)
+    for entry, event in zip(drawn, events, strict=True):
+        assert names[entry["tid"]] == event.resource
+        assert entry["ts"] == pytest.approx(event.start * 1e6, abs=1e-3)
+        assert entry["dur"] == pytest.approx(event.seconds * 1e6, abs=2e-3)
+        assert entry["args"] == {"lane": event.lane, "layer": event.layer, "step": event.step}
+        assert entry["name"] == f"lane {event.lane}: {event.name}"
+    for row in names:
+        mine = sorted((e["ts"], e["ts"] + e["dur"]) for e in drawn if e["tid"] == row)
+        assert all(before[1] <= after[0] + 1e-6 for before, after in pairwise(mine))
+    assert {e["ph"] for e in trace["traceEvents"]} == {"M", "X"}
+    assert trace["otherData"]["makespan (us)"] == pytest.approx(makespan(events) * 1e6, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"send_q": -1e-9}, "send_q"),
+        ({"receive": math.nan}, "receive is nan"),
+        ({"attention_seconds_per_layer": math.inf}, "attention_seconds_per_layer is inf"),
+        ({"layers": 0}, "layers is 0"),
+        ({"lanes": -1}, "lanes is -1"),
+        ({"replicas": 0}, "replicas is 0"),
+        ({"steps": 10**9}, "steps is 1000000000"),
+        ({"layers": 1000, "lanes": 1000}, "1000000; allowed are 200000"),
+        ({"kv_seconds": 1.0}, "kv_seconds is 1.0"),
+    ],
+)
+def test_what_is_refused(change: dict[str, float], said: str) -> None:
+    given_: dict[str, float] = {
+        "model_seconds_per_layer": 1e-3,
+        "attention_seconds_per_layer": 1e-3,
+        "send_q": 0,
+        "send_kv": 0,
+        "receive": 0,
+        "layers": 2,
+        "lanes": 2,
+        "overlap": True,
+    }
+    with pytest.raises(InvalidRequest, match=said):
+        step_timeline(**(given_ | change))
+
+
+def test_a_trace_of_fewer_lanes_than_there_are() -> None:
+    with pytest.raises(InvalidRequest, match="lane 1; allowed are 0 to 0"):
+        chrome_trace(step_timeline(1e-3, 1e-3, 0, 0, 0, 2, 2, True), 1)
