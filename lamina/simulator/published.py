@@ -6,9 +6,10 @@ do not print, but that follow from theirs by arithmetic, say "derived".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from lamina.errors import InvalidRequest
 from lamina.simulator.cost_model import Load, attention_time, dense_time, minimum_bandwidth
 from lamina.simulator.hardware import ROOFLINE, Catalogue, Device, Efficiency
 from lamina.simulator.models import ModelShape, model
@@ -157,36 +158,61 @@ def step3_units(device: Device) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One model on one trace, both systems full: decode alone, as Lamina's evaluation has it."""
+    """One model on one trace, three systems full: decode alone, as Lamina's evaluation has it."""
 
     model: str
     trace: str
     left_out: int
-    """Requests whose KV fits into one of the two systems at most."""
+    """Requests of which not two fit into the smaller system."""
     lamina: RunResult
-    vllm: RunResult
+    bare: RunResult
+    """vLLM at the bare roofline."""
+    fitted: RunResult
+    """vLLM with the efficiency that was fitted."""
 
     @property
-    def gain(self) -> float:
-        return self.lamina.saturated_tokens_per_second / self.vllm.saturated_tokens_per_second
+    def bare_gain(self) -> float:
+        return self.lamina.saturated_tokens_per_second / self.bare.saturated_tokens_per_second
+
+    @property
+    def fitted_gain(self) -> float:
+        return self.lamina.saturated_tokens_per_second / self.fitted.saturated_tokens_per_second
 
     @property
     def batch_gain(self) -> float:
-        return self.lamina.saturated_batch / self.vllm.saturated_batch
+        return self.lamina.saturated_batch / self.bare.saturated_batch
 
 
-def cell(
-    name: str, trace: Trace, catalogue: Catalogue, baseline: Efficiency = ROOFLINE, progress: Progress | None = None
-) -> Cell:
-    """Run the requests of a trace, all there from the start, through both systems. Their steady states are compared."""
-    offloaded, colocated = equal_cost(name, catalogue, baseline)
-    most = min(offloaded.kv_tokens, colocated.kv_tokens) // 2
+def evaluation(traces: Iterable[Trace], catalogue: Catalogue, progress: Progress | None = None) -> Iterator[Cell]:
+    """Lamina's evaluation: each of its models on each trace, with the baseline that `fit_baseline` finds for them."""
+    traces = list(traces)
+    baseline = fit_baseline({trace.name: mean_context(trace) for trace in traces}, catalogue)
+    for name, *_ in EQUAL_COST:
+        for trace in traces:
+            yield cell(name, trace, catalogue, baseline, progress)
+
+
+def mean_context(trace: Trace) -> float:
+    """Tokens of KV of a sequence, over all decode steps of a trace."""
+    steps = sum(arrival.output for arrival in trace.arrivals)
+    return sum((arrival.prompt + arrival.output / 2) * arrival.output for arrival in trace.arrivals) / steps
+
+
+def cell(name: str, trace: Trace, catalogue: Catalogue, baseline: Efficiency, progress: Progress | None = None) -> Cell:
+    """Run the requests of a trace, all there from the start, through the systems. Their steady states are compared."""
+    offloaded, bare = equal_cost(name, catalogue)
+    most = min(offloaded.kv_tokens, bare.kv_tokens) // 2
     fitting = tuple(arrival for arrival in trace.arrivals if arrival.prompt + arrival.output <= most)
     full = all_at_once(Trace(trace.name, fitting))
     runs = [
         simulate(system, full, prefill=False, prefix_cache=False, progress=progress)
-        for system in (offloaded, colocated)
+        for system in (offloaded, bare, equal_cost(name, catalogue, baseline)[1])
     ]
+    for run in runs:
+        if not run.saturated_tokens:
+            raise InvalidRequest(
+                f"{len(fitting)} requests of {trace.name} do not fill {run.system}; allowed are traces of more requests"
+            )
     return Cell(name, trace.name, len(trace.arrivals) - len(fitting), *runs)
 
 
@@ -203,13 +229,17 @@ def fit_baseline(contexts: Mapping[str, float], catalogue: Catalogue) -> Efficie
     """The one share of the roofline that vLLM must have reached for the gains to lie, in their mean, in the middle of
     what Lamina printed. `contexts`: mean tokens of KV of a sequence, by trace. `COMPUTE_BOUND` is left out.
     """
-    cells = [(name, trace) for name, *_ in EQUAL_COST for trace in contexts if (name, trace) != COMPUTE_BOUND]
+    cells = [(name, trace) for name, *_ in EQUAL_COST for trace in contexts if not compute_bound(name, trace)]
 
     def mean(share: float) -> float:
         efficiency = uniform(share)
         return sum(closed_gain(name, catalogue, contexts[trace], efficiency) for name, trace in cells) / len(cells)
 
     return uniform(_solve(mean, sum(GAINS) / 2))
+
+
+def compute_bound(name: str, trace: str) -> bool:
+    return name == COMPUTE_BOUND[0] and trace.startswith(COMPUTE_BOUND[1])
 
 
 def uniform(share: float) -> Efficiency:

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Which way to serve yields how much, on one trace; and Lamina's own evaluation, beside what the paper printed.
+
+usage: scripts/simulate_throughput.py [--model M] [--trace T] [--system S,S] [--hardware FILE] [--seed N] [--json]
+                                      [--out DIR] ...
+       scripts/simulate_throughput.py --published [--trace-dir FOLDER] [--count N] [--json]
+
+The first is `lamina simulate`, with all its options (--help); without any, five systems serve 2,000 requests drawn like
+Azure's conversation trace. The second runs the three models of arXiv 2405.01814v2 on its traces, all requests there
+from the start and decode alone, as the paper did, through its Lamina and vLLM systems of equal cost. vLLM is run twice:
+at the bare roofline, and with the one efficiency, the same for all cells, that puts the mean gain into the middle of
+what the paper printed. --count takes so many requests of each trace (all: 15 minutes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lamina.cli import app
+from lamina.simulator.hardware import Efficiency, load
+from lamina.simulator.published import (
+    BATCH_GAIN,
+    GAINS,
+    Cell,
+    compute_bound,
+    evaluation,
+    fit_baseline,
+    mean_context,
+    overlap_rows,
+)
+from lamina.simulator.traces import FILES, trace
+from lamina.terminal import ProgressBars
+
+
+def record(cell: Cell) -> dict[str, object]:
+    lamina, bare, fitted = cell.lamina, cell.bare, cell.fitted
+    return {
+        "model": cell.model,
+        "trace": cell.trace,
+        "left_out": cell.left_out,
+        "batch": [lamina.saturated_batch, bare.saturated_batch],
+        "batch_gain": cell.batch_gain,
+        "tokens_per_second": [each.saturated_tokens_per_second for each in (lamina, bare, fitted)],
+        "bare_gain": cell.bare_gain,
+        "fitted_gain": cell.fitted_gain,
+        "tbt_p50": [each.tbt.p50 for each in (lamina, bare, fitted)],
+    }
+
+
+def show(cells: list[Cell], baseline: Efficiency) -> None:
+    print(f"vLLM's efficiency, fitted: {baseline.dense[0][1]:.3f} of the roofline in all it does; Lamina's: 1\n")
+    head = ("model", "trace", "left out", "batch", "vLLM's", "ratio", "tokens/s", "gain, bare", "gain, fitted")
+    print("{:12} {:34} {:>8} {:>8} {:>8} {:>6} {:>9} {:>10} {:>12}".format(*head))
+    for cell in cells:
+        note = "  bound by the FLOPs of two H100" if compute_bound(cell.model, cell.trace) else ""
+        print(
+            f"{cell.model:12} {cell.trace:34} {cell.left_out:8} {cell.lamina.saturated_batch:8.1f} "
+            f"{cell.bare.saturated_batch:8.1f} {cell.batch_gain:6.2f} {cell.lamina.saturated_tokens_per_second:9.0f} "
+            f"{cell.bare_gain:10.2f} {cell.fitted_gain:12.2f}{note}"
+        )
+    mean = sum(cell.batch_gain for cell in cells) / len(cells)
+    print(f"\nmean batch ratio {mean:.2f}, published {BATCH_GAIN}; both systems with 0.9 of their memory")
+    print(f"gains published: {GAINS[0]} to {GAINS[1]}, not by cell")
+    for row in overlap_rows(load()):
+        print(f"{row.what}: {row.ours:.1%}, published {row.published:.1%}")
+
+
+def main() -> None:
+    if "--published" not in sys.argv[1:]:
+        app(["simulate", *sys.argv[1:]], prog_name="scripts/simulate_throughput.py")
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", action="store_true")
+    parser.add_argument("--trace-dir", type=Path, default=None, help="where the traces' files are; else they are drawn")
+    parser.add_argument("--count", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    traces = [trace(name, args.count, args.seed, args.trace_dir) for name in FILES]
+    baseline = fit_baseline({each.name: mean_context(each) for each in traces}, load())
+    with ProgressBars() as progress:
+        cells = list(evaluation(traces, load(), progress))
+    if args.json:
+        print(
+            json.dumps({"vllm_efficiency": baseline.dense[0][1], "cells": [record(cell) for cell in cells]}, indent=1)
+        )
+    else:
+        show(cells, baseline)
+
+
+if __name__ == "__main__":
+    main()
