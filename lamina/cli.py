@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from lamina.cluster_cli import attention_worker, cluster_app, credentials
 from lamina.config import DEFAULT_MODEL
 from lamina.errors import InvalidRequest, LaminaError, ModelFileError, PolicyError, UnsupportedModelError
 from lamina.policy_cli import calibrate, policy_app
+from lamina.simulator_cli import calibrate_hardware, plan, simulate
 from lamina.terminal import (
     ProgressBars,
     close_stdout,
@@ -142,7 +144,7 @@ def generate(
         seed=seed, stop=stop or None, n=n, logprobs=logprobs, ignore_eos=ignore_eos,
     )  # fmt: skip
     load = engine.config()
-    with ProgressBars() as progress, _open(ctx, model, progress=progress, **load) as llm:
+    with ProgressBars() as progress, _open(ctx, model, engine.plan, progress=progress, **load) as llm:
         use_template = llm.has_chat_template if chat is None else chat
         if use_template:
             events = llm.stream_chat([[{"role": "user", "content": text}] for text in texts], params)
@@ -180,7 +182,7 @@ def chat(
     )  # fmt: skip
     load = engine.config()
     opening = [] if system is None else [{"role": "system", "content": decode_argument(system)}]
-    with ProgressBars() as progress, _open(ctx, model, progress=progress, **load) as llm:
+    with ProgressBars() as progress, _open(ctx, model, engine.plan, progress=progress, **load) as llm:
         progress.hide()
         history = list(opening)
         for line in _spoken_lines():
@@ -237,14 +239,21 @@ def _sampling(**options: Any) -> SamplingParams:
     return SamplingParams(**{name: value for name, value in options.items() if value is not None})
 
 
-def _open(ctx: typer.Context, model: str, **options: Any) -> LLM:
-    """The model, from `ctx.obj` where a caller of `app` put something else in `LLM`'s place."""
-    if ctx.obj is None:
+def _open(ctx: typer.Context, model: str, plan: Path | None, **options: Any) -> LLM:
+    """The model, from `ctx.obj` where a caller of `app` put something else in `LLM`'s place. A plan's model and engine
+    give way to what was written on the command line."""
+    make: Any = ctx.obj
+    if make is None:
         from lamina.llm import LLM
 
-        return LLM(model, **options)
-    make: Callable[..., LLM] = ctx.obj
-    return make(model, **options)
+        make = LLM
+    if plan is None:
+        opened: LLM = make(model, **options)
+        return opened
+    source = ctx.get_parameter_source("model")
+    chosen = None if source is None or source.name == "DEFAULT" else model
+    planned: LLM = make.from_plan(plan, model=chosen, **options)
+    return planned
 
 
 @models_app.command("ls")
@@ -322,3 +331,6 @@ def doctor(as_json: opt.JsonLines = False) -> None:
 app.command("attention-worker")(attention_worker)
 app.command()(credentials)
 app.command()(calibrate)
+app.command()(plan)
+app.command()(simulate)
+app.command("calibrate-hardware")(calibrate_hardware)

@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -80,10 +81,10 @@ IgnoreEos = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """The options of every command that loads a model: fields of `EngineConfig`."""
+    """The options of every command that loads a model: fields of `EngineConfig`, and a plan that has some of them."""
 
-    dtype: Annotated[str, _engine_option("float32, bfloat16 or auto.")] = "auto"
-    device: Annotated[str, _engine_option("cpu, cuda or auto.")] = "auto"
+    dtype: Annotated[str | None, _engine_option("float32, bfloat16 or auto.")] = None
+    device: Annotated[str | None, _engine_option("cpu, cuda or auto.")] = None
     threads: Threads = None
     kv_memory: KvMemory = None
     kv_dtype: Annotated[str | None, _engine_option("Of the KV cache: float32, bfloat16, float16, int8 or auto.")] = None
@@ -105,10 +106,14 @@ class EngineOptions:
     tls_dir: Annotated[str | None, _worker_option(help="Folder with the workers' ca.pem.")] = None
     token_file: Annotated[str | None, _worker_option(help="File with the workers' token.")] = None
     insecure: Annotated[bool | None, _worker_option("--insecure", help="Use other hosts without TLS or token.")] = None
+    plan: Annotated[
+        Path | None,
+        _engine_option("A file from `lamina plan`: its model and engine. Options given besides go before the plan's."),
+    ] = None
 
     def config(self) -> dict[str, Any]:
         """What was given, as keywords for `LLM`."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
         given["attention_workers"] = _workers(self.attention_workers or [])
         given["lanes"] = int(self.lanes) if self.lanes is not None and self.lanes.isdecimal() else self.lanes
         return {name: value for name, value in given.items() if value is not None}

@@ -57,6 +57,21 @@ class LLM:
         self._loaded: Runtime | ClusterRuntime | None = runtime
         self._stop = weakref.finalize(self, runtime.stop)  # once: by close(), by the collector, or when Python ends
 
+    @classmethod
+    def from_plan(
+        cls, path: str | Path, *, model: str | Path | None = None, progress: Progress | None = None, **overrides: Any
+    ) -> LLM:
+        """The engine that a plan file (`lamina plan --out`) describes: one replica of it. `model` and fields of
+        `EngineConfig` go before the plan's. Raises InvalidRequest where the file is wrong, or no engine does what it
+        plans; the rest as `LLM(...)` does."""
+        from lamina.simulator.plan_file import read
+
+        plan = read(path)
+        keywords = plan.keywords(**overrides)
+        for remark in plan.remarks():
+            logger.warning("%s: %s", path, remark)
+        return cls(plan.model if model is None else model, progress=progress, **keywords)
+
     @property
     def model_path(self) -> Path:
         """The folder with config.json, safetensors and tokenizer, which transformers loads too."""

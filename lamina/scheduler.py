@@ -68,11 +68,6 @@ class Scheduler:
         """How many sequences have KV."""
         return len(self._running)
 
-    @property
-    def waiting(self) -> int:
-        """How many unfinished sequences have none."""
-        return sum(map(len, self._requests.values())) - sum(s.finish_reason is None for s in self._running)
-
     def longest_possible(self) -> int:
         """The most tokens of one sequence that the context and the holders' memory can ever hold."""
         if not self._layouts.capacity:  # no holder, for now

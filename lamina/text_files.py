@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ else:
     import tomli as tomllib
 
 MAX_BYTES = 4 << 20
+_BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 
 
 def read_text(path: str | Path, limit: int = MAX_BYTES, error: type[LaminaError] = InvalidRequest) -> str:
@@ -76,6 +78,10 @@ def toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, Mapping):
-        pairs = ", ".join(f"{toml_value(str(name))} = {toml_value(each)}" for name, each in value.items())
+        pairs = ", ".join(f"{_key(str(name))} = {toml_value(each)}" for name, each in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"
     raise InvalidRequest(f"{value!r:.80} is no value here; allowed are texts, numbers, true, false, lists and tables")
+
+
+def _key(name: str) -> str:
+    return name if _BARE.fullmatch(name) else toml_value(name)

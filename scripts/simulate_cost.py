@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What a token costs: over contexts, for ways to serve a model; and the costs that papers printed, beside ours.
 
-usage: scripts/simulate_cost.py [--model M] [--trace T] [--system S,S] [--hardware FILE] [--roofline] [--seed N]
-                                [--json] [--out DIR]
+usage: scripts/simulate_cost.py [--model M] [--trace T] [--system S,S] [--hardware FILE] [--efficiency typical|roofline]
+                                [--seed N] [--json] [--out DIR]
 
 Each system is full of sequences of one length, in decode alone: as many as its KV has room for, or as many as still
 get a token within --tpot. With --trace the lengths are the trace's mean instead of 1K to 128K. Step-3's table 6 and
@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lamina.errors import InvalidRequest
 from lamina.simulator.comparison import Choice, build, with_efficiency
 from lamina.simulator.cost_model import Load
 from lamina.simulator.hardware import load
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--trace-dir", type=Path, default=None)
     parser.add_argument("--system", default=SYSTEMS)
     parser.add_argument("--hardware", type=Path, default=None)
-    parser.add_argument("--roofline", action="store_true", help="devices reach their best")
+    parser.add_argument("--efficiency", choices=("typical", "roofline"), default="typical")
     parser.add_argument("--tpot", type=float, default=0.1, help="seconds that a token may take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
@@ -89,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
 
     catalogue = load(args.hardware)
-    choice = Choice(model(args.model), catalogue if args.roofline else with_efficiency(catalogue))
+    choice = Choice(model(args.model), catalogue if args.efficiency == "roofline" else with_efficiency(catalogue))
     contexts = CONTEXTS if args.trace is None else [mean_context(trace(args.trace, None, args.seed, args.trace_dir))]
     systems = [build(name, choice) for name in args.system.split(",")]
     rows = [full(system, context, args.tpot) for system in systems for context in contexts]
@@ -109,4 +110,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InvalidRequest as error:
+        raise SystemExit(f"error: {error}") from error

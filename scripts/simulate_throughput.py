@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from lamina.cli import app
+from lamina.errors import InvalidRequest
 from lamina.simulator.hardware import Efficiency, load
 from lamina.simulator.published import (
     BATCH_GAIN,
@@ -92,4 +93,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InvalidRequest as error:
+        raise SystemExit(f"error: {error}") from error

@@ -42,7 +42,7 @@ def test_flags_reach_the_model() -> None:
         lamina(*command, *words)
         assert lamina.llm is not None
         assert lamina.llm.options == {
-            "dtype": "auto", "device": "auto", "attention_workers": 3, "shard": "heads+sequence", "lanes": 2,
+            "attention_workers": 3, "shard": "heads+sequence", "lanes": 2,
             "data_channel": "tcp", "local_channel": False, "tls_dir": "t", "token_file": "f", "insecure": True,
         }  # fmt: skip
         EngineConfig(**lamina.llm.options)
@@ -52,7 +52,7 @@ def test_what_is_not_given_is_left_to_the_engine() -> None:
     lamina = Lamina()
     lamina("generate", "x", "--cluster", "auto", "--lanes", "auto")
     assert lamina.llm is not None
-    assert lamina.llm.options == {"dtype": "auto", "device": "auto", "cluster": "auto", "lanes": "auto"}
+    assert lamina.llm.options == {"cluster": "auto", "lanes": "auto"}
 
 
 def test_addresses_may_be_repeated_or_have_commas_between_them() -> None:

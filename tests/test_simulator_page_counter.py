@@ -1,107 +1,106 @@
-"""A counter of pages answers as a real holder would, also over random operations."""
+"""A counter of pages answers as the real `KVStore` does, over random operations and rows."""
 
 from __future__ import annotations
 
 import random
 
-from lamina.simulator.page_counter import PageCounter
-from lamina_protocols.messages import Close, Fork, Open, Row
+import pytest
+
+from lamina.simulator.page_counter import Groups, PageCounter, Window
+from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Operation, Row
+from lamina_workers.kv_store import KVStore, PoolExhausted
 from lamina_workers.routes import HolderShare, Route
 
 SIZE = 4
 FAR = 1 << 20
+PLAIN: Groups = ((1, None),)
 
 
-def tell(counter: PageCounter, first: int, *operations: object, rows: tuple[tuple[int, int, int], ...] = ()) -> bool:
-    routes = tuple(
-        Route(at, (0,), Row(handle, start, count, None, True), (start, start + count))
-        for at, (handle, start, count) in enumerate(rows)
-    )
-    return counter.take(HolderShare(first, operations, routes))  # type: ignore[arg-type]
+class Told:
+    """A counter, and what it is told, numbered."""
+
+    def __init__(self, pages: int, groups: Groups = PLAIN) -> None:
+        self.counter, self.number = PageCounter(pages, SIZE, groups), 0
+
+    def __call__(self, *operations: Operation, rows: tuple[Row, ...] = ()) -> list[int] | None:
+        routes = tuple(Route(at, (0,), row, (row.start, row.start + row.count)) for at, row in enumerate(rows))
+        floors = self.counter.take(HolderShare(self.number, operations, routes))
+        self.number += len(operations)
+        return floors
+
+
+def row(handle: int, start: int, count: int) -> Row:
+    return Row(handle, start, count, None, True)
 
 
 def test_pages_are_taken_as_tokens_come_and_given_back() -> None:
-    counter = PageCounter(10, SIZE)
-    assert tell(counter, 0, Open(1, (0,), 0, FAR), rows=((1, 0, 9),))
-    assert counter.free == 7
+    tell = Told(10)
+    assert tell(Open(1, (0,), 0, FAR), rows=(row(1, 0, 9),)) == [0]
+    assert tell.counter.free == 7
     for position in range(9, 12):
-        assert tell(counter, 1, rows=((1, position, 1),))
-    assert counter.free == 7
-    assert tell(counter, 1, rows=((1, 12, 1),))
-    assert counter.free == 6
-    tell(counter, 1, Close(1))
-    assert (counter.free, counter.parts) == (10, 0)
+        tell(rows=(row(1, position, 1),))
+    assert tell.counter.free == 7
+    tell(rows=(row(1, 12, 1),))
+    assert tell.counter.free == 6
+    tell(Close(1))
+    assert tell.counter.free == 10
 
 
 def test_what_does_not_fit_is_refused_and_takes_nothing() -> None:
-    counter = PageCounter(3, SIZE)
-    assert not tell(counter, 0, Open(1, (0,), 0, FAR), rows=((1, 0, 13),))
-    assert counter.free == 3
-    assert tell(counter, 0, Open(1, (0,), 0, FAR), rows=((1, 0, 12),))  # the operation is not applied twice
-    assert (counter.free, counter.parts) == (0, 1)
+    tell = Told(3)
+    assert tell(Open(1, (0,), 0, FAR), rows=(row(1, 0, 13),)) is None
+    assert tell.counter.free == 3
+    tell.number = 0  # the same operation comes again, as after a refusal, and is not applied twice
+    assert tell(Open(1, (0,), 0, FAR), rows=(row(1, 0, 12),)) == [0]
+    assert tell.counter.free == 0
 
 
-def test_forks_share_pages_and_copy_the_one_they_write_into() -> None:
-    counter = PageCounter(10, SIZE)
-    tell(counter, 0, Open(1, (0,), 0, FAR), rows=((1, 0, 10),))
-    tell(counter, 1, Fork(2, 1, 10))
-    assert counter.free == 7
-    assert tell(counter, 2, rows=((2, 10, 1),))
-    assert counter.free == 6  # page 3 is the fork's own now
-    assert tell(counter, 2, rows=((1, 10, 1),))
-    assert counter.free == 6  # and the parent's is its own again
-    tell(counter, 2, Close(1))
-    assert counter.free == 7
-    tell(counter, 3, Close(2))
-    assert counter.free == 10
+def test_each_head_and_layer_takes_pages_of_its_own() -> None:
+    tell = Told(100, ((2, None), (1, Window(4))))
+    tell(Open(1, (0, 1, 2), 0, FAR), rows=(row(1, 0, 8),))
+    assert tell.counter.free == 100 - 2 * 3 * 3
+    assert tell(rows=(row(1, 8, 1),)) == [7]  # the windowed layer let its first page go
+    assert tell.counter.free == 100 - 2 * 3 * 3 - 2 * 3 - 3 + 3
 
 
-def test_a_parent_copies_too_where_it_writes_first() -> None:
-    counter = PageCounter(10, SIZE)
-    tell(counter, 0, Open(1, (0,), 0, FAR), rows=((1, 0, 6),))
-    tell(counter, 1, Fork(2, 1, 6))
-    assert tell(counter, 2, rows=((1, 6, 1),))
-    assert counter.free == 7
-    tell(counter, 2, Close(1), Close(2))
-    assert counter.free == 10
-
-
-def test_a_part_of_a_range_keeps_its_range_only() -> None:
-    counter = PageCounter(10, SIZE)
-    tell(counter, 0, Open(1, (0,), 8, 16), rows=((1, 0, 11),))
-    assert counter.free == 9
-    assert tell(counter, 1, rows=((1, 11, 30),))
-    assert counter.free == 8
-
-
-def test_pages_are_neither_lost_nor_given_twice() -> None:
-    chance = random.Random(3)
-    for _ in range(40):
-        counter, lengths, number, handle = PageCounter(60, SIZE), dict[int, int](), 0, 0
-        for _ in range(120):
-            handle += 1
-            choice = chance.random()
-            if choice < 0.25 or not lengths:
-                operation: object = Open(handle, (0,), 0, FAR)
-                lengths[handle] = 0
-            elif choice < 0.45:
-                parent = chance.choice(list(lengths))
-                length = chance.randint(0, lengths[parent])
-                operation, lengths[handle] = Fork(handle, parent, length), length
-            elif choice < 0.6:
-                operation = Close(chance.choice(list(lengths)))
-                del lengths[operation.handle]
-            else:
-                grown, count = chance.choice(list(lengths)), chance.randint(1, 9)
-                if tell(counter, number, rows=((grown, lengths[grown], count),)):
-                    lengths[grown] += count
-                continue
-            tell(counter, number, operation)
-            number += 1
-            used = {page for part in counter._parts.values() for page in part.pages}
-            assert len(used) + counter.free == 60
-            assert all(len(part.pages) == -(-lengths[at] // SIZE) for at, part in counter._parts.items())
-        for at in list(lengths):
-            tell(counter, number, Close(at))
-            number += 1
-        assert counter.free == 60
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("windows", [(None,), (None, 6), (9, None, 5)])
+def test_it_answers_as_the_real_store(seed: int, windows: tuple[int | None, ...]) -> None:
+    chance, heads = random.Random(seed), 3
+    layers = tuple(LayerSpec(at, heads, heads, 8, 8, 1.0, window) for at, window in enumerate(windows))
+    config = HolderConfig(layers, SIZE, "float32", 1 << 20)
+    pages = 40 * heads
+    store = KVStore(config, pages)
+    tell = Told(pages, tuple((1, None if window is None else Window(window)) for window in windows))
+    held: dict[int, tuple[int, int, int]] = {}  # length, floor, lo of each part
+    for handle in range(1, 151):
+        choice = chance.random()
+        operation: Operation | None = None
+        if choice < 0.2 or not held:
+            lo = chance.choice([0, 0, 0, SIZE])
+            mine = tuple(sorted(chance.sample(range(heads), chance.randint(1, heads))))
+            operation, held[handle] = Open(handle, mine, lo, FAR), (lo, 0, lo)
+        elif choice < 0.35:
+            parent = chance.choice(list(held))
+            length, floor, lo = held[parent]
+            cut = chance.randint(max(floor, lo), length)
+            operation, held[handle] = Fork(handle, parent, cut), (cut, floor, lo)
+        elif choice < 0.45:
+            gone = chance.choice(list(held))
+            operation = Close(gone)
+            del held[gone]
+        if operation is not None:
+            store.update((operation,), ())
+            tell(operation)
+        else:
+            grown = chance.sample(list(held), min(len(held), chance.randint(1, 3)))
+            rows = tuple(row(each, held[each][0], chance.choice([1, 1, 1, 2, 7])) for each in grown)
+            try:
+                floors = list(store.update((), rows).floors)
+            except PoolExhausted:
+                assert tell(rows=rows) is None
+                return  # the store has let nothing go, the counter may have: they may differ from here on
+            assert tell(rows=rows) == floors
+            for each, floor in zip(rows, floors, strict=True):
+                held[each.handle] = (each.start + each.count, floor, held[each.handle][2])
+        assert tell.counter.free == store.free_pages

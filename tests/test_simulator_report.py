@@ -104,7 +104,7 @@ class TestTable:
 
     def test_steady_state_is_shown_where_there_was_one(self) -> None:
         assert "when full" not in table(five())
-        full = table([run(0), run(3, saturated_seconds=100.0, saturated_tokens=650_000)])
+        full = table([run(0), run(3, saturated_seconds=3000.0, saturated_tokens=19_500_000)])
         assert "when full" in full
         assert "6,500" in full
 

@@ -40,7 +40,7 @@ traces = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 3000), st.integers(
 @settings(max_examples=60, deadline=None)
 @given(trace=traces, system=st.sampled_from(SYSTEMS), replicas=st.integers(1, 3))
 def test_every_request_and_every_token_comes_out(trace: Trace, system: Colocated, replicas: int) -> None:
-    result = simulate(system, trace, replicas=replicas)
+    result = simulate(system, trace, replicas=min(replicas, len(trace.arrivals)))
     assert result.requests == result.finished + result.rejected == len(trace.arrivals)
     assert result.rejected == 0
     assert result.output_tokens == sum(arrival.output for arrival in trace.arrivals)
@@ -135,12 +135,56 @@ def test_what_never_fits_is_rejected_and_counted() -> None:
     assert result.slo_share == 0.5
 
 
-def test_uneven_heads_are_dealt_to_real_holders() -> None:
-    trace = all_at_once(synthetic(published()["azure-conv"], 40, seed=0))
-    uneven = replace(OFFLOADED, attention_count=3)
-    result = simulate(uneven, trace)
-    assert result.finished == 40
-    assert uneven.holders == 3
+def test_equal_memory_holds_as_much_however_heads_divide() -> None:
+    trace = Trace("even", tuple(Arrival(0.0, 160, 160) for _ in range(300)))
+    batches = {}
+    for count in (2, 3, 4, 5, 7, 8):
+        cut = replace(OFFLOADED, attention_count=count, attention_device=replace(H20, memory=4e9 / count), lanes=1)
+        batches[count] = simulate(cut, trace, prefill=False).saturated_batch
+    assert replace(OFFLOADED, attention_count=3).holders == 3
+    for count, batch in batches.items():
+        assert batch == pytest.approx(batches[4], rel=0.1), count
+
+
+def test_windows_let_go_and_make_room() -> None:
+    trace = Trace("long", tuple(Arrival(0.0, 1600, 160) for _ in range(60)))
+    small = replace(COLOCATED, device=NARROW, policy=KvPolicy("all"))
+    full, windowed = (
+        simulate(replace(small, policy=policy), trace, prefill=False).saturated_batch
+        for policy in (KvPolicy("all"), KvPolicy("window", window=128))
+    )
+    assert windowed > 4 * full
+    mistral = Colocated(model=model("mistral-7b"), device=replace(H100, memory=18e9))
+    gemma = simulate(mistral, Trace("longer", tuple(Arrival(0.0, 12_000, 20) for _ in range(12))))
+    assert gemma.finished == 12
+    assert gemma.peak_batch * 12_000 > mistral.kv_tokens
+
+
+@pytest.mark.parametrize(
+    "system", [replace(COLOCATED, device=NARROW), replace(DISAGGREGATED, prefill=replace(COLOCATED, device=NARROW))]
+)
+@pytest.mark.parametrize("prompts", [(100, 500_000), (500_000,), (500_000, 100)])
+def test_rejected_requests_end_a_trace_like_others(system: Colocated, prompts: tuple[int, ...]) -> None:
+    trace = Trace("x", tuple(Arrival(100.0 * at, prompt, 5) for at, prompt in enumerate(prompts)))
+    result = simulate(system, trace)
+    assert result.finished + result.rejected == len(prompts)
+    assert result.finished == prompts.count(100)
+
+
+def test_a_chunk_of_one_token_is_no_decode() -> None:
+    tight = replace(COLOCATED, batch_tokens=2)
+    trace = all_at_once(poisson(rate=1.0, count=6, prompt=20, output=10, seed=0))
+    result = simulate(tight, trace)
+    assert result.saturated_tokens <= result.output_tokens
+    assert (
+        max(
+            sample.waiting
+            for sample in simulate(
+                tight, all_at_once(poisson(rate=1.0, count=200, prompt=20, output=2, seed=0))
+            ).samples
+        )
+        > 190
+    )
 
 
 def test_disaggregation_moves_each_prompts_kv_once() -> None:
@@ -150,7 +194,18 @@ def test_disaggregation_moves_each_prompts_kv_once() -> None:
     together = simulate(COLOCATED, trace)
     assert result.price == 2 * together.price
     assert result.tbt.p50 <= together.tbt.p50  # no prompt stands in the way of decode
-    assert simulate(DISAGGREGATED, trace, prefill=False).link_bytes == 0
+    alone = simulate(DISAGGREGATED, trace, prefill=False)
+    assert alone.link_bytes == alone.model_utilisation == 0  # the prefill tier has nothing to do
+    assert alone.attention_utilisation > 0
+
+
+def test_the_second_token_takes_a_step_wherever_it_is_made() -> None:
+    trace = Trace("two", (Arrival(0.0, 1000, 2),))
+    together, apart = simulate(COLOCATED, trace), simulate(DISAGGREGATED, trace)
+    sent = DISAGGREGATED.transfer_bytes(1000) / DISAGGREGATED.wire + DISAGGREGATED.link.round_trip
+    assert apart.seconds == pytest.approx(together.seconds + sent)
+    assert apart.ttft == together.ttft
+    assert apart.tbt.p50 == pytest.approx(together.tbt.p50 + sent)
 
 
 def test_slo_counts_those_who_met_it() -> None:
@@ -163,7 +218,7 @@ def test_slo_counts_those_who_met_it() -> None:
         Slo(tpot=-1)
 
 
-@pytest.mark.parametrize("replicas", [0, -1])
+@pytest.mark.parametrize("replicas", [0, -1, 2])
 def test_replicas_are_checked(replicas: int) -> None:
     with pytest.raises(InvalidRequest, match=f"replicas is {replicas}"):
         simulate(COLOCATED, Trace("one", (Arrival(0.0, 10, 10),)), replicas=replicas)

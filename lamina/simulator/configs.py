@@ -133,6 +133,7 @@ def _shape(raw: Mapping[str, Any], name: str) -> ModelShape:
         tied=keys.flag("tie_word_embeddings", False),
         max_context=keys.integer("max_position_embeddings", 1, 1 << 30),
         vectors=hidden,
+        element=1.0 if keys.table("quantization_config").get("quant_method") == "fp8" else 2.0,
     )
 
 
@@ -187,6 +188,7 @@ def _latent(keys: Keys, hidden: int) -> LayerGroup:
         query_elements=heads * (latent + rotary),
         output_elements=heads * latent,
         score_flops=2 * heads * (2 * latent + rotary),
+        prompt_score_flops=2 * heads * (plain + rotary + value),
         vectors=norms,
     )
 

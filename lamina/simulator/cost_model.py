@@ -7,6 +7,7 @@ attention reads every sequence's own KV, and (2 + 2/G) e d bytes a token and lay
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
@@ -29,10 +30,10 @@ class KvPolicy:
 
     def __post_init__(self) -> None:
         for name, share in (("read", self.read), ("held", self.held)):
-            if not 0 < share <= 1:
-                raise InvalidRequest(f"{name} of policy {self.name!r} is {share}; allowed is above 0 to 1")
-        if self.window is not None and self.window < 1:
-            raise InvalidRequest(f"window of policy {self.name!r} is {self.window}; allowed is 1 or more tokens")
+            if not isinstance(share, (int, float)) or not 1e-6 <= share <= 1:
+                raise InvalidRequest(f"{name} of policy {self.name!r} is {share!r:.80}; allowed is 1e-6 to 1")
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            raise InvalidRequest(f"window of policy {self.name!r} is {self.window!r:.80}; allowed is 1 or more tokens")
 
     def tokens_read(self, context: float) -> float:
         """Of so many, in decode."""
@@ -50,38 +51,64 @@ FULL = KvPolicy()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One batch: `decode` sequences of which each reads `context` tokens of KV in the mean, and `prefill_tokens` whose
-    queries meet `prefill_pairs` keys in all."""
+    """One batch: `decode` sequences, of which each reads `context` tokens of KV in the mean, and prefill rows of
+    `prefill_tokens` whose queries meet `prefill_pairs` keys in all, reading `prefill_keys` tokens of KV.
 
-    decode: int
+    `prefix_tokens` of the prefill's tokens meet `prefix_pairs` keys besides, of what is held where decode reads it.
+    """
+
+    decode: float
     context: float
-    prefill_tokens: int = 0
+    prefill_tokens: float = 0
     prefill_pairs: float = 0.0
+    prefill_keys: float = 0.0
+    prefix_tokens: float = 0.0
+    prefix_pairs: float = 0.0
+
+    def __post_init__(self) -> None:
+        # NaN compares false.
+        if not (0 <= self.decode < math.inf and 0 <= self.context < math.inf and 0 <= self.prefill_tokens < math.inf):
+            raise InvalidRequest(f"a batch is {self}; allowed are finite numbers, 0 or more")
+        if not self.prefill_tokens and (self.prefill_pairs or self.prefix_pairs):
+            raise InvalidRequest(f"a batch is {self}; allowed are pairs of a prefill that has tokens")
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         return self.decode + self.prefill_tokens
 
+    def divided(self, lanes: int) -> Load:
+        """The largest of `lanes` equal parts, whole sequences each."""
+        return Load(
+            -(-self.decode // lanes),
+            self.context,
+            self.prefill_tokens / lanes,
+            self.prefill_pairs / lanes,
+            self.prefill_keys / lanes,
+            self.prefix_tokens / lanes,
+            self.prefix_pairs / lanes,
+        )
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One batch's part on equal devices: seconds, and what of it the overheads and collectives are."""
 
-    seconds: float
-    overhead: float = 0.0
-
-
-def dense_time(model: ModelShape, device: Device, count: int, load: Load) -> Share:
-    """The dense layers of one batch on `count` devices by tensor parallelism."""
+def dense_time(model: ModelShape, device: Device, count: int, load: Load) -> float:
+    """Seconds of the dense layers of one batch on `count` devices by tensor parallelism, with what comes on top."""
     tokens, efficiency, element = load.tokens, device.efficiency, model.element
     if not tokens:
-        return Share(0.0)
+        return 0.0
     moved = model.weights_read(tokens) + 2 * element * tokens * model.hidden
-    best = max(moved / device.bandwidth, model.dense_flops(tokens, max(1, load.decode)) / rate(device, element)) / count
+    flops = model.dense_flops(tokens, max(1, load.decode))
+    best = max(moved / device.bandwidth, flops / rate(device, element)) / count
     overhead = efficiency.step_overhead + model.layers * efficiency.layer_overhead + tokens * efficiency.row_overhead
     if count > 1:
         overhead += 2 * model.layers * all_reduce_time(device, count, tokens * model.hidden * element)
-    return Share(best / at(efficiency.dense, tokens) + overhead, overhead)
+    return best / at(efficiency.dense, tokens) + overhead
+
+
+def kv_projection_time(model: ModelShape, device: Device, count: int, load: Load) -> float:
+    """The part of `dense_time` that the projections of k and v are: what is left to do when q can leave."""
+    parameters = sum(group.layers * group.kv_projections for group in model.groups)
+    moved, flops = parameters * model.element, 2 * parameters * load.tokens
+    best = max(moved / device.bandwidth, flops / rate(device, model.element)) / count
+    return best / at(device.efficiency.dense, max(1.0, load.tokens))
 
 
 def all_reduce_time(device: Device, count: int, nbytes: float) -> float:
@@ -95,17 +122,48 @@ def all_reduce_time(device: Device, count: int, nbytes: float) -> float:
 
 
 def attention_time(
-    model: ModelShape, device: Device, busiest: float, load: Load, policy: KvPolicy = FULL, kv_element: float = 2.0
-) -> Share:
-    """The attention of one batch's decode rows over their past, on the device that has the share `busiest` of it."""
-    if not load.decode:
-        return Share(0.0)
+    model: ModelShape,
+    device: Device,
+    load: Load,
+    policy: KvPolicy = FULL,
+    kv_element: float = 2.0,
+    *,
+    busiest: float = 1.0,
+    queries: float | None = None,
+) -> float:
+    """Seconds of the attention of one batch's decode rows over their past, on the device that has most to do: it reads
+    the share `busiest` of the KV, and computes the share `queries` of the query heads (None: the same).
+
+    Prefill's rows over a prefix that is held here are in it: they read it once, and compute each pair.
+    """
+    if not load.decode and not load.prefix_pairs:
+        return 0.0
     efficiency, read = device.efficiency, policy.tokens_read(load.context)
-    moved = load.decode * model.kv_bytes_read(read, kv_element) * busiest
-    flops = load.decode * model.attention_flops(read) * busiest
-    best = max(moved / device.bandwidth, flops / rate(device, kv_element))
+    queries = busiest if queries is None else queries
+    moved = load.decode * model.kv_bytes_read(read, kv_element)
+    flops = load.decode * model.attention_flops(read)
+    if load.prefix_tokens:
+        keys = load.prefix_pairs / load.prefix_tokens
+        moved += model.kv_bytes_read(keys, kv_element)
+        flops += load.prefix_tokens * model.attention_flops(keys)
+    best = max(moved * busiest / device.bandwidth, flops * queries / rate(device, kv_element))
     rows = load.decode * model.layers * efficiency.attention_row_overhead * busiest
-    return Share(best / at(efficiency.attention, max(1.0, moved / model.layers)) + rows, rows)
+    return best / at(efficiency.attention, max(1.0, moved * busiest / model.layers)) + rows
+
+
+def prefill_attention_time(model: ModelShape, device: Device, count: int, load: Load, kv_element: float = 2.0) -> float:
+    """Seconds of the attention of prefill rows over what is held beside the dense layers: FLOPs of their pairs, or
+    bytes of the keys where few tokens follow many. A layer's window is applied to the mean of keys that a token meets.
+    """
+    if not load.prefill_pairs:
+        return 0.0
+    keys = load.prefill_pairs / load.prefill_tokens
+    flops = load.prefill_tokens * model.prefill_flops(keys) / rate(device, model.element)
+    moved = model.kv_bytes_read(load.prefill_keys, kv_element) / device.bandwidth
+    return (
+        max(flops / at(device.efficiency.dense, load.prefill_tokens), moved / device.efficiency.attention[-1][1])
+        / count
+    )
 
 
 def busiest_share(model: ModelShape, count: int) -> float:
@@ -120,20 +178,12 @@ def kv_heads(model: ModelShape) -> int:
     return min(group.kv_heads for group in model.groups)
 
 
-def prefill_attention_time(model: ModelShape, device: Device, count: int, load: Load) -> float:
-    """Attention of prefill rows, which computes rather than reads."""
-    if not load.prefill_pairs:
-        return 0.0
-    flops = load.prefill_pairs * model.attention_flops(1.0)
-    return flops / rate(device, model.element) / count / at(device.efficiency.dense, max(1, load.prefill_tokens))
-
-
 def rate(device: Device, element: float) -> float:
     """FLOP/s for elements of so many bytes."""
     return device.flops_8bit if element <= 1 and device.flops_8bit else device.flops
 
 
-def minimum_bandwidth(model: ModelShape, batch: int, model_seconds: float, attention_seconds: float) -> float:
+def minimum_bandwidth(model: ModelShape, batch: float, model_seconds: float, attention_seconds: float) -> float:
     """Bytes a second between model and attention workers below which the network slows decode by more than ALPHA:
     (2 + 2/G) e d B L / (alpha (MTIME(B) + ATIME(B, l))), Lamina's equation in section 4.1."""
     return model.exchange_bytes(model.element) * batch / (ALPHA * (model_seconds + attention_seconds))
@@ -141,27 +191,49 @@ def minimum_bandwidth(model: ModelShape, batch: int, model_seconds: float, atten
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What one batch sends to the attention workers and gets back, over all layers: seconds, and those in which the
-    link is busy in its busier direction."""
+    """What one batch sends to the attention workers and gets back, over all layers. Times are seconds."""
 
-    seconds: float
-    hidden: float
-    """Seconds of k and v's sending and of their projection, during which attention can already run."""
-    busy: float
+    queries: float
+    """Of the queries' bytes."""
+    keys: float
+    """Of k's and v's, of decode rows."""
+    outputs: float
+    """Of the partial outputs'."""
+    stored: float
+    """Of the KV of prefill rows, which nobody waits for."""
+    waiting: float
+    """Round trips, and what each worker and row takes beside its bytes."""
     nbytes: float
 
+    @property
+    def seconds(self) -> float:
+        """That a batch waits for, with nothing else under way."""
+        return self.waiting + self.queries + self.keys + self.outputs
 
-def exchange_time(model: ModelShape, link: Link, links: int, load: Load, dense_seconds: float) -> Exchange:
-    """Queries, keys and values out, partial outputs back, layer by layer, over `links` links at a time.
-    `dense_seconds`: of the dense layers of the same batch, which have the projections of k and v in them."""
-    element, wire = model.element, link.bandwidth * links
-    total = model.exchange_bytes(element) * load.decode
-    late = model.kv_exchange_bytes(element) * load.decode
-    back = sum(group.layers * group.output_elements for group in model.groups) * element * load.decode
-    stored = model.kv_exchange_bytes(element) * load.prefill_tokens
+    @property
+    def busy(self) -> float:
+        """Of the link, in its busier direction."""
+        return max(self.queries + self.keys + self.stored, self.outputs)
+
+
+def exchange_time(
+    model: ModelShape, link: Link, wire: float, load: Load, *, copies: int = 1, workers: int = 1
+) -> Exchange:
+    """Queries, keys and values out, partial outputs back, layer by layer, over `wire` bytes a second in all.
+
+    `copies`: how many workers each query goes to, and a partial output of its width comes back from: 1 where they share
+    heads, all where they share ranges. `workers`: those that one machine is shared by.
+    """
+    element, rows = model.element, load.decode + load.prefix_tokens
+    asked = rows * copies * sum(group.layers * group.query_elements for group in model.groups) * element
+    answered = rows * copies * sum(group.layers * group.output_elements for group in model.groups) * element
+    kept, stored = (model.kv_exchange_bytes(element) * count for count in (load.decode, load.prefill_tokens))
+    a_layer = link.round_trip + (workers - 1) * link.worker_time + rows * workers * link.row_time
     return Exchange(
-        seconds=(model.layers * link.round_trip if load.decode else 0.0) + total / wire,
-        hidden=dense_seconds * model.kv_projection_share + late / wire,
-        busy=max(total - back + stored, back) / wire,
-        nbytes=total + stored,
+        queries=asked / wire,
+        keys=kept / wire,
+        outputs=answered / wire,
+        stored=stored / wire,
+        waiting=model.layers * a_layer if rows else 0.0,
+        nbytes=asked + answered + kept + stored,
     )

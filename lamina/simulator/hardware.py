@@ -57,6 +57,8 @@ _LIMITS = {
     "interconnect": (0.0, 1e16),
     "network": (0.0, 1e16),
     "round_trip": _TIME,
+    "worker_time": _TIME,
+    "row_time": _TIME,
     "collective": _SHARE,
     "collective_latency": _TIME,
     "layer_overhead": _TIME,
@@ -198,6 +200,10 @@ class Link:
     name: str
     bandwidth: float
     round_trip: float
+    worker_time: float = 0.0
+    """Seconds a layer that each attention worker beyond the first adds, where they share one machine."""
+    row_time: float = 0.0
+    """Seconds a sequence, layer and worker, beside its bytes: encoding, waking, merging."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

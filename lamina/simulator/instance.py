@@ -3,26 +3,26 @@ counted, and the clock moves by what the cost model says of each batch."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
-from lamina.errors import InvalidRequest
+from lamina.errors import EngineError, InvalidRequest
 from lamina.placement import Holder, Placement
 from lamina.request import PageGroup, Plan, Request, SchedulerConfig, Sequence
 from lamina.scheduler import Scheduler
 from lamina.shares import Pages
 from lamina.simulator.cost_model import Load, kv_heads
-from lamina.simulator.page_counter import PageCounter
+from lamina.simulator.page_counter import Groups, PageCounter, Window
 from lamina.simulator.results import Sampled
 from lamina.simulator.statistics import Gaps, Samples
-from lamina.simulator.systems import StepCost, System
+from lamina.simulator.systems import PAGE_SIZE, StepCost, System
 from lamina.simulator.traces import Arrival, Trace, tokens
 
-PAGE_SIZE = 16
-"""Tokens a page, vLLM's default."""
-BACKLOG = 64
-"""Requests that the scheduler is given ahead of those it has admitted; the others wait in the trace, in order."""
+BACKLOG, BACKLOG_TOKENS = 64, 1 << 22
+"""Requests, and tokens of their prompts, that the scheduler is given ahead of those it has admitted; the others wait in
+the trace, in order."""
 UNLIMITED = 1 << 40
 """Tokens a batch, where prefill takes no time."""
 
@@ -35,7 +35,6 @@ class Life:
     first: float = 0.0
     last: float = 0.0
     tokens: int = 0
-    preempted: bool = False
 
 
 @dataclass(slots=True)
@@ -44,7 +43,6 @@ class Totals:
 
     steps: int = 0
     busy: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_rows: float = 0.0
     peak: int = 0
@@ -69,7 +67,11 @@ class Totals:
 
 
 class Instance:
-    """One instance of a system on its part of the trace."""
+    """One instance of a system on its part of the trace.
+
+    Without `prefill` a prompt takes no time up to its first token. Such a request may have `begun` elsewhere: then that
+    token is not counted again.
+    """
 
     def __init__(
         self,
@@ -80,24 +82,32 @@ class Instance:
         totals: Totals,
         gaps: Gaps,
         samples: Samples,
+        begun: Mapping[int, Life] | None = None,
     ) -> None:
         self._system, self._trace, self._prefill = system, trace, prefill
         self._totals, self._gaps, self._samples = totals, gaps, samples
+        self._begun = begun or {}  # by the number of its arrival
+        self._times = [arrival.at for arrival in trace.arrivals]
+        self._fed = 0  # arrivals that the scheduler was given
+        self._ahead = 0  # tokens of their prompts, of those that have no token yet
         self._named = prefix_cache and any(arrival.blocks for arrival in trace.arrivals)
         longest = max(arrival.prompt + arrival.output for arrival in trace.arrivals)
+        self._blank = (0,) * 0 if self._named else (0,) * max(arrival.prompt for arrival in trace.arrivals)
         holders = system.holders
         heads = kv_heads(system.model) if holders > 1 else 1  # equal holders are one that stands for all
-        pages = system.kv_tokens * heads // (holders * PAGE_SIZE)
-        self._counters = {number: PageCounter(pages, PAGE_SIZE) for number in range(holders)}
+        groups = page_groups(system)
+        layers = sum(count for count, _ in groups)
+        pages = system.kv_tokens // PAGE_SIZE * heads * layers // holders
+        self._counters = {number: PageCounter(pages, PAGE_SIZE, groups) for number in range(holders)}
         self._pages = pages * holders
         self._placement = Placement(
             {number: Holder(pages) for number in range(holders)},
-            heads=heads, page_size=PAGE_SIZE, max_model_len=longest, layers=1,
+            heads=heads, page_size=PAGE_SIZE, max_model_len=longest, layers=layers,
         )  # fmt: skip
         config = SchedulerConfig(
             max_batch_tokens=system.max_batch_tokens if prefill else UNLIMITED,
             max_sequences=system.max_sequences, max_model_len=longest, page_size=PAGE_SIZE,
-            page_groups=(PageGroup(1),), prefix_cache=self._named,
+            page_groups=tuple(PageGroup(*group) for group in groups), prefix_cache=self._named,
         )  # fmt: skip
         self._scheduler = Scheduler(config, self._placement)
         self._lives: dict[Sequence, Life] = {}
@@ -106,14 +116,16 @@ class Instance:
 
     def run(self, report: Callable[[int], None]) -> list[Life]:
         """Serve the trace to its end. Returns the requests that were served."""
-        coming, scheduler = deque(enumerate(self._trace.arrivals)), self._scheduler
-        while coming or scheduler.has_work:
-            self._feed(coming)
+        arrivals, scheduler = self._trace.arrivals, self._scheduler
+        while True:
+            self._feed()
+            if self._fed == len(arrivals) and not scheduler.has_work:
+                break
             plan = scheduler.plan()
             if plan is None:
-                if not coming:
-                    raise InvalidRequest(f"system {self._system.name!r} cannot go on: it has {self._pages} pages")
-                self._now = max(self._now, coming[0][1].at)
+                if self._fed == len(arrivals):
+                    raise EngineError(f"system {self._system.name!r} cannot go on, with {self._pages} pages")
+                self._now = max(self._now, arrivals[self._fed].at)
                 continue
             if self._accept(plan) and plan.rows:
                 before = self._now
@@ -123,55 +135,82 @@ class Instance:
                     report(len(self._ended))
         self._totals.reused += scheduler.counters.reused_tokens
         self._totals.preemptions += scheduler.counters.preempted
-        self._totals.seconds += self._now - self._trace.arrivals[0].at
         return self._ended
 
-    def _feed(self, coming: deque[tuple[int, Arrival]]) -> None:
-        while coming and coming[0][1].at <= self._now and len(self._lives) - self._scheduler.running < BACKLOG:
-            number, arrival = coming.popleft()
-            prompt = tokens(arrival, number) if self._named else (0,) * arrival.prompt
+    def _feed(self) -> None:
+        """Give the scheduler those who have arrived, as far ahead as it looks."""
+        arrivals, scheduler = self._trace.arrivals, self._scheduler
+        while self._fed < len(arrivals) and arrivals[self._fed].at <= self._now:
+            number, arrival = self._fed, arrivals[self._fed]
+            many = self._ahead and self._ahead + arrival.prompt > BACKLOG_TOKENS
+            if many or len(self._lives) - scheduler.running >= BACKLOG:
+                return
+            self._fed += 1
+            prompt = tokens(arrival, number) if self._named else self._blank[: arrival.prompt]
             try:
-                (sequence,) = self._scheduler.add(Request(str(number), prompt, arrival.output))
+                (sequence,) = scheduler.add(Request(str(number), prompt, arrival.output))
             except InvalidRequest:  # it fits nowhere, as a server would say
                 self._totals.rejected += 1
                 continue
-            self._lives[sequence] = Life(arrival)
+            self._lives[sequence] = self._begun.get(number) or Life(arrival)
+            self._ahead += arrival.prompt
             self._totals.prompt_tokens += arrival.prompt
 
     def _accept(self, plan: Plan) -> bool:
         """Tell the holders, and the scheduler what they said."""
         shares = self._placement.place(plan)
         taken = {number: self._counters[number].take(share) for number, share in shares.items()}
+        floors = [0] * len(plan.rows)
         for number, share in shares.items():
-            if taken[number]:
-                self._placement.holders[number].accepted(share)
+            told = taken[number]
+            if told is None:
+                continue
+            self._placement.holders[number].accepted(share)
+            if any(told):
+                for route, floor in zip(share.routes, told, strict=True):
+                    floors[route.source] = max(floors[route.source], floor)
         free = Pages({number: self._counters[number].free for number in shares})
-        if all(taken.values()):
-            self._scheduler.accepted(plan, free, [0] * len(plan.rows))
+        if None not in taken.values():
+            self._scheduler.accepted(plan, free, floors)
             return True
-        self._scheduler.refused(plan, free)
+        for hopeless in self._scheduler.refused(plan, free):
+            del self._lives[hopeless]
+            self._ahead -= len(hopeless.request.prompt)
+            self._totals.rejected += 1
         return False
 
     def _advance(self, plan: Plan) -> None:
         """Let the batch's time pass."""
-        decode = context = prefill = 0
-        pairs = 0.0
+        decode = context = tokens = prefix_tokens = 0
+        pairs = keys = prefix_pairs = 0.0
+        room = self._system.prompt_tokens
         for row in plan.rows:
-            if row.count == 1 and row.start:
+            start, count, sequence = row.start, row.count, row.sequence
+            prompt = len(sequence.request.prompt)
+            if count == 1 and start >= prompt:
                 decode += 1
-                context += row.start
-            elif self._prefill:
-                prefill += row.count
-                pairs += row.count * (row.start + (row.count + 1) / 2)
+                context += start
+                continue
+            if not self._prefill and not sequence.preemptions:
+                continue  # computed elsewhere
+            # Past a hit, and where a prompt is too long for the room beside the dense layers, decode's holders read.
+            elsewhere = sequence.reused if prompt <= room else start
+            tokens += count
+            pairs += count * (start - elsewhere + (count + 1) / 2)
+            keys += start - elsewhere + count
+            if elsewhere:
+                prefix_tokens += count
+                prefix_pairs += count * elsewhere
         cost = StepCost(0.0)
-        if decode or prefill:
-            cost = self._system.step(Load(decode, context / decode if decode else 0.0, prefill, pairs))
-        self._count(cost, decode, prefill)
+        if decode or tokens:
+            mean = context / decode if decode else 0.0
+            cost = self._system.step(Load(decode, mean, tokens, pairs, keys, prefix_tokens, prefix_pairs))
+        self._count(cost, decode, tokens)
         self._now += cost.seconds
 
     def _count(self, cost: StepCost, decode: int, prefill: int) -> None:
         totals, seconds, running = self._totals, cost.seconds, self._scheduler.running
-        waiting = len(self._lives) - running
+        waiting = len(self._lives) - running + bisect_right(self._times, self._now) - self._fed
         totals.steps += 1
         for tier, busy in enumerate((cost.model, cost.attention, cost.network)):
             totals.busy[tier] += busy
@@ -199,16 +238,31 @@ class Instance:
         usual = 0
         for sequence, _, reason in self._scheduler.record(plan, sampled):
             life = lives[sequence]
-            if not life.tokens:
-                life.first = now
-            elif life.last == before:
-                usual += 1
+            if len(sequence.tokens) == len(sequence.request.prompt) + 1:
+                self._ahead -= len(sequence.request.prompt)
+                if not life.tokens:  # else it has this one from elsewhere
+                    life.first = life.last = now
+                    life.tokens = 1
             else:
-                gaps.add(now - life.last, 1)
-            life.tokens += 1
-            life.last = now
+                if life.last == before:
+                    usual += 1
+                else:
+                    gaps.add(now - life.last, 1)
+                life.tokens += 1
+                life.last = now
             if reason is not None:
                 del lives[sequence]
                 self._ended.append(life)
         if usual:
             gaps.add(now - before, usual)
+
+
+def page_groups(system: System) -> Groups:
+    """What the model's layers keep under the policy's window."""
+    layers: Counter[int | None] = Counter()
+    for group in system.model.groups:
+        windows = [window for window in (group.window, system.policy.window) if window is not None]
+        layers[min(windows, default=None)] += group.layers
+    if set(layers) == {None}:
+        return ((1, None),)  # all alike: one layer stands for all
+    return tuple((count, None if window is None else Window(window)) for window, count in layers.items())

@@ -76,7 +76,8 @@ _QWEN2, _QWEN3 = {"model_type": "qwen2"}, {"model_type": "qwen3"}
 _QWEN3_MOE = {"model_type": "qwen3_moe", "head_dim": 128}
 _GEMMA2 = {"model_type": "gemma2"}
 _V2_LITE = _deepseek(None, 2, 1) | _experts(64, 6, 1408)
-_V2, _V3 = _deepseek(1536, 2, 1) | _experts(160, 6, 1536), _deepseek(1536, 1, 3) | _experts(256, 8, 2048)
+_FP8 = {"quantization_config": {"quant_method": "fp8"}}
+_V2, _V3 = _deepseek(1536, 2, 1) | _experts(160, 6, 1536), _deepseek(1536, 1, 3) | _experts(256, 8, 2048) | _FP8
 
 PRESETS: Mapping[str, ModelShape] = {
     shape.name: shape

@@ -1,95 +1,175 @@
-"""A holder of KV that keeps count instead of KV: what an attention worker would have free, fork, copy and refuse.
+"""A holder of KV that keeps count instead of KV: what an attention worker would fork, copy, let go, refuse, have free.
 
-It is told what real ones are told, operations and rows, and owns pages by number and reference count as `KVStore` does,
-for one layer and head that stand for all.
+It is told what real ones are told, operations and rows, and answers for its pages as `KVStore` does: a page is of one
+layer and one KV head, and shared by reference count. Heads that a part has, and layers that keep alike, go together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lamina.errors import EngineError
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
 from lamina_workers.routes import HolderShare
 
 
-class PageCounter:
-    """`free` of `pages` pages of `page_size` tokens are left. Unlike a worker it keeps the operations of a batch that
-    it refuses; they are numbered, and not applied again."""
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What is kept where layers, or a policy, see the last `tokens` alone: a `request.Retention`."""
 
-    def __init__(self, pages: int, page_size: int) -> None:
+    tokens: int
+
+    @property
+    def sinks(self) -> int:
+        return 0
+
+    def seen_from(self, start: int) -> int:
+        return max(0, start - self.tokens + 1)
+
+    def returns_to(self, position: int) -> int:
+        """The lowest start whose queries see nothing below `position`."""
+        return position + self.tokens - 1
+
+
+Groups = Sequence[tuple[int, Window | None]]
+"""How many layers keep what: None everything."""
+
+
+class PageCounter:
+    """`free` of `pages` pages of `page_size` tokens are left, in layers of these groups. Unlike a worker it keeps the
+    operations of a batch that it refuses; they are numbered, and not applied again."""
+
+    def __init__(self, pages: int, page_size: int, groups: Groups) -> None:
+        self.free = pages
         self._size = page_size
-        self._free = list(range(pages))
-        self._uses = [0] * pages
+        self._groups = groups
+        self._lets_go = any(window is not None for _, window in groups)
+        self._uses: list[int] = []  # by number, of sets of pages that go together
+        self._spare: list[int] = []  # numbers to use again
         self._applied = 0
         self._parts: dict[int, _Part] = {}
 
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    @property
-    def parts(self) -> int:
-        """How many parts are open."""
-        return len(self._parts)
-
-    def take(self, share: HolderShare) -> bool:
-        """Apply the operations, and reserve for the rows: all of them, or none (False)."""
+    def take(self, share: HolderShare) -> list[int] | None:
+        """Apply the operations, and reserve for the rows: all of them, then the floor of each row's part, or none."""
         for operation in share.operations[max(0, self._applied - share.first) :]:
             self._apply(operation)
         self._applied = max(self._applied, share.first + len(share.operations))
-        size = self._size
+        size, parts = self._size, self._parts
         growing = []
         for route in share.routes:
             row = route.row
-            if row.store and (row.start % size == 0 or row.count > 1 or self._parts[row.handle].shared):
-                growing.append(row)
-        wanted = [(self._parts[row.handle], *self._want(row)) for row in growing]
-        if sum(more + copied for _, more, copied in wanted) > len(self._free):
-            return False
-        for part, more, copied in wanted:
-            if copied:
-                self._release(part.pages.pop())
-            part.shared = False
-            for _ in range(more + copied):
-                page = self._free.pop()
-                self._uses[page] = 1
-                part.pages.append(page)
-        return True
+            if row.store and (self._lets_go or row.start % size == 0 or row.count > 1 or parts[row.handle].shared):
+                growing.append((parts[row.handle], row))
+        for part, row in growing:
+            self._let_go(part, row.start)
+        if sum(self._wanted(part, row) for part, row in growing) > self.free:
+            return None
+        for part, row in growing:
+            self._grow(part, row)
+        if not self._lets_go:
+            return [0] * len(share.routes)
+        return [self._floor(parts[route.row.handle]) for route in share.routes]
 
-    def _want(self, row: Row) -> tuple[int, int]:
-        """New pages that the row needs, and 1 if it writes into a page that others have too."""
-        part = self._parts[row.handle]
-        end = max(0, min(row.start + row.count, part.hi) - part.lo)
-        begun = max(0, row.start - part.lo) % self._size > 0
-        copied = part.shared and begun and self._uses[part.pages[-1]] > 1
-        return -(-end // self._size) - len(part.pages), int(copied)
+    def _let_go(self, part: _Part, start: int) -> None:
+        """Free what no query at `start` or later sees."""
+        for run, (_, window) in zip(part.runs, self._groups, strict=True):
+            if window is None:
+                continue
+            first = (window.seen_from(start) - part.lo) // self._size
+            gone = min(first - run.first, len(run.pages))
+            if gone > 0:
+                for page in run.pages[:gone]:
+                    self._release(page, run.cells)
+                del run.pages[:gone]
+                run.first += gone
+
+    def _floor(self, part: _Part) -> int:
+        """How far back it can be cut: there all that a query sees must still be held."""
+        lowest = 0
+        for run, (_, window) in zip(part.runs, self._groups, strict=True):
+            if run.first and window is not None:
+                lowest = max(lowest, window.returns_to(part.lo + run.first * self._size))
+        return lowest
+
+    def _wanted(self, part: _Part, row: Row) -> int:
+        """Pages that the row needs: new ones, and copies of shared ones that it writes into."""
+        end = self._end(part, row)
+        wanted = 0
+        for run in part.runs:
+            wanted += run.cells * (max(0, end - run.first - len(run.pages)) + self._copies(part, run, row))
+        return wanted
+
+    def _grow(self, part: _Part, row: Row) -> None:
+        end = self._end(part, row)
+        for run in part.runs:
+            if self._copies(part, run, row):
+                self._release(run.pages.pop(), run.cells)
+            while run.first + len(run.pages) < end:
+                run.pages.append(self._new(run.cells))
+        part.shared = False
+
+    def _end(self, part: _Part, row: Row) -> int:
+        """Pages that the part has after the row, counted from its first position."""
+        return -(-max(0, min(row.start + row.count, part.hi) - part.lo) // self._size)
+
+    def _copies(self, part: _Part, run: _Run, row: Row) -> bool:
+        """Whether the row writes into a page that others have too."""
+        begun = part.shared and max(0, row.start - part.lo) % self._size > 0
+        return begun and bool(run.pages) and self._uses[run.pages[-1]] > 1
 
     def _apply(self, operation: Operation) -> None:
         match operation:
-            case Open(handle, _, lo, hi):
-                self._parts[handle] = _Part([], lo, hi)
+            case Open(handle, heads, lo, hi):
+                self._parts[handle] = _Part(lo, hi, [_Run(layers * len(heads), 0, []) for layers, _ in self._groups])
             case Fork(handle, parent, length):
                 source = self._parts[parent]
-                end = max(0, min(length, source.hi) - source.lo)
-                pages = source.pages[: -(-end // self._size)]
-                for page in pages:
-                    self._uses[page] += 1
-                source.shared = source.shared or len(pages) == len(source.pages)
-                self._parts[handle] = _Part(pages, source.lo, source.hi, shared=end % self._size > 0)
+                inside = max(0, min(length, source.hi) - source.lo)
+                end = -(-inside // self._size)
+                runs = [
+                    _Run(run.cells, min(run.first, end), run.pages[: max(0, end - run.first)]) for run in source.runs
+                ]
+                for run, whole in zip(runs, source.runs, strict=True):
+                    for page in run.pages:
+                        self._uses[page] += 1
+                    source.shared = source.shared or len(run.pages) == len(whole.pages)
+                self._parts[handle] = _Part(source.lo, source.hi, runs, inside % self._size > 0)
             case Close(handle):
-                for page in self._parts.pop(handle).pages:
-                    self._release(page)
+                for run in self._parts.pop(handle).runs:
+                    for page in run.pages:
+                        self._release(page, run.cells)
             case _:
                 raise EngineError(f"{operation} is none that the simulator makes")
 
-    def _release(self, page: int) -> None:
+    def _new(self, cells: int) -> int:
+        self.free -= cells
+        if self._spare:
+            page = self._spare.pop()
+            self._uses[page] = 1
+            return page
+        self._uses.append(1)
+        return len(self._uses) - 1
+
+    def _release(self, page: int, cells: int) -> None:
         self._uses[page] -= 1
         if not self._uses[page]:
-            self._free.append(page)
+            self._spare.append(page)
+            self.free += cells
+
+
+class _Run:
+    """The pages of a part in layers that keep alike: `cells` at a time, one for each layer and head, from the part's
+    page `first` on."""
+
+    __slots__ = ("cells", "first", "pages")
+
+    def __init__(self, cells: int, first: int, pages: list[int]) -> None:
+        self.cells, self.first, self.pages = cells, first, pages
 
 
 class _Part:
-    __slots__ = ("hi", "lo", "pages", "shared")
+    __slots__ = ("hi", "lo", "runs", "shared")
 
-    def __init__(self, pages: list[int], lo: int, hi: int, shared: bool = False) -> None:
-        self.pages, self.lo, self.hi = pages, lo, hi
+    def __init__(self, lo: int, hi: int, runs: list[_Run], shared: bool = False) -> None:
+        self.lo, self.hi, self.runs = lo, hi, runs
         self.shared = shared  # its last page may be another's too

@@ -100,8 +100,8 @@ def required_bandwidth(
 ) -> float:
     """Lamina's minimum bandwidth, bytes a second between all model and all attention devices, at the bare roofline."""
     load = Load(batch, context)
-    dense = dense_time(shape, replace(model_device, efficiency=ROOFLINE), 1, load).seconds / a  # without all-reduces
-    attention = attention_time(shape, replace(attention_device, efficiency=ROOFLINE), 1 / b, load).seconds
+    dense = dense_time(shape, replace(model_device, efficiency=ROOFLINE), 1, load) / a  # without all-reduces
+    attention = attention_time(shape, replace(attention_device, efficiency=ROOFLINE), load, busiest=1 / b)
     return minimum_bandwidth(shape, batch, dense, attention)
 
 
@@ -221,7 +221,7 @@ def closed_gain(name: str, catalogue: Catalogue, context: float, baseline: Effic
     rates = []
     for system in equal_cost(name, catalogue, baseline):
         batch = max(1.0, system.kv_tokens / context)
-        rates.append(batch / system.step(Load(int(batch), context)).seconds)
+        rates.append(batch / system.step(Load(batch, context)).seconds)
     return rates[0] / rates[1]
 
 
@@ -248,6 +248,8 @@ def uniform(share: float) -> Efficiency:
 
 def _solve(falling: Callable[[float], float], target: float) -> float:
     low, high = 0.05, 1.0
+    if not falling(high) <= target <= falling(low):
+        raise InvalidRequest(f"no efficiency from {low} to {high} gives a mean gain of {target:.2f}")
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if falling(middle) > target else (low, middle)

@@ -52,7 +52,7 @@ class Column:
 
 COLUMNS = (
     Column("output", "tok/s", lambda run: run.tokens_per_second, +1),
-    Column("when full", "tok/s", lambda run: saturated_rate(run), +1, zero=False),
+    Column("when full", "tok/s", lambda run: saturated_rate(run) if mostly_full(run) else 0.0, +1, zero=False),
     Column("price", "$/h", lambda run: run.price, zero=False, form=",.2f"),
     Column("cost", "$/M tok", lambda run: run.dollars_per_million, -1, zero=False),
     Column("energy", "tok/J", lambda run: run.tokens_per_joule, +1, zero=False),
@@ -69,6 +69,11 @@ COLUMNS = (
     Column("network", "busy %", lambda run: run.network_utilisation * 100),
     Column("link", "GB/s", lambda run: run.link_bytes / run.seconds / 1e9 if run.seconds else 0.0),
 )
+
+
+def mostly_full(run: RunResult) -> bool:
+    """Whether somebody waited for most of the run: less is a short queue, not a steady state."""
+    return run.saturated_seconds > run.seconds / 2
 
 
 def saturated_rate(run: RunResult) -> float:

@@ -15,10 +15,11 @@ class LayerGroup:
     and shared experts are part of `mlp`. `vectors`: norms and biases, which are stored and read but not multiplied.
     `kv_elements`: what the cache keeps of a token; `query_elements`, `output_elements`: what attention is sent of it,
     and sends back. `score_flops`: FLOPs of one token with one key, both products. `window`: None reads everything.
+    `prompt_score_flops`: the same in prefill, where it differs.
 
     MLA is counted as it decodes, in the absorbed form: there is one KV head, of the latent and its rotary part; queries
     and outputs are of the latent's width; and `kv_projections` makes the latent alone, since what made k and v of it
-    works on queries and outputs instead (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+    works on queries and outputs instead (DeepSeek-V2, arXiv 2405.04434, section 2.1). Prompts are not absorbed.
     """
 
     layers: int
@@ -35,6 +36,7 @@ class LayerGroup:
     expert: int = 0
     window: int | None = None
     vectors: int = 0
+    prompt_score_flops: int = 0
 
     @property
     def multiplied(self) -> int:
@@ -119,6 +121,15 @@ class ModelShape:
     def attention_flops(self, context: float) -> float:
         """FLOPs of attention for one token that has `context` tokens before it and with it, over all layers."""
         return float(sum(group.layers * group.score_flops * group.read(context) for group in self.groups))
+
+    def prefill_flops(self, keys: float) -> float:
+        """FLOPs of attention for one token of a prompt that meets so many keys, over all layers."""
+        return float(
+            sum(
+                group.layers * (group.prompt_score_flops or group.score_flops) * group.read(keys)
+                for group in self.groups
+            )
+        )
 
     def kv_bytes_per_token(self, element: float = 2.0) -> float:
         """What the cache keeps of a token over all layers, at `element` bytes an element."""

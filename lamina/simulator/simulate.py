@@ -1,5 +1,5 @@
-"""The event loop: a trace through the real `Scheduler` and `Placement`, with the seconds of each batch from the cost
-model and its pages from counters. What the engine decides is decided here by the same code; only time is computed.
+"""A trace through the real `Scheduler` and `Placement`, with the seconds of each batch from the cost model and pages
+from counters: who is admitted, cut into chunks, preempted, and shares a prefix is decided by the engine's own code.
 
 A system's seconds advance a clock of its own, so a run is a function of its arguments.
 """
@@ -7,6 +7,7 @@ A system's seconds advance a clock of its own, so a run is a function of its arg
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,8 +31,8 @@ class Slo:
 
     def __post_init__(self) -> None:
         for name, value in (("ttft", self.ttft), ("tpot", self.tpot)):
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidRequest(f"{name} of the SLO is {value}; allowed are seconds above 0")
+            if value is not None and (not isinstance(value, (int, float)) or not 0 < value < math.inf):
+                raise InvalidRequest(f"{name} of the SLO is {value!r:.80}; allowed are seconds above 0")
 
     def met(self, ttft: float, tpot: float) -> bool:
         return (self.ttft is None or ttft <= self.ttft) and (self.tpot is None or tpot <= self.tpot)
@@ -54,8 +55,10 @@ def simulate(
     decode alone. With `prefix_cache` prompts whose blocks are named share them through the real prefix tree. `seed`
     is kept in the result alone: nothing here is drawn by chance. Raises InvalidRequest where the model fits nowhere.
     """
-    if replicas < 1:
-        raise InvalidRequest(f"replicas is {replicas}; allowed is 1 or more")
+    if type(replicas) is not int or not 1 <= replicas <= len(trace.arrivals):
+        raise InvalidRequest(f"replicas is {replicas!r:.80}; allowed are 1 to {len(trace.arrivals)}, one a request")
+    if type(seed) is not int:
+        raise InvalidRequest(f"seed is {seed!r:.80}; allowed is a whole number")
     totals, gaps, samples, lives = Totals(), Gaps(), Samples(), list[Life]()
     done = 0
 
@@ -64,9 +67,9 @@ def simulate(
             progress("simulating", done + finished, len(trace.arrivals))
 
     with _without_collector():
-        for part in split(trace, min(replicas, len(trace.arrivals))):
-            if isinstance(system, Disaggregated) and prefill:
-                served = _disaggregated(system, part, prefix_cache, totals, gaps, samples, report)
+        for part in split(trace, replicas):
+            if isinstance(system, Disaggregated):
+                served = _disaggregated(system, part, prefill, prefix_cache, totals, gaps, samples, report)
             else:
                 served = Instance(system, part, prefill, prefix_cache, totals, gaps, samples).run(report)
             lives += served
@@ -78,42 +81,42 @@ def simulate(
 def _disaggregated(
     system: Disaggregated,
     trace: Trace,
+    prefill: bool,
     prefix_cache: bool,
     totals: Totals,
     gaps: Gaps,
     samples: Samples,
     report: Callable[[int], None],
 ) -> list[Life]:
-    """Prompts to their first token on one instance, then decode on the other as their KV arrives, one after another."""
+    """Prompts to their first token on one instance, then decode on the other as their KV arrives, one after another.
+    The first tier is the prefill instance, the last the decode instance; steps and samples are the latter's."""
     before, after = Totals(), Totals()
-    prompts = Trace(trace.name, tuple(replace(arrival, output=1) for arrival in trace.arrivals))
-    lives = Instance(system.prefill, prompts, True, prefix_cache, before, Gaps(), Samples()).run(lambda done: None)
-    outputs = {id(short): whole.output for short, whole in zip(prompts.arrivals, trace.arrivals, strict=True)}
-    free_at = 0.0
-    moved: list[tuple[Arrival, Life]] = []
-    for life in sorted(lives, key=lambda life: life.last):
-        prompt, more = life.arrival.prompt, outputs[id(life.arrival)] - 1
-        if not more:
-            continue
-        sent = system.transfer_bytes(prompt)
-        start = max(life.last, free_at)
-        free_at = start + sent / system.link.bandwidth
-        after.link_bytes += sent
-        after.busy[2] += free_at - start
-        moved.append((Arrival(free_at + system.link.round_trip, prompt + 1, more), life))
-    finished = [life for life in lives if outputs[id(life.arrival)] == 1]
-    if moved:
-        owners = {id(arrival): life for arrival, life in moved}
-        rest = Trace(trace.name, tuple(arrival for arrival, _ in moved))
-        for done in Instance(system.decode, rest, False, False, after, gaps, samples).run(report):
-            life = owners[id(done.arrival)]
-            gaps.add(done.first - life.last, 1)
-            life.tokens += done.tokens
-            life.last = done.last
-            finished.append(life)
-    # The first tier is the prefill instance, the last the decode instance.
+    finished: list[Life] = []
+    arrived = list(trace.arrivals)
+    moved: dict[int, Life] = {}
+    if prefill:
+        prompts = Trace(trace.name, tuple(replace(arrival, output=1) for arrival in trace.arrivals))
+        lives = Instance(system.prefill, prompts, True, prefix_cache, before, Gaps(), Samples()).run(lambda done: None)
+        wanted = {id(short): whole.output for short, whole in zip(prompts.arrivals, trace.arrivals, strict=True)}
+        finished = [life for life in lives if wanted[id(life.arrival)] == 1]
+        arrived, free_at = [], 0.0
+        for life in sorted(lives, key=lambda life: life.last):
+            prompt, output = life.arrival.prompt, wanted[id(life.arrival)]
+            if output == 1:
+                continue
+            sent = system.transfer_bytes(prompt)
+            start = max(life.last, free_at)
+            free_at = start + sent / system.wire
+            after.link_bytes += sent
+            after.busy[2] += free_at - start
+            moved[len(arrived)] = life
+            arrived.append(Arrival(free_at + system.link.round_trip, prompt, output))
+    if arrived:
+        decode = Instance(system.decode, Trace(trace.name, tuple(arrived)), False, False, after, gaps, samples, moved)
+        finished += decode.run(report)
     after.busy = [sum(before.busy), after.busy[0] + after.busy[1], after.busy[2]]
-    after.prompt_tokens, after.reused = before.prompt_tokens, before.reused
+    if prefill:
+        after.prompt_tokens, after.reused = before.prompt_tokens, before.reused
     after.rejected += before.rejected
     after.preemptions += before.preemptions
     totals.add(after)

@@ -12,6 +12,7 @@ from typing import Protocol
 from lamina.errors import InvalidRequest
 from lamina.simulator.cost_model import (
     FULL,
+    Exchange,
     KvPolicy,
     Load,
     attention_time,
@@ -19,6 +20,7 @@ from lamina.simulator.cost_model import (
     dense_time,
     exchange_time,
     kv_heads,
+    kv_projection_time,
     prefill_attention_time,
 )
 from lamina.simulator.hardware import Device, Link
@@ -26,6 +28,10 @@ from lamina.simulator.models import ModelShape
 
 MEMORY_SHARE = 0.9
 """Of a device's memory that weights and KV may take; the rest is for activations. vLLM's default, too."""
+MOST = 1 << 24
+"""Devices of a kind, lanes, tokens of a batch."""
+PAGE_SIZE = 16
+"""Tokens of a KV page: vLLM's default."""
 IDLE_POWER = 0.3
 """Of a device's power, what it draws while it waits. Assumed: no vendor publishes it."""
 
@@ -68,12 +74,21 @@ class System(Protocol):
     def holders(self) -> int:
         """How many holders of KV the event loop must tell apart: 1 where all of them have the same of each sequence."""
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt whose KV fits beside the dense layers while it is computed. A longer one's past is read
+        where decode reads it."""
+
     def step(self, load: Load) -> StepCost: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Colocated:
-    """Weights, KV and attention on the same devices, by tensor parallelism, as vLLM does."""
+    """Weights, KV and attention on the same devices, by tensor parallelism, as vLLM does.
+
+    Without `chunked_prefill` a batch takes as many prompt tokens as the model has context, or `batch_tokens` if that is
+    more: so a prompt is whole, unless the batch is full.
+    """
 
     model: ModelShape
     device: Device
@@ -87,8 +102,9 @@ class Colocated:
     label: str = ""
 
     def __post_init__(self) -> None:
-        _positive(self, "tensor_parallel", "batch_tokens", "max_sequences", "kv_element")
-        _share("memory_share", self.memory_share)
+        _whole(self, "tensor_parallel", "batch_tokens", "max_sequences")
+        _between("kv_element", self.kv_element, 0.25, 8)
+        _between("memory_share", self.memory_share, 0.01, 1)
 
     @property
     def name(self) -> str:
@@ -107,26 +123,33 @@ class Colocated:
     @property
     def kv_tokens(self) -> int:
         copies = busiest_share(self.model, self.tensor_parallel) * self.tensor_parallel  # more devices than KV heads
-        room = self.tensor_parallel * self.device.memory * self.memory_share - self.model.weight_bytes
-        _fits(self.model, self.device, self.tensor_parallel, room)
+        room = _room(self.model, self.device, self.tensor_parallel, self.memory_share)
         return int(room / copies / self.model.kv_bytes_per_token(self.kv_element) / self.policy.held)
 
     @property
     def holders(self) -> int:
         return 1
 
+    @property
+    def prompt_tokens(self) -> int:
+        return self.kv_tokens
+
     def step(self, load: Load) -> StepCost:
-        dense = dense_time(self.model, self.device, self.tensor_parallel, load).seconds
-        dense += prefill_attention_time(self.model, self.device, self.tensor_parallel, load)
-        busiest = busiest_share(self.model, self.tensor_parallel)
-        attention = attention_time(self.model, self.device, busiest, load, self.policy, self.kv_element).seconds
+        model, device, count = self.model, self.device, self.tensor_parallel
+        # A prefix lies where everything lies: its pairs are like those of the rest of the prompt.
+        load = replace(load, prefill_pairs=load.prefill_pairs + load.prefix_pairs, prefix_pairs=0.0, prefix_tokens=0.0)
+        dense = dense_time(model, device, count, load)
+        dense += prefill_attention_time(model, device, count, load, self.kv_element)
+        attention = attention_time(
+            model, device, load, self.policy, self.kv_element, busiest=busiest_share(model, count), queries=1 / count
+        )
         return StepCost(dense + attention, dense, attention)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disaggregated:
-    """Prompts on one instance, decode on another; the KV of a prompt crosses `link` in between. The event loop runs
-    the two after each other: `step` is the decode instance's."""
+    """Prompts on one instance, decode on another; the KV of a prompt crosses `link` in between, over one card for each
+    device that both sides have. The event loop runs the two after each other: `step` is the decode instance's."""
 
     prefill: Colocated
     decode: Colocated
@@ -174,12 +197,37 @@ class Disaggregated:
     def holders(self) -> int:
         return self.decode.holders
 
+    @property
+    def prompt_tokens(self) -> int:
+        return self.prefill.kv_tokens
+
     def step(self, load: Load) -> StepCost:
         return self.decode.step(load)
 
     def transfer_bytes(self, prompt: int) -> float:
         """That cross the link for a prompt's KV."""
         return self.policy.tokens_held(prompt) * self.model.kv_bytes_per_token(self.decode.kv_element)
+
+    @property
+    def wire(self) -> float:
+        """Bytes a second between the two."""
+        cards = min(self.prefill.tensor_parallel, self.decode.tensor_parallel)
+        return cards * _wire(self.link, self.prefill.device, self.decode.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One of several batches in rotation, by what each tier does for it, in seconds."""
+
+    dense: float
+    attention: float
+    exchange: Exchange
+    hidden: float
+    """Of attention, what overlap hides: it begins when q arrives."""
+
+    @property
+    def alone(self) -> float:
+        return self.dense + self.exchange.seconds + self.attention - self.hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +236,7 @@ class Offloaded:
 
     `lanes` batches rotate: while one is attended, another is in the dense layers, of which there are `model_replicas`
     (the paper: lanes - 1 of them; each is `model_count` devices). `overlap`: attention over the past begins when q
-    arrives. `workers`: attention worker processes, where they aren't one a device; they share the devices.
+    arrives. `workers`: attention worker processes, where one machine is shared by several; else there is one a device.
     """
 
     model: ModelShape
@@ -210,8 +258,11 @@ class Offloaded:
     label: str = ""
 
     def __post_init__(self) -> None:
-        _positive(self, "model_count", "attention_count", "model_replicas", "lanes", "batch_tokens", "max_sequences")
-        _share("memory_share", self.memory_share)
+        _whole(self, "model_count", "attention_count", "model_replicas", "lanes", "batch_tokens", "max_sequences")
+        if self.workers is not None:
+            _whole(self, "workers")
+        _between("kv_element", self.kv_element, 0.25, 8)
+        _between("memory_share", self.memory_share, 0.01, 1)
         if self.shard not in ("heads", "sequence"):
             raise InvalidRequest(f"shard is {self.shard!r}; allowed are heads, sequence")
 
@@ -232,39 +283,54 @@ class Offloaded:
 
     @property
     def kv_tokens(self) -> int:
-        weights = self.model_count * self.model_device.memory * self.memory_share - self.model.weight_bytes
-        _fits(self.model, self.model_device, self.model_count, weights)
+        _room(self.model, self.model_device, self.model_count, self.memory_share)
         room = self.attention_count * self.attention_device.memory * self.memory_share
         return int(room / self.model.kv_bytes_per_token(self.kv_element) / self.policy.held)
 
     @property
     def holders(self) -> int:
-        """Whole heads go to each worker, and who gets one more changes from sequence to sequence."""
         uneven = self.shard == "heads" and kv_heads(self.model) % self.attention_count
         return self.attention_count if uneven else 1
 
     @property
-    def links(self) -> int:
-        """Network cards that a batch crosses at a time, one a device."""
-        return min(self.model_count, self.attention_count)
+    def prompt_tokens(self) -> int:
+        room = _room(self.model, self.model_device, self.model_count, self.memory_share)
+        return int(room / self.model.kv_bytes_per_token(self.kv_element))
+
+    @property
+    def wire(self) -> float:
+        """Bytes a second between the tiers: over one network card for each device that both sides have."""
+        cards = min(self.model_count, self.attention_count)
+        return cards * _wire(self.link, self.model_device, self.attention_device)
+
+    def lane(self, load: Load) -> Lane:
+        """One batch, with the tiers to itself."""
+        model, device, count = self.model, self.model_device, self.model_count
+        dense = dense_time(model, device, count, load)
+        dense += prefill_attention_time(model, device, count, load, self.kv_element)
+        by_heads = self.shard == "heads"
+        cells = max(1, load.decode * (kv_heads(model) if by_heads else self.attention_count))
+        busiest = -(-cells // self.attention_count) / cells  # whole heads, dealt out evenly over all sequences
+        attention = attention_time(model, self.attention_device, load, self.policy, self.kv_element, busiest=busiest)
+        exchange = self._exchange(load)
+        late = kv_projection_time(model, device, count, load) + exchange.keys
+        return Lane(dense, attention, exchange, min(attention, late) if self.overlap else 0.0)
 
     def step(self, load: Load) -> StepCost:
         """All sequences go on by one token: `lanes` batches, each with its share of them."""
-        lanes = min(self.lanes, max(1, load.decode))
-        lane = replace(load, decode=-(-load.decode // lanes), prefill_tokens=-(-load.prefill_tokens // lanes))
-        lane = replace(lane, prefill_pairs=load.prefill_pairs / lanes)
-        dense = dense_time(self.model, self.model_device, self.model_count, lane).seconds
-        exchange = exchange_time(self.model, self.link, self.links, lane, dense)
-        dense += prefill_attention_time(self.model, self.model_device, self.model_count, lane)
-        cells = max(1, lane.decode * (kv_heads(self.model) if self.shard == "heads" else self.attention_count))
-        busiest = -(-cells // self.attention_count) / cells  # whole heads, dealt out evenly over all sequences
-        attention = attention_time(
-            self.model, self.attention_device, busiest, lane, self.policy, self.kv_element
-        ).seconds
-        hidden = min(attention, exchange.hidden) if self.overlap else 0.0
-        alone = dense + exchange.seconds + attention - hidden
-        busy = lanes * dense / min(lanes, self.model_replicas), lanes * attention, lanes * exchange.busy
-        return StepCost(max(alone, *busy), *busy, link_bytes=lanes * exchange.nbytes)
+        lanes = int(min(self.lanes, max(1, load.decode)))
+        lane = self.lane(load.divided(lanes))
+        # The largest lane sets the pace; all of them together have no more sequences than there are.
+        whole = self._exchange(load)
+        full = load.decode / -(-load.decode // lanes) if load.decode else lanes
+        dense, attention = lanes * lane.dense, full * lane.attention
+        seconds = max(lane.alone, dense / min(lanes, self.model_replicas), attention, whole.busy)
+        return StepCost(seconds, dense / self.model_replicas, attention, whole.busy, whole.nbytes)
+
+    def _exchange(self, load: Load) -> Exchange:
+        ranges = min(self.attention_count, max(1, int(load.context) // PAGE_SIZE))
+        copies = 1 if self.shard == "heads" else ranges
+        return exchange_time(self.model, self.link, self.wire, load, copies=copies, workers=self.workers or 1)
 
 
 def price(system: System) -> float:
@@ -282,20 +348,31 @@ def power(system: System, utilisation: tuple[float, ...]) -> float:
     )
 
 
-def _fits(model: ModelShape, device: Device, count: int, room: float) -> None:
+def _room(model: ModelShape, device: Device, count: int, share: float) -> float:
+    """Bytes that weights leave for KV."""
+    room = count * device.memory * share - model.weight_bytes
     if room <= 0:
         raise InvalidRequest(
-            f"model {model.name!r} has {model.weight_bytes / 1e9:.1f} GB of weights, {count}x {device.name} have "
-            f"{count * device.memory / 1e9:.1f} GB; allowed is a model that leaves room for KV"
+            f"model {model.name!r} has {model.weight_bytes / 1e9:.1f} GB of weights; {count}x {device.name} have "
+            f"{count * device.memory / 1e9:.1f} GB, of which {share:.0%} may be used; allowed is a model that leaves "
+            "room for KV"
         )
+    return room
 
 
-def _positive(system: object, *names: str) -> None:
+def _wire(link: Link, *ends: Device) -> float:
+    """Bytes a second of one connection: no more than either end's network card has."""
+    return min([link.bandwidth, *(device.network for device in ends if device.network)])
+
+
+def _whole(system: object, *names: str) -> None:
     for name in names:
-        if not getattr(system, name) > 0:
-            raise InvalidRequest(f"{name} is {getattr(system, name)}; allowed is above 0")
+        value = getattr(system, name)
+        if type(value) is not int or not 1 <= value <= MOST:
+            raise InvalidRequest(f"{name} is {value!r:.80}; allowed is a whole number from 1 to {MOST}")
 
 
-def _share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise InvalidRequest(f"{name} is {value}; allowed is above 0 to 1")
+def _between(name: str, value: object, low: float, high: float) -> None:
+    # NaN compares false with everything.
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidRequest(f"{name} is {value!r:.80}; allowed is a number from {low:g} to {high:g}")

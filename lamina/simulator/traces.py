@@ -5,6 +5,7 @@ Everything about traces that others use is named here.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lamina.errors import InvalidRequest
@@ -64,7 +65,7 @@ def trace(name: str | Path, count: int | None = None, seed: int = 0, folder: Pat
     many as the published one has, and its name ends with "(synthetic)". Raises InvalidRequest.
     """
     known = FILES.get(str(name))
-    if known is None and not Path(name).is_file():
+    if known is None and not os.path.isfile(name):  # unlike Path's own, no name is too long for it
         raise InvalidRequest(f"the trace is {str(name)!r:.200}; allowed are {', '.join(FILES)}, or {FORMATS}")
     if known is None:
         found, named = Path(name), None

@@ -1,0 +1,166 @@
+"""Every way to serve a model with what there is: mixes of devices, how many of each, shards, lanes, policies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.cost_model import KvPolicy, kv_heads
+from lamina.simulator.hardware import Device
+from lamina.simulator.inventory import Inventory
+from lamina.simulator.models import ModelShape
+from lamina.simulator.systems import Colocated, Disaggregated, Offloaded, System, price
+
+DEGREES = (1, 2, 4, 8)
+"""Devices that share the dense layers: those of one machine."""
+LANES = (1, 2, 3)
+BATCH_TOKENS = (512, 2048, 8192)
+"""Tokens a batch where prompts come in chunks: fewer for an even pace, more for prompts that are soon read."""
+MAX_CANDIDATES = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A system, and how many of it there could be within inventory and budget."""
+
+    system: System
+    replicas: int
+
+    @property
+    def offloaded(self) -> bool:
+        return isinstance(self.system, Offloaded)
+
+
+def candidates(
+    model: ModelShape, inventory: Inventory, budget: float | None = None, prefill: bool = True
+) -> tuple[Candidate, ...]:
+    """All that fit the inventory, the devices' memory and the budget (dollars an hour; None: any). Without `prefill`
+    none has devices for it, or differs from another in how it treats prompts.
+
+    Raises InvalidRequest where there are none, naming what the model needs and what there is, or what the cheapest
+    costs; and where there are more than `MAX_CANDIDATES`.
+    """
+    if budget is not None and not 0 < budget < float("inf"):
+        raise InvalidRequest(f"budget is {budget}; allowed are dollars an hour above 0")
+    found: list[Candidate] = []
+    cheapest: System | None = None
+    for system in _systems(model, inventory, prefill):
+        count = _replicas(system, inventory)
+        if count < 1 or not _fits(system):
+            continue
+        cost = price(system)
+        if cheapest is None or cost < price(cheapest):
+            cheapest = system
+        if budget is not None and cost:
+            count = min(count, int(budget / cost + 1e-9))
+        if count:
+            found.append(Candidate(system, count))
+        if len(found) > MAX_CANDIDATES:
+            raise InvalidRequest(
+                f"there are more than {MAX_CANDIDATES} candidates; allowed are fewer devices, links or policies, or a "
+                "smaller budget"
+            )
+    if found:
+        return tuple(found)
+    if cheapest is not None:
+        raise InvalidRequest(
+            f"budget is {budget:g} dollars an hour; the cheapest that holds {model.name!r}, {cheapest.name}, costs "
+            f"{price(cheapest):.2f}"
+        )
+    raise InvalidRequest(_nowhere(model, inventory))
+
+
+def _systems(model: ModelShape, inventory: Inventory, prefill: bool) -> Iterator[System]:
+    wanted = set(inventory.systems)
+    whole = "colocated" in wanted and (prefill or "chunked" not in wanted)
+    for policy in inventory.policies:
+        if "chunked" in wanted:
+            yield from _colocated(model, inventory, policy, BATCH_TOKENS if prefill else BATCH_TOKENS[-1:])
+        if whole:
+            yield from _colocated(model, inventory, policy)
+        if "disaggregated" in wanted and prefill:
+            yield from _disaggregated(inventory, list(_colocated(model, inventory, policy)))
+        yield from _offloaded(model, inventory, policy, BATCH_TOKENS if prefill else BATCH_TOKENS[-1:])
+
+
+def _colocated(
+    model: ModelShape, inventory: Inventory, policy: KvPolicy, batch_tokens: tuple[int, ...] = ()
+) -> Iterator[Colocated]:
+    """With prompts in chunks for each of these batch limits; with whole prompts where there are none."""
+    for have in inventory.have:
+        for degree in _degrees(have.device, have.count):
+            whole = Colocated(
+                model=model, device=have.device, tensor_parallel=degree, chunked_prefill=False, policy=policy
+            )
+            if not batch_tokens:
+                yield whole
+            for tokens in batch_tokens:
+                yield replace(whole, chunked_prefill=True, batch_tokens=tokens)
+
+
+def _disaggregated(inventory: Inventory, instances: list[Colocated]) -> Iterator[Disaggregated]:
+    for prefill, decode, link in product(instances, instances, inventory.links):
+        yield Disaggregated(prefill=prefill, decode=decode, link=link)
+
+
+def _offloaded(
+    model: ModelShape, inventory: Inventory, policy: KvPolicy, batch_tokens: tuple[int, ...]
+) -> Iterator[Offloaded]:
+    for attention, dense in product(inventory.have, inventory.have):
+        if ("lamina-cpu" if attention.device.kind == "cpu" else "lamina") not in inventory.systems:
+            continue
+        for degree, count in product(_degrees(dense.device, dense.count), range(1, attention.count + 1)):
+            for shard, lanes, link, tokens in product(_shards(model, count), LANES, inventory.links, batch_tokens):
+                yield Offloaded(
+                    model=model, model_device=dense.device, attention_device=attention.device, link=link,
+                    model_count=degree, attention_count=count, lanes=lanes, shard=shard, batch_tokens=tokens,
+                    policy=policy,
+                )  # fmt: skip
+
+
+def _degrees(device: Device, count: int) -> Iterator[int]:
+    for degree in DEGREES:
+        if degree <= count and (degree == 1 or device.interconnect > 0):
+            yield degree
+
+
+def _shards(model: ModelShape, count: int) -> tuple[str, ...]:
+    """By heads where every worker gets as many; else ranges of positions too, and those alone beyond the heads."""
+    heads = kv_heads(model)
+    if count > heads:
+        return ("sequence",)
+    return ("heads",) if heads % count == 0 else ("heads", "sequence")
+
+
+def _replicas(system: System, inventory: Inventory) -> int:
+    """How many of a system the inventory has devices for."""
+    needed: Counter[Device] = Counter()
+    for device, count in system.devices:
+        needed[device] += count
+    return min(inventory.count(device) // count for device, count in needed.items())
+
+
+def _fits(system: System) -> bool:
+    """Whether weights and some KV have room."""
+    parts = (system.prefill, system.decode) if isinstance(system, Disaggregated) else (system,)
+    try:
+        return all(part.kv_tokens > 0 for part in parts)
+    except InvalidRequest:
+        return False
+
+
+def _nowhere(model: ModelShape, inventory: Inventory) -> str:
+    """What the model needs and what there is, in words."""
+    have = ", ".join(
+        f"{entry.count}x {entry.device.name} with {entry.device.memory / 1e9:.1f} GB each" for entry in inventory.have
+    )
+    most = max(DEGREES)
+    return (
+        f"model {model.name!r} fits nowhere: its weights have {model.weight_bytes / 1e9:.1f} GB and a token's KV "
+        f"{model.kv_bytes_per_token(2.0) / 1e6:.3f} MB; there are {have}. Allowed are devices of which up to {most} "
+        f"hold the weights in 90 % of their memory, systems that use them ({', '.join(inventory.systems)}) and, where "
+        "prompts or attention are elsewhere, a link"
+    )

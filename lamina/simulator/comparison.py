@@ -1,0 +1,197 @@
+"""Systems beside each other on one trace: built from a name, of a size that fits the model, and run. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.candidates import DEGREES
+from lamina.simulator.cost_model import FULL, KvPolicy, Load, kv_heads, kv_projection_time
+from lamina.simulator.hardware import ROOFLINE, Catalogue, Device, Efficiency
+from lamina.simulator.inventory import SYSTEMS
+from lamina.simulator.results import RunResult
+from lamina.simulator.shapes import ModelShape
+from lamina.simulator.simulate import Progress, Slo, simulate
+from lamina.simulator.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.timeline import chrome_trace, step_timeline
+from lamina.simulator.traces import Trace
+
+MODEL_DEVICE, ATTENTION_DEVICE, CPU_DEVICE = "h100", "h20", "epyc-genoa"
+LINK, CPU_LINK = "fhbn-400g", "ethernet-25g"
+"""Between accelerators as in the Lamina paper; a CPU host of the catalogue has 37.5 Gbit/s, of which this is below."""
+MAX_COUNT = 1024
+_ROOM = 0.25
+"""Of the memory that may be used, what the KV of a co-located system should have at least."""
+_SPEC = re.compile(r"([a-z-]+)(?::([^+:]+?)x(\d{1,4})(?:\+([^+:]+?)x(\d{1,4}))?)?", re.ASCII)
+_FORM = f"{', '.join(SYSTEMS)}, or one with its devices such as chunked:h100x4 or lamina:h100x2+h20x4"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What systems are built of. `lanes` and `links` are those of offloaded ones."""
+
+    model: ModelShape
+    catalogue: Catalogue
+    policy: KvPolicy = FULL
+    lanes: int = 2
+    link: str | None = None
+
+
+def with_efficiency(catalogue: Catalogue, efficiency: Efficiency | None = None) -> Catalogue:
+    """The catalogue with an efficiency for devices that nobody measured: the typical one unless another is given."""
+    used = catalogue.typical if efficiency is None else efficiency
+    devices = {
+        name: replace(device, efficiency=used) if device.efficiency == ROOFLINE else device
+        for name, device in catalogue.devices.items()
+    }
+    return replace(catalogue, devices=devices)
+
+
+def build(spec: str, choice: Choice) -> System:
+    """A system by its name: one of `SYSTEMS`, alone or with its devices, "NAME:DEVICExCOUNT" or
+    "NAME:DEVICExCOUNT+DEVICExCOUNT" (dense layers or prompts, then attention or decode).
+
+    Alone, it has as many H100 as hold the weights, and for attention as many H20 (CPU hosts) as cost no more, in all,
+    than the co-located system: which for the three models of the Lamina paper are its own pairs (table 5). Raises
+    InvalidRequest.
+    """
+    found = _SPEC.fullmatch(spec.strip().lower())
+    if found is None or found[1] not in SYSTEMS:
+        raise InvalidRequest(f"system is {spec!r:.80}; allowed are {_FORM}")
+    kind, first, a, second, b = found.groups()
+    cut = kind not in ("colocated", "chunked")
+    if first is not None and (second is not None) is not cut:
+        raise InvalidRequest(f"system is {spec!r:.80}, which takes {'two kinds' if cut else 'one kind'} of device")
+    known = choice.catalogue
+    if first is None:
+        devices = _sized(kind, choice)
+    else:
+        devices = [(known.device(first), _count(spec, a))]
+        if second is not None:
+            devices.append((known.device(second), _count(spec, b)))
+    return _built(kind, devices, choice)
+
+
+def compare(
+    systems: Sequence[System],
+    trace: Trace,
+    *,
+    slo: Slo | None = None,
+    prefill: bool = True,
+    seed: int = 0,
+    assumptions: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> list[RunResult]:
+    """Each of the systems on the trace, in their order. `assumptions` are added to what the results say of theirs."""
+    results = []
+    for number, system in enumerate(systems):
+
+        def report(what: str, done: int, total: int, number: int = number) -> None:
+            if progress is not None:
+                progress(what, number * total + done, len(systems) * total)
+
+        found = simulate(system, trace, seed=seed, slo=slo, prefill=prefill, progress=report)
+        results.append(replace(found, assumptions={**found.assumptions, **(assumptions or {})}))
+    return results
+
+
+def assumed(catalogue: Catalogue, roofline: bool, prefill: bool, trace: Trace) -> dict[str, str]:
+    """What a comparison takes for granted, in words."""
+    said = {}
+    if roofline:
+        said["efficiency"] = "the bare roofline: every device reaches its best, and nothing comes on top"
+    else:
+        said["efficiency"] = (
+            "; ".join(f"{name}: {source}" for name, source in catalogue.typical.sources.items())
+            or "as the hardware file says"
+        )
+    said["memory"] = "90 % of each device's memory is for weights and KV, as vLLM's default"
+    if not prefill:
+        said["prefill"] = (
+            "prompts are computed elsewhere, at no cost here: decode alone, as in the Lamina paper's evaluation"
+        )
+    if trace.name.endswith("(synthetic)"):
+        said["trace"] = "drawn from the published trace's quantiles, as its file is not here"
+    return said
+
+
+def step_trace(system: Offloaded, batch: float, context: float) -> str:
+    """A Chrome trace of one decode step of all lanes, with so many sequences in decode in all."""
+    layers = system.model.layers
+    load = Load(max(1, round(batch)), context)
+    rows = load.divided(min(system.lanes, int(load.decode)))
+    lane = system.lane(rows)
+    kv_seconds = kv_projection_time(system.model, system.model_device, system.model_count, rows)
+    events = step_timeline(
+        lane.dense / layers,
+        lane.attention / layers,
+        lane.exchange.queries / layers,
+        lane.exchange.keys / layers,
+        lane.exchange.outputs / layers,
+        layers,
+        system.lanes,
+        system.overlap,
+        system.model_replicas,
+        kv_seconds=min(lane.dense, kv_seconds) / layers,
+        latency=lane.exchange.waiting / layers / 2,
+    )
+    return chrome_trace(events, system.lanes)
+
+
+def _built(kind: str, devices: Sequence[tuple[Device, int]], choice: Choice) -> System:
+    (device, count), model, policy = devices[0], choice.model, choice.policy
+    if kind in ("colocated", "chunked"):
+        return Colocated(
+            model=model, device=device, tensor_parallel=count, chunked_prefill=kind == "chunked", policy=policy
+        )
+    link = choice.catalogue.link(choice.link or (CPU_LINK if kind == "lamina-cpu" else LINK))
+    other, others = devices[1]
+    if kind == "disaggregated":
+        first, second = (
+            Colocated(model=model, device=each, tensor_parallel=many, chunked_prefill=False, policy=policy)
+            for each, many in devices
+        )
+        return Disaggregated(prefill=first, decode=second, link=link)
+    if (other.kind == "cpu") != (kind == "lamina-cpu"):
+        allowed = "a CPU host" if kind == "lamina-cpu" else "an accelerator; for CPU hosts there is lamina-cpu"
+        raise InvalidRequest(f"{kind} has its attention on {other.name!r}, of kind {other.kind}; allowed is {allowed}")
+    return Offloaded(
+        model=model, model_device=device, model_count=count, attention_device=other, attention_count=others,
+        link=link, lanes=choice.lanes, shard="heads" if others <= kv_heads(model) else "sequence", policy=policy,
+    )  # fmt: skip
+
+
+def _sized(kind: str, choice: Choice) -> list[tuple[Device, int]]:
+    """As many devices as `build` says."""
+    dense = choice.catalogue.device(MODEL_DEVICE)
+    whole = _smallest(choice.model, dense, _ROOM)
+    if kind in ("colocated", "chunked"):
+        return [(dense, whole)]
+    if kind == "disaggregated":
+        return [(dense, whole), (dense, whole)]
+    attention = choice.catalogue.device(CPU_DEVICE if kind == "lamina-cpu" else ATTENTION_DEVICE)
+    alone = _smallest(choice.model, dense, 0.0)
+    spare = (whole - alone) * dense.price
+    return [(dense, alone), (attention, max(1, math.floor(spare / attention.price)) if attention.price else 1)]
+
+
+def _smallest(model: ModelShape, device: Device, room: float) -> int:
+    """The smallest degree of tensor parallelism whose memory holds the weights, and leaves that share of it."""
+    for degree in DEGREES:
+        if model.weight_bytes < Colocated(model=model, device=device).memory_share * degree * device.memory * (
+            1 - room
+        ):
+            return degree
+    raise InvalidRequest(
+        f"model {model.name!r} has {model.weight_bytes / 1e9:.1f} GB of weights; up to {DEGREES[-1]}x {device.name} do "
+        "not hold them: name devices, such as chunked:h200x8"
+    )
+
+
+def _count(spec: str, digits: str) -> int:
+    if not 1 <= int(digits) <= MAX_COUNT:
+        raise InvalidRequest(f"system {spec!r:.80} has {digits} devices; allowed are 1 to {MAX_COUNT}")
+    return int(digits)

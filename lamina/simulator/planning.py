@@ -1,0 +1,127 @@
+"""From a model, a trace and an inventory to a plan: every step of `lamina plan`, without words for people or files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lamina.simulator import reasons
+from lamina.simulator.candidates import candidates
+from lamina.simulator.demand import Demand, demand
+from lamina.simulator.inventory import Inventory
+from lamina.simulator.plan_file import Plan, Prediction, TraceSummary, engine_keywords
+from lamina.simulator.planner import TOP, Ranked, limited, mixes, rank, rivals, top, verify
+from lamina.simulator.reasons import Sensitivity
+from lamina.simulator.report_data import Point
+from lamina.simulator.shapes import ModelShape
+from lamina.simulator.simulate import Progress, Slo
+from lamina.simulator.traces import Trace
+
+X_LABEL, Y_LABEL = "output tokens a dollar, by the closed form", "tokens a second of each user"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What was found. `ranked` has all candidates, those that the event loop checked first and in its order."""
+
+    demand: Demand
+    ranked: tuple[Ranked, ...]
+    why: tuple[str, ...]
+    sensitivity: tuple[Sensitivity, ...]
+    plan: Plan
+
+    @property
+    def winner(self) -> Ranked:
+        return self.ranked[0]
+
+    def mixes(self, count: int) -> list[Ranked]:
+        """The best `count` that differ in more than lanes, shards or the batch limit."""
+        return mixes(self.ranked)[:count]
+
+    def points(self) -> list[Point]:
+        """For a Pareto plot, by the closed form: name, output tokens a dollar, tokens a second of each user, and
+        whether it serves all."""
+        return [
+            (
+                each.name,
+                each.estimate.goodput_per_dollar * self.demand.output,
+                1 / each.estimate.tpot,
+                each.estimate.serves,
+            )
+            for each in self.ranked
+            if each.estimate.goodput and each.estimate.price
+        ]
+
+
+def make_plan(
+    name: str,
+    model: ModelShape,
+    inventory: Inventory,
+    trace: Trace,
+    slo: Slo,
+    *,
+    budget: float | None = None,
+    rate: float | None = None,
+    prefill: bool = True,
+    check: int = TOP,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Planned:
+    """Rank all candidates, simulate the best `check` of them, and explain the first.
+
+    `name` is what an engine loads. `rate`: requests a second, where not the trace's own; infinite: as many as the
+    budget's devices serve. Raises InvalidRequest where nothing fits, or nothing meets the SLO.
+    """
+    asked = demand(trace)
+    if rate is not None:
+        asked = asked.at_rate(rate)
+    every = candidates(model, inventory, budget, prefill)
+    ranked = rank(every, asked, slo, prefill=prefill, progress=progress)
+    if check:
+        chosen = top(ranked, check)
+        checked = verify(chosen, trace, slo, prefill=prefill, seed=seed, progress=progress)
+        ranked = checked + [each for each in ranked if each not in chosen]
+    return Planned(
+        demand=asked,
+        ranked=tuple(ranked),
+        why=tuple(reasons.why(ranked, asked, slo, prefill)),
+        sensitivity=tuple(reasons.sensitivity(ranked[0], rivals(ranked), asked, slo, prefill)),
+        plan=_plan(name, ranked[0], asked, slo),
+    )
+
+
+def _plan(name: str, winner: Ranked, asked: Demand, slo: Slo) -> Plan:
+    system, found = limited(winner), winner.estimate
+    predicted = Prediction(
+        source="closed form",
+        requests_per_second=found.taken,
+        tokens_per_second=found.tokens_per_second,
+        tpot=found.tpot,
+        ttft=found.ttft if math.isfinite(found.ttft) else 0.0,
+        slo_share=found.share,
+        batch=found.batch,
+        dollars_per_hour=found.price,
+        dollars_per_million=found.dollars_per_million,
+    )
+    if (result := winner.result) is not None:
+        predicted = Prediction(
+            source="event loop",
+            requests_per_second=winner.goodput,
+            tokens_per_second=result.tokens_per_second,
+            tpot=result.tpot.mean,
+            ttft=result.ttft.mean,
+            slo_share=result.slo_share,
+            batch=result.mean_batch,
+            dollars_per_hour=result.price,
+            dollars_per_million=result.dollars_per_million,
+        )
+    summary = TraceSummary(
+        name=asked.name,
+        requests=asked.requests,
+        rate=asked.rate if math.isfinite(asked.rate) else 0.0,
+        prompt=asked.prompt,
+        output=asked.output,
+        context=asked.context,
+    )
+    engine = engine_keywords(system, asked.longest)
+    return Plan(name, system, predicted, summary, slo, replicas=found.replicas, engine=engine)

@@ -1,0 +1,289 @@
+"""The commands around the simulator: plan a deployment, compare systems on a trace, measure this machine for both.
+
+Knows words, columns and files to write; what is computed, `lamina.simulator` knows. Imports it when a command runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lamina.errors import InvalidRequest
+from lamina.simulator_output import plan_page, plan_record, print_plan, write_runs
+from lamina.terminal import ProgressBars, print_json, print_rows
+from lamina.text_files import write_text
+
+if TYPE_CHECKING:
+    from lamina.simulator.simulate import Slo
+    from lamina.simulator.traces import Trace
+
+DEFAULT_MODEL, DEFAULT_TRACE, DEFAULT_SLO = "llama-3-70b", "azure-conv", "tpot=100ms,ttft=2s"
+DEFAULT_SYSTEMS = "chunked,colocated,disaggregated,lamina,lamina-cpu"
+DEFAULT_COUNT = 2000
+_SLO = re.compile(r"(ttft|tpot)=(\d{1,9}(?:\.\d{1,9})?)(us|ms|s)", re.ASCII)
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A model the simulator knows, or a path to a config.json.")]
+TraceName = Annotated[str, typer.Option("--trace", help="A published trace by name, or a file in its format.")]
+TraceDir = Annotated[Path | None, typer.Option(help="Where files of published traces are. Default: they are drawn.")]
+SloText = Annotated[str, typer.Option("--slo", help='Such as "tpot=100ms,ttft=2s"; "none" for any time.')]
+Rate = Annotated[str, typer.Option(help="Requests a second: trace (as it has them), max, or a number.")]
+Hardware = Annotated[Path | None, typer.Option(help="A TOML file with more devices and links.")]
+Prefill = Annotated[bool, typer.Option("--prefill/--no-prefill", help="Prompts are computed here, or elsewhere.")]
+EfficiencyName = Annotated[
+    str, typer.Option(help="Of devices that nobody measured: roofline (their best), or typical (see hardware.toml).")
+]
+Seed = Annotated[int, typer.Option(help="For traces that are drawn.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def plan(
+    model: Model = DEFAULT_MODEL,
+    trace: TraceName = DEFAULT_TRACE,
+    slo: SloText = DEFAULT_SLO,
+    budget: Annotated[float | None, typer.Option(help="Dollars an hour at most.")] = None,
+    inventory: Annotated[
+        Path | None, typer.Option(help="A TOML file with what there is. Default: 8 H100, 8 H20, 4 EPYC hosts.")
+    ] = None,
+    hardware: Hardware = None,
+    rate: Rate = "trace",
+    count: Annotated[int | None, typer.Option(help="Only so many of the trace's requests.")] = None,
+    trace_dir: TraceDir = None,
+    prefill: Prefill = True,
+    efficiency: EfficiencyName = "typical",
+    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write the winner here, for --plan and --check.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot here, as PNG.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Run this plan here instead, and print predicted beside measured.")
+    ] = None,
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Which mix of machines, and how many of each, gives the most for a dollar within the latency that users accept."""
+    if check is not None:
+        _check(check, as_json)
+        return
+    wanted, asked_rate, roofline = parse_slo(slo), parse_rate(rate), parse_efficiency(efficiency)
+    if not 0 <= verify <= 100:
+        raise InvalidRequest(f"verify is {verify}; allowed are 0 to 100")
+    for name, path, suffix in (("out", out, ".toml"), ("html", html, ".html"), ("plot", plot, ".png")):
+        _suffix(name, path, suffix)
+    if html is not None and not verify:
+        raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
+
+    from lamina.simulator import hardware as catalogues
+    from lamina.simulator import inventory as inventories
+    from lamina.simulator.models import model as shape_of
+    from lamina.simulator.plan_file import write
+    from lamina.simulator.planning import make_plan
+
+    shape = shape_of(model)
+    catalogue = catalogues.load(hardware)
+    have = inventories.read(inventory, catalogue) if inventory else inventories.default(catalogue)
+    if not roofline:
+        have = inventories.with_efficiency(have, catalogue.typical)
+    requests = _trace(trace, count, seed, trace_dir)
+    with ProgressBars() as progress:
+        found = make_plan(
+            model, shape, have, requests, wanted, budget=budget, rate=asked_rate, prefill=prefill, check=verify,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+    if out is not None:
+        write(out, found.plan)
+    if plot is not None:
+        from lamina.simulator.planning import X_LABEL, Y_LABEL
+        from lamina.simulator.plots import save_pareto
+
+        save_pareto(found.points(), found.winner.name, plot, x_label=X_LABEL, y_label=Y_LABEL)
+    if html is not None:
+        write_text(html, plan_page(found, f"A plan for {shape.name} on {requests.name}"))
+    if as_json:
+        print_json(plan_record(found))
+    else:
+        print_plan(found, slo, budget, roofline, prefill, out)
+
+
+def simulate(
+    model: Model = DEFAULT_MODEL,
+    trace: TraceName = DEFAULT_TRACE,
+    system: Annotated[
+        str, typer.Option(help="Which to compare, with commas; also such as lamina:h100x2+h20x4.")
+    ] = DEFAULT_SYSTEMS,
+    hardware: Hardware = None,
+    slo: SloText = DEFAULT_SLO,
+    rate: Rate = "trace",
+    count: Annotated[int | None, typer.Option(help="So many of the trace's requests; 0: all.")] = DEFAULT_COUNT,
+    trace_dir: TraceDir = None,
+    link: Annotated[str | None, typer.Option(help="Between tiers. Default: fhbn-400g, to CPU hosts 25G.")] = None,
+    lanes: Annotated[int, typer.Option(help="Batches in rotation, where attention is elsewhere.")] = 2,
+    policy: Annotated[
+        str | None, typer.Option(help="A KV policy as NAME=READ,HELD: shares of the bytes read and held.")
+    ] = None,
+    prefill: Prefill = True,
+    efficiency: EfficiencyName = "typical",
+    seed: Seed = 0,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the table, JSON, CSV, pictures, report and step timelines.")
+    ] = None,
+) -> None:
+    """Systems beside each other on one trace: throughput, cost, latencies, utilisation."""
+    if as_json and as_csv:
+        raise InvalidRequest("--json and --csv were given; allowed is one of the two")
+    wanted, asked_rate, roofline = parse_slo(slo), parse_rate(rate), parse_efficiency(efficiency)
+
+    from lamina.simulator import hardware as catalogues
+    from lamina.simulator.comparison import Choice, assumed, build, compare, with_efficiency
+    from lamina.simulator.excerpts import at_rate
+    from lamina.simulator.models import model as shape_of
+    from lamina.simulator.report import table, to_csv, to_json
+    from lamina.simulator.traces import all_at_once
+
+    catalogue = catalogues.load(hardware)
+    known = catalogue if roofline else with_efficiency(catalogue)
+    choice = Choice(shape_of(model), known, parse_policy(policy), lanes, link)
+    systems = [build(name, choice) for name in _names(system)]
+    requests = _trace(trace, count or None, seed, trace_dir)
+    if asked_rate is not None:
+        requests = all_at_once(requests) if math.isinf(asked_rate) else at_rate(requests, asked_rate)
+    with ProgressBars() as progress:
+        results = compare(
+            systems, requests, slo=wanted, prefill=prefill, seed=seed, progress=progress,
+            assumptions=assumed(catalogue, roofline, prefill, requests),
+        )  # fmt: skip
+    if out is not None:
+        write_runs(out, systems, results, wanted)
+    shown = to_json(results) if as_json else to_csv(results) if as_csv else table(results)
+    typer.echo(shown, nl=False)
+
+
+def calibrate_hardware(
+    model: Annotated[str, typer.Option("--model", "-m", help="Whose shapes the kernels are measured with.")] = (
+        "smollm2-135m"
+    ),
+    out: Annotated[Path, typer.Option(help="Where to write what was measured.")] = Path("this-machine.toml"),
+    price: Annotated[float, typer.Option(help="What this machine costs, dollars an hour.")] = 0.0,
+    power: Annotated[float, typer.Option(help="What it draws, watts; 0: not known.")] = 0.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Only see whether everything runs.")] = False,
+) -> None:
+    """Measure this machine into a hardware file that plan and simulate take: bandwidth, GEMM, kernels, exchange."""
+    from datetime import date
+
+    from lamina.hardware_calibration import calibrate
+
+    _suffix("out", out, ".toml")
+    with ProgressBars() as progress:
+        found = calibrate(model, progress, quick, date=date.today().isoformat(), price=price, power=power)
+    write_text(out, found.dumps())
+    for remark in found.remarks:
+        typer.echo(remark, err=True)
+    names = [device.name for device in found.devices] + [link.name for link in found.links]
+    typer.echo(f"{out}: {', '.join(names)}")
+
+
+def parse_slo(words: str) -> Slo:
+    """Such as "tpot=100ms,ttft=2s", each at most once; "none" for any time. Raises InvalidRequest."""
+    from lamina.simulator.simulate import Slo
+
+    given: dict[str, float] = {}
+    for word in [] if words.strip() == "none" else words.split(","):
+        found = _SLO.fullmatch(word.strip())
+        if found is None or found[1] in given or not float(found[2]):
+            raise InvalidRequest(
+                f"slo is {words!r:.80}; allowed are ttft and tpot, once each, above 0, with us, ms or s, such as "
+                f'"{DEFAULT_SLO}", or "none"'
+            )
+        given[found[1]] = float(found[2]) * _UNITS[found[3]]
+    return Slo(**given)
+
+
+def parse_rate(words: str) -> float | None:
+    """Requests a second: None for "trace", infinite for "max". Raises InvalidRequest."""
+    if words in ("trace", "max"):
+        return None if words == "trace" else math.inf
+    try:
+        value = float(words)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1e6:  # NaN compares false
+        raise InvalidRequest(f"rate is {words!r:.80}; allowed are trace, max, or requests a second up to 1e6")
+    return value
+
+
+def parse_efficiency(name: str) -> bool:
+    """Whether devices that nobody measured reach their best. Raises InvalidRequest."""
+    if name not in ("roofline", "typical"):
+        raise InvalidRequest(f"efficiency is {name!r:.80}; allowed are roofline, typical")
+    return name == "roofline"
+
+
+def parse_policy(words: str | None) -> Any:
+    """A `KvPolicy` such as "auto=0.31,1": its name, and the shares of the KV read and held. Raises InvalidRequest."""
+    from lamina.simulator.cost_model import FULL, KvPolicy
+
+    if words is None:
+        return FULL
+    name, _, shares = words.rpartition("=")
+    try:
+        read, held = (float(share) for share in shares.split(","))
+    except ValueError as error:
+        raise InvalidRequest(f"policy is {words!r:.80}; allowed is NAME=READ,HELD, such as auto=0.31,1") from error
+    return KvPolicy(name, read, held)
+
+
+def _check(path: Path, as_json: bool) -> None:
+    """Run a plan here: its decode steps as predicted and as measured."""
+    from dataclasses import asdict
+
+    from lamina.plan_check import check
+    from lamina.simulator.plan_file import read
+
+    plan = read(path)
+    for remark in plan.remarks():
+        typer.echo(f"{path}: {remark}", err=True)
+    with ProgressBars() as progress:
+        rows = check(plan, progress=progress)
+    if as_json:
+        print_json(*(asdict(row) for row in rows))
+        return
+    typer.echo("milliseconds a decode step")
+    print_rows(
+        [("batch", "context", "predicted", "measured", "difference")]
+        + [
+            (
+                str(row.batch),
+                f"{row.context:.0f}",
+                f"{row.predicted_ms:.2f}",
+                f"{row.measured_ms:.2f}",
+                f"{row.predicted_ms / row.measured_ms - 1:+.0%}",
+            )
+            for row in rows
+        ]
+    )
+
+
+def _trace(name: str, count: int | None, seed: int, folder: Path | None) -> Trace:
+    from lamina.simulator.traces import trace
+
+    if count is not None and count < 1:
+        raise InvalidRequest(f"count is {count}; allowed are 1 or more requests")
+    return trace(name, count, seed, folder)
+
+
+def _names(words: str) -> list[str]:
+    names = [name.strip() for name in words.split(",")]
+    if not all(names) or len(names) > 32:
+        raise InvalidRequest(f"system is {words!r:.80}; allowed are 1 to 32 names with commas between them")
+    return names
+
+
+def _suffix(name: str, path: Path | None, suffix: str) -> None:
+    if path is not None and path.suffix != suffix:
+        raise InvalidRequest(f"--{name} is {str(path)!r:.200}; allowed are names that end in {suffix}")

@@ -1,0 +1,178 @@
+"""What the simulator's commands show and write: tables, sentences, JSON, and the files of a folder.
+
+Knows words and columns; what is computed, `lamina.simulator` knows, and is imported when it is there to be shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lamina.errors import InvalidRequest
+from lamina.terminal import print_rows
+from lamina.text_files import write_text
+
+if TYPE_CHECKING:
+    from lamina.simulator.planner import Ranked
+    from lamina.simulator.planning import Planned
+    from lamina.simulator.results import RunResult
+    from lamina.simulator.simulate import Slo
+    from lamina.simulator.systems import System
+
+_ROWS = 10
+
+
+def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunResult], slo: Slo) -> None:
+    """Everything that a comparison can be looked at with, in one folder."""
+    from lamina.simulator.comparison import step_trace
+    from lamina.simulator.plots import NO_PLOTS, save_comparison, save_timeline
+    from lamina.simulator.report import html, samples_csv, table, to_csv, to_json
+    from lamina.simulator.systems import Offloaded
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run = results[0]
+    title = f"{run.model} on {run.trace}"
+    write_text(folder / "results.txt", table(results))
+    write_text(folder / "results.json", to_json(results))
+    write_text(folder / "results.csv", to_csv(results))
+    write_text(folder / "report.html", html(results, title, {"slo": asdict(slo)}))
+    for number, (system, result) in enumerate(zip(systems, results, strict=True), 1):
+        write_text(folder / f"steps-{number}.csv", samples_csv(result))
+        if isinstance(system, Offloaded):
+            context = result.prompt_tokens / result.requests + result.output_tokens / result.requests / 2
+            write_text(folder / f"step-{number}.trace.json", step_trace(system, result.mean_batch, context))
+    try:
+        save_comparison(results, folder / "comparison.png")
+        for number, result in enumerate(results, 1):
+            save_timeline(result, folder / f"timeline-{number}.png")
+    except InvalidRequest as error:
+        if str(error) != NO_PLOTS:
+            raise
+        typer.echo(NO_PLOTS, err=True)
+
+
+def plan_page(found: Planned, title: str) -> str:
+    from lamina.simulator.planning import X_LABEL, Y_LABEL
+    from lamina.simulator.report import html
+
+    plan: dict[str, Any] = {
+        "chosen": found.winner.name,
+        "why": list(found.why),
+        "what would change it": [str(each) for each in found.sensitivity],
+        "ranking": [_row(each) for each in found.mixes(_ROWS)],
+        "engine": dict(found.plan.engine),
+        "slo": asdict(found.plan.slo),
+        "points": found.points(),
+        "x_label": X_LABEL,
+        "y_label": Y_LABEL,
+    }
+    return html([each.result for each in found.ranked if each.result is not None], title, plan)
+
+
+def _row(ranked: Ranked) -> dict[str, Any]:
+    """One candidate for people: what the closed form says, and the event loop where it was asked."""
+    found = ranked.estimate
+    row: dict[str, Any] = {
+        "system": ranked.name,
+        "$/h": f"{found.price:.2f}",
+        "serves": f"{found.taken:.3g}/s",
+        "in time": f"{found.share:.0%}",
+        "tokens/s": f"{found.tokens_per_second:.0f}",
+        "$/M": f"{found.dollars_per_million:.2f}",
+        "TPOT": f"{found.tpot * 1000:.0f} ms",
+        "TTFT": f"{found.ttft:.2f} s",
+        "batch": f"{found.batch:.0f}",
+        "req/$": _score(found.goodput_per_dollar),
+    }
+    if (result := ranked.result) is not None:
+        row |= {
+            "simulated": f"{ranked.rate:.3g}/s",
+            " in time": f"{result.slo_share:.0%}",
+            " TPOT": f"{result.tpot.mean * 1000:.0f} ms",
+            " TTFT": f"{result.ttft.mean:.2f} s",
+            " req/$": _score(ranked.goodput_per_dollar),
+        }
+    return row
+
+
+def _score(requests: float) -> str:
+    return f"{requests:.0f}" if math.isfinite(requests) else "free"
+
+
+def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, prefill: bool, out: Path | None) -> None:
+    asked = found.demand
+    rate = "as many as are served" if math.isinf(asked.rate) else f"{asked.rate:.3g}/s"
+    bound = "" if budget is None else f", up to ${budget:g} an hour"
+    typer.echo(
+        f"{found.plan.system.model.name} on {asked.name}: {asked.requests} requests, {rate}, prompts of "
+        f"{asked.prompt:.0f} and outputs of {asked.output:.0f} tokens in the mean; SLO {slo}{bound}"
+    )
+    serving = sum(each.serves for each in found.ranked)
+    typer.echo(f"{len(found.ranked)} candidates, of which {serving} serve it all; the best mixes:\n")
+    rows = [_row(each) for each in found.mixes(_ROWS)]
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    print_rows([tuple(head.strip() for head in heads), *(tuple(row.get(head, "-") for head in heads) for row in rows)])
+    for title, sentences in (("Why", found.why), ("What would change it", found.sensitivity)):
+        typer.echo(f"\n{title}")
+        for sentence in sentences:
+            typer.echo(f"  {sentence}")
+    typer.echo("\nAssumed")
+    if roofline:
+        typer.echo(
+            "  Devices that nobody measured reach their best, all the time: an upper bound (--efficiency typical)."
+        )
+    else:
+        typer.echo("  Devices that nobody measured reach what is typical: [typical] in hardware.toml has the sources.")
+    if not prefill:
+        typer.echo("  Prompts are computed elsewhere, at no cost here.")
+    for remark in found.plan.remarks():
+        typer.echo(f"  To deploy: {remark}.")
+    if out is not None:
+        typer.echo(f"\n{out}: deploy it with `lamina generate --plan {out}`, compare with `lamina plan --check {out}`")
+
+
+def plan_record(found: Planned) -> dict[str, Any]:
+    """For programs. Times are seconds, rates a second, prices dollars."""
+
+    def record(ranked: Ranked) -> dict[str, Any]:
+        estimate = ranked.estimate
+        made = {name: _finite(value) for name, value in asdict(estimate).items()}
+        made |= {
+            "system": ranked.name,
+            "goodput": estimate.goodput,
+            "requests_per_dollar": _finite(estimate.goodput_per_dollar),
+            "dollars_per_million": _finite(estimate.dollars_per_million),
+            "serves": estimate.serves,
+        }
+        if (result := ranked.result) is not None:
+            made["simulated"] = {
+                "rate": ranked.rate,
+                "goodput": ranked.goodput,
+                "serves": ranked.serves,
+                "slo_share": result.slo_share,
+                "tpot": asdict(result.tpot),
+                "ttft": asdict(result.ttft),
+                "tokens_per_second": result.tokens_per_second,
+                "dollars_per_million": result.dollars_per_million,
+                "requests_per_dollar": _finite(ranked.goodput_per_dollar),
+            }
+        return made
+
+    return {
+        "candidates": len(found.ranked),
+        "ranking": [record(each) for each in found.mixes(_ROWS)],
+        "why": list(found.why),
+        "sensitivity": [asdict(each) for each in found.sensitivity],
+        "engine": dict(found.plan.engine),
+        "remarks": found.plan.remarks(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """None for a number that JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

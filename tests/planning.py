@@ -1,0 +1,34 @@
+"""Devices, systems and a demand that the planner's tests share."""
+
+from __future__ import annotations
+
+from lamina.simulator import hardware
+from lamina.simulator.demand import Demand
+from lamina.simulator.hardware import Device, Link
+from lamina.simulator.inventory import Have, Inventory
+from lamina.simulator.models import model
+from lamina.simulator.simulate import Slo
+from lamina.simulator.systems import Colocated, Offloaded
+
+KNOWN = hardware.load()
+H100, H20, EPYC, FHBN = KNOWN.device("h100"), KNOWN.device("h20"), KNOWN.device("epyc-genoa"), KNOWN.link("fhbn-400g")
+BIG, SMALL = model("llama-3-70b"), model("smollm2-135m")
+SLO = Slo(ttft=2.0, tpot=0.1)
+STEADY = Demand(
+    name="steady", requests=1000, rate=4.0, prompt=1000.0, output=200.0, context=1100.0, prompt_variation=0.5,
+    output_variation=0.5, gap_variation=1.0, prompts=tuple(float(125 * n) for n in range(1, 17)), longest=4000,
+)  # fmt: skip
+
+
+def dop(a: int, b: int, link: Link = FHBN, attention: Device = H20, **more: object) -> Offloaded:
+    return Offloaded(
+        model=BIG, model_device=H100, attention_device=attention, link=link, model_count=a, attention_count=b, **more
+    )  # type: ignore[arg-type]
+
+
+def together(count: int, device: Device = H100) -> Colocated:
+    return Colocated(model=BIG, device=device, tensor_parallel=count)
+
+
+def there_are(*have: tuple[Device, int], links: tuple[Link, ...] = (FHBN,), **more: object) -> Inventory:
+    return Inventory(tuple(Have(device, count) for device, count in have), links, **more)  # type: ignore[arg-type]

@@ -1,0 +1,279 @@
+"""`lamina plan`, `lamina simulate` and `--plan`: words in, tables and files out, every wrong value named."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lamina import plan_check
+from lamina.cli import app
+from lamina.errors import InvalidRequest
+from lamina.simulator import plan_file
+from lamina.simulator.comparison import Choice, build, with_efficiency
+from lamina.simulator.cost_model import KvPolicy
+from lamina.simulator.hardware import ROOFLINE, load
+from lamina.simulator.models import model
+from lamina.simulator.simulate import Slo
+from lamina.simulator.systems import Colocated, Disaggregated, Offloaded
+from lamina.simulator_cli import parse_policy, parse_rate, parse_slo
+
+INVENTORY = """
+links = ["fhbn-400g"]
+[[have]]
+device = "h100"
+count = 4
+[[have]]
+device = "h20"
+count = 2
+"""
+FEW = ["--count", "200", "--seed", "1"]
+
+
+def lamina(*words: str, obj: Any = None) -> Any:
+    return CliRunner().invoke(app, list(words), obj=obj)
+
+
+@pytest.fixture
+def inventory(tmp_path: Path) -> str:
+    file = tmp_path / "inventory.toml"
+    file.write_text(INVENTORY, encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """One whole run, and the folder that it wrote into."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "inventory.toml").write_text(INVENTORY, encoding="utf-8")
+    files = ["--out", str(folder / "plan.toml"), "--html", str(folder / "report.html"), "--plot", str(folder / "p.png")]
+    words = ["plan", "--budget", "50", "--inventory", str(folder / "inventory.toml"), "--verify", "2", *FEW, *files]
+    return lamina(*words), folder
+
+
+class Planned:
+    """Stands for `LLM`: keeps how it was opened."""
+
+    def __init__(self) -> None:
+        self.opened: list[tuple[Any, ...]] = []
+
+    def from_plan(self, path: Path, *, model: str | None, **options: Any) -> Planned:
+        options.pop("progress")
+        self.opened.append((path.name, model, options))
+        raise InvalidRequest("enough")
+
+    def __call__(self, model: str, **options: Any) -> Planned:
+        self.opened.append((model, options))
+        raise InvalidRequest("enough")
+
+
+def test_a_plan_is_printed_explained_and_written(planned: tuple[Any, Path]) -> None:
+    result, folder = planned
+    assert result.exit_code == 0, result.output
+    for words in (
+        "candidates, of which",
+        "Why\n",
+        "What would change it\n",
+        "price of h100, now 11.1 $/h",
+        "Assumed\n",
+    ):
+        assert words in result.stdout
+    assert "Offloading attention does not pay here" in result.stdout or "best without offloading" in result.stdout
+    plan = plan_file.read(folder / "plan.toml")
+    assert plan.model == "llama-3-70b"
+    assert plan.slo == Slo(ttft=2.0, tpot=0.1)
+    assert plan.predicted.dollars_per_hour <= 50
+    assert plan.predicted.source == "event loop"
+    assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "What would change it" in page or "what would change it" in page
+    assert "<script" not in page
+
+
+def test_a_plan_as_json(inventory: str) -> None:
+    result = lamina("plan", "--inventory", inventory, "--verify", "0", "--json", "--rate", "max", *FEW)
+    found = json.loads(result.stdout)
+    assert found["candidates"] > 100
+    first = found["ranking"][0]
+    assert first["serves"]
+    assert first["demanded"] is None
+    assert 0 < first["dollars_per_million"] < 100
+    scores = [each["requests_per_dollar"] for each in found["ranking"]]
+    assert scores == sorted(scores, reverse=True)
+    assert all(isinstance(each, str) for each in found["why"])
+    assert {"what", "now", "unit", "rise", "fall"} <= set(found["sensitivity"][0])
+
+
+def test_the_plan_is_opened_with_what_was_written_besides(planned: tuple[Any, Path]) -> None:
+    file = str(planned[1] / "plan.toml")
+    llm = Planned()
+    lamina("generate", "x", "--plan", file, obj=llm)
+    lamina("generate", "x", "--plan", file, "-m", "smollm2-135m", "--lanes", "1", "--dtype", "auto", obj=llm)
+    lamina("chat", "--plan", file, "--threads", "2", obj=llm)
+    lamina("generate", "x", obj=llm)
+    assert [opened[:2] for opened in llm.opened[:3]] == [
+        ("plan.toml", None),
+        ("plan.toml", "smollm2-135m"),
+        ("plan.toml", None),
+    ]
+    assert [opened[2] for opened in llm.opened[:3]] == [{}, {"lanes": 1, "dtype": "auto"}, {"threads": 2}]
+    assert llm.opened[3][0] == "smollm2-135m"
+
+
+def test_systems_are_compared_and_everything_is_written(tmp_path: Path) -> None:
+    words = ["simulate", "--system", "chunked,lamina", *FEW]
+    result = lamina(*words, "--out", str(tmp_path / "runs"))
+    assert result.exit_code == 0, result.output
+    assert "4x h100 co-located" in result.stdout
+    assert "DOP(2, 4) h100 + h20, 2 lanes" in result.stdout
+    assert {file.name for file in (tmp_path / "runs").iterdir()} == {
+        "results.txt", "results.json", "results.csv", "report.html", "steps-1.csv", "steps-2.csv", "step-2.trace.json",
+        "comparison.png", "timeline-1.png", "timeline-2.png",
+    }  # fmt: skip
+    events = json.loads((tmp_path / "runs" / "step-2.trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    assert {event["args"]["lane"] for event in events if event["ph"] == "X"} == {0, 1}
+    printed = lamina(*words, "--json").stdout
+    assert printed == (tmp_path / "runs" / "results.json").read_text(encoding="utf-8")
+    as_json = json.loads(printed)["results"]
+    assert [run["finished"] for run in as_json] == [200, 200]
+    assert as_json[0]["assumptions"]["memory"].startswith("90 %")
+    rows = list(csv.DictReader(io.StringIO(lamina("simulate", "--system", "chunked", *FEW, "--csv").stdout)))
+    assert [float(row["tokens_per_second"]) for row in rows] == [as_json[0]["tokens_per_second"]]
+
+
+def test_the_roofline_and_prompts_elsewhere_are_faster() -> None:
+    def tokens(*words: str) -> float:
+        found = json.loads(lamina("simulate", "--system", "lamina", "--json", "--rate", "max", *FEW, *words).stdout)
+        rate: float = found["results"][0]["tokens_per_second"]
+        return rate
+
+    assert tokens() < tokens("--efficiency", "roofline") < tokens("--efficiency", "roofline", "--no-prefill")
+
+
+def test_a_check_prints_predicted_beside_measured(planned: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [plan_check.Row(1, 100.4, 20.0, 16.0), plan_check.Row(4, 1000.0, 30.0, 40.0)]
+    asked: list[Any] = []
+
+    def check(plan: Any, progress: Any) -> list[plan_check.Row]:
+        asked.append(plan)
+        return rows
+
+    monkeypatch.setattr(plan_check, "check", check)
+    file = str(planned[1] / "plan.toml")
+    result = lamina("plan", "--check", file)
+    assert [line.split() for line in result.stdout.splitlines()[1:]] == [
+        ["batch", "context", "predicted", "measured", "difference"],
+        ["1", "100", "20.00", "16.00", "+25%"],
+        ["4", "1000", "30.00", "40.00", "-25%"],
+    ]
+    assert asked == [plan_file.read(file)]
+    lines = lamina("plan", "--check", file, "--json").stdout.splitlines()
+    assert [json.loads(line)["measured_ms"] for line in lines] == [16.0, 40.0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plan", "--slo", "tpot=fast"], "slo is 'tpot=fast'; allowed are ttft and tpot"),
+        (["plan", "--model", "gpt-9"], "unknown model 'gpt-9'; known are llama-33b"),
+        (["plan", "--trace", "nothing"], "'nothing'; allowed are azure-conv"),
+        (["plan", "--budget", "-3"], "budget is -3.0"),
+        (["plan", "--budget", "1", *FEW], "budget is 1 dollars an hour; the cheapest"),
+        (["plan", "--inventory", "no.toml"], "no.toml: there is no such file"),
+        (["plan", "--hardware", "no.toml"], "no.toml: there is no such file"),
+        (["plan", "--rate", "often"], "rate is 'often'; allowed are trace, max"),
+        (["plan", "--count", "0"], "count is 0"),
+        (["plan", "--efficiency", "best"], "efficiency is 'best'; allowed are roofline, typical"),
+        (["plan", "--verify", "-1"], "verify is -1"),
+        (["plan", "--out", "plan.json"], "--out is 'plan.json'; allowed are names that end in .toml"),
+        (["plan", "--html", "x.html", "--verify", "0"], "a report needs at least one that is checked"),
+        (["plan", "--check", "no.toml"], "no.toml: there is no such file"),
+        (["plan", "-m", "llama-3.1-405b", *FEW], "'llama-3.1-405b' fits nowhere"),
+        (["plan", "--slo", "tpot=1us", "--verify", "0", *FEW], "no system meets the SLO (tpot 0.001 ms)"),
+        (["simulate", "--system", "magic"], "system is 'magic'; allowed are colocated"),
+        (["simulate", "--system", "chunked,,lamina"], "system is 'chunked,,lamina'"),
+        (["simulate", "--system", "lamina:h100x2"], "takes two kinds of device"),
+        (["simulate", "--system", "chunked:h100x2+h20x2"], "takes one kind of device"),
+        (["simulate", "--system", "lamina:h100x2+epyc-genoax1"], "there is lamina-cpu"),
+        (["simulate", "--system", "chunked:tpu-v9x1"], "unknown device 'tpu-v9'"),
+        (["simulate", "--system", "chunked:h100x9999"], "allowed are 1 to 1024"),
+        (["simulate", "--system", "chunked:h100x1", *FEW], "137.5 GB of weights"),
+        (["simulate", "--link", "string"], "unknown link 'string'"),
+        (["simulate", "--policy", "auto"], "policy is 'auto'; allowed is NAME=READ,HELD"),
+        (["simulate", "--policy", "auto=2,1"], "read of policy 'auto' is 2.0"),
+        (["simulate", "--json", "--csv"], "--json and --csv"),
+        (["generate", "x", "--plan", "no.toml"], "no.toml: there is no such file"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_value(words: list[str], said: str) -> None:
+    result = lamina(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
+def test_a_slo_is_read_strictly() -> None:
+    assert parse_slo("tpot=100ms,ttft=2s") == Slo(ttft=2.0, tpot=0.1)
+    assert parse_slo(" ttft=1.5s ") == Slo(ttft=1.5)
+    assert parse_slo("tpot=500us") == Slo(tpot=5e-4)
+    assert parse_slo("none") == Slo()
+    for wrong in (
+        "",
+        "tpot",
+        "tpot=1",
+        "tpot=-1ms",
+        "tpot=0ms",
+        "tpot=1ms,tpot=2ms",
+        "tbt=1ms",
+        "tpot=1 ms",
+        "tpot=nans",
+    ):
+        with pytest.raises(InvalidRequest, match="slo is"):
+            parse_slo(wrong)
+
+
+def test_rates_and_policies_are_read_strictly() -> None:
+    assert (parse_rate("trace"), parse_rate("max"), parse_rate("2.5")) == (None, math.inf, 2.5)
+    for wrong in ("0", "-1", "nan", "inf", "1e9", ""):
+        with pytest.raises(InvalidRequest, match="rate is"):
+            parse_rate(wrong)
+    assert parse_policy("streaming(sink=64, recent=256)=0.3,0.4") == KvPolicy(
+        "streaming(sink=64, recent=256)", 0.3, 0.4
+    )
+
+
+def test_systems_have_the_papers_sizes_unless_devices_are_named() -> None:
+    known = load()
+    for name, a, b, whole in (("llama-33b", 1, 2, 2), ("llama-65b", 2, 4, 4), ("llama-3-70b", 2, 4, 4)):
+        choice = Choice(model(name), known)
+        lamina, vllm = build("lamina", choice), build("chunked", choice)  # table 5 of arXiv 2405.01814v2
+        assert isinstance(lamina, Offloaded)
+        assert isinstance(vllm, Colocated)
+        assert (lamina.model_count, lamina.attention_count, vllm.tensor_parallel) == (a, b, whole)
+    choice = Choice(model("llama-3-70b"), known)
+    apart = build("disaggregated:H100x4+h20x2", choice)
+    assert isinstance(apart, Disaggregated)
+    assert (apart.prefill.tensor_parallel, apart.decode.device.name) == (4, "h20")
+    hosts = build("lamina-cpu", choice)
+    assert isinstance(hosts, Offloaded)
+    assert (hosts.attention_device.kind, hosts.link.name) == ("cpu", "ethernet-25g")
+    many = build("lamina:h100x2+h20x9", choice)
+    assert isinstance(many, Offloaded)
+    assert many.shard == "sequence"
+    assert with_efficiency(known).device("h100").efficiency == known.typical
+    assert with_efficiency(known, ROOFLINE).device("h100").efficiency == ROOFLINE
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys, lamina.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert {"torch", "numpy", "matplotlib", "lamina.simulator.simulate"}.isdisjoint(loaded)

@@ -1,0 +1,219 @@
+"""The closed form: what a trace asks for, how long is waited, and what a system yields for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planning import EPYC, FHBN, H100, SLO, STEADY, dop, together
+
+from lamina.errors import InvalidRequest
+from lamina.simulator import traces
+from lamina.simulator.closed_form import TARGET, estimate, sequences
+from lamina.simulator.cost_model import KvPolicy
+from lamina.simulator.demand import demand, mean_and_variation
+from lamina.simulator.excerpts import at_rate, windows
+from lamina.simulator.queues import Wait, in_time, queue
+from lamina.simulator.reasons import changed
+from lamina.simulator.simulate import Slo
+from lamina.simulator.steady import largest
+from lamina.simulator.systems import Disaggregated, System
+from lamina.simulator.traces import Arrival, Trace
+
+
+@cache
+def conversation() -> Trace:
+    return traces.trace("azure-conv", 1200, seed=3)
+
+
+# What is asked for
+
+
+def test_a_sequence_is_met_for_as_long_as_it_decodes() -> None:
+    trace = Trace("two", (Arrival(0.0, 100, 10), Arrival(1.0, 1000, 90), Arrival(4.0, 100, 20)))
+    found = demand(trace)
+    assert found.context == pytest.approx((10 * 105 + 90 * 1045 + 20 * 110) / 120)
+    assert (found.prompt, found.output, found.longest) == (400, 40, 1090)
+    assert found.rate == pytest.approx(2 / 4)
+    assert found.gap_variation == pytest.approx(1 / 4)
+    assert found.prompt_pairs == pytest.approx((100**2 + 1000**2 + 100**2) / 3 / 2)
+    assert demand(Trace("alike", (Arrival(0.0, 64, 8),) * 3)).context == 64 + 8 / 2
+    assert demand(Trace("at once", (Arrival(0.0, 64, 8),) * 3)).rate == math.inf
+
+
+def test_parts_have_their_own_rates_around_the_wholes() -> None:
+    found = demand(conversation())
+    assert len(found.parts) == 6
+    assert mean_and_variation([1 / part.relative for part in found.parts])[0] == pytest.approx(1)
+    faster = found.at_rate(2 * found.rate)
+    assert [part.rate for part in faster.parts] == pytest.approx([2 * part.rate for part in found.parts])
+    assert demand(traces.head(conversation(), 100)).parts == ()  # too few to tell from chance
+
+
+@given(st.floats(0.1, 10))
+def test_longer_prompts_lengthen_the_context_alone(factor: float) -> None:
+    found = demand(Trace("two", (Arrival(0.0, 100, 10), Arrival(1.0, 900, 70), Arrival(4.0, 200, 20))))
+    longer = found.with_context(factor)
+    exact = sum(o * (factor * p + o / 2) for p, o in ((100, 10), (900, 70), (200, 20))) / 100
+    assert longer.context == pytest.approx(exact)
+    assert longer.output == found.output
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan])
+def test_a_rate_that_is_none_is_refused(rate: float) -> None:
+    with pytest.raises(InvalidRequest, match="rate is"):
+        STEADY.at_rate(rate)
+
+
+def test_an_excerpt_comes_from_everywhere() -> None:
+    whole = conversation()
+    part = windows(whole, 160)
+    assert len(part.arrivals) == 160
+    assert {(arrival.prompt, arrival.output) for arrival in part.arrivals[-10:]} == {
+        (arrival.prompt, arrival.output) for arrival in whole.arrivals[-10:]
+    }
+    assert windows(whole, 10**6) is whole
+    faster = at_rate(part, 50.0)
+    assert (len(faster.arrivals) - 1) / faster.seconds == pytest.approx(50)
+
+
+# Queues
+
+
+def test_waiting_is_as_queueing_theory_has_it() -> None:
+    busy, service = 0.8, 2.0
+    poisson = queue(busy / service, service, 1.0, 1.0)
+    assert poisson.seconds == pytest.approx(busy / (1 - busy) * service)  # M/M/1
+    assert poisson.share == pytest.approx(busy)
+    assert queue(busy / service, service, 1.0, 0.0).seconds == pytest.approx(poisson.seconds / 2)  # M/D/1
+    assert queue(0.5, 2.0, 1.0, 1.0).seconds == math.inf
+    rate = 1 / service
+    assert in_time([poisson], 3.0) == pytest.approx(1 - busy * math.exp(-rate * (1 - busy) * 3.0))  # M/M/1
+    assert in_time([], 0.0) == 1.0
+    assert in_time([Wait(1.0, 0.5)], -1.0) == 0.0
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_the_largest_that_passes_is_found(limit: int, most: int) -> None:
+    assert largest(most, lambda batch: batch <= limit) == min(limit, most)
+
+
+# The closed form
+
+
+def test_the_papers_batch_of_800() -> None:
+    """Lamina's figure 11: Llama-3-70B reaches batch 800 at DOP(2, 4); 90 % of the memory, 1260 tokens in the mean."""
+    asked = replace(STEADY, context=1260.0 - 16)  # half a page is lost beside them
+    assert sequences(dop(2, 4), asked) == pytest.approx(837, abs=1)
+
+
+def test_what_a_policy_spares_makes_room() -> None:
+    half = dop(2, 4, policy=KvPolicy("half", 1.0, 0.5))
+    assert sequences(half, STEADY) == pytest.approx(2 * sequences(dop(2, 4), STEADY), abs=1)
+    window = dop(2, 4, policy=KvPolicy("window", 1.0, 1.0, 100))
+    assert sequences(window, STEADY) == 2048  # tokens a batch
+
+
+def test_littles_law_holds() -> None:
+    found = estimate(together(4), 1, STEADY, SLO)
+    assert found.taken == 4.0
+    assert found.serves
+    assert found.batch == pytest.approx(found.taken * STEADY.output * found.tpot)
+    assert found.tokens_per_second == pytest.approx(found.taken * STEADY.output)
+
+
+def test_a_lone_sequence_takes_the_systems_own_step() -> None:
+    from lamina.simulator.cost_model import Load
+
+    found = estimate(together(4), 1, STEADY.at_rate(1e-6), SLO, prefill=False)
+    assert found.tpot == pytest.approx(together(4).step(Load(1, STEADY.context)).seconds, rel=1e-3)
+
+
+def test_more_than_can_be_taken_goes_elsewhere() -> None:
+    flooded = estimate(together(4), 1, STEADY.at_rate(1e4), SLO)
+    assert not flooded.serves
+    assert flooded.taken == pytest.approx(flooded.capacity)
+    assert flooded.share >= TARGET
+    assert estimate(together(4), 3, STEADY.at_rate(1e4), SLO).taken == pytest.approx(3 * flooded.taken)
+    enough = estimate(together(4), 100, STEADY.at_rate(2.5 * flooded.taken), SLO)
+    assert (enough.replicas, enough.serves) == (3, True)
+    unbounded = estimate(together(4), 5, STEADY.at_rate(math.inf), SLO)
+    assert (unbounded.replicas, unbounded.serves) == (5, True)
+
+
+def test_what_does_not_fit_takes_nothing() -> None:
+    for system in (together(1), dop(1, 4)):  # 137 GB of weights on 80 GB
+        assert estimate(system, 1, STEADY, SLO).goodput == 0
+    long = replace(STEADY, longest=10**7)
+    assert estimate(together(4), 1, long, SLO).goodput == 0
+    hasty = estimate(together(4), 1, STEADY, Slo(tpot=0.001))
+    assert hasty.goodput == 0
+    assert hasty.tpot > 0.001
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    system=st.sampled_from([together(4), dop(2, 4), dop(2, 3, lanes=2), dop(2, 2, attention=EPYC)]),
+    what=st.sampled_from(["bandwidth", "flops", "memory", "interconnect"]),
+    factor=st.floats(1.0, 8.0),
+    prefill=st.booleans(),
+)
+def test_a_better_device_is_never_slower(system: System, what: str, factor: float, prefill: bool) -> None:
+    better = changed(system, lambda device: replace(device, **{what: getattr(device, what) * factor}))
+    flood = STEADY.at_rate(math.inf)
+    before, after = (estimate(each, 1, flood, SLO, prefill) for each in (system, better))
+    assert after.goodput >= before.goodput * (1 - 1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.floats(1.0, 100.0), lanes=st.integers(1, 3), loads=st.floats(0.1, 100.0))
+def test_a_better_link_is_never_slower(factor: float, lanes: int, loads: float) -> None:
+    better = replace(FHBN, bandwidth=FHBN.bandwidth * factor, round_trip=FHBN.round_trip / factor)
+    before, after = (estimate(dop(2, 4, link, lanes=lanes), 1, STEADY.at_rate(loads), SLO) for link in (FHBN, better))
+    assert after.goodput >= before.goodput * (1 - 1e-3)
+
+
+def test_a_steady_load_is_never_harder_than_one_that_varies() -> None:
+    asked = demand(conversation()).at_rate(math.inf)
+    for system in (together(4), dop(2, 4)):
+        steady, varying = (estimate(system, 1, asked, SLO, parts=parts).capacity for parts in (False, True))
+        assert varying <= steady * 1.001
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.floats(0, 5), st.integers(1, 20_000), st.integers(1, 3000)), min_size=1, max_size=8),
+    bandwidth=st.floats(1e6, 1e15),
+    flops=st.floats(1e9, 1e17),
+    memory=st.floats(4e10, 1e13),
+    tokens=st.integers(1, 10_000),
+    slo=st.builds(Slo, ttft=st.none() | st.floats(1e-3, 1e3), tpot=st.none() | st.floats(1e-4, 10.0)),
+    rate=st.floats(1e-6, 1e6) | st.just(math.inf),
+    prefill=st.booleans(),
+    kind=st.sampled_from(["together", "apart", "offloaded"]),
+)
+def test_whatever_is_asked_there_is_an_estimate(
+    lengths: list[tuple[float, int, int]], bandwidth: float, flops: float, memory: float, tokens: int, slo: Slo,
+    rate: float, prefill: bool, kind: str,
+) -> None:  # fmt: skip
+    at, arrivals = 0.0, []
+    for gap, prompt, output in lengths * 40:  # enough of them to be cut into parts
+        at += gap
+        arrivals.append(Arrival(at, prompt, output))
+    device = replace(H100, bandwidth=bandwidth, flops=flops, memory=memory)
+    whole = replace(together(4, device), batch_tokens=tokens)
+    systems: dict[str, System] = {
+        "together": whole,
+        "apart": Disaggregated(prefill=whole, decode=whole, link=FHBN),
+        "offloaded": replace(dop(4, 3, lanes=2), model_device=device, batch_tokens=tokens),
+    }
+    asked = demand(Trace("any", tuple(arrivals))).at_rate(rate)
+    found = estimate(systems[kind], 3, asked, slo, prefill)
+    assert 0 <= found.taken <= min(asked.rate, found.capacity) * (1 + 1e-9)
+    assert 0 <= found.share <= 1
+    assert found.goodput == 0 or (0 < found.tpot < math.inf and 0 <= found.ttft < math.inf)
+    assert 0 <= found.batch <= found.fits * (1 + 1e-6)
