@@ -97,7 +97,9 @@ def dense_time(model: ModelShape, device: Device, count: int, load: Load) -> flo
     moved = model.weights_read(tokens) + 2 * element * tokens * model.hidden
     flops = model.dense_flops(tokens, max(1, load.decode))
     best = max(moved / device.bandwidth, flops / rate(device, element)) / count
-    overhead = efficiency.step_overhead + model.layers * efficiency.layer_overhead + tokens * efficiency.row_overhead
+    overhead = (
+        efficiency.step_overhead + model.layers * efficiency.layer_overhead + load.decode * efficiency.row_overhead
+    )
     if count > 1:
         overhead += 2 * model.layers * all_reduce_time(device, count, tokens * model.hidden * element)
     return best / at(efficiency.dense, tokens) + overhead

@@ -1,0 +1,8 @@
+"""Measures this machine into what the simulator takes: bandwidth, GEMM, kernels, exchange, and the rest of a step.
+
+`calibration` runs it all, `fitting` is its arithmetic; each kind of measuring has a file, and runs in `children`.
+"""
+
+from lamina.hardware_calibration.calibration import Calibration, calibrate
+
+__all__ = ["Calibration", "calibrate"]

@@ -1,0 +1,353 @@
+"""One calibration of this machine, from the first measurement to the file. Knows what is measured when; the arithmetic
+is `fitting`'s, the measuring the children's.
+
+Everything is measured once a round, and the medians over all rounds count, so that a slow minute of the machine meets
+all of it. Its bandwidth is read before and after each group of a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lamina.hardware_calibration.busy import busy
+from lamina.hardware_calibration.child import Child
+from lamina.hardware_calibration.fitting import BUSY, DRIFT, Cell, Drift, Timings, bare, fit_device, fit_links
+from lamina.model_cache import Progress
+from lamina.models import resolve
+from lamina.simulator import hardware
+from lamina.simulator.configs import from_folder
+from lamina.simulator.hardware import Device, Link
+from lamina.simulator.shapes import ModelShape
+
+NAME, GPU_NAME = "this-machine", "this-gpu"
+FITTED = ((1, 64), (16, 64))
+"""(batch, context) of the decode cells, in one process, that `step_overhead` and `row_overhead` are fitted to."""
+CHANNELS = ("local", "grpc")
+BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
+"""Of an element, by dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much is measured. Pairs are (batch, context); `times`, `steps` and `messages` are for each of `rounds`."""
+
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+    attention: tuple[tuple[int, int], ...] = (
+        (1, 32), (4, 32), (16, 32), (1, 512), (8, 256), (16, 256), (1, 4096), (4, 1024), (16, 512), (4, 4096),
+    )  # fmt: skip
+    exchange: tuple[tuple[int, int], ...] = ((1, 64), (4, 64), (16, 64))
+    workers: tuple[int, ...] = (1, 2)
+    sizes: tuple[int, ...] = (1 << 16, 1 << 20, 1 << 23)
+    fitted: tuple[tuple[int, int], ...] = FITTED
+    times: int = 3
+    steps: int = 8
+    rounds: int = 5
+    messages: int = 20
+    tokens: int = 32
+    quick: bool = False
+
+
+FULL = Amount()
+QUICK = Amount(
+    rows=(1, 8),
+    attention=((1, 32), (4, 32), (4, 256)),
+    exchange=((1, 32), (4, 32)),
+    workers=(1,),
+    sizes=(1 << 12, 1 << 16),
+    fitted=((1, 32), (4, 32)),
+    times=1, steps=2, rounds=2, messages=3, tokens=12, quick=True,
+)  # fmt: skip
+"""To see that everything runs; its numbers say little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured, as the simulator takes it. `about` says of what and when, `fitted` which decode cells two of
+    the numbers come from, `drifts` how steady the machine was, `raw` what else the fits started from, in words."""
+
+    devices: tuple[Device, ...]
+    links: tuple[Link, ...]
+    about: str
+    model: str
+    fitted: tuple[Cell, ...]
+    drifts: tuple[Drift, ...]
+    raw: tuple[str, ...]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader should know before trusting the numbers."""
+        return tuple(said for said in (_drifted(self.drifts), _wandered(self.drifts), _disturbed(self.drifts)) if said)
+
+    def dumps(self) -> str:
+        """TOML that `hardware.load` reads; what was measured stands before it, as remarks."""
+        cells = "; ".join(f"{c.batch}x{c.context:.0f} {c.seconds * 1e3:.2f} ms" for c in self.fitted)
+        rates = "; ".join(f"{d.group} {d.before / 1e9:.1f} {d.after / 1e9:.1f}" for d in self.drifts)
+        head = [
+            f"Measured with the shapes of {self.model}: {self.about}.",
+            *(f"Beware: {remark}." for remark in self.remarks),
+            f"step_overhead and row_overhead are fitted to these decode cells, in one process: {cells}.",
+            *self.raw,
+            f"Bandwidth before and after, GB/s: {rates}.",
+        ]
+        lines = [f"# {' '.join(line.split())}" for line in head]  # whatever a processor calls itself: one line each
+        return "\n".join([*lines, "", hardware.dumps(self.devices, self.links)])
+
+
+def calibrate(
+    model: str,
+    progress: Progress | None = None,
+    quick: bool = False,
+    *,
+    date: str = "",
+    price: float = 0.0,
+    power: float = 0.0,
+    amount: Amount | None = None,
+) -> Calibration:
+    """Measure this machine with the shapes of `model`, in about a minute; it should have nothing else to do.
+
+    `date` is for the sources; `price` (dollars an hour) and `power` (watts) can't be measured and are taken as given.
+    `quick` only sees whether everything runs. The model is loaded three times, by processes that measure in turn.
+    Raises what `LLM` raises for a model, InvalidRequest for a negative price, EngineError where something cannot be
+    measured.
+    """
+    amount = amount or (QUICK if quick else FULL)
+    Device(NAME, "cpu", 1.0, 1.0, 1.0, price=price, power=power)  # says now what is wrong with them
+    folder = str(resolve(model, progress))
+    cells = [list(cell) for cell in (*amount.attention, *amount.exchange)]
+    rounds = _Rounds(amount, progress)
+    with ExitStack() as stack:
+
+        def start(kind: str, **options: Any) -> Child:
+            child = stack.enter_context(Child(kind, {"model": folder, **options}))
+            rounds.told()
+            return child
+
+        kernels = start("kernels", cells=cells, quick=amount.quick)
+        workers = start("exchange", counts=list(amount.workers), cells=cells)
+        engine = start("engine", device="cpu")
+        about = kernels.ask("about")
+        engine.ask("step", batch=1, context=amount.fitted[0][1], tokens=8)  # warms up
+        for number in range(amount.rounds):
+            rounds.measure(number, kernels, workers, engine)
+        gpu = _gpu(folder, amount) if about["cuda"] else None
+    timings = rounds.timings()
+    sources = _Sources(model, date, amount)
+    shape = replace(from_folder(folder), element=BYTES[about["dtype"]])
+    devices = [replace(sources.device(NAME, "cpu", shape, about, timings), price=price, power=power)]
+    if gpu is not None:
+        devices.append(sources.device(GPU_NAME, "gpu", shape, *gpu))
+    links = sources.links(shape, about, timings)
+    cells_fitted = tuple(timings.cells)
+    return Calibration(
+        tuple(devices), links, sources.said(about), model, cells_fitted, tuple(rounds.drifts), _raw(timings)
+    )
+
+
+class _Rounds:
+    """All that was measured so far."""
+
+    def __init__(self, amount: Amount, progress: Progress | None = None, used: Callable[[], float] = busy) -> None:
+        self._amount, self._progress, self._busy = amount, progress, used
+        self._done, self._total = 0, 3 + 4 * amount.rounds
+        self._taken: dict[tuple[Any, ...], list[float]] = {}  # by what, and of what
+        self.drifts: list[Drift] = []
+
+    def told(self) -> None:
+        """One of the steps that a user sees is done."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress("measuring", self._done, self._total)
+
+    def measure(self, number: int, kernels: Child, workers: Child, engine: Child) -> None:
+        """One round of everything."""
+        groups: dict[str, Callable[[], None]] = {
+            "dense layers": lambda: self.dense(kernels),
+            "attention": lambda: self._attention(kernels),
+            "the exchange": lambda: self._exchange(kernels, workers),
+            "decode": lambda: self._decode(engine, number),
+        }
+        for name, group in groups.items():
+            used, before = self._busy(), kernels.ask("read")
+            group()
+            self.drifts.append(Drift(name, before, kernels.ask("read"), used))
+            self.told()
+
+    def dense(self, kernels: Child) -> None:
+        """The matrix product that counts as the peak, and dense layers over rows."""
+        self._add([kernels.ask("peak")], "peak")
+        for rows in self._amount.rows:
+            for name, values in kernels.ask("dense", rows=rows, times=self._amount.times).items():
+                self._add(values, name, rows)
+
+    def _attention(self, kernels: Child) -> None:
+        for cell in self._amount.attention:
+            batch, context = cell
+            self._add(
+                kernels.ask("attention", batch=batch, context=context, steps=self._amount.steps), "attention", cell
+            )
+
+    def _exchange(self, kernels: Child, workers: Child) -> None:
+        for batch, context in self._amount.exchange:
+            cell = {"batch": batch, "context": context, "steps": self._amount.steps}
+            self._add(kernels.ask("layers", **cell), "layers", 0, batch)
+            for count in self._amount.workers:
+                self._add(workers.ask("layers", count=count, **cell), "layers", count, batch)
+        for channel in CHANNELS:
+            sizes, times = list(self._amount.sizes), self._amount.messages
+            for size, values in workers.ask("messages", channel=channel, sizes=sizes, times=times).items():
+                self._add(values, "message", channel, int(size))
+
+    def _decode(self, engine: Child, number: int) -> None:
+        for cell in self._amount.fitted:
+            batch, context = cell
+            run = engine.ask("step", batch=batch, context=context, tokens=self._amount.tokens, seed=number)
+            self._add([run["seconds"]], "step", cell)
+            self._add([run["context"]], "context", cell)
+
+    def _add(self, values: Iterable[float], *key: Any) -> None:
+        self._taken.setdefault(key, []).extend(values)
+
+    def _medians(self, *begin: Any) -> dict[Any, float]:
+        """Of all that begins with `begin`, by what comes after it."""
+        n = len(begin)
+        return {
+            key[n] if len(key) == n + 1 else key[n:]: statistics.median(values)
+            for key, values in self._taken.items()
+            if key[:n] == begin
+        }
+
+    def timings(self) -> Timings:
+        """The medians over all rounds."""
+        layers = self._medians("layers")
+        contexts = self._medians("context")
+        return Timings(
+            bandwidth=statistics.median(rate for drift in self.drifts for rate in (drift.before, drift.after)),
+            flops=max(self._taken["peak",]),
+            linears=self._medians("linears"),
+            forward=self._medians("forward"),
+            attention=self._medians("attention"),
+            exchange={
+                (count, batch): seconds - layers[0, batch] for (count, batch), seconds in layers.items() if count
+            },
+            messages={channel: self._medians("message", channel) for channel in CHANNELS},
+            cells=[Cell(cell[0], contexts[cell], seconds) for cell, seconds in self._medians("step").items()],
+        )
+
+
+def _gpu(folder: str, amount: Amount) -> tuple[dict[str, Any], Timings]:
+    """The dense layers of a GPU; the engine attends on the CPU, so there is no more to measure. Never run on one."""
+    rounds = _Rounds(amount)
+    with Child("kernels", {"model": folder, "cells": [[1, 1]], "device": "cuda", "quick": amount.quick}) as kernels:
+        for _ in range(amount.rounds):
+            rounds.dense(kernels)
+        rate = kernels.ask("read")
+        rounds.drifts.append(Drift("dense layers", rate, rate))
+        taken = rounds.timings()
+        return kernels.ask("about"), Timings(rate, taken.flops, taken.linears, taken.forward)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """Says of each number where it is from: with which model, and when."""
+
+    model: str
+    date: str
+    amount: Amount
+
+    def said(self, about: Mapping[str, Any]) -> str:
+        when = f"{self.date}, " if self.date else ""
+        return f"measured here, {when}{about['processor']}, {about['threads']} threads, {about['dtype']}"
+
+    def device(self, name: str, kind: str, shape: ModelShape, about: Mapping[str, Any], timings: Timings) -> Device:
+        """All that the timings tell of a device."""
+        said = self.said(about)
+        fastest = max(about["rates"], key=lambda way: about["rates"][way])
+        cells = " and ".join(f"{batch}x{context}" for batch, context in self.amount.fitted)
+        sources = {
+            "flops": f"{said}: the best of several large matrix products",
+            "bandwidth": f"{said}: plain reads between all other measurements, {fastest}",
+            "memory": f"{said}: as the system tells",
+            "price": "as given",
+            "power": "as given",
+        }
+        efficiencies = {
+            "dense": f"{said}: a forward pass of {self.model} without attention, less what each layer costs by itself",
+            "layer_overhead": f"{said}: what that pass takes beside its linear maps, and a call of attention by itself",
+        }
+        if timings.attention:
+            alone = f"{said}: attention of {self.model}'s layers, with nothing between them"
+            efficiencies |= {"attention": alone, "attention_row_overhead": f"{alone}; what grows with the sequences"}
+        if timings.cells:
+            fitted = f"{said}: fitted to decode of {self.model} at {cells}"
+            efficiencies |= {"step_overhead": fitted, "row_overhead": fitted}
+        device = replace(bare(name, kind, timings, float(about["memory"])), sources=sources)
+        device = fit_device(device, shape, shape.element, timings)
+        return replace(device, efficiency=replace(device.efficiency, sources=efficiencies))
+
+    def links(self, shape: ModelShape, about: Mapping[str, Any], timings: Timings) -> tuple[Link, ...]:
+        """What connects an engine with attention workers on this machine."""
+        said = self.said(about)
+        asked = f"{said}: layers of {self.model} attended by workers on this machine, beyond attending in the process"
+        found = []
+        for link, (channel, taken) in zip(fit_links(shape, timings), timings.messages.items(), strict=True):
+            sources = {
+                "bandwidth": f"{said}: large frames to an attention worker over the channel {channel!r}",
+                "round_trip": f"{asked}; a bare small message there and back takes {taken[0] * 1e6:.0f} us",
+                "worker_time": asked,
+                "row_time": asked,
+            }
+            found.append(replace(link, sources=sources))
+        return tuple(found)
+
+
+def _drifted(drifts: Iterable[Drift]) -> str:
+    """Which groups the bandwidth changed in."""
+    worst = max((drift for drift in drifts if drift.large), key=lambda drift: drift.change, default=None)
+    if worst is None:
+        return ""
+    return (
+        f"the bandwidth changed by more than {DRIFT:.0%} during a group of measurements, most while {worst.group} was "
+        f"measured, from {worst.before / 1e9:.1f} to {worst.after / 1e9:.1f} GB/s"
+    )
+
+
+def _wandered(drifts: Iterable[Drift]) -> str:
+    """Whether it was one machine, so to speak, all the time."""
+    rates = [rate for drift in drifts for rate in (drift.before, drift.after)]
+    if len(rates) < 2 or max(rates) - min(rates) <= DRIFT * max(rates):
+        return ""
+    return f"the bandwidth was from {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s over all measurements"
+
+
+def _disturbed(drifts: Iterable[Drift]) -> str:
+    """Whether others were at work."""
+    used = [drift.busy for drift in drifts]
+    if max(used, default=0.0) <= BUSY:
+        return ""
+    often = sum(share > BUSY for share in used)
+    return f"others used up to {max(used):.0%} of the cores, before {often} of {len(used)} groups of measurements"
+
+
+def _raw(timings: Timings) -> tuple[str, ...]:
+    """What was measured, for people."""
+    dense = ", ".join(
+        f"{rows} rows {timings.linears[rows] * 1e3:.2f} {timings.forward[rows] * 1e3:.2f}" for rows in timings.forward
+    )
+    attention = ", ".join(f"{b}x{c} {seconds * 1e6:.1f}" for (b, c), seconds in timings.attention.items())
+    exchange = ", ".join(
+        f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows), seconds in timings.exchange.items()
+    )
+    sent = "; ".join(
+        f"{channel}: " + ", ".join(f"{size} bytes {seconds * 1e6:.0f}" for size, seconds in taken.items())
+        for channel, taken in timings.messages.items()
+    )
+    return (
+        f"All linear maps, and a forward pass without attention, ms: {dense}.",
+        f"Attention of one layer, us: {attention}.",
+        f"A step's layers with attention workers, ms more than in one process: {exchange}.",
+        f"Messages there, and a short answer back, us: {sent}.",
+    )

@@ -1,0 +1,139 @@
+"""What the engine's kernels do on this machine, each alone: reading, multiplying, dense layers, attention.
+
+Everything is called as the engine calls it, with the weights of a real model, which caches don't hold. On a GPU
+reading, multiplying and dense layers can be measured; that was written for one and never run on one.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from lamina.hardware_calibration.held import Held, attention_alone
+from lamina.hardware_calibration.loaded import Loaded, decode_batch, load
+from lamina.hardware_calibration.reading import Bandwidth, synchronise
+from lamina.machine import this_machine
+from lamina_kernels.dense import Linear
+from lamina_workers.attention_port import LocalAttention
+from lamina_workers.attention_worker import AttentionWorker
+
+READ = 1 << 29  # bytes through which the bandwidth's loops go
+_QUICK_READ = 1 << 26
+_VARIANTS = ((1, 0, 1), (4, 1024, 16), (8, 4096, 16))  # of `reading.VARIANTS`, the fastest in one state or another
+WIDTH, TOKENS = 4096, 1024  # of the matrix product that counts as the peak
+
+
+class KernelBench:
+    """Answers one measurement at a time; times are seconds. `cells`: the (batch, context) that attention will be
+    measured with, for which there must be room."""
+
+    def __init__(self, model: str, cells: list[list[int]], device: str = "cpu", quick: bool = False) -> None:
+        self._device = torch.device(device)
+        self._quick = quick
+        self._loaded = load(model, cells, device)
+        self._bandwidth = Bandwidth(
+            _QUICK_READ if quick else READ, self._device, self._loaded.threads, _VARIANTS, 3 if quick else 7
+        )
+        self._held: Held | None = None
+
+    def about(self) -> dict[str, Any]:
+        """What this machine and the measured model are."""
+        machine = this_machine()
+        name, memory = machine.processor, machine.memory
+        if self._device.type == "cuda":
+            found = torch.cuda.get_device_properties(self._device)
+            name, memory = found.name, found.total_memory
+        return {
+            "processor": name,
+            "cores": machine.cores,
+            "memory": memory,
+            "threads": self._loaded.threads,
+            "dtype": str(self._loaded.dtype).removeprefix("torch."),
+            "rates": self._bandwidth.rates,
+            "cuda": torch.cuda.is_available() and self._device.type == "cpu",
+        }
+
+    def read(self) -> float:
+        """Bytes a second of a plain read, now."""
+        return self._bandwidth.settled()
+
+    def peak(self) -> float:
+        """FLOP/s of a large matrix product in the model's dtype, as the engine multiplies."""
+        width, tokens = (512, 64) if self._quick else (WIDTH, TOKENS)
+        weight = torch.randn(width, width, device=self._device).to(self._loaded.dtype)
+        x = torch.randn(tokens, width, device=self._device).to(self._loaded.dtype)
+        linear = Linear(weight)
+        best = min(self._timed(lambda: linear(x)) for _ in range(4))
+        return 2.0 * width * width * tokens / best
+
+    @torch.inference_mode()
+    def dense(self, rows: int, times: int) -> dict[str, list[float]]:
+        """`linears`: of all linear maps of a step (with the MLPs' gates). `forward`: of the whole pass with attention
+        left out. In turns, after one of each that doesn't count."""
+        device, dtype, config = self._device, self._loaded.dtype, self._loaded.config
+        x = torch.randn(rows, config.hidden_size, device=device).to(dtype)
+        heads = config.num_attention_heads * config.head_dim
+        attended = torch.randn(rows, heads, device=device).to(dtype)
+        batch = decode_batch(rows, 0, device)
+        weights, decoder = self._loaded.weights, self._loaded.decoder
+
+        def linears() -> None:
+            for layer in weights.layers:
+                layer.qkv(x)
+                layer.output(attended)
+                layer.mlp(x)
+            weights.head.float32(x)
+
+        def forward() -> None:
+            run = decoder.forward(batch)
+            try:
+                next(run)
+                while True:
+                    run.send(None)
+                    run.send(attended)
+            except StopIteration:
+                pass
+
+        taken: dict[str, list[float]] = {"linears": [], "forward": []}
+        for _ in range(times + 1):
+            taken["linears"].append(self._timed(linears))
+            taken["forward"].append(self._timed(forward))
+        return {name: values[1:] for name, values in taken.items()}
+
+    @torch.inference_mode()
+    def attention(self, batch: int, context: int, steps: int) -> list[float]:
+        """Of one layer: storing each sequence's new key and value and attending, with nothing between two layers."""
+        held = self._filled(batch, context)
+        layers, dtype = self._loaded.holder.layers, self._loaded.dtype
+        taken = [held.step(attention_alone(layers, batch, dtype)).run / len(layers) for _ in range(steps + 2)]
+        return taken[2:]
+
+    @torch.inference_mode()
+    def layers(self, batch: int, context: int, steps: int) -> list[float]:
+        """Of one step of the model's own forward pass, attended in this process."""
+        held, found = self._filled(batch, context), []
+        for _ in range(steps + 2):
+            run = self._loaded.decoder.forward(decode_batch(batch, context, self._device))
+            found.append(sum(held.step(run)))
+        return found[2:]
+
+    def _filled(self, batch: int, context: int) -> Held:
+        if self._held is None:
+            self._held = local(self._loaded)
+        self._held.fill(batch, context)
+        return self._held
+
+    def _timed(self, call: Any) -> float:
+        start = time.perf_counter()
+        call()
+        synchronise(self._device)
+        return time.perf_counter() - start
+
+
+def local(loaded: Loaded) -> Held:
+    """Sequences at a holder in this process."""
+    ports = {0: LocalAttention(AttentionWorker(loaded.holder, loaded.threads))}
+    every = tuple(range(loaded.config.num_key_value_heads))
+    return Held(loaded.holder, ports, {0: every}, fused=True, dtype=loaded.dtype, threads=loaded.threads)

@@ -1,0 +1,162 @@
+"""Decode steps of an engine that runs here, measured, and beside them what the cost model predicts of a plan.
+
+A step is the median gap between two tokens of a sequence while all sequences decode and none is in prefill. Knows the
+clock and `LLM`; which cells are worth measuring for a plan, and how times become a step, are pure functions.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lamina.errors import EngineError, InvalidRequest
+from lamina.model_cache import Progress
+from lamina.simulator.cost_model import Load
+from lamina.simulator.plan_file import Plan, read
+
+if TYPE_CHECKING:
+    from lamina.llm import LLM
+
+TOKENS = 48
+"""Steps that a cell measures."""
+CHUNK = 512
+"""Prompt tokens that a step takes in at least, while others wait for their first token."""
+MOST_SEQUENCES = 16
+"""Of a cell of `check`, which is to be over in minutes."""
+MOST_TOKENS = 1 << 15
+"""Of all prompts of a cell of `check`."""
+SHORT = 64
+
+Times = Sequence[Sequence[float]]
+"""Of each sequence: when each of its tokens came, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A decode step of `batch` sequences, each of which read `context` tokens of KV in the mean.
+
+    `seconds` is the median, `low` and `high` are the quartiles over `gaps` gaps. `first`: seconds from the start until
+    all sequences had their first token.
+    """
+
+    batch: int
+    context: float
+    seconds: float
+    low: float
+    high: float
+    gaps: int
+    first: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One cell of a check; `context` is the mean of what each sequence read. Milliseconds a decode step."""
+
+    batch: int
+    context: float
+    predicted_ms: float
+    measured_ms: float
+
+
+def measure(llm: LLM, batch: int, context: int, tokens: int = TOKENS, seed: int = 0) -> Measured:
+    """Decode `batch` random prompts of `context` tokens, greedily and past any end token, and time the steps.
+
+    `llm` should have no prefix cache and be idle. Raises InvalidRequest where that is longer than it can take,
+    EngineError where the sequences did not decode together for long enough.
+    """
+    if batch < 1 or context < 1 or tokens < 2:
+        raise InvalidRequest(f"batch {batch}, context {context}, tokens {tokens}; allowed are 1, 1 and 2 or more")
+    count = needed(batch, context, tokens)
+    if context + count > llm.max_model_len:
+        raise InvalidRequest(
+            f"context is {context}, and {count} tokens are decoded after it; allowed are {llm.max_model_len} together"
+        )
+    random_ids = random.Random(seed)
+    vocabulary = _vocabulary(llm)
+    prompts = [[random_ids.randrange(vocabulary) for _ in range(context)] for _ in range(batch)]
+    times: list[list[float]] = [[] for _ in prompts]
+    start = time.perf_counter()
+    for event in llm.stream(prompts, max_tokens=count, ignore_eos=True, temperature=0):
+        times[event.prompt_index].append(time.perf_counter() - start)
+    return steady(times, context, tokens // 2)
+
+
+def needed(batch: int, context: int, tokens: int) -> int:
+    """Tokens for each sequence, so that the first still decodes `tokens` when the last one's prompt is through."""
+    return tokens + (batch - 1) * (context // CHUNK + 1)
+
+
+def steady(times: Times, context: int, least: int) -> Measured:
+    """The step while every sequence decodes. Raises EngineError where there are less than `least` gaps of it."""
+    begin, end = max(own[0] for own in times), min(own[-1] for own in times)
+    gaps, read = [], []
+    for own in times:
+        for number, (before, after) in enumerate(pairwise(own), 1):
+            if begin <= before and after <= end:
+                gaps.append(after - before)
+                read.append(context + number)  # the token that is fed in attends itself
+    if len(gaps) < max(2, least):
+        raise EngineError(f"all sequences decoded together for {len(gaps)} gaps, too few to measure a step")
+    low, middle, high = statistics.quantiles(gaps, n=4, method="inclusive")
+    return Measured(len(times), statistics.fmean(read), middle, low, high, len(gaps), begin)
+
+
+def check(plan: Plan | str | Path, progress: Progress | None = None, rounds: int = 3) -> list[Row]:
+    """Run a plan (or the file that it is in) on this machine, and put what was predicted beside what was measured.
+
+    The prediction is for the plan's devices; what is measured is this machine, so the two say something of each other
+    where the plan was made with this machine's calibration. Raises InvalidRequest for a plan that no engine can run,
+    and what `LLM` raises.
+    """
+    from lamina.llm import LLM  # which loads torch
+
+    if not isinstance(plan, Plan):
+        plan = read(plan)
+    keywords = plan.keywords(prefix_cache=False)
+    with LLM(plan.model, progress=progress, **keywords) as llm:
+        cells = cells_of(plan, llm.max_model_len)
+        found: dict[tuple[int, int], list[Measured]] = {cell: [] for cell in cells}
+        measure(llm, 1, SHORT, tokens=8)  # warms up
+        for number in range(rounds):
+            for at, (batch, context) in enumerate(cells):
+                if progress is not None:
+                    progress("measuring", number * len(cells) + at, rounds * len(cells))
+                found[batch, context].append(measure(llm, batch, context, seed=number))
+    if progress is not None:
+        progress("measuring", rounds * len(cells), rounds * len(cells))
+    return [row(plan, runs) for runs in found.values()]
+
+
+def cells_of(plan: Plan, longest: int) -> list[tuple[int, int]]:
+    """(batch, context) worth measuring for a plan: one sequence and as many as it plans with, short and as long as
+    its trace's; cut to what `longest`, the most tokens of a sequence, and some minutes allow."""
+    many = max(1, min(MOST_SEQUENCES, round(plan.predicted.batch)))
+    cells: list[tuple[int, int]] = []
+    for batch in (1, many):
+        most = MOST_TOKENS // batch
+        while most > 1 and most + needed(batch, most, TOKENS) > longest:
+            most -= max(1, (most + needed(batch, most, TOKENS) - longest) // 2)
+        for context in (SHORT, round(plan.trace.context)):
+            cell = (batch, max(1, min(context, most)))
+            if cell not in cells:
+                cells.append(cell)
+    return cells
+
+
+def row(plan: Plan, runs: Sequence[Measured]) -> Row:
+    """The median of several runs of a cell beside the plan's own prediction of it."""
+    batch, context = runs[0].batch, statistics.fmean(run.context for run in runs)
+    predicted = plan.system.step(Load(decode=batch, context=context)).seconds
+    return Row(batch, context, predicted * 1e3, statistics.median(run.seconds for run in runs) * 1e3)
+
+
+def _vocabulary(llm: LLM) -> int:
+    from lamina_workers.model_config import ModelConfig
+
+    return ModelConfig.from_folder(llm.model_path).vocab_size

@@ -1,0 +1,118 @@
+"""Decode steps: from times of tokens to a step, and what a plan predicted beside it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from real_workers import write_tiny_model
+
+from lamina.errors import EngineError, InvalidRequest
+from lamina.plan_check import MOST_TOKENS, TOKENS, Measured, cells_of, check, measure, needed, row, steady
+from lamina.simulator import plan_file
+from lamina.simulator.cost_model import Load
+from lamina.simulator.hardware import load
+from lamina.simulator.models import model
+from lamina.simulator.plan_file import Plan, Prediction, TraceSummary
+from lamina.simulator.simulate import Slo
+from lamina.simulator.systems import Colocated
+from lamina.types import TokenEvent
+
+
+def plan(batch: float = 40.0, context: float = 900.0, name: str = "tiny") -> Plan:
+    system = Colocated(model=model("smollm2-135m"), device=load().device("epyc-genoa"))
+    predicted = Prediction("closed form", 1.0, 1.0, 0.05, 1.0, 1.0, batch, 1.0, 1.0)
+    trace = TraceSummary("some", 10, 0.0, 500.0, 100.0, context)
+    return Plan(name, system, predicted, trace, Slo(), engine={"max_batch_tokens": 512, "kv_memory": 16 << 20})
+
+
+class Metronome:
+    """An engine whose tokens come evenly, all sequences in one step; some sequences begin later than others."""
+
+    def __init__(self, folder: Path, longest: int = 4096) -> None:
+        self.model_path, self.max_model_len = folder, longest
+        self.asked: list[tuple[int, int, dict[str, object]]] = []
+
+    def stream(self, prompts, **sampling):
+        self.asked.append((len(prompts), len(prompts[0]), sampling))
+        assert len({tuple(prompt) for prompt in prompts}) == len(prompts)
+        assert all(0 <= token < 101 for prompt in prompts for token in prompt)
+        for _ in range(sampling["max_tokens"]):
+            for at in range(len(prompts)):
+                yield TokenEvent("", 1, at)
+
+
+def test_only_gaps_count_in_which_all_sequences_decode():
+    early = [0.0, 1.0, 2.0, 3.0, 3.1, 3.2, 3.3]  # slow while the other's prompt is computed
+    late = [3.0, 3.1, 3.2, 3.3, 3.4, 4.0, 5.0]  # and alone at the end
+    found = steady([early, late], 100, 4)
+    assert found.batch == 2
+    assert found.gaps == 6
+    assert found.seconds == pytest.approx(0.1)
+    assert found.first == 3.0
+    # of the early one tokens 5 to 7, which read 104 to 106 keys; of the late one the second to the fourth
+    assert found.context == pytest.approx((104 + 105 + 106 + 101 + 102 + 103) / 6)
+    assert found.low <= found.seconds <= found.high
+
+
+def test_sequences_that_hardly_decoded_together_say_nothing():
+    with pytest.raises(EngineError, match="decoded together for 2 gaps"):
+        steady([[0.0, 1.0, 2.0], [1.0, 2.0]], 8, 4)
+
+
+def test_a_measurement_asks_for_greedy_random_prompts_past_the_end(tmp_path):
+    engine = Metronome(write_tiny_model(tmp_path / "m"))
+    found = measure(engine, 3, 700, tokens=8, seed=1)
+    assert engine.asked == [(3, 700, {"max_tokens": 8 + 2 * 2, "ignore_eos": True, "temperature": 0})]
+    assert isinstance(found, Measured)
+    assert found.batch == 3
+    assert 700 < found.context < 712
+    assert found.seconds >= 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "tokens"), [(0, 8, 8), (1, 0, 8), (1, 8, 1), (1, 4090, 8), (16, 4000, 48)]
+)
+def test_what_the_engine_cannot_take_is_refused_before_it_begins(tmp_path, batch, context, tokens):
+    engine = Metronome(write_tiny_model(tmp_path / "m"))
+    with pytest.raises(InvalidRequest, match="allowed are"):
+        measure(engine, batch, context, tokens=tokens)
+    assert not engine.asked
+
+
+@pytest.mark.parametrize("longest", [60, 200, 4096, 131072])
+@pytest.mark.parametrize(("batch", "context"), [(1, 64), (0.2, 1e6), (40, 900), (7.4, 30)])
+def test_cells_of_a_plan_fit_and_are_few(batch, context, longest):
+    cells = cells_of(plan(batch, context), longest)
+    assert 1 <= len(cells) <= 4
+    assert len(set(cells)) == len(cells)
+    for many, tokens in cells:
+        assert 1 <= many <= 16
+        assert tokens >= 1
+        assert many * tokens <= MOST_TOKENS
+        assert tokens + needed(many, tokens, TOKENS) <= longest or tokens == 1
+
+
+def test_cells_of_a_plan_have_its_batch_and_its_context():
+    assert cells_of(plan(7.4, 900), 4096) == [(1, 64), (1, 900), (7, 64), (7, 900)]
+    assert cells_of(plan(1.0, 64), 4096) == [(1, 64)]
+
+
+def test_a_row_is_the_median_run_beside_the_systems_own_step():
+    made = plan()
+    runs = [Measured(4, 100.0 + at, seconds, 0, 1, 9, 0) for at, seconds in enumerate((0.03, 0.01, 0.02))]
+    found = row(made, runs)
+    assert (found.batch, found.context, found.measured_ms) == (4, 101.0, pytest.approx(20.0))
+    assert found.predicted_ms == pytest.approx(made.system.step(Load(4, 101.0)).seconds * 1e3)
+
+
+def test_a_plan_from_a_file_runs_here(tmp_path):
+    folder = write_tiny_model(tmp_path / "m")
+    path = tmp_path / "plan.toml"
+    plan_file.write(path, plan(batch=3, context=40, name=str(folder)))
+    told = []
+    rows = check(path, lambda what, done, total: told.append((what, done, total)), rounds=1)
+    assert [(each.batch, round(each.context) >= 40) for each in rows] == [(1, True), (1, True), (3, True), (3, True)]
+    assert all(each.measured_ms > 0 and math.isfinite(each.predicted_ms) for each in rows)
+    assert told[-1] == ("measuring", 4, 4)
