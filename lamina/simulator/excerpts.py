@@ -31,4 +31,5 @@ def at_rate(trace: Trace, rate: float) -> Trace:
     """The trace at so many requests a second; as it is where all come at once."""
     if not trace.seconds:
         return trace
-    return scaled(trace, rate * trace.seconds / (len(trace.arrivals) - 1))
+    faster = scaled(trace, rate * trace.seconds / (len(trace.arrivals) - 1))
+    return replace(faster, name=f"{trace.name} at {rate:.3g}/s")

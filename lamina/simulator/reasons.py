@@ -52,12 +52,13 @@ class Sensitivity:
 
     def __str__(self) -> str:
         changes = [
-            f"at {change.factor:.2f}x and {word} ({self.now * change.factor:.3g} {self.unit}) {change.winner} is better"
+            f"at {change.factor:.2f}x and {word} ({_plain(self.now * change.factor)} {self.unit}) "
+            f"{change.winner} is better"
             for word, change in (("more", self.rise), ("less", self.fall))
             if change is not None
         ]
         said = "; ".join(changes) if changes else f"the winner does not change up to {FARTHEST:g}x either way"
-        return f"{self.what}, now {self.now:.3g} {self.unit}: {said}"
+        return f"{self.what}, now {_plain(self.now)} {self.unit}: {said}"
 
 
 def why(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = True) -> list[str]:
@@ -265,3 +266,8 @@ def _nothing_else(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: b
         if isinstance(system, Offloaded) and (said := slow_link(system, demand, slo, prefill)):
             return f"Offloading attention does not pay here: {said}."
     return "Offloading attention does not pay here: nothing that does fits the devices, the budget and the SLO."
+
+
+def _plain(value: float) -> str:
+    """Three digits, and no powers of ten where people count."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

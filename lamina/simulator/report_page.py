@@ -54,7 +54,7 @@ th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:
 border-right:1px solid var(--rule)}
 th[scope=row]{font-weight:500;white-space:normal;min-width:9.5em;max-width:18em;overflow-wrap:anywhere}
 td.best{font-weight:700;color:var(--best)}th.text{text-align:left}td.text{text-align:left;white-space:normal}
-td.text+td.text{min-width:14em}
+td.text:first-child{min-width:18em}td.text+td.text{min-width:4em}
 dl{display:grid;grid-template-columns:minmax(7em,max-content) 1fr;gap:4px 16px;margin:.5em 0;max-width:90ch}
 dt{color:var(--soft);max-width:20em}dd{margin:0;min-width:0;grid-column:2}dd>ul,dd>p,dd>dl{margin-top:0}
 @media (max-width:600px){dl{grid-template-columns:1fr;gap:0}dd{margin:0 0 .5em;padding-left:.8em;grid-column:1}}
