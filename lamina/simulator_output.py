@@ -132,7 +132,11 @@ def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, p
         typer.echo("  Prompts are computed elsewhere, at no cost here.")
     for remark in found.plan.remarks():
         typer.echo(f"  To deploy: {remark}.")
-    if out is not None:
+    if out is not None and not found.plan.engine:
+        typer.echo(
+            f"\n{out}: written; an engine computes prompts and decodes in one place, so it cannot deploy this one"
+        )
+    elif out is not None:
         typer.echo(f"\n{out}: deploy it with `lamina generate --plan {out}`, compare with `lamina plan --check {out}`")
 
 

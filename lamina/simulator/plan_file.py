@@ -145,6 +145,8 @@ def check_engine(engine: Mapping[str, Any]) -> None:
     workers = engine.get("attention_workers", 0)
     if type(workers) is not int:
         raise InvalidRequest(f"engine.attention_workers is {workers!r:.80}; allowed is a whole number")
+    if engine.get("cluster") not in (None, "auto"):  # a file may not send its reader's requests anywhere
+        raise InvalidRequest(f'engine.cluster is {engine["cluster"]!r:.80}; allowed is "auto", or none')
     try:
         EngineConfig(**engine)
     except InvalidRequest as error:
@@ -195,7 +197,7 @@ def _from_toml(data: Mapping[str, Any]) -> Plan:
     catalogue = hardware.loads("".join(f"{kind} = {toml_value(tables)}\n" for kind, tables in parts.items()))
     shape = from_table(ModelShape, data["shape"], "shape", catalogue)
     table = data["system"]
-    if not isinstance(table, Mapping) or (kind := table.get("kind")) not in KINDS or not isinstance(kind, str):
+    if not isinstance(table, Mapping) or not isinstance(kind := table.get("kind"), str) or kind not in KINDS:
         raise InvalidRequest(f"system is {table!r:.80}; allowed is a table whose kind is {', '.join(KINDS)}")
     rest = {name: value for name, value in table.items() if name != "kind"}
     engine = data["engine"]
