@@ -127,3 +127,11 @@ def test_a_file_that_is_missing_or_too_large_is_refused(tmp_path: Path) -> None:
         inventory.read(tmp_path / "none.toml")
     with pytest.raises(InvalidRequest, match="more than"):
         inventory.read(written(tmp_path, "#" * (inventory.MAX_BYTES + 1)))
+
+
+@pytest.mark.parametrize("entry", ["count = {huge}", "count = 1\nprice = {huge}"])
+def test_numbers_that_cannot_be_shown_are_one_error(tmp_path: Path, entry: str) -> None:
+    file = tmp_path / "huge.toml"
+    file.write_text('[[have]]\ndevice = "h100"\n' + entry.format(huge="0x" + "f" * 5000) + "\n")
+    with pytest.raises(InvalidRequest, match=r"huge\.toml"):
+        inventory.read(file)

@@ -26,7 +26,7 @@ from lamina.errors import InvalidRequest
 from lamina.simulator import hardware
 from lamina.simulator.cost_model import FULL, KvPolicy
 from lamina.simulator.hardware import ROOFLINE, Catalogue, Device, Efficiency, Link
-from lamina.text_files import read_toml, toml_value
+from lamina.text_files import read_toml
 
 SYSTEMS = ("colocated", "chunked", "disaggregated", "lamina", "lamina-cpu")
 """Whole prompts and chunked ones on the same devices, prompts on other devices, attention on other accelerators, and
@@ -103,6 +103,8 @@ def read(path: str | Path, catalogue: Catalogue | None = None) -> Inventory:
         return from_tables(read_toml(path, MAX_BYTES), catalogue or hardware.load())
     except InvalidRequest as error:
         raise InvalidRequest(f"{path}: {error}") from error
+    except (ValueError, OverflowError) as error:  # an integer too long to print, or to be a float
+        raise InvalidRequest(f"{path} holds what cannot be shown: {error}") from error
 
 
 def from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
@@ -131,10 +133,10 @@ def from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
 
 def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
     """The catalogue with the tables `device` and `link` of a TOML file added to it. Raises InvalidRequest."""
-    text = "".join(f"{kind} = {toml_value(data[kind])}\n" for kind in ("device", "link") if kind in data)
-    if not text:
+    tables = {kind: data[kind] for kind in ("device", "link") if kind in data}
+    if not tables:
         return catalogue
-    more = hardware.loads(text)
+    more = hardware.from_tables(tables)
     return replace(catalogue, devices={**catalogue.devices, **more.devices}, links={**catalogue.links, **more.links})
 
 

@@ -159,6 +159,8 @@ def read(path: str | Path) -> Plan:
         return _from_toml(read_toml(path, MAX_BYTES))
     except InvalidRequest as error:
         raise InvalidRequest(f"{path}: {error}") from error
+    except (ValueError, OverflowError) as error:  # an integer too long to print, or to be a float
+        raise InvalidRequest(f"{path} holds what cannot be shown: {error}") from error
 
 
 def write(path: str | Path, plan: Plan) -> None:
@@ -194,7 +196,7 @@ def _from_toml(data: Mapping[str, Any]) -> Plan:
     if missing := [name for name in ("model", "predicted", "trace", "engine", "system", "shape") if name not in data]:
         raise InvalidRequest(f"it has no {missing[0]}; needed are model, predicted, trace, engine, system and shape")
     parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
-    catalogue = hardware.loads("".join(f"{kind} = {toml_value(tables)}\n" for kind, tables in parts.items()))
+    catalogue = hardware.from_tables(parts)
     shape = from_table(ModelShape, data["shape"], "shape", catalogue)
     table = data["system"]
     if not isinstance(table, Mapping) or not isinstance(kind := table.get("kind"), str) or kind not in KINDS:
