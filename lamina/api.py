@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lamina.config import DEFAULT_MODEL
-from lamina.llm import LLM, Prompt
+from lamina.intake import Prompt
+from lamina.llm import LLM
 from lamina.types import Completion, SamplingParams, TokenEvent
 
 _lock = threading.Lock()

@@ -7,6 +7,7 @@ it is not trusted: a sandbox keeps it from the interpreter's insides, but within
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,11 @@ class ChatTemplate:
         self._child: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def render(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+    def uses(self, variable: str) -> bool:
+        """Whether the template has the word `variable` in it: without it a variable of that name changes nothing."""
+        return re.search(rf"\b{re.escape(variable)}\b", self._source) is not None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text that the template makes of `messages` and `variables`, all of which JSON can hold.
 
         Raises InvalidRequest where the template refuses the messages, ModelFileError where it is malformed, passes

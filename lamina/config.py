@@ -105,6 +105,11 @@ class EngineConfig:
         if self.kv_memory is not None:
             object.__setattr__(self, "kv_memory", parse_size("kv_memory", self.kv_memory))
 
+    @property
+    def holders_here(self) -> int:
+        """How many holders of KV this machine has: the local one, and attention workers that are started here."""
+        return 1 + (self.attention_workers if isinstance(self.attention_workers, int) and not self.cluster else 0)
+
     def _check_workers(self) -> None:
         workers = self.attention_workers
         if isinstance(workers, Sequence) and not isinstance(workers, str):

@@ -14,9 +14,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from lamina.errors import EngineError, LaminaError
+from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.fleet import Fleet
 from lamina.lanes import Lanes
 from lamina.placement import Holder, Placement
@@ -24,6 +24,8 @@ from lamina.request import Plan
 from lamina.request import Sequence as Sample
 from lamina.scheduler import Scheduler
 from lamina.shares import Pages
+from lamina.snapshot import Snapshot
+from lamina.tally import Tally, survey
 from lamina.ticket import Output, Spared, Ticket, nobody, unwatched
 from lamina.types import FinishReason
 from lamina.work import work
@@ -34,6 +36,9 @@ from lamina_workers.model_worker import ModelWorker
 from lamina_workers.resolver import Waiting
 from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, TokenHistory
+
+if TYPE_CHECKING:
+    from lamina.constraints import Constraint, Grammars
 
 logger = logging.getLogger("lamina")
 
@@ -68,7 +73,13 @@ class _Drain(NamedTuple):
     done: Future[int]
 
 
-_News = Ticket | _End | _Join | _Leave | _Drain | None
+class _Look(NamedTuple):
+    """What `snapshot` asks for."""
+
+    sink: Callable[[Snapshot], None]
+
+
+_News = Ticket | _End | _Join | _Leave | _Drain | _Look | None
 
 
 @dataclass(slots=True)
@@ -103,6 +114,7 @@ class Engine:
         names: Mapping[int, str] | None = None,
         local: int | None = None,
         lanes: Lanes | None = None,
+        grammars: Grammars | None = None,
         hope: float = 60.0,
         on_lost: Callable[[str], None] | None = None,
         on_rebuilt: Callable[[int, int], None] = unwatched,
@@ -114,6 +126,7 @@ class Engine:
         self._local = local
         self._clock = clock
         self._lane_count = lanes or Lanes(1)
+        self._grammars = grammars
         self._hope = hope
         self._on_lost = on_lost
         self._on_rebuilt = on_rebuilt
@@ -124,7 +137,9 @@ class Engine:
         self._inbox: queue.SimpleQueue[_News] = queue.SimpleQueue()
         self._tickets: dict[str, Ticket] = {}
         self._histories: dict[Sample, TokenHistory] = {}
+        self._constraints: dict[Sample, Constraint] = {}
         self._faults = 0  # since a batch was last complete
+        self._tally = Tally(clock())
         self._door = threading.Lock()  # nothing may be submitted once the loop has stopped
         self._stopped = threading.Event()
         self._cause: BaseException | None = None  # of the stop, where nobody asked for it
@@ -137,7 +152,12 @@ class Engine:
         return not self._stopped.is_set()
 
     def submit(self, ticket: Ticket) -> None:
-        """Queue a request. Raises EngineError where the engine has stopped."""
+        """Queue a request. Raises EngineError where the engine has stopped, and InvalidRequest where its text cannot
+        be held to what it asks for: that is compiled here, not on the engine's thread."""
+        if ticket.params.constrained:
+            if self._grammars is None:
+                raise InvalidRequest("this engine has no tokenizer; it can hold no text to a schema or grammar")
+            ticket.constraints = self._grammars.constraints(ticket.params, ticket.request.n)
         with self._door:
             if self._stopped.is_set():
                 raise self._stop_error()
@@ -164,6 +184,11 @@ class Engine:
             self._inbox.put(drain)
         return drain.done
 
+    def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
+        """Have `sink` told, by the engine's thread and between two batches, what the engine is doing; never where it
+        has stopped."""
+        self._inbox.put(_Look(sink))
+
     def close(self) -> None:
         """Stop after the batches under way; unfinished requests end with an EngineError."""
         self._inbox.put(None)
@@ -172,6 +197,7 @@ class Engine:
 
     def run(self) -> None:
         """Serve requests until `close`. Every torch call is made here."""
+        self._tally.began = self._clock()
         try:
             while self._drain_inbox():
                 self.step()
@@ -201,12 +227,19 @@ class Engine:
         while True:
             work = self._scheduler.has_work or self._placement.pending
             idle = not self._lanes and (not work or (self._full and self._fleet.empty))
+            since = self._clock() if idle else 0.0
             try:
                 news = self._inbox.get(block=idle, timeout=self._patience() if idle else None)
             except queue.Empty:
                 if idle:
                     self._despair()
                 return True
+            finally:
+                if idle:
+                    self._tally.idle_seconds += self._clock() - since
+            if isinstance(news, _Look):  # it changes nothing
+                self._look(news.sink)
+                continue
             self._full = False
             match news:
                 case None:
@@ -217,11 +250,21 @@ class Engine:
                     self._end(*news)
                 case _Join(port, holder):
                     self._fleet.join(port, holder)
+                    self._tally.joined()
                     self._deserted = None
                 case _Leave(name):
                     self._leave(name)
                 case _Drain(name, done):
                     self._drain(name, done)
+
+    def _look(self, sink: Callable[[Snapshot], None]) -> None:
+        self._tally.lanes, self._tally.attention_seconds = self._lane_count.count, self._worker.attention_seconds
+        links, names = self._worker.links(), self._fleet.names
+        taken = survey(self._tally, self._scheduler, self._placement, links, names, self._local, self._clock())
+        try:
+            sink(taken)
+        except Exception:  # it may be anything
+            logger.exception("a client could not take its snapshot")
 
     def step(self) -> None:
         """Begin batches where lanes are free, and go on with one whose reply has come: with the one that has waited
@@ -288,13 +331,17 @@ class Engine:
         if self._accepted(plan, shares, answers) and plan.rows:
             self._mark_scheduled(tickets)
             suspends = self._lane_count.count > 1
-            sampled = yield from self._worker.execute(work(plan, tickets, histories), batch, shares, suspends)
+            sampled = yield from self._worker.execute(
+                work(plan, tickets, histories, self._constraints), batch, shares, suspends
+            )
             self._record(plan, sampled)
         self._faults = 0
 
     def _accepted(self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
         free = Pages({number: answer.free_pages for number, answer in answers.items() if number != self._local})
+        if self._local is not None and self._local in answers:
+            self._tally.local_free = answers[self._local].free_pages
         if all(answer.accepted for answer in answers.values()):
             self._scheduler.accepted(plan, free, self._floors(plan, shares, answers))
             self._note_usages(plan, shares, answers)
@@ -326,13 +373,16 @@ class Engine:
         for request_id, usages in told.items():
             if ticket := self._tickets.get(request_id):
                 columns = [[getattr(usage, name) for usage in usages] for name in Spared._fields]
-                ticket.spared = Spared(*map(sum, columns))._replace(worst=max(columns[Spared._fields.index("worst")]))
+                spared = Spared(*map(sum, columns))._replace(worst=max(columns[Spared._fields.index("worst")]))
+                self._tally.spared(ticket.spared, spared)
+                ticket.spared = spared
 
     # What goes wrong.
 
     def _recover(self, lane: _Lane, fault: HolderFault) -> None:
         """Plan the batch again; where that keeps failing give up its requests, and at last everything."""
         self._faults += 1
+        self._tally.failed_batches += lane.announced.up
         logger.warning("a batch failed and runs again: %s", fault)
         if lane.announced.up:
             self._over(lane)
@@ -352,6 +402,7 @@ class Engine:
 
     def _abandon(self) -> None:
         """Give up every batch under way. Nothing of them counts; they are planned again."""
+        self._tally.failed_batches += len(self._lanes)
         for lane in self._lanes:
             lane.run.close()
             if lane.plan is not None:
@@ -364,6 +415,7 @@ class Engine:
         """Holders are gone: what they kept is rebuilt elsewhere, and the batches under way run again."""
         self._abandon()
         names = [self._fleet.names[number] for number in numbers]
+        self._tally.lost(names)
         due = self._fleet.lose(numbers)
         self._rebuild = (self._scheduler.counters.rebuilt_tokens, due) if due else None
         if self._on_lost is not None:
@@ -415,28 +467,50 @@ class Engine:
         rows = [row for row in plan.rows if row.sample]
         for row, token in zip(rows, sampled.tokens, strict=True):
             if token is None:
+                self._tally.corrupted += 1
                 self._scheduler.end(row.sequence, "abort", keep=False)
+                self._forget(row.sequence)
                 if ticket := self._tickets.get(row.sequence.request.id):
                     self._fail(ticket, EngineError("the model's logits are not finite for this request"))
-        self._report_prefill(plan)
+        prompt_tokens = self._report_prefill(plan)
         reports = dict(zip((row.sequence for row in rows), sampled.logprobs, strict=True))
         outputs: dict[str, list[Output]] = {}
+        strayed: list[tuple[Ticket, InvalidRequest]] = []
         now = self._clock()
         outcomes = self._scheduler.record(plan, [token or 0 for token in sampled.tokens])
         self._placement.recorded(plan)
         self._report_rebuild()
         prefill = any(row.count > 1 for row in plan.rows)
+        self._tally.complete(sum(row.count for row in plan.rows), prompt_tokens, len(outcomes))
         self._lane_count.completed(len(outcomes), len(self._tickets), prefill, now)
         for outcome in outcomes:
             sequence = outcome.sequence
             if sequence in self._histories:
                 self._histories[sequence].append(outcome.token)
-            output = Output(sequence.sample, outcome.token, outcome.finish_reason, reports[sequence], at=now)
+            reason = outcome.finish_reason
+            if reason != "stop" and sequence in self._constraints:
+                try:
+                    reason = self._follow(sequence, outcome.token) or reason
+                except InvalidRequest as error:
+                    strayed.append((self._tickets[sequence.request.id], error))
+            output = Output(sequence.sample, outcome.token, reason, reports[sequence], at=now)
             outputs.setdefault(sequence.request.id, []).append(output)
-            if outcome.finish_reason is not None:
+            if reason is not None:
                 self._forget(sequence)
         for request_id, batch in outputs.items():
             self._publish(self._tickets[request_id], batch)
+        for ticket, why in strayed:
+            if ticket.request.id in self._tickets:
+                self._fail(ticket, why)
+
+    def _follow(self, sequence: Sample, token: int) -> FinishReason | None:
+        """Tell a sample's constraint what was recorded, once, and end the sample where nothing may follow."""
+        constraint = self._constraints[sequence]
+        constraint.advance(token)
+        if not constraint.finished:
+            return None
+        self._scheduler.end(sequence, "stop")
+        return "stop"
 
     def _report_rebuild(self) -> None:
         if self._rebuild is None:
@@ -448,17 +522,23 @@ class Engine:
             logger.info("%d tokens of lost KV are computed again", due)
             self._rebuild = None
 
-    def _report_prefill(self, plan: Plan) -> None:
+    def _report_prefill(self, plan: Plan) -> int:
+        """Tell clients how far their prompts are computed. Returns how many tokens of prompts the batch had."""
+        computed = 0
         for row in plan.rows:
             prompt = len(row.sequence.request.prompt)
+            if row.start >= prompt or row.rebuild:
+                continue
+            computed += min(row.count, prompt - row.start)
             ticket = self._tickets.get(row.sequence.request.id)
-            if row.start >= prompt or row.rebuild or ticket is None:
+            if ticket is None:
                 continue
             try:
                 ticket.prefilled(min(row.start + row.count, prompt), prompt)
             except Exception:  # it may be anything
                 logger.exception("a client could not follow its prefill")
                 ticket.prefilled = unwatched
+        return computed
 
     def _publish(self, ticket: Ticket, outputs: list[Output]) -> None:
         ticket.unfinished -= sum(output.finish_reason is not None for output in outputs)
@@ -488,6 +568,7 @@ class Engine:
         if ticket.params.repetition_penalty != 1 or ticket.params.presence_penalty or ticket.params.frequency_penalty:
             for sequence in ticket.sequences:
                 self._histories[sequence] = TokenHistory(ticket.request.prompt)
+        self._constraints.update(zip(ticket.sequences, ticket.constraints, strict=False))
 
     def _end(self, ticket: Ticket, sample: int | None, reason: FinishReason) -> None:
         if ticket.request.id not in self._tickets:
@@ -503,6 +584,7 @@ class Engine:
 
     def _forget(self, sequence: Sample) -> None:
         self._histories.pop(sequence, None)
+        self._constraints.pop(sequence, None)
         ticket = self._tickets.get(sequence.request.id)
         if ticket is not None:
             ticket.preemptions += sequence.preemptions

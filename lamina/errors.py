@@ -1,7 +1,8 @@
 """The exception tree. Every error that Lamina raises on purpose is a `LaminaError`.
 
 LaminaError
-├── InvalidRequest            a bad argument, or a prompt that cannot fit; a ValueError too
+├── InvalidRequest            a bad argument; a ValueError too
+│   └── ContextTooLong        a prompt and its output do not fit into the context or the KV memory
 ├── ModelFileError            a model's file is missing, malformed, refused, or contradicts another
 │   └── DiskFullError         there was no room to write a model's files
 ├── UnsupportedModelError     the model is well formed, but Lamina does not implement it
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lamina.types import Completion
 
 __all__ = [
+    "ContextTooLong",
     "DiskFullError",
     "EngineError",
     "Interrupted",
@@ -50,6 +52,15 @@ __all__ = [
 
 class InvalidRequest(LaminaError, ValueError):
     """A request cannot be served as given. The message names the argument, the value and what is allowed."""
+
+
+class ContextTooLong(InvalidRequest):
+    """A prompt and its output make more tokens than a sequence can have. Clients of OpenAI's API know the wording."""
+
+    def __init__(self, limit: int, prompt: int, max_tokens: int, why: str = "") -> None:
+        limited = f"This model's maximum context length is {limit} tokens{f' ({why})' if why else ''}"
+        parts = f"({prompt} in the prompt, {max_tokens} for the completion)"
+        super().__init__(f"{limited}. However, you requested {prompt + max_tokens} tokens {parts}. Ask for less")
 
 
 class EngineError(LaminaError):

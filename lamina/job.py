@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from lamina.model_cache import Progress
 from lamina.outputs import Answer
@@ -18,11 +18,22 @@ from lamina.ticket import Output, Ticket
 from lamina.types import Completion, TokenEvent
 
 if TYPE_CHECKING:
-    from lamina.ray_engine import ClusterRuntime
-    from lamina.runtime import Runtime
+    from lamina.remote_engine import EngineClient
+    from lamina.tokenizer import Tokenizer
 
 Item: TypeAlias = tuple[Ticket, list[Output]]
 _LONG_PREFILL = 2048  # tokens from which progress is told
+
+
+class Serving(Protocol):
+    """What a job needs of whatever runs a model."""
+
+    @property
+    def engine(self) -> EngineClient: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def progress(self) -> Progress | None: ...
 
 
 class Job:
@@ -32,9 +43,7 @@ class Job:
     the caller for each token would take a core from the engine.
     """
 
-    def __init__(
-        self, runtime: Runtime | ClusterRuntime, tickets: Sequence[Ticket], inbox: Any, streamed: bool
-    ) -> None:
+    def __init__(self, runtime: Serving, tickets: Sequence[Ticket], inbox: Any, streamed: bool) -> None:
         self.inbox = inbox
         self._held: dict[str, list[Output]] = {ticket.request.id: [] for ticket in tickets}
         self._engine = runtime.engine
@@ -112,6 +121,15 @@ class LoopQueue:
 
     async def get(self) -> Item:
         return await self._queue.get()
+
+    async def get_within(self, seconds: float) -> Item:
+        """Raises asyncio.TimeoutError after so many seconds."""
+        if not self._queue.empty():
+            return self._queue.get_nowait()
+        return await asyncio.wait_for(self._queue.get(), seconds)
+
+    def get_nowait(self) -> Item | None:
+        return None if self._queue.empty() else self._queue.get_nowait()
 
 
 def _follow_prefill(tickets: Sequence[Ticket], progress: Progress) -> None:

@@ -39,6 +39,11 @@ class Ledger:
         self._drafted = NO_PAGES  # of the rows reserved since the last plan was made
         self._unanswered: dict[Plan, Pages] = {}  # and what each will take
 
+    @property
+    def free(self) -> Pages:
+        """Pages free, as every holder said last."""
+        return self._free
+
     def joined(self, holder: int, pages: int) -> None:
         """There is one holder more, empty."""
         self._free += {holder: pages}

@@ -6,21 +6,19 @@ how they wait. Safe to use from several threads and event loops at once.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import queue
-import secrets
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, Interrupted, InvalidRequest
+from lamina.intake import Conversation, Prompt, is_one
 from lamina.job import Job, LoopQueue
 from lamina.model_cache import Progress
-from lamina.request import Request
 from lamina.ticket import Ticket
 from lamina.types import Completion, SamplingParams, TokenEvent
 from lamina_workers.openmp import share_cores
@@ -30,9 +28,6 @@ if TYPE_CHECKING:
     from lamina.runtime import Runtime
 
 logger = logging.getLogger("lamina")
-
-Prompt: TypeAlias = str | Sequence[int]
-Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 class LLM:
@@ -52,7 +47,6 @@ class LLM:
         for name in config:
             if name not in known:
                 raise InvalidRequest(f"unknown keyword {name!r} for LLM; known are {', '.join(known)}")
-        self._ids = itertools.count()
         runtime = _start(model, EngineConfig(**config), progress)
         self._loaded: Runtime | ClusterRuntime | None = runtime
         self._stop = weakref.finalize(self, runtime.stop)  # once: by close(), by the collector, or when Python ends
@@ -85,7 +79,7 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         """The most tokens that one prompt and its output can have."""
-        return min(self._runtime.limits.max_model_len, self._runtime.possible + 1)
+        return self._runtime.intake.max_model_len
 
     @property
     def alive(self) -> bool:
@@ -110,7 +104,7 @@ class LLM:
         **sampling: Any,
     ) -> Completion | list[Completion]:
         """Complete prompts: text or lists of token ids. Ctrl-C raises Interrupted, with what was finished."""
-        return self._complete(self._tickets(self._prompts(prompts), params, priority, sampling), _is_one(prompts))
+        return self._complete(self._tickets(self._prompts(prompts), params, priority, sampling), is_one(prompts))
 
     def chat(
         self,
@@ -156,7 +150,7 @@ class LLM:
     ) -> Completion | list[Completion]:
         """`generate` for event loops."""
         tickets = self._tickets(self._prompts(prompts), params, priority, sampling)
-        return await self._acomplete(tickets, _is_one(prompts))
+        return await self._acomplete(tickets, is_one(prompts))
 
     async def achat(
         self,
@@ -259,66 +253,18 @@ class LLM:
         self, prompts: list[list[int]], params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
     ) -> list[Ticket]:
         """One request a prompt, checked but not submitted."""
-        runtime = self._runtime
         if params is not None and sampling:
             raise InvalidRequest(f"both params and {', '.join(sampling)} were given; allowed is one of the two")
         if params is not None and not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params is {params!r:.80}; allowed is a SamplingParams")
-        if type(priority) is not int or not -(2**31) <= priority < 2**31:
-            raise InvalidRequest(f"priority is {priority!r:.80}; allowed is an integer from -2^31 to 2^31 - 1")
-        filled = (params or SamplingParams.from_keywords(**sampling)).with_defaults(runtime.generation_config)
-        self._check_token_ids("stop_token_ids", filled.stop_token_ids)
-        self._check_token_ids("logit_bias", list(filled.logit_bias))
-        for prompt in prompts:
-            self._check_token_ids("the prompt", prompt)
-            runtime.limits.validate(len(prompt), filled.max_tokens, runtime.possible)
-        stops = frozenset(filled.stop_token_ids)
-        if not filled.ignore_eos:
-            stops |= {token for token in runtime.tokenizer.eos_ids if token < runtime.model.vocab_size}
-        return [
-            Ticket(
-                request=Request(
-                    id=str(next(self._ids)),
-                    prompt=tuple(prompt),
-                    max_tokens=filled.max_tokens,
-                    min_tokens=filled.min_tokens,
-                    stop_token_ids=stops,
-                    n=filled.n,
-                    priority=priority,
-                ),
-                params=filled,
-                seed=secrets.randbits(64) if filled.seed is None else filled.seed,
-            )
-            for prompt in prompts
-        ]
+        return self._runtime.intake.tickets(prompts, params or SamplingParams.from_keywords(**sampling), priority)
 
     def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
-        if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, str | Sequence):
-            raise InvalidRequest(
-                f"prompts is {prompts!r:.80}; allowed is text, a list of token ids, or a list of those"
-            )
-        if _is_one(prompts):
-            return [self._prompt("the prompt", prompts)]
-        return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
-
-    def _prompt(self, name: str, prompt: object) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InvalidRequest(f"{name} is empty; at least one character is needed")
-            return self._runtime.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
-            raise InvalidRequest(f"{name} is {prompt!r:.80}; allowed is text or a list of token ids")
-        return list(prompt)
+        return self._runtime.intake.prompts(prompts)
 
     def _conversations(self, messages: Conversation | Sequence[Conversation]) -> list[list[int]]:
         listed: Any = [messages] if _is_conversation(messages) else messages
         return [self._runtime.tokenizer.chat(conversation) for conversation in listed]
-
-    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
-        size = self._runtime.model.vocab_size
-        for token in token_ids:
-            if not 0 <= token < size:
-                raise InvalidRequest(f"{name} has token id {token}; allowed are 0 to {size - 1}")
 
 
 def _start(model: str | Path, config: EngineConfig, progress: Progress | None) -> Runtime | ClusterRuntime:
@@ -334,11 +280,6 @@ def _start(model: str | Path, config: EngineConfig, progress: Progress | None) -
     from lamina.runtime import start  # it imports torch, which reads the environment
 
     return start(model, config, progress)
-
-
-def _is_one(prompts: object) -> bool:
-    """Whether `prompts` is a single prompt: text, or a list that begins with a token id (or is empty)."""
-    return isinstance(prompts, str) or (isinstance(prompts, Sequence) and (not prompts or isinstance(prompts[0], int)))
 
 
 def _is_conversation(messages: object) -> bool:

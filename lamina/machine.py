@@ -7,6 +7,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+_KV_SHARE = 4  # of the available memory, one part in so many
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -33,6 +35,11 @@ def this_machine() -> Machine:
         memory=memory,
         memory_available=available,
     )
+
+
+def kv_share(machine: Machine, holders: int) -> int:
+    """Bytes of KV for each of so many holders on a machine, where nobody says: a quarter of what is available."""
+    return max(1 << 28, (machine.memory_available or 4 << 30) // (_KV_SHARE * holders))
 
 
 def native_dtype(machine: Machine) -> tuple[str, str]:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import TYPE_CHECKING
 
 from lamina.stop_strings import StopMatcher
 from lamina.ticket import Output, Ticket
 from lamina.tokenizer import StreamDecoder, Tokenizer
 from lamina.types import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
-
-if TYPE_CHECKING:
-    from lamina_workers.sampler import RowLogprobs
+from lamina_workers.logprobs import RowLogprobs
 
 
 class Answer:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lamina.cluster import ATTENTION, MODEL, NAMESPACE, TIMEOUT, connect, explain, ray_module, require
 from lamina.config import EngineConfig, parse_size
 from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.intake import Intake
 from lamina.model_cache import Progress, hash_file
 from lamina.ray_members import RayCluster, environment
 from lamina_workers.openmp import share_cores
@@ -171,6 +172,7 @@ class ClusterRuntime:
     tokenizer: Tokenizer
     limits: SchedulerConfig
     possible: int
+    intake: Intake
     engine: RemoteEngine
     progress: Progress | None
     actor: Any
@@ -239,13 +241,16 @@ def _runtime(
         for name in _MODEL_FILES:
             if name in contents:
                 (folder / name).write_bytes(contents[name])
+    model, tokenizer = ModelConfig.from_folder(folder), Tokenizer(folder)
+    generation_config = read_json(folder / "generation_config.json")
     return ClusterRuntime(
         model_path=folder,
-        model=ModelConfig.from_folder(folder),
-        generation_config=read_json(folder / "generation_config.json"),
-        tokenizer=Tokenizer(folder),
+        model=model,
+        generation_config=generation_config,
+        tokenizer=tokenizer,
         limits=facts["limits"],
         possible=facts["possible"],
+        intake=Intake(tokenizer, facts["limits"].max_model_len, facts["possible"], model.vocab_size, generation_config),
         engine=engine,
         progress=progress,
         actor=actor,

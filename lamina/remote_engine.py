@@ -16,17 +16,21 @@ from typing import Any, Protocol, TypeAlias
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.model_cache import Progress
 from lamina.request import Request
+from lamina.snapshot import Snapshot
 from lamina.ticket import Output, Spared, Ticket
 from lamina.types import FinishReason, SamplingParams
+from lamina_workers.logprobs import RowLogprobs
 
 logger = logging.getLogger("lamina")
 
 Command: TypeAlias = tuple[Any, ...]
-"""("submit", fields of the request, fields of the params, seed) | ("abort", id, sample, reason) | ("close",)."""
+"""("submit", fields of the request, fields of the params, seed) | ("abort", id, sample, reason) |
+("snapshot", number) | ("close",)."""
 
 Event: TypeAlias = tuple[Any, ...]
 """("outputs", id, outputs, scheduled, cached tokens, preemptions, spared) | ("prefilled", id, done, total) |
-("progress", what, done, total) | ("log", level, text) | ("stopped", why). Times are seconds since the submission."""
+("progress", what, done, total) | ("snapshot", number, fields) | ("log", level, text) | ("stopped", why). Times are
+seconds since the submission, but for those of snapshots."""
 
 _ERRORS: dict[str, type[LaminaError]] = {"InvalidRequest": InvalidRequest, "EngineError": EngineError}
 
@@ -43,6 +47,9 @@ class EngineClient(Protocol):
 
     def abort(self, ticket: Ticket, sample: int | None = None, reason: FinishReason = "abort") -> None:
         """End a request, or one sample of it. Harmless where it has ended."""
+
+    def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
+        """Have `sink` told, soon and on some thread, what the engine is doing; perhaps never where it has stopped."""
 
     def close(self) -> None:
         """Stop soon; unfinished requests end with an EngineError."""
@@ -70,6 +77,8 @@ class RemoteEngine:
         self._progress = progress
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._open: dict[str, tuple[Ticket, float, set[int]]] = {}  # by request: ticket, start, samples that ended
+        self._asked: dict[int, Callable[[Snapshot], None]] = {}  # who waits for which snapshot
+        self._last_asked = 0
         self._door = threading.Lock()
         self._why = ""  # it stopped; empty while it runs
         self._sender = threading.Thread(target=self._send, name="lamina-requests", daemon=True)
@@ -90,6 +99,14 @@ class RemoteEngine:
 
     def abort(self, ticket: Ticket, sample: int | None = None, reason: FinishReason = "abort") -> None:
         self._commands.put(("abort", ticket.request.id, sample, reason))
+
+    def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
+        with self._door:
+            if self._why:
+                return
+            self._last_asked += 1
+            self._asked[self._last_asked] = sink
+            self._commands.put(("snapshot", self._last_asked))
 
     def close(self) -> None:
         self._commands.put(("close",))
@@ -134,6 +151,10 @@ class RemoteEngine:
         elif kind == "progress":
             if self._progress is not None:
                 _tell(self._progress, *fields)
+        elif kind == "snapshot":
+            number, plain = fields
+            if (sink := self._asked.pop(number, None)) is not None:
+                _tell(sink, Snapshot.from_dict(plain))
         elif kind == "log":
             logger.log(*fields)
         elif kind == "stopped":
@@ -168,6 +189,7 @@ class RemoteEngine:
             self._why = why
             unfinished = [ticket for ticket, _, _ in self._open.values()]
             self._open.clear()
+            self._asked.clear()
         for ticket in unfinished:
             _tell(ticket.sink, ticket, [Output(0, None, error=EngineError(why))])
 
@@ -200,8 +222,18 @@ class EngineHost:
                 request_id, sample, reason = fields
                 if (entry := self._open.get(request_id)) is not None:
                     self._engine.abort(entry[0], sample, reason)
+            elif kind == "snapshot":
+                self._snapshot(*fields)
             elif kind == "close":
                 self._engine.close()
+
+    def abandon(self) -> None:
+        """Whoever asked is gone: end all that has not ended."""
+        for ticket, _ in list(self._open.values()):
+            self._engine.abort(ticket)
+
+    def _snapshot(self, number: int) -> None:
+        self._engine.snapshot(lambda snapshot: self._events.put(("snapshot", number, snapshot.as_dict())))
 
     def _submit(self, request: dict[str, Any], params: dict[str, Any], seed: int) -> None:
         ticket = decode_ticket(request, params, seed)
@@ -262,8 +294,6 @@ def encode_output(output: Output, start: float) -> tuple[Any, ...]:
 
 def decode_output(fields: tuple[Any, ...], start: float) -> Output:
     """The output of `encode_output`, on a clock on which its request was submitted at `start`."""
-    from lamina_workers.sampler import RowLogprobs  # which loads torch
-
     sample, token, reason, logprobs, error, at = fields
     return Output(
         sample=sample,

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from lamina.errors import InvalidRequest
+from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.shares import Layout, Pages
 
 if TYPE_CHECKING:
@@ -290,12 +290,17 @@ class SchedulerConfig:
     def validate(self, prompt_len: int, max_tokens: int, possible: int) -> None:
         """Raise `InvalidRequest` unless a prompt of this many tokens can run to `max_tokens`, where the holders have
         room for `possible` tokens of one sequence."""
-        if prompt_len < 1:
-            raise InvalidRequest("the prompt is empty; at least one token is needed")
-        if max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {max_tokens}; allowed is 1 or more")
-        asked = f"the prompt's {prompt_len} tokens and max_tokens {max_tokens} make {prompt_len + max_tokens}"
-        if prompt_len + max_tokens > self.max_model_len:
-            raise InvalidRequest(f"{asked}; the context holds at most {self.max_model_len}")
-        if prompt_len + max_tokens > possible + 1:  # the last token is never fed back, so it needs no KV
-            raise InvalidRequest(f"{asked}; the KV memory holds at most {possible + 1}")
+        check_length(prompt_len, max_tokens, self.max_model_len, possible)
+
+
+def check_length(prompt_len: int, max_tokens: int, context: int, possible: int) -> None:
+    """Raise `InvalidRequest` unless a prompt and so many further tokens fit into the context and into the KV memory,
+    which holds `possible` tokens of one sequence."""
+    if prompt_len < 1:
+        raise InvalidRequest("the prompt is empty; at least one token is needed")
+    if max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {max_tokens}; allowed is 1 or more")
+    if prompt_len + max_tokens > context:
+        raise ContextTooLong(context, prompt_len, max_tokens)
+    if prompt_len + max_tokens > possible + 1:  # the last token is never fed back, so it needs no KV
+        raise ContextTooLong(possible + 1, prompt_len, max_tokens, "the KV memory holds no more")

@@ -21,8 +21,9 @@ from lamina.attach import LOCAL, Attachment, attach
 from lamina.config import EngineConfig
 from lamina.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
+from lamina.intake import Intake
 from lamina.lanes import Lanes
-from lamina.machine import Machine, native_dtype, this_machine
+from lamina.machine import Machine, kv_share, native_dtype, this_machine
 from lamina.members import Members
 from lamina.model_cache import Progress
 from lamina.models import resolve
@@ -50,7 +51,6 @@ DEFAULT_BATCH_TOKENS = 1024
 MAX_SEQUENCES = 256  # in one batch
 AUTO_LANES = 3  # that are tried: more share the weights' reading among too few sequences each
 _KV_PROJECTION = 2 << 20  # bytes of weights: 80 us at 25 GB/s. An estimate: no model at hand is large enough
-_KV_SHARE = 4  # of the available memory, one part in so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Runtime:
     tokenizer: Tokenizer
     limits: SchedulerConfig
     possible: int
+    intake: Intake
     engine: Engine
     thread: threading.Thread
     progress: Progress | None
@@ -164,6 +165,7 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None, me
         scheduler = Scheduler(limits, placement)
         possible = scheduler.longest_possible()
         _check_room(config, holder, possible)
+        intake = Intake(tokenizer, limits.max_model_len, possible, model.vocab_size, generation_config)
         engine = Engine(
             ModelWorker(
                 decoder,
@@ -179,6 +181,7 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None, me
             names={number: port.name for number, port in ports.items() if number != LOCAL},
             local=None if attachment is None else LOCAL,
             lanes=_lanes(config, attachment),
+            grammars=intake.grammars,
             hope=config.recovery_timeout,
             on_rebuilt=_rebuild_report(progress),
             on_lost=None if attachment is None else attachment.members.lost,
@@ -191,8 +194,8 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None, me
         raise
     logger.info("%s: %s on %s, KV %s for %d tokens, %d threads", name, dtype, device, holder.dtype, possible, threads)
     return Runtime(
-        path, model, generation_config, tokenizer, limits, possible, engine, threading.current_thread(), progress,
-        attachment,
+        path, model, generation_config, tokenizer, limits, possible, intake, engine, threading.current_thread(),
+        progress, attachment,
     )  # fmt: skip
 
 
@@ -242,7 +245,7 @@ def holder_config(
         layers=layers,
         page_size=config.page_size,
         dtype=str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype,
-        kv_memory=_kv_memory(config, machine),
+        kv_memory=config.kv_memory if isinstance(config.kv_memory, int) else kv_share(machine, config.holders_here),
     )
 
 
@@ -280,14 +283,6 @@ def _dtype(name: str, device: torch.device, machine: Machine) -> torch.dtype:
         name = "bfloat16" if device.type == "cuda" else native_dtype(machine)[0]
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _kv_memory(config: EngineConfig, machine: Machine) -> int:
-    """Of each holder on this machine: the local one, and attention workers that are started here."""
-    if isinstance(config.kv_memory, int):
-        return config.kv_memory
-    here = 1 + (config.attention_workers if isinstance(config.attention_workers, int) and not config.cluster else 0)
-    return max(1 << 28, (machine.memory_available or 4 << 30) // (_KV_SHARE * here))
 
 
 def _limits(config: EngineConfig, model: ModelConfig, holder: HolderConfig, machine: Machine) -> SchedulerConfig:

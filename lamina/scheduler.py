@@ -27,13 +27,16 @@ Order = tuple[int, int, int]
 @dataclass(slots=True)
 class Counters:
     """What happened since the start. `reused_tokens` came from a fork instead of a prefill, `rebuilt_tokens` were
-    computed again for a lost holder's sake."""
+    computed again for a lost holder's sake. Of `looked_up_tokens`, of prompts admitted for the first time, the prefix
+    tree had `found_tokens`."""
 
     admitted: int = 0
     preempted: int = 0
     evicted: int = 0
     reused_tokens: int = 0
     rebuilt_tokens: int = 0
+    looked_up_tokens: int = 0
+    found_tokens: int = 0
 
 
 class Scheduler:
@@ -67,6 +70,30 @@ class Scheduler:
     def running(self) -> int:
         """How many sequences have KV."""
         return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many unfinished sequences have none, those included that wait for a prefix or for their sibling."""
+        return sum(sequence.handle is None for samples in self._requests.values() for sequence in samples)
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Those with KV, by order."""
+        return tuple(self._running)
+
+    @property
+    def free(self) -> Pages:
+        """Pages that every holder has free, as it said last."""
+        return self._ledger.free
+
+    @property
+    def cached(self) -> Pages:
+        """Pages that only the prefix tree keeps, at least."""
+        return self.tree.evictable if self.tree is not None else NO_PAGES
+
+    def kept(self, sequence: Sequence) -> Pages:
+        """Pages that a sequence has, those included that it shares with others."""
+        return self._pages_beyond(sequence, 0)
 
     def longest_possible(self) -> int:
         """The most tokens of one sequence that the context and the holders' memory can ever hold."""
@@ -126,7 +153,7 @@ class Scheduler:
 
         Decoding comes first, one token each; what is left of `max_batch_tokens` goes to prefills. Pages go strictly
         by order, so the first sequence never waits for a later one. With nothing to compute, operations that wait
-        are flushed in a plan without rows. With several `lanes`, a plan takes its share of the sequences only.
+        are flushed in a plan without rows. With several `lanes`, a plan takes its share of the running sequences only.
         """
         if self._stalled:
             return None
@@ -145,20 +172,22 @@ class Scheduler:
         budget = self._batch_tokens
         prefill = max(1, budget - sum(sequence.left == 1 for sequence in idle))
         short = False  # of pages for somebody
-        while budget and (lanes == 1 or len(rows) * lanes < max(lanes, len(self._running))):
-            if idle:
+        while budget:
+            younger = idle
+            if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self._running))):
                 sequence = idle.popleft()
                 if not self._rebuilder.ready(sequence):
                     continue
             elif prefill and not short and not (self._refused and self._running) and (admitted := self._admit()):
-                sequence = admitted
+                # Its lane's share may be full already: were it not admitted then, nobody would be while all lanes are.
+                sequence, younger = admitted, deque()
             else:
                 break
             left = sequence.left
             limit = 1 if left == 1 else min(left, prefill, budget)
             if limit == 0:
                 continue
-            count = self._make_room(sequence, limit, idle)
+            count = self._make_room(sequence, limit, younger)
             if count == 0:
                 short = True
                 continue
@@ -213,6 +242,9 @@ class Scheduler:
                 self._short = sequence, needed
                 return None
             heappop(self._waiting)
+            if self.tree is not None and sequence.preemptions == 0:
+                self.counters.looked_up_tokens += len(sequence.tokens)
+                self.counters.found_tokens += match.length
             self._start(sequence, layout, match.node, match.length)
             return sequence
         return None
@@ -309,12 +341,16 @@ class Scheduler:
 
     def _freed(self, sequence: Sequence) -> Pages:
         """Pages that closing it frees, at least."""
+        return self._pages_beyond(sequence, sequence.shared)
+
+    def _pages_beyond(self, sequence: Sequence, first: int) -> Pages:
+        """Pages that it has of the positions from `first` on."""
         layout, rebuild = sequence.layout, sequence.rebuild
         if rebuild is None:
-            return self.config.held(layout, sequence.shared, sequence.computed, sequence.floor)
+            return self.config.held(layout, first, sequence.computed, sequence.floor)
         whole = tuple(share for share in layout if share not in rebuild.missing)
-        return self.config.held(whole, sequence.shared, sequence.computed, sequence.floor) + self.config.held(
-            rebuild.missing, sequence.shared, rebuild.at, rebuild.at
+        return self.config.held(whole, first, sequence.computed, sequence.floor) + self.config.held(
+            rebuild.missing, first, rebuild.at, rebuild.at
         )
 
     def _queue(self, sequence: Sequence) -> None:

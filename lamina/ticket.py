@@ -10,9 +10,10 @@ from lamina.errors import LaminaError
 from lamina.request import Request
 from lamina.request import Sequence as Sample
 from lamina.types import FinishReason, SamplingParams
+from lamina_workers.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
-    from lamina_workers.sampler import RowLogprobs
+    from lamina.constraints import Constraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class Ticket:
     """A request and what becomes of it.
 
     Whoever submits it sets `submitted`, `sink`, which the engine calls with each batch's outputs, and perhaps
-    `prefilled`, which it calls with how many of the prompt's tokens are computed; neither may block. Times are the
-    engine clock's, in seconds; None until it happened.
+    `prefilled`, which it calls with how many of the prompt's tokens are computed; neither may block. The rest is the
+    engine's. Times are its clock's, in seconds; None until it happened.
     """
 
     request: Request
@@ -80,3 +81,4 @@ class Ticket:
     spared: Spared = NOTHING_SPARED
     unfinished: int = 0
     sequences: tuple[Sample, ...] = ()
+    constraints: tuple[Constraint, ...] = ()

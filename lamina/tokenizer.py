@@ -19,6 +19,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _MAX_JSON_BYTES = 1 << 28
 _TEMPLATE_FILE = "chat_template.jinja"
+_MAX_DEPTH = 64  # of the arguments of a call
+_EMPTY = ("audio", "annotations", "function_call", "reasoning", "reasoning_content", "refusal", "tool_calls")
+"""What OpenAI's clients send back with a message that they got, empty."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -48,6 +51,8 @@ class Tokenizer:
             index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
         """The tokens that `decode` leaves out unless told otherwise."""
+        self.special_tokens: frozenset[str] = frozenset(filter(None, map(self.token, self.special_ids)))
+        """How the vocabulary spells them."""
 
     @property
     def vocab_size(self) -> int:
@@ -59,48 +64,82 @@ class Tokenizer:
         """Whether the model can be given messages."""
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, with the special tokens that the model wants around it.
+    @property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template shows tools to the model itself."""
+        return self._template is not None and self._template.uses("tools")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`, with the special tokens that the model wants around it, unless told otherwise.
 
         Special tokens written out in the text are taken as such. Raises InvalidRequest where the text is no valid
         Unicode, naming the place.
         """
-        return self._encode(text, add_special_tokens=True)
+        _check_text("the prompt", text)
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that form no character become U+FFFD; ids outside the vocabulary become nothing."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     def knows(self, token_id: int) -> bool:
         """Whether `token_id` is in the vocabulary."""
         return self._tokenizer.id_to_token(token_id) is not None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """`messages` as the text that the model was trained on; at its end the assistant's turn begins, if wanted.
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of a token; None outside of the vocabulary."""
+        token = self._tokenizer.id_to_token(token_id)
+        return None if token is None else str(token)
 
-        A message is {"role": one of ROLES, "content": text, or a list of {"type": "text", "text": text}}. Raises
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """`messages` as the text that the model was trained on; at its end the assistant's turn begins, if wanted, or
+        the last message is left open.
+
+        A message is {"role": one of ROLES, "content": text, or a list of {"type": "text", "text": text}}, perhaps with
+        `name`; the assistant's with `tool_calls` (and then without content), a tool's with `tool_call_id`. Raises
         InvalidRequest for other messages, or where the template refuses these; ModelFileError where the model has
         no template or it misbehaves.
         """
-        checked = _check_messages(messages)
+        checked = check_messages(messages)
+        if continue_final_message and (add_generation_prompt or not checked[-1]["content"].strip()):
+            raise InvalidRequest(
+                "continue_final_message is True; it needs add_generation_prompt False and text in the last message"
+            )
         if self._template is None:
             raise ModelFileError("the model has no chat template; give it a prompt instead of messages")
-        return self._template.render(
-            checked, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **_given(self._special)
+        text = self._template.render(
+            checked,
+            add_generation_prompt=add_generation_prompt,
+            tools=None if tools is None else list(tools),
+            documents=None,
+            **_given(self._special),
         )
+        if not continue_final_message:
+            return text
+        content = checked[-1]["content"]
+        content = content if content in text else content.strip()
+        if content not in text:
+            raise InvalidRequest("continue_final_message is True, but the chat template does not show the last message")
+        return text[: text.rindex(content) + len(content)]
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """The ids of `render`'s text, to which nothing is added: templates write special tokens themselves."""
-        return self._encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
 
     def close(self) -> None:
         """End the process that renders the chat template, if one was started."""
         if self._template is not None:
             self._template.close()
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        _check_text("the prompt", text)
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _find_eos_ids(self, folder: Path) -> tuple[int, ...]:
         for name in ("generation_config.json", "config.json"):
@@ -195,22 +234,89 @@ def _open_end(text: str) -> int:
     return min(_MOST_BYTES - 1, len(text) - len(text.rstrip(_REPLACEMENT)))
 
 
-def _check_messages(messages: object) -> list[dict[str, str]]:
+def check_messages(messages: object) -> list[dict[str, Any]]:
+    """Messages as `Tokenizer.render` describes them, text parts joined, in the form that templates expect: `content` is
+    always text, and the arguments of calls are objects. Raises InvalidRequest, naming the place."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise InvalidRequest(f"messages is {messages!r:.80}; allowed is a list of at least one message")
     return [_check_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
 
 
-def _check_message(name: str, message: object) -> dict[str, str]:
-    if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
-        raise InvalidRequest(f"{name} is {message!r:.80}; allowed is a mapping with exactly role and content")
-    role, content = message["role"], message["content"]
+def _check_message(name: str, message: object) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise InvalidRequest(f"{name} is {message!r:.80}; allowed is a mapping with role and content")
+    role = message["role"]
     if role not in ROLES:
-        raise InvalidRequest(f"{name} has role {role!r:.80}; allowed are {', '.join(ROLES)}")
-    if isinstance(content, Iterable) and not isinstance(content, str):
+        raise InvalidRequest(f"{name}.role is {role!r:.80}; allowed are {', '.join(ROLES)}")
+    more = {"assistant": "tool_calls", "tool": "tool_call_id"}.get(role)
+    for key, value in message.items():
+        if key not in ("role", "content", "name", more) and (value or key not in _EMPTY):
+            allowed = ", ".join(part for part in ("role", "content", "name", more) if part)
+            raise InvalidRequest(f"{name} has {key!r:.80}; allowed for {role} are {allowed}")
+    calls = message.get("tool_calls") or []
+    content = message.get("content")
+    if content is None and calls:
+        content = ""
+    if isinstance(content, Iterable) and not isinstance(content, (str, Mapping)):
         content = "\n".join(_check_part(f"{name}.content[{index}]", part) for index, part in enumerate(content))
     _check_text(f"{name}.content", content)
-    return {"role": role, "content": content}
+    checked: dict[str, Any] = {"role": role, "content": content}
+    for key in ("name", "tool_call_id"):
+        if message.get(key) is not None:
+            _check_text(f"{name}.{key}", message[key])
+            checked[key] = message[key]
+    if calls:
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise InvalidRequest(f"{name}.tool_calls is {calls!r:.80}; allowed is a list of calls")
+        checked["tool_calls"] = [_check_call(f"{name}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
+    return checked
+
+
+def _check_call(name: str, call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if (
+        not isinstance(call, Mapping)
+        or not call.keys() <= {"id", "type", "function", "index"}
+        or call.get("type", "function") != "function"
+        or not isinstance(function, Mapping)
+        or function.keys() != {"name", "arguments"}
+    ):
+        raise InvalidRequest(
+            f'{name} is {call!r:.80}; allowed is {{"id": ..., "type": "function", '
+            '"function": {"name": ..., "arguments": ...}}'
+        )
+    _check_text(f"{name}.id", call.get("id", ""))
+    _check_text(f"{name}.function.name", function["name"])
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict) or not _is_shallow(arguments):
+        raise InvalidRequest(
+            f"{name}.function.arguments is {function['arguments']!r:.80}; allowed is the JSON text of an object, "
+            f"at most {_MAX_DEPTH} deep"
+        )
+    return {
+        "id": call.get("id", ""),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+
+
+def _is_shallow(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return True
+    return False
 
 
 def _check_part(name: str, part: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,16 @@ MAX_SAMPLES = 256
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters
+MAX_SCHEMA = 256 << 10  # characters of JSON
+MAX_SCHEMA_DEPTH = 64
+MAX_REGEX = 16 << 10  # characters
+MAX_CHOICES = 4096
+MAX_GRAMMAR = 512 << 10  # characters, of all choices together too
+
+JSON_OBJECT = '{"type":"object"}'
+"""The `json_schema` of any JSON object."""
+
+_CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 
 # The fields that a model's generation_config.json may set, and what they are where neither it nor the caller does.
 # Without a temperature sampling is at 1, but only where `do_sample` is true: decoding is greedy unless asked for.
@@ -72,6 +83,19 @@ class SamplingParams:
     """Samples for each prompt, 1 to 256."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report beside the chosen one, 0 to 20. None reports nothing."""
+    json_schema: str | Mapping[str, Any] | None = None
+    """The text is JSON that fits this JSON Schema: a mapping, or JSON of at most 256 Ki characters and 64 levels. Kept
+    as JSON. At most one of `json_schema`, `regex`, `choice` and `grammar` may be given. Each makes tokens impossible
+    with which the text could not be completed, whatever their logits; a sample whose text can only end does so, with
+    reason "stop", and where it must end, `min_tokens` and `ignore_eos` give way. Stop strings and `max_tokens` end a
+    sample as ever, complete or not."""
+    regex: str | None = None
+    """The text matches this regular expression from its begin to its end: Rust's syntax, without look-around and
+    back-references, of 1 to 16384 characters."""
+    choice: Sequence[str] | None = None
+    """The text is one of these strings: 1 to 4096, none empty. Kept as a tuple."""
+    grammar: str | None = None
+    """The text fits this grammar in llguidance's dialect of Lark, of 1 to 524288 characters."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
     include_stop_str_in_output: bool = False
@@ -95,13 +119,27 @@ class SamplingParams:
             "ignore_eos": _flag("ignore_eos", self.ignore_eos),
             "n": _integer("n", self.n, 1, MAX_SAMPLES),
             "logprobs": _optional(_integer, "logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            "json_schema": _optional(_json_schema, "json_schema", self.json_schema),
+            "regex": _optional(_text, "regex", self.regex, 1, MAX_REGEX),
+            "choice": _optional(_choices, "choice", self.choice),
+            "grammar": _optional(_text, "grammar", self.grammar, 1, MAX_GRAMMAR),
             "skip_special_tokens": _flag("skip_special_tokens", self.skip_special_tokens),
             "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),
         }
         if checked["min_tokens"] > checked["max_tokens"]:
             raise _refused("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
+        given = [name for name in _CONSTRAINTS if checked[name] is not None]
+        if len(given) > 1:
+            raise InvalidRequest(
+                f"{' and '.join(given)} are given; allowed is at most one of {', '.join(_CONSTRAINTS)}"
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether only some texts are possible."""
+        return any(getattr(self, name) is not None for name in _CONSTRAINTS)
 
     @classmethod
     def from_keywords(cls, **keywords: Any) -> SamplingParams:
@@ -297,6 +335,67 @@ def _stop_string(value: object) -> str:
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise _refused("stop", value, "valid Unicode, without half of a surrogate pair")
     return value
+
+
+def _text(name: str, value: object, low: float, high: float) -> str:
+    if not isinstance(value, str) or not low <= len(value) <= high:
+        raise _refused(name, value, f"text of {low} to {high} characters")
+    if not _is_unicode(value):
+        raise _refused(name, value, "valid Unicode, without half of a surrogate pair")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _choices(name: str, value: object) -> tuple[str, ...]:
+    choices = _sequence(name, value, f"a list of 1 to {MAX_CHOICES} strings")
+    if not 1 <= len(choices) <= MAX_CHOICES:
+        raise InvalidRequest(f"{name} has {len(choices)} strings; allowed are 1 to {MAX_CHOICES}")
+    texts = tuple(_text(f"{name}[{index}]", choice, 1, MAX_GRAMMAR) for index, choice in enumerate(choices))
+    if (total := sum(map(len, texts))) > MAX_GRAMMAR:
+        raise InvalidRequest(f"{name} has {total} characters; allowed are {MAX_GRAMMAR}")
+    return texts
+
+
+def _json_schema(name: str, value: object) -> str:
+    """A JSON Schema as JSON text; also what is wrong with it as JSON. What it says is looked at elsewhere."""
+    allowed = f"a JSON Schema of at most {MAX_SCHEMA} characters and {MAX_SCHEMA_DEPTH} levels: a mapping, or JSON"
+    if not isinstance(value, str | Mapping):
+        raise _refused(name, value, allowed)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        if len(text) > MAX_SCHEMA:
+            raise InvalidRequest(f"{name} has {len(text)} characters; allowed is {allowed}")
+        schema = json.loads(text, parse_constant=_no_json)
+    except RecursionError:
+        raise InvalidRequest(f"{name} is nested too deeply; allowed is {allowed}") from None
+    except InvalidRequest:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{name} is no JSON: {str(error)[:200]}; allowed is {allowed}") from error
+    if not isinstance(schema, dict):
+        raise _refused(name, value, allowed)
+    if (depth := json_depth(schema, MAX_SCHEMA_DEPTH)) > MAX_SCHEMA_DEPTH:
+        raise InvalidRequest(f"{name} has {depth} levels or more; allowed is {allowed}")
+    if not _is_unicode(text):
+        raise _refused(name, value, "valid Unicode, without half of a surrogate pair")
+    return text
+
+
+def _no_json(literal: str) -> None:
+    raise TypeError(f"there is {literal} in it")
+
+
+def json_depth(value: object, most: int) -> int:
+    """How many lists and mappings stand within each other in a JSON value; it is not looked further than `most` + 1."""
+    level, depth = [value], 0
+    while level and depth <= most:
+        nested = [item for item in level if isinstance(item, dict | list)]
+        depth += bool(nested)
+        level = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _logit_bias(value: object) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from lamina.request import Plan, Sequence
 from lamina.ticket import Ticket
@@ -10,9 +11,18 @@ from lamina_workers.model_worker import Work
 from lamina_workers.routes import Span
 from lamina_workers.sampler import RowSampling, TokenHistory
 
+if TYPE_CHECKING:
+    from lamina.constraints import Constraint
 
-def work(plan: Plan, tickets: Mapping[Sequence, Ticket], histories: Mapping[Sequence, TokenHistory]) -> Work:
-    """The tokens of a plan's rows. `tickets` has one for each row's sequence, `histories` those that penalties need."""
+
+def work(
+    plan: Plan,
+    tickets: Mapping[Sequence, Ticket],
+    histories: Mapping[Sequence, TokenHistory],
+    constraints: Mapping[Sequence, Constraint],
+) -> Work:
+    """The tokens of a plan's rows. `tickets` has one for each row's sequence, `histories` those that penalties need,
+    `constraints` those whose text is held to something."""
     token_ids: list[int] = []
     rope_lengths: list[int] = []
     sampled, sampling = [], []
@@ -23,15 +33,20 @@ def work(plan: Plan, tickets: Mapping[Sequence, Ticket], histories: Mapping[Sequ
         rope_lengths += [max(prompt, position + 1) for position in range(row.start, end)]
         if row.sample:
             sampled.append(len(token_ids) - 1)
-            sampling.append(_sampling(row.sequence, tickets[row.sequence], histories.get(row.sequence)))
+            sequence = row.sequence
+            sampling.append(_sampling(sequence, tickets[sequence], histories.get(sequence), constraints.get(sequence)))
     spans = tuple(Span(row.start, row.count) for row in plan.rows)
     return Work(spans, token_ids, rope_lengths, tuple(sampled), tuple(sampling))
 
 
-def _sampling(sequence: Sequence, ticket: Ticket, history: TokenHistory | None) -> RowSampling:
+def _sampling(
+    sequence: Sequence, ticket: Ticket, history: TokenHistory | None, constraint: Constraint | None
+) -> RowSampling:
     params = ticket.params
     position = len(sequence.tokens) - len(ticket.request.prompt)
-    stops = ticket.request.stop_token_ids
+    suppressed = tuple(ticket.request.stop_token_ids) if position < params.min_tokens else ()
+    if constraint is not None:  # it wins over what else is asked for
+        suppressed = constraint.impossible(suppressed, params.ignore_eos)
     return RowSampling(
         temperature=params.temperature or 0.0,
         top_p=params.top_p or 1.0,
@@ -42,7 +57,8 @@ def _sampling(sequence: Sequence, ticket: Ticket, history: TokenHistory | None) 
         frequency_penalty=params.frequency_penalty,
         history=history,
         logit_bias=params.logit_bias,
-        suppressed=tuple(stops) if position < params.min_tokens else (),
+        suppressed=suppressed,
+        allowed=None if constraint is None else constraint.allowed,
         seed=ticket.seed,
         sample_index=sequence.sample,
         position=position,

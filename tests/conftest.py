@@ -8,10 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from lamina.constraints import Grammars
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, and some test may import it first
@@ -159,6 +162,7 @@ class Rig:
         lanes: int = 1,
         hope: float = 60.0,
         early_query: bool = False,
+        grammars: Grammars | None = None,
         port: Callable[[AttentionWorker], AttentionPort] = LocalAttention,
     ) -> None:
         self.pages = pages
@@ -198,6 +202,7 @@ class Rig:
             names={number: f"worker-{number}" for number in self.ports},
             local=0 if scratch else None,
             lanes=Lanes(lanes),
+            grammars=grammars,
             hope=hope,
         )
         self._thread = threading.Thread(target=self.engine.run, daemon=True)

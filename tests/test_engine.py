@@ -263,7 +263,7 @@ def test_stopping_the_engine_ends_what_runs(decoder):
 
 def test_what_can_never_fit_is_refused_and_the_next_one_works(decoder):
     rig = Rig(decoder, pages=9 * 4, max_model_len=1000)
-    with pytest.raises(InvalidRequest, match="holds at most"):
+    with pytest.raises(InvalidRequest, match="the KV memory holds no more"):
         rig.generate([[1] * 60], max_tokens=30)
     assert len(rig.generate([[1] * 30], max_tokens=30)[0][0]) == 30
     rig.close()

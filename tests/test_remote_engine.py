@@ -16,8 +16,8 @@ from lamina.remote_engine import Command, EngineHost, Event, RemoteEngine, decod
 from lamina.request import Request
 from lamina.ticket import Output, Ticket
 from lamina.types import FinishReason, SamplingParams
+from lamina_workers.logprobs import RowLogprobs
 from lamina_workers.model import Decoder
-from lamina_workers.sampler import RowLogprobs
 
 AHEAD = 1000.0  # seconds that the far end's clock is ahead of ours
 

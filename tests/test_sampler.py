@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from lamina_workers import sampler
 from lamina_workers.sampler import RowSampling, TokenHistory, sample, uniform
@@ -34,6 +36,8 @@ def obvious(logits: torch.Tensor, row: RowSampling, shift: float = 0.0, slack: f
             x[token] = x[token] / row.repetition_penalty if x[token] > 0 else x[token] * row.repetition_penalty
             x[token] -= row.frequency_penalty * count + row.presence_penalty * (count > 0)
     x[list(row.suppressed)] = -np.inf
+    if row.allowed is not None:
+        x[[not row.allowed[token // 32] >> token % 32 & 1 for token in range(len(x))]] = -np.inf
     order = np.lexsort((np.arange(len(x)), -x))  # likeliest first, then the lower id
     if row.greedy:
         return int(order[0])
@@ -286,3 +290,55 @@ def test_a_history_counts_what_was_generated(prompt: list[int], output: list[int
     assert dict(zip(kept.tokens.tolist(), kept.counts.tolist(), strict=True)) == {
         token: Counter(output)[token] for token in prompt + output
     }
+
+
+def bits(vocabulary: int, tokens: Sequence[int]) -> NDArray[np.int32]:
+    words = np.zeros(-(-vocabulary // 32), np.uint32)
+    for token in tokens:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words.view(np.int32)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 32, 101, 1500])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_only_what_is_allowed_is_taken_whatever_else_is_asked_for(vocabulary: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(40, vocabulary, generator=generator)
+    few = sorted({0, 3, 5, vocabulary // 2, vocabulary - 1})
+    forbidden = max(set(range(vocabulary)) - set(few))
+    rows = [
+        RowSampling(
+            temperature=temperature,
+            allowed=bits(vocabulary, few),
+            logit_bias={forbidden: 100.0, 3: -100.0},
+            presence_penalty=1.0,
+            history=history([1, 2], [5, 5]),
+            top_k=position % 4,
+            suppressed=(0,),
+            seed=9,
+            position=position,
+        )
+        for position in range(len(logits))
+    ]
+    tokens = sample(logits, rows).tokens
+    assert set(tokens) <= set(few) - {0}
+    assert all(token in allowed(row, how) for token, row, how in zip(tokens, logits, rows, strict=True))
+    assert len(set(tokens)) > 1
+
+
+def test_a_row_that_is_held_changes_no_other_and_reports_raw_probabilities() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    free = RowSampling(temperature=1.0, seed=4, logprobs=2)
+    held = RowSampling(temperature=1.0, seed=4, logprobs=2, allowed=bits(50, [17]))
+    together, alone = sample(logits, [free, held, free]), sample(logits, [free, free, free])
+    assert together.tokens == [alone.tokens[0], 17, alone.tokens[2]]
+    report = together.logprobs[1]
+    assert report is not None
+    assert report.chosen == pytest.approx(logits[1].log_softmax(-1)[17].item(), abs=1e-5)
+    assert report.top == alone.logprobs[1].top
+
+
+def test_a_row_that_nothing_is_allowed_to_has_no_token() -> None:
+    held = RowSampling(allowed=bits(50, []))
+    assert sample(torch.zeros(2, 50), [held, RowSampling()]).tokens == [None, 0]
+    assert sample(torch.zeros(1, 50), [replace(held, temperature=1.0)]).tokens == [None]

@@ -204,8 +204,8 @@ class World:
         self.samples += samples
         return samples
 
-    def plan(self) -> bool:
-        plan = self.scheduler.plan()
+    def plan(self, lanes: int = 1) -> bool:
+        plan = self.scheduler.plan(lanes)
         if plan is not None:
             self.check_budgets(plan)
             self.sent.append(plan)
@@ -828,7 +828,7 @@ def test_the_longest_request_fits_alone(groups: Groups, page_size: int, total_pa
         world.add(prompt(length, length), max_tokens=min(64, longest + 1) - length)
     world.finish()
     world.check_end()
-    with pytest.raises(InvalidRequest, match=f"at most {min(64, longest + 1)}"):
+    with pytest.raises(InvalidRequest, match=f"length is {min(64, longest + 1)} tokens"):
         world.add(prompt(longest), max_tokens=2)
 
 
@@ -839,14 +839,32 @@ def test_bad_requests_are_named() -> None:
         (Request("b", (), 1), "empty"),
         (Request("b", (1,), 0), "max_tokens is 0"),
         (Request("b", (1,), 1, n=0), "n is 0"),
-        (Request("b", (1,) * 60, 5), "60 tokens and max_tokens 5 make 65; the context holds at most 64"),
+        (Request("b", (1,) * 60, 5), "length is 64 tokens"),
         (Request("a", (1,), 1), "'a' is in use"),
     ]:
         with pytest.raises(InvalidRequest, match=message):
             scheduler.add(request)
     small = Scheduler(config(page_groups=((3, None),)), OneHolder(2))
-    with pytest.raises(InvalidRequest, match="the KV memory holds at most 1"):
+    with pytest.raises(InvalidRequest, match="length is 1 tokens"):
         small.add(Request("c", (1,), 1))
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+@pytest.mark.parametrize("running", range(1, 8))
+def test_newcomers_are_admitted_while_all_lanes_are_full(lanes: int, running: int) -> None:
+    world = World(config(), 400)
+    for at in range(running):
+        world.add(prompt(4, at), max_tokens=58)
+    for turn in range(40):
+        if turn == 12:
+            newcomer = world.add(prompt(4, 60), max_tokens=4)[0]
+        while len(world.running) < lanes and world.plan(lanes):
+            assert world.answer()
+        world.record()
+    assert newcomer.finish_reason == "length"
+    assert max(len(plan.rows) for plan in world.batches[-lanes:]) <= -(-running // lanes), "no lane has all"
+    world.finish()
+    world.check_end()
 
 
 def test_who_is_refused_alone_ends_and_the_next_has_its_turn() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Rust
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 
 from lamina.errors import InvalidRequest, ModelFileError
 from lamina.models import resolve
@@ -165,6 +166,50 @@ def test_text_parts_are_joined(chatty: Tokenizer) -> None:
     chatty.close()
 
 
+def called(arguments: str) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+CALL = called('{"x": [1]}')
+
+
+def test_calls_and_tools_reach_the_template(tmp_path: Path) -> None:
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}|{{ m.name }}{{ m.content }}{{ m.tool_call_id }}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.x[0] }}{% endfor %}{% endfor %}"
+    )
+    tokenizer = Tokenizer(save(tmp_path, byte_level(), chat_template=template))
+    messages = [
+        {"role": "user", "content": "hi", "name": "me"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+    assert tokenizer.template_knows_tools
+    assert tokenizer.render(messages, tools=[{"a": 1}]) == '[{"a": 1}]|mehi|f1|21'
+    tokenizer.close()
+
+
+def test_the_last_message_can_be_left_open(chatty: Tokenizer) -> None:
+    messages = [*ONE, {"role": "assistant", "content": "hi there "}]
+    assert not chatty.template_knows_tools
+    assert chatty.render(messages, False, continue_final_message=True) == "<bos>user:hi<end>assistant:hi there "
+    with pytest.raises(InvalidRequest, match="add_generation_prompt"):
+        chatty.render(messages, True, continue_final_message=True)
+    with pytest.raises(InvalidRequest, match="last message"):
+        chatty.render([{"role": "assistant", "content": " "}], False, continue_final_message=True)
+    chatty.close()
+
+
+def test_special_tokens_are_added_unless_told_otherwise(tmp_path: Path) -> None:
+    rust = byte_level()
+    rust.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", rust.token_to_id("<bos>"))])
+    tokenizer = Tokenizer(save(tmp_path, rust))
+    bare = tokenizer.encode("hi", add_special_tokens=False)
+    assert tokenizer.encode("hi") == [rust.token_to_id("<bos>"), *bare]
+    assert tokenizer.token(bare[0]) == "h"
+    assert tokenizer.token(10**6) is None
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -172,8 +217,19 @@ def test_text_parts_are_joined(chatty: Tokenizer) -> None:
         ("hi", "at least one message"),
         (None, "at least one message"),
         (["hi"], r"messages\[0\] is 'hi'"),
-        ([*ONE, {"role": "user"}], r"messages\[1\].*exactly role and content"),
-        ([{"role": "user", "content": "x", "name": "y"}], "exactly role and content"),
+        ([*ONE, {"role": "user"}], r"messages\[1\].content is None"),
+        ([{"content": "x"}], r"messages\[0\].*role and content"),
+        ([{"role": "user", "content": "x", "nam": "y"}], "'nam'; allowed for user are role, content, name"),
+        ([{"role": "user", "content": "x", "name": 1}], r"messages\[0\].name is 1"),
+        ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "'tool_calls'; allowed for user are"),
+        ([{"role": "user", "content": "x", "tool_call_id": "1"}], "'tool_call_id'; allowed for user are"),
+        ([{"role": "assistant", "content": "x", "refusal": "no"}], "'refusal'; allowed for assistant are"),
+        ([{"role": "assistant", "tool_calls": "f"}], "tool_calls is 'f'; allowed is a list"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], r"tool_calls\[0\] is"),
+        ([{"role": "assistant", "tool_calls": [called("[1]")]}], "arguments is '\\[1\\]'; allowed is the JSON text of"),
+        ([{"role": "assistant", "tool_calls": [called("{")]}], "arguments is '{'"),
+        ([{"role": "assistant", "tool_calls": [called('{"a":' * 65 + "1" + "}" * 65)]}], "at most 64 deep"),
+        ([{"role": "assistant", "tool_calls": [called("[" * 9999)]}], "at most 64 deep"),
         ([{"role": "robot", "content": "x"}], f"'robot'; allowed are {', '.join(ROLES)}"),
         ([{"role": ["user"], "content": "x"}], "allowed are"),
         ([{"role": "user", "content": 7}], "content is 7; allowed is text"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lamina.errors import InvalidRequest, LaminaError, ModelFileError
-from lamina.types import Completion, Sample, SamplingParams, Timing, Usage
+from lamina.types import JSON_OBJECT, Completion, Sample, SamplingParams, Timing, Usage
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,24 @@ from lamina.types import Completion, Sample, SamplingParams, Timing, Usage
         ("n", True, "1 to 256"),
         ("logprobs", 21, "0 to 20"),
         ("logprobs", -1, "0 to 20"),
+        ("json_schema", 5, "a mapping, or JSON"),
+        ("json_schema", "{", "is no JSON"),
+        ("json_schema", "[]", "a mapping, or JSON"),
+        ("json_schema", '{"a": NaN}', "is no JSON"),
+        ("json_schema", {"a": math.nan}, "is no JSON"),
+        ("json_schema", {"a": object()}, "is no JSON"),
+        ("json_schema", '{"a":' * 65 + "1" + "}" * 65, "64 levels"),
+        ("json_schema", '{"a":' * 10_000 + "1" + "}" * 10_000, "64 levels"),
+        ("json_schema", '{"a": "' + "x" * (1 << 18) + '"}', "262144 characters"),
+        ("json_schema", {"a": "\ud800"}, "valid Unicode"),
+        ("regex", "", "1 to 16384 characters"),
+        ("regex", b"a", "text"),
+        ("regex", "\ud800", "valid Unicode"),
+        ("choice", "ab", "a list of 1 to 4096 strings"),
+        ("choice", [], "1 to 4096"),
+        ("choice", ["a", ""], "text of 1"),
+        ("choice", ["a"] * 4097, "1 to 4096"),
+        ("grammar", "a" * (1 << 20), "1 to 524288 characters"),
         ("skip_special_tokens", "no", "True or False"),
         ("include_stop_str_in_output", None, "True or False"),
     ],
@@ -157,3 +175,18 @@ def test_a_completion_shows_its_first_sample() -> None:
 def test_tokens_per_second_is_the_rate_after_the_first() -> None:
     assert Timing(queued=0.1, first_token=0.5, total=1.5, tokens=3).tokens_per_second == 2.0
     assert Timing(queued=0.1, first_token=0.5, total=0.5, tokens=1).tokens_per_second == 0.0
+
+
+def test_a_schema_is_kept_as_json_and_a_choice_as_a_tuple() -> None:
+    params = SamplingParams(json_schema={"type": "string", "maxLength": 3})
+    assert params.json_schema == '{"type": "string", "maxLength": 3}'
+    assert params == SamplingParams(json_schema=params.json_schema)
+    assert SamplingParams(choice=["a", "b"]).choice == ("a", "b")
+    assert hash(params) != hash(SamplingParams())
+    assert params.constrained
+    assert not SamplingParams().constrained
+
+
+def test_a_text_is_held_to_one_thing_at_most() -> None:
+    with pytest.raises(InvalidRequest, match="json_schema and regex are given; allowed is at most one of"):
+        SamplingParams(json_schema=JSON_OBJECT, regex="a")

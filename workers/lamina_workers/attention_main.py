@@ -6,7 +6,6 @@ Prints `listening HOST:PORT` when it serves. torch is imported only after the en
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
 import signal
@@ -16,11 +15,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lamina_workers.openmp import share_cores
+from lamina_workers.parent import die_with_parent
 
 if TYPE_CHECKING:
     from lamina_workers.attention_server import AttentionServer
 
-_PR_SET_PDEATHSIG = 1
 _GRACE_S = 5.0  # that a session is given after SIGTERM, to move its KV
 
 
@@ -95,8 +94,7 @@ def _server(args: argparse.Namespace) -> AttentionServer:
 def _follow_parent(descriptor: int, ended: threading.Event, parent_gone: threading.Event) -> None:
     """Set both events when the pipe closes, which it does however the parent dies. The kernel's own signal helps where
     this process is stopped by then; it follows the parent's thread that started this one."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
 
     def read() -> None:
         try:

@@ -6,13 +6,16 @@ verbs, so the model worker cannot tell which it has. `Replies` sorts a port's re
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import Announced, Announcement, Attended, Fault, Fetched, Reply, Request, answered
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
+from lamina_workers.exchanges import Exchanges, Link
 
 R = TypeVar("R", Announced, Attended, Fetched)
 
@@ -45,14 +48,31 @@ class AttentionPort(Protocol):
         """Let the holder go. It frees what it keeps."""
 
 
+@runtime_checkable
+class Transported(Protocol):
+    """What a port has besides where there is a transport. `bytes_sent` and `bytes_received` count whole frames."""
+
+    address: str
+    channel_kind: str
+
+    @property
+    def bytes_sent(self) -> int: ...
+    @property
+    def bytes_received(self) -> int: ...
+
+
 class Replies:
     """The replies of one port, sorted by batch: several batches may be under way, each taking its own.
 
     What belongs to a batch that nobody waits for any more is dropped; but a fault is told to the next announcement.
+    Exchanges are measured from `asked` until the answer has been read, by `clock`, in seconds.
     """
 
-    def __init__(self, port: AttentionPort) -> None:
+    def __init__(self, port: AttentionPort, clock: Callable[[], float] = time.perf_counter) -> None:
         self.port = port
+        self._clock = clock
+        self._exchanges = Exchanges()
+        self._asked: dict[int, float] = {}  # when, by batch; each has one query under way at a time
         self._waiting: dict[int, deque[Reply]] = {}  # by batch under way
         self._epoch = 0
         self.unheard = ""  # a fault that nobody waited for: it may have told of lost keys
@@ -62,11 +82,26 @@ class Replies:
         if epoch > self._epoch:
             self._epoch = epoch
             self._waiting.clear()
+            self._asked.clear()
         self._waiting.setdefault(batch, deque())
+
+    def asked(self, batch: int) -> None:
+        """A query of this batch is about to be sent."""
+        self._asked[batch] = self._clock()
+
+    def link(self) -> Link:
+        """What has crossed it so far."""
+        port, seconds, counts = self.port, self._exchanges.seconds, tuple(self._exchanges.counts)
+        if not isinstance(port, Transported):
+            return Link(port.name, "", "in process", True, 0, 0, seconds, counts)
+        return Link(
+            port.name, port.address, port.channel_kind, False, port.bytes_sent, port.bytes_received, seconds, counts
+        )
 
     def forget(self, batch: int) -> None:
         """Drop what still comes for this batch."""
         self._waiting.pop(batch, None)
+        self._asked.pop(batch, None)
 
     def ready(self, batch: int) -> bool:
         """Whether `take` would not wait."""
@@ -102,6 +137,8 @@ class Replies:
     def _sort(self, reply: Reply) -> None:
         if reply.epoch == self._epoch and reply.batch in self._waiting:
             self._waiting[reply.batch].append(reply)
+            if (asked := self._asked.pop(reply.batch, None)) is not None:
+                self._exchanges.add(self._clock() - asked)
         elif isinstance(reply, Fault):
             self.unheard = reply.reason
 

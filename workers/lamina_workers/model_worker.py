@@ -7,7 +7,8 @@ Announcing and executing are generators, suspended while they wait for a holder.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from lamina_protocols.messages import Announced, Announcement, Fetch, Fetched, Fresh, HolderConfig
 from lamina_workers.attention_port import AttentionPort, Replies
 from lamina_workers.errors import HolderFault, HolderLost
+from lamina_workers.exchanges import Link, Stopwatch
 from lamina_workers.model import Batch, Decoder
 from lamina_workers.resolver import Resolver, Waiting
 from lamina_workers.routes import HolderShare, Span
@@ -49,7 +51,7 @@ class ModelWorker:
     """Runs batches over one decoder. One thread; several batches may be under way, each suspended in turn.
 
     `patience`: seconds that a holder may take for a reply, above what its work is expected to take. `early_query`:
-    have the model compute q before k and v, and send it at once.
+    have the model compute q before k and v, and send it at once. `clock`, in seconds, is what time is measured by.
     """
 
     def __init__(
@@ -60,11 +62,14 @@ class ModelWorker:
         threads: int = 1,
         patience: float = 10.0,
         early_query: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._decoder = decoder
-        self._replies = {number: Replies(port) for number, port in ports.items()}
+        self._clock = clock
+        self._watch = Stopwatch(clock)
+        self._replies = {number: Replies(port, clock) for number, port in ports.items()}
         early_query = early_query and decoder.compute_query_first()
-        self._resolver = Resolver(holder, threads, early_query, patience)
+        self._resolver = Resolver(holder, threads, early_query, patience, self._watch)
         self._layers = len(holder.layers)
         self._patience = patience
         self._epoch = 1
@@ -72,7 +77,7 @@ class ModelWorker:
 
     def join(self, number: int, port: AttentionPort) -> None:
         """There is one holder more."""
-        self._replies[number] = Replies(port)
+        self._replies[number] = Replies(port, self._clock)
 
     def leave(self, number: int) -> None:
         """A holder is gone, or not wanted any more: let it go."""
@@ -165,6 +170,16 @@ class ModelWorker:
             self._replies[number].forget(batch)
         return True
 
+    @property
+    def attention_seconds(self) -> float:
+        """How long the thread has computed attention, or waited for it or for holders to accept a batch; the time in
+        which a batch was suspended is not its own."""
+        return self._watch.seconds
+
+    def links(self) -> dict[int, Link]:
+        """What has crossed the way to each holder so far."""
+        return {number: replies.link() for number, replies in self._replies.items()}
+
     def lost(self) -> list[int]:
         """The holders whose ports have closed."""
         return [number for number, replies in self._replies.items() if replies.port.closed]
@@ -176,7 +191,11 @@ class ModelWorker:
         replies = self._replies[number]
         if not replies.ready(batch):
             yield Waiting(replies, batch)
-        return replies.take(Announced, batch, timeout=self._patience)
+        self._watch.start()
+        try:
+            return replies.take(Announced, batch, timeout=self._patience)
+        finally:
+            self._watch.stop()
 
     @staticmethod
     def _check(answer: Announced, share: HolderShare, name: str) -> None:

@@ -8,6 +8,7 @@ knows nothing of the decoder's weights, of scheduling, or of what a holder does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +23,7 @@ from lamina_kernels.partial import Partial, empty
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query
 from lamina_workers.attention_port import Replies
 from lamina_workers.errors import HolderFault
+from lamina_workers.exchanges import Stopwatch
 from lamina_workers.layout import attention_kernels, page_layout
 from lamina_workers.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.policies.policy import Policy
@@ -70,6 +72,7 @@ class _Traffic:
             yield Partial(past.out[at], past.lse[at]), self.queries[at]
 
     def send_query(self, epoch: int, batch: int, layer: int, q: torch.Tensor) -> None:
+        self.replies.asked(batch)
         self.replies.port.send(Query(epoch, batch, layer, _pick(q, self.queries)))
 
     def send_fresh(self, epoch: int, batch: int, layer: int, kv: KeyValueReady) -> None:
@@ -77,6 +80,7 @@ class _Traffic:
 
     def send_both(self, epoch: int, batch: int, layer: int, q: torch.Tensor, kv: KeyValueReady) -> None:
         k, v = _pick(kv.k, self.fresh), _pick(kv.v, self.fresh)
+        self.replies.asked(batch)
         self.replies.port.send(Exchange(epoch, batch, layer, _pick(q, self.queries), k, v))
 
 
@@ -84,12 +88,19 @@ class Resolver:
     """Answers forward passes. One thread; each batch has a run of its own.
 
     `early_query`: the model computes q before k and v, so q is sent alone and the past is attended meanwhile.
-    `patience`: seconds that a holder may take for an answer, above what its work is expected to take.
+    `patience`: seconds that a holder may take for an answer, above what its work is expected to take. `watch` runs
+    while a run is in the attention of a layer and not suspended.
     """
 
     def __init__(
-        self, config: HolderConfig, threads: int = 1, early_query: bool = False, patience: float = 10.0
+        self,
+        config: HolderConfig,
+        threads: int = 1,
+        early_query: bool = False,
+        patience: float = 10.0,
+        watch: Stopwatch | None = None,
     ) -> None:
+        self._watch = watch or Stopwatch(time.perf_counter)
         self._config = config
         self._layers = config.layers
         self._threads = threads
@@ -131,7 +142,11 @@ class Resolver:
                 event = forward.send(None)
                 if not isinstance(event, KeyValueReady):
                     raise TypeError(f"the model yields KeyValueReady after QueryReady, got {type(event).__name__}")
-                attended = yield from self._attend(traffic, present, epoch, batch, layer, q, event, suspends)
+                self._watch.start()
+                try:
+                    attended = yield from self._attend(traffic, present, epoch, batch, layer, q, event, suspends)
+                finally:
+                    self._watch.stop()
                 event = forward.send(attended)
         except StopIteration as stop:
             logits: torch.Tensor = stop.value
@@ -165,7 +180,9 @@ class Resolver:
             if not holder.reads:
                 continue
             if suspends and not holder.replies.ready(batch):
+                self._watch.stop()
                 yield Waiting(holder.replies, batch)
+                self._watch.start()
             reply = holder.replies.take(Attended, batch, layer, holder.timeout)
             past = Partial(reply.out, reply.lse)
             if whole is None:

@@ -1,0 +1,264 @@
+"""Constrained decoding: from a schema, regular expression, choice or grammar to the tokens that may come next.
+
+The only file that knows llguidance. Knows tokens and text; knows no torch, no engine and no model.
+
+What a caller asks for is compiled twice, where the engine is in another process: first beside the caller, which is
+told what is wrong with it, then beside the engine, never on the thread of its step loop. Compiling is bounded: texts
+by their size (`lamina.types`), and by how many parts they have, because llguidance's compiler recurses along chains of
+references, for which its thread gets a large stack (with 8 MiB a chain of 500 to 4,000 overflowed, which ends the
+process); the work by llguidance's own limits, which are deterministic, so both compilations end alike.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from numpy.typing import NDArray
+
+from lamina.errors import EngineError, InvalidRequest
+
+if TYPE_CHECKING:
+    from lamina.types import SamplingParams
+
+T = TypeVar("T")
+
+MAX_CONTAINERS = 8192  # braces and brackets: levels that a chain of references in a schema can have
+MAX_COLONS = 16384  # rules that a chain in a grammar can have, and keys of schemas
+_STACK = 256 << 20  # bytes, reserved but used only as far as a chain goes; 6 KB a level were measured
+_STACK_SIZE = threading.Lock()
+_KEPT = 4  # compiled constraints that may be asked for again; a hostile one takes some 100 MB
+_EXCERPT = re.compile(r"\s*(\d+ \| .*|\^*)$")
+_MAX_REASON = 300  # characters of what llguidance says
+
+# At most one space, or a line break and its indentation: a model that could would write whitespace for ever.
+_WHITESPACE = {"whitespace_pattern": r"[ ]|\r?\n[ \t]{0,64}"}
+
+# What can only go on in one way is not looked at in advance: that took 6 ms a token for 16,000 letters, and a second
+# for a{4000000000}, where 10 us are enough.
+_NO_FORCING = '%llguidance {"no_forcing": true}'
+
+# Lower than llguidance's own where a hostile grammar took seconds for one token: "e: e e e | e e | /[a-z]/" now ends
+# with an error after 0.1 s at most. An object may have some 250 optional properties.
+_LIMITS = LLParserLimits(
+    max_items_in_row=1000,
+    step_max_items=10_000,
+    step_lexer_fuel=100_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+
+
+def check_json_schema(name: str, schema: str, lenient: bool = False) -> None:
+    """Whether a JSON Schema (as JSON) can be enforced, as far as that does not depend on the tokenizer. `lenient`
+    ignores keywords that cannot. Raises InvalidRequest that says so of `name`."""
+    try:
+        definition = _definition("json_schema", schema, lenient)
+        wrong, reasons = _on_deep_stack(
+            lambda: LLMatcher.validate_grammar_with_warnings(definition, None, limits=_LIMITS)
+        )
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{name}: {error}") from error
+    if wrong:
+        raise _unusable(name, "; ".join(reasons))
+
+
+def json_options(lenient: bool = False) -> dict[str, Any]:
+    """What a schema within a grammar (`%json`) needs besides its own keys, to be treated like any other."""
+    return {"x-guidance": {**_WHITESPACE, "lenient": lenient}}
+
+
+class Constraint:
+    """What one sample may say next: `allowed`, and whether it is `finished`, so that it has to end."""
+
+    def __init__(self, matcher: LLMatcher, shape: _Shape) -> None:
+        self.finished = False
+        self._matcher = matcher
+        self._shape = shape
+        self._mask = np.zeros(max(shape.words, len(shape.eos)), np.int32)
+        self.allowed: NDArray[np.int32] = self._mask[: shape.words]
+        """One bit a token, int32 `[ceil(V / 32)]` for V logits; token t is bit t % 32 of word t // 32. An end-of-text
+        token is allowed exactly where the text may end. The next `advance` overwrites it."""
+        self._look()
+
+    def advance(self, token: int) -> None:
+        """`token` was taken. Raises InvalidRequest where it was not allowed, or where going on takes too much."""
+        if not self._matcher.consume_token(token):
+            raise self._failure()
+        self._look()
+
+    def impossible(self, tokens: Sequence[int], ignore_eos: bool) -> tuple[int, ...]:
+        """Of the tokens that should not come, and those that end a text where they are to be ignored, all; but none
+        where nothing else is allowed."""
+        unwanted = (*tokens, *self._shape.eos_ids) if ignore_eos else tuple(tokens)
+        if not unwanted:
+            return ()
+        left = self.allowed.view(np.uint32).copy()
+        for token in unwanted:
+            left[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
+        return unwanted if left.any() else ()
+
+    def _look(self) -> None:
+        matcher, mask, shape = self._matcher, self._mask, self._shape
+        if not matcher.is_stopped():
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, shape.eos.nbytes)
+        if matcher.is_error():
+            raise self._failure()
+        if matcher.is_stopped():  # perhaps only now: some ends show when nothing is found that could follow
+            mask[: len(shape.eos)] = shape.eos
+            self.finished = True
+        if shape.last:
+            self.allowed[-1] &= shape.last
+
+    def _failure(self) -> InvalidRequest:
+        reason = _short(self._matcher.get_error())
+        if "NoExtension" in reason:
+            reason = "no token of this model can come next"
+        return InvalidRequest(f"the text cannot be held to what is asked for any further: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What all constraints of a model share. `words` of a mask for the logits; a mask of only the end-of-text tokens,
+    int32 `[ceil(tokens / 32)]`; the bits of the last word that have a logit, 0 where all tokens have one."""
+
+    words: int
+    eos: NDArray[np.int32]
+    eos_ids: tuple[int, ...]
+    last: np.int32
+
+
+class Grammars:
+    """Makes constraints for one model. Safe to use from several threads.
+
+    `tokenizer_json` gives the text of a tokenizer.json, once the first constraint is asked for. `vocab_size` is how
+    many logits a row has: tokens from there on are impossible, and so are logits beyond the tokenizer's last token.
+    """
+
+    def __init__(self, tokenizer_json: Callable[[], str], eos_ids: Sequence[int], vocab_size: int) -> None:
+        self._tokenizer_json = tokenizer_json
+        self._eos_ids = tuple(token for token in eos_ids if token < vocab_size)
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._loaded: tuple[LLTokenizer, _Shape] | None = None
+        self._compiled: OrderedDict[tuple[str, object], LLMatcher] = OrderedDict()
+
+    def constraints(self, params: SamplingParams, count: int) -> tuple[Constraint, ...]:
+        """One for each of `count` samples, none where `params` ask for nothing. Raises InvalidRequest where that
+        cannot be enforced. Takes a millisecond mostly, the first time a tokenizer's loading, and at worst a second."""
+        if not params.constrained:
+            return ()
+        asked = _asked(params)
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self._load()
+            tokenizer, shape = self._loaded
+            matcher = self._compiled.pop(asked, None) or _on_deep_stack(lambda: _compile(tokenizer, *asked))
+            self._compiled[asked] = matcher
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+            copies = [matcher.deep_copy() for _ in range(count)]
+        try:
+            return tuple(Constraint(copy, shape) for copy in copies)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{asked[0]} cannot be used: {error}") from error
+
+    def _load(self) -> tuple[LLTokenizer, _Shape]:
+        if not self._eos_ids:
+            raise InvalidRequest("the model has no end-of-text token; no schema or grammar can be held to")
+        try:
+            tokenizer = _on_deep_stack(lambda: LLTokenizer(self._tokenizer_json(), eos_token=list(self._eos_ids)))
+        except (ValueError, RuntimeError) as error:
+            raise InvalidRequest(
+                f"no schema or grammar can be held to with this model: {_short(str(error))}"
+            ) from error
+        eos = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
+        for token in self._eos_ids:
+            eos[token // 32] |= np.uint32(1 << token % 32)
+        ends_within = self._vocab_size < tokenizer.vocab_size and self._vocab_size % 32
+        last = np.int32((1 << ends_within) - 1) if ends_within else np.int32(0)
+        return tokenizer, _Shape(-(-self._vocab_size // 32), eos.view(np.int32), self._eos_ids, last)
+
+
+def _asked(params: SamplingParams) -> tuple[str, object]:
+    """The name of the field that asks for something, and what it says."""
+    names = ("json_schema", "regex", "choice", "grammar")
+    return next((name, value) for name in names if (value := getattr(params, name)) is not None)
+
+
+def _compile(tokenizer: LLTokenizer, name: str, value: Any) -> LLMatcher:
+    matcher = LLMatcher(tokenizer, _definition(name, value), limits=_LIMITS, log_level=0)
+    if matcher.is_error():
+        raise _unusable(name, matcher.get_error())
+    return matcher
+
+
+def _definition(name: str, value: Any, lenient: bool = False) -> str:
+    """What llguidance compiles. Raises InvalidRequest where it has too many parts."""
+    if name == "choice":
+        text = "start: " + " | ".join(map(json.dumps, value))
+    elif name == "regex":
+        text = f"start: /{regex_to_lark(value, use_ascii='')}/"
+    elif name == "grammar":
+        text = value
+    else:
+        try:
+            schema = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{name} is no JSON: {_short(str(error))}") from error
+        text = f"start: %json {json.dumps(schema | json_options(lenient))}"
+    if name in ("json_schema", "grammar"):  # the others are flat
+        if (count := text.count("{") + text.count("[")) > MAX_CONTAINERS:
+            raise InvalidRequest(f"{name} has {count} opening braces and brackets; allowed are {MAX_CONTAINERS}")
+        if (count := text.count(":")) > MAX_COLONS:
+            raise InvalidRequest(f"{name} has {count} colons; allowed are {MAX_COLONS}")
+    return LLMatcher.grammar_from_lark(f"{text}\n{_NO_FORCING}")
+
+
+def _on_deep_stack(function: Callable[[], T]) -> T:
+    """What `function` returns or raises, on a thread with a large stack."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except Exception as error:  # noqa: BLE001  # it goes to whoever waits
+            done.set_exception(error)
+        except BaseException as error:  # noqa: BLE001  # how a panic of Rust's arrives
+            done.set_exception(InvalidRequest(f"llguidance failed: {_short(str(error))}"))
+
+    with _STACK_SIZE:  # it is a setting of the whole process, for threads that start from now on
+        before = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=run, name="lamina-grammar", daemon=True)
+            thread.start()
+        except RuntimeError as error:
+            raise EngineError(f"no room for a thread that compiles a schema or grammar: {error}") from error
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return done.result()
+
+
+def _unusable(name: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"{name} cannot be used: {_short(reason)}")
+
+
+def _short(reason: str) -> str:
+    """What llguidance says, on one line of bounded length, without its excerpts of a grammar."""
+    kept = [line for line in reason.splitlines() if not _EXCERPT.match(line)]
+    line = " ".join(" ".join(kept).replace("<non-verbose/>", "").split())
+    line = line.rpartition("failed to compile JSON schema: ")[2]
+    pattern, _, error = line.rpartition(" error: ")  # of a regular expression, which may be long
+    if pattern:
+        line = f"{pattern[:80]}: {error}"
+    return line if len(line) <= _MAX_REASON else f"{line[:_MAX_REASON]}..."

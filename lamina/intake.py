@@ -1,0 +1,128 @@
+"""From what callers pass in to requests: token ids, limits and sampling checked, nothing submitted.
+
+Knows the tokenizer and the limits of one model; knows no engine, and nothing of who asks or how they wait.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lamina.errors import InvalidRequest
+from lamina.request import Request, check_length
+from lamina.ticket import Ticket
+from lamina.tokenizer import Tokenizer
+from lamina.types import SamplingParams
+
+if TYPE_CHECKING:
+    from lamina.constraints import Grammars
+
+Prompt: TypeAlias = str | Sequence[int]
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+class Intake:
+    """Makes tickets for one model. `context` is the most tokens of one sequence, `possible` the most that can have KV,
+    `vocab_size` the rows of the model's embedding. Ids of requests begin with `prefix`. Every method raises
+    InvalidRequest."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        context: int,
+        possible: int,
+        vocab_size: int,
+        generation_config: Mapping[str, Any],
+        prefix: str = "",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._context = context
+        self._possible = possible
+        self._generation_config = generation_config
+        self._prefix = prefix
+        self._ids = itertools.count()
+        self._grammars: Grammars | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens that one prompt and its output can have."""
+        return min(self._context, self._possible + 1)
+
+    @property
+    def grammars(self) -> Grammars:
+        """What holds texts to schemas and grammars. Made when first asked for, because few requests need it."""
+        if self._grammars is None:
+            from lamina.constraints import Grammars
+
+            eos_ids = [token for token in self.tokenizer.eos_ids if self.tokenizer.knows(token)]
+            self._grammars = Grammars(self.tokenizer.to_json, eos_ids, self.vocab_size)
+        return self._grammars
+
+    def tickets(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0, salt: Hashable = None
+    ) -> list[Ticket]:
+        """One request a prompt (token ids), checked but not submitted. A lower `priority` is more urgent; requests
+        share prefixes only with requests of the same `salt`. What holds the text to a schema or grammar is compiled,
+        which at worst takes a second."""
+        if type(priority) is not int or not -(2**31) <= priority < 2**31:
+            raise InvalidRequest(f"priority is {priority!r:.80}; allowed is an integer from -2^31 to 2^31 - 1")
+        filled = params.with_defaults(self._generation_config)
+        self._check_token_ids("stop_token_ids", filled.stop_token_ids)
+        self._check_token_ids("logit_bias", list(filled.logit_bias))
+        for prompt in prompts:
+            self._check_token_ids("the prompt", prompt)
+            check_length(len(prompt), filled.max_tokens, self._context, self._possible)
+        if filled.constrained:
+            self.grammars.constraints(filled, 1)
+        stops = frozenset(filled.stop_token_ids)
+        if not filled.ignore_eos:
+            stops |= {token for token in self.tokenizer.eos_ids if token < self.vocab_size}
+        return [
+            Ticket(
+                request=Request(
+                    id=f"{self._prefix}{next(self._ids)}",
+                    prompt=tuple(prompt),
+                    max_tokens=filled.max_tokens,
+                    min_tokens=filled.min_tokens,
+                    stop_token_ids=stops,
+                    n=filled.n,
+                    priority=priority,
+                    salt=salt,
+                ),
+                params=filled,
+                seed=secrets.randbits(64) if filled.seed is None else filled.seed,
+            )
+            for prompt in prompts
+        ]
+
+    def prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        """The token ids of one prompt, or of each of several."""
+        if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, str | Sequence):
+            raise InvalidRequest(
+                f"prompts is {prompts!r:.80}; allowed is text, a list of token ids, or a list of those"
+            )
+        if is_one(prompts):
+            return [self._prompt("the prompt", prompts)]
+        return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+
+    def _prompt(self, name: str, prompt: object) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequest(f"{name} is empty; at least one character is needed")
+            return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
+            raise InvalidRequest(f"{name} is {prompt!r:.80}; allowed is text or a list of token ids")
+        return list(prompt)
+
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequest(f"{name} has token id {token}; allowed are 0 to {self.vocab_size - 1}")
+
+
+def is_one(prompts: object) -> bool:
+    """Whether `prompts` is a single prompt: text, or a list that begins with a token id (or is empty)."""
+    return isinstance(prompts, str) or (isinstance(prompts, Sequence) and (not prompts or isinstance(prompts[0], int)))

@@ -1,0 +1,125 @@
+"""What an engine is doing at one moment, as numbers: for metrics and for people who look.
+
+Counters count since the engine started; times are in seconds, sizes in bytes. Importing it loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lamina_workers.exchanges import EXCHANGE_BUCKETS
+
+__all__ = ["BATCH_BUCKETS", "EXCHANGE_BUCKETS", "HolderSnapshot", "SequenceSnapshot", "Snapshot"]
+
+BATCH_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds, each included, of `Snapshot.batch_counts`, in tokens; one more count is for larger batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class HolderSnapshot:
+    """One holder of KV. `channel` is "in process", "local", "tcp" or "grpc". `local`: the holder in the engine's own
+    process, which keeps prompts only where there are others.
+
+    An exchange is one layer's query and its answer, from the moment the query is handed over until the answer has been
+    read; `exchange_counts` has how many took how long (see EXCHANGE_BUCKETS), `exchange_seconds` the sum of all.
+    Between the two the engine computes what it can, so an answer may have lain there: this is no shorter than the
+    exchange took, and with several lanes longer by up to what another lane computes without a pause.
+
+    `free_pages` is what the holder said last; a holder that is asked nothing says nothing.
+    """
+
+    name: str
+    address: str
+    channel: str
+    local: bool
+    total_pages: int
+    free_pages: int
+    bytes_sent: int
+    bytes_received: int
+    exchange_seconds: float
+    exchange_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSnapshot:
+    """One sequence with KV: its request, the tokens it has, whether it still reads its prompt (or what was lost of its
+    KV), and its pages by the name of the holder that keeps them. Pages that sequences share are counted for each."""
+
+    request: str
+    sample: int
+    tokens: int
+    prefill: bool
+    pages: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One engine.
+
+    The time of the engine's one thread is cut in three, so no second is counted twice, however many batches are under
+    way: `idle_seconds` it waited for requests; `attention_seconds` it computed attention, handed q, k and v to the
+    holders, waited for their answers and merged them, or waited for them to accept a batch, less the time in which that
+    batch was suspended and another went on; `model_seconds` is the rest, dense layers above all. Together they are
+    `uptime`.
+
+    `kv_read` and `kv_whole` are bytes of KV read in decode, and what reading everything would have taken; `missed_mass`
+    and `missed_queries` sum the estimates of KV policies and the queries they are of. All four are 0 without a policy
+    that chooses. `running` and `waiting` count samples.
+    """
+
+    uptime: float
+    running: int
+    waiting: int
+    lanes: int
+    batches: int  # complete, with rows
+    prompt_tokens: int  # computed, those found in the prefix cache not counted
+    generation_tokens: int
+    prefix_queries: int  # tokens of prompts looked up
+    prefix_hits: int  # tokens of them found
+    preemptions: int
+    evictions: int
+    rebuilt_tokens: int
+    lost_holders: int
+    joined_holders: int
+    failed_batches: int
+    model_seconds: float
+    attention_seconds: float
+    kv_read: float
+    kv_whole: float
+    missed_mass: float
+    missed_queries: float
+    page_size: int
+    cached_pages: Mapping[str, int]  # by holder's name, pages that only the prefix cache keeps
+    holders: tuple[HolderSnapshot, ...]
+    sequences: tuple[SequenceSnapshot, ...]
+    idle_seconds: float = 0.0
+    corrupted: int = 0  # samples that ended because their logits were not finite
+    batch_tokens: int = 0  # computed in all batches, prompts and decode
+    batch_counts: tuple[int, ...] = (0,) * (len(BATCH_BUCKETS) + 1)  # batches by their tokens
+    missing: tuple[str, ...] = ()  # holders that were lost and have not been replaced
+    began: float = 0.0  # a reading of the engine's clock, which tells two engines apart
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `from_dict` and for JSON."""
+        plain = _fields(self)
+        plain["holders"] = [_fields(holder) for holder in self.holders]
+        plain["sequences"] = [_fields(sequence) for sequence in self.sequences]
+        return plain
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Snapshot:
+        """The snapshot of `as_dict`'s fields, lists standing for tuples."""
+        tuples = {name: tuple(fields[name]) for name in ("batch_counts", "missing") if name in fields}
+        holders = tuple(
+            HolderSnapshot(**{**holder, "exchange_counts": tuple(holder["exchange_counts"])})
+            for holder in fields["holders"]
+        )
+        sequences = tuple(SequenceSnapshot(**sequence) for sequence in fields["sequences"])
+        return cls(**{**fields, **tuples, "holders": holders, "sequences": sequences})
+
+
+def _fields(noun: HolderSnapshot | SequenceSnapshot | Snapshot) -> dict[str, Any]:
+    """Not `dataclasses.asdict`, which copies what is frozen, and takes 3 ms for 256 sequences."""
+    return {field.name: getattr(noun, field.name) for field in fields(noun)}

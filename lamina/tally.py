@@ -1,0 +1,148 @@
+"""What the engine counts, and how a snapshot is made of it and of the scheduler's and the holders' own numbers.
+
+Pure: told the time; knows no tensor and no message.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from lamina.placement import Placement
+from lamina.scheduler import Scheduler
+from lamina.shares import Pages
+from lamina.snapshot import BATCH_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
+from lamina.ticket import NOTHING_SPARED, Spared
+from lamina_workers.exchanges import Link
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counters of one engine since `began`, which is a time of its clock. The engine's thread adds to them."""
+
+    began: float
+    idle_seconds: float = 0.0
+    batches: int = 0
+    failed_batches: int = 0
+    batch_tokens: int = 0
+    batch_counts: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BUCKETS) + 1))
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    corrupted: int = 0
+    lost_holders: int = 0
+    joined_holders: int = 0
+    missing: list[str] = field(default_factory=list)
+    kv_read: float = 0.0
+    kv_whole: float = 0.0
+    missed_mass: float = 0.0
+    missed_queries: float = 0.0
+    attention_seconds: float = 0.0  # this and `lanes` are set when a snapshot is taken
+    lanes: int = 1
+    local_free: int | None = None  # pages of the local holder, where it keeps prompts only; None: it has not said
+
+    def complete(self, tokens: int, prompt_tokens: int, sampled: int) -> None:
+        """A batch of so many tokens is complete: so many of prompts, computed for the first time or after a
+        preemption, and so many sampled."""
+        self.batches += 1
+        self.batch_tokens += tokens
+        self.batch_counts[bisect_left(BATCH_BUCKETS, tokens)] += 1
+        self.prompt_tokens += prompt_tokens
+        self.generation_tokens += sampled
+
+    def lost(self, names: Iterable[str]) -> None:
+        """Holders are gone that nobody let go."""
+        for name in names:
+            self.lost_holders += 1
+            self.missing.append(name)
+
+    def joined(self) -> None:
+        """There is one holder more: it takes the place of one that is missing, if any is."""
+        self.joined_holders += 1
+        del self.missing[:1]
+
+    def spared(self, before: Spared, now: Spared) -> None:
+        """A request's policies have spared so much by now. Where its KV was lost they have begun from nothing again."""
+        if now.whole < before.whole or now.queries < before.queries:
+            before = NOTHING_SPARED
+        self.kv_read += max(0.0, now.read - before.read)
+        self.kv_whole += now.whole - before.whole
+        self.missed_mass += max(0.0, now.missed - before.missed)
+        self.missed_queries += now.queries - before.queries
+
+
+def survey(
+    tally: Tally,
+    scheduler: Scheduler,
+    placement: Placement,
+    links: Mapping[int, Link],
+    known: Mapping[int, str],
+    local: int | None,
+    now: float,
+) -> Snapshot:
+    """What the engine is doing now. `links` are those to the holders, by number; a holder goes by its name in `known`,
+    where it has one. The local one is no concern of the scheduler's."""
+    names = {number: known.get(number, link.name) for number, link in links.items()}
+    free, counters, uptime = scheduler.free, scheduler.counters, now - tally.began
+
+    def holder(number: int, link: Link) -> HolderSnapshot:
+        total = placement.holders[number].pages
+        left = tally.local_free if number == local else free.get(number, 0)
+        return HolderSnapshot(
+            name=names[number],
+            address=link.address,
+            channel=link.channel,
+            local=link.in_process,
+            total_pages=total,
+            free_pages=total if left is None else max(0, left),
+            bytes_sent=link.bytes_sent,
+            bytes_received=link.bytes_received,
+            exchange_seconds=link.seconds,
+            exchange_counts=link.counts,
+        )
+
+    def named(pages: Pages) -> dict[str, int]:
+        return {names[number]: count for number, count in pages.items() if number in names}
+
+    return Snapshot(
+        uptime=uptime,
+        running=scheduler.running,
+        waiting=scheduler.waiting,
+        lanes=tally.lanes,
+        batches=tally.batches,
+        prompt_tokens=tally.prompt_tokens,
+        generation_tokens=tally.generation_tokens,
+        prefix_queries=counters.looked_up_tokens,
+        prefix_hits=counters.found_tokens,
+        preemptions=counters.preempted,
+        evictions=counters.evicted,
+        rebuilt_tokens=counters.rebuilt_tokens,
+        lost_holders=tally.lost_holders,
+        joined_holders=tally.joined_holders,
+        failed_batches=tally.failed_batches,
+        model_seconds=max(0.0, uptime - tally.idle_seconds - tally.attention_seconds),
+        attention_seconds=tally.attention_seconds,
+        kv_read=tally.kv_read,
+        kv_whole=tally.kv_whole,
+        missed_mass=tally.missed_mass,
+        missed_queries=tally.missed_queries,
+        page_size=scheduler.config.page_size,
+        cached_pages=named(scheduler.cached),
+        holders=tuple(holder(number, link) for number, link in sorted(links.items())),
+        sequences=tuple(
+            SequenceSnapshot(
+                request=sequence.request.id,
+                sample=sequence.sample,
+                tokens=len(sequence.tokens),
+                prefill=sequence.left > 1,
+                pages=named(scheduler.kept(sequence)),
+            )
+            for sequence in scheduler.sequences
+        ),
+        idle_seconds=tally.idle_seconds,
+        corrupted=tally.corrupted,
+        batch_tokens=tally.batch_tokens,
+        batch_counts=tuple(tally.batch_counts),
+        missing=tuple(tally.missing),
+        began=tally.began,
+    )

@@ -1,0 +1,14 @@
+"""What is reported of one row's probabilities. A noun of its own, so that who only passes it on loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """Natural log probabilities under the softmax of the raw logits: the chosen token's, and (token, logprob) of
+    the likeliest, likeliest first."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
