@@ -1,8 +1,6 @@
 """Attention workers as child processes of this one, on loopback: started, watched, started again, ended.
 
-Knows processes and what they print. Knows nothing of what a worker does. A child ends when this process does, however
-that dies: its stdin is a pipe that closes then, and the system kills it with the thread that started it, which is why
-one thread starts them all.
+Knows what they print. Knows nothing of what a worker does. One thread starts them all (`child_process` says why).
 """
 
 from __future__ import annotations
@@ -12,8 +10,6 @@ import os
 import queue
 import re
 import secrets
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from lamina.child_process import ChildProcess, end_all
 from lamina.errors import EngineError
 from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoined, OnLeft, State, incarnation
 from lamina.model_cache import Progress
@@ -31,25 +28,24 @@ from lamina_protocols.channels import Credentials
 logger = logging.getLogger("lamina")
 
 _LISTENING = re.compile(r"listening (\S+:\d+)")
-_MAX_LINE = 4096  # characters of a child's line that are looked at together
+_MAX_LINE = 4096  # characters of a child's line that are kept
 _TAIL = 12  # lines that an error shows
-_GRACE = 5.0  # seconds between the polite end and the other one
 
 
-class _Listening(NamedTuple):
-    child: _Child
-    address: str
+class _Said(NamedTuple):
+    process: ChildProcess
+    line: str
 
 
 class _Ended(NamedTuple):
-    child: _Child
+    process: ChildProcess
 
 
 class _Lost(NamedTuple):
     name: str
 
 
-_Event: TypeAlias = _Listening | _Ended | _Lost | None
+_Event: TypeAlias = _Said | _Ended | _Lost | None
 """What the supervising thread waits for; None asks it to end."""
 
 
@@ -59,7 +55,7 @@ class _Child:
 
     place: int
     name: str
-    process: subprocess.Popen[str]
+    process: ChildProcess
     deadline: float | None
     address: str | None = None
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL))
@@ -170,11 +166,11 @@ class LocalCluster:
                 self._failure = self._failure or EngineError("closed while the attention workers were starting")
                 self._started.set()
 
-    def _take(self, event: _Listening | _Ended | _Lost) -> None:
-        if isinstance(event, _Listening):
-            self._listening(*event)
+    def _take(self, event: _Said | _Ended | _Lost) -> None:
+        if isinstance(event, _Said):
+            self._heard(self._child(event.process), event.line)
         elif isinstance(event, _Ended):
-            self._ended(event.child)
+            self._ended(self._child(event.process))
         else:
             for place in self._places:
                 if place.child is not None and place.child.name == event.name:
@@ -195,37 +191,23 @@ class LocalCluster:
 
     def _spawn(self, index: int, name: str) -> _Child:
         with _readable(self._token) as descriptor:
-            process = subprocess.Popen(
+            process = ChildProcess(
+                name,
                 [*self._command(name), "--token-file", f"/dev/fd/{descriptor}"],
+                self._said,
+                self._gone,
                 pass_fds=[descriptor],
-                stdin=subprocess.PIPE,  # closes when this process ends
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,  # Ctrl-C at the terminal is for this process, which ends its children in order
+                hears_errors=True,
             )
-        child = _Child(index, name, process, self._clock() + self._timeout)
-        threading.Thread(target=self._follow, args=(child,), name=f"lamina-{name}", daemon=True).start()
-        return child
+        return _Child(index, name, process, self._clock() + self._timeout)
 
-    def _follow(self, child: _Child) -> None:
-        """On a thread of the child's: read what it says until it ends."""
-        stream, said = child.process.stdout, False
-        if stream is not None:
-            for line in iter(lambda: stream.readline(_MAX_LINE), ""):
-                if not said and (match := _LISTENING.fullmatch(line.strip())):
-                    said = True
-                    self._events.put(_Listening(child, match[1]))
-                else:
-                    child.tail.append(line.rstrip())
-                    logger.info("%s: %s", child.name, line.rstrip())
-            stream.close()
-        child.process.wait()
-        if child.process.stdin is not None:
-            child.process.stdin.close()
-        self._events.put(_Ended(child))
+    # On a thread of the child's.
+
+    def _said(self, process: ChildProcess, line: str) -> None:
+        self._events.put(_Said(process, line[:_MAX_LINE]))
+
+    def _gone(self, process: ChildProcess) -> None:
+        self._events.put(_Ended(process))
 
     def _until_next(self) -> float | None:
         """Seconds until something is due without an event; None: never."""
@@ -241,6 +223,16 @@ class LocalCluster:
                 child.tail.append(f"it did not say where it listens within {self._timeout:g} s")
                 child.deadline = None
                 child.process.kill()
+
+    def _child(self, process: ChildProcess) -> _Child:
+        return next(p.child for p in self._places if p.child is not None and p.child.process is process)
+
+    def _heard(self, child: _Child, line: str) -> None:
+        if child.address is None and (match := _LISTENING.fullmatch(line.strip())):
+            self._listening(child, match[1])
+        else:
+            child.tail.append(line.rstrip())
+            logger.info("%s: %s", child.name, line.rstrip())
 
     def _listening(self, child: _Child, address: str) -> None:
         child.address, child.deadline = address, None
@@ -259,12 +251,12 @@ class LocalCluster:
         place.child = None
         if not self._started.is_set():
             tail = "\n  ".join(["", *child.tail])
-            self._failure = EngineError(f"{child.name} did not start, {_how(child.process)}{tail}")
+            self._failure = EngineError(f"{child.name} did not start, {child.process.how()}{tail}")
             return
         if child.address is not None and not child.given_up:
             self._news.left(child.name)
         said = f", having said: {' | '.join(child.tail)}" if child.address is None else ""
-        self._plan_restart(place, f"{child.name} ended, {_how(child.process)}{said}")
+        self._plan_restart(place, f"{child.name} ended, {child.process.how()}{said}")
 
     def _plan_restart(self, place: _Place, why: str) -> None:
         place.restarts += 1
@@ -278,17 +270,7 @@ class LocalCluster:
         return Member(child.name, child.address or "", Credentials(token=self._token), self._kv_memory)
 
     def _end_all(self) -> None:
-        children = [place.child for place in self._places if place.child is not None]
-        for child in children:
-            if child.process.stdin is not None:
-                child.process.stdin.close()  # to a child that is as if this process had died: it ends at once
-        deadline = time.monotonic() + _GRACE
-        for child in children:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:  # stopped, or stuck
-                child.process.kill()
-                child.process.wait()
+        end_all(place.child.process for place in self._places if place.child is not None)
         for place in self._places:
             place.child, place.due = None, None
 
@@ -311,10 +293,3 @@ def _readable(text: str) -> Iterator[int]:
         yield reading
     finally:
         os.close(reading)
-
-
-def _how(process: subprocess.Popen[str]) -> str:
-    code = process.returncode
-    if code is not None and code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exit status {code}"
