@@ -19,10 +19,12 @@ from typer.core import TyperGroup
 
 from lamina import cli_options as opt
 from lamina.answers import print_as_it_comes, print_as_they_finish, print_json_lines
+from lamina.bench_cli import bench_app
 from lamina.cluster_cli import attention_worker, cluster_app, credentials
 from lamina.config import DEFAULT_MODEL
 from lamina.errors import InvalidRequest, LaminaError, ModelFileError, PolicyError, UnsupportedModelError
 from lamina.policy_cli import calibrate, policy_app
+from lamina.server_cli import serve
 from lamina.simulator_cli import calibrate_hardware, plan, simulate
 from lamina.terminal import (
     ProgressBars,
@@ -79,6 +81,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="List, fetch and describe models.")
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 app.add_typer(policy_app, name="policy")
 app.add_typer(cluster_app, name="cluster", short_help="Look at a Ray cluster, end its engines, drain a worker.")
 
@@ -328,6 +331,7 @@ def doctor(as_json: opt.JsonLines = False) -> None:
         print_rows((finding.section, finding.name, finding.shown) for finding in findings)
 
 
+app.command()(serve)
 app.command("attention-worker")(attention_worker)
 app.command()(credentials)
 app.command()(calibrate)

@@ -41,8 +41,8 @@ Times = Sequence[Sequence[float]]
 class Measured:
     """A decode step of `batch` sequences, each of which read `context` tokens of KV in the mean.
 
-    `seconds` is the median, `low` and `high` are the quartiles over `gaps` gaps. `first`: seconds from the start until
-    all sequences had their first token.
+    `seconds` is the median, `low` and `high` are the quartiles over `gaps` gaps, `p99` the 99th percentile. `first`:
+    seconds from the start until all sequences had their first token.
     """
 
     batch: int
@@ -52,6 +52,7 @@ class Measured:
     high: float
     gaps: int
     first: float
+    p99: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,8 @@ def steady(times: Times, context: int, least: int) -> Measured:
     if len(gaps) < max(2, least):
         raise EngineError(f"all sequences decoded together for {len(gaps)} gaps, too few to measure a step")
     low, middle, high = statistics.quantiles(gaps, n=4, method="inclusive")
-    return Measured(len(times), statistics.fmean(read), middle, low, high, len(gaps), begin)
+    p99 = statistics.quantiles(gaps, n=100, method="inclusive")[-1]
+    return Measured(len(times), statistics.fmean(read), middle, low, high, len(gaps), begin, p99)
 
 
 def check(plan: Plan | str | Path, progress: Progress | None = None, rounds: int = 3) -> list[Row]:

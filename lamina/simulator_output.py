@@ -29,8 +29,9 @@ _ROWS = 10
 
 def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunResult], slo: Slo) -> None:
     """Everything that a comparison can be looked at with, in one folder."""
+    from lamina.figures import NO_PLOTS
     from lamina.simulator.comparison import step_trace
-    from lamina.simulator.plots import NO_PLOTS, save_comparison, save_timeline
+    from lamina.simulator.plots import save_comparison, save_timeline
     from lamina.simulator.report import html, samples_csv, table, to_csv, to_json
     from lamina.simulator.systems import Offloaded
 

@@ -6,14 +6,13 @@ draw, or for a path that cannot be written.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamina.errors import InvalidRequest
+from lamina.figures import ACCENT, BAR, BEST, THIRD, picture
 from lamina.simulator.report_data import (
     TIERS,
     X_LABEL,
@@ -33,32 +32,8 @@ from lamina.simulator.results import Distribution, RunResult, Sampled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-NO_PLOTS = "pictures need matplotlib; install it with: pip install 'lamina[plots]'"
-_BEST, _BAR, _SOFT, _RULE = "#0065a3", "#8fb8d4", "#59616b", "#dcdfe3"
-_ACCENT, _THIRD = "#b04a00", "#00705a"
-_TIER_STYLES = ((_BEST, "-"), (_ACCENT, (0, (5, 2))), (_THIRD, (0, (1, 1.5))))
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": _SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.8,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
-    "xtick.labelcolor": "black",
-    "ytick.labelcolor": "black",
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.constrained_layout.h_pad": 0.08,
-    "text.parse_math": False,  # names come from files, and may hold dollars
-}
+_TIER_STYLES = ((BEST, "-"), (ACCENT, (0, (5, 2))), (THIRD, (0, (1, 1.5))))
 
 
 def save_comparison(results: Iterable[RunResult], path: Path) -> None:
@@ -75,7 +50,7 @@ def save_comparison(results: Iterable[RunResult], path: Path) -> None:
         ("TPOT", [run.tpot for run in runs]),
         ("TBT", [run.tbt for run in runs]),
     )
-    with _figure(path, 12.5, 2.4 + 0.62 * len(runs)) as figure:
+    with picture(path, 12.5, 2.4 + 0.62 * len(runs)) as figure:
         axes = figure.subplots(2, 3, sharey=True)
         for at, (title, values) in zip(axes[0], rates, strict=True):
             _bars(at, title, values)
@@ -97,13 +72,13 @@ def save_timeline(result: RunResult, path: Path) -> None:
         line = over_time(result.samples, value, 300)
         at.plot([x / unit for x, _ in line], [y * scale for _, y in line], lw=1.4, **style)
 
-    with _figure(path, 9.0, 7.0) as figure:
+    with picture(path, 9.0, 7.0) as figure:
         batch, waiting, pages, busy = figure.subplots(4, 1, sharex=True, height_ratios=(3, 2, 2, 3))
-        draw(batch, lambda sample: sample.decode, color=_BEST)
+        draw(batch, lambda sample: sample.decode, color=BEST)
         batch.set_title(f"Batch, sequences in decode: mean {words(result.mean_batch)}, peak {result.peak_batch:,}")
-        draw(waiting, lambda sample: sample.waiting, color=_BEST)
+        draw(waiting, lambda sample: sample.waiting, color=BEST)
         waiting.set_title("Waiting, requests")
-        draw(pages, lambda sample: sample.kv_share, 100, color=_BEST)
+        draw(pages, lambda sample: sample.kv_share, 100, color=BEST)
         pages.set_title("KV pages taken, %")
         for (tier, share), (colour, dashes) in zip(TIERS, _TIER_STYLES, strict=True):
             draw(busy, share, 100, color=colour, ls=dashes, label=tier)
@@ -126,16 +101,16 @@ def save_pareto(
     if not found:
         raise InvalidRequest("there are no points to draw; allowed are one or more")
     best = frontier(found)
-    with _figure(path, 8.0, 5.2) as figure:
+    with picture(path, 8.0, 5.2) as figure:
         at = figure.subplots()
-        for feasible, marker, colour, text in ((False, "x", "#9aa1aa", "not feasible"), (True, "o", _BAR, "feasible")):
+        for feasible, marker, colour, text in ((False, "x", "#9aa1aa", "not feasible"), (True, "o", BAR, "feasible")):
             mine = [point for point in found if point[3] is feasible]
             if mine:
                 at.scatter([p[1] for p in mine], [p[2] for p in mine], s=22, marker=marker, color=colour, label=text)
         if best:
-            at.plot([p[1] for p in best], [p[2] for p in best], "o-", color=_BEST, ms=5, lw=1.2, label="frontier")
+            at.plot([p[1] for p in best], [p[2] for p in best], "o-", color=BEST, ms=5, lw=1.2, label="frontier")
         for point in [point for point in found if point[0] == chosen][:1]:
-            at.scatter([point[1]], [point[2]], s=170, marker="*", color=_ACCENT, zorder=5, label="chosen", ec="white")
+            at.scatter([point[1]], [point[2]], s=170, marker="*", color=ACCENT, zorder=5, label="chosen", ec="white")
         at.set_xlabel(printable(x_label, 60), loc="right")
         at.set_title(printable(y_label, 60), fontweight="normal", fontsize=9)
         at.set_xlim(left=0)
@@ -172,7 +147,7 @@ def _name(at: Axes, best: Sequence[Point], chosen: str) -> None:
 def _bars(at: Axes, title: str, values: Sequence[float]) -> None:
     shown = finite(values)
     top = max(shown)
-    drawn = at.barh(range(len(shown)), shown, height=0.55, color=[_BEST if v == top else _BAR for v in shown])
+    drawn = at.barh(range(len(shown)), shown, height=0.55, color=[BEST if v == top else BAR for v in shown])
     at.bar_label(drawn, [words(value) if value else "–" for value in shown], padding=4)
     at.set_title(title)
     at.set_xlim(0, top * 1.18 or 1.0)
@@ -187,10 +162,10 @@ def _spreads(at: Axes, title: str, found: Sequence[Distribution]) -> None:
     scale, unit = (1.0, "s") if max(values, default=0.0) >= 2 else (1e3, "ms")
     for place, of in enumerate(found):
         p50, p90, p99 = (value * scale for value in (of.p50, of.p90, of.p99))
-        at.plot([p50, p99], [place, place], color=_BAR, lw=3, solid_capstyle="butt", zorder=2)
-        at.plot([p50], [place], "o", color=_BEST, ms=6, zorder=3, label="p50" if not place else None)
-        at.plot([p90], [place], "|", color=_BEST, ms=11, mew=2, zorder=3, label="p90" if not place else None)
-        at.plot([p99], [place], "D", color=_BEST, mfc="white", ms=6, zorder=3, label="p99" if not place else None)
+        at.plot([p50, p99], [place, place], color=BAR, lw=3, solid_capstyle="butt", zorder=2)
+        at.plot([p50], [place], "o", color=BEST, ms=6, zorder=3, label="p50" if not place else None)
+        at.plot([p90], [place], "|", color=BEST, ms=11, mew=2, zorder=3, label="p90" if not place else None)
+        at.plot([p99], [place], "D", color=BEST, mfc="white", ms=6, zorder=3, label="p99" if not place else None)
     at.set_title(f"{title}, {unit}")
     at.grid(axis="y", visible=False)
     at.tick_params(left=False)
@@ -207,24 +182,3 @@ def _spreads(at: Axes, title: str, found: Sequence[Distribution]) -> None:
 
 def _about(run: RunResult) -> str:
     return f"{printable(run.model, 40)} on {printable(run.trace, 40)}, simulated"
-
-
-@contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in inches, which is written when whoever draws is done."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InvalidRequest(NO_PLOTS) from error
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=130, metadata={"Software": "lamina"})
-    try:
-        Path(path).write_bytes(picture.getvalue())
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,217 @@
+"""Decode steps of an engine in this process: how long, how many tokens and bytes a second, beside what memory gives.
+
+How a step is measured is `plan_check`'s, what it must read `simulator.models`'. The rate at which memory can be read is
+measured in the same run, by another process that is idle while the engine computes, and between all its measurements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lamina.config import EngineConfig
+from lamina.machine import Machine, native_dtype, this_machine
+from lamina.model_cache import Progress
+from lamina.plan_check import SHORT, Measured, measure
+from lamina.simulator.models import ModelShape, from_folder
+
+if TYPE_CHECKING:
+    from lamina.llm import LLM
+
+SCHEMA = "lamina.bench.decode"
+VERSION = 1
+READ = 1 << 29
+"""Bytes that the reading process goes through."""
+_ELEMENT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "float8_e4m3fn": 1.0}
+
+Read = Callable[[], float]
+"""Bytes of memory that this machine reads in a second, now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`batch` sequences after prompts of `context` tokens. `step_ms` and `p99_ms` are milliseconds a decode step,
+    medians over the rounds; `step_bytes` is what a step reads, `roofline_ms` how long reading that takes at best."""
+
+    batch: int
+    context: int
+    step_ms: float
+    p99_ms: float
+    tokens_per_second: float
+    step_bytes: float
+    bytes_per_second: float
+    memory_bytes_per_second: float
+    prefill_tokens_per_second: float
+
+    @property
+    def roofline_ms(self) -> float:
+        return self.step_bytes / self.memory_bytes_per_second * 1e3
+
+    @property
+    def of_roofline(self) -> float:
+        """The share of the reading rate that the step reaches; above 1 where caches keep some of what it reads."""
+        return self.bytes_per_second / self.memory_bytes_per_second
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All rows of a run, and what ran: `options` are those given to `LLM`, `dtype` and `kv_dtype` what they mean."""
+
+    model: str
+    options: Mapping[str, Any]
+    dtype: str
+    kv_dtype: str
+    steps: int
+    rounds: int
+    rows: tuple[Row, ...]
+
+
+def bench(
+    model: str, options: Mapping[str, Any], cells: Sequence[tuple[int, int]], *, steps: int = 48, rounds: int = 3,
+    progress: Progress | None = None, read: Read | None = None,
+) -> Result:  # fmt: skip
+    """Load a model and measure each (batch, context) in turn, `rounds` times. `read`: None measures here.
+
+    Prompts are random tokens, and there is no prefix cache. Raises what `LLM` and `measure` raise.
+    """
+    from lamina.llm import LLM  # which loads torch
+
+    config = EngineConfig(**options)
+    dtype, kv_dtype = dtypes(config, this_machine())
+    with contextlib.ExitStack() as stack:
+        reading = read or stack.enter_context(_reading(config.device))
+        llm = stack.enter_context(LLM(model, progress=progress, **{**options, "prefix_cache": False}))
+        shape = from_folder(llm.model_path)
+        measure(llm, 1, SHORT, tokens=8)  # warms up
+        found: dict[tuple[int, int], list[tuple[Measured, float]]] = {cell: [] for cell in cells}
+        for number in range(rounds):
+            for at, (batch, context) in enumerate(cells):
+                if progress is not None:
+                    progress("measuring", number * len(cells) + at, rounds * len(cells))
+                run = measure(llm, batch, context, tokens=steps, seed=number)
+                found[batch, context].append((run, reading()))
+        kept = {context: _kept(llm, context) if config.policy not in (None, "full") else 1.0 for _, context in cells}
+        if progress is not None:
+            progress("measuring", rounds * len(cells), rounds * len(cells))
+    weight, element = _ELEMENT[dtype], _ELEMENT[kv_dtype]
+    rows = tuple(
+        row(context, runs, step_bytes(shape, runs[0][0], weight, element, kept[context]))
+        for (_, context), runs in found.items()
+    )
+    return Result(model, dict(options), dtype, kv_dtype, steps, rounds, rows)
+
+
+def step_bytes(shape: ModelShape, run: Measured, weight: float, element: float, kept: float = 1.0) -> float:
+    """What one step reads: all weights but the input table, and the share `kept` of each sequence's KV. `weight` and
+    `element` are bytes of a weight and of an element of the KV."""
+    weights = shape.weights_read(run.batch) * weight / shape.element
+    return weights + run.batch * shape.kv_bytes_read(run.context, element) * kept
+
+
+def row(context: int, runs: Sequence[tuple[Measured, float]], nbytes: float) -> Row:
+    """The medians of several measurements of a cell, each with the reading rate beside it."""
+    first = runs[0][0]
+    step = statistics.median(run.seconds for run, _ in runs)
+    return Row(
+        batch=first.batch,
+        context=context,
+        step_ms=step * 1e3,
+        p99_ms=statistics.median(run.p99 for run, _ in runs) * 1e3,
+        tokens_per_second=first.batch / step,
+        step_bytes=nbytes,
+        bytes_per_second=nbytes / step,
+        memory_bytes_per_second=statistics.median(rate for _, rate in runs),
+        prefill_tokens_per_second=first.batch * context / statistics.median(run.first for run, _ in runs),
+    )
+
+
+def dtypes(config: EngineConfig, machine: Machine) -> tuple[str, str]:
+    """Of weights and of the KV, with "auto" resolved as the engine does."""
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if _on_gpu(config.device) else native_dtype(machine)[0]
+    return dtype, dtype if config.kv_dtype == "auto" else config.kv_dtype
+
+
+def table(found: Result) -> str:
+    """One line a cell, under a heading."""
+    memory = statistics.median(each.memory_bytes_per_second for each in found.rows)
+    heading = ("batch", "context", "tok/s", "ms/step", "p99", "MB/step", "GB/s", "of memory", "prefill tok/s")
+    lines = [heading] + [
+        (
+            str(each.batch),
+            str(each.context),
+            f"{each.tokens_per_second:.1f}",
+            f"{each.step_ms:.2f}",
+            f"{each.p99_ms:.2f}",
+            f"{each.step_bytes / 1e6:.0f}",
+            f"{each.bytes_per_second / 1e9:.1f}",
+            f"{each.of_roofline:.0%}",
+            f"{each.prefill_tokens_per_second:.0f}",
+        )
+        for each in found.rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    shown = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    about = f"{found.model} in {found.dtype}, KV in {found.kv_dtype}; memory gives {memory / 1e9:.1f} GB/s"
+    return "\n".join([about, *shown]) + "\n"
+
+
+def record(found: Result, machine: Machine, *, date: str, version: str) -> dict[str, Any]:
+    """The result as JSON has it."""
+    return {
+        "schema": SCHEMA,
+        "schema_version": VERSION,
+        "date": date,
+        "lamina_version": version,
+        "machine": {"processor": machine.processor, "cores": machine.cores, "memory": machine.memory},
+        "model": found.model,
+        "options": {
+            name: value if isinstance(value, (int, float)) else str(value) for name, value in found.options.items()
+        },
+        "dtype": found.dtype,
+        "kv_dtype": found.kv_dtype,
+        "steps": found.steps,
+        "rounds": found.rounds,
+        "rows": [
+            {**asdict(each), "roofline_ms": each.roofline_ms, "of_roofline": each.of_roofline} for each in found.rows
+        ],
+    }
+
+
+def _kept(llm: LLM, context: int) -> float:
+    """The share of the KV that a policy lets a step read, by the engine's own count. Of a prompt that repeats itself:
+    what is read depends on lengths, hardly on words."""
+    done = llm.generate([[7] * context], max_tokens=8, ignore_eos=True, temperature=0)
+    stats: Mapping[str, float] = (done[0] if isinstance(done, list) else done).stats
+    return stats.get("kv_read", 1.0)
+
+
+@contextlib.contextmanager
+def _reading(device: str) -> Iterator[Read]:
+    if _on_gpu(device):
+        import torch
+
+        from lamina.hardware_calibration.reading import Bandwidth
+
+        yield Bandwidth(1 << 30, torch.device("cuda"), 1).settled
+        return
+    from lamina.hardware_calibration.child import Child
+
+    with Child("reading", {"size": READ}) as child:
+
+        def read() -> float:
+            return float(child.ask("read"))
+
+        yield read
+
+
+def _on_gpu(device: str) -> bool:
+    if device != "auto":
+        return device == "cuda"
+    import torch
+
+    return torch.cuda.is_available()

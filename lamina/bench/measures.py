@@ -1,0 +1,223 @@
+"""From when things happened to what a benchmark says: latencies, rates, goodput. Pure arithmetic on seconds.
+
+TTFT: from sending a request to its first text. TPOT: (E2EL - TTFT) / (output tokens - 1), of answers with two tokens or
+more. ITL: between two chunks with text. E2EL: from sending to the last event. As in vLLM's benchmark.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import floor
+
+from lamina.errors import InvalidRequest
+
+METRICS = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+SLO_METRICS = ("ttft", "tpot", "e2el")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One request. Times are seconds after the start of the run: when it was `due`, `sent`, and `ended`, and when each
+    of its chunks with text came. `error` names the kind of a failure, "" for none; `detail` has its words.
+
+    Counts are tokens: `prompt`, `output` and `cached` as the server says, None where it does not; `planned` and `asked`
+    are the lengths of prompt and output that the workload has."""
+
+    due: float
+    sent: float
+    ended: float
+    chunks: Sequence[float] = ()
+    planned: int = 0
+    asked: int = 0
+    prompt: int | None = None
+    output: int | None = None
+    cached: int | None = None
+    finish: str = ""
+    error: str = ""
+    detail: str = ""
+
+    @property
+    def ttft(self) -> float:
+        return self.chunks[0] - self.sent if self.chunks else self.e2el
+
+    @property
+    def e2el(self) -> float:
+        return self.ended - self.sent
+
+    @property
+    def output_tokens(self) -> int:
+        """As the server says, else one for each chunk."""
+        return len(self.chunks) if self.output is None else self.output
+
+    @property
+    def prompt_tokens(self) -> int:
+        """As the server says, else as planned."""
+        return self.planned if self.prompt is None else self.prompt
+
+    @property
+    def tpot(self) -> float | None:
+        """None for an answer of one token."""
+        return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of many values: mean, median, standard deviation, and percentiles by number; all in milliseconds."""
+
+    count: int
+    mean: float
+    median: float
+    std: float
+    percentiles: Mapping[float, float] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run gave. Rates are a second, over `seconds`: from the start of the run until the last request ended."""
+
+    seconds: float
+    completed: int
+    failures: Mapping[str, int]
+    input_tokens: int
+    output_tokens: int
+    request_throughput: float
+    output_throughput: float
+    total_throughput: float
+    goodput: float | None
+    peak_output: float
+    peak_concurrency: int
+    mean_concurrency: float
+    spreads: Mapping[str, Spread]
+    chunks: int
+    counted: int
+    """Answers whose tokens the server did not say, so that chunks were counted."""
+    cached_said: int
+    """Answers for which the server said how many tokens it found in its cache."""
+    cached_tokens: int
+    short: int
+    """Answers with fewer tokens than were asked for."""
+
+
+def summary(
+    outcomes: Iterable[Outcome],
+    seconds: float,
+    percentiles: Sequence[float] = (90, 99),
+    slo: Mapping[str, float] | None = None,
+) -> Summary:
+    """What these outcomes of a run of `seconds` say. `slo`: milliseconds at most by metric, of `SLO_METRICS`."""
+    every = list(outcomes)
+    good = [outcome for outcome in every if not outcome.error]
+    seconds = max(seconds, 1e-9)
+    read, written = sum(each.prompt_tokens for each in good), sum(each.output_tokens for each in good)
+    values = {
+        "ttft": [each.ttft for each in good],
+        "tpot": [tpot for each in good if (tpot := each.tpot) is not None],
+        "itl": [after - before for each in good for before, after in pairwise(each.chunks)],
+        "e2el": [each.e2el for each in good],
+    }
+    return Summary(
+        seconds=seconds,
+        completed=len(good),
+        failures=dict(Counter(each.error for each in every if each.error).most_common()),
+        input_tokens=read,
+        output_tokens=written,
+        request_throughput=len(good) / seconds,
+        output_throughput=written / seconds,
+        total_throughput=(read + written) / seconds,
+        goodput=sum(meets(each, slo) for each in good) / seconds if slo else None,
+        peak_output=max(over_time(good), default=0.0),
+        peak_concurrency=peak_concurrency(every),
+        mean_concurrency=sum(each.e2el for each in every) / seconds,
+        spreads={name: spread(found, percentiles) for name, found in values.items()},
+        chunks=sum(len(each.chunks) for each in good),
+        counted=sum(each.output is None for each in good),
+        cached_said=sum(each.cached is not None for each in good),
+        cached_tokens=sum(each.cached or 0 for each in good),
+        short=sum(each.output_tokens < each.asked for each in good),
+    )
+
+
+def meets(outcome: Outcome, slo: Mapping[str, float]) -> bool:
+    """Whether a request kept within every limit, in milliseconds. An answer of one token has a TPOT of 0."""
+    reached = {"ttft": outcome.ttft, "tpot": outcome.tpot or 0.0, "e2el": outcome.e2el}
+    return not outcome.error and all(reached[name] * 1e3 <= most for name, most in slo.items())
+
+
+def spread(seconds: Sequence[float], percentiles: Sequence[float]) -> Spread:
+    """In milliseconds; zeros where there are no values."""
+    ordered = sorted(seconds)
+    if not ordered:
+        return Spread(0, 0.0, 0.0, 0.0, dict.fromkeys(percentiles, 0.0))
+    mean = statistics.fmean(ordered)
+    deviation = (sum((value - mean) ** 2 for value in ordered) / len(ordered)) ** 0.5
+    found = {number: percentile(ordered, number) * 1e3 for number in percentiles}
+    return Spread(len(ordered), mean * 1e3, percentile(ordered, 50) * 1e3, deviation * 1e3, found)
+
+
+def percentile(ordered: Sequence[float], number: float) -> float:
+    """Of rising values, with straight lines between them, as numpy's default is."""
+    place = (len(ordered) - 1) * number / 100
+    low = floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def peak_concurrency(outcomes: Iterable[Outcome]) -> int:
+    """The most requests that were under way at one time. One that ends as another is sent makes room for it."""
+    changes = sorted(change for each in outcomes for change in ((each.sent, 1), (each.ended, -1)))
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+def over_time(outcomes: Iterable[Outcome], width: float = 1.0) -> list[float]:
+    """Output tokens a second, for each `width` seconds of the run. A chunk counts as its answer's mean."""
+    totals: dict[int, float] = {}
+    for outcome in outcomes:
+        if outcome.chunks:
+            each = outcome.output_tokens / len(outcome.chunks)
+            for at, count in Counter(int(at / width) for at in outcome.chunks).items():
+                totals[at] = totals.get(at, 0.0) + count * each
+    return [totals.get(at, 0.0) / width for at in range(max(totals, default=-1) + 1)]
+
+
+def parse_slo(words: Iterable[str]) -> dict[str, float]:
+    """Milliseconds by metric of words such as "ttft:500". Raises InvalidRequest."""
+    found: dict[str, float] = {}
+    for word in (part for text in words for part in text.replace(",", " ").split()):
+        name, _, limit = word.partition(":")
+        try:
+            value = float(limit)
+        except ValueError:
+            value = -1.0
+        if name not in SLO_METRICS or name in found or not 0 < value < 1e12:  # NaN compares false
+            raise InvalidRequest(
+                f"goodput is {word!r:.80}; allowed are {', '.join(SLO_METRICS)}, once each, with milliseconds above 0, "
+                "such as ttft:500"
+            )
+        found[name] = value
+    return found
+
+
+def parse_percentiles(words: str) -> tuple[float, ...]:
+    """Numbers above 0 and below 100 with commas between them. Raises InvalidRequest."""
+    try:
+        found = sorted({float(word) for word in words.split(",")})
+    except ValueError:
+        found = []
+    if not found or len(found) > 20 or not all(0 < number < 100 for number in found):
+        raise InvalidRequest(
+            f"percentile is {words!r:.80}; allowed are 1 to 20 numbers between 0 and 100, such as 90,99"
+        )
+    return tuple(found)

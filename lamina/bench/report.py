@@ -1,0 +1,138 @@
+"""A serving benchmark's result as text in the layout of vLLM's, and as plain data for JSON. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lamina.bench.measures import METRICS, Spread
+from lamina.bench.serve import Result
+from lamina.machine import Machine
+
+SCHEMA = "lamina.bench.serve"
+VERSION = 1
+_WIDTH = 60
+_SHOWN_DETAIL = 110
+
+
+def text(result: Result) -> str:
+    """Many lines, each a name and a value; notes at the end."""
+    found, settings = result.summary, result.settings
+    lines = [" Serving Benchmark Result ".center(_WIDTH, "=")]
+
+    def add(name: str, value: float | int | str) -> None:
+        shown = f"{value:.2f}" if isinstance(value, float) else str(value)
+        lines.append(f"{name + ':':<44} {shown}")
+
+    add("Model", result.model)
+    add("Successful requests", found.completed)
+    add("Failed requests", sum(found.failures.values()))
+    if settings.max_concurrency is not None:
+        add("Maximum request concurrency", settings.max_concurrency)
+    if settings.request_rate is not None and not math.isinf(settings.request_rate):
+        add("Request rate configured (RPS)", float(settings.request_rate))
+    add("Benchmark duration (s)", found.seconds)
+    add("Total input tokens", found.input_tokens)
+    add("Total generated tokens", found.output_tokens)
+    add("Request throughput (req/s)", found.request_throughput)
+    if found.goodput is not None:
+        add("Request goodput (req/s)", found.goodput)
+    add("Output token throughput (tok/s)", found.output_throughput)
+    add("Peak output token throughput (tok/s)", found.peak_output)
+    add("Total token throughput (tok/s)", found.total_throughput)
+    add("Peak concurrent requests", found.peak_concurrency)
+    add("Mean concurrent requests", found.mean_concurrency)
+    for key, title in METRICS.items():
+        spread = found.spreads[key]
+        lines.append(f" {title} ".center(_WIDTH, "-"))
+        name = key.upper()
+        add(f"Mean {name} (ms)", spread.mean)
+        add(f"Median {name} (ms)", spread.median)
+        for number, value in spread.percentiles.items():
+            add(f"P{number:g} {name} (ms)", value)
+    lines.append("=" * _WIDTH)
+    for kind, count in found.failures.items():
+        detail = result.details.get(kind, "")
+        lines.append(f"failed: {count} x {kind}{f' ({detail[:_SHOWN_DETAIL]})' if detail else ''}")
+    lines += result.notes
+    if found.chunks:
+        lines.append(
+            f"client: {result.cpu_per_chunk * 1e6:.0f} us of processor time a chunk, "
+            f"{result.run.cpu / found.seconds:.1%} of one core"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def record(result: Result, machine: Machine, *, date: str, version: str, detailed: bool = False) -> dict[str, Any]:
+    """The result as JSON has it. Names are those of vLLM's where it has the same; times are milliseconds but for
+    `duration`, and in `requests`, which are seconds."""
+    found = result.summary
+    settings = {name: value for name, value in asdict(result.settings).items() if name != "api_key"}
+    settings |= {"trace_dir": str(settings["trace_dir"]) if settings["trace_dir"] else None}
+    if settings["request_rate"] == math.inf:  # JSON has no infinity
+        settings["request_rate"] = "inf"
+    fields: dict[str, Any] = {
+        "schema": SCHEMA,
+        "schema_version": VERSION,
+        "date": date,
+        "lamina_version": version,
+        "model_id": result.model,
+        "max_model_len": result.context,
+        "settings": settings,
+        "nonce": result.nonce,
+        "machine": {"processor": machine.processor, "cores": machine.cores, "memory": machine.memory},
+        "load_average_before": result.load,
+        "prompt_words": {"count": len(result.words.words), "tokens": result.words.tokens, "by": result.words.source},
+        "num_prompts": len(result.run.outcomes) + result.run.unfinished,
+        "duration": found.seconds,
+        "completed": found.completed,
+        "failed": sum(found.failures.values()),
+        "unfinished": result.run.unfinished,
+        "failures": dict(found.failures),
+        "failure_details": dict(result.details),
+        "total_input_tokens": found.input_tokens,
+        "total_output_tokens": found.output_tokens,
+        "request_throughput": found.request_throughput,
+        "request_goodput": found.goodput,
+        "output_throughput": found.output_throughput,
+        "max_output_tokens_per_s": found.peak_output,
+        "total_token_throughput": found.total_throughput,
+        "max_concurrent_requests": found.peak_concurrency,
+        "mean_concurrent_requests": found.mean_concurrency,
+        "chunks": found.chunks,
+        "answers_without_usage": found.counted,
+        "answers_with_cached_tokens": found.cached_said,
+        "cached_tokens": found.cached_tokens,
+        "answers_shorter_than_asked": found.short,
+        "client_cpu_seconds": result.run.cpu,
+        "client_cpu_us_per_chunk": result.cpu_per_chunk * 1e6,
+        "notes": list(result.notes),
+    }
+    for name, spread in found.spreads.items():
+        fields |= _named(name, spread)
+    if detailed:
+        fields["requests"] = [
+            {
+                "due": each.due,
+                "sent": each.sent,
+                "ended": each.ended,
+                "chunks": list(each.chunks),
+                "planned_prompt": each.planned,
+                "asked": each.asked,
+                "prompt_tokens": each.prompt,
+                "output_tokens": each.output,
+                "cached_tokens": each.cached,
+                "finish_reason": each.finish,
+                "error": each.error,
+                "detail": each.detail,
+            }
+            for each in result.run.outcomes
+        ]
+    return fields
+
+
+def _named(name: str, spread: Spread) -> Mapping[str, float]:
+    found = {f"mean_{name}_ms": spread.mean, f"median_{name}_ms": spread.median, f"std_{name}_ms": spread.std}
+    return found | {f"p{number:g}_{name}_ms": value for number, value in spread.percentiles.items()}

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: processes side by side, and the translation between HTTP and the engine."""

@@ -1,0 +1,131 @@
+"""What chats and completions have in common in their answers: names, usage, log probabilities, chunks of streams.
+
+Knows the fields of answers; knows nothing of requests but their tickets.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lamina
+from lamina.ticket import Ticket
+from lamina.types import FinishReason, SamplingParams, TokenLogprob
+
+_LEAST = -9999.0  # stands for minus infinity, which JSON has not
+
+
+def dumps(value: Any) -> str:
+    """JSON on as little room as possible."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def named(kind: str, request_id: str, model: str) -> dict[str, Any]:
+    """The fields at the begin of every answer, without `object`."""
+    return {
+        "id": f"{kind}-{request_id}",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"lamina-{lamina.__version__}",
+    }
+
+
+def usage(tickets: Sequence[Ticket], completion_tokens: int) -> dict[str, Any]:
+    """Tokens of all prompts, and of all that was generated."""
+    prompt_tokens = sum(len(ticket.request.prompt) for ticket in tickets)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(ticket.cached_tokens for ticket in tickets)},
+    }
+
+
+def stop_reason(
+    params: SamplingParams, eos_ids: Sequence[int], token: int | None, finish_reason: FinishReason | None
+) -> str | int | None:
+    """vLLM's: the stop token or string that ended a sample; None for the model's own end, and where it could be
+    several strings."""
+    if finish_reason != "stop" or token is None:
+        return None
+    if token in params.stop_token_ids:
+        return token
+    if len(params.stop) == 1 and (params.ignore_eos or token not in eos_ids):
+        return params.stop[0]
+    return None
+
+
+def chat_logprob(entry: TokenLogprob, as_ids: bool) -> dict[str, Any]:
+    """One token of a chat's `logprobs.content`."""
+    return _token(entry, as_ids) | {"top_logprobs": [_token(top, as_ids) for top in entry.top]}
+
+
+def _token(entry: TokenLogprob, as_ids: bool) -> dict[str, Any]:
+    part_of_character = "\ufffd" in entry.text
+    return {
+        "token": f"token_id:{entry.token_id}" if as_ids else entry.text,
+        "logprob": max(entry.logprob, _LEAST),
+        "bytes": None if part_of_character else list(entry.text.encode("utf-8", "replace")),
+    }
+
+
+class TextLogprobs:
+    """A completion's `logprobs`: lists, one entry a token. `offset`: characters before the first of them."""
+
+    def __init__(self, as_ids: bool, offset: int = 0) -> None:
+        self._as_ids = as_ids
+        self._offset = offset
+
+    def add(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The object for further tokens."""
+        names, offsets = [], []
+        for entry in entries:
+            names.append(self._name(entry))
+            offsets.append(self._offset)
+            self._offset += len(entry.text)
+        return {
+            "text_offset": offsets,
+            "tokens": names,
+            "token_logprobs": [max(entry.logprob, _LEAST) for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
+        }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for each in (*entry.top, entry):
+            top.setdefault(self._name(each), max(each.logprob, _LEAST))
+        return top
+
+    def _name(self, entry: TokenLogprob) -> str:
+        return f"token_id:{entry.token_id}" if self._as_ids else entry.text
+
+
+class Chunks:
+    """Writes the chunks of a stream: the parts that all have in common are written once.
+
+    `with_usage`: chunks have the field `usage`; null, or `continuous`, what was used so far.
+    """
+
+    def __init__(
+        self, fields: Mapping[str, Any], tickets: Sequence[Ticket], with_usage: bool, continuous: bool
+    ) -> None:
+        self.tokens = 0  # generated so far; whoever writes chunks counts them
+        self._head = f'data: {dumps(fields)[:-1]},"choices":['
+        self._tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
+        self._tickets = tickets
+        self._with_usage = with_usage
+        self._continuous = continuous
+
+    def chunk(self, choice: str) -> str:
+        """A chunk with one choice, which is JSON."""
+        if self._continuous:
+            return f'{self._head}{choice}],"usage":{dumps(usage(self._tickets, self.tokens))}}}\n\n'
+        return f"{self._head}{choice}]{self._tail}"
+
+    def last(self) -> str:
+        """The chunk with the usage, if one is wanted."""
+        if not self._with_usage:
+            return ""
+        return f'{self._head}],"usage":{dumps(usage(self._tickets, self.tokens))}}}\n\n'

@@ -1,0 +1,167 @@
+"""The server's routes, put together: an ASGI application around a `Frontend`.
+
+Knows which path leads where, and describes it (/openapi.json). What is done there is in the modules that it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+import lamina
+from lamina.errors import LaminaError
+from lamina.server import schemas, text_routes
+from lamina.server.chat import chat
+from lamina.server.completions import completions
+from lamina.server.errors import ApiError
+from lamina.server.frontend import Frontend
+from lamina.server.gate import Gate, Metrics, NoMetrics, count_rejection
+from lamina.server.limits import ClientGone
+from lamina.server.page import PUBLIC_PATHS, add_page
+from lamina.server.serving import Service
+from lamina.server.settings import ServerSettings
+
+Handler = Callable[[Service, Request], Awaitable[Response]]
+
+_PUBLIC = PUBLIC_PATHS | {"/health", "/version"}
+_REFERENCE = "#/components/schemas/{model}"
+_REQUESTS = (schemas.ChatRequest, schemas.CompletionRequest, schemas.TokenizeRequest, schemas.DetokenizeRequest)
+_ERRORS = {
+    400: "The request is wrong; `param` names the field.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    405: "Not with that method.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is no JSON.",
+    429: "Too many requests are under way; come back after Retry-After seconds.",
+    500: "The server failed.",
+    503: "The engine is loading, or dead.",
+    504: "The request took longer than it may.",
+}
+_READING = (400, 401, 405, 500)
+_WORKING = (*_ERRORS,)
+
+
+def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | None = None) -> FastAPI:
+    """The application. The frontend's observer must be in its place; its engine may come later."""
+    counted = metrics or NoMetrics()
+    service = Service(frontend, settings, counted)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="Lamina",
+        version=lamina.__version__,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    _add_routes(app, service)
+    add_page(app, frontend, settings)
+    app.add_middleware(Gate, settings=settings, metrics=counted, public=_PUBLIC)
+    _add_handlers(app, service)
+    app.openapi = lambda: _document(app, bool(settings.api_keys))  # type: ignore[method-assign]  # FastAPI's own way
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    def add(
+        path: str, handler: Handler, answer: Any, errors: tuple[int, ...], method: str = "GET", body: Any = None
+    ) -> None:
+        responses: dict[int | str, dict[str, Any]] = {
+            status: {"model": schemas.ErrorResponse, "description": _ERRORS[status]} for status in errors
+        }
+        if answer is None:
+            responses[200] = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Text."}
+        else:
+            responses[200] = {"model": answer, "description": "The answer."}
+        if body in (schemas.ChatRequest, schemas.CompletionRequest):
+            responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        extra: dict[str, Any] = {}
+        if body is not None:
+            schema = {"$ref": _REFERENCE.format(model=body.__name__)}
+            extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+
+        async def handle(request: Request) -> Response:
+            return await handler(service, request)
+
+        async def handle_model(request: Request, model_id: str) -> Response:
+            return await handler(service, request)
+
+        app.add_api_route(
+            path,
+            handle_model if "{model_id" in path else handle,
+            methods=[method],
+            name=handler.__name__,
+            description=handler.__doc__,
+            responses=responses,
+            response_class=Response,
+            response_model=None,
+            openapi_extra=extra or None,
+            include_in_schema=method != "HEAD",
+        )
+
+    add("/v1/chat/completions", chat, schemas.ChatCompletion, _WORKING, "POST", schemas.ChatRequest)
+    add("/v1/completions", completions, schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)
+    add("/v1/models", text_routes.models, schemas.ModelList, _READING)
+    add("/v1/models/{model_id:path}", text_routes.model, schemas.ModelCard, (*_READING, 404))
+    add("/tokenize", text_routes.tokenize, schemas.Tokens, _WORKING, "POST", schemas.TokenizeRequest)
+    add("/detokenize", text_routes.detokenize, schemas.Detokenized, _WORKING, "POST", schemas.DetokenizeRequest)
+    add("/health", text_routes.health, schemas.Health, (400, 405, 500, 503))
+    add("/health", text_routes.health, schemas.Health, (400, 405, 500, 503), "HEAD")
+    add("/version", text_routes.version, schemas.Version, (400, 405, 500))
+    add("/metrics", text_routes.metrics, None, _READING)
+
+
+def _add_handlers(app: FastAPI, service: Service) -> None:
+    async def failed(request: Request, error: Exception) -> Response:
+        told = service.translate(error) if isinstance(error, LaminaError) else ApiError(500, "the server failed")
+        return _told(told)
+
+    async def unrouted(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        headers = error.headers if isinstance(error, HTTPException) else None
+        what = {404: "there is no such path", 405: "that method is not allowed"}.get(status, "the request is refused")
+        return _told(ApiError(status, f"{what}: {request.method} {request.url.path[:200]}", headers=headers))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+    def _told(told: ApiError) -> Response:
+        count_rejection(service.metrics, told)
+        return Response(told.body, told.status, told.headers, "application/json")
+
+    app.add_exception_handler(LaminaError, failed)
+    app.add_exception_handler(HTTPException, unrouted)
+    app.add_exception_handler(ClientGone, gone)
+
+
+def _document(app: FastAPI, keys: bool) -> dict[str, Any]:
+    """/openapi.json: FastAPI knows the answers, but not the requests, whose bodies are read elsewhere."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)  # FastAPI's own validation, which is not used
+    _, bodies = models_json_schema([(model, "validation") for model in _REQUESTS], ref_template=_REFERENCE)
+    components = document.setdefault("components", {})
+    components.setdefault("schemas", {}).update(bodies["$defs"])
+    if keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    app.openapi_schema = document
+    return document

@@ -1,0 +1,363 @@
+"""POST /v1/chat/completions: from messages to a generation, and from its events to answers.
+
+Knows the fields of chats; knows no engine. What both kinds of requests share is in `sampling` and `answers`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lamina.errors import ContextTooLong
+from lamina.intake import Intake
+from lamina.server import answers
+from lamina.server.answers import Chunks, chat_logprob, dumps
+from lamina.server.errors import ApiError, refused
+from lamina.server.frontend import Served
+from lamina.server.sampling import (
+    blaming,
+    check_characters,
+    check_prompt_logprobs,
+    check_stream_options,
+    response_format,
+    sampling,
+    structured,
+    truncated,
+)
+from lamina.server.schemas import ChatRequest, TokenizeRequest
+from lamina.server.serving import GRACE, Call, Service
+from lamina.server.sse import EventStream, while_connected
+from lamina.server.tools import Delta, ToolParser, ToolUse, call_text, tags_are_special
+from lamina.ticket import Ticket
+from lamina.tokenizer import Tokenizer, check_messages
+from lamina.types import Completion, Sample, SamplingParams, TokenEvent
+
+_NO_TOOLS = ("tool_choice", "parallel_tool_calls")
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A chat that can be submitted. `prefix` is what every answer begins with, `hidden` the texts that no tool's caller
+    should see, None where there are no tools."""
+
+    fields: ChatRequest
+    ticket: Ticket
+    eos_ids: tuple[int, ...]
+    prefix: str
+    hidden: tuple[str, ...] | None
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.ticket.params
+
+    @property
+    def as_ids(self) -> bool:
+        """Whether log probabilities name tokens by their ids."""
+        return bool(self.fields.return_tokens_as_token_ids)
+
+    def parser(self) -> ToolParser | None:
+        """For one sample."""
+        return None if self.hidden is None else ToolParser(new_call_id, self.hidden)
+
+
+async def chat(service: Service, request: Request) -> Response:
+    """Answer one request."""
+    call = service.call(request)
+    fields = await service.read(request, ChatRequest, call)
+    served = service.served(1)
+    salt = service.salt(call, fields.cache_salt)
+    work = service.prepare(call, _prepared, fields, served, salt)
+    prepared = await while_connected(request.receive, work, call.timeout + GRACE)
+    named = answers.named("chatcmpl", fields.request_id or call.id, service.settings.model)
+    if fields.stream:
+        return EventStream(_frames(service, prepared, call, named), call.timeout + GRACE, service.translate)
+    return await while_connected(request.receive, _whole(service, prepared, call, named), call.timeout + GRACE)
+
+
+def prompt_text(
+    fields: ChatRequest | TokenizeRequest,
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    use: ToolUse | None,
+) -> str:
+    """Checked messages and tools as the template writes them. A template that knows no tools gets them as text."""
+    continued = bool(fields.continue_final_message)
+    begun = fields.add_generation_prompt
+    if not tokenizer.template_knows_tools:
+        messages = _in_words(messages, None if use is None else use.system_note)
+    return tokenizer.render(
+        messages,
+        add_generation_prompt=True if begun is None else begun,
+        continue_final_message=continued,
+        tools=list(use.tools) if use is not None and tokenizer.template_knows_tools else None,
+    )
+
+
+def checked_messages(messages: Any, intake: Intake) -> list[dict[str, Any]]:
+    """Messages in the form that templates expect. Raises InvalidRequest, ApiError where they are too long."""
+    checked = check_messages(messages)
+    check_characters(sum(len(message["content"]) for message in checked), intake, "messages")
+    return checked
+
+
+def new_call_id() -> str:
+    """The id of a call of a tool."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _prepared(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> Chat:
+    """Everything that can be wrong with a request is found here, before anything is submitted."""
+    _check(fields)
+    tokenizer, intake = served.tokenizer, served.intake
+    special = tags_are_special(tokenizer.special_tokens)
+    use = ToolUse.from_request(
+        fields.tools, fields.tool_choice, fields.parallel_tool_calls, tokenizer.template_knows_tools, special
+    )
+    messages = checked_messages(fields.messages, intake)
+    text = prompt_text(fields, messages, tokenizer, use)
+    check_characters(len(text), intake, "messages")
+    limit = _limit(fields)
+    ids = truncated(fields, tokenizer.encode(text, bool(fields.add_special_tokens)), intake, limit)
+    way, structure = _structure(fields, use, special)
+    try:
+        with blaming(way):
+            params = sampling(
+                fields,
+                intake,
+                max_tokens=max(1, intake.max_model_len - len(ids)) if limit is None else limit,
+                logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
+                structure=structure,
+            )
+            (ticket,) = intake.tickets([ids], params, fields.priority or 0, salt)
+    except ContextTooLong as error:
+        raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
+    hidden = None if use is None else tuple(end for eos in tokenizer.eos_ids if (end := tokenizer.token(eos)))
+    prefix = messages[-1]["content"] if fields.echo and messages[-1]["role"] == "assistant" else ""
+    return Chat(fields, ticket, tokenizer.eos_ids, prefix, hidden)
+
+
+def _check(fields: ChatRequest) -> None:
+    check_prompt_logprobs(fields)
+    check_stream_options(fields)
+    if fields.chat_template is not None:
+        raise refused("chat_template", fields.chat_template, "null: only the model's own template is rendered")
+    if fields.chat_template_kwargs:
+        raise refused(
+            "chat_template_kwargs", fields.chat_template_kwargs, "an empty object: templates get no variables"
+        )
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise ApiError(400, "top_logprobs is given, which is allowed only where logprobs is true", "top_logprobs")
+    for name in _NO_TOOLS:
+        if getattr(fields, name) not in (None, "none") and not fields.tools:
+            raise ApiError(400, f"{name} is given, which is allowed only beside tools", name)
+
+
+def _limit(fields: ChatRequest) -> int | None:
+    older, newer = fields.max_tokens, fields.max_completion_tokens
+    if older is not None and newer is not None and older != newer:
+        raise refused("max_tokens", older, f"max_completion_tokens, which is {newer}, or only one of them")
+    return newer if newer is not None else older
+
+
+def _structure(fields: ChatRequest, use: ToolUse | None, special: bool) -> tuple[str, dict[str, Any]]:
+    """The field that structures the output, if one does, and what it means to `SamplingParams`."""
+    ways = {
+        "response_format": response_format(fields.response_format),
+        "structured_outputs": structured(fields.structured_outputs),
+        "tools": {} if use is None else {"grammar": use.grammar} | ({"skip_special_tokens": False} if special else {}),
+    }
+    given = [name for name, keywords in ways.items() if keywords]
+    if len(given) > 1:
+        raise ApiError(400, f"{' and '.join(given)} are given; allowed is one of them", given[0])
+    return (given[0], ways[given[0]]) if given else ("", {})
+
+
+def _in_words(messages: Sequence[Mapping[str, Any]], note: str | None) -> list[dict[str, Any]]:
+    """Messages for a template that knows no tools: calls, results and the note on tools as text."""
+    written: list[dict[str, Any]] = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "tool":
+            written.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
+            continue
+        calls = [
+            call_text(call["function"]["name"], dumps(call["function"]["arguments"]))
+            for call in message.get("tool_calls", ())
+        ]
+        kept = {name: value for name, value in message.items() if name != "tool_calls"}
+        written.append(kept | {"content": "\n".join([content, *calls] if content else calls or [content])})
+    if note is not None:
+        if written[0]["role"] in ("system", "developer"):
+            written[0]["content"] += f"\n\n{note}"
+        else:
+            written.insert(0, {"role": "system", "content": note})
+    return written
+
+
+async def _whole(service: Service, chat: Chat, call: Call, named: Mapping[str, Any]) -> Response:
+    async with service.begin([chat.ticket], call) as generation:
+        async for _ in generation:
+            pass
+        (completion,) = generation.completions()
+    choices = [_choice(chat, sample) for sample in completion.samples]
+    used = answers.usage([chat.ticket], completion.usage.completion_tokens)
+    content = {**named, "object": "chat.completion", "choices": choices, "usage": used}
+    return Response(dumps(content).encode(), media_type="application/json")
+
+
+def _choice(chat: Chat, sample: Sample) -> dict[str, Any]:
+    content = sample.text
+    calls: list[dict[str, Any]] = []
+    reason: str = sample.finish_reason
+    if (parser := chat.parser()) is not None:
+        content, calls = _collected([*parser.push(sample.text), *parser.finish()])
+        if calls and reason == "stop":
+            reason = "tool_calls"
+    content = chat.prefix + content
+    message: dict[str, Any] = {"role": "assistant", "content": None if calls and not content else content}
+    message["refusal"] = None
+    if calls:
+        message["tool_calls"] = calls
+    logprobs = None
+    if sample.logprobs is not None:
+        logprobs = {"content": [chat_logprob(entry, chat.as_ids) for entry in sample.logprobs], "refusal": None}
+    last = sample.token_ids[-1] if sample.token_ids else None
+    return {
+        "index": sample.index,
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": reason,
+        "stop_reason": answers.stop_reason(chat.params, chat.eos_ids, last, sample.finish_reason),
+    }
+
+
+def _collected(deltas: Sequence[Delta]) -> tuple[str, list[dict[str, Any]]]:
+    """The content and the calls that deltas together are."""
+    content: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        if delta.index is None:
+            content.append(delta.content or "")
+        elif delta.name is not None:
+            calls.append(
+                {"id": delta.id, "type": "function", "function": {"name": delta.name, "arguments": delta.arguments}}
+            )
+        else:
+            calls[delta.index]["function"]["arguments"] += delta.arguments
+    return "".join(content), calls
+
+
+async def _frames(service: Service, chat: Chat, call: Call, named: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
+    """Whole frames, as they come."""
+    writer = _Writer(chat, named)
+    async with service.begin([chat.ticket], call) as generation:
+        async for events in generation:
+            if frames := writer.events(events):
+                yield frames
+        (completion,) = generation.completions()
+    yield writer.end(completion)
+
+
+class _Writer:
+    """Writes a chat's chunks. What is done for each token is done here, so it is little."""
+
+    def __init__(self, chat: Chat, named: Mapping[str, Any]) -> None:
+        fields = chat.fields
+        self._chat = chat
+        self._chunks = Chunks(
+            {**named, "object": "chat.completion.chunk"}, [chat.ticket], fields.include_usage, fields.continuous_usage
+        )
+        n = chat.params.n
+        self._parsers = [chat.parser() for _ in range(n)]
+        self._begun = [False] * n
+        self._ended = [False] * n
+        self._sent = [0] * n  # characters of a sample's text
+
+    def events(self, events: Sequence[TokenEvent]) -> bytes:
+        """The frames of events; perhaps none."""
+        frames: list[str] = []
+        for event in events:
+            index = event.sample_index
+            self._chunks.tokens += 1
+            if not self._begun[index]:
+                self._begin(index, frames)
+            self._sent[index] += len(event.text)
+            if event.finish_reason is not None:
+                self._finish(index, event.text, event, event.finish_reason, frames)
+            elif event.logprob is None and self._parsers[index] is None:
+                if event.text:
+                    delta = f'{{"content":{quoted(event.text)}}}'
+                    frames.append(
+                        self._chunks.chunk(f'{{"index":{index},"delta":{delta},"logprobs":null,"finish_reason":null}}')
+                    )
+            else:
+                self._deltas(index, self._parsed(index, event.text, False), event, frames)
+        return "".join(frames).encode()
+
+    def end(self, completion: Completion) -> bytes:
+        """What is left to say once all have ended: of samples that ended without a last token, and the usage."""
+        frames: list[str] = []
+        for index, sample in enumerate(completion.samples):
+            if not self._begun[index]:
+                self._begin(index, frames)
+            if not self._ended[index]:
+                self._finish(index, sample.text[self._sent[index] :], None, sample.finish_reason, frames)
+        frames.append(self._chunks.last())
+        return "".join(frames).encode()
+
+    def _begin(self, index: int, frames: list[str]) -> None:
+        self._begun[index] = True
+        self._add(index, {"role": "assistant", "content": self._chat.prefix}, None, frames)
+
+    def _finish(self, index: int, text: str, event: TokenEvent | None, reason: Any, frames: list[str]) -> None:
+        self._ended[index] = True
+        deltas = self._parsed(index, text, True)
+        self._deltas(index, deltas, event, frames)
+        parser = self._parsers[index]
+        token = None if event is None else event.token_id
+        ended = {"finish_reason": "tool_calls" if reason == "stop" and parser is not None and parser.calls else reason}
+        ended["stop_reason"] = answers.stop_reason(self._chat.params, self._chat.eos_ids, token, reason)
+        choice = {"index": index, "delta": {}, "logprobs": None} | ended
+        frames.append(self._chunks.chunk(dumps(choice)))
+
+    def _parsed(self, index: int, text: str, last: bool) -> list[dict[str, Any]]:
+        """The deltas that further text gives."""
+        parser = self._parsers[index]
+        if parser is None:
+            return [{"content": text}] if text else []
+        found = parser.push(text)
+        if last:
+            found += parser.finish()
+        return [_delta(delta) for delta in found]
+
+    def _deltas(
+        self, index: int, deltas: Sequence[Mapping[str, Any]], event: TokenEvent | None, frames: list[str]
+    ) -> None:
+        """Chunks of deltas, the first of them with the token's log probability."""
+        logprobs = None
+        if event is not None and event.logprob is not None:
+            logprobs = {"content": [chat_logprob(event.logprob, self._chat.as_ids)], "refusal": None}
+            deltas = deltas or [{"content": ""}]
+        for number, delta in enumerate(deltas):
+            self._add(index, delta, logprobs if number == 0 else None, frames)
+
+    def _add(self, index: int, delta: Mapping[str, Any], logprobs: Any, frames: list[str]) -> None:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        frames.append(self._chunks.chunk(dumps(choice)))
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    if delta.index is None:
+        return {"content": delta.content}
+    function: dict[str, Any] = {"arguments": delta.arguments}
+    call: dict[str, Any] = {"index": delta.index, "function": function}
+    if delta.name is not None:
+        function["name"] = delta.name
+        call |= {"id": delta.id, "type": "function"}
+    return {"tool_calls": [call]}

@@ -1,0 +1,221 @@
+"""POST /v1/completions: from prompts to a generation, and from its events to answers.
+
+Knows the fields of completions; knows no engine. What both kinds of requests share is in `sampling` and `answers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lamina.intake import is_one
+from lamina.server import answers
+from lamina.server.answers import Chunks, TextLogprobs, dumps
+from lamina.server.errors import ApiError, refused
+from lamina.server.frontend import Served
+from lamina.server.sampling import (
+    blaming,
+    check_characters,
+    check_prompt_logprobs,
+    check_stream_options,
+    sampling,
+    structured,
+    truncated,
+)
+from lamina.server.schemas import CompletionRequest
+from lamina.server.serving import GRACE, Call, Service
+from lamina.server.sse import EventStream, while_connected
+from lamina.ticket import Ticket
+from lamina.types import Completion, Sample, SamplingParams, TokenEvent
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Completions that can be submitted, a ticket a prompt. `prefixes`: what the texts of each prompt begin with."""
+
+    fields: CompletionRequest
+    tickets: Sequence[Ticket]
+    eos_ids: tuple[int, ...]
+    prefixes: Sequence[str]
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.tickets[0].params
+
+    def logprobs(self, prompt: int) -> TextLogprobs:
+        """For one sample of a prompt."""
+        return TextLogprobs(bool(self.fields.return_tokens_as_token_ids), len(self.prefixes[prompt]))
+
+
+async def completions(service: Service, request: Request) -> Response:
+    """Answer one request."""
+    call = service.call(request)
+    fields = await service.read(request, CompletionRequest, call)
+    one = is_one(fields.prompt) or not isinstance(fields.prompt, list)
+    served = service.served(1 if one else len(fields.prompt))
+    salt = service.salt(call, fields.cache_salt)
+    work = service.prepare(call, _prepared, fields, served, salt)
+    prepared = await while_connected(request.receive, work, call.timeout + GRACE)
+    named = answers.named("cmpl", fields.request_id or call.id, service.settings.model) | {"object": "text_completion"}
+    if fields.stream:
+        return EventStream(_frames(service, prepared, call, named), call.timeout + GRACE, service.translate)
+    return await while_connected(request.receive, _whole(service, prepared, call, named), call.timeout + GRACE)
+
+
+def _prepared(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> Texts:
+    """Everything that can be wrong with a request is found here, before anything is submitted."""
+    _check(fields)
+    tokenizer, intake = served.tokenizer, served.intake
+    given = [fields.prompt] if is_one(fields.prompt) or not isinstance(fields.prompt, list) else fields.prompt
+    names = ["prompt"] if given is not fields.prompt else [f"prompt[{index}]" for index in range(len(given))]
+    prompts = [
+        truncated(fields, _tokens(name, prompt, fields, served), intake, fields.max_tokens)
+        for name, prompt in zip(names, given, strict=True)
+    ]
+    with blaming("structured_outputs"):
+        params = sampling(
+            fields,
+            intake,
+            max_tokens=fields.max_tokens or DEFAULT_MAX_TOKENS,
+            logprobs=fields.logprobs,
+            structure=structured(fields.structured_outputs),
+        )
+        tickets = intake.tickets(prompts, params, fields.priority or 0, salt)
+    prefixes = [""] * len(prompts)
+    if fields.echo:
+        whole = fields.truncate_prompt_tokens is None
+        prefixes = [
+            prompt if isinstance(prompt, str) and whole else tokenizer.decode(ids)
+            for prompt, ids in zip(given, prompts, strict=True)
+        ]
+    return Texts(fields, tickets, tokenizer.eos_ids, prefixes)
+
+
+def _check(fields: CompletionRequest) -> None:
+    check_prompt_logprobs(fields)
+    check_stream_options(fields)
+    if fields.suffix:
+        raise refused("suffix", fields.suffix, "null or empty: nothing is inserted before a text")
+    if fields.best_of is not None and fields.best_of != (fields.n or 1):
+        raise refused("best_of", fields.best_of, f"n, which is {fields.n or 1}: every sample is given")
+    if fields.echo and fields.logprobs is not None:
+        raise ApiError(
+            400, "echo is true beside logprobs; allowed is one of them: no log probabilities of prompts are computed",
+            "echo",
+        )  # fmt: skip
+
+
+def _tokens(name: str, prompt: Any, fields: CompletionRequest, served: Served) -> list[int]:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise refused(name, prompt, "text of at least one character")
+        check_characters(len(prompt), served.intake, name)
+        special = True if fields.add_special_tokens is None else fields.add_special_tokens
+        return served.tokenizer.encode(prompt, special)
+    if not isinstance(prompt, list) or not prompt or not all(type(token) is int for token in prompt):
+        raise refused(name, prompt, "text or token ids, at least one, or a list of these")
+    return prompt
+
+
+async def _whole(service: Service, texts: Texts, call: Call, named: Mapping[str, Any]) -> Response:
+    async with service.begin(texts.tickets, call) as generation:
+        async for _ in generation:
+            pass
+        ended = generation.completions()
+    choices = [
+        _choice(texts, prompt, sample) for prompt, completion in enumerate(ended) for sample in completion.samples
+    ]
+    used = answers.usage(texts.tickets, sum(completion.usage.completion_tokens for completion in ended))
+    return Response(dumps({**named, "choices": choices, "usage": used}).encode(), media_type="application/json")
+
+
+def _choice(texts: Texts, prompt: int, sample: Sample) -> dict[str, Any]:
+    logprobs = None if sample.logprobs is None else texts.logprobs(prompt).add(sample.logprobs)
+    last = sample.token_ids[-1] if sample.token_ids else None
+    return {
+        "index": prompt * texts.params.n + sample.index,
+        "text": texts.prefixes[prompt] + sample.text,
+        "logprobs": logprobs,
+        "finish_reason": sample.finish_reason,
+        "stop_reason": answers.stop_reason(texts.params, texts.eos_ids, last, sample.finish_reason),
+    }
+
+
+async def _frames(service: Service, texts: Texts, call: Call, named: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
+    """Whole frames, as they come."""
+    writer = _Writer(texts, named)
+    async with service.begin(texts.tickets, call) as generation:
+        async for events in generation:
+            if frames := writer.events(events):
+                yield frames
+        ended = generation.completions()
+    yield writer.end(ended)
+
+
+class _Writer:
+    """Writes completions' chunks. What is done for each token is done here, so it is little."""
+
+    def __init__(self, texts: Texts, named: Mapping[str, Any]) -> None:
+        fields = texts.fields
+        self._texts = texts
+        self._chunks = Chunks(named, texts.tickets, fields.include_usage, fields.continuous_usage)
+        self._n = texts.params.n
+        count = self._n * len(texts.tickets)
+        self._logprobs = [texts.logprobs(index // self._n) for index in range(count)]
+        self._prefixes = [texts.prefixes[index // self._n] for index in range(count)]  # empty once sent
+        self._ended = [False] * count
+        self._sent = [0] * count  # characters of a sample's text
+
+    def events(self, events: Sequence[TokenEvent]) -> bytes:
+        """The frames of events; perhaps none."""
+        frames: list[str] = []
+        for event in events:
+            index = event.prompt_index * self._n + event.sample_index
+            self._chunks.tokens += 1
+            self._sent[index] += len(event.text)
+            if event.finish_reason is None and event.logprob is None:
+                if event.text:
+                    text = self._prefixes[index] + event.text
+                    self._prefixes[index] = ""
+                    frames.append(
+                        self._chunks.chunk(
+                            f'{{"index":{index},"text":{quoted(text)},"logprobs":null,"finish_reason":null}}'
+                        )
+                    )
+                continue
+            self._add(index, event.text, event, event.finish_reason, frames)
+        return "".join(frames).encode()
+
+    def end(self, completions: Sequence[Completion]) -> bytes:
+        """What is left to say once all have ended: of samples that ended without a last token, and the usage."""
+        frames: list[str] = []
+        for index, ended in enumerate(self._ended):
+            if not ended:
+                sample = completions[index // self._n].samples[index % self._n]
+                self._add(index, sample.text[self._sent[index] :], None, sample.finish_reason, frames)
+        frames.append(self._chunks.last())
+        return "".join(frames).encode()
+
+    def _add(self, index: int, text: str, event: TokenEvent | None, reason: Any, frames: list[str]) -> None:
+        logprobs = None
+        if event is not None and event.logprob is not None:
+            logprobs = self._logprobs[index].add([event.logprob])
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": self._prefixes[index] + text,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
+        self._prefixes[index] = ""
+        if reason is not None:
+            self._ended[index] = True
+            token = None if event is None else event.token_id
+            choice["stop_reason"] = answers.stop_reason(self._texts.params, self._texts.eos_ids, token, reason)
+        frames.append(self._chunks.chunk(dumps(choice)))

@@ -1,0 +1,163 @@
+"""The engine of a server as a process: `python -m lamina.server.engine_main`, started by the supervisor.
+
+Hears what model to load and which attention workers are there; says how loading goes, and where it serves. Ends when
+its stdin closes, and when the engine stops. torch is imported only after the environment that OpenMP reads is set.
+
+heard   ["engine", model, config, socket, secret, waits for members]   ["members", [[name, address, token, capacity]]]
+        ["joined", member]   ["left", name]
+said    ["progress", what, done, total]   ["ready", facts]   ["failed", why]   ["lost", name]
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lamina.config import EngineConfig
+from lamina.errors import EngineError, LaminaError
+from lamina.members import Member, MemberStatus, News, OnJoined, OnLeft
+from lamina.model_cache import Progress
+from lamina.server.lines import Mouth, hear, log_to_stderr
+from lamina_protocols.channels import Credentials
+from lamina_workers.openmp import share_cores
+from lamina_workers.parent import die_with_parent
+
+if TYPE_CHECKING:
+    from lamina.ray_engine import ClusterRuntime
+    from lamina.runtime import Runtime
+
+_SWITCH = 1e-4  # seconds: the threads that talk to clients must not keep the step loop from the interpreter for 5 ms
+_WORKERS_UP = 120.0  # seconds
+
+
+class ToldMembers:
+    """Attention workers that the supervisor runs: `members.Members`, told by lines."""
+
+    def __init__(self, mouth: Mouth) -> None:
+        self._mouth = mouth
+        self._first: queue.SimpleQueue[tuple[Member, ...] | None] = queue.SimpleQueue()
+        self._news = News()
+        self._lock = threading.Lock()
+
+    def start(self, progress: Progress | None = None) -> tuple[Member, ...]:
+        try:
+            members = self._first.get(timeout=_WORKERS_UP)
+        except queue.Empty:
+            raise EngineError(f"no attention workers within {_WORKERS_UP:g} s") from None
+        if not members:
+            raise EngineError("no attention worker is up")
+        return members
+
+    def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
+        self._news.listen(on_joined, on_left)
+        with self._lock:
+            self._news.deliver()
+
+    def lost(self, name: str) -> None:
+        self._mouth.say("lost", name)
+
+    def status(self) -> tuple[MemberStatus, ...]:
+        return ()
+
+    def close(self) -> None:
+        self._first.put(None)
+
+    def hear(self, word: str, *items: Any) -> None:
+        """Take a line of the supervisor's."""
+        if word == "members":
+            self._first.put(tuple(_member(fields) for fields in items[0]))
+            return
+        with self._lock:
+            if word == "joined":
+                self._news.joined(_member(items[0]))
+            elif word == "left":
+                self._news.left(items[0])
+            self._news.deliver()
+
+
+def _member(fields: Sequence[Any]) -> Member:
+    name, address, token, capacity = fields
+    return Member(name, address, Credentials(token=token), capacity)
+
+
+def main() -> int:
+    """The exit status: 0 where the supervisor let it go, 1 where the engine did not start or has stopped."""
+    die_with_parent()
+    share_cores()
+    sys.setswitchinterval(_SWITCH)
+    log_to_stderr("engine")
+    mouth = Mouth()
+    lines = hear()
+    _, model, config, path, secret, waits = next(lines, ["", "", {}, "", "", False])
+    members = ToldMembers(mouth) if waits else None
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(lines, members, ended), name="lamina-supervisor", daemon=True).start()
+    threading.Thread(
+        target=_serve, args=(mouth, model, config, path, secret, members, ended), name="lamina-serve", daemon=True
+    ).start()
+    status = ended.get()
+    os._exit(status)  # threads of torch, grpc or Ray may be anywhere; all that must be closed was
+
+
+def _listen(lines: Any, members: ToldMembers | None, ended: queue.SimpleQueue[int]) -> None:
+    for word, *items in lines:
+        if members is not None:
+            members.hear(word, *items)
+    ended.put(0)
+
+
+def _serve(
+    mouth: Mouth,
+    model: str,
+    config: Mapping[str, Any],
+    path: str,
+    secret: str,
+    members: ToldMembers | None,
+    ended: queue.SimpleQueue[int],
+) -> None:
+    from lamina.server.link import EngineListener
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        mouth.say("progress", what, done, total)
+
+    try:
+        runtime = _start(model, EngineConfig(**config), progress, members)
+        EngineListener(path, bytes.fromhex(secret), runtime.engine, time.monotonic)
+    except (LaminaError, OSError) as error:
+        mouth.say("failed", type(error).__name__, " ".join(str(error).split()))
+        ended.put(1)
+        return
+    mouth.say(
+        "ready",
+        {
+            "folder": str(runtime.model_path),
+            "context": runtime.limits.max_model_len,
+            "possible": runtime.possible,
+            "vocab_size": runtime.model.vocab_size,
+        },
+    )
+    while runtime.engine.alive:
+        time.sleep(0.2)
+    time.sleep(1.0)  # whoever waits for outputs is told first
+    ended.put(1)
+
+
+def _start(
+    model: str, config: EngineConfig, progress: Progress, members: ToldMembers | None
+) -> Runtime | ClusterRuntime:
+    if config.cluster is not None:
+        from lamina.ray_engine import start_on_cluster
+
+        return start_on_cluster(model, config, progress)
+    from lamina.runtime import start
+
+    return start(model, config, progress, members)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""What an engine's snapshot says, as Prometheus metrics. Totals go on where an engine that is gone had left them.
+
+Knows the snapshot and the exposition's nouns; knows no HTTP, no request and no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from lamina.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
+
+_LABELS = ("model_name", "engine")
+
+_COUNTERS: Mapping[str, tuple[str, str]] = {
+    "generation_tokens": ("generation_tokens", "Tokens sampled."),
+    "prompt_tokens": ("computed_prompt_tokens", "Tokens of prompts that were computed, not found in the prefix cache."),
+    "prefix_queries": ("prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache."),
+    "prefix_hits": ("prefix_cache_hits", "Tokens of prompts that the prefix cache had."),
+    "preemptions": ("num_preemptions", "Sequences whose KV was given up for others, to be computed again."),
+    "evictions": ("prefix_cache_evictions", "Prefixes that were given up for room."),
+    "batches": ("batches", "Batches that were complete."),
+    "failed_batches": ("failed_batches", "Batches that a holder's failure or loss stopped; they ran again."),
+    "rebuilt_tokens": ("rebuilt_tokens", "Tokens whose KV was lost with a holder and computed again elsewhere."),
+    "lost_holders": ("recoveries", "Attention workers that were lost, and recovered from."),
+    "joined_holders": ("attention_workers_joined", "Attention workers that joined after the start."),
+    "corrupted": ("corrupted_requests", "Samples that ended because their logits were not finite."),
+    "kv_read": ("kv_read_bytes", "KV read in decode under policies that choose, what was read to choose included."),
+    "kv_whole": ("kv_whole_bytes", "What reading all of that KV would have taken."),
+    "missed_mass": ("missed_mass", "Estimated attention mass that queries did not read, summed over queries."),
+    "missed_queries": ("missed_mass_queries", "Query vectors that the estimates of missed mass are of."),
+}
+"""By field of the snapshot, the metric's name without prefix and suffix, and its documentation."""
+
+_TIERS = {"model": "model_seconds", "attention": "attention_seconds", "idle": "idle_seconds"}
+_SUMS = (*_COUNTERS, *_TIERS.values(), "batch_tokens")
+
+
+class EngineMetrics:
+    """The engine's part of a scrape. `see` a snapshot (or None where there is none), then `families`."""
+
+    def __init__(self, model_name: str) -> None:
+        self._values = (model_name, "0")
+        self._latest: Snapshot | None = None
+        self._alive = False
+        self._before = dict.fromkeys(_SUMS, 0.0)  # what engines that are gone had counted
+        self._batches_before = (0,) * (len(BATCH_BUCKETS) + 1)
+
+    def see(self, snapshot: Snapshot | None, alive: bool) -> None:
+        """What the engine says, or said last, and whether it serves requests."""
+        latest = self._latest
+        if snapshot is not None and latest is not None and snapshot.began != latest.began:
+            self._batches_before = self._batches(latest)
+            self._before = {name: self._total(latest, name) for name in _SUMS}
+        self._latest, self._alive = snapshot or latest, alive
+
+    def families(self) -> Iterator[Metric]:
+        """Every metric, those without a value too."""
+        latest = self._latest
+        yield self._gauge("engine_up", "Whether the engine serves requests: 1 or 0.", self._alive)
+        yield from self._totals(latest)
+        yield self._batch_sizes(latest)
+        yield from self._now(latest)
+        yield from self._workers(latest)
+
+    def _totals(self, latest: Snapshot | None) -> Iterator[Metric]:
+        for name, (metric, text) in _COUNTERS.items():
+            yield self._counter(metric, text, self._total(latest, name))
+        read = self._total(latest, "prompt_tokens") + self._total(latest, "prefix_hits")
+        yield self._counter("prompt_tokens", "Tokens of prompts that were read: computed, or found in the cache.", read)
+        tiers = CounterMetricFamily(
+            "lamina:tier_seconds", "What the engine's thread spent its time on.", labels=(*_LABELS, "tier")
+        )
+        for tier, name in _TIERS.items():
+            tiers.add_metric((*self._values, tier), self._total(latest, name))
+        yield tiers
+
+    def _batch_sizes(self, latest: Snapshot | None) -> Metric:
+        sizes = HistogramMetricFamily("lamina:iteration_tokens_total", "Tokens computed in a batch.", labels=_LABELS)
+        counts, total = self._batches(latest), self._total(latest, "batch_tokens")
+        sizes.add_metric(self._values, cumulative(BATCH_BUCKETS, counts), total)
+        return sizes
+
+    def _now(self, latest: Snapshot | None) -> Iterator[Metric]:
+        """What is so at this moment, or on average since this engine began."""
+        shown = latest if self._alive else None
+        keepers = _keepers(shown)
+        total = sum(holder.total_pages for holder in keepers)
+        used = sum(_pages(holder, shown)["used"] for holder in keepers) if shown else 0
+        running, waiting = (shown.running, shown.waiting) if shown else (0, 0)
+        read = latest.kv_read / latest.kv_whole if latest and latest.kv_whole else 1.0
+        missed = latest.missed_mass / latest.missed_queries if latest and latest.missed_queries else 0.0
+        yield self._gauge("num_requests_running", "Samples that have KV.", running)
+        yield self._gauge("num_requests_waiting", "Samples that wait for room, or for a prefix.", waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV pages that sequences use.", used / max(1, total))
+        yield self._gauge("lanes", "Batches that may be under way at a time.", shown.lanes if shown else 0)
+        yield self._gauge(
+            "kv_read_ratio", "KV read in decode, of what reading all would take; 1 without policies.", read
+        )
+        yield self._gauge("missed_mass_ratio", "Estimated mean share of attention that queries did not read.", missed)
+        info = GaugeMetricFamily(
+            "lamina:cache_config_info", "How KV is kept.", labels=(*_LABELS, "block_size", "num_gpu_blocks")
+        )
+        if shown:
+            info.add_metric((*self._values, str(shown.page_size), str(total)), 1)
+        yield info
+
+    def _workers(self, latest: Snapshot | None) -> Iterator[Metric]:
+        up = GaugeMetricFamily(
+            "lamina:attention_worker_up", "Whether an attention worker is there.", labels=(*_LABELS, "worker")
+        )
+        pages = GaugeMetricFamily(
+            "lamina:kv_pages", "KV pages of a holder, by state.", labels=(*_LABELS, "worker", "state")
+        )
+        crossed = CounterMetricFamily(
+            "lamina:attention_exchange_bytes", "Bytes to and from a worker.", labels=(*_LABELS, "worker", "direction")
+        )
+        took = HistogramMetricFamily(
+            "lamina:attention_exchange_seconds", "From a layer's query to its answer.", labels=(*_LABELS, "worker")
+        )
+        for holder in latest.holders if latest else ():
+            name = holder.name
+            if not holder.local:
+                up.add_metric((*self._values, name), self._alive)
+                crossed.add_metric((*self._values, name, "sent"), holder.bytes_sent)
+                crossed.add_metric((*self._values, name, "received"), holder.bytes_received)
+            took.add_metric(
+                (*self._values, name), cumulative(EXCHANGE_BUCKETS, holder.exchange_counts), holder.exchange_seconds
+            )
+            for state, count in _pages(holder, latest).items() if self._alive else ():
+                pages.add_metric((*self._values, name, state), count)
+        for name in latest.missing if latest else ():
+            up.add_metric((*self._values, name), 0)
+        yield from (up, pages, crossed, took)
+
+    def _total(self, snapshot: Snapshot | None, name: str) -> float:
+        return self._before[name] + (float(getattr(snapshot, name)) if snapshot is not None else 0.0)
+
+    def _batches(self, snapshot: Snapshot | None) -> tuple[int, ...]:
+        if snapshot is None:
+            return self._batches_before
+        return tuple(map(sum, zip(self._batches_before, snapshot.batch_counts, strict=True)))
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"lamina:{name}", text, labels=_LABELS)
+        family.add_metric(self._values, value)
+        return family
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"lamina:{name}", text, labels=_LABELS)
+        family.add_metric(self._values, value)
+        return family
+
+
+def cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """A histogram's buckets as Prometheus has them: each with all that are below it."""
+    return [
+        (str(float(bound)) if bound != float("inf") else "+Inf", total)
+        for bound, total in zip((*bounds, float("inf")), accumulate(counts), strict=True)
+    ]
+
+
+def _keepers(snapshot: Snapshot | None) -> Sequence[HolderSnapshot]:
+    """The holders that keep sequences: the local one only where there is no other."""
+    holders = snapshot.holders if snapshot else ()
+    return [holder for holder in holders if not holder.local] or holders
+
+
+def _pages(holder: HolderSnapshot, snapshot: Snapshot | None) -> dict[str, int]:
+    """A holder's pages by state; together they are all."""
+    taken = max(0, holder.total_pages - holder.free_pages)
+    cached = min(taken, max(0, snapshot.cached_pages.get(holder.name, 0))) if snapshot else 0
+    return {"used": taken - cached, "cached": cached, "free": holder.total_pages - taken}

@@ -1,0 +1,232 @@
+"""The engine as the HTTP process sees it: whether it is there, and requests under way.
+
+Knows requests, events and time; knows no HTTP, no JSON, and not where the engine is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Protocol
+
+from lamina.errors import EngineError, LaminaError
+from lamina.intake import Intake
+from lamina.job import Job, LoopQueue
+from lamina.remote_engine import EngineClient
+from lamina.snapshot import Snapshot
+from lamina.ticket import Ticket
+from lamina.tokenizer import Tokenizer
+from lamina.types import Completion, TokenEvent
+
+State = Literal["loading", "ready", "draining", "dead"]
+
+_SNAPSHOT_AGE = 0.2  # seconds for which one is shared by all who ask
+
+
+class EngineUnavailable(EngineError):
+    """The engine is loading, or dead."""
+
+
+class DeadlineExceeded(LaminaError):
+    """A request took longer than it may."""
+
+
+class Observer(Protocol):
+    """Who counts what happens to requests. All times are in seconds, of this process's steady clock."""
+
+    def first_token(self, seconds: float) -> None:
+        """A prompt's first token came so long after it was submitted."""
+
+    def next_tokens(self, seconds: float, count: int) -> None:
+        """`count` further tokens of one sample came together, so long after the one before them."""
+
+    def ended(self, ticket: Ticket, completion: Completion, seconds: float) -> None:
+        """A prompt has ended, so long after it was submitted; its samples say why. `ticket` says what was asked."""
+
+    def failed(self, ticket: Ticket, error: LaminaError) -> None:
+        """A prompt ended with an error."""
+
+
+class Unobserved:
+    """The observer of nobody."""
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def next_tokens(self, seconds: float, count: int) -> None: ...
+
+    def ended(self, ticket: Ticket, completion: Completion, seconds: float) -> None: ...
+
+    def failed(self, ticket: Ticket, error: LaminaError) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A loaded model: its engine, wherever it is, and what text needs."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    intake: Intake
+    progress: None = None
+
+
+class Frontend:
+    """One model and its engine, which may come and go. `ready` and `lost` are for any thread, the rest for the event
+    loop's."""
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self.observer: Observer = observer or Unobserved()
+        self.loading = ""  # what it is doing while it is not ready, for people
+        self.restarts = -1  # of the engine
+        self.draining = False  # the server is about to end: nothing new is taken
+        self.active = 0  # prompts under way or waiting
+        self._served: Served | None = None
+        self._why = ""  # it is dead
+        self._snapshot: tuple[float, Snapshot] | None = None
+        self._asking: asyncio.Future[Snapshot] | None = None
+
+    def ready(self, served: Served) -> None:
+        """There is an engine, or another one."""
+        self._served, self._why, self._asking = served, "", None
+        self.restarts += 1
+
+    def lost(self, why: str) -> None:
+        """The engine is gone; another may come."""
+        self._served, self._why, self._asking = None, why, None  # what it was asked it may never answer
+
+    @property
+    def state(self) -> State:
+        served = self._served
+        if served is not None:
+            if not served.engine.alive:
+                return "dead"
+            return "draining" if self.draining else "ready"
+        return "dead" if self._why else "loading"
+
+    @property
+    def served(self) -> Served:
+        """Raises EngineUnavailable where the engine is loading or dead."""
+        served = self._served
+        if self.draining:
+            raise EngineUnavailable("the server is about to end; try again later")
+        if served is None:
+            what = f"dead: {self._why}" if self._why else f"not ready yet{f': {self.loading}' if self.loading else ''}"
+            raise EngineUnavailable(f"the engine is {what}; try again later")
+        return served
+
+    def begin(self, tickets: Sequence[Ticket], timeout: float) -> Generation:
+        """Submit requests that must end within so many seconds. Raises EngineError."""
+        return Generation(self, self.served, tickets, timeout)
+
+    async def snapshot(self, timeout: float = 2.0) -> Snapshot | None:
+        """What the engine is doing: the last that was seen where it does not answer in time, None where none was."""
+        if self._snapshot is not None and time.monotonic() - self._snapshot[0] < _SNAPSHOT_AGE:
+            return self._snapshot[1]
+        try:
+            asking, served = self._asking, self._served
+            if (asking is None or asking.done()) and served is not None:
+                asking = self._asking = self._ask(served)
+            if asking is None:
+                raise EngineUnavailable("there is no engine")
+            snapshot = await asyncio.wait_for(asyncio.shield(asking), timeout)
+            self._snapshot = time.monotonic(), snapshot
+        except (TimeoutError, asyncio.TimeoutError, EngineError):
+            pass
+        return self._snapshot[1] if self._snapshot is not None else None
+
+    def _ask(self, served: Served) -> asyncio.Future[Snapshot]:
+        loop = asyncio.get_running_loop()
+        asked: asyncio.Future[Snapshot] = loop.create_future()
+
+        def answer(snapshot: Snapshot) -> None:
+            if not asked.done():
+                asked.set_result(snapshot)
+
+        def deliver(snapshot: Snapshot) -> None:
+            loop.call_soon_threadsafe(answer, snapshot)
+
+        served.engine.snapshot(deliver)
+        return asked
+
+
+class Generation:
+    """Prompts under way: an asynchronous iterator over what comes, a list of events at a time. To be used in `async
+    with`, which ends what has not ended, however it is left.
+
+    Iterating raises the request's error where it failed, and DeadlineExceeded.
+    """
+
+    def __init__(self, frontend: Frontend, served: Served, tickets: Sequence[Ticket], timeout: float) -> None:
+        self._frontend = frontend
+        self._tickets = tickets
+        self._timeout = timeout
+        self._inbox = LoopQueue()
+        self._job = Job(served, tickets, self._inbox, streamed=True)
+        self._begun = time.monotonic()
+        self._last: dict[tuple[int, int], float] = {}  # by prompt and sample
+        self._told: set[int] = set()  # prompts whose end the observer knows of
+        frontend.active += len(tickets)
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._frontend.active -= len(self._tickets)
+        self._job.abort()
+        now = time.monotonic()
+        for index, (ticket, completion) in enumerate(zip(self._tickets, self._job.completions(), strict=True)):
+            if index in self._told:
+                continue
+            if isinstance(error, LaminaError):
+                self._frontend.observer.failed(ticket, error)
+            else:
+                self._frontend.observer.ended(ticket, completion, now - self._begun)
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        while not self._job.done:
+            left = self._begun + self._timeout - time.monotonic()
+            try:
+                if left <= 0:
+                    raise TimeoutError
+                item = await self._inbox.get_within(left)
+            except (TimeoutError, asyncio.TimeoutError):
+                raise DeadlineExceeded(f"the request took longer than its {self._timeout:g} seconds") from None
+            events = self._job.take(item)
+            while (more := self._inbox.get_nowait()) is not None:
+                events += self._job.take(more)
+            self._observe(events)
+            if events:
+                return events
+        raise StopAsyncIteration
+
+    def completions(self) -> list[Completion]:
+        """What every prompt has given so far, in order."""
+        return self._job.completions()
+
+    def _observe(self, events: Sequence[TokenEvent]) -> None:
+        observer, now = self._frontend.observer, time.monotonic()
+        counts: dict[tuple[int, int], int] = {}
+        for event in events:
+            key = (event.prompt_index, event.sample_index)
+            counts[key] = counts.get(key, 0) + 1
+        for key, count in counts.items():
+            before = self._last.get(key)
+            if before is None:
+                if not any(prompt == key[0] for prompt, _ in self._last):
+                    observer.first_token(now - self._begun)
+                count -= 1
+            if count:
+                observer.next_tokens(now - (before or now), count)
+            self._last[key] = now
+        if any(event.finish_reason is not None for event in events):
+            for index, completion in enumerate(self._job.finished()):
+                if completion is not None and index not in self._told:
+                    self._told.add(index)
+                    observer.ended(self._tickets[index], completion, now - self._begun)

@@ -1,0 +1,150 @@
+"""What every request passes on its way in and out: API keys, request ids, a last word where something breaks, counts.
+
+Knows headers and statuses; knows no route and no body.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Collection
+from typing import Any, Protocol
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lamina.server.errors import ApiError, shown
+from lamina.server.frontend import State
+from lamina.server.settings import ServerSettings
+from lamina.snapshot import Snapshot
+
+logger = logging.getLogger("lamina")
+
+REQUEST_ID = "lamina.request_id"  # keys of a request's scope
+TENANT = "lamina.tenant"
+
+_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_COUNTED = frozenset({401, 413, 429, 503})  # as rejections, by their code
+_GONE = 499  # the status of a request whose client went away before there was one; nginx's
+
+
+class Metrics(Protocol):
+    """Who counts requests, and tells the counts."""
+
+    def render(self, snapshot: Snapshot | None, state: State, restarts: int = 0) -> tuple[bytes, str]:
+        """The body and the content type of /metrics."""
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused for its key, its size, or because there is no room or no engine."""
+
+    def http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """A request was answered, streams to their end."""
+
+
+class NoMetrics:
+    """The metrics of nobody."""
+
+    def render(self, snapshot: Snapshot | None, state: State, restarts: int = 0) -> tuple[bytes, str]:
+        return b"", "text/plain; charset=utf-8"
+
+    def rejected(self, reason: str) -> None: ...
+
+    def http(self, handler: str, method: str, status: int, seconds: float) -> None: ...
+
+
+class Gate:
+    """ASGI middleware. `public`: paths that need no key. Leaves the request's id and tenant in its scope."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, public: Collection[str]) -> None:
+        self._app = app
+        self._settings = settings
+        self._metrics = metrics
+        self._public = public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008, "reason": "there are no websockets here"})
+            return
+        begun = time.monotonic()
+        status = 0
+        given = _header(scope, b"x-request-id")
+        shown_id = given if given is not None and _ID.fullmatch(given) else secrets.token_hex(16)
+        scope[REQUEST_ID] = shown_id
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", shown_id.encode())]
+            await send(message)
+
+        try:
+            if (refusal := self._refusal(scope, given)) is not None:
+                self.count(refusal)
+                await respond(refusal, send_on)
+            else:
+                await self._app(scope, receive, send_on)
+        except Exception:
+            if status:
+                raise
+            logger.exception("request %s failed", shown_id)
+            await respond(ApiError(500, "the server could not go on with this request"), send_on)
+        finally:
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.http(_handler(scope), method, status or _GONE, time.monotonic() - begun)
+
+    def count(self, error: ApiError) -> None:
+        """Count a refusal, if it is of the counted kinds."""
+        count_rejection(self._metrics, error)
+
+    def _refusal(self, scope: Scope, given_id: str | None) -> ApiError | None:
+        if given_id is not None and given_id != scope[REQUEST_ID]:
+            return ApiError(
+                400,
+                f"X-Request-Id is {shown(given_id)}; allowed are 1 to 128 letters, digits, dots, colons, _ and -",
+                "X-Request-Id",
+            )
+        scope[TENANT] = ""
+        if not self._settings.api_keys or scope["path"] in self._public:
+            return None
+        scheme, _, key = (_header(scope, b"authorization") or "").partition(" ")
+        key = key.strip()
+        if scheme.lower() != "bearer" or not self._settings.admits(key):
+            what = "the API key is not known" if key else "an API key is needed"
+            return ApiError(
+                401, f"{what}; send it as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"}
+            )
+        scope[TENANT] = self._settings.tenant(key)
+        return None
+
+
+def count_rejection(metrics: Metrics, error: ApiError) -> None:
+    """Count an error as a rejection, if it is of the kinds that are counted."""
+    if error.status in _COUNTED and error.code is not None:
+        metrics.rejected(error.code)
+
+
+async def respond(error: ApiError, send: Send) -> None:
+    """Send an error as the whole response."""
+    body = error.body
+    headers: list[Any] = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def _handler(scope: Scope) -> str:
+    """The route that took it: never the path that a client made up."""
+    route = scope.get("route")
+    if route is not None:
+        return str(route.path)
+    return str(scope["path"]) if "endpoint" in scope else "none"

@@ -1,0 +1,172 @@
+"""Between the HTTP process and the engine's: commands one way, events the other, over a Unix socket of this host.
+
+A connection carries one way only, so each client has two, which begin with the same name. Frames are those of the data
+channels, with msgpack as payload. Whoever connects shows a secret; the socket is in a folder that only its owner can
+enter. Knows sockets and frames; what commands and events mean, `remote_engine` does.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgpack
+
+from lamina.errors import EngineError, LaminaError
+from lamina.remote_engine import Command, EngineClient, EngineHost, Event, fetch
+from lamina_protocols.channels import Channel, ChannelClosed
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix
+from lamina_protocols.socket_channel import Listener, connect_unix, listen_unix
+
+logger = logging.getLogger("lamina")
+
+MAX_FRAME = 64 << 20  # bytes: 16 Mi tokens of prompts in one frame
+_TAG = 32767  # of a frame that is plain data
+_POLL = 0.5  # seconds
+_CONNECT = 10.0  # seconds
+_PAIRING = 10.0  # seconds that the first connection of a client waits for the second
+
+
+def pack(value: Sequence[Any]) -> list[bytes | memoryview]:
+    """Plain data as the buffers of a frame."""
+    payload: bytes = msgpack.packb(value)
+    return [pack_prefix(Prefix(_TAG, 0, len(payload))), payload]
+
+
+def unpack(frame: memoryview) -> tuple[Any, ...]:
+    """The data of `pack`'s frame, tuples for all sequences. Raises ProtocolError."""
+    prefix = read_prefix(frame, MAX_FRAME)
+    if prefix.tag != _TAG or prefix.header or prefix.frame != len(frame):
+        raise ProtocolError(f"frame of {len(frame)} bytes with tag {prefix.tag} is no plain data")
+    try:
+        value = msgpack.unpackb(frame[PREFIX_SIZE:], use_list=False, strict_map_key=False)
+    except ValueError as error:
+        raise ProtocolError(f"plain data is malformed: {error}") from error
+    if not isinstance(value, tuple):
+        raise ProtocolError(f"plain data is a {type(value).__name__}, expected a sequence")
+    return value
+
+
+class SocketWire:
+    """The way to an engine behind `EngineListener`: a `remote_engine.Wire`. Raises EngineError."""
+
+    def __init__(self, path: str, secret: bytes, client: str) -> None:
+        self._channels: list[Channel] = []
+        try:
+            for direction in ("commands", "events"):
+                channel = connect_unix(path, secret, _CONNECT, MAX_FRAME)
+                self._channels.append(channel)
+                channel.send(pack((direction, client)))
+        except ChannelClosed as error:
+            self.close()
+            raise EngineError(f"the engine cannot be reached: {error}") from error
+        self._commands, self._events = self._channels
+
+    def ask(self, commands: Sequence[Command]) -> None:
+        try:
+            self._commands.send(pack(commands))
+        except LaminaError as error:
+            raise EngineError(f"the engine's process is gone: {error}") from error
+
+    def events(self) -> Sequence[Event]:
+        try:
+            return unpack(self._events.receive())
+        except LaminaError as error:
+            raise EngineError(f"the engine's process is gone: {error}") from error
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+
+
+class EngineListener:
+    """Serves `engine` to whoever connects to the socket `path` with the secret. A client that is gone has all its
+    requests ended."""
+
+    def __init__(self, path: str, secret: bytes, engine: EngineClient, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._secret = secret
+        self._lock = threading.Lock()
+        self._waiting: dict[str, tuple[str, Channel, float]] = {}  # by client: the direction that came first, and when
+        self._listener = Listener(listen_unix(path), self._admit, self._welcome, max_frame=MAX_FRAME)
+
+    def close(self) -> None:
+        """Take no further clients; those that are there stay until they leave, or the engine stops."""
+        self._listener.close()
+        with self._lock:
+            for _, channel, _ in self._waiting.values():
+                channel.close()
+            self._waiting.clear()
+
+    def _admit(self, secret: bytes) -> bool:
+        return secret == self._secret
+
+    def _welcome(self, channel: Channel) -> None:
+        """A connection, on a thread of its own, which becomes that of its direction once the other is there."""
+        try:
+            direction, client = unpack(channel.receive(_PAIRING))
+        except (LaminaError, TimeoutError, ValueError):
+            channel.close()
+            return
+        now = self._clock()
+        with self._lock:
+            for name in [name for name, (_, _, since) in self._waiting.items() if since < now - _PAIRING]:
+                self._waiting.pop(name)[1].close()
+            other = self._waiting.pop(client, None)
+            if other is None:
+                self._waiting[client] = (direction, channel, now)
+                return
+        pair = dict([(direction, channel), other[:2]])
+        if pair.keys() != {"commands", "events"}:
+            channel.close()
+            other[1].close()
+            return
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        host = EngineHost(self._engine, events, self._clock)
+        gone = threading.Event()
+        for serve, args in ((self._hear, (pair["commands"], host)), (self._tell, (pair["events"], events))):
+            threading.Thread(target=serve, args=(*args, gone), name="lamina-link", daemon=True).start()
+
+    def _hear(self, channel: Channel, host: EngineHost, gone: threading.Event) -> None:
+        try:
+            while not gone.is_set():
+                host.ask(unpack(channel.receive()))
+        except LaminaError as error:
+            logger.info("a client of the engine is gone: %s", error)
+        except Exception:  # a malformed command: this client is not listened to any more
+            logger.exception("a client of the engine sent what it must not")
+        finally:
+            gone.set()
+            host.abandon()
+            channel.close()
+
+    def _tell(self, channel: Channel, events: queue.SimpleQueue[Event], gone: threading.Event) -> None:
+        try:
+            while not gone.is_set():
+                if fetched := fetch(events, _POLL):
+                    channel.send(pack(fetched))
+                elif not self._engine.alive:
+                    channel.send(pack([("stopped", "the engine has stopped")]))
+                    return
+        except LaminaError:  # the other thread sees it too
+            gone.set()
+        finally:
+            channel.close()
+
+
+def wait_for(path: str, secret: bytes, client: str, seconds: float) -> SocketWire:
+    """A wire to an engine that may only just be about to listen. Raises EngineError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return SocketWire(path, secret, client)
+        except EngineError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)

@@ -1,0 +1,214 @@
+"""What an operator's Prometheus reads: requests as clients see them, HTTP, and what the engine says of itself.
+
+Names and buckets are vLLM's where it has them, with `lamina:` as the prefix. Knows seconds, counts and reasons; knows
+no text of any request, and no sockets.
+"""
+
+from __future__ import annotations
+
+import platform
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from lamina import __version__
+from lamina.errors import LaminaError
+from lamina.server.engine_metrics import EngineMetrics, cumulative
+from lamina.server.frontend import State
+from lamina.snapshot import Snapshot
+from lamina.ticket import Ticket
+from lamina.types import Completion
+
+MAX_VALUES = 64  # different values of a label, when outsiders choose it; all others are "other"
+
+_FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+_BETWEEN_TOKENS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+_LATENCY = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+_SAMPLES = (1.0, 2.0, 5.0, 10.0, 20.0)
+_HTTP = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+class Distribution:
+    """A histogram. The client library's own takes a lock for each number, and four times as long."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+
+class ServerMetrics:
+    """Counts what happens to requests (an `Observer`) and to HTTP, and renders everything. For the event loop's thread.
+
+    `model_name` is the name under which the model is served, a label of every metric of the model.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self._model = (model_name, "0")
+        self._engine = EngineMetrics(model_name)
+        self._restarts = 0
+        self._first_token = Distribution(_FIRST_TOKEN)
+        self._between = Distribution(_BETWEEN_TOKENS)
+        self._per_token = Distribution(_BETWEEN_TOKENS)
+        self._e2e, self._queue, self._inference = (Distribution(_LATENCY) for _ in range(3))
+        self._prefill, self._decode = (Distribution(_LATENCY) for _ in range(2))
+        self._prompt, self._generated, self._longest, self._max_tokens = (Distribution(_TOKENS) for _ in range(4))
+        self._n = Distribution(_SAMPLES)
+        self._finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        self._failures: dict[str, int] = {}
+        self._rejections: dict[str, int] = {}
+        self._responses: dict[tuple[str, str, str], int] = {}
+        self._durations: dict[tuple[str, str], Distribution] = {}
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    # What an Observer does.
+
+    def first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
+    def next_tokens(self, seconds: float, count: int) -> None:
+        # Called for each token. Tokens that came together count as if they had come evenly.
+        self._between.observe(seconds / count, count)
+
+    def ended(self, ticket: Ticket, completion: Completion, seconds: float) -> None:
+        timing, usage = completion.timing, completion.usage
+        for sample in completion.samples:
+            self._finished[sample.finish_reason] = self._finished.get(sample.finish_reason, 0) + 1
+        longest = max(len(sample.token_ids) for sample in completion.samples)
+        self._e2e.observe(seconds)
+        self._prompt.observe(usage.prompt_tokens)
+        self._generated.observe(usage.completion_tokens)
+        self._longest.observe(longest)
+        self._n.observe(ticket.request.n)
+        self._max_tokens.observe(ticket.request.max_tokens)
+        if ticket.scheduled is None:  # it ended in the queue
+            return
+        self._queue.observe(timing.queued)
+        self._inference.observe(max(0.0, timing.total - timing.queued))
+        if not longest:  # it ended in its prompt
+            return
+        decode = max(0.0, timing.total - timing.first_token)
+        self._prefill.observe(max(0.0, timing.first_token - timing.queued))
+        self._decode.observe(decode)
+        if longest > 1:
+            self._per_token.observe(decode / (longest - 1))
+
+    def failed(self, ticket: Ticket, error: LaminaError) -> None:
+        self._finished["error"] += 1
+        _count(self._failures, type(error).__name__)
+
+    # What HTTP does.
+
+    def rejected(self, reason: str) -> None:
+        """A request was turned away before it reached the engine."""
+        _count(self._rejections, reason)
+
+    def http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """A response has ended. `handler` is the route's template, not the path that was asked for."""
+        method = method if method in _METHODS else "other"
+        if (handler, method) not in self._durations and len(self._durations) >= MAX_VALUES:
+            handler, method = "other", "other"
+        key = (handler, method, str(status))
+        self._responses[key] = self._responses.get(key, 0) + 1
+        if (handler, method) not in self._durations:
+            self._durations[handler, method] = Distribution(_HTTP)
+        self._durations[handler, method].observe(seconds)
+
+    # What Prometheus asks.
+
+    def render(self, snapshot: Snapshot | None, state: State, restarts: int = 0) -> tuple[bytes, str]:
+        """The text of a scrape, and its content type. `snapshot` is what the engine says, or said last; `restarts` is
+        how often it has come back (`Frontend.restarts`)."""
+        self._engine.see(snapshot, state in ("ready", "draining"))
+        self._restarts = max(self._restarts, restarts)
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        build = GaugeMetricFamily("lamina:build_info", "What runs here.", labels=("version", "python_version"))
+        build.add_metric((__version__, platform.python_version()), 1)
+        yield build
+        yield self._counter("engine_restarts", "How often an engine was started again.", (), {(): self._restarts})
+        yield from self._engine.families()
+        yield from self._requests()
+        yield from self._http_families()
+
+    def _requests(self) -> Iterator[Metric]:
+        histograms = {
+            "time_to_first_token_seconds": (self._first_token, "From a prompt's submission to its first token."),
+            "inter_token_latency_seconds": (self._between, "Between two tokens of a sample."),
+            "request_time_per_output_token_seconds": (
+                self._per_token,
+                "A request's decode time by tokens after the first.",
+            ),
+            "e2e_request_latency_seconds": (self._e2e, "From a prompt's submission to its end."),
+            "request_queue_time_seconds": (self._queue, "From a prompt's submission to its first batch."),
+            "request_inference_time_seconds": (self._inference, "From a prompt's first batch to its last token."),
+            "request_prefill_time_seconds": (self._prefill, "From a prompt's first batch to its first token."),
+            "request_decode_time_seconds": (self._decode, "From a prompt's first token to its last."),
+            "request_prompt_tokens": (self._prompt, "Tokens of a prompt."),
+            "request_generation_tokens": (self._generated, "Tokens generated for a prompt, over all its samples."),
+            "request_max_num_generation_tokens": (self._longest, "Tokens of a prompt's longest sample."),
+            "request_params_n": (self._n, "Samples asked for."),
+            "request_params_max_tokens": (self._max_tokens, "The most tokens of a sample that were asked for."),
+        }
+        for name, (distribution, text) in histograms.items():
+            yield _histogram(f"lamina:{name}", text, ("model_name", "engine"), {self._model: distribution})
+        yield self._counter("request_success", "Samples that ended, by why.", ("finished_reason",), self._finished)
+        yield self._counter("request_failures", "Prompts that ended with an error.", ("error",), self._failures)
+
+    def _http_families(self) -> Iterator[Metric]:
+        yield self._counter("rejections", "Requests turned away before the engine.", ("reason",), self._rejections)
+        responses = CounterMetricFamily("http_requests", "Responses.", labels=("handler", "method", "status"))
+        for values, count in self._responses.items():
+            responses.add_metric(values, count)
+        yield responses
+        yield _histogram(
+            "http_request_duration_seconds", "From a request to the end of its response.", ("handler", "method"),
+            self._durations,
+        )  # fmt: skip
+
+    def _counter(
+        self, name: str, text: str, labels: tuple[str, ...], counts: dict[str, int] | dict[tuple[()], int]
+    ) -> Metric:
+        family = CounterMetricFamily(f"lamina:{name}", text, labels=("model_name", "engine", *labels))
+        for value, count in counts.items():
+            family.add_metric((*self._model, *((value,) if isinstance(value, str) else value)), count)
+        return family
+
+
+def _histogram(
+    name: str, text: str, labels: tuple[str, ...], distributions: dict[tuple[str, str], Distribution]
+) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    for values, each in distributions.items():
+        family.add_metric(values, cumulative(each.bounds, each.counts), each.total)
+    return family
+
+
+def _count(counts: dict[str, int], value: str) -> None:
+    """One more of `value`, or of "other" once there are too many different ones to have a series each."""
+    if value not in counts and len(counts) >= MAX_VALUES:
+        value = "other"
+    counts[value] = counts.get(value, 0) + 1

@@ -1,0 +1,94 @@
+"""The built-in page: its files, and the data it shows.
+
+The page is plain HTML, CSS and JavaScript under a strict Content-Security-Policy; it asks only its own server. Knows
+the frontend; decides nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from importlib import resources
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import lamina
+from lamina.server.frontend import EngineUnavailable, Frontend
+from lamina.server.recent import SECONDS, RecentLatencies
+from lamina.server.settings import ServerSettings
+from lamina.server.status import Labels, Server, percentiles, status
+
+_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/lamina/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/lamina/icon.svg": ("icon.svg", "image/svg+xml"),
+    **{
+        f"/lamina/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
+        for name in ("page", "chart", "holders", "chat", "units")
+    },
+}
+
+PUBLIC_PATHS = frozenset(_FILES)
+"""Paths that need no API key: the files of the page, which hold nothing of this server."""
+
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # another version of the server has other files
+}
+
+_PATIENCE = 1.0  # seconds for which a page waits for the engine
+
+
+def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> None:
+    """Serve the page at `/`, its files below `/lamina/`, and `/lamina/status`, which needs the API key like everything
+    that is not in `PUBLIC_PATHS`. The frontend's observer is wrapped, so it has to be there before."""
+    recent = RecentLatencies(frontend.observer, time.monotonic)
+    frontend.observer = recent
+    labels = Labels()
+    folder = resources.files("lamina.server") / "static"
+
+    async def show_status(request: Request) -> Response:
+        snapshot = await frontend.snapshot(_PATIENCE)
+        content = status(_server(frontend, settings, recent), snapshot, labels)
+        return JSONResponse(content, headers={"Cache-Control": "no-store"})
+
+    def add_file(path: str, body: bytes, media_type: str) -> None:
+        async def show(request: Request) -> Response:
+            return Response(body, media_type=media_type, headers=_HEADERS)
+
+        app.router.routes.append(Route(path, show, methods=["GET"], include_in_schema=False))
+
+    for path, (name, media_type) in _FILES.items():
+        add_file(path, (folder / name).read_bytes(), media_type)
+    app.router.routes.append(Route("/lamina/status", show_status, methods=["GET"], include_in_schema=False))
+
+
+def _server(frontend: Frontend, settings: ServerSettings, recent: RecentLatencies) -> Server:
+    first, following = recent.lately()
+    message, longest = "", None
+    try:
+        longest = frontend.served.intake.max_model_len
+        if frontend.state != "ready":
+            message = "the engine has stopped"
+    except EngineUnavailable as error:
+        message = str(error).removesuffix("; try again later")  # the page does, by itself
+    return Server(
+        model=settings.model,
+        version=lamina.__version__,
+        state=frontend.state,
+        message=message,
+        restarts=max(0, frontend.restarts),
+        active=frontend.active,
+        max_requests=settings.max_requests,
+        max_model_len=longest,
+        seconds=SECONDS,
+        first_token=percentiles(first),
+        next_token=percentiles(following),
+    )

@@ -1,0 +1,185 @@
+"""From a request's fields to `SamplingParams`, and what may be asked of a prompt. Knows fields and the tokenizer; waits
+for nothing.
+
+Everything here may take a while for long prompts: it runs beside the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lamina.errors import InvalidRequest
+from lamina.intake import Intake
+from lamina.server.errors import ApiError, refused, shown
+from lamina.server.schemas import GenerationRequest
+from lamina.types import JSON_OBJECT, SamplingParams
+
+CHARACTERS = 64
+"""A token's most, on average over a prompt: what has more cannot fit into the context, and is not tokenised."""
+
+_PLAIN = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "n", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
+)  # fmt: skip
+_MOST_BAD_WORDS = 1000
+_STRUCTURES = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+_LIFT = 100.0  # of logits, whose own differences are smaller
+
+
+def sampling(
+    fields: GenerationRequest, intake: Intake, max_tokens: int, logprobs: int | None, structure: Mapping[str, Any]
+) -> SamplingParams:
+    """How to sample. `structure` has the keywords of `SamplingParams` for structured output, if any."""
+    keywords: dict[str, Any] = {name: value for name in _PLAIN if (value := getattr(fields, name)) is not None} | dict(
+        structure
+    )
+    if bias := _bias(fields, intake):
+        keywords["logit_bias"] = bias
+    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **keywords)
+
+
+@contextmanager
+def blaming(way: str) -> Iterator[None]:
+    """Errors in what structures an output name the field that it came with."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if not str(error).startswith(tuple(_STRUCTURES.values())):
+            raise
+        raise ApiError(400, str(error), way) from None
+
+
+def check_prompt_logprobs(fields: GenerationRequest) -> None:
+    """Raises ApiError where they are wanted."""
+    if fields.prompt_logprobs is not None:
+        raise refused("prompt_logprobs", fields.prompt_logprobs, "null: no log probabilities of prompts are computed")
+
+
+def check_stream_options(fields: GenerationRequest) -> None:
+    """Raises ApiError where there are options of a stream, but no stream."""
+    if fields.stream_options is not None and not fields.stream:
+        raise ApiError(400, "stream_options is given, which is allowed only where stream is true", "stream_options")
+
+
+def check_characters(length: int, intake: Intake, param: str) -> None:
+    """Raises ApiError where a text of so many characters cannot fit into the context, however it is tokenised."""
+    limit = intake.max_model_len
+    if length > CHARACTERS * limit:
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {limit} tokens. However, {param} has {length} characters, more "
+            f"than {CHARACTERS} for each of them. Ask for less",
+            param,
+            "context_length_exceeded",
+        )
+
+
+def truncated(fields: GenerationRequest, ids: list[int], intake: Intake, max_tokens: int | None) -> list[int]:
+    """The end of a prompt, where only that is wanted."""
+    keep = fields.truncate_prompt_tokens
+    if keep is None:
+        return ids
+    if keep == 0:
+        raise refused("truncate_prompt_tokens", keep, "-1, or 1 and more")
+    if keep == -1:
+        keep = max(1, intake.max_model_len - (max_tokens or 1))
+    return ids[-keep:]
+
+
+def structured(outputs: Any) -> dict[str, Any]:
+    """vLLM's `structured_outputs` as keywords of `SamplingParams`."""
+    if outputs is None:
+        return {}
+    allowed = f"an object with exactly one of {', '.join(_STRUCTURES)} and json_object"
+    if not isinstance(outputs, dict):
+        raise refused("structured_outputs", outputs, allowed)
+    given = {name: value for name, value in outputs.items() if value is not None}
+    for name in given:
+        if name not in _STRUCTURES and name != "json_object":
+            raise ApiError(
+                400, f"unknown field structured_outputs.{name[:80]}; allowed is {allowed}", "structured_outputs"
+            )
+    if len(given) != 1:
+        raise ApiError(
+            400, f"structured_outputs has {len(given)} of its fields; allowed is {allowed}", "structured_outputs"
+        )
+    ((name, value),) = given.items()
+    if name == "json_object":
+        if value is not True:
+            raise refused("structured_outputs.json_object", value, "true")
+        return {"json_schema": JSON_OBJECT}
+    return {_STRUCTURES[name]: value}
+
+
+def response_format(wanted: Any) -> dict[str, Any]:
+    """OpenAI's `response_format` as keywords of `SamplingParams`."""
+    if wanted is None:
+        return {}
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise refused("response_format", wanted, 'an object whose "type" is "text", "json_object" or "json_schema"')
+    unknown = wanted.keys() - {"type", *(["json_schema"] if kind == "json_schema" else [])}
+    if unknown:
+        raise ApiError(400, f"unknown field response_format.{min(unknown)[:80]}", "response_format")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": JSON_OBJECT}
+    described = wanted.get("json_schema")
+    if not isinstance(described, dict) or not described.keys() <= {"name", "description", "schema", "strict"}:
+        allowed = 'an object with "name" and "schema", perhaps "description" and "strict"'
+        raise refused("response_format.json_schema", described, allowed)
+    schema = described.get("schema", {})
+    if not isinstance(schema, dict):
+        raise refused("response_format.json_schema.schema", schema, "an object")
+    return {"json_schema": schema}
+
+
+def _bias(fields: GenerationRequest, intake: Intake) -> dict[int, float]:
+    bias = _logit_bias(fields.logit_bias)
+    if fields.allowed_token_ids is not None:
+        if bias:
+            raise ApiError(400, "allowed_token_ids is given beside logit_bias; allowed is one of them", "logit_bias")
+        bias = _allowed(fields.allowed_token_ids, intake.vocab_size)
+    for token in _bad_tokens(fields.bad_words or (), intake):
+        bias[token] = -_LIFT
+    return bias
+
+
+def _logit_bias(given: Any) -> dict[int, float]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise refused("logit_bias", given, "an object of token ids and numbers from -100 to 100")
+    bias: dict[int, float] = {}
+    for name, value in given.items():
+        if not (name.isascii() and name.isdecimal() and len(name) <= 10):
+            raise ApiError(400, f"logit_bias has the token id {shown(name)}; allowed are integers from 0", "logit_bias")
+        bias[int(name)] = value
+    return bias
+
+
+def _allowed(tokens: Sequence[int], vocab_size: int) -> dict[int, float]:
+    if not tokens:
+        raise refused("allowed_token_ids", list(tokens), "at least one token id")
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise refused("allowed_token_ids", token, f"token ids from 0 to {vocab_size - 1}")
+    return dict.fromkeys(tokens, _LIFT)
+
+
+def _bad_tokens(words: Sequence[str], intake: Intake) -> set[int]:
+    if len(words) > _MOST_BAD_WORDS:
+        raise refused("bad_words", list(words), f"at most {_MOST_BAD_WORDS} words")
+    tokens: set[int] = set()
+    for index, word in enumerate(words):
+        if not 0 < len(word) <= 256:
+            raise refused(f"bad_words[{index}]", word, "a word of 1 to 256 characters")
+        spellings = [intake.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
+        single = {ids[0] for ids in spellings if len(ids) == 1}
+        if not single:
+            raise refused(f"bad_words[{index}]", word, "a word that is one token: longer ones cannot be held back")
+        tokens |= single
+    return tokens

@@ -1,0 +1,454 @@
+"""The fields of requests and answers, as OpenAI and vLLM name them; with what Lamina makes of each, for the OpenAPI
+document. Fields marked "Ignored" are accepted and change nothing; whatever is not listed is refused by name.
+
+Knows shapes and ranges; knows no model. What others check anyway (`SamplingParams`, `Tokenizer`) is only described.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from lamina.server.errors import ApiError, shown
+from lamina.tokenizer import ROLES
+from lamina.types import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOP_STRINGS
+
+_TEXT = {"type": "string"}
+_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": _TEXT},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CALL = {
+    "type": "object",
+    "properties": {
+        "id": _TEXT,
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": _TEXT, "arguments": _TEXT},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["function"],
+}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": list(ROLES)},
+        "content": {"anyOf": [_TEXT, {"type": "array", "items": _PART}, {"type": "null"}]},
+        "name": {"type": ["string", "null"]},
+        "tool_calls": {"anyOf": [{"type": "array", "items": _CALL}, {"type": "null"}]},
+        "tool_call_id": {"type": ["string", "null"]},
+        "refusal": {"type": "null"},
+    },
+    "required": ["role"],
+}
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": _TEXT,
+                "description": _TEXT,
+                "parameters": {"type": "object"},
+                "strict": {"type": ["boolean", "null"]},
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
+
+
+def _described(*schemas: Mapping[str, Any]) -> Any:
+    """A type that validates nothing, because what uses the value does; the document shows these schemas."""
+    return WithJsonSchema({"anyOf": [*schemas, {"type": "null"}]} if len(schemas) > 1 else dict(schemas[0]))
+
+
+Messages = Annotated[Any, _described({"type": "array", "items": _MESSAGE, "minItems": 1})]
+Tools = Annotated[Any, _described({"type": "array", "items": _TOOL}, {"type": "null"})]
+Prompts = Annotated[
+    Any,
+    _described(
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        _TOKENS,
+        {"type": "array", "items": _TOKENS, "minItems": 1},
+    ),
+]
+Stop = Annotated[Any, _described(_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOP_STRINGS})]
+LogitBias = Annotated[
+    Any,
+    _described(
+        {
+            "type": "object",
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        },
+        {"type": "null"},
+    ),
+]
+AnyObject = Annotated[Any, _described({"type": "object"}, {"type": "null"})]
+Ignored = Annotated[Any, _described({})]
+
+
+class Strict(BaseModel):
+    """Types are not converted, and unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(Strict):
+    """What a stream tells beside text."""
+
+    include_usage: bool | None = Field(None, description="A last chunk with `usage` and no choices.")
+    continuous_usage_stats: bool | None = Field(None, description="With include_usage: `usage` so far in each chunk.")
+    include_obfuscation: bool | None = Field(None, description="Ignored: chunks are not padded.")
+
+
+class GenerationRequest(Strict):
+    """What chats and completions have in common."""
+
+    model: str | None = Field(None, description="The name of the served model; none means that one.")
+    stream: bool | None = Field(None, description="Send server-sent events as text comes.")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+
+    temperature: float | None = Field(None, ge=0, le=100, description="0 always takes the likeliest token.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Keep the likeliest tokens that together reach this.")
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="Keep the k likeliest tokens; 0 or -1 keeps all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Drop tokens less likely than this share of the top.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="1 is neutral.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: LogitBias = Field(None, description="Token id to what is added to its logit, -100 to 100.")
+    seed: int | None = Field(None, ge=0, le=2**64 - 1, description="The same seed gives the same text.")
+    n: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Choices for each prompt.")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=2**31 - 1,
+        description="The most tokens to generate. Default: what the context has room for; for completions 16.",
+    )
+    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="Do not stop before this many tokens.")
+    stop: Stop = Field(None, description="Strings that end the text where they appear.")
+    stop_token_ids: list[int] | None = Field(None, description="Token ids that end it, beside the model's own.")
+    include_stop_str_in_output: bool | None = Field(None, description="End after the stop string, not before it.")
+    ignore_eos: bool | None = Field(None, description="Go on past the model's end-of-text tokens.")
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text (default).")
+    allowed_token_ids: list[int] | None = Field(
+        None, description="Only these tokens: each is lifted by a logit bias of 100. Not beside `logit_bias`."
+    )
+    bad_words: list[str] | None = Field(
+        None, description="Words of a single token that do not appear, by a logit bias of -100. Others are refused."
+    )
+    structured_outputs: AnyObject = Field(
+        None, description="vLLM's: exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="Keep only so many tokens of the prompt's end; -1 what fits."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Add the tokenizer's special tokens. Default: to prompts, but not to chats."
+    )
+    return_tokens_as_token_ids: bool | None = Field(None, description="Log probabilities name tokens as token_id:ID.")
+    echo: bool | None = Field(
+        None, description="Begin with the prompt; in a chat, with the message that is continued. Not with logprobs."
+    )
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="A lower one is served first.")
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=512, description="Share prefixes only with requests of the same salt."
+    )
+    request_id: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._:\-]{1,128}$", description="The end of the answer's id. Default: X-Request-Id."
+    )
+    prompt_logprobs: Annotated[Any, _described({"type": "null"})] = Field(
+        None, description="Refused: no log probabilities of prompts are computed."
+    )
+
+    user: Ignored = Field(None, description="Ignored: API keys tell tenants apart.")
+    metadata: Ignored = Field(None, description="Ignored: nothing is stored.")
+    store: Ignored = Field(None, description="Ignored: nothing is stored.")
+    service_tier: Ignored = Field(None, description="Ignored: there is one; see `priority`.")
+    session_id: Ignored = Field(None, description="Ignored: prefixes are found by their text.")
+    safety_identifier: Ignored = Field(None, description="Ignored.")
+    prompt_cache_key: Ignored = Field(None, description="Ignored: prefixes are found by their text.")
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk has the usage so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Messages = Field(description="The conversation: text, calls of tools and their results.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="`max_tokens` by its newer name.")
+    logprobs: bool | None = Field(None, description="Tell each token's log probability.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="With `logprobs`: so many of the likeliest tokens too."
+    )
+    response_format: AnyObject = Field(None, description='{"type": "text" | "json_object" | "json_schema", ...}')
+    tools: Tools = Field(None, description="Functions that the model may call.")
+    tool_choice: Annotated[
+        Any, _described({"enum": ["none", "auto", "required"]}, {"type": "object", "required": ["type", "function"]})
+    ] = Field(None, description="Whether, and which.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether one answer may have several calls.")
+    add_generation_prompt: bool | None = Field(None, description="Begin the assistant's turn (default).")
+    continue_final_message: bool | None = Field(
+        None, description="Leave the last message open, to be continued; needs add_generation_prompt false."
+    )
+    chat_template: Annotated[Any, _described({"type": "null"})] = Field(
+        None, description="Refused: only the model's own template is rendered."
+    )
+    chat_template_kwargs: Annotated[Any, _described({"type": "object", "maxProperties": 0}, {"type": "null"})] = Field(
+        None, description="Refused unless empty: the template gets no variables of requests."
+    )
+    reasoning_effort: Ignored = Field(None, description="Ignored.")
+    verbosity: Ignored = Field(None, description="Ignored.")
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompts = Field(description="Text, texts, token ids, or lists of token ids.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Tell each token's log probability, and so many of the likeliest."
+    )
+    best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Refused unless it is `n`.")
+    suffix: Annotated[Any, _described({"const": ""}, {"type": "null"})] = Field(
+        None, description="Refused: nothing is inserted before a text."
+    )
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: of `prompt` or of `messages`."""
+
+    model: str | None = None
+    prompt: str | None = Field(None, description="Text.")
+    messages: Annotated[Any, _described({"type": "array", "items": _MESSAGE, "minItems": 1}, {"type": "null"})] = None
+    tools: Tools = None
+    add_special_tokens: bool | None = Field(None, description="Default: to a prompt, but not to messages.")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = Field(None, description="Tell how the vocabulary spells the tokens.")
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int] = Field(max_length=1 << 20)
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every error."""
+
+    error: ErrorBody
+
+
+class CompletionUsage(BaseModel):
+    """Tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int] | None = None
+
+
+class ToolCallFunction(BaseModel):
+    """The function of a call."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """One call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: ToolCallFunction
+
+
+class AssistantMessage(BaseModel):
+    """What the model said."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class Choice(BaseModel):
+    """One answer."""
+
+    index: int
+    finish_reason: Literal["stop", "length", "tool_calls", "abort"]
+    stop_reason: str | int | None = None
+    logprobs: dict[str, Any] | None
+
+
+class ChatChoice(Choice):
+    """One answer of a chat."""
+
+    message: AssistantMessage
+
+
+class TextChoice(Choice):
+    """One completion."""
+
+    text: str
+
+
+class ChatCompletion(BaseModel):
+    """The answer of /v1/chat/completions. A stream has its parts as chat.completion.chunk objects."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+
+
+class TextCompletion(BaseModel):
+    """The answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[TextChoice]
+    usage: CompletionUsage
+
+
+class ModelCard(BaseModel):
+    """A model that is served. `max_model_len` is null while it is loading."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None = None
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    """The models that are served: one."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Tokens(BaseModel):
+    """The answer of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None = None
+
+
+class Detokenized(BaseModel):
+    """The answer of /detokenize."""
+
+    prompt: str
+
+
+class Health(BaseModel):
+    """The answer of /health."""
+
+    status: Literal["ok"]
+
+
+class Version(BaseModel):
+    """The answer of /version."""
+
+    version: str
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read(model: type[M], fields: Mapping[str, Any]) -> M:
+    """A request of its fields. Raises ApiError naming the field, its value and what is allowed."""
+    known = model.model_fields
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name[:80], known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ApiError(400, f"unknown field {shown(name)}: {hint}", name[:80], "unknown_field")
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _refused(model, fields, error.errors(include_url=False, include_context=False)) from None
+
+
+def _refused(model: type[BaseModel], fields: Mapping[str, Any], errors: Sequence[Any]) -> ApiError:
+    """The first error; where a value may be of several types, what each of them says."""
+    first = errors[0]
+    path, value = _place(fields, first["loc"])
+    if first["type"] == "missing":
+        return ApiError(400, f"{path} is missing; it is required", path, "missing_field")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field {path}", path, "unknown_field")
+    messages = (each["msg"].replace("Input should be ", "") for each in errors if each["loc"][0] == first["loc"][0])
+    allowed = _range(model, path) or " or ".join(dict.fromkeys(messages))
+    return ApiError(400, f"{path} is {shown(value)}; allowed is {allowed}", path)
+
+
+def _range(model: type[BaseModel], path: str) -> str | None:
+    """What is allowed for a number."""
+    field = model.model_fields.get(path)
+    limits = {name: value for limit in (field.metadata if field else ()) for name, value in _limits(limit)}
+    if "le" not in limits:
+        return None
+    low = f"above {limits['gt']}" if "gt" in limits else f"from {limits['ge']}"
+    kind = "an integer" if field is not None and int in get_args(field.annotation) else "a number"
+    return f"{kind} {low} to {limits['le']}"
+
+
+def _limits(limit: object) -> list[tuple[str, Any]]:
+    """The limits that one annotation of a field sets."""
+    return [(name, getattr(limit, name)) for name in ("gt", "ge", "le") if getattr(limit, name, None) is not None]
+
+
+def _place(fields: Mapping[str, Any], location: Sequence[int | str]) -> tuple[str, Any]:
+    """The field that an error is about, as a path, and its value."""
+    path = ""
+    value: Any = fields
+    for part in location:
+        if isinstance(value, list) and isinstance(part, int):
+            path, value = f"{path}[{part}]", value[part]
+        elif isinstance(value, dict) and isinstance(part, str):
+            path, value = f"{path}.{part}" if path else part, value.get(part)
+    return path, value

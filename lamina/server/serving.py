@@ -1,0 +1,140 @@
+"""What the routes share: how a request's body is read, how much of its time is left, and how it gets to the engine.
+
+Knows the frontend and the settings; knows no field but those that every request has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+
+from lamina.errors import LaminaError
+from lamina.server.errors import ApiError, overloaded, refused, shown, translated
+from lamina.server.frontend import DeadlineExceeded, Frontend, Generation, Served
+from lamina.server.gate import REQUEST_ID, TENANT, Metrics
+from lamina.server.limits import check_media_type, parse_object, read_body
+from lamina.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
+from lamina.server.settings import ServerSettings
+from lamina.ticket import Ticket
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+GRACE = 5.0  # seconds after a request's own in which it can tell its client that it took too long
+
+_LARGE = 1 << 16  # bytes of a body that is parsed beside the event loop
+_FIELDS = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys() | TokenizeRequest.model_fields.keys()
+_THREADS = 4  # that parse, render templates and tokenise
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request's circumstances. `end` is a time of the event loop's clock."""
+
+    id: str
+    tenant: str
+    timeout: float
+    end: float
+
+    def left(self) -> float:
+        """Seconds. Raises DeadlineExceeded where there are none."""
+        left = self.end - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise DeadlineExceeded(f"the request took longer than its {self.timeout:g} seconds")
+        return left
+
+
+class Service:
+    """One server's parts. `close` ends its threads."""
+
+    def __init__(self, frontend: Frontend, settings: ServerSettings, metrics: Metrics) -> None:
+        self.frontend = frontend
+        self.settings = settings
+        self.metrics = metrics
+        self._pool = ThreadPoolExecutor(_THREADS, "lamina-requests")
+        self._preparing = 0
+
+    def close(self) -> None:
+        """End the threads, soon."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def call(self, request: Request) -> Call:
+        """What a request's headers say."""
+        timeout = self.settings.request_timeout
+        if (text := request.headers.get("x-request-timeout")) is not None:
+            timeout = min(timeout, _seconds(text))
+        end = asyncio.get_running_loop().time() + timeout
+        return Call(request.scope[REQUEST_ID], request.scope[TENANT], timeout, end)
+
+    async def read(self, request: Request, model: type[M], call: Call) -> M:
+        """A request's body, checked as far as that needs no model."""
+        check_media_type(request.headers.get("content-type", ""))
+        body = await read_body(request.receive, request.headers, self.settings.max_body)
+        if len(body) < _LARGE:
+            return self._read(body, model)
+        return await self.prepare(call, self._read, body, model)
+
+    def _read(self, body: bytes, model: type[M]) -> M:
+        fields = parse_object(body)
+        name = fields.get("model")
+        if isinstance(name, str) and name != self.settings.model:
+            raise self.unknown_model(name)
+        return read(model, fields)
+
+    def unknown_model(self, name: str) -> ApiError:
+        """There is no such model."""
+        return ApiError(
+            404, f"the model {shown(name)} is not served here; {self.settings.model!r} is", "model", "model_not_found"
+        )
+
+    async def prepare(self, call: Call, work: Callable[..., T], *arguments: Any) -> T:
+        """What `work` makes of its arguments, beside the event loop and within the request's time."""
+        if self._preparing >= self.settings.max_requests:
+            raise overloaded(f"{self._preparing} requests are being read; come back in a moment")
+        self._preparing += 1
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+            return await asyncio.wait_for(future, call.left())
+        except (TimeoutError, asyncio.TimeoutError):
+            raise DeadlineExceeded(f"the request took longer than its {call.timeout:g} seconds") from None
+        finally:
+            self._preparing -= 1
+
+    def served(self, prompts: int) -> Served:
+        """The model, if there is one, and room for so many prompts. Raises EngineUnavailable, ApiError."""
+        served = self.frontend.served
+        most, active = self.settings.max_requests, self.frontend.active
+        if prompts > most:
+            raise refused("prompt", [None] * prompts, f"at most {most} prompts")
+        if active + prompts > most:
+            raise overloaded(f"{active} of {most} requests are under way; come back in a moment")
+        return served
+
+    def begin(self, tickets: Sequence[Ticket], call: Call) -> Generation:
+        """Submit, if there is still room. To be entered at once."""
+        self.served(len(tickets))
+        return self.frontend.begin(tickets, call.left())
+
+    def translate(self, error: LaminaError) -> ApiError:
+        """What to tell a client of an error."""
+        return translated(error, _FIELDS, self.frontend.state != "dead")
+
+    def salt(self, call: Call, cache_salt: str | None) -> tuple[str, str]:
+        """Requests of unlike salts share no prefix."""
+        return (call.tenant, cache_salt or "")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise refused("X-Request-Timeout", text, "a number of seconds above 0")
+    return seconds

@@ -1,0 +1,57 @@
+"""How the HTTP side of a server is set up: frozen, checked once, every error naming the value and what is allowed."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lamina.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """What `lamina serve` takes besides the engine's options."""
+
+    model: str
+    """The name under which the model is served: what requests say in `model`."""
+    api_keys: Sequence[str] = ()
+    """Any of them lets a request in; none: everybody may come in."""
+    max_requests: int = 256
+    """Prompts under way or waiting; further requests are told to come back (429)."""
+    request_timeout: float = 600.0
+    """Seconds that a request may take; a request may ask for less."""
+    max_body: int = 16 << 20
+    """Bytes of a request's body."""
+    otlp_traces_endpoint: str | None = None
+    """Where OpenTelemetry traces go: an http or https URL. None: nowhere."""
+
+    def __post_init__(self) -> None:
+        for key in self.api_keys:
+            if not isinstance(key, str) or not 1 <= len(key) <= 512 or not key.isascii() or not key.isprintable():
+                raise InvalidRequest(
+                    "an API key has characters that a header cannot carry; allowed are 1 to 512 of ASCII"
+                )
+        if type(self.max_requests) is not int or not 1 <= self.max_requests <= 1 << 20:
+            raise InvalidRequest(
+                f"max_requests is {self.max_requests!r:.80}; allowed is an integer from 1 to {1 << 20}"
+            )
+        if not isinstance(self.request_timeout, int | float) or not 0.1 <= self.request_timeout <= 86400:
+            raise InvalidRequest(f"request_timeout is {self.request_timeout!r:.80}; allowed are 0.1 to 86400 seconds")
+        if type(self.max_body) is not int or not 1024 <= self.max_body <= 1 << 30:
+            raise InvalidRequest(f"max_body is {self.max_body!r:.80}; allowed are 1024 to {1 << 30} bytes")
+
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise InvalidRequest(f"otlp_traces_endpoint is {endpoint!r:.80}; allowed is an http or https URL, or None")
+
+    def admits(self, shown: str) -> bool:
+        """Whether `shown` is one of the keys. Takes as long for a wrong one as for a right one."""
+        found = [hmac.compare_digest(shown.encode("utf-8", "replace"), key.encode()) for key in self.api_keys]
+        return not found or any(found)
+
+    @staticmethod
+    def tenant(key: str) -> str:
+        """What stands for a key where prefixes are shared: requests with different keys share none."""
+        return hashlib.sha256(b"lamina tenant\0" + key.encode("utf-8", "replace")).hexdigest()[:32] if key else ""

@@ -1,0 +1,126 @@
+"""Server-sent events, and work that ends when its client goes away.
+
+Knows ASGI; knows no field of any answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from lamina.errors import LaminaError
+from lamina.server.errors import ApiError
+from lamina.server.limits import ClientGone
+
+logger = logging.getLogger("lamina")
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect events
+]
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """What `work` gives. It is cancelled where the client goes away, or takes nothing of what is sent to it for so
+    long that the seconds are over: ClientGone. To be called once the body was read."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, watch}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        unfinished = {each for each in (task, watch) if not each.done()}
+        for each in unfinished:
+            each.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished)  # what the work holds is given back before this returns
+        for each in (task, watch):
+            if not each.cancelled():
+                each.exception()  # seen
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends events as they come, each piece of bytes whole frames. The headers wait for the first of them: what fails
+    before has a status of its own; what fails later is told in an event. `seconds`: when to give up.
+    """
+
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], seconds: float, translate: Callable[[LaminaError], ApiError]
+    ) -> None:
+        super().__init__()
+        self._frames = frames
+        self._seconds = seconds
+        self._translate = translate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whole = scope.get("http_version") == "1.0"  # it knows no chunks, and servers disagree on what to do then
+        with suppress(ClientGone):
+            await while_connected(receive, self._send_whole(send) if whole else self._send(send), self._seconds)
+
+    async def _send(self, send: Send) -> None:
+        started = False
+        async with aclosing(self._to_the_end()) as pieces:
+            async for piece in pieces:
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self._start()})
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_whole(self, send: Send) -> None:
+        async with aclosing(self._to_the_end()) as pieces:
+            body = b"".join([piece async for piece in pieces])
+        headers = [*self._start(), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _to_the_end(self) -> AsyncGenerator[bytes, None]:
+        """The frames, and then that there are no more. An error is told in a frame, unless it is the first."""
+        started = False
+        async with aclosing(self._frames) as frames:
+            try:
+                async for piece in frames:
+                    started = True
+                    yield piece
+                last = DONE
+            except Exception as error:  # whatever it is, the client must be told that there is no more
+                if not started:
+                    raise
+                last = self._failed(error)
+        yield last
+
+    def _start(self) -> list[tuple[bytes, bytes]]:
+        own = [header for header in self.raw_headers if header[0] not in (b"content-length", b"content-type")]
+        return [*_HEADERS, *own]
+
+    def _failed(self, error: Exception) -> bytes:
+        if isinstance(error, LaminaError):
+            told = self._translate(error)
+        else:
+            logger.error("a stream failed", exc_info=error)
+            told = ApiError(500, "the server could not go on with this request")
+        return event(told.content) + DONE
+
+
+def event(content: Any) -> bytes:
+    """One event with JSON data."""
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"

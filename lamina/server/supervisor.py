@@ -1,0 +1,407 @@
+"""`lamina serve`: the engine, the HTTP process and the attention workers side by side, and started again when they die.
+
+The death of one leaves the others. The listening socket is the supervisor's, so a new HTTP process goes on where the
+old one ended. Loads no torch; knows processes and what they say; knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NamedTuple, Protocol
+
+from lamina.child_process import ChildProcess, end_all
+from lamina.errors import (
+    DiskFullError,
+    EngineError,
+    InvalidRequest,
+    LaminaError,
+    ModelFileError,
+    PolicyError,
+    UnsupportedModelError,
+)
+from lamina.local_cluster import LocalCluster
+from lamina.members import Backoff, Member
+from lamina.server.lines import LOG_LEVEL, line, parse
+from lamina.server.settings import ServerSettings
+
+logger = logging.getLogger("lamina")
+
+ENGINE_MODULE = "lamina.server.engine_main"
+HTTP_MODULE = "lamina.server.http_main"
+_WORKERS_BACK = 10.0  # seconds that a restarted engine waits for all of its attention workers, before some will do
+_KINDS = {
+    kind.__name__: kind for kind in (DiskFullError, InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError)
+}  # what an engine can say that it failed of; all else is an EngineError
+_FORCED = 5.0  # seconds beyond the time to drain after which the HTTP process is killed
+
+
+class _Heard(NamedTuple):
+    child: ChildProcess
+    said: list[Any]
+
+
+class _Ended(NamedTuple):
+    child: ChildProcess
+
+
+class _Signal(NamedTuple):
+    number: int
+
+
+class _Joined(NamedTuple):
+    member: Member
+
+
+class _Left(NamedTuple):
+    name: str
+
+
+class _Started(NamedTuple):
+    members: tuple[Member, ...] | EngineError
+
+
+_Event = _Heard | _Ended | _Signal | _Joined | _Left | _Started
+
+
+class Reporter(Protocol):
+    """Who tells people what happens."""
+
+    def progress(self, what: str, done: int, total: int | None) -> None: ...
+
+    def said(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPlan:
+    """What is to run. `engine` are the keywords of `EngineConfig`, as JSON can hold them; `workers` how many attention
+    workers the supervisor starts, each with `kv_memory` bytes of KV and `threads` threads."""
+
+    model: str
+    engine: Mapping[str, Any]
+    settings: ServerSettings
+    host: str
+    port: int
+    workers: int = 0
+    kv_memory: int = 0
+    threads: int = 1
+    drain: float = 30.0  # seconds that requests under way get after SIGTERM
+    log_level: str = "warning"
+
+
+@dataclass
+class _Role:
+    """One of the two processes: who has it now, and when it may be started again."""
+
+    name: Literal["engine", "http"]
+    child: ChildProcess | None = None
+    due: float | None = None
+    ready: bool = False
+    starts: int = 0
+    backoff: Backoff = field(default_factory=Backoff)
+
+
+class Supervisor:
+    """Runs one server until a signal, or until it cannot go on. For the main thread, which starts every child."""
+
+    def __init__(self, plan: ServerPlan, report: Reporter, clock: Callable[[], float] = time.monotonic) -> None:
+        self._plan = plan
+        self._report = report
+        self._clock = clock
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._engine = _Role("engine", due=0.0)
+        self._http = _Role("http", due=0.0)
+        self._secret = secrets.token_hex(32)
+        self._folder = Path()
+        self._socket: socket.socket | None = None
+        self._cluster: LocalCluster | None = None
+        self._members: dict[str, Member] = {}
+        self._members_due: float | None = None  # when the engine is told of the workers that are there
+        self._facts: dict[str, Any] | None = None  # of the engine that is ready
+        self._loading = ""
+        self._announced = False
+        self._stopping = False
+        self._kill_at: float | None = None  # when an HTTP process that drains is not waited for any longer
+        self._failure: LaminaError | None = None  # why the server cannot go on
+
+    def run(self) -> None:
+        """Until a signal. Raises what the engine raised where it did not start, EngineError where it could not be
+        started again, InvalidRequest where the address cannot be listened on."""
+        with (
+            tempfile.TemporaryDirectory(prefix="lamina-serve-") as folder,
+            self._listening() as sock,
+            _signals(self._events),
+        ):
+            self._folder, self._socket = Path(folder), sock
+            try:
+                self._begin_workers()
+                while not self._over():
+                    self._start_due()
+                    try:
+                        self._take(self._events.get(timeout=self._until_next()))
+                    except queue.Empty:
+                        self._look_at_the_clock()
+            finally:
+                self._end()
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def address(self) -> str:
+        """Where the server listens."""
+        host, port = (
+            (self._socket.getsockname()[:2]) if self._socket is not None else (self._plan.host, self._plan.port)
+        )
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @contextmanager
+    def _listening(self) -> Iterator[socket.socket]:
+        host, port = self._plan.host, self._plan.port
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            sock = socket.socket(family, kind)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(address)
+                sock.listen(2048)
+            except OSError:
+                sock.close()
+                raise
+        except (OSError, OverflowError) as error:
+            raise InvalidRequest(f"cannot listen on {host}:{port}: {error}") from error
+        with sock:
+            yield sock
+
+    def _begin_workers(self) -> None:
+        plan = self._plan
+        if not plan.workers:
+            return
+        cluster = self._cluster = LocalCluster(plan.workers, kv_memory=plan.kv_memory, threads=plan.threads)
+
+        def start() -> None:
+            try:
+                members: tuple[Member, ...] | EngineError = cluster.start(self._report.progress)
+            except EngineError as error:
+                members = error
+            self._events.put(_Started(members))
+
+        threading.Thread(target=start, name="lamina-workers", daemon=True).start()
+
+    # The loop.
+
+    def _over(self) -> bool:
+        gone = self._http.child is None and self._engine.child is None
+        return self._failure is not None or (self._stopping and (self._http.child is None or gone))
+
+    def _start_due(self) -> None:
+        if self._stopping:
+            return
+        now = self._clock()
+        for role, start in ((self._engine, self._start_engine), (self._http, self._start_http)):
+            if role.child is None and role.due is not None and role.due <= now:
+                role.due, role.ready = None, False
+                role.starts += 1
+                start()
+
+    def _start_engine(self) -> None:
+        plan = self._plan
+        self._engine.child = self._spawn(self._engine, ENGINE_MODULE)
+        path = str(self._folder / f"engine-{self._engine.starts}.sock")
+        self._engine.child.say(line("engine", plan.model, dict(plan.engine), path, self._secret, bool(plan.workers)))
+        if plan.workers and self._engine.starts > 1:
+            self._members_due = self._clock() + _WORKERS_BACK
+            self._introduce_members()
+
+    def _start_http(self) -> None:
+        if self._socket is None:
+            return
+        self._http.child = self._spawn(self._http, HTTP_MODULE, self._socket.fileno())
+        settings = asdict(self._plan.settings) | {"api_keys": list(self._plan.settings.api_keys)}
+        self._http.child.say(line("http", settings, self._socket.fileno(), self._secret))
+        self._tell_http()
+
+    def _spawn(self, role: _Role, module: str, *descriptors: int) -> ChildProcess:
+        return ChildProcess(
+            role.name,
+            [sys.executable, "-m", module],
+            self._heard,
+            lambda child: self._events.put(_Ended(child)),
+            pass_fds=descriptors,
+            environment=os.environ | {"PYTHONUNBUFFERED": "1", LOG_LEVEL: self._plan.log_level},
+        )
+
+    def _heard(self, child: ChildProcess, text: str) -> None:
+        """On a thread of the child's."""
+        if (said := parse(text)) is not None:
+            self._events.put(_Heard(child, said))
+
+    def _take(self, event: _Event) -> None:
+        match event:
+            case _Heard(child, said):
+                self._hear(child, *said)
+            case _Ended(child):
+                self._ended(child)
+            case _Signal():
+                self._stop()
+            case _Started(members):
+                self._workers_started(members)
+            case _Joined(member):
+                self._members[member.name] = member
+                self._say_engine("joined", _fields(member))
+            case _Left(name):
+                self._members.pop(name, None)
+                self._say_engine("left", name)
+        self._introduce_members()
+
+    def _hear(self, child: ChildProcess, word: str, *items: Any) -> None:
+        if word == "progress":
+            self._report.progress(*items)
+            what, done, total = items
+            if self._facts is None:  # one that is ready has progress too, when it computes lost KV again
+                self._loading = f"{what}, {done} of {total}" if total else f"{what}, {done}"
+                self._tell_http()
+        elif word == "ready" and child is self._engine.child:
+            self._engine.ready = True
+            self._facts = items[0] | {"socket": str(self._folder / f"engine-{self._engine.starts}.sock")}
+            self._tell_http()
+        elif word == "failed" and child is self._engine.child:
+            kind, why = items
+            if self._engine.starts == 1:
+                self._failure = _KINDS.get(kind, EngineError)(why)
+            else:
+                self._failure = EngineError(f"the engine could not start again: {why}")
+        elif word == "lost" and self._cluster is not None:
+            self._members.pop(items[0], None)
+            self._cluster.lost(items[0])
+        elif word == "serving" and child is self._http.child:
+            self._http.ready = True
+        elif word == "connected" and not self._announced:
+            self._announced = True
+            self._report.said(f"serving {self._plan.settings.model} at {self.address}  (Ctrl-C ends it)")
+
+    def _ended(self, child: ChildProcess) -> None:
+        role = self._engine if child is self._engine.child else self._http
+        role.child = None
+        if self._stopping or self._failure:
+            return
+        how = f"the {role.name} process ended, {child.how()}"
+        was_ready, role.ready = role.ready, False
+        if role is self._engine:
+            self._facts = None
+            self._tell_http(how)
+            if not was_ready:
+                again = "" if role.starts == 1 else " again"
+                self._failure = EngineError(f"{how}, before it had started{again}")
+                return
+        delay = role.backoff.delay(self._clock())
+        if delay is None:
+            self._failure = EngineError(f"{how}, too often to start it again")
+            return
+        role.due = self._clock() + delay
+        self._report.said(f"{how}; it starts again in {delay:g} s")
+
+    # Attention workers, and what the engine and the HTTP process know.
+
+    def _workers_started(self, members: tuple[Member, ...] | EngineError) -> None:
+        if isinstance(members, EngineError):
+            self._failure = members
+            return
+        self._members = {member.name: member for member in members}
+        self._members_due = self._clock() + _WORKERS_BACK
+        if self._cluster is not None:
+            self._cluster.watch(
+                lambda member: self._events.put(_Joined(member)), lambda name: self._events.put(_Left(name))
+            )
+
+    def _introduce_members(self) -> None:
+        """Tell a new engine who is there, once all are, or some after a while."""
+        if self._members_due is None or self._engine.child is None:
+            return
+        enough = len(self._members) >= self._plan.workers
+        if enough or (self._members and self._clock() >= self._members_due):
+            self._members_due = None
+            self._engine.child.say(line("members", [_fields(member) for member in self._members.values()]))
+
+    def _say_engine(self, word: str, *items: Any) -> None:
+        if self._engine.child is not None and self._members_due is None:
+            self._engine.child.say(line(word, *items))
+
+    def _tell_http(self, dead: str = "") -> None:
+        if self._http.child is None:
+            return
+        if self._facts is not None:
+            self._http.child.say(line("ready", self._facts))
+        elif dead:
+            self._http.child.say(line("dead", dead))
+        else:
+            self._http.child.say(line("loading", self._loading))
+
+    # Time, and the end.
+
+    def _until_next(self) -> float | None:
+        times = [role.due for role in (self._engine, self._http) if role.child is None and not self._stopping]
+        times += [self._members_due, self._kill_at]
+        due = [each for each in times if each is not None]
+        return max(0.0, min(due) - self._clock()) if due else None
+
+    def _look_at_the_clock(self) -> None:
+        now = self._clock()
+        if self._members_due is not None and now >= self._members_due:
+            self._introduce_members()
+            if self._members_due is not None:  # nobody is there: look again later
+                self._members_due = now + 1.0
+        if self._kill_at is not None and now >= self._kill_at and self._http.child is not None:
+            self._kill_at = None
+            self._http.child.kill()
+
+    def _stop(self) -> None:
+        """The first signal lets requests end, the second does not."""
+        if self._stopping or self._http.child is None or not self._http.ready:
+            self._stopping = True
+            if self._http.child is not None:
+                self._http.child.kill()
+            return
+        self._stopping = True
+        self._report.said(f"ending once requests under way have ended, in {self._plan.drain:g} s at most")
+        self._http.child.say(line("drain", self._plan.drain))
+        self._kill_at = self._clock() + self._plan.drain + _FORCED
+
+    def _end(self) -> None:
+        end_all(role.child for role in (self._http, self._engine) if role.child is not None)
+        if self._cluster is not None:
+            self._cluster.close()
+
+
+def _fields(member: Member) -> list[Any]:
+    token = member.credentials.token if member.credentials is not None else ""
+    return [member.name, member.address, token, member.capacity]
+
+
+@contextmanager
+def _signals(events: queue.SimpleQueue[_Event]) -> Iterator[None]:
+    """SIGTERM and SIGINT become events."""
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        events.put(_Signal(number))  # SimpleQueue.put may be called within itself
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

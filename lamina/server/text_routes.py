@@ -1,0 +1,119 @@
+"""What needs no generation: models, tokens, health, version, metrics.
+
+Knows the frontend; knows no request under way.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import lamina
+from lamina.server.chat import checked_messages, prompt_text
+from lamina.server.errors import ApiError, refused
+from lamina.server.frontend import EngineUnavailable, Served
+from lamina.server.sampling import check_characters
+from lamina.server.schemas import DetokenizeRequest, TokenizeRequest
+from lamina.server.serving import Service
+from lamina.server.tools import ToolUse
+
+_STARTED = int(time.time())
+_PATIENCE = 1.0  # seconds for which /metrics waits for the engine
+
+
+async def models(service: Service, request: Request) -> Response:
+    """GET /v1/models."""
+    return JSONResponse({"object": "list", "data": [_card(service)]})
+
+
+async def model(service: Service, request: Request) -> Response:
+    """GET /v1/models/{model_id}."""
+    name = request.path_params["model_id"]
+    if name != service.settings.model:
+        raise service.unknown_model(name)
+    return JSONResponse(_card(service))
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """POST /tokenize."""
+    call = service.call(request)
+    fields = await service.read(request, TokenizeRequest, call)
+    return JSONResponse(await service.prepare(call, _tokenized, fields, service.frontend.served))
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """POST /detokenize."""
+    call = service.call(request)
+    fields = await service.read(request, DetokenizeRequest, call)
+    return JSONResponse(await service.prepare(call, _detokenized, fields, service.frontend.served))
+
+
+async def health(service: Service, request: Request) -> Response:
+    """GET or HEAD /health: 200 where the engine serves, else 503."""
+    state = service.frontend.state
+    if state != "ready":
+        try:
+            message = "the engine has stopped" if service.frontend.served else ""
+        except EngineUnavailable as error:
+            message = str(error)
+        raise ApiError(503, message, code=f"engine_{state}")
+    return JSONResponse({"status": "ok"})
+
+
+async def version(service: Service, request: Request) -> Response:
+    """GET /version."""
+    return JSONResponse({"version": lamina.__version__})
+
+
+async def metrics(service: Service, request: Request) -> Response:
+    """GET /metrics: Prometheus's text."""
+    snapshot = await service.frontend.snapshot(_PATIENCE)
+    body, content_type = service.metrics.render(snapshot, service.frontend.state, service.frontend.restarts)
+    return Response(body, headers={"Content-Type": content_type})
+
+
+def _card(service: Service) -> dict[str, Any]:
+    name = service.settings.model
+    try:
+        longest = service.frontend.served.intake.max_model_len
+    except EngineUnavailable:
+        longest = None
+    return {
+        "id": name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "lamina",
+        "root": name,
+        "parent": None,
+        "max_model_len": longest,
+    }
+
+
+def _tokenized(fields: TokenizeRequest, served: Served) -> dict[str, Any]:
+    tokenizer, intake = served.tokenizer, served.intake
+    special = fields.add_special_tokens
+    if (fields.prompt is None) == (fields.messages is None):
+        raise ApiError(400, "prompt and messages: exactly one of them is needed", "prompt")
+    if fields.prompt is not None:
+        for name in ("tools", "add_generation_prompt", "continue_final_message"):
+            if getattr(fields, name) is not None:
+                raise ApiError(400, f"{name} is given, which is allowed only beside messages", name)
+        text, special = fields.prompt, True if special is None else special
+    else:
+        use = ToolUse.from_request(fields.tools, None, None, tokenizer.template_knows_tools)
+        text = prompt_text(fields, checked_messages(fields.messages, intake), tokenizer, use)
+    check_characters(len(text), intake, "messages" if fields.prompt is None else "prompt")
+    ids = tokenizer.encode(text, bool(special))
+    spelled = {"token_strs": [tokenizer.token(token) for token in ids]} if fields.return_token_strs else {}
+    return {"count": len(ids), "max_model_len": intake.max_model_len, "tokens": ids, **spelled}
+
+
+def _detokenized(fields: DetokenizeRequest, served: Served) -> dict[str, Any]:
+    most = served.intake.vocab_size
+    for index, token in enumerate(fields.tokens):
+        if not 0 <= token < most:
+            raise refused(f"tokens[{index}]", token, f"token ids from 0 to {most - 1}")
+    return {"prompt": served.tokenizer.decode(fields.tokens, skip_special_tokens=False)}

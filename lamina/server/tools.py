@@ -1,0 +1,396 @@
+"""Tools (functions that a model may call): what a request says of them, the grammar that makes calls valid, and the
+calls in a model's text. Knows OpenAI's fields and the Hermes form of calls; knows no HTTP, no engine and no tokens.
+
+In the Hermes form, on which Qwen, Hermes and others were trained, a call is
+
+    <tool_call>
+    {"name": "f", "arguments": {"x": 1}}
+    </tool_call>
+
+The caller's part:
+
+    special = tags_are_special(texts of the tokenizer's special tokens)
+    use = ToolUse.from_request(tools, tool_choice, parallel_tool_calls, template_knows_tools, special)
+    # None: no tools, or tool_choice "none"; text is only text
+    params = SamplingParams(..., grammar=use.grammar, skip_special_tokens=not special)
+    parsers = [ToolParser(new_id, hidden) for _ in range(n)]  # one a sample
+    parser.push(event.text)  # deltas; parser.finish() has the last ones, once the sample has ended
+    parser.calls  # more than 0: the finish reason "stop" becomes "tool_calls"
+
+Most vocabularies that hold the tags hold them as ordinary tokens. Where they are special ones, text must not leave out
+special tokens; what else of them is then in it that nobody should see (end of text) is named in `hidden`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lamina.constraints import check_json_schema, json_options
+from lamina.errors import InvalidRequest
+from lamina.types import MAX_GRAMMAR, MAX_SCHEMA, MAX_SCHEMA_DEPTH, json_depth
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MAX_TOOLS = 128
+MAX_DESCRIPTION = 16384  # characters
+
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NOTES = ("description", "title", "examples", "$comment", "default", "deprecated", "readOnly", "writeOnly")
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([a-zA-Z0-9_-]{1,64})"\s*,\s*"arguments"\s*:\s*(?=\{)')
+_LONGEST_HEAD = 256  # characters of a call before its arguments; the whitespace of a model that no grammar holds
+
+_SYSTEM_NOTE = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""  # the words of Qwen2.5's own template
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of a sample: content, or of one tool call. Exactly one of `content` and `index` is set.
+
+    A call's first delta has `id` and `name`, and perhaps the beginning of `arguments`; later ones have `arguments`
+    only. The pieces together are the JSON text that the model wrote.
+    """
+
+    content: str | None = None
+    index: int | None = None
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What a request's tools mean for its samples.
+
+    `grammar` is for `SamplingParams.grammar`: with it every call is of a known function, and its arguments fit that
+    function's parameters (keywords that cannot be enforced are ignored, unless the function is `strict`; other
+    arguments than the `properties` only where `additionalProperties` allows them in so many words). `system_note` is
+    the text to put at the end of the system message (or as one) where the model's template does not show tools
+    itself, else None. `tools` are the checked definitions, as templates expect them in their variable `tools`.
+    `required`: whether the text is calls only.
+    """
+
+    tools: tuple[Mapping[str, Any], ...]
+    grammar: str
+    system_note: str | None
+    required: bool
+
+    @classmethod
+    def from_request(
+        cls,
+        tools: object,
+        tool_choice: object,
+        parallel_tool_calls: object,
+        template_knows_tools: bool,
+        special_tags: bool = False,
+    ) -> ToolUse | None:
+        """Of a request's fields as they came (None where one is missing); None where no tool may be called: no
+        `tools`, or `tool_choice` "none". Raises InvalidRequest naming the field, such as `tools[3].function.name`.
+        Takes up to a millisecond a tool: its schema is compiled."""
+        if parallel_tool_calls is not None and not isinstance(parallel_tool_calls, bool):
+            raise _refused("parallel_tool_calls", parallel_tool_calls, "true or false")
+        checked = _check_tools(tools)
+        choice = _check_choice(tool_choice, [tool["function"]["name"] for tool in checked])
+        if choice == "none" or not checked:
+            return None
+        named = choice.get("name") if isinstance(choice, Mapping) else None
+        callable_tools = [tool for tool in checked if named in (None, tool["function"]["name"])]
+        most: Literal["one", "many"] = "many" if parallel_tool_calls is not False and named is None else "one"
+        grammar = _grammar(callable_tools, choice != "auto", most, special_tags)
+        if len(grammar) > MAX_GRAMMAR:
+            raise InvalidRequest(f"tools make a grammar of {len(grammar)} characters; allowed are {MAX_GRAMMAR}")
+        note = None if template_knows_tools else _SYSTEM_NOTE.format(tools="\n".join(map(_json, checked)))
+        return cls(tuple(checked), grammar, note, choice != "auto")
+
+
+def tags_are_special(special_tokens: Iterable[str]) -> bool:
+    """Whether a vocabulary whose special tokens these are has the tags of calls among them."""
+    return OPEN in set(special_tokens)
+
+
+def call_text(name: str, arguments: str) -> str:
+    """A call as the model writes it, for the history of a conversation. `arguments` is JSON text."""
+    return f'{OPEN}\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n{CLOSE}'
+
+
+# What a request says.
+
+
+def _check_tools(tools: object) -> list[dict[str, Any]]:
+    if tools is None:
+        return []
+    if not isinstance(tools, Sequence) or isinstance(tools, str | bytes) or len(tools) > MAX_TOOLS:
+        what = f"{len(tools)} tools" if isinstance(tools, list) else tools
+        raise _refused("tools", what, f"a list of at most {MAX_TOOLS} tools")
+    checked = [_check_tool(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
+    seen: set[str] = set()
+    for index, tool in enumerate(checked):
+        name = tool["function"]["name"]
+        if name in seen:
+            raise _refused(f"tools[{index}].function.name", name, "another name for each function")
+        seen.add(name)
+    return checked
+
+
+def _check_tool(name: str, tool: object) -> dict[str, Any]:
+    _check_keys(name, tool, ("type", "function"))
+    if not isinstance(tool, Mapping) or tool.get("type") != "function":
+        raise _refused(f"{name}.type", tool.get("type") if isinstance(tool, Mapping) else tool, '"function"')
+    function = tool.get("function")
+    _check_keys(f"{name}.function", function, ("name", "description", "parameters", "strict"))
+    if not isinstance(function, Mapping):
+        raise _refused(f"{name}.function", function, "an object")
+    called, description = function.get("name"), function.get("description")
+    if not isinstance(called, str) or not _NAME.fullmatch(called):
+        raise _refused(f"{name}.function.name", called, "1 to 64 letters, digits, underscores and hyphens")
+    if description is not None and (not isinstance(description, str) or len(description) > MAX_DESCRIPTION):
+        raise _refused(f"{name}.function.description", description, f"text of at most {MAX_DESCRIPTION} characters")
+    strict = function.get("strict")
+    if strict is not None and not isinstance(strict, bool):
+        raise _refused(f"{name}.function.strict", strict, "true or false")
+    checked: dict[str, Any] = {"name": called}
+    if description is not None:
+        checked["description"] = description
+    parameters = function.get("parameters")
+    if parameters is not None:
+        _check_parameters(f"{name}.function.parameters", parameters, strict is True)
+    checked["parameters"] = {"type": "object", "properties": {}} if parameters is None else parameters
+    if strict is not None:
+        checked["strict"] = strict
+    return {"type": "function", "function": checked}
+
+
+def _check_parameters(name: str, parameters: object, strict: bool) -> None:
+    if not isinstance(parameters, dict):
+        raise _refused(name, parameters, "a JSON Schema, an object")
+    if json_depth(parameters, MAX_SCHEMA_DEPTH) > MAX_SCHEMA_DEPTH:
+        raise InvalidRequest(f"{name} is nested too deeply; allowed are {MAX_SCHEMA_DEPTH} levels")
+    if parameters.get("type", "object") != "object":
+        raise _refused(f"{name}.type", parameters["type"], '"object"')
+    text = _json(_schema(parameters))
+    if len(text) > MAX_SCHEMA:
+        raise InvalidRequest(f"{name} has {len(text)} characters; allowed are {MAX_SCHEMA}")
+    check_json_schema(name, text, lenient=not strict)
+
+
+def _check_choice(choice: object, names: Sequence[str]) -> Literal["none", "auto", "required"] | dict[str, Any]:
+    if choice is None:
+        return "auto" if names else "none"
+    if choice == "none":
+        return "none"
+    if choice in ("auto", "required"):
+        if not names:
+            raise InvalidRequest(f'tool_choice is "{choice}", but there are no tools')
+        return "auto" if choice == "auto" else "required"
+    allowed = '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    if not isinstance(choice, Mapping) or choice.keys() != {"type", "function"} or choice["type"] != "function":
+        raise _refused("tool_choice", choice, allowed)
+    if not isinstance(function, Mapping) or function.keys() != {"name"}:
+        raise _refused("tool_choice.function", function, '{"name": ...}')
+    if function["name"] not in names:
+        raise _refused("tool_choice.function.name", function["name"], f"the name of one of the tools: {list(names)}")
+    return {"name": function["name"]}
+
+
+def _check_keys(name: str, value: object, allowed: Sequence[str]) -> None:
+    if not isinstance(value, Mapping):
+        raise _refused(name, value, f"an object with {', '.join(allowed)}")
+    for key in value:
+        if key not in allowed:
+            raise InvalidRequest(f"{name} has {key!r:.80}; allowed are {', '.join(allowed)}")
+
+
+def _refused(name: str, value: object, allowed: str) -> InvalidRequest:
+    return InvalidRequest(f"{name} is {value!r:.80}; allowed is {allowed:.400}")
+
+
+# What a model may write.
+
+
+def _grammar(tools: Sequence[Mapping[str, Any]], only_calls: bool, most: Literal["one", "many"], special: bool) -> str:
+    """In llguidance's Lark. A call begins where its tag does; what precedes the tag is as short as possible, so that
+    the tag cannot be passed over as text."""
+    opening, closing = (OPEN, CLOSE) if special else (json.dumps(OPEN), json.dumps(CLOSE))
+    rules = [f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}"]
+    for index, tool in enumerate(tools):
+        function = tool["function"]
+        options = json_options(lenient=function.get("strict") is not True)
+        begin = f'\n{{"name": "{function["name"]}", "arguments": '
+        schema = _json(_schema(function["parameters"]) | options)
+        rules.append(f"call_{index}: {json.dumps(begin)} %json {schema} {json.dumps('}' + chr(10))} {closing}")
+    if only_calls:
+        start = f"{opening} call{'' if most == 'one' else f' ({json.dumps(chr(10))} {opening} call)*'}"
+    elif special:
+        start = f"(TEXT {opening} call)* TEXT" if most == "many" else f"TEXT | TEXT {opening} call"
+        rules.append(r"TEXT: /(.|\n)*/")
+    else:
+        start = "(opened call)* TEXT" if most == "many" else "TEXT | opened call"
+        rules += [f"opened[lazy]: TEXT {opening}", r"TEXT: /(.|\n)*/"]
+    return "\n".join([f"start: {start}", *rules, ""])
+
+
+def _schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as a schema that only says what is possible."""
+    schema = {"type": "object"} | {key: value for key, value in parameters.items() if key not in (*_NOTES, "$schema")}
+    if schema.get("properties") is not None:
+        schema.setdefault("additionalProperties", False)
+    return schema
+
+
+def _json(value: object) -> str:
+    """Raises InvalidRequest for what JSON or UTF-8 cannot hold."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"tools hold something that is no JSON: {str(error)[:200]}") from error
+    return text
+
+
+# What a model wrote.
+
+
+class ToolParser:
+    """Finds the calls in one sample's text, as it comes. `new_id` gives each call's id ("call_..."); `hidden` are
+    texts of special tokens (end of text) that are left out.
+
+    Text that only looks like a call, which no grammar held, comes out as content at last: nothing is lost. Whitespace
+    around calls is left out.
+    """
+
+    def __init__(self, new_id: Callable[[], str], hidden: Sequence[str] = ()) -> None:
+        self.calls = 0
+        """How many calls have begun."""
+        self._new_id = new_id
+        self._marks = (OPEN, *hidden)
+        self._mark = re.compile("|".join(re.escape(mark) for mark in self._marks))
+        self._begins = {mark[0] for mark in self._marks}
+        self._state: Literal["content", "head", "arguments", "tail"] = "content"
+        self._after_call = False  # and nothing but whitespace since
+        self._waiting = ""  # text that has not been given out
+        self._depth = 0  # braces and brackets of the arguments that are open
+        self._quoted = False  # within a string of the arguments
+        self._escaped = False  # after a backslash in one
+
+    def push(self, text: str) -> list[Delta]:
+        """What further text adds; nothing while it may be the beginning of a tag."""
+        if not text:
+            return []
+        held = self._state != "content" or self._waiting or self._after_call or text[-1].isspace()
+        if not held and self._begins.isdisjoint(text):
+            return [Delta(content=text)]  # what text mostly is
+        return self._take(self._waiting + text, ended=False)
+
+    def finish(self) -> list[Delta]:
+        """What was held back, once the sample has ended."""
+        return self._take(self._waiting, ended=True)
+
+    def _take(self, text: str, ended: bool) -> list[Delta]:
+        deltas: list[Delta] = []
+        left: str | None = text
+        while left is not None:
+            self._waiting = ""
+            left = getattr(self, f"_{self._state}")(left, ended, deltas)
+        return deltas
+
+    # Each takes text in one state, and returns what is left for the next, None where nothing is.
+
+    def _content(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        if self._after_call:
+            text = text.lstrip()
+            if not text:
+                return None
+        mark = self._mark.search(text)
+        if mark is not None:
+            is_call = mark[0] == OPEN
+            self._say(text[: mark.start()].rstrip() if is_call else text[: mark.start()], deltas)
+            self._state = "head" if is_call else "content"
+            return text[mark.end() :]
+        begun = 0 if ended else self._begun(text)
+        sure = text[: len(text) - begun]
+        if not ended or self.calls:
+            sure = sure.rstrip()  # a call may follow
+        self._say(sure, deltas)
+        self._waiting = "" if ended else text[len(sure) :]
+        return None
+
+    def _head(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        head = _HEAD.match(text)
+        if head is not None:
+            deltas.append(Delta(index=self.calls, id=self._new_id(), name=head[1]))
+            self.calls += 1
+            self._state = "arguments"
+            return text[head.end() :]
+        if not ended and len(text) <= _LONGEST_HEAD and CLOSE not in text:
+            self._waiting = text
+            return None
+        self._say(OPEN, deltas)  # it is no call
+        self._state = "content"
+        return text
+
+    def _arguments(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        end = self._end_of_arguments(text)
+        if text[:end]:
+            deltas.append(Delta(index=self.calls - 1, arguments=text[:end]))
+        if self._depth:
+            return None
+        self._state = "tail"
+        return text[end:]
+
+    def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        before, closed, after = text.partition(CLOSE)
+        if not closed and not ended and len(text) <= _LONGEST_HEAD:
+            self._waiting = text
+            return None
+        stray = self._mark.sub("", before).strip().removeprefix("}").strip()
+        if stray and not CLOSE.startswith(stray):
+            self._say(stray, deltas)
+        self._state, self._after_call = "content", True
+        return after
+
+    def _say(self, content: str, deltas: list[Delta]) -> None:
+        if content:
+            deltas.append(Delta(content=content))
+            self._after_call = False
+
+    def _begun(self, text: str) -> int:
+        """How many characters at the end may be the beginning of a mark."""
+        longest = max(map(len, self._marks)) - 1
+        for start in range(max(0, len(text) - longest), len(text)):
+            if text[start] in self._begins and any(mark.startswith(text[start:]) for mark in self._marks):
+                return len(text) - start
+        return 0
+
+    def _end_of_arguments(self, text: str) -> int:
+        """How many characters belong to the arguments' JSON; `_depth` is 0 where they end within `text`."""
+        for at, character in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._quoted = character != '"'
+                self._escaped = character == "\\"
+            elif character == '"':
+                self._quoted = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    self._depth = 0
+                    return at + 1
+        return len(text)

@@ -1,0 +1,161 @@
+"""OpenTelemetry traces: one span a prompt, sent to a collector. Loads OpenTelemetry only once an endpoint is given.
+
+A span is made when its prompt has ended, from the times that were taken anyway, so tokens cost nothing. Attributes are
+those of the GenAI semantic conventions; of the text of prompts and answers nothing is in them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextvars import ContextVar
+from typing import Any, TypeAlias
+
+from lamina.errors import InvalidRequest, LaminaError
+from lamina.server.frontend import Observer
+from lamina.ticket import Ticket
+from lamina.types import Completion
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_OPERATIONS = {"/v1/chat/completions": "chat"}  # all others complete text
+_PATIENCE = 3.0  # seconds for the collector to take a batch of spans, retries included
+_MAX_STATE = 512  # characters of a tracestate that are passed on: what W3C asks for at least
+
+_request: ContextVar[tuple[str, Mapping[str, str]]] = ContextVar("lamina_traced_request", default=("", {}))
+"""The path and the trace headers of the HTTP request that the running task answers."""
+
+
+class Tracer:
+    """Where spans go. `provider` is an OpenTelemetry `TracerProvider`, `model` the name under which it is served."""
+
+    def __init__(self, provider: Any, model: str) -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("lamina")
+        self._model = model
+
+    @classmethod
+    def from_endpoint(cls, url: str, model: str) -> Tracer:
+        """Spans go to an OTLP collector over HTTP, such as http://localhost:4318/v1/traces, from a thread of their own.
+        Where it does not answer they are dropped. The variables OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES,
+        OTEL_TRACES_SAMPLER and OTEL_EXPORTER_OTLP_HEADERS mean what they always mean. Raises InvalidRequest where
+        OpenTelemetry is not installed."""
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            message = f"otlp_traces_endpoint is {url!r:.80}, but OpenTelemetry is not installed: "
+            raise InvalidRequest(f"{message}pip install 'lamina[tracing]'") from error
+        resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "lamina")})
+        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=_PATIENCE)))
+        return cls(provider, model)
+
+    def middleware(self, app: App) -> App:
+        """`app`, whose requests' spans are children of those that their `traceparent` headers name."""
+
+        async def traced(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
+                           if key in (b"traceparent", b"tracestate")}  # fmt: skip
+                if len(headers.get("tracestate", "")) > _MAX_STATE:
+                    del headers["tracestate"]
+                _request.set((scope["path"], headers))
+            await app(scope, receive, send)
+
+        return traced
+
+    def observing(self, observer: Observer) -> Observer:
+        """`observer`, and a span for each prompt that has ended."""
+        return _Observing(self, observer)
+
+    def close(self) -> None:
+        """Send what waits, and stop. Takes some seconds where nobody takes it."""
+        self._provider.shutdown()
+
+    def completed(self, ticket: Ticket, completion: Completion, seconds: float) -> None:
+        """A span of a prompt that has just ended, so long after it was submitted."""
+        end = time.time_ns()
+        start = end - round(seconds * 1e9)
+        timing, usage = completion.timing, completion.usage
+        span = self._begin(ticket, start)
+        span.set_attributes(
+            {
+                "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                "gen_ai.usage.output_tokens": usage.completion_tokens,
+                "gen_ai.usage.cache_read.input_tokens": ticket.cached_tokens,
+                "gen_ai.response.finish_reasons": tuple(sample.finish_reason for sample in completion.samples),
+                "lamina.preemptions": ticket.preemptions,
+            }
+        )
+        span.add_event("queued", timestamp=start)
+        if ticket.scheduled is not None:
+            span.set_attribute("gen_ai.latency.time_in_queue", timing.queued)
+            span.add_event("scheduled", timestamp=start + round(timing.queued * 1e9))
+        if usage.completion_tokens:
+            span.set_attribute("gen_ai.response.time_to_first_chunk", timing.first_token)
+            span.add_event("first token", timestamp=start + round(timing.first_token * 1e9))
+            span.add_event("last token", timestamp=min(end, start + round(timing.total * 1e9)))
+        span.end(end_time=end)
+
+    def failed(self, ticket: Ticket, error: LaminaError) -> None:
+        """A span of a prompt that has just ended with an error."""
+        from opentelemetry.trace import Status, StatusCode
+
+        end = time.time_ns()
+        span = self._begin(ticket, end - round((time.monotonic() - ticket.submitted) * 1e9))
+        span.set_attribute("error.type", type(error).__name__)
+        span.set_status(Status(StatusCode.ERROR))
+        span.end(end_time=end)
+
+    def _begin(self, ticket: Ticket, start: int) -> Any:
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        path, headers = _request.get()
+        operation, params = _OPERATIONS.get(path, "text_completion"), ticket.params
+        asked = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "lamina",
+            "gen_ai.request.model": self._model,
+            "gen_ai.response.model": self._model,
+            "gen_ai.request.max_tokens": ticket.request.max_tokens,
+            "gen_ai.request.choice.count": ticket.request.n,
+            "gen_ai.request.temperature": params.temperature,
+            "gen_ai.request.top_p": params.top_p,
+            "gen_ai.request.top_k": params.top_k,
+            "gen_ai.request.frequency_penalty": params.frequency_penalty,
+            "gen_ai.request.presence_penalty": params.presence_penalty,
+            "lamina.request.id": ticket.request.id,
+        }
+        return self._tracer.start_span(
+            f"{operation} {self._model}",
+            context=TraceContextTextMapPropagator().extract(headers),
+            kind=SpanKind.SERVER,
+            start_time=start,
+            attributes={name: value for name, value in asked.items() if value is not None},
+        )
+
+
+class _Observing:
+    """An observer that tells another, and a tracer. Tokens go to the other at once."""
+
+    def __init__(self, tracer: Tracer, observer: Observer) -> None:
+        self._tracer = tracer
+        self._observer = observer
+        self.first_token = observer.first_token
+        self.next_tokens = observer.next_tokens
+
+    def ended(self, ticket: Ticket, completion: Completion, seconds: float) -> None:
+        self._observer.ended(ticket, completion, seconds)
+        self._tracer.completed(ticket, completion, seconds)
+
+    def failed(self, ticket: Ticket, error: LaminaError) -> None:
+        self._observer.failed(ticket, error)
+        self._tracer.failed(ticket, error)

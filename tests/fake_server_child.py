@@ -1,0 +1,60 @@
+"""Stands in for a server's engine or HTTP process, in tests of the supervisor: says what it hears into a file, and does
+what that file's folder asks for. `python -m fake_server_child`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lamina.server.lines import Mouth, hear
+from lamina_workers.parent import die_with_parent
+
+FOLDER = Path(os.environ["FAKE_CHILD_FOLDER"])
+
+
+def main() -> None:
+    die_with_parent()
+    mouth = Mouth()
+    print("something that prints")  # noqa: T201  # it must not be taken for what is said
+    lines = hear()
+    first = next(lines)
+    role = first[0]
+    note(role, first)
+    (FOLDER / f"{role}.pid").write_text(str(os.getpid()))
+    behaviour = (FOLDER / f"{role}.txt").read_text() if (FOLDER / f"{role}.txt").exists() else ""
+    if behaviour == "fails":
+        mouth.say("failed", "InvalidRequest", "no such model")
+        sys.exit(1)
+    if behaviour == "dies":
+        sys.exit(3)
+    if role == "engine":
+        mouth.say("progress", "loading", 1, 2)
+        mouth.say("ready", {"folder": "somewhere"})
+        mouth.say("progress", "rebuilding lost KV", 1, 2)
+    else:
+        mouth.say("serving")
+    for said in lines:
+        note(role, said)
+        if said[0] == "ready":
+            mouth.say("connected")
+        if said[0] == "drain" and behaviour != "drains for ever":
+            threading.Thread(target=leave, daemon=True).start()
+
+
+def leave() -> None:
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def note(role: str, said: list[object]) -> None:
+    with (FOLDER / f"{role}.log").open("a") as file:
+        file.write(json.dumps(said) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""A server for tests: a small real model, a frontend and uvicorn in a thread, on a free port of this machine."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from lamina import LLM
+from lamina.server.app import create_app
+from lamina.server.frontend import Frontend, Served
+from lamina.server.settings import ServerSettings
+
+MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a server answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error, whose shape is checked."""
+        error = self.json["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"]
+        assert self.headers["content-type"] == "application/json"
+        return error
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of a stream's events, the last of which must be [DONE]."""
+        lines = [line[6:] for line in self.body.decode().split("\n\n") if line]
+        assert lines[-1] == "[DONE]"
+        return [json.loads(line) for line in lines[:-1]]
+
+
+class Rig:
+    """A server at `port`. `tickets`: how many requests the engine knows of."""
+
+    def __init__(self, port: int, frontend: Frontend, llm: LLM | None, settings: ServerSettings) -> None:
+        self.port = port
+        self.frontend = frontend
+        self.llm = llm
+        self.settings = settings
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def tickets(self) -> int:
+        assert self.llm is not None
+        return len(self.llm._runtime.engine._tickets)
+
+    def ask(self, path: str, fields: Any = None, method: str | None = None, **headers: str) -> Reply:
+        """One request: GET, or POST where there are fields (bytes are sent as they are)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            body = fields if fields is None or isinstance(fields, bytes) else json.dumps(fields).encode()
+            given = {name.replace("_", "-"): value for name, value in headers.items()}
+            if body is not None:
+                given = {"Content-Type": "application/json"} | given
+            connection.request(method or ("GET" if body is None else "POST"), path, body, given)
+            answer = connection.getresponse()
+            lowered = {name.lower(): value for name, value in answer.getheaders()}
+            return Reply(answer.status, lowered, answer.read())
+        finally:
+            connection.close()
+
+    def chat(self, text: str = "Say hello.", **fields: Any) -> Reply:
+        """A short chat."""
+        return self.ask(
+            "/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "max_tokens": 4} | fields
+        )
+
+    def complete(self, prompt: Any = "The capital of France is", **fields: Any) -> Reply:
+        """A short completion."""
+        return self.ask("/v1/completions", {"prompt": prompt, "max_tokens": 4} | fields)
+
+    def raw(self, data: bytes, wait: float = 30.0) -> bytes:
+        """What comes back for bytes, until the server closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
+            connection.sendall(data)
+            pieces = []
+            while piece := connection.recv(1 << 16):
+                pieces.append(piece)
+            return b"".join(pieces)
+
+    def open(self, path: str, fields: Mapping[str, Any]) -> socket.socket:
+        """A connection on which a request was sent, and nothing read."""
+        body = json.dumps(fields).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + body)
+        return connection
+
+
+def until(condition: Callable[[], bool], seconds: float = 1.0) -> bool:
+    """Whether it comes true within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+@contextmanager
+def serving(
+    llm: LLM | None, metrics: Any = None, frontend: Frontend | None = None, http: Any = "auto", **settings: Any
+) -> Iterator[Rig]:
+    """A server of a loaded model, or of one that is still loading."""
+    frontend = frontend or Frontend()
+    if llm is not None:
+        runtime = llm._runtime
+        frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.intake))
+    given = ServerSettings(**({"model": MODEL} | settings))
+    config = uvicorn.Config(
+        create_app(frontend, given, metrics),
+        http=http,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        assert until(lambda: server.started, 10)
+        yield Rig(listener.getsockname()[1], frontend, llm, given)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()

@@ -1,0 +1,389 @@
+"""Bad input of every kind gets an error in OpenAI's shape that names the field, and the next request is served."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from server_rig import MODEL, Reply, Rig, serving
+
+from lamina import LLM
+from lamina.server import limits
+from lamina.server.errors import ApiError
+from lamina.server.schemas import ChatRequest, CompletionRequest, read
+
+pytestmark = pytest.mark.data
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+DEEP = "[" * 10_000 + "]" * 10_000
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with LLM(MODEL, threads=1, kv_memory="256MiB") as llm, serving(llm, max_body=1 << 20) as rig:
+        yield rig
+
+
+def refused(rig: Rig, reply: Reply, status: int, param: str | None, says: str) -> None:
+    """It is that error, and the server serves on."""
+    error = reply.error
+    assert (reply.status, error["param"]) == (status, param), error
+    assert says in error["message"], error
+    assert len(error["message"]) < 2000
+    good = rig.complete(max_tokens=1)
+    assert (good.status, good.json["choices"][0]["text"]) == (200, " Paris")
+
+
+CHAT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"messages": []}, "messages", "at least one message"),
+    ({"messages": "hi"}, "messages", "at least one message"),
+    ({"messages": None}, "messages", "at least one message"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "messages[0].role is 'robot'"),
+    ({"messages": [{"role": "user"}]}, "messages", "messages[0].content is None"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "half of a surrogate pair"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "messages[0].content[0]"),
+    (
+        {"messages": [{"role": "user", "content": "word " * 150_000}]},
+        "messages",
+        "maximum context length is 8192 tokens",
+    ),
+    ({"messages": [{"role": "user", "content": "a b " * 5000}]}, "messages", "maximum context length is 8192 tokens"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template", "only the model's own"),
+    ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "an empty object"),
+    ({"continue_final_message": True}, "continue_final_message", "add_generation_prompt"),
+    ({"logprobs": 1}, "logprobs", "allowed is a valid boolean"),
+    ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
+    ({"logprobs": True, "top_logprobs": 10**6}, "top_logprobs", "an integer from 0 to 20"),
+    ({"max_completion_tokens": 3, "max_tokens": 4}, "max_tokens", "max_completion_tokens, which is 3"),
+    ({"tool_choice": "required"}, "tool_choice", "beside tools"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls", "beside tools"),
+    ({"response_format": "json"}, "response_format", "json_schema"),
+    ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+    ({"response_format": {"type": "text", "schema": {}}}, "response_format", "response_format.schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", '"name" and "schema"'),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
+        "response_format.json_schema.schema",
+        "an object",
+    ),
+    (
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "response_format",
+        "one of them",
+    ),
+    ({"functions": []}, "functions", "unknown field 'functions'"),
+]
+
+CASES: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"temprature": 1}, "temprature", "did you mean temperature"),
+    ({"x" * 5000: 1}, "x" * 80, "unknown field"),
+    ({"model": 5}, "model", "a valid string"),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed is an integer from 1 to"),
+    ({"max_tokens": -5}, "max_tokens", "-5"),
+    ({"max_tokens": 10**30}, "max_tokens", "an integer from 1"),
+    ({"max_tokens": 1.5}, "max_tokens", "an integer"),
+    ({"max_tokens": "4"}, "max_tokens", "'4'; allowed is an integer"),
+    ({"max_tokens": True}, "max_tokens", "true; allowed is an integer"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most max_tokens"),
+    ({"n": 0}, "n", "n is 0; allowed is an integer from 1 to 256"),
+    ({"n": 10**9}, "n", "1000000000"),
+    ({"temperature": -1}, "temperature", "temperature is -1; allowed is a number from 0 to 100"),
+    ({"temperature": 1e308}, "temperature", "from 0 to 100"),
+    ({"temperature": "hot"}, "temperature", "'hot'"),
+    ({"top_p": 0}, "top_p", "above 0 to 1"),
+    ({"top_p": 2}, "top_p", "above 0 to 1"),
+    ({"top_k": -5}, "top_k", "from -1"),
+    ({"min_p": 1.5}, "min_p", "from 0 to 1"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "from 0.01"),
+    ({"presence_penalty": 3}, "presence_penalty", "from -2 to 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "from -2 to 2"),
+    ({"seed": 2**64}, "seed", "to 18446744073709551615"),
+    ({"seed": -1}, "seed", "from 0"),
+    ({"stop": ["a"] * 1000}, "stop", "at most 64"),
+    ({"stop": ""}, "stop", "1 to 1024 characters"),
+    ({"stop": [1]}, "stop", "a string"),
+    ({"stop": "x" * 5000}, "stop", "1 to 1024"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", "stop_token_ids[0]"),
+    ({"stop_token_ids": [10**8]}, "stop_token_ids", "allowed are 0 to 49151"),
+    ({"logit_bias": {"99999999": 1}}, "logit_bias", "allowed are 0 to 49151"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1'"),
+    ({"logit_bias": {"²": 1}}, "logit_bias", "'²'"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"),
+    ({"logit_bias": [1]}, "logit_bias", "an object"),
+    ({"allowed_token_ids": []}, "allowed_token_ids", "at least one"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids", "0 to 49151"),
+    ({"allowed_token_ids": [1], "logit_bias": {"5": 1}}, "logit_bias", "one of them"),
+    ({"bad_words": ["a word of many tokens"]}, "bad_words[0]", "one token"),
+    ({"bad_words": [""]}, "bad_words[0]", "1 to 256"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one"),
+    ({"structured_outputs": {"magic": "a"}}, "structured_outputs", "structured_outputs.magic"),
+    ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object", "true"),
+    ({"stream": "yes"}, "stream", "a valid boolean"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "where stream is true"),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown field"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1, or 1 and more"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs", "null"),
+    ({"priority": 2**31}, "priority", "an integer from"),
+    ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+    ({"request_id": "a b"}, "request_id", "pattern"),
+]
+
+
+def _tool(**function: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f"} | function}]}
+
+
+RECURSIVE = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+NESTED: dict[str, Any] = {"type": "integer"}
+for _ in range(40):
+    NESTED = {"type": "object", "properties": {"a": NESTED}}
+TOOL_CASES: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"tools": "f"}, "tools", "tools"),
+    ({"tools": [1]}, "tools", "tools[0]"),
+    (_tool(name="a b"), "tools", "tools[0].function.name"),
+    (_tool(parameters=[]), "tools", "tools[0].function.parameters"),
+    (_tool(parameters=NESTED), "tools", "deep"),
+    (_tool() | {"tool_choice": "sometimes"}, "tool_choice", "sometimes"),
+    (_tool() | {"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "g"),
+    (_tool() | {"response_format": {"type": "json_object"}}, "response_format", "one of them"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "magic"}}}},
+        "response_format",
+        "magic",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": RECURSIVE}}},
+        "response_format",
+        "json_schema",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": NESTED}}},
+        "response_format",
+        "64 levels",
+    ),
+    ({"structured_outputs": {"regex": "(("}}, "structured_outputs", "regex"),
+    ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs", "grammar"),
+]
+
+TEXT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"prompt": ""}, "prompt", "at least one character"),
+    ({"prompt": []}, "prompt", "at least one"),
+    ({"prompt": None}, "prompt", "text or token ids"),
+    ({"prompt": {"a": 1}}, "prompt", "text or token ids"),
+    ({"prompt": ["a", ""]}, "prompt[1]", "at least one character"),
+    ({"prompt": ["a", 5]}, "prompt[1]", "text or token ids"),
+    ({"prompt": [1, "a"]}, "prompt", "text or token ids"),
+    ({"prompt": [1, True]}, "prompt", "text or token ids"),
+    ({"prompt": [-1]}, "prompt", "allowed are 0 to 49151"),
+    ({"prompt": [[1], [10**9]]}, "prompt", "allowed are 0 to 49151"),
+    ({"prompt": ["a"] * 1000}, "prompt", "at most 256 prompts"),
+    ({"prompt": "x" * 600_000}, "prompt", "maximum context length is 8192 tokens"),
+    ({"prompt": [5] * 8190}, "prompt", "maximum context length is 8192 tokens. However, you requested 8194"),
+    ({"suffix": "end"}, "suffix", "null or empty"),
+    ({"best_of": 3}, "best_of", "n, which is 1"),
+    ({"echo": True, "logprobs": 1}, "echo", "one of them"),
+    ({"logprobs": 10**6}, "logprobs", "an integer from 0 to 20"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "says"), [*CASES, *CHAT_CASES])
+def test_chats(rig: Rig, fields: dict[str, Any], param: str | None, says: str) -> None:
+    refused(rig, rig.chat(**fields), 400, param, says)
+
+
+@pytest.mark.slow
+def test_a_pattern_that_is_hard_elsewhere(rig: Rig) -> None:
+    """What backtracking would never end is no work here; whether it is refused or not, others are served."""
+    for pattern in ("(a+)+" * 2000, "(a|a)*" * 500 + "$", "(.*){1,50}" * 3):
+        schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+        reply = rig.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+        assert reply.status in (200, 400)
+        assert rig.complete(max_tokens=1).status == 200
+
+
+@pytest.mark.parametrize(("fields", "param", "says"), TOOL_CASES)
+def test_tools_and_schemas(rig: Rig, fields: dict[str, Any], param: str | None, says: str) -> None:
+    reply = rig.chat(**fields)
+    refused(rig, reply, 400, reply.error["param"] if param is None else param, says)
+
+
+@pytest.mark.parametrize(("fields", "param", "says"), [*CASES, *TEXT_CASES])
+def test_completions(rig: Rig, fields: dict[str, Any], param: str | None, says: str) -> None:
+    refused(rig, rig.complete(**fields), 400, param, says)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        ("/tokenize", {"promt": "a"}, "promt"),
+        ("/tokenize", {"prompt": "x" * 600_000}, "prompt"),
+        ("/detokenize", {"tokens": [10**9]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1, "a"]}, "tokens[1]"),
+        ("/detokenize", {}, "tokens"),
+        (CHAT, {}, "messages"),
+        (TEXT, {}, "prompt"),
+    ],
+)
+def test_other_routes(rig: Rig, path: str, fields: dict[str, Any], param: str) -> None:
+    refused(rig, rig.ask(path, fields), 400, param, param.partition("[")[0])
+
+
+BODIES: list[tuple[bytes, str]] = [
+    (b"", "the body is empty"),
+    (b"  \n", "the body is empty"),
+    (b"hello", "the body is no JSON"),
+    (b'{"messages": [', "the body is no JSON"),
+    (b"{'a': 1}", "the body is no JSON"),
+    (b"[1]", "the body is a list"),
+    (b"null", "the body is a NoneType"),
+    (b'{"n": NaN}', "NaN"),
+    (b'{"n": -Infinity}', "-Infinity"),
+    (b'{"temperature": 1e999}', "1e999"),
+    (b'{"n": ' + b"9" * 5000 + b"}", "thousands of digits"),
+    (b'{"n": 1, "n": 2}', "the field 'n' twice"),
+    (b'{"a": {"b": 1, "b": 2}}', "the field 'b' twice"),
+    (b'\xef\xbb\xbf{"n": 1}', "byte order mark"),
+    (b'{"a": "\xff"}', "no UTF-8 at byte 7"),
+    ('{"a": 1}'.encode("utf-16"), "no UTF-8"),
+    (f'{{"a": {DEEP}}}'.encode(), "100 deep"),
+    (b'{"a": ' + b'{"a": ' * 5000 + b"1" + b"}" * 5001, "100 deep"),
+    (b'{"a": "\\"[[", "b": ' + b"[" * 200 + b"]" * 200 + b"}", "100 deep"),
+]
+
+
+@pytest.mark.parametrize(("body", "says"), BODIES)
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+def test_bodies(rig: Rig, path: str, body: bytes, says: str) -> None:
+    reply = rig.ask(path, body)
+    refused(rig, reply, 400, reply.error["param"], says)
+
+
+def test_brackets_within_strings_are_text() -> None:
+    body = {"a": "[" * 1000 + '\\"[' * 1000, "b": [[], {}]}
+    assert limits.parse_object(json.dumps(body).encode()) == body
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"a": [' + b"[]," * 1_000_000 + b"1]}", "1000000 values"),
+        (b'{"a": [' + b"1," * 1_000_001 + b"1]}", "1000000 values"),
+        (b'{"a": [' + b'"",' * 500_001 + b"[]" * 101 + b"1]}", "500000 strings"),
+    ],
+)
+def test_many_values_are_refused_before_they_are_made(body: bytes, says: str) -> None:
+    with pytest.raises(ApiError, match=says):
+        limits.parse_object(body)
+
+
+def test_escapes_without_end_cost_no_memory() -> None:
+    with pytest.raises(ApiError, match="no JSON"):
+        limits.parse_object(b'{"a": "' + b'\\"[' * 300_000)
+
+
+def test_values_in_errors_are_short() -> None:
+    for value in ("x" * 10**6, list(range(10**5)), 10**4000, {"a": "x" * 10**6}):
+        with pytest.raises(ApiError) as caught:
+            read(CompletionRequest, {"prompt": "x", "max_tokens": value})
+        assert len(str(caught.value)) < 200
+        assert caught.value.param == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/xml", "application/json; charset=utf-16", "multipart/form-data; boundary=x"]
+)
+def test_content_types(rig: Rig, kind: str) -> None:
+    refused(rig, rig.ask(TEXT, {"prompt": "a"}, Content_Type=kind), 415, None, "application/json")
+
+
+def test_too_large_a_body(rig: Rig) -> None:
+    refused(rig, rig.ask(TEXT, b"x" * (2 << 20)), 413, None, "1048576 bytes")
+    begun = time.monotonic()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 100000000000\r\n\r\n"
+    answer = rig.raw(head)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert time.monotonic() - begun < 10
+    chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert rig.raw(head + chunk * 17 + b"0\r\n\r\n").startswith(b"HTTP/1.1 413")
+
+
+def test_models_that_are_not_served(rig: Rig) -> None:
+    for reply in (
+        rig.chat(model="gpt-4o"),
+        rig.complete(model="gpt-4o"),
+        rig.ask("/v1/models/gpt-4o"),
+        rig.ask("/v1/models/a/b"),
+        rig.ask("/tokenize", {"prompt": "a", "model": "gpt-4o"}),
+    ):
+        assert reply.error["code"] == "model_not_found"
+        refused(rig, reply, 404, "model", f"'{MODEL}' is")
+
+
+def test_paths_and_methods(rig: Rig) -> None:
+    refused(rig, rig.ask("/v1/embeddings", {}), 404, None, "there is no such path: POST /v1/embeddings")
+    refused(rig, rig.ask("/health/"), 404, None, "no such path")
+    reply = rig.ask(CHAT)
+    refused(rig, reply, 405, None, "GET /v1/chat/completions")
+    assert reply.headers["allow"] == "POST"
+    refused(rig, rig.ask("/v1/models", method="DELETE"), 405, None, "DELETE")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", ""])
+def test_timeouts_asked_for(rig: Rig, value: str) -> None:
+    refused(rig, rig.ask(TEXT, {"prompt": "a"}, X_Request_Timeout=value), 400, "X-Request-Timeout", "above 0")
+
+
+@pytest.mark.parametrize("value", ["a b", "x" * 129, "", "ä", "<script>"])
+def test_request_ids(rig: Rig, value: str) -> None:
+    reply = rig.ask("/version", X_Request_Id=value)
+    refused(rig, reply, 400, "X-Request-Id", "1 to 128 letters")
+    assert reply.headers["x-request-id"] != value
+
+
+def test_broken_http(rig: Rig) -> None:
+    for data in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
+        assert b" 400 " in rig.raw(data).partition(b"\r\n")[0]
+    many = b"".join(b"x-%d: y\r\n" % i for i in range(50))
+    assert rig.raw(b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + many + b"\r\n").startswith(
+        b"HTTP/1.1 200"
+    )
+
+
+def test_half_a_request_keeps_nobody_waiting(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.dumps({"prompt": "a"}).encode()
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body) + 1}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", rig.port)) as connection:
+        connection.sendall(head + body)
+        replies: list[Reply] = []
+        threads = [threading.Thread(target=lambda: replies.append(rig.complete(max_tokens=1))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert [reply.status for reply in replies] == [200] * 3
+        connection.sendall(b" ")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_unicode_comes_back(rig: Rig) -> None:
+    text = "Ünïcödé 漢字 🎉 \u2028 \x00 end"
+    assert rig.complete(text, echo=True).json["choices"][0]["text"].startswith(text)
+    streamed = rig.complete(text, echo=True, stream=True).events
+    assert "".join(each["choices"][0]["text"] for each in streamed).startswith(text)
+
+
+def test_every_field_is_described() -> None:
+    for model in (ChatRequest, CompletionRequest):
+        for name, field in model.model_fields.items():
+            assert field.description or name in ("presence_penalty", "frequency_penalty"), name

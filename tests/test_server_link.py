@@ -1,0 +1,149 @@
+"""The link between the HTTP process and the engine's, over a real Unix socket in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Rig, collect
+
+from lamina.errors import EngineError
+from lamina.remote_engine import RemoteEngine
+from lamina.request import Request
+from lamina.server.link import EngineListener, SocketWire, pack, unpack, wait_for
+from lamina.ticket import Output, Ticket
+from lamina.types import SamplingParams
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.socket_channel import connect_unix
+from lamina_workers.model import Decoder
+
+SECRET = secrets.token_bytes(32)
+
+
+@pytest.fixture
+def rig(decoder: Decoder) -> Iterator[Rig]:
+    rig = Rig(decoder)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def path(rig: Rig, tmp_path: Path) -> Iterator[str]:
+    path = str(tmp_path / "engine.sock")
+    listener = EngineListener(path, SECRET, rig.engine, time.monotonic)
+    yield path
+    listener.close()
+
+
+@pytest.fixture
+def connect(path: str) -> Iterator[Callable[[str], RemoteEngine]]:
+    wires = []
+
+    def connected(name: str) -> RemoteEngine:
+        wires.append(SocketWire(path, SECRET, name))
+        return RemoteEngine(wires[-1], time.monotonic)
+
+    yield connected
+    for wire in wires:
+        wire.close()
+
+
+Connect = Callable[[str], RemoteEngine]
+
+
+def ask(engine: RemoteEngine, prompt: tuple[int, ...], max_tokens: int, name: str, **sampling: Any) -> Any:
+    inbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+    params = SamplingParams(max_tokens=max_tokens, **sampling).with_defaults({})
+    request = Request(name, prompt, max_tokens, n=params.n, salt=("tenant", "a"))
+    engine.submit(Ticket(request, params, seed=2**64 - 1, sink=lambda _, outputs: inbox.put(outputs)))
+    return inbox
+
+
+def test_tokens_are_those_of_the_engine_itself(rig: Rig, connect: Connect) -> None:
+    engine = connect("a")
+    prompts = [tuple(range(at, at + 40)) for at in range(3)]
+    expected = rig.generate(prompts, max_tokens=12)
+    inboxes = [ask(engine, prompt, 12, str(at)) for at, prompt in enumerate(prompts)]
+    assert [collect(inbox) for inbox in inboxes] == expected
+    biased = collect(ask(engine, prompts[0], 3, "biased", logit_bias={7: 100.0}, logprobs=2))
+    assert biased == [[7, 7, 7]]
+
+
+def test_a_client_that_is_gone_leaves_nothing_behind(rig: Rig, path: str, connect: Connect) -> None:
+    wire = SocketWire(path, SECRET, "a")
+    engine = RemoteEngine(wire, time.monotonic)
+    inbox = ask(engine, (1, 2, 3), 2000, "long")
+    inbox.get(timeout=30)
+    wire.close()
+    deadline = time.monotonic() + 5
+    while rig.engine._tickets and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not rig.engine._tickets
+    with pytest.raises(EngineError):
+        collect(inbox)
+    assert not engine.alive
+    assert len(collect(ask(connect("b"), (1, 2, 3), 4, "long"))[0]) == 4
+
+
+def test_an_engine_that_stops_is_told_to_its_clients(rig: Rig, connect: Connect) -> None:
+    engine = connect("a")
+    inbox = ask(engine, (1, 2, 3), 2000, "long")
+    inbox.get(timeout=30)
+    rig.engine.close()
+    with pytest.raises(EngineError, match="stopped"):
+        collect(inbox)
+    assert engine.join(5.0)
+
+
+def test_strangers_and_half_clients_are_let_go(path: str, connect: Connect) -> None:
+    with pytest.raises(EngineError, match="secret"):
+        SocketWire(path, bytes(32), "a")
+    channels = []
+    for first, second in ((("commands", "x"), ("commands", "x")), (("events",), ("events", "y"))):
+        for said in (first, second):
+            channels.append(connect_unix(path, SECRET, 5.0))
+            channels[-1].send(pack(said))
+    channels.append(connect_unix(path, SECRET, 5.0))
+    channels[-1].send(pack(["no", "direction", "at", "all"]))
+    assert len(collect(ask(connect("b"), (1, 2, 3), 4, "1"))[0]) == 4
+    for channel in channels:
+        channel.close()
+
+
+@pytest.mark.parametrize("command", [("submit", {"id": "x"}, {}, 0), ("submit",), ("abort", "x"), 7])
+def test_a_command_that_makes_no_sense_ends_that_client_alone(rig: Rig, path: str, command: Any) -> None:
+    wire = SocketWire(path, SECRET, "a")
+    wire.ask([command])
+    with pytest.raises(EngineError):
+        read_to_the_end(wire)
+    wire.close()
+    assert rig.generate([(1, 2, 3)], max_tokens=2)
+
+
+def read_to_the_end(wire: SocketWire) -> None:
+    while True:
+        wire.events()
+
+
+def test_waiting_for_an_engine_that_never_comes_ends(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="cannot be reached"):
+        wait_for(str(tmp_path / "none.sock"), SECRET, "a", 0.2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_that_are_no_frame_are_a_protocol_error(seed: int) -> None:
+    frame = bytearray(b"".join(pack([("outputs", "1", [(0, 5, None, None, None, 0.5)])])))
+    rng = os.urandom(4)
+    frame[rng[0] % len(frame)] ^= 1 + rng[1] % 255
+    with contextlib.suppress(ProtocolError):
+        unpack(memoryview(frame))
+    for cut in (0, 5, len(frame) - 1):
+        with pytest.raises(ProtocolError):
+            unpack(memoryview(frame[:cut]))

@@ -1,0 +1,503 @@
+"""The `openai` client against the server; each accepted field changes an answer or is documented as ignored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tokenizers
+from server_rig import MODEL, Rig, serving
+from tokenizers.processors import TemplateProcessing
+
+from lamina import LLM
+from lamina.intake import Intake
+from lamina.server.frontend import Frontend, Served
+from lamina.server.schemas import ChatRequest, CompletionRequest
+from lamina.ticket import Ticket
+from lamina.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.data
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Name three colours."}]
+PROMPT = "The capital of France is"
+STEADY: dict[str, Any] = {"dtype": "float32", "prefix_cache": False}  # no answer depends on what ran before
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(MODEL, threads=1, kv_memory="256MiB", max_model_len=512, **STEADY) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def rig(llm: LLM) -> Iterator[Rig]:
+    with serving(llm, api_keys=("key",)) as rig:
+        yield rig
+
+
+@pytest.fixture(scope="module")
+def client(rig: Rig) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{rig.url}/v1", api_key="key", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def chat(client: openai.OpenAI, **fields: Any) -> Any:
+    return client.chat.completions.create(**({"model": MODEL, "messages": MESSAGES, "max_tokens": 8} | fields))
+
+
+def complete(client: openai.OpenAI, **fields: Any) -> Any:
+    return client.completions.create(**({"model": MODEL, "prompt": PROMPT, "max_tokens": 8} | fields))
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).object == "model"
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.models.retrieve("gpt-4o")
+
+
+def test_a_chat_and_its_stream_agree(client: openai.OpenAI) -> None:
+    answer = chat(client)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 8
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == answer.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == ["length"]
+    assert all(c.usage is None for c in chunks[:-1])
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 8)
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_the_sdk_collects_a_stream(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(model=MODEL, messages=MESSAGES, max_tokens=60, stop=":") as stream:
+        for _ in stream:
+            pass
+        collected = stream.get_final_completion()
+    assert collected.choices[0].message.content == chat(client, max_tokens=60, stop=":").choices[0].message.content
+
+
+def test_asynchronous_clients(rig: Rig, client: openai.OpenAI) -> None:
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{rig.url}/v1", api_key="key", timeout=60) as several:
+            whole = several.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8)
+            stream = await several.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8, stream=True)
+            streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            return [(await whole).choices[0].message.content or "", streamed]
+
+    expected = chat(client).choices[0].message.content
+    assert asyncio.run(main()) == [expected, expected]
+
+
+def test_several_samples(client: openai.OpenAI) -> None:
+    answer = chat(client, n=3, temperature=1.0, seed=1)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len(set(texts)) > 1
+    streamed = [""] * 3
+    for chunk in chat(client, n=3, temperature=1.0, seed=1, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+    assert answer.usage.completion_tokens == 24
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_a_chat(client: openai.OpenAI, stream: bool) -> None:
+    if stream:
+        chunks = [c.choices[0] for c in chat(client, logprobs=True, top_logprobs=2, stream=True)]
+        entries = [entry for choice in chunks if choice.logprobs for entry in choice.logprobs.content]
+        text = "".join(choice.delta.content or "" for choice in chunks)
+    else:
+        choice = chat(client, logprobs=True, top_logprobs=2).choices[0]
+        entries, text = choice.logprobs.content, choice.message.content
+    assert "".join(entry.token for entry in entries) == text
+    assert len(entries) == 8
+    for entry in entries:
+        assert [entry.token, entry.logprob] == [entry.top_logprobs[0].token, entry.top_logprobs[0].logprob]
+        assert entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
+        assert bytes(entry.bytes).decode() == entry.token
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_a_completion(client: openai.OpenAI, stream: bool) -> None:
+    if stream:
+        parts = [c.choices[0].logprobs for c in complete(client, logprobs=3, stream=True)]
+        tokens = [token for part in parts for token in part.tokens]
+        offsets = [offset for part in parts for offset in part.text_offset]
+        tops = [top for part in parts for top in part.top_logprobs]
+    else:
+        logprobs = complete(client, logprobs=3).choices[0].logprobs
+        tokens, offsets, tops = logprobs.tokens, logprobs.text_offset, logprobs.top_logprobs
+    assert "".join(tokens) == complete(client).choices[0].text
+    assert offsets == [len("".join(tokens[:index])) for index in range(8)]
+    assert [len(top) for top in tops] == [3] * 8
+
+
+@pytest.mark.slow
+def test_prompts_of_every_kind(rig: Rig, client: openai.OpenAI) -> None:
+    ids = rig.ask("/tokenize", {"prompt": PROMPT}, Authorization="Bearer key").json["tokens"]
+    other = "Water boils at"
+    one, two = complete(client).choices[0].text, complete(client, prompt=other).choices[0].text
+    assert [c.text for c in complete(client, prompt=[PROMPT, other]).choices] == [one, two]
+    assert complete(client, prompt=ids).choices[0].text == one
+    assert [c.text for c in complete(client, prompt=[ids, ids]).choices] == [one, one]
+    both = complete(client, prompt=[ids, ids], n=2)
+    assert [c.index for c in both.choices] == [0, 1, 2, 3]
+    assert both.usage.prompt_tokens == 2 * len(ids)
+    streamed = [""] * 2
+    for chunk in complete(client, prompt=[PROMPT, other], stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [one, two]
+
+
+def test_errors_are_the_sdk_s_own(client: openai.OpenAI, rig: Rig) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, temperature=-1)
+    assert (caught.value.param, caught.value.type) == ("temperature", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length is 512 tokens\. However") as caught:
+        chat(client, messages=[{"role": "user", "content": "a b " * 800}])
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError):
+        chat(client, model="gpt-4o")
+    with (
+        openai.OpenAI(base_url=f"{rig.url}/v1", api_key="no", max_retries=0) as wrong,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        wrong.models.list()
+
+
+def test_exactly_at_the_limit(client: openai.OpenAI) -> None:
+    ids = [28] * 510
+    assert complete(client, prompt=ids, max_tokens=2, extra_body={"ignore_eos": True}).usage.total_tokens == 512
+    with pytest.raises(openai.BadRequestError, match="requested 513 tokens"):
+        complete(client, prompt=ids, max_tokens=3)
+
+
+@pytest.mark.slow
+def test_a_chat_s_default_length_is_what_is_left(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Say hi."}])
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 0
+    answer = client.completions.create(model=MODEL, prompt="1, 2, 3, 4, 5,")
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 16
+
+
+@pytest.mark.slow
+def test_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:
+    message = chat(client).choices[0].message
+    more = [*MESSAGES, message, {"role": "user", "content": "More."}]
+    assert chat(client, messages=more).choices[0].message.content
+    more = [*MESSAGES, message.model_dump(), {"role": "user", "content": "More."}]
+    assert chat(client, messages=more).choices[0].message.content
+
+
+# Each field that is accepted, with a request and one without it that are answered otherwise.
+EXTRA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "temperature": ({"temperature": 1.5, "seed": 3}, {"temperature": 0, "seed": 3}),
+    "top_p": ({"temperature": 1.5, "seed": 3, "top_p": 0.01}, {"temperature": 1.5, "seed": 3}),
+    "top_k": ({"temperature": 1.5, "seed": 3, "top_k": 1}, {"temperature": 1.5, "seed": 3}),
+    "min_p": ({"temperature": 1.5, "seed": 3, "min_p": 1.0}, {"temperature": 1.5, "seed": 3}),
+    "seed": ({"temperature": 1.5, "seed": 4}, {"temperature": 1.5, "seed": 3}),
+    "repetition_penalty": ({"repetition_penalty": 3.0}, {}),
+    "presence_penalty": ({"presence_penalty": 2, "max_tokens": 40}, {"max_tokens": 40}),
+    "frequency_penalty": ({"frequency_penalty": 2, "max_tokens": 40}, {"max_tokens": 40}),
+    "logit_bias": ({"logit_bias": {"2000": 100}}, {}),
+    "n": ({"n": 2}, {}),
+    "max_tokens": ({"max_tokens": 3}, {}),
+    "min_tokens": ({"stop": "e", "min_tokens": 7}, {"stop": "e"}),
+    "stop": ({"stop": "e"}, {}),
+    "stop_token_ids": ({"stop_token_ids": [28], "logit_bias": {"28": 100}}, {"logit_bias": {"28": 100}}),
+    "include_stop_str_in_output": ({"stop": "e", "include_stop_str_in_output": True}, {"stop": "e"}),
+    "ignore_eos": ({"logit_bias": {"2": 100}, "ignore_eos": True}, {"logit_bias": {"2": 100}}),
+    "skip_special_tokens": (
+        {"logit_bias": {"0": 100}, "skip_special_tokens": False},
+        {"logit_bias": {"0": 100}},
+    ),
+    "allowed_token_ids": ({"allowed_token_ids": [2000, 2001]}, {}),
+    "truncate_prompt_tokens": ({"truncate_prompt_tokens": 2}, {}),
+    "stream": ({"stream": True}, {}),
+    "stream_options": ({"stream": True, "stream_options": {"include_usage": True}}, {"stream": True}),
+    "model": ({"model": "other"}, {}),
+    "request_id": ({"request_id": "a"}, {"request_id": "b"}),
+}
+CHAT_EXTRA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = EXTRA | {
+    "messages": ({"messages": [{"role": "user", "content": "Another thing."}]}, {}),
+    "max_completion_tokens": ({"max_tokens": None, "max_completion_tokens": 3}, {}),
+    "logprobs": ({"logprobs": True}, {}),
+    "top_logprobs": ({"logprobs": True, "top_logprobs": 2}, {"logprobs": True}),
+    "return_tokens_as_token_ids": ({"logprobs": True, "return_tokens_as_token_ids": True}, {"logprobs": True}),
+    "add_generation_prompt": ({"add_generation_prompt": False}, {}),
+    "continue_final_message": (
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "Red, gr"}], "add_generation_prompt": False,
+         "continue_final_message": True},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "Red, gr"}], "add_generation_prompt": False},
+    ),
+    "echo": (
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "Red"}], "echo": True},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "Red"}]},
+    ),
+    "bad_words": ({"bad_words": ["Red"]}, {}),
+    "response_format": ({"response_format": {"type": "json_object"}}, {}),
+    "structured_outputs": ({"structured_outputs": {"choice": ["yes", "no"]}}, {}),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}, {}),
+    "tool_choice": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+         "tool_choice": "required", "max_tokens": 30},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+         "tool_choice": "none", "max_tokens": 30},
+    ),
+}  # fmt: skip
+TEXT_EXTRA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = EXTRA | {
+    "prompt": ({"prompt": "Water boils at"}, {}),
+    "echo": ({"echo": True}, {}),
+    "logprobs": ({"logprobs": 1}, {}),
+    "return_tokens_as_token_ids": ({"logprobs": 0, "return_tokens_as_token_ids": True}, {"logprobs": 0}),
+    "bad_words": ({"bad_words": ["Paris"]}, {}),
+    "structured_outputs": ({"structured_outputs": {"regex": "[0-9]{3}"}}, {}),
+}
+ELSEWHERE = {"add_special_tokens", "priority", "cache_salt", "parallel_tool_calls"}  # in tests of their own
+NEVER = {"prompt_logprobs", "suffix", "best_of", "chat_template", "chat_template_kwargs"}  # in tests of bad input
+IGNORED: dict[str, Any] = {
+    "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "session_id": "s",
+    "safety_identifier": "s", "prompt_cache_key": "k",
+}  # fmt: skip
+CHAT_IGNORED = IGNORED | {"reasoning_effort": "high", "verbosity": "low"}
+
+
+@pytest.mark.parametrize(
+    ("model", "changing", "ignored"),
+    [(ChatRequest, CHAT_EXTRA, CHAT_IGNORED), (CompletionRequest, TEXT_EXTRA, IGNORED)],
+)
+def test_every_field_is_in_a_list(model: Any, changing: dict[str, Any], ignored: dict[str, Any]) -> None:
+    fields = model.model_fields
+    assert set(fields) <= changing.keys() | ignored.keys() | ELSEWHERE | NEVER
+    assert {name for name, field in fields.items() if "Ignored" in (field.description or "")} == ignored.keys()
+    assert not changing.keys() & ignored.keys()
+    for name in NEVER & fields.keys():
+        assert "Refused" in fields[name].description, name
+
+
+def telling(body: bytes) -> str:
+    """An answer without what differs between two equal requests."""
+    text = body.decode()
+    for event in [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: {")] or [text]:
+        for name in ("id", "created"):
+            value = json.loads(event).get(name)
+            if value is not None and value not in ("chatcmpl-a", "chatcmpl-b", "cmpl-a", "cmpl-b"):
+                text = text.replace(json.dumps(value), "0")
+    return text.replace('"cached_tokens":32', '"cached_tokens":0')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAT_EXTRA)
+def test_a_chat_s_fields_change_answers(rig: Rig, name: str) -> None:
+    changed, plain = CHAT_EXTRA[name]
+    base = {"messages": MESSAGES, "max_tokens": 8}
+    replies = [
+        rig.ask("/v1/chat/completions", base | fields, Authorization="Bearer key") for fields in (changed, plain)
+    ]
+    assert replies[1].status == 200, replies[1].body
+    assert replies[0].status == (404 if name == "model" else 200), replies[0].body
+    assert telling(replies[0].body) != telling(replies[1].body)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEXT_EXTRA)
+def test_a_completion_s_fields_change_answers(rig: Rig, name: str) -> None:
+    changed, plain = TEXT_EXTRA[name]
+    base = {"prompt": PROMPT, "max_tokens": 8}
+    replies = [rig.ask("/v1/completions", base | fields, Authorization="Bearer key") for fields in (changed, plain)]
+    assert replies[1].status == 200, replies[1].body
+    assert replies[0].status == (404 if name == "model" else 200), replies[0].body
+    assert telling(replies[0].body) != telling(replies[1].body)
+
+
+def test_ignored_fields_change_nothing(rig: Rig) -> None:
+    base = {"messages": MESSAGES, "max_tokens": 8}
+    plain = rig.ask("/v1/chat/completions", base, Authorization="Bearer key")
+    for fields in ({}, CHAT_IGNORED):
+        reply = rig.ask("/v1/chat/completions", base | fields, Authorization="Bearer key")
+        assert telling(reply.body) == telling(plain.body)
+
+
+@pytest.mark.slow
+def test_the_same_request_is_answered_the_same(rig: Rig) -> None:
+    """Else the tests of fields above would prove nothing."""
+    for fields in ({}, {"temperature": 1.5, "seed": 3}, {"stream": True}):
+        replies = [
+            rig.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 8} | fields, Authorization="Bearer key")
+            for _ in (1, 2)
+        ]
+        assert telling(replies[0].body) == telling(replies[1].body)
+
+
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "Tells the weather.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("weather", "forecast")
+]
+FORCED: dict[str, Any] = {"type": "function", "function": {"name": "forecast"}}
+
+
+def test_a_tool_is_called(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": FORCED, "max_tokens": 60}
+    choice = chat(client, **fields).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "forecast"
+    assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+    chunks = [chunk.choices[0] for chunk in chat(client, stream=True, **fields)]
+    pieces = [piece for chunk in chunks for piece in chunk.delta.tool_calls or ()]
+    assert (pieces[0].function.name, pieces[0].index, pieces[0].type) == ("forecast", 0, "function")
+    assert pieces[0].id.startswith("call_")
+    assert "".join(piece.function.arguments for piece in pieces) == call.function.arguments
+    assert chunks[-1].finish_reason == "tool_calls"
+    history = [*MESSAGES, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "Rain."}]
+    assert chat(client, messages=history, tools=TOOLS, tool_choice="none").choices[0].message.content
+    assert chat(client, messages=history).choices[0].message.content
+
+
+@pytest.mark.slow
+def test_one_call_where_several_are_not_wanted(client: openai.OpenAI) -> None:
+    choice = chat(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=60).choices[0]
+    assert len(choice.message.tool_calls) == 1
+    assert choice.message.tool_calls[0].function.name in ("weather", "forecast")
+
+
+def test_an_answer_in_a_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema, "strict": True}}
+    answer = chat(client, response_format=wanted, max_tokens=40).choices[0]
+    assert answer.finish_reason == "stop"
+    assert json.loads(answer.message.content)["colour"] in ("red", "blue")
+    streamed = chat(client, response_format=wanted, max_tokens=40, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in streamed) == answer.message.content
+    chosen = complete(client, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}).choices[0]
+    assert chosen.text in ("yes", "no")
+
+
+def test_priority_reaches_the_scheduler(llm: LLM) -> None:
+    seen: list[Ticket] = []
+
+    class Watching:
+        alive = True
+
+        def submit(self, ticket: Ticket) -> None:
+            seen.append(ticket)
+            llm._runtime.engine.submit(ticket)
+
+        def abort(self, *arguments: Any) -> None: ...
+
+    frontend = Frontend()
+    frontend.ready(Served(Watching(), llm._runtime.tokenizer, llm._runtime.intake))  # type: ignore[arg-type]
+    with serving(None, frontend=frontend) as rig:
+        rig.complete(priority=-3)
+        rig.chat(priority=5)
+        rig.chat()
+    assert [ticket.request.priority for ticket in seen] == [-3, 5, 0]
+
+
+def test_special_tokens_of_the_tokenizer(llm: LLM, tmp_path: Path) -> None:
+    """SmolLM2's adds none: one that does takes its place."""
+    runtime = llm._runtime
+    rust = tokenizers.Tokenizer.from_file(str(runtime.model_path / "tokenizer.json"))
+    rust.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        (tmp_path / name).write_bytes((runtime.model_path / name).read_bytes())
+    tokenizer = Tokenizer(tmp_path)
+    intake = Intake(tokenizer, runtime.limits.max_model_len, runtime.possible, runtime.model.vocab_size, {})
+    frontend = Frontend()
+    frontend.ready(Served(runtime.engine, tokenizer, intake))
+
+    def tokens(reply: Any) -> int:
+        return int(reply.json["usage"]["prompt_tokens"])
+
+    with serving(None, frontend=frontend) as rig:
+        assert tokens(rig.complete()) == tokens(rig.complete(add_special_tokens=False)) + 1
+        assert tokens(rig.chat()) == tokens(rig.chat(add_special_tokens=True)) - 1
+        counts = [
+            rig.ask("/tokenize", {"prompt": "a", "add_special_tokens": add}).json["count"] for add in (True, False)
+        ]
+        assert counts == [2, 1]
+    tokenizer.close()
+
+
+def test_tokenize_and_detokenize(rig: Rig) -> None:
+    def ask(path: str, **fields: Any) -> Any:
+        reply = rig.ask(path, fields, Authorization="Bearer key")
+        assert reply.status == 200, reply.body
+        return reply.json
+
+    there = ask("/tokenize", prompt="Ünïcödé 漢字", return_token_strs=True)
+    assert there["count"] == len(there["tokens"]) == len(there["token_strs"])
+    assert there["max_model_len"] == 512
+    assert ask("/detokenize", tokens=there["tokens"]) == {"prompt": "Ünïcödé 漢字"}
+    open_end = ask("/tokenize", messages=MESSAGES)
+    assert ask("/detokenize", tokens=open_end["tokens"])["prompt"].endswith("<|im_start|>assistant\n")
+    closed = ask("/tokenize", messages=MESSAGES, add_generation_prompt=False)
+    assert closed["count"] < open_end["count"]
+
+
+@pytest.mark.slow
+def test_continuous_usage(rig: Rig) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for ask in (rig.chat, rig.complete):
+        reply = rig.ask(
+            "/v1/chat/completions" if ask == rig.chat else "/v1/completions",
+            {"messages": MESSAGES, "max_tokens": 5, "stream": True, "stream_options": options}
+            if ask == rig.chat
+            else {"prompt": PROMPT, "max_tokens": 5, "stream": True, "stream_options": options},
+            Authorization="Bearer key",
+        )
+        counts = [event["usage"]["completion_tokens"] for event in reply.events]
+        assert counts == sorted(counts)
+        assert counts[-1] == 5
+
+
+def test_why_a_sample_stopped(rig: Rig) -> None:
+    def reason(**fields: Any) -> tuple[Any, Any]:
+        reply = rig.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 8} | fields, Authorization="Bearer key")
+        streamed = rig.ask(
+            "/v1/completions", {"prompt": PROMPT, "max_tokens": 8, "stream": True} | fields, Authorization="Bearer key"
+        )
+        choice, last = reply.json["choices"][0], streamed.events[-1]["choices"][0]
+        assert (choice["finish_reason"], choice["stop_reason"]) == (last["finish_reason"], last["stop_reason"])
+        return choice["finish_reason"], choice["stop_reason"]
+
+    assert reason() == ("length", None)
+    assert reason(stop=" Paris") == ("stop", " Paris")
+    assert reason(stop_token_ids=[28], logit_bias={"28": 100}) == ("stop", 28)
+    assert reason(logit_bias={"2": 100}) == ("stop", None)
+
+
+def test_curl_without_a_content_type(rig: Rig) -> None:
+    assert (
+        rig.ask("/v1/completions", {"prompt": "a", "max_tokens": 1}, Content_Type="", Authorization="Bearer key").status
+        == 200
+    )

@@ -1,0 +1,74 @@
+"""Requests that are generated from the OpenAPI document, right and wrong ones: no answer contradicts the document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi import checks as conformance
+from server_rig import MODEL, Rig, serving
+
+from lamina import LLM
+
+pytestmark = [pytest.mark.data, pytest.mark.slow]
+
+EXAMPLES = 40  # an operation
+CHECKS = [
+    not_a_server_error,
+    conformance.status_code_conformance,
+    conformance.content_type_conformance,
+    conformance.response_schema_conformance,
+    conformance.response_headers_conformance,
+    conformance.negative_data_rejection,
+]
+MOST_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with LLM(MODEL, threads=1, kv_memory="256MiB", max_model_len=256) as llm, serving(llm) as rig:
+        yield rig
+
+
+def short(body: Any) -> None:
+    """Right requests ask for little: generating takes time, and proves nothing here."""
+    if isinstance(body, dict) and ("messages" in body or "prompt" in body):
+        for name in ("max_tokens", "max_completion_tokens"):
+            if type(body.get(name)) is int and MOST_TOKENS < body[name] < 2**31:
+                body[name] = MOST_TOKENS
+        body.setdefault("max_tokens", MOST_TOKENS)
+        if type(body.get("n")) is int and 2 < body["n"] <= 256:
+            body["n"] = 2
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_the_document_holds(rig: Rig, mode: GenerationMode) -> None:
+    schema = schemathesis.openapi.from_url(f"{rig.url}/openapi.json")
+    tried: list[str] = []
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        if operation.method == "get" and mode == GenerationMode.NEGATIVE:
+            continue  # there is nothing in it that could be wrong
+
+        @given(case=operation.as_strategy(mode))
+        @settings(
+            max_examples=EXAMPLES if operation.method == "post" else 3,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        def check(case: schemathesis.Case) -> None:
+            short(case.body)
+            tried.append(case.operation.label)
+            case.call_and_validate(checks=CHECKS, timeout=60)
+
+        check()
+    assert len(tried) >= 4 * EXAMPLES / 2
+    assert rig.complete(max_tokens=1).status == 200
