@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -259,12 +260,15 @@ class EngineHost:
         )
 
 
-def fetch(events: queue.SimpleQueue[Event], timeout: float) -> list[Event]:
-    """All that is there; waits for the first so many seconds, and gives none where none came."""
+def fetch(events: queue.SimpleQueue[Event], timeout: float, collect: float = 0.0) -> list[Event]:
+    """All that is there; waits for the first so many seconds, and gives none where none came. After the first it
+    waits `collect` seconds more: to take each on its own would interrupt who is putting them there."""
     try:
         fetched = [events.get(timeout=timeout)]
     except queue.Empty:
         return []
+    if collect:
+        time.sleep(collect)
     while not events.empty():
         fetched.append(events.get())
     return fetched

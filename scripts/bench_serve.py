@@ -3,7 +3,7 @@
 the engine's first token the client has its first byte.
 
     scripts/bench_serve.py                              the server against the engine, and first bytes
-    scripts/bench_serve.py --vllm VENV/bin/vllm         vLLM's CPU server too, with the same client
+    scripts/bench_serve.py --peer-python PYTHON         vLLM's CPU server too, with the same client
 
 Engine, server and vLLM take turns in each round; the client runs on the same cores. Medians and the spread are printed.
 """
@@ -26,9 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lamina.bench.running import run_loop
 from lamina.bench.serve import Result, Settings, bench
@@ -36,6 +36,7 @@ from lamina.machine import this_machine
 
 MODEL = "smollm2-135m"
 KV_MEMORY = "2GiB"
+Contestant: TypeAlias = AbstractContextManager[Callable[[int], float]]
 PATIENCE = 600.0  # seconds for a server to come up
 
 
@@ -45,7 +46,8 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of each answer")
-    parser.add_argument("--vllm", help="vLLM's command, in an environment of its own")
+    parser.add_argument("--peer-python", help="a Python with vLLM's CPU build")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="contestants whose names have one of the words")
     parser.add_argument("--skip-first-byte", action="store_true")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     for hidden in ("--direct", "--client"):
@@ -66,15 +68,20 @@ def compare(args: argparse.Namespace) -> None:
     machine = this_machine()
     print(f"{machine.processor}, {machine.cores} cores; {MODEL}, {args.streams} x {args.prompt} + {args.output} tokens")
     rates: dict[str, list[float]] = {}
+    makers: dict[str, Callable[[], Contestant]] = {
+        "engine, generate": lambda: engine_child(args, "generate"),
+        "engine, stream": lambda: engine_child(args, "stream"),
+        "server, completions": lambda: server(args, "completions"),
+        "server, chat": lambda: server(args, "chat"),
+    }
+    if args.peer_python:
+        makers["vLLM, chat"] = lambda: vllm(args)
     with ExitStack() as stack:
         contestants = {
-            "engine, generate": stack.enter_context(engine_child(args, "generate")),
-            "engine, stream": stack.enter_context(engine_child(args, "stream")),
-            "server, completions": stack.enter_context(server(args, "completions")),
-            "server, chat": stack.enter_context(server(args, "chat")),
+            name: stack.enter_context(make())
+            for name, make in makers.items()
+            if not args.only or any(word in name for word in args.only)
         }
-        if args.vllm:
-            contestants["vLLM, chat"] = stack.enter_context(vllm(args))
         for number in range(args.rounds + 1):
             for name, measure in contestants.items():
                 rate = measure(number)
@@ -89,7 +96,7 @@ def compare(args: argparse.Namespace) -> None:
         ("server, completions", "engine, stream", 0.9),
         ("server, chat", "vLLM, chat", 1.15),
     ):
-        if over in rates:
+        if over in rates and name in rates:
             ratio = statistics.median(a / b for a, b in zip(rates[name], rates[over], strict=True))
             print(f"{name} / {over}: {ratio:.3f} (median of rounds; asked: {asked})")
     late = {} if args.skip_first_byte else measure_first_bytes(args)
@@ -158,15 +165,16 @@ def vllm(args: argparse.Namespace) -> Iterator[Callable[[int], float]]:
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": "0-1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     command = [
-        args.vllm, "serve", str(resolve(MODEL)), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
+        args.peer_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve(MODEL)),
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
         "--max-model-len", "2048", "--max-num-seqs", str(args.streams), "--served-model-name", MODEL,
-        "--uvicorn-log-level", "warning",
     ]  # fmt: skip
-    with _process(command, r"Application startup complete|Uvicorn running|Starting vLLM API server", environment):
+    with _process(command, "", environment):
         url = f"http://127.0.0.1:{port}"
         _until_healthy(url)
         yield lambda number: rate(args, url, "chat")

@@ -201,7 +201,7 @@ def _in_words(messages: Sequence[Mapping[str, Any]], note: str | None) -> list[d
 
 
 async def _whole(service: Service, chat: Chat, call: Call, named: Mapping[str, Any]) -> Response:
-    async with service.begin([chat.ticket], call) as generation:
+    async with service.begin([chat.ticket], call, streamed=False) as generation:
         async for _ in generation:
             pass
         (completion,) = generation.completions()
@@ -256,7 +256,7 @@ def _collected(deltas: Sequence[Delta]) -> tuple[str, list[dict[str, Any]]]:
 async def _frames(service: Service, chat: Chat, call: Call, named: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
     """Whole frames, as they come."""
     writer = _Writer(chat, named)
-    async with service.begin([chat.ticket], call) as generation:
+    async with service.begin([chat.ticket], call, streamed=True) as generation:
         async for events in generation:
             if frames := writer.events(events):
                 yield frames

@@ -125,7 +125,7 @@ def _tokens(name: str, prompt: Any, fields: CompletionRequest, served: Served) -
 
 
 async def _whole(service: Service, texts: Texts, call: Call, named: Mapping[str, Any]) -> Response:
-    async with service.begin(texts.tickets, call) as generation:
+    async with service.begin(texts.tickets, call, streamed=False) as generation:
         async for _ in generation:
             pass
         ended = generation.completions()
@@ -151,7 +151,7 @@ def _choice(texts: Texts, prompt: int, sample: Sample) -> dict[str, Any]:
 async def _frames(service: Service, texts: Texts, call: Call, named: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
     """Whole frames, as they come."""
     writer = _Writer(texts, named)
-    async with service.begin(texts.tickets, call) as generation:
+    async with service.begin(texts.tickets, call, streamed=True) as generation:
         async for events in generation:
             if frames := writer.events(events):
                 yield frames

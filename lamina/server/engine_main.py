@@ -24,7 +24,7 @@ from lamina.members import Member, MemberStatus, News, OnJoined, OnLeft
 from lamina.model_cache import Progress
 from lamina.server.lines import Mouth, hear, log_to_stderr
 from lamina_protocols.channels import Credentials
-from lamina_workers.openmp import share_cores
+from lamina_workers.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
 from lamina_workers.parent import die_with_parent
 
 if TYPE_CHECKING:
@@ -88,12 +88,12 @@ def _member(fields: Sequence[Any]) -> Member:
 def main() -> int:
     """The exit status: 0 where the supervisor let it go, 1 where the engine did not start or has stopped."""
     die_with_parent()
-    share_cores()
     sys.setswitchinterval(_SWITCH)
     log_to_stderr("engine")
     mouth = Mouth()
     lines = hear()
     _, model, config, path, secret, waits = next(lines, ["", "", {}, "", "", False])
+    share_cores(SPIN_COUNT if waits else SPIN_COUNT_BESIDE_CLIENTS)
     members = ToldMembers(mouth) if waits else None
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(lines, members, ended), name="lamina-supervisor", daemon=True).start()

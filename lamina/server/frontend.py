@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from lamina.errors import EngineError, LaminaError
 from lamina.intake import Intake
-from lamina.job import Job, LoopQueue
+from lamina.job import Item, Job, LoopQueue
 from lamina.remote_engine import EngineClient
 from lamina.snapshot import Snapshot
 from lamina.ticket import Ticket
@@ -116,9 +116,12 @@ class Frontend:
             raise EngineUnavailable(f"the engine is {what}; try again later")
         return served
 
-    def begin(self, tickets: Sequence[Ticket], timeout: float) -> Generation:
-        """Submit requests that must end within so many seconds. Raises EngineError."""
-        return Generation(self, self.served, tickets, timeout)
+    def begin(
+        self, tickets: Sequence[Ticket], timeout: float, streamed: bool = True, of: float | None = None
+    ) -> Generation:
+        """Submit requests that must end within so many seconds, which are what is left `of` so many. Unless they are
+        streamed, events come only once a sample has ended, which wakes the event loop less. Raises EngineError."""
+        return Generation(self, self.served, tickets, timeout, streamed, of or timeout)
 
     async def snapshot(self, timeout: float = 2.0) -> Snapshot | None:
         """What the engine is doing: the last that was seen where it does not answer in time, None where none was."""
@@ -158,13 +161,21 @@ class Generation:
     Iterating raises the request's error where it failed, and DeadlineExceeded.
     """
 
-    def __init__(self, frontend: Frontend, served: Served, tickets: Sequence[Ticket], timeout: float) -> None:
+    def __init__(
+        self, frontend: Frontend, served: Served, tickets: Sequence[Ticket], timeout: float, streamed: bool, of: float
+    ) -> None:
         self._frontend = frontend
         self._tickets = tickets
-        self._timeout = timeout
-        self._inbox = LoopQueue()
-        self._job = Job(served, tickets, self._inbox, streamed=True)
+        self._of = of
+        self._inbox = LoopQueue(timeout)
+        self._failure: LaminaError | None = None  # came together with events, which are given first
+        self._streamed = streamed
         self._begun = time.monotonic()
+        try:
+            self._job = Job(served, tickets, self._inbox, streamed)
+        except BaseException:
+            self._inbox.close()
+            raise
         self._last: dict[tuple[int, int], float] = {}  # by prompt and sample
         self._told: set[int] = set()  # prompts whose end the observer knows of
         frontend.active += len(tickets)
@@ -176,6 +187,7 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._frontend.active -= len(self._tickets)
+        self._inbox.close()
         self._job.abort()
         now = time.monotonic()
         for index, (ticket, completion) in enumerate(zip(self._tickets, self._job.completions(), strict=True)):
@@ -190,17 +202,23 @@ class Generation:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
+        if self._failure is not None:
+            raise self._failure
         while not self._job.done:
-            left = self._begun + self._timeout - time.monotonic()
             try:
-                if left <= 0:
-                    raise TimeoutError
-                item = await self._inbox.get_within(left)
+                item: Item | None = await self._inbox.get()
             except (TimeoutError, asyncio.TimeoutError):
-                raise DeadlineExceeded(f"the request took longer than its {self._timeout:g} seconds") from None
-            events = self._job.take(item)
-            while (more := self._inbox.get_nowait()) is not None:
-                events += self._job.take(more)
+                raise DeadlineExceeded(f"the request took longer than its {self._of:g} seconds") from None
+            events: list[TokenEvent] = []
+            while item is not None:
+                try:
+                    events += self._job.take(item)
+                except LaminaError as error:
+                    if not events:
+                        raise
+                    self._failure = error
+                    break
+                item = self._inbox.get_nowait()
             self._observe(events)
             if events:
                 return events
@@ -212,6 +230,21 @@ class Generation:
 
     def _observe(self, events: Sequence[TokenEvent]) -> None:
         observer, now = self._frontend.observer, time.monotonic()
+        if self._streamed:
+            self._observe_tokens(events, now)
+        if any(event.finish_reason is not None for event in events):
+            for index, completion in enumerate(self._job.finished()):
+                if completion is not None and index not in self._told:
+                    self._told.add(index)
+                    if not self._streamed:  # what came when, as far as the engine's own times tell
+                        timing = completion.timing
+                        observer.first_token(timing.first_token)
+                        if timing.tokens > 1:
+                            observer.next_tokens(timing.total - timing.first_token, timing.tokens - 1)
+                    observer.ended(self._tickets[index], completion, now - self._begun)
+
+    def _observe_tokens(self, events: Sequence[TokenEvent], now: float) -> None:
+        observer = self._frontend.observer
         counts: dict[tuple[int, int], int] = {}
         for event in events:
             key = (event.prompt_index, event.sample_index)
@@ -225,8 +258,3 @@ class Generation:
             if count:
                 observer.next_tokens(now - (before or now), count)
             self._last[key] = now
-        if any(event.finish_reason is not None for event in events):
-            for index, completion in enumerate(self._job.finished()):
-                if completion is not None and index not in self._told:
-                    self._told.add(index)
-                    observer.ended(self._tickets[index], completion, now - self._begun)

@@ -42,12 +42,14 @@ logger = logging.getLogger("lamina")
 
 KEEP_ALIVE = 75  # seconds that an idle connection stays, as nginx has it
 _REACH = 10.0  # seconds in which a ready engine must be reached
+_NICE = 5  # to take a core from one of the engine's threads, which compute in step, stops all; work here is short
 _REST = 0.5  # seconds that /health says "draining" at least
 
 
 def main() -> int:
     """The exit status: 0 once it has drained, or the supervisor is gone."""
     die_with_parent()
+    os.nice(_NICE)
     log_to_stderr("http")
     mouth = Mouth()
     lines = hear()

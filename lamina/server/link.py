@@ -28,6 +28,7 @@ logger = logging.getLogger("lamina")
 MAX_FRAME = 64 << 20  # bytes: 16 Mi tokens of prompts in one frame
 _TAG = 32767  # of a frame that is plain data
 _POLL = 0.5  # seconds
+_COLLECT = 0.0003  # seconds in which a batch's outputs, once the first is there, have all come
 _CONNECT = 10.0  # seconds
 _PAIRING = 10.0  # seconds that the first connection of a client waits for the second
 
@@ -149,7 +150,7 @@ class EngineListener:
     def _tell(self, channel: Channel, events: queue.SimpleQueue[Event], gone: threading.Event) -> None:
         try:
             while not gone.is_set():
-                if fetched := fetch(events, _POLL):
+                if fetched := fetch(events, _POLL, _COLLECT):
                     channel.send(pack(fetched))
                 elif not self._engine.alive:
                     channel.send(pack([("stopped", "the engine has stopped")]))

@@ -116,10 +116,10 @@ class Service:
             raise overloaded(f"{active} of {most} requests are under way; come back in a moment")
         return served
 
-    def begin(self, tickets: Sequence[Ticket], call: Call) -> Generation:
+    def begin(self, tickets: Sequence[Ticket], call: Call, streamed: bool) -> Generation:
         """Submit, if there is still room. To be entered at once."""
         self.served(len(tickets))
-        return self.frontend.begin(tickets, call.left())
+        return self.frontend.begin(tickets, call.left(), streamed, call.timeout)
 
     def translate(self, error: LaminaError) -> ApiError:
         """What to tell a client of an error."""

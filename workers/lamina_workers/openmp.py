@@ -12,13 +12,17 @@ import sys
 from collections.abc import MutableMapping
 
 SPIN_COUNT = "1000"
+SPIN_COUNT_BESIDE_CLIENTS = "10000"
+"""Where who wants the cores are not attention workers, in every layer, but a server's clients, a few times a step."""
 FEW_CORES = 8
 
 
-def share_cores(environment: MutableMapping[str, str] = os.environ, cores: int | None = None) -> bool:
+def share_cores(
+    spin_count: str = SPIN_COUNT, environment: MutableMapping[str, str] = os.environ, cores: int | None = None
+) -> bool:
     """Ask for short spinning where there are few cores; a value that is there already stays. False: torch is imported
     already, so that it is too late for this process."""
     if (cores or os.cpu_count() or 1) > FEW_CORES or "GOMP_SPINCOUNT" in environment:
         return True
-    environment["GOMP_SPINCOUNT"] = SPIN_COUNT
+    environment["GOMP_SPINCOUNT"] = spin_count
     return "torch" not in sys.modules
