@@ -157,7 +157,7 @@ def server(args: argparse.Namespace, endpoint: str) -> Iterator[Callable[[int], 
 
 @contextmanager
 def vllm(args: argparse.Namespace) -> Iterator[Callable[[int], float]]:
-    """vLLM's CPU server, set up as shown in its documentation for two cores."""
+    """vLLM's CPU server on both cores, as many sequences at once as there are streams."""
     from lamina.models import resolve
 
     port = _free_port()

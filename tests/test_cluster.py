@@ -469,3 +469,59 @@ say(same=tuple(got) == expected, tokens=len(got), told=told)
     losses = [count for count, message in said["told"] if "is lost" in message]
     assert losses, said["told"]
     assert 20 <= losses[0] < 1000
+
+
+@pytest.mark.slow
+def test_a_server_on_the_cluster_answers_comes_back_and_leaves_nothing(nodes: Namespaces, model: Path) -> None:
+    said = nodes.run(
+        f"MODEL = {str(model)!r}\n"
+        + """
+import re, subprocess, urllib.error, urllib.request
+from lamina.cluster import connection
+from lamina.ray_engine import engine_status, engines
+
+server = subprocess.Popen(
+    [sys.executable, "-m", "lamina", "serve", MODEL, "--port", "0", "--cluster", "auto", "--attention-workers", "2",
+     "--kv-memory", "64MiB", "--threads", "1"], stderr=subprocess.PIPE, text=True)
+while not (found := re.search(r"serving .* at (http\\S+)", line := server.stderr.readline())):
+    if not line:
+        raise SystemExit(f"it ended with {server.wait()}")
+    print(line, file=sys.stderr)
+
+def ask(path, **body):
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(found[1] + path, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+def text():
+    body = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    status, answer = ask("/v1/completions", **body)
+    return json.loads(answer)["choices"][0]["text"] if status == 200 else answer
+
+facts = {"text": text(), "holders": len(json.loads(ask("/lamina/status")[1])["engine"]["holders"])}
+children = subprocess.run(["pgrep", "-P", str(server.pid), "-f", "engine_main"], capture_output=True, text=True)
+os.kill(int(children.stdout), signal.SIGKILL)
+deadline = time.monotonic() + 60
+while ask("/health")[0] == 200 and time.monotonic() < deadline:
+    time.sleep(0.02)
+while ask("/health")[0] != 200 and time.monotonic() < deadline:
+    time.sleep(0.1)
+facts["again"] = text()
+with connection("auto") as ray:
+    facts["engines"] = len(engines(ray))
+server.send_signal(signal.SIGTERM)
+facts["status"] = server.wait(30)
+with connection("auto") as ray:
+    while (left := len(engines(ray))) and time.monotonic() < deadline + 20:
+        time.sleep(0.2)
+facts["left"] = left
+say(**facts)
+"""
+    )
+    assert said["text"] == said["again"]
+    assert said["holders"] == 3
+    assert (said["engines"], said["status"], said["left"]) == (1, 0, 0)
