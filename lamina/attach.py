@@ -12,12 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
-from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
 from lamina.members import FixedMembers, Member, Members, answers
 from lamina.model_cache import Progress
 from lamina.placement import Holder
 from lamina_protocols.channels import is_loopback, split_address
 from lamina_protocols.messages import HolderConfig
+from lamina_protocols.service import WorkerUnreachable
 from lamina_workers.credentials import load_credentials
 from lamina_workers.layout import page_cost
 from lamina_workers.remote_attention import RemoteAttention, connect
@@ -52,15 +53,26 @@ class Attachment:
         self._started = self._pool.submit(self.members.start, progress)
 
     def ports(self) -> Iterator[tuple[RemoteAttention, Holder]]:
-        """A connected port to each, once all are up. Raises EngineError where they do not come up or refuse."""
+        """A connected port to each, once all are up; one that has gone again since is given up, while others are there.
+        Raises EngineError where they do not come up or refuse."""
         if self._started is None:
             raise EngineError("the attention workers were not begun")
-        for future in [self._pool.submit(self._connect, member) for member in self._started.result()]:
+        gone, connected = "none is up", False
+        futures = [(member, self._pool.submit(self._connect, member)) for member in self._started.result()]
+        for member, future in futures:
             try:
                 port = future.result()
+            except WorkerUnreachable as error:
+                gone = str(error)
+                logger.warning("attention worker %s cannot be used: %s", member.name, gone)
+                self.members.lost(member.name)
+                continue
             except LaminaError as error:
                 raise EngineError(f"an attention worker cannot be used: {error}") from error
+            connected = True
             yield port, self._as_holder(port)
+        if not connected:
+            raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
     def watch(self, engine: Engine) -> None:
         """Tell the engine from now on who joins and who leaves."""

@@ -7,6 +7,7 @@ the system to kill it with the thread that started it, which is why one thread s
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
 import subprocess
 import threading
@@ -48,7 +49,8 @@ class ChildProcess:
             errors="replace",
             start_new_session=True,  # Ctrl-C at the terminal is for this process, which ends its children in order
         )
-        self._lock = threading.Lock()
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write, name=f"lamina-{name}-lines", daemon=True).start()
         threading.Thread(target=self._follow, args=(on_line, on_end), name=f"lamina-{name}", daemon=True).start()
 
     @property
@@ -64,21 +66,30 @@ class ChildProcess:
         """How it ended, for people."""
         code = self.status
         if code is not None and code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+            with contextlib.suppress(ValueError):  # a realtime signal has no name
+                return f"killed by {signal.Signals(-code).name}"
+            return f"killed by signal {-code}"
         return f"exit status {code}"
 
     def say(self, line: str) -> None:
-        """Write a line to its stdin; nothing where it is gone."""
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            if self._process.stdin is not None:
-                self._process.stdin.write(line + "\n")
-                self._process.stdin.flush()
+        """Have a line written to its stdin; nothing where it is gone. Waits for nobody: a child may not read."""
+        self._lines.put(line)
 
     def hush(self) -> None:
-        """Close its stdin: to a child of ours that is as if this process had died, and it ends."""
-        with self._lock, contextlib.suppress(OSError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+        """Have its stdin closed: to a child of ours that is as if this process had died, and it ends."""
+        self._lines.put(None)
+
+    def _write(self) -> None:
+        """On a thread of its own."""
+        stdin = self._process.stdin
+        if stdin is None:
+            return
+        with contextlib.suppress(OSError, ValueError):  # it is gone
+            while (line := self._lines.get()) is not None:
+                stdin.write(line + "\n")
+                stdin.flush()
+        with contextlib.suppress(OSError, ValueError):
+            stdin.close()
 
     def kill(self) -> None:
         self._process.kill()

@@ -9,6 +9,7 @@ LaminaError
 ├── PolicyError               a KV policy is unknown, contradicts itself, or is for another model
 ├── KernelsUnavailable        the attention kernels that LAMINA_KERNELS names cannot run here
 ├── EngineError               the engine stopped, or could not go on with this request
+│   └── WorkersUnavailable    an engine cannot start: no attention worker can be reached
 ├── HolderFault               a holder could not go on with a batch (the engine runs it again)
 │   └── HolderLost            a holder is gone (the engine rebuilds its KV elsewhere)
 ├── KVError                   a holder was asked for something its parts do not allow
@@ -47,6 +48,7 @@ __all__ = [
     "PolicyError",
     "ProtocolError",
     "UnsupportedModelError",
+    "WorkersUnavailable",
 ]
 
 
@@ -65,6 +67,10 @@ class ContextTooLong(InvalidRequest):
 
 class EngineError(LaminaError):
     """The engine stopped, or could not go on with this request. What went wrong first is the `__cause__`."""
+
+
+class WorkersUnavailable(EngineError):
+    """An engine cannot start: no attention worker can be reached, now."""
 
 
 class Interrupted(KeyboardInterrupt):

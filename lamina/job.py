@@ -136,7 +136,7 @@ class LoopQueue:
                 await self._waiting
             finally:
                 self._waiting = None
-        if self._late:
+        if not self._items:
             raise asyncio.TimeoutError
         return self._items.popleft()
 

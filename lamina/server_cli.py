@@ -40,7 +40,7 @@ def serve(
     api_key_file: Annotated[Path | None, _server_option("A file with one API key a line.")] = None,
     open_to_all: Annotated[bool, _server_option("Listen beyond this host without an API key.", "--open")] = False,
     served_model_name: Annotated[str | None, _server_option("What requests call the model; MODEL by default.")] = None,
-    max_requests: Annotated[int, _server_option("Prompts under way or waiting; more are told to come back.")] = 256,
+    max_requests: Annotated[int, _server_option("Samples under way or waiting; more are told to come back.")] = 1024,
     request_timeout: Annotated[float, _server_option("Seconds that a request may take.")] = 600.0,
     drain_timeout: Annotated[float, _server_option("Seconds for requests under way after SIGTERM or Ctrl-C.")] = 30.0,
     log_level: Annotated[str, _server_option("error, warning, info or debug.")] = "warning",
@@ -76,6 +76,7 @@ def serve(
     settings = ServerSettings(
         model=served_model_name or model,
         api_keys=tuple(keys),
+        host=host,
         max_requests=max_requests,
         request_timeout=request_timeout,
         otlp_traces_endpoint=otlp_traces_endpoint,

@@ -20,8 +20,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _MAX_JSON_BYTES = 1 << 28
 _TEMPLATE_FILE = "chat_template.jinja"
 _MAX_DEPTH = 64  # of the arguments of a call
-_EMPTY = ("audio", "annotations", "function_call", "reasoning", "reasoning_content", "refusal", "tool_calls")
-"""What OpenAI's clients send back with a message that they got, empty."""
+_IGNORED = ("annotations", "audio", "parsed", "reasoning", "reasoning_content")
+"""What OpenAI's clients send back with an assistant's message or its parts, and no template shows."""
+_EMPTY = (*_IGNORED, "function_call", "refusal", "tool_calls")
+"""What they send with any message, empty."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -106,9 +108,9 @@ class Tokenizer:
         the last message is left open.
 
         A message is {"role": one of ROLES, "content": text, or a list of {"type": "text", "text": text}}, perhaps with
-        `name`; the assistant's with `tool_calls` (and then without content), a tool's with `tool_call_id`. Raises
-        InvalidRequest for other messages, or where the template refuses these; ModelFileError where the model has
-        no template or it misbehaves.
+        `name`; the assistant's with `tool_calls` (and then without content) or `refusal`, whose text counts as
+        content, a tool's with `tool_call_id`. Raises InvalidRequest for other messages, or where the template refuses
+        these; ModelFileError where the model has no template or it misbehaves.
         """
         checked = check_messages(messages)
         if continue_final_message and (add_generation_prompt or not checked[-1]["content"].strip()):
@@ -248,17 +250,23 @@ def _check_message(name: str, message: object) -> dict[str, Any]:
     role = message["role"]
     if role not in ROLES:
         raise InvalidRequest(f"{name}.role is {role!r:.80}; allowed are {', '.join(ROLES)}")
-    more = {"assistant": "tool_calls", "tool": "tool_call_id"}.get(role)
+    of_assistant = role == "assistant"
+    more = {"assistant": ("tool_calls", "refusal"), "tool": ("tool_call_id",)}.get(role, ())
+    known = ("role", "content", "name", *more)
     for key, value in message.items():
-        if key not in ("role", "content", "name", more) and (value or key not in _EMPTY):
-            allowed = ", ".join(part for part in ("role", "content", "name", more) if part)
-            raise InvalidRequest(f"{name} has {key!r:.80}; allowed for {role} are {allowed}")
+        is_ignored = value is None or (key in _EMPTY and not value) or (key in _IGNORED and of_assistant)
+        if key not in known and not is_ignored:
+            raise InvalidRequest(f"{name} has {key!r:.80}; allowed for {role} are {', '.join(known)}")
     calls = message.get("tool_calls") or []
     content = message.get("content")
     if content is None and calls:
         content = ""
     if isinstance(content, Iterable) and not isinstance(content, (str, Mapping)):
-        content = "\n".join(_check_part(f"{name}.content[{index}]", part) for index, part in enumerate(content))
+        parts = [_check_part(f"{name}.content[{index}]", part, of_assistant) for index, part in enumerate(content)]
+        content = "\n".join(parts)
+    if refusal := message.get("refusal"):
+        _check_text(f"{name}.refusal", refusal)
+        content = f"{content}\n{refusal}" if isinstance(content, str) and content else content or refusal
     _check_text(f"{name}.content", content)
     checked: dict[str, Any] = {"role": role, "content": content}
     for key in ("name", "tool_call_id"):
@@ -279,7 +287,7 @@ def _check_call(name: str, call: object) -> dict[str, Any]:
         or not call.keys() <= {"id", "type", "function", "index"}
         or call.get("type", "function") != "function"
         or not isinstance(function, Mapping)
-        or function.keys() != {"name", "arguments"}
+        or function.keys() - {"parsed_arguments"} != {"name", "arguments"}
     ):
         raise InvalidRequest(
             f'{name} is {call!r:.80}; allowed is {{"id": ..., "type": "function", '
@@ -319,11 +327,17 @@ def _is_shallow(value: Any) -> bool:
     return False
 
 
-def _check_part(name: str, part: object) -> str:
-    if not isinstance(part, Mapping) or part.keys() != {"type", "text"} or part["type"] != "text":
+def _check_part(name: str, part: object, of_assistant: bool) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    ignored = {"cache_control", *(_IGNORED if of_assistant else ())}
+    if (
+        not isinstance(part, Mapping)
+        or kind not in (("text", "refusal") if of_assistant else ("text",))
+        or part.keys() - ignored != {"type", kind}
+    ):
         raise InvalidRequest(f'{name} is {part!r:.80}; allowed is {{"type": "text", "text": ...}}')
-    _check_text(f"{name}.text", part["text"])
-    return str(part["text"])
+    _check_text(f"{name}.{kind}", part[kind])
+    return str(part[kind])
 
 
 def _check_text(name: str, text: object) -> None:

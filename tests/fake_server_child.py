@@ -32,6 +32,10 @@ def main() -> None:
         sys.exit(1)
     if behaviour == "dies":
         sys.exit(3)
+    if behaviour == "has no workers":
+        (FOLDER / f"{role}.txt").unlink()
+        mouth.say("failed", "WorkersUnavailable", "no attention worker can be used")
+        sys.exit(1)
     if role == "engine":
         mouth.say("progress", "loading", 1, 2)
         mouth.say("ready", {"folder": "somewhere"})

@@ -452,7 +452,7 @@ def test_what_is_asked_for_survives_the_way_to_an_engine_elsewhere(model) -> Non
 
 def test_stopping_ends_held_requests_too(model) -> None:
     engine = Rig(model, grammars=GRAMMARS)
-    _, inbox = engine.submit([1], SamplingParams(regex="a+", min_tokens=2000, max_tokens=2000).with_defaults({}))
+    _, inbox = engine.submit([1], SamplingParams(regex="a+", ignore_eos=True, max_tokens=2000).with_defaults({}))
     inbox.get(timeout=60)
     engine.engine.close()
     with pytest.raises(EngineError, match="stopped"):

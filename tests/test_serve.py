@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -120,6 +121,43 @@ def test_a_killed_engine_is_told_and_comes_back() -> None:
         assert streams(server.url, 2, max_tokens=8, temperature=0) == before
         assert server.attention_workers == worker
         assert 'lamina:engine_restarts_total{engine="0",model_name="smollm2-135m"} 1.0' in server.get("/metrics")[1]
+
+
+@pytest.mark.parametrize(("workers", "number"), [(2, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_attention_workers_that_go_while_the_engine_starts_again_end_nothing(
+    workers: int, number: signal.Signals
+) -> None:
+    with serving(*ENGINE, "--attention-workers", str(workers)) as server:
+        before = server.engine
+        os.kill(before, signal.SIGKILL)
+        until(lambda: server.children("engine_main") not in ([], [before]), server.log)
+        time.sleep(0.9)  # it loads, and has been told of its workers
+        os.kill(server.attention_workers[0], number)
+        until(lambda: server.get("/health")[0] == 200, server.log)
+        assert streams(server.url, 2, max_tokens=4, temperature=0)
+        assert server.process.poll() is None
+
+
+def test_a_signal_to_every_process_of_the_service_lets_streams_end() -> None:
+    with serving(*ENGINE) as server:
+
+        def end() -> None:
+            until(lambda: server.status()["engine"]["running"] == 2, server.log)
+            for pid in (server.process.pid, server.engine, server.http):
+                os.kill(pid, signal.SIGTERM)
+
+        assert all(streams(server.url, 2, end, max_tokens=150, temperature=0, ignore_eos=True))
+        assert server.process.wait(60) == 0
+
+
+def test_a_paused_engine_is_reached_again_by_a_new_http_process() -> None:
+    with serving(*ENGINE) as server:
+        os.kill(server.engine, signal.SIGSTOP)
+        os.kill(server.http, signal.SIGKILL)
+        time.sleep(6.0)  # longer than one try to connect
+        os.kill(server.engine, signal.SIGCONT)
+        until(lambda: connects(server.url), server.log, 20)
+        assert streams(server.url, 2, max_tokens=4, temperature=0)
 
 
 def test_a_killed_http_process_comes_back_and_leaves_no_request_behind() -> None:
@@ -234,7 +272,7 @@ async def leave_at_random(url: str, total: int, seed: int, idle: int = 0) -> dic
 
 def resources(pid: int) -> tuple[int, int, int]:
     """Descriptors, threads, and resident KiB of a process."""
-    status = dict(line.split(":", 1) for line in open(f"/proc/{pid}/status").read().splitlines())  # noqa: SIM115
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]), int(status["VmRSS"].split()[0])
 
 

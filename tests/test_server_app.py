@@ -27,6 +27,7 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 LONG = {"max_tokens": 4000, "ignore_eos": True}
 MESSAGES = [{"role": "user", "content": "Count."}]
+JSON = "Content-Type: application/json\r\n"
 
 
 class Script:
@@ -260,6 +261,73 @@ def test_overload(llm: LLM) -> None:
         assert counts.rejections == ["too_many_requests"] * 2
 
 
+def test_samples_are_what_is_counted(llm: LLM) -> None:
+    script = Script()
+    with serving(None, frontend=scripted(llm, script), max_requests=8) as rig:
+        for reply, param in (
+            (rig.complete(["a"] * 3, n=3), "prompt"),
+            (rig.complete(["a"] * 255, max_tokens=1, n=256), "prompt"),
+            (rig.complete(n=9), "n"),
+            (rig.chat(n=9), "n"),
+        ):
+            assert (reply.status, reply.error["param"]) == (400, param)
+            assert "allowed are 8" in reply.error["message"]
+        with rig.open(TEXT, {"prompt": ["a", "b"], "n": 3}):
+            assert until(lambda: rig.frontend.active == 6)
+            for reply in (rig.complete(n=3), rig.chat(n=3)):
+                assert (reply.status, reply.error["code"]) == (429, "too_many_requests")
+                assert "6 of 8 samples" in reply.error["message"]
+            with rig.open(CHAT, {"messages": MESSAGES, "n": 2}):
+                assert until(lambda: rig.frontend.active == 8)
+        assert until(lambda: rig.frontend.active == 0)
+
+
+def test_web_pages_of_elsewhere(llm: LLM) -> None:
+    script = Script(says("284"))
+    for keys in ((), ("one",)):
+        with serving(None, frontend=scripted(llm, script), api_keys=keys) as rig:
+            key = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+            for path, fields in ((TEXT, {"prompt": "a"}), ("/v1/models", None), ("/lamina/status", None)):
+                reply = rig.ask(path, fields, Sec_Fetch_Site="cross-site", **key)
+                assert (reply.status, reply.error["code"]) == (403, "cross_site")
+                for site in ("same-origin", "none"):
+                    assert rig.ask(path, fields, Sec_Fetch_Site=site, **key).status == 200
+            for path in ("/health", "/version", "/"):  # a link to the page is no harm
+                assert rig.ask(path, Sec_Fetch_Site="cross-site").status == 200
+            preflight = rig.ask(TEXT, method="OPTIONS", Origin="http://a.example", **key)
+            assert preflight.status == 405
+            assert not [name for name in preflight.headers if name.startswith("access-control")]
+
+
+def test_a_server_that_is_open_to_all_answers_to_any_name(llm: LLM) -> None:
+    frontend = scripted(llm, Script(says("284")))
+    with serving(None, frontend=frontend, host="0.0.0.0") as rig:
+        assert rig.ask(TEXT, {"prompt": "a"}, Host="lamina:8000").status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("localhost", True), ("LOCALHOST:8000", True), ("localhost.:80", True), ("127.0.0.1:1", True), ("[::1]", True),
+        ("[::1]:8000", True), ("192.168.1.5:8000", True), ("box.lan", True), ("Box.lan:8000", True),
+        ("evil.example", False), ("127.0.0.1.evil.example:8000", False), ("localhost.evil.example", False),
+        ("lan", False), ("", False), ("localhost:x", False), ("[::1]evil.example", False), ("a@localhost", False),
+    ],
+)  # fmt: skip
+def test_names_that_a_server_without_keys_answers_to(llm: LLM, host: str, allowed: bool) -> None:
+    frontend = scripted(llm, Script(says("284")))
+    with serving(None, frontend=frontend, host="Box.LAN") as rig:
+        for path, fields in ((TEXT, {"prompt": "a"}), ("/v1/models", None), ("/", None)):
+            reply = rig.ask(path, fields, Host=host)
+            assert reply.status == (200 if allowed else 403)
+            if not allowed:
+                assert reply.error["code"] == "host_not_allowed"
+                assert "--api-key" in reply.error["message"]
+        assert rig.ask("/health", Host=host).status == rig.ask("/version", Host=host).status == 200
+    with serving(None, frontend=frontend, api_keys=("one",)) as rig:
+        assert rig.ask(TEXT, {"prompt": "a"}, Host=host, Authorization="Bearer one").status == 200
+
+
 def test_keys(llm: LLM) -> None:
     script, counts = Script(says("284")), Counts()
     with serving(None, counts, scripted(llm, script), api_keys=("one", "two")) as rig:
@@ -333,7 +401,7 @@ def test_what_is_counted(llm: LLM) -> None:
 def test_streams_for_http_1_0(llm: LLM, http: str) -> None:
     body = json.dumps({"prompt": "The capital of France is", "max_tokens": 3, "stream": True}).encode()
     with serving(llm, http=http) as rig:
-        head = f"POST {TEXT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        head = f"POST {TEXT} HTTP/1.0\r\n{JSON}Content-Length: {len(body)}\r\n\r\n".encode()
         answer, _, data = rig.raw(head + body).partition(b"\r\n\r\n")
         assert b" 200 " in answer.splitlines()[0]
         assert b"chunked" not in answer.lower()
@@ -343,7 +411,8 @@ def test_streams_for_http_1_0(llm: LLM, http: str) -> None:
         text = "".join(json.loads(event[6:])["choices"][0]["text"] for event in events[:-2])
         assert text == rig.complete(max_tokens=3).json["choices"][0]["text"]
         streamed = rig.raw(
-            head.replace(b"1.0", b"1.1").replace(b"\r\n\r\n", b"\r\nHost: x\r\nConnection: close\r\n\r\n") + body
+            head.replace(b"1.0", b"1.1").replace(b"\r\n\r\n", b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            + body
         )
         assert b"chunked" in streamed.lower()
         for header in (b"cache-control: no-cache", b"x-accel-buffering: no"):
@@ -403,9 +472,9 @@ def test_a_client_that_reads_nothing_is_given_up(llm: LLM, monkeypatch: pytest.M
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", rig.port))
         body = json.dumps({"messages": MESSAGES, "stream": True, "n": 16, "max_tokens": 2000}).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{JSON}Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
-        assert until(lambda: rig.frontend.active == 1, 10)
+        assert until(lambda: rig.frontend.active == 16, 10)
         assert until(lambda: rig.frontend.active == 0, 10)
 
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.data
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
+JSON = b"Content-Type: application/json\r\n"
 DEEP = "[" * 10_000 + "]" * 10_000
 
 
@@ -63,7 +64,9 @@ CHAT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"logprobs": True, "top_logprobs": 10**6}, "top_logprobs", "an integer from 0 to 20"),
     ({"max_completion_tokens": 3, "max_tokens": 4}, "max_tokens", "max_completion_tokens, which is 3"),
     ({"tool_choice": "required"}, "tool_choice", "beside tools"),
-    ({"parallel_tool_calls": False}, "parallel_tool_calls", "beside tools"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls", "a valid boolean"),
+    ({"modalities": ["text", "audio"]}, "modalities[1]", "'audio'; allowed is 'text'"),
+    ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]}, "messages", "content[0]"),
     ({"response_format": "json"}, "response_format", "json_schema"),
     ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
     ({"response_format": {"type": "text", "schema": {}}}, "response_format", "response_format.schema"),
@@ -105,7 +108,7 @@ CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"presence_penalty": 3}, "presence_penalty", "from -2 to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty", "from -2 to 2"),
     ({"seed": 2**64}, "seed", "to 18446744073709551615"),
-    ({"seed": -1}, "seed", "from 0"),
+    ({"seed": -(2**63) - 1}, "seed", "from -9223372036854775808"),
     ({"stop": ["a"] * 1000}, "stop", "at most 64"),
     ({"stop": ""}, "stop", "1 to 1024 characters"),
     ({"stop": [1]}, "stop", "a string"),
@@ -140,6 +143,11 @@ def _tool(**function: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f"} | function}]}
 
 
+def _allowed(**fields: Any) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    return {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": tools} | fields}}
+
+
 RECURSIVE = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
 NESTED: dict[str, Any] = {"type": "integer"}
 for _ in range(40):
@@ -153,6 +161,12 @@ TOOL_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     (_tool() | {"tool_choice": "sometimes"}, "tool_choice", "sometimes"),
     (_tool() | {"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "g"),
     (_tool() | {"response_format": {"type": "json_object"}}, "response_format", "one of them"),
+    (_tool() | {"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "tool_choice is"),
+    (_tool() | _allowed(mode="none"), "tool_choice", "tool_choice.allowed_tools is"),
+    (_tool() | _allowed(tools=[]), "tool_choice", "tool_choice.allowed_tools is"),
+    (_tool() | _allowed(tools=[{"type": "function"}]), "tool_choice", "allowed_tools.tools[0] is"),
+    (_tool() | _allowed(tools=[{"type": "function", "function": {"name": "g"}}]), "tool_choice", "name is 'g'"),
+    (_allowed(), "tool_choice", "beside tools"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "magic"}}}},
         "response_format",
@@ -183,7 +197,8 @@ TEXT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": [1, True]}, "prompt", "text or token ids"),
     ({"prompt": [-1]}, "prompt", "allowed are 0 to 49151"),
     ({"prompt": [[1], [10**9]]}, "prompt", "allowed are 0 to 49151"),
-    ({"prompt": ["a"] * 1000}, "prompt", "at most 256 prompts"),
+    ({"prompt": ["a"] * 1025}, "prompt", "prompt has 1025 prompts and n is 1, which makes 1025 samples"),
+    ({"prompt": ["a"] * 255, "n": 256, "max_tokens": 1}, "prompt", "65280 samples; allowed are 1024"),
     ({"prompt": "x" * 600_000}, "prompt", "maximum context length is 8192 tokens"),
     ({"prompt": [5] * 8190}, "prompt", "maximum context length is 8192 tokens. However, you requested 8194"),
     ({"suffix": "end"}, "suffix", "null or empty"),
@@ -300,7 +315,7 @@ def test_values_in_errors_are_short() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["text/plain", "application/xml", "application/json; charset=utf-16", "multipart/form-data; boundary=x"]
+    "kind", ["", "text/plain", "application/xml", "application/json; charset=utf-16", "multipart/form-data; boundary=x"]
 )
 def test_content_types(rig: Rig, kind: str) -> None:
     refused(rig, rig.ask(TEXT, {"prompt": "a"}, Content_Type=kind), 415, None, "application/json")
@@ -309,12 +324,16 @@ def test_content_types(rig: Rig, kind: str) -> None:
 def test_too_large_a_body(rig: Rig) -> None:
     refused(rig, rig.ask(TEXT, b"x" * (2 << 20)), 413, None, "1048576 bytes")
     begun = time.monotonic()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 100000000000\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        + JSON
+        + b"Expect: 100-continue\r\nContent-Length: 100000000000\r\n\r\n"
+    )
     answer = rig.raw(head)
     assert answer.startswith(b"HTTP/1.1 413")
     assert time.monotonic() - begun < 10
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + JSON + b"Transfer-Encoding: chunked\r\n\r\n"
     assert rig.raw(head + chunk * 17 + b"0\r\n\r\n").startswith(b"HTTP/1.1 413")
 
 
@@ -362,7 +381,7 @@ def test_broken_http(rig: Rig) -> None:
 
 def test_half_a_request_keeps_nobody_waiting(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     body = json.dumps({"prompt": "a"}).encode()
-    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body) + 1}\r\n\r\n".encode()
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\n{JSON.decode()}Content-Length: {len(body) + 1}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", rig.port)) as connection:
         connection.sendall(head + body)
         replies: list[Reply] = []

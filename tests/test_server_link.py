@@ -6,6 +6,8 @@ import contextlib
 import os
 import queue
 import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +17,12 @@ import pytest
 from conftest import Rig, collect
 
 from lamina.errors import EngineError
+from lamina.models import resolve
 from lamina.remote_engine import RemoteEngine
 from lamina.request import Request
-from lamina.server.link import EngineListener, SocketWire, pack, unpack, wait_for
+from lamina.server.engine_link import EngineLink
+from lamina.server.frontend import EngineUnavailable, Frontend, Served
+from lamina.server.link import EngineListener, SocketWire, pack, unpack
 from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams
 from lamina_protocols.errors import ProtocolError
@@ -132,9 +137,66 @@ def read_to_the_end(wire: SocketWire) -> None:
         wire.events()
 
 
-def test_waiting_for_an_engine_that_never_comes_ends(tmp_path: Path) -> None:
+def test_an_engine_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="cannot be reached"):
-        wait_for(str(tmp_path / "none.sock"), SECRET, "a", 0.2)
+        SocketWire(str(tmp_path / "none.sock"), SECRET, "a")
+
+
+def test_commands_that_together_are_too_large_for_a_frame_are_sent(rig: Rig, path: str) -> None:
+    wire = SocketWire(path, SECRET, "a")
+    wire.ask([("abort", "x" * (1 << 20), None, "abort")] * 80)
+    engine = RemoteEngine(wire, time.monotonic)
+    assert len(collect(ask(engine, (1, 2, 3), 4, "1"))[0]) == 4
+    wire.close()
+
+
+def test_the_http_process_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, lamina.server.http_main; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "ray", "grpc", "numba"}.intersection(loaded)
+
+
+class Followed(Frontend):
+    """A frontend that notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.news: list[str] = []
+
+    def ready(self, served: Served, restarts: int = 0) -> None:
+        super().ready(served, restarts)
+        self.news.append(f"ready {restarts}")
+
+    def lost(self, why: str) -> None:
+        super().lost(why)
+        self.news.append("lost")
+
+
+@pytest.mark.data
+def test_a_link_is_made_as_soon_as_it_can_be_and_made_again(rig: Rig, tmp_path: Path) -> None:
+    frontend, path = Followed(), str(tmp_path / "engine.sock")
+    link = EngineLink(frontend, SECRET, lambda: frontend.news.append("connected"))
+    facts = {"socket": path, "folder": str(resolve("smollm2-135m")), "context": 64, "possible": 64, "vocab_size": 64}
+    link.ready(facts | {"restarts": 2})
+    until(lambda: "lost" in frontend.news)  # nobody is there yet
+    listener = EngineListener(path, SECRET, rig.engine, time.monotonic)
+    until(lambda: frontend.news[-2:] == ["ready 2", "connected"])
+    assert link._wire is not None
+    link._wire.close()  # it breaks, while the engine lives
+    until(lambda: frontend.news.count("connected") == 2)
+    assert len(collect(ask(frontend.served.engine, (1, 2, 3), 4, "1"))[0]) == 4  # type: ignore[arg-type]
+    link.dead("gone")
+    with pytest.raises(EngineUnavailable, match="gone"):
+        frontend.served  # noqa: B018  # it raises
+    until(lambda: link._wire is None)
+    listener.close()
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -6,9 +6,10 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 import tokenizers
 from server_rig import MODEL, Rig, serving
@@ -18,6 +19,7 @@ from lamina import LLM
 from lamina.intake import Intake
 from lamina.server.frontend import Frontend, Served
 from lamina.server.schemas import ChatRequest, CompletionRequest
+from lamina.server.tools import ToolUse
 from lamina.ticket import Ticket
 from lamina.tokenizer import Tokenizer
 
@@ -264,13 +266,14 @@ TEXT_EXTRA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = EXTRA | {
     "bad_words": ({"bad_words": ["Paris"]}, {}),
     "structured_outputs": ({"structured_outputs": {"regex": "[0-9]{3}"}}, {}),
 }
+FREE = {"parallel_tool_calls": True, "audio": None, "web_search_options": None}  # without tools; unknown, but null
 ELSEWHERE = {"add_special_tokens", "priority", "cache_salt", "parallel_tool_calls"}  # in tests of their own
 NEVER = {"prompt_logprobs", "suffix", "best_of", "chat_template", "chat_template_kwargs"}  # in tests of bad input
 IGNORED: dict[str, Any] = {
     "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "session_id": "s",
     "safety_identifier": "s", "prompt_cache_key": "k",
 }  # fmt: skip
-CHAT_IGNORED = IGNORED | {"reasoning_effort": "high", "verbosity": "low"}
+CHAT_IGNORED = IGNORED | {"reasoning_effort": "high", "verbosity": "low", "modalities": ["text"]}
 
 
 @pytest.mark.parametrize(
@@ -324,7 +327,7 @@ def test_a_completion_s_fields_change_answers(rig: Rig, name: str) -> None:
 def test_ignored_fields_change_nothing(rig: Rig) -> None:
     base = {"messages": MESSAGES, "max_tokens": 8}
     plain = rig.ask("/v1/chat/completions", base, Authorization="Bearer key")
-    for fields in ({}, CHAT_IGNORED):
+    for fields in ({}, CHAT_IGNORED, FREE):
         reply = rig.ask("/v1/chat/completions", base | fields, Authorization="Bearer key")
         assert telling(reply.body) == telling(plain.body)
 
@@ -359,6 +362,92 @@ TOOLS: list[Any] = [
 FORCED: dict[str, Any] = {"type": "function", "function": {"name": "forecast"}}
 
 
+class Colour(pydantic.BaseModel):
+    name: Literal["red", "blue"]
+
+
+class Weather(pydantic.BaseModel):
+    """Tells the weather."""
+
+    city: Literal["Oslo", "Rome"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the SDK's, of its own `parsed`
+def test_a_parsed_answer_can_be_sent_back(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "response_format": Colour, "max_tokens": 40}
+    message = client.chat.completions.parse(messages=MESSAGES, **fields).choices[0].message
+    assert message.parsed is not None
+    more = {"role": "user", "content": "Another one."}
+    for sent in (message, message.model_dump()):
+        again = client.chat.completions.parse(messages=[*MESSAGES, sent, more], **fields)  # type: ignore[list-item]
+        assert again.choices[0].message.parsed is not None
+    with client.chat.completions.stream(messages=MESSAGES, **fields) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    assert streamed.parsed == message.parsed
+    assert chat(client, messages=[*MESSAGES, streamed, more]).choices[0].message.content
+
+
+def test_parsed_calls_of_tools_and_their_results(client: openai.OpenAI) -> None:
+    tools = [openai.pydantic_function_tool(Weather)]
+    fields: dict[str, Any] = {"model": MODEL, "tools": tools, "max_tokens": 60}
+    message = client.chat.completions.parse(
+        messages=MESSAGES, tool_choice="required", parallel_tool_calls=False, **fields
+    )
+    with client.chat.completions.stream(
+        messages=MESSAGES, tool_choice="required", parallel_tool_calls=False, **fields
+    ) as stream:
+        streamed = stream.get_final_completion()
+    for completion in (message, streamed):
+        said = completion.choices[0].message
+        (call,) = said.tool_calls or ()
+        assert isinstance(call.function.parsed_arguments, Weather)
+        assert said.content is None
+        for sent in (said, said.model_dump(warnings=False)):
+            history = [*MESSAGES, sent, {"role": "tool", "tool_call_id": call.id, "content": "Rain."}]
+            answer = chat(client, messages=history, tool_choice="none", tools=tools, max_tokens=2)
+            assert answer.choices[0].message.content
+
+
+def test_without_a_call_a_stream_s_content_is_text(client: openai.OpenAI) -> None:
+    """The model's end as the first token, or text; with log probabilities too."""
+    for fields in ({"logit_bias": {"2": 100}}, {"stop": "e"}, {"logit_bias": {"2": 100}, "logprobs": True}):
+        given: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 60} | fields
+        with client.chat.completions.stream(**given) as stream:
+            streamed = stream.get_final_completion().choices[0].message
+        assert streamed.content == chat(client, **given).choices[0].message.content
+        assert streamed.content is not None
+
+
+def test_only_allowed_tools_are_in_the_grammar() -> None:
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [FORCED]}}
+    use = ToolUse.from_request(TOOLS, allowed, None, False)
+    assert use is not None
+    assert ("weather" in use.grammar, "forecast" in use.grammar, use.required) == (False, True, False)
+    assert [tool["function"]["name"] for tool in use.tools] == ["weather", "forecast"]
+    assert "weather" in (use.system_note or "")
+
+
+@pytest.mark.slow
+def test_tools_that_are_allowed(client: openai.OpenAI) -> None:
+    for name in ("weather", "forecast"):
+        tool = {"type": "function", "function": {"name": name}}
+        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [tool]}}
+        choice = chat(client, tools=TOOLS, tool_choice=allowed, parallel_tool_calls=False, max_tokens=60).choices[0]
+        assert [call.function.name for call in choice.message.tool_calls] == [name]
+    allowed["allowed_tools"]["mode"] = "auto"
+    as_text = chat(client, tools=TOOLS, tool_choice=allowed, response_format={"type": "text"}, max_tokens=3)
+    assert as_text.choices[0].message.content
+
+
+def test_negative_seeds(client: openai.OpenAI) -> None:
+    def text(seed: int) -> str:
+        return str(complete(client, temperature=1.5, seed=seed).choices[0].text)
+
+    assert text(-1) == text(-1) == text(2**64 - 1)
+    assert text(-1) != text(-2)
+
+
 def test_a_tool_is_called(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": FORCED, "max_tokens": 60}
     choice = chat(client, **fields).choices[0]
@@ -367,6 +456,7 @@ def test_a_tool_is_called(client: openai.OpenAI) -> None:
     assert call.function.name == "forecast"
     assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
     chunks = [chunk.choices[0] for chunk in chat(client, stream=True, **fields)]
+    assert (chunks[0].delta.role, chunks[0].delta.content) == ("assistant", None)
     pieces = [piece for chunk in chunks for piece in chunk.delta.tool_calls or ()]
     assert (pieces[0].function.name, pieces[0].index, pieces[0].type) == ("forecast", 0, "function")
     assert pieces[0].id.startswith("call_")
@@ -478,6 +568,7 @@ def test_continuous_usage(rig: Rig) -> None:
         counts = [event["usage"]["completion_tokens"] for event in reply.events]
         assert counts == sorted(counts)
         assert counts[-1] == 5
+        assert counts[0] == (0 if ask == rig.chat else 1)
 
 
 def test_why_a_sample_stopped(rig: Rig) -> None:
@@ -494,10 +585,3 @@ def test_why_a_sample_stopped(rig: Rig) -> None:
     assert reason(stop=" Paris") == ("stop", " Paris")
     assert reason(stop_token_ids=[28], logit_bias={"28": 100}) == ("stop", 28)
     assert reason(logit_bias={"2": 100}) == ("stop", None)
-
-
-def test_curl_without_a_content_type(rig: Rig) -> None:
-    assert (
-        rig.ask("/v1/completions", {"prompt": "a", "max_tokens": 1}, Content_Type="", Authorization="Bearer key").status
-        == 200
-    )

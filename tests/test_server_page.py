@@ -166,7 +166,7 @@ def page() -> tuple[FastAPI, Frontend]:
 
 
 def client(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
 def get(app: FastAPI, *paths: str) -> list[httpx.Response]:
@@ -236,7 +236,7 @@ def test_status_through_the_life_of_an_engine():
             assert "signal 9" in dead["message"]
             assert dead["engine"] is not None  # the last that was seen
 
-            frontend.ready(Served(engine, None, Intake()))
+            frontend.ready(Served(engine, None, Intake()), restarts=1)
             assert (await seen(browser))["restarts"] == 1
             engine.alive = False
             stopped = await seen(browser)

@@ -164,6 +164,48 @@ def test_a_restart_that_fails_ends_the_server(world: World, how: str) -> None:
     assert not alive(world.pid("http"))
 
 
+def test_an_engine_that_finds_no_attention_worker_is_started_once_more(world: World) -> None:
+    thrice = world.until(lambda: count(world, "engine", "engine") == 3 and count(world, "http", "ready") == 2)
+    world.run(world.serving, world.behave("engine", "has no workers"), world.kill("engine"), thrice, world.signal)
+    assert any("no attention worker can be used" in message for message in world.messages)
+
+
+@pytest.mark.parametrize(("how", "error"), [("fails", InvalidRequest), ("dies", EngineError)])
+def test_an_http_process_that_never_serves_ends_the_server(world: World, how: str, error: type[Exception]) -> None:
+    world.behave("http", how)()
+    with pytest.raises(error):
+        world.run()
+    assert count(world, "http", "http") == 1
+
+
+def test_a_child_that_reads_nothing_holds_nobody_up(world: World) -> None:
+    def stop() -> None:
+        os.kill(world.pid("http"), signal.SIGSTOP)
+        child = world.supervisor._http.child
+        assert child is not None
+        for _ in range(3):
+            child.say("x" * 100_000)  # more than a pipe holds
+
+    world.run(world.serving, stop, world.signal, world.signal)
+    assert not alive(world.pid("http"))
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(world: World) -> None:
+    twice = world.until(lambda: count(world, "http", "http") == 2)
+    world.run(world.serving, lambda: os.kill(world.pid("http"), 40), twice, world.signal)
+    assert any("killed by signal 40" in message for message in world.messages)
+
+
+def test_a_folder_that_is_too_long_for_sockets_is_named(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(InvalidRequest, match="TMPDIR"):
+        world.run()
+
+
 def test_a_port_that_is_taken_is_named(world: World) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

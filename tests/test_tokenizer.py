@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from lamina.errors import InvalidRequest, ModelFileError
 from lamina.models import resolve
-from lamina.tokenizer import ROLES, StreamDecoder, Tokenizer
+from lamina.tokenizer import ROLES, StreamDecoder, Tokenizer, check_messages
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}<end>{% endfor %}"
 ONE = [{"role": "user", "content": "hi"}]
@@ -166,6 +166,38 @@ def test_text_parts_are_joined(chatty: Tokenizer) -> None:
     chatty.close()
 
 
+def test_what_clients_send_back_with_an_answer_is_left_out() -> None:
+    more = {
+        "parsed": {"a": [1]}, "annotations": [{"type": "url_citation"}], "audio": {"id": "a"}, "reasoning": "hm",
+        "reasoning_content": "hm", "refusal": None, "function_call": None, "tool_calls": None, "of_tomorrow": None,
+    }  # fmt: skip
+    plain = {"role": "assistant", "content": "x"}
+    assert check_messages([plain | more]) == [plain]
+    parts = [{"type": "text", "text": "x", "parsed": {"a": 1}, "annotations": []}]
+    assert check_messages([{"role": "assistant", "content": parts}]) == [plain]
+    for role in ROLES:
+        cached = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]
+        assert check_messages([{"role": role, "content": cached}]) == [{"role": role, "content": "x"}]
+    call = called('{"x": 1}') | {"index": 0}
+    call["function"] |= {"parsed_arguments": {"x": 2}}
+    (message,) = check_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        ({"content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"refusal": "I cannot."}, "I cannot."),
+        ({"content": "Well.", "refusal": "I cannot."}, "Well.\nI cannot."),
+        ({"content": [{"type": "refusal", "refusal": "I cannot."}]}, "I cannot."),
+        ({"content": [{"type": "text", "text": "Well."}, {"type": "refusal", "refusal": "No."}]}, "Well.\nNo."),
+    ],
+)
+def test_a_refusal_is_text(message: dict[str, Any], content: str) -> None:
+    assert check_messages([{"role": "assistant"} | message])[0]["content"] == content
+
+
 def called(arguments: str) -> dict[str, Any]:
     return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
 
@@ -223,7 +255,14 @@ def test_special_tokens_are_added_unless_told_otherwise(tmp_path: Path) -> None:
         ([{"role": "user", "content": "x", "name": 1}], r"messages\[0\].name is 1"),
         ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "'tool_calls'; allowed for user are"),
         ([{"role": "user", "content": "x", "tool_call_id": "1"}], "'tool_call_id'; allowed for user are"),
-        ([{"role": "assistant", "content": "x", "refusal": "no"}], "'refusal'; allowed for assistant are"),
+        ([{"role": "user", "content": "x", "refusal": "no"}], "'refusal'; allowed for user are"),
+        ([{"role": "user", "content": "x", "parsed": {"a": 1}}], "'parsed'; allowed for user are"),
+        ([{"role": "assistant", "refusal": 5}], r"messages\[0\].refusal is 5"),
+        ([{"role": "assistant", "content": "x", "function_call": {"name": "f"}}], "'function_call'; allowed for"),
+        ([{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}], r"content\[0\].*refusal"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x", "parsed": 1}]}], r"content\[0\].*parsed"),
+        ([{"role": "assistant", "content": [{"type": "refusal", "text": "no"}]}], r"content\[0\].*refusal"),
+        ([{"role": "assistant", "content": [{"type": ["text"], "text": "no"}]}], r"content\[0\] is"),
         ([{"role": "assistant", "tool_calls": "f"}], "tool_calls is 'f'; allowed is a list"),
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], r"tool_calls\[0\] is"),
         ([{"role": "assistant", "tool_calls": [called("[1]")]}], "arguments is '\\[1\\]'; allowed is the JSON text of"),

@@ -31,12 +31,14 @@ from lamina.server.settings import ServerSettings
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 
-_PUBLIC = PUBLIC_PATHS | {"/health", "/version"}
+_PROBES = frozenset({"/health", "/version"})
+_PUBLIC = PUBLIC_PATHS | _PROBES
 _REFERENCE = "#/components/schemas/{model}"
 _REQUESTS = (schemas.ChatRequest, schemas.CompletionRequest, schemas.TokenizeRequest, schemas.DetokenizeRequest)
 _ERRORS = {
     400: "The request is wrong; `param` names the field.",
     401: "The API key is missing or wrong.",
+    403: "A web page of elsewhere sent it, or it is for a host that is not allowed.",
     404: "There is no such model.",
     405: "Not with that method.",
     408: "The body did not come in time.",
@@ -47,7 +49,7 @@ _ERRORS = {
     503: "The engine is loading, or dead.",
     504: "The request took longer than it may.",
 }
-_READING = (400, 401, 405, 500)
+_READING = (400, 401, 403, 405, 500)
 _WORKING = (*_ERRORS,)
 
 
@@ -71,7 +73,7 @@ def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | 
     )
     _add_routes(app, service)
     add_page(app, frontend, settings)
-    app.add_middleware(Gate, settings=settings, metrics=counted, public=_PUBLIC)
+    app.add_middleware(Gate, settings=settings, metrics=counted, public=_PUBLIC, probes=_PROBES)
     _add_handlers(app, service)
     app.openapi = lambda: _document(app, bool(settings.api_keys))  # type: ignore[method-assign]  # FastAPI's own way
     return app

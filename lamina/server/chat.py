@@ -38,8 +38,6 @@ from lamina.ticket import Ticket
 from lamina.tokenizer import Tokenizer, check_messages
 from lamina.types import Completion, Sample, SamplingParams, TokenEvent
 
-_NO_TOOLS = ("tool_choice", "parallel_tool_calls")
-
 
 @dataclass(frozen=True, slots=True)
 class Chat:
@@ -70,7 +68,7 @@ async def chat(service: Service, request: Request) -> Response:
     """Answer one request."""
     call = service.call(request)
     fields = await service.read(request, ChatRequest, call)
-    served = service.served(1)
+    served = service.served(1, fields.n or 1)
     salt = service.salt(call, fields.cache_salt)
     work = service.prepare(call, _prepared, fields, served, salt)
     prepared = await while_connected(request.receive, work, call.timeout + GRACE)
@@ -153,9 +151,8 @@ def _check(fields: ChatRequest) -> None:
         )
     if fields.top_logprobs is not None and not fields.logprobs:
         raise ApiError(400, "top_logprobs is given, which is allowed only where logprobs is true", "top_logprobs")
-    for name in _NO_TOOLS:
-        if getattr(fields, name) not in (None, "none") and not fields.tools:
-            raise ApiError(400, f"{name} is given, which is allowed only beside tools", name)
+    if fields.tool_choice not in (None, "none") and not fields.tools:
+        raise ApiError(400, "tool_choice is given, which is allowed only beside tools", "tool_choice")
 
 
 def _limit(fields: ChatRequest) -> int | None:
@@ -284,9 +281,9 @@ class _Writer:
         frames: list[str] = []
         for event in events:
             index = event.sample_index
-            self._chunks.tokens += 1
             if not self._begun[index]:
-                self._begin(index, frames)
+                self._begin(index, frames)  # before its token is counted
+            self._chunks.tokens += 1
             self._sent[index] += len(event.text)
             if event.finish_reason is not None:
                 self._finish(index, event.text, event, event.finish_reason, frames)
@@ -312,8 +309,10 @@ class _Writer:
         return "".join(frames).encode()
 
     def _begin(self, index: int, frames: list[str]) -> None:
+        """With tools there may be no content: it is null, and `_finish` makes it text where nothing is called."""
         self._begun[index] = True
-        self._add(index, {"role": "assistant", "content": self._chat.prefix}, None, frames)
+        content = self._chat.prefix or (None if self._parsers[index] is not None else "")
+        self._add(index, {"role": "assistant", "content": content}, None, frames)
 
     def _finish(self, index: int, text: str, event: TokenEvent | None, reason: Any, frames: list[str]) -> None:
         self._ended[index] = True
@@ -321,9 +320,11 @@ class _Writer:
         self._deltas(index, deltas, event, frames)
         parser = self._parsers[index]
         token = None if event is None else event.token_id
-        ended = {"finish_reason": "tool_calls" if reason == "stop" and parser is not None and parser.calls else reason}
+        calls = 0 if parser is None else parser.calls
+        ended = {"finish_reason": "tool_calls" if reason == "stop" and calls else reason}
         ended["stop_reason"] = answers.stop_reason(self._chat.params, self._chat.eos_ids, token, reason)
-        choice = {"index": index, "delta": {}, "logprobs": None} | ended
+        delta = {} if parser is None or calls else {"content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None} | ended
         frames.append(self._chunks.chunk(dumps(choice)))
 
     def _parsed(self, index: int, text: str, last: bool) -> list[dict[str, Any]]:
@@ -343,7 +344,7 @@ class _Writer:
         logprobs = None
         if event is not None and event.logprob is not None:
             logprobs = {"content": [chat_logprob(event.logprob, self._chat.as_ids)], "refusal": None}
-            deltas = deltas or [{"content": ""}]
+            deltas = deltas or [{"content": ""} if self._parsers[index] is None else {}]
         for number, delta in enumerate(deltas):
             self._add(index, delta, logprobs if number == 0 else None, frames)
 

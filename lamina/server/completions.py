@@ -59,7 +59,7 @@ async def completions(service: Service, request: Request) -> Response:
     call = service.call(request)
     fields = await service.read(request, CompletionRequest, call)
     one = is_one(fields.prompt) or not isinstance(fields.prompt, list)
-    served = service.served(1 if one else len(fields.prompt))
+    served = service.served(1 if one else len(fields.prompt), fields.n or 1)
     salt = service.salt(call, fields.cache_salt)
     work = service.prepare(call, _prepared, fields, served, salt)
     prepared = await while_connected(request.receive, work, call.timeout + GRACE)

@@ -5,13 +5,15 @@ its stdin closes, and when the engine stops. torch is imported only after the en
 
 heard   ["engine", model, config, socket, secret, waits for members]   ["members", [[name, address, token, capacity]]]
         ["joined", member]   ["left", name]
-said    ["progress", what, done, total]   ["ready", facts]   ["failed", why]   ["lost", name]
+said    ["progress", what, done, total]   ["ready", facts]   ["failed", kind, why]   ["lost", name]
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -19,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.errors import EngineError, LaminaError
+from lamina.errors import LaminaError, WorkersUnavailable
 from lamina.members import Member, MemberStatus, News, OnJoined, OnLeft
 from lamina.model_cache import Progress
 from lamina.server.lines import Mouth, hear, log_to_stderr
@@ -30,6 +32,8 @@ from lamina_workers.parent import die_with_parent
 if TYPE_CHECKING:
     from lamina.ray_engine import ClusterRuntime
     from lamina.runtime import Runtime
+
+logger = logging.getLogger("lamina")
 
 _SWITCH = 1e-4  # seconds: the threads that talk to clients must not keep the step loop from the interpreter for 5 ms
 _WORKERS_UP = 120.0  # seconds
@@ -48,9 +52,9 @@ class ToldMembers:
         try:
             members = self._first.get(timeout=_WORKERS_UP)
         except queue.Empty:
-            raise EngineError(f"no attention workers within {_WORKERS_UP:g} s") from None
+            raise WorkersUnavailable(f"no attention workers within {_WORKERS_UP:g} s") from None
         if not members:
-            raise EngineError("no attention worker is up")
+            raise WorkersUnavailable("no attention worker is up")
         return members
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
@@ -88,6 +92,8 @@ def _member(fields: Sequence[Any]) -> Member:
 def main() -> int:
     """The exit status: 0 where the supervisor let it go, 1 where the engine did not start or has stopped."""
     die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # a signal to all processes of a service is the supervisor's to answer
     sys.setswitchinterval(_SWITCH)
     log_to_stderr("engine")
     mouth = Mouth()
@@ -120,31 +126,36 @@ def _serve(
     members: ToldMembers | None,
     ended: queue.SimpleQueue[int],
 ) -> None:
-    from lamina.server.link import EngineListener
-
     def progress(what: str, done: int, total: int | None) -> None:
         mouth.say("progress", what, done, total)
 
     try:
+        from lamina.server.link import EngineListener
+
         runtime = _start(model, EngineConfig(**config), progress, members)
         EngineListener(path, bytes.fromhex(secret), runtime.engine, time.monotonic)
-    except (LaminaError, OSError) as error:
-        mouth.say("failed", type(error).__name__, " ".join(str(error).split()))
+        facts = _facts(runtime)
+    except BaseException as error:  # whatever it is, torch's own errors too: nobody may wait for ever
+        if not isinstance(error, LaminaError):
+            logger.exception("the engine did not start")
+        mouth.say("failed", type(error).__name__, " ".join(str(error).split()) or type(error).__name__)
         ended.put(1)
         return
-    mouth.say(
-        "ready",
-        {
-            "folder": str(runtime.model_path),
-            "context": runtime.limits.max_model_len,
-            "possible": runtime.possible,
-            "vocab_size": runtime.model.vocab_size,
-        },
-    )
+    mouth.say("ready", facts)
     while runtime.engine.alive:
         time.sleep(0.2)
     time.sleep(1.0)  # whoever waits for outputs is told first
     ended.put(1)
+
+
+def _facts(runtime: Runtime | ClusterRuntime) -> dict[str, Any]:
+    """What the HTTP process must know of a model."""
+    return {
+        "folder": str(runtime.model_path),
+        "context": runtime.limits.max_model_len,
+        "possible": runtime.possible,
+        "vocab_size": runtime.model.vocab_size,
+    }
 
 
 def _start(

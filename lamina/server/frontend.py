@@ -79,18 +79,18 @@ class Frontend:
     def __init__(self, observer: Observer | None = None) -> None:
         self.observer: Observer = observer or Unobserved()
         self.loading = ""  # what it is doing while it is not ready, for people
-        self.restarts = -1  # of the engine
+        self.restarts = 0  # of the engine
         self.draining = False  # the server is about to end: nothing new is taken
-        self.active = 0  # prompts under way or waiting
+        self.active = 0  # samples under way or waiting
         self._served: Served | None = None
         self._why = ""  # it is dead
         self._snapshot: tuple[float, Snapshot] | None = None
         self._asking: asyncio.Future[Snapshot] | None = None
 
-    def ready(self, served: Served) -> None:
-        """There is an engine, or another one."""
+    def ready(self, served: Served, restarts: int = 0) -> None:
+        """There is an engine, which was started again so many times."""
         self._served, self._why, self._asking = served, "", None
-        self.restarts += 1
+        self.restarts = restarts
 
     def lost(self, why: str) -> None:
         """The engine is gone; another may come."""
@@ -178,7 +178,7 @@ class Generation:
             raise
         self._last: dict[tuple[int, int], float] = {}  # by prompt and sample
         self._told: set[int] = set()  # prompts whose end the observer knows of
-        frontend.active += len(tickets)
+        frontend.active += sum(ticket.request.n for ticket in tickets)
 
     async def __aenter__(self) -> Generation:
         return self
@@ -186,7 +186,7 @@ class Generation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._frontend.active -= len(self._tickets)
+        self._frontend.active -= sum(ticket.request.n for ticket in self._tickets)
         self._inbox.close()
         self._job.abort()
         now = time.monotonic()

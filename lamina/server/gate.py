@@ -1,10 +1,12 @@
-"""What every request passes on its way in and out: API keys, request ids, a last word where something breaks, counts.
+"""What every request passes on its way in and out: web pages of elsewhere, API keys, request ids, a last word where
+something breaks, counts.
 
 Knows headers and statuses; knows no route and no body.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
 import secrets
@@ -18,6 +20,7 @@ from lamina.server.errors import ApiError, shown
 from lamina.server.frontend import State
 from lamina.server.settings import ServerSettings
 from lamina.snapshot import Snapshot
+from lamina_protocols.channels import is_loopback
 
 logger = logging.getLogger("lamina")
 
@@ -25,6 +28,7 @@ REQUEST_ID = "lamina.request_id"  # keys of a request's scope
 TENANT = "lamina.tenant"
 
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_HOST = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(:[0-9]{0,5})?")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _COUNTED = frozenset({401, 413, 429, 503})  # as rejections, by their code
 _GONE = 499  # the status of a request whose client went away before there was one; nginx's
@@ -55,13 +59,26 @@ class NoMetrics:
 
 
 class Gate:
-    """ASGI middleware. `public`: paths that need no key. Leaves the request's id and tenant in its scope."""
+    """ASGI middleware. `public`: paths that need no key, and tell nothing; `probes`: those of them for whoever watches
+    the server, by any name. Leaves the request's id and tenant in its scope."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, public: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        metrics: Metrics,
+        public: Collection[str],
+        probes: Collection[str] = (),
+    ) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
         self._public = public
+        self._probes = probes
+        host = settings.host or "localhost"
+        self._names = {"localhost", host.lower()}
+        # Who listens beyond loopback without keys has said that everybody may come in.
+        self._any_name = bool(settings.api_keys) or (_is_address(host) and not is_loopback(host))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,6 +127,8 @@ class Gate:
                 "X-Request-Id",
             )
         scope[TENANT] = ""
+        if (error := self._elsewhere(scope)) is not None:
+            return error
         if not self._settings.api_keys or scope["path"] in self._public:
             return None
         scheme, _, key = (_header(scope, b"authorization") or "").partition(" ")
@@ -121,6 +140,38 @@ class Gate:
             )
         scope[TENANT] = self._settings.tenant(key)
         return None
+
+    def _elsewhere(self, scope: Scope) -> ApiError | None:
+        """Refuse what a web page of elsewhere has a browser on this network send: openly, or under a name of its own
+        that it has made to mean this host. What is not a browser may say what it likes here."""
+        if _header(scope, b"sec-fetch-site") == "cross-site" and scope["path"] not in self._public:
+            return ApiError(403, "Sec-Fetch-Site is cross-site; web pages of elsewhere are refused", code="cross_site")
+        if self._any_name or scope["path"] in self._probes:
+            return None
+        host = _header(scope, b"host")
+        if host is None or self._is_ours(host):
+            return None
+        return ApiError(
+            403,
+            f"Host is {shown(host)}; without API keys, allowed are {', '.join(sorted(self._names))} and IP addresses: "
+            "give the server an --api-key to be reached by any name",
+            code="host_not_allowed",
+        )
+
+    def _is_ours(self, host: str) -> bool:
+        found = _HOST.fullmatch(host)
+        if found is None:
+            return False
+        name = found[1].lower().removesuffix(".")
+        return name in self._names or _is_address(name.removeprefix("[").removesuffix("]"))
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def count_rejection(metrics: Metrics, error: ApiError) -> None:

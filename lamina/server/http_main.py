@@ -4,35 +4,32 @@ Hears where to listen and how the engine is; says when it listens and when it ha
 
 heard   ["http", settings, listening descriptor, secret]   ["loading", what]   ["ready", facts]
         ["dead", why]   ["drain", seconds]
-said    ["serving"]   ["connected"]
+said    ["serving"]   ["connected"]   ["failed", kind, why]
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from lamina.errors import LaminaError
-from lamina.intake import Intake
-from lamina.remote_engine import RemoteEngine
 from lamina.server.app import create_app
-from lamina.server.frontend import Frontend, Served
+from lamina.server.engine_link import EngineLink
+from lamina.server.frontend import Frontend
 from lamina.server.lines import Mouth, hear, log_to_stderr
-from lamina.server.link import SocketWire, wait_for
 from lamina.server.metrics import ServerMetrics
 from lamina.server.protocol import LimitedProtocol
 from lamina.server.settings import ServerSettings
-from lamina.tokenizer import Tokenizer, read_json
 from lamina_workers.parent import die_with_parent
 
 if TYPE_CHECKING:
@@ -41,14 +38,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 KEEP_ALIVE = 75  # seconds that an idle connection stays, as nginx has it
-_REACH = 10.0  # seconds in which a ready engine must be reached
 _NICE = 5  # to take a core from one of the engine's threads, which compute in step, stops all; work here is short
 _REST = 0.5  # seconds that /health says "draining" at least
 
 
 def main() -> int:
-    """The exit status: 0 once it has drained, or the supervisor is gone."""
+    """The exit status: 0 once it has drained, or the supervisor is gone; 1 where it cannot serve."""
     die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # a signal to all processes of a service is the supervisor's to answer
     os.nice(_NICE)
     log_to_stderr("http")
     mouth = Mouth()
@@ -57,11 +55,17 @@ def main() -> int:
     if first is None:
         return 0
     _, fields, descriptor, secret = first
-    settings = ServerSettings(**fields)
-    metrics = ServerMetrics(settings.model)
-    tracer = _tracer(settings)
-    frontend = Frontend(metrics if tracer is None else tracer.observing(metrics))
-    app = create_app(frontend, settings, metrics)
+    try:
+        settings = ServerSettings(**fields)
+        metrics = ServerMetrics(settings.model)
+        tracer = _tracer(settings)
+        frontend = Frontend(metrics if tracer is None else tracer.observing(metrics))
+        app = create_app(frontend, settings, metrics)
+    except Exception as error:
+        if not isinstance(error, LaminaError):
+            logger.exception("the server cannot be put together")
+        mouth.say("failed", type(error).__name__, " ".join(str(error).split()))
+        return 1
     config = uvicorn.Config(
         app if tracer is None else tracer.middleware(app),
         http=LimitedProtocol,
@@ -72,8 +76,8 @@ def main() -> int:
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
     )
-    server = uvicorn.Server(config)
-    link = _Link(frontend, bytes.fromhex(secret), mouth)
+    server = _Server(config)
+    link = EngineLink(frontend, bytes.fromhex(secret), lambda: mouth.say("connected"))
     threading.Thread(
         target=_listen, args=(lines, link, frontend, server), name="lamina-supervisor", daemon=True
     ).start()
@@ -85,6 +89,14 @@ def main() -> int:
     os._exit(0)  # threads that wait for the engine or the supervisor would keep the process
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's, without its signal handlers."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 def _tracer(settings: ServerSettings) -> Tracer | None:
     """Where traces go, if anywhere: OpenTelemetry is imported only then. Raises InvalidRequest where it is missing."""
     if settings.otlp_traces_endpoint is None:
@@ -94,14 +106,14 @@ def _tracer(settings: ServerSettings) -> Tracer | None:
     return Tracer.from_endpoint(settings.otlp_traces_endpoint, settings.model)
 
 
-def _listen(lines: Iterator[list[Any]], link: _Link, frontend: Frontend, server: uvicorn.Server) -> None:
+def _listen(lines: Iterator[list[Any]], link: EngineLink, frontend: Frontend, server: uvicorn.Server) -> None:
     for word, *items in lines:
         if word == "loading":
             frontend.loading = items[0]
         elif word == "ready":
-            link.connect(items[0])
+            link.ready(items[0])
         elif word == "dead":
-            link.cut(items[0])
+            link.dead(items[0])
         elif word == "drain":
             threading.Thread(target=_drain, args=(frontend, server, items[0]), daemon=True).start()
     os._exit(0)  # the supervisor is gone
@@ -122,49 +134,6 @@ def _drain(frontend: Frontend, server: uvicorn.Server, seconds: float) -> None:
         time.sleep(0.05)
     server.config.timeout_graceful_shutdown = 2
     server.should_exit = True
-
-
-class _Link:
-    """From what the supervisor says of the engine to what the frontend has. For the supervisor's thread."""
-
-    def __init__(self, frontend: Frontend, secret: bytes, mouth: Mouth) -> None:
-        self._frontend = frontend
-        self._mouth = mouth
-        self._secret = secret
-        self._wire: SocketWire | None = None
-
-    def connect(self, facts: Mapping[str, Any]) -> None:
-        """Reach an engine that is ready. Where that fails, it is as good as dead until the next one."""
-        name = secrets.token_hex(8)
-        self._close()
-        try:
-            wire = self._wire = wait_for(facts["socket"], self._secret, name, _REACH)
-            folder = Path(facts["folder"])
-            tokenizer = Tokenizer(folder)
-            intake = Intake(
-                tokenizer,
-                facts["context"],
-                facts["possible"],
-                facts["vocab_size"],
-                read_json(folder / "generation_config.json"),
-                prefix=f"{name[:6]}-",
-            )
-        except LaminaError as error:
-            logger.error("%s", error)
-            self._frontend.lost(str(error))
-            return
-        self._frontend.ready(Served(RemoteEngine(wire, time.monotonic), tokenizer, intake))
-        self._mouth.say("connected")
-
-    def cut(self, why: str) -> None:
-        """The engine is gone."""
-        self._frontend.lost(why)
-        self._close()
-
-    def _close(self) -> None:
-        if self._wire is not None:
-            self._wire.close()
-            self._wire = None
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgpack
@@ -29,7 +28,8 @@ MAX_FRAME = 64 << 20  # bytes: 16 Mi tokens of prompts in one frame
 _TAG = 32767  # of a frame that is plain data
 _POLL = 0.5  # seconds
 _COLLECT = 0.0003  # seconds in which a batch's outputs, once the first is there, have all come
-_CONNECT = 10.0  # seconds
+_CONNECT = 3.0  # seconds
+_TOGETHER = 1 << 20  # bytes of commands that share a frame
 _PAIRING = 10.0  # seconds that the first connection of a client waits for the second
 
 
@@ -53,6 +53,21 @@ def unpack(frame: memoryview) -> tuple[Any, ...]:
     return value
 
 
+def _parts(commands: Sequence[Command]) -> Iterator[list[bytes | memoryview]]:
+    """The frames of commands: small ones together, since one that is too large is not taken by the other side."""
+    together: list[Command] = []
+    size = 0
+    for command in commands:
+        weight = len(msgpack.packb(command))
+        if together and size + weight > _TOGETHER:
+            yield pack(together)
+            together, size = [], 0
+        together.append(command)
+        size += weight
+    if together:
+        yield pack(together)
+
+
 class SocketWire:
     """The way to an engine behind `EngineListener`: a `remote_engine.Wire`. Raises EngineError."""
 
@@ -70,7 +85,8 @@ class SocketWire:
 
     def ask(self, commands: Sequence[Command]) -> None:
         try:
-            self._commands.send(pack(commands))
+            for part in _parts(commands):
+                self._commands.send(part)
         except LaminaError as error:
             raise EngineError(f"the engine's process is gone: {error}") from error
 
@@ -159,15 +175,3 @@ class EngineListener:
             gone.set()
         finally:
             channel.close()
-
-
-def wait_for(path: str, secret: bytes, client: str, seconds: float) -> SocketWire:
-    """A wire to an engine that may only just be about to listen. Raises EngineError."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return SocketWire(path, secret, client)
-        except EngineError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.05)

@@ -1,4 +1,5 @@
-"""uvicorn's HTTP protocol with limits that it lacks: how large a request's head may be, and how long it may take.
+"""uvicorn's HTTP protocol with what it lacks: limits on a request's head and trailers in bytes and seconds, answers
+that what follows their request does not cut short, and requests that would rather speak another protocol.
 
 Knows bytes and time of one connection; knows nothing of what is asked.
 """
@@ -8,24 +9,31 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD = 64 << 10  # bytes of request line and headers
+MAX_HEAD = 64 << 10  # bytes of request line and headers; of chunk headers and trailers between two pieces of a body
 HEAD_TIMEOUT = 20.0  # seconds from the connection, or from a head's first byte, until its last
 BODY_TIMEOUT = 60.0  # seconds without a byte of a body that has begun
 
-_TOO_LARGE = "431 Request Header Fields Too Large"
-_TOO_SLOW = "408 Request Timeout"
-_MALFORMED = "400 Bad Request"
+_TOO_LARGE = ("431 Request Header Fields Too Large", None)
+_TOO_SLOW = ("408 Request Timeout", "timeout")
+_MALFORMED = ("400 Bad Request", None)
+_OF_THE_UPGRADE = (b"upgrade", b"connection", b"http2-settings")
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """Answers a head that is too large with 431 and one that takes too long with 408, in OpenAI's shape, and closes."""
+    """Answers a head that is too large with 431 and one that takes too long with 408, in OpenAI's shape, and closes.
+
+    Trailers are read and forgotten: taken for headers they would pass what looks at heads. Whoever asks for an upgrade
+    (as Java's and curl's clients do, to HTTP/2) is answered as if it had not.
+    """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self._head = 0  # bytes of the head that is arriving
+        self._bare = 0  # bytes since the last piece of a body, or of the head that is arriving
         self._in_body = False
+        self._upgrading = False
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -37,30 +45,66 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_body:
-            self._arm(BODY_TIMEOUT)
-        else:
-            if self._timer is None:
-                self._arm(HEAD_TIMEOUT)
-            self._head += len(data)
-            # A body may come with its head; a head may not be larger than what comes before its end is seen.
-            if self._head > MAX_HEAD and b"\r\n\r\n" not in data[: MAX_HEAD + 4]:
-                self._refuse(_TOO_LARGE, f"the headers have more than {MAX_HEAD} bytes")
+        if not self._in_body and not self._bare:
+            data = data.lstrip(b"\r\n")  # RFC 9112, 2.2: what old clients send after a request
+            if not data:
                 return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._bare += len(data)
+        # A body may come with its head; a head may not be larger than what comes before its end is seen.
+        if not self._in_body:
+            if self._bare > MAX_HEAD and b"\r\n\r\n" not in data[: MAX_HEAD + 4]:
+                self._refuse(*_TOO_LARGE, f"the headers have more than {MAX_HEAD} bytes")
+                return
+            if self._timer is None and not self._answering:
+                self._arm(HEAD_TIMEOUT)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(*_MALFORMED, "this is no HTTP request")
+        else:
+            if self._in_body and self._bare > MAX_HEAD:
+                self._refuse(*_TOO_LARGE, f"there are more than {MAX_HEAD} bytes between two pieces of the body")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_body:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._head, self._in_body = 0, True
+        if self.parser.should_upgrade():
+            self._upgrading = True  # the parser stops here, and takes the body for another protocol's
+            return
+        self._bare, self._in_body = 0, True
         self._arm(BODY_TIMEOUT)
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._bare = 0
+        self._arm(BODY_TIMEOUT)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        self._in_body = False
+        if self._upgrading:
+            return
+        self._bare, self._in_body = 0, False
         self._disarm()
         super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(_MALFORMED, "this is no HTTP request")
+    @property
+    def _answering(self) -> bool:
+        """Whether a request has come whole and its answer has not gone whole."""
+        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
+
+    def _go_on_without(self, rest: bytes) -> None:
+        """Read the head again, as if it had not asked for another protocol, and then what follows it."""
+        self._upgrading, self._bare = False, 0
+        kept = [name + b": " + value for name, value in self.headers if name not in _OF_THE_UPGRADE]
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        line = b" ".join([method, self.url, b"HTTP/" + version])
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join([line, *kept, b"", b""]) + rest)
 
     def _arm(self, seconds: float) -> None:
         self._disarm()
@@ -73,15 +117,21 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _late(self) -> None:
         self._timer = None
-        if not self.transport.is_closing():
-            self._refuse(_TOO_SLOW, "the request took too long to arrive")
+        self._refuse(*_TOO_SLOW, "the request took too long to arrive")
 
-    def _refuse(self, status: str, message: str) -> None:
-        """Answer, unless another answer is under way, and close."""
+    def _refuse(self, status: str, code: str | None, message: str) -> None:
+        """Answer and close; where another answer is under way, read no more and close after it."""
+        self._disarm()
         if self.transport.is_closing():
             return
+        if self._answering:
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
+            return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            body = f'{{"error":{{"message":"{message}","type":"invalid_request_error","param":null,"code":null}}}}'
+            said = f'"code":{f"{chr(34)}{code}{chr(34)}" if code else "null"}'
+            kind = "timeout_error" if code else "invalid_request_error"
+            body = f'{{"error":{{"message":"{message}","type":"{kind}","param":null,{said}}}}}'
             head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             self.transport.write(f"{head}connection: close\r\n\r\n{body}".encode())
         self.transport.close()

@@ -35,6 +35,8 @@ def sampling(
     keywords: dict[str, Any] = {name: value for name in _PLAIN if (value := getattr(fields, name)) is not None} | dict(
         structure
     )
+    if fields.seed is not None:
+        keywords["seed"] = fields.seed % 2**64  # a negative one is read as the 64 bits that it has in memory
     if bias := _bias(fields, intake):
         keywords["logit_bias"] = bias
     return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **keywords)

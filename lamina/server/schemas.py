@@ -21,10 +21,14 @@ _TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
 _STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 _PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": _TEXT},
-    "required": ["type", "text"],
-    "additionalProperties": False,
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"const": kind}, kind: _TEXT, "cache_control": {}},
+            "required": ["type", kind],
+        }
+        for kind in ("text", "refusal")  # a refusal only of the assistant
+    ]
 }
 _CALL = {
     "type": "object",
@@ -33,7 +37,7 @@ _CALL = {
         "type": {"const": "function"},
         "function": {
             "type": "object",
-            "properties": {"name": _TEXT, "arguments": _TEXT},
+            "properties": {"name": _TEXT, "arguments": _TEXT, "parsed_arguments": {}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         },
@@ -48,7 +52,7 @@ _MESSAGE = {
         "name": {"type": ["string", "null"]},
         "tool_calls": {"anyOf": [{"type": "array", "items": _CALL}, {"type": "null"}]},
         "tool_call_id": {"type": ["string", "null"]},
-        "refusal": {"type": "null"},
+        "refusal": {"type": ["string", "null"]},
     },
     "required": ["role"],
 }
@@ -132,7 +136,7 @@ class GenerationRequest(Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: LogitBias = Field(None, description="Token id to what is added to its logit, -100 to 100.")
-    seed: int | None = Field(None, ge=0, le=2**64 - 1, description="The same seed gives the same text.")
+    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1, description="The same seed gives the same text.")
     n: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Choices for each prompt.")
     max_tokens: int | None = Field(
         None,
@@ -207,7 +211,12 @@ class ChatRequest(GenerationRequest):
     response_format: AnyObject = Field(None, description='{"type": "text" | "json_object" | "json_schema", ...}')
     tools: Tools = Field(None, description="Functions that the model may call.")
     tool_choice: Annotated[
-        Any, _described({"enum": ["none", "auto", "required"]}, {"type": "object", "required": ["type", "function"]})
+        Any,
+        _described(
+            {"enum": ["none", "auto", "required"]},
+            {"type": "object", "required": ["type", "function"]},
+            {"type": "object", "required": ["type", "allowed_tools"]},
+        ),
     ] = Field(None, description="Whether, and which.")
     parallel_tool_calls: bool | None = Field(None, description="Whether one answer may have several calls.")
     add_generation_prompt: bool | None = Field(None, description="Begin the assistant's turn (default).")
@@ -220,6 +229,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: Annotated[Any, _described({"type": "object", "maxProperties": 0}, {"type": "null"})] = Field(
         None, description="Refused unless empty: the template gets no variables of requests."
     )
+    modalities: list[Literal["text"]] | None = Field(None, description="Ignored: answers are text.")
     reasoning_effort: Ignored = Field(None, description="Ignored.")
     verbosity: Ignored = Field(None, description="Ignored.")
 
@@ -400,8 +410,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read(model: type[M], fields: Mapping[str, Any]) -> M:
-    """A request of its fields. Raises ApiError naming the field, its value and what is allowed."""
+    """A request of its fields; unknown ones that are null are left out. Raises ApiError naming the field, its value and
+    what is allowed."""
     known = model.model_fields
+    fields = {name: value for name, value in fields.items() if value is not None or name in known}
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name[:80], known, n=2)

@@ -106,19 +106,23 @@ class Service:
         finally:
             self._preparing -= 1
 
-    def served(self, prompts: int) -> Served:
-        """The model, if there is one, and room for so many prompts. Raises EngineUnavailable, ApiError."""
+    def served(self, prompts: int, n: int) -> Served:
+        """The model, if there is one, and room for `n` samples a prompt. Raises EngineUnavailable, ApiError."""
         served = self.frontend.served
         most, active = self.settings.max_requests, self.frontend.active
-        if prompts > most:
-            raise refused("prompt", [None] * prompts, f"at most {most} prompts")
-        if active + prompts > most:
-            raise overloaded(f"{active} of {most} requests are under way; come back in a moment")
+        if prompts * n > most:
+            raise ApiError(
+                400,
+                f"prompt has {prompts} prompts and n is {n}, which makes {prompts * n} samples; allowed are {most}",
+                "n" if prompts == 1 else "prompt",
+            )
+        if active + prompts * n > most:
+            raise overloaded(f"{active} of {most} samples are under way; come back in a moment")
         return served
 
     def begin(self, tickets: Sequence[Ticket], call: Call, streamed: bool) -> Generation:
         """Submit, if there is still room. To be entered at once."""
-        self.served(len(tickets))
+        self.served(len(tickets), tickets[0].request.n)
         return self.frontend.begin(tickets, call.left(), streamed, call.timeout)
 
     def translate(self, error: LaminaError) -> ApiError:

@@ -18,8 +18,11 @@ class ServerSettings:
     """The name under which the model is served: what requests say in `model`."""
     api_keys: Sequence[str] = ()
     """Any of them lets a request in; none: everybody may come in."""
-    max_requests: int = 256
-    """Prompts under way or waiting; further requests are told to come back (429)."""
+    host: str | None = None
+    """The name by which clients reach the server, beside localhost and IP addresses: where there are no API keys,
+    requests for other names are refused."""
+    max_requests: int = 1024
+    """Samples under way or waiting; further requests are told to come back (429)."""
     request_timeout: float = 600.0
     """Seconds that a request may take; a request may ask for less."""
     max_body: int = 16 << 20
@@ -33,6 +36,8 @@ class ServerSettings:
                 raise InvalidRequest(
                     "an API key has characters that a header cannot carry; allowed are 1 to 512 of ASCII"
                 )
+        if self.host is not None and (not isinstance(self.host, str) or not 1 <= len(self.host) <= 253):
+            raise InvalidRequest(f"host is {self.host!r:.80}; allowed is a name of 1 to 253 characters, or None")
         if type(self.max_requests) is not int or not 1 <= self.max_requests <= 1 << 20:
             raise InvalidRequest(
                 f"max_requests is {self.max_requests!r:.80}; allowed is an integer from 1 to {1 << 20}"

@@ -32,6 +32,7 @@ from lamina.errors import (
     ModelFileError,
     PolicyError,
     UnsupportedModelError,
+    WorkersUnavailable,
 )
 from lamina.local_cluster import LocalCluster
 from lamina.members import Backoff, Member
@@ -46,6 +47,7 @@ _WORKERS_BACK = 10.0  # seconds that a restarted engine waits for all of its att
 _KINDS = {
     kind.__name__: kind for kind in (DiskFullError, InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError)
 }  # what an engine can say that it failed of; all else is an EngineError
+_LONGEST_FOLDER = 80  # characters: a Unix socket's path has 108, its name included
 _FORCED = 5.0  # seconds beyond the time to drain after which the HTTP process is killed
 
 
@@ -146,6 +148,8 @@ class Supervisor:
             _signals(self._events),
         ):
             self._folder, self._socket = Path(folder), sock
+            if len(folder) > _LONGEST_FOLDER:
+                raise InvalidRequest(f"TMPDIR makes {folder}; sockets want at most {_LONGEST_FOLDER} characters")
             try:
                 self._begin_workers()
                 while not self._over():
@@ -216,7 +220,12 @@ class Supervisor:
             if role.child is None and role.due is not None and role.due <= now:
                 role.due, role.ready = None, False
                 role.starts += 1
-                start()
+                try:
+                    start()
+                except OSError as error:  # out of processes or memory, say
+                    if role.starts == 1:
+                        raise EngineError(f"cannot start the {role.name} process: {error}") from error
+                    self._plan_restart(role, f"the {role.name} process cannot be started: {error}")
 
     def _start_engine(self) -> None:
         plan = self._plan
@@ -277,14 +286,21 @@ class Supervisor:
                 self._tell_http()
         elif word == "ready" and child is self._engine.child:
             self._engine.ready = True
-            self._facts = items[0] | {"socket": str(self._folder / f"engine-{self._engine.starts}.sock")}
+            path = str(self._folder / f"engine-{self._engine.starts}.sock")
+            self._facts = items[0] | {"socket": path, "restarts": self._engine.starts - 1}
             self._tell_http()
         elif word == "failed" and child is self._engine.child:
             kind, why = items
             if self._engine.starts == 1:
                 self._failure = _KINDS.get(kind, EngineError)(why)
+            elif kind == WorkersUnavailable.__name__:  # they are being started again, too
+                self._report.said(f"the engine could not start again: {why}")
+                self._engine.ready = True  # its end is a death like any other
             else:
                 self._failure = EngineError(f"the engine could not start again: {why}")
+        elif word == "failed" and child is self._http.child:
+            kind, why = items
+            self._failure = _KINDS.get(kind, EngineError)(why)
         elif word == "lost" and self._cluster is not None:
             self._members.pop(items[0], None)
             self._cluster.lost(items[0])
@@ -308,6 +324,12 @@ class Supervisor:
                 again = "" if role.starts == 1 else " again"
                 self._failure = EngineError(f"{how}, before it had started{again}")
                 return
+        elif not was_ready and role.starts == 1:
+            self._failure = EngineError(f"{how}, before it had started")
+            return
+        self._plan_restart(role, how)
+
+    def _plan_restart(self, role: _Role, how: str) -> None:
         delay = role.backoff.delay(self._clock())
         if delay is None:
             self._failure = EngineError(f"{how}, too often to start it again")

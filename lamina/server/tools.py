@@ -105,16 +105,15 @@ class ToolUse:
             raise _refused("parallel_tool_calls", parallel_tool_calls, "true or false")
         checked = _check_tools(tools)
         choice = _check_choice(tool_choice, [tool["function"]["name"] for tool in checked])
-        if choice == "none" or not checked:
+        if choice.mode == "none" or not checked:
             return None
-        named = choice.get("name") if isinstance(choice, Mapping) else None
-        callable_tools = [tool for tool in checked if named in (None, tool["function"]["name"])]
-        most: Literal["one", "many"] = "many" if parallel_tool_calls is not False and named is None else "one"
-        grammar = _grammar(callable_tools, choice != "auto", most, special_tags)
+        callable_tools = [tool for tool in checked if tool["function"]["name"] in choice.names]
+        most: Literal["one", "many"] = "one" if parallel_tool_calls is False or choice.once else "many"
+        grammar = _grammar(callable_tools, choice.mode == "required", most, special_tags)
         if len(grammar) > MAX_GRAMMAR:
             raise InvalidRequest(f"tools make a grammar of {len(grammar)} characters; allowed are {MAX_GRAMMAR}")
         note = None if template_knows_tools else _SYSTEM_NOTE.format(tools="\n".join(map(_json, checked)))
-        return cls(tuple(checked), grammar, note, choice != "auto")
+        return cls(tuple(checked), grammar, note, choice.mode == "required")
 
 
 def tags_are_special(special_tokens: Iterable[str]) -> bool:
@@ -187,24 +186,57 @@ def _check_parameters(name: str, parameters: object, strict: bool) -> None:
     check_json_schema(name, text, lenient=not strict)
 
 
-def _check_choice(choice: object, names: Sequence[str]) -> Literal["none", "auto", "required"] | dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Whether tools are called, which may be, and whether only one may, once."""
+
+    mode: Literal["none", "auto", "required"]
+    names: Sequence[str] = ()
+    once: bool = False
+
+
+def _check_choice(choice: object, names: Sequence[str]) -> _Choice:
     if choice is None:
-        return "auto" if names else "none"
+        return _Choice("auto" if names else "none", names)
     if choice == "none":
-        return "none"
+        return _Choice("none")
     if choice in ("auto", "required"):
         if not names:
             raise InvalidRequest(f'tool_choice is "{choice}", but there are no tools')
-        return "auto" if choice == "auto" else "required"
-    allowed = '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
-    function = choice.get("function") if isinstance(choice, Mapping) else None
-    if not isinstance(choice, Mapping) or choice.keys() != {"type", "function"} or choice["type"] != "function":
-        raise _refused("tool_choice", choice, allowed)
+        return _Choice("auto" if choice == "auto" else "required", names)
+    kind = choice.get("type") if isinstance(choice, Mapping) else None
+    if not isinstance(choice, Mapping) or kind not in ("function", "allowed_tools") or choice.keys() != {"type", kind}:
+        allowed = '"none", "auto", "required", {"type": "function", "function": {"name": ...}}'
+        raise _refused("tool_choice", choice, f'{allowed} or {{"type": "allowed_tools", "allowed_tools": ...}}')
+    if kind == "function":
+        return _Choice("required", [_chosen("tool_choice.function", choice["function"], names)], once=True)
+    given = choice["allowed_tools"]
+    listed, mode = (given.get("tools"), given.get("mode")) if isinstance(given, Mapping) else (None, None)
+    if (
+        not isinstance(given, Mapping)
+        or given.keys() != {"mode", "tools"}
+        or mode not in ("auto", "required")
+        or not isinstance(listed, list)
+        or not 0 < len(listed) <= MAX_TOOLS
+    ):
+        allowed = f'{{"mode": "auto" or "required", "tools": 1 to {MAX_TOOLS} of {{"type": "function", ...}}}}'
+        raise _refused("tool_choice.allowed_tools", given, allowed)
+    chosen = []
+    for index, tool in enumerate(listed):
+        name = f"tool_choice.allowed_tools.tools[{index}]"
+        if not isinstance(tool, Mapping) or tool.keys() != {"type", "function"} or tool["type"] != "function":
+            raise _refused(name, tool, '{"type": "function", "function": {"name": ...}}')
+        chosen.append(_chosen(f"{name}.function", tool["function"], names))
+    return _Choice("auto" if mode == "auto" else "required", chosen)
+
+
+def _chosen(name: str, function: object, names: Sequence[str]) -> str:
+    """The tool that a choice names."""
     if not isinstance(function, Mapping) or function.keys() != {"name"}:
-        raise _refused("tool_choice.function", function, '{"name": ...}')
+        raise _refused(name, function, '{"name": ...}')
     if function["name"] not in names:
-        raise _refused("tool_choice.function.name", function["name"], f"the name of one of the tools: {list(names)}")
-    return {"name": function["name"]}
+        raise _refused(f"{name}.name", function["name"], f"the name of one of the tools: {list(names)}")
+    return str(function["name"])
 
 
 def _check_keys(name: str, value: object, allowed: Sequence[str]) -> None:

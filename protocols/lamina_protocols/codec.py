@@ -17,6 +17,7 @@ import msgpack
 import torch
 
 from lamina_protocols import messages as m
+from lamina_protocols.alignment import padding
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.fields import (
     BOOL,
@@ -34,7 +35,7 @@ from lamina_protocols.fields import (
     unpack_ints,
 )
 from lamina_protocols.frames import MAX_HEADER, MAX_PAYLOAD, PREFIX_SIZE, Prefix, pack_prefix, read_prefix
-from lamina_protocols.tensors import buffer, dtype_name, from_buffer, nbytes, padding
+from lamina_protocols.tensors import buffer, dtype_name, from_buffer, nbytes
 
 _ZEROS = bytes(64)
 

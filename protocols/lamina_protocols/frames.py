@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lamina_protocols.alignment import ALIGNMENT, padding
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
-from lamina_protocols.tensors import ALIGNMENT, padding
 
 MAGIC = b"LMNA"
 MAX_HEADER = 1 << 19  # an announcement of 18,000 rows; reading the worst that fits takes some 25 ms

@@ -12,8 +12,6 @@ import torch
 
 from lamina_protocols.errors import ProtocolError
 
-ALIGNMENT = 64  # of every tensor inside a payload: one cache line, the widest SIMD register
-
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -38,11 +36,6 @@ def dtype_name(dtype: torch.dtype) -> str:
         return _NAMES[dtype]
     except KeyError:
         raise ProtocolError(f"dtype {dtype} cannot be sent, only {', '.join(DTYPES)}") from None
-
-
-def padding(size: int) -> int:
-    """Bytes to add so that `size` becomes a multiple of ALIGNMENT."""
-    return -size % ALIGNMENT
 
 
 def buffer(tensor: torch.Tensor) -> memoryview:

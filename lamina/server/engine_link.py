@@ -1,0 +1,107 @@
+"""The HTTP process's link to the engine: made, watched and made again, as the supervisor says where an engine is.
+
+Knows the frontend and the wire; knows no HTTP. A thread of its own connects, so that news are heard meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import LaminaError
+from lamina.intake import Intake
+from lamina.remote_engine import RemoteEngine
+from lamina.server.frontend import Frontend, Served
+from lamina.server.link import SocketWire
+from lamina.tokenizer import Tokenizer, read_json
+
+logger = logging.getLogger("lamina")
+
+_LOOK = 0.25  # seconds between two looks at whether the link stands, and between two tries to make it
+
+
+class EngineLink:
+    """Keeps `frontend` connected to the engine that was named last. `connected` is called after each success."""
+
+    def __init__(self, frontend: Frontend, secret: bytes, connected: Callable[[], None]) -> None:
+        self._frontend = frontend
+        self._secret = secret
+        self._connected = connected
+        self._lock = threading.Lock()
+        self._facts: Mapping[str, Any] | None = None  # of the engine that there should be a link to
+        self._linked: Mapping[str, Any] | None = None  # of the engine that there is one to
+        self._news = threading.Event()
+        self._wire: SocketWire | None = None
+        self._engine: RemoteEngine | None = None
+        self._tokenizers: dict[str, Tokenizer] = {}  # by folder: an engine that comes back has the same
+        threading.Thread(target=self._keep, name="lamina-link", daemon=True).start()
+
+    def ready(self, facts: Mapping[str, Any]) -> None:
+        """There is an engine."""
+        with self._lock:
+            self._facts = facts
+        self._news.set()
+
+    def dead(self, why: str) -> None:
+        """The engine is gone."""
+        with self._lock:
+            self._facts = None
+        self._frontend.lost(why)
+        self._news.set()
+
+    def _keep(self) -> None:
+        while True:
+            self._news.wait(_LOOK)
+            self._news.clear()
+            with self._lock:
+                facts = self._facts
+            if facts is self._linked and (self._engine is None or self._engine.alive):
+                continue
+            self._cut()
+            if facts is not None:
+                self._link(facts)
+
+    def _cut(self) -> None:
+        if self._wire is not None:
+            self._wire.close()
+        self._wire, self._engine, self._linked = None, None, None
+
+    def _link(self, facts: Mapping[str, Any]) -> None:
+        """One try. What stands in the way is told, and tried again at the next look."""
+        name = secrets.token_hex(8)
+        try:
+            tokenizer = self._tokenizer(facts["folder"])
+            self._wire = SocketWire(facts["socket"], self._secret, name)
+        except LaminaError as error:
+            self._tell(facts, str(error))
+            return
+        self._engine = RemoteEngine(self._wire, time.monotonic)
+        intake = Intake(
+            tokenizer,
+            facts["context"],
+            facts["possible"],
+            facts["vocab_size"],
+            read_json(Path(facts["folder"]) / "generation_config.json"),
+            prefix=f"{name[:6]}-",
+        )
+        self._linked = facts
+        with self._lock:
+            if self._facts is facts:  # else it died meanwhile, which the frontend knows
+                self._frontend.ready(Served(self._engine, tokenizer, intake), facts["restarts"])
+                self._connected()
+
+    def _tell(self, facts: Mapping[str, Any], why: str) -> None:
+        with self._lock:
+            if self._facts is facts:
+                logger.error("%s", why)
+                self._frontend.lost(why)
+
+    def _tokenizer(self, folder: str) -> Tokenizer:
+        if folder not in self._tokenizers:
+            self._tokenizers[folder] = Tokenizer(folder)
+        return self._tokenizers[folder]

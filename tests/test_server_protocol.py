@@ -1,0 +1,230 @@
+"""What the server does with bytes that are no ordinary request: over real sockets, with an application that echoes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from lamina.server import protocol
+from lamina.server.protocol import MAX_HEAD, LimitedProtocol
+
+BODY = b'{"a": 1}'
+HEAD = b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 8\r\n"
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Says what it was asked: headers and body. `slow: N` waits so many seconds before the answer's end."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+    said = json.dumps({"path": scope["path"], "headers": headers, "body": body.decode()}).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(said))]})
+    await send({"type": "http.response.body", "body": said[:5], "more_body": True})
+    await asyncio.sleep(float(headers.get("slow", 0)))
+    await send({"type": "http.response.body", "body": said[5:]})
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    config = uvicorn.Config(echo, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        thread = threading.Thread(target=server.run, args=([sock],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield sock.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+class Talk:
+    """One connection."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+
+    def __enter__(self) -> Talk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def hear(self) -> tuple[int, Any]:
+        """The next answer: its status and JSON."""
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += self._more()
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = int(next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))[15:])
+        while len(body) < length:
+            body += self._more()
+        return int(head.split()[1]), json.loads(body)
+
+    def _more(self) -> bytes:
+        part = self.socket.recv(65536)
+        if not part:
+            raise EOFError("the connection was closed")
+        return part
+
+    @property
+    def closed(self) -> bool:
+        with contextlib.suppress(ConnectionError):
+            return not self.socket.recv(1)
+        return True
+
+
+def test_a_plain_request_is_answered_and_the_connection_kept(port: int) -> None:
+    with Talk(port) as talk:
+        for _ in range(2):
+            talk.send(HEAD + b"\r\n" + BODY)
+            status, said = talk.hear()
+            assert (status, said["body"]) == (200, BODY.decode())
+
+
+@pytest.mark.parametrize("cut", [1, 20, len(HEAD), len(HEAD) + 2, len(HEAD) + 6])
+def test_a_request_may_come_in_pieces(port: int, cut: int) -> None:
+    whole = HEAD + b"\r\n" + BODY
+    with Talk(port) as talk:
+        talk.send(whole[:cut])
+        time.sleep(0.05)
+        talk.send(whole[cut:])
+        assert talk.hear()[1]["body"] == BODY.decode()
+
+
+@pytest.mark.parametrize("cut", [None, 30, -8, -4])
+def test_who_asks_for_http2_is_answered_in_http1(port: int, cut: int | None) -> None:
+    more = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAM\r\nx-kept: yes\r\n\r\n"
+    whole = HEAD + more + BODY
+    with Talk(port) as talk:
+        for _ in range(2):
+            talk.send(whole[:cut])
+            if cut is not None:
+                time.sleep(0.05)
+                talk.send(whole[cut:])
+            status, said = talk.hear()
+            assert (status, said["body"], said["path"]) == (200, BODY.decode(), "/x")
+            assert said["headers"]["x-kept"] == "yes"
+            assert "upgrade" not in said["headers"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_may_ask_for_http2(port: int) -> None:
+    command = ["curl", "-s", "--http2", "-d", BODY.decode(), f"http://127.0.0.1:{port}/x"]
+    said = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=20).stdout)
+    assert said["body"] == BODY.decode()
+
+
+CHUNKED = b"POST /x HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def test_trailers_are_no_headers(port: int) -> None:
+    with Talk(port) as talk:
+        talk.send(CHUNKED + b"2\r\nab\r\n0\r\nauthorization: Bearer k\r\nx: y\r\n\r\n")
+        status, said = talk.hear()
+        assert (status, said["body"]) == (200, "ab")
+        assert "authorization" not in said["headers"]
+        talk.send(HEAD + b"\r\n" + BODY)
+        assert talk.hear()[0] == 200
+
+
+@pytest.mark.parametrize("piece", [b"a: b\r\n" * 1000, b"a" * 10_000, b"a: " + b"b" * 10_000])
+def test_endless_trailers_are_refused(port: int, piece: bytes) -> None:
+    with Talk(port) as talk:
+        talk.send(CHUNKED + b"0\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(4 * MAX_HEAD // len(piece)):
+                talk.send(piece)
+        with contextlib.suppress(ConnectionError):
+            assert talk.hear()[0] in (400, 431)
+        assert talk.closed
+
+
+def test_a_large_body_in_many_pieces_is_no_trailer(port: int) -> None:
+    with Talk(port) as talk:
+        talk.send(CHUNKED)
+        for _ in range(40):
+            talk.send(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
+        talk.send(b"0\r\n\r\n")
+        assert len(talk.hear()[1]["body"]) == 400_000
+
+
+@pytest.mark.parametrize(
+    "head", [b"GET /" + b"x" * MAX_HEAD, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (MAX_HEAD // 6 + 1)]
+)
+def test_a_head_that_is_too_large_is_refused(port: int, head: bytes) -> None:
+    with Talk(port) as talk:
+        with contextlib.suppress(ConnectionError):
+            talk.send(head + b"x" * 100)
+        status, said = talk.hear()
+        assert (status, said["error"]["type"]) == (431, "invalid_request_error")
+        assert talk.closed
+
+
+@pytest.mark.parametrize("rest", [b"\r\n", b"\r\n\r\n", b"GET /ver", b"\x00garbage\r\n\r\n", b"x" * (MAX_HEAD + 10)])
+def test_what_follows_a_request_does_not_spoil_its_answer(
+    port: int, rest: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.2)
+    with Talk(port) as talk:
+        talk.send(HEAD + b"slow: 0.6\r\n\r\n" + BODY)
+        time.sleep(0.05)
+        with contextlib.suppress(ConnectionError):
+            talk.send(rest)
+        status, said = talk.hear()
+        assert (status, said["body"]) == (200, BODY.decode())
+
+
+def test_pipelined_requests_are_answered_in_order(port: int) -> None:
+    with Talk(port) as talk:
+        talk.send(b"".join(b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % at for at in range(5)))
+        data = b""
+        while data.count(b'"path"') < 5:
+            data += talk._more()
+        assert [data.index(b'"/%d"' % at) for at in range(5)] == sorted(data.index(b'"/%d"' % at) for at in range(5))
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"POST /x HTTP/1.1\r\nhost: x\r\n"])
+def test_a_head_that_does_not_come_is_not_waited_for(port: int, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.2)
+    with Talk(port) as talk:
+        talk.send(sent)
+        status, said = talk.hear()
+        assert (status, said["error"]["code"]) == (408, "timeout")
+        assert talk.closed
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "BODY_TIMEOUT", 0.2)
+    with Talk(port) as talk:
+        talk.send(HEAD + b"\r\n" + BODY[:3])
+        assert talk.hear()[0] == 408
+        assert talk.closed
+
+
+def test_what_is_no_http_is_told_so(port: int) -> None:
+    with Talk(port) as talk:
+        talk.send(b"\x16\x03\x01\x02\x00 hello\r\n\r\n")
+        status, said = talk.hear()
+        assert (status, said["error"]["message"]) == (400, "this is no HTTP request")
+        assert talk.closed
