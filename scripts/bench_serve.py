@@ -269,10 +269,12 @@ def measure_first_bytes(args: argparse.Namespace) -> dict[str, list[float]]:
             "context": runtime.limits.max_model_len,
             "possible": runtime.possible,
             "vocab_size": runtime.model.vocab_size,
+            "restarts": 0,
         }
         child.say(line("http", {"model": MODEL}, sock.fileno(), secret))
         child.say(line("ready", facts))
-        said.get(timeout=PATIENCE)
+        while said.get(timeout=PATIENCE) != ["connected"]:
+            pass
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         for streams in dict.fromkeys((1, args.streams)):
             client = [
@@ -330,6 +332,7 @@ async def first_bytes(url: str, streams: int, prompt: int) -> list[tuple[list[in
         async with session.post(f"{url}/v1/completions", json=body) as response:
             await response.content.readany()
             found.append((ids, time.monotonic()))
+            response.raise_for_status()
             async for _ in response.content.iter_any():
                 pass
 
