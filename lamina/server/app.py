@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 import lamina
 from lamina.errors import LaminaError
-from lamina.server import schemas, text_routes
+from lamina.server import answer_schemas, schemas, text_routes
 from lamina.server.chat import chat
 from lamina.server.completions import completions
 from lamina.server.errors import ApiError
@@ -84,7 +84,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         path: str, handler: Handler, answer: Any, errors: tuple[int, ...], method: str = "GET", body: Any = None
     ) -> None:
         responses: dict[int | str, dict[str, Any]] = {
-            status: {"model": schemas.ErrorResponse, "description": _ERRORS[status]} for status in errors
+            status: {"model": answer_schemas.ErrorResponse, "description": _ERRORS[status]} for status in errors
         }
         if answer is None:
             responses[200] = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Text."}
@@ -116,15 +116,15 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             include_in_schema=method != "HEAD",
         )
 
-    add("/v1/chat/completions", chat, schemas.ChatCompletion, _WORKING, "POST", schemas.ChatRequest)
-    add("/v1/completions", completions, schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)
-    add("/v1/models", text_routes.models, schemas.ModelList, _READING)
-    add("/v1/models/{model_id:path}", text_routes.model, schemas.ModelCard, (*_READING, 404))
-    add("/tokenize", text_routes.tokenize, schemas.Tokens, _WORKING, "POST", schemas.TokenizeRequest)
-    add("/detokenize", text_routes.detokenize, schemas.Detokenized, _WORKING, "POST", schemas.DetokenizeRequest)
-    add("/health", text_routes.health, schemas.Health, (400, 405, 500, 503))
-    add("/health", text_routes.health, schemas.Health, (400, 405, 500, 503), "HEAD")
-    add("/version", text_routes.version, schemas.Version, (400, 405, 500))
+    add("/v1/chat/completions", chat, answer_schemas.ChatCompletion, _WORKING, "POST", schemas.ChatRequest)
+    add("/v1/completions", completions, answer_schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)
+    add("/v1/models", text_routes.models, answer_schemas.ModelList, _READING)
+    add("/v1/models/{model_id:path}", text_routes.model, answer_schemas.ModelCard, (*_READING, 404))
+    add("/tokenize", text_routes.tokenize, answer_schemas.Tokens, _WORKING, "POST", schemas.TokenizeRequest)
+    add("/detokenize", text_routes.detokenize, answer_schemas.Detokenized, _WORKING, "POST", schemas.DetokenizeRequest)
+    add("/health", text_routes.health, answer_schemas.Health, (400, 405, 500, 503))
+    add("/health", text_routes.health, answer_schemas.Health, (400, 405, 500, 503), "HEAD")
+    add("/version", text_routes.version, answer_schemas.Version, (400, 405, 500))
     add("/metrics", text_routes.metrics, None, _READING)
 
 

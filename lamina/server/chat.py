@@ -33,7 +33,8 @@ from lamina.server.sampling import (
 from lamina.server.schemas import ChatRequest, TokenizeRequest
 from lamina.server.serving import GRACE, Call, Service
 from lamina.server.sse import EventStream, while_connected
-from lamina.server.tools import Delta, ToolParser, ToolUse, call_text, tags_are_special
+from lamina.server.tool_parser import Delta, ToolParser
+from lamina.server.tools import ToolUse, call_text, tags_are_special
 from lamina.ticket import Ticket
 from lamina.tokenizer import Tokenizer, check_messages
 from lamina.types import Completion, Sample, SamplingParams, TokenEvent
