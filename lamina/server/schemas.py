@@ -1,5 +1,5 @@
-"""The fields of requests, as OpenAI and vLLM name them, with what Lamina makes of each, for the OpenAPI document (answers:
-`answer_schemas`). Fields marked "Ignored" are accepted and change nothing; what is not listed is refused by name.
+"""The fields of requests, as OpenAI and vLLM name them, with what Lamina makes of each, for the OpenAPI document
+(`answer_schemas` has answers). Those marked "Ignored" are accepted and change nothing; all others are refused by name.
 
 Knows shapes and ranges; knows no model. What others check anyway (`SamplingParams`, `Tokenizer`) is only described.
 """
