@@ -13,7 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from simulated_runs import candidates, five, plan, run
 
@@ -241,6 +241,8 @@ class TestPage:
 
     @given(st.text(max_size=60), st.text(max_size=60))
     @settings(max_examples=40, deadline=None)
+    @example("", "\r")
+    @example("a\rb", "c\r\nd")
     def test_any_name(self, system: str, text: str) -> None:
         result = run(1, samples=4, system=system, assumptions={text: system})
         checked_page(html([result, run(2, samples=4)], text, {text: system, "points": [(text, 1, 1, False)]}))

@@ -128,5 +128,9 @@ def _csv(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """Texts come from files: one that a spreadsheet would take for a formula gets an apostrophe in front."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") and value else value
+    """Texts come from files: one that a spreadsheet would take for a formula gets an apostrophe in front. A carriage
+    return alone, which `csv` writes without quotes and then cannot read, becomes a line feed."""
+    if not isinstance(value, str) or not value:
+        return value
+    safe = f"'{value}" if value[0] in "=+-@\t\r" else value
+    return safe.replace("\r\n", "\n").replace("\r", "\n")
