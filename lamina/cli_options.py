@@ -59,7 +59,7 @@ System = Annotated[str | None, typer.Option(help="The system message.")]
 
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODELS)]
 Threads = Annotated[int | None, _integer_option("CPU threads.", "Engine")]
-KvMemory = Annotated[str | None, _engine_option("Memory for the KV cache: bytes, or such as 2GiB.")]
+KvMemory = Annotated[str | None, _engine_option("Memory for the KV cache of each holder: bytes, or such as 2GiB.")]
 
 MaxTokens = Annotated[int | None, _integer_option("The most tokens to generate.")]
 MinTokens = Annotated[int | None, _integer_option("Do not stop before this many tokens.")]

@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(1)
     if role == "engine":
         mouth.say("progress", "loading", 1, 2)
-        mouth.say("ready", {"folder": "somewhere"})
+        mouth.say("ready", {"folder": "somewhere", "context": 100, "possible": 50})
         mouth.say("progress", "rebuilding lost KV", 1, 2)
     else:
         mouth.say("serving")

@@ -187,7 +187,9 @@ class Supervisor:
                 sock.close()
                 raise
         except (OSError, OverflowError) as error:
-            raise InvalidRequest(f"cannot listen on {host}:{port}: {error}") from error
+            raise InvalidRequest(
+                f"cannot listen on {host}:{port}: {error}; --host and --port choose another place, port 0 a free one"
+            ) from error
         with sock:
             yield sock
 
@@ -271,6 +273,7 @@ class Supervisor:
                 self._workers_started(members)
             case _Joined(member):
                 self._members[member.name] = member
+                self._report.said(f"attention worker {member.name} is there")
                 self._say_engine("joined", _fields(member))
             case _Left(name):
                 self._members.pop(name, None)
@@ -308,7 +311,11 @@ class Supervisor:
             self._http.ready = True
         elif word == "connected" and not self._announced:
             self._announced = True
-            self._report.said(f"serving {self._plan.settings.model} at {self.address}  (Ctrl-C ends it)")
+            context = min(self._facts["context"], self._facts["possible"] + 1) if self._facts else 0
+            about = f"(up to {context} tokens; Ctrl-C ends it)"
+            self._report.said(f"serving {self._plan.settings.model} at {self.address}  {about}")
+        elif word == "connected":
+            self._report.said("serving again")
 
     def _ended(self, child: ChildProcess) -> None:
         role = self._engine if child is self._engine.child else self._http

@@ -12,6 +12,7 @@ function hue(number) {
 }
 
 const used = (holder) => holder.total_pages - holder.free_pages;
+const held = (holder) => Math.max(0, used(holder) - holder.cached_pages); // by sequences, shared pages counted once
 const inSequences = (holder) => holder.pages.reduce((sum, value) => sum + value, holder.other_pages);
 
 // What fills a holder, in the order in which it is drawn: [{ from, to, kind, pages, ... }], from and to in pages of the
@@ -58,7 +59,7 @@ class HolderMap {
     this.rows = rows;
     this.parts = segments(holder, sequences);
     write(this.name, holder.name);
-    write(this.share, `${percent(used(holder) / holder.total_pages)} of ${pages(holder.total_pages)}`);
+    write(this.share, `${percent(held(holder) / holder.total_pages)} of ${pages(holder.total_pages)}`);
     write(this.words, `sequences ${count(inSequences(holder))} · cache ${count(holder.cached_pages)} · free ${count(holder.free_pages)}`);
     this.canvas.setAttribute("aria-label", `KV pages of ${holder.name}: ${this.words.textContent}; the arrow keys go through them`);
   }
@@ -245,7 +246,7 @@ export class Holders {
     const before = earlier?.holders.find(({ name }) => name === holder.name);
     const seconds = before ? engine.uptime - earlier.uptime : NaN;
     const counts = before ? holder.exchange_counts.map((value, i) => value - before.exchange_counts[i]) : [];
-    const share = used(holder) / holder.total_pages;
+    const share = held(holder) / holder.total_pages;
     const meter = element("meter", { min: "0", max: "1", high: "0.9", value: known(share) ? String(share) : "0", "aria-hidden": "true" });
     const cells = [
       element("td", { className: "up", text: "up" }),

@@ -170,8 +170,8 @@ function figures(answer) {
   write(byId("waiting"), `, ${count(engine.waiting)} waiting`);
   const [total, free, cached] = ["total_pages", "free_pages", "cached_pages"].map((name) =>
     engine.holders.reduce((sum, holder) => sum + holder[name], 0));
-  write(byId("kv-used"), percent((total - free) / total));
-  write(byId("kv-of"), `used, ${percent(cached / total)} cache`);
+  write(byId("kv-used"), percent(Math.max(0, total - free - cached) / total));
+  write(byId("kv-of"), `in sequences, ${percent(cached / total)} cache`);
   write(byId("hits"), engine.prefix_queries ? percent(engine.prefix_hits / engine.prefix_queries) : "–");
   write(byId("hits-of"), "of prompts' tokens");
   const lately = before(RATES);
