@@ -373,7 +373,7 @@ def test_loading_dead_and_gone_are_told(tab):
         it.wait("document.querySelector('#state').textContent === 'dead'")
         assert "signal 9" in it.text("#notice")
         assert "last that were seen" in it.text("#notice")
-        world.frontend.ready(Served(Engine(), None, Intake()))
+        world.frontend.ready(Served(Engine(), None, Intake()), restarts=1)
         it.wait("document.querySelector('#restarts').textContent === '1'")
         assert it.text("#state") == "ready"
     it.wait("document.querySelector('#notice').textContent.includes('does not answer')")
