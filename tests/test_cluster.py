@@ -481,7 +481,7 @@ from lamina.cluster import connection
 from lamina.ray_engine import engine_status, engines
 
 server = subprocess.Popen(
-    [sys.executable, "-m", "lamina", "serve", MODEL, "--port", "0", "--cluster", "auto", "--attention-workers", "2",
+    [sys.executable, "-m", "lamina", "serve", MODEL, "--port", "0", "--cluster", "auto", "--attention-workers", "1",
      "--kv-memory", "64MiB", "--threads", "1"], stderr=subprocess.PIPE, text=True)
 while not (found := re.search(r"serving .* at (http\\S+)", line := server.stderr.readline())):
     if not line:
@@ -523,5 +523,5 @@ say(**facts)
 """
     )
     assert said["text"] == said["again"]
-    assert said["holders"] == 3
+    assert said["holders"] == 2  # the local one, and that of the node which earlier tests leave
     assert (said["engines"], said["status"], said["left"]) == (1, 0, 0)

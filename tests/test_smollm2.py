@@ -290,8 +290,8 @@ def test_logprobs_have_the_chosen_token_on_top_when_greedy(llm):
     [
         ("", {}, "empty"),
         ([], {}, "empty"),
-        ("x", {"max_tokens": 5000}, "at most 1024"),
-        ([1] * 1020, {"max_tokens": 5}, "at most 1024"),
+        ("x", {"max_tokens": 5000}, "length is 1024 tokens"),
+        ([1] * 1020, {"max_tokens": 5}, "length is 1024 tokens"),
         ("bad \ud800 text", {}, "surrogate"),
         ([49152], {}, "49151"),
         ([-1], {}, "0 to 49151"),
