@@ -33,7 +33,7 @@ def prompt(seed: int, words: int = 40) -> str:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(*ENGINE, "--attention-workers", "1", "--max-requests", "64") as server:
+    with serving(*ENGINE, "--attention-workers", "1") as server:
         yield server
 
 
