@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -24,10 +23,9 @@ from lamina.config import EngineConfig
 from lamina.errors import LaminaError, WorkersUnavailable
 from lamina.members import Member, MemberStatus, News, OnJoined, OnLeft
 from lamina.model_cache import Progress
-from lamina.server.lines import Mouth, hear, log_to_stderr
+from lamina.server.lines import Mouth, begin
 from lamina_protocols.channels import Credentials
 from lamina_workers.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
-from lamina_workers.parent import die_with_parent
 
 if TYPE_CHECKING:
     from lamina.ray_engine import ClusterRuntime
@@ -91,13 +89,8 @@ def _member(fields: Sequence[Any]) -> Member:
 
 def main() -> int:
     """The exit status: 0 where the supervisor let it go, 1 where the engine did not start or has stopped."""
-    die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # a signal to all processes of a service is the supervisor's to answer
     sys.setswitchinterval(_SWITCH)
-    log_to_stderr("engine")
-    mouth = Mouth()
-    lines = hear()
+    mouth, lines = begin("engine")
     _, model, config, path, secret, waits = next(lines, ["", "", {}, "", "", False])
     share_cores(SPIN_COUNT if waits else SPIN_COUNT_BESIDE_CLIENTS)
     members = ToldMembers(mouth) if waits else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -26,11 +25,10 @@ from lamina.errors import LaminaError
 from lamina.server.app import create_app
 from lamina.server.engine_link import EngineLink
 from lamina.server.frontend import Frontend
-from lamina.server.lines import Mouth, hear, log_to_stderr
+from lamina.server.lines import Mouth, begin
 from lamina.server.metrics import ServerMetrics
 from lamina.server.protocol import LimitedProtocol
 from lamina.server.settings import ServerSettings
-from lamina_workers.parent import die_with_parent
 
 if TYPE_CHECKING:
     from lamina.server.tracing import Tracer
@@ -44,13 +42,8 @@ _REST = 0.5  # seconds that /health says "draining" at least
 
 def main() -> int:
     """The exit status: 0 once it has drained, or the supervisor is gone; 1 where it cannot serve."""
-    die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # a signal to all processes of a service is the supervisor's to answer
     os.nice(_NICE)
-    log_to_stderr("http")
-    mouth = Mouth()
-    lines = hear()
+    mouth, lines = begin("http")
     first = next(lines, None)
     if first is None:
         return 0

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+from lamina_workers.parent import die_with_parent
 
 LOG_LEVEL = "LAMINA_LOG_LEVEL"  # the variable that says from which level on children log
 LEVELS = ("error", "warning", "info", "debug")
@@ -35,10 +38,15 @@ class Mouth:
                 pass
 
 
-def log_to_stderr(name: str) -> None:
-    """Send what this process logs to stderr, each line after its name, from the level that the supervisor chose."""
+def begin(name: str) -> tuple[Mouth, Iterator[list[Any]]]:
+    """Make this process a child of the supervisor's: it ends with it, leaves signals to it, and logs to stderr, each
+    line after `name`. The way to the supervisor, and what that says."""
+    die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # a signal to all processes of a service is the supervisor's to answer
     level = os.environ.get(LOG_LEVEL, "warning").upper()
     logging.basicConfig(level=level, format=f"{name}: %(message)s", stream=sys.stderr)
+    return Mouth(), hear()
 
 
 def line(word: str, *items: Any) -> str:

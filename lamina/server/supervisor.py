@@ -171,6 +171,11 @@ class Supervisor:
         )
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
+    @property
+    def _engine_socket(self) -> str:
+        """Another one for each start, so that nobody reaches an engine by the name of the one before."""
+        return str(self._folder / f"engine-{self._engine.starts}.sock")
+
     @contextmanager
     def _listening(self) -> Iterator[socket.socket]:
         host, port = self._plan.host, self._plan.port
@@ -232,8 +237,9 @@ class Supervisor:
     def _start_engine(self) -> None:
         plan = self._plan
         self._engine.child = self._spawn(self._engine, ENGINE_MODULE)
-        path = str(self._folder / f"engine-{self._engine.starts}.sock")
-        self._engine.child.say(line("engine", plan.model, dict(plan.engine), path, self._secret, bool(plan.workers)))
+        self._engine.child.say(
+            line("engine", plan.model, dict(plan.engine), self._engine_socket, self._secret, bool(plan.workers))
+        )
         if plan.workers and self._engine.starts > 1:
             self._members_due = self._clock() + _WORKERS_BACK
             self._introduce_members()
@@ -289,8 +295,7 @@ class Supervisor:
                 self._tell_http()
         elif word == "ready" and child is self._engine.child:
             self._engine.ready = True
-            path = str(self._folder / f"engine-{self._engine.starts}.sock")
-            self._facts = items[0] | {"socket": path, "restarts": self._engine.starts - 1}
+            self._facts = items[0] | {"socket": self._engine_socket, "restarts": self._engine.starts - 1}
             self._tell_http()
         elif word == "failed" and child is self._engine.child:
             kind, why = items
