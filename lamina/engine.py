@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -112,7 +112,7 @@ class Engine:
         clock: Callable[[], float],
         *,
         names: Mapping[int, str] | None = None,
-        local: int | None = None,
+        scratch: Collection[int] = (),
         lanes: Lanes | None = None,
         grammars: Grammars | None = None,
         hope: float = 60.0,
@@ -122,8 +122,8 @@ class Engine:
         self._worker = worker
         self._scheduler = scheduler
         self._placement = placement
-        self._fleet = Fleet(worker, scheduler, placement, dict(names or {}), local)
-        self._local = local
+        self._scratch = frozenset(scratch)  # holders of which the scheduler knows nothing
+        self._fleet = Fleet(worker, scheduler, placement, dict(names or {}), self._scratch)
         self._clock = clock
         self._lane_count = lanes or Lanes(1)
         self._grammars = grammars
@@ -260,7 +260,7 @@ class Engine:
     def _look(self, sink: Callable[[Snapshot], None]) -> None:
         self._tally.lanes, self._tally.attention_seconds = self._lane_count.count, self._worker.attention_seconds
         links, names = self._worker.links(), self._fleet.names
-        taken = survey(self._tally, self._scheduler, self._placement, links, names, self._local, self._clock())
+        taken = survey(self._tally, self._scheduler, self._placement, links, names, self._scratch, self._clock())
         try:
             sink(taken)
         except Exception:  # it may be anything
@@ -339,9 +339,8 @@ class Engine:
 
     def _accepted(self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
-        free = Pages({number: answer.free_pages for number, answer in answers.items() if number != self._local})
-        if self._local is not None and self._local in answers:
-            self._tally.local_free = answers[self._local].free_pages
+        free = Pages({number: answer.free_pages for number, answer in answers.items() if number not in self._scratch})
+        self._tally.scratch_free |= {n: answer.free_pages for n, answer in answers.items() if n in self._scratch}
         if all(answer.accepted for answer in answers.values()):
             self._scheduler.accepted(plan, free, self._floors(plan, shares, answers))
             self._note_usages(plan, shares, answers)
@@ -353,8 +352,8 @@ class Engine:
         return False
 
     def _floors(self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> list[int]:
-        """Per row the highest floor of its parts; what the local holder has only for now is not counted."""
-        remote = {number: answer for number, answer in answers.items() if number != self._local}
+        """Per row the highest floor of its parts; what scratch holders have only for now is not counted."""
+        remote = {number: answer for number, answer in answers.items() if number not in self._scratch}
         asked = Counter(route.source for number in remote for route in shares[number].routes)
         # A part that was not asked, its range being full, has let go of no more than before.
         floors = [row.sequence.floor if asked[at] < len(row.sequence.layout) else 0 for at, row in enumerate(plan.rows)]
@@ -367,7 +366,7 @@ class Engine:
         """What policies have spared each request, as those parts tell that were asked."""
         told: dict[str, list[Usage]] = {}
         for number, answer in answers.items():
-            if number != self._local and len(answer.usages) == len(shares[number].routes):
+            if number not in self._scratch and len(answer.usages) == len(shares[number].routes):
                 for route, usage in zip(shares[number].routes, answer.usages, strict=True):
                     told.setdefault(plan.rows[route.source].sequence.request.id, []).append(usage)
         for request_id, usages in told.items():

@@ -28,13 +28,18 @@ class Fleet:
     """The holders of one engine, by number and by name."""
 
     def __init__(
-        self, worker: ModelWorker, scheduler: Scheduler, placement: Placement, names: dict[int, str], local: int | None
+        self,
+        worker: ModelWorker,
+        scheduler: Scheduler,
+        placement: Placement,
+        names: dict[int, str],
+        scratch: frozenset[int],
     ) -> None:
         self._worker = worker
         self._scheduler = scheduler
         self._placement = placement
         self.names = dict(names)
-        self._local = local  # the holder that has prompts only, of which the scheduler knows nothing
+        self._scratch = scratch  # holders that have prompts only, of which the scheduler knows nothing
         self._last = max(names, default=0)
 
     @property
@@ -158,5 +163,7 @@ class Fleet:
             for number, share in shares.items():
                 self._placement.holders[number].accepted(share)
             if plan is not None:
-                free = Pages({number: reply.free_pages for number, reply in answers.items() if number != self._local})
+                free = Pages(
+                    {number: reply.free_pages for number, reply in answers.items() if number not in self._scratch}
+                )
                 self._scheduler.accepted(plan, free, ())

@@ -11,8 +11,10 @@ from lamina.shares import Layout, Share
 SHARDS = ("heads", "sequence", "heads+sequence")
 
 
-def layout(shard: str, holders: Sequence[tuple[int, int]], heads: int, length: int, page_size: int, end: int) -> Layout:
-    """Shares of `heads` KV heads and positions [0, end) for the holders, given as (number, weight), in their order.
+def layout(
+    shard: str, holders: Sequence[tuple[int, int]], heads: Sequence[int], length: int, page_size: int, end: int
+) -> Layout:
+    """Shares of these KV heads and positions [0, end) for the holders, given as (number, weight), in their order.
 
     Ranges are cut so that a sequence of `length` tokens is spread by weight, whole pages each; what lies beyond goes
     to the last. A holder whose part would be empty has none. No holders: nothing.
@@ -21,15 +23,15 @@ def layout(shard: str, holders: Sequence[tuple[int, int]], heads: int, length: i
         raise EngineError(f"shard is {shard!r}, allowed: {', '.join(SHARDS)}")
     if not holders:
         return ()
-    every = tuple(range(heads))
+    every = tuple(heads)
     if shard == "sequence":
         return _by_range(holders, every, length, page_size, end)
     if shard == "heads":
         groups = [[holder] for holder in holders]
     else:
-        columns = max(1, min(heads, round(len(holders) ** 0.5)))
+        columns = max(1, min(len(every), round(len(holders) ** 0.5)))
         groups = [list(holders[column::columns]) for column in range(columns)]
-    counts = apportion(heads, [sum(weight for _, weight in group) for group in groups])
+    counts = apportion(len(every), [sum(weight for _, weight in group) for group in groups])
     shares: list[Share] = []
     for group, (first, last) in zip(groups, pairwise(accumulate(counts, initial=0)), strict=True):
         if first < last:

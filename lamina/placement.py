@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from lamina import layouts
 from lamina.errors import EngineError
@@ -19,7 +20,8 @@ from lamina_workers.routes import HolderShare, Route
 
 @dataclass(slots=True)
 class Holder:
-    """One holder as placement sees it. `pages` is its whole memory; a larger `weight` gets more of each sequence.
+    """One holder as placement sees it: a pool of KV that belongs to one model worker, its `rank`, and has heads of
+    that rank only. `pages` is its whole memory; a larger `weight` gets more of each sequence.
 
     A `fused` holder attends the rows' own tokens too. One that is `draining` gets nothing new.
     """
@@ -27,6 +29,7 @@ class Holder:
     pages: int
     weight: int = 1
     fused: bool = False
+    rank: int = 0
     draining: bool = False
     outbox: list[Operation] = field(default_factory=list)
     first: int = 0  # the number of the first operation in the outbox
@@ -52,43 +55,49 @@ class Part:
 
 @dataclass(slots=True)
 class _Scratch:
-    """A part at the local holder, for as long as a prompt (or a rebuild) is being computed: positions from `lo` on."""
+    """Parts at the scratch holders, by number, for as long as a prompt (or a rebuild) is being computed: positions from
+    `lo` on."""
 
-    handle: int
+    handles: dict[int, int]
     lo: int
-    pages: int
+    length: int
 
 
 class Placement:
     """The holders, and the parts of all sequences.
 
-    `shard` says how new sequences are cut: "heads", "sequence" or "heads+sequence". `local` is the number of a fused
-    holder in the engine's process that no layout names: prompts are read from it while they fit, then it lets go.
+    `heads` says how many KV heads each rank has. Layouts number them through all ranks; what holders are told numbers
+    them within the rank. `shard` says how new sequences are cut, within each rank: "heads", "sequence" or
+    "heads+sequence". `scratch` are the numbers of fused holders in the model workers' processes, one a rank, that no
+    layout names: prompts are read from them while they fit, then they let go.
     """
 
     def __init__(
         self,
         holders: Mapping[int, Holder],
         *,
-        heads: int,
+        heads: Sequence[int],
         page_size: int,
         max_model_len: int,
         layers: int,
         shard: str = "heads",
-        local: int | None = None,
+        scratch: Sequence[int] = (),
     ) -> None:
         self.holders = dict(holders)
-        self._shape = (heads, page_size, max_model_len)
+        self._page_size = page_size
+        self._end = max_model_len
+        firsts = accumulate(heads, initial=0)
+        self._heads = [tuple(range(first, first + count)) for first, count in zip(firsts, heads, strict=False)]
         self._layers = layers
         self._shard = shard
-        self._local = local
+        self._scratch_holders = tuple(scratch)
         self._turn = 0
         self._last_part = 0
         self._translated = 0  # operations of plans so far
         self._layouts: dict[Layout, Layout] = {}  # by heads: one of each kind, so that sequences are seen to be alike
         self._parts: dict[int, list[Part]] = {}  # by the sequence's handle
         self._scratch: dict[int, _Scratch] = {}
-        self._scratch_pages = 0
+        self._scratch_used = Pages()
 
     # Layouts.
 
@@ -100,36 +109,42 @@ class Placement:
     def layout(self, length: int) -> Layout:
         """Shares for a new sequence of up to `length` tokens. Whoever comes first changes from one to the next, so
         that what does not divide evenly is even over many sequences."""
-        taking = [(number, holder.weight) for number, holder in self._taking()]
-        if not taking:
-            return ()
         self._turn += 1
-        turn = self._turn % len(taking)
-        heads, page_size, end = self._shape
-        layout = layouts.layout(self._shard, taking[turn:] + taking[:turn], heads, length, page_size, end)
+        layout: Layout = ()
+        for rank, heads in enumerate(self._heads):
+            taking = [(number, holder.weight) for number, holder in self._taking() if holder.rank == rank]
+            if not taking:
+                return ()
+            turn = self._turn % len(taking)
+            layout += layouts.layout(
+                self._shard, taking[turn:] + taking[:turn], heads, length, self._page_size, self._end
+            )
         return self._layouts.setdefault(layout, layout) if self._shard == "heads" else layout
 
     def reads_locally(self, length: int) -> bool:
-        """Whether the local holder has room for a prompt of so many tokens now."""
-        return self._local is not None and self._scratch_pages + self._scratch_cost(length) <= self._local_pages()
+        """Whether the scratch holders have room for a prompt of so many tokens now."""
+        left = Pages({number: self.holders[number].pages for number in self._scratch_holders}) - self._scratch_used
+        return bool(self._scratch_holders) and left.covers(self._scratch_cost(length))
 
-    def _local_pages(self) -> int:
-        return 0 if self._local is None else self.holders[self._local].pages
+    def _scratch_cost(self, length: int) -> Pages:
+        pages = self._layers * (-(-length // self._page_size) + 1)
+        return Pages({number: pages * len(self._heads_at(number)) for number in self._scratch_holders})
 
-    def _scratch_cost(self, length: int) -> int:
-        heads, size, _ = self._shape
-        return heads * self._layers * (-(-length // size) + 1)
+    def _heads_at(self, number: int) -> tuple[int, ...]:
+        """The KV heads that a holder can have."""
+        return self._heads[self.holders[number].rank]
 
     def substitute(self, share: Share, free: Pages) -> Share | None:
-        """`share` at the holder with the most free pages."""
-        numbers = [number for number, _ in self._taking()]
+        """`share` at the holder with the most free pages, of those that can have its heads."""
+        numbers = [number for number, _ in self._taking() if share.heads[0] in self._heads_at(number)]
         if not numbers:
             return None
         best = max(numbers, key=lambda number: free.get(number, 0))
         return Share(best, share.heads, share.lo, share.hi)
 
     def _taking(self) -> list[tuple[int, Holder]]:
-        return [(n, holder) for n, holder in self.holders.items() if n != self._local and not holder.draining]
+        barred = self._scratch_holders
+        return [(n, holder) for n, holder in self.holders.items() if n not in barred and not holder.draining]
 
     # Holders come and go.
 
@@ -223,8 +238,13 @@ class Placement:
 
     def _open(self, share: Share) -> Part:
         part = Part(self._next(), share)
-        self._tell(share.holder, Open(part.handle, share.heads, share.lo, share.hi))
+        self._tell(share.holder, Open(part.handle, self._told(share.holder, share.heads), share.lo, share.hi))
         return part
+
+    def _told(self, number: int, heads: tuple[int, ...]) -> tuple[int, ...]:
+        """Heads as a holder numbers them."""
+        first = self._heads_at(number)[0] if number in self.holders else 0
+        return tuple(head - first for head in heads) if first else heads
 
     def _fork(self, parts: Sequence[Part], length: int) -> list[Part]:
         forks = []
@@ -261,36 +281,36 @@ class Placement:
             read = (share.lo, read_end) if read_end > share.lo else None
             if read or store:
                 told = Row(part.handle, start, row.count, read, store, chooses)
-                routes.append((share.holder, Route(source, share.heads, told, told.stored(share.lo, share.hi))))
-        if scratch and self._local is not None:
-            told = Row(scratch.handle, start, row.count, (scratch.lo, end), True)
-            every = tuple(range(self._shape[0]))
-            routes.append((self._local, Route(source, every, told, (start, end))))
+                heads = self._told(share.holder, share.heads)
+                routes.append((share.holder, Route(source, heads, told, told.stored(share.lo, share.hi))))
+        if scratch is not None:
+            for number, handle in scratch.handles.items():
+                told = Row(handle, start, row.count, (scratch.lo, end), True)
+                routes.append((number, Route(source, self._told(number, self._heads_at(number)), told, (start, end))))
         return routes
 
     def _scratch_for(self, row: PlannedRow) -> _Scratch | None:
-        """The local part that the row reads, opened where the row begins a prompt or a rebuild that fits."""
-        if self._local is None:
+        """The scratch parts that the row reads, opened where the row begins a prompt or a rebuild that fits."""
+        if not self._scratch_holders:
             return None
         scratch = self._scratch.get(row.handle)
         if scratch is not None and scratch.lo <= row.start:
             return scratch
         self._drop_scratch(row.handle)
         left = row.sequence.left
-        if left == 1:
+        if left == 1 or not self.reads_locally(left):
             return None
-        heads, _, end = self._shape
-        pages = self._scratch_cost(left)
-        if not self.reads_locally(left):
-            return None
-        scratch = _Scratch(self._next(), row.start, pages)
-        self._tell(self._local, Open(scratch.handle, tuple(range(heads)), row.start, end))
+        scratch = _Scratch({number: self._next() for number in self._scratch_holders}, row.start, left)
+        for number, handle in scratch.handles.items():
+            heads = self._told(number, self._heads_at(number))
+            self._tell(number, Open(handle, heads, row.start, self._end))
         self._scratch[row.handle] = scratch
-        self._scratch_pages += pages
+        self._scratch_used += self._scratch_cost(left)
         return scratch
 
     def _drop_scratch(self, handle: int) -> None:
         scratch = self._scratch.pop(handle, None)
-        if scratch is not None and self._local is not None:
-            self._scratch_pages -= scratch.pages
-            self._tell(self._local, Close(scratch.handle))
+        if scratch is not None:
+            self._scratch_used -= self._scratch_cost(scratch.length)
+            for number, part in scratch.handles.items():
+                self._tell(number, Close(part))

@@ -155,12 +155,12 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None, me
                 ports[number], holders[number] = port, remote
         placement = Placement(
             holders,
-            heads=model.num_key_value_heads,
+            heads=(model.num_key_value_heads,),
             page_size=config.page_size,
             max_model_len=limits.max_model_len,
             layers=len({spec.kv_layer for spec in holder.layers}),
             shard=config.shard,
-            local=None if attachment is None else LOCAL,
+            scratch=() if attachment is None else (LOCAL,),
         )
         scheduler = Scheduler(limits, placement)
         possible = scheduler.longest_possible()
@@ -179,7 +179,7 @@ def _build(name: str | Path, config: EngineConfig, progress: Progress | None, me
             placement,
             time.monotonic,
             names={number: port.name for number, port in ports.items() if number != LOCAL},
-            local=None if attachment is None else LOCAL,
+            scratch=() if attachment is None else (LOCAL,),
             lanes=_lanes(config, attachment),
             grammars=intake.grammars,
             hope=config.recovery_timeout,

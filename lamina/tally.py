@@ -6,7 +6,7 @@ Pure: told the time; knows no tensor and no message.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lamina.placement import Placement
@@ -39,7 +39,7 @@ class Tally:
     missed_queries: float = 0.0
     attention_seconds: float = 0.0  # this and `lanes` are set when a snapshot is taken
     lanes: int = 1
-    local_free: int | None = None  # pages of the local holder, where it keeps prompts only; None: it has not said
+    scratch_free: dict[int, int] = field(default_factory=dict)  # pages of holders that keep prompts only, once told
 
     def complete(self, tokens: int, prompt_tokens: int, sampled: int) -> None:
         """A batch of so many tokens is complete: so many of prompts, computed for the first time or after a
@@ -77,17 +77,17 @@ def survey(
     placement: Placement,
     links: Mapping[int, Link],
     known: Mapping[int, str],
-    local: int | None,
+    scratch: Collection[int],
     now: float,
 ) -> Snapshot:
     """What the engine is doing now. `links` are those to the holders, by number; a holder goes by its name in `known`,
-    where it has one. The local one is no concern of the scheduler's."""
+    where it has one. Those of `scratch` are no concern of the scheduler's."""
     names = {number: known.get(number, link.name) for number, link in links.items()}
     free, counters, uptime = scheduler.free, scheduler.counters, now - tally.began
 
     def holder(number: int, link: Link) -> HolderSnapshot:
         total = placement.holders[number].pages
-        left = tally.local_free if number == local else free.get(number, 0)
+        left = tally.scratch_free.get(number) if number in scratch else free.get(number, 0)
         return HolderSnapshot(
             name=names[number],
             address=link.address,

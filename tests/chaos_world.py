@@ -265,15 +265,15 @@ class World:
         self.local = AttentionWorker(holder_config(self.decoder, setup.scratch or 9, PAGE_SIZE))
         if setup.scratch:
             holders[0], ports[0] = Holder(setup.scratch, fused=True), LocalAttention(self.local)
-        local = 0 if setup.scratch else None
+        scratch = (0,) if setup.scratch else ()
         self.placement = Placement(
             holders,
-            heads=self.decoder.config.num_key_value_heads,
+            heads=(self.decoder.config.num_key_value_heads,),
             page_size=PAGE_SIZE,
             max_model_len=512,
             layers=self.decoder.config.num_hidden_layers,
             shard=setup.shard or "heads",
-            local=local,
+            scratch=scratch,
         )
         self.scheduler = Scheduler(limits, self.placement)
         self.engine = SteppedEngine(
@@ -282,7 +282,7 @@ class World:
             self.placement,
             self._clock,
             names={number: port.name for number, port in self.ports.items()},
-            local=local,
+            scratch=scratch,
             lanes=Lanes(setup.lanes),
             hope=setup.hope,
         )

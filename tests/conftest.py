@@ -185,12 +185,12 @@ class Rig:
             ports[0] = LocalAttention(self.workers[0])
         self.placement = Placement(
             holders,
-            heads=decoder.config.num_key_value_heads,
+            heads=(decoder.config.num_key_value_heads,),
             page_size=page_size,
             max_model_len=max_model_len,
             layers=decoder.config.num_hidden_layers,
             shard=shard or "heads",
-            local=0 if scratch else None,
+            scratch=(0,) if scratch else (),
         )
         self.scheduler = Scheduler(limits, self.placement)
         worker = ModelWorker(decoder, self.holder, ports, early_query=early_query)
@@ -200,7 +200,7 @@ class Rig:
             self.placement,
             time.monotonic,
             names={number: f"worker-{number}" for number in self.ports},
-            local=0 if scratch else None,
+            scratch=(0,) if scratch else (),
             lanes=Lanes(lanes),
             grammars=grammars,
             hope=hope,

@@ -22,7 +22,7 @@ def test_every_head_and_position_has_one_keeper(
     shard: str, weights: list[int], heads: int, length: int, page_size: int
 ) -> None:
     end = 256
-    shares = layout(shard, list(enumerate(weights)), heads, length, page_size, end)
+    shares = layout(shard, list(enumerate(weights)), range(heads), length, page_size, end)
     for head in range(heads):
         at = 0
         for share in sorted((share for share in shares if head in share.heads), key=lambda share: share.lo):
@@ -34,22 +34,22 @@ def test_every_head_and_position_has_one_keeper(
 
 
 def test_uneven_heads_and_unlike_workers() -> None:
-    two = layout("heads", [(1, 1), (2, 1)], 3, 100, 16, 512)
+    two = layout("heads", [(1, 1), (2, 1)], range(3), 100, 16, 512)
     assert two == (Share(1, (0, 1), 0, 512), Share(2, (2,), 0, 512))
-    unlike = layout("heads", [(1, 1), (2, 3)], 8, 100, 16, 512)
+    unlike = layout("heads", [(1, 1), (2, 3)], range(8), 100, 16, 512)
     assert [len(share.heads) for share in unlike] == [2, 6]
-    ranges = layout("sequence", [(1, 1), (2, 3)], 8, 400, 100, 512)
+    ranges = layout("sequence", [(1, 1), (2, 3)], range(8), 400, 100, 512)
     assert [(share.lo, share.hi) for share in ranges] == [(0, 100), (100, 512)]
-    both = layout("heads+sequence", [(n, 1) for n in range(4)], 4, 64, 16, 128)
+    both = layout("heads+sequence", [(n, 1) for n in range(4)], range(4), 64, 16, 128)
     assert [(share.heads, share.lo, share.hi) for share in both] == [
         ((0, 1), 0, 32), ((0, 1), 32, 128), ((2, 3), 0, 32), ((2, 3), 32, 128),
     ]  # fmt: skip
 
 
 def test_more_workers_than_there_is_to_share() -> None:
-    assert len(layout("heads", [(n, 1) for n in range(5)], 3, 10, 16, 64)) == 3
-    assert len(layout("sequence", [(n, 1) for n in range(5)], 3, 10, 16, 64)) == 1
-    assert layout("heads", [], 3, 10, 16, 64) == ()
+    assert len(layout("heads", [(n, 1) for n in range(5)], range(3), 10, 16, 64)) == 3
+    assert len(layout("sequence", [(n, 1) for n in range(5)], range(3), 10, 16, 64)) == 1
+    assert layout("heads", [], range(3), 10, 16, 64) == ()
 
 
 @given(st.integers(0, 1000), st.lists(st.integers(0, 100), min_size=1, max_size=9).filter(any))
@@ -62,6 +62,6 @@ def test_apportioned_numbers_are_exact_and_close(total: int, weights: list[int])
 
 def test_what_cannot_be_is_an_error() -> None:
     with pytest.raises(EngineError, match="shard is 'rows', allowed: heads, sequence"):
-        layout("rows", [(1, 1)], 3, 10, 16, 64)
+        layout("rows", [(1, 1)], range(3), 10, 16, 64)
     with pytest.raises(EngineError, match="no sum"):
         apportion(3, [0, 0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ def placement(weights: tuple[int, ...], *, scratch: int = 0, fused: bool = False
     if scratch:
         holders[LOCAL] = Holder(scratch, fused=True)
     return Placement(
-        holders, heads=4, page_size=8, max_model_len=END, layers=1, shard=shard, local=LOCAL if scratch else None
+        holders, heads=(4,), page_size=8, max_model_len=END, layers=1, shard=shard, scratch=(LOCAL,) if scratch else ()
     )
 
 
@@ -164,3 +166,36 @@ def test_a_holder_joins_once() -> None:
     placed = placement((1,))
     with pytest.raises(EngineError, match="holder 1 joined twice"):
         placed.joined(1, Holder(5))
+
+
+@given(shard=st.sampled_from(SHARDS), length=st.integers(1, END), start=st.integers(0, END - 1), scratch=st.booleans())
+def test_each_rank_has_its_own_holders_which_number_its_heads_from_0(
+    shard: str, length: int, start: int, scratch: bool
+) -> None:
+    # Ranks of 2 and 1 heads, two places with a pool for each rank, and a scratch holder each.
+    holders = {10: Holder(100), 11: Holder(100, rank=1), 20: Holder(100), 21: Holder(100, rank=1)}
+    local = {0: Holder(50, fused=True), 1: Holder(50, fused=True, rank=1)} if scratch else {}
+    placed = Placement(
+        local | holders, heads=(2, 1), page_size=8, max_model_len=END, layers=1, shard=shard, scratch=tuple(local)
+    )
+    layout = placed.layout(length)
+    for head in range(3):
+        ranges = sorted((share.lo, share.hi) for share in layout if head in share.heads)
+        assert ranges[0][0] == 0
+        assert ranges[-1][1] == END
+        assert all(hi == lo for (_, hi), (lo, _) in pairwise(ranges))
+    assert all(holders[share.holder].rank == (share.heads[0] == 2) for share in layout)
+    told = placed.place(plan(0, (OpenSequence(7, layout),), row(7, start, 4)))
+    for number, share in told.items():
+        heads = {0, 1} if (local | holders)[number].rank == 0 else {0}
+        assert all(set(operation.heads) <= heads for operation in share.operations if isinstance(operation, Open))
+        assert all(set(route.heads) <= heads for route in share.routes)
+    opened = {number for number, share in told.items() for operation in share.operations}
+    assert opened == {share.holder for share in layout} | set(local)
+
+
+def test_whoever_takes_over_a_share_has_its_rank() -> None:
+    holders = {10: Holder(100), 11: Holder(100, rank=1), 20: Holder(100), 21: Holder(100, rank=1)}
+    placed = Placement(holders, heads=(2, 1), page_size=8, max_model_len=END, layers=1)
+    assert placed.substitute(Share(20, (1,), 0, END), Pages({11: 90, 10: 1})) == Share(10, (1,), 0, END)
+    assert placed.substitute(Share(20, (2,), 0, END), Pages({11: 9, 10: 90})) == Share(11, (2,), 0, END)

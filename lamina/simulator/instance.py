@@ -102,7 +102,7 @@ class Instance:
         self._pages = pages * holders
         self._placement = Placement(
             {number: Holder(pages) for number in range(holders)},
-            heads=heads, page_size=PAGE_SIZE, max_model_len=longest, layers=layers,
+            heads=(heads,), page_size=PAGE_SIZE, max_model_len=longest, layers=layers,
         )  # fmt: skip
         config = SchedulerConfig(
             max_batch_tokens=system.max_batch_tokens if prefill else UNLIMITED,
