@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
+from lamina.fleet import seated
 from lamina.members import FixedMembers, Member, Members, answers
 from lamina.model_cache import Progress
 from lamina.placement import Holder
-from lamina_protocols.channels import is_loopback, split_address
-from lamina_protocols.messages import HolderConfig
+from lamina_protocols.channels import Credentials, is_loopback, split_address
+from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_protocols.service import WorkerUnreachable
+from lamina_workers.attention_port import survey
 from lamina_workers.credentials import load_credentials
+from lamina_workers.devices import find_each
+from lamina_workers.errors import HolderFault
 from lamina_workers.layout import page_cost
 from lamina_workers.remote_attention import RemoteAttention, connect
 
 if TYPE_CHECKING:
+    import torch
+
     from lamina.engine import Engine
+    from lamina_workers.model_worker import Workers
 
 logger = logging.getLogger("lamina")
 
@@ -36,9 +43,20 @@ class Attachment:
     """The attention workers of one engine: `begin`, `ports`, `watch`, `close`, in this order."""
 
     def __init__(
-        self, members: Members, config: EngineConfig, holder: HolderConfig, model: str, compute_dtype: str
+        self,
+        members: Members,
+        config: EngineConfig,
+        holder: HolderConfig,
+        model: str,
+        compute_dtype: str,
+        engine: str | None = None,
+        heads: Sequence[int] = (1,),
     ) -> None:
         self.members = members
+        self.found: dict[str, Surveyed] = {}  # by port: what workers keep from before, which is closed unless adopted
+        self._engine = engine
+        self._share = (heads[0], sum(heads)) if len(heads) > 1 else (1, 1)
+        self._credentials: dict[str, Credentials | None] = {}  # by port
         self._config = config
         self._holder = holder
         self._page_bytes = page_cost(holder)
@@ -74,17 +92,31 @@ class Attachment:
         if not connected:
             raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
+    def seats(self, workers: Workers, number: int) -> Iterator[tuple[int, str, Holder, Surveyed | None]]:
+        """Have `workers` join all of `ports`: the holders by number, from `number` on, those of one attention worker
+        together. With each its name, and what it keeps from before. Raises as `ports` does."""
+        for port, holder in self.ports():
+            try:
+                seats = workers.join(number, port, self._credentials[port.name])
+            except HolderFault as error:
+                raise EngineError(str(error)) from error
+            yield number, port.name, holder, self.found.get(port.name)
+            for at, seat in enumerate(seats, number + 1):
+                yield at, port.name, seated(seat), seat.kept
+            number += 1 + len(seats)
+
     def watch(self, engine: Engine) -> None:
         """Tell the engine from now on who joins and who leaves."""
 
         def joined(member: Member) -> None:
             try:
                 port = self._connect(member)
+                holder = self._as_holder(port)
             except LaminaError as error:
                 logger.warning("attention worker %s cannot be used: %s", member.name, error)
                 self.members.lost(member.name)
                 return
-            engine.join(port, self._as_holder(port))
+            engine.join(port, holder, member.credentials)
 
         self.members.watch(joined, engine.leave)
 
@@ -108,12 +140,27 @@ class Attachment:
             local_channel=self._config.local_channel,
             data_channel=self._config.data_channel,
             lost_after=self._config.worker_timeout,
+            engine=self._engine,
+            seat_share=self._share,
+            linger=self._config.linger,
         )
+        self._credentials[port.name] = member.credentials
         self._ports = [*(known for known in self._ports if not known.closed), port]
         return port
 
     def _as_holder(self, port: RemoteAttention) -> Holder:
-        return Holder(port.capacity // self._page_bytes, weight=max(1, port.capacity // _WEIGHT_UNIT))
+        holder = Holder(port.capacity // self._page_bytes, weight=max(1, port.capacity // _WEIGHT_UNIT))
+        if port.resumed:
+            kept = self.found[port.name] = survey(port, self._config.worker_timeout)
+            holder.keeps(kept)
+        return holder
+
+
+def attention_devices(config: EngineConfig) -> tuple[torch.device, ...]:
+    """Where attention workers that are started here keep KV, a device each. The holder in this process is with the
+    first, and alone where there are none. Raises DeviceError."""
+    workers = config.attention_workers if isinstance(config.attention_workers, int) and not config.cluster else 0
+    return find_each("attention_device", config.attention_device, max(1, workers), prefer_gpu=False)
 
 
 def attach(
@@ -123,14 +170,21 @@ def attach(
     compute_dtype: str,
     threads: int,
     members: Members | None,
+    engine: str | None = None,
+    own: HolderConfig | None = None,
+    heads: Sequence[int] = (1,),
 ) -> Attachment | None:
     """The attention workers that the config asks for, or `members`; None where attention is computed here.
 
-    `model` is the model's fingerprint. Nothing is started or connected yet.
+    `model` is the model's fingerprint, `engine` the id by which workers know an engine that may be gone on from. With
+    several ranks `heads` are the KV heads of each, and `own` is what rank 0's holders are built from. Nothing is
+    started or connected yet.
     """
     if members is None:
         members = _members(config, holder, threads)
-    return Attachment(members, config, holder, model, compute_dtype) if members is not None else None
+    if members is None:
+        return None
+    return Attachment(members, config, own or holder, model, compute_dtype, engine, heads)
 
 
 def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> Members | None:
@@ -138,7 +192,10 @@ def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> Member
     if isinstance(workers, int):
         from lamina.local_cluster import LocalCluster
 
-        return LocalCluster(workers, kv_memory=holder.kv_memory, threads=threads) if workers else None
+        if not workers:
+            return None
+        devices = [str(device) for device in attention_devices(config)]
+        return LocalCluster(workers, kv_memory=holder.kv_memory, threads=threads, devices=devices)
     credentials = load_credentials(config.tls_dir, config.token_file)
     for address in workers:
         guarded = credentials.ca and credentials.token

@@ -84,7 +84,13 @@ class EngineOptions:
     """The options of every command that loads a model: fields of `EngineConfig`, and a plan that has some of them."""
 
     dtype: Annotated[str | None, _engine_option("float32, bfloat16 or auto.")] = None
-    device: Annotated[str | None, _engine_option("cpu, cuda or auto.")] = None
+    device: Annotated[
+        str | None, _engine_option("Of the dense layers: cpu, cuda, cuda:N or auto; with commas, one a model worker.")
+    ] = None
+    attention_device: Annotated[
+        str | None, _engine_option("Of KV and attention: cpu, cuda, cuda:N or auto; with commas, one a worker.")
+    ] = None
+    compile: Annotated[bool | None, _engine_option("Send the dense layers through torch.compile.")] = None
     threads: Threads = None
     kv_memory: KvMemory = None
     kv_dtype: Annotated[str | None, _engine_option("Of the KV cache: float32, bfloat16, float16, int8 or auto.")] = None
@@ -92,12 +98,19 @@ class EngineOptions:
         str | None, _engine_option("What each KV head reads and keeps: full, auto, a policy, or a .toml file.")
     ] = None
     max_model_len: Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")] = None
+    model_workers: Annotated[int | None, _integer_option("Processes that share the dense layers.", "Engine")] = None
+    model_parallel: Annotated[
+        str | None, _engine_option("How model workers share: tensor cuts each layer, replicas take batches in turn.")
+    ] = None
     attention_workers: Annotated[
         list[str] | None,
         _worker_option(help="How many to start, or HOST:PORT of those that run: repeated, or with commas."),
     ] = None
     shard: Annotated[str | None, _worker_option(help="heads, sequence or heads+sequence.")] = None
     cluster: Annotated[str | None, _worker_option(help="Run on a Ray cluster: auto, or its address.")] = None
+    local_share: Annotated[
+        str | None, _worker_option(help="Of the KV, what stays in this process: 0 to 1 or auto.")
+    ] = None
     lanes: Annotated[str | None, _worker_option(help="Batches under way at once: a number or auto.")] = None
     data_channel: Annotated[str | None, _worker_option(help="Between hosts: grpc or tcp.")] = None
     local_channel: Annotated[
@@ -115,7 +128,12 @@ class EngineOptions:
         """What was given, as keywords for `LLM`."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
         given["attention_workers"] = _workers(self.attention_workers or [])
+        for name in ("device", "attention_device"):
+            if (names := given[name]) is not None and "," in names:
+                given[name] = [part.strip() for part in names.split(",")]
         given["lanes"] = int(self.lanes) if self.lanes is not None and self.lanes.isdecimal() else self.lanes
+        if self.local_share is not None and self.local_share != "auto":
+            given["local_share"] = _number(self.local_share)
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -115,12 +115,13 @@ def require(wanted: Mapping[str, int], seconds: float = _JOINING) -> None:
     deadline = time.monotonic() + seconds
     while short := [name for name, count in wanted.items() if ray.available_resources().get(name, 0) < count]:
         if time.monotonic() >= deadline:
-            raise EngineError(_shortage(short[0], wanted[short[0]]))
+            raise EngineError(shortage(short[0], wanted[short[0]]))
         time.sleep(_POLL)
     compare_versions(metadata.version("lamina"), _versions(wanted))
 
 
-def _shortage(name: str, count: int) -> str:
+def shortage(name: str, count: int) -> str:
+    """That the cluster has too little of a resource, how much, and what would bring more."""
     ray = ray_module()
     there = ray.cluster_resources().get(name, 0)
     free = ray.available_resources().get(name, 0)
@@ -129,6 +130,14 @@ def _shortage(name: str, count: int) -> str:
         f"the cluster has {there:g} {name}{used}; asked for are {count}. A node that joins brings one: "
         f"""`ray start --address=HEAD:6379 --resources='{{"{name}": 1}}'`"""
     )
+
+
+def prefer(node: str) -> Any:
+    """A scheduling strategy: on that node, by its id, or on any where it is gone."""
+    ray_module()
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=True)
 
 
 def compare_versions(here: str, there: Mapping[str, str | None]) -> None:

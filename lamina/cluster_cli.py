@@ -45,6 +45,8 @@ def status(address: Address = "auto", as_json: JsonLines = False) -> None:
         typer.echo("no engine runs on this cluster")
     for name, engine in after.items():
         typer.echo(f"{name}: {engine['model']}, {'alive' if engine['alive'] else 'not serving'}")
+        for row in engine["model_workers"]:
+            typer.echo(f"{row['name']}: {row['state']}, process {row['process']}, started {row['restarts'] + 1} times")
         earlier = {row["name"]: row.get("worker") for row in before.get(name, {"workers": ()})["workers"]}
         seconds = time.monotonic() - start
         print_rows([_COLUMNS, *(worker_row(row, earlier.get(row["name"]), seconds) for row in engine["workers"])])

@@ -13,13 +13,15 @@ from typing import Any
 
 from lamina.errors import InvalidRequest
 from lamina.layouts import SHARDS
+from lamina_workers.device_names import check_names
+from lamina_workers.errors import DeviceError
 
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
-DEVICES = ("auto", "cpu", "cuda")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DATA_CHANNELS = ("grpc", "tcp")
+MODEL_PARALLEL = ("tensor", "replicas")
 MAX_WORKERS = 1024
 MAX_LANES = 8
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -31,8 +33,14 @@ class EngineConfig:
 
     dtype: str = "auto"
     """Of weights and computing: bfloat16 where the device has it, else float32."""
-    device: str = "auto"
-    """Of the dense layers: cuda where there is one, else cpu."""
+    device: str | Sequence[str] = "auto"
+    """Of the dense layers: cpu, cuda (with several model workers one GPU each) or cuda:N, or a name for each model
+    worker; auto: cuda where there are GPUs enough, else cpu."""
+    attention_device: str | Sequence[str] = "auto"
+    """Where KV lies and attention is computed, by attention workers that are started here, or else by the engine: cpu,
+    cuda (one GPU a worker) or cuda:N, or a name for each worker; auto: cpu."""
+    compile: bool = False
+    """Send what is computed between two attentions through torch.compile."""
     max_model_len: int | None = None
     """The longest sequence in tokens; None: the model's context, or what `kv_memory` holds if that is less."""
     kv_memory: int | str | None = None
@@ -53,19 +61,33 @@ class EngineConfig:
     all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
     rope_scaling: Mapping[str, Any] | None = None
     """Overrides the RoPE scaling of the model's config, for contexts longer than it allows."""
+    model_workers: int = 1
+    """How many processes share the dense layers: this one, and others that are started beside it."""
+    model_parallel: str = "tensor"
+    """How they share: "tensor" cuts each layer among them, "replicas" gives each all of it, for batches in turn."""
     attention_workers: int | Sequence[str] = 0
     """How many attention workers to start, or the "host:port" of each that was started elsewhere. 0: attention is
     computed in the engine's process."""
     shard: str = "heads"
     """How attention workers share a sequence: "heads", "sequence" (ranges of positions) or "heads+sequence"."""
+    local_share: str | float = "auto"
+    """With attention workers, how much of the KV that decoding reads is kept and attended in the engine's process, 0 to
+    1; auto: as much as makes steps shortest, as measured. Three quarters of the engine's `kv_memory` are for that."""
     cluster: str | None = None
     """The address of a Ray cluster, or "auto", where engine and attention workers are placed; None: this machine."""
     lanes: int | str = "auto"
-    """Batches under way at a time, so that one computes while another waits for attention; auto: as measured."""
+    """Batches under way at a time, so that one computes while another waits for attention; auto: as measured. With
+    replicas at most one more than those; with several tensor-parallel model workers there is one: they add up their
+    parts of one batch at a time."""
     worker_timeout: float = 10.0
     """Seconds without a sign of life, or beyond what its work should take, after which an attention worker is lost."""
     recovery_timeout: float = 60.0
     """Seconds that requests wait for an attention worker to join where none is left."""
+    journal: str | Path | None = None
+    """A folder for the engine's journal: after the death of its process, another with the same folder goes on with what
+    was unfinished. None: nothing is kept."""
+    worker_linger: float = 60.0
+    """Seconds that attention workers keep the KV of an engine that has a journal and is gone."""
     local_channel: bool = True
     """Use a Unix socket to an attention worker on the same host."""
     data_channel: str = "grpc"
@@ -79,15 +101,24 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
-        _choice("device", self.device, DEVICES)
+        for name in ("device", "attention_device"):
+            try:
+                object.__setattr__(self, name, check_names(name, getattr(self, name)))
+            except DeviceError as error:
+                raise InvalidRequest(str(error)) from error
         _choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         _choice("page_size", self.page_size, PAGE_SIZES)
         _choice("shard", self.shard, SHARDS)
+        _choice("model_parallel", self.model_parallel, MODEL_PARALLEL)
         _choice("data_channel", self.data_channel, DATA_CHANNELS)
         for name in ("worker_timeout", "recovery_timeout"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0.1 <= value <= 86400:
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed are 0.1 to 86400 seconds")
+        if type(self.worker_linger) not in (int, float) or not 0 <= self.worker_linger <= 3600:
+            raise InvalidRequest(f"worker_linger is {self.worker_linger!r:.80}; allowed are 0 to 3600 seconds")
+        if self.journal is not None and not (isinstance(self.journal, (str, Path)) and str(self.journal).strip()):
+            raise InvalidRequest(f"journal is {self.journal!r:.80}; allowed is a folder, or None")
         self._check_workers()
         if self.policy is not None and not (isinstance(self.policy, (str, Path)) and str(self.policy).strip()):
             raise InvalidRequest(
@@ -97,7 +128,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed is an integer from 1 to {high}, or None")
-        for name in ("prefix_cache", "local_channel", "insecure"):
+        for name in ("prefix_cache", "compile", "local_channel", "insecure"):
             if type(getattr(self, name)) is not bool:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r:.80}; allowed is True or False")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, Mapping):
@@ -106,11 +137,33 @@ class EngineConfig:
             object.__setattr__(self, "kv_memory", parse_size("kv_memory", self.kv_memory))
 
     @property
+    def ranks(self) -> int:
+        """How many model workers share each layer."""
+        return self.model_workers if self.model_parallel == "tensor" else 1
+
+    @property
+    def replicas(self) -> int:
+        """How many model workers have all of the model."""
+        return self.model_workers if self.model_parallel == "replicas" else 1
+
+    @property
+    def linger(self) -> float:
+        """Seconds that attention workers keep KV after its channel: 0 where nobody could come back for it."""
+        return self.worker_linger if self.journal is not None or self.ranks > 1 else 0.0
+
+    @property
     def holders_here(self) -> int:
         """How many holders of KV this machine has: the local one, and attention workers that are started here."""
         return 1 + (self.attention_workers if isinstance(self.attention_workers, int) and not self.cluster else 0)
 
     def _check_workers(self) -> None:
+        if type(self.model_workers) is not int or not 1 <= self.model_workers <= MAX_WORKERS:
+            raise InvalidRequest(f"model_workers is {self.model_workers!r:.80}; allowed are 1 to {MAX_WORKERS}")
+        if self.ranks > 1 and self.lanes not in ("auto", 1):
+            raise InvalidRequest(
+                f"lanes is {self.lanes!r:.80} with {self.ranks} tensor-parallel model_workers; allowed are 1 and "
+                '"auto", or model_parallel="replicas"'
+            )
         workers = self.attention_workers
         if isinstance(workers, Sequence) and not isinstance(workers, str):
             for address in workers:
@@ -127,8 +180,19 @@ class EngineConfig:
             raise InvalidRequest(
                 f'attention_workers is {workers!r:.80}; allowed are 0 to {MAX_WORKERS}, or a list of "host:port"'
             )
-        if self.lanes != "auto" and (type(self.lanes) is not int or not 1 <= self.lanes <= MAX_LANES):
-            raise InvalidRequest(f'lanes is {self.lanes!r:.80}; allowed are 1 to {MAX_LANES}, or "auto"')
+        most = self.replicas + 1 if self.replicas > 1 else MAX_LANES
+        if self.lanes != "auto" and (type(self.lanes) is not int or not 1 <= self.lanes <= most):
+            beside = f" with {self.replicas} replicas" if self.replicas > 1 else ""
+            raise InvalidRequest(f'lanes is {self.lanes!r:.80}{beside}; allowed are 1 to {most}, or "auto"')
+        share = self.local_share
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if share != "auto" and not (number and 0 <= float(share) <= 1):
+            raise InvalidRequest(f'local_share is {share!r:.80}; allowed are 0 to 1, or "auto"')
+        if self.replicas > 1 and share not in ("auto", 0):
+            raise InvalidRequest(
+                f"local_share is {share!r:.80} with {self.replicas} replicas, of which one could read what is here; "
+                'allowed are 0 and "auto"'
+            )
         if self.cluster is not None and (not isinstance(self.cluster, str) or not self.cluster):
             raise InvalidRequest(f'cluster is {self.cluster!r:.80}; allowed is "auto", "host:port" or None')
 

@@ -11,34 +11,42 @@ import logging
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from lamina.balance import Balance
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.fleet import Fleet
 from lamina.lanes import Lanes
+from lamina.mover import Mover
 from lamina.placement import Holder, Placement
-from lamina.request import Plan
+from lamina.recovery import Found, Place
+from lamina.request import Kept, Plan
 from lamina.request import Sequence as Sample
+from lamina.returning import Returning
 from lamina.scheduler import Scheduler
 from lamina.shares import Pages
 from lamina.snapshot import Snapshot
 from lamina.tally import Tally, survey
 from lamina.ticket import Output, Spared, Ticket, nobody, unwatched
+from lamina.tiers import Tiers
 from lamina.types import FinishReason
 from lamina.work import work
+from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Usage
 from lamina_workers.attention_port import AttentionPort
-from lamina_workers.errors import HolderFault, HolderLost
-from lamina_workers.model_worker import ModelWorker
+from lamina_workers.errors import HolderFault, HolderLost, RankLost
+from lamina_workers.model_worker import Workers
 from lamina_workers.resolver import Waiting
 from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, TokenHistory
 
 if TYPE_CHECKING:
     from lamina.constraints import Constraint, Grammars
+    from lamina.recorder import Recorder
+    from lamina_workers.crew import Mate
 
 logger = logging.getLogger("lamina")
 
@@ -58,6 +66,21 @@ class _Join(NamedTuple):
 
     port: AttentionPort
     holder: Holder
+    credentials: Credentials | None
+
+
+class _Return(NamedTuple):
+    """What `rank_back` tells."""
+
+    mate: Mate
+
+
+class _Down(NamedTuple):
+    """What `rank_gone` tells."""
+
+    rank: int
+    why: str
+    stays: bool
 
 
 class _Leave(NamedTuple):
@@ -73,13 +96,17 @@ class _Drain(NamedTuple):
     done: Future[int]
 
 
+class _Disclaim(NamedTuple):
+    """What `disclaim` asks for."""
+
+
 class _Look(NamedTuple):
     """What `snapshot` asks for."""
 
     sink: Callable[[Snapshot], None]
 
 
-_News = Ticket | _End | _Join | _Leave | _Drain | _Look | None
+_News = Ticket | _End | _Join | _Leave | _Return | _Down | _Drain | _Disclaim | _Look | None
 
 
 @dataclass(slots=True)
@@ -106,7 +133,7 @@ class Engine:
 
     def __init__(
         self,
-        worker: ModelWorker,
+        worker: Workers,
         scheduler: Scheduler,
         placement: Placement,
         clock: Callable[[], float],
@@ -114,8 +141,10 @@ class Engine:
         names: Mapping[int, str] | None = None,
         scratch: Collection[int] = (),
         lanes: Lanes | None = None,
+        balance: Balance | None = None,
         grammars: Grammars | None = None,
         hope: float = 60.0,
+        recorder: Recorder | None = None,
         on_lost: Callable[[str], None] | None = None,
         on_rebuilt: Callable[[int, int], None] = unwatched,
     ) -> None:
@@ -123,11 +152,15 @@ class Engine:
         self._scheduler = scheduler
         self._placement = placement
         self._scratch = frozenset(scratch)  # holders of which the scheduler knows nothing
-        self._fleet = Fleet(worker, scheduler, placement, dict(names or {}), self._scratch)
+        mover = Mover(worker, scheduler, placement, clock)
+        self._fleet = Fleet(worker, scheduler, placement, dict(names or {}), self._scratch, mover)
+        self._tiers = Tiers(balance or Balance(), mover, scheduler, placement, clock)
         self._clock = clock
         self._lane_count = lanes or Lanes(1)
         self._grammars = grammars
         self._hope = hope
+        self._recorder = recorder
+        self._returning = Returning(recorder, scheduler, grammars)
         self._on_lost = on_lost
         self._on_rebuilt = on_rebuilt
         self._rebuild: tuple[int, int] | None = None  # tokens computed again before the last loss, and due since
@@ -167,13 +200,22 @@ class Engine:
         """End a request, or one sample of it. Harmless where it has ended; what is under way is thrown away."""
         self._inbox.put(_End(ticket, sample, reason))
 
-    def join(self, port: AttentionPort, holder: Holder) -> None:
-        """One attention worker more, by the name of its port. New sequences use it."""
-        self._inbox.put(_Join(port, holder))
+    def join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None = None) -> None:
+        """One attention worker more, by the name of its port. New sequences use it. With several ranks `holder` is that
+        of rank 0, and the others connect with `credentials`."""
+        self._inbox.put(_Join(port, holder, credentials))
 
     def leave(self, name: str) -> None:
         """An attention worker is known to be gone. Harmless where that was noticed already."""
         self._inbox.put(_Leave(name))
+
+    def rank_gone(self, rank: int, why: str, stays: bool) -> None:
+        """A model worker beyond this one is known to be gone, and comes back unless it `stays` away."""
+        self._inbox.put(_Down(rank, why, stays))
+
+    def rank_back(self, mate: Mate) -> None:
+        """A model worker that was gone is there again."""
+        self._inbox.put(_Return(mate))
 
     def drain(self, name: str) -> Future[int]:
         """Let an attention worker go once its KV has moved to the others; the result is how many tokens moved."""
@@ -183,6 +225,10 @@ class Engine:
                 raise self._stop_error()
             self._inbox.put(drain)
         return drain.done
+
+    def disclaim(self) -> None:
+        """Whoever has not come back by now for a request that an engine before began will not: those are ended."""
+        self._inbox.put(_Disclaim())
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
         """Have `sink` told, by the engine's thread and between two batches, what the engine is doing; never where it
@@ -213,9 +259,13 @@ class Engine:
             elif isinstance(late, _Drain):
                 late.done.set_exception(self._stop_error())
         for ticket in self._tickets.values():  # the scheduler is not touched: perhaps it is what broke
+            if self._recorder is not None and ticket not in self._returning:
+                self._recorder.failed(ticket)
             self._deliver(ticket, [Output(0, None, error=self._stop_error())])
         for lane in self._lanes:
             lane.run.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def _stop_error(self) -> EngineError:
         error = EngineError("the engine has stopped" + (f": {self._cause!r}" if self._cause else ""))
@@ -225,8 +275,10 @@ class Engine:
     def _drain_inbox(self) -> bool:
         """Do what was asked since the last batch; wait only where there is nothing else to do."""
         while True:
-            work = self._scheduler.has_work or self._placement.pending
-            idle = not self._lanes and (not work or (self._full and self._fleet.empty))
+            self._count_the_stranded()
+            work = self._scheduler.has_work or self._placement.pending or self._tiers.busy
+            waits = self._full and (self._fleet.halted or bool(self._scheduler.stranded))
+            idle = not self._lanes and (not work or waits)
             since = self._clock() if idle else 0.0
             try:
                 news = self._inbox.get(block=idle, timeout=self._patience() if idle else None)
@@ -248,17 +300,26 @@ class Engine:
                     self._add(news)
                 case _End():
                     self._end(*news)
-                case _Join(port, holder):
-                    self._fleet.join(port, holder)
-                    self._tally.joined()
-                    self._deserted = None
+                case _Join():
+                    self._join(*news)
                 case _Leave(name):
                     self._leave(name)
+                case _Return(mate):
+                    self._rank_back(mate)
+                case _Down(rank, why, stays) if rank in self._worker.missing:  # a replica is not missed
+                    if stays:
+                        raise EngineError(f"model worker {rank} is gone and stays away: {why}")
+                    if self._deserted is None:
+                        self._halt()
                 case _Drain(name, done):
                     self._drain(name, done)
+                case _Disclaim():
+                    for ticket in self._returning.disclaim():
+                        self._end(ticket, None, "abort")
 
     def _look(self, sink: Callable[[Snapshot], None]) -> None:
         self._tally.lanes, self._tally.attention_seconds = self._lane_count.count, self._worker.attention_seconds
+        self._tally.local_share = self._tiers.local_share
         links, names = self._worker.links(), self._fleet.names
         taken = survey(self._tally, self._scheduler, self._placement, links, names, self._scratch, self._clock())
         try:
@@ -269,6 +330,10 @@ class Engine:
     def step(self) -> None:
         """Begin batches where lanes are free, and go on with one whose reply has come: with the one that has waited
         longest where none has."""
+        if self._worker.missing:
+            self._full = True
+            return
+        self._move()
         while len(self._lanes) < self._lane_count.count and not self._full:
             plan = self._scheduler.plan(self._lane_count.count)
             if plan is None and (self._lanes or not self._placement.pending):
@@ -282,6 +347,26 @@ class Engine:
         self._lanes.append(lane)
         self._advance(lane)
 
+    def _move(self) -> None:
+        """Let sequences change their place, between batches."""
+        if self._tiers.busy:
+            self._full = False  # what has moved away leaves room
+        try:
+            self._tiers.step()
+        except HolderFault as fault:
+            logger.warning("moving sequences failed: %s", fault)
+            self._start_over()
+
+    def _start_over(self) -> None:
+        """A holder failed outside of any batch. Where it is not lost, it may have lost what it was to store."""
+        self._abandon()
+        if self._worker.missing:
+            self._halt()
+        elif gone := self._worker.lost():
+            self._lose(gone)
+        else:
+            self._scheduler.recompute()
+
     def _advance(self, lane: _Lane) -> None:
         """Go on with a batch until it is over, or until it waits while there are others to go on with."""
         try:
@@ -291,6 +376,9 @@ class Engine:
             return
         except StopIteration:
             self._over(lane)
+        except RankLost as loss:
+            logger.warning("%s", loss)
+            self._halt()
         except HolderLost as loss:
             if gone := self._worker.lost():
                 logger.warning("%s", loss)
@@ -327,6 +415,7 @@ class Engine:
             if answer.accepted:
                 self._placement.holders[number].accepted(shares[number])
         if plan is None:
+            self._scheduler.told(self._free(answers))
             return
         if self._accepted(plan, shares, answers) and plan.rows:
             self._mark_scheduled(tickets)
@@ -334,22 +423,29 @@ class Engine:
             sampled = yield from self._worker.execute(
                 work(plan, tickets, histories, self._constraints), batch, shares, suspends
             )
+            lanes = self._lane_count
+            self._tiers.completed(plan, self._worker.times, lanes.count, lanes.trying)
             self._record(plan, sampled)
         self._faults = 0
 
     def _accepted(self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
-        free = Pages({number: answer.free_pages for number, answer in answers.items() if number not in self._scratch})
+        free = self._free(answers)
         self._tally.scratch_free |= {n: answer.free_pages for n, answer in answers.items() if n in self._scratch}
         if all(answer.accepted for answer in answers.values()):
             self._scheduler.accepted(plan, free, self._floors(plan, shares, answers))
             self._note_usages(plan, shares, answers)
             return True
+        self._tiers.abandon()  # what moves must not keep from others what they cannot do without
         reason = next(answer.reason for answer in answers.values() if not answer.accepted)
         for sequence in self._scheduler.refused(plan, free):
             if ticket := self._tickets.get(sequence.request.id):
                 self._fail(ticket, EngineError(f"the holders have no room: {reason}"))
         return False
+
+    def _free(self, answers: Mapping[int, Announced]) -> Pages:
+        """Pages left, of the holders that the scheduler knows."""
+        return Pages({number: answer.free_pages for number, answer in answers.items() if number not in self._scratch})
 
     def _floors(self, plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> list[int]:
         """Per row the highest floor of its parts; what scratch holders have only for now is not counted."""
@@ -400,7 +496,8 @@ class Engine:
             self._scheduler.recompute()
 
     def _abandon(self) -> None:
-        """Give up every batch under way. Nothing of them counts; they are planned again."""
+        """Give up every batch under way, and every move. Nothing of them counts; they are planned again."""
+        self._tiers.abandon()
         self._tally.failed_batches += len(self._lanes)
         for lane in self._lanes:
             lane.run.close()
@@ -411,22 +508,56 @@ class Engine:
         self._worker.next_epoch()
 
     def _lose(self, numbers: list[int]) -> None:
-        """Holders are gone: what they kept is rebuilt elsewhere, and the batches under way run again."""
+        """Holders are gone, and their attention workers with them: what those kept is rebuilt elsewhere, and the
+        batches under way run again."""
         self._abandon()
-        names = [self._fleet.names[number] for number in numbers]
+        numbers = self._fleet.companions(numbers)
+        names = list(dict.fromkeys(self._fleet.names[number] for number in numbers))
         self._tally.lost(names)
         due = self._fleet.lose(numbers)
         self._rebuild = (self._scheduler.counters.rebuilt_tokens, due) if due else None
         if self._on_lost is not None:
             for name in names:
                 self._on_lost(name)
+        self._tiers.changed()
         if self._fleet.empty:
             self._deserted = self._clock()
 
     def _leave(self, name: str) -> None:
-        number = next((number for number, known in self._fleet.names.items() if known == name), None)
-        if number is not None:
-            self._lose([number])
+        if number := [number for number, known in self._fleet.names.items() if known == name]:
+            self._lose(number)
+
+    def _join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None) -> None:
+        try:
+            self._fleet.join(port, holder, credentials)
+        except HolderFault as fault:  # another rank cannot use it
+            logger.warning("%s", fault)
+            port.close()
+            if self._on_lost is not None:
+                self._on_lost(port.name)
+            return
+        self._tally.joined()
+        self._tiers.changed()
+        self._deserted = self._deserted if self._fleet.halted else None
+
+    def _halt(self) -> None:
+        """A rank is gone: nothing can be computed before it is back."""
+        self._abandon()
+        self._deserted = self._clock()
+
+    def _rank_back(self, mate: Mate) -> None:
+        """A rank is there again. Its seats at attention workers have what they had."""
+        self._abandon()
+        try:
+            pools, gone = self._worker.returned(mate)
+        except RankLost as loss:
+            logger.warning("%s", loss)
+            return
+        self._fleet.emptied(pools)
+        if gone:
+            self._lose(gone)
+        self._tally.returned += 1
+        self._deserted = self._deserted if self._fleet.halted else None
 
     def _patience(self) -> float | None:
         """Seconds that requests may still wait for a holder to join; None where there are holders, or no requests."""
@@ -435,23 +566,39 @@ class Engine:
         return max(0.0, self._deserted + self._hope - self._clock())
 
     def _despair(self) -> None:
-        """Nobody has joined in time: whoever waits is told."""
+        """Nobody has joined in time: whoever waits for that is told."""
         self._full = False
-        for ticket in list(self._tickets.values()):
-            message = f"no attention worker is left, and none has joined for {self._hope:g} s; start one and try again"
+        stranded = {sequence.request.id for sequence in self._scheduler.stranded}
+        for ticket in [t for t in self._tickets.values() if self._fleet.halted or t.request.id in stranded]:
+            left = "no attention worker is left" if self._fleet.empty else "no holder that is left has room for this"
+            if missing := self._worker.missing:
+                message = f"model worker {', '.join(map(str, missing))} has not come back for {self._hope:g} s"
+                self._fail(ticket, EngineError(message))
+                continue
+            message = f"{left}, and none has joined for {self._hope:g} s; start an attention worker and try again"
             self._fail(ticket, EngineError(message))
+
+    def _count_the_stranded(self) -> None:
+        """Those whom no holder can keep any more wait for one that can, others go on meanwhile."""
+        if self._fleet.halted:
+            return
+        if not self._scheduler.stranded:
+            self._deserted = None
+        elif self._deserted is None:
+            self._deserted = self._clock()
+        elif self._clock() > self._deserted + self._hope:
+            self._despair()
 
     def _drain(self, name: str, done: Future[int]) -> None:
         while self._lanes:
             self._advance(self._lanes[0])
+        self._tiers.abandon()
         try:
-            done.set_result(self._fleet.drain(self._fleet.number(name)))
+            done.set_result(self._fleet.drain(name))
+            self._tiers.changed()
         except HolderFault as fault:
             done.set_exception(EngineError(f"{name} could not be drained: {fault}"))
-            self._abandon()
-            if gone := self._worker.lost():
-                self._lose(gone)
-            self._scheduler.recompute()
+            self._start_over()
         except LaminaError as error:
             done.set_exception(error)
 
@@ -481,7 +628,11 @@ class Engine:
         self._report_rebuild()
         prefill = any(row.count > 1 for row in plan.rows)
         self._tally.complete(sum(row.count for row in plan.rows), prompt_tokens, len(outcomes))
-        self._lane_count.completed(len(outcomes), len(self._tickets), prefill, now)
+        if self._tiers.all_local:
+            self._lane_count.alone()
+        else:
+            mixed, attended = prefill or not self._tiers.settled, self._worker.attention_seconds
+            self._lane_count.completed(len(outcomes), len(self._tickets), mixed, now, attended)
         for outcome in outcomes:
             sequence = outcome.sequence
             if sequence in self._histories:
@@ -496,6 +647,8 @@ class Engine:
             outputs.setdefault(sequence.request.id, []).append(output)
             if reason is not None:
                 self._forget(sequence)
+        if self._recorder is not None:  # before anybody is told
+            self._recorder.batch(plan, outputs)
         for request_id, batch in outputs.items():
             self._publish(self._tickets[request_id], batch)
         for ticket, why in strayed:
@@ -557,20 +710,69 @@ class Engine:
         return True
 
     def _add(self, ticket: Ticket) -> None:
-        ticket.unfinished = ticket.request.n
+        if ticket.received is None:
+            self._begin_request(ticket)
+        else:
+            self._take_up(ticket)
+
+    def _begin_request(
+        self,
+        ticket: Ticket,
+        known: Mapping[int, Sequence[int]] | None = None,
+        kept: Mapping[int, Kept] | None = None,
+        recorded: bool = False,
+    ) -> None:
+        """Queue it. `known` and `kept` are the scheduler's; `recorded`: the journal has it already."""
+        ticket.unfinished = ticket.request.n if known is None else len(known)
         self._tickets[ticket.request.id] = ticket
         try:
-            ticket.sequences = self._scheduler.add(ticket.request)
+            ticket.sequences = self._scheduler.add(ticket.request, known, kept)
+            for sequence in ticket.sequences:
+                self._follow_from(ticket, sequence)
         except LaminaError as error:
             self._fail(ticket, error)
             return
-        if ticket.params.repetition_penalty != 1 or ticket.params.presence_penalty or ticket.params.frequency_penalty:
-            for sequence in ticket.sequences:
-                self._histories[sequence] = TokenHistory(ticket.request.prompt)
-        self._constraints.update(zip(ticket.sequences, ticket.constraints, strict=False))
+        if self._recorder is not None and not recorded:
+            self._recorder.begun(ticket, known)
+
+    def _follow_from(self, ticket: Ticket, sequence: Sample) -> None:
+        """What sampling needs to know of the tokens so far."""
+        params, prompt = ticket.params, ticket.request.prompt
+        tokens = sequence.tokens[len(prompt) :]
+        if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
+            self._histories[sequence] = history = TokenHistory(prompt)
+            for token in tokens:
+                history.append(token)
+        if ticket.constraints:
+            self._constraints[sequence] = constraint = ticket.constraints[sequence.sample]
+            for token in tokens:
+                constraint.advance(token)
+
+    def _take_up(self, ticket: Ticket) -> None:
+        """Have a client that comes back get what it has not got, and what comes then."""
+        old = self._tickets.get(ticket.request.id)
+        missing = self._returning.claim(ticket, old)
+        if missing is None:
+            if old is not None:
+                self._end(old, None, "abort")
+            self._begin_request(ticket, self._returning.anew(ticket))
+            return
+        if old is not None:
+            self._tickets[ticket.request.id] = ticket
+        if missing and not self._deliver(ticket, missing):
+            self._end(ticket, None, "abort")
+
+    def recover(self, found: Mapping[Place, Found]) -> tuple[Ticket, ...]:
+        """Before `run`: go on with what an engine before had not finished, with the KV that was found. Returns its
+        requests: whoever wants the outputs of one submits it again, with what it has received."""
+        tickets = []
+        for ticket, known, kept in self._returning.unfinished(found):
+            tickets.append(ticket)
+            self._begin_request(ticket, known, kept, recorded=True)
+        return tuple(tickets)
 
     def _end(self, ticket: Ticket, sample: int | None, reason: FinishReason) -> None:
-        if ticket.request.id not in self._tickets:
+        if self._tickets.get(ticket.request.id) is not ticket:
             return
         ended = [s for s in ticket.sequences if s.finish_reason is None and sample in (None, s.sample)]
         for sequence in ended:
@@ -579,6 +781,8 @@ class Engine:
             self._forget(sequence)
         if ended:
             now = self._clock()
+            if self._recorder is not None:
+                self._recorder.ended(ended, reason)
             self._publish(ticket, [Output(sequence.sample, None, reason, at=now) for sequence in ended])
 
     def _forget(self, sequence: Sample) -> None:
@@ -593,5 +797,7 @@ class Engine:
         for sequence in self._scheduler.abort(ticket.request.id):
             self._forget(sequence)
         self._tickets.pop(ticket.request.id, None)
+        if self._recorder is not None:
+            self._recorder.failed(ticket)
         error.__cause__ = cause or error.__cause__
         self._deliver(ticket, [Output(0, None, error=error)])

@@ -8,10 +8,15 @@ LaminaError
 ├── UnsupportedModelError     the model is well formed, but Lamina does not implement it
 ├── PolicyError               a KV policy is unknown, contradicts itself, or is for another model
 ├── KernelsUnavailable        the attention kernels that LAMINA_KERNELS names cannot run here
+├── DeviceError               a device is called what none is, or is not there; a ValueError too
+├── NotEnoughMemory           a device has too little memory for weights or KV
+├── RanksError                a model cannot be cut among that many model workers; a ValueError too
 ├── EngineError               the engine stopped, or could not go on with this request
 │   └── WorkersUnavailable    an engine cannot start: no attention worker can be reached
+├── JournalError              a journal is damaged, in use, or of another engine
 ├── HolderFault               a holder could not go on with a batch (the engine runs it again)
-│   └── HolderLost            a holder is gone (the engine rebuilds its KV elsewhere)
+│   ├── HolderLost            a holder is gone (the engine rebuilds its KV elsewhere)
+│   └── RankLost              a model worker that shares the model is gone or silent (it is started again)
 ├── KVError                   a holder was asked for something its parts do not allow
 │   └── PoolExhausted         a batch needs more pages than are free (the scheduler makes room)
 ├── WorkerUnreachable         no attention worker answers at an address; it may do so later
@@ -43,6 +48,7 @@ __all__ = [
     "EngineError",
     "Interrupted",
     "InvalidRequest",
+    "JournalError",
     "LaminaError",
     "ModelFileError",
     "PolicyError",
@@ -71,6 +77,10 @@ class EngineError(LaminaError):
 
 class WorkersUnavailable(EngineError):
     """An engine cannot start: no attention worker can be reached, now."""
+
+
+class JournalError(LaminaError):
+    """A journal cannot be used: it is damaged, of another engine, in use, or its folder cannot be written to."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -6,22 +6,29 @@ Knows nothing of requests and clients; whoever calls must have no batch under wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lamina.errors import InvalidRequest
-from lamina.placement import Holder, Part, Placement
+from lamina.mover import Mover
+from lamina.placement import Holder, Placement
 from lamina.request import Sequence as Sample
 from lamina.scheduler import Scheduler
-from lamina.shares import Pages
-from lamina_protocols.messages import Row
+from lamina.shares import Layout, Pages, Share
+from lamina_protocols.channels import Credentials
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker import ModelWorker, Move
-from lamina_workers.routes import HolderShare, Route
+from lamina_workers.model_worker import Seat, Workers
+from lamina_workers.routes import HolderShare
 
 logger = logging.getLogger("lamina")
 
-MOVE_TOKENS = 1024  # copied at a time
+
+def seated(seat: Seat) -> Holder:
+    """A rank's seat at an attention worker, as placement sees it."""
+    holder = Holder(seat.pages, seat.weight, rank=seat.rank)
+    if seat.kept is not None:
+        holder.keeps(seat.kept)
+    return holder
 
 
 class Fleet:
@@ -29,12 +36,14 @@ class Fleet:
 
     def __init__(
         self,
-        worker: ModelWorker,
+        worker: Workers,
         scheduler: Scheduler,
         placement: Placement,
         names: dict[int, str],
         scratch: frozenset[int],
+        mover: Mover,
     ) -> None:
+        self._mover = mover
         self._worker = worker
         self._scheduler = scheduler
         self._placement = placement
@@ -47,59 +56,88 @@ class Fleet:
         """Whether nobody is left to keep KV."""
         return not self._placement.capacity
 
-    def join(self, port: AttentionPort, holder: Holder) -> int:
-        """One holder more; new sequences use it. Returns its number."""
-        self._last += 1
-        number = self._last
-        self.names[number] = port.name
-        self._worker.join(number, port)
-        self._placement.joined(number, holder)
-        self._scheduler.joined(number, holder.pages)
-        logger.info("attention worker %s joined with %d KV pages", port.name, holder.pages)
-        return number
+    @property
+    def halted(self) -> bool:
+        """Whether nothing can be computed before somebody joins or comes back."""
+        return self.empty or bool(self._worker.missing)
 
-    def number(self, name: str) -> int:
-        """The holder of that name. Raises InvalidRequest where there is none."""
-        for number, known in self.names.items():
-            if known == name:
-                return number
-        raise InvalidRequest(f"no attention worker is called {name!r:.80}; there are {', '.join(self.names.values())}")
+    def join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None = None) -> None:
+        """One attention worker more, with a holder for each rank; new sequences use it. `credentials` are for the other
+        ranks, which connect to it too. Raises HolderFault where one of them cannot."""
+        first = self._last + 1
+        holders = [holder, *map(seated, self._worker.join(first, port, credentials))]
+        for number, joining in enumerate(holders, first):
+            self.names[number] = port.name
+            self._placement.joined(number, joining)
+            self._scheduler.joined(number, joining.pages)
+        self._last += len(holders)
+        pages = sum(joining.pages for joining in holders)
+        logger.info("attention worker %s joined with %d KV pages", port.name, pages)
+
+    def numbers(self, name: str) -> list[int]:
+        """The holders of that name, one a rank. Raises InvalidRequest where there is none."""
+        if found := [number for number, known in self.names.items() if known == name]:
+            return found
+        known = ", ".join(dict.fromkeys(self.names.values()))
+        raise InvalidRequest(f"no attention worker is called {name!r:.80}; there are {known}")
+
+    def companions(self, numbers: Sequence[int]) -> list[int]:
+        """Those holders, and all others at the same attention workers."""
+        names = {self.names[number] for number in numbers}
+        return [number for number, name in self.names.items() if name in names]
+
+    def emptied(self, numbers: Sequence[int]) -> None:
+        """These pools in the process of a model worker that was started again have nothing of what they had."""
+        whole = 0
+        for number in numbers:
+            self._placement.emptied(number)
+            if number not in self._scratch:
+                whole += self._scheduler.emptied(number, self._placement.holders[number].pages)
+        if whole:
+            logger.warning("%d tokens of KV that a model worker kept itself are computed again", whole)
 
     def lose(self, numbers: Sequence[int]) -> int:
         """These holders are gone. What they kept is opened elsewhere; returns how many tokens are computed again for
         it, beside sequences that begin anew."""
+        lost = dict.fromkeys(self.names[number] for number in numbers)
         for number in numbers:
             self._worker.leave(number)
             self._placement.lost(number)
-            logger.warning("attention worker %s is lost", self.names.pop(number))
+            del self.names[number]
+        for name in lost:
+            logger.warning("attention worker %s is lost", name)
         rebuilt = whole = 0
         for number in numbers:
             again, anew = self._scheduler.lost(number)
             rebuilt, whole = rebuilt + again, whole + anew
-        left = ", ".join(self.names.values()) or "whoever joins"
+        left = ", ".join(dict.fromkeys(self.names.values())) or ("whoever joins" if self.empty else "this machine")
         logger.warning("on %s: %d tokens of lost KV are computed again, %d from the start", left, rebuilt, whole)
         return rebuilt
 
-    def drain(self, number: int) -> int:
-        """Move all that a holder keeps to the others, then let it go. Returns how many tokens' KV moved.
+    def drain(self, name: str) -> int:
+        """Move all that an attention worker keeps to the others, then let it go. Returns how many tokens' KV moved.
 
-        What finds no room elsewhere is computed again when there is some. Raises InvalidRequest for the last holder.
+        What finds no room elsewhere is computed again when there is some. Raises InvalidRequest for the last one and
+        for an unknown name, HolderFault where it cannot be done.
         """
-        if set(self._placement.capacity) <= {number}:
-            raise InvalidRequest(
-                f"{self.names[number]} is the only attention worker: there is nobody to move its KV to"
-            )
-        holder = self._placement.holders[number]
-        holder.draining = True
+        numbers = self.numbers(name)
+        if set(self._placement.capacity) <= set(numbers):
+            raise InvalidRequest(f"{name} is the only attention worker: there is nobody to move its KV to")
+        holders = [self._placement.holders[number] for number in numbers]
+        for holder in holders:
+            holder.draining = True
         try:
-            moved = self._empty(number)
+            moved = max([self._empty(number) for number in numbers])  # each rank moves its heads of the same tokens
         except HolderFault:
-            holder.draining = False  # nothing is lost, and it keeps what has not moved
+            for holder in holders:
+                holder.draining = False  # nothing is lost, and it keeps what has not moved
             raise
-        self._worker.leave(number)
-        self._placement.lost(number)
-        self._scheduler.left(number)
-        logger.info("attention worker %s is drained: %d tokens moved", self.names.pop(number), moved)
+        for number in numbers:
+            self._worker.leave(number)
+            self._placement.lost(number)
+            self._scheduler.left(number)
+            del self.names[number]
+        logger.info("attention worker %s is drained: %d tokens moved", name, moved)
         return moved
 
     def _empty(self, number: int) -> int:
@@ -111,42 +149,24 @@ class Fleet:
 
     def _move_sequence(self, sequence: Sample, number: int) -> int:
         """How many tokens of it moved: 0 where the others have no room, and it will be computed again."""
-        handle = sequence.handle
-        if handle is None or sequence.rebuild is not None:  # what is not whole cannot be moved
-            self._scheduler.preempt(sequence)
-            return 0
-        moved = 0
-        for part in self._placement.kept_by(number).get(handle, []):
-            target = self._placement.substitute(part.share, self._scheduler.room())
-            if target is None:
-                self._scheduler.preempt(sequence)
-                return 0
-            new = self._placement.move(part, target.holder)
-            try:
-                fits = self._copy(sequence, part, new)
-            except HolderFault:
-                self._placement.give_up(new)
-                raise
-            if not fits:
-                self._placement.give_up(new)
-                self._scheduler.preempt(sequence)
-                return 0
-            self._placement.moved(handle, part, new)
-            self._scheduler.moved(sequence, part.share, new.share)
-            moved += max(0, min(sequence.computed, part.share.hi) - part.share.lo)
-        return moved
+        gone = [share for share in sequence.layout if share.holder == number]
+        for layout in self._without(sequence, number):
+            if self._mover.move_now(sequence, layout):
+                return sum(max(0, min(sequence.computed, share.hi) - share.lo) for share in gone)
+        self._scheduler.preempt(sequence)
+        return 0
 
-    def _copy(self, sequence: Sample, part: Part, new: Part) -> bool:
-        origin, to = part.share.holder, new.share.holder
-        lo, end = part.share.lo, min(sequence.computed, part.share.hi)
-        for start in range(lo, end, MOVE_TOKENS):
-            stop = min(start + MOVE_TOKENS, end)
-            row = Row(new.handle, start, stop - start, None, True)
-            share = self._placement.holders[to].outgoing((Route(0, part.share.heads, row, (start, stop)),))
-            if not self._worker.copy([Move(origin, part.handle, to, new.handle, start, stop)], {to: share}):
-                return False
-            self._placement.holders[to].accepted(share)
-        return True
+    def _without(self, sequence: Sample, number: int) -> Iterator[Layout]:
+        """Where it could be instead: what was there at one of the others, or all of it here."""
+        layout: list[Share] = []
+        for share in sequence.layout:
+            other = self._placement.substitute(share, self._scheduler.room()) if share.holder == number else share
+            if other is not None:
+                layout.append(other)
+        if len(layout) == len(sequence.layout):
+            yield tuple(layout)
+        if here := self._placement.layout(sequence.longest, local=True):
+            yield here
 
     def _flush(self) -> None:
         """Have every operation that waits applied: closes free the room that is moved into."""

@@ -1,6 +1,7 @@
 """How many batches are under way at a time, decided by what each number was measured to yield. Pure: told the time.
 
-While one batch waits for attention another can compute; but each has fewer sequences, and reads all weights.
+While one batch waits for attention another can compute; but each has fewer sequences, and reads all weights. With
+several replicas of the model more batches compute at the same time.
 """
 
 from __future__ import annotations
@@ -16,23 +17,50 @@ CHANGE = 1.5  # of the number of sequences, after which a choice is looked at ag
 
 
 class Lanes:
-    """`count` lanes at a time. With `most` above 1 each number up to it is tried in turn, and the best is kept."""
+    """`count` lanes at a time, over so many `replicas` of the model. With `most` above 1 each number up to it is tried
+    in turn, and the best is kept.
 
-    def __init__(self, count: int, most: int = 1) -> None:
+    `tiers`, once measured, are the seconds that a batch that is alone spends in the model and in attention.
+    """
+
+    def __init__(self, count: int, most: int = 1, replicas: int = 1) -> None:
         self.count = count
+        self.tiers: tuple[float, float] | None = None
         self._most = most
+        self._replicas = replicas
+        self._attended = 0.0
         self._rates: dict[int, float] = {}  # tokens a second, by number of lanes; those not tried yet are missing
         self._since: float | None = None
         self._batches = self._tokens = self._held = 0
         self._sequences = 0
 
     @classmethod
-    def auto(cls, most: int) -> Lanes:
+    def auto(cls, most: int, replicas: int = 1) -> Lanes:
         """Begins with one lane, and tries up to `most`."""
-        return cls(1, most)
+        return cls(1, most, replicas)
 
-    def completed(self, tokens: int, sequences: int, prefill: bool, now: float) -> None:
-        """A batch is complete: it gave that many tokens, `sequences` are running in all lanes together."""
+    @property
+    def suggested(self) -> float | None:
+        """How many lanes would keep all replicas computing, by the times of both tiers: 1 + attention / model for each
+        of them. Attention itself is taken to be as fast for each of many as for one."""
+        if self.tiers is None:
+            return None
+        model, attention = self.tiers
+        return self._replicas * (1 + attention / max(model, 1e-9))
+
+    @property
+    def trying(self) -> bool:
+        """Whether a number is being measured, which others should not disturb."""
+        return self._most > 1 and not self._held and self._since is not None
+
+    def alone(self) -> None:
+        """There is nobody to wait for: one lane, unless a number was given."""
+        if self._most > 1:
+            self.count, self._since, self._rates, self._held = 1, None, {}, 0
+
+    def completed(self, tokens: int, sequences: int, prefill: bool, now: float, attended: float = 0.0) -> None:
+        """A batch is complete: it gave that many tokens, `sequences` are running in all lanes together. `attended` is
+        how many seconds have gone into attention by `now`, ever."""
         if self._most == 1:
             return
         if prefill or sequences < 2:  # nothing to learn for decoding
@@ -48,13 +76,16 @@ class Lanes:
         if self._held:
             self._held, self._rates, self.count, self._since = 0, {}, 1, None
         if self._since is None:  # the batches before this one ran otherwise
-            self._since, self._batches, self._tokens = now, 0, 0
+            self._since, self._batches, self._tokens, self._attended = now, 0, 0, attended
             return
         self._batches += 1
         self._tokens += tokens
         if self._batches < WINDOW:
             return
         self._rates[self.count] = self._tokens / max(now - self._since, 1e-9)
+        if self.count == 1:
+            attention = (attended - self._attended) / self._batches
+            self.tiers = max(0.0, (now - self._since) / self._batches - attention), attention
         self._since = None
         if self.count < min(self._most, sequences):
             self.count += 1
@@ -62,7 +93,13 @@ class Lanes:
         self.count = self._best()
         self._held, self._sequences = 1, sequences
         rates = ", ".join(f"{count}: {rate:.0f}" for count, rate in sorted(self._rates.items()))
-        logger.info("%d lanes for %d sequences; tokens/s measured by number of lanes: %s", self.count, sequences, rates)
+        model, attention = self.tiers or (0.0, 0.0)
+        logger.info(
+            "%d lanes for %d sequences over %d replicas; tokens/s measured by number of lanes: %s; alone, a batch is "
+            "in the model for %.1f ms and in attention for %.1f ms, which suggests %.1f lanes, of at most %d",
+            self.count, sequences, self._replicas, rates, model * 1e3, attention * 1e3, self.suggested or 1.0,
+            self._most,
+        )  # fmt: skip
 
     def _best(self) -> int:
         best = 1

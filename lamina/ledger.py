@@ -52,6 +52,12 @@ class Ledger:
         """A holder is gone, with all it had. No plan may wait for an answer."""
         self._free = Pages({at: pages for at, pages in self._free.items() if at != holder})
 
+    def adopt(self, handle: int, pages: Pages) -> None:
+        """The holders have a sequence from before, with so many pages at most."""
+        self._held.add(handle)
+        self._last_handle = max(self._last_handle, handle)
+        self._free -= pages
+
     def open(self, layout: Layout) -> int:
         """Have an empty sequence opened. Returns its handle, which is never used again."""
         self._last_handle += 1
@@ -154,6 +160,23 @@ class Ledger:
         if self._unanswered.pop(plan, None) is None:
             raise EngineError("a plan was answered that was not waiting for an answer")
         self._free = Pages(self._free | free)
+
+    def told(self, free: Pages) -> None:
+        """These holders have so many pages left, as they say outside of any plan."""
+        self._free = Pages(self._free | free)
+
+    def took(self, pages: Pages) -> None:
+        """So many were taken of these holders, outside of any plan."""
+        self._free -= pages
+
+    def concerns(self, handle: int) -> bool:
+        """Whether an operation that waits makes, forks, changes or closes that sequence."""
+        return any(
+            handle == operation.handle
+            or (isinstance(operation, ForkSequence) and handle == operation.parent)
+            or (isinstance(operation, ReplaceShares) and handle == operation.source)
+            for operation in self.operations
+        )
 
     def forget(self, plan: Plan) -> bool:
         """Expect no answer to the plan any more. Whether one was expected."""

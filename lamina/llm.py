@@ -10,6 +10,7 @@ import logging
 import queue
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -49,6 +50,7 @@ class LLM:
                 raise InvalidRequest(f"unknown keyword {name!r} for LLM; known are {', '.join(known)}")
         runtime = _start(model, EngineConfig(**config), progress)
         self._loaded: Runtime | ClusterRuntime | None = runtime
+        self._resumed = False
         self._stop = weakref.finalize(self, runtime.stop)  # once: by close(), by the collector, or when Python ends
 
     @classmethod
@@ -185,6 +187,20 @@ class LLM:
     ) -> AsyncIterator[TokenEvent]:
         """`stream_chat` for event loops."""
         return self._awaiting(self._tickets(self._conversations(messages), params, priority, sampling))
+
+    @property
+    def unfinished(self) -> int:
+        """How many prompts an engine before, with the same `journal`, had not finished, that `resume` would give."""
+        return len(self._runtime.unfinished) if not self._resumed else 0
+
+    def resume(self) -> list[Completion]:
+        """The completions of what an engine before, with the same `journal`, had not finished when its process died, in
+        the order in which it was asked: whole, with the tokens from before. An empty list the second time."""
+        tickets = list(self._runtime.unfinished) if not self._resumed else []
+        self._resumed = True
+        again = [replace(ticket, received=((((), False),) * ticket.request.n)) for ticket in tickets]
+        completed = self._complete(again, one=False)
+        return completed if isinstance(completed, list) else [completed]
 
     def close(self) -> None:
         """Stop the engine and free the model. Harmless the second time; what is unfinished ends with EngineError."""

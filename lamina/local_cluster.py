@@ -76,8 +76,8 @@ class _Place:
 class LocalCluster:
     """`count` attention workers in child processes, each with `kv_memory` bytes of KV and so many threads.
 
-    `command(name)` is what runs a worker; it gets `--token-file FILE` at its end, and must print `listening HOST:PORT`
-    within `timeout` seconds.
+    `devices` names that of each, where it is not the CPU. `command(name)` is what runs a worker; it gets
+    `--token-file FILE` at its end, and must print `listening HOST:PORT` within `timeout` seconds.
     """
 
     def __init__(
@@ -86,11 +86,13 @@ class LocalCluster:
         *,
         kv_memory: int,
         threads: int,
+        devices: Sequence[str] = (),
         command: Callable[[str], Sequence[str]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         timeout: float = 60.0,
     ) -> None:
         self._kv_memory = kv_memory
+        self._devices = devices
         self._token = secrets.token_urlsafe(32)  # loopback is open to every user of this host
         self._command = command or (lambda name: attention_command(name, kv_memory, threads))
         self._clock = clock
@@ -193,13 +195,16 @@ class LocalCluster:
         with _readable(self._token) as descriptor:
             process = ChildProcess(
                 name,
-                [*self._command(name), "--token-file", f"/dev/fd/{descriptor}"],
+                [*self._command(name), *self._placed(index), "--token-file", f"/dev/fd/{descriptor}"],
                 self._said,
                 self._gone,
                 pass_fds=[descriptor],
                 hears_errors=True,
             )
         return _Child(index, name, process, self._clock() + self._timeout)
+
+    def _placed(self, index: int) -> list[str]:
+        return ["--device", self._devices[index]] if self._devices else []
 
     # On a thread of the child's.
 

@@ -6,15 +6,16 @@ several parts of one sequence after a loss. Operations wait in one outbox a hold
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from lamina import layouts
+from lamina.balance import prefers_local
 from lamina.errors import EngineError
 from lamina.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, ReplaceShares
 from lamina.shares import Layout, Pages, Share
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
+from lamina_protocols.messages import Close, Fork, Open, Operation, Row, Surveyed
 from lamina_workers.routes import HolderShare, Route
 
 
@@ -37,6 +38,11 @@ class Holder:
     def outgoing(self, routes: tuple[Route, ...] = ()) -> HolderShare:
         """All that waits, and routes."""
         return HolderShare(self.first, tuple(self.outbox), routes)
+
+    def keeps(self, kept: Surveyed) -> None:
+        """It has this from an engine before, which is closed unless it is adopted."""
+        self.first = kept.next_operation
+        self.outbox = [Close(part.handle) for part in kept.parts]
 
     def accepted(self, share: HolderShare) -> None:
         """It has applied the share's operations."""
@@ -69,7 +75,9 @@ class Placement:
     `heads` says how many KV heads each rank has. Layouts number them through all ranks; what holders are told numbers
     them within the rank. `shard` says how new sequences are cut, within each rank: "heads", "sequence" or
     "heads+sequence". `scratch` are the numbers of fused holders in the model workers' processes, one a rank, that no
-    layout names: prompts are read from them while they fit, then they let go.
+    layout names: prompts are read from them while they fit, then they let go. `here` are those of further fused
+    holders, one a rank too, that keep whole sequences: a sequence lives on them or on the others, never on both.
+    `local_share` says how much of the KV should be here; whoever measures sets it.
     """
 
     def __init__(
@@ -82,7 +90,9 @@ class Placement:
         layers: int,
         shard: str = "heads",
         scratch: Sequence[int] = (),
+        here: Sequence[int] = (),
     ) -> None:
+        self.local_share = 1.0 if here else 0.0
         self.holders = dict(holders)
         self._page_size = page_size
         self._end = max_model_len
@@ -91,6 +101,7 @@ class Placement:
         self._layers = layers
         self._shard = shard
         self._scratch_holders = tuple(scratch)
+        self._here = tuple(here)
         self._turn = 0
         self._last_part = 0
         self._translated = 0  # operations of plans so far
@@ -106,13 +117,41 @@ class Placement:
         """All pages of every holder that takes sequences."""
         return Pages({number: holder.pages for number, holder in self._taking()})
 
-    def layout(self, length: int) -> Layout:
-        """Shares for a new sequence of up to `length` tokens. Whoever comes first changes from one to the next, so
-        that what does not divide evenly is even over many sequences."""
+    @property
+    def tiers(self) -> bool:
+        """Whether there are holders here, and others, to choose from."""
+        return bool(self._here) and any(not self.is_here(number) for number, _ in self._taking())
+
+    def is_here(self, number: int) -> bool:
+        """Whether a holder is one of those that keep whole sequences beside the model."""
+        return number in self._here
+
+    def is_local(self, layout: Layout) -> bool:
+        """Whether that layout is here."""
+        return bool(layout) and layout[0].holder in self._here
+
+    def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
+        """What a new sequence of `tokens` tokens, and up to `length`, could be cut into: first where it brings the
+        share of KV here closest to `local_share`, given the layouts and tokens of those `beside` it."""
+        here, there = self._local_layout(), self.layout(length)
+        both = tuple(layout for layout in (here, there) if layout)
+        if len(both) < 2:
+            return both
+        local = total = 0
+        for layout, count in beside:
+            local += count if self.is_local(layout) else 0
+            total += count
+        return both if prefers_local(local, total, tokens, self.local_share) else both[::-1]
+
+    def layout(self, length: int, local: bool = False) -> Layout:
+        """Shares for a new sequence of up to `length` tokens, here where it is `local`. Whoever comes first changes
+        from one to the next, so that what does not divide evenly is even over many sequences."""
+        if local:
+            return self._local_layout()
         self._turn += 1
         layout: Layout = ()
         for rank, heads in enumerate(self._heads):
-            taking = [(number, holder.weight) for number, holder in self._taking() if holder.rank == rank]
+            taking = [(number, holder.weight) for number, holder in self._taking(rank) if not self.is_here(number)]
             if not taking:
                 return ()
             turn = self._turn % len(taking)
@@ -120,6 +159,10 @@ class Placement:
                 self._shard, taking[turn:] + taking[:turn], heads, length, self._page_size, self._end
             )
         return self._layouts.setdefault(layout, layout) if self._shard == "heads" else layout
+
+    def _local_layout(self) -> Layout:
+        layout = tuple(Share(number, self._heads_at(number), 0, self._end) for number in self._here)
+        return self._layouts.setdefault(layout, layout)
 
     def reads_locally(self, length: int) -> bool:
         """Whether the scratch holders have room for a prompt of so many tokens now."""
@@ -135,16 +178,26 @@ class Placement:
         return self._heads[self.holders[number].rank]
 
     def substitute(self, share: Share, free: Pages) -> Share | None:
-        """`share` at the holder with the most free pages, of those that can have its heads."""
-        numbers = [number for number, _ in self._taking() if share.heads[0] in self._heads_at(number)]
+        """`share` at the holder with the most free pages, of those that can have its heads. Who keeps whole sequences
+        here does not take over a part of one."""
+        numbers = [
+            number
+            for number, _ in self._taking()
+            if not self.is_here(number) and share.heads[0] in self._heads_at(number)
+        ]
         if not numbers:
             return None
         best = max(numbers, key=lambda number: free.get(number, 0))
         return Share(best, share.heads, share.lo, share.hi)
 
-    def _taking(self) -> list[tuple[int, Holder]]:
+    def _taking(self, rank: int | None = None) -> list[tuple[int, Holder]]:
+        """Who takes sequences, of one rank or of all."""
         barred = self._scratch_holders
-        return [(n, holder) for n, holder in self.holders.items() if n not in barred and not holder.draining]
+        return [
+            (n, holder)
+            for n, holder in self.holders.items()
+            if n not in barred and not holder.draining and rank in (None, holder.rank)
+        ]
 
     # Holders come and go.
 
@@ -158,6 +211,17 @@ class Placement:
         """A holder is gone, with all it had."""
         del self.holders[number]
 
+    def emptied(self, number: int) -> None:
+        """A holder has lost all that it had and was told, and goes on under its number. Prompts that were read from the
+        scratch holders are read from where they are stored."""
+        for handle in list(self._scratch):
+            self._drop_scratch(handle)
+        for handle, parts in self._parts.items():
+            self._parts[handle] = [part for part in parts if part.share.holder != number]
+        holder = self.holders[number]
+        holder.outbox.clear()
+        holder.first = 0
+
     @property
     def pending(self) -> bool:
         """Whether operations wait that a holder has not accepted yet."""
@@ -167,6 +231,21 @@ class Placement:
         """The operations that wait, without any rows."""
         return {number: holder.outgoing() for number, holder in self.holders.items() if holder.outbox}
 
+    def first_head(self, number: int) -> int:
+        """The first of all KV heads that a holder can have."""
+        return self._heads_at(number)[0]
+
+    def adopt(self, handle: int, parts: Sequence[Part]) -> None:
+        """A sequence has these parts from before: no holder is told to close them."""
+        self._parts[handle] = list(parts)
+        for part in parts:
+            waiting = self.holders[part.share.holder].outbox
+            waiting[:] = [operation for operation in waiting if operation != Close(part.handle)]
+
+    def number_parts_from(self, last: int) -> None:
+        """Handles of parts up to `last` have been used before."""
+        self._last_part = max(self._last_part, last)
+
     def kept_by(self, number: int) -> dict[int, list[Part]]:
         """The parts at one holder, by the handles of their sequences."""
         kept = {
@@ -174,20 +253,24 @@ class Placement:
         }
         return {handle: parts for handle, parts in kept.items() if parts}
 
-    def move(self, part: Part, to: int) -> Part:
-        """Open `part` at another holder too; `moved` or `give_up` ends that."""
-        share = part.share
-        return self._open(Share(to, share.heads, share.lo, share.hi))
+    def parts(self, handle: int) -> tuple[Part, ...]:
+        """What is kept of a sequence, by its handle, and where."""
+        return tuple(self._parts.get(handle, ()))
 
-    def give_up(self, new: Part) -> None:
-        """The other holder has no room for it."""
-        self._close(new)
+    def open_beside(self, shares: Layout) -> tuple[Part, ...]:
+        """Open shares of a sequence at other holders too; `moved` or `give_up` ends that."""
+        return tuple(self._open(share) for share in shares)
 
-    def moved(self, handle: int, part: Part, new: Part) -> None:
-        """`new` has all that `part` had: it takes its place."""
-        parts = self._parts[handle]
-        parts[parts.index(part)] = new
-        self._close(part)
+    def give_up(self, new: Iterable[Part]) -> None:
+        """What was opened beside is not wanted any more."""
+        for part in new:
+            self._close(part)
+
+    def moved(self, handle: int, old: Iterable[Part], new: Iterable[Part]) -> None:
+        """The `new` parts of a sequence have all that the `old` ones had: they take their place."""
+        gone = set(old)
+        self._parts[handle] = [part for part in self._parts[handle] if part not in gone] + list(new)
+        self.give_up(gone)
 
     # Plans.
 
@@ -291,8 +374,8 @@ class Placement:
 
     def _scratch_for(self, row: PlannedRow) -> _Scratch | None:
         """The scratch parts that the row reads, opened where the row begins a prompt or a rebuild that fits."""
-        if not self._scratch_holders:
-            return None
+        if not self._scratch_holders or all(self.is_here(part.share.holder) for part in self._parts[row.handle]):
+            return None  # who keeps it here attends its own tokens too
         scratch = self._scratch.get(row.handle)
         if scratch is not None and scratch.lo <= row.start:
             return scratch

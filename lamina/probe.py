@@ -44,7 +44,7 @@ class Probe:
         self.model = model
         self.holder = holder
         self._decoder = decoder
-        self._resolver = Resolver(holder, threads)
+        self._resolver = Resolver(holder, threads, device=decoder.device)
         self.worker = AttentionWorker(holder, threads)
         self._replies = Replies(LocalAttention(self.worker))
         self._batch = 0

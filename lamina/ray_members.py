@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamina.cluster import ATTENTION, TIMEOUT, explain, ray_module, require
+from lamina.cluster import ATTENTION, NAMESPACE, TIMEOUT, explain, ray_module, require
 from lamina.errors import EngineError
 from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoined, OnLeft, State, incarnation
 from lamina.model_cache import Progress
@@ -33,10 +33,11 @@ _NOBODY = Credentials()
 class AttentionActor:
     """The process of one attention worker. It serves once it has been given credentials for its node's address."""
 
-    def __init__(self, name: str, kv_memory: int | None, threads: int | None) -> None:
+    def __init__(self, name: str, kv_memory: int | None, threads: int | None, device: str) -> None:
         self._name = name
         self._kv_memory = kv_memory
         self._threads = threads
+        self._device = device
         self._server: Any = None
         self._address = ""
         share_cores()  # before anything imports torch
@@ -45,8 +46,9 @@ class AttentionActor:
         """The address of its node."""
         return str(ray_module().util.get_node_ip_address())
 
-    def serve(self, ca: bytes, cert: bytes, key: bytes, token: str) -> tuple[str, int, int]:
-        """Its "host:port", its KV memory in bytes, its process id. The second time nothing changes."""
+    def serve(self, gpu: int, ca: bytes, cert: bytes, key: bytes, token: str) -> tuple[str, int, int]:
+        """Its "host:port", its KV memory in bytes, its process id. The second time nothing changes. `gpu` is its own
+        where the device is "cuda"."""
         from lamina.machine import this_machine
         from lamina_protocols.channels import Credentials
         from lamina_workers.attention_server import AttentionServer, ServerConfig
@@ -62,6 +64,7 @@ class AttentionActor:
                     listen=f"[{host}]:0" if ":" in host else f"{host}:0",
                     kv_memory=self._kv_memory,
                     threads=self._threads or machine.cores,
+                    device=f"cuda:{gpu}" if self._device == "cuda" else self._device,
                     credentials=Credentials(ca, cert, key, token),
                 )
             )
@@ -97,6 +100,7 @@ class _Place:
     running: Any = None
     arriving: Any = None
     host: str = ""
+    gpu: int = 0
     credentials: Credentials = _NOBODY
     process: int | None = None
     restarts: int = 0
@@ -109,10 +113,15 @@ class RayCluster:
     """`count` attention workers as Ray actors, one for each `lamina_attention` of a node.
 
     `kv_memory` in bytes for each, None: half of its node's free memory, shared among the node's workers. `threads`
-    None: one a core. Ray starts dead ones again, on another node where it must, and ends all with this process.
+    None: one a core. `device` "cuda": a GPU each of its node's. Ray starts dead ones again, on another node where it
+    must, and ends all with this process. With `engine` each actor has a name: that of the engine, a slash, its own.
     """
 
-    def __init__(self, count: int, *, kv_memory: int | None, threads: int | None) -> None:
+    def __init__(
+        self, count: int, *, kv_memory: int | None, threads: int | None, device: str = "cpu", engine: str = ""
+    ) -> None:
+        self._device = device
+        self._engine = engine
         self._count = count
         self._kv_memory = kv_memory
         self._threads = threads
@@ -120,31 +129,35 @@ class RayCluster:
         self._news = News()
         self._lost: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closed = threading.Event()
+        self._lock = threading.RLock()  # held while they come up, and while they are ended
         self._started = False  # who comes from now on is news
         self._thread = threading.Thread(target=self._watch, name="lamina-members", daemon=True)
 
     def start(self, progress: Progress | None = None) -> tuple[Member, ...]:
         require({ATTENTION: self._count})
         ray = ray_module()
-        actor = ray.remote(AttentionActor).options(
-            resources={ATTENTION: 1},
-            num_cpus=0,
-            max_restarts=-1,
-            max_concurrency=4,
-            scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": environment(self._threads)},
-        )
-        try:
-            for index in range(self._count):
-                name = f"attention-{index}"
-                self._places.append(_Place(name, actor.remote(name, self._kv_memory, self._threads)))
-            self._await_all(progress)
-        except BaseException:
-            self.close()
-            raise
-        self._started = True
-        self._thread.start()
-        return tuple(place.member for place in self._places if place.member is not None)
+        options: dict[str, Any] = {
+            "resources": {ATTENTION: 1},
+            "num_cpus": 0,
+            "max_restarts": -1,
+            "max_concurrency": 4,
+            "scheduling_strategy": "SPREAD",
+            "runtime_env": {"env_vars": environment(self._threads)},
+        }
+        with self._lock:
+            try:
+                for index in range(self._count):
+                    name = f"attention-{index}"
+                    known = {"name": f"{self._engine}/{name}", "namespace": NAMESPACE} if self._engine else {}
+                    actor = ray.remote(AttentionActor).options(**options, **known)
+                    self._places.append(_Place(name, actor.remote(name, self._kv_memory, self._threads, self._device)))
+                self._await_all(progress)
+            except BaseException:
+                self.close()
+                raise
+            self._started = True
+            self._thread.start()
+            return tuple(place.member for place in self._places if place.member is not None)
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
         self._news.listen(on_joined, on_left)
@@ -158,7 +171,7 @@ class RayCluster:
     def described(self) -> tuple[tuple[Member | None, MemberStatus], ...]:
         """The status of every place, and the worker that is there, if one is."""
         described = []
-        for place in self._places:
+        for place in tuple(self._places):
             member = place.member
             name, address = (place.name, None) if member is None else (member.name, member.address)
             described.append((member, MemberStatus(name, address, _state(place), place.restarts, place.process)))
@@ -167,16 +180,17 @@ class RayCluster:
     def close(self) -> None:
         ray = ray_module()
         self._closed.set()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
-        if not ray.is_initialized():
-            return
-        stopping = [place.actor.stop.remote() for place in self._places if not place.dead]
-        if stopping:
-            ray.wait(stopping, num_returns=len(stopping), timeout=_GRACE)
-        for place in self._places:
-            ray.kill(place.actor)
-        self._places.clear()
+        with self._lock:
+            if self._thread.is_alive() and self._thread is not threading.current_thread():
+                self._thread.join()
+            if not ray.is_initialized():
+                return
+            stopping = [place.actor.stop.remote() for place in self._places if not place.dead]
+            if stopping:
+                ray.wait(stopping, num_returns=len(stopping), timeout=_GRACE)
+            for place in self._places:
+                ray.kill(place.actor)
+            self._places.clear()
 
     def _await_all(self, progress: Progress | None) -> None:
         deadline, told = time.monotonic() + TIMEOUT, -1
@@ -187,6 +201,8 @@ class RayCluster:
             if time.monotonic() >= deadline:
                 missing = ", ".join(place.name for place in self._places if place.member is None)
                 raise EngineError(f"{missing} did not start within {TIMEOUT:g} s; see Ray's logs of workers")
+            if self._closed.is_set():
+                raise EngineError("closed while the attention workers were starting")
             self._step()
             if dead := [f"{place.name} cannot live: {place.why}" for place in self._places if place.dead]:
                 raise EngineError(dead[0])
@@ -237,9 +253,10 @@ class RayCluster:
             logger.error("%s cannot live: %s", place.name, place.why)
             return
         if not place.host:
-            place.host = answer
+            taken = {other.gpu for other in self._places if other is not place and other.host == answer}
+            place.host, place.gpu = answer, next(gpu for gpu in range(self._count) if gpu not in taken)
             place.credentials = create_credentials([answer])
-            place.arriving = place.actor.serve.remote(*dataclasses.astuple(place.credentials))
+            place.arriving = place.actor.serve.remote(place.gpu, *dataclasses.astuple(place.credentials))
             return
         address, kv_memory, place.process = answer
         client = Credentials(ca=place.credentials.ca, token=place.credentials.token)

@@ -1,7 +1,9 @@
 """An engine in another process: requests go out as plain data, outputs come back in batches.
 
 `RemoteEngine` stands where clients expect an `Engine`; `EngineHost` stands before the real one. Between them a `Wire`
-carries commands and events, which hold numbers, text, tuples and dicts only. Knows no Ray, no model and no text.
+carries commands and events, which hold numbers, text, tuples and dicts only. Where the wire breaks and another engine
+may come, requests wait, and go on over the next wire from the last token that was received. Knows no Ray, no model and
+no text.
 """
 
 from __future__ import annotations
@@ -14,26 +16,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.errors import EngineError, LaminaError
 from lamina.model_cache import Progress
-from lamina.request import Request
+from lamina.plain_tickets import Command as Command
+from lamina.plain_tickets import decode_output, decode_ticket, encode_output, encode_resumed, encode_ticket
 from lamina.snapshot import Snapshot
 from lamina.ticket import Output, Spared, Ticket
-from lamina.types import FinishReason, SamplingParams
-from lamina_workers.logprobs import RowLogprobs
+from lamina.types import FinishReason
 
 logger = logging.getLogger("lamina")
-
-Command: TypeAlias = tuple[Any, ...]
-"""("submit", fields of the request, fields of the params, seed) | ("abort", id, sample, reason) |
-("snapshot", number) | ("close",)."""
 
 Event: TypeAlias = tuple[Any, ...]
 """("outputs", id, outputs, scheduled, cached tokens, preemptions, spared) | ("prefilled", id, done, total) |
 ("progress", what, done, total) | ("snapshot", number, fields) | ("log", level, text) | ("stopped", why). Times are
 seconds since the submission, but for those of snapshots."""
-
-_ERRORS: dict[str, type[LaminaError]] = {"InvalidRequest": InvalidRequest, "EngineError": EngineError}
 
 
 class EngineClient(Protocol):
@@ -66,89 +62,173 @@ class Wire(Protocol):
         """The next events, in order; waits for one."""
 
 
+@dataclasses.dataclass(slots=True)
+class _Open:
+    """A request that has not ended: since when the engine has it, what came of each of its samples, which of them have
+    ended, and what was aborted of it."""
+
+    ticket: Ticket
+    start: float
+    tokens: list[list[int]]
+    ended: set[int] = dataclasses.field(default_factory=set)
+    aborts: list[tuple[int | None, FinishReason]] = dataclasses.field(default_factory=list)
+    resumed: bool = False  # another engine has begun it
+
+    def received(self) -> tuple[tuple[tuple[int, ...], bool], ...]:
+        return tuple((tuple(tokens), sample in self.ended) for sample, tokens in enumerate(self.tokens))
+
+
 class RemoteEngine:
     """The engine's stand-in among its clients. `progress` and the logger "lamina" get what happens over there.
 
-    One thread sends, so that an abort never overtakes its request; another receives, and calls the sinks.
+    One thread sends, so that an abort never overtakes its request; another receives, and calls the sinks. Once the wire
+    is broken nothing new is taken, and what has not ended waits `patience` seconds for `rejoin` before it fails. With
+    `holds` what is new waits with it, as if nothing had happened.
     """
 
-    def __init__(self, wire: Wire, clock: Callable[[], float], progress: Progress | None = None) -> None:
-        self._wire = wire
+    def __init__(
+        self,
+        wire: Wire,
+        clock: Callable[[], float],
+        progress: Progress | None = None,
+        patience: float = 0.0,
+        holds: bool = False,
+    ) -> None:
         self._clock = clock
         self._progress = progress
+        self._patience = patience
+        self._holds = holds
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._open: dict[str, tuple[Ticket, float, set[int]]] = {}  # by request: ticket, start, samples that ended
+        self._open: dict[str, _Open] = {}
         self._asked: dict[int, Callable[[Snapshot], None]] = {}  # who waits for which snapshot
         self._last_asked = 0
         self._door = threading.Lock()
         self._why = ""  # it stopped; empty while it runs
-        self._sender = threading.Thread(target=self._send, name="lamina-requests", daemon=True)
-        self._receiver = threading.Thread(target=self._receive, name="lamina-outputs", daemon=True)
-        self._sender.start()
-        self._receiver.start()
+        self._parted = ""  # why there is no wire, while another may come
+        self._timer: threading.Timer | None = None
+        self._over = threading.Event()
+        self._threads: tuple[threading.Thread, ...] = ()
+        self._begin(wire)
+
+    def _begin(self, wire: Wire) -> None:
+        self._threads = tuple(
+            threading.Thread(target=work, args=(wire, self._commands), name=name, daemon=True)
+            for work, name in ((self._send, "lamina-requests"), (self._receive, "lamina-outputs"))
+        )
+        for thread in self._threads:
+            thread.start()
 
     @property
     def alive(self) -> bool:
-        return not self._why
+        return not self._why and (self._holds or not self._parted)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it will never serve again."""
+        return bool(self._why)
 
     def submit(self, ticket: Ticket) -> None:
         with self._door:
-            if self._why:
-                raise EngineError(self._why)
-            self._open[ticket.request.id] = (ticket, self._clock(), set())
-            self._commands.put(encode_ticket(ticket))
+            if not self.alive:
+                raise EngineError(self._why or self._parted)
+            if ticket.received is None:
+                self._open[ticket.request.id] = _Open(ticket, self._clock(), [[] for _ in range(ticket.request.n)])
+                if not self._parted:  # else `rejoin` asks for it
+                    self._commands.put(encode_ticket(ticket))
+                return
+            tokens = [list(tokens) for tokens, _ in ticket.received]
+            ended = {sample for sample, (_, ended) in enumerate(ticket.received) if ended}
+            self._open[ticket.request.id] = entry = _Open(ticket, self._clock(), tokens, ended)
+            if not self._parted:
+                self._commands.put(encode_resumed(entry.ticket, entry.received()))
 
     def abort(self, ticket: Ticket, sample: int | None = None, reason: FinishReason = "abort") -> None:
-        self._commands.put(("abort", ticket.request.id, sample, reason))
+        request_id = ticket.request.id
+        with self._door:
+            entry = self._open.get(request_id)
+            if entry is not None:
+                entry.aborts.append((sample, reason))
+            if not self._parted:
+                self._commands.put(("abort", request_id, sample, reason))
+                return
+            if entry is None:
+                return
+            ends = [at for at in range(ticket.request.n) if at not in entry.ended and sample in (None, at)]
+            entry.ended.update(ends)
+            if len(entry.ended) == ticket.request.n:  # nobody needs to come back for it
+                del self._open[request_id]
+        _tell(ticket.sink, ticket, [Output(at, None, reason, at=self._clock()) for at in ends])
+
+    def rejoin(self, wire: Wire) -> bool:
+        """Go on over another wire, the one before being closed: what has not ended is asked for again, from where it
+        was received to. Whether it could: not once it has stopped."""
+        for thread in self._threads:
+            thread.join()
+        with self._door:
+            if self._why:
+                return False
+            if self._timer is not None:
+                self._timer.cancel()
+            self._commands = queue.SimpleQueue()
+            self._parted = ""
+            for request_id, entry in self._open.items():
+                entry.start, entry.resumed = self._clock(), True
+                self._commands.put(encode_resumed(entry.ticket, entry.received()))
+                for sample, reason in entry.aborts:
+                    self._commands.put(("abort", request_id, sample, reason))
+            self._begin(wire)
+        return True
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
         with self._door:
-            if self._why:
+            if self._why or self._parted:
                 return
             self._last_asked += 1
             self._asked[self._last_asked] = sink
             self._commands.put(("snapshot", self._last_asked))
 
     def close(self) -> None:
+        if self._parted:
+            self._stop("the engine is gone, and was not waited for")
+            return
         self._commands.put(("close",))
 
     def join(self, timeout: float) -> bool:
         """Wait until the engine has stopped and every request has its end; whether that was within the seconds."""
-        self._receiver.join(timeout)
-        return not self._receiver.is_alive()
+        return self._over.wait(timeout)
 
-    def _send(self) -> None:
-        while (command := self._commands.get()) is not None:
-            commands = [command]
-            while not self._commands.empty():
-                if (command := self._commands.get()) is None:
+    def _send(self, wire: Wire, commands: queue.SimpleQueue[Command | None]) -> None:
+        while (command := commands.get()) is not None:
+            together = [command]
+            while not commands.empty():
+                if (command := commands.get()) is None:
                     return
-                commands.append(command)
+                together.append(command)
             try:
-                self._wire.ask(commands)
+                wire.ask(together)
             except EngineError as error:
-                self._stop(str(error))
+                self._part(str(error))
                 return
 
-    def _receive(self) -> None:
+    def _receive(self, wire: Wire, commands: queue.SimpleQueue[Command | None]) -> None:
         try:
             while not self._why:
-                for event in self._wire.events():
+                for event in wire.events():
                     self._take(*event)
         except EngineError as error:
-            self._stop(str(error))
+            self._part(str(error))
         except Exception as error:  # whatever it is, nobody may wait for ever
             logger.exception("the outputs of the engine could not be read")
             self._stop(f"its outputs could not be read: {error!r}")
-        self._commands.put(None)
+        commands.put(None)
 
     def _take(self, kind: str, *fields: Any) -> None:
         if kind == "outputs":
             self._outputs(*fields)
         elif kind == "prefilled":
             request_id, done, total = fields
-            if request_id in self._open:
-                _tell(self._open[request_id][0].prefilled, done, total)
+            if (entry := self._open.get(request_id)) is not None:
+                _tell(entry.ticket.prefilled, done, total)
         elif kind == "progress":
             if self._progress is not None:
                 _tell(self._progress, *fields)
@@ -170,29 +250,64 @@ class RemoteEngine:
         preempted: int,
         spared: Sequence[float],
     ) -> None:
-        if request_id not in self._open:  # its client could not take its outputs
+        entry = self._open.get(request_id)
+        if entry is None:  # its client could not take its outputs
             return
-        ticket, start, ended = self._open[request_id]
-        ticket.scheduled = None if scheduled is None else start + scheduled
-        ticket.cached_tokens, ticket.preemptions, ticket.spared = cached, preempted, Spared(*spared)
-        decoded = [decode_output(output, start) for output in outputs]
-        ended.update(output.sample for output in decoded if output.finish_reason is not None)
-        if len(ended) == ticket.request.n or any(output.error is not None for output in decoded):
-            del self._open[request_id]
+        ticket = entry.ticket
+        if not entry.resumed or ticket.scheduled is None:
+            ticket.scheduled = None if scheduled is None else entry.start + scheduled
+            ticket.cached_tokens = cached
+        ticket.preemptions, ticket.spared = preempted, Spared(*spared)
+        decoded = [decode_output(output, entry.start) for output in outputs]
+        for output in decoded:
+            if output.token is not None:
+                entry.tokens[output.sample].append(output.token)
+        entry.ended.update(output.sample for output in decoded if output.finish_reason is not None)
+        if len(entry.ended) == ticket.request.n or any(output.error is not None for output in decoded):
+            self._open.pop(request_id, None)
         if not _tell(ticket.sink, ticket, decoded):
             self._open.pop(request_id, None)
             self.abort(ticket)
+
+    def _part(self, why: str) -> None:
+        """There is no wire any more."""
+        if not self._patience:
+            self._stop(why)
+            return
+        with self._door:
+            if self._why or self._parted:
+                return
+            self._parted = why
+            self._asked.clear()
+            self._timer = threading.Timer(self._patience, self._give_up, (why,))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def give_up(self, why: str) -> None:
+        """No other engine will come. For whoever would else `rejoin`."""
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        if self._parted:
+            self._stop(why)
+
+    def _give_up(self, why: str) -> None:
+        if self._parted:
+            self._stop(f"{why}; no other engine came for {self._patience:g} s")
 
     def _stop(self, why: str) -> None:
         with self._door:
             if self._why:
                 return
             self._why = why
-            unfinished = [ticket for ticket, _, _ in self._open.values()]
+            unfinished = [entry.ticket for entry in self._open.values()]
             self._open.clear()
             self._asked.clear()
+            if self._timer is not None:
+                self._timer.cancel()
         for ticket in unfinished:
             _tell(ticket.sink, ticket, [Output(0, None, error=EngineError(why))])
+        self._over.set()
 
 
 def _tell(client: Callable[..., None], *news: Any) -> bool:
@@ -217,7 +332,7 @@ class EngineHost:
     def ask(self, commands: Sequence[Command]) -> None:
         """Do what is asked, in order. For one thread at a time."""
         for kind, *fields in commands:
-            if kind == "submit":
+            if kind in ("submit", "resume"):
                 self._submit(*fields)
             elif kind == "abort":
                 request_id, sample, reason = fields
@@ -236,12 +351,24 @@ class EngineHost:
     def _snapshot(self, number: int) -> None:
         self._engine.snapshot(lambda snapshot: self._events.put(("snapshot", number, snapshot.as_dict())))
 
-    def _submit(self, request: dict[str, Any], params: dict[str, Any], seed: int) -> None:
+    def _submit(
+        self,
+        request: dict[str, Any],
+        params: dict[str, Any],
+        seed: int,
+        received: Sequence[tuple[Sequence[int], bool]] | None = None,
+    ) -> None:
         ticket = decode_ticket(request, params, seed)
+        ended: set[int] = set()
+        if received is not None:
+            if len(received) != ticket.request.n:
+                raise EngineError(f"{len(received)} samples were received of {ticket.request.n}")
+            ticket.received = tuple((tuple(tokens), bool(over)) for tokens, over in received)
+            ended = {sample for sample, (_, over) in enumerate(ticket.received) if over}
         ticket.submitted = self._clock()
         ticket.sink = self._deliver
         ticket.prefilled = lambda done, total: self._events.put(("prefilled", ticket.request.id, done, total))
-        self._open[ticket.request.id] = (ticket, set())
+        self._open[ticket.request.id] = (ticket, ended)
         try:
             self._engine.submit(ticket)
         except LaminaError as error:
@@ -272,38 +399,3 @@ def fetch(events: queue.SimpleQueue[Event], timeout: float, collect: float = 0.0
     while not events.empty():
         fetched.append(events.get())
     return fetched
-
-
-def encode_ticket(ticket: Ticket) -> Command:
-    """A submission as plain data."""
-    request = {field.name: getattr(ticket.request, field.name) for field in dataclasses.fields(Request)}
-    params = {field.name: getattr(ticket.params, field.name) for field in dataclasses.fields(SamplingParams)}
-    request["stop_token_ids"] = tuple(request["stop_token_ids"])
-    params["logit_bias"] = dict(params["logit_bias"])
-    return ("submit", request, params, ticket.seed)
-
-
-def decode_ticket(request: dict[str, Any], params: dict[str, Any], seed: int) -> Ticket:
-    """The ticket of `encode_ticket`'s fields, without a sink."""
-    fields = request | {"stop_token_ids": frozenset(request["stop_token_ids"])}
-    return Ticket(Request(**fields), SamplingParams(**params), seed)
-
-
-def encode_output(output: Output, start: float) -> tuple[Any, ...]:
-    """An output as plain data, its time as seconds since `start`."""
-    logprobs = None if output.logprobs is None else (output.logprobs.chosen, tuple(output.logprobs.top))
-    error = None if output.error is None else (type(output.error).__name__, str(output.error))
-    return (output.sample, output.token, output.finish_reason, logprobs, error, output.at - start)
-
-
-def decode_output(fields: tuple[Any, ...], start: float) -> Output:
-    """The output of `encode_output`, on a clock on which its request was submitted at `start`."""
-    sample, token, reason, logprobs, error, at = fields
-    return Output(
-        sample=sample,
-        token=token,
-        finish_reason=reason,
-        logprobs=None if logprobs is None else RowLogprobs(logprobs[0], logprobs[1]),
-        error=None if error is None else _ERRORS.get(error[0], EngineError)(error[1]),
-        at=start + at,
-    )

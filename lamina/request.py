@@ -109,6 +109,15 @@ class Sequence:
         return len(self.request.prompt) + self.request.max_tokens - 1
 
 
+class Kept(NamedTuple):
+    """KV of a sequence that the holders have from before: of its first `computed` tokens, under `handle`."""
+
+    handle: int
+    layout: Layout
+    computed: int
+    floor: int
+
+
 @dataclass(frozen=True, slots=True)
 class OpenSequence:
     """Create `handle`, empty, in the holders that `layout` names."""

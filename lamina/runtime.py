@@ -6,6 +6,8 @@ Knows every part by its constructor and no part's inside.
 from __future__ import annotations
 
 import logging
+import math
+import secrets
 import threading
 import time
 from collections import Counter
@@ -17,36 +19,50 @@ from typing import Any
 
 import torch
 
-from lamina.attach import LOCAL, Attachment, attach
+from lamina.attach import LOCAL, Attachment, attach, attention_devices
+from lamina.balance import Balance
 from lamina.config import EngineConfig
 from lamina.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
 from lamina.intake import Intake
+from lamina.journal import Run
 from lamina.lanes import Lanes
 from lamina.machine import Machine, kv_share, native_dtype, this_machine
 from lamina.members import Members
 from lamina.model_cache import Progress
+from lamina.model_members import LocalModelMembers, ModelMembers
 from lamina.models import resolve
 from lamina.placement import Holder, Placement
 from lamina.policy_choice import head_policies
+from lamina.ranks import Ranks, begins, rank_holders
+from lamina.recorder import Recorder
 from lamina.request import PageGroup, SchedulerConfig
+from lamina.restart import open_journal, recover
 from lamina.scheduler import Scheduler
+from lamina.ticket import Ticket
 from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
-from lamina_kernels import dense, sketches
-from lamina_protocols.messages import HolderConfig
+from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_workers.attention_port import AttentionPort, LocalAttention
-from lamina_workers.attention_worker import AttentionWorker
-from lamina_workers.layout import attention_kernels, page_cost, page_count, page_layout, sketched
+from lamina_workers.captured import sliced
+from lamina_workers.decoder_weights import DecoderWeights, load_weights, tensor_shapes
+from lamina_workers.device_worker import attention_worker
+from lamina_workers.devices import find_each, memory_available, room_for
+from lamina_workers.layout import check_policies, page_cost, page_count
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
-from lamina_workers.model_worker import ModelWorker
+from lamina_workers.model_worker import ModelWorker, Workers
 from lamina_workers.policies.policy import LONGEST, Policy
+from lamina_workers.preparing import prepare_kernels
 from lamina_workers.retention import keepers
+from lamina_workers.rotating_workers import RotatingWorkers
+from lamina_workers.shard import Shard, with_ranks
+from lamina_workers.tensor_workers import TensorWorkers
 from lamina_workers.weights import Checkpoint, fingerprint
 
 logger = logging.getLogger("lamina")
 
+HERE = 1  # the number of the holder that keeps whole sequences in the engine's process
 DEFAULT_BATCH_TOKENS = 1024
 MAX_SEQUENCES = 256  # in one batch
 AUTO_LANES = 3  # that are tried: more share the weights' reading among too few sequences each
@@ -68,12 +84,16 @@ class Runtime:
     thread: threading.Thread
     progress: Progress | None
     attachment: Attachment | None = None
+    unfinished: tuple[Ticket, ...] = ()  # of an engine before, by the journal
+    ranks: Ranks | None = None
 
     def stop(self) -> None:
         """Stop the engine, and wait until its thread is gone: the interpreter must not end while it is in torch."""
         self.engine.close()
         if self.thread is not threading.current_thread():
             self.thread.join()
+        if self.ranks is not None:
+            self.ranks.close()
         if self.attachment is not None:
             self.attachment.close()
         self.tokenizer.close()
@@ -87,10 +107,17 @@ class Runtime:
 
 
 def start(
-    name: str | Path, config: EngineConfig, progress: Progress | None = None, members: Members | None = None
+    name: str | Path,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    members: Members | None = None,
+    run: Run | None = None,
+    model_members: ModelMembers | None = None,
 ) -> Runtime:
     """Load a model by name and start its engine. Raises ModelFileError, UnsupportedModelError, InvalidRequest, or
-    EngineError where attention workers do not come up. `members` are those workers, where the config does not say.
+    EngineError where other workers do not come up. `members` are the attention workers, where the config does not say;
+    `run` is which engine this is, where its journal may be elsewhere; `model_members` has model workers started where
+    that is not on this machine.
 
     Loading and running share one thread, because OpenMP keeps a team of workers for each thread that ever computed:
     with a second team its workers count as too many for the cores, and sleep after each operation (measured on two
@@ -98,7 +125,10 @@ def start(
     """
     loaded: Future[Runtime] = Future()
     thread = threading.Thread(
-        target=_live, args=(loaded, name, config, progress, members), name="lamina-engine", daemon=True
+        target=_live,
+        args=(loaded, name, config, progress, members, run, model_members),
+        name="lamina-engine",
+        daemon=True,
     )
     thread.start()
     try:
@@ -114,10 +144,12 @@ def _live(
     config: EngineConfig,
     progress: Progress | None,
     members: Members | None,
+    run: Run | None,
+    model_members: ModelMembers | None,
 ) -> None:
     """The life of the engine's thread."""
     try:
-        runtime = _build(name, config, progress, members)
+        runtime = _build(name, config, progress, members, run, model_members)
     except BaseException as error:  # noqa: BLE001  # it goes to whoever waits
         if loaded.set_running_or_notify_cancel():
             loaded.set_exception(error)
@@ -127,88 +159,152 @@ def _live(
         runtime.engine.run()
 
 
-def _build(name: str | Path, config: EngineConfig, progress: Progress | None, members: Members | None) -> Runtime:
+def _build(
+    name: str | Path,
+    config: EngineConfig,
+    progress: Progress | None,
+    members: Members | None,
+    run: Run | None,
+    model_members: ModelMembers | None,
+) -> Runtime:
     path = resolve(name, progress)
     tokenizer = Tokenizer(path)
-    model = rescaled(ModelConfig.from_folder(path), config.rope_scaling)
+    model = with_ranks(rescaled(ModelConfig.from_folder(path), config.rope_scaling), config.ranks)
     machine = this_machine()
     threads = config.threads or machine.cores
-    torch.set_num_threads(threads)
-    device = _device(config.device)
+    own_threads = max(1, threads // config.model_workers) if config.cluster is None else threads
+    torch.set_num_threads(own_threads)
+    alike = config.cluster is not None and isinstance(config.device, str)  # each has that of its own node
+    devices = find_each("device", config.device, 1 if alike else config.model_workers)
+    devices *= config.model_workers if alike else 1
+    device, attention_device = devices[0], attention_devices(config)[0]
     dtype = _dtype(config.dtype, device, machine)
     dtype_name = str(dtype).removeprefix("torch.")
     holder = holder_config(path, model, config, dtype, machine)
+    for each in attention_devices(config):
+        check_policies(holder, each)
     limits = _limits(config, model, holder, machine)
+    own, *_ = rank_configs = rank_holders(holder, model, config.ranks)
+    heads = [config_of.layers[0].kv_heads for config_of in rank_configs]
     generation_config = read_json(path / "generation_config.json")
     SamplingParams().with_defaults(generation_config)  # what is wrong in it is said now, not at each request
-    attachment = attach(config, holder, fingerprint(path), dtype_name, threads, members)
+    journal = open_journal(config, fingerprint(path), holder, run)
+    known_as = journal.engine if journal is not None else secrets.token_hex(16) if config.model_workers > 1 else None
+    attachment = attach(config, holder, fingerprint(path), dtype_name, threads, members, known_as, own, heads)
+    if attachment is None and config.replicas > 1:
+        raise InvalidRequest(
+            f"model_workers is {config.replicas} replicas without attention_workers; allowed are 1 and up of those, "
+            'which all replicas can reach, or model_parallel="tensor"'
+        )
+    early_query = attachment is not None and _query_goes_first(model, dtype)
+    ranks: Ranks | None = None
     try:
+        if config.model_workers > 1:
+            beside = model_members or LocalModelMembers(config.model_workers, threads=own_threads)
+            told = begins(
+                config,
+                rank_configs,
+                folder=str(path),
+                fingerprint=fingerprint(path),
+                dtype=dtype_name,
+                devices=[str(each) for each in devices],
+                attention_device=str(attention_device),
+                threads=own_threads,
+                early_query=early_query,
+                engine=known_as or "",
+            )
+            ranks = Ranks(beside, told)
+            ranks.begin(progress)
         if attachment is not None:
             attachment.begin(progress)  # they come up while the model loads
-        _prepare(holder, dtype, device, progress)
-        decoder = _load(model, path, dtype, device, progress)
+        prepare_kernels(own, dtype, (device, attention_device), progress)
+        weights = _load(model, path, dtype, device, progress, Shard(0, config.ranks))
         # Prompts are read from the local holder while they fit; without attention workers it keeps everything.
-        ports: dict[int, AttentionPort] = {LOCAL: LocalAttention(AttentionWorker(holder, threads))}
-        holders = {LOCAL: Holder(page_count(holder), fused=True)}
+        own, rest = _divided(config, own) if attachment is not None else (own, None)
+        ports: dict[int, AttentionPort] = {LOCAL: LocalAttention(attention_worker(own, own_threads, attention_device))}
+        holders = {
+            rank: Holder(page_count(config_of, attention_device), fused=True, rank=rank)
+            for rank, config_of in enumerate([own, *rank_configs[1:]])
+        }
+        if rest is not None:  # besides, a holder here that keeps whole sequences
+            ports[HERE] = LocalAttention(attention_worker(rest, own_threads, attention_device), "here")
+            holders[HERE] = Holder(page_count(rest, attention_device), fused=True)
+        group = None if ranks is None or config.replicas > 1 else ranks.group(device, config.worker_timeout)
+        with torch.inference_mode():
+            decoder = Decoder(model, weights, Shard(0, config.ranks), None if group is None else group.meet())
+        decoder = sliced(decoder, config.compile)
+        alone = ModelWorker(decoder, own, ports, own_threads, config.worker_timeout, early_query)
+        worker: Workers = alone
+        if group is not None:
+            worker = TensorWorkers(
+                alone,
+                decoder,
+                group,
+                pools={rank: rank for rank in range(1, config.ranks)},
+                heads=heads,
+                config=own,
+            )
+        elif ranks is not None:
+            worker = RotatingWorkers(alone, ranks.mates(), here=ports, config=own, patience=config.worker_timeout)
+        names: dict[int, str] = {}
+        kept: dict[int, Surveyed] = {}
         if attachment is not None:
-            for number, (port, remote) in enumerate(attachment.ports(), LOCAL + 1):
-                ports[number], holders[number] = port, remote
+            for number, called, remote, had in attachment.seats(worker, 2 * config.ranks):
+                names[number], holders[number] = called, remote
+                if had is not None:
+                    kept[number] = had
+        scratch = () if attachment is None else tuple(range(config.ranks))
         placement = Placement(
             holders,
-            heads=(model.num_key_value_heads,),
+            heads=heads,
             page_size=config.page_size,
             max_model_len=limits.max_model_len,
             layers=len({spec.kv_layer for spec in holder.layers}),
             shard=config.shard,
-            scratch=() if attachment is None else (LOCAL,),
+            scratch=scratch,
+            here=() if rest is None else (HERE,),
         )
         scheduler = Scheduler(limits, placement)
         possible = scheduler.longest_possible()
         _check_room(config, holder, possible)
-        intake = Intake(tokenizer, limits.max_model_len, possible, model.vocab_size, generation_config)
+        prefix = "" if journal is None else f"{journal.starts}-"  # ids are never used again
+        intake = Intake(tokenizer, limits.max_model_len, possible, model.vocab_size, generation_config, prefix)
+        recorder = None if journal is None else Recorder(journal, placement, worker.address)
         engine = Engine(
-            ModelWorker(
-                decoder,
-                holder,
-                ports,
-                threads,
-                config.worker_timeout,
-                early_query=attachment is not None and _query_goes_first(model, dtype),
-            ),
+            worker,
             scheduler,
             placement,
             time.monotonic,
-            names={number: port.name for number, port in ports.items() if number != LOCAL},
-            scratch=() if attachment is None else (LOCAL,),
+            names=names,
+            scratch=scratch,
             lanes=_lanes(config, attachment),
+            balance=Balance(None if config.local_share == "auto" else float(config.local_share)),
             grammars=intake.grammars,
             hope=config.recovery_timeout,
+            recorder=recorder,
             on_rebuilt=_rebuild_report(progress),
             on_lost=None if attachment is None else attachment.members.lost,
         )
+        unfinished: tuple[Ticket, ...] = ()
+        if journal is not None and recorder is not None:
+            unfinished = recover(journal, engine, recorder, worker, placement, kept)
         if attachment is not None:
             attachment.watch(engine)
+        if ranks is not None:
+            ranks.watch(engine)
     except BaseException:
+        if ranks is not None:
+            ranks.close()
         if attachment is not None:
             attachment.close()
+        if journal is not None:
+            journal.close()
         raise
     logger.info("%s: %s on %s, KV %s for %d tokens, %d threads", name, dtype, device, holder.dtype, possible, threads)
     return Runtime(
         path, model, generation_config, tokenizer, limits, possible, intake, engine, threading.current_thread(),
-        progress, attachment,
+        progress, attachment, unfinished, ranks,
     )  # fmt: skip
-
-
-def _prepare(holder: HolderConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> None:
-    """Load the kernels. The first time on a machine they are compiled, which takes some seconds."""
-    stages = [("attention kernels", attention_kernels().prepare(page_layout(holder)))]
-    if sketched(holder):
-        stages.append(("sketch kernels", sketches.prepare(page_layout(holder))))
-    stages.append(("dense kernels", dense.prepare(dtype, device)))
-    for what, steps in stages:
-        for done, total in steps:
-            if progress is not None:
-                progress(what, done, total)
 
 
 def _query_goes_first(model: ModelConfig, dtype: torch.dtype) -> bool:
@@ -225,9 +321,26 @@ def _rebuild_report(progress: Progress | None) -> Callable[[int, int], None]:
     return report
 
 
+def _divided(config: EngineConfig, holder: HolderConfig) -> tuple[HolderConfig, HolderConfig | None]:
+    """The memory of this process: for prompts that are being computed, and for whole sequences where there are any.
+
+    Those stay for their lives, so they get three quarters: a prompt that finds no room is read from where it is kept.
+    """
+    prompts = holder.kv_memory // 4
+    heads = tuple(range(holder.layers[0].kv_heads))
+    least = sum(group.cells(heads) for group in page_groups(holder)) * page_cost(holder)
+    if config.local_share == 0 or config.model_workers > 1 or prompts < least:
+        return holder, None
+    return replace(holder, kv_memory=prompts), replace(holder, kv_memory=holder.kv_memory - prompts)
+
+
 def _lanes(config: EngineConfig, attachment: Attachment | None) -> Lanes:
+    if config.ranks > 1:
+        return Lanes(1)
     if isinstance(config.lanes, int):
         return Lanes(config.lanes)
+    if config.replicas > 1:
+        return Lanes.auto(config.replicas + 1, config.replicas)
     return Lanes.auto(AUTO_LANES) if attachment is not None else Lanes(1)  # nobody to wait for
 
 
@@ -239,14 +352,30 @@ def holder_config(
     Raises PolicyError for a policy that is unknown or does not fit the model.
     """
     layers = model.layer_specs()
-    if (policies := head_policies(config.policy, model, fingerprint(path))) is not None:
-        layers = tuple(replace(spec, policies=texts) for spec, texts in zip(layers, policies, strict=True))
+    copies = model.kv_copies
+    plain = replace(model, num_key_value_heads=model.num_key_value_heads // copies, kv_copies=1)
+    if (policies := head_policies(config.policy, plain, fingerprint(path))) is not None:
+        layers = tuple(
+            replace(spec, policies=tuple(text for text in texts for _ in range(copies)))
+            for spec, texts in zip(layers, policies, strict=True)
+        )
     return HolderConfig(
         layers=layers,
         page_size=config.page_size,
         dtype=str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype,
-        kv_memory=config.kv_memory if isinstance(config.kv_memory, int) else kv_share(machine, config.holders_here),
+        kv_memory=config.kv_memory if isinstance(config.kv_memory, int) else _kv_share(config, machine),
     )
+
+
+def _kv_share(config: EngineConfig, machine: Machine) -> int:
+    """What the device that has least can give each holder: they are all alike."""
+    devices = attention_devices(config)
+    shares = [kv_share(machine, config.holders_here)] if any(device.type == "cpu" for device in devices) else []
+    for device in devices:
+        if device.type == "cuda":  # the engine's own holder is with the first worker
+            gpu = replace(machine, memory_available=memory_available(device) or 0)
+            shares.append(kv_share(gpu, min(2, config.holders_here)))
+    return min(shares)
 
 
 def rescaled(model: ModelConfig, scaling: Mapping[str, Any] | None) -> ModelConfig:
@@ -260,22 +389,15 @@ def rescaled(model: ModelConfig, scaling: Mapping[str, Any] | None) -> ModelConf
 
 
 def _load(
-    model: ModelConfig, path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None
-) -> Decoder:
+    model: ModelConfig, path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None, shard: Shard
+) -> DecoderWeights:
     def report(done: int, total: int) -> None:
         if progress is not None:
             progress("loading", done, total)
 
-    with Checkpoint(path) as checkpoint, torch.inference_mode():
-        return Decoder.load(model, checkpoint, dtype, device, report)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest("device is 'cuda', but torch finds no GPU here; allowed are cpu and auto")
-    return torch.device(name)
+    size = sum(map(math.prod, tensor_shapes(model).values())) * dtype.itemsize // shard.ranks
+    with room_for("the weights", size, device), Checkpoint(path) as checkpoint, torch.inference_mode():
+        return load_weights(model, checkpoint, dtype, device, report, shard)
 
 
 def _dtype(name: str, device: torch.device, machine: Machine) -> torch.dtype:
@@ -294,7 +416,8 @@ def _limits(config: EngineConfig, model: ModelConfig, holder: HolderConfig, mach
     page_bytes = page_cost(holder)
     groups = page_groups(holder)
     least = sum(group.cells(tuple(range(model.num_key_value_heads))) for group in groups) * page_bytes
-    most = machine.memory or 1 << 50
+    on_cpu = any(device.type == "cpu" for device in attention_devices(config))
+    most = machine.memory if machine.memory and on_cpu else 1 << 50
     if not least <= holder.kv_memory <= most:
         raise InvalidRequest(
             f"kv_memory is {holder.kv_memory} bytes; allowed are {least} (a page for each layer and KV head) to {most}"

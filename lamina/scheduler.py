@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -17,8 +18,8 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.ledger import Ledger
 from lamina.prefix_tree import Match, Node, PrefixTree
 from lamina.rebuilder import Rebuilder
-from lamina.request import Outcome, Plan, PlannedRow, Request, SchedulerConfig, Sequence
-from lamina.shares import NO_PAGES, Layout, Layouts, Pages, Share
+from lamina.request import Kept, Outcome, Plan, PlannedRow, Request, SchedulerConfig, Sequence
+from lamina.shares import NO_PAGES, Layout, Layouts, Pages
 from lamina.types import FinishReason
 
 Order = tuple[int, int, int]
@@ -53,7 +54,9 @@ class Scheduler:
             self.tree = PrefixTree(config.page_size, config.held, self._ledger.fork, self._evicted, self._queue)
         self._requests: dict[str, list[Sequence]] = {}  # unfinished ones
         self._waiting: list[tuple[Order, Sequence]] = []  # heap; a finished sequence stays until it is on top
-        self._short: tuple[Sequence | None, Pages] = None, NO_PAGES  # who waits for how many spare pages
+        self._short: tuple[Sequence | None, tuple[Pages, ...]] = None, ()  # who waits for how many spare pages
+        self._stranded: list[Sequence] = []  # they wait for a holder to join: those there are can never keep them
+        self.promised = NO_PAGES  # pages that moves under way will still take
         self._running: list[Sequence] = []  # those with KV, by order
         self._in_flight: set[Plan] = set()
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
@@ -102,21 +105,58 @@ class Scheduler:
         return bisect_right(range(1, self.config.max_model_len + 1), False, key=lambda length: not self._fits(length))
 
     def _fits(self, length: int) -> bool:
-        return self._layouts.capacity.covers(self.config.pages_for(self._layouts.layout(length), length))
+        return any(self._holds(layout, length) for layout in self._layouts.layouts(length))
 
-    def add(self, request: Request) -> tuple[Sequence, ...]:
-        """Queue all samples of a request and return them. Raises `InvalidRequest` where it can never run."""
+    def _holds(self, layout: Layout, length: int) -> bool:
+        """Whether so many tokens could ever be kept in this layout."""
+        return self._layouts.capacity.covers(self.config.pages_for(layout, length))
+
+    def add(
+        self,
+        request: Request,
+        known: Mapping[int, Tokens[int]] | None = None,
+        kept: Mapping[int, Kept] | None = None,
+    ) -> tuple[Sequence, ...]:
+        """Queue all samples of a request and return them. Raises `InvalidRequest` where it can never run.
+
+        A request that another engine began goes on with the samples in `known`, after these tokens; of those in `kept`
+        the holders have KV, as far as a share's holder is there. Tell of `lost` holders afterwards.
+        """
+        self.validate(request)
+        if request.id in self._requests:
+            raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among unfinished requests")
+        known = dict.fromkeys(range(request.n), ()) if known is None else known
+        if not known:
+            raise InvalidRequest(f"request {request.id!r} has no sample that has not ended")
+        samples = [Sequence(request, at, self._arrivals, [*request.prompt, *known[at]]) for at in sorted(known)]
+        self._arrivals += 1
+        self._requests[request.id] = samples
+        kept = kept or {}
+        first, *others = samples
+        if not known[first.sample]:  # those that have nothing either wait for its prompt
+            first.siblings = [each for each in others if not known[each.sample] and each.sample not in kept]
+        for sequence in samples:
+            if sequence.sample in kept:
+                self._adopt(sequence, kept[sequence.sample])
+            elif sequence not in first.siblings:
+                self._queue(sequence)
+        return tuple(samples)
+
+    def validate(self, request: Request) -> None:
+        """Raise `InvalidRequest` where a request can never run."""
         self.config.validate(len(request.prompt), request.max_tokens, self.longest_possible())
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
-        if request.id in self._requests:
-            raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among unfinished requests")
-        samples = [Sequence(request, sample, self._arrivals, list(request.prompt)) for sample in range(request.n)]
-        self._arrivals += 1
-        self._requests[request.id] = samples
-        samples[0].siblings = samples[1:]  # they wait for its prompt
-        self._queue(samples[0])
-        return tuple(samples)
+
+    def _adopt(self, sequence: Sequence, kept: Kept) -> None:
+        """Whom its pages are shared with is not known, so none counts as its own."""
+        there = self._layouts.capacity
+        layout = tuple(share for share in kept.layout if share.holder in there)
+        self._ledger.adopt(kept.handle, self.config.held(layout, 0, kept.computed, kept.floor))
+        sequence.handle, sequence.layout, sequence.floor = kept.handle, kept.layout, kept.floor
+        sequence.computed = sequence.planned = sequence.shared = kept.computed
+        sequence.copies = kept.computed % self.config.page_size > 0
+        insort(self._running, sequence, key=_order)
 
     def abort(self, request_id: str) -> tuple[Sequence, ...]:
         """End the unfinished samples of a request, with reason "abort", and return them: none if it has ended."""
@@ -222,9 +262,11 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 heappop(self._waiting)
                 continue
-            known, needed = self._short
-            if self._running and sequence is known and not self._spare().covers(needed):
-                return None  # and the tree is not searched again in every step
+            known, alternatives = self._short
+            if self._running and sequence is known:
+                spare = self._spare()
+                if not any(spare.covers(needed) for needed in alternatives):
+                    return None  # and the tree is not searched again in every step
             match = Match()
             if self.tree is not None:
                 match = self.tree.match(tuple(sequence.tokens), sequence.request.salt)
@@ -232,15 +274,19 @@ class Scheduler:
                     self.tree.wait(sequence, match)
                     heappop(self._waiting)
                     continue
-                if match.node is not None and not self._outlives(sequence, match.node.layout):
-                    match = Match()
-            layout = match.node.layout if match.node is not None else self._layouts.layout(sequence.longest)
-            if not layout:
+            places = self._places(sequence, match)
+            if not places:
+                if not self._layouts.capacity:
+                    return None
+                self._stranded.append(heappop(self._waiting)[1])
+                continue
+            spare = self._spare() if self._running else NO_PAGES
+            alternatives = tuple(self._needed(sequence, layout, at.node, at.length) for layout, at in places)
+            fitting = [place for place, needed in zip(places, alternatives, strict=True) if spare.covers(needed)]
+            if not fitting and self._running:  # alone it fits
+                self._short = sequence, alternatives
                 return None
-            needed = self._needed(sequence, layout, match.node, match.length)
-            if self._running and not self._spare().covers(needed):  # alone it fits: it was validated
-                self._short = sequence, needed
-                return None
+            layout, match = (fitting or places)[0]
             heappop(self._waiting)
             if self.tree is not None and sequence.preemptions == 0:
                 self.counters.looked_up_tokens += len(sequence.tokens)
@@ -249,9 +295,19 @@ class Scheduler:
             return sequence
         return None
 
-    def _outlives(self, sequence: Sequence, layout: Layout) -> bool:
-        """Whether `sequence` could run to its end in a layout made for another."""
-        return self._layouts.capacity.covers(self.config.pages_for(layout, sequence.longest))
+    def _places(self, sequence: Sequence, match: Match) -> list[tuple[Layout, Match]]:
+        """Where the sequence could run to its end, and what it would have of the tree there; the best first. What
+        was found in the tree is taken up where it is, unless there is room only elsewhere."""
+        beside = ((running.layout, len(running.tokens)) for running in self._running)
+        layouts = self._layouts.layouts(sequence.longest, len(sequence.tokens), beside)
+        anew = [(layout, Match()) for layout in layouts if self._holds(layout, sequence.longest)]
+        if match.node is None or not self._holds(match.node.layout, sequence.longest):
+            return anew
+        there = {share.holder for share in match.node.layout}
+        return [
+            (match.node.layout, match),
+            *((layout, none) for layout, none in anew if there.isdisjoint(share.holder for share in layout)),
+        ]
 
     def _worth_waiting(self, sequence: Sequence, match: Match) -> bool:
         """Whether a prefix being computed saves a page or more, and its writer comes first anyway.
@@ -265,7 +321,7 @@ class Scheduler:
     def _spare(self) -> Pages:
         """Pages left for newcomers: without what those running need for their known tokens and a page set for each."""
         config = self.config
-        spare = self._ledger.room()
+        spare = self._ledger.room() - self.promised
         if self.tree is not None:
             spare += self.tree.evictable
         alike: dict[int, list[Sequence]] = {}  # by layout, which placement makes only once of each kind
@@ -492,10 +548,30 @@ class Scheduler:
         """Take an idle sequence's KV away; it waits until it fits whole, and computes what it had again."""
         self._preempt(sequence)
 
-    def moved(self, sequence: Sequence, old: Share, new: Share) -> None:
-        """A share of an idle sequence is now kept by another holder."""
-        sequence.layout = tuple(new if share == old else share for share in sequence.layout)
-        sequence.shared = 0 if new.holder != old.holder else sequence.shared
+    @property
+    def stranded(self) -> tuple[Sequence, ...]:
+        """Those that wait for a holder to join, since those there are can never keep them."""
+        return tuple(sequence for sequence in self._stranded if sequence.finish_reason is None)
+
+    def movable(self, sequence: Sequence) -> bool:
+        """Whether its KV is whole, and all that is to be done about it has been said to the holders."""
+        handle = sequence.handle
+        return handle is not None and sequence.rebuild is None and not self._ledger.concerns(handle)
+
+    def moved(self, sequence: Sequence, layout: Layout) -> None:
+        """The KV of a movable, idle sequence is now kept in this layout; what changed shares no pages any more."""
+        if self.tree is not None:
+            self.tree.discard(sequence)
+            self.tree.release(sequence)
+        fresh = tuple(share for share in layout if share not in sequence.layout)
+        self._ledger.took(self.config.held(fresh, 0, sequence.computed, sequence.floor))
+        if len(fresh) == len(layout):
+            sequence.shared, sequence.copies = 0, False
+        sequence.layout = layout
+
+    def told(self, free: Pages) -> None:
+        """Holders that were asked something else than a plan have so many pages free."""
+        self._ledger.told(free)
 
     def left(self, holder: int) -> None:
         """A holder that keeps nothing any more is gone."""
@@ -505,7 +581,23 @@ class Scheduler:
         """There is one holder more, which the layouts know already."""
         self._ledger.joined(holder, pages)
         self._stalled = False
-        self._short = None, NO_PAGES
+        self._short = None, ()
+        for sequence in self._stranded:
+            self._queue(sequence)
+        self._stranded.clear()
+
+    def emptied(self, holder: int, pages: int) -> int:
+        """A holder has lost all that it kept, and has all its pages free: what concerns it is computed again, from the
+        start. Nothing may be in flight. Returns how many tokens that is."""
+        self._require_idle()
+        self.forget_prefixes()
+        whole = 0
+        for sequence in self.kept_by(holder):
+            whole += sequence.computed
+            self._close(sequence)
+            self._queue(sequence)
+        self._ledger.told(Pages({holder: pages}))
+        return whole
 
     def lost(self, holder: int) -> tuple[int, int]:
         """A holder is gone, and the layouts know it. What it had is opened elsewhere, to be computed again.
@@ -516,7 +608,7 @@ class Scheduler:
         self._require_idle()
         self._ledger.left(holder)
         self.forget_prefixes()
-        self._short = None, NO_PAGES
+        self._short = None, ()
         spare = self._spare()
         begun: list[Sequence] = []
         rebuilt = whole = 0

@@ -43,6 +43,11 @@ def serve(
     max_requests: Annotated[int, _server_option("Samples under way or waiting; more are told to come back.")] = 1024,
     request_timeout: Annotated[float, _server_option("Seconds that a request may take.")] = 600.0,
     drain_timeout: Annotated[float, _server_option("Seconds for requests under way after SIGTERM or Ctrl-C.")] = 30.0,
+    journal: Annotated[
+        Path | None,
+        _server_option("Folder of the journal, from which a new engine goes on. Default: one of the server's."),
+    ] = None,
+    no_journal: Annotated[bool, _server_option("Keep none: a new engine computes again.", "--no-journal")] = False,
     log_level: Annotated[str, _server_option("error, warning, info or debug.")] = "warning",
     otlp_traces_endpoint: Annotated[
         str | None, _server_option("Where OpenTelemetry traces go, such as http://host:4318/v1/traces.")
@@ -60,6 +65,10 @@ def serve(
         source = ctx.get_parameter_source("model")
         planned, keywords = _planned(engine.plan, keywords)
         model = planned if source is None or source.name == "DEFAULT" else model
+    if journal is not None:
+        if no_journal:
+            raise InvalidRequest("both --journal and --no-journal were given; allowed is one of the two")
+        keywords["journal"] = str(journal.absolute())
     config = EngineConfig(**keywords)  # what is wrong is said before anything starts
     keys = [*(api_key or []), *keys_from_environment(), *keys_from_file(api_key_file)]
     if not keys and not open_to_all and not is_loopback(host):
@@ -88,6 +97,7 @@ def serve(
             host=host,
             port=port,
             drain=drain_timeout,
+            journal=not no_journal and config.cluster is None,
             log_level=log_level,
             **_workers(config, keywords),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,8 +60,9 @@ class Layouts(Protocol):
     def capacity(self) -> Pages:
         """All pages of every holder that takes sequences."""
 
-    def layout(self, length: int) -> Layout:
-        """Shares for a new sequence that will have up to `length` tokens; empty where there is no holder."""
+    def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
+        """Shares for a new sequence of `tokens` tokens that will have up to `length`, in every way that there is, the
+        one first that goes best with the layouts and tokens of those `beside` it. None where there is no holder."""
 
     def reads_locally(self, length: int) -> bool:
         """Whether so many tokens could be computed, or computed again, with their KV in the engine's process."""

@@ -100,6 +100,7 @@ class Snapshot:
     batch_counts: tuple[int, ...] = (0,) * (len(BATCH_BUCKETS) + 1)  # batches by their tokens
     missing: tuple[str, ...] = ()  # holders that were lost and have not been replaced
     began: float = 0.0  # a reading of the engine's clock, which tells two engines apart
+    local_share: float = 1.0  # of the tokens of sequences with KV, those whose KV is in the engine's process
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for `from_dict` and for JSON."""

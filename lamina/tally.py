@@ -32,13 +32,15 @@ class Tally:
     corrupted: int = 0
     lost_holders: int = 0
     joined_holders: int = 0
+    returned: int = 0  # model workers that were gone and came back
     missing: list[str] = field(default_factory=list)
     kv_read: float = 0.0
     kv_whole: float = 0.0
     missed_mass: float = 0.0
     missed_queries: float = 0.0
-    attention_seconds: float = 0.0  # this and `lanes` are set when a snapshot is taken
+    attention_seconds: float = 0.0  # this, `lanes` and `local_share` are set when a snapshot is taken
     lanes: int = 1
+    local_share: float = 1.0
     scratch_free: dict[int, int] = field(default_factory=dict)  # pages of holders that keep prompts only, once told
 
     def complete(self, tokens: int, prompt_tokens: int, sampled: int) -> None:
@@ -109,6 +111,7 @@ def survey(
         running=scheduler.running,
         waiting=scheduler.waiting,
         lanes=tally.lanes,
+        local_share=tally.local_share,
         batches=tally.batches,
         prompt_tokens=tally.prompt_tokens,
         generation_tokens=tally.generation_tokens,

@@ -80,5 +80,7 @@ class Ticket:
     preemptions: int = 0
     spared: Spared = NOTHING_SPARED
     unfinished: int = 0
+    received: tuple[tuple[tuple[int, ...], bool], ...] | None = None
+    """Of a request that another engine began: each sample's tokens that its client has, and whether it has ended."""
     sequences: tuple[Sample, ...] = ()
     constraints: tuple[Constraint, ...] = ()

@@ -63,7 +63,11 @@ def lamina(model: str, **options: Any) -> Run:
 def over(**options: Any) -> Callable[[str], Run]:
     """Lamina with attention workers, whose number is in the environment."""
     return lambda model: lamina(
-        model, attention_workers=int(os.environ[WORKERS]), lanes=int(os.environ.get(LANES) or 0) or "auto", **options
+        model,
+        attention_workers=int(os.environ[WORKERS]),
+        local_share=0,
+        lanes=int(os.environ.get(LANES) or 0) or "auto",
+        **options,
     )
 
 

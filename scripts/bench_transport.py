@@ -114,7 +114,7 @@ def serve(folder: Path) -> None:
             size = int.from_bytes(accepted.recv(8), "little")
             threading.Thread(target=echo_bytes, args=(accepted, size), daemon=True).start()
 
-    def deliver(channel: Channel) -> None:
+    def deliver(channel: Channel, _: bytes) -> None:
         threading.Thread(target=echo_messages, args=(channel,), daemon=True).start()
 
     bare_unix, bare_tcp = listen_unix(str(folder / "bare")), listen_tcp("127.0.0.1", 0)

@@ -84,6 +84,9 @@ class BreakingWorker:
         self._break("after")
         return reply
 
+    def outdated(self, request: Request) -> bool:
+        return self.worker.outdated(request)
+
     def _break(self, where: str) -> None:
         if self.breaks == where:
             self.breaks = ""

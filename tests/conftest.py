@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, and some test may import it first
 
+from lamina.balance import Balance
 from lamina.engine import Engine
 from lamina.lanes import Lanes
 from lamina.placement import Holder, Placement
@@ -34,11 +35,15 @@ from lamina_protocols.messages import Fault, HolderConfig, Message, Reply, Reque
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.decoder_weights import tensor_shapes
+from lamina_workers.device_worker import attention_worker
 from lamina_workers.errors import HolderLost
-from lamina_workers.layout import attention_kernels, page_layout
+from lamina_workers.layout import attention_kernels, page_layout, sketched
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
+
+DEVICE = os.environ.get("LAMINA_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+"""Where tests compute what they can compute on any device."""
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -82,7 +87,7 @@ class Tensors:
 def tiny_decoder(**overrides: Any) -> Decoder:
     """A float32 decoder of `TINY`, some fields of its config replaced."""
     config = ModelConfig.from_dict(TINY | overrides)
-    return Decoder.load(config, Tensors(config), torch.float32)
+    return Decoder.load(config, Tensors(config), torch.float32, DEVICE)
 
 
 def holder_config(decoder: Decoder, pages: int = 2000, page_size: int = 16) -> HolderConfig:
@@ -140,11 +145,15 @@ def _frame(message: Message) -> bytearray:
     return bytearray(b"".join(codec.encode(message)))
 
 
+HERE = 100  # the number of the holder that keeps whole sequences beside the model
+
+
 class Rig:
     """An engine around a tiny decoder: answers prompts with token ids.
 
     `shard=None` is one holder that fuses, as in one process. Otherwise there are holders without fusing, one for each
-    number in `weights`, and where `scratch` gives pages a local one beside them (number 0) for prompts.
+    number in `weights`, and where `scratch` gives pages a local one beside them (number 0) for prompts. `here` gives
+    pages to one beside the model that keeps whole sequences.
     """
 
     def __init__(
@@ -154,6 +163,8 @@ class Rig:
         shard: str | None = None,
         weights: Sequence[int] = (1,),
         scratch: int = 0,
+        here: int = 0,
+        balance: Balance | None = None,
         pages: int = 2000,
         page_size: int = 16,
         max_batch_tokens: int = 512,
@@ -164,6 +175,7 @@ class Rig:
         early_query: bool = False,
         grammars: Grammars | None = None,
         port: Callable[[AttentionWorker], AttentionPort] = LocalAttention,
+        around: Callable[[ModelWorker, dict[int, AttentionPort]], Any] = lambda worker, ports: worker,
     ) -> None:
         self.pages = pages
         self.holder = holder_config(decoder, pages, page_size)
@@ -176,13 +188,18 @@ class Rig:
             prefix_cache=prefix_cache,
         )
         holders = {number: Holder(pages, weight, fused=shard is None) for number, weight in enumerate(weights, 1)}
-        self.workers = {number: AttentionWorker(self.holder) for number in holders}
+        where = torch.device("cpu" if sketched(self.holder) else DEVICE)  # what chooses runs on CPUs alone
+        self.workers = {number: attention_worker(self.holder, device=where) for number in holders}
         self.ports = {number: port(worker) for number, worker in self.workers.items()}
         ports = dict(self.ports)
         if scratch:
             holders[0] = Holder(scratch, fused=True)
-            self.workers[0] = AttentionWorker(holder_config(decoder, scratch, page_size))
+            self.workers[0] = attention_worker(holder_config(decoder, scratch, page_size), device=where)
             ports[0] = LocalAttention(self.workers[0])
+        if here:
+            holders[HERE] = Holder(here, fused=True)
+            self.workers[HERE] = attention_worker(holder_config(decoder, here, page_size), device=where)
+            ports[HERE] = LocalAttention(self.workers[HERE], "here")
         self.placement = Placement(
             holders,
             heads=(decoder.config.num_key_value_heads,),
@@ -191,9 +208,10 @@ class Rig:
             layers=decoder.config.num_hidden_layers,
             shard=shard or "heads",
             scratch=(0,) if scratch else (),
+            here=(HERE,) if here else (),
         )
         self.scheduler = Scheduler(limits, self.placement)
-        worker = ModelWorker(decoder, self.holder, ports, early_query=early_query)
+        worker = around(ModelWorker(decoder, self.holder, ports, early_query=early_query), self.ports)
         self.engine = Engine(
             worker,
             self.scheduler,
@@ -202,6 +220,7 @@ class Rig:
             names={number: f"worker-{number}" for number in self.ports},
             scratch=(0,) if scratch else (),
             lanes=Lanes(lanes),
+            balance=balance,
             grammars=grammars,
             hope=hope,
         )
@@ -257,6 +276,12 @@ def collect(inbox: Any, n: int = 1) -> list[list[int]]:
                 tokens[output.sample].append(output.token)
             ended += output.finish_reason is not None
     return tokens
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where a test computes: `DEVICE`."""
+    return DEVICE
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -44,6 +44,7 @@ from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreacha
 from lamina_protocols.socket_channel import connect_unix
 from lamina_workers import attention_session
 from lamina_workers.attention_server import AttentionServer, ServerConfig, ServerError
+from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.credentials import create_credentials, make_credentials
 from lamina_workers.errors import HolderLost
 from lamina_workers.remote_attention import RemoteAttention, connect
@@ -169,7 +170,20 @@ def test_what_differs_is_refused_naming_both(pin, said):
 
 def hello(**changes: Any) -> control.Hello:
     whole = control.Hello(
-        PROTOCOL_VERSION, control.package_version(), "s" * 32, "m", "float32", "float32", 16, LAYERS, True, "grpc"
+        PROTOCOL_VERSION,
+        control.package_version(),
+        "s" * 32,
+        "m",
+        "float32",
+        "float32",
+        16,
+        LAYERS,
+        True,
+        "grpc",
+        "e" * 32,
+        0,
+        (1, 1),
+        0.0,
     )
     return dataclasses.replace(whole, **changes)
 
@@ -235,7 +249,10 @@ def test_an_address_in_use_is_said():
 
 def test_one_session_at_a_time():
     with running() as (_, address):
-        with connected(address), pytest.raises(WorkerRefused, match=r"busy with a session of \d+\.\d seconds"):
+        with (
+            connected(address),
+            pytest.raises(WorkerRefused, match=r"busy with engine [0-9a-f]{8}, served for \d+\.\d seconds"),
+        ):
             connect(address, **ASKED | {"timeout": 0.3})
         with connected(address) as port:
             one_batch(port)
@@ -243,14 +260,14 @@ def test_one_session_at_a_time():
 
 def test_kv_is_freed_when_the_stream_ends(monkeypatch):
     made = []
-    real = attention_session.AttentionWorker
+    real = attention_session.attention_worker
 
     def recorded(*args):
         worker = real(*args)
         made.append(weakref.ref(worker))
         return worker
 
-    monkeypatch.setattr(attention_session, "AttentionWorker", recorded)
+    monkeypatch.setattr(attention_session, "attention_worker", recorded)
     with running() as (server, address):
         for way in WAYS.values():
             with connected(address, **way) as port:
@@ -322,11 +339,11 @@ def test_what_is_no_request_ends_the_session_with_a_reason_and_the_worker_takes_
 
 
 def test_an_error_that_nobody_foresaw_is_named_without_its_inside(monkeypatch, caplog):
-    class Broken(attention_session.AttentionWorker):
+    class Broken(AttentionWorker):
         def handle(self, request):
             raise RuntimeError("an inside matter")
 
-    monkeypatch.setattr(attention_session, "AttentionWorker", Broken)
+    monkeypatch.setattr(attention_session, "attention_worker", Broken)
     with running() as (_, address):
         with connected(address) as port:
             port.send(Announcement(1, 1, 0, (), ()))
@@ -378,7 +395,7 @@ def test_stop_ends_the_session_and_all_threads():
 def test_all_torch_calls_are_made_by_one_thread(monkeypatch):
     threads = set()
 
-    class Noting(attention_session.AttentionWorker):
+    class Noting(AttentionWorker):
         def __init__(self, *args):
             threads.add(threading.get_ident())
             super().__init__(*args)
@@ -391,7 +408,7 @@ def test_all_torch_calls_are_made_by_one_thread(monkeypatch):
             threads.add(threading.get_ident())
             super().settle()
 
-    monkeypatch.setattr(attention_session, "AttentionWorker", Noting)
+    monkeypatch.setattr(attention_session, "attention_worker", Noting)
     with running() as (_, address):
         for way in WAYS.values():
             with connected(address, **way) as port:

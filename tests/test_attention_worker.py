@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
@@ -24,6 +25,7 @@ from lamina_protocols.messages import (
     Row,
 )
 from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.device_worker import attention_worker
 from lamina_workers.errors import KVError, UnsupportedModelError
 
 FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
@@ -40,7 +42,7 @@ class Client:
     """Speaks to a worker and keeps, by handle and layer, all k `[n, heads, d_k]` and v that it has sent."""
 
     def __init__(self) -> None:
-        self.worker = AttentionWorker(CONFIG)
+        self.worker = attention_worker(CONFIG, device=torch.device(DEVICE))
         self.batch = 0
         self.operations = 0
         self.kv: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}

@@ -7,12 +7,13 @@ import ssl
 import threading
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transports import SECRET, TRANSPORTS, made_credentials, pair
 
-from lamina_protocols import codec
+from lamina_protocols import codec, frames
 from lamina_protocols import messages as m
 from lamina_protocols.channels import ChannelClosed, checksum
 from lamina_protocols.errors import ProtocolError
@@ -234,6 +235,21 @@ def test_a_lying_prefix_is_refused_before_memory_is_taken(wire, prefix, error):
     tracemalloc.stop()
 
 
+def test_a_frame_that_no_memory_is_there_for_is_refused(wire, monkeypatch):
+    def none(*_: object) -> None:
+        raise MemoryError
+
+    raw, channel = wire
+    with monkeypatch.context() as changed:
+        changed.setattr(frames, "np", SimpleNamespace(empty=none, uint8=None))
+        raw.sendall(pack_prefix(Prefix(3, 8, 1000)))
+        with pytest.raises(ProtocolError, match="no memory for a frame of 1032 bytes"):
+            channel.receive(5)
+    assert channel.ready()
+    with pytest.raises(ChannelClosed, match="no memory"):
+        channel.receive(5)
+
+
 def test_a_claimed_frame_takes_pages_only_as_its_bytes_arrive():
     def resident() -> int:
         with open("/proc/self/statm") as file:
@@ -254,7 +270,7 @@ def test_prefixes_come_back():
 
 def test_only_the_secret_opens_a_channel():
     arrived: list[SocketChannel] = []
-    listener = Listener(listen_tcp("127.0.0.1", 0), SECRET.__eq__, arrived.append)
+    listener = Listener(listen_tcp("127.0.0.1", 0), SECRET.__eq__, lambda channel, _: arrived.append(channel))
     try:
         with pytest.raises(ChannelClosed, match="secret"):
             connect_tcp("127.0.0.1", listener.port, bytes(32), 5)
@@ -280,7 +296,12 @@ def listener_port_of_nobody() -> int:
 def test_tls_takes_no_stranger_and_no_plaintext():
     made = made_credentials()
     arrived: list[SocketChannel] = []
-    listener = Listener(listen_tcp("127.0.0.1", 0), SECRET.__eq__, arrived.append, server_context(made, True))
+    listener = Listener(
+        listen_tcp("127.0.0.1", 0),
+        SECRET.__eq__,
+        lambda channel, _: arrived.append(channel),
+        server_context(made, True),
+    )
     try:
         with pytest.raises(ChannelClosed):
             connect_tcp("127.0.0.1", listener.port, SECRET, 5)

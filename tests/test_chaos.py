@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(model: Path, **options: Any) -> Iterator[LLM]:
     defaults = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "8MiB", "prefix_cache": False}
     patience = {"worker_timeout": TIMEOUT, "recovery_timeout": 60.0}
-    with LLM(model, **{**defaults, **patience, "max_batch_tokens": 64, "lanes": 1, **options}) as llm:
+    with LLM(model, **{**defaults, **patience, "max_batch_tokens": 64, "lanes": 1, "local_share": 0, **options}) as llm:
         yield llm
 
 

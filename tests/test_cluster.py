@@ -102,8 +102,8 @@ class Namespaces:
         assert started.returncode == 0, started.stdout + started.stderr
 
     @contextlib.contextmanager
-    def program(self, code: str) -> Iterator[Program]:
-        """A program in the head's namespace, which is killed in the end if it is still there."""
+    def program(self, code: str, seconds: float = 100) -> Iterator[Program]:
+        """A program in the head's namespace, which is killed in the end, or then, if it is still there."""
         errors = self.folder / "errors"
         with errors.open("w") as stderr:
             process = subprocess.Popen(
@@ -111,7 +111,7 @@ class Namespaces:
                 env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
                 cwd=self.folder,  # Ray's workers look for modules in this folder first
             )  # fmt: skip
-        timer = threading.Timer(100, process.kill)
+        timer = threading.Timer(seconds, process.kill)
         timer.start()
         with process:
             try:
@@ -120,9 +120,9 @@ class Namespaces:
                 timer.cancel()
                 process.kill()
 
-    def run(self, code: str) -> Any:
+    def run(self, code: str, seconds: float = 100) -> Any:
         """What a program says first."""
-        with self.program(code) as program:
+        with self.program(code, seconds) as program:
             return program.hear()
 
     def lamina(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -341,7 +341,7 @@ def here():
     return lamina.LLM({model!r}, **options)
 
 def on_cluster(**more):
-    return lamina.LLM({model!r}, cluster="auto", attention_workers=2, **options, **more)
+    return lamina.LLM({model!r}, cluster="auto", attention_workers=2, local_share=0, **options, **more)
 """
 
 
@@ -450,6 +450,7 @@ from lamina.ray_engine import engine_status, engines
 
 server = subprocess.Popen(
     [sys.executable, "-m", "lamina", "serve", MODEL, "--port", "0", "--cluster", "auto", "--attention-workers", "2",
+     "--local-share", "0",
      "--kv-memory", "64MiB", "--threads", "1"], stderr=subprocess.PIPE, text=True)
 while not (found := re.search(r"serving .* at (http\\S+)", line := server.stderr.readline())):
     if not line:

@@ -23,12 +23,15 @@ _operations = (
     | st.builds(m.Fork, _int, _int, _int)
     | st.builds(m.Close, _int)
 )
+_parts = st.builds(m.PartHeld, _int, st.lists(_int, max_size=4).map(tuple), _int, _int, _int, _int)
 _plain = (
     st.builds(
         m.Announcement, _int, _int, _int, st.lists(_operations, max_size=4).map(tuple), st.lists(_rows).map(tuple)
     )
     | st.builds(m.Announced, _int, _int, st.booleans(), _int, st.lists(_int).map(tuple), st.text())
     | st.builds(m.Fault, _int, _int, st.text())
+    | st.builds(m.Survey, _int, _int, _int)
+    | st.builds(m.Surveyed, _int, _int, _int, _int, st.lists(_parts, max_size=4).map(tuple), _int)
 )
 
 
@@ -99,7 +102,9 @@ def test_a_truncated_frame_is_refused(data):
 
 
 def frame_of(tag: int, header: bytes, payload: bytes = b"") -> bytearray:
-    return bytearray(struct.pack("<4sHHIQ", b"LMNA", 1, tag, len(header), len(payload)) + header + payload)
+    return bytearray(
+        struct.pack("<4sHHIQ", b"LMNA", m.PROTOCOL_VERSION, tag, len(header), len(payload)) + header + payload
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,12 +123,38 @@ def frame_of(tag: int, header: bytes, payload: bytes = b"") -> bytearray:
         (3, msgpack.packb([1, 2, 3, ["f32", 1 << 40, 1 << 40]])),
         (3, msgpack.packb([1, 2, 3, ["f32", -1]])),
         (3, msgpack.packb([1, 2, 3, ["f32", 2]])),  # no bytes there
+        (10, msgpack.packb([1, 2])),
+        (10, msgpack.packb([1, 2, -1])),
+        (11, msgpack.packb([1, 2, 3, 4, [[1, [0], 0, 9, 5]], 0])),  # a part without its floor
+        (11, msgpack.packb([1, 2, 3, 4, [[1, 0, 0, 9, 5, 0]], 0])),  # heads that are no list
+        (11, msgpack.packb([1, 2, 3, 4, None, 0])),
         (99, msgpack.packb([])),
     ],
 )
 def test_lying_headers_are_refused(tag, header):
     with pytest.raises(ProtocolError):
         codec.decode(frame_of(tag, header))
+
+
+def test_a_survey_tells_of_so_many_parts_and_no_more():
+    part = m.PartHeld(1 << 60, (0,), 0, 9, 5, 0)
+    most = m.Surveyed(1, 2, 3, 4, (part,) * m.MAX_PARTS)
+    assert codec.decode(whole(most)) == most
+    more = m.Surveyed(1, 2, 3, 4, (part,) * (m.MAX_PARTS + 1))
+    with pytest.raises(ProtocolError, match="4097 of PartHeld, allowed: 4096"):
+        codec.decode(whole(more))
+
+
+@given(st.data())
+def test_a_survey_with_changed_bytes_is_refused_or_means_something(data):
+    frame = whole(m.Surveyed(1, 2, 3, 4, (m.PartHeld(5, (0, 1), 0, 99, 40, 0),) * 3))
+    for _ in range(data.draw(st.integers(1, 3))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        message = codec.decode(frame)
+    except ProtocolError:
+        return
+    assert isinstance(message, m.Surveyed | m.Survey | m.Announced | m.Announcement | m.Fault | m.Fetch)
 
 
 def test_another_version_is_refused_naming_both():

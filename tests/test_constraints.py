@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from lamina import LLM
 from lamina.constraints import MAX_COLONS, MAX_CONTAINERS, Constraint, Grammars, check_json_schema
 from lamina.errors import EngineError, InvalidRequest
-from lamina.remote_engine import decode_ticket, encode_ticket
+from lamina.plain_tickets import decode_ticket, encode_ticket
 from lamina.types import JSON_OBJECT, SamplingParams
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Fresh

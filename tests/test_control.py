@@ -14,6 +14,7 @@ from lamina_protocols import control
 from lamina_protocols.control import (
     Alive,
     Drain,
+    Goodbye,
     Heartbeat,
     Hello,
     LocalOffer,
@@ -29,16 +30,19 @@ from lamina_protocols.messages import PROTOCOL_VERSION, LayerSpec
 
 LAYERS = (LayerSpec(0, 6, 2, 16, 32, 0.25), LayerSpec(0, 6, 2, 16, 32, 0.25, window=7, soft_cap=5.0))
 HELLO = Hello(
-    PROTOCOL_VERSION, control.package_version(), "s" * 32, "model", "bfloat16", "int8", 32, LAYERS, True, "grpc"
-)
+    PROTOCOL_VERSION, control.package_version(), "s" * 32, "model", "bfloat16", "int8", 32, LAYERS, True, "grpc",
+    "e" * 32, 3, (1, 4), 2.5,
+)  # fmt: skip
 STATUS = WorkerStatus(
-    "a", "1", "m", True, 1.5, False, "local", 1 << 30, 3, (0, 1), 0, 99, 5, 9, 1, 2, 3, 4, 5, 0.25, 9.75
-)
+    "a", "1", "m", True, 1.5, "01234567", 3, 4, 1, 2.5, False, "local", 1 << 30, 3, (0, 1), 0, 99, 5, 9, 1, 2, 3, 4, 5,
+    0.25, 9.75,
+)  # fmt: skip
 ALL = (
     HELLO,
-    Welcome("a", 1 << 40, 2, 30.0, 1 << 30, LocalOffer("/tmp/x", b"\0" * 32), None),
-    Welcome("a", 0, 1, 0.5, 1, None, TcpOffer(4000, b"s")),
+    Welcome("a", 1 << 40, 2, 30.0, 1 << 30, LocalOffer("/tmp/x", b"\0" * 32), None, False),
+    Welcome("a", 0, 1, 0.5, 1, None, TcpOffer(4000, b"s"), True),
     Heartbeat("s" * 32),
+    Goodbye("e" * 32, 0, "s" * 32),
     Alive("serving"),
     StatusRequest(),
     STATUS,
@@ -86,7 +90,7 @@ def test_a_field_of_a_wrong_type_is_refused(data):
 
 @pytest.mark.parametrize("values", [[], [1], [*dataclasses.astuple(STATUS), 1]])
 def test_fields_that_lack_or_exceed_are_refused(values):
-    with pytest.raises(ProtocolError, match="WorkerStatus has 21 fields"):
+    with pytest.raises(ProtocolError, match="WorkerStatus has 26 fields"):
         unpack(WorkerStatus, msgpack.packb(values))
 
 

@@ -81,7 +81,7 @@ def workers(secrets_folder: Path) -> Iterator[dict[bool, list[WorkerProcess]]]:
 @contextlib.contextmanager
 def running(model: Path, **options: Any) -> Iterator[LLM]:
     defaults = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "4MiB", "prefix_cache": False}
-    with LLM(model, **{**defaults, "lanes": 1, "max_batch_tokens": 64, **options}) as llm:
+    with LLM(model, **{**defaults, "lanes": 1, "local_share": 0, "max_batch_tokens": 64, **options}) as llm:
         yield llm
 
 
@@ -218,7 +218,9 @@ def test_who_stops_listening_leaves_nothing_behind(model, workers, secrets_folde
 @pytest.mark.timeout(900)
 def test_the_real_model_says_the_same(shard, count, real_text):
     prompts, texts = real_text
-    with LLM("smollm2-135m", dtype="float32", attention_workers=count, shard=shard, kv_memory="512MiB") as llm:
+    with LLM(
+        "smollm2-135m", dtype="float32", attention_workers=count, local_share=0, shard=shard, kv_memory="512MiB"
+    ) as llm:
         assert [c.text for c in llm.generate(prompts, max_tokens=40, temperature=0)] == texts
 
 
@@ -237,7 +239,13 @@ def test_two_workers_of_4000_tokens_serve_6000():
     with LLM("smollm2-135m", dtype="float32", kv_memory="1GiB", prefix_cache=False) as llm:
         (expected,) = llm.generate([prompt], max_tokens=20, temperature=0)
     memory = 4000 * 30 * 3 * 2 * 64 * 4  # layers, heads, K and V, d, float32
-    options = {"attention_workers": 2, "shard": "sequence", "kv_memory": memory, "prefix_cache": False}
+    options = {
+        "attention_workers": 2,
+        "local_share": 0,
+        "shard": "sequence",
+        "kv_memory": memory,
+        "prefix_cache": False,
+    }
     with LLM("smollm2-135m", dtype="float32", **options) as llm:
         (got,) = llm.generate([prompt], max_tokens=20, temperature=0)
         assert got.token_ids == expected.token_ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lamina.lanes import HOLD, WINDOW, Lanes
 
 
@@ -58,3 +60,24 @@ def test_a_number_that_was_given_stays() -> None:
     lanes = Lanes(2)
     run(lanes, {2: 1}, 5 * WINDOW)
     assert lanes.count == 2
+
+
+def test_the_times_of_both_tiers_are_measured_with_one_lane_and_said(caplog) -> None:
+    lanes, now, attended = Lanes.auto(3, replicas=2), 0.0, 5.0
+    assert (lanes.tiers, lanes.suggested) == (None, None)
+    with caplog.at_level("INFO", logger="lamina"):
+        for _ in range(4 * (WINDOW + 1)):
+            now += 0.030
+            attended += 0.010 * lanes.count
+            lanes.completed(8 // lanes.count, 8, False, now, attended)
+    assert lanes.tiers == pytest.approx((0.020, 0.010))
+    assert lanes.suggested == pytest.approx(2 * 1.5)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "over 2 replicas" in said
+    assert "in the model for 20.0 ms and in attention for 10.0 ms, which suggests 3.0 lanes, of at most 3" in said
+
+
+def test_replicas_are_tried_up_to_one_lane_more() -> None:
+    lanes = Lanes.auto(4, replicas=3)
+    run(lanes, {1: 100, 2: 190, 3: 270, 4: 330}, 6 * (WINDOW + 1), sequences=16)
+    assert lanes.count == 4

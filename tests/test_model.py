@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import DEVICE
 from dense_attention import DenseAttention
 from safetensors.torch import load_file
 
@@ -142,7 +143,8 @@ def reference(kind: str, options: dict[str, object]) -> transformers.PreTrainedM
 
 def load(model: transformers.PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     model.save_pretrained(folder)
-    return Decoder.load(ModelConfig.from_folder(folder), Tensors(load_file(folder / "model.safetensors")), dtype)
+    tensors = Tensors(load_file(folder / "model.safetensors"))
+    return Decoder.load(ModelConfig.from_folder(folder), tensors, dtype, DEVICE)
 
 
 def check_against(model: transformers.PreTrainedModel, decoder: Decoder) -> None:
@@ -243,7 +245,7 @@ def test_starts_at_any_layer_and_leaves_hidden_alone(tiny: Tiny) -> None:
         for layer in range(config.num_hidden_layers):
             hidden = expected.hidden_states[layer][0]
             before = hidden.clone()
-            sequence = DenseAttention(Decoder.load(config, tensors, torch.float32), len(tokens))
+            sequence = DenseAttention(Decoder.load(config, tensors, torch.float32, DEVICE), len(tokens))
             logits = sequence.run(tokens, hidden, layer)
             torch.testing.assert_close(logits, expected.logits[0], rtol=0, atol=1e-4)
             assert torch.equal(hidden, before)
@@ -269,7 +271,7 @@ def test_bfloat16_stays_near_float32(tiny: Tiny) -> None:
     tokens = list(range(3, 40))
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0]
-        found = DenseAttention(Decoder.load(config, tensors, torch.bfloat16), len(tokens)).run(tokens)
+        found = DenseAttention(Decoder.load(config, tensors, torch.bfloat16, DEVICE), len(tokens)).run(tokens)
     assert (found - expected).abs().mean() < 0.03 * expected.std()
     assert (found - expected).abs().max() > 0
 

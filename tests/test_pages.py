@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_kernels import cpu_decode, reference
-from lamina_kernels.pages import DTYPES, FLOATS, PEAKS, Order, PageLayout, Pages, copy, gather, quantise
+from lamina_kernels.pages import DTYPES, FLOATS, PEAKS, Order, PageLayout, Pages, copy, gather, gather_heads, quantise
 from lamina_kernels.select import Kernels
 
 both = pytest.mark.parametrize("kernels", [cpu_decode, reference], ids=["cpu", "reference"])
@@ -218,3 +218,21 @@ def test_append_refuses_before_it_writes(kernels: Kernels, dtype: torch.dtype) -
     with pytest.raises(ValueError, match=r"v must be \[2, 32\]"):
         kernels.append(pages, plan, 0, k, v.to(torch.int8))
     assert not pages.arena.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("order", list(Order))
+def test_heads_are_gathered_as_one_by_one(order: Order, dtype: torch.dtype) -> None:
+    layout = PageLayout(16, 32, 64, dtype, order)
+    pages = Pages.allocate(layout, 40)
+    generator = torch.Generator().manual_seed(1)
+    pages.arena.copy_(torch.randint(0, 100, pages.arena.shape, generator=generator).to(torch.uint8))
+    if layout.scaled:
+        pages.scales.copy_(torch.rand(pages.scales.shape, generator=generator))
+    tables = torch.randperm(40, generator=generator)[:12].view(3, 4)
+    assert [len(x) for x in gather_heads(pages, tables[:, :0])] == [0, 0]
+    k, v = gather_heads(pages, tables)
+    for head, table in enumerate(tables):
+        of_k, of_v = gather(pages, table, 64)
+        assert torch.equal(k[:, head].nan_to_num(), of_k.nan_to_num())
+        assert torch.equal(v[:, head].nan_to_num(), of_v.nan_to_num())

@@ -93,7 +93,7 @@ def test_without_a_key_nobody_is_let_in_unless_asked(monkeypatch: pytest.MonkeyP
 KEY = "a-key-of-the-tests"
 
 PROGRAM = """
-import http.client, threading
+import http.client, subprocess, threading
 from lamina.cluster import ray_module
 ray = ray_module()  # which keeps Ray's news off stdout
 from ray import serve
@@ -141,6 +141,18 @@ def until(condition, seconds):
 def engine_processes():
     [status] = engine_status(ray).values()
     return [status["process"], *(row["process"] for row in status["workers"])]
+
+def others_than(processes):
+    try:
+        return not set(processes) & set(engine_processes())
+    except (ValueError, ray.exceptions.RayError):  # there is none, or it is just ending
+        return False
+
+def replica_process():
+    found = subprocess.run(["pgrep", "-f", "ray::[S]erveReplica"], capture_output=True, text=True).stdout.split()
+    here = os.readlink("/proc/self/ns/net")
+    [process] = [int(each) for each in found if os.readlink(f"/proc/{each}/ns/net") == here]
+    return process
 """
 
 
@@ -207,9 +219,17 @@ for connection, response, _ in leaving:
         response.close()  # it holds the socket
 facts["aborted"] = until(lambda: running() == 0, 20)
 
+facts["first_processes"] = engine_processes()
+connection = connect()
+response = send(connection, "/v1/chat/completions", chat(200, stream=True))
+response.readline()
+os.kill(facts["first_processes"][0], signal.SIGKILL)
+facts["went_on"] = response.read().decode()
+facts["after"] = json.loads(ask("/v1/chat/completions", chat(24))[1])["choices"][0]["message"]["content"]
+
 facts["processes"] = engine_processes()
-os.kill(facts["processes"][0], signal.SIGKILL)
-facts["lost"] = until(lambda: ask("/health")[0] != 200, 30)
+os.kill(replica_process(), signal.SIGKILL)
+facts["lost"] = until(lambda: others_than(facts["processes"]), 120)
 facts["back"] = until(lambda: ask("/health")[0] == 200 and ask("/v1/chat/completions", chat(24))[0] == 200, 120)
 facts["again"] = json.loads(ask("/v1/chat/completions", chat(24))[1])["choices"][0]["message"]["content"]
 facts["new_processes"] = engine_processes()
@@ -223,12 +243,17 @@ facts["drained"] = response.read().decode().rstrip().endswith("data: [DONE]")
 ending.join()
 serve.shutdown()
 say(**facts)
-"""
+""",
+        280,
     )
     assert said["health"] == 200
     assert said["models"] == "smollm2-135m"
     assert said["no_key"] == 401
-    assert said["streamed"] == said["whole"] == said["again"] != ""
+    assert said["streamed"] == said["whole"] == said["after"] == said["again"] != ""
+    assert said["went_on"].rstrip().endswith("data: [DONE]"), "a stream ended with the engine's process"
+    assert '"error"' not in said["went_on"]
+    assert said["first_processes"][0] != said["processes"][0]
+    assert said["first_processes"][1:] == said["processes"][1:], "the attention worker was started again"
     assert said["type"].startswith("text/event-stream")
     assert said["last"] == "data: [DONE]"
     assert said["chunks"] > 10

@@ -12,7 +12,8 @@ import pytest
 from conftest import Rig
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError
-from lamina.remote_engine import Command, EngineHost, Event, RemoteEngine, decode_ticket, encode_ticket, fetch
+from lamina.plain_tickets import Command, decode_ticket, encode_ticket
+from lamina.remote_engine import EngineHost, Event, RemoteEngine, fetch
 from lamina.request import Request
 from lamina.ticket import Output, Ticket
 from lamina.types import FinishReason, SamplingParams
@@ -238,3 +239,156 @@ def test_a_real_engine_gives_the_same_tokens_behind_a_wire(decoder: Decoder) -> 
         rig.close()
     assert remote.join(5)
     assert not remote.alive
+
+
+class Waiting(Pair):
+    """A remote engine that waits for another engine, once its own is gone."""
+
+    def __init__(self, patience: float = 30.0) -> None:
+        super().__init__()
+        self.remote.close()
+        assert self.remote.join(5)
+        self.wires = [Loop(FakeEngine(), time.monotonic)]
+        self.remote = RemoteEngine(self.wires[0], time.monotonic, patience=patience)
+        self.engine = self.wires[0]._engine
+
+    def die(self) -> None:
+        self.wires[-1].cut = True
+        deadline = time.monotonic() + 5
+        while self.remote.alive and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert not self.remote.alive
+
+    def come_back(self) -> FakeEngine:
+        engine = FakeEngine()
+        self.wires.append(Loop(engine, lambda: time.monotonic() + AHEAD))
+        assert self.remote.rejoin(self.wires[-1])
+        assert self.remote.alive
+        return engine
+
+
+def tokens(inbox: queue.SimpleQueue[list[Output]], count: int) -> list[tuple[int, int | None, str | None]]:
+    got: list[tuple[int, int | None, str | None]] = []
+    while len(got) < count:
+        got += [(output.sample, output.token, output.finish_reason) for output in inbox.get(timeout=5)]
+    return got
+
+
+def test_requests_wait_for_the_next_engine_and_say_what_they_have() -> None:
+    pair = Waiting()
+    ticket = pair.submit(n=2, max_tokens=9)
+    far = pair.engine.submitted.get(timeout=5)
+    assert far.received is None
+    far.sink(far, [Output(0, 7), Output(1, 8), Output(0, 9)])
+    far.sink(far, [Output(1, 10, "stop")])
+    assert tokens(pair.got, 4) == [(0, 7, None), (1, 8, None), (0, 9, None), (1, 10, "stop")]
+    pair.die()
+    with pytest.raises(EngineError, match="cut"):
+        pair.submit("late")
+    engine = pair.come_back()
+    again = engine.submitted.get(timeout=5)
+    assert (again.request, again.params, again.seed) == (ticket.request, ticket.params, ticket.seed)
+    assert again.received == (((7, 9), False), ((8, 10), True))
+    again.sink(again, [Output(0, 11), Output(0, 12, "length")])
+    assert tokens(pair.got, 2) == [(0, 11, None), (0, 12, "length")]
+    pair.die()
+    assert pair.come_back().submitted.empty()  # it has ended
+    pair.remote.close()
+    assert pair.remote.join(5)
+
+
+def test_what_was_never_sent_and_what_was_aborted_meanwhile_is_said_to_the_next_engine() -> None:
+    pair = Waiting()
+    first, second, third = pair.submit("a"), pair.submit("b", n=2), pair.submit("c")
+    for _ in range(3):
+        pair.engine.submitted.get(timeout=5)
+    pair.remote.abort(second, 1, "stop")
+    assert pair.engine.aborted.get(timeout=5) == ("b", 1, "stop")
+    pair.die()
+    pair.remote.abort(third)
+    assert tokens(pair.got, 1) == [(0, None, "abort")]
+    pair.remote.abort(second, 0, "stop")
+    assert tokens(pair.got, 1) == [(0, None, "stop")]
+    engine = pair.come_back()
+    assert [engine.submitted.get(timeout=5).request.id for _ in range(2)] == ["a", "b"]
+    assert engine.aborted.get(timeout=5) == ("b", 1, "stop")
+    assert engine.submitted.empty()
+    assert first.request.id == "a"
+    pair.remote.close()
+    assert pair.remote.join(5)
+
+
+def test_who_is_waited_for_in_vain_is_an_error() -> None:
+    pair = Waiting(patience=0.3)
+    pair.submit()
+    pair.engine.submitted.get(timeout=5)
+    pair.die()
+    [output] = pair.got.get(timeout=5)
+    assert "no other engine came for 0.3 s" in str(output.error)
+    assert pair.remote.join(5)
+    assert pair.remote.stopped
+    assert not pair.remote.rejoin(Loop(FakeEngine(), time.monotonic))
+
+
+def test_closing_while_nobody_is_there_ends_what_waits() -> None:
+    pair = Waiting()
+    pair.submit()
+    pair.engine.submitted.get(timeout=5)
+    pair.die()
+    pair.remote.close()
+    assert isinstance(pair.got.get(timeout=5)[0].error, EngineError)
+    assert pair.remote.join(5)
+
+
+def test_where_new_requests_are_held_nobody_notices_the_gap() -> None:
+    pair = Waiting()
+    pair.remote.close()
+    assert pair.remote.join(5)
+    first = Loop(FakeEngine(), time.monotonic)
+    pair.remote = RemoteEngine(first, time.monotonic, patience=30.0, holds=True)
+    first.cut = True
+    for thread in pair.remote._threads:  # it has noticed
+        thread.join(5)
+    pair.submit("late")
+    assert pair.remote.alive
+    engine = pair.come_back()
+    late = engine.submitted.get(timeout=5)
+    assert late.request.id == "late"
+    assert late.received == (((), False),)
+    late.sink(late, [Output(0, 7, "length")])
+    assert tokens(pair.got, 1) == [(0, 7, "length")]
+    assert engine.submitted.empty()
+    pair.submit("last")
+    engine.submitted.get(timeout=5)
+    pair.wires[-1].cut = True
+    pair.remote.give_up("it cannot live")
+    assert "it cannot live" in str(pair.got.get(timeout=5)[0].error)
+    assert not pair.remote.alive
+    with pytest.raises(EngineError, match="cannot live"):
+        pair.submit("too late")
+    pair.remote.give_up("again")
+    assert pair.remote.join(5)
+
+
+def test_times_go_on_where_they_were() -> None:
+    pair = Waiting()
+    ticket = pair.submit(max_tokens=9)
+    far = pair.engine.submitted.get(timeout=5)
+    far.scheduled, far.cached_tokens = far.submitted + 0.001, 17
+    far.sink(far, [Output(0, 7, at=far.submitted + 0.002)])
+    first = pair.got.get(timeout=5)[0].at
+    scheduled = ticket.scheduled
+    pair.die()
+    again = pair.come_back().submitted.get(timeout=5)
+    again.scheduled = again.submitted + 0.01
+    again.sink(again, [Output(0, 8, "stop", at=again.submitted + 0.02)])
+    last = pair.got.get(timeout=5)[0].at
+    assert first < last < time.monotonic() + 0.05
+    assert (ticket.scheduled, ticket.cached_tokens) == (scheduled, 17)
+    pair.remote.close()
+
+
+def test_samples_that_were_received_must_be_those_of_the_request(pair: Pair) -> None:
+    command = encode_ticket(pair.submit())
+    with pytest.raises(EngineError, match="2 samples were received of 1"):
+        pair.wire._host.ask([("resume", *command[1:], (((), False), ((), False)))])

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -53,6 +54,9 @@ class OneHolder:
 
     def layout(self, length: int) -> Layout:
         return (Share(0, (0,), 0, 1 << 20),)
+
+    def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
+        return (self.layout(length),)
 
     def reads_locally(self, length: int) -> bool:
         return False

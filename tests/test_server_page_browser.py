@@ -436,7 +436,10 @@ def test_a_real_engine_under_load(tab):
         answer.close()
         connection.close()
 
-    with LLM("smollm2-135m", threads=1, attention_workers=2, kv_memory="128MiB") as llm, really(llm) as rig:
+    with (
+        LLM("smollm2-135m", threads=1, attention_workers=2, local_share=0, kv_memory="128MiB") as llm,
+        really(llm) as rig,
+    ):
         threads = [threading.Thread(target=talk, args=(rig.port, number)) for number in range(4)]
         for thread in threads:
             thread.start()

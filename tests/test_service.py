@@ -158,6 +158,24 @@ def test_a_stream_that_ends_inside_a_frame():
     channel.close()
 
 
+def test_a_channel_may_be_closed_while_it_starts(monkeypatch):
+    channel = GrpcChannel(False)
+    cancelled = threading.Event()
+
+    class Slow(threading.Thread):
+        def start(self) -> None:
+            channel.close()
+            super().start()
+
+    with monkeypatch.context() as changed:
+        changed.setattr(threading, "Thread", Slow)
+        channel.start(iter([b"late"]), cancelled.set)
+    assert cancelled.is_set()
+    with pytest.raises(ChannelClosed, match="closed on this side"):
+        channel.receive(1)
+    channel.close()
+
+
 def test_who_does_not_read_is_not_sent_more_than_a_bound():
     channel = GrpcChannel(False)
     sent = []

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_attention import LIMITS, SIZES, Row, World, any_sequence, attend, build, errors, relative_error
@@ -40,11 +41,6 @@ RAGGED = [
 ]
 EVEN = [Row(200, 1, 0, 200), Row(190, 1, 0, 190), Row(210, 1, 0, 211)]
 SMALL = dataclasses.replace(INTERPRETER, many=Tile(32, 16, 1, 1), many_wide=Tile(16, 32, 1, 1))
-
-
-@pytest.fixture(scope="session")
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def layout(dtype: torch.dtype, page_size: int = 7, d_k: int = 48, d_v: int = 80) -> PageLayout:
@@ -350,13 +346,25 @@ class TestMerge:
         triton_decode.merge_into(into, past, None)
         assert (into.out == 0.75 + 2**-8).all()
 
-    def test_an_index_outside_is_refused_and_changes_nothing(self, device: str) -> None:
-        into, past = random_partial(6, 32, F32, 0), on(random_partial(3, 32, F32, 1), device)
-        found = on(into, device)
+    @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the host does not look at an index")
+    def test_an_index_outside_is_refused_and_changes_nothing(self) -> None:
+        into, past = random_partial(6, 32, F32, 0), random_partial(3, 32, F32, 1)
+        found = on(into, "cpu")
         for wrong in (-1, 6, 2**62):
             with pytest.raises(ValueError, match=f"index must be from 0 to 5, got {wrong}"):
-                triton_decode.merge_into(found, past, torch.tensor([0, wrong, 1], device=device))
-        assert torch.equal(found.out.cpu(), into.out)
+                triton_decode.merge_into(found, past, torch.tensor([0, wrong, 1]))
+        assert torch.equal(found.out, into.out)
+
+    def test_of_an_index_that_is_not_looked_at_what_is_outside_is_skipped(self, device: str) -> None:
+        into, past = random_partial(6, 32, F32, 0), random_partial(4, 32, F32, 1)
+        index = torch.tensor([0, -1, 6, 3])
+        found, inside = on(into, device), on(into, device)
+        with mock.patch.object(merge_partials, "looked_at", return_value=False):
+            triton_decode.merge_into(found, on(past, device), index.to(device))
+        kept = Partial(past.out[[0, 3]], past.lse[[0, 3]])
+        triton_decode.merge_into(inside, on(kept, device), index[[0, 3]].to(device))
+        assert torch.equal(found.out, inside.out)
+        assert torch.equal(found.lse, inside.lse)
 
     @settings(max_examples=15, deadline=None)
     @given(

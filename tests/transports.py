@@ -43,10 +43,13 @@ class OneStream:
         self.channels: queue.SimpleQueue[GrpcChannel] = queue.SimpleQueue()
 
     def hello(self, hello: control.Hello, remaining: float) -> control.Welcome:
-        return control.Welcome("one", 1, 1, 30.0, 1 << 20, None, None)
+        return control.Welcome("one", 1, 1, 30.0, 1 << 20, None, None, False)
 
     def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive:
         return control.Alive("serving")
+
+    def goodbye(self, goodbye: control.Goodbye) -> control.Alive:
+        return control.Alive("ended")
 
     def status(self) -> control.WorkerStatus:
         raise RuntimeError("a secret of the server")
@@ -96,7 +99,7 @@ def pair(transport: str, max_frame: int = 1 << 28) -> Iterator[tuple[Channel, Ch
             else:
                 sock = listen_tcp("127.0.0.1", 0)
             context = server_context(made, False) if made else None
-            listener = Listener(sock, SECRET.__eq__, arrived.put, context, max_frame)
+            listener = Listener(sock, SECRET.__eq__, lambda channel, _: arrived.put(channel), context, max_frame)
             stack.callback(listener.close)
             if kind == "local":
                 near = connect_unix(path, SECRET, 10, max_frame)

@@ -1,7 +1,8 @@
 """What dense layers are made of: linear maps, norms, rotation, gating. One place each, so that one can be replaced.
 
 Knows tensors and the machine's best way to multiply them. Knows no layer, no model, no attention.
-What stands here in torch serves every device and dtype; on CPUs `dense_cpu` does the same in one pass over memory.
+What stands here in torch serves every device and dtype, and torch.compile; on CPUs `dense_cpu` does the same in one
+pass over memory.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: `[n, n_in]` -> `[n, n_out]`. n may be 0."""
+        if torch.compiler.is_compiling() and not self._packed:  # torch.compile can follow this way alone
+            return F.linear(x, self._weight, self._bias)
         if not len(x):  # the compiled ways refuse
             return x.new_empty(0, self.n_out)
         if self._few and len(x) <= few_rows.MAX_ROWS:
@@ -129,7 +132,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _compiled(x: torch.Tensor) -> bool:
-    return x.is_cpu and x.dtype in dense_cpu.DTYPES
+    return x.is_cpu and x.dtype in dense_cpu.DTYPES and not torch.compiler.is_compiling()
 
 
 def repacks(weight: torch.Tensor) -> bool:

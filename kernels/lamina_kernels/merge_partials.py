@@ -45,14 +45,15 @@ def merge_outputs(outputs: torch.Tensor, most_rows: int, partials: Partial, into
 
 
 def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None:
-    """As `Kernels.merge_into`. An index is checked on the host, which waits for the device."""
+    """As `Kernels.merge_into`; but the host does not look at an index on a GPU: what is outside is skipped."""
     total, n, width = check_merge(into, past, index)
     if not n:
         return
     if index is not None:
-        low, high = (int(x) for x in index.aminmax())
-        if low < 0 or high >= total:
-            raise ValueError(f"index must be from 0 to {total - 1}, got {low if low < 0 else high}")
+        if looked_at(index):
+            low, high = (int(x) for x in index.aminmax())
+            if low < 0 or high >= total:
+                raise ValueError(f"index must be from 0 to {total - 1}, got {low if low < 0 else high}")
         index = index.contiguous()
     arguments = {
         "out": into.out,
@@ -61,12 +62,18 @@ def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None
         "past_lse": past.lse.contiguous(),
         "index": into.lse if index is None else index,
         "n": n,
+        "into_n": total,
         "D_V": width,
         "INDEXED": index is not None,
         "WIDTH": padded(width),
         "BLOCK": BLOCK,
     }
     launch(merge_into_kernel, (int(triton.cdiv(n, BLOCK)),), arguments)
+
+
+def looked_at(index: torch.Tensor) -> bool:
+    """Whether the host checks an index: not where it would wait for a GPU."""
+    return index.is_cpu
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -106,6 +113,7 @@ def merge_into_kernel(
     past_lse: tl.tensor,
     index: tl.tensor,
     n: tl.tensor,
+    into_n: tl.tensor,
     D_V: tl.constexpr,
     INDEXED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -114,11 +122,12 @@ def merge_into_kernel(
     """BLOCK vectors of past."""
     vector, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     held = vector < n
-    mask = held[:, None] & (column < D_V)[None, :]
     if INDEXED:
         target = tl.load(index + vector, mask=held, other=0)
+        held = held & (target >= 0) & (target < into_n)
     else:
         target = vector
+    mask = held[:, None] & (column < D_V)[None, :]
     place = out + target[:, None] * D_V + column[None, :]
     mine = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     other = tl.load(past_out + vector[:, None] * D_V + column[None, :], mask=mask, other=0.0).to(tl.float32)

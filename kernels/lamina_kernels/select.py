@@ -82,7 +82,8 @@ class Kernels(Protocol):
         into: out `[N, d_v]` and lse float32 `[N]`, contiguous; past: out `[n, d_v]` and lse float32 `[n]`, in other
         memory; index: int64 `[n]`, all distinct; without it n is N. Either out is float32, bfloat16 or float16.
         As `partial.merge`: sums in float32, rounded once to the dtype of into; only empties merge to the empty one.
-        Raises ValueError, and changes nothing, on other shapes and dtypes and on an index outside [0, N).
+        Raises ValueError, and changes nothing, on other shapes and dtypes and on an index outside [0, N); of an index
+        on a GPU, which nobody waits for, it skips what is outside.
         """
 
 

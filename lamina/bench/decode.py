@@ -191,7 +191,7 @@ def _kept(llm: LLM, context: int) -> float:
 
 
 @contextlib.contextmanager
-def _reading(device: str) -> Iterator[Read]:
+def _reading(device: str | Sequence[str]) -> Iterator[Read]:
     if _on_gpu(device):
         import torch
 
@@ -209,9 +209,10 @@ def _reading(device: str) -> Iterator[Read]:
         yield read
 
 
-def _on_gpu(device: str) -> bool:
-    if device != "auto":
-        return device == "cuda"
+def _on_gpu(device: str | Sequence[str]) -> bool:
+    name = device if isinstance(device, str) else device[0]
+    if name != "auto":
+        return name.startswith("cuda")
     import torch
 
     return torch.cuda.is_available()

@@ -67,9 +67,10 @@ class EngineLink:
                 self._link(facts)
 
     def _cut(self) -> None:
+        """What is under way waits for the next engine, where that was agreed."""
         if self._wire is not None:
             self._wire.close()
-        self._wire, self._engine, self._linked = None, None, None
+        self._wire, self._linked = None, None
 
     def _link(self, facts: Mapping[str, Any]) -> None:
         """One try. What stands in the way is told, and tried again at the next look."""
@@ -80,7 +81,8 @@ class EngineLink:
         except LaminaError as error:
             self._tell(facts, str(error))
             return
-        self._engine = RemoteEngine(self._wire, time.monotonic)
+        if self._engine is None or not self._engine.rejoin(self._wire):
+            self._engine = RemoteEngine(self._wire, time.monotonic, patience=facts.get("patience", 0.0))
         intake = Intake(
             tokenizer,
             facts["context"],

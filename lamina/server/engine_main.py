@@ -20,10 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.errors import LaminaError, WorkersUnavailable
-from lamina.members import Member, MemberStatus, News, OnJoined, OnLeft
+from lamina.errors import LaminaError
+from lamina.members import Member
 from lamina.model_cache import Progress
 from lamina.server.lines import Mouth, begin
+from lamina.told_members import ToldMembers
 from lamina_protocols.channels import Credentials
 from lamina_workers.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
 
@@ -33,53 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamina")
 
+_CLAIM = 10.0  # seconds after a start in which clients come back for what an engine before began
 _SWITCH = 1e-4  # seconds: the threads that talk to clients must not keep the step loop from the interpreter for 5 ms
-_WORKERS_UP = 120.0  # seconds
-
-
-class ToldMembers:
-    """Attention workers that the supervisor runs: `members.Members`, told by lines."""
-
-    def __init__(self, mouth: Mouth) -> None:
-        self._mouth = mouth
-        self._first: queue.SimpleQueue[tuple[Member, ...] | None] = queue.SimpleQueue()
-        self._news = News()
-        self._lock = threading.Lock()
-
-    def start(self, progress: Progress | None = None) -> tuple[Member, ...]:
-        try:
-            members = self._first.get(timeout=_WORKERS_UP)
-        except queue.Empty:
-            raise WorkersUnavailable(f"no attention workers within {_WORKERS_UP:g} s") from None
-        if not members:
-            raise WorkersUnavailable("no attention worker is up")
-        return members
-
-    def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
-        self._news.listen(on_joined, on_left)
-        with self._lock:
-            self._news.deliver()
-
-    def lost(self, name: str) -> None:
-        self._mouth.say("lost", name)
-
-    def status(self) -> tuple[MemberStatus, ...]:
-        return ()
-
-    def close(self) -> None:
-        self._first.put(None)
-
-    def hear(self, word: str, *items: Any) -> None:
-        """Take a line of the supervisor's."""
-        if word == "members":
-            self._first.put(tuple(_member(fields) for fields in items[0]))
-            return
-        with self._lock:
-            if word == "joined":
-                self._news.joined(_member(items[0]))
-            elif word == "left":
-                self._news.left(items[0])
-            self._news.deliver()
 
 
 def _member(fields: Sequence[Any]) -> Member:
@@ -93,7 +49,7 @@ def main() -> int:
     mouth, lines = begin("engine")
     _, model, config, path, secret, waits = next(lines, ["", "", {}, "", "", False])
     share_cores(SPIN_COUNT if waits else SPIN_COUNT_BESIDE_CLIENTS)
-    members = ToldMembers(mouth) if waits else None
+    members = ToldMembers(lambda name: mouth.say("lost", name)) if waits else None
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(lines, members, ended), name="lamina-supervisor", daemon=True).start()
     threading.Thread(
@@ -106,8 +62,18 @@ def main() -> int:
 def _listen(lines: Any, members: ToldMembers | None, ended: queue.SimpleQueue[int]) -> None:
     for word, *items in lines:
         if members is not None:
-            members.hear(word, *items)
+            _tell(members, word, *items)
     ended.put(0)
+
+
+def _tell(members: ToldMembers, word: str, *items: Any) -> None:
+    """Take a line of the supervisor's."""
+    if word == "members":
+        members.there([_member(fields) for fields in items[0]])
+    elif word == "joined":
+        members.joined(_member(items[0]))
+    elif word == "left":
+        members.left(items[0])
 
 
 def _serve(
@@ -125,9 +91,10 @@ def _serve(
     try:
         from lamina.server.link import EngineListener
 
-        runtime = _start(model, EngineConfig(**config), progress, members)
+        settings = EngineConfig(**config)
+        runtime = _start(model, settings, progress, members)
         EngineListener(path, bytes.fromhex(secret), runtime.engine, time.monotonic)
-        facts = _facts(runtime)
+        facts = _facts(runtime) | {"patience": settings.recovery_timeout}
     except BaseException as error:  # whatever it is, torch's own errors too: nobody may wait for ever
         if not isinstance(error, LaminaError):
             logger.exception("the engine did not start")
@@ -135,6 +102,10 @@ def _serve(
         ended.put(1)
         return
     mouth.say("ready", facts)
+    if (disclaim := getattr(runtime.engine, "disclaim", None)) is not None:
+        claim = threading.Timer(_CLAIM, disclaim)  # whoever has not come back for a request by then will not
+        claim.daemon = True
+        claim.start()
     while runtime.engine.alive:
         time.sleep(0.2)
     time.sleep(1.0)  # whoever waits for outputs is told first

@@ -111,7 +111,9 @@ class EngineListener:
         self._secret = secret
         self._lock = threading.Lock()
         self._waiting: dict[str, tuple[str, Channel, float]] = {}  # by client: the direction that came first, and when
-        self._listener = Listener(listen_unix(path), self._admit, self._welcome, max_frame=MAX_FRAME)
+        self._listener = Listener(
+            listen_unix(path), self._admit, lambda channel, _: self._welcome(channel), max_frame=MAX_FRAME
+        )
 
     def close(self) -> None:
         """Take no further clients; those that are there stay until they leave, or the engine stops."""

@@ -28,6 +28,7 @@ from lamina.errors import (
     DiskFullError,
     EngineError,
     InvalidRequest,
+    JournalError,
     LaminaError,
     ModelFileError,
     PolicyError,
@@ -45,7 +46,8 @@ ENGINE_MODULE = "lamina.server.engine_main"
 HTTP_MODULE = "lamina.server.http_main"
 _WORKERS_BACK = 10.0  # seconds that a restarted engine waits for all of its attention workers, before some will do
 _KINDS = {
-    kind.__name__: kind for kind in (DiskFullError, InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError)
+    kind.__name__: kind
+    for kind in (DiskFullError, InvalidRequest, JournalError, ModelFileError, PolicyError, UnsupportedModelError)
 }  # what an engine can say that it failed of; all else is an EngineError
 _LONGEST_FOLDER = 80  # characters: a Unix socket's path has 108, its name included
 _FORCED = 5.0  # seconds beyond the time to drain after which the HTTP process is killed
@@ -101,6 +103,7 @@ class ServerPlan:
     kv_memory: int = 0
     threads: int = 1
     drain: float = 30.0  # seconds that requests under way get after SIGTERM
+    journal: bool = False  # in the supervisor's own folder, unless the engine's keywords name another
     log_level: str = "warning"
 
 
@@ -237,8 +240,10 @@ class Supervisor:
     def _start_engine(self) -> None:
         plan = self._plan
         self._engine.child = self._spawn(self._engine, ENGINE_MODULE)
+        own = {"journal": str(self._folder / "journal")} if plan.journal else {}
+        engine = own | dict(plan.engine)
         self._engine.child.say(
-            line("engine", plan.model, dict(plan.engine), self._engine_socket, self._secret, bool(plan.workers))
+            line("engine", plan.model, engine, self._engine_socket, self._secret, bool(plan.workers))
         )
         if plan.workers and self._engine.starts > 1:
             self._members_due = self._clock() + _WORKERS_BACK

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,6 +41,18 @@ class Channel(Protocol):
 
     def ready(self) -> bool:
         """Whether `receive` would return or raise at once."""
+
+    def post(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """`send` for who serves others too: what the other side does not take at once is kept, and goes by `flush`."""
+
+    def flush(self) -> bool:
+        """Send what was posted as far as that needs no waiting; whether there is room to post more."""
+
+    def watch(self, wake: Callable[[], None]) -> int | None:
+        """The file descriptor to wait for; None where `wake` will be called when something came in, or could go out."""
+
+    def unseen(self) -> bool:
+        """Whether waiting for the descriptor could miss what has come already, or what was posted."""
 
     def close(self) -> None:
         """End both directions; a `receive` or `send` that waits raises ChannelClosed. May be called again."""

@@ -11,6 +11,7 @@ is taken for what it claims. Knows no channel and no checksum.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgpack
@@ -39,21 +40,26 @@ from lamina_protocols.tensors import buffer, dtype_name, from_buffer, nbytes
 
 _ZEROS = bytes(64)
 
-_OPERATIONS = (
+OPERATIONS = (
     Record(m.Open, {"handle": INT, "heads": INTS, "lo": INT, "hi": INT}),
     Record(m.Fork, {"handle": INT, "parent": INT, "length": INT}),
     Record(m.Close, {"handle": INT}),
 )
-_ROW = Record(m.Row, {"handle": INT, "start": INT, "count": INT, "read": RANGE, "store": BOOL, "chooses": BOOL})
+ROW = Record(m.Row, {"handle": INT, "start": INT, "count": INT, "read": RANGE, "store": BOOL, "chooses": BOOL})
 _USAGE = Record(
     m.Usage,
     {"read": INT, "whole": INT, "missed": FLOAT, "queries": INT, "worst": FLOAT, "held": INT, "kept": INT},
 )
+PART = Record(m.PartHeld, {"handle": INT, "heads": INTS, "lo": INT, "hi": INT, "held": INT, "floor": INT})
 _BATCH = {"epoch": INT, "batch": INT}
 _LAYER = _BATCH | {"layer": INT}
+ANNOUNCED = Record(
+    m.Announced,
+    _BATCH | {"accepted": BOOL, "free_pages": INT, "floors": INTS, "reason": TEXT, "usages": list_of(_USAGE)},
+)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """One message: its header fields, then the names of its tensors."""
 
     cls: type
@@ -61,67 +67,87 @@ class _Layout(NamedTuple):
     tensors: tuple[str, ...] = ()
 
 
-_LAYOUTS: dict[int, _Layout] = {  # the tag is part of the protocol: never reuse one
-    1: _Layout(m.Announcement, _BATCH | {"first": INT, "operations": one_of(_OPERATIONS), "rows": list_of(_ROW)}),
-    2: _Layout(
-        m.Announced,
-        _BATCH | {"accepted": BOOL, "free_pages": INT, "floors": INTS, "reason": TEXT, "usages": list_of(_USAGE)},
+_LAYOUTS: dict[int, Layout] = {  # the tag is part of the protocol: never reuse one
+    1: Layout(m.Announcement, _BATCH | {"first": INT, "operations": one_of(OPERATIONS), "rows": list_of(ROW)}),
+    2: Layout(m.Announced, ANNOUNCED.fields),
+    3: Layout(m.Query, _LAYER, ("q",)),
+    4: Layout(m.Fresh, _LAYER, ("k", "v")),
+    5: Layout(m.Attended, _LAYER | {"seconds": FLOAT}, ("out", "lse")),
+    6: Layout(m.Fault, _BATCH | {"reason": TEXT}),
+    7: Layout(m.Exchange, _LAYER, ("q", "k", "v")),
+    8: Layout(m.Fetch, _LAYER | {"handle": INT, "lo": INT, "hi": INT}),
+    9: Layout(m.Fetched, _LAYER, ("k", "v")),
+    10: Layout(m.Survey, _BATCH | {"first": INT}),
+    11: Layout(
+        m.Surveyed,
+        _BATCH | {"last_epoch": INT, "next_operation": INT, "parts": list_of(PART, m.MAX_PARTS), "more": INT},
     ),
-    3: _Layout(m.Query, _LAYER, ("q",)),
-    4: _Layout(m.Fresh, _LAYER, ("k", "v")),
-    5: _Layout(m.Attended, _LAYER, ("out", "lse")),
-    6: _Layout(m.Fault, _BATCH | {"reason": TEXT}),
-    7: _Layout(m.Exchange, _LAYER, ("q", "k", "v")),
-    8: _Layout(m.Fetch, _LAYER | {"handle": INT, "lo": INT, "hi": INT}),
-    9: _Layout(m.Fetched, _LAYER, ("k", "v")),
 }
-_TAGS = {layout.cls: tag for tag, layout in _LAYOUTS.items()}
+
+
+class Codec:
+    """The frames of one set of messages, by their tags."""
+
+    def __init__(self, layouts: Mapping[int, Layout]) -> None:
+        self._layouts = layouts
+        self._tags = {layout.cls: tag for tag, layout in layouts.items()}
+
+    def encode(self, message: Any) -> list[bytes | memoryview]:
+        """The frame of `message` as buffers to send in order; tensor bytes are views, so send before changing them."""
+        tag = self._tags[type(message)]
+        layout = self._layouts[tag]
+        header: list[Any] = [field.pack(getattr(message, name)) for name, field in layout.fields.items()]
+        buffers: list[bytes | memoryview] = [b""]
+        payload = 0
+        for name in layout.tensors:
+            tensor: torch.Tensor = getattr(message, name)
+            if pad := padding(payload):
+                buffers.append(_ZEROS[:pad])
+                payload += pad
+            header.append([dtype_name(tensor.dtype), *tensor.shape])
+            data = buffer(tensor)
+            buffers.append(data)
+            payload += len(data)
+        packed: bytes = msgpack.packb(header)
+        if len(packed) > MAX_HEADER or payload > MAX_PAYLOAD:
+            raise ProtocolError(
+                f"{layout.cls.__name__} too large: header {len(packed)} of {MAX_HEADER} bytes, "
+                f"payload {payload} of {MAX_PAYLOAD}"
+            )
+        buffers[0] = pack_prefix(Prefix(tag, len(packed), payload)) + packed
+        return buffers
+
+    def decode(self, frame: bytearray | memoryview) -> Any:
+        """The message of one whole frame, sharing its memory. Raises ProtocolError for anything malformed."""
+        view = memoryview(frame)
+        prefix = read_prefix(view)
+        if len(view) != prefix.frame:
+            raise ProtocolError(
+                f"frame of {len(view)} bytes, its prefix says {PREFIX_SIZE} + {prefix.header} + {prefix.payload}"
+            )
+        layout = self._layouts.get(prefix.tag)
+        if layout is None:
+            raise ProtocolError(f"unknown message tag {prefix.tag}, known: {', '.join(map(str, self._layouts))}")
+        payload_start = PREFIX_SIZE + prefix.header
+        fields = unpack_array(view[PREFIX_SIZE:payload_start])
+        if len(fields) != len(layout.fields) + len(layout.tensors):
+            raise ProtocolError(f"{layout.cls.__name__} header has {len(fields)} fields")
+        values = [field.unpack(value) for field, value in zip(layout.fields.values(), fields, strict=False)]
+        values += _tensors(fields[len(layout.fields) :], view[payload_start:])
+        return layout.cls(**dict(zip((*layout.fields, *layout.tensors), values, strict=True)))
+
+
+_CODEC = Codec(_LAYOUTS)
 
 
 def encode(message: m.Message) -> list[bytes | memoryview]:
-    """The frame of `message` as buffers to send in order; tensor bytes are views, so send before changing them."""
-    tag = _TAGS[type(message)]
-    layout = _LAYOUTS[tag]
-    header: list[Any] = [field.pack(getattr(message, name)) for name, field in layout.fields.items()]
-    buffers: list[bytes | memoryview] = [b""]
-    payload = 0
-    for name in layout.tensors:
-        tensor: torch.Tensor = getattr(message, name)
-        if pad := padding(payload):
-            buffers.append(_ZEROS[:pad])
-            payload += pad
-        header.append([dtype_name(tensor.dtype), *tensor.shape])
-        data = buffer(tensor)
-        buffers.append(data)
-        payload += len(data)
-    packed: bytes = msgpack.packb(header)
-    if len(packed) > MAX_HEADER or payload > MAX_PAYLOAD:
-        raise ProtocolError(
-            f"{layout.cls.__name__} too large: header {len(packed)} of {MAX_HEADER} bytes, "
-            f"payload {payload} of {MAX_PAYLOAD}"
-        )
-    buffers[0] = pack_prefix(Prefix(tag, len(packed), payload)) + packed
-    return buffers
+    """The frame of a batch's message; see `Codec`."""
+    return _CODEC.encode(message)
 
 
 def decode(frame: bytearray | memoryview) -> m.Message:
-    """The message of one whole frame, sharing its memory. Raises ProtocolError for anything malformed."""
-    view = memoryview(frame)
-    prefix = read_prefix(view)
-    if len(view) != prefix.frame:
-        raise ProtocolError(
-            f"frame of {len(view)} bytes, its prefix says {PREFIX_SIZE} + {prefix.header} + {prefix.payload}"
-        )
-    layout = _LAYOUTS.get(prefix.tag)
-    if layout is None:
-        raise ProtocolError(f"unknown message tag {prefix.tag}, known: {', '.join(map(str, _LAYOUTS))}")
-    payload_start = PREFIX_SIZE + prefix.header
-    fields = unpack_array(view[PREFIX_SIZE:payload_start])
-    if len(fields) != len(layout.fields) + len(layout.tensors):
-        raise ProtocolError(f"{layout.cls.__name__} header has {len(fields)} fields")
-    values = [field.unpack(value) for field, value in zip(layout.fields.values(), fields, strict=False)]
-    values += _tensors(fields[len(layout.fields) :], view[payload_start:])
-    message: m.Message = layout.cls(*values)
+    """The batch's message of a frame; see `Codec`."""
+    message: m.Message = _CODEC.decode(frame)
     return message
 
 

@@ -1,4 +1,5 @@
-"""The messages of the unary calls: handshake, heartbeat, status, drain. Knows neither gRPC nor what a worker does.
+"""The messages of the unary calls: handshake, heartbeat, goodbye, status, drain. Knows neither gRPC nor what a worker
+does.
 
 Each is a msgpack array of its fields. What refuses a handshake names the field and both values.
 """
@@ -43,10 +44,13 @@ def package_version() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """An engine asks for a session: who it is, what it will send, and over which channels it can.
+    """An engine asks for a channel to a seat: who it is, what it will send, and over which channels it can.
 
-    `session` is random, made by the engine. `model` is the fingerprint of the model's config. `compute_dtype` is that
-    of queries and outputs, `kv_dtype` that in which KV is stored. `local_channel` allows a Unix socket.
+    `session` names the channel; it is random, made by whoever connects. `engine` is the engine's id, in hexadecimal;
+    `seat` the number of one of its seats, each of which has an attention worker of its own with `share` (part, of) of
+    the memory. Its KV is kept for `linger` seconds without a channel. `model` is the fingerprint of the model's config.
+    `compute_dtype` is that of queries and outputs, `kv_dtype` that in which KV is stored. `local_channel` allows a Unix
+    socket.
     """
 
     protocol: int
@@ -59,6 +63,10 @@ class Hello:
     layers: tuple[LayerSpec, ...]
     local_channel: bool
     data_channel: str
+    engine: str
+    seat: int
+    share: tuple[int, ...]
+    linger: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,8 @@ class TcpOffer:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The session is there. `kv_memory` in bytes, `lease` in seconds: so long KV is kept without a sign of life."""
+    """The session is there. `kv_memory` of the seat in bytes, `lease` in seconds: so long a channel is kept without a
+    sign of life. `resumed`: the seat was there already, with what it holds."""
 
     name: str
     kv_memory: int
@@ -88,6 +97,7 @@ class Welcome:
     max_frame: int
     local: LocalOffer | None
     tcp: TcpOffer | None
+    resumed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,15 @@ class Alive:
 
 
 @dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The engine ends this session in order. With a seat's last channel its KV goes at once, whatever its linger."""
+
+    engine: str
+    seat: int
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class StatusRequest:
     """How is the worker?"""
 
@@ -113,9 +132,10 @@ class StatusRequest:
 class WorkerStatus:
     """What a worker is, what it holds, and what it has done since it started.
 
-    `parts` are counted; `heads` are the KV heads and [lo, hi) the positions that any of them holds. `queries` counts
-    query vectors attended, `stored` K vectors stored, `busy` the seconds spent on messages; times in seconds, sizes
-    in bytes.
+    `session`: an engine, whose id begins with `engine`, has `seats` here; of these `lingering` have no channel, and the
+    first to go is kept for `linger_left` seconds more. `channel` names the kinds of the `channels`. `parts` are
+    counted; `heads` are the KV heads and [lo, hi) the positions that any of them holds. `queries` counts query vectors
+    attended, `stored` K vectors stored, `busy` the seconds spent on messages; times in seconds, sizes in bytes.
     """
 
     name: str
@@ -123,6 +143,11 @@ class WorkerStatus:
     model: str
     session: bool
     session_age: float
+    engine: str
+    seats: int
+    channels: int
+    lingering: int
+    linger_left: float
     draining: bool
     channel: str
     kv_memory: int
@@ -146,7 +171,7 @@ class Drain:
     """Take no new session; the one under way is told by its heartbeat."""
 
 
-_LAYER = Record(
+LAYER = Record(
     LayerSpec,
     {
         "kv_layer": INT,
@@ -168,7 +193,7 @@ _KINDS: dict[str, Field] = {
     "str": TEXT,
     "bytes": BYTES,
     "tuple[int, ...]": INTS,
-    "tuple[LayerSpec, ...]": list_of(_LAYER),
+    "tuple[LayerSpec, ...]": list_of(LAYER),
 }
 
 
@@ -179,7 +204,7 @@ def _record(cls: type) -> Record:
 _KINDS["LocalOffer | None"] = optional(record(_record(LocalOffer)))
 _KINDS["TcpOffer | None"] = optional(record(_record(TcpOffer)))
 _RECORDS: dict[type, Record] = {
-    cls: _record(cls) for cls in (Hello, Welcome, Heartbeat, Alive, StatusRequest, WorkerStatus, Drain)
+    cls: _record(cls) for cls in (Hello, Welcome, Heartbeat, Alive, Goodbye, StatusRequest, WorkerStatus, Drain)
 }
 
 

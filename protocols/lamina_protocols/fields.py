@@ -122,10 +122,14 @@ def record(rec: Record) -> Field:
     return Field(rec.pack, rec.unpack)
 
 
-def list_of(rec: Record) -> Field:
+def list_of(rec: Record, most: int | None = None) -> Field:
+    """A list of those, `most` at most."""
+
     def unpack(values: Any) -> tuple[Any, ...]:
         if type(values) is not tuple:
             raise ProtocolError(f"expected a list of {rec.cls.__name__}, got {shown(values)}")
+        if most is not None and len(values) > most:
+            raise ProtocolError(f"{len(values)} of {rec.cls.__name__}, allowed: {most}")
         return tuple(rec.unpack(value) for value in values)
 
     return Field(lambda values: [rec.pack(value) for value in values], unpack)

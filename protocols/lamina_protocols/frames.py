@@ -61,8 +61,12 @@ def blank_frame(prefix: Prefix, trailer: int = 0) -> memoryview:
     """Writable memory for a frame and `trailer` bytes after it, its payload at a multiple of 64.
 
     The system gives pages as they are written, so a large claim takes no memory before its bytes arrive.
+    Raises ProtocolError where it gives none.
     """
     size = prefix.frame + trailer
-    memory = np.empty(size + ALIGNMENT, np.uint8)
+    try:
+        memory = np.empty(size + ALIGNMENT, np.uint8)
+    except MemoryError as error:  # who reads many channels goes on with the others
+        raise ProtocolError(f"no memory for a frame of {size} bytes") from error
     shift = padding(memory.__array_interface__["data"][0] + PREFIX_SIZE + prefix.header)
     return memory.data[shift : shift + size]

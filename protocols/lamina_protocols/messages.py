@@ -3,7 +3,8 @@
 The model worker sends one `Announcement` a batch to each holder, then per layer a `Query` and a `Fresh`, or both as
 one `Exchange`; the holder answers the announcement with `Announced` and each query with an `Attended`. KV moves from
 one holder to another by `Fetch` and `Fresh`. A holder that cannot go on answers with a `Fault` in the place of the
-reply. Knows nothing of bytes: `codec` does.
+reply. An engine that takes up what another left behind asks by `Survey` what there is. Knows nothing of bytes: `codec`
+does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+MAX_PARTS = 4096  # that one `Surveyed` tells of
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,14 +234,59 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class Survey:
+    """Ask what a holder keeps: parts of handle `first` and above. Batches in flight are dropped.
+
+    Needs no announcement, and is numbered by who asks, the batch from 1 up. From then on only newer epochs than the
+    last are taken, so whoever sent here before, and does not know that it was followed, is refused.
+    """
+
+    epoch: int
+    batch: int
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartHeld:
+    """What a holder keeps of one sequence: KV heads `heads`, positions [lo, held) of at most [lo, hi), in every layer:
+    what a batch that was given up did not store does not count. It can be cut back to `floor` at the lowest."""
+
+    handle: int
+    heads: tuple[int, ...]
+    lo: int
+    hi: int
+    held: int
+    floor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """The answer, by growing handle, up to MAX_PARTS of them. `more` parts have larger handles still.
+
+    `last_epoch` is the newest that was announced, 0 where none was; `next_operation` the number that comes next.
+    """
+
+    epoch: int
+    batch: int
+    last_epoch: int
+    next_operation: int
+    parts: tuple[PartHeld, ...]
+    more: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Attended:
-    """The partial attention of one `Query`, in its order. out: `[n, d_v]` in q's dtype, lse: float32 `[n]`."""
+    """The partial attention of one `Query`, in its order. out: `[n, d_v]` in q's dtype, lse: float32 `[n]`.
+
+    `seconds`: how long the holder attended; 0 where it does not say.
+    """
 
     epoch: int
     batch: int
     layer: int
     out: torch.Tensor
     lse: torch.Tensor
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +298,8 @@ class Fault:
     reason: str
 
 
-Request = Announcement | Query | Fresh | Exchange | Fetch
-Reply = Announced | Attended | Fetched | Fault
+Request = Announcement | Query | Fresh | Exchange | Fetch | Survey
+Reply = Announced | Attended | Fetched | Surveyed | Fault
 Message = Request | Reply
 
 

@@ -60,6 +60,8 @@ class AttentionService(Protocol):
 
     def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive: ...
 
+    def goodbye(self, goodbye: control.Goodbye) -> control.Alive: ...
+
     def status(self) -> control.WorkerStatus: ...
 
     def drain(self) -> control.WorkerStatus: ...
@@ -91,29 +93,44 @@ class GrpcChannel:
         self._unreadable = ""  # what came in that is no frame; the other side can still be told so
         self._reader: threading.Thread | None = None
         self._cancel: Callable[[], object] = lambda: None
+        self._wake: Callable[[], None] = lambda: None
 
     def start(self, incoming: Iterable[bytes], cancel: Callable[[], object]) -> None:
         """Read `incoming` until it ends; `cancel` breaks the stream off."""
         self._cancel = cancel
-        self._reader = threading.Thread(target=self._read, args=(incoming,), name="lamina-stream", daemon=True)
-        self._reader.start()
+        reader = threading.Thread(target=self._read, args=(incoming,), name="lamina-stream", daemon=True)
+        reader.start()
+        self._reader = reader  # not before it runs: `close`, from another thread, waits for it
 
     def outgoing(self) -> Iterator[bytes]:
         """What is to be sent, until the channel is closed."""
-        return iter(self._out.get, None)
+        while (message := self._out.get()) is not None:
+            if self._out.qsize() == _QUEUED - 1:
+                self._wake()  # there is room again
+            yield message
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        size = check_size(buffers, self._max_frame)
-        if self._trailer:
-            buffers = [*buffers, checksum(buffers)]
-        whole = size + self._trailer <= self._max_message
-        for message in (b"".join(buffers),) if whole else _messages(buffers, self._max_message):
-            while self._out.qsize() >= _QUEUED and not (self._closed or self._ended):
+        for message in self._cut(buffers):
+            while not self.flush():
                 time.sleep(0.001)  # the other side does not read
-            if self._closed or self._ended:
-                raise ChannelClosed(self._closed or self._ended)
             self._out.put(message)
-        self.bytes_sent += size + self._trailer
+
+    def post(self, buffers: Sequence[bytes | memoryview]) -> None:
+        self.flush()
+        for message in self._cut(buffers):
+            self._out.put(message)
+
+    def flush(self) -> bool:
+        if self._closed or self._ended:
+            raise ChannelClosed(self._closed or self._ended)
+        return self._out.qsize() < _QUEUED
+
+    def watch(self, wake: Callable[[], None]) -> int | None:
+        self._wake = wake
+        return None
+
+    def unseen(self) -> bool:
+        return True
 
     def receive(self, timeout: float | None = None) -> memoryview:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -143,12 +160,22 @@ class GrpcChannel:
             self._reader.join(0.5)  # the other side ends the stream when it sees its end, else it is broken off
         self._cancel()
 
+    def _cut(self, buffers: Sequence[bytes | memoryview]) -> Iterable[bytes]:
+        """A frame as gRPC messages."""
+        size = check_size(buffers, self._max_frame)
+        if self._trailer:
+            buffers = [*buffers, checksum(buffers)]
+        self.bytes_sent += size + self._trailer
+        whole = size + self._trailer <= self._max_message
+        return (b"".join(buffers),) if whole else _messages(buffers, self._max_message)
+
     def _read(self, incoming: Iterable[bytes]) -> None:
         try:
             for message in incoming:
                 while self._in.qsize() >= _QUEUED and not self._closed:
                     time.sleep(0.001)  # nobody receives: gRPC's flow control then stops the other side
                 self._in.put(message)
+                self._wake()
             self._ended = "closed by the other side"
         except grpc.RpcError as error:
             self._ended = f"the stream broke: {_details(error)}"
@@ -156,6 +183,7 @@ class GrpcChannel:
             self._ended = f"the stream broke: {error}" if str(error) else "closed by the other side"
         self._in.put(None)
         self._out.put(None)  # nobody is there to read more: let go of gRPC's thread
+        self._wake()
 
     def _take(self, message: bytes | None) -> None:
         if message is None or self._closed or self._unreadable:
@@ -200,7 +228,7 @@ class WorkerClient:
             self._channel = grpc.insecure_channel(address, options)
         self._calls = {
             name: self._channel.unary_unary(f"/{SERVICE}/{name}", _same, _same)
-            for name in ("Hello", "Heartbeat", "Status", "Drain")
+            for name in ("Hello", "Heartbeat", "Goodbye", "Status", "Drain")
         }
 
     def hello(self, hello: control.Hello, timeout: float) -> control.Welcome:
@@ -208,6 +236,9 @@ class WorkerClient:
 
     def heartbeat(self, session: str, timeout: float) -> control.Alive:
         return self._call("Heartbeat", control.Heartbeat(session), control.Alive, timeout)
+
+    def goodbye(self, goodbye: control.Goodbye, timeout: float) -> control.Alive:
+        return self._call("Goodbye", goodbye, control.Alive, timeout)
 
     def status(self, timeout: float = 5.0) -> control.WorkerStatus:
         return self._call("Status", control.StatusRequest(), control.WorkerStatus, timeout)
@@ -300,6 +331,7 @@ def handlers(service: AttentionService, max_message: int, max_frame: int) -> Any
         {
             "Hello": unary(control.Hello, service.hello),
             "Heartbeat": unary(control.Heartbeat, lambda message, _: service.heartbeat(message)),
+            "Goodbye": unary(control.Goodbye, lambda message, _: service.goodbye(message)),
             "Status": unary(control.StatusRequest, lambda *_: service.status()),
             "Drain": unary(control.Drain, lambda *_: service.drain()),
             "Batch": grpc.stream_stream_rpc_method_handler(batch, _same, _same),

@@ -58,6 +58,7 @@ class SocketChannel:
         self._both.register(sock, select.POLLIN | select.POLLOUT)
         self._room = select.poll()
         self._room.register(sock, select.POLLOUT)
+        self._unsent: list[memoryview] = []
         self._frames: deque[memoryview] = deque()
         self._held = 0  # bytes of them
         self._prefix_memory = memoryview(bytearray(PREFIX_SIZE))
@@ -65,27 +66,39 @@ class SocketChannel:
         self._memory = self._missing = self._prefix_memory  # what it goes to, and the part that has not come yet
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        size = check_size(buffers, self._max_frame)
-        pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
-        if self._trailer:
-            pending.append(memoryview(checksum(buffers)))
-        if self._tls and size < _SMALL:
-            pending = [memoryview(b"".join(pending))]
         with self._busy:
-            while pending:
+            self._enqueue(buffers)
+            while not self.flush():
+                self._wait_for_room()
+
+    def post(self, buffers: Sequence[bytes | memoryview]) -> None:
+        with self._busy:
+            self._enqueue(buffers)
+            if not self.flush():
+                self._unsent = [memoryview(b"".join(self._unsent))]  # the buffers are the caller's
+
+    def flush(self) -> bool:
+        with self._busy:
+            unsent = self._unsent
+            while unsent:
                 self._check_open()
                 try:
-                    sent = self._write(pending)
+                    sent = self._write(unsent)
                 except _NOT_NOW:
-                    self._wait_for_room()
-                    continue
+                    return False
                 except OSError as error:
                     raise self._broken(error) from error
-                while pending and sent >= len(pending[0]):
-                    sent -= len(pending.pop(0))
+                while unsent and sent >= len(unsent[0]):
+                    sent -= len(unsent.pop(0))
                 if sent:
-                    pending[0] = pending[0][sent:]
-        self.bytes_sent += size + self._trailer
+                    unsent[0] = unsent[0][sent:]
+            return True
+
+    def watch(self, wake: Callable[[], None]) -> int | None:
+        return self._socket.fileno()
+
+    def unseen(self) -> bool:
+        return bool(self._frames or self._unsent or self._tls or self._closed or self._unreadable)
 
     def receive(self, timeout: float | None = None) -> memoryview:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -120,6 +133,16 @@ class SocketChannel:
                 while socket.socket.recv(self._socket, _BUFFER):
                     pass
             self._socket.close()
+
+    def _enqueue(self, buffers: Sequence[bytes | memoryview]) -> None:
+        size = check_size(buffers, self._max_frame)
+        frame = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        if self._trailer:
+            frame.append(memoryview(checksum(buffers)))
+        if self._tls and size < _SMALL:
+            frame = [memoryview(b"".join(frame))]
+        self._unsent += frame
+        self.bytes_sent += size + self._trailer
 
     def _write(self, pending: list[memoryview]) -> int:
         if self._tls:
@@ -185,15 +208,15 @@ class SocketChannel:
 class Listener:
     """Accepts connections in a thread of its own, and gives those that show the right secret to `deliver`.
 
-    `admit` says whether a secret is right, and is asked once a connection; `deliver` takes the channel over. Both are
-    called on threads of the listener.
+    `admit` says whether a secret is right, and is asked once a connection; `deliver` takes the channel that it opens
+    over. Both are called on threads of the listener.
     """
 
     def __init__(
         self,
         sock: socket.socket,
         admit: Callable[[bytes], bool],
-        deliver: Callable[[SocketChannel], None],
+        deliver: Callable[[SocketChannel, bytes], None],
         tls: ssl.SSLContext | None = None,
         max_frame: int = MAX_FRAME,
     ) -> None:
@@ -243,7 +266,8 @@ class Listener:
                 raise ChannelClosed("a wrong secret")
             sock.sendall(_WELCOME)
             _tune(sock)
-            self._deliver(SocketChannel(sock, greeting[SECRET_SIZE:] == _CHECKSUMMED, self._max_frame))
+            channel = SocketChannel(sock, greeting[SECRET_SIZE:] == _CHECKSUMMED, self._max_frame)
+            self._deliver(channel, greeting[:SECRET_SIZE])
         except (OSError, LaminaError):
             sock.close()  # a stranger is told nothing
         finally:

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
+    if args.read_delay:
+        _slow_down(args.read_delay)
     parent_gone = threading.Event()
     if args.die_with_parent or args.parent_pipe is not None:
         _follow_parent(0 if args.parent_pipe is None else args.parent_pipe, ended, parent_gone)
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-port", type=int, default=0, metavar="PORT", help="of the TCP data channel; 0 takes a free one")
     add("--kv-memory", type=int, required=True, metavar="BYTES", help="memory for KV")
     add("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="that compute")
+    add("--device", default="cpu", metavar="NAME", help="where KV lies and attention is computed: cpu, cuda or cuda:N")
     add("--name", default="attention", help="what status and errors call this worker")
     add("--tls-dir", metavar="DIR", help="with ca.pem, cert.pem and key.pem")
     add("--token-file", metavar="FILE", help="with the token that callers must show")
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lease", type=float, default=30.0, metavar="SECONDS", help="that KV outlives the last sign of its engine")
     add("--die-with-parent", action="store_true", help="end when stdin closes or the parent's thread ends")
     add("--parent-pipe", type=int, metavar="FD", help="end when this descriptor closes, instead of stdin")
+    add("--read-delay", type=float, default=0.0, help=argparse.SUPPRESS)  # SIGUSR1 ends or resumes it
     return parser
 
 
@@ -80,6 +84,7 @@ def _server(args: argparse.Namespace) -> AttentionServer:
             name=args.name,
             kv_memory=args.kv_memory,
             threads=args.threads,
+            device=args.device,
             listen=args.listen,
             data_port=args.data_port,
             credentials=load_credentials(args.tls_dir, args.token_file, server=True),
@@ -89,6 +94,18 @@ def _server(args: argparse.Namespace) -> AttentionServer:
             lease=args.lease,
         )
     )
+
+
+def _slow_down(delay: float) -> None:
+    """For experiments. It is on at first; each SIGUSR1 changes that."""
+    from lamina_workers.attention_worker import AttentionWorker
+
+    AttentionWorker.read_delay = delay
+
+    def change(*_: object) -> None:
+        AttentionWorker.read_delay = delay - AttentionWorker.read_delay
+
+    signal.signal(signal.SIGUSR1, change)
 
 
 def _follow_parent(descriptor: int, ended: threading.Event, parent_gone: threading.Event) -> None:

@@ -6,18 +6,37 @@ verbs, so the model worker cannot tell which it has. `Replies` sorts a port's re
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
+from lamina_protocols.channels import Channel
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.messages import Announced, Announcement, Attended, Fault, Fetched, Reply, Request, answered
+from lamina_protocols.messages import (
+    Announced,
+    Announcement,
+    Attended,
+    Fault,
+    Fetched,
+    PartHeld,
+    Reply,
+    Request,
+    Survey,
+    Surveyed,
+    answered,
+)
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.exchanges import Exchanges, Link
 
-R = TypeVar("R", Announced, Attended, Fetched)
+if TYPE_CHECKING:
+    import torch
+
+_FAILURES = 64  # batches of which something went wrong that was not told yet
+
+R = TypeVar("R", Announced, Attended, Fetched, Surveyed)
 
 
 class AttentionPort(Protocol):
@@ -61,6 +80,42 @@ class Transported(Protocol):
     def bytes_received(self) -> int: ...
 
 
+@runtime_checkable
+class Channelled(Protocol):
+    """What a port has besides where its replies come over a channel that can be waited for."""
+
+    @property
+    def channel(self) -> Channel: ...
+
+
+def survey(port: AttentionPort, timeout: float | None = None) -> Surveyed:
+    """All that a holder keeps, asked before anything else is under way at this port.
+
+    Raises HolderLost as `receive` does, HolderFault where the holder cannot say.
+    """
+    parts: tuple[PartHeld, ...] = ()
+    while True:
+        port.send(Survey(0, 1, parts[-1].handle + 1 if parts else 0))
+        reply = port.receive(timeout)
+        if isinstance(reply, Fault):
+            raise HolderFault(f"{port.name}: {reply.reason}")
+        if not isinstance(reply, Surveyed) or (reply.more and not reply.parts):
+            port.close()
+            raise HolderLost(f"{port.name}: a survey was asked for, got {type(reply).__name__}")
+        parts += reply.parts
+        if not reply.more:
+            return dataclasses.replace(reply, parts=parts)
+
+
+@runtime_checkable
+class InProcess(Protocol):
+    """What a port has besides where the holder is in this process: tensors on its device are handed over as they
+    are."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 class Replies:
     """The replies of one port, sorted by batch: several batches may be under way, each taking its own.
 
@@ -76,6 +131,11 @@ class Replies:
         self._waiting: dict[int, deque[Reply]] = {}  # by batch under way
         self._epoch = 0
         self.unheard = ""  # a fault that nobody waited for: it may have told of lost keys
+
+    @property
+    def channel(self) -> Channel | None:
+        """What replies come over; None where the holder is in this process."""
+        return self.port.channel if isinstance(self.port, Channelled) else None
 
     def expect(self, epoch: int, batch: int) -> None:
         """Keep replies to this batch until `forget`. A new epoch forgets all others."""
@@ -150,31 +210,41 @@ class LocalAttention:
         self.name = name
         self._worker = worker
         self._replies: deque[Reply] = deque()
-        self._failure: tuple[int, str] | None = None  # a batch, and why a message of it could not be handled
+        self._failures: dict[int, str] = {}  # by batch: why a message of it could not be handled
 
     @property
     def closed(self) -> bool:
         """Never: the worker lives as long as this process."""
         return False
 
+    @property
+    def device(self) -> torch.device:
+        """Where its KV lies."""
+        return self._worker.device
+
     def send(self, request: Request) -> None:
         """Let the worker handle the message; keep its reply, or its error as a `Fault`.
 
         What went wrong with a message that has no reply is told in the next reply of its batch, or to the next
-        announcement.
+        announcement. Batches' messages may come interleaved.
         """
         self.settle()
         reply: Reply | None = None
         try:
             reply = self._worker.handle(request)
         except (LaminaError, ValueError) as error:
-            self._failure = self._failure or (request.batch, f"{type(error).__name__}: {error}")
+            if answered(request) or not self._worker.outdated(request):
+                self._failed(request.batch, error)
         if not answered(request):
             return
-        if self._failure and (self._failure[0] == request.batch or isinstance(request, Announcement)):
-            reply = Fault(request.epoch, request.batch, self._failure[1])
-            self._failure = None
-        self._replies.append(reply or Fault(request.epoch, request.batch, "an earlier message went wrong"))
+        reason = self._failures.pop(request.batch, "")
+        if isinstance(request, Announcement | Survey) and self._failures:
+            if isinstance(request, Announcement):
+                reason = reason or next(iter(self._failures.values()))
+            self._failures.clear()  # a survey tells itself what is not held
+        if reason or reply is None:
+            reply = Fault(request.epoch, request.batch, reason or "an earlier message went wrong")
+        self._replies.append(reply)
 
     def settle(self) -> None:
         """Let the worker do what it put off until its last reply was on its way."""
@@ -182,7 +252,11 @@ class LocalAttention:
         try:
             self._worker.settle()
         except (LaminaError, ValueError) as error:
-            self._failure = self._failure or (batch or 0, f"{type(error).__name__}: {error}")
+            self._failed(batch or 0, error)
+
+    def _failed(self, batch: int, error: Exception) -> None:
+        if len(self._failures) < _FAILURES:
+            self._failures.setdefault(batch, f"{type(error).__name__}: {error}")
 
     def receive(self, timeout: float | None = None) -> Reply:
         """The oldest reply that was not taken yet. Raises ProtocolError where none is due."""

@@ -1,14 +1,14 @@
 """An attention worker that others reach: handshake, sessions, channels. Knows no model and no engine.
 
-One engine at a time. One thread makes every torch call of the server's life: OpenMP keeps a team for each thread that
-ever computed. It reads socket channels itself; a gRPC stream is read for it.
+One engine at a time, with one session or several. One thread makes every torch call of the server's life, a
+`ComputeLoop`. It reads socket channels itself; a gRPC stream is read for it.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
+import re
 import secrets
 import shutil
 import ssl
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -28,11 +28,10 @@ from lamina_protocols import control
 from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.frames import MAX_FRAME
-from lamina_protocols.messages import PROTOCOL_VERSION, HolderConfig
+from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.service import (
     MAX_MESSAGE,
     SERVICE,
-    Busy,
     GrpcChannel,
     TokenInterceptor,
     handlers,
@@ -48,13 +47,17 @@ from lamina_protocols.socket_channel import (
     server_context,
 )
 from lamina_protocols.tensors import DTYPES
-from lamina_workers.attention_session import Session, Traffic
-from lamina_workers.attention_worker import Counters
+from lamina_workers.attention_seats import MAX_SEATS, MAX_SESSIONS, Seats
+from lamina_workers.attention_session import Session
+from lamina_workers.devices import find
 
 logger = logging.getLogger("lamina")
 
-_GRPC_THREADS = 8  # handlers at once: the stream, an ending one, and unary calls
-_MAX_CALLS = 32
+_GRPC_THREADS = MAX_SESSIONS + 8  # handlers at once: the streams, and unary calls
+_MAX_CALLS = MAX_SESSIONS + 32
+_MAX_LINGER = 86_400.0  # seconds
+_MAX_SHARES = 1 << 16
+_ENGINE_ID = re.compile(r"[0-9a-f]{16,64}")
 _MAX_PATH = 96  # bytes of a Unix socket's folder; its path may take 104 at least
 
 _NONE = Credentials()
@@ -66,7 +69,7 @@ class ServerError(LaminaError):
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """`kv_memory` in bytes, `lease` in seconds; `listen` is host:port, port 0 any free one.
+    """`kv_memory` in bytes, `lease` in seconds; `listen` is host:port, port 0 any free one; `device` is where KV lies.
 
     `model`, `compute_dtype`, `kv_dtype` and `page_size`, where given, are all that a handshake may ask for.
     """
@@ -74,6 +77,7 @@ class ServerConfig:
     name: str
     kv_memory: int
     threads: int = 1
+    device: str = "cpu"
     listen: str = "127.0.0.1:0"
     data_port: int = 0
     credentials: Credentials = _NONE
@@ -113,21 +117,19 @@ class AttentionServer:
     def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         config.check()
         self.config = config
+        device = find("device", config.device, prefer_gpu=False)
         self._clock = clock
         self._started_at = clock()
+        self._over: SimpleQueue[Session | None] = SimpleQueue()  # sessions whose channels are to be closed
+        self._seats = Seats(config.name, config.kv_memory, config.threads, device, config.lease, clock, self._over.put)
         self._lock = threading.Lock()
-        self._session: Session | None = None
-        self._draining = False
-        self._totals = Counters()
-        self._traffic = Traffic()
-        self._jobs: SimpleQueue[tuple[Session, HolderConfig] | None] = SimpleQueue()
         self._stopped = threading.Event()
-        self._local: tuple[Listener, str] | None = None  # and its folder
+        self._locals: dict[str, tuple[Listener, str]] = {}  # by session: who listens for it, and the socket's folder
         self._tcp: Listener | None = None
         self._health = health.HealthServicer()
         self._grpc: grpc.Server | None = None
         self._threads = [
-            threading.Thread(target=self._compute, name="lamina-attention", daemon=True),
+            threading.Thread(target=self._seats.loop.run, name="lamina-attention", daemon=True),
             threading.Thread(target=self._watch, name="lamina-lease", daemon=True),
         ]
 
@@ -159,16 +161,16 @@ class AttentionServer:
         return f"{host}:{port}"
 
     def stop(self, grace: float = 1.0) -> None:
-        """Take no new session, give the one under way `grace` seconds, then end it and free everything."""
+        """Take no new session, give those under way `grace` seconds, then end them and free everything."""
         self._set_health(False)
-        self._draining = True
+        self._seats.draining = True
         deadline = self._clock() + grace
-        while (session := self._session) is not None and not session.ended and self._clock() < deadline:
+        while self._seats.live() and self._clock() < deadline:
             time.sleep(0.02)
-        if session is not None:
-            session.end("the worker was stopped")
+        self._seats.end_all("the worker was stopped")
         self._stopped.set()
-        self._jobs.put(None)
+        self._seats.loop.stop()
+        self._over.put(None)
         if self._grpc is not None:
             self._grpc.stop(1.0).wait()
         self._close_channels()
@@ -186,83 +188,50 @@ class AttentionServer:
         """Open a session, or refuse naming what differs."""
         self._check(hello)
         secret = secrets.token_bytes(SECRET_SIZE)
-        config = HolderConfig(hello.layers, hello.page_size, hello.kv_dtype, self.config.kv_memory)
-        with self._lock:
-            if self._draining:
-                raise ProtocolError(f"worker {self.config.name} is draining and takes no new session")
-            if self._session is not None and not self._session.ended:
-                age = self._clock() - self._session.opened_at
-                raise Busy(f"worker {self.config.name} is busy with a session of {age:.1f} seconds")
-            session = Session(hello.session, secret, hello.model, self.config.lease, self._clock)
-            self._session = session
-            self._jobs.put((session, config))
+        session, resumed = self._seats.admit(hello, secret)
+        seat = session.seat
         try:
-            session.built.result(remaining)
+            seat.built.result(remaining)
         except FutureTimeout as error:
-            session.built.cancel()
-            session.end("the handshake took too long")
+            self._seats.end(session, "the handshake took too long")
             raise ProtocolError(f"the worker was not ready within {remaining:.1f} seconds") from error
         except MemoryError as error:
-            raise ProtocolError(f"no memory for {self.config.kv_memory} bytes of KV") from error
+            raise ProtocolError(f"no memory for {seat.config.kv_memory} bytes of KV") from error
         session.heard()
         logger.info("session %.8s: %s, KV %s", session.id, hello.model or "no model named", hello.kv_dtype)
         ours, local, tcp = self.config, None, None
-        if hello.local_channel and ours.local_channel and (path := self._open_local()):
+        if hello.local_channel and ours.local_channel and (path := self._open_local(session)):
             local = control.LocalOffer(path, secret)
         if hello.data_channel == "tcp" and self._tcp is not None:
             tcp = control.TcpOffer(self._tcp.port, secret)
-        return control.Welcome(ours.name, ours.kv_memory, ours.threads, ours.lease, ours.max_frame, local, tcp)
+        memory = seat.config.kv_memory
+        return control.Welcome(ours.name, memory, ours.threads, ours.lease, ours.max_frame, local, tcp, resumed)
 
     def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive:
-        session = self._session
-        if session is None or session.id != heartbeat.session or session.ended:
+        session = self._seats.session(heartbeat.session)
+        if session is None:
             return control.Alive("ended")
         session.heard()
-        return control.Alive("draining" if self._draining else "serving")
+        return control.Alive("draining" if self._seats.draining else "serving")
+
+    def goodbye(self, goodbye: control.Goodbye) -> control.Alive:
+        self._seats.goodbye(goodbye)
+        return control.Alive("ended")
 
     def drain(self) -> control.WorkerStatus:
-        self._draining = True
+        self._seats.draining = True
         self._set_health(False)
         return self.status()
 
     def status(self) -> control.WorkerStatus:
-        with self._lock:
-            session, totals, traffic = self._session, self._totals, self._traffic
-            worker = None if session is None else session.worker
-            if session is not None and worker is not None:
-                totals, traffic = _sum(totals, worker.counters), _sum_traffic(traffic, session.traffic)
-        live = session is not None and not session.ended
-        parts = () if worker is None else worker.store.parts()
-        return control.WorkerStatus(
-            name=self.config.name,
-            version=control.package_version(),
-            model=session.model if session is not None and live else "",
-            session=live,
-            session_age=self._clock() - session.opened_at if session is not None and live else 0.0,
-            draining=self._draining,
-            channel=session.channel_kind if session is not None and live else "",
-            kv_memory=self.config.kv_memory,
-            parts=len(parts),
-            heads=tuple(sorted({head for part in parts for head in part.heads})),
-            lo=min((part.lo for part in parts), default=0),
-            hi=max((part.held for part in parts), default=0),
-            free_pages=0 if worker is None else worker.store.free_pages,
-            total_pages=0 if worker is None else worker.store.n_pages,
-            batches=totals.batches,
-            queries=totals.queries,
-            stored=totals.vectors_stored,
-            bytes_in=traffic.bytes_in,
-            bytes_out=traffic.bytes_out,
-            busy=traffic.busy,
-            uptime=self._clock() - self._started_at,
-        )
+        return self._seats.status(control.package_version(), self._clock() - self._started_at)
 
     def attach(self, session: str, channel: GrpcChannel) -> None:
-        current = self._session
-        if current is None or not session or current.id != session:
+        found = self._seats.session(session)
+        if found is None:
             raise ProtocolError("no such session at this worker")
-        current.attach(channel, "grpc")
-        self._close_local()
+        self._seats.attach(found, channel, "grpc")
+        self._close_local(found)
 
     def _check(self, hello: control.Hello) -> None:
         ours = self.config
@@ -282,29 +251,31 @@ class AttentionServer:
             raise ProtocolError(
                 f"data channel {hello.data_channel!r:.80}, this worker knows {', '.join(control.DATA_CHANNELS)}"
             )
+        if not _ENGINE_ID.fullmatch(hello.engine):
+            raise ProtocolError(f"engine id {hello.engine!r:.80}, allowed: 16 to 64 hexadecimal characters")
+        if hello.seat >= MAX_SEATS:
+            raise ProtocolError(f"seat {hello.seat}, allowed: 0 to {MAX_SEATS - 1}")
+        if len(hello.share) != 2 or not 0 < hello.share[0] <= hello.share[1] <= _MAX_SHARES:
+            raise ProtocolError(f"a seat's share is {hello.share!r:.80}, allowed: (part, of), 1 to {_MAX_SHARES}")
+        if not 0 <= hello.linger <= _MAX_LINGER:
+            raise ProtocolError(f"linger of {hello.linger:g} seconds, allowed: 0 to {_MAX_LINGER:g}")
         if not hello.layers or not 16 <= len(hello.session) <= 64:
             raise ProtocolError(f"{len(hello.layers)} layers and a session id of {len(hello.session)} characters")
 
     # The server's own threads.
 
-    def _compute(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            session, config = job
-            counters = session.run(config, self.config.threads, self.config.name)
-            with self._lock:
-                self._totals = _sum(self._totals, counters)
-                self._traffic = _sum_traffic(self._traffic, session.traffic)
-                if self._session is session:
-                    self._session = None
-            if self._session is None:
-                self._close_local()
-            gc.collect()  # KV is large, and whatever keeps it in a cycle must not outlive its session
-
     def _watch(self) -> None:
-        while not self._stopped.wait(min(1.0, self.config.lease / 10)):
-            session = self._session
-            if session is not None and session.overdue():
-                session.end(f"no sign of life for {self.config.lease:g} seconds")
+        """Close the channels of sessions that are over, which can take a while; and see who is over."""
+        while True:
+            try:
+                session = self._over.get(timeout=self._seats.tend())
+            except Empty:
+                continue
+            if session is None:
+                return
+            self._close_local(session)
+            if session.channel is not None:
+                session.channel.close()
 
     # Channels.
 
@@ -326,9 +297,8 @@ class AttentionServer:
             listen_tcp(config.host, config.data_port), self._admit, self._deliver("tcp"), tls, config.max_frame
         )
 
-    def _open_local(self) -> str:
+    def _open_local(self, session: Session) -> str:
         """A Unix socket for the session's data, in a folder of its own; its path, or nothing where it cannot be had."""
-        self._close_local()
         try:
             folder = tempfile.mkdtemp(prefix="lamina-")  # mode 0700
             if len(os.fsencode(folder)) > _MAX_PATH:
@@ -338,39 +308,40 @@ class AttentionServer:
         except OSError as error:
             logger.warning("no local channel: %s", error)
             return ""
-        listener = Listener(listening, self._admit, self._deliver("local"), None, self.config.max_frame)
+        listener = Listener(listening, session.admits, self._deliver("local"), None, self.config.max_frame)
         with self._lock:
-            self._local = (listener, folder)
+            self._locals[session.id] = (listener, folder)
+        if session.ended:
+            self._close_local(session)
         return path
 
-    def _close_local(self) -> None:
+    def _close_local(self, session: Session) -> None:
         """Nobody connects to the session's Unix socket any more. What is connected stays."""
         with self._lock:
-            local, self._local = self._local, None
+            local = self._locals.pop(session.id, None)
         if local is not None:
             listener, folder = local
             listener.close()
             shutil.rmtree(folder, ignore_errors=True)
 
     def _close_channels(self) -> None:
-        self._close_local()
         if self._tcp is not None:
             self._tcp.close()
 
     def _admit(self, secret: bytes) -> bool:
-        session = self._session
-        return session is not None and session.admits(secret)
+        return self._seats.opened_by(secret) is not None
 
-    def _deliver(self, kind: str) -> Callable[[SocketChannel], None]:
-        def deliver(channel: SocketChannel) -> None:
-            session = self._session
+    def _deliver(self, kind: str) -> Callable[[SocketChannel, bytes], None]:
+        def deliver(channel: SocketChannel, secret: bytes) -> None:
+            session = self._seats.opened_by(secret)
             try:
                 if session is None:
                     raise ProtocolError("the session is over")
-                session.attach(channel, kind)
+                self._seats.attach(session, channel, kind)
             except ProtocolError:
                 channel.close()
-            self._close_local()
+            if session is not None:
+                self._close_local(session)
 
         return deliver
 
@@ -378,11 +349,3 @@ class AttentionServer:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", SERVICE):
             self._health.set(service, status)
-
-
-def _sum(a: Counters, b: Counters) -> Counters:
-    return Counters(a.batches + b.batches, a.queries + b.queries, a.vectors_stored + b.vectors_stored)
-
-
-def _sum_traffic(a: Traffic, b: Traffic) -> Traffic:
-    return Traffic(a.bytes_in + b.bytes_in, a.bytes_out + b.bytes_out, a.busy + b.busy)

@@ -1,80 +1,138 @@
-"""One engine's session at an attention worker: from its handshake to the end of its data channel.
+"""An engine's seats at an attention worker, and the sessions by which it reaches them.
 
-Knows the worker and a channel, but neither gRPC nor sockets. The worker lives and dies with the session, on the thread
-that calls `run`; everything else may be called from any thread.
+A seat has an attention worker of its own, which outlives its sessions where the engine asked for that. A session is one
+data channel, from its handshake on. Knows messages and channels, but no thread, neither gRPC nor sockets.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hmac
-import logging
-import queue
-import threading
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from lamina_protocols import codec
-from lamina_protocols.channels import Channel, ChannelClosed
-from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols import codec, control
+from lamina_protocols.channels import Channel
+from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
     Announcement,
     Exchange,
-    Fault,
     Fetch,
     Fresh,
     HolderConfig,
+    LayerSpec,
     Query,
+    Survey,
     answered,
 )
 from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker import AttentionWorker, Counters
+from lamina_workers.device_worker import attention_worker
 
-logger = logging.getLogger("lamina")
+if TYPE_CHECKING:
+    import torch
 
 FAREWELL = (0, 0)  # the epoch and batch of a Fault that ends the session; no batch has them
-_REQUESTS = (Announcement, Query, Fresh, Exchange, Fetch)
+_REQUESTS = (Announcement, Query, Fresh, Exchange, Fetch, Survey)
 
 
 @dataclass(slots=True)
 class Traffic:
-    """What a session has moved and worked: bytes, and seconds spent on messages."""
+    """What sessions have moved and worked: bytes, and seconds spent on messages."""
 
     bytes_in: int = 0
     bytes_out: int = 0
     busy: float = 0.0
 
+    def add(self, other: Traffic) -> None:
+        self.bytes_in += other.bytes_in
+        self.bytes_out += other.bytes_out
+        self.busy += other.busy
+
+
+class Seat:
+    """One attention worker of an engine: what it was asked for, and what it holds once `build` has made it.
+
+    `built` is done when the worker stands, or could not be made. `build`, `handle` and `free` belong to one thread.
+    """
+
+    def __init__(self, hello: control.Hello, kv_memory: int, clock: Callable[[], float]) -> None:
+        self.number = hello.seat
+        self.model = hello.model
+        self.share = hello.share
+        self.linger = hello.linger
+        self.config = HolderConfig(hello.layers, hello.page_size, hello.kv_dtype, kv_memory)
+        self.built: Future[None] = Future()
+        self.sessions: dict[str, Session] = {}  # that live
+        self.away_since = clock()  # the time of the last session's end, where there is none
+        self.ended = ""  # why
+        self.counters = Counters()
+        self.traffic = Traffic()  # of sessions that are over
+        self._compute_dtype = hello.compute_dtype
+        self._worker: AttentionWorker | None = None
+        self._port: LocalAttention | None = None
+
+    @property
+    def worker(self) -> AttentionWorker | None:
+        """The worker, while it stands. For reading counts only."""
+        return self._worker
+
+    def check(self, hello: control.Hello) -> None:
+        """Raise ProtocolError for a channel that asks for anything else than this seat is."""
+        here = f"of seat {self.number}"
+        control.check(f"model {here}", hello.model, self.model)
+        control.check(f"compute dtype {here}", hello.compute_dtype, self._compute_dtype)
+        control.check(f"KV dtype {here}", hello.kv_dtype, self.config.dtype)
+        control.check(f"page size {here}", hello.page_size, self.config.page_size)
+        control.check(f"share {here}", hello.share, self.share)
+        control.check(f"number of layers {here}", len(hello.layers), len(self.config.layers))
+        for number, (theirs, ours) in enumerate(zip(hello.layers, self.config.layers, strict=True)):
+            for name in _LAYER_FIELDS:
+                control.check(f"{name} of layer {number} {here}", getattr(theirs, name), getattr(ours, name))
+
+    def build(self, threads: int, name: str, device: torch.device) -> None:
+        """Make the worker. Raises what that raises."""
+        self._worker = attention_worker(self.config, threads, device)
+        self._port = LocalAttention(self._worker, name)
+        self.counters = self._worker.counters
+
+    def handle(self, frame: memoryview, reply: Callable[[list[bytes | memoryview]], None]) -> None:
+        """One message: handle, `reply`, and only then do what was put off. Raises ProtocolError for what is none."""
+        port = self._port
+        if port is None:
+            raise ProtocolError(f"seat {self.number} is gone")
+        request = codec.decode(frame)
+        if not isinstance(request, _REQUESTS):
+            raise ProtocolError(f"an engine sends requests, got a {type(request).__name__}")
+        port.send(request)
+        if answered(request):
+            reply(codec.encode(port.receive()))
+        port.settle()
+
+    def free(self) -> None:
+        """Let the worker go, and its KV with it."""
+        self._worker = self._port = None
+
+
+_LAYER_FIELDS = tuple(field.name for field in fields(LayerSpec))
+
 
 class Session:
-    """`id` names it; `secret` opens its socket channels; `clock` gives seconds."""
+    """`id` names it; `secret` opens its socket channel; `clock` gives seconds."""
 
-    def __init__(self, id_: str, secret: bytes, model: str, lease: float, clock: Callable[[], float]) -> None:
+    def __init__(self, id_: str, seat: Seat, secret: bytes, lease: float, clock: Callable[[], float]) -> None:
         self.id = id_
-        self.model = model
-        self.opened_at = clock()
-        self.built: Future[None] = Future()  # done when the worker stands, or could not be made
+        self.seat = seat
+        self.ended = ""  # why
+        self.channel: Channel | None = None
         self.channel_kind = ""
         self.traffic = Traffic()
         self._secret = secret
         self._lease = lease
         self._clock = clock
-        self._heard_at = self.opened_at
-        self._lock = threading.Lock()
-        self._channel: Channel | None = None
-        self._arrived: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
-        self._end_reason = ""
-        self._worker: AttentionWorker | None = None
-
-    @property
-    def ended(self) -> str:
-        """Why the session ended; empty while it lives."""
-        return self._end_reason
-
-    @property
-    def worker(self) -> AttentionWorker | None:
-        """The worker, while it stands. For reading counts only: it belongs to the thread in `run`."""
-        return self._worker
+        self._heard_at = math.inf  # the lease begins with the end of the handshake, which has its own limit
 
     def heard(self) -> None:
         """The engine gave a sign of life."""
@@ -86,80 +144,23 @@ class Session:
 
     def admits(self, secret: bytes) -> bool:
         """Whether the secret is this session's, which has no channel yet."""
-        return hmac.compare_digest(secret, self._secret) and self._channel is None and not self._end_reason
+        return hmac.compare_digest(secret, self._secret) and self.channel is None and not self.ended
 
     def attach(self, channel: Channel, kind: str) -> None:
         """Take the data channel. Raises ProtocolError where there is one already, or the session is over."""
-        with self._lock:
-            if self._channel is not None or self._end_reason:
-                raise ProtocolError(f"session {self.id:.8} " + (self._end_reason or "has a data channel already"))
-            self._channel, self.channel_kind = channel, kind
+        if self.channel is not None or self.ended:
+            raise ProtocolError(f"session {self.id:.8} " + (self.ended or "has a data channel already"))
+        self.channel, self.channel_kind = channel, kind
         self.heard()
-        logger.info("session %.8s: data over %s", self.id, kind)
-        self._arrived.put(channel)
 
-    def end(self, reason: str) -> None:
-        """End the session, whoever finds first that it is over; what waits for its channel wakes."""
-        with self._lock:
-            if self._end_reason:
-                return
-            self._end_reason = reason
-            channel = self._channel
-        logger.info("session %.8s ended: %s", self.id, reason)
-        self._arrived.put(None)
-        if channel is not None:
-            channel.close()
-
-    def run(self, config: HolderConfig, threads: int, name: str) -> Counters:
-        """Build the worker, serve the session until it ends, let the worker go. What the worker did."""
-        if not self.built.set_running_or_notify_cancel():
-            self.end("the engine did not wait")
-            return Counters()
-        try:
-            self._worker = worker = AttentionWorker(config, threads)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the engine is told and the server lives on
-            self.end(f"no worker could be made: {error}")
-            self.built.set_exception(error)
-            return Counters()
-        self.built.set_result(None)
-        try:
-            channel = self._arrived.get()
-            if channel is not None:
-                self._serve(channel, LocalAttention(worker, name))
-        finally:
-            self._worker = None
-        return worker.counters
-
-    def _serve(self, channel: Channel, port: LocalAttention) -> None:
-        try:
-            while True:
-                self._step(channel, port)
-        except ChannelClosed as error:
-            self.end(str(error))
-        except ProtocolError as error:
-            self._part(channel, str(error))
-        except Exception as error:  # the engine learns its kind, the log the rest
-            logger.exception("session %.8s failed", self.id)
-            self._part(channel, type(error).__name__)
-
-    def _step(self, channel: Channel, port: LocalAttention) -> None:
-        """One message: handle, answer, and only then do what was put off."""
-        frame = channel.receive()
-        begun = self._clock()
-        self._heard_at = begun
-        request = codec.decode(frame)
-        if not isinstance(request, _REQUESTS):
-            raise ProtocolError(f"an engine sends requests, got a {type(request).__name__}")
-        port.send(request)
-        if answered(request):
-            channel.send(codec.encode(port.receive()))
-        port.settle()
+    def step(self) -> None:
+        """Take the message that has come, and answer it."""
+        channel = self.channel
+        if channel is None:
+            raise ProtocolError("a session without a channel")
+        frame = channel.receive(0)
+        begun = self._heard_at = self._clock()
+        self.seat.handle(frame, channel.post)
         traffic = self.traffic
         traffic.busy += self._clock() - begun
         traffic.bytes_in, traffic.bytes_out = channel.bytes_received, channel.bytes_sent
-
-    def _part(self, channel: Channel, reason: str) -> None:
-        """Tell the engine why, then end."""
-        with contextlib.suppress(LaminaError):
-            channel.send(codec.encode(Fault(*FAREWELL, reason)))
-        self.end(reason)

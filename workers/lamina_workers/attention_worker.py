@@ -8,7 +8,8 @@ comes, so a late message of a dropped batch is refused instead of touching pages
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.pages import Pages, gather
+from lamina_kernels.pages import Pages, gather, gather_heads
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
+    MAX_PARTS,
     Announced,
     Announcement,
     Attended,
@@ -30,16 +32,22 @@ from lamina_protocols.messages import (
     Fresh,
     HolderConfig,
     LayerSpec,
+    PartHeld,
     Query,
     Reply,
     Request,
     Row,
+    Survey,
+    Surveyed,
 )
+from lamina_workers.devices import room_for
 from lamina_workers.errors import KVError, PoolExhausted
 from lamina_workers.kv_store import KVStore
-from lamina_workers.layout import attention_kernels, page_count, page_layout
+from lamina_workers.layout import CPU, attention_kernels, page_count, page_layout
 from lamina_workers.reader import Policies, Reader, Reading
 from lamina_workers.retention import layer_policies
+
+_SURVEYED_NUMBERS = 50_000  # in one frame: its header has room for some 58,000 of the largest
 
 
 @dataclass(slots=True)
@@ -57,33 +65,48 @@ class _Batch:
 
     handles: frozenset[int]
     fused: bool  # whether a row attends its own tokens
+    stores: tuple[tuple[int, int], ...]  # handle and start of each row that stores
+    missing: set[int]  # layers whose KV has not come yet
     places: Any  # the kernels' plan of where K and V go, None where no row stores
     sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them
     readings: dict[Policies, Reading]  # what is read, by the policies of a layer's heads; empty where no row reads
+    delay: float  # seconds to add to each layer's attention
 
 
 class AttentionWorker:
     """Holds the KV of its parts and attends it. Every method runs on the caller's thread.
 
-    Raises UnsupportedModelError for layers that its pages cannot keep, KVError for too little memory or a wrong dtype.
+    Its pages lie on `device`, and so must the tensors of messages (`device_worker` takes them there).
+    Raises UnsupportedModelError for layers that its pages cannot keep, KVError for too little memory or a wrong dtype,
+    NotEnoughMemory where the device lacks it, PolicyError for what its device cannot do.
+
+    `read_delay` makes it slow, for experiments: so many seconds for each million positions that are read in a layer
+    are slept besides.
     """
 
-    def __init__(self, config: HolderConfig, threads: int = 1) -> None:
+    read_delay = 0.0
+
+    def __init__(self, config: HolderConfig, threads: int = 1, device: torch.device = CPU) -> None:
         self.config = config
+        self.device = device
         self._threads = threads
-        self._kernels = attention_kernels()
-        n_pages = page_count(config)
-        self.store = KVStore(config, n_pages)
-        layout = page_layout(config)
+        self._kernels = attention_kernels(device)
+        n_pages = page_count(config, device)
+        layout = page_layout(config, device)
         for _ in self._kernels.prepare(layout):
             pass
-        self._pages = Pages.allocate(layout, n_pages)
+        with room_for("KV pages", n_pages * layout.page_bytes, device):
+            self.store = KVStore(config, n_pages)
+            self._pages = Pages.allocate(layout, n_pages, device)
         self._policies = [layer_policies(spec) for spec in config.layers]
         self._reader = Reader(config, self._kernels, self._pages, self.store, threads)
         self._epoch = 0
         self._last_batch = 0
         self._next_operation = 0
+        self._fence = -1  # the last epoch when a survey was asked for: those that sent until then are refused
         self._batches: dict[int, _Batch] = {}
+        self._kv_layers = {spec.kv_layer for spec in config.layers}
+        self._torn: dict[int, int] = {}  # by handle: from where on KV has not come in every layer
         self._unsettled: Exchange | None = None
         self.counters = Counters()
 
@@ -107,6 +130,8 @@ class AttentionWorker:
                 return reply
             case Fetch():
                 return self._fetch(request)
+            case Survey():
+                return self._survey(request)
 
     @property
     def unsettled(self) -> int | None:
@@ -119,7 +144,16 @@ class AttentionWorker:
         if exchange is not None:
             self._append(exchange)
 
+    def outdated(self, request: Request) -> bool:
+        """Whether a message is of an epoch that ended with a survey."""
+        return request.epoch <= self._fence
+
     def _announce(self, message: Announcement) -> Announced:
+        if self.outdated(message):
+            raise ProtocolError(
+                f"announcement of epoch {message.epoch}: others have taken over what is kept here, from epoch "
+                f"{self._fence + 1} on"
+            )
         if (message.epoch, message.batch) <= (self._epoch, self._last_batch):
             raise ProtocolError(
                 f"announcement {(message.epoch, message.batch)} is not newer than {(self._epoch, self._last_batch)}"
@@ -136,8 +170,11 @@ class AttentionWorker:
         for operation in operations:
             if isinstance(operation, Close):
                 self._reader.forget(operation.handle)
+                self._torn.pop(operation.handle, None)
             elif isinstance(operation, Fork):
                 self._reader.forked(operation)
+                if operation.parent in self._torn:
+                    self._torn[operation.handle] = self._torn[operation.parent]
         self._reader.absorb(reservation.absorbed)
         # They are applied, whatever goes wrong from here on; the batch exists only once all has gone right.
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
@@ -145,7 +182,10 @@ class AttentionWorker:
             source, target = map(_indices, (reservation.copies_from, reservation.copies_to))
             self._kernels.copy(self._pages, source, target)
         if message.rows:
-            self._batches[message.batch] = self._prepare(message.rows)
+            stores = tuple(self._stores(message.rows))
+            for handle, start in stores:
+                self._torn[handle] = min(start, self._torn.get(handle, start))
+            self._batches[message.batch] = self._prepare(message.rows, stores)
             self.counters.batches += 1
         usages = tuple(self._reader.usage(row.handle) for row in message.rows) if self._reader.tallies else ()
         return Announced(message.epoch, message.batch, True, self.store.free_pages, reservation.floors, usages=usages)
@@ -160,7 +200,13 @@ class AttentionWorker:
                 self._reader.over(batch.readings.values())
                 del self._batches[number]
 
-    def _prepare(self, rows: Sequence[Row]) -> _Batch:
+    def _stores(self, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+        for row in rows:
+            part = self.store.part(row.handle)
+            if any(row.stored(part.lo, part.hi)):
+                yield row.handle, row.start
+
+    def _prepare(self, rows: Sequence[Row], stores: tuple[tuple[int, int], ...]) -> _Batch:
         slots = [self.store.slots(row) for row in rows if row.store]
         slots = [s.reshape(s.shape[0], -1) for s in slots if s.size]
         places = None
@@ -171,7 +217,10 @@ class AttentionWorker:
         except ValueError as error:
             raise ProtocolError(f"rows that no batch can have: {error}") from error
         handles = frozenset(row.handle for row in rows)
-        return _Batch(handles, any(row.fused for row in rows), places, self._reader.sealed(rows), readings)
+        fused, missing = any(row.fused for row in rows), set(self._kv_layers)
+        read = sum(row.read[1] - row.read[0] for row in rows if row.read is not None)
+        delay = self.read_delay * read / 1e6
+        return _Batch(handles, fused, stores, missing, places, self._reader.sealed(rows), readings, delay)
 
     def _append(self, message: Fresh | Exchange) -> None:
         spec, batch = self._layer(message)
@@ -182,6 +231,11 @@ class AttentionWorker:
         except ValueError as error:
             raise ProtocolError(f"fresh vectors of batch {message.batch}: {error}") from error
         self._reader.seal(batch.sealed, spec.kv_layer)
+        batch.missing.discard(spec.kv_layer)
+        if not batch.missing:
+            for handle, start in batch.stores:
+                if self._torn.get(handle) == start:
+                    del self._torn[handle]
         self.counters.vectors_stored += len(message.k)
 
     def _fetch(self, message: Fetch) -> Fetched:
@@ -195,17 +249,42 @@ class AttentionWorker:
         first = (lo - part.lo) // size
         tables = part.table[spec.kv_layer, :, first : -(-(hi - part.lo) // size)]
         skip = lo - part.lo - first * size
+        if (tables >= 0).all():
+            all_k, all_v = gather_heads(self._pages, _indices(tables).to(self.device))
+            some = slice(skip, skip + hi - lo)
+            flat_k, flat_v = all_k[some].reshape(-1, spec.d_k).cpu(), all_v[some].reshape(-1, spec.d_v).cpu()
+            return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
         k = torch.empty(hi - lo, len(part.heads), spec.d_k, dtype=self._pages.layout.loaded)
         v = torch.empty(hi - lo, len(part.heads), spec.d_v, dtype=self._pages.layout.loaded)
         for head, table in enumerate(tables):
             pages = torch.from_numpy(np.maximum(table, 0))
-            of_k, of_v = gather(self._pages, pages, hi - lo + skip)
+            of_k, of_v = (x.cpu() for x in gather(self._pages, pages, hi - lo + skip))
+
             gone = torch.from_numpy(np.repeat(table < 0, size)[: hi - lo + skip, None])
             for_k, for_v = self._reader.stand_in(message.handle, spec.kv_layer, head)
             k[:, head] = torch.where(gone, for_k.to(of_k.dtype), of_k)[skip:]
             v[:, head] = torch.where(gone, for_v.to(of_v.dtype), of_v)[skip:]
         flat_k, flat_v = k.view(-1, spec.d_k), v.view(-1, spec.d_v)
         return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
+
+    def _survey(self, message: Survey) -> Surveyed:
+        """Whoever sent the batches in flight is gone, or asks while none is."""
+        for batch in self._batches.values():
+            self._reader.over(batch.readings.values())
+        self._batches.clear()
+        self._fence = self._epoch
+        handles = sorted(handle for handle in self.store.handles() if handle >= message.first)
+        parts: list[PartHeld] = []
+        numbers = 0
+        for handle in handles[:MAX_PARTS]:
+            part = self.store.part(handle)
+            numbers += 5 + len(part.heads)
+            if parts and numbers > _SURVEYED_NUMBERS:
+                break
+            held = max(part.lo, min(part.held, self._torn.get(handle, part.held)))
+            parts.append(PartHeld(handle, part.heads, part.lo, part.hi, held, self.store.floor(part)))
+        more = len(handles) - len(parts)
+        return Surveyed(message.epoch, message.batch, self._epoch, self._next_operation, tuple(parts), more)
 
     def _attend(self, message: Query | Exchange) -> Attended:
         _, batch = self._layer(message)
@@ -214,12 +293,15 @@ class AttentionWorker:
         if not batch.readings:
             raise ProtocolError(f"query for batch {message.batch}, none of whose rows read")
         reading = batch.readings[self._policies[message.layer]]
+        begun = time.perf_counter()
         try:
             out, lse = self._reader.attend(reading, message.layer, message.q)
         except ValueError as error:
             raise ProtocolError(f"query of batch {message.batch}: {error}") from error
+        if batch.delay:
+            time.sleep(batch.delay)
         self.counters.queries += len(message.q)
-        return Attended(message.epoch, message.batch, message.layer, out, lse)
+        return Attended(message.epoch, message.batch, message.layer, out, lse, time.perf_counter() - begun)
 
     def _layer(self, message: Query | Fresh | Exchange) -> tuple[LayerSpec, _Batch]:
         batch = self._batches.get(message.batch)

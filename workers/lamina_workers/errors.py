@@ -21,6 +21,18 @@ class KernelsUnavailable(LaminaError):
     """The attention kernels that were asked for cannot run in this process."""
 
 
+class DeviceError(LaminaError, ValueError):
+    """A device is called what none is, or is not there."""
+
+
+class NotEnoughMemory(LaminaError):
+    """A device has too little memory for weights or KV. What could not be taken is the cause."""
+
+
+class RanksError(LaminaError, ValueError):
+    """A model cannot be cut among that many model workers."""
+
+
 class PolicyError(LaminaError):
     """A KV policy is unknown, its parameters contradict, or it does not fit the model."""
 
@@ -35,6 +47,11 @@ class PoolExhausted(KVError):
 
 class HolderFault(LaminaError):
     """A holder could not go on with a batch. Nothing of the batch is recorded; it can run again."""
+
+
+class RankLost(HolderFault):
+    """A model worker that shares the model is gone or silent: its connection closed, or a deadline passed. No KV at
+    attention workers is lost by that."""
 
 
 class HolderLost(HolderFault):

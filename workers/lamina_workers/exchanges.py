@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 EXCHANGE_BUCKETS = (0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -38,6 +39,18 @@ class Exchanges:
     def add(self, seconds: float) -> None:
         self.seconds += seconds
         self.counts[bisect_left(EXCHANGE_BUCKETS, seconds)] += 1
+
+
+@dataclass(slots=True)
+class Times:
+    """What the attention of a batch took, in seconds over all layers. Holders that fuse took `local` to attend, of the
+    others the slowest took `remote`, as they say themselves; `answered` went by from asking those to having their
+    answers, the last `waited` of it with nothing else to do (or with other batches)."""
+
+    local: float = 0.0
+    remote: float = 0.0
+    answered: float = 0.0
+    waited: float = 0.0
 
 
 class Stopwatch:

@@ -87,6 +87,10 @@ class KVStore:
         """All parts, as they are now."""
         return tuple(self._parts.values())
 
+    def handles(self) -> tuple[int, ...]:
+        """Of all parts."""
+        return tuple(self._parts)
+
     def part(self, handle: int) -> Part:
         """The part of that handle. Raises KVError where there is none."""
         try:
@@ -194,7 +198,7 @@ class KVStore:
         """What `source`, of handle `parent`, keeps of the sequence's first `length` tokens: all where its range ends
         below `length`, nothing where it begins there or above."""
         held = max(source.lo, min(length, source.hi))
-        lowest = self._floor(source) if held > source.lo else 0
+        lowest = self.floor(source) if held > source.lo else 0
         if length < lowest:
             raise KVError(f"cannot fork part {parent} at {length}, allowed: {lowest} or more")
         if held > source.held:
@@ -212,7 +216,7 @@ class KVStore:
 
     def _check(self, row: Row) -> None:
         part = self.part(row.handle)
-        floor = self._floor(part)
+        floor = self.floor(part)
         if row.count < 1:
             raise KVError(f"row of part {row.handle} has {row.count} tokens")
         if row.start < floor:
@@ -287,7 +291,7 @@ class KVStore:
         return Reservation(
             np.concatenate([_NO_PAGES, *(source for source, _ in copies)]),
             np.concatenate([_NO_PAGES, *(target for _, target in copies)]),
-            tuple(self._floor(self._parts[row.handle]) for row in rows),
+            tuple(self.floor(self._parts[row.handle]) for row in rows),
             tuple(self._absorbed),
         )
 
@@ -343,7 +347,7 @@ class KVStore:
     def _slots(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)
 
-    def _floor(self, part: Part) -> int:
+    def floor(self, part: Part) -> int:
         """The lowest length to which the part can return: there all that any query sees must still be held."""
         lowest = 0
         for group in self._retention.groups(part.heads):

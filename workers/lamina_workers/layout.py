@@ -15,19 +15,20 @@ from lamina_protocols.messages import HolderConfig
 from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError
 from lamina_workers.retention import layer_policies
 
+CPU = torch.device("cpu")
 KV_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
-def attention_kernels() -> Kernels:
-    """The kernels that attend in this process. Raises KernelsUnavailable where those asked for cannot run here."""
+def attention_kernels(device: torch.device = CPU) -> Kernels:
+    """The kernels that attend on a device. Raises KernelsUnavailable where those asked for cannot run here."""
     try:
-        return kernels(torch.device("cpu"))
+        return kernels(torch.device(device.type))  # GPUs share theirs
     except (ValueError, ImportError) as error:
         raise KernelsUnavailable(str(error)) from error
 
 
-def page_layout(config: HolderConfig) -> PageLayout:
-    """The one page shape of a holder.
+def page_layout(config: HolderConfig, device: torch.device = CPU) -> PageLayout:
+    """The one page shape of a holder, as the kernels of its device lay it out.
 
     Raises UnsupportedModelError where layers differ in what a page needs or no page has their shape, KVError for a
     dtype that KV is not kept in.
@@ -38,7 +39,7 @@ def page_layout(config: HolderConfig) -> PageLayout:
     if config.dtype not in KV_DTYPES:
         raise KVError(f"KV dtype {config.dtype!r}, allowed: {', '.join(KV_DTYPES)}")
     spec = config.layers[0]
-    chosen = attention_kernels()
+    chosen = attention_kernels(device)
     try:
         return chosen.layout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype])
     except ValueError as error:
@@ -50,9 +51,22 @@ def sketched(config: HolderConfig) -> bool:
     return any(policy.sketched for spec in config.layers for policy in layer_policies(spec))
 
 
-def page_cost(config: HolderConfig) -> int:
-    """Bytes of a page, and of its sketch where policies read one."""
-    layout = page_layout(config)
+def check_policies(config: HolderConfig, device: torch.device) -> None:
+    """Raise PolicyError for a policy that a holder on that device cannot serve: what chooses runs on CPUs alone."""
+    if device.type == "cpu":
+        return
+    for policy in dict.fromkeys(policy for spec in config.layers for policy in layer_policies(spec)):
+        if policy.adaptive or policy.sketched:
+            raise PolicyError(
+                f"the policy {policy} chooses what it reads, which attention on {device} cannot do; allowed there are "
+                "static policies, and any policy with attention on cpu"
+            )
+
+
+def page_cost(config: HolderConfig, device: torch.device = CPU) -> int:
+    """Bytes of a page, and of its sketch where policies read one. Raises PolicyError where the device has none."""
+    check_policies(config, device)
+    layout = page_layout(config, device)
     if not sketched(config):
         return layout.page_bytes
     try:
@@ -62,9 +76,9 @@ def page_cost(config: HolderConfig) -> int:
         raise PolicyError(f"{why}; allowed here are static policies") from error
 
 
-def page_count(config: HolderConfig) -> int:
+def page_count(config: HolderConfig, device: torch.device = CPU) -> int:
     """How many pages `kv_memory` holds. Raises KVError where there is not even one for each layer that keeps KV."""
-    page_bytes = page_cost(config)
+    page_bytes = page_cost(config, device)
     least = (1 + max(spec.kv_layer for spec in config.layers)) * page_bytes
     if config.kv_memory < least:
         raise KVError(f"kv_memory is {config.kv_memory} bytes; the least is {least}, one page for each layer with KV")

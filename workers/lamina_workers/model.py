@@ -2,12 +2,17 @@
 
 Knows tokens, positions and weights. Knows nothing of sequences, KV caches, holders or messages: it yields
 queries, keys and values, and whoever drives it sends back what attention made of them.
+
+Between two yields stands one plain function of tensors: `_before_attention`, or `_after_attention`.
+A rank of several has a decoder of its own heads, columns, experts and tokens; its driver attends those heads only, and
+what the ranks must add up is added up inside `_after_attention`. All ranks run the same batches in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +21,10 @@ from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, split_heads
 from lamina_workers.decoder_weights import DecoderWeights, LayerWeights, TensorSource, load_weights
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.rope import Rotary
+from lamina_workers.shard import WHOLE, Shard, local, rank_shape
+
+if TYPE_CHECKING:
+    from lamina_workers.collectives import Collective
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +54,44 @@ class QueryReady:
 class KeyValueReady:
     """The keys and values of `layer`. k: `[T, kv_heads, d_k]`, rotated; v: `[T, kv_heads, d_v]`.
 
-    In answer to it the driver sends the attention output, `[T, heads, d_v]` or `[T, heads * d_v]`.
+    In answer to it the driver sends the attention output, `[T, heads, d_v]` or `[T, heads * d_v]`. Or it goes on
+    elsewhere with that and `hidden`, `[T, hidden_size]`, the residual stream that entered the layer.
     """
 
     layer: int
     k: torch.Tensor
     v: torch.Tensor
+    hidden: torch.Tensor | None = None
 
+
+Rotation = tuple[torch.Tensor, torch.Tensor] | None
+"""cos and sin of the batch's positions, float32 `[T, d / 2]`; None in a layer without RoPE."""
 
 Forward = Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]
 
 
 class Decoder:
-    """A decoder-only transformer: embedding, layers, final norm, head.
+    """A decoder-only transformer: embedding, layers, final norm, head; or what one rank has of it.
 
-    Nothing here needs gradients; run it under `torch.inference_mode()`.
+    `config` is the rank's own, with its own heads (see `shard.local`). Nothing here needs gradients; run it under
+    `torch.inference_mode()`.
     """
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        shard: Shard = WHOLE,
+        collective: Collective | None = None,
+    ) -> None:
+        """config: of the whole model, `with_ranks`. collective: needed by a rank of several, and replaceable."""
+        self.config = local(config, shard)
+        self.shard = shard
+        self.collective = collective
+        shapes = [rank_shape(config, Shard(rank, shard.ranks)) for rank in range(shard.ranks)]
+        self._widths = [len(shape.vocabulary) for shape in shapes]  # of each rank's logits
+        self._first_token = shapes[shard.rank].vocabulary.start
+        self._split_embedding = len(weights.embedding) < config.vocab_size
         self.dtype = weights.norm.dtype
         self.device = weights.norm.device
         self._weights = weights
@@ -78,9 +106,27 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
+        shard: Shard = WHOLE,
+        collective: Collective | None = None,
+        split_embedding: bool | None = None,
     ) -> Decoder:
         """The decoder of a checkpoint, computing in `dtype` on `device`; see `load_weights` for the rest."""
-        return cls(config, load_weights(config, checkpoint, dtype, torch.device(device), progress))
+        weights = load_weights(config, checkpoint, dtype, torch.device(device), progress, shard, split_embedding)
+        return cls(config, weights, shard, collective)
+
+    @property
+    def collective(self) -> Collective | None:
+        """This rank's end of the group; None where it is the only one. May be replaced between two batches."""
+        return self._collective
+
+    @collective.setter
+    def collective(self, collective: Collective | None) -> None:
+        given = (collective.rank, collective.ranks) if collective is not None else (0, 1)
+        if given != (self.shard.rank, self.shard.ranks):
+            raise ValueError(
+                f"rank {self.shard.rank} of {self.shard.ranks} got a collective of rank {given[0]} of {given[1]}"
+            )
+        self._collective = collective if self.shard.ranks > 1 else None
 
     def compute_query_first(self) -> bool:
         """From now on compute q before k and v, so that it can leave while they are computed. False: it cannot."""
@@ -89,46 +135,92 @@ class Decoder:
         self._halves = [half for half in halves if half is not None]
         return len(self._halves) == len(halves)
 
-    def forward(self, batch: Batch, hidden: torch.Tensor | None = None, first_layer: int = 0) -> Forward:
-        """Run `batch` from `first_layer` to the head; returns logits, float32 `[S, vocab_size]`.
+    def forward(
+        self,
+        batch: Batch,
+        hidden: torch.Tensor | None = None,
+        first_layer: int = 0,
+        attended: torch.Tensor | None = None,
+    ) -> Forward:
+        """Run `batch` from `first_layer` to the head; returns logits, float32 `[S, vocab_size]`, on ranks beyond 0
+        `[0, vocab_size]`. With `attended`, the attention output of `first_layer`, it begins behind that attention:
+        another decoder of the same weights has come so far.
 
         Per layer it yields QueryReady, then KeyValueReady, which is answered by `send(attention output)`.
         `hidden`, `[T, hidden_size]`, is the residual stream that enters `first_layer` (None: the embedding). It is
         all that lives across a layer, and is never changed in place, so a run can start again from it.
+        Raises RankLost where another rank is gone.
         """
         layers = self._weights.layers
-        if not 0 <= first_layer < len(layers) or (hidden is None and first_layer):
+        if not 0 <= first_layer < len(layers) or (hidden is None and (first_layer or attended is not None)):
             raise ValueError(f"first_layer is {first_layer}, allowed is 0 to {len(layers) - 1}, above 0 with hidden")
         if hidden is None:
-            hidden = F.embedding(batch.token_ids, self._weights.embedding).to(self.dtype)
+            hidden = self._embed(batch.token_ids)
         angles = self._rope(batch.positions, batch.rope_lengths)
         for index in range(first_layer, len(layers)):
-            layer = layers[index]
-            rotation = angles if self.config.rotary[index] else None
-            if self._halves:
-                heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-                normed = rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps)
-                q, _, _ = self._split(layer, self._halves[index][0](normed), heads, 0, rotation)
-                yield QueryReady(index, q)
-                _, k, v = self._split(layer, self._halves[index][1](normed), 0, kv_heads, rotation)
-            else:
-                q, k, v = self._before_attention(layer, hidden, rotation)
-                yield QueryReady(index, q)
-            attended = yield KeyValueReady(index, k, v)
             if attended is None:
-                raise ValueError(f"layer {index} needs the attention output sent in answer to KeyValueReady, got None")
+                attended = yield from self._to_attention(index, hidden, angles)
             if index == len(layers) - 1:  # past the last attention, only the sampled tokens matter
                 hidden, attended = hidden[batch.sampled], attended[batch.sampled]
-            hidden = self._after_attention(layer, hidden, attended)
-        return self._weights.head.float32(rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps))
+            hidden, attended = self._after_attention(index, hidden, attended), None
+        logits = self._weights.head.float32(rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps))
+        if self._collective is None:
+            return logits
+        whole = self._collective.gather_columns(logits, self._widths)
+        return logits.new_empty(0, self.config.vocab_size) if whole is None else whole
+
+    def _to_attention(
+        self, index: int, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]:
+        """The attention output of layer `index`, which `hidden` enters."""
+        layer = self._weights.layers[index]
+        rotation = angles if self.config.rotary[index] else None
+        if self._halves:
+            heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+            normed = rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps)
+            q, _, _ = self._split(layer, self._halves[index][0](normed), heads, 0, rotation)
+            yield QueryReady(index, q)
+            _, k, v = self._split(layer, self._halves[index][1](normed), 0, kv_heads, rotation)
+        else:
+            q, k, v = self._before_attention(index, hidden, rotation)
+            yield QueryReady(index, q)
+        attended = yield KeyValueReady(index, k, v, hidden)
+        if attended is None:
+            raise ValueError(f"layer {index} needs the attention output sent in answer to KeyValueReady, got None")
+        return attended
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream that enters layer 0, `[T, hidden_size]`."""
+        if not self._split_embedding or self._collective is None:
+            return F.embedding(token_ids, self._weights.embedding).to(self.dtype)
+        rows = token_ids - self._first_token
+        foreign = (rows < 0) | (rows >= len(self._weights.embedding))
+        found = F.embedding(rows.masked_fill(foreign, 0), self._weights.embedding).to(self.dtype)
+        return self._collective.all_reduce(found.masked_fill_(foreign.unsqueeze(-1), 0))
 
     def _before_attention(
-        self, layer: LayerWeights, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None
+        self, index: int, hidden: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q `[T, heads, d]`, k and v `[T, kv_heads, d]` from hidden `[T, hidden_size]`."""
+        """Layer `index`: q `[T, heads, d]`, k and v `[T, kv_heads, d]` from hidden `[T, hidden_size]`."""
+        layer = self._weights.layers[index]
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         qkv = layer.qkv(rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps))
         return self._split(layer, qkv, heads, kv_heads, rotation)
+
+    def _after_attention(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The residual stream that leaves layer `index`, `[n, hidden_size]` as `hidden`, which entered it.
+
+        attended: `[n, heads, d]` or `[n, heads * d]`.
+        """
+        layer, collective = self._weights.layers[index], self._collective
+        delta = layer.output(attended.flatten(1))
+        if collective is not None:
+            delta = collective.all_reduce(delta)
+        normed, hidden = add_rms_norm(delta, hidden, layer.post_norm, self.config.rms_norm_eps)
+        delta = layer.mlp(normed)
+        if collective is not None:
+            delta = collective.all_reduce(delta)
+        return hidden + delta
 
     def _split(
         self,
@@ -136,12 +228,6 @@ class Decoder:
         projected: torch.Tensor,
         heads: int,
         kv_heads: int,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        rotation: Rotation,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return split_heads(projected, heads, kv_heads, rotation, layer.qk_norms, self.config.rms_norm_eps)
-
-    def _after_attention(self, layer: LayerWeights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The residual stream that enters the next layer, `[n, hidden_size]` as `hidden`."""
-        delta = layer.output(attended.flatten(1))
-        normed, hidden = add_rms_norm(delta, hidden, layer.post_norm, self.config.rms_norm_eps)
-        return hidden + layer.mlp(normed)

@@ -99,6 +99,7 @@ class ModelConfig:
     """One model's shape. Names are those of Hugging Face's config.json where it has one.
 
     `max_position_embeddings` counts what RoPE scaling adds; `rope.positions` is the file's own number.
+    `kv_copies`: how often each KV head of the checkpoint stands here, one after another, so that more ranks can share.
     Per layer: `windows` (None attends all), `rotary` (False: no RoPE), `sparse` (True: experts in place of an MLP).
     """
 
@@ -124,6 +125,7 @@ class ModelConfig:
     rope: RopeConfig
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    kv_copies: int = 1
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:

@@ -10,18 +10,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from lamina_protocols.messages import Announced, Announcement, Fetch, Fetched, Fresh, HolderConfig
-from lamina_workers.attention_port import AttentionPort, Replies
-from lamina_workers.errors import HolderFault, HolderLost
-from lamina_workers.exchanges import Link, Stopwatch
+from lamina_protocols.channels import Credentials
+from lamina_protocols.messages import Announced, Announcement, Fetch, Fetched, Fresh, HolderConfig, Surveyed
+from lamina_workers.attention_port import AttentionPort, Replies, Transported
+from lamina_workers.copying import Copy, Move
+from lamina_workers.errors import HolderFault, HolderLost, RankLost
+from lamina_workers.exchanges import Link, Stopwatch, Times
 from lamina_workers.model import Batch, Decoder
-from lamina_workers.resolver import Resolver, Waiting
+from lamina_workers.resolver import Pausing, Resolver, Waiting
 from lamina_workers.routes import HolderShare, Span
 from lamina_workers.sampler import RowSampling, Sampled, sample
+from lamina_workers.slices import SlicedBatch
+
+if TYPE_CHECKING:
+    from lamina_workers.crew import Mate
+
+
+_AHEAD = 8  # layers that are asked for before the first of them has come
+
+
+_AHEAD = 8  # layers that are asked for before the first of them has come
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +48,81 @@ class Work:
     sampling: tuple[RowSampling, ...]
 
 
-class Move(NamedTuple):
-    """Positions [lo, hi) of part `source` at holder `origin` are to be copied to part `target` at holder `to`."""
+class Seat(NamedTuple):
+    """A holder of one rank at an attention worker: its pool in pages, its weight among the holders of the rank, and
+    what it keeps from an engine before."""
 
-    origin: int
-    source: int
-    to: int
-    target: int
-    lo: int
-    hi: int
+    rank: int
+    pages: int
+    weight: int
+    kept: Surveyed | None = None
+
+
+class Workers(Protocol):
+    """All model workers of an engine, as it sees them: one `ModelWorker`, or several processes that act as one.
+
+    For one thread. Holders go by number, whichever worker they belong to. Besides what is said below, every method
+    raises RankLost where a model worker is gone: then it is among the `missing`, nothing of the batches under way
+    counts, and until it is back nothing can be announced.
+    """
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The ranks of model workers that are gone, and not back yet."""
+
+    @property
+    def times(self) -> Times:
+        """What attention took in the batch that was executed last."""
+
+    @property
+    def attention_seconds(self) -> float:
+        """How long this thread has computed attention, or waited for it or for holders to accept a batch."""
+
+    def begin_after(self, epoch: int) -> None:
+        """The holders know epochs up to this one from an engine before."""
+
+    def address(self, number: int) -> str:
+        """Of a holder's process; "" for this one."""
+
+    def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
+        """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
+
+        Raises HolderFault where a holder answers with a fault, HolderLost where it is gone.
+        """
+
+    def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
+        """As `announce`, waiting for the answers."""
+
+    def execute(
+        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+    ) -> Generator[Waiting, None, Sampled]:
+        """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done."""
+
+    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
+        """Copy KV between holders, see `ModelWorker.copy`. Whether every target had room."""
+
+    def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
+        """There is one holder more at rank 0, and where there are further ranks one of each, which connect to the same
+        attention worker with these credentials: their numbers follow `number`, in the order that is returned.
+
+        Raises HolderLost where one of them cannot; then none has joined.
+        """
+
+    def leave(self, number: int) -> None:
+        """A holder is gone, or not wanted any more: let it go."""
+
+    def lost(self) -> list[int]:
+        """The holders that are found to be gone, and have not left."""
+
+    def links(self) -> dict[int, Link]:
+        """What has crossed the way to each holder of rank 0 so far."""
+
+    def next_epoch(self) -> None:
+        """Whatever is under way is given up: holders drop it, and late replies to it are not heard."""
+
+    def returned(self, mate: Mate) -> tuple[list[int], list[int]]:
+        """A model worker that was missing is there again. Returns its own pools, which are empty now, and its seats
+        at attention workers that could not be taken up, with what they kept."""
 
 
 class ModelWorker:
@@ -52,7 +130,10 @@ class ModelWorker:
 
     `patience`: seconds that a holder may take for a reply, above what its work is expected to take. `early_query`:
     have the model compute q before k and v, and send it at once. `clock`, in seconds, is what time is measured by.
+    It begins in `epoch`.
     """
+
+    missing: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -63,29 +144,50 @@ class ModelWorker:
         patience: float = 10.0,
         early_query: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        epoch: int = 1,
     ) -> None:
         self._decoder = decoder
         self._clock = clock
         self._watch = Stopwatch(clock)
         self._replies = {number: Replies(port, clock) for number, port in ports.items()}
         early_query = early_query and decoder.compute_query_first()
-        self._resolver = Resolver(holder, threads, early_query, patience, self._watch)
+        self._resolver = Resolver(holder, threads, early_query, patience, self._watch, decoder.device)
         self._layers = len(holder.layers)
         self._patience = patience
-        self._epoch = 1
+        self._epoch = epoch
         self._batch = 0
 
-    def join(self, number: int, port: AttentionPort) -> None:
-        """There is one holder more."""
+    def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
+        """There is one holder more. There are no other ranks."""
         self._replies[number] = Replies(port, self._clock)
+        return ()
 
     def leave(self, number: int) -> None:
         """A holder is gone, or not wanted any more: let it go."""
         self._replies.pop(number).port.close()
 
-    def next_epoch(self) -> None:
-        """Whatever is under way is given up: holders drop it, and late replies to it are not heard."""
-        self._epoch += 1
+    def begin_after(self, epoch: int) -> None:
+        """The holders know epochs up to this one from an engine before."""
+        self._epoch = max(self._epoch, epoch + 1)
+
+    def address(self, number: int) -> str:
+        """Of a holder's process; "" for this one."""
+        port = self._replies[number].port
+        return port.address if isinstance(port, Transported) else ""
+
+    def returned(self, mate: Mate) -> tuple[list[int], list[int]]:
+        """Never: there are no other ranks."""
+        raise RankLost(f"model worker {mate.rank} is not one of this engine")
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that batches are announced in."""
+        return self._epoch
+
+    def next_epoch(self, epoch: int | None = None) -> None:
+        """Whatever is under way is given up: holders drop it, and late replies to it are not heard. `epoch` is the
+        number of the new one, None: the next."""
+        self._epoch = self._epoch + 1 if epoch is None else epoch
 
     def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
         """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
@@ -111,13 +213,13 @@ class ModelWorker:
             except HolderFault as fault:
                 faults[number] = fault
         if faults:
-            self._forget(batch, shares)
+            self.forget(batch, shares)
             worst = max(faults, key=lambda number: isinstance(faults[number], HolderLost))
             for number in faults.keys() - {worst}:  # what tells of lost keys must not go unheard
                 self._replies[number].unheard = str(faults[number])
             raise faults[worst]
         if not any(share.routes for share in shares.values()) or not all(reply.accepted for reply in answers.values()):
-            self._forget(batch, shares)
+            self.forget(batch, shares)
         return batch, answers
 
     def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
@@ -130,7 +232,6 @@ class ModelWorker:
                 answered: tuple[int, dict[int, Announced]] = stop.value
                 return answered
 
-    @torch.inference_mode()
     def execute(
         self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
     ) -> Generator[Waiting, None, Sampled]:
@@ -138,37 +239,78 @@ class ModelWorker:
 
         It is suspended while it waits, unless told that there is nothing else to go on with.
         """
+        logits = yield from self.compute(work, batch, shares, suspends)
+        with torch.inference_mode():
+            return sample(logits, work.sampling)
+
+    @torch.inference_mode()
+    def compute(
+        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+    ) -> Generator[Waiting, None, torch.Tensor]:
+        """As `execute`, but returns the logits, float32 `[S, vocab]`; a rank beyond 0 has none of them."""
         routes = {self._replies[number]: share.routes for number, share in shares.items()}
         try:
             forward = self._decoder.forward(self._to_device(work))
             logits = yield from self._resolver.run(forward, self._epoch, batch, work.spans, routes, suspends)
         finally:
-            self._forget(batch, shares)
-        return sample(logits, work.sampling)
+            self.forget(batch, shares)
+        return logits
+
+    def enter(self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True) -> SlicedBatch:
+        """Take part in a batch that every holder has accepted, which this or another worker has announced to them in
+        this epoch: compute slices of it as they are asked for."""
+        return SlicedBatch(
+            self._decoder,
+            self._to_device(work),
+            lambda forward: self._in_slices(forward, work, batch, shares, suspends),
+            self._watch,
+            self._clock,
+        )
+
+    @torch.inference_mode()
+    def _in_slices(
+        self, forward: Pausing, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool
+    ) -> Generator[Waiting, None, torch.Tensor]:
+        routes = {self._replies[number]: share.routes for number, share in shares.items()}
+        for replies in routes:
+            replies.expect(self._epoch, batch)
+        try:
+            logits = yield from self._resolver.run(forward, self._epoch, batch, work.spans, routes, suspends)
+        finally:
+            self.forget(batch, shares)
+        return logits
 
     def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
         """Copy KV between holders. `shares` open the parts and announce rows that store what is moved, in this order
-        at each target. Blocks until all is sent. Returns whether every target had room; where one has not, nothing
-        counts as done."""
+        at each target; together the moves fill all heads of each of these rows. No holder is both origin and target.
+        Blocks until all is sent. Returns whether every target had room; where one has not, nothing counts as done."""
         batch, answers = self.announce_now(shares)
         if not all(reply.accepted for reply in answers.values()):
             return False
-        origins = {move.origin for move in moves}
-        for number in origins:
+        copy = Copy(moves)
+        for number in copy.origins:
             self._replies[number].expect(self._epoch, batch)
-        for layer in range(self._layers):
-            arrived: dict[int, list[Fetched]] = {}
-            for move in moves:
-                self._send(move.origin, Fetch(self._epoch, batch, layer, move.source, move.lo, move.hi))
-                arrived.setdefault(move.to, []).append(
-                    self._replies[move.origin].take(Fetched, batch, layer, self._patience)
-                )
-            for number, pieces in arrived.items():
-                k, v = torch.cat([piece.k for piece in pieces]), torch.cat([piece.v for piece in pieces])
-                self._send(number, Fresh(self._epoch, batch, layer, k, v))
-        for number in origins:
-            self._replies[number].forget(batch)
+        try:
+            asked = 0
+            for layer in range(self._layers):
+                for ahead in range(asked, min(layer + _AHEAD, self._layers)):
+                    for origin, handle, lo, hi in copy.sources:
+                        self._send(origin, Fetch(self._epoch, batch, ahead, handle, lo, hi))
+                    asked = ahead + 1
+                arrived = [
+                    self._replies[origin].take(Fetched, batch, layer, self._patience) for origin, *_ in copy.sources
+                ]
+                for number, k, v in copy.filled(arrived):
+                    self._send(number, Fresh(self._epoch, batch, layer, k, v))
+        finally:
+            for number in copy.origins:
+                self._replies[number].forget(batch)
         return True
+
+    @property
+    def times(self) -> Times:
+        """What attention took in the batch that was executed last."""
+        return self._resolver.times
 
     @property
     def attention_seconds(self) -> float:
@@ -203,7 +345,8 @@ class ModelWorker:
         if answer.accepted and told != (len(share.rows), len(share.rows)):
             raise HolderFault(f"{name}: floors and usages of {told} rows, {len(share.rows)} were announced")
 
-    def _forget(self, batch: int, shares: Mapping[int, HolderShare]) -> None:
+    def forget(self, batch: int, shares: Mapping[int, HolderShare]) -> None:
+        """A batch that was announced will not be executed."""
         for number in shares:
             if number in self._replies:
                 self._replies[number].forget(batch)

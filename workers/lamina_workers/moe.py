@@ -28,10 +28,13 @@ class Experts:
 
     `normalize` divides the weights by their sum. Weights and the sum over experts are float32; a token's experts are
     summed in their order, so the sum does not depend on which other tokens are in the batch.
+    `experts` may be some of those that the router knows, from number `first` on, or none: then the result is their part
+    of the sum.
     """
 
-    def __init__(self, router: Linear, experts: Sequence[Mlp], top_k: int, normalize: bool) -> None:
+    def __init__(self, router: Linear, experts: Sequence[Mlp], top_k: int, normalize: bool, first: int = 0) -> None:
         self._router = router
+        self._first = first
         self._experts = experts
         self._top_k = top_k
         self._normalize = normalize
@@ -43,7 +46,10 @@ class Experts:
         if self._normalize:
             weight = weight / weight.sum(-1, keepdim=True)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in sorted(set(chosen.flatten().tolist())):
-            tokens, place = (chosen == expert).nonzero(as_tuple=True)
-            out.index_add_(0, tokens, self._experts[expert](x[tokens]).float() * weight[tokens, place].unsqueeze(-1))
+        for number in sorted(set(chosen.flatten().tolist())):
+            if not 0 <= number - self._first < len(self._experts):
+                continue
+            expert = self._experts[number - self._first]
+            tokens, place = (chosen == number).nonzero(as_tuple=True)
+            out.index_add_(0, tokens, expert(x[tokens]).float() * weight[tokens, place].unsqueeze(-1))
         return out.to(x.dtype)

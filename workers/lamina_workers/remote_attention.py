@@ -5,6 +5,7 @@ The data channel is a Unix socket where both ends share a host, else the gRPC st
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -13,7 +14,17 @@ import time
 from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel, ChannelClosed, Credentials, is_loopback, split_address
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.messages import PROTOCOL_VERSION, Announced, Attended, Fault, Fetched, LayerSpec, Reply, Request
+from lamina_protocols.messages import (
+    PROTOCOL_VERSION,
+    Announced,
+    Attended,
+    Fault,
+    Fetched,
+    LayerSpec,
+    Reply,
+    Request,
+    Surveyed,
+)
 from lamina_protocols.service import WorkerBusy, WorkerClient, WorkerRefused
 from lamina_protocols.socket_channel import client_context, connect_tcp, connect_unix
 from lamina_workers.attention_session import FAREWELL
@@ -22,21 +33,23 @@ from lamina_workers.errors import HolderLost
 logger = logging.getLogger("lamina")
 
 _BUSY_PAUSE = 0.1  # seconds
-_REPLIES = (Announced, Attended, Fetched, Fault)
+_GOODBYE_S = 2.0
+_REPLIES = (Announced, Attended, Fetched, Surveyed, Fault)
 
 
 class RemoteAttention:
     """An `AttentionPort` over a channel. Made by `connect`; once lost or closed it stays so.
 
-    `capacity` is the worker's KV memory in bytes, `channel_kind` "local", "tcp" or "grpc". One thread sends and
-    receives; `close` may come from any.
+    `capacity` is the KV memory of its seat in bytes, `channel_kind` "local", "tcp" or "grpc". `resumed`: the seat was
+    there already, and keeps what it held: ask by `attention_port.survey`. One thread sends and receives; `close` may
+    come from any.
     """
 
     def __init__(
         self,
         name: str,
         client: WorkerClient,
-        session: str,
+        hello: control.Hello,
         welcome: control.Welcome,
         channel: Channel,
         channel_kind: str,
@@ -46,9 +59,11 @@ class RemoteAttention:
         self.address = client.address
         self.worker_name = welcome.name
         self.capacity = welcome.kv_memory
+        self.resumed = welcome.resumed
         self.channel_kind = channel_kind
         self._client = client
-        self._session = session
+        self._session = hello.session
+        self._goodbye = control.Goodbye(hello.engine, hello.seat, hello.session) if hello.linger else None
         self._channel = channel
         self._lost = ""  # why
         self._lost_after = lost_after
@@ -58,6 +73,11 @@ class RemoteAttention:
             target=self._beat, args=(min(welcome.lease / 6, 5.0),), name="lamina-heartbeat", daemon=True
         )
         self._heart.start()
+
+    @property
+    def channel(self) -> Channel:
+        """What messages travel over."""
+        return self._channel
 
     @property
     def bytes_sent(self) -> int:
@@ -100,7 +120,12 @@ class RemoteAttention:
         return self._channel.ready()
 
     def close(self) -> None:
-        """End the session: the worker frees its KV. A `receive` that waits raises HolderLost."""
+        """End the session in order: with the seat's last channel the worker frees its KV, even where it would have
+        kept it for a lost engine. A `receive` that waits raises HolderLost."""
+        goodbye, self._goodbye = self._goodbye, None
+        if goodbye is not None:
+            with contextlib.suppress(LaminaError):  # whoever does not hear it keeps the KV a while
+                self._client.goodbye(goodbye, _GOODBYE_S)
         self._end("closed on this side")
         if self._heart is not threading.current_thread():
             self._heart.join()
@@ -156,8 +181,19 @@ def connect(
     checksum: bool | None = None,
     timeout: float = 30.0,
     lost_after: float = 10.0,
+    engine: str | None = None,
+    seat: int = 0,
+    seat_share: tuple[int, int] = (1, 1),
+    linger: float = 0.0,
 ) -> RemoteAttention:
-    """Open a session at the worker that listens at `address`.
+    """Open a channel to a seat at the worker that listens at `address`.
+
+    A worker serves one engine at a time, named by `engine`: 16 to 64 hexadecimal characters, None: a fresh id. An
+    engine has seats there, each with an attention worker of its own that gets `seat_share` (part, of) of the memory.
+    Who connects to a seat that exists adds a channel to it, or takes it up again where its last channel is gone: its
+    KV stays for `linger` seconds after that, the longest that its channels asked for, unless they were closed in order.
+    Only one channel may announce. Frames of two channels come in any order, so who stores over another lets its last
+    `Fresh` of a batch be followed by a request that is answered, such as a `Fetch` of nothing, before the next batch.
 
     `model` is the fingerprint of the model; `timeout` bounds each step of the handshake (a worker that
     has never run compiles its kernels first), and without an answer to
@@ -170,7 +206,7 @@ def connect(
     session = secrets.token_hex(16)
     hello = control.Hello(
         PROTOCOL_VERSION, control.package_version(), session, model, compute_dtype, kv_dtype, page_size, layers,
-        local_channel, data_channel,
+        local_channel, data_channel, secrets.token_hex(16) if engine is None else engine, seat, seat_share, linger,
     )  # fmt: skip
     credentials = credentials or Credentials()
     if checksum is None:
@@ -183,7 +219,7 @@ def connect(
         client.close()
         raise
     logger.info("attention worker %s at %s (%s): data over %s", name, address, welcome.name, kind)
-    return RemoteAttention(name, client, session, welcome, channel, kind, lost_after)
+    return RemoteAttention(name, client, hello, welcome, channel, kind, lost_after)
 
 
 def _greet(client: WorkerClient, hello: control.Hello, timeout: float) -> control.Welcome:

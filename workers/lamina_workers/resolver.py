@@ -4,15 +4,18 @@ The model worker computes the *present* (a batch's own tokens, causal inside eac
 (keys below a row's start), and the partials merge. A holder in this process may be asked to fuse the two. Where a
 reply is not there yet the run is suspended, so that one thread can drive several. Knows the messages and the ports;
 knows nothing of the decoder's weights, of scheduling, or of what a holder does.
+
+Present and merging are where the model is: q, k and v lie there, a prompt's chunk is work for the device that computes
+fastest, and whoever merges, one tensor must cross back. Only what a holder elsewhere is told or answers is copied.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,23 +23,36 @@ import torch
 
 from lamina_kernels.pages import Pages
 from lamina_kernels.partial import Partial, empty
+from lamina_protocols.channels import Channel
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query
-from lamina_workers.attention_port import Replies
+from lamina_workers.attention_port import InProcess, Replies
 from lamina_workers.errors import HolderFault
-from lamina_workers.exchanges import Stopwatch
-from lamina_workers.layout import attention_kernels, page_layout
+from lamina_workers.exchanges import Stopwatch, Times
+from lamina_workers.layout import CPU, attention_kernels, page_layout
 from lamina_workers.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.policies.policy import Policy
 from lamina_workers.retention import layer_policies
 from lamina_workers.routes import Route, Span
 from lamina_workers.row_builder import Asked, RowBuilder
+from lamina_workers.staging import DIRECT, Staging, staging_for
+
+
+class Replying(Protocol):
+    """Who replies to batches: a port's `Replies`, a process that computes for this one, or who feeds a run."""
+
+    @property
+    def channel(self) -> Channel | None:
+        """What replies come over; None where they come from this process."""
+
+    def ready(self, batch: int) -> bool:
+        """Whether something has come for that batch, or never will."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """Why a run is suspended: a reply of `replies` to `batch` is not there yet. It may be resumed anyway, and waits."""
 
-    replies: Replies
+    replies: Replying
     batch: int
 
     def over(self) -> bool:
@@ -45,16 +61,19 @@ class Waiting:
 
 
 Suspended = Generator[Waiting, None, torch.Tensor]
+Pausing = Generator[QueryReady | KeyValueReady | Waiting, torch.Tensor | None, torch.Tensor]
+"""A forward pass that may itself wait before a layer: for what enters it, and comes from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Traffic:
-    """What a layer of a batch exchanges with one holder. `queries` and `fresh` are indices into the flat q and k, None
-    for all in order. Where it has several parts of one sequence a vector is asked, and answered, more than once:
-    `rounds` cuts the answer so that no vector is twice in a piece. `timeout`: seconds after which a missing answer
-    means that the holder is gone."""
+    """What a layer of a batch exchanges with one holder, by which `way`. `queries` and `fresh` are indices into the
+    flat q and k, None for all in order. Where it has several parts of one sequence a vector is asked, and answered,
+    more than once: `rounds` cuts the answer so that no vector is twice in a piece. `timeout`: seconds after which a
+    missing answer means that the holder is gone."""
 
     replies: Replies
+    way: Staging
     reads: bool
     stores: bool
     fused: bool
@@ -72,21 +91,40 @@ class _Traffic:
             yield Partial(past.out[at], past.lse[at]), self.queries[at]
 
     def send_query(self, epoch: int, batch: int, layer: int, q: torch.Tensor) -> None:
+        some = self.way.down(q, self.queries)
+        self.way.landed()
         self.replies.asked(batch)
-        self.replies.port.send(Query(epoch, batch, layer, _pick(q, self.queries)))
+        self.replies.port.send(Query(epoch, batch, layer, some))
 
     def send_fresh(self, epoch: int, batch: int, layer: int, kv: KeyValueReady) -> None:
-        self.replies.port.send(Fresh(epoch, batch, layer, _pick(kv.k, self.fresh), _pick(kv.v, self.fresh)))
+        k, v = self.way.down(kv.k, self.fresh), self.way.down(kv.v, self.fresh)
+        self.way.landed()
+        self.replies.port.send(Fresh(epoch, batch, layer, k, v))
 
     def send_both(self, epoch: int, batch: int, layer: int, q: torch.Tensor, kv: KeyValueReady) -> None:
-        k, v = _pick(kv.k, self.fresh), _pick(kv.v, self.fresh)
+        k, v = self.way.down(kv.k, self.fresh), self.way.down(kv.v, self.fresh)
+        some = self.way.down(q, self.queries)
+        self.way.landed()
         self.replies.asked(batch)
-        self.replies.port.send(Exchange(epoch, batch, layer, _pick(q, self.queries), k, v))
+        self.replies.port.send(Exchange(epoch, batch, layer, some, k, v))
+
+    def take(self, batch: int, layer: int) -> tuple[Partial, float]:
+        """The answer, where the model is, and how many seconds the holder took for it."""
+        reply = self.replies.take(Attended, batch, layer, self.timeout)
+        return Partial(self.way.up(reply.out), self.way.up(reply.lse)), reply.seconds
+
+
+class _Lane(NamedTuple):
+    """What one run at a time works with."""
+
+    present: _Present
+    staging: Staging
 
 
 class Resolver:
-    """Answers forward passes. One thread; each batch has a run of its own.
+    """Answers forward passes. One thread; each batch has a run of its own, on a stream of its own where there are any.
 
+    `device` is the model's; `staging` makes the way from it to holders elsewhere, for one run more.
     `early_query`: the model computes q before k and v, so q is sent alone and the past is attended meanwhile.
     `patience`: seconds that a holder may take for an answer, above what its work is expected to take. `watch` runs
     while a run is in the attention of a layer and not suspended.
@@ -99,6 +137,8 @@ class Resolver:
         early_query: bool = False,
         patience: float = 10.0,
         watch: Stopwatch | None = None,
+        device: torch.device = CPU,
+        staging: Callable[[], Staging] | None = None,
     ) -> None:
         self._watch = watch or Stopwatch(time.perf_counter)
         self._config = config
@@ -106,12 +146,15 @@ class Resolver:
         self._threads = threads
         self._early_query = early_query
         self._patience = patience
-        self._kernels = attention_kernels()
-        self._idle_presents: list[_Present] = []  # pages to use again, one set for each run at a time
+        self._device = device
+        self._staging = staging or staging_for(device)
+        self._kernels = attention_kernels(device)
+        self._idle: list[_Lane] = []  # pages and buffers to use again
+        self.times = Times()  # of the run that has ended last
 
     def run(
         self,
-        forward: Forward,
+        forward: Forward | Pausing,
         epoch: int,
         batch: int,
         spans: Sequence[Span],
@@ -125,17 +168,46 @@ class Resolver:
         Raises HolderFault where a holder answers with a fault; the batch can then run again from the start. Closing
         the generator leaves replies behind, which whoever called must have forgotten.
         """
-        traffic = [self._traffic(replies, spans, routed) for replies, routed in routes.items() if routed]
+        lane = self._idle.pop() if self._idle else self._lane()
+        try:
+            logits = yield from lane.staging.driven(self._run(lane, forward, epoch, batch, spans, routes, suspends))
+            return logits
+        finally:
+            self._idle.append(lane)
+
+    def _lane(self) -> _Lane:
+        return _Lane(_Present(self._config, self._threads, self._device), self._staging())
+
+    def _run(
+        self,
+        lane: _Lane,
+        forward: Forward | Pausing,
+        epoch: int,
+        batch: int,
+        spans: Sequence[Span],
+        routes: Mapping[Replies, Sequence[Route]],
+        suspends: bool,
+    ) -> Suspended:
+        present, staging = lane
+        traffic = [self._traffic(staging, replies, spans, routed) for replies, routed in routes.items() if routed]
+        # A holder that fuses attends while it is sent to: the others are asked first, and attend meanwhile.
+        traffic.sort(key=lambda holder: holder.fused)
+        times = Times()
+        asked = 0.0
         fused = {route.source for routed in routes.values() for route in routed if route.row.fused}
-        present = self._idle_presents.pop() if self._idle_presents else _Present(self._config, self._threads)
         try:
             present.begin(spans, [source for source in range(len(spans)) if source not in fused])
             event = next(forward)
             while True:
+                while isinstance(event, Waiting):
+                    yield event
+                    event = next(forward)
+                staging.turn()
                 if not isinstance(event, QueryReady):
                     raise TypeError(f"the model yields QueryReady first in each layer, got {type(event).__name__}")
                 layer, q = event.layer, event.q
                 if self._early_query:
+                    asked = time.perf_counter()
                     for holder in traffic:
                         if holder.reads and not holder.fused:
                             holder.send_query(epoch, batch, layer, q)
@@ -144,15 +216,16 @@ class Resolver:
                     raise TypeError(f"the model yields KeyValueReady after QueryReady, got {type(event).__name__}")
                 self._watch.start()
                 try:
-                    attended = yield from self._attend(traffic, present, epoch, batch, layer, q, event, suspends)
+                    attended = yield from self._attend(
+                        traffic, present, epoch, batch, layer, q, event, suspends, times, asked
+                    )
                 finally:
                     self._watch.stop()
                 event = forward.send(attended)
         except StopIteration as stop:
-            logits: torch.Tensor = stop.value
-            return logits
-        finally:
-            self._idle_presents.append(present)
+            self.times = times
+            result: torch.Tensor = stop.value
+            return result
 
     def _attend(
         self,
@@ -164,9 +237,12 @@ class Resolver:
         q: torch.Tensor,
         kv: KeyValueReady,
         suspends: bool,
+        times: Times,
+        asked: float,
     ) -> Suspended:
-        """[T, heads * d_v]: the present merged with every holder's partial."""
+        """[T, heads * d_v]: the present merged with every holder's partial. `asked`: when q was sent, 0: not yet."""
         spec = self._layers[layer]
+        asked = asked or time.perf_counter()
         for holder in traffic:
             if holder.fused or self._early_query or not (holder.reads and holder.stores):
                 if holder.stores:
@@ -176,20 +252,27 @@ class Resolver:
             else:
                 holder.send_both(epoch, batch, layer, q, kv)
         whole = present.attend(layer, q, kv.k, kv.v)
+        slowest = answered = 0.0
         for holder in traffic:
             if not holder.reads:
                 continue
+            waits = time.perf_counter()
             if suspends and not holder.replies.ready(batch):
                 self._watch.stop()
                 yield Waiting(holder.replies, batch)
                 self._watch.start()
-            reply = holder.replies.take(Attended, batch, layer, holder.timeout)
-            past = Partial(reply.out, reply.lse)
+            past, seconds = holder.take(batch, layer)
+            if holder.fused:
+                times.local += seconds
+            else:
+                now = time.perf_counter()
+                times.waited += now - waits
+                slowest, answered = max(slowest, seconds), now - asked
             if whole is None:
                 if holder.queries is None and past.out.shape == (len(q) * spec.heads, spec.d_v):
                     whole = past
                     continue
-                whole = empty(len(q) * spec.heads, spec.d_v, q.dtype, torch.device("cpu"))
+                whole = empty(len(q) * spec.heads, spec.d_v, q.dtype, q.device)
             try:
                 for piece, index in holder.pieces(past):
                     self._kernels.merge_into(whole, piece, index)
@@ -197,9 +280,11 @@ class Resolver:
                 raise HolderFault(f"{holder.replies.port.name}: {error}") from error
         if whole is None:
             raise HolderFault(f"nobody attends layer {layer}: no holder fuses and no present was computed")
-        return whole.out.view(len(q), -1).to(q.device)
+        times.remote += slowest
+        times.answered += answered
+        return whole.out.view(len(q), -1)
 
-    def _traffic(self, replies: Replies, spans: Sequence[Span], routes: Sequence[Route]) -> _Traffic:
+    def _traffic(self, staging: Staging, replies: Replies, spans: Sequence[Span], routes: Sequence[Route]) -> _Traffic:
         spec = self._layers[0]
         first = np.cumsum([0, *(span.count for span in spans)])
         queries, fresh, pairs = [], [], 0
@@ -220,20 +305,22 @@ class Resolver:
                 heads = np.array(route.heads)
                 fresh.append(_vectors(source + lo - start, source + hi - start, heads, spec.kv_heads))
         tokens = int(first[-1])
+        port = replies.port
         return _Traffic(
             replies=replies,
+            way=DIRECT if isinstance(port, InProcess) and port.device == self._device else staging,
             reads=bool(queries),
             stores=bool(fresh),
             fused=any(route.row.fused for route in routes),
-            queries=_index(queries, tokens * spec.heads),
+            queries=staging.index(_index(queries, tokens * spec.heads)),
             rounds=tuple(slice(lo, hi) for lo, hi in pairwise([*cuts, asked])),
-            fresh=_index(fresh, tokens * spec.kv_heads),
-            timeout=self._patience + pairs * (spec.d_k + spec.d_v) / _SLOWEST,
+            fresh=staging.index(_index(fresh, tokens * spec.kv_heads)),
+            timeout=self._patience + pairs * (spec.d_k + spec.d_v) / SLOWEST,
         )
 
 
 _FEW_VECTORS = 4096  # query vectors of a batch's own tokens that one thread attends
-_SLOWEST = 1e8  # multiplications and additions a second of attention that any holder is trusted to do
+SLOWEST = 1e8  # multiplications and additions a second of attention that any holder is trusted to do
 
 
 def _vectors(first: int, end: int, heads: npt.NDArray[np.int64], of: int) -> npt.NDArray[np.int64]:
@@ -249,12 +336,6 @@ def _index(parts: list[npt.NDArray[np.int64]], total: int) -> torch.Tensor | Non
     return torch.from_numpy(index)
 
 
-def _pick(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """Vectors of x `[T, heads, d]` as flat `[n, d]`, where the kernels and the transports are: on the CPU."""
-    flat = x.cpu().view(-1, x.shape[-1])
-    return flat if index is None else flat[index]
-
-
 class _Present:
     """Attention of a batch's own tokens, causal inside each span, over pages that live for one layer.
 
@@ -262,11 +343,12 @@ class _Present:
     fused holder attends are left out.
     """
 
-    def __init__(self, config: HolderConfig, threads: int) -> None:
+    def __init__(self, config: HolderConfig, threads: int, device: torch.device) -> None:
         self._layers = config.layers
         self._threads = threads
-        self._kernels = attention_kernels()
-        self._pages = Pages.allocate(page_layout(config), 1)
+        self._device = device
+        self._kernels = attention_kernels(device)
+        self._pages = Pages.allocate(page_layout(config, device), 1, device)
         self._slots: Any = None
         self._plans: dict[tuple[Policy, ...], Any] = {}  # by the heads' policies; empty where no span was chosen
         self._policies = [layer_policies(spec) for spec in config.layers]
@@ -295,9 +377,9 @@ class _Present:
             fresh.append(_vectors(source, source + count, every_kv_head, spec.kv_heads))
             used += table.size
         if used > self._pages.n_pages:
-            self._pages = Pages.allocate(self._pages.layout, used)
-        self._queries = _index(vectors, self._tokens * spec.heads)
-        self._fresh = _index(fresh, self._tokens * spec.kv_heads)
+            self._pages = Pages.allocate(self._pages.layout, used, self._device)
+        self._queries = self._placed(_index(vectors, self._tokens * spec.heads))
+        self._fresh = self._placed(_index(fresh, self._tokens * spec.kv_heads))
         self._slots = self._kernels.plan_append(self._pages, torch.from_numpy(np.concatenate(slots)[None]))
         # The holders are attending the past meanwhile, perhaps on these cores: a few tokens are not worth a team.
         threads = self._threads if sum(spans[at].count for at in chosen) * spec.heads > _FEW_VECTORS else 1
@@ -314,11 +396,15 @@ class _Present:
         spans that were not chosen come back empty; None where none was."""
         if not self._plans:
             return None
-        self._kernels.append(self._pages, self._slots, 0, _pick(k, self._fresh), _pick(v, self._fresh))
+        k, v = DIRECT.down(k, self._fresh), DIRECT.down(v, self._fresh)
+        self._kernels.append(self._pages, self._slots, 0, k, v)
         spec, plan = self._layers[layer], self._plans[self._policies[layer]]
-        out, lse = self._kernels.attend(self._pages, plan, 0, _pick(q, self._queries), spec.scale, spec.soft_cap)
+        out, lse = self._kernels.attend(self._pages, plan, 0, DIRECT.down(q, self._queries), spec.scale, spec.soft_cap)
         if self._queries is None:
             return Partial(out, lse)
         whole = empty(self._tokens * spec.heads, spec.d_v, out.dtype, out.device)
         self._kernels.merge_into(whole, Partial(out, lse), self._queries)
         return whole
+
+    def _placed(self, index: torch.Tensor | None) -> torch.Tensor | None:
+        return None if index is None else index.to(self._device)

@@ -112,4 +112,5 @@ class StandIns:
         v = torch.stack([of.v[:, head] for of, head in zip(sums, heads, strict=True)], 1)
         counts = tokens.float().clamp(min=1).unsqueeze(-1)
         numbers = torch.repeat_interleave(torch.arange(len(cells)), torch.tensor([len(x) for x in vectors]))
-        return Standing(torch.cat(vectors), numbers, tokens.float().log(), k / counts, v / counts)
+        made = torch.cat(vectors), numbers, tokens.float().log(), k / counts, v / counts
+        return Standing(*(x.to(self._pages.arena.device) for x in made))

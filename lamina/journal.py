@@ -1,0 +1,281 @@
+"""The journal of an engine: a file that outlives its process, so that another can go on where it ended.
+
+Records are appended, one write a batch. They are not flushed to the disk: they survive the death of the process, not of
+the machine. Each record is its length, a checksum of that, a checksum of the content, and the content in msgpack. What
+a death left of the last write is cut; damage anywhere else is an error. Knows files, locks and checksums; what the
+records mean, `recovery` knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import msgpack
+
+from lamina.errors import JournalError
+from lamina.recovery import History, Record
+from lamina_protocols.control import package_version
+
+logger = logging.getLogger("lamina")
+
+FORMAT = 1
+MAX_RECORD = 1 << 28  # bytes
+NAME = "journal"
+_MAGIC = b"lamina journal\r\n"  # a transfer that changes line ends is noticed
+_HEAD = struct.Struct("<III")  # length, its checksum, the content's checksum
+_GROWN = 8 << 20  # bytes below which the file is not written anew
+_FACTOR = 4  # times its size after the last time, from which it is
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What KV depends on: another engine can only go on where these are the same."""
+
+    model: str
+    page_size: int
+    kv_dtype: str
+    layers: int
+    policies: str = "full"
+    rope_scaling: str = "none"
+
+
+class Run(NamedTuple):
+    """An engine through all its starts: its id, 32 hexadecimal digits, and how many there have been."""
+
+    engine: str
+    starts: int
+
+
+class Journal:
+    """One engine's journal in `folder`, which no other can open meanwhile. `history` is what it knows, `engine` the id
+    by which attention workers know the engine, `starts` how often it has been opened. `run` is what somebody else knows
+    of both, who has started the engine before where there was another journal.
+
+    Raises JournalError where the folder cannot be used or is in use, or the journal is damaged or of something else.
+    """
+
+    def __init__(self, folder: str | Path, facts: Facts, run: Run | None = None) -> None:
+        self._folder = Path(folder)
+        self._path = self._folder / NAME
+        self._facts = facts
+        self._buffer: list[bytes] = []
+        self._file: int | None = None
+        self._size = self._compact_at = 0
+        self.history = History()
+        self.engine, self.starts = run or Run(secrets.token_hex(16), 0)
+        self._lock: int | None = _lock(self._folder)
+        try:
+            if self._path.exists():
+                self._read()
+            self.starts += 1
+            self._write_anew()
+        except OSError as error:
+            self.close()
+            raise JournalError(f"the journal {self._path} cannot be used: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def on(self) -> bool:
+        """Whether it still records: not closed, and no write has failed."""
+        return self._file is not None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._size
+
+    def append(self, record: Record) -> None:
+        """Note one record; `commit` writes all that were noted. The history has it at once."""
+        self.history.apply(record)
+        if self._file is None:
+            return
+        try:
+            self._buffer.append(_packed(record))
+        except (TypeError, ValueError, OverflowError) as error:
+            self._give_up(f"a record cannot be written: {error}")
+
+    def commit(self) -> None:
+        """Write what was noted, in one call. Where that fails the journal ends, and the engine goes on without."""
+        if not self._buffer or self._file is None:
+            return
+        data = b"".join(self._buffer)
+        self._buffer.clear()
+        try:
+            _write(self._file, data)
+            self._size += len(data)
+            if self._size > self._compact_at:
+                self._write_anew()
+        except OSError as error:
+            self._give_up(str(error))
+
+    def close(self) -> None:
+        """Let the folder go. Harmless the second time."""
+        self.commit()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _give_up(self, why: str) -> None:
+        """Say it once. What is in the file would soon be out of date, so only its header stays: attention workers know
+        the engine by the id in it."""
+        logger.error("the journal %s is off, so an engine that dies is not gone on from: %s", self._path, why)
+        self._buffer.clear()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, len(_MAGIC) + len(self._header()))
+            os.close(self._file)
+            self._file = None
+
+    def _header(self) -> bytes:
+        return _packed(("journal", FORMAT, package_version(), asdict(self._facts), self.engine, f"{self.starts:010d}"))
+
+    def _write_anew(self) -> None:
+        """The fewest records that say the same, in a file that takes the place of the one before."""
+        scratch = self._path.with_suffix(".new")
+        file = os.open(scratch, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            size = _write(file, _MAGIC + self._header())
+            for record in self.history.records():
+                size += _write(file, _packed(record))
+            os.rename(scratch, self._path)
+        except BaseException:
+            os.close(file)
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            raise
+        if self._file is not None:
+            os.close(self._file)
+        self._file, self._size = file, size
+        self._compact_at = max(_GROWN, _FACTOR * size)
+
+    def _read(self) -> None:
+        with self._path.open("rb") as file:
+            records = _records(file, self._path)
+            first = next(records, None)
+            if first is None:  # its first write did not get far
+                return
+            offset, header = first
+            self._check(header, offset)
+            for offset, record in records:
+                try:
+                    self.history.apply(record)
+                except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                    raise _damaged(self._path, offset, f"a record that does not fit: {error}") from error
+
+    def _check(self, header: Record, offset: int) -> None:
+        match header:
+            case ("journal", int(form), str(), dict(facts), str(engine), str(starts)) if starts.isdecimal():
+                if form != FORMAT:
+                    raise JournalError(f"the journal {self._path} has format {form}; this version reads {FORMAT}")
+                for name, value in asdict(self._facts).items():
+                    if facts.get(name) != value:
+                        raise JournalError(
+                            f"the journal {self._path} is of another engine: its {name} is {facts.get(name)!r:.80}, "
+                            f"this one's {value!r:.80}; give another folder, or delete it"
+                        )
+                self.engine, self.starts = engine, max(self.starts, int(starts))
+            case _:
+                raise _damaged(self._path, offset, "no header")
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that keeps others out as long as it is open, however this process ends."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise JournalError(f"the journal's folder {folder} cannot be used: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(file, 32).decode("ascii", "replace").strip()
+        os.close(file)
+        raise JournalError(
+            f"the journal's folder {folder} is in use by another engine (process {owner or 'unknown'}); "
+            "each engine wants a folder of its own"
+        ) from error
+    with contextlib.suppress(OSError):  # it is only for people
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+    return file
+
+
+def _packed(record: Record) -> bytes:
+    content: bytes = msgpack.packb(record)
+    if len(content) > MAX_RECORD:
+        raise ValueError(f"a record has {len(content)} bytes; allowed are {MAX_RECORD}")
+    return _head(content) + content
+
+
+def _head(content: bytes) -> bytes:
+    length = len(content)
+    return _HEAD.pack(length, zlib.crc32(length.to_bytes(4, "little")), zlib.crc32(content))
+
+
+def _write(file: int, data: bytes) -> int:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+    return len(data)
+
+
+def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, Record]]:
+    """Every whole record, and where it begins."""
+    size = os.fstat(file.fileno()).st_size
+    magic = file.read(len(_MAGIC))
+    if magic != _MAGIC[: len(magic)]:
+        raise _damaged(path, 0, "it does not begin as a journal does")
+    offset = len(_MAGIC)
+    while offset + _HEAD.size <= size:
+        length, of_length, of_content = _HEAD.unpack(file.read(_HEAD.size))
+        end = offset + _HEAD.size + length
+        if zlib.crc32(length.to_bytes(4, "little")) != of_length:
+            if _is_blank(file, offset):
+                return
+            raise _damaged(path, offset, "the checksum of a record's length is wrong")
+        if length > MAX_RECORD:
+            raise _damaged(path, offset, f"a record of {length} bytes; allowed are {MAX_RECORD}")
+        if end > size:
+            return
+        content = file.read(length)
+        if zlib.crc32(content) != of_content:
+            if end == size:  # after the machine's death a file can be as long as it was, and not whole
+                return
+            raise _damaged(path, offset, "the checksum of a record is wrong")
+        yield offset, _unpacked(content, path, offset)
+        offset = end
+
+
+def _is_blank(file: BinaryIO, offset: int) -> bool:
+    """Whether there is nothing from there on: zeros, as a machine's death leaves them."""
+    file.seek(offset)
+    return not any(any(block) for block in iter(lambda: file.read(1 << 16), b""))
+
+
+def _unpacked(content: bytes, path: Path, offset: int) -> Record:
+    try:
+        record: Any = msgpack.unpackb(content, use_list=False, strict_map_key=False)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, offset, f"a record is malformed: {error}") from error
+    if not isinstance(record, tuple):
+        raise _damaged(path, offset, f"a record is a {type(record).__name__}")
+    return record
+
+
+def _damaged(path: Path, offset: int, what: str) -> JournalError:
+    return JournalError(f"the journal {path} is damaged at byte {offset}: {what}; delete it to begin anew")

@@ -1,0 +1,207 @@
+"""Takes the KV of sequences from one place to another, page by page, while they go on. The one way to move.
+
+A sequence decodes where it is until all that it had is at the new place too; then it is switched over while it is idle.
+Knows worker, scheduler and placement; knows nothing of requests and clients, nor of why something moves. Whoever calls
+is between two batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from lamina.placement import Part, Placement
+from lamina.request import Sequence
+from lamina.scheduler import Scheduler
+from lamina.shares import NO_PAGES, Layout
+from lamina_protocols.messages import Row
+from lamina_workers.copying import Move
+from lamina_workers.errors import HolderFault
+from lamina_workers.model_worker import Workers
+from lamina_workers.routes import HolderShare, Route
+
+CHUNK = 512  # tokens that are copied at a time, at most
+_FIRST_CHUNK = 128  # before it is known how long copying takes
+
+
+@dataclass(eq=False, slots=True)
+class _Journey:
+    """One sequence on its way: `old` parts give way to `new` ones, which have its tokens below `at`."""
+
+    sequence: Sequence
+    handle: int
+    layout: Layout
+    old: tuple[Part, ...]
+    new: tuple[Part, ...]
+    at: int = 0
+
+    @property
+    def stands(self) -> bool:
+        """Whether the sequence is still where it was when this began."""
+        return self.sequence.handle == self.handle and self.sequence.rebuild is None
+
+
+class Mover:
+    """Moves sequences, one after the other. `tokens` and `seconds` count what was copied so far and how long it took.
+
+    What goes wrong at a holder comes as HolderFault; then all that was under way has been given up, and everything is
+    where it was.
+    """
+
+    def __init__(self, worker: Workers, scheduler: Scheduler, placement: Placement, clock: Callable[[], float]) -> None:
+        self.tokens = self.sequences = 0
+        self.seconds = 0.0
+        self._worker = worker
+        self._scheduler = scheduler
+        self._placement = placement
+        self._clock = clock
+        self._queue: deque[_Journey] = deque()
+        self._rate = 0.0  # tokens a second, as last measured
+
+    @property
+    def under_way(self) -> Mapping[Sequence, Layout]:
+        """The sequences that are moving, and where to."""
+        return {journey.sequence: journey.layout for journey in self._queue}
+
+    def begin(self, sequence: Sequence, layout: Layout) -> bool:
+        """Have a sequence that is whole move to another layout. False where there is no room for it."""
+        if sequence.handle is None or not self._scheduler.movable(sequence):
+            return False
+        config, length = self._scheduler.config, len(sequence.tokens)
+        fresh = tuple(share for share in layout if share not in sequence.layout)
+        needed = config.pages_for(fresh, length) + config.page_set(fresh, length)
+        if not (self._scheduler.room() - self._scheduler.promised).covers(needed):
+            return False
+        old = tuple(part for part in self._placement.parts(sequence.handle) if part.share not in layout)
+        new = self._placement.open_beside(fresh)
+        self._queue.append(_Journey(sequence, sequence.handle, layout, old, new, min(share.lo for share in fresh)))
+        self._promise()
+        return True
+
+    def step(self, seconds: float) -> None:
+        """Copy for about so many seconds, and switch over who has everything and is idle."""
+        allowance = int(self._rate * seconds) if self._rate else _FIRST_CHUNK
+        allowance = max(allowance, self._scheduler.config.page_size)  # a page at least, however slow
+        for _ in range(len(self._queue)):
+            journey = self._queue[0]
+            before = journey.at
+            if self._advance(journey, allowance, self._clock() + seconds):
+                self._queue.popleft()
+                self._promise()
+            else:
+                self._queue.rotate(-1)
+            allowance -= journey.at - before
+            if allowance <= 0:
+                return
+
+    def move_now(self, sequence: Sequence, layout: Layout) -> bool:
+        """Move an idle sequence at once. False where there is no room for it; then it is where it was."""
+        if not self.begin(sequence, layout):
+            return False
+        if not self._advance(self._queue[-1], len(sequence.tokens)):
+            self._placement.give_up(self._queue[-1].new)
+        self._queue.pop()
+        self._promise()
+        return sequence.layout == layout
+
+    def abandon(self) -> None:
+        """Give up all moves: the sequences stay where they are."""
+        for journey in self._queue:
+            self._placement.give_up(journey.new)
+        self._queue.clear()
+        self._promise()
+
+    def _advance(self, journey: _Journey, most: int, deadline: float = float("inf")) -> bool:
+        """Copy up to so many tokens more, and begin nothing after the deadline. Whether the journey has ended, well or
+        not."""
+        sequence = journey.sequence
+        if not journey.stands:
+            self._placement.give_up(journey.new)
+            return True
+        due = end = min(sequence.computed, max(part.share.hi for part in journey.new))
+        if sequence.in_flight:  # its last page is being written
+            end -= end % self._scheduler.config.page_size
+        end = max(journey.at, min(end, journey.at + most))
+        while journey.at < end:
+            stop = self._edge(journey, min(end, journey.at + CHUNK))
+            begun = self._clock()
+            try:
+                fits = self._copy(journey, journey.at, stop)
+            except HolderFault:
+                self.abandon()
+                raise
+            if not fits:
+                self._placement.give_up(journey.new)
+                return True
+            took = self._clock() - begun
+            self._rate = (stop - journey.at) / max(took, 1e-9)
+            self.tokens, self.seconds = self.tokens + stop - journey.at, self.seconds + took
+            journey.at = stop
+            if self._clock() > deadline:
+                break
+        if journey.at < due or sequence.in_flight or not self._scheduler.movable(sequence):
+            return False
+        self._placement.moved(journey.handle, journey.old, journey.new)
+        self._scheduler.moved(sequence, journey.layout)
+        self.sequences += 1
+        return True
+
+    @staticmethod
+    def _edge(journey: _Journey, stop: int) -> int:
+        """`stop`, or where a part ends or begins before: no copy reaches over that."""
+        edges = [edge for part in (*journey.old, *journey.new) for edge in (part.share.lo, part.share.hi)]
+        return min([stop, *(edge for edge in edges if edge > journey.at)])
+
+    def _copy(self, journey: _Journey, lo: int, hi: int) -> bool:
+        """Whether there was room for positions [lo, hi)."""
+        moves = list(_moves(journey.old, journey.new, lo, hi))
+        ranks: dict[int, list[Move]] = {}
+        for move in moves:
+            ranks.setdefault(self._placement.holders[move.to].rank, []).append(move)
+        for those in ranks.values():
+            routes: dict[int, list[Route]] = {}
+            for part in journey.new:
+                if any(move.target == part.handle for move in those):
+                    row = Row(part.handle, lo, hi - lo, None, True)
+                    routes.setdefault(part.share.holder, []).append(Route(0, part.share.heads, row, (lo, hi)))
+            shares: dict[int, HolderShare] = {
+                number: self._placement.holders[number].outgoing(tuple(rows)) for number, rows in routes.items()
+            }
+            if not self._worker.copy(those, shares):
+                return False
+            for number, share in shares.items():
+                self._placement.holders[number].accepted(share)
+        return True
+
+    def _promise(self) -> None:
+        """Let the scheduler know what is still going to be taken."""
+        config, promised = self._scheduler.config, NO_PAGES
+        for journey in self._queue:
+            fresh = tuple(part.share for part in journey.new)
+            promised += config.pages_for(fresh, len(journey.sequence.tokens))
+        self._scheduler.promised = promised
+
+
+def _moves(old: Iterable[Part], new: Iterable[Part], lo: int, hi: int) -> Iterable[Move]:
+    """How the new parts get positions [lo, hi), over which no part begins or ends, of the old ones."""
+    olds = [part for part in old if part.share.lo <= lo and hi <= part.share.hi]
+    for target in new:
+        if not (target.share.lo <= lo and hi <= target.share.hi):
+            continue
+        for source in olds:
+            heads = [head for head in source.share.heads if head in target.share.heads]
+            if heads:
+                yield Move(
+                    source.share.holder,
+                    source.handle,
+                    target.share.holder,
+                    target.handle,
+                    lo,
+                    hi,
+                    len(heads),
+                    len(source.share.heads),
+                    source.share.heads.index(heads[0]),
+                    len(target.share.heads),
+                    target.share.heads.index(heads[0]),
+                )

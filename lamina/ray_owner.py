@@ -1,0 +1,320 @@
+"""Who asked for an engine on a Ray cluster: starts its actor and its attention workers, and ends them.
+
+The workers are this process's and not the engine's, so they keep their KV when the engine's actor dies: another one is
+started, anywhere on the cluster, and told who is there. Everything ends with this process. Knows actors; knows nothing
+of models and attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lamina.cluster import ATTENTION, MODEL, NAMESPACE, TIMEOUT, explain, prefer, ray_module, require, shortage
+from lamina.config import EngineConfig, parse_size
+from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
+from lamina.journal import Run
+from lamina.members import Backoff
+from lamina.model_cache import Progress
+from lamina.ray_actor import EngineActor
+from lamina.ray_members import RayCluster, environment
+
+if TYPE_CHECKING:
+    from lamina.remote_engine import Command, Event, RemoteEngine
+
+logger = logging.getLogger("lamina")
+
+STOPPING = 10.0  # seconds for the engine's last batch
+_POLL = 0.5  # seconds
+_WORKERS_BACK = 10.0  # seconds that a new engine waits for all attention workers, before some will do
+_NAME_FREE = 10.0  # seconds until Ray has forgotten a dead actor's name
+
+
+class EngineOwner:
+    """The actors of one engine: `place`, `uses`, `load`, and in the end `stop`.
+
+    When the engine's actor dies it is started again, a few times a minute, and whoever uses it gets another wire.
+    """
+
+    def __init__(self, model: str, config: EngineConfig) -> None:
+        self.name = f"engine-{secrets.token_hex(2)}"
+        self._run = secrets.token_hex(16)  # by which attention workers know it through all its starts
+        self._starts = 0
+        self._node = ""  # where it is, or was
+        self._nodes = 0  # it has been on, one after the other: each has a journal of its own
+        self._model = model
+        self._config = config
+        self._user: RemoteEngine | None = None
+        self._count = config.attention_workers if isinstance(config.attention_workers, int) else 0  # it refuses both
+        self._workers: RayCluster | None = None
+        self._failure: LaminaError | None = None  # why the attention workers did not come up
+        self._actor: Any = None
+        self._serves = False  # it has started once
+        self._died: tuple[Any, str] | None = None  # before that
+        self._born = 0.0  # when the actor was placed
+        self._drained: set[str] = set()
+        self._progress: Progress | None = None
+        self._changed = threading.Event()  # among the attention workers, or the actor is another one
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._ending = threading.Lock()
+        self._backoff = Backoff()
+        self._restarter: threading.Thread | None = None
+        self._teller = threading.Thread(target=self._tell, name="lamina-owner", daemon=True)
+
+    def place(self) -> RayWire:
+        """Start the engine's actor. Raises EngineError where the cluster has too little."""
+        wanted = {MODEL: self._config.model_workers} | ({ATTENTION: self._count} if self._count else {})
+        require(wanted)
+        return self._place()
+
+    def uses(self, engine: RemoteEngine) -> None:
+        """Whose requests the engine has: it is told when there is another wire, or none any more."""
+        self._user = engine
+
+    def load(self, progress: Progress | None) -> dict[str, Any]:
+        """Start the attention workers, and have the engine load its model meanwhile: what `EngineActor.start` tells.
+        Raises what went wrong there."""
+        if self._count:
+            memory = None if self._config.kv_memory is None else parse_size("kv_memory", self._config.kv_memory)
+            device = self._config.attention_device
+            self._workers = RayCluster(
+                self._count,
+                kv_memory=memory,
+                threads=self._config.threads,
+                device="cpu" if device == "auto" else str(device),  # a name for each: the engine refuses that
+                engine=self.name,
+            )
+            self._progress = progress
+            self._teller.start()
+        facts = self._load()
+        with self._lock:
+            self._serves, died = True, self._died
+        if died is not None:
+            self.died(*died)
+        return facts
+
+    def files(self) -> dict[str, bytes]:
+        """The model's small files, by name."""
+        files: dict[str, bytes] = result(self._actor.files.remote())
+        return files
+
+    def stop(self) -> None:
+        """End the engine, and then its workers. Harmless the second time."""
+        ray = ray_module()
+        self._ended.set()
+        self._changed.set()
+        with self._ending:
+            if not ray.is_initialized():  # Python is ending, and Ray went first: the cluster ends what was ours
+                return
+            if self._actor is not None:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(self._actor.stop.remote(), timeout=STOPPING)
+                ray.kill(self._actor)
+                self._actor = None
+            if self._workers is not None:
+                self._workers.close()
+        for thread in (self._teller, self._restarter):  # they must not ask Ray for anything once it is gone
+            if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+                thread.join(STOPPING)
+
+    # What the wire tells.
+
+    def died(self, actor: Any, why: str) -> None:
+        """This actor does not answer: have it started again."""
+        with self._lock:
+            if actor is not self._actor or self._ended.is_set():
+                return
+            if not self._serves:
+                self._died = (actor, why)
+                return
+            self._actor = None
+            self._restarter = threading.Thread(
+                target=self._restart, args=(actor, why), name="lamina-restart", daemon=True
+            )
+            self._restarter.start()
+
+    def heard(self, kind: str, *fields: Any) -> bool:
+        """Whether that was for the owner: what the engine's actor says beside the events of an engine."""
+        if kind == "lost" and self._workers is not None:
+            self._workers.lost(*fields)
+        elif kind == "drained":
+            self._drained.update(fields)
+            self._changed.set()
+        elif kind == "stopped":  # whoever wanted that: nobody is left to serve
+            threading.Thread(target=self.stop, name="lamina-stop", daemon=True).start()
+            return False
+        else:
+            return False
+        return True
+
+    # The engine's actor.
+
+    def _place(self) -> RayWire:
+        ray = ray_module()
+        actor = self._create(ray)
+        self._actor, self._born = actor, time.monotonic()
+        if self._ended.is_set():  # `stop` did not see it
+            ray.kill(actor)
+            raise EngineError("the engine has stopped")
+        where = actor.where.remote()
+        if not ray.wait([where], timeout=max(TIMEOUT, self._config.recovery_timeout))[0]:
+            raise EngineError(shortage(MODEL, 1))
+        node, host, process = result(where)
+        if node != self._node:
+            self._node, self._nodes = node, self._nodes + 1
+        logger.info("%s: process %d at %s", self.name, process, host)
+        self._changed.set()
+        return RayWire(self, actor)
+
+    def _create(self, ray: Any) -> Any:
+        options: dict[str, Any] = {
+            "name": self.name,
+            "namespace": NAMESPACE,
+            "resources": {MODEL: 1},
+            "num_cpus": 0,
+            "max_concurrency": 16,
+            "enable_task_events": False,  # one for each batch of outputs, which nobody reads
+            "runtime_env": {"env_vars": environment(self._config.threads)},
+        }
+        if self._node:  # its journal is there
+            options["scheduling_strategy"] = prefer(self._node)
+        deadline = time.monotonic() + _NAME_FREE
+        while True:
+            try:
+                return ray.remote(EngineActor).options(**options).remote()
+            except ValueError as error:  # the one before is still known by the name
+                if time.monotonic() >= deadline or self._ended.wait(_POLL):
+                    raise EngineError(f"{self.name} cannot be started again: {explain(error)}") from error
+
+    def _load(self) -> dict[str, Any]:
+        ray = ray_module()
+        call = self._actor.start.remote(
+            self._model, self._config, bool(self._count), Run(self._run, self._starts), f"{self._run}-{self._nodes}"
+        )
+        self._starts += 1
+        while not ray.wait([call], timeout=_POLL)[0]:
+            if self._failure is not None:
+                raise self._failure
+        facts: dict[str, Any] = result(call)
+        return facts
+
+    def _restart(self, actor: Any, why: str) -> None:
+        """On a thread of its own, which ends with an engine that serves, or without any."""
+        user = self._user
+        try:
+            wire = self._another(actor, why)
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            if not isinstance(error, LaminaError):
+                logger.exception("the engine could not start again")
+            if user is not None:
+                user.give_up(str(error))
+            self.stop()
+            return
+        if user is not None and user.rejoin(wire):
+            logger.warning("%s serves again", self.name)
+
+    def _another(self, actor: Any, why: str) -> RayWire:
+        """A new actor that serves in the place of that one. Raises EngineError where that cannot be."""
+        ray = ray_module()
+        while True:
+            delay = self._backoff.delay(time.monotonic())
+            if delay is None:
+                raise EngineError(f"{why}, too often to start it again")
+            logger.warning("%s; it starts again in %g s", why, delay)
+            if self._ended.wait(delay) or not ray.is_initialized():
+                raise EngineError("the engine has stopped")
+            ray.kill(actor)  # it may only be out of reach
+            try:
+                wire = self._place()
+                self._load()
+                return wire
+            except (WorkersUnavailable, _Died) as error:  # the first are being started again, too
+                actor, why = self._actor or actor, str(error)
+            except JournalError as error:  # it goes on without: clients say what they have received
+                self._nodes += 1
+                actor, why = self._actor or actor, str(error)
+            except LaminaError as error:
+                raise EngineError(f"the engine could not start again: {error}") from error
+
+    # The attention workers, on a thread that tells the engine's actor of them.
+
+    def _tell(self) -> None:
+        told: tuple[Any, Any, Any] = (None, None, None)
+        workers, number = self._workers, 0
+        if workers is None:
+            return
+        try:
+            workers.start(self._progress)
+        except LaminaError as error:
+            self._failure = error
+            return
+        except Exception as error:  # whatever it is, the engine would wait for them
+            logger.exception("cannot start the attention workers")
+            self._failure = EngineError(f"cannot start the attention workers: {error}")
+            return
+        workers.watch(lambda _: self._changed.set(), lambda _: self._changed.set())
+        while not self._ended.is_set():
+            self._changed.wait(_POLL)
+            self._changed.clear()
+            now = actor, places, _ = self._actor, workers.described(), frozenset(self._drained)
+            there = sum(member is not None for member, _ in places)
+            wanted = 1 if time.monotonic() > self._born + _WORKERS_BACK else len(places)
+            if actor is None or now == told or (actor is not told[0] and there < wanted):
+                continue
+            number, told = number + 1, now
+            try:
+                actor.there.remote(number, *now[1:])
+            except Exception:  # Ray's connection may be gone; the engine goes on with the workers it has
+                logger.exception("cannot tell the engine of its attention workers")
+                return
+
+
+class RayWire:
+    """The way to one engine's actor: a `remote_engine.Wire`."""
+
+    def __init__(self, owner: EngineOwner, actor: Any) -> None:
+        self._owner = owner
+        self._actor = actor
+
+    def ask(self, commands: Sequence[Command]) -> None:
+        self._call(self._actor.ask, list(commands))
+
+    def events(self) -> Sequence[Event]:
+        fetched: Sequence[Event] = self._call(self._actor.events)
+        return [event for event in fetched if not self._owner.heard(*event)]
+
+    def _call(self, method: Any, *arguments: Any) -> Any:
+        ray = ray_module()
+        if not ray.is_initialized():  # a call would start a cluster of its own
+            raise EngineError("the connection to the Ray cluster is closed")
+        try:
+            return ray.get(method.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            raise EngineError(f"the engine's process did not understand: {explain(error)}") from error
+        except ray.exceptions.RayError as error:
+            why = f"the engine's process is gone: {explain(error)}"
+            self._owner.died(self._actor, why)
+            raise EngineError(why) from error
+
+
+class _Died(EngineError):
+    """The engine's actor died while it started."""
+
+
+def result(call: Any) -> Any:
+    """What a call to the engine's actor returns. Raises what it raised there, or EngineError."""
+    ray = ray_module()
+    try:
+        return ray.get(call)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LaminaError):
+            raise error.cause from error
+        raise EngineError(f"the engine did not start: {explain(error)}") from error
+    except ray.exceptions.RayError as error:
+        raise _Died(f"the engine did not start: {explain(error)}") from error

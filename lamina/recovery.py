@@ -1,0 +1,221 @@
+"""From the journal's records to what an engine had not finished: requests, their tokens, and who kept what of them.
+
+Pure: the same records give the same state. The engine that runs applies each record that it writes, too, so that what
+a new engine would know is always at hand. Knows no file, no checksum, and no running engine.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from lamina.placement import Part
+from lamina.request import Kept
+from lamina.shares import Share
+from lamina_protocols.messages import PartHeld
+
+Record: TypeAlias = tuple[Any, ...]
+"""("request", fields of the request, of the params, seed) | ("known", id, sample, tokens, logprobs, reason, handle,
+computed, parts): a sample as it stands | ("batch", rows of (id, sample, handle, computed, token, reason, logprobs)) |
+("kept", id, sample, parts of (address, rank, handle, heads, lo, hi)) | ("end", id, ((sample, reason), ...)) |
+("drop", id). Plain data: numbers, text, tuples and dicts."""
+
+FINISHED = 256  # requests whose outputs are kept after their end, for clients that may have missed the last of them
+GONE = -1  # the number of the holder that has what nobody has any more
+_SLACK = 64  # tokens that are rather fed again than rebuilt at one holder
+
+
+class Place(NamedTuple):
+    """Where a holder is: the address of its process ("" in the engine's own), and the model worker it serves."""
+
+    address: str
+    rank: int
+
+
+@dataclass(slots=True)
+class KnownSample:
+    """One sample: its tokens after the prompt and what was reported of each; how many of all its tokens had KV under
+    `handle` (0: none), and in which parts. A part is (address, rank, handle, heads, lo, hi)."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    reason: str | None = None
+    handle: int = 0
+    computed: int = 0
+    parts: tuple[tuple[Any, ...], ...] = ()
+
+
+@dataclass(slots=True)
+class KnownRequest:
+    """A request as it was submitted, and its samples."""
+
+    request: Mapping[str, Any]
+    params: Mapping[str, Any]
+    seed: int
+    samples: list[KnownSample]
+
+    @property
+    def open(self) -> bool:
+        """Whether a sample has not ended."""
+        return any(sample.reason is None for sample in self.samples)
+
+    @property
+    def known(self) -> dict[int, list[int]]:
+        """The tokens of those that have not ended."""
+        return {at: list(sample.tokens) for at, sample in enumerate(self.samples) if sample.reason is None}
+
+    def missing(self, received: Sequence[tuple[Sequence[int], bool]]) -> list[tuple[int, int | None, str | None, Any]]:
+        """What a client has not got that has `received` these tokens of each sample, and its end: (sample, token,
+        reason, logprobs). Raises ValueError where it has got what is not known here."""
+        missing: list[tuple[int, int | None, str | None, Any]] = []
+        for at, (sample, (tokens, ended)) in enumerate(zip(self.samples, received, strict=True)):
+            had = len(tokens)
+            if list(tokens) != sample.tokens[:had]:
+                raise ValueError(f"sample {at} has {len(sample.tokens)} tokens here, others than the {had} received")
+            if ended:
+                continue
+            last = len(sample.tokens) - 1
+            for position in range(had, len(sample.tokens)):
+                reason = sample.reason if position == last else None
+                missing.append((at, sample.tokens[position], reason, sample.logprobs[position]))
+            if sample.reason is not None and had > last:
+                missing.append((at, None, sample.reason, None))
+        return missing
+
+
+class History:
+    """Every request of the records that has not ended, and the last that have.
+
+    Those in `unclaimed` stay, however many others end after them.
+    """
+
+    def __init__(self) -> None:
+        self.requests: dict[str, KnownRequest] = {}
+        self.finished: OrderedDict[str, KnownRequest] = OrderedDict()
+        self.unclaimed: set[str] = set()
+
+    def apply(self, record: Record) -> None:
+        """Raises ValueError, KeyError, IndexError or TypeError for a record that does not follow those before it."""
+        match record:
+            case ("batch", rows):
+                for request_id, sample, handle, computed, token, reason, logprobs in rows:
+                    self._row(request_id, sample, handle, computed, token, reason, logprobs)
+            case ("kept", request_id, sample, parts):
+                self.requests[request_id].samples[sample].parts = parts
+            case ("request", request, params, seed):
+                if request["id"] in self.requests:
+                    raise ValueError(f"request {request['id']!r} begins twice")
+                self.finished.pop(request["id"], None)
+                samples = [KnownSample() for _ in range(request["n"])]
+                self.requests[request["id"]] = KnownRequest(request, params, seed, samples)
+            case ("known", request_id, at, tokens, logprobs, reason, handle, computed, parts):
+                if len(tokens) != len(logprobs):
+                    raise ValueError(f"{len(tokens)} tokens with {len(logprobs)} reports")
+                self.requests[request_id].samples[at] = KnownSample(
+                    list(tokens), list(logprobs), reason, handle, computed, parts
+                )
+                self._ended(request_id)
+            case ("end", request_id, ends):
+                for at, reason in ends:
+                    self.requests[request_id].samples[at].reason = reason
+                self._ended(request_id)
+            case ("drop", request_id):
+                self.requests.pop(request_id, None)
+                self.finished.pop(request_id, None)
+            case _:
+                raise ValueError(f"a record of an unknown kind: {record!r:.80}")
+
+    def _row(
+        self, request_id: str, at: int, handle: int, computed: int, token: int | None, reason: str | None, logprobs: Any
+    ) -> None:
+        sample = self.requests[request_id].samples[at]
+        sample.handle, sample.computed = handle, computed
+        if token is not None:
+            sample.tokens.append(token)
+            sample.logprobs.append(logprobs)
+        if reason is not None:
+            sample.reason = reason
+            self._ended(request_id)
+
+    def _ended(self, request_id: str) -> None:
+        """Where all samples have ended the request has; nobody comes back for one that was given up."""
+        known = self.requests[request_id]
+        if known.open:
+            return
+        del self.requests[request_id]
+        if any(sample.reason == "abort" for sample in known.samples):
+            return
+        for sample in known.samples:
+            sample.handle, sample.parts = 0, ()
+        self.finished[request_id] = known
+        spare = [each for each in self.finished if each not in self.unclaimed]
+        for each in spare[: max(0, len(spare) - FINISHED)]:
+            del self.finished[each]
+
+    def find(self, request_id: str) -> KnownRequest | None:
+        """A request that has not ended, or has lately."""
+        return self.requests.get(request_id) or self.finished.get(request_id)
+
+    def records(self) -> Iterator[Record]:
+        """The fewest records that give this state."""
+        for request_id, known in [*self.finished.items(), *self.requests.items()]:
+            yield ("request", known.request, known.params, known.seed)
+            for at, s in enumerate(known.samples):
+                if s != KnownSample():
+                    yield (
+                        "known", request_id, at, tuple(s.tokens), tuple(s.logprobs), s.reason, s.handle, s.computed,
+                        s.parts,
+                    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one holder keeps after the death of an engine: its number in the new one, the first of its rank's heads
+    among all, and its parts by handle."""
+
+    number: int
+    first_head: int
+    parts: Mapping[int, PartHeld]
+
+
+class Adoption(NamedTuple):
+    """What can be taken up of one sequence: for the scheduler, for placement, and which parts at which holder."""
+
+    kept: Kept
+    parts: tuple[Part, ...]
+
+
+def adoption(sample: KnownSample, prompt: int, found: Mapping[Place, Found]) -> Adoption | None:
+    """What of a sample's KV is still there, of `prompt` tokens and those after. What is not there has the holder GONE,
+    to be taken over like a lost holder's. None where it must be computed from its start."""
+    computed = min(sample.computed, prompt + len(sample.tokens) - 1)
+    there: list[tuple[Share, int, PartHeld | None]] = []
+    for address, rank, handle, heads, lo, hi in sample.parts:
+        holder = found.get(Place(address, rank))
+        part = holder.parts.get(handle) if holder is not None else None
+        if holder is not None and part is not None:
+            local = tuple(head - holder.first_head for head in heads)
+            if (part.heads, part.lo, part.hi) == (local, lo, hi):
+                there.append((Share(holder.number, heads, lo, hi), handle, part))
+                continue
+        there.append((Share(GONE, heads, lo, hi), 0, None))
+    parts = [(share, part) for share, _, part in there if part is not None]
+    back = min([computed, *(part.held for share, part in parts if part.held < share.hi)])
+    if computed - back <= _SLACK:
+        computed = back
+    floor = max((part.floor for _, part in parts), default=0)
+    if not parts or computed < max(1, floor):
+        return None
+    layout: list[Share] = []
+    kept: list[Part] = []
+    for share, handle, part in there:
+        if part is None or part.held < min(computed, share.hi):
+            layout.append(Share(GONE, share.heads, share.lo, share.hi))
+        else:
+            layout.append(share)
+            kept.append(Part(handle, share))
+    if not any(part.share.lo < computed for part in kept):
+        return None
+    return Adoption(Kept(sample.handle, tuple(layout), computed, floor), tuple(kept))

@@ -1,0 +1,95 @@
+"""One thread waits for many channels: which have something, or room for what was posted. Knows no message.
+
+Sockets are waited for by the system; other channels call when something comes or goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+
+from lamina_protocols.channels import Channel, ChannelClosed
+
+
+class Waiter:
+    """`wake` may be called from any thread, the rest from one. `close` when nobody waits any more."""
+
+    def __init__(self) -> None:
+        self._woken, self._waking = os.pipe()
+        os.set_blocking(self._woken, False)
+        os.set_blocking(self._waking, False)
+        self._open = True
+        self._lock = threading.Lock()  # the pipe is closed by nobody while it is written to
+        self._poll = select.poll()
+        self._poll.register(self._woken, select.POLLIN)
+        self._numbers: dict[Channel, int | None] = {}
+        self._channels: dict[int, Channel] = {}
+        self._full: set[Channel] = set()  # whose other side does not read what was posted
+
+    def add(self, channel: Channel) -> None:
+        """Wait for this channel too."""
+        number = channel.watch(self.wake)
+        if number is not None:
+            self._poll.register(number, select.POLLIN)  # raises ValueError for one that is closed
+            self._channels[number] = channel
+        self._numbers[channel] = number
+
+    def remove(self, channel: Channel) -> None:
+        """Wait for it no more. To be called before another channel is added that may have its file descriptor."""
+        number = self._numbers.pop(channel, None)
+        self._full.discard(channel)
+        if number is not None and self._channels.get(number) is channel:
+            del self._channels[number]
+            self._poll.unregister(number)
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        with self._lock, contextlib.suppress(BlockingIOError):  # a full pipe wakes too
+            if self._open:
+                os.write(self._waking, b"\0")
+
+    def wait(self, timeout: float | None = None) -> list[Channel]:
+        """The channels of which `receive` would return or raise at once; none where `wake` was called, or after
+        `timeout` seconds.
+
+        A channel whose other side does not read what was posted is not among them: it has to take the last answer
+        before it is asked for more.
+        """
+        ready = [
+            channel
+            for channel, number in self._numbers.items()
+            if (number is None or channel.unseen()) and self._ready(channel)
+        ]
+        for number, _ in self._poll.poll(0 if ready else None if timeout is None else timeout * 1e3):
+            if number == self._woken:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._woken, 4096)
+                continue
+            channel = self._channels[number]
+            if channel not in ready and self._ready(channel):
+                ready.append(channel)
+        return ready
+
+    def close(self) -> None:
+        with self._lock:
+            self._open = False
+            os.close(self._woken)
+            os.close(self._waking)
+
+    def _ready(self, channel: Channel) -> bool:
+        try:
+            flushed = channel.flush()
+        except ChannelClosed:
+            return True
+        if flushed is (channel in self._full):
+            self._turn(channel, flushed)
+        return flushed and channel.ready()
+
+    def _turn(self, channel: Channel, flushed: bool) -> None:
+        """Wait for what comes in again, or for room to send in."""
+        (self._full.discard if flushed else self._full.add)(channel)
+        number = self._numbers[channel]
+        if number is not None:
+            self._poll.modify(number, select.POLLIN if flushed else select.POLLOUT)

@@ -1,0 +1,61 @@
+"""The engine of a server as a process of its own, for tests without HTTP: to be killed, and asked over its socket."""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lamina.child_process import ChildProcess
+from lamina.remote_engine import RemoteEngine
+from lamina.server.lines import line, parse
+from lamina.server.link import SocketWire
+from lamina.server.supervisor import ENGINE_MODULE
+
+SECRET = secrets.token_hex(32)
+PATIENCE = 100.0  # seconds
+
+
+class EngineProcess:
+    """One engine after the other, as `start` and `kill` say, and the remote engine that goes on over all of them."""
+
+    def __init__(self, folder: Path, model: Path | str, **config: Any) -> None:
+        self._folder, self._model, self._config = folder, str(model), config
+        self._child: ChildProcess | None = None
+        self._wire: SocketWire | None = None
+        self.remote: RemoteEngine | None = None
+        self.starts = 0
+
+    def start(self) -> RemoteEngine:
+        """Returns once it serves. Raises RuntimeError with what it says where it does not."""
+        self.starts += 1
+        said: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        path = str(self._folder / f"engine-{self.starts}.sock")
+        self._child = ChildProcess(
+            "engine",
+            [sys.executable, "-m", ENGINE_MODULE],
+            lambda _, text: said.put(parse(text) or [""]),
+            lambda child: said.put(["ended", child.how()]),
+            environment=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        self._child.say(line("engine", self._model, self._config, path, SECRET, False))
+        while (word := said.get(timeout=PATIENCE))[0] != "ready":
+            if word[0] in ("failed", "ended"):
+                raise RuntimeError(f"the engine did not start: {word}")
+        self._wire = SocketWire(path, bytes.fromhex(SECRET), f"client-{self.starts}")
+        if self.remote is None:
+            self.remote = RemoteEngine(self._wire, time.monotonic, patience=PATIENCE)
+        elif not self.remote.rejoin(self._wire):
+            raise RuntimeError("the remote engine has given up")
+        return self.remote
+
+    def kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait(10)
+        if self._wire is not None:
+            self._wire.close()

@@ -1,0 +1,202 @@
+"""The share that moves, decided over simulated tiers: nearly the best, soon, and never offloading that does not pay."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina.balance import Balance, Batch, prefers_local, to_move
+
+SEQUENCES = 8
+
+
+@dataclass
+class World:
+    """Sequences of equal length over two tiers. `local` and `remote` are seconds that reading all KV takes each of
+    them, `fixed` those of having anything remote, `dense` the rest of a step. Where they share cores (`shared`) each
+    takes time from the other. A sequence takes `slow` steps to move, each of which takes twice the time."""
+
+    local: float
+    remote: float
+    fixed: float = 0.002
+    dense: float = 0.03
+    shared: float = 0.0
+    noise: float = 0.0
+    slow: int = 2
+    most: int = SEQUENCES
+    rng: random.Random = field(default_factory=lambda: random.Random(1))
+    here: int = SEQUENCES
+    moving: int = 0
+    tokens: int = 1000
+    grows: int = 1
+
+    def times(self, here: int) -> tuple[float, float, float]:
+        """Seconds that the local and the remote tier take, and the whole step."""
+        share = here / SEQUENCES
+        local, remote = self.local * share, self.remote * (1 - share)
+        both = self.shared * min(local, remote)
+        local, remote = local + both, remote + both
+        answered = self.fixed + remote if share < 1 else 0.0
+        return local, remote, self.dense + max(local, answered)
+
+    def step(self, balance: Balance) -> float:
+        local, remote, seconds = self.times(self.here)
+        wobble = 1 + self.noise * self.rng.uniform(-1, 1)
+        answered = self.fixed + remote if self.here < SEQUENCES else 0.0
+        waited = max(0.0, answered - local)
+        self.tokens += self.grows
+        moving = self.moving > 0
+        balance.completed(
+            Batch(
+                self.here * self.tokens, (SEQUENCES - self.here) * self.tokens, local * wobble, remote * wobble,
+                max(answered, local if answered else 0.0), waited, seconds * wobble * (2 if moving else 1), SEQUENCES,
+            ),
+            moving,
+        )  # fmt: skip
+        self._move(balance)
+        return seconds
+
+    def _move(self, balance: Balance) -> None:
+        if self.moving:
+            self.moving -= 1
+            if self.moving == 0:
+                self.here += self.towards
+            return
+        off = balance.share * SEQUENCES - self.here
+        if abs(off) > 0.6 and not (off > 0 and self.here >= self.most):
+            self.towards = 1 if off > 0 else -1
+            self.moving = self.slow
+
+    def best(self) -> float:
+        return min(self.times(here)[2] for here in range(self.most + 1))
+
+    def run(self, balance: Balance, steps: int) -> list[float]:
+        return [self.step(balance) for _ in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("world", "share"),
+    [
+        (World(local=0.04, remote=0.04), 0.5),
+        (World(local=0.04, remote=0.12), 0.75),
+        (World(local=0.12, remote=0.04), 0.25),
+        (World(local=0.04, remote=0.04, fixed=0.05), 1.0),
+        (World(local=0.01, remote=1.0), 1.0),
+        (World(local=2.0, remote=0.01), 0.0),
+        (World(local=0.04, remote=0.04, shared=1.0), 1.0),
+        (World(local=0.04, remote=0.04, most=3), 0.375),
+    ],
+)
+def test_it_settles_within_fifty_steps_near_the_best_share(world: World, share: float) -> None:
+    balance = Balance()
+    if world.most < SEQUENCES:
+        world.here = world.most
+    world.run(balance, 50)
+    assert balance.settled
+    assert world.moving == 0
+    assert world.times(world.here)[2] <= 1.05 * world.best()
+    assert abs(world.here / SEQUENCES - share) <= 1.01 / SEQUENCES
+
+
+def test_a_change_is_noticed_and_settled_within_fifty_steps() -> None:
+    world, balance = World(local=0.04, remote=0.04), Balance()
+    world.run(balance, 100)
+    for local, remote in ((0.12, 0.04), (0.04, 0.12), (0.04, 0.04), (0.12, 0.12)):
+        world.local, world.remote = local, remote
+        world.run(balance, 50)
+        assert balance.settled
+        assert world.times(world.here)[2] <= 1.05 * world.best(), (local, remote, world.here)
+        world.run(balance, 30)
+        assert world.times(world.here)[2] <= 1.05 * world.best()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    local=st.floats(0.002, 0.2),
+    remote=st.floats(0.002, 0.2),
+    fixed=st.floats(0.0, 0.05),
+    dense=st.floats(0.005, 0.1),
+    shared=st.floats(0.0, 1.0),
+    slow=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_whatever_the_tiers_are_like(
+    local: float, remote: float, fixed: float, dense: float, shared: float, slow: int, seed: int
+) -> None:
+    world = World(local, remote, fixed, dense, shared, noise=0.01, slow=slow, rng=random.Random(seed))
+    balance = Balance()
+    world.run(balance, 120)
+    there = world.times(world.here)[2]
+    if shared <= 0.5:  # beyond, the best two places are all or nothing, with a hill between them
+        assert there <= 1.06 * world.best()
+    assert there <= 1.03 * world.times(SEQUENCES)[2]  # nothing is lost by having workers
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.1])
+def test_noise_does_not_keep_it_from_settling(noise: float) -> None:
+    world, balance = World(local=0.04, remote=0.04, noise=noise), Balance()
+    settled, steps = 0, 600
+    for _ in range(steps):
+        world.step(balance)
+        settled += balance.settled
+    assert settled > 0.7 * steps
+    assert world.times(world.here)[2] <= 1.15 * world.best()
+
+
+def test_asking_again_costs_no_more_than_a_hundredth() -> None:
+    world, balance = World(local=0.01, remote=0.5, grows=0), Balance()
+    world.run(balance, 60)
+    assert world.here == SEQUENCES
+    spent = sum(world.run(balance, 5000))
+    assert spent <= 1.013 * 5000 * world.times(SEQUENCES)[2]
+    world.remote = 0.001  # and a worker that has become worth it is found
+    world.run(balance, 5000)
+    assert world.here < SEQUENCES
+
+
+def test_other_lanes_are_no_change_of_the_tiers() -> None:
+    balance = Balance()
+    batch = Batch(4000, 4000, 0.02, 0.02, 0.022, 0.002, 0.05, SEQUENCES)
+    for _ in range(40):
+        balance.completed(batch._replace(local_tokens=8000, remote_tokens=0))
+    share = balance.share
+    while not balance.settled:
+        balance.completed(batch)
+    share = balance.share
+    for _ in range(30):
+        balance.completed(batch._replace(seconds=0.04, lanes=2))
+    assert balance.settled
+    assert balance.share == share
+
+
+def test_a_share_that_was_given_stays() -> None:
+    balance = Balance(0.3)
+    World(local=1.0, remote=0.1).run(balance, 100)
+    assert balance.share == 0.3
+    assert balance.settled
+    balance.reset()
+    assert balance.share == 0.3
+
+
+def test_new_sequences_go_where_they_are_missing() -> None:
+    assert prefers_local(0, 0, 10, 1.0)
+    assert not prefers_local(0, 0, 10, 0.0)
+    local = total = 0
+    for _ in range(20):
+        if prefers_local(local, total, 10, 0.25):
+            local += 10
+        total += 10
+    assert local == 50
+
+
+def test_what_moves_brings_the_share_closer() -> None:
+    assert to_move([100, 100, 100, 100], 200, 5) == [0, 1]
+    assert to_move([100, 100, 100, 100], 200, 1) == [0]
+    assert to_move([100], 49, 2) == []  # it would be off by more
+    assert to_move([100], 52, 2) == []  # it would hardly be closer
+    assert to_move([10, 70, 30], 100, 5) == [1, 2]
+    assert to_move([], 100, 5) == []

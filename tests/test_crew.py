@@ -1,0 +1,333 @@
+"""What model worker 0 and those beyond it say to each other: bytes that nobody vouches for, and channels that end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import struct
+import threading
+import time
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina_protocols import control
+from lamina_protocols import messages as m
+from lamina_protocols.channels import Channel, ChannelClosed
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import MAX_HEADER
+from lamina_protocols.socket_channel import connect_unix
+from lamina_workers import crew_wire as wire
+from lamina_workers.copying import Move
+from lamina_workers.crew import UNIX, Crew, Mate
+from lamina_workers.errors import HolderFault, HolderLost, RankLost
+from lamina_workers.model_worker import Work
+from lamina_workers.routes import HolderShare, Route, Span
+from lamina_workers.sampler import RowSampling
+
+HOLDER = m.HolderConfig((m.LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)
+BEGIN = wire.Begin(
+    1, 2, "/a/folder", "abc", "", "float32", "cpu", "cpu", False, 1, HOLDER, True, 10.0, "ab" * 16, 60.0, True, "grpc",
+    10.0, 3,
+)  # fmt: skip
+SHARE = HolderShare(
+    7,
+    (m.Open(1, (0, 1), 0, 512), m.Fork(2, 1, 33), m.Close(1)),
+    (Route(0, (0, 1), m.Row(2, 33, 4, (0, 33), True), (33, 37)), Route(1, (1,), m.Row(3, 0, 1, None, True), (0, 0))),
+)
+ANNOUNCED = m.Announced(2, 5, True, 90, (0, 3), usages=(m.Usage(1, 2, 0.5, 3, 0.1, 4, 5),))
+WORK = Work((Span(33, 4), Span(0, 1)), (5, 6, 7, 8, 2**40), (37, 37, 37, 37, 1), (3, 4), (RowSampling(), RowSampling()))
+MESSAGES: list[Any] = [
+    wire.Hello("model-1", 3, "1.2"),
+    wire.Progress("loading", 1, 20),
+    wire.Ready("cpu"),
+    wire.Failed("DeviceError", "no GPU"),
+    wire.Joined(4, 1 << 30, True),
+    wire.Answers(5, {4: ANNOUNCED, 6: dataclasses.replace(ANNOUNCED, accepted=False, reason="no room")}),
+    wire.Copied(5, False),
+    wire.Looked(4, m.Surveyed(0, 1, 9, 12, (m.PartHeld(3, (0,), 0, 512, 77, 16),))),
+    wire.Parted(),
+    wire.Met(3, "nobody came"),
+    wire.Faulted(5, "it is gone", (4, 6), True),
+    BEGIN,
+    wire.Join(4, "attention-0", "h:1", 1, 1, 3, b"ca", b"cert", b"key", "token"),
+    wire.Leave(4),
+    wire.Announce(5, True, {4: SHARE, 6: HolderShare(0, (), ())}),
+    wire.Drop(5),
+    wire.Copy(5, (Move(*range(len(Move._fields))),), {4: SHARE}),
+    wire.Epoch(8),
+    wire.Look(4),
+    wire.Part(),
+    wire.Meet(3, "/tmp/x/group", "127.0.0.1", 0, 30.0),
+    wire.Stop(),
+]
+
+
+def frame(message: Any) -> bytearray:
+    return bytearray(b"".join(wire.encode(message)))
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_message_comes_back_as_it_was(message: Any) -> None:
+    assert wire.decode(frame(message)) == message
+
+
+def test_work_comes_back_without_its_sampling() -> None:
+    command = wire.decode(frame(wire.execute(5, WORK, wanted=True, suspends=False)))
+    assert isinstance(command, wire.Execute)
+    assert (command.batch, command.wanted, command.suspends) == (5, True, False)
+    back = wire.work_of(command)
+    assert (back.spans, list(back.token_ids), list(back.rope_lengths)) == (
+        WORK.spans, list(WORK.token_ids), list(WORK.rope_lengths),
+    )  # fmt: skip
+    assert (back.sampled, back.sampling) == (WORK.sampled, ())
+
+
+def test_logits_come_back_to_the_bit() -> None:
+    logits = torch.randn(3, 101)
+    back = wire.decode(frame(wire.Executed(5, logits)))
+    assert isinstance(back, wire.Executed)
+    assert torch.equal(back.logits, logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spans": (33, 0, 4)},
+        {"spans": (33, 0, 4, 2)},
+        {"token_ids": torch.zeros(4, 8, dtype=torch.int8)},
+        {"token_ids": torch.zeros(5, 4, dtype=torch.int8)},
+        {"token_ids": torch.zeros(5, 8)},
+        {"sampled": torch.full((1, 8), -1, dtype=torch.int8)},
+        {"sampled": torch.tensor([5]).view(torch.int8).view(1, 8)},
+    ],
+    ids=str,
+)
+def test_work_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
+    command = dataclasses.replace(wire.execute(5, WORK, True, False), **change)
+    with pytest.raises(ProtocolError):
+        wire.work_of(typing.cast(wire.Execute, wire.decode(frame(command))))
+
+
+def test_secrets_are_not_shown() -> None:
+    shown = repr(wire.Join(1, "a", "h:1", key=b"a private key", token="a token"))
+    assert "a private key" not in shown
+    assert "a token" not in shown
+
+
+def test_too_large_a_message_is_refused_by_who_sends_it() -> None:
+    routes = tuple(Route(at, (0,), m.Row(at, 2**40, 1, (0, 2**40), True), (0, 0)) for at in range(MAX_HEADER // 16))
+    with pytest.raises(ProtocolError, match="Announce too large"):
+        wire.encode(wire.Announce(1, True, {1: HolderShare(0, (), routes)}))
+
+
+@given(st.sampled_from([frame(message) for message in MESSAGES]), st.data())
+def test_any_changed_byte_is_a_message_or_refused(good: bytearray, data: st.DataObject) -> None:
+    bad = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 3))):
+        bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ProtocolError):
+        wire.decode(bad)
+
+
+@given(st.integers(95, 140), st.binary(max_size=200), st.binary(max_size=64))
+def test_any_bytes_are_a_message_or_refused(tag: int, header: bytes, payload: bytes) -> None:
+    prefix = struct.pack("<4sHHIQ", b"LMNA", m.PROTOCOL_VERSION, tag, len(header), len(payload))
+    with contextlib.suppress(ProtocolError):
+        wire.decode(bytearray(prefix + header + payload))
+
+
+@given(st.sampled_from([frame(message) for message in MESSAGES]), st.data())
+def test_a_cut_frame_is_refused(good: bytearray, data: st.DataObject) -> None:
+    with pytest.raises(ProtocolError):
+        wire.decode(good[: data.draw(st.integers(0, len(good) - 1))])
+
+
+# Channels.
+
+
+class Rig:
+    """A crew, and processes of it that a test plays."""
+
+    def __init__(self) -> None:
+        self.ready: queue.SimpleQueue[Mate] = queue.SimpleQueue()
+        self.failed: queue.SimpleQueue[tuple[int, wire.Failed]] = queue.SimpleQueue()
+        self.given_up: list[str] = []
+        self.progress: list[tuple[int, str, int, int]] = []
+        self.channels: list[Channel] = []
+        self.crew = Crew(
+            lambda rank: dataclasses.replace(BEGIN, rank=rank),
+            self.ready.put,
+            lambda rank, said: self.failed.put((rank, said)),
+            self.given_up.append,
+            lambda *done: self.progress.append(done),
+        )
+
+    def connect(self, secret: bytes) -> Channel:
+        channel = connect_unix(self.crew.address.removeprefix(UNIX), secret, 5.0)
+        self.channels.append(channel)
+        return channel
+
+    def mate(self, rank: int = 1, name: str = "model-1") -> tuple[Mate, Channel]:
+        """One that is ready, and its own end."""
+        channel = self.connect(self.crew.invite(rank, name))
+        greet(channel, name)
+        assert wire.receive(channel, 5.0) == dataclasses.replace(BEGIN, rank=rank)
+        wire.send(channel, wire.Ready("cpu"))
+        return self.ready.get(timeout=5.0), channel
+
+
+def greet(channel: Channel, name: str, protocol: int = m.PROTOCOL_VERSION, version: str | None = None) -> None:
+    wire.send(channel, wire.Hello(name, protocol, version or control.package_version()))
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    for channel in rig.channels:
+        channel.close()
+    rig.crew.close()
+
+
+def test_who_is_invited_loads_and_becomes_ready(rig: Rig) -> None:
+    channel = rig.connect(rig.crew.invite(3, "model-3"))
+    greet(channel, "model-3")
+    begin = wire.receive(channel, 5.0)
+    assert isinstance(begin, wire.Begin)
+    assert begin.rank == 3
+    wire.send(channel, wire.Progress("loading", 1, 2))
+    wire.send(channel, wire.Ready("cuda:3"))
+    mate = rig.ready.get(timeout=5.0)
+    assert (mate.rank, mate.name, mate.said.device, mate.closed) == (3, "model-3", "cuda:3", False)
+    assert rig.progress == [(3, "loading", 1, 2)]
+
+
+def test_a_secret_is_good_once_and_only_the_right_one(rig: Rig) -> None:
+    secret = rig.crew.invite(1, "model-1")
+    with pytest.raises(ChannelClosed):
+        rig.connect(bytes(32))
+    greet(rig.connect(secret), "model-1")
+    time.sleep(0.1)
+    with pytest.raises(ChannelClosed):
+        rig.connect(secret)
+    revoked = rig.crew.invite(1, "model-1.1")
+    rig.crew.revoke("model-1.1")
+    with pytest.raises(ChannelClosed):
+        rig.connect(revoked)
+
+
+@pytest.mark.parametrize(
+    ("hello", "why"),
+    [
+        (("model-2",), "expected the Hello of model-1"),
+        (("model-1", 2), "protocol version"),
+        (("model-1", m.PROTOCOL_VERSION, "0.0.1"), "lamina version"),
+    ],
+)
+def test_who_is_somebody_else_does_not_begin(rig: Rig, hello: tuple[Any, ...], why: str) -> None:
+    channel = rig.connect(rig.crew.invite(1, "model-1"))
+    greet(channel, *hello)
+    rank, said = rig.failed.get(timeout=5.0)
+    assert rank == 1
+    assert why in said.reason
+    with pytest.raises(ChannelClosed):
+        wire.receive(channel, 5.0)
+
+
+def test_who_cannot_load_says_why_and_who_ends_says_nothing(rig: Rig) -> None:
+    channel = rig.connect(rig.crew.invite(1, "model-1"))
+    greet(channel, "model-1")
+    wire.receive(channel, 5.0)
+    wire.send(channel, wire.Failed("DeviceError", "device is 'cuda:7'"))
+    assert rig.failed.get(timeout=5.0) == (1, wire.Failed("DeviceError", "device is 'cuda:7'"))
+    again = rig.connect(rig.crew.invite(1, "model-1.1"))
+    greet(again, "model-1.1")
+    wire.receive(again, 5.0)
+    again.close()
+    rank, said = rig.failed.get(timeout=5.0)
+    assert (rank, said.kind) == (1, "")
+
+
+def test_reports_are_sorted_by_batch(rig: Rig) -> None:
+    mate, channel = rig.mate()
+    for batch in (1, 2):
+        mate.expect(batch)
+    wire.send(channel, wire.Copied(2, True))
+    wire.send(channel, wire.Copied(7, True))  # nobody waits for that
+    wire.send(channel, wire.Answers(1, {}))
+    assert mate.take(wire.Answers, 1, 5.0) == wire.Answers(1, {})
+    assert mate.ready(2)
+    assert mate.take(wire.Copied, 2, 5.0).room
+
+
+def test_a_fault_names_its_batch(rig: Rig) -> None:
+    mate, channel = rig.mate()
+    mate.expect(1)
+    wire.send(channel, wire.Faulted(1, "no such part", ()))
+    with pytest.raises(HolderFault, match="model worker 1: no such part"):
+        mate.take(wire.Answers, 1, 5.0)
+    wire.send(channel, wire.Faulted(1, "attention-0 is lost", (4,)))
+    with pytest.raises(HolderLost):
+        mate.take(wire.Answers, 1, 5.0)
+    assert mate.lost == {4}
+    mate.forget()
+    wire.send(channel, wire.Faulted(1, "the keys of an older batch", ()))
+    wire.send(channel, wire.Faulted(1, "other ranks", (), alone=True))
+    wire.send(channel, wire.Parted())
+    assert mate.ask(wire.Part(), wire.Parted, 5.0) == wire.Parted()
+    assert mate.unheard == "the keys of an older batch"
+    assert not mate.closed
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        lambda channel: channel.close(),
+        lambda channel: wire.send(channel, wire.Copied(1, True)),
+        lambda channel: channel.send([b"no frame at all, but long enough to be one"]),
+        lambda channel: None,
+    ],
+    ids=["closes", "answers something else", "no frame", "nothing"],
+)
+def test_who_does_not_answer_is_given_up(rig: Rig, says: Callable[[Channel], None]) -> None:
+    mate, channel = rig.mate()
+    mate.expect(1)
+    says(channel)
+    with pytest.raises(RankLost, match=r"model worker 1 \(model-1\) is lost"):
+        mate.take(wire.Answers, 1, 0.3)
+    assert mate.closed
+    assert rig.given_up == ["model-1"]
+    with pytest.raises(RankLost):
+        mate.tell(wire.Stop())
+    assert rig.given_up == ["model-1"]
+
+
+def test_whose_process_has_ended_is_lost_and_does_not_hold_up_who_waits(rig: Rig) -> None:
+    mate, _ = rig.mate()
+    mate.expect(1)
+    threading.Timer(0.1, rig.crew.revoke, ["model-1"]).start()
+    with pytest.raises(RankLost, match="its process has ended"):
+        mate.take(wire.Answers, 1, 10.0)
+
+
+def test_close_tells_all_to_stop_and_waits_for_them(rig: Rig) -> None:
+    _, channel = rig.mate()
+    heard: list[Any] = []
+
+    def play() -> None:
+        heard.append(wire.receive(channel, 5.0))
+        channel.close()
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    rig.crew.close()
+    thread.join()
+    assert heard == [wire.Stop()]
+    assert not rig.crew.folder.exists()

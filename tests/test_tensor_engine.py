@@ -1,0 +1,270 @@
+"""One model over several ranks in processes of their own: one text, whoever holds the KV and whoever dies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_workers import until, write_tiny_model
+
+from lamina import LLM
+from lamina.config import EngineConfig
+from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.layouts import SHARDS
+from lamina.model_members import LocalModelMembers, model_command
+from lamina.runtime import start
+from lamina_workers.tensor_workers import TensorWorkers
+
+rng = random.Random(29)
+PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 17, 70, 150)]
+SHARED = [rng.randrange(101) for _ in range(80)]
+SAMPLING: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def engine(model: Path, **config: Any) -> LLM:
+    """Small pools, float32: texts can be compared."""
+    return LLM(model, **{"dtype": "float32", "kv_memory": "16MiB", "max_model_len": 1024, "local_share": 0, **config})
+
+
+def texts(llm: LLM, prompts: list[list[int]] = PROMPTS, **sampling: Any) -> list[str]:
+    completions = llm.generate(prompts, **{**SAMPLING, **sampling})
+    if not isinstance(completions, list):
+        raise TypeError("one completion for several prompts")
+    return [completion.text for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> Iterator[LLM]:
+    """One process, without attention workers."""
+    with engine(model) as llm:
+        yield llm
+
+
+def process(llm: LLM, rank: int = 1) -> int | None:
+    """The process id of a rank, while it has one."""
+    ranks = llm._runtime.ranks  # type: ignore[union-attr]
+    status = ranks._members.status()[rank - 1]  # type: ignore[union-attr]
+    return status.process
+
+
+def workers(llm: LLM) -> TensorWorkers:
+    worker = llm._runtime.engine._worker  # type: ignore[union-attr]
+    if not isinstance(worker, TensorWorkers):
+        raise TypeError(f"{worker} is not several ranks")
+    return worker
+
+
+def returned(llm: LLM) -> int:
+    return llm._runtime.engine._tally.returned  # type: ignore[union-attr]
+
+
+def test_two_ranks_give_the_text_of_one_and_survive_a_death(alone: LLM, model: Path) -> None:
+    penalised: dict[str, Any] = {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2, "logprobs": 2}
+    with engine(model, model_workers=2) as llm:
+        assert texts(llm) == texts(alone)
+        assert texts(llm, **penalised) == texts(alone, **penalised)
+        before = process(llm)
+        os.kill(before or 0, signal.SIGKILL)
+        assert texts(llm) == texts(alone)
+        assert process(llm) not in (None, before)
+        assert returned(llm) == 1
+        assert workers(llm).missing == ()
+    with pytest.raises(ProcessLookupError):
+        os.kill(before or 0, 0)
+
+
+def test_two_ranks_over_an_attention_worker_give_the_text_of_one(alone: LLM, model: Path) -> None:
+    with engine(model, model_workers=2, attention_workers=1) as llm:
+        assert texts(llm) == texts(alone)
+        names = llm._runtime.engine._fleet.names  # type: ignore[union-attr]
+        assert names == {4: "attention-0", 5: "attention-0"}  # a seat for each rank
+        with pytest.raises(InvalidRequest, match="only attention worker"):
+            llm._runtime.drain("attention-0")  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "shard", "attention"),
+    [*itertools.product([2], SHARDS, [1, 2, 3]), (3, "heads", 2), (3, "sequence", 3), (3, "heads+sequence", 2)],
+)
+def test_ranks_over_attention_workers_give_the_text_of_one(
+    alone: LLM, model: Path, ranks: int, shard: str, attention: int
+) -> None:
+    with engine(model, model_workers=ranks, attention_workers=attention, shard=shard) as llm:
+        assert texts(llm) == texts(alone)
+
+
+@pytest.mark.slow
+def test_three_ranks_and_repeated_heads_give_the_text_of_one(model: Path, tmp_path: Path) -> None:
+    few = write_tiny_model(tmp_path / "few", num_key_value_heads=1)
+    for folder in (model, few):
+        with engine(folder) as llm:
+            expected = texts(llm)
+        with engine(folder, model_workers=3, policy="streaming(sink=4, recent=512)") as llm:
+            assert texts(llm) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", [0, 1])
+def test_prefixes_and_preemption_with_two_ranks(alone: LLM, model: Path, attention: int) -> None:
+    prompts = [SHARED + [at] * (at + 1) for at in range(6)]
+    expected = texts(alone, prompts, max_tokens=200)
+    # Room for about three of the six at a time: a token takes 1,152 bytes.
+    small = {"kv_memory": 900 * 1152, "max_model_len": 512}
+    with engine(model, model_workers=2, attention_workers=attention, **small) as llm:
+        assert texts(llm, prompts, max_tokens=200) == expected
+        counters = llm._runtime.engine._scheduler.counters  # type: ignore[union-attr]
+        assert counters.preempted > 0
+        assert texts(llm, prompts, max_tokens=200) == expected
+        assert counters.reused_tokens > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("attention", "shard"), [(0, "heads"), (1, "heads"), (2, "sequence")])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_rank_killed_at_any_step_changes_no_text(
+    alone: LLM, model: Path, attention: int, shard: str, seed: int
+) -> None:
+    expected = texts(alone, **LONG)
+    chance = random.Random(seed)
+    with engine(model, model_workers=2, attention_workers=attention, shard=shard) as llm:
+        computed = llm._runtime.engine._scheduler.counters  # type: ignore[union-attr]
+        ended = threading.Event()
+
+        def kill() -> None:
+            while not ended.wait(chance.uniform(0.05, 0.6)):
+                if (victim := process(llm)) is not None and not workers(llm).missing:
+                    os.kill(victim, signal.SIGKILL)
+                    kills.append(victim)
+                    if len(kills) == 2:
+                        return
+
+        kills: list[int] = []
+        killer = threading.Thread(target=kill)
+        killer.start()
+        got = texts(llm, **LONG)
+        ended.set()
+        killer.join()
+        assert got == expected
+        assert kills
+        until(lambda: not workers(llm).missing)
+        assert returned(llm) >= 1
+        if attention:  # their seats were there: nothing is computed again
+            assert (computed.rebuilt_tokens, computed.admitted) == (0, len(PROMPTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["heads", "sequence"])
+def test_an_attention_worker_killed_under_two_ranks_changes_no_text(alone: LLM, model: Path, shard: str) -> None:
+    expected = texts(alone, **LONG)
+    with engine(model, model_workers=2, attention_workers=2, shard=shard) as llm:
+        members = llm._runtime.attachment.members  # type: ignore[union-attr]
+
+        def kill() -> None:
+            time.sleep(0.5)
+            os.kill(members.status()[0].process or 0, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        got = texts(llm, **LONG)
+        killer.join()
+        assert got == expected
+        fleet = llm._runtime.engine._fleet  # type: ignore[union-attr]
+        until(lambda: sorted(fleet.names.values()) == ["attention-0.1"] * 2 + ["attention-1"] * 2, 30.0)
+        assert texts(llm) == texts(alone)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_replaced(alone: LLM, model: Path) -> None:
+    expected = texts(alone, **LONG)
+    with engine(model, model_workers=2, attention_workers=1, worker_timeout=1.0) as llm:
+        stopped = process(llm) or 0
+        killer = threading.Timer(0.5, os.kill, [stopped, signal.SIGSTOP])
+        killer.start()
+        assert texts(llm, **LONG) == expected
+        assert process(llm) != stopped
+
+
+@pytest.mark.slow
+def test_draining_moves_the_heads_of_all_ranks(alone: LLM, model: Path) -> None:
+    expected = texts(alone, **LONG)
+    with engine(model, model_workers=2, attention_workers=2) as llm:
+        drained: list[int] = []
+
+        def drain() -> None:
+            time.sleep(0.5)
+            drained.append(llm._runtime.drain("attention-0"))  # type: ignore[union-attr]
+
+        thread = threading.Thread(target=drain)
+        thread.start()
+        got = texts(llm, **LONG)
+        thread.join()
+        assert got == expected
+        assert drained[0] > 0
+        assert set(llm._runtime.engine._fleet.names.values()) == {"attention-1"}  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_a_rank_that_keeps_ending_ends_the_engine(model: Path) -> None:
+    config = EngineConfig(dtype="float32", kv_memory="16MiB", max_model_len=1024, model_workers=2)
+    ends = threading.Event()
+
+    def command(name: str, address: str) -> list[str]:
+        return ["false"] if ends.is_set() else model_command(name, address, 1)
+
+    members = LocalModelMembers(2, threads=1, command=command)
+    for place in members._places:  # so that the test need not wait for the pauses between six starts
+        place.backoff.delay = _twice()  # type: ignore[method-assign]
+    runtime = start(model, config, model_members=members)
+    try:
+        ends.set()
+        os.kill(members.status()[0].process or 0, signal.SIGKILL)
+        until(lambda: not runtime.engine.alive)
+    finally:
+        runtime.stop()
+
+
+def _twice() -> Any:
+    delays = iter([0.1, 0.1, None])
+    return lambda now: next(delays)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_workers": 7}, "7 ranks: it has 6 query heads"),
+        ({"model_workers": 2, "device": "cuda:5"}, "cuda:5"),
+        ({"model_workers": 0}, "model_workers is 0; allowed are 1 to"),
+        ({"model_workers": "two"}, "model_workers is 'two'"),
+        ({"model_workers": True}, "model_workers is True"),
+        ({"model_parallel": "both"}, "model_parallel is 'both'; allowed are tensor, replicas"),
+        ({"model_workers": 2, "lanes": 2}, "lanes is 2 with 2 tensor-parallel model_workers; allowed are 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(model: Path, config: dict[str, Any], says: str) -> None:
+    with pytest.raises(LaminaError, match=says) as error:
+        engine(model, **config)
+    assert isinstance(error.value, ValueError)
+
+
+def test_a_rank_that_dies_while_it_loads_is_named_with_what_it_said(model: Path) -> None:
+    config = EngineConfig(dtype="float32", kv_memory="16MiB", model_workers=2)
+    says = "import sys; print('the last words', file=sys.stderr); sys.exit(3)"
+    members = LocalModelMembers(2, threads=1, command=lambda name, address: ["python3", "-c", says])
+    with pytest.raises(EngineError, match=r"model worker 1 did not start, exit status 3\n  the last words"):
+        start(model, config, model_members=members)

@@ -1,0 +1,66 @@
+"""Attention workers that another process tells of."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from lamina import told_members
+from lamina.errors import WorkersUnavailable
+from lamina.members import Member
+from lamina.told_members import ToldMembers
+
+A, B, C = (Member(name, f"10.0.0.1:{port}") for port, name in enumerate("abc", 1))
+
+
+class Told:
+    """Members, and what was told of them."""
+
+    def __init__(self) -> None:
+        self.lost: list[str] = []
+        self.heard: list[str] = []
+        self.members = ToldMembers(self.lost.append)
+
+    def watch(self) -> None:
+        self.members.watch(
+            lambda member: self.heard.append(f"+{member.name}"), lambda name: self.heard.append(f"-{name}")
+        )
+
+
+def test_the_first_that_are_told_are_what_a_start_waits_for() -> None:
+    told = Told()
+    threading.Timer(0.05, told.members.there, [[A, B]]).start()
+    assert told.members.start() == (A, B)
+    told.watch()
+    assert told.heard == []
+
+
+def test_later_only_what_has_changed_is_news_and_it_waits_for_whoever_listens() -> None:
+    told = Told()
+    told.members.there([A, B])
+    told.members.start()
+    told.members.there([B, C])
+    told.members.joined(A)
+    told.members.there([B, C, A])
+    told.members.left("b")
+    told.members.left("nobody")
+    assert told.heard == []
+    told.watch()
+    assert told.heard == ["-a", "+c", "+a", "-b"]
+
+
+def test_whoever_was_given_up_is_told_to_the_other_side() -> None:
+    told = Told()
+    told.members.lost("a")
+    assert told.lost == ["a"]
+
+
+def test_a_start_without_anybody_fails_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(told_members, "_WORKERS_UP", 0.05)
+    with pytest.raises(WorkersUnavailable, match=r"within 0\.05 s"):
+        Told().members.start()
+    closed = Told()
+    closed.members.close()
+    with pytest.raises(WorkersUnavailable, match="no attention worker is up"):
+        closed.members.start()

@@ -1,0 +1,136 @@
+"""The one thread of an attention worker's process that computes: it builds seats, and serves all their channels.
+
+OpenMP keeps a team for each thread that ever computed, so there is one. Channels that have something take turns, a
+message each; none is waited for, neither to send nor to read. Knows no handshake.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import queue
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lamina_protocols import codec
+from lamina_protocols.channels import Channel
+from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.messages import Fault
+from lamina_protocols.waiting import Waiter
+from lamina_workers.attention_session import FAREWELL, Seat, Session
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("lamina")
+
+
+class ComputeLoop:
+    """`run` belongs to its thread; the rest may be called from any, and is done in the order of the calls.
+
+    `over(session, why)` is told that a session cannot go on, `failed(seat, why)` that a seat cannot, `freed(seat)` that
+    it is gone; all on the loop's thread.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        name: str,
+        device: torch.device,
+        over: Callable[[Session, str], None],
+        failed: Callable[[Seat, str], None],
+        freed: Callable[[Seat], None],
+    ) -> None:
+        self._threads = threads
+        self._name = name
+        self._device = device
+        self._over = over
+        self._failed = failed
+        self._freed = freed
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiter = Waiter()
+        self._sessions: dict[Channel, Session] = {}
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while not self._stopping:
+            for channel in self._waiter.wait():
+                self._serve(channel)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._jobs.get_nowait()()
+        self._waiter.close()
+
+    def build(self, seat: Seat) -> None:
+        """Make its worker, and tell `seat.built`."""
+        self._do(lambda: self._build(seat))
+
+    def serve(self, session: Session) -> None:
+        """Read its channel from now on."""
+        self._do(lambda: self._add(session))
+
+    def drop(self, session: Session) -> None:
+        """Read its channel no more."""
+        self._do(lambda: self._remove(session))
+
+    def free(self, seat: Seat) -> None:
+        """Let its worker go."""
+        self._do(lambda: self._free(seat))
+
+    def stop(self) -> None:
+        """Do what was asked for, then let `run` return."""
+        self._do(lambda: setattr(self, "_stopping", True))
+
+    def _do(self, job: Callable[[], None]) -> None:
+        self._jobs.put(job)
+        self._waiter.wake()
+
+    def _serve(self, channel: Channel) -> None:
+        session = self._sessions[channel]
+        try:
+            session.step()
+        except LaminaError as error:
+            self._farewell(session, channel, str(error))
+            self._over(session, str(error))
+        except Exception as error:  # the engine learns its kind, the log the rest
+            logger.exception("session %.8s failed", session.id)
+            self._farewell(session, channel, type(error).__name__)
+            self._failed(session.seat, type(error).__name__)
+
+    def _farewell(self, session: Session, channel: Channel, reason: str) -> None:
+        """Tell the engine why, if it is still there."""
+        self._remove(session)
+        with contextlib.suppress(LaminaError):
+            channel.post(codec.encode(Fault(*FAREWELL, reason)))
+
+    def _build(self, seat: Seat) -> None:
+        if seat.ended:
+            seat.built.set_exception(ProtocolError(f"seat {seat.number} is gone: {seat.ended}"))
+            return
+        try:
+            seat.build(self._threads, self._name, self._device)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the engine is told and the server lives on
+            self._failed(seat, f"no worker could be made: {error}")
+            seat.built.set_exception(error)
+        else:
+            seat.built.set_result(None)
+
+    def _add(self, session: Session) -> None:
+        channel = session.channel
+        if channel is not None and not session.ended:
+            self._sessions[channel] = session
+            with contextlib.suppress(ValueError):  # closed just now: the session is over, and will be dropped
+                self._waiter.add(channel)
+
+    def _remove(self, session: Session) -> None:
+        channel = session.channel
+        if channel is not None and self._sessions.pop(channel, None) is not None:
+            self._waiter.remove(channel)
+            session.seat.traffic.add(session.traffic)
+
+    def _free(self, seat: Seat) -> None:
+        seat.free()
+        self._freed(seat)
+        gc.collect()  # KV is large, and whatever keeps it in a cycle must not outlive its seat

@@ -1,0 +1,267 @@
+"""What a decoder computes between two attentions, recorded once as graphs or compiled: wrapped around it from outside.
+
+A graph is launched at once where its kernels would be launched one by one. It is made for a number of tokens, so a
+small batch, as decoding makes them, is padded to the next bucket; a larger one runs as it always did. Knows the two
+plain functions of a layer; knows nothing of attention, of sequences or of what the padding holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from lamina_workers.collectives import Collective
+from lamina_workers.model import Batch, Decoder, Forward, Rotation
+from lamina_workers.moe import Experts
+
+logger = logging.getLogger("lamina")
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Tokens of a batch that graphs are made for; the largest is about what the scheduler lets decode at once."""
+
+WARMUPS = 2  # runs before recording: libraries choose their algorithms and take their workspace in the first
+
+Tensors = tuple[torch.Tensor, ...]
+Work = Callable[[], Tensors]
+
+
+def bucket(tokens: int, buckets: Sequence[int] = BUCKETS) -> int | None:
+    """The smallest bucket that holds so many tokens; None where none does, or there are none."""
+    return next((size for size in buckets if 0 < tokens <= size), None)
+
+
+class Recorder(Protocol):
+    """Makes graphs of one run at a time, which share memory: they are launched in the order of layers."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensors]:
+        """Run `work`, which only reads and writes tensors that stay where they are, and record it. What launches it
+        again, and the tensors in which its results then are."""
+
+
+class CudaGraphs:
+    """On a GPU. None of this has been run on one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensors]:
+        own, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        own.wait_stream(current)
+        with torch.cuda.stream(own):
+            for _ in range(WARMUPS):
+                work()
+            # Not `torch.cuda.graph`, which waits for the whole device. thread_local: what other threads do is theirs.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                results = work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(own)
+        self._pool = graph.pool()
+        graph.replay()
+        return graph.replay, results
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """Where the graphs of one bucket read: hidden `[B, hidden_size]`, rotation `[B, d / 2]` twice, attended
+    `[B, heads * d]`."""
+
+    hidden: torch.Tensor
+    rotation: tuple[torch.Tensor, torch.Tensor]
+    attended: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    launch: Callable[[], None]
+    results: Tensors
+
+    def first(self, tokens: int) -> Tensors:
+        """The results without the padding. They stay until the graph is launched again."""
+        return tuple(x[:tokens] for x in self.results)
+
+
+class _Around(Decoder):
+    """A decoder that stands for another one, and does some of what that does in its own way."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.__dict__.update(vars(decoder))
+        self._plain = decoder
+
+    @property
+    def _collective(self) -> Collective | None:
+        return self._plain._collective
+
+    @_collective.setter
+    def _collective(self, collective: Collective | None) -> None:
+        self._plain._collective = collective
+
+    def _settled(self, index: int) -> bool:
+        """Whether what follows the attention of a layer is the same whatever the tokens are, and whoever is there.
+        Which experts have work, the host must know; and a graph would go on calling a group that was replaced."""
+        return self._collective is None and not isinstance(self._weights.layers[index].mlp, Experts)
+
+
+class _Run(_Around):
+    """The decoder of one forward pass at a time: its graphs, and the memory they read and write, are its own."""
+
+    def __init__(self, decoder: Decoder, recorder: Recorder, buckets: Sequence[int]) -> None:
+        super().__init__(decoder)
+        self._recorder = recorder
+        self._buckets = buckets
+        self._inputs: dict[int, _Inputs] = {}
+        self._graphs: dict[tuple[str, int, int], _Graph] = {}  # by slice, layer and bucket
+        self._rotation: Rotation = None  # whose angles stand in the inputs
+
+    def begin(self) -> None:
+        """Another batch, at other positions."""
+        self._rotation = None
+
+    def _before_attention(
+        self, index: int, hidden: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        size = bucket(len(hidden), self._buckets)
+        if size is None:
+            return self._plain._before_attention(index, hidden, rotation)
+        inputs, tokens = self._inputs_of(size), len(hidden)
+        inputs.hidden[:tokens] = hidden
+        if rotation is not None and rotation is not self._rotation:
+            for place, angles in zip(inputs.rotation, rotation, strict=True):
+                place[:tokens] = angles
+            self._rotation = rotation
+
+        def work() -> Tensors:
+            return self._plain._before_attention(index, inputs.hidden, rotation and inputs.rotation)
+
+        graph = self._launched("before", index, size, work)
+        if graph is None:
+            return self._plain._before_attention(index, hidden, rotation)
+        q, k, v = graph.first(tokens)
+        return q, k, v
+
+    def _after_attention(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        size = bucket(len(hidden), self._buckets)
+        if size is None or not self._settled(index):
+            return self._plain._after_attention(index, hidden, attended)
+        inputs, tokens = self._inputs_of(size), len(hidden)
+        inputs.hidden[:tokens] = hidden
+        inputs.attended[:tokens] = attended.flatten(1)
+
+        def work() -> Tensors:
+            return (self._plain._after_attention(index, inputs.hidden, inputs.attended),)
+
+        graph = self._launched("after", index, size, work)
+        if graph is None:
+            return self._plain._after_attention(index, hidden, attended)
+        (result,) = graph.first(tokens)
+        return result
+
+    def _launched(self, part: str, index: int, size: int, work: Work) -> _Graph | None:
+        """The graph of a slice, which has just run; None where none can be recorded: from then on none is tried."""
+        graph = self._graphs.get((part, index, size))
+        if graph is not None:
+            graph.launch()
+            return graph
+        try:
+            graph = self._graphs[part, index, size] = _Graph(*self._recorder.record(work))
+        except RuntimeError as error:  # torch has no narrower one for it
+            logger.warning("no graph of %d tokens can be recorded, so none is used: %s", size, error)
+            self._graphs.clear()
+            self._buckets = ()
+        return graph
+
+    def _inputs_of(self, size: int) -> _Inputs:
+        found = self._inputs.get(size)
+        if found is None:
+            config = self.config
+
+            def zeros(width: int, dtype: torch.dtype) -> torch.Tensor:
+                return torch.zeros(size, width, dtype=dtype, device=self.device)
+
+            half = config.head_dim // 2
+            found = self._inputs[size] = _Inputs(
+                hidden=zeros(config.hidden_size, self.dtype),
+                rotation=(zeros(half, torch.float32), zeros(half, torch.float32)),
+                attended=zeros(config.num_attention_heads * config.head_dim, self.dtype),
+            )
+        return found
+
+
+class Captured(_Around):
+    """A decoder whose slices are recorded as graphs, for each number of tokens in `buckets` when it first occurs.
+
+    Forward passes that are under way at the same time, in several lanes, have graphs each. `recorder` makes what
+    records for one of them.
+    """
+
+    def __init__(
+        self, decoder: Decoder, recorder: Callable[[], Recorder] | None = None, buckets: Sequence[int] = BUCKETS
+    ) -> None:
+        super().__init__(decoder)
+        self._recorder = recorder or (lambda: CudaGraphs(decoder.device))
+        self._buckets = buckets
+        self._idle: list[_Run] = []
+
+    def compute_query_first(self) -> bool:
+        """It cannot: one graph has q, k and v."""
+        return False
+
+    def forward(
+        self,
+        batch: Batch,
+        hidden: torch.Tensor | None = None,
+        first_layer: int = 0,
+        attended: torch.Tensor | None = None,
+    ) -> Forward:
+        run = self._idle.pop() if self._idle else _Run(self._plain, self._recorder(), self._buckets)
+        run.begin()
+        try:
+            logits = yield from run.forward(batch, hidden, first_layer, attended)
+        finally:
+            self._idle.append(run)
+        return logits
+
+
+class Compiled(_Around):
+    """A decoder whose slices go through `torch.compile`, with `options` for it: once for layers of one kind, whatever
+    the number of tokens."""
+
+    def __init__(self, decoder: Decoder, **options: Any) -> None:
+        super().__init__(decoder)
+        # A layer's number would be a constant of what is compiled, so each layer is the only one of a decoder.
+        self._layers = [copy.copy(decoder) for _ in decoder._weights.layers]
+        for alone, layer in zip(self._layers, decoder._weights.layers, strict=True):
+            alone._weights = replace(decoder._weights, layers=(layer,))
+        self._before = torch.compile(Decoder._before_attention, dynamic=True, **options)
+        self._after = torch.compile(Decoder._after_attention, dynamic=True, **options)
+
+    def compute_query_first(self) -> bool:
+        """It cannot: q, k and v are compiled together."""
+        return False
+
+    def _before_attention(
+        self, index: int, hidden: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = self._before(self._layers[index], 0, hidden, rotation)
+        return q, k, v
+
+    def _after_attention(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        if not self._settled(index):
+            return self._plain._after_attention(index, hidden, attended)
+        result: torch.Tensor = self._after(self._layers[index], 0, hidden, attended)
+        return result
+
+
+def sliced(decoder: Decoder, compile: bool) -> Decoder:
+    """The decoder in the way that is fastest on its device: recorded on a GPU, and compiled before where wanted."""
+    if compile:
+        decoder = Compiled(decoder)
+    return Captured(decoder) if decoder.device.type == "cuda" else decoder

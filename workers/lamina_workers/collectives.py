@@ -1,0 +1,324 @@
+"""What the ranks of one model do together: add up their parts, and bring the logits to rank 0.
+
+Knows ranks, tensors and torch.distributed, in this file alone. Knows no layers and no engine. On CPUs the ranks are
+connected by gloo, on GPUs by NCCL. No group is global: one whose member died is closed and another one made in its
+place, in the same process, under the next generation.
+
+On a CPU the parts travel in the model's dtype and are added in float32 in the order of the ranks, so each rank gets the
+same bits, whatever else is in the batch. Those of a decode step, some kilobytes, go over direct `lines`, and more over
+gloo.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+
+from lamina_workers.errors import RankLost
+from lamina_workers.lines import MOST_BYTES, Lines
+
+_c10d: Any = torch.distributed  # whose names are not all in its types
+_SUM, _GATHER, _READY = 1, 2, 3  # tags: what a message is for
+
+
+class Collective(Protocol):
+    """One rank's end of a group. All ranks call the same in the same order, with the same shapes.
+
+    `seconds`: time spent here since the beginning. Raises RankLost where another rank is gone or silent; then the group
+    is closed, which the others learn in turn.
+    """
+
+    rank: int
+    ranks: int
+    seconds: float
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of x, any contiguous shape, in place of x: the same bits on each rank."""
+        ...
+
+    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        """All parts side by side, `[n, sum(widths)]`, on rank 0; None elsewhere. x: `[n, widths[rank]]`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Alone:
+    """The group of one rank: nothing to do."""
+
+    rank, ranks, seconds = 0, 1, 0.0
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        return x
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the ranks of a group find each other.
+
+    On one host `path`, the beginning of a file's name in a folder that no one else can write to; else `host`:`port`,
+    where rank 0 listens as long as the group lives. `address` is this rank's own, at which the others reach it; nothing
+    listens anywhere else. Whoever reaches these addresses is trusted, so they belong on a private network.
+    `generation` counts the groups that were made at the same place.
+    """
+
+    generation: int
+    path: str = ""
+    host: str = "127.0.0.1"
+    port: int = 0
+    address: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.port):
+            raise ValueError(f"a meeting has a path or a port, got path {self.path!r} and port {self.port}")
+
+
+def join(rank: int, ranks: int, meeting: Meeting, timeout: float, device: torch.device | str = "cpu") -> Collective:
+    """Wait for the other ranks and be one of them. `timeout`, in seconds, holds for this and for each later message.
+
+    Raises RankLost where the others do not come.
+    """
+    if ranks == 1:
+        return Alone()
+    if torch.device(device).type == "cpu":
+        return CpuGroup(rank, ranks, meeting, timeout)
+    return GpuGroup(rank, ranks, meeting, timeout, torch.device(device))
+
+
+class CpuGroup:
+    """A rank's end of a group over gloo, with lines beside it. For tensors on the CPU."""
+
+    def __init__(self, rank: int, ranks: int, meeting: Meeting, timeout: float) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.seconds = 0.0
+        self._others = [other for other in range(ranks) if other != rank]
+        self._lines: Lines | None = None
+        options = _c10d.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout)
+        options._threads = 1  # for gloo's own sums, of which none is used
+        self._group: Any = None
+        try:
+            options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=meeting.address)]
+            store = _store(rank, ranks, meeting, timeout)
+            self._group = _c10d.ProcessGroupGloo(store, rank, ranks, options)
+            self._lines = Lines(rank, ranks, meeting.address, self._swap, timeout)
+        except RankLost:
+            self.close()
+            raise
+        except (OSError, RuntimeError) as error:  # torch has no narrower one for it
+            self.close()
+            raise RankLost(
+                f"rank {rank} of {ranks} could not meet the others within {timeout:g} s: {_cause(error)}"
+            ) from error
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        begun = time.perf_counter()
+        if x.numel():
+            if x.nbytes <= MOST_BYTES:
+                self._reduce_over_lines(x)
+            else:
+                self._reduce_in_pieces(x.view(-1))
+        self.seconds += time.perf_counter() - begun
+        return x
+
+    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        begun = time.perf_counter()
+        whole = None
+        if self.rank:
+            if x.numel():
+                self._run([(self._send, x.contiguous(), 0, _GATHER)])
+        else:
+            parts = [x, *(x.new_empty(len(x), width) for width in widths[1:])]
+            self._run(
+                [(self._receive, part, other, _GATHER) for other, part in enumerate(parts) if other and part.numel()]
+            )
+            whole = torch.cat(parts, 1)
+        self.seconds += time.perf_counter() - begun
+        return whole
+
+    def close(self) -> None:
+        """Leave; the others' next message, or the one that they wait for, fails. Closing again does nothing."""
+        self._group = None
+        if self._lines is not None:
+            self._lines.close()
+
+    def _reduce_over_lines(self, x: torch.Tensor) -> None:
+        """Each rank sends all of x to all."""
+        if self._group is None or self._lines is None:
+            raise RankLost(f"rank {self.rank} has left its group")
+        parts = [x] * self.ranks
+        for other in self._others:
+            parts[other] = torch.empty_like(x)
+        try:
+            self._lines.exchange(_bytes(x), {other: _bytes(parts[other]) for other in self._others})
+        except RankLost:
+            self.close()
+            raise
+        _add(parts, x)
+
+    def _reduce_in_pieces(self, x: torch.Tensor) -> None:
+        """Each rank adds up one piece of x `[n]` and sends the sum to all: the same bits, in less traffic."""
+        pieces = list(x.tensor_split(self.ranks))
+        own = pieces[self.rank]
+        parts = [own] * self.ranks
+        for other in self._others:
+            parts[other] = torch.empty_like(own)
+        self._exchange(_SUM, [pieces[other] for other in self._others], [parts[other] for other in self._others])
+        _add(parts, own)
+        self._exchange(_SUM, [own] * (self.ranks - 1), [pieces[other] for other in self._others])
+
+    def _swap(self, card: bytes) -> dict[int, bytes]:
+        own = torch.frombuffer(bytearray(card), dtype=torch.uint8)
+        cards = [torch.empty_like(own) for _ in self._others]
+        self._exchange(_READY, [own] * (self.ranks - 1), cards)
+        return {other: bytes(_bytes(found)) for other, found in zip(self._others, cards, strict=True)}
+
+    def _exchange(self, tag: int, out: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
+        """Send `out` to the other ranks, in their order, while `into` is filled by them."""
+        receives = [(self._receive, x, other, tag) for x, other in zip(into, self._others, strict=True)]
+        self._run(receives + [(self._send, x, other, tag) for x, other in zip(out, self._others, strict=True)])
+
+    def _run(self, messages: Sequence[tuple[Any, torch.Tensor, int, int]]) -> None:
+        """Begin all of `messages` and wait until they are through, those that were begun last first: sending is
+        quick, and what is received is then mostly there."""
+        if self._group is None:
+            raise RankLost(f"rank {self.rank} has left its group")
+        works: list[Any] = []
+        waited = 0
+        try:
+            for begin, x, peer, tag in messages:
+                works.append(begin(x, peer, tag))
+            for work in reversed(works):
+                work.wait()
+                waited += 1
+        except RuntimeError as error:  # torch has no narrower one for it
+            at = len(works) if len(works) < len(messages) else len(works) - 1 - waited
+            message = f"rank {self.rank} lost rank {messages[at][2]} of {self.ranks}: {_cause(error)}"
+            work = None
+            works.clear()
+            self.close()
+            raise RankLost(message) from None  # its traceback would keep the group, and so the connections, alive
+
+    def _send(self, x: torch.Tensor, peer: int, tag: int) -> Any:
+        return self._group.send([x], peer, tag)
+
+    def _receive(self, x: torch.Tensor, peer: int, tag: int) -> Any:
+        return self._group.recv([x], peer, tag)
+
+
+class GpuGroup:
+    """A rank's end of a group over NCCL, each rank on a GPU of its own. Nothing here waits for the GPU, so a rank that
+    died shows as a RankLost of a later call, or not before `close` is called by whoever learns of it."""
+
+    def __init__(self, rank: int, ranks: int, meeting: Meeting, timeout: float, device: torch.device) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.seconds = 0.0
+        self._group: Any = None
+        try:
+            options = _c10d.ProcessGroupNCCL.Options()
+            options._timeout = timedelta(seconds=timeout)
+            self._store = _store(rank, ranks, meeting, timeout)  # NCCL connects at its first use
+            self._group = _c10d.ProcessGroupNCCL(self._store, rank, ranks, options)
+            self.all_reduce(torch.zeros(1, device=device))
+            torch.cuda.current_stream(device).synchronize()
+        except (OSError, RuntimeError) as error:
+            self.close()
+            raise RankLost(
+                f"rank {rank} of {ranks} could not meet the others within {timeout:g} s: {_cause(error)}"
+            ) from error
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        begun = time.perf_counter()
+        if x.numel():
+            # NCCL rounds after each addition; two parts are added once.
+            wide = x if self.ranks == 2 or x.dtype == torch.float32 else x.float()
+            self._run("allreduce", [wide], _c10d.AllreduceOptions())
+            if wide is not x:
+                x.copy_(wide)
+        self.seconds += time.perf_counter() - begun
+        return x
+
+    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        begun = time.perf_counter()
+        whole = None
+        if self.rank:
+            if x.numel():
+                self._run("send", [x.contiguous()], 0, _GATHER)
+        else:
+            parts = [x, *(x.new_empty(len(x), width) for width in widths[1:])]
+            for other, part in enumerate(parts):
+                if other and part.numel():
+                    self._run("recv", [part], other, _GATHER)
+            whole = torch.cat(parts, 1)
+        self.seconds += time.perf_counter() - begun
+        return whole
+
+    def close(self) -> None:
+        """Leave, also while the GPU waits for another rank. Closing again does nothing."""
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+    def _run(self, operation: str, *arguments: Any) -> None:
+        if self._group is None:
+            raise RankLost(f"rank {self.rank} has left its group")
+        try:
+            getattr(self._group, operation)(*arguments).wait()  # the stream waits, not this thread
+        except RuntimeError as error:
+            self.close()
+            raise RankLost(f"rank {self.rank} lost another of {self.ranks}: {_cause(error)}") from error
+
+
+def _add(parts: Sequence[torch.Tensor], into: torch.Tensor) -> None:
+    """The sum of `parts`, of which `into` may be one, in their order, in float32, rounded once."""
+    if len(parts) == 2 or into.dtype == torch.float32:
+        # Two halves are added in float32 and rounded once by torch itself.
+        total = torch.add(parts[0], parts[1])
+        for part in parts[2:]:
+            total.add_(part)
+    else:
+        total = parts[0].float()
+        for part in parts[1:]:
+            total.add_(part)
+    into.copy_(total)
+
+
+def _bytes(x: torch.Tensor) -> memoryview:
+    """The memory of x, which must be contiguous."""
+    return x.view(-1).view(torch.uint8).numpy().data
+
+
+def _store(rank: int, ranks: int, meeting: Meeting, timeout: float) -> Any:
+    limit = timedelta(seconds=timeout)
+    if meeting.path:
+        store = _c10d.FileStore(f"{meeting.path}.{meeting.generation}", ranks)
+    elif rank == 0:
+        # By itself the store would listen at every address of the host.
+        listening = socket.create_server((meeting.host, meeting.port))
+        store = _c10d.TCPStore(
+            meeting.host, meeting.port, ranks, True, limit, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+    else:
+        store = _c10d.TCPStore(meeting.host, meeting.port, ranks, False, limit, wait_for_workers=False)
+    store.set_timeout(limit)
+    return _c10d.PrefixStore(f"{meeting.generation}", store)
+
+
+def _cause(error: BaseException) -> str:
+    """What torch says, without the place in its source and without its advice."""
+    line = str(error).partition("\n")[0]
+    return re.sub(r"^\[\S+\] ", "", line).partition(". This is")[0]

@@ -1,0 +1,73 @@
+"""How KV goes from the parts of one holder to those of another: what is asked for, and what becomes of the answers.
+
+Knows tensors and who wants which of them; knows no port and no batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from lamina_protocols.messages import Fetched
+
+
+class Move(NamedTuple):
+    """Positions [lo, hi) of part `source` at holder `origin` are to be copied to part `target` at holder `to`.
+
+    Of the `source_heads` that the one has, those from place `source_first` on, `heads` of them, come to the places from
+    `target_first` on of the `target_heads` that the other has.
+    """
+
+    origin: int
+    source: int
+    to: int
+    target: int
+    lo: int
+    hi: int
+    heads: int
+    source_heads: int
+    source_first: int
+    target_heads: int
+    target_first: int
+
+
+class Copy:
+    """What several moves ask of their origins, and how the answers become what their targets store. Each range of a
+    part is asked for once, whatever becomes of its heads."""
+
+    def __init__(self, moves: Sequence[Move]) -> None:
+        self.sources = list(dict.fromkeys((move.origin, move.source, move.lo, move.hi) for move in moves))
+        self.origins = {move.origin for move in moves}
+        at = {source: index for index, source in enumerate(self.sources)}
+        self._targets: dict[tuple[int, int], list[tuple[int, Move]]] = {}  # by holder and part: which answers go there
+        for move in moves:
+            asked = at[move.origin, move.source, move.lo, move.hi]
+            self._targets.setdefault((move.to, move.target), []).append((asked, move))
+
+    def filled(self, arrived: Sequence[Fetched]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """For each target holder k and v of its rows, as `Fresh` has them; `arrived` answers `sources`, in order."""
+        rows: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for (number, _), pieces in self._targets.items():
+            k = _assembled([(arrived[at].k, move) for at, move in pieces])
+            v = _assembled([(arrived[at].v, move) for at, move in pieces])
+            rows.setdefault(number, []).append((k, v))
+        for number, several in rows.items():
+            if len(several) == 1:
+                yield number, *several[0]
+            else:
+                yield number, torch.cat([k for k, _ in several]), torch.cat([v for _, v in several])
+
+
+def _assembled(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
+    """One row's vectors `[tokens * target heads, d]`, of those of parts, `[tokens * source heads, d]` each."""
+    first, move = pieces[0]
+    if len(pieces) == 1 and move.heads == move.source_heads == move.target_heads:
+        return first
+    whole = first.new_empty(move.hi - move.lo, move.target_heads, first.shape[-1])
+    for vectors, move in pieces:
+        of = vectors.view(move.hi - move.lo, move.source_heads, -1)
+        taken = of[:, move.source_first : move.source_first + move.heads]
+        whole[:, move.target_first : move.target_first + move.heads] = taken
+    return whole.view(-1, first.shape[-1])

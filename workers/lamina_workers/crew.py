@@ -1,0 +1,307 @@
+"""Model worker 0's end of the channels to the model workers beyond it: who connects, what they load, what they answer.
+
+Knows channels and the commands. Knows no process (whoever starts one invites it here), and nothing of batches: what is
+in a command, `TensorWorkers` and its like know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lamina_protocols import control
+from lamina_protocols.channels import Channel, ChannelClosed, Credentials
+from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.messages import PROTOCOL_VERSION
+from lamina_protocols.socket_channel import SECRET_SIZE, Listener, listen_tcp, listen_unix, server_context
+from lamina_workers import crew_wire as wire
+from lamina_workers.errors import HolderFault, HolderLost, RankLost
+
+logger = logging.getLogger("lamina")
+
+UNIX = "unix:"
+_LOADING_S = 600.0  # without a word
+_GOODBYE_S = 5.0
+
+R = TypeVar("R", bound=wire.Report)
+
+
+class Mate:
+    """One model worker beyond 0 that is ready. For one thread; `close` may come from any.
+
+    `rank` is its number, `name` that of its process, `ready` what it said of itself. `on_given_up` is told when this
+    side gives it up: its process may be stuck. Once closed it stays so.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        name: str,
+        channel: Channel,
+        ready: wire.Ready,
+        on_given_up: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.rank = rank
+        self.name = name
+        self.said = ready
+        self.lost: set[int] = set()  # holders of this worker that are gone
+        self.unheard = ""  # a fault of a batch that nobody waited for: it may have told of lost keys
+        self._channel = channel
+        self._on_given_up = on_given_up
+        self._gone = ""  # why
+        self._waiting: dict[int, deque[wire.Report]] = {}  # by batch under way
+        self._answers: deque[wire.Report] = deque()  # to what names no batch
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is gone for good."""
+        return bool(self._gone)
+
+    @property
+    def channel(self) -> Channel:
+        """What it is told by, and answers over."""
+        return self._channel
+
+    def close(self, reason: str = "closed on this side") -> None:
+        """Let it go: its process, which sees that, ends."""
+        self._gone = self._gone or reason
+        self._channel.close()
+
+    def see_off(self, seconds: float) -> None:
+        """Wait until it has closed its end, so long at most."""
+        with contextlib.suppress(LaminaError, TimeoutError):
+            while not self._gone:
+                self._channel.receive(max(0.0, seconds))
+        self.close()
+
+    def tell(self, command: wire.Command) -> None:
+        """Raises RankLost where it is gone."""
+        try:
+            wire.send(self._channel, command)
+        except ChannelClosed as error:
+            raise self.give_up(str(error)) from error
+
+    def expect(self, batch: int) -> None:
+        """Keep what it says of this batch until `forget`."""
+        self._waiting.setdefault(batch, deque())
+
+    def forget(self, batch: int | None = None) -> None:
+        """Drop what it still says of this batch, None: of any."""
+        if batch is None:
+            self._waiting.clear()
+        else:
+            self._waiting.pop(batch, None)
+
+    def ready(self, batch: int) -> bool:
+        """Whether `take` would not wait."""
+        while not self._waiting[batch]:
+            try:
+                if not self._channel.ready():
+                    return False
+                self._hear(0)
+            except RankLost:
+                return True  # and `take` says so
+        return True
+
+    def faults(self, batch: int) -> list[wire.Faulted]:
+        """What it has said by now to have gone wrong with a batch that is expected."""
+        return [report for report in self._waiting.get(batch, ()) if isinstance(report, wire.Faulted)]
+
+    def take(self, kind: type[R], batch: int, timeout: float | None = None) -> R:
+        """What it says next of a batch that is expected; waits for it.
+
+        Raises HolderFault where the batch failed at one of its holders, HolderLost where one of those is gone,
+        RankLost where this worker is, where it says anything else, or nothing for `timeout` seconds.
+        """
+        said = self._waiting[batch]
+        while not said:
+            self._hear(timeout)
+        report = said.popleft()
+        if isinstance(report, wire.Faulted):
+            raise (HolderLost if report.lost else HolderFault)(f"model worker {self.rank}: {report.reason}")
+        if not isinstance(report, kind):
+            raise self.give_up(f"{kind.__name__} of batch {batch} was due, got {type(report).__name__}")
+        return report
+
+    def answer(self, kind: type[R], timeout: float | None = None) -> R | wire.Failed:
+        """The answer to the oldest command that names no batch and was not answered yet. Raises as `take` does."""
+        while not self._answers:
+            self._hear(timeout)
+        report = self._answers.popleft()
+        if not isinstance(report, (kind, wire.Failed)):
+            raise self.give_up(f"{kind.__name__} was due, got {type(report).__name__}")
+        return report
+
+    def answered(self) -> bool:
+        """Whether `answer` would not wait."""
+        while not self._answers:
+            try:
+                if not self._channel.ready():
+                    return False
+                self._hear(0)
+            except RankLost:
+                return True
+        return True
+
+    def ask(self, command: wire.Command, kind: type[R], timeout: float | None = None) -> R | wire.Failed:
+        """Tell it, and wait for the answer."""
+        self.tell(command)
+        return self.answer(kind, timeout)
+
+    def _hear(self, timeout: float | None) -> None:
+        try:
+            report: Any = wire.receive(self._channel, timeout)
+        except TimeoutError as error:
+            raise self.give_up(f"it has said nothing for {timeout:g} s") from error
+        except (ChannelClosed, ProtocolError) as error:
+            raise self.give_up(str(error)) from error
+        if isinstance(report, wire.Faulted):
+            self.lost.update(report.lost)
+        if isinstance(report, (wire.Answers, wire.Executed, wire.Sliced, wire.Chosen, wire.Copied, wire.Faulted)):
+            if report.batch in self._waiting:
+                self._waiting[report.batch].append(report)
+            elif isinstance(report, wire.Faulted) and not report.alone:
+                self.unheard = report.reason
+        else:
+            self._answers.append(report)
+
+    def give_up(self, reason: str) -> RankLost:
+        """It cannot be used any more; the error says so."""
+        if not self._gone:
+            self._on_given_up(self.name)
+        self.close(reason)
+        return RankLost(f"model worker {self.rank} ({self.name}) is lost: {self._gone}")
+
+
+class Crew:
+    """Where the processes of model workers connect: at `address`, each with a secret of its own, once.
+
+    `begin(rank)` says what the worker of that number loads. Who is ready is told to `on_ready`; for one that does not
+    become so `on_failed` is told its rank and what it said, a `kind` of "" where it could not even say that. `progress`
+    hears rank, what, done and total while they load. These are called on threads of the crew's. `on_given_up` hears the
+    names of those that must be ended, from whichever thread finds that out.
+
+    On one host it listens at a Unix socket in a private folder. With `host` it listens at a TCP port there, with TLS
+    where `credentials` has a certificate.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[int], wire.Begin],
+        on_ready: Callable[[Mate], None],
+        on_failed: Callable[[int, wire.Failed], None],
+        on_given_up: Callable[[str], None],
+        progress: Callable[[int, str, int, int], None],
+        host: str | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        self._begin = begin
+        self._on_ready = on_ready
+        self._on_failed = on_failed
+        self._on_given_up = on_given_up
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._invited: dict[str, tuple[int, bytes]] = {}  # rank and secret, by name
+        self._mates: dict[int, Mate] = {}
+        self.folder = Path(tempfile.mkdtemp(prefix="lamina-"))  # of mode 0700
+        tls = server_context(credentials, mutual=False) if credentials is not None and credentials.cert else None
+        if host is None:
+            path = str(self.folder / "crew")
+            self._listener = Listener(listen_unix(path), self._admits, self._arrived, tls)
+            self.address = f"{UNIX}{path}"
+        else:
+            self._listener = Listener(listen_tcp(host, 0), self._admits, self._arrived, tls)
+            self.address = f"[{host}]:{self._listener.port}" if ":" in host else f"{host}:{self._listener.port}"
+
+    def invite(self, rank: int, name: str) -> bytes:
+        """The secret with which a process of that name, never used before, may connect once, as model worker `rank`."""
+        secret = secrets.token_bytes(SECRET_SIZE)
+        with self._lock:
+            self._invited[name] = rank, secret
+        return secret
+
+    def revoke(self, name: str) -> None:
+        """The process of that name has ended: it will not come any more, and who came is lost."""
+        with self._lock:
+            self._invited.pop(name, None)
+            gone = [mate for mate in self._mates.values() if mate.name == name]
+        for mate in gone:
+            mate.close("its process has ended")
+
+    def close(self) -> None:
+        """Let all go, and wait a while until they have let go of their holders. Nobody may use a mate any more."""
+        self._listener.close()
+        for mate in self._mates.values():
+            with contextlib.suppress(RankLost):
+                mate.tell(wire.Stop())
+        deadline = time.monotonic() + _GOODBYE_S
+        for mate in self._mates.values():
+            mate.see_off(deadline - time.monotonic())
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # On threads of the listener.
+
+    def _admits(self, secret: bytes) -> bool:
+        return self._invited_by(secret) is not None
+
+    def _invited_by(self, secret: bytes) -> tuple[int, str] | None:
+        """The rank and name of whoever has that secret and has not come yet."""
+        with self._lock:
+            for name, (rank, known) in self._invited.items():
+                if hmac.compare_digest(secret, known):
+                    return rank, name
+        return None
+
+    def _arrived(self, channel: Channel, secret: bytes) -> None:
+        invited = self._invited_by(secret)
+        if invited is None:  # it came twice
+            channel.close()
+            return
+        with self._lock:
+            self._invited.pop(invited[1], None)
+        threading.Thread(
+            target=self._enlist, args=(*invited, channel), name=f"lamina-{invited[1]}-loading", daemon=True
+        ).start()
+
+    def _enlist(self, rank: int, name: str, channel: Channel) -> None:
+        try:
+            said = self._load(rank, name, channel)
+        except TimeoutError:
+            said = wire.Failed("", f"it has said nothing for {_LOADING_S:g} s")
+        except LaminaError as error:
+            said = wire.Failed("", str(error))
+        if isinstance(said, wire.Failed):
+            channel.close()
+            self._on_failed(rank, said)
+            return
+        mate = Mate(rank, name, channel, said, self._on_given_up)
+        with self._lock:
+            self._mates[rank] = mate
+        self._on_ready(mate)
+
+    def _load(self, rank: int, name: str, channel: Channel) -> wire.Ready | wire.Failed:
+        hello = wire.receive(channel, _LOADING_S)
+        if not isinstance(hello, wire.Hello) or hello.name != name:
+            raise ProtocolError(f"expected the Hello of {name}, got {type(hello).__name__}")
+        control.check("protocol version", PROTOCOL_VERSION, hello.protocol)
+        control.check("lamina version", control.package_version(), hello.version)
+        wire.send(channel, self._begin(rank))
+        while True:
+            report = wire.receive(channel, _LOADING_S)
+            match report:
+                case wire.Progress(what, done, total):
+                    self._progress(rank, what, done, total)
+                case wire.Ready() | wire.Failed():
+                    return report
+                case _:
+                    raise ProtocolError(f"{type(report).__name__} from a model worker that loads")

@@ -1,0 +1,316 @@
+"""What model worker 0 and the model workers beyond it say to each other: one frozen dataclass a message.
+
+A worker connects, says `Hello`, is told by `Begin` what to load, and says `Progress` and `Ready`, or `Failed`. From
+then on model worker 0 commands. `Join`, `Announce`, `Copy`, `Look`, `Part` and `Meet` have one answer each, in order;
+so has `Execute` where its logits are wanted. Whatever goes wrong with a command that names a batch comes as a `Faulted`
+of that batch: in the place of the answer where there is one, else by itself. The others have no answer.
+
+A batch is numbered by model worker 0, and the numbers grow. Knows nothing of bytes: `crew_wire` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from lamina_protocols.messages import Announced, HolderConfig, Surveyed
+from lamina_workers.copying import Move
+from lamina_workers.routes import HolderShare
+
+# From a model worker.
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first words of a process: the name that it was given, and what it is, so that unlike ones never meet."""
+
+    name: str
+    protocol: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How loading goes: `done` of `total` of what `what` says."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is loaded and every command is obeyed from now on. `device` is what it computes on."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It cannot do what `Begin` or the last `Join` said, and has not. `kind` is the error's name."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The port to holder `number` stands. `capacity` in bytes; `resumed`: what this seat kept before is there."""
+
+    number: int
+    capacity: int
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the holders said to the announcement of a batch, refusals included, by number."""
+
+    batch: int
+    answers: Mapping[int, Announced]
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """A batch is complete. logits: float32 `[S, vocab]`."""
+
+    batch: int
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """A slice is computed, and leaves this, as `slices.Context`. `model_seconds` is what that has computed outside of
+    attention, `attention_seconds` what it has taken besides."""
+
+    batch: int
+    model_seconds: float
+    attention_seconds: float
+    hidden: torch.Tensor
+    attended: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The last slice is computed. `tokens` are the likeliest of the rows that need no more, in order, each plus 1; 0
+    where a row's logits are not finite. logits: float32 `[n, vocab]`, of the other rows. Seconds as in `Sliced`."""
+
+    batch: int
+    model_seconds: float
+    attention_seconds: float
+    tokens: tuple[int, ...]
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What was to be copied is sent, or not one part of it where `room` lacked."""
+
+    batch: int
+    room: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What the seat that is holder `number` keeps."""
+
+    number: int
+    held: Surveyed
+
+
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """It has left the group, and waits for commands: of what was told before, nothing is under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """It is one of the group of that generation; or not, where `reason` says why."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Faulted:
+    """A batch failed here, and nothing of it counts. `lost` are all holders of this worker that are gone by now.
+    `alone`: it was not a holder, but the other ranks that could not be reached."""
+
+    batch: int
+    reason: str
+    lost: tuple[int, ...]
+    alone: bool = False
+
+
+# From model worker 0.
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """What to be and to load.
+
+    `rank` of `ranks`: with several the worker is a tensor-parallel rank, whose heads `holder` has; with one it is a
+    whole replica. `folder` has the model's files, whose fingerprint is `model`; `rope_scaling` is JSON, or empty.
+    `holder` is what its holders are built from, as it sees them; its `kv_memory` is that of a pool in this process,
+    which is on `attention_device`. `compile` as in `captured.sliced`. `engine` and `linger` are for its seats (see
+    `remote_attention.connect`), and so are the three that follow; `epoch` is that of the engine.
+    """
+
+    rank: int
+    ranks: int
+    folder: str
+    model: str
+    rope_scaling: str
+    dtype: str
+    device: str
+    attention_device: str
+    compile: bool
+    threads: int
+    holder: HolderConfig
+    early_query: bool
+    patience: float
+    engine: str
+    linger: float
+    local_channel: bool
+    data_channel: str
+    lost_after: float
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Connect to a seat at the attention worker `name` at `address`: from now on it is holder `number`. Without an
+    address it is a new pool in this process. It has `part` of `of` parts of the memory. The last four are credentials.
+    """
+
+    number: int
+    name: str = ""
+    address: str = ""
+    seat: int = 0
+    part: int = 1
+    of: int = 1
+    ca: bytes = b""
+    cert: bytes = b""
+    key: bytes = field(default=b"", repr=False)
+    token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Let a holder go; harmless where there is none of that number."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Announce a batch to the holders concerned, all of this worker. `runs`: unless it is refused it will be executed,
+    or dropped."""
+
+    batch: int
+    runs: bool
+    shares: Mapping[int, HolderShare]
+
+
+@dataclass(frozen=True, slots=True)
+class Execute:
+    """Run the batch that every holder has accepted. `wanted`: the logits are to be sent here; else another rank has
+    them. `suspends`: other batches may go on while this one waits.
+
+    spans: starts, then counts. token_ids, rope_lengths: int64 `[T]`, sampled: int64 `[S]`, as int8 `[n, 8]` each.
+    """
+
+    batch: int
+    wanted: bool
+    suspends: bool
+    spans: tuple[int, ...]
+    token_ids: torch.Tensor
+    rope_lengths: torch.Tensor
+    sampled: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Enter:
+    """Take part in a batch that model worker 0 has announced, under this number: its slices will be asked for, until
+    the last one, or `Drop`. `shares` are those of its rows, without operations. `plain` are the entries of `sampled`
+    whose token is the likeliest, of which nothing else is wanted. The rest as in `Execute`."""
+
+    batch: int
+    suspends: bool
+    shares: Mapping[int, HolderShare]
+    plain: tuple[int, ...]
+    spans: tuple[int, ...]
+    token_ids: torch.Tensor
+    rope_lengths: torch.Tensor
+    sampled: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Compute slice `number` of a batch that was entered, from what the one before has left, which is empty for the
+    first; `Sliced` is the answer, or behind the last attention `Chosen`."""
+
+    batch: int
+    number: int
+    hidden: torch.Tensor
+    attended: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A batch that was announced or entered goes no further here: somebody else has refused it, or does the rest."""
+
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy KV between holders of this worker, as a batch of its own; see `ModelWorker.copy`."""
+
+    batch: int
+    moves: tuple[Move, ...]
+    shares: Mapping[int, HolderShare]
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """Whatever is under way is given up."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Ask what the seat that is holder `number` keeps. Nothing may be under way."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Leave the group of ranks, once whatever is under way has ended or failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meet:
+    """Join the next group of ranks; see `collectives.Meeting`. `timeout` in seconds."""
+
+    generation: int
+    path: str
+    host: str
+    port: int
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Let all holders go and end."""
+
+
+Command = Begin | Join | Leave | Announce | Execute | Enter | Slice | Drop | Copy | Epoch | Look | Part | Meet | Stop
+Report = (
+    Hello | Progress | Ready | Failed | Joined | Answers | Executed | Sliced | Chosen | Copied | Looked | Parted | Met
+    | Faulted
+)  # fmt: skip

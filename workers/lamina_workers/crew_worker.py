@@ -1,0 +1,367 @@
+"""A model worker beyond 0: does what model worker 0 commands over a channel, with a decoder and ports of its own.
+
+Knows the commands, and how a rank or a replica is put together. Knows nothing of requests, of processes, or of why it
+is told what it is told. One thread loads and computes everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lamina_protocols import control
+from lamina_protocols.channels import Channel, Credentials
+from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.messages import PROTOCOL_VERSION
+from lamina_workers import collectives, devices
+from lamina_workers import crew_wire as wire
+from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
+from lamina_workers.captured import sliced
+from lamina_workers.decoder_weights import load_weights
+from lamina_workers.device_worker import attention_worker
+from lamina_workers.errors import HolderFault, ModelFileError, RankLost
+from lamina_workers.model import Decoder
+from lamina_workers.model_config import ModelConfig
+from lamina_workers.model_worker import ModelWorker
+from lamina_workers.preparing import prepare_kernels
+from lamina_workers.remote_attention import RemoteAttention, connect
+from lamina_workers.resolver import Waiting
+from lamina_workers.routes import HolderShare
+from lamina_workers.shard import WHOLE, Shard, with_ranks
+from lamina_workers.slices import Context, SlicedBatch, Waits, likeliest
+from lamina_workers.weights import Checkpoint, fingerprint
+
+logger = logging.getLogger("lamina")
+
+_Run = Generator[Waiting, None, None]
+
+
+class CrewWorker:
+    """Serves one channel until it closes or `Stop` comes.
+
+    `name` is the one that model worker 0 expects. `folder` has the model's files, where they lie elsewhere than there;
+    `address` is this host's, at which the other ranks reach it.
+    """
+
+    def __init__(
+        self, channel: Channel, name: str, folder: str | Path | None = None, address: str = "127.0.0.1"
+    ) -> None:
+        self._channel = channel
+        self._name = name
+        self._folder = folder
+        self._address = address
+        self._runs: dict[int, tuple[_Run, Waiting | None]] = {}  # batches under way, and what each waits for
+        self._waits = Waits()
+        self._entered: dict[int, tuple[SlicedBatch, tuple[int, ...]]] = {}  # and which rows need no logits
+        self._batches: dict[int, tuple[int, Mapping[int, HolderShare]]] = {}  # announced: own number, and the shares
+
+    def serve(self) -> None:
+        """Raises ChannelClosed where model worker 0 is gone, LaminaError where the model cannot be loaded, which
+        model worker 0 has been told then."""
+        self._say(wire.Hello(self._name, PROTOCOL_VERSION, control.package_version()))
+        begin = self._hear()
+        if not isinstance(begin, wire.Begin):
+            raise ProtocolError(f"expected Begin, got {type(begin).__name__}")
+        try:
+            parts = _Parts(begin, self._folder or begin.folder, self._report)
+        except LaminaError as error:
+            self._say(wire.Failed(type(error).__name__, str(error)))
+            raise
+        self._begin, self._parts, self._epoch = begin, parts, begin.epoch
+        self._worker: ModelWorker | None = None  # a rank's decoder needs its group first
+        self._ports: dict[int, AttentionPort] = {}
+        if begin.ranks == 1:
+            self._worker = parts.worker(None, self._ports, begin.epoch)
+        self._say(wire.Ready(str(parts.device)))
+        try:
+            while True:
+                if self._runs and not self._channel.ready():
+                    self._go_on()
+                    continue
+                command = self._hear()
+                if isinstance(command, wire.Stop):
+                    return
+                self._obey(command)
+        finally:
+            for port in self._ports.values():
+                port.close()
+
+    def _hear(self) -> wire.Command | wire.Report:
+        return wire.receive(self._channel)
+
+    def _say(self, report: wire.Report) -> None:
+        wire.send(self._channel, report)
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        self._say(wire.Progress(what, done, total))
+
+    def _obey(self, command: wire.Command | wire.Report) -> None:
+        match command:
+            case wire.Announce():
+                self._start(command.batch, self._announce(command))
+            case wire.Execute():
+                self._start(command.batch, self._execute(command))
+            case wire.Enter(batch):
+                entered = self._standing.enter(wire.work_of(command), batch, command.shares, command.suspends)
+                self._entered[batch] = entered, command.plain
+            case wire.Slice(batch):
+                self._start(batch, self._slice(command))
+            case wire.Drop(batch):
+                if batch in self._batches:
+                    self._standing.forget(*self._batches.pop(batch))
+                self._leave_batch(batch)
+            case wire.Epoch(epoch):
+                for run, _ in self._runs.values():
+                    run.close()
+                self._runs.clear()
+                self._batches.clear()
+                for batch in list(self._entered):
+                    self._leave_batch(batch)
+                self._epoch = epoch
+                if self._worker is not None:
+                    self._worker.next_epoch(epoch)
+            case wire.Join():
+                self._join(command)
+            case wire.Leave(number):
+                self._leave(number)
+            case wire.Copy():
+                self._copy(command)
+            case wire.Look(number):
+                self._look(number)
+            case wire.Part():
+                while self._runs:
+                    self._go_on()
+                self._parts.leave_group()
+                self._say(wire.Parted())
+            case wire.Meet():
+                self._meet(command)
+            case _:
+                raise ProtocolError(f"{type(command).__name__} is not a command that a model worker expects now")
+
+    @property
+    def _standing(self) -> ModelWorker:
+        if self._worker is None:
+            raise ProtocolError("a rank is told to work before it has met the others")
+        return self._worker
+
+    # Batches. A run does all of one command and answers by itself.
+
+    def _start(self, batch: int, run: _Run) -> None:
+        self._runs[batch] = run, None
+        self._advance(batch)
+
+    def _go_on(self) -> None:
+        """Go on with a batch whose reply has come; where none has, wait for one or for a command. Where nothing comes
+        in time, the one that has waited longest says what is wrong."""
+        over = (batch for batch, (_, waiting) in self._runs.items() if waiting is None or waiting.over())
+        batch = next(over, None)
+        if batch is None:
+            waitings = [waiting for _, waiting in self._runs.values() if waiting is not None]
+            if self._waits.until_any(waitings, self._begin.patience, (self._channel,)):
+                return
+            batch = next(iter(self._runs))
+        self._advance(batch)
+
+    def _advance(self, batch: int) -> None:
+        run, _ = self._runs.pop(batch)
+        with contextlib.suppress(StopIteration):
+            self._runs[batch] = run, next(run)
+
+    def _announce(self, command: wire.Announce) -> _Run:
+        try:
+            own, answers = yield from self._standing.announce(command.shares)
+        except HolderFault as fault:
+            self._faulted(command.batch, fault)
+            return
+        if command.runs:
+            self._batches[command.batch] = own, command.shares
+        self._say(wire.Answers(command.batch, answers))
+
+    def _execute(self, command: wire.Execute) -> _Run:
+        work = wire.work_of(command)
+        if command.batch not in self._batches:
+            raise ProtocolError(f"batch {command.batch} is to be executed, but was not announced")
+        own, shares = self._batches.pop(command.batch)
+        try:
+            logits = yield from self._standing.compute(work, own, shares, command.suspends)
+        except HolderFault as fault:
+            self._parts.leave_group()  # whoever waits for this rank's part wakes
+            self._faulted(command.batch, fault)
+            return
+        if command.wanted:
+            self._say(wire.Executed(command.batch, logits.float().cpu()))
+
+    @torch.inference_mode()
+    def _slice(self, command: wire.Slice) -> _Run:
+        batch = command.batch
+        if batch not in self._entered:
+            raise ProtocolError(f"a slice of batch {batch} is wanted, which was not entered")
+        entered, plain = self._entered[batch]
+        layers = len(self._begin.holder.layers)
+        if command.number > layers:
+            raise ProtocolError(f"slice {command.number} is wanted, of {layers + 1}")
+        context = Context(command.hidden, command.attended) if command.number else None
+        try:
+            left = yield from entered.slice(command.number, context)
+        except HolderFault as fault:
+            self._leave_batch(batch)
+            self._faulted(batch, fault)
+            return
+        seconds = entered.model_seconds, entered.attention_seconds
+        if isinstance(left, Context):
+            self._say(wire.Sliced(batch, *seconds, *left))
+            return
+        self._leave_batch(batch)
+        tokens, rest = likeliest(left, plain)
+        self._say(wire.Chosen(batch, *seconds, tokens, rest))
+
+    def _leave_batch(self, batch: int) -> None:
+        if batch not in self._entered:
+            return
+        entered, _ = self._entered.pop(batch)
+        if batch in self._runs:
+            run, _ = self._runs.pop(batch)
+            run.close()
+        entered.close()
+
+    def _copy(self, command: wire.Copy) -> None:
+        try:
+            room = self._standing.copy(command.moves, command.shares)
+        except HolderFault as fault:
+            self._faulted(command.batch, fault)
+            return
+        self._say(wire.Copied(command.batch, room))
+
+    def _faulted(self, batch: int, fault: HolderFault) -> None:
+        lost = self._standing.lost()
+        self._say(wire.Faulted(batch, str(fault)[:4096], tuple(lost), isinstance(fault, RankLost)))
+
+    # Holders.
+
+    def _join(self, place: wire.Join) -> None:
+        try:
+            port = self._connect(place)
+        except LaminaError as error:
+            self._say(wire.Failed(type(error).__name__, str(error)))
+            return
+        self._ports[place.number] = port
+        if self._worker is not None:
+            self._worker.join(place.number, port)
+        if isinstance(port, RemoteAttention):
+            self._say(wire.Joined(place.number, port.capacity, port.resumed))
+        else:
+            self._say(wire.Joined(place.number, self._begin.holder.kv_memory, False))
+
+    def _connect(self, place: wire.Join) -> AttentionPort:
+        if not place.address:
+            return self._parts.pool(place)
+        begin = self._begin
+        return connect(
+            place.address,
+            name=place.name,
+            layers=begin.holder.layers,
+            page_size=begin.holder.page_size,
+            kv_dtype=begin.holder.dtype,
+            compute_dtype=begin.dtype,
+            model=begin.model,
+            credentials=Credentials(place.ca, place.cert, place.key, place.token),
+            local_channel=begin.local_channel,
+            data_channel=begin.data_channel,
+            lost_after=begin.lost_after,
+            engine=begin.engine,
+            seat=place.seat,
+            seat_share=(place.part, place.of),
+            linger=begin.linger,
+        )
+
+    def _leave(self, number: int) -> None:
+        port = self._ports.pop(number, None)
+        if port is None:
+            return
+        if self._worker is not None:
+            self._worker.leave(number)
+        else:
+            port.close()
+
+    def _look(self, number: int) -> None:
+        port = self._ports.get(number)
+        try:
+            if port is None:
+                raise HolderFault(f"there is no holder {number}")
+            self._say(wire.Looked(number, survey(port, self._begin.patience)))
+        except HolderFault as fault:
+            self._say(wire.Failed(type(fault).__name__, str(fault)))
+
+    # The other ranks.
+
+    def _meet(self, command: wire.Meet) -> None:
+        self._parts.leave_group()
+        meeting = collectives.Meeting(command.generation, command.path, command.host, command.port, self._address)
+        begin = self._begin
+        try:
+            group = collectives.join(begin.rank, begin.ranks, meeting, command.timeout, self._parts.device)
+        except RankLost as error:
+            self._say(wire.Met(command.generation, str(error)))
+            return
+        if self._worker is None:
+            self._worker = self._parts.worker(group, self._ports, self._epoch)
+        else:
+            self._parts.enter_group(group)
+        self._say(wire.Met(command.generation, ""))
+
+
+class _Parts:
+    """What a model worker is made of, loaded as `begin` says from `folder`. Raises LaminaError."""
+
+    def __init__(self, begin: wire.Begin, folder: str | Path, progress: Callable[[str, int, int], None]) -> None:
+        path = Path(folder)
+        if (found := fingerprint(path)) != begin.model:
+            raise ModelFileError(f"the model in {path} has fingerprint {found:.16}, model worker 0's {begin.model:.16}")
+        model = ModelConfig.from_folder(path)
+        if begin.rope_scaling:
+            model = model.with_rope_scaling(json.loads(begin.rope_scaling))
+        self._begin = begin
+        self._config = with_ranks(model, begin.ranks)
+        self._shard = Shard(begin.rank, begin.ranks) if begin.ranks > 1 else WHOLE
+        self._decoder: Decoder | None = None
+        self.device = devices.find("device", begin.device)
+        dtype: torch.dtype = getattr(torch, begin.dtype)
+        torch.set_num_threads(begin.threads)
+        self._attention_device = devices.find("attention_device", begin.attention_device, prefer_gpu=False)
+        prepare_kernels(begin.holder, dtype, (self.device, self._attention_device), progress)
+        with Checkpoint(path) as checkpoint, torch.inference_mode():
+            self._weights = load_weights(
+                self._config, checkpoint, dtype, self.device, lambda *done: progress("loading", *done), self._shard
+            )
+
+    def pool(self, place: wire.Join) -> LocalAttention:
+        """A port to a new pool in this process."""
+        holder = self._begin.holder
+        holder = replace(holder, kv_memory=holder.kv_memory * place.part // max(1, place.of))
+        return LocalAttention(attention_worker(holder, self._begin.threads, self._attention_device))
+
+    def worker(
+        self, group: collectives.Collective | None, ports: Mapping[int, AttentionPort], epoch: int
+    ) -> ModelWorker:
+        """The worker, one of `group` where it is one of several ranks."""
+        begin = self._begin
+        with torch.inference_mode():
+            self._decoder = sliced(Decoder(self._config, self._weights, self._shard, group), begin.compile)
+        return ModelWorker(
+            self._decoder, begin.holder, ports, begin.threads, begin.patience, begin.early_query, epoch=epoch
+        )
+
+    def enter_group(self, group: collectives.Collective) -> None:
+        if self._decoder is not None:
+            self._decoder.collective = group
+
+    def leave_group(self) -> None:
+        """Others that wait for this rank are woken."""
+        if self._decoder is not None and self._decoder.collective is not None:
+            self._decoder.collective.close()

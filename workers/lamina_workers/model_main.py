@@ -1,0 +1,119 @@
+"""A model worker beyond 0 as a process: `python -m lamina_workers.model_main`. Knows flags, signals and its parent.
+
+Connects to model worker 0 and does what that says, see `crew_worker`. The secret of the connection is the first line of
+its stdin. torch is imported only after the environment that OpenMP reads is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from lamina_workers.openmp import share_cores
+from lamina_workers.parent import die_with_parent
+
+UNIX = "unix:"
+_CONNECT_S = 30.0
+_MAX_SECRET = 256  # characters of the line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until model worker 0, or the parent, is gone. The exit status: 0, or 1 where it could not serve."""
+    args = _parser().parse_args(argv)
+    if args.die_with_parent:
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    secret = sys.stdin.readline(_MAX_SECRET).strip()
+    if args.die_with_parent:
+        threading.Thread(target=_follow_parent, name="lamina-parent", daemon=True).start()
+    from lamina_protocols.channels import ChannelClosed
+    from lamina_protocols.errors import LaminaError
+
+    try:
+        serve(
+            args.connect,
+            bytes.fromhex(secret),
+            args.name,
+            threads=args.threads,
+            folder=args.folder,
+            address=args.address,
+            tls_dir=args.tls_dir,
+        )
+    except ChannelClosed as error:
+        print(f"model worker 0 is gone: {error}", file=sys.stderr)  # noqa: T201  # this is a command
+    except (LaminaError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  # this is a command
+        return 1
+    return 0
+
+
+def serve(
+    connect: str,
+    secret: bytes,
+    name: str,
+    *,
+    threads: int,
+    folder: str | None = None,
+    address: str = "127.0.0.1",
+    tls_dir: str | None = None,
+) -> None:
+    """Be a model worker in this process until model worker 0 is gone or lets it go, which is no error.
+
+    `connect` is unix:PATH or HOST:PORT, where `secret` is taken once; `threads` will compute. Call it before anything
+    imports torch. `folder` and `address` as for `CrewWorker`. Raises LaminaError where it cannot begin.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    share_cores()
+    from lamina_protocols.channels import Credentials, split_address
+    from lamina_protocols.socket_channel import client_context, connect_tcp, connect_unix
+    from lamina_workers.credentials import load_credentials
+    from lamina_workers.crew_worker import CrewWorker
+
+    if connect.startswith(UNIX):
+        channel = connect_unix(connect.removeprefix(UNIX), secret, _CONNECT_S)
+    else:
+        host, port = split_address(connect)
+        credentials = load_credentials(tls_dir) if tls_dir is not None else Credentials()
+        tls = client_context(credentials) if credentials.ca else None
+        channel = connect_tcp(host, port, secret, _CONNECT_S, tls, checksummed=tls is None)
+    try:
+        CrewWorker(channel, name, folder, address).serve()
+    finally:
+        channel.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="model-worker", description="Compute a part of a model, for one engine.")
+    add = parser.add_argument
+    add("--connect", required=True, metavar="unix:PATH|HOST:PORT", help="where model worker 0 waits")
+    add("--name", required=True, help="what model worker 0 calls this one")
+    add("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="that compute")
+    add("--folder", metavar="DIR", help="with the model's files, where they are elsewhere than at model worker 0")
+    add("--address", default="127.0.0.1", metavar="HOST", help="of this host, for the other model workers")
+    add("--tls-dir", metavar="DIR", help="with ca.pem, where model worker 0 speaks TLS")
+    add("--die-with-parent", action="store_true", help="end when stdin closes or the parent's thread ends")
+    return parser
+
+
+def _follow_parent() -> None:
+    """End when stdin closes, which it does however the parent dies, whatever this process is doing then: it keeps
+    nothing that anybody else could not make again."""
+    try:
+        while os.read(0, 4096):
+            pass
+    except OSError:
+        pass  # as good as closed
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    status = main()
+    logging.shutdown()
+    os._exit(status)  # threads of torch and grpc may be anywhere; all that must be closed was

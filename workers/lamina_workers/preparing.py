@@ -1,0 +1,34 @@
+"""Loads the kernels that a model worker needs before its first batch. Knows which, and nothing of what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from lamina_kernels import dense, sketches
+from lamina_protocols.messages import HolderConfig
+from lamina_workers.layout import attention_kernels, page_layout, sketched
+
+
+def prepare_kernels(
+    holder: HolderConfig,
+    dtype: torch.dtype,
+    places: tuple[torch.device, torch.device],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Load the kernels. The first time on a machine they are compiled, which takes some seconds.
+
+    `places`: where the model is, and where KV is kept; the present is attended where the model is.
+    """
+    stages: list[tuple[str, Iterable[tuple[int, int]]]] = [
+        ("attention kernels", attention_kernels(where).prepare(page_layout(holder, where)))
+        for where in dict.fromkeys(places)
+    ]
+    if sketched(holder):
+        stages.append(("sketch kernels", sketches.prepare(page_layout(holder))))
+    stages.append(("dense kernels", dense.prepare(dtype, places[0])))
+    for what, steps in stages:
+        for done, total in steps:
+            if progress is not None:
+                progress(what, done, total)

@@ -1,0 +1,207 @@
+"""A batch that is computed from one attention to the next, here and elsewhere in turn: what one worker computes of it.
+
+Only the residual stream and the attention's output come in and go out. What a batch needs once (indices, plans, pages
+for the present) is made once, and kept until the worker has done its last slice. Knows that layers are cut at
+attention; knows nothing of who does the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from lamina_protocols.channels import Channel
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.waiting import Waiter
+from lamina_workers.exchanges import Stopwatch
+from lamina_workers.model import Batch, Decoder, KeyValueReady
+from lamina_workers.resolver import Pausing, Suspended, Waiting
+from lamina_workers.routes import HolderShare
+from lamina_workers.sampler import RowSampling, Sampled, sample
+
+
+class Context(NamedTuple):
+    """All that a slice leaves to the next one: `hidden`, `[T, hidden_size]`, the residual stream that entered the last
+    layer, and `attended`, `[T, heads * d_v]`, the attention of that layer."""
+
+    hidden: torch.Tensor
+    attended: torch.Tensor
+
+
+def rotation(turn: int, layers: int, places: int) -> list[int]:
+    """Where the slices of batch number `turn` are computed: slice k of batch j is at place (j + k) mod places.
+
+    Slices are cut at attention: slice k begins behind that of layer k - 1 and ends with that of layer k, so there is
+    one more than layers, and whoever has waited for attention is not kept by what follows it. Batches of successive
+    numbers begin at different places.
+    """
+    return [(turn + k) % places for k in range(layers + 1)]
+
+
+def rotates(shares: Mapping[int, HolderShare], here: Iterable[int] = ()) -> bool:
+    """Whether a batch may be computed by several workers in turn, each with a channel of its own to every holder.
+
+    For that every store must be answered: keys that travel without a query are not, and the next announcement, which
+    comes over another channel, could overtake them. So each holder that stores must read too, and store after it has
+    answered, which one that attends a row's own tokens does not. None may be one of those `here`, which no other
+    process reaches.
+    """
+    routed = {number: share.routes for number, share in shares.items() if share.routes}
+    if routed.keys() & set(here):
+        return False
+    for routes in routed.values():
+        reads = any(route.row.read is not None for route in routes)
+        stores = any(lo < hi for lo, hi in (route.stored for route in routes))
+        if any(route.row.fused for route in routes) or (stores and not reads):
+            return False
+    return bool(routed)
+
+
+def plain_rows(sampling: Sequence[RowSampling]) -> tuple[int, ...]:
+    """The rows whose token is the likeliest, and of which nothing else is wanted: whoever has the logits knows it."""
+    return tuple(i for i, row in enumerate(sampling) if row.plain and row.logprobs is None)
+
+
+def likeliest(logits: torch.Tensor, plain: Sequence[int]) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Of `logits`, float32 `[S, vocab]`, the tokens of the plain rows, each plus 1 (0: not finite), and the logits of
+    the other rows, on the host."""
+    if not plain:
+        return (), logits.cpu()
+    rest = [i for i in range(len(logits)) if i not in set(plain)]
+    tokens = sample(logits[list(plain)], [RowSampling()] * len(plain)).tokens
+    return tuple(0 if token is None else token + 1 for token in tokens), logits[rest].cpu()
+
+
+def chosen(sampling: Sequence[RowSampling], tokens: Sequence[int], logits: torch.Tensor) -> Sampled:
+    """What `likeliest` has left of rows that are sampled so: the others are sampled here."""
+    plain = plain_rows(sampling)
+    rest = [i for i in range(len(sampling)) if i not in set(plain)]
+    if len(tokens) != len(plain) or len(logits) != len(rest):
+        raise ProtocolError(f"{len(tokens)} tokens and {len(logits)} rows of logits, due {len(plain)} and {len(rest)}")
+    sampled = sample(logits, [sampling[i] for i in rest])
+    result = Sampled([None] * len(sampling), [None] * len(sampling))
+    for i, found in zip(plain, tokens, strict=True):
+        result.tokens[i] = found - 1 if found else None
+    for i, token, report in zip(rest, sampled.tokens, sampled.logprobs, strict=True):
+        result.tokens[i], result.logprobs[i] = token, report
+    return result
+
+
+class SlicedBatch:
+    """One batch at one worker. `drive` makes a run of a forward pass; `watch` and `clock` are the worker's.
+
+    `model_seconds` is what its last slice has computed outside of attention, `attention_seconds` what that has taken
+    besides.
+    """
+
+    channel: Channel | None = None  # slices are fed in this process
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: Batch,
+        drive: Callable[[Pausing], Suspended],
+        watch: Stopwatch,
+        clock: Callable[[], float],
+    ) -> None:
+        self.model_seconds = self.attention_seconds = 0.0
+        self._decoder = decoder
+        self._batch = batch
+        self._watch = watch
+        self._clock = clock
+        self._wanted: tuple[int, Context | None] | None = None
+        self._left: Context | None = None
+        self._run = drive(self._forward())
+
+    def slice(self, number: int, context: Context | None) -> Generator[Waiting, None, Context | torch.Tensor]:
+        """Compute slice `number` from what the one before has left, None for the first. Returns what it leaves, on the
+        host, and behind the last attention the logits, float32 `[S, vocab]`, where the model is. Raises as
+        `Resolver.run` does."""
+        self._wanted = number, context
+        self._left = None
+        self.model_seconds = 0.0
+        begun = self._clock()
+        logits = torch.empty(0)
+        while True:
+            since, attending = self._clock(), self._watch.seconds
+            try:
+                waiting = next(self._run)
+            except StopIteration as stop:
+                waiting, logits = None, stop.value
+            self.model_seconds += self._clock() - since - (self._watch.seconds - attending)
+            if waiting is None or waiting.replies is self:
+                break
+            yield waiting
+        self.attention_seconds = self._clock() - begun - self.model_seconds
+        return logits if self._left is None else self._left
+
+    def close(self) -> None:
+        """There is no more of it here."""
+        self._run.close()
+
+    def ready(self, batch: int) -> bool:
+        """Whether a slice is wanted."""
+        return self._wanted is not None
+
+    def _forward(self) -> Pausing:
+        device = self._decoder.device
+        while True:
+            while self._wanted is None:
+                yield Waiting(self, 0)
+            (number, context), self._wanted = self._wanted, None
+            if context is None:
+                forward = self._decoder.forward(self._batch)
+            else:
+                hidden, attended = context.hidden.to(device), context.attended.to(device)
+                forward = self._decoder.forward(self._batch, hidden, number - 1, attended)
+            try:
+                event = next(forward)
+                while not isinstance(event, KeyValueReady):
+                    yield event
+                    event = next(forward)
+            except StopIteration as stop:
+                logits: torch.Tensor = stop.value
+                return logits
+            found = yield event
+            if found is None or event.hidden is None:
+                raise ValueError(f"layer {event.layer} cannot be cut behind its attention: a part of it is missing")
+            self._left = Context(event.hidden.cpu(), found.flatten(1).cpu())
+            forward.close()
+
+
+class Waits:
+    """Lets one thread that drives several runs wait for whichever can go on first."""
+
+    def __init__(self) -> None:
+        self._waiter = Waiter()
+
+    def until_any(self, waitings: Iterable[Waiting], timeout: float, beside: Sequence[Channel] = ()) -> bool:
+        """Wait until something comes for one of the runs, over the channels that they wait for or those `beside` them.
+        False where nothing has for `timeout` seconds, or a run waits for what comes over no channel."""
+        channels = set(beside)
+        for waiting in waitings:
+            if waiting.replies.channel is None:
+                return False
+            channels.add(waiting.replies.channel)
+        watched: list[Channel] = []
+        try:
+            for channel in channels:
+                try:
+                    self._waiter.add(channel)
+                except ValueError:  # it was closed a moment ago
+                    return True
+                watched.append(channel)
+            deadline = time.monotonic() + timeout
+            while (left := deadline - time.monotonic()) > 0:
+                if self._waiter.wait(left):  # it may wake for a part of a frame
+                    return True
+            return False
+        finally:
+            for channel in watched:
+                self._waiter.remove(channel)
+
+    def close(self) -> None:
+        self._waiter.close()

@@ -1,0 +1,356 @@
+"""The ranks of one model as one worker: rank 0 in this process, the others over their channels.
+
+Tells each rank what concerns the holders of its heads, runs every batch on all ranks at the same time, and finds out
+who is to blame where that fails. One batch at a time: all ranks must come to the same sums in the same order. Knows the
+commands; knows nothing of processes, of requests, or of how heads were cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator, Mapping, Sequence
+
+import torch
+
+from lamina_protocols.channels import Credentials
+from lamina_protocols.messages import Announced, HolderConfig, Surveyed
+from lamina_workers import crew_wire as wire
+from lamina_workers.attention_port import AttentionPort, Transported, survey
+from lamina_workers.copying import Move
+from lamina_workers.crew import Mate
+from lamina_workers.errors import HolderFault, HolderLost, RankLost
+from lamina_workers.exchanges import Link, Times
+from lamina_workers.layout import page_cost
+from lamina_workers.model import Decoder
+from lamina_workers.model_worker import ModelWorker, Seat, Work
+from lamina_workers.rank_group import SLACK, RankGroup
+from lamina_workers.resolver import Waiting
+from lamina_workers.routes import HolderShare
+from lamina_workers.sampler import Sampled, sample
+
+logger = logging.getLogger("lamina")
+
+_WEIGHT_UNIT = 1 << 20  # bytes of KV memory that one unit of a holder's weight stands for
+
+
+def seat(rank: int, capacity: int, config: HolderConfig) -> Seat:
+    """A rank's holder of `capacity` bytes."""
+    return Seat(rank, capacity // page_cost(config), max(1, capacity // _WEIGHT_UNIT))
+
+
+class TensorWorkers:
+    """All ranks as the engine sees them: see `model_worker.Workers`, which this is.
+
+    `own` is rank 0, `decoder` its decoder, `group` the other ranks. `pools` says which holders are in the processes of
+    which ranks beyond 0. `heads` are the KV heads of each rank, by which seats at attention workers share
+    memory; `config` is what rank 0's holders are built from.
+
+    There is one batch under way at a time, so an engine over this has one lane.
+    """
+
+    def __init__(
+        self,
+        own: ModelWorker,
+        decoder: Decoder,
+        group: RankGroup,
+        *,
+        pools: Mapping[int, int],
+        heads: Sequence[int],
+        config: HolderConfig,
+    ) -> None:
+        self._own = own
+        self._decoder = decoder
+        self._group = group
+        self._mates = group.mates
+        self._heads = tuple(heads)
+        self._config = config
+        self._owner = dict(pools)  # the rank beyond 0 that has a holder, by the holder's number
+        self._places: dict[int, wire.Join] = {}  # where each holder at an attention worker is
+        self._batch = 0
+        self._apart = False  # the ranks have left their group
+        self._under_way: tuple[int, int, dict[int, HolderShare]] | None = None
+        """A batch that all have accepted: its number, and rank 0's own, and rank 0's shares."""
+        self._unheard = ""  # a fault that another one hid: it may have told of lost keys
+        for number, rank in pools.items():
+            said = self._mates[rank].ask(wire.Join(number), wire.Joined, self._wait)
+            if isinstance(said, wire.Failed):
+                raise RankLost(f"model worker {rank} has no pool: {said.reason}")
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        return self._group.missing
+
+    @property
+    def times(self) -> Times:
+        return self._own.times
+
+    @property
+    def attention_seconds(self) -> float:
+        return self._own.attention_seconds
+
+    @property
+    def collective_seconds(self) -> float:
+        """How long rank 0 has waited for the others' parts, and added them up, since the group was formed."""
+        collective = self._decoder.collective
+        return 0.0 if collective is None else collective.seconds
+
+    # Batches.
+
+    def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
+        self._require_all()
+        self._forget()
+        if self._apart:
+            self._decoder.collective = self._group.meet()
+            self._apart = False
+        self._batch += 1
+        batch, runs = self._batch, any(share.routes for share in shares.values())
+        told: dict[int, dict[int, HolderShare]] = {}
+        for rank, mate in self._mates.items():
+            concerned = self._of(rank, shares)
+            if runs or concerned:
+                mate.expect(batch)
+                mate.tell(wire.Announce(batch, runs, concerned))
+                told[rank] = concerned
+        answers: dict[int, Announced] = {}
+        faults: list[HolderFault] = []
+        own, its = 0, self._of(0, shares)
+        try:
+            own, answers = yield from self._own.announce(its)
+        except HolderFault as fault:
+            faults.append(fault)
+        for rank, concerned in told.items():
+            try:
+                answers |= self._answers(self._mates[rank], batch, concerned)
+            except HolderFault as fault:
+                faults.append(fault)
+        faults += self._late_faults()
+        refused = not all(answer.accepted for answer in answers.values())
+        if runs:
+            self._under_way = batch, own, its
+            if faults or refused:
+                self._forget()
+        if faults:
+            worst = max(faults, key=_graveness)
+            if _graveness(worst):  # what tells of lost keys must not go unheard
+                self._unheard = next((str(fault) for fault in faults if not _graveness(fault)), "")
+            raise worst
+        return batch, {number: answers[number] for number in shares}
+
+    def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
+        announcing = self.announce(shares)
+        while True:
+            try:
+                next(announcing)
+            except StopIteration as stop:
+                answered: tuple[int, dict[int, Announced]] = stop.value
+                return answered
+
+    def execute(
+        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+    ) -> Generator[Waiting, None, Sampled]:
+        """As `Workers.execute` says, but it is never suspended: the other ranks would wait in the midst of a sum."""
+        if self._under_way is None or self._under_way[0] != batch:
+            raise HolderFault(f"batch {batch} was given up")
+        (_, own, its), self._under_way = self._under_way, None
+        command = wire.execute(batch, work, wanted=False, suspends=False)
+        try:
+            for mate in self._mates.values():
+                mate.expect(batch)
+                mate.tell(command)
+            logits = yield from self._own.compute(work, own, its, False)
+        except HolderFault as fault:
+            self._part(fault, batch)
+        finally:
+            for mate in self._mates.values():
+                mate.forget(batch)
+        with torch.inference_mode():
+            return sample(logits, work.sampling)
+
+    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
+        self._require_all()
+        ranks = {self._owner.get(number, 0) for move in moves for number in (move.origin, move.to)}
+        if len(ranks) != 1:
+            raise HolderFault(f"KV is to be copied between holders of the ranks {sorted(ranks)}; each has other heads")
+        (rank,) = ranks
+        if rank == 0:
+            return self._own.copy(moves, shares)
+        self._batch += 1
+        mate = self._mates[rank]
+        mate.expect(self._batch)
+        try:
+            mate.tell(wire.Copy(self._batch, tuple(moves), shares))
+            return mate.take(wire.Copied, self._batch, self._wait).room
+        finally:
+            mate.forget(self._batch)
+
+    def next_epoch(self) -> None:
+        self._own.next_epoch()
+        self._under_way = None
+        for mate in self._mates.values():
+            mate.forget()
+            self._try_to_tell(mate, wire.Epoch(self._own.epoch))
+
+    def begin_after(self, epoch: int) -> None:
+        self._own.begin_after(epoch)
+        for mate in self._mates.values():
+            self._try_to_tell(mate, wire.Epoch(self._own.epoch))
+
+    # Holders.
+
+    def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
+        self._require_all()
+        if not isinstance(port, Transported):
+            raise HolderLost(f"{port.name} is no attention worker that other ranks could reach")
+        shown = credentials or Credentials()
+        places = [
+            wire.Join(
+                number + rank, port.name, port.address, rank, self._heads[rank], sum(self._heads),
+                shown.ca, shown.cert, shown.key, shown.token,
+            )
+            for rank in self._mates
+        ]  # fmt: skip
+        seats, failed, resumed = [], "", False
+        for place in places:
+            self._mates[place.seat].tell(place)
+        for place in places:  # all are heard before one is blamed
+            said = self._mates[place.seat].answer(wire.Joined, self._wait)
+            if isinstance(said, wire.Failed):
+                failed = failed or f"model worker {place.seat} cannot use attention worker {place.name}: {said.reason}"
+            else:
+                seats.append(seat(place.seat, said.capacity, self._config))
+                resumed |= said.resumed
+        if failed:
+            for place in places:
+                self._try_to_tell(self._mates[place.seat], wire.Leave(place.number))
+            port.close()
+            raise HolderLost(failed)
+        self._own.join(number, port)
+        for place in places:
+            self._owner[place.number], self._places[place.number] = place.seat, place
+        if resumed:
+            seats = [at._replace(kept=self.look(number + at.rank)) for at in seats]
+        return tuple(seats)
+
+    def leave(self, number: int) -> None:
+        rank = self._owner.pop(number, 0)
+        self._places.pop(number, None)
+        if rank == 0:
+            self._own.leave(number)
+            return
+        self._mates[rank].lost.discard(number)
+        self._try_to_tell(self._mates[rank], wire.Leave(number))
+
+    def lost(self) -> list[int]:
+        told = [number for mate in self._mates.values() for number in sorted(mate.lost) if number in self._owner]
+        return self._own.lost() + told
+
+    def links(self) -> dict[int, Link]:
+        return self._own.links()
+
+    def address(self, number: int) -> str:
+        if number not in self._owner:
+            return self._own.address(number)
+        place = self._places.get(number)
+        return place.address if place is not None else f"rank {self._owner[number]}"
+
+    def look(self, number: int, port: AttentionPort | None = None) -> Surveyed:
+        """What a holder keeps; nothing may be under way. `port` is that of one of rank 0. Raises HolderFault."""
+        rank = self._owner.get(number, 0)
+        if rank == 0:
+            if port is None:
+                raise HolderFault(f"holder {number} is rank 0's own, and its port was not given")
+            return survey(port, self._wait)
+        said = self._mates[rank].ask(wire.Look(number), wire.Looked, self._wait)
+        if isinstance(said, wire.Failed):
+            raise HolderFault(f"model worker {rank}: {said.reason}")
+        return said.held
+
+    # Ranks.
+
+    def returned(self, mate: Mate) -> tuple[list[int], list[int]]:
+        """A rank that was missing is there again, as another process that has loaded the same. It takes up its seats
+        at attention workers. Returns its own pools, which are empty now, and the seats that could not be taken up.
+
+        Raises RankLost where it is gone already.
+        """
+        rank = mate.rank
+        self._mates[rank] = mate
+        self._apart = True
+        mate.tell(wire.Epoch(self._own.epoch))
+        pools, gone = [], []
+        for number in [number for number, owner in self._owner.items() if owner == rank]:
+            place = self._places.get(number)
+            said = mate.ask(place or wire.Join(number), wire.Joined, self._wait)
+            if place is None and isinstance(said, wire.Joined):
+                pools.append(number)
+            elif isinstance(said, wire.Failed) or not said.resumed:
+                why = said.reason if isinstance(said, wire.Failed) else "it has let go of the KV"
+                name = "its own pool" if place is None else place.name
+                logger.warning("model worker %d cannot take up %s: %s", rank, name, why)
+                gone.append(number)
+        return pools, gone
+
+    def _part(self, fault: HolderFault, batch: int) -> None:
+        """A batch failed at rank 0, perhaps because another rank has left the group: have all leave it, hear what each
+        has to say, and raise what is to blame."""
+        self._group.leave()  # others that wait for rank 0 are woken
+        self._apart = True
+        self._group.part(self._wait)
+        if not isinstance(fault, RankLost):
+            raise fault
+        for mate in self._mates.values():
+            for said in mate.faults(batch):
+                if not said.alone:
+                    raise (HolderLost if said.lost else HolderFault)(f"model worker {mate.rank}: {said.reason}")
+        raise HolderFault(f"the ranks lost each other: {fault}")
+
+    def _late_faults(self) -> list[HolderFault]:
+        """What was told of batches that nobody waited for any more."""
+        told = [self._unheard, *(mate.unheard for mate in self._mates.values())]
+        self._unheard = ""
+        for mate in self._mates.values():
+            mate.unheard = ""
+        faults = [HolderFault(reason) for reason in told if reason]
+        if gone := [number for mate in self._mates.values() for number in mate.lost if number in self._owner]:
+            faults.append(HolderLost(f"holders {gone} are gone"))
+        return faults
+
+    def _answers(self, mate: Mate, batch: int, shares: Mapping[int, HolderShare]) -> Mapping[int, Announced]:
+        try:
+            answers = mate.take(wire.Answers, batch, self._wait).answers
+        finally:
+            mate.forget(batch)
+        if answers.keys() != shares.keys():
+            raise mate.give_up(f"it answered for the holders {sorted(answers)}, asked were {sorted(shares)}")
+        return answers
+
+    def _forget(self) -> None:
+        """The batch that was announced last will not be executed."""
+        if self._under_way is not None:
+            (batch, own, its), self._under_way = self._under_way, None
+            self._own.forget(own, its)
+            for mate in self._mates.values():
+                mate.tell(wire.Drop(batch))
+
+    def _of(self, rank: int, shares: Mapping[int, HolderShare]) -> dict[int, HolderShare]:
+        return {number: share for number, share in shares.items() if self._owner.get(number, 0) == rank}
+
+    def _require_all(self) -> None:
+        if missing := self.missing:
+            raise RankLost(f"model worker {', '.join(map(str, missing))} is not there")
+
+    @property
+    def _wait(self) -> float:
+        """Seconds that a rank may take for an answer."""
+        return self._group.timeout + SLACK
+
+    @staticmethod
+    def _try_to_tell(mate: Mate, command: wire.Command) -> None:
+        with contextlib.suppress(RankLost):  # it is missing, which is found out by whoever needs it
+            mate.tell(command)
+
+
+def _graveness(fault: HolderFault) -> int:
+    """What else is lost besides a batch: 0 nothing for certain, 1 a holder, 2 a rank, without which nobody is asked."""
+    return 2 if isinstance(fault, RankLost) else int(isinstance(fault, HolderLost))
