@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -213,6 +214,24 @@ def _lock(folder: Path) -> int:
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     return file
+
+
+def run_folder(parent: Path, run: str) -> Path:
+    """Where in `parent` the journal of a run is that ends with it: nobody goes on from it later."""
+    return parent / f"lamina-run-{run}"
+
+
+def sweep(parent: Path, before: float) -> None:
+    """Delete what runs have left in `parent` that did not end in order: journals of ours that nobody uses, and in which
+    nobody has written since `before`, a time of the file system's."""
+    for folder in parent.glob("lamina-run-*"):
+        with contextlib.suppress(OSError, JournalError):
+            facts = (folder / NAME).lstat()
+            if facts.st_uid != os.getuid() or facts.st_mtime >= before or folder.is_symlink():
+                continue
+            lock = _lock(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def _packed(record: Record) -> bytes:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lamina.cluster import ray_module
 from lamina.config import EngineConfig
 from lamina.errors import EngineError, LaminaError
-from lamina.journal import Run
+from lamina.journal import Run, run_folder, sweep
 from lamina.members import Member, MemberStatus
 from lamina.model_cache import hash_file
 from lamina.ray_model_members import RayModelMembers
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 _POLL = 0.5  # seconds
+_LEFT = 86400.0  # seconds after which the journal of a run that was killed is deleted
 _CLAIM = 10.0  # seconds after a start: who has not asked by then for a request of the engine before will not
 _SWITCH = (
     1e-4  # seconds; by default Ray's threads could keep the step loop from the interpreter lock for 5 ms at a time
@@ -88,7 +89,9 @@ class EngineActor:
         from lamina.runtime import start
 
         self._model = model
-        self._journal = Path(config.journal or tempfile.gettempdir()) / f"lamina-{journal}"
+        parent = Path(config.journal or tempfile.gettempdir())
+        sweep(parent, time.time() - _LEFT)
+        self._journal = run_folder(parent, journal)
         config = dataclasses.replace(config, journal=self._journal)
         with self._telling:
             if workers and self._members is None:

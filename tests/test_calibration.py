@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from conftest import TINY, Tensors, holder_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -48,7 +49,6 @@ from lamina_workers.policies.policy import Policy, parse
 from lamina_workers.policies.span import Span
 from lamina_workers.policies.streaming import Streaming
 from lamina_workers.weights import fingerprint
-from tests.conftest import TINY, Tensors, holder_config
 
 FULL = (("full",) * 3,) * 3
 MIXED = (

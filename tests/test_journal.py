@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import JournalError
-from lamina.journal import Facts, Journal
+from lamina.journal import Facts, Journal, Run, run_folder, sweep
 from lamina.recovery import FINISHED, GONE, Found, History, KnownSample, Place, Record, adoption
 from lamina_protocols.messages import PartHeld
 
@@ -179,6 +179,37 @@ def test_a_second_engine_is_refused_while_the_first_lives(tmp_path: Path) -> Non
     assert "a" in again.history.requests
     assert again.engine == first.engine
     again.close()
+
+
+def test_what_killed_runs_have_left_is_deleted_once_it_is_old(tmp_path: Path) -> None:
+    used, left, fresh = (run_folder(tmp_path, name) for name in ("used", "left", "fresh"))
+    for folder in (left, fresh):
+        Journal(folder, FACTS).close()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "lamina-run-odd").mkdir()
+    journal = Journal(used, FACTS)
+    for folder in (used, left):
+        os.utime(folder / "journal", (1000, 1000))
+    sweep(tmp_path, 2000)
+    journal.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "lamina-run-fresh", "lamina-run-odd", "lamina-run-used", "mine"
+    ]  # fmt: skip
+    assert not left.exists()
+    sweep(tmp_path / "nowhere", 2000)
+
+
+def test_a_run_that_begins_elsewhere_keeps_its_name_and_count(tmp_path: Path) -> None:
+    elsewhere = Run("a" * 32, 3)
+    first = Journal(tmp_path, FACTS, elsewhere)
+    assert (first.engine, first.starts) == ("a" * 32, 4)
+    first.close()
+    again = Journal(tmp_path, FACTS, Run("a" * 32, 7))
+    assert (again.engine, again.starts) == ("a" * 32, 8)
+    again.close()
+    later = Journal(tmp_path, FACTS, elsewhere)
+    assert later.starts == 9
+    later.close()
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -26,7 +27,6 @@ from lamina.policy_file import (
     write,
 )
 from lamina_workers.model_config import ModelConfig
-from tests.conftest import TINY
 
 GOOD = 'version = 1\nmodel = "tiny"\nfingerprint = ""\n[[layer]]\nheads = ["full", "streaming"]\n'
 DATA = Path(os.environ.get("LAMINA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "attn_patterns"

@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 _AHEAD = 8  # layers that are asked for before the first of them has come
 
 
-_AHEAD = 8  # layers that are asked for before the first of them has come
-
-
 @dataclass(frozen=True, slots=True)
 class Work:
     """The tokens of a batch. token_ids: all spans' ids, one after the other. `sampled` are indices into them whose
