@@ -11,26 +11,26 @@ import logging
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.balance import Balance
+from lamina.clients import Clients
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.fleet import Fleet
 from lamina.lanes import Lanes
 from lamina.mover import Mover
 from lamina.placement import Holder, Placement
 from lamina.recovery import Found, Place
-from lamina.request import Kept, Plan
+from lamina.request import Plan
 from lamina.request import Sequence as Sample
-from lamina.returning import Returning
 from lamina.scheduler import Scheduler
 from lamina.shares import Pages
 from lamina.snapshot import Snapshot
 from lamina.tally import Tally, survey
-from lamina.ticket import Output, Spared, Ticket, nobody, unwatched
+from lamina.ticket import Spared, Ticket, unwatched
 from lamina.tiers import Tiers
 from lamina.types import FinishReason
 from lamina.work import work
@@ -44,7 +44,7 @@ from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, TokenHistory
 
 if TYPE_CHECKING:
-    from lamina.constraints import Constraint, Grammars
+    from lamina.constraints import Grammars
     from lamina.recorder import Recorder
     from lamina_workers.crew import Mate
 
@@ -159,8 +159,7 @@ class Engine:
         self._lane_count = lanes or Lanes(1)
         self._grammars = grammars
         self._hope = hope
-        self._recorder = recorder
-        self._returning = Returning(recorder, scheduler, grammars)
+        self._clients = Clients(scheduler, clock, grammars, recorder)
         self._on_lost = on_lost
         self._on_rebuilt = on_rebuilt
         self._rebuild: tuple[int, int] | None = None  # tokens computed again before the last loss, and due since
@@ -168,9 +167,6 @@ class Engine:
         self._full = False  # nothing more can be planned until something happens
         self._deserted: float | None = None  # since when there is no holder
         self._inbox: queue.SimpleQueue[_News] = queue.SimpleQueue()
-        self._tickets: dict[str, Ticket] = {}
-        self._histories: dict[Sample, TokenHistory] = {}
-        self._constraints: dict[Sample, Constraint] = {}
         self._faults = 0  # since a batch was last complete
         self._tally = Tally(clock())
         self._door = threading.Lock()  # nothing may be submitted once the loop has stopped
@@ -241,6 +237,10 @@ class Engine:
 
     # The engine's thread.
 
+    def recover(self, found: Mapping[Place, Found]) -> tuple[Ticket, ...]:
+        """As `Clients.recover`."""
+        return self._clients.recover(found)
+
     def run(self) -> None:
         """Serve requests until `close`. Every torch call is made here."""
         self._tally.began = self._clock()
@@ -255,17 +255,12 @@ class Engine:
         while not self._inbox.empty():  # those who came too late are told like the others
             late = self._inbox.get()
             if isinstance(late, Ticket):
-                self._tickets[late.request.id] = late
+                self._clients.tickets[late.request.id] = late
             elif isinstance(late, _Drain):
                 late.done.set_exception(self._stop_error())
-        for ticket in self._tickets.values():  # the scheduler is not touched: perhaps it is what broke
-            if self._recorder is not None and ticket not in self._returning:
-                self._recorder.failed(ticket)
-            self._deliver(ticket, [Output(0, None, error=self._stop_error())])
         for lane in self._lanes:
             lane.run.close()
-        if self._recorder is not None:
-            self._recorder.close()
+        self._clients.stopped(self._stop_error)
 
     def _stop_error(self) -> EngineError:
         error = EngineError("the engine has stopped" + (f": {self._cause!r}" if self._cause else ""))
@@ -297,9 +292,9 @@ class Engine:
                 case None:
                     return False
                 case Ticket():
-                    self._add(news)
+                    self._clients.add(news)
                 case _End():
-                    self._end(*news)
+                    self._clients.end(*news)
                 case _Join():
                     self._join(*news)
                 case _Leave(name):
@@ -314,8 +309,7 @@ class Engine:
                 case _Drain(name, done):
                     self._drain(name, done)
                 case _Disclaim():
-                    for ticket in self._returning.disclaim():
-                        self._end(ticket, None, "abort")
+                    self._clients.disclaim()
 
     def _look(self, sink: Callable[[Snapshot], None]) -> None:
         self._tally.lanes, self._tally.attention_seconds = self._lane_count.count, self._worker.attention_seconds
@@ -395,8 +389,8 @@ class Engine:
     def _begin(self, plan: Plan | None) -> _Lane:
         rows = plan.rows if plan is not None else ()
         # Looked up now: the batch goes on for those that end meanwhile.
-        tickets = {row.sequence: self._tickets[row.sequence.request.id] for row in rows}
-        histories = {s: history for s in tickets if (history := self._histories.get(s)) is not None}
+        tickets = {row.sequence: self._clients.tickets[row.sequence.request.id] for row in rows}
+        histories = {s: history for s in tickets if (history := self._clients.histories.get(s)) is not None}
         announced = _Flag()
         return _Lane(plan, self._batch(plan, tickets, histories, announced), announced)
 
@@ -421,7 +415,7 @@ class Engine:
             self._mark_scheduled(tickets)
             suspends = self._lane_count.count > 1
             sampled = yield from self._worker.execute(
-                work(plan, tickets, histories, self._constraints), batch, shares, suspends
+                work(plan, tickets, histories, self._clients.constraints), batch, shares, suspends
             )
             lanes = self._lane_count
             self._tiers.completed(plan, self._worker.times, lanes.count, lanes.trying)
@@ -439,8 +433,8 @@ class Engine:
         self._tiers.abandon()  # what moves must not keep from others what they cannot do without
         reason = next(answer.reason for answer in answers.values() if not answer.accepted)
         for sequence in self._scheduler.refused(plan, free):
-            if ticket := self._tickets.get(sequence.request.id):
-                self._fail(ticket, EngineError(f"the holders have no room: {reason}"))
+            if ticket := self._clients.of(sequence):
+                self._clients.fail(ticket, EngineError(f"the holders have no room: {reason}"))
         return False
 
     def _free(self, answers: Mapping[int, Announced]) -> Pages:
@@ -466,7 +460,7 @@ class Engine:
                 for route, usage in zip(shares[number].routes, answer.usages, strict=True):
                     told.setdefault(plan.rows[route.source].sequence.request.id, []).append(usage)
         for request_id, usages in told.items():
-            if ticket := self._tickets.get(request_id):
+            if ticket := self._clients.tickets.get(request_id):
                 columns = [[getattr(usage, name) for usage in usages] for name in Spared._fields]
                 spared = Spared(*map(sum, columns))._replace(worst=max(columns[Spared._fields.index("worst")]))
                 self._tally.spared(ticket.spared, spared)
@@ -488,8 +482,8 @@ class Engine:
         if self._faults % MAX_FAULTS == 0 and lane.plan is not None:
             for request_id in {row.sequence.request.id for row in lane.plan.rows}:
                 error = EngineError(f"a holder failed {MAX_FAULTS} times in a row: {fault}")
-                if ticket := self._tickets.get(request_id):
-                    self._fail(ticket, error, fault)
+                if ticket := self._clients.tickets.get(request_id):
+                    self._clients.fail(ticket, error, fault)
         if self._faults >= 3 * MAX_FAULTS:
             raise EngineError(f"a holder failed {self._faults} times in a row: {fault}") from fault
         if not lane.announced.up:
@@ -561,7 +555,7 @@ class Engine:
 
     def _patience(self) -> float | None:
         """Seconds that requests may still wait for a holder to join; None where there are holders, or no requests."""
-        if self._deserted is None or not self._tickets:
+        if self._deserted is None or not self._clients.tickets:
             return None
         return max(0.0, self._deserted + self._hope - self._clock())
 
@@ -569,14 +563,14 @@ class Engine:
         """Nobody has joined in time: whoever waits for that is told."""
         self._full = False
         stranded = {sequence.request.id for sequence in self._scheduler.stranded}
-        for ticket in [t for t in self._tickets.values() if self._fleet.halted or t.request.id in stranded]:
+        for ticket in [t for t in self._clients.tickets.values() if self._fleet.halted or t.request.id in stranded]:
             left = "no attention worker is left" if self._fleet.empty else "no holder that is left has room for this"
             if missing := self._worker.missing:
                 message = f"model worker {', '.join(map(str, missing))} has not come back for {self._hope:g} s"
-                self._fail(ticket, EngineError(message))
+                self._clients.fail(ticket, EngineError(message))
                 continue
             message = f"{left}, and none has joined for {self._hope:g} s; start an attention worker and try again"
-            self._fail(ticket, EngineError(message))
+            self._clients.fail(ticket, EngineError(message))
 
     def _count_the_stranded(self) -> None:
         """Those whom no holder can keep any more wait for one that can, others go on meanwhile."""
@@ -615,13 +609,11 @@ class Engine:
             if token is None:
                 self._tally.corrupted += 1
                 self._scheduler.end(row.sequence, "abort", keep=False)
-                self._forget(row.sequence)
-                if ticket := self._tickets.get(row.sequence.request.id):
-                    self._fail(ticket, EngineError("the model's logits are not finite for this request"))
-        prompt_tokens = self._report_prefill(plan)
+                self._clients.forget(row.sequence)
+                if ticket := self._clients.of(row.sequence):
+                    self._clients.fail(ticket, EngineError("the model's logits are not finite for this request"))
+        prompt_tokens = self._clients.follow_prefill(plan)
         reports = dict(zip((row.sequence for row in rows), sampled.logprobs, strict=True))
-        outputs: dict[str, list[Output]] = {}
-        strayed: list[tuple[Ticket, InvalidRequest]] = []
         now = self._clock()
         outcomes = self._scheduler.record(plan, [token or 0 for token in sampled.tokens])
         self._placement.recorded(plan)
@@ -632,37 +624,8 @@ class Engine:
             self._lane_count.alone()
         else:
             mixed, attended = prefill or not self._tiers.settled, self._worker.attention_seconds
-            self._lane_count.completed(len(outcomes), len(self._tickets), mixed, now, attended)
-        for outcome in outcomes:
-            sequence = outcome.sequence
-            if sequence in self._histories:
-                self._histories[sequence].append(outcome.token)
-            reason = outcome.finish_reason
-            if reason != "stop" and sequence in self._constraints:
-                try:
-                    reason = self._follow(sequence, outcome.token) or reason
-                except InvalidRequest as error:
-                    strayed.append((self._tickets[sequence.request.id], error))
-            output = Output(sequence.sample, outcome.token, reason, reports[sequence], at=now)
-            outputs.setdefault(sequence.request.id, []).append(output)
-            if reason is not None:
-                self._forget(sequence)
-        if self._recorder is not None:  # before anybody is told
-            self._recorder.batch(plan, outputs)
-        for request_id, batch in outputs.items():
-            self._publish(self._tickets[request_id], batch)
-        for ticket, why in strayed:
-            if ticket.request.id in self._tickets:
-                self._fail(ticket, why)
-
-    def _follow(self, sequence: Sample, token: int) -> FinishReason | None:
-        """Tell a sample's constraint what was recorded, once, and end the sample where nothing may follow."""
-        constraint = self._constraints[sequence]
-        constraint.advance(token)
-        if not constraint.finished:
-            return None
-        self._scheduler.end(sequence, "stop")
-        return "stop"
+            self._lane_count.completed(len(outcomes), len(self._clients.tickets), mixed, now, attended)
+        self._clients.record(plan, outcomes, reports)
 
     def _report_rebuild(self) -> None:
         if self._rebuild is None:
@@ -673,131 +636,3 @@ class Engine:
         if done >= due:
             logger.info("%d tokens of lost KV are computed again", due)
             self._rebuild = None
-
-    def _report_prefill(self, plan: Plan) -> int:
-        """Tell clients how far their prompts are computed. Returns how many tokens of prompts the batch had."""
-        computed = 0
-        for row in plan.rows:
-            prompt = len(row.sequence.request.prompt)
-            if row.start >= prompt or row.rebuild:
-                continue
-            computed += min(row.count, prompt - row.start)
-            ticket = self._tickets.get(row.sequence.request.id)
-            if ticket is None:
-                continue
-            try:
-                ticket.prefilled(min(row.start + row.count, prompt), prompt)
-            except Exception:  # it may be anything
-                logger.exception("a client could not follow its prefill")
-                ticket.prefilled = unwatched
-        return computed
-
-    def _publish(self, ticket: Ticket, outputs: list[Output]) -> None:
-        ticket.unfinished -= sum(output.finish_reason is not None for output in outputs)
-        if ticket.unfinished <= 0:
-            self._tickets.pop(ticket.request.id, None)
-        if not self._deliver(ticket, outputs):
-            self._end(ticket, None, "abort")
-
-    def _deliver(self, ticket: Ticket, outputs: list[Output]) -> bool:
-        """Whether the client took them: what it does wrong is no reason to stop for the others."""
-        try:
-            ticket.sink(ticket, outputs)
-        except Exception:  # it may be anything
-            logger.exception("a client could not take its outputs")
-            ticket.sink = nobody
-            return False
-        return True
-
-    def _add(self, ticket: Ticket) -> None:
-        if ticket.received is None:
-            self._begin_request(ticket)
-        else:
-            self._take_up(ticket)
-
-    def _begin_request(
-        self,
-        ticket: Ticket,
-        known: Mapping[int, Sequence[int]] | None = None,
-        kept: Mapping[int, Kept] | None = None,
-        recorded: bool = False,
-    ) -> None:
-        """Queue it. `known` and `kept` are the scheduler's; `recorded`: the journal has it already."""
-        ticket.unfinished = ticket.request.n if known is None else len(known)
-        self._tickets[ticket.request.id] = ticket
-        try:
-            ticket.sequences = self._scheduler.add(ticket.request, known, kept)
-            for sequence in ticket.sequences:
-                self._follow_from(ticket, sequence)
-        except LaminaError as error:
-            self._fail(ticket, error)
-            return
-        if self._recorder is not None and not recorded:
-            self._recorder.begun(ticket, known)
-
-    def _follow_from(self, ticket: Ticket, sequence: Sample) -> None:
-        """What sampling needs to know of the tokens so far."""
-        params, prompt = ticket.params, ticket.request.prompt
-        tokens = sequence.tokens[len(prompt) :]
-        if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
-            self._histories[sequence] = history = TokenHistory(prompt)
-            for token in tokens:
-                history.append(token)
-        if ticket.constraints:
-            self._constraints[sequence] = constraint = ticket.constraints[sequence.sample]
-            for token in tokens:
-                constraint.advance(token)
-
-    def _take_up(self, ticket: Ticket) -> None:
-        """Have a client that comes back get what it has not got, and what comes then."""
-        old = self._tickets.get(ticket.request.id)
-        missing = self._returning.claim(ticket, old)
-        if missing is None:
-            if old is not None:
-                self._end(old, None, "abort")
-            self._begin_request(ticket, self._returning.anew(ticket))
-            return
-        if old is not None:
-            self._tickets[ticket.request.id] = ticket
-        if missing and not self._deliver(ticket, missing):
-            self._end(ticket, None, "abort")
-
-    def recover(self, found: Mapping[Place, Found]) -> tuple[Ticket, ...]:
-        """Before `run`: go on with what an engine before had not finished, with the KV that was found. Returns its
-        requests: whoever wants the outputs of one submits it again, with what it has received."""
-        tickets = []
-        for ticket, known, kept in self._returning.unfinished(found):
-            tickets.append(ticket)
-            self._begin_request(ticket, known, kept, recorded=True)
-        return tuple(tickets)
-
-    def _end(self, ticket: Ticket, sample: int | None, reason: FinishReason) -> None:
-        if self._tickets.get(ticket.request.id) is not ticket:
-            return
-        ended = [s for s in ticket.sequences if s.finish_reason is None and sample in (None, s.sample)]
-        for sequence in ended:
-            self._scheduler.end(sequence, reason)
-        for sequence in ended:
-            self._forget(sequence)
-        if ended:
-            now = self._clock()
-            if self._recorder is not None:
-                self._recorder.ended(ended, reason)
-            self._publish(ticket, [Output(sequence.sample, None, reason, at=now) for sequence in ended])
-
-    def _forget(self, sequence: Sample) -> None:
-        self._histories.pop(sequence, None)
-        self._constraints.pop(sequence, None)
-        ticket = self._tickets.get(sequence.request.id)
-        if ticket is not None:
-            ticket.preemptions += sequence.preemptions
-
-    def _fail(self, ticket: Ticket, error: LaminaError, cause: BaseException | None = None) -> None:
-        """End a request with an error."""
-        for sequence in self._scheduler.abort(ticket.request.id):
-            self._forget(sequence)
-        self._tickets.pop(ticket.request.id, None)
-        if self._recorder is not None:
-            self._recorder.failed(ticket)
-        error.__cause__ = cause or error.__cause__
-        self._deliver(ticket, [Output(0, None, error=error)])

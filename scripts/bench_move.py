@@ -23,11 +23,15 @@ import threading
 import time
 from pathlib import Path
 
-import lamina  # before torch, so that idle threads of OpenMP sleep
-from lamina_protocols import codec
-from lamina_protocols.channels import Channel, ChannelClosed
-from lamina_protocols.messages import Query
-from lamina_protocols.socket_channel import Listener, connect_unix, listen_unix
+import lamina
+from lamina_workers.openmp import share_cores
+
+share_cores()  # before torch is imported
+
+from lamina_protocols import codec  # noqa: E402
+from lamina_protocols.channels import Channel, ChannelClosed  # noqa: E402
+from lamina_protocols.messages import Query  # noqa: E402
+from lamina_protocols.socket_channel import Listener, connect_unix, listen_unix  # noqa: E402
 
 SECRET = bytes(32)
 

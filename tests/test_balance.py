@@ -16,9 +16,9 @@ SEQUENCES = 8
 
 @dataclass
 class World:
-    """Sequences of equal length over two tiers. `local` and `remote` are seconds that reading all KV takes each of
-    them, `fixed` those of having anything remote, `dense` the rest of a step. Where they share cores (`shared`) each
-    takes time from the other. A sequence takes `slow` steps to move, each of which takes twice the time."""
+    """Sequences of equal length over two tiers. `local` and `remote` are seconds that reading 1,000 tokens of each
+    takes them, `fixed` those of having anything remote, `dense` the rest of a step. Where they share cores (`shared`)
+    each takes time from the other. A sequence takes `slow` steps to move, each of which takes twice the time."""
 
     local: float
     remote: float
@@ -36,8 +36,8 @@ class World:
 
     def times(self, here: int) -> tuple[float, float, float]:
         """Seconds that the local and the remote tier take, and the whole step."""
-        share = here / SEQUENCES
-        local, remote = self.local * share, self.remote * (1 - share)
+        share, length = here / SEQUENCES, self.tokens / 1000
+        local, remote = self.local * share * length, self.remote * (1 - share) * length
         both = self.shared * min(local, remote)
         local, remote = local + both, remote + both
         answered = self.fixed + remote if share < 1 else 0.0
@@ -87,7 +87,6 @@ class World:
         (World(local=0.04, remote=0.04, fixed=0.05), 1.0),
         (World(local=0.01, remote=1.0), 1.0),
         (World(local=2.0, remote=0.01), 0.0),
-        (World(local=0.04, remote=0.04, shared=1.0), 1.0),
         (World(local=0.04, remote=0.04, most=3), 0.375),
     ],
 )
@@ -100,6 +99,21 @@ def test_it_settles_within_fifty_steps_near_the_best_share(world: World, share: 
     assert world.moving == 0
     assert world.times(world.here)[2] <= 1.05 * world.best()
     assert abs(world.here / SEQUENCES - share) <= 1.01 / SEQUENCES
+
+
+@pytest.mark.parametrize(
+    ("world", "here"),
+    [
+        (World(local=0.04, remote=0.04, shared=1.0, slow=1), SEQUENCES),
+        (World(local=0.024, remote=0.008, fixed=0.01, dense=0.019, shared=2.0, slow=1), 0),
+    ],
+)
+def test_where_the_tiers_disturb_each_other_all_remote_is_tried_too(world: World, here: int) -> None:
+    balance = Balance()
+    world.run(balance, 80)
+    assert balance.settled
+    assert world.moving == 0
+    assert world.here == here
 
 
 def test_a_change_is_noticed_and_settled_within_fifty_steps() -> None:

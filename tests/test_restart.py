@@ -291,7 +291,7 @@ def test_nobody_needs_to_come_back_for_it_to_go_on(model: Decoder, expected: Cli
         client.run(world.life(Fate(steps(model, tmp_path / "whole", scratch=500) // 2)))
     life = world.life(Fate())
     assert [ticket.request.id for ticket in life.unfinished] == client.open
-    life.until(lambda: not life.engine._tickets)
+    life.until(lambda: not life.engine._clients.tickets)
     client.run(life, resumed=True)  # all of it is in the journal by now
     same(client, expected)
 

@@ -205,13 +205,13 @@ def test_stopping_the_iteration_aborts(llm):
     next(events)
     events.close()
     llm.generate("x", max_tokens=1)
-    assert not llm._runtime.engine._tickets
+    assert not llm._runtime.engine._clients.tickets
 
 
 def test_a_stream_that_is_never_started_computes_nothing(llm):
     events = llm.stream("Once", max_tokens=900, ignore_eos=True)
     llm.generate("x", max_tokens=1)
-    assert not llm._runtime.engine._tickets
+    assert not llm._runtime.engine._clients.tickets
     events.close()
 
 
