@@ -84,10 +84,11 @@ def test_any_numbers_and_names_come_back(
 def test_the_engine_has_what_the_plan_counts_on() -> None:
     offloaded = engine_keywords(dop(2, 4, lanes=2), 4096)
     assert offloaded == {
-        "max_batch_tokens": 2048, "attention_workers": 4, "shard": "heads", "lanes": 2, "cluster": "auto",
-        "kv_memory": pytest.approx(0.9 * 96e9, rel=1e-6),
+        "max_batch_tokens": 2048, "attention_workers": 4, "shard": "heads", "cluster": "auto",
+        "kv_memory": pytest.approx(0.9 * 96e9, rel=1e-6), "local_share": 0, "model_workers": 2, "model_parallel": "tensor",
     }  # fmt: skip
     EngineConfig(**{**offloaded, "kv_memory": int(offloaded["kv_memory"])})
+    assert engine_keywords(dop(1, 4, lanes=2), 4096)["lanes"] == 2
     half = engine_keywords(dop(2, 4, policy=KvPolicy("auto", 0.3, 0.5)), 4096)
     assert half["kv_memory"] == pytest.approx(0.9 * 96e9, rel=1e-6)  # what is held less makes room for more tokens
     assert half["policy"] == "auto"
@@ -121,12 +122,21 @@ def test_a_plan_is_deployed_and_what_is_given_besides_wins(tmp_path: Path, caplo
     assert isinstance(llm, Recording)
     assert llm.asked[0] == "llama-3-70b"
     assert llm.asked[2]["attention_workers"] == 4
-    assert "counts on 2x h100" in caplog.text
+    assert (llm.asked[2]["model_workers"], llm.asked[2]["model_parallel"], llm.asked[2]["local_share"]) == (
+        2,
+        "tensor",
+        0,
+    )
+    assert "lanes" not in llm.asked[2]  # ranks have one batch under way
     assert "2 replicas" in caplog.text
     other = Recording.from_plan(file, model="smollm2-135m", cluster=None, attention_workers=1, progress=print)
     assert isinstance(other, Recording)
     assert other.asked[:2] == ("smollm2-135m", print)
-    assert (other.asked[2]["cluster"], other.asked[2]["attention_workers"], other.asked[2]["lanes"]) == (None, 1, 2)
+    assert (other.asked[2]["cluster"], other.asked[2]["attention_workers"], other.asked[2]["model_workers"]) == (
+        None,
+        1,
+        2,
+    )
 
 
 def test_what_no_engine_does_is_refused(tmp_path: Path) -> None:

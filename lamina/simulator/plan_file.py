@@ -41,7 +41,7 @@ KINDS: Mapping[str, type[Colocated | Disaggregated | Offloaded]] = {
 }
 ENGINE_KEYS = (
     "dtype", "kv_memory", "kv_dtype", "page_size", "max_model_len", "max_batch_tokens", "threads", "prefix_cache",
-    "policy", "attention_workers", "shard", "cluster", "lanes",
+    "policy", "attention_workers", "shard", "cluster", "lanes", "local_share", "model_workers", "model_parallel",
 )  # fmt: skip
 """Keywords that a plan may set. Credentials and channels are the business of who deploys it."""
 _TABLES = ("predicted", "trace", "slo", "engine", "system", "shape", "device", "link")
@@ -109,15 +109,7 @@ class Plan:
 
     def remarks(self) -> list[str]:
         """Where the engine differs from what was planned, in words."""
-        said = []
-        if not isinstance(self.system, Disaggregated) and (count := self.system.devices[0][1]) > 1:
-            device = self.system.devices[0][0].name
-            said.append(
-                f"the plan counts on {count}x {device} for the dense layers; an engine computes them on one device"
-            )
-        if self.replicas > 1:
-            said.append(f"the plan has {self.replicas} replicas; this deploys one of them")
-        return said
+        return [f"the plan has {self.replicas} replicas; this deploys one of them"] if self.replicas > 1 else []
 
 
 def engine_keywords(system: System, longest: int) -> dict[str, Any]:
@@ -129,9 +121,13 @@ def engine_keywords(system: System, longest: int) -> dict[str, Any]:
     holders = 1
     if isinstance(system, Offloaded):
         holders = system.workers or system.attention_count
-        found |= {"attention_workers": holders, "shard": system.shard, "lanes": system.lanes}
+        found |= {"attention_workers": holders, "shard": system.shard, "local_share": 0.0}
+        if system.devices[0][1] == 1:  # ranks have one batch under way
+            found["lanes"] = system.lanes
         if all(device.network > 0 for device, _ in system.devices):  # one without a network is where the other is
             found["cluster"] = "auto"
+    if (ranks := system.devices[0][1]) > 1:
+        found |= {"model_workers": ranks, "model_parallel": "tensor"}
     found["kv_memory"] = int(shares / holders)
     if system.policy.name != "full":
         found["policy"] = system.policy.name
