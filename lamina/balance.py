@@ -20,7 +20,7 @@ logger = logging.getLogger("lamina")
 WINDOW = 5  # batches that one measurement takes, besides the first after a change
 GAIN = 0.01  # of a step, by which a part that is remote must be better than none
 TOLERANCE = 0.06  # of a step, by which a place beside the best may be predicted to be worse and is measured anyway
-DISTURBED = 3.0  # times as long as alone, at most, a tier may take beside the other, where they share cores or memory
+HOPE = 3.0  # times as fast, at most, a tier may be alone and on many tokens as beside the other and on few
 TRIALS = 7  # places that are measured before one is settled on
 DRIFT = 0.08  # of a step, by which what a tier takes must have changed before the choice is looked at again
 PERSISTENT = 3  # batches that must say so; twice as many after each search that has ended where it began
@@ -259,17 +259,18 @@ class Balance:
         return end if end is not None else self._beside(best, now, grain, rest)
 
     def _end(self, best: Batch, now: Batch, grain: float, rest: float) -> float | None:
-        """All remote, where that was not measured and may be better than the best place, since the tiers disturb each
-        other: there one works alone, and faster than it was seen to."""
+        """All remote, where that was not measured and may be better than the best place: there that tier works alone,
+        and on many tokens. Beside the local one it may be slower, and on few each token bears more of a call."""
         alone = [point for point in self._search if not point.remote_tokens]
         beside = [point for point in self._search if point.remote_tokens and point.local_tokens]
         if not alone or not beside:
             return None
         slowest = max(point.local_seconds / point.local_tokens for point in beside)
-        if slowest < (1 + DRIFT) * alone[0].local_seconds / alone[0].local_tokens:
+        disturbed = slowest > (1 + DRIFT) * alone[0].local_seconds / alone[0].local_tokens
+        if not disturbed and any(point.share <= 0.5 for point in beside):
             return None
         rest = min(rest, alone[0].seconds - alone[0].local_seconds)
-        hoped = rest + self._rates.fixed + (self._rates.remote or 0.0) / DISTURBED * now.tokens
+        hoped = rest + self._rates.fixed + (self._rates.remote or 0.0) / HOPE * now.tokens
         free = self._free(0.0, grain)
         return free if free == 0.0 and hoped < (1 - GAIN) * best.seconds else None
 

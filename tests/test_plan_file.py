@@ -85,10 +85,12 @@ def test_the_engine_has_what_the_plan_counts_on() -> None:
     offloaded = engine_keywords(dop(2, 4, lanes=2), 4096)
     assert offloaded == {
         "max_batch_tokens": 2048, "attention_workers": 4, "shard": "heads", "cluster": "auto",
-        "kv_memory": pytest.approx(0.9 * 96e9, rel=1e-6), "local_share": 0, "model_workers": 2, "model_parallel": "tensor",
+        "kv_memory": pytest.approx(0.9 * 96e9, rel=1e-6), "local_share": 0,
+        "model_workers": 2, "model_parallel": "tensor",
     }  # fmt: skip
     EngineConfig(**{**offloaded, "kv_memory": int(offloaded["kv_memory"])})
-    assert engine_keywords(dop(1, 4, lanes=2), 4096)["lanes"] == 2
+    alone = replace(dop(2, 4, lanes=2), model=model("smollm2-135m"), model_count=1)
+    assert engine_keywords(alone, 4096)["lanes"] == 2
     half = engine_keywords(dop(2, 4, policy=KvPolicy("auto", 0.3, 0.5)), 4096)
     assert half["kv_memory"] == pytest.approx(0.9 * 96e9, rel=1e-6)  # what is held less makes room for more tokens
     assert half["policy"] == "auto"
