@@ -16,7 +16,7 @@ from lamina.scheduler import Scheduler
 from lamina_workers.exchanges import Times
 
 AT_ONCE = 2  # moves that wait or are under way
-PAUSE = 0.75  # of a step, that copying may take between two of them
+PAUSE = 0.5  # of a step, that copying may take between two of them
 WORTH = 16  # tokens that a sequence must have before it for a move to pay
 
 

@@ -104,6 +104,7 @@ class Port:
         self.let_go = False  # by the engine: nothing may be sent any more
         self.slow = 0
         self._world = world
+        self.page_layout = worker.page_layout
         self._inner = LocalAttention(self.broken, self.name)  # type: ignore[arg-type]  # it has what a port needs
         self._sent: deque[Request] = deque()
         self._noticed = False

@@ -107,6 +107,7 @@ class BytesPort:
         self.name = "bytes"
         self.closed = False
         self._inner = LocalAttention(worker)
+        self.page_layout = self._inner.page_layout
         self._before = before
         self._lost = ""
         self._replies: deque[bytearray] = deque()

@@ -18,10 +18,10 @@ from lamina_protocols import messages as m
 from lamina_protocols.errors import ProtocolError
 
 _PREFIX = struct.Struct("<4sHHIQ")
-TAGS = range(12)
+TAGS = range(15)
 _n = st.integers(0, 5)
 _tensor = st.tuples(
-    _n, st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8])
+    _n, st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8])
 ).map(lambda shape: torch.arange(shape[0] * shape[1]).view(shape[0], shape[1]).to(shape[2]))
 _int = st.integers(0, 2**62 - 1)
 _messages = st.one_of(
@@ -30,6 +30,9 @@ _messages = st.one_of(
     st.builds(m.Exchange, _int, _int, _int, _tensor, _tensor, _tensor),
     st.builds(m.Attended, _int, _int, _int, _tensor, _tensor),
     st.builds(m.Fetched, _int, _int, _int, _tensor, _tensor),
+    st.builds(m.FetchPages, *[_int] * 7),
+    st.builds(m.FetchedPages, _int, _int, _int, _tensor),
+    st.builds(m.FreshPages, _int, _int, _int, _int, _tensor),
     st.builds(m.Fault, _int, _int, st.text()),
     st.builds(
         m.Announcement,

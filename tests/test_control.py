@@ -39,8 +39,8 @@ STATUS = WorkerStatus(
 )  # fmt: skip
 ALL = (
     HELLO,
-    Welcome("a", 1 << 40, 2, 30.0, 1 << 30, LocalOffer("/tmp/x", b"\0" * 32), None, False),
-    Welcome("a", 0, 1, 0.5, 1, None, TcpOffer(4000, b"s"), True),
+    Welcome("a", 1 << 40, 2, 30.0, 1 << 30, LocalOffer("/tmp/x", b"\0" * 32), None, False, "tokens, 16"),
+    Welcome("a", 0, 1, 0.5, 1, None, TcpOffer(4000, b"s"), True, ""),
     Heartbeat("s" * 32),
     Goodbye("e" * 32, 0, "s" * 32),
     Alive("serving"),

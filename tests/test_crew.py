@@ -60,7 +60,7 @@ MESSAGES: list[Any] = [
     wire.Leave(4),
     wire.Announce(5, True, {4: SHARE, 6: HolderShare(0, (), ())}),
     wire.Drop(5),
-    wire.Copy(5, (Move(*range(len(Move._fields))),), {4: SHARE}),
+    wire.Copy(5, (Move(*range(len(Move._fields) - 1), True),), {4: SHARE}),
     wire.Epoch(8),
     wire.Look(4),
     wire.Part(),

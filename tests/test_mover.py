@@ -11,7 +11,7 @@ from conftest import HERE, BytesPort, Rig, collect
 from lamina.balance import Balance, Batch
 from lamina.placement import Holder
 from lamina.types import SamplingParams
-from lamina_protocols.messages import Announcement, Close, Fetch, Fresh, Open
+from lamina_protocols.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
 from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError
@@ -116,7 +116,7 @@ class Fatal:
         return BytesPort(worker, self._before)
 
     def _before(self, request: object) -> None:
-        moves = isinstance(request, (Fetch, Fresh)) or (
+        moves = isinstance(request, (Fetch, Fresh, FetchPages, FreshPages)) or (
             isinstance(request, Announcement) and any(isinstance(op, (Open, Close)) for op in request.operations)
         )
         self._seen += moves
@@ -128,7 +128,8 @@ class Fatal:
 @pytest.mark.parametrize("loses", [False, True])
 @pytest.mark.parametrize("at", [2, 9, 14, 23, 31, 44])
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_a_holder_goes_in_the_middle_of_a_move(decoder, at, loses, lanes):
+def test_a_holder_goes_in_the_middle_of_a_move(decoder, at, loses, lanes, monkeypatch):
+    monkeypatch.setattr("lamina_workers.model_worker._FRAME", 1)  # a layer each
     fatal = Fatal(at, loses)
     rig = Rig(
         decoder, shard="heads", weights=(1, 1), here=1500, balance=Restless(at, 0.6), max_batch_tokens=64, lanes=lanes,

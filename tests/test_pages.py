@@ -8,7 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_kernels import cpu_decode, reference
-from lamina_kernels.pages import DTYPES, FLOATS, PEAKS, Order, PageLayout, Pages, copy, gather, gather_heads, quantise
+from lamina_kernels.pages import (
+    DTYPES,
+    FLOATS,
+    PEAKS,
+    Order,
+    PageLayout,
+    Pages,
+    copy,
+    gather,
+    gather_heads,
+    quantise,
+    store_whole,
+    whole,
+)
 from lamina_kernels.select import Kernels
 
 both = pytest.mark.parametrize("kernels", [cpu_decode, reference], ids=["cpu", "reference"])
@@ -236,3 +249,20 @@ def test_heads_are_gathered_as_one_by_one(order: Order, dtype: torch.dtype) -> N
         of_k, of_v = gather(pages, table, 64)
         assert torch.equal(k[:, head].nan_to_num(), of_k.nan_to_num())
         assert torch.equal(v[:, head].nan_to_num(), of_v.nan_to_num())
+
+
+def test_whole_pages_come_back_and_those_below_0_are_zeros() -> None:
+    layout = PageLayout(16, 16, 32, torch.bfloat16)
+    one, other = Pages.allocate(layout, 5), Pages.allocate(layout, 5)
+    one.arena.copy_(torch.randint(1, 256, one.arena.shape, dtype=torch.uint8))
+    content = whole(one, torch.tensor([4, -1, 2]))
+    assert torch.equal(content[[0, 2]], one.arena[[4, 2]])
+    assert not content[1].any()
+    store_whole(other, torch.tensor([0, 3, 1]), content)
+    assert torch.equal(other.arena[[0, 3, 1]], content)
+    assert not other.arena[[2, 4]].any()
+    for index in ([0, 5, 1], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="index must be from 0 to 4"):
+            store_whole(other, torch.tensor(index), content)
+    with pytest.raises(ValueError, match=r"pages must be uint8 \[2, 1536\]"):
+        store_whole(other, torch.tensor([0, 1]), content)

@@ -33,7 +33,7 @@ class Scripted(OneStream):
         self.local: control.LocalOffer | None = None
 
     def hello(self, hello: control.Hello, remaining: float) -> control.Welcome:
-        return control.Welcome("scripted", 1, 1, 0.6, 1 << 20, self.local, None, False)
+        return control.Welcome("scripted", 1, 1, 0.6, 1 << 20, self.local, None, False, "")
 
     def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive:
         time.sleep(self.delay)

@@ -43,7 +43,7 @@ class OneStream:
         self.channels: queue.SimpleQueue[GrpcChannel] = queue.SimpleQueue()
 
     def hello(self, hello: control.Hello, remaining: float) -> control.Welcome:
-        return control.Welcome("one", 1, 1, 30.0, 1 << 20, None, None, False)
+        return control.Welcome("one", 1, 1, 30.0, 1 << 20, None, None, False, "")
 
     def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive:
         return control.Alive("serving")

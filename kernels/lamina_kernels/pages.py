@@ -262,6 +262,30 @@ def gather_heads(pages: Pages, tables: torch.Tensor) -> tuple[torch.Tensor, torc
     return k.contiguous().view(at.dtype).view(tokens, heads, at.d_k), v.reshape(tokens, heads, at.d_v)
 
 
+def whole(pages: Pages, index: torch.Tensor) -> torch.Tensor:
+    """The pages `index`, int64 `[n]`, as they lie: uint8 `[n, page_bytes]`. Those below 0 are zeros."""
+    some = index.clamp_min(0)
+    if pages.arena.is_cuda:
+        taken = pages.arena[some]
+    else:  # by one thread, which memory does not let wait for others
+        taken = torch.from_numpy(pages.arena.numpy().take(some.numpy(), axis=0))
+    if bool((index < 0).any()):
+        taken[index < 0] = 0
+    return taken
+
+
+def store_whole(pages: Pages, index: torch.Tensor, content: torch.Tensor) -> None:
+    """Let the pages `index`, int64 `[n]`, all different, be `content`, uint8 `[n, page_bytes]`, as `whole` gave it."""
+    wanted = (len(index), pages.layout.page_bytes)
+    if content.dtype != torch.uint8 or content.shape != wanted:
+        raise ValueError(f"pages must be uint8 {list(wanted)}, got {content.dtype} {list(content.shape)}")
+    _check_range("index", index, pages.n_pages)
+    if pages.arena.is_cuda:
+        pages.arena[index] = content
+    else:
+        pages.arena.numpy()[index.numpy()] = content.numpy()
+
+
 def copy(pages: Pages, src: torch.Tensor, dst: torch.Tensor) -> None:
     """Copy whole pages: page `src[i]` to page `dst[i]`, both int64 `[n]`; no page is in both."""
     for name, index in (("src", src), ("dst", dst)):

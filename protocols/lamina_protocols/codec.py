@@ -82,6 +82,9 @@ _LAYOUTS: dict[int, Layout] = {  # the tag is part of the protocol: never reuse 
         m.Surveyed,
         _BATCH | {"last_epoch": INT, "next_operation": INT, "parts": list_of(PART, m.MAX_PARTS), "more": INT},
     ),
+    12: Layout(m.FetchPages, _LAYER | {"layers": INT, "handle": INT, "lo": INT, "hi": INT}),
+    13: Layout(m.FetchedPages, _LAYER, ("pages",)),
+    14: Layout(m.FreshPages, _LAYER | {"layers": INT}, ("pages",)),
 }
 
 

@@ -88,7 +88,8 @@ class TcpOffer:
 @dataclass(frozen=True, slots=True)
 class Welcome:
     """The session is there. `kv_memory` of the seat in bytes, `lease` in seconds: so long a channel is kept without a
-    sign of life. `resumed`: the seat was there already, with what it holds."""
+    sign of life. `resumed`: the seat was there already, with what it holds. `page_layout` says how its pages are
+    laid out: those of holders that say the same can be copied as they lie."""
 
     name: str
     kv_memory: int
@@ -98,6 +99,7 @@ class Welcome:
     local: LocalOffer | None
     tcp: TcpOffer | None
     resumed: bool
+    page_layout: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 The model worker sends one `Announcement` a batch to each holder, then per layer a `Query` and a `Fresh`, or both as
 one `Exchange`; the holder answers the announcement with `Announced` and each query with an `Attended`. KV moves from
-one holder to another by `Fetch` and `Fresh`. A holder that cannot go on answers with a `Fault` in the place of the
-reply. An engine that takes up what another left behind asks by `Survey` what there is. Knows nothing of bytes: `codec`
-does.
+one holder to another by `Fetch` and `Fresh`, or, where both lay out pages alike, by `FetchPages` and `FreshPages`.
+A holder that cannot go on answers with a `Fault` in the place of the reply. An engine that takes up what another left
+behind asks by `Survey` what there is. Knows nothing of bytes: `codec` does.
 """
 
 from __future__ import annotations
@@ -234,6 +234,48 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchPages:
+    """As `Fetch`, of the layers [layer, layer + layers) that have KV, for whoever lays out pages as this holder does.
+    A page of the part begins at `lo`."""
+
+    epoch: int
+    batch: int
+    layer: int
+    layers: int
+    handle: int
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedPages:
+    """The answer. pages: uint8 `[layers * part's KV heads * pages that hold [lo, hi), page_bytes]`, in this order.
+
+    Pages that were let go are zeros. None at all, `[0, 0]`, where a mean stands for some: then `Fetch` has them.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    pages: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FreshPages:
+    """As `Fresh`, of the layers [layer, layer + layers) that have KV, for rows each of which begins with a page.
+
+    pages: uint8 `[layers * sum over rows of part's KV heads * pages that the row stores to, page_bytes]`: by layer,
+    then row, then head. All of the last page of a row comes; what lies behind the row's end counts for nothing.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    layers: int
+    pages: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """Ask what a holder keeps: parts of handle `first` and above. Batches in flight are dropped.
 
@@ -298,11 +340,11 @@ class Fault:
     reason: str
 
 
-Request = Announcement | Query | Fresh | Exchange | Fetch | Survey
-Reply = Announced | Attended | Fetched | Surveyed | Fault
+Request = Announcement | Query | Fresh | Exchange | Fetch | FetchPages | FreshPages | Survey
+Reply = Announced | Attended | Fetched | FetchedPages | Surveyed | Fault
 Message = Request | Reply
 
 
 def answered(request: Request) -> bool:
-    """Whether a holder answers it: everything but `Fresh` has one reply, in order."""
-    return not isinstance(request, Fresh)
+    """Whether a holder answers it: everything but `Fresh` and `FreshPages` has one reply, in order."""
+    return not isinstance(request, Fresh | FreshPages)

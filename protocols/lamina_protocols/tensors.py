@@ -23,6 +23,7 @@ _WIRE = {  # what a header calls them: short, because a header goes with each la
     "b16": torch.bfloat16,
     "f16": torch.float16,
     "i8": torch.int8,
+    "u8": torch.uint8,  # bytes as they lie
 }
 _NAMES = {dtype: name for name, dtype in _WIRE.items()}
 

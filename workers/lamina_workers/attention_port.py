@@ -20,6 +20,7 @@ from lamina_protocols.messages import (
     Attended,
     Fault,
     Fetched,
+    FetchedPages,
     PartHeld,
     Reply,
     Request,
@@ -36,13 +37,15 @@ if TYPE_CHECKING:
 
 _FAILURES = 64  # batches of which something went wrong that was not told yet
 
-R = TypeVar("R", Announced, Attended, Fetched, Surveyed)
+R = TypeVar("R", Announced, Attended, Fetched, FetchedPages, Surveyed)
 
 
 class AttentionPort(Protocol):
-    """One holder. Every request but `Fresh` gets one reply, in order."""
+    """One holder. Every request that is `answered` gets one reply, in order. Pages of holders of the same `page_layout`
+    can be copied as they lie."""
 
     name: str
+    page_layout: str
 
     @property
     def closed(self) -> bool:
@@ -208,6 +211,7 @@ class LocalAttention:
 
     def __init__(self, worker: AttentionWorker, name: str = "local") -> None:
         self.name = name
+        self.page_layout = worker.page_layout
         self._worker = worker
         self._replies: deque[Reply] = deque()
         self._failures: dict[int, str] = {}  # by batch: why a message of it could not be handled

@@ -205,7 +205,9 @@ class AttentionServer:
         if hello.data_channel == "tcp" and self._tcp is not None:
             tcp = control.TcpOffer(self._tcp.port, secret)
         memory = seat.config.kv_memory
-        return control.Welcome(ours.name, memory, ours.threads, ours.lease, ours.max_frame, local, tcp, resumed)
+        return control.Welcome(
+            ours.name, memory, ours.threads, ours.lease, ours.max_frame, local, tcp, resumed, seat.page_layout
+        )
 
     def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive:
         session = self._seats.session(heartbeat.session)

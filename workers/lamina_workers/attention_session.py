@@ -20,7 +20,9 @@ from lamina_protocols.messages import (
     Announcement,
     Exchange,
     Fetch,
+    FetchPages,
     Fresh,
+    FreshPages,
     HolderConfig,
     LayerSpec,
     Query,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 FAREWELL = (0, 0)  # the epoch and batch of a Fault that ends the session; no batch has them
-_REQUESTS = (Announcement, Query, Fresh, Exchange, Fetch, Survey)
+_REQUESTS = (Announcement, Query, Fresh, Exchange, Fetch, FetchPages, FreshPages, Survey)
 
 
 @dataclass(slots=True)
@@ -78,6 +80,12 @@ class Seat:
     def worker(self) -> AttentionWorker | None:
         """The worker, while it stands. For reading counts only."""
         return self._worker
+
+    @property
+    def page_layout(self) -> str:
+        """How the worker's pages are laid out, "" where none stands."""
+        worker = self._worker
+        return worker.page_layout if worker else ""
 
     def check(self, hello: control.Hello) -> None:
         """Raise ProtocolError for a channel that asks for anything else than this seat is."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.pages import Pages, gather, gather_heads
+from lamina_kernels.pages import Pages, gather, gather_heads, store_whole, whole
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
     MAX_PARTS,
@@ -28,8 +28,11 @@ from lamina_protocols.messages import (
     Exchange,
     Fetch,
     Fetched,
+    FetchedPages,
+    FetchPages,
     Fork,
     Fresh,
+    FreshPages,
     HolderConfig,
     LayerSpec,
     PartHeld,
@@ -42,8 +45,8 @@ from lamina_protocols.messages import (
 )
 from lamina_workers.devices import room_for
 from lamina_workers.errors import KVError, PoolExhausted
-from lamina_workers.kv_store import KVStore
-from lamina_workers.layout import CPU, attention_kernels, page_count, page_layout
+from lamina_workers.kv_store import KVStore, Part
+from lamina_workers.layout import CPU, attention_kernels, layout_name, page_count, page_layout
 from lamina_workers.reader import Policies, Reader, Reading
 from lamina_workers.retention import layer_policies
 
@@ -65,7 +68,7 @@ class _Batch:
 
     handles: frozenset[int]
     fused: bool  # whether a row attends its own tokens
-    stores: tuple[tuple[int, int], ...]  # handle and start of each row that stores
+    stores: tuple[Row, ...]  # of the rows, those that store something
     missing: set[int]  # layers whose KV has not come yet
     places: Any  # the kernels' plan of where K and V go, None where no row stores
     sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them
@@ -98,6 +101,7 @@ class AttentionWorker:
         with room_for("KV pages", n_pages * layout.page_bytes, device):
             self.store = KVStore(config, n_pages)
             self._pages = Pages.allocate(layout, n_pages, device)
+        self.page_layout = layout_name(layout)
         self._policies = [layer_policies(spec) for spec in config.layers]
         self._reader = Reader(config, self._kernels, self._pages, self.store, threads)
         self._epoch = 0
@@ -111,7 +115,7 @@ class AttentionWorker:
         self.counters = Counters()
 
     def handle(self, request: Request) -> Reply | None:
-        """Answer one message; `Fresh` has no answer.
+        """Answer one message; `Fresh` and `FreshPages` have no answer.
 
         Raises ProtocolError for a message out of order or of a wrong shape, KVError for what the parts do not allow.
         """
@@ -124,12 +128,17 @@ class AttentionWorker:
             case Fresh():
                 self._append(request)
                 return None
+            case FreshPages():
+                self._store_pages(request)
+                return None
             case Exchange():
                 reply = self._attend(request)
                 self._unsettled = request
                 return reply
             case Fetch():
                 return self._fetch(request)
+            case FetchPages():
+                return self._fetch_pages(request)
             case Survey():
                 return self._survey(request)
 
@@ -183,8 +192,8 @@ class AttentionWorker:
             self._kernels.copy(self._pages, source, target)
         if message.rows:
             stores = tuple(self._stores(message.rows))
-            for handle, start in stores:
-                self._torn[handle] = min(start, self._torn.get(handle, start))
+            for row in stores:
+                self._torn[row.handle] = min(row.start, self._torn.get(row.handle, row.start))
             self._batches[message.batch] = self._prepare(message.rows, stores)
             self.counters.batches += 1
         usages = tuple(self._reader.usage(row.handle) for row in message.rows) if self._reader.tallies else ()
@@ -200,13 +209,13 @@ class AttentionWorker:
                 self._reader.over(batch.readings.values())
                 del self._batches[number]
 
-    def _stores(self, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+    def _stores(self, rows: Sequence[Row]) -> Iterator[Row]:
         for row in rows:
             part = self.store.part(row.handle)
             if any(row.stored(part.lo, part.hi)):
-                yield row.handle, row.start
+                yield row
 
-    def _prepare(self, rows: Sequence[Row], stores: tuple[tuple[int, int], ...]) -> _Batch:
+    def _prepare(self, rows: Sequence[Row], stores: tuple[Row, ...]) -> _Batch:
         slots = [self.store.slots(row) for row in rows if row.store]
         slots = [s.reshape(s.shape[0], -1) for s in slots if s.size]
         places = None
@@ -230,21 +239,72 @@ class AttentionWorker:
             self._kernels.append(self._pages, batch.places, spec.kv_layer, message.k, message.v)
         except ValueError as error:
             raise ProtocolError(f"fresh vectors of batch {message.batch}: {error}") from error
-        self._reader.seal(batch.sealed, spec.kv_layer)
-        batch.missing.discard(spec.kv_layer)
-        if not batch.missing:
-            for handle, start in batch.stores:
-                if self._torn.get(handle) == start:
-                    del self._torn[handle]
+        self._stored(batch, spec.kv_layer)
         self.counters.vectors_stored += len(message.k)
 
-    def _fetch(self, message: Fetch) -> Fetched:
-        part = self.store.part(message.handle)
-        if not 0 <= message.layer < len(self.config.layers):
-            raise ProtocolError(f"layer {message.layer}, there are {len(self.config.layers)}")
-        lo, hi = message.lo, message.hi
+    def _store_pages(self, message: FreshPages) -> None:
+        batch = self._batch(message)
+        layers = self._layers(message)
+        tables, vectors = [], 0
+        for row in batch.stores:
+            part = self.store.part(row.handle)
+            first, end = row.stored(part.lo, part.hi)
+            tables.append(part.table[layers, :, self._slots(part.lo, first, end)].reshape(message.layers, -1))
+            vectors += message.layers * len(part.heads) * (end - first)
+        if not tables:
+            raise ProtocolError(f"{len(message.pages)} fresh pages for batch {message.batch}, which stores 0")
+        index = _indices(np.concatenate(tables, axis=1).reshape(-1))
+        try:
+            store_whole(self._pages, index.to(self.device), message.pages.to(self.device))
+        except ValueError as error:
+            raise ProtocolError(f"fresh pages of batch {message.batch}: {error}") from error
+        for layer in range(layers.start, layers.stop):
+            self._stored(batch, layer)
+        self.counters.vectors_stored += vectors
+
+    def _stored(self, batch: _Batch, layer: int) -> None:
+        """All that a batch keeps of a layer has come."""
+        self._reader.seal(batch.sealed, layer)
+        batch.missing.discard(layer)
+        if not batch.missing:
+            for row in batch.stores:
+                if self._torn.get(row.handle) == row.start:
+                    del self._torn[row.handle]
+
+    def _layers(self, message: FetchPages | FreshPages) -> slice:
+        """The layers with KV that a message of pages is about."""
+        first, end, there = message.layer, message.layer + message.layers, 1 + max(self._kv_layers)
+        if not 0 <= first < end <= there:
+            raise ProtocolError(f"KV of layers [{first}, {end}), there are {there}")
+        return slice(first, end)
+
+    def _slots(self, begin: int, lo: int, hi: int) -> slice:
+        """The slots of positions [lo, hi) in a part which begins at `begin`. Raises KVError where `lo` is inside."""
+        first, inside = divmod(lo - begin, self.config.page_size)
+        if inside:
+            raise KVError(f"pages from position {lo} on, which is number {inside} of its page")
+        return slice(first, -(-(hi - begin) // self.config.page_size))
+
+    def _fetch_pages(self, message: FetchPages) -> FetchedPages:
+        part = self._held(message)
+        tables = part.table[self._layers(message), :, self._slots(part.lo, message.lo, message.hi)]
+        if self._reader.keeps_means and (tables < 0).any():
+            pages = torch.empty(0, 0, dtype=torch.uint8)
+        else:
+            pages = whole(self._pages, _indices(tables.reshape(-1)).to(self.device)).cpu()
+        return FetchedPages(message.epoch, message.batch, message.layer, pages)
+
+    def _held(self, message: Fetch | FetchPages) -> Part:
+        """The part that is asked for, which holds what is asked for."""
+        part, lo, hi = self.store.part(message.handle), message.lo, message.hi
         if not part.lo <= lo <= hi <= part.held:
             raise KVError(f"[{lo}, {hi}) of part {message.handle} asked for, it holds [{part.lo}, {part.held})")
+        return part
+
+    def _fetch(self, message: Fetch) -> Fetched:
+        part, lo, hi = self._held(message), message.lo, message.hi
+        if not 0 <= message.layer < len(self.config.layers):
+            raise ProtocolError(f"layer {message.layer}, there are {len(self.config.layers)}")
         spec, size = self.config.layers[message.layer], self.config.page_size
         first = (lo - part.lo) // size
         tables = part.table[spec.kv_layer, :, first : -(-(hi - part.lo) // size)]
@@ -304,15 +364,19 @@ class AttentionWorker:
         return Attended(message.epoch, message.batch, message.layer, out, lse, time.perf_counter() - begun)
 
     def _layer(self, message: Query | Fresh | Exchange) -> tuple[LayerSpec, _Batch]:
+        batch = self._batch(message)
+        if not 0 <= message.layer < len(self.config.layers):
+            raise ProtocolError(f"layer {message.layer}, there are {len(self.config.layers)}")
+        return self.config.layers[message.layer], batch
+
+    def _batch(self, message: Query | Fresh | Exchange | FreshPages) -> _Batch:
         batch = self._batches.get(message.batch)
         if message.epoch != self._epoch or batch is None:
             raise ProtocolError(
                 f"batch {message.batch} of epoch {message.epoch} is not in flight (epoch {self._epoch}, "
                 f"batches {sorted(self._batches)})"
             )
-        if not 0 <= message.layer < len(self.config.layers):
-            raise ProtocolError(f"layer {message.layer}, there are {len(self.config.layers)}")
-        return self.config.layers[message.layer], batch
+        return batch
 
 
 def _indices(pages: npt.NDArray[np.int32]) -> torch.Tensor:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from lamina_protocols.messages import Fetched
+from lamina_protocols.messages import Fetched, FetchedPages
 
 
 class Move(NamedTuple):
     """Positions [lo, hi) of part `source` at holder `origin` are to be copied to part `target` at holder `to`.
 
     Of the `source_heads` that the one has, those from place `source_first` on, `heads` of them, come to the places from
-    `target_first` on of the `target_heads` that the other has.
+    `target_first` on of the `target_heads` that the other has. `paged`: a page begins at `lo` in both parts.
     """
 
     origin: int
@@ -31,20 +31,35 @@ class Move(NamedTuple):
     source_first: int
     target_heads: int
     target_first: int
+    paged: bool
 
 
 class Copy:
     """What several moves ask of their origins, and how the answers become what their targets store. Each range of a
-    part is asked for once, whatever becomes of its heads."""
+    part is asked for once, whatever becomes of its heads. `heads`: how many a source has, by holder and part; `paged`:
+    whether whole pages can be taken."""
 
     def __init__(self, moves: Sequence[Move]) -> None:
         self.sources = list(dict.fromkeys((move.origin, move.source, move.lo, move.hi) for move in moves))
+        self.heads = {(move.origin, move.source): move.source_heads for move in moves}
+        self.paged = all(move.paged for move in moves)
         self.origins = {move.origin for move in moves}
         at = {source: index for index, source in enumerate(self.sources)}
         self._targets: dict[tuple[int, int], list[tuple[int, Move]]] = {}  # by holder and part: which answers go there
         for move in moves:
             asked = at[move.origin, move.source, move.lo, move.hi]
             self._targets.setdefault((move.to, move.target), []).append((asked, move))
+
+    def pages(self, arrived: Sequence[FetchedPages], layers: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """For each target holder the pages of its rows, as `FreshPages` has them; `arrived` answers `sources`, in
+        order, each with all pages of so many layers."""
+        rows: dict[int, list[torch.Tensor]] = {}
+        for (number, _), pieces in self._targets.items():
+            several = [(arrived[at].pages.view(layers, -1, arrived[at].pages.shape[-1]), move) for at, move in pieces]
+            rows.setdefault(number, []).append(_put_together(several))
+        for number, each in rows.items():
+            joined = each[0] if len(each) == 1 else torch.cat(each, dim=1)
+            yield number, joined.reshape(-1, joined.shape[-1])
 
     def filled(self, arrived: Sequence[Fetched]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """For each target holder k and v of its rows, as `Fresh` has them; `arrived` answers `sources`, in order."""
@@ -71,3 +86,17 @@ def _assembled(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
         taken = of[:, move.source_first : move.source_first + move.heads]
         whole[:, move.target_first : move.target_first + move.heads] = taken
     return whole.view(-1, first.shape[-1])
+
+
+def _put_together(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
+    """One row's pages `[layers, target heads * pages, page_bytes]`, of those of parts, with source heads each."""
+    first, move = pieces[0]
+    if len(pieces) == 1 and move.heads == move.source_heads == move.target_heads:
+        return first
+    layers, count, size = len(first), first.shape[1] // move.source_heads, first.shape[2]
+    joined = first.new_empty(layers, move.target_heads, count, size)
+    for pages, move in pieces:
+        of = pages.view(layers, move.source_heads, count, size)
+        taken = of[:, move.source_first : move.source_first + move.heads]
+        joined[:, move.target_first : move.target_first + move.heads] = taken
+    return joined.view(layers, -1, size)

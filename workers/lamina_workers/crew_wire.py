@@ -149,7 +149,7 @@ def _as_ints(tensor: torch.Tensor) -> list[int]:
 
 _ROUTE = Record(Route, {"source": INT, "heads": INTS, "row": record(ROW), "stored": Field(tuple, RANGE.unpack)})
 _SHARE = Record(HolderShare, {"first": INT, "operations": one_of(OPERATIONS), "routes": list_of(_ROUTE)})
-_MOVE = Record(Move, dict.fromkeys(Move._fields, INT))
+_MOVE = Record(Move, dict.fromkeys(Move._fields, INT) | {"paged": BOOL})
 _SURVEYED = Record(
     Surveyed,
     {"epoch": INT, "batch": INT, "last_epoch": INT, "next_operation": INT, "parts": list_of(PART), "more": INT},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lamina_kernels.pages import DTYPES, PageLayout
+from lamina_kernels.pages import DTYPES, Order, PageLayout
 from lamina_kernels.select import Kernels, kernels
 from lamina_kernels.sketches import SketchLayout
 from lamina_protocols.messages import HolderConfig
@@ -44,6 +44,19 @@ def page_layout(config: HolderConfig, device: torch.device = CPU) -> PageLayout:
         return chosen.layout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype])
     except ValueError as error:
         raise UnsupportedModelError(f"the kernels of this process cannot keep such KV: {error}") from error
+
+
+def layout_name(layout: PageLayout) -> str:
+    """The same for holders whose pages mean the same byte by byte, and for no others."""
+    dtype = str(layout.dtype).removeprefix("torch.")
+    numbers = (layout.page_size, layout.d_k, layout.d_v, layout.k_pack, layout.v_pack, layout.page_bytes)
+    return f"{dtype} {layout.order.value} {' '.join(map(str, numbers))}"
+
+
+def page_bytes(config: HolderConfig) -> int:
+    """Of a page of such holders, wherever they are."""
+    spec = config.layers[0]
+    return PageLayout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype], Order.TOKENS).page_bytes
 
 
 def sketched(config: HolderConfig) -> bool:

@@ -15,11 +15,23 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import Announced, Announcement, Fetch, Fetched, Fresh, HolderConfig, Surveyed
-from lamina_workers.attention_port import AttentionPort, Replies, Transported
+from lamina_protocols.messages import (
+    Announced,
+    Announcement,
+    Fetch,
+    Fetched,
+    FetchedPages,
+    FetchPages,
+    Fresh,
+    FreshPages,
+    HolderConfig,
+    Surveyed,
+)
+from lamina_workers.attention_port import AttentionPort, InProcess, Replies, Transported
 from lamina_workers.copying import Copy, Move
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.exchanges import Link, Stopwatch, Times
+from lamina_workers.layout import page_bytes
 from lamina_workers.model import Batch, Decoder
 from lamina_workers.resolver import Pausing, Resolver, Waiting
 from lamina_workers.routes import HolderShare, Span
@@ -31,6 +43,8 @@ if TYPE_CHECKING:
 
 
 _AHEAD = 8  # layers that are asked for before the first of them has come
+_FRAME = 1 << 20  # bytes of pages that are asked for at a time, about: what a core's cache holds
+_FRAMES_AHEAD = 8  # of them are asked for before the first has come, where somebody else makes them meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +163,7 @@ class ModelWorker:
         self._replies = {number: Replies(port, clock) for number, port in ports.items()}
         early_query = early_query and decoder.compute_query_first()
         self._resolver = Resolver(holder, threads, early_query, patience, self._watch, decoder.device)
-        self._layers = len(holder.layers)
+        self._holder = holder
         self._patience = patience
         self._epoch = epoch
         self._batch = 0
@@ -280,7 +294,9 @@ class ModelWorker:
     def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
         """Copy KV between holders. `shares` open the parts and announce rows that store what is moved, in this order
         at each target; together the moves fill all heads of each of these rows. No holder is both origin and target.
-        Blocks until all is sent. Returns whether every target had room; where one has not, nothing counts as done."""
+        Blocks until all is sent. Returns whether every target had room; where one has not, nothing counts as done.
+
+        Whole pages go as they lie where they begin alike and all these holders lay them out alike."""
         batch, answers = self.announce_now(shares)
         if not all(reply.accepted for reply in answers.values()):
             return False
@@ -288,21 +304,60 @@ class ModelWorker:
         for number in copy.origins:
             self._replies[number].expect(self._epoch, batch)
         try:
-            asked = 0
-            for layer in range(self._layers):
-                for ahead in range(asked, min(layer + _AHEAD, self._layers)):
-                    for origin, handle, lo, hi in copy.sources:
-                        self._send(origin, Fetch(self._epoch, batch, ahead, handle, lo, hi))
-                    asked = ahead + 1
-                arrived = [
-                    self._replies[origin].take(Fetched, batch, layer, self._patience) for origin, *_ in copy.sources
-                ]
-                for number, k, v in copy.filled(arrived):
-                    self._send(number, Fresh(self._epoch, batch, layer, k, v))
+            names = {self._replies[number].port.page_layout for number in (*copy.origins, *shares)}
+            layers = range(len(self._holder.layers))
+            if copy.paged and len(names) == 1 and names != {""}:
+                left = self._copy_pages(copy, batch)
+                self._copy_vectors(copy, batch, [at for at in layers if self._holder.layers[at].kv_layer in left])
+            else:
+                self._copy_vectors(copy, batch, layers)
         finally:
             for number in copy.origins:
                 self._replies[number].forget(batch)
         return True
+
+    def _copy_vectors(self, copy: Copy, batch: int, layers: Sequence[int]) -> None:
+        """Copy these layers token by token."""
+        asked = 0
+        for number, layer in enumerate(layers):
+            for ahead in layers[asked : number + _AHEAD]:
+                for origin, handle, lo, hi in copy.sources:
+                    self._send(origin, Fetch(self._epoch, batch, ahead, handle, lo, hi))
+            asked = max(asked, number + _AHEAD)
+            arrived = [self._replies[origin].take(Fetched, batch, layer, self._patience) for origin, *_ in copy.sources]
+            for target, k, v in copy.filled(arrived):
+                self._send(target, Fresh(self._epoch, batch, layer, k, v))
+
+    def _copy_pages(self, copy: Copy, batch: int) -> set[int]:
+        """Copy all layers with KV page by page. Returns those of which an origin has not all pages."""
+        size, count = self._holder.page_size, 1 + max(spec.kv_layer for spec in self._holder.layers)
+        of_page = page_bytes(self._holder)
+        pages = [copy.heads[origin, handle] * -(-(hi - lo) // size) for origin, handle, lo, hi in copy.sources]
+        step = max(1, _FRAME // (sum(pages) * of_page))
+        frames = [(first, min(step, count - first)) for first in range(0, count, step)]
+        here = any(isinstance(self._replies[number].port, InProcess) for number in copy.origins)
+        most = 1 if here else _FRAMES_AHEAD
+        asked = 0
+        left: set[int] = set()
+        for number, (first, layers) in enumerate(frames):
+            if asked < number + (most + 1) // 2:  # several at once: each time a process is woken
+                for ahead in frames[asked : number + most]:
+                    for origin, handle, lo, hi in copy.sources:
+                        self._send(origin, FetchPages(self._epoch, batch, *ahead, handle, lo, hi))
+                asked = number + most
+            arrived = [
+                self._replies[origin].take(FetchedPages, batch, first, self._patience) for origin, *_ in copy.sources
+            ]
+            for reply, due, (origin, *_) in zip(arrived, pages, copy.sources, strict=True):
+                if reply.pages.numel() and reply.pages.shape != (layers * due, of_page):
+                    name, got = self._replies[origin].port.name, list(reply.pages.shape)
+                    raise HolderFault(f"{name}: pages [{layers * due}, {of_page}] were due, got {got}")
+            if all(reply.pages.numel() for reply in arrived):
+                for target, content in copy.pages(arrived, layers):
+                    self._send(target, FreshPages(self._epoch, batch, first, layers, content))
+            else:
+                left.update(range(first, first + layers))
+        return left
 
     @property
     def times(self) -> Times:
@@ -323,7 +378,7 @@ class ModelWorker:
         """The holders whose ports have closed."""
         return [number for number, replies in self._replies.items() if replies.port.closed]
 
-    def _send(self, number: int, message: Announcement | Fetch | Fresh) -> None:
+    def _send(self, number: int, message: Announcement | Fetch | Fresh | FetchPages | FreshPages) -> None:
         self._replies[number].port.send(message)
 
     def _answer(self, number: int, batch: int) -> Generator[Waiting, None, Announced]:

@@ -244,6 +244,11 @@ class Reader:
             if self._stand_ins is not None:
                 self._stand_ins.absorb(pages)
 
+    @property
+    def keeps_means(self) -> bool:
+        """Whether a mean may stand for pages that were let go."""
+        return self._stand_ins is not None
+
     def stand_in(self, handle: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A key `[d_k]` and a value `[d_v]` for the tokens that a part's head has let go, where it is to be moved."""
         return (self._stand_ins or StandIns(self._pages)).mean(handle, layer, head)

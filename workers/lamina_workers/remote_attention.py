@@ -20,6 +20,7 @@ from lamina_protocols.messages import (
     Attended,
     Fault,
     Fetched,
+    FetchedPages,
     LayerSpec,
     Reply,
     Request,
@@ -34,14 +35,15 @@ logger = logging.getLogger("lamina")
 
 _BUSY_PAUSE = 0.1  # seconds
 _GOODBYE_S = 2.0
-_REPLIES = (Announced, Attended, Fetched, Surveyed, Fault)
+_REPLIES = (Announced, Attended, Fetched, FetchedPages, Surveyed, Fault)
 
 
 class RemoteAttention:
     """An `AttentionPort` over a channel. Made by `connect`; once lost or closed it stays so.
 
-    `capacity` is the KV memory of its seat in bytes, `channel_kind` "local", "tcp" or "grpc". `resumed`: the seat was
-    there already, and keeps what it held: ask by `attention_port.survey`. One thread sends and receives; `close` may
+    `capacity` is the KV memory of its seat in bytes, `channel_kind` "local", "tcp" or "grpc", `page_layout` what the
+    holder says of its pages. `resumed`: the seat was there already, and keeps what it held: ask by
+    `attention_port.survey`. One thread sends and receives; `close` may
     come from any.
     """
 
@@ -60,6 +62,7 @@ class RemoteAttention:
         self.worker_name = welcome.name
         self.capacity = welcome.kv_memory
         self.resumed = welcome.resumed
+        self.page_layout = welcome.page_layout
         self.channel_kind = channel_kind
         self._client = client
         self._session = hello.session
