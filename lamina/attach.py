@@ -87,8 +87,15 @@ class Attachment:
                 continue
             except LaminaError as error:
                 raise EngineError(f"an attention worker cannot be used: {error}") from error
+            try:
+                holder = self._as_holder(port)
+            except HolderFault as fault:
+                gone = str(fault)
+                logger.warning("attention worker %s cannot be used: %s", member.name, gone)
+                self.members.lost(member.name)
+                continue
             connected = True
-            yield port, self._as_holder(port)
+            yield port, holder
         if not connected:
             raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 

@@ -153,6 +153,10 @@ class Clients:
             self._begin_request(ticket, known, kept, recorded=True)
         return tuple(tickets)
 
+    def rebuild(self) -> None:
+        """After `recover`, once holders have said how much room they have: what is gone is computed again."""
+        self._returning.rebuild()
+
     def end(self, ticket: Ticket, sample: int | None, reason: FinishReason) -> None:
         """End a request, or one sample of it. Harmless where it has ended."""
         if self.tickets.get(ticket.request.id) is not ticket:

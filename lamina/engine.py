@@ -164,6 +164,7 @@ class Engine:
         self._on_rebuilt = on_rebuilt
         self._rebuild: tuple[int, int] | None = None  # tokens computed again before the last loss, and due since
         self._lanes: deque[_Lane] = deque()  # whoever went on last stands at the end
+        self._late: list[_Join] = []  # attention workers that came while a rank was missing
         self._full = False  # nothing more can be planned until something happens
         self._deserted: float | None = None  # since when there is no holder
         self._inbox: queue.SimpleQueue[_News] = queue.SimpleQueue()
@@ -237,9 +238,28 @@ class Engine:
 
     # The engine's thread.
 
-    def recover(self, found: Mapping[Place, Found]) -> tuple[Ticket, ...]:
-        """As `Clients.recover`."""
-        return self._clients.recover(found)
+    def recover(self, found: Mapping[Place, Found], last_handle: int) -> tuple[Ticket, ...]:
+        """As `Clients.recover`; no handle up to `last_handle` is given to others.
+
+        What is shared among sequences is unknown here, and would be counted for each: so holders that have something
+        are asked how much room they have, before anything is planned by it.
+        """
+        self._scheduler.number_handles_from(last_handle)
+        tickets = self._clients.recover(found)
+        if not tickets:
+            return ()
+        shares = {each.number: self._placement.holders[each.number].outgoing() for each in found.values()}
+        try:
+            _, answers = self._worker.announce_now(shares)
+        except HolderFault as fault:  # it is met again, and seen to, by the first batch
+            logger.warning("%s", fault)
+        else:
+            for number, answer in answers.items():
+                if answer.accepted:
+                    self._placement.holders[number].accepted(shares[number])
+            self._scheduler.told(self._free(answers))
+        self._clients.rebuild()
+        return tickets
 
     def run(self) -> None:
         """Serve requests until `close`. Every torch call is made here."""
@@ -372,6 +392,9 @@ class Engine:
             self._over(lane)
         except RankLost as loss:
             logger.warning("%s", loss)
+            self._faults += 1
+            if self._faults >= 3 * MAX_FAULTS and not self._worker.missing:
+                raise EngineError(f"the model workers failed {self._faults} times in a row: {loss}") from loss
             self._halt()
         except HolderLost as loss:
             if gone := self._worker.lost():
@@ -522,6 +545,9 @@ class Engine:
             self._lose(number)
 
     def _join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None) -> None:
+        if self._worker.missing:  # who could not use it yet
+            self._late.append(_Join(port, holder, credentials))
+            return
         try:
             self._fleet.join(port, holder, credentials)
         except HolderFault as fault:  # another rank cannot use it
@@ -543,14 +569,17 @@ class Engine:
         """A rank is there again. Its seats at attention workers have what they had."""
         self._abandon()
         try:
-            pools, gone = self._worker.returned(mate)
+            back = self._worker.returned(mate)
         except RankLost as loss:
             logger.warning("%s", loss)
             return
-        self._fleet.emptied(pools)
-        if gone:
+        self._fleet.emptied(back.pools)
+        if gone := [*back.gone, *self._fleet.torn(back.kept)]:
             self._lose(gone)
         self._tally.returned += 1
+        late, self._late = self._late, []
+        for join in late:
+            self._join(*join)
         self._deserted = self._deserted if self._fleet.halted else None
 
     def _patience(self) -> float | None:

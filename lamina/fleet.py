@@ -6,7 +6,7 @@ Knows nothing of requests and clients; whoever calls must have no batch under wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lamina.errors import InvalidRequest
 from lamina.mover import Mover
@@ -15,6 +15,7 @@ from lamina.request import Sequence as Sample
 from lamina.scheduler import Scheduler
 from lamina.shares import Layout, Pages, Share
 from lamina_protocols.channels import Credentials
+from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker import Seat, Workers
@@ -95,6 +96,23 @@ class Fleet:
                 whole += self._scheduler.emptied(number, self._placement.holders[number].pages)
         if whole:
             logger.warning("%d tokens of KV that a model worker kept itself are computed again", whole)
+
+    def torn(self, kept: Mapping[int, Surveyed]) -> list[int]:
+        """Of these holders, those that lack some of a sequence in some layer: what a model worker was
+        sending when it died may never have arrived."""
+        sequences = {sequence.handle: sequence for sequence in self._scheduler.sequences}
+        torn = []
+        for number, surveyed in kept.items():
+            held = {part.handle: part.held for part in surveyed.parts}
+            for handle, parts in self._placement.kept_by(number).items():
+                if (sequence := sequences.get(handle)) is None:
+                    continue
+                for part in parts:
+                    rebuild, share = sequence.rebuild, part.share
+                    due = rebuild.at if rebuild is not None and share in rebuild.missing else sequence.computed
+                    if held.get(part.handle, share.lo) < min(due, share.hi):
+                        torn.append(number)
+        return list(dict.fromkeys(torn))
 
     def lose(self, numbers: Sequence[int]) -> int:
         """These holders are gone. What they kept is opened elsewhere; returns how many tokens are computed again for

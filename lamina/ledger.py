@@ -58,6 +58,10 @@ class Ledger:
         self._last_handle = max(self._last_handle, handle)
         self._free -= pages
 
+    def number_from(self, last: int) -> None:
+        """No handle up to this one is given out."""
+        self._last_handle = max(self._last_handle, last)
+
     def open(self, layout: Layout) -> int:
         """Have an empty sequence opened. Returns its handle, which is never used again."""
         self._last_handle += 1

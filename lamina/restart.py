@@ -53,7 +53,8 @@ def recover(
     placement.number_parts_from(max([*handles, *known, (journal.starts - 1) * _EPOCHS]))
     epochs = [surveyed.last_epoch for surveyed in surveys.values()]
     worker.begin_after(max([*epochs, (journal.starts - 1) * _EPOCHS]))
-    unfinished = engine.recover(found(surveys, placement, worker.address))
+    handles = [sample.handle for each in journal.history.requests.values() for sample in each.samples]
+    unfinished = engine.recover(found(surveys, placement, worker.address), max(handles, default=0))
     if unfinished:
         logger.warning("%d requests of an engine before go on", len(unfinished))
     return unfinished

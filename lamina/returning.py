@@ -37,6 +37,7 @@ class Returning:
         self._recorder = recorder
         self._scheduler = scheduler
         self._grammars = grammars
+        self._gone = False  # whether a holder of something that was adopted is not there
         self._unclaimed: dict[str, Ticket] = {}  # those for which no client has come yet
 
     def __contains__(self, ticket: Ticket) -> bool:
@@ -47,7 +48,6 @@ class Returning:
         """All that the journal has, each to be queued before the next is asked for."""
         if self._recorder is None:
             return
-        gone = False
         for ticket, known in self._recorder.unfinished():
             request = ticket.request
             try:
@@ -60,9 +60,12 @@ class Returning:
                 continue
             self._unclaimed[request.id] = ticket
             kept = {sample: adopted.kept for sample, adopted in self._recorder.adopt(known, found).items()}
-            gone = gone or any(share.holder == GONE for each in kept.values() for share in each.layout)
+            self._gone |= any(share.holder == GONE for each in kept.values() for share in each.layout)
             yield Begun(ticket, known.known, kept)
-        if gone:
+
+    def rebuild(self) -> None:
+        """Have what is gone of what was adopted computed again, once it is known how much room there is."""
+        if self._gone:
             self._scheduler.lost(GONE)
 
     def claim(self, ticket: Ticket, old: Ticket | None) -> list[Output] | None:

@@ -190,15 +190,16 @@ def _build(
     SamplingParams().with_defaults(generation_config)  # what is wrong in it is said now, not at each request
     journal = open_journal(config, fingerprint(path), holder, run)
     known_as = journal.engine if journal is not None else secrets.token_hex(16) if config.model_workers > 1 else None
-    attachment = attach(config, holder, fingerprint(path), dtype_name, threads, members, known_as, own, heads)
-    if attachment is None and config.replicas > 1:
-        raise InvalidRequest(
-            f"model_workers is {config.replicas} replicas without attention_workers; allowed are 1 and up of those, "
-            'which all replicas can reach, or model_parallel="tensor"'
-        )
-    early_query = attachment is not None and _query_goes_first(model, dtype)
+    attachment: Attachment | None = None
     ranks: Ranks | None = None
     try:
+        attachment = attach(config, holder, fingerprint(path), dtype_name, threads, members, known_as, own, heads)
+        if attachment is None and config.replicas > 1:
+            raise InvalidRequest(
+                f"model_workers is {config.replicas} replicas without attention_workers; allowed are 1 or more, "
+                'which all replicas can reach, or model_parallel="tensor"'
+            )
+        early_query = attachment is not None and _query_goes_first(model, dtype)
         if config.model_workers > 1:
             beside = model_members or LocalModelMembers(config.model_workers, threads=own_threads)
             told = begins(

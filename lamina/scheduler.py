@@ -569,6 +569,10 @@ class Scheduler:
             sequence.shared, sequence.copies = 0, False
         sequence.layout = layout
 
+    def number_handles_from(self, last: int) -> None:
+        """No handle up to this one is given to a sequence that comes."""
+        self._ledger.number_from(last)
+
     def told(self, free: Pages) -> None:
         """Holders that were asked something else than a plan have so many pages free."""
         self._ledger.told(free)

@@ -70,6 +70,10 @@ class BreakingWorker:
         self.breaks = ""
 
     @property
+    def page_layout(self) -> str:
+        return self.worker.page_layout
+
+    @property
     def unsettled(self) -> int | None:
         return self.worker.unsettled
 
@@ -192,7 +196,7 @@ class SteppedEngine(Engine):
         for _ in range(MOST_STEPS):
             while self._inbox.empty() and self._at_rest() and more():
                 pass
-            if self._inbox.empty() and self._at_rest() and not (self._fleet.empty and self._tickets):
+            if self._inbox.empty() and self._at_rest() and not (self._fleet.empty and self._clients.tickets):
                 return
             self._drain_inbox()
             self.step()

@@ -33,7 +33,6 @@ from lamina.errors import (
     ModelFileError,
     PolicyError,
     UnsupportedModelError,
-    WorkersUnavailable,
 )
 from lamina.local_cluster import LocalCluster
 from lamina.members import Backoff, Member
@@ -306,11 +305,10 @@ class Supervisor:
             kind, why = items
             if self._engine.starts == 1:
                 self._failure = _KINDS.get(kind, EngineError)(why)
-            elif kind == WorkersUnavailable.__name__:  # they are being started again, too
-                self._report.said(f"the engine could not start again: {why}")
-                self._engine.ready = True  # its end is a death like any other
-            else:
+            elif kind in _KINDS:  # it would fail in the same way again
                 self._failure = EngineError(f"the engine could not start again: {why}")
+            else:
+                self._report.said(f"the engine could not start again: {why}")
         elif word == "failed" and child is self._http.child:
             kind, why = items
             self._failure = _KINDS.get(kind, EngineError)(why)
@@ -337,11 +335,7 @@ class Supervisor:
         if role is self._engine:
             self._facts = None
             self._tell_http(how)
-            if not was_ready:
-                again = "" if role.starts == 1 else " again"
-                self._failure = EngineError(f"{how}, before it had started{again}")
-                return
-        elif not was_ready and role.starts == 1:
+        if not was_ready and role.starts == 1:
             self._failure = EngineError(f"{how}, before it had started")
             return
         self._plan_restart(role, how)

@@ -69,6 +69,15 @@ class Seat(NamedTuple):
     kept: Surveyed | None = None
 
 
+class Returned(NamedTuple):
+    """What a model worker that is there again has: its own `pools`, which are empty now; the seats at attention workers
+    that are `gone`, with what they kept; and what each of its other seats has `kept`. All by holder number."""
+
+    pools: list[int]
+    gone: list[int]
+    kept: dict[int, Surveyed]
+
+
 class Workers(Protocol):
     """All model workers of an engine, as it sees them: one `ModelWorker`, or several processes that act as one.
 
@@ -131,9 +140,8 @@ class Workers(Protocol):
     def next_epoch(self) -> None:
         """Whatever is under way is given up: holders drop it, and late replies to it are not heard."""
 
-    def returned(self, mate: Mate) -> tuple[list[int], list[int]]:
-        """A model worker that was missing is there again. Returns its own pools, which are empty now, and its seats
-        at attention workers that could not be taken up, with what they kept."""
+    def returned(self, mate: Mate) -> Returned:
+        """A model worker that was missing is there again."""
 
 
 class ModelWorker:
@@ -186,7 +194,7 @@ class ModelWorker:
         port = self._replies[number].port
         return port.address if isinstance(port, Transported) else ""
 
-    def returned(self, mate: Mate) -> tuple[list[int], list[int]]:
+    def returned(self, mate: Mate) -> Returned:
         """Never: there are no other ranks."""
         raise RankLost(f"model worker {mate.rank} is not one of this engine")
 

@@ -55,8 +55,12 @@ class RankGroup:
             self._current = group = collectives.join(0, 1 + len(self.mates), meeting, self.timeout, self._device)
         except RankLost as error:
             cause = error
-        for mate in self.mates.values():
-            met = mate.answer(wire.Met, self.timeout + SLACK)
+        for mate in self.mates.values():  # all are heard, or an answer would be taken for one to the next meeting
+            try:
+                met = mate.answer(wire.Met, self.timeout + SLACK)
+            except RankLost as error:
+                cause = error
+                continue
             if isinstance(met, wire.Failed) or met.generation != self._generation:
                 cause = mate.give_up(f"it met another group than {self._generation}")
             elif met.reason:

@@ -27,7 +27,7 @@ from lamina_workers.copying import Move
 from lamina_workers.crew import Mate
 from lamina_workers.errors import HolderFault, RankLost
 from lamina_workers.exchanges import Link, Times
-from lamina_workers.model_worker import ModelWorker, Seat, Work
+from lamina_workers.model_worker import ModelWorker, Returned, Seat, Work
 from lamina_workers.resolver import SLOWEST, Waiting
 from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, sample
@@ -164,14 +164,14 @@ class RotatingWorkers:
 
     # Replicas.
 
-    def returned(self, mate: Mate) -> tuple[list[int], list[int]]:
+    def returned(self, mate: Mate) -> Returned:
         """A replica is there, for the first time or again, as another process. No KV was lost with it."""
         replica = self._replicas[mate.rank] = _Replica(mate)
         self.slices.setdefault(mate.rank, 0)
         self._tell(replica, wire.Epoch(self._own.epoch))
         for place in self._places.values():
             self._connect(replica, place)
-        return [], []
+        return Returned([], [], {})
 
     def _able(self, shares: Mapping[int, HolderShare]) -> list[_Replica | None]:
         """Who computes a batch, in the order of the rotation; None is this process."""

@@ -23,7 +23,7 @@ from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.exchanges import Link, Times
 from lamina_workers.layout import page_cost
 from lamina_workers.model import Decoder
-from lamina_workers.model_worker import ModelWorker, Seat, Work
+from lamina_workers.model_worker import ModelWorker, Returned, Seat, Work
 from lamina_workers.rank_group import SLACK, RankGroup
 from lamina_workers.resolver import Waiting
 from lamina_workers.routes import HolderShare
@@ -268,9 +268,9 @@ class TensorWorkers:
 
     # Ranks.
 
-    def returned(self, mate: Mate) -> tuple[list[int], list[int]]:
+    def returned(self, mate: Mate) -> Returned:
         """A rank that was missing is there again, as another process that has loaded the same. It takes up its seats
-        at attention workers. Returns its own pools, which are empty now, and the seats that could not be taken up.
+        at attention workers.
 
         Raises RankLost where it is gone already.
         """
@@ -278,18 +278,20 @@ class TensorWorkers:
         self._mates[rank] = mate
         self._apart = True
         mate.tell(wire.Epoch(self._own.epoch))
-        pools, gone = [], []
+        back = Returned([], [], {})
         for number in [number for number, owner in self._owner.items() if owner == rank]:
             place = self._places.get(number)
             said = mate.ask(place or wire.Join(number), wire.Joined, self._wait)
             if place is None and isinstance(said, wire.Joined):
-                pools.append(number)
+                back.pools.append(number)
             elif isinstance(said, wire.Failed) or not said.resumed:
                 why = said.reason if isinstance(said, wire.Failed) else "it has let go of the KV"
                 name = "its own pool" if place is None else place.name
                 logger.warning("model worker %d cannot take up %s: %s", rank, name, why)
-                gone.append(number)
-        return pools, gone
+                back.gone.append(number)
+            else:
+                back.kept[number] = self.look(number)
+        return back
 
     def _part(self, fault: HolderFault, batch: int) -> None:
         """A batch failed at rank 0, perhaps because another rank has left the group: have all leave it, hear what each
