@@ -110,3 +110,11 @@ def test_what_cannot_be_is_an_error() -> None:
     ledger.close(2, pages(0))
     with pytest.raises(EngineError, match="names what is not there"):
         ledger.check_integrity([1])
+
+
+def test_handles_of_before_are_given_to_nobody() -> None:
+    ledger = Ledger(CONFIG, pages(20))
+    ledger.adopt(3, pages(2))
+    ledger.number_from(7)  # one that was not adopted has it in the journal
+    ledger.number_from(5)
+    assert ledger.open(LAYOUT) == 8

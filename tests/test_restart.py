@@ -517,3 +517,16 @@ def test_two_engines_on_the_same_workers_and_a_foreign_journal_are_refused(tiny:
             LLM(other, journal=tmp_path / "a", **settings)
         with pytest.raises(JournalError, match="page_size is 32, this one's 16"):
             LLM(tiny, journal=tmp_path / "a", page_size=16, **settings)
+
+
+def test_what_samples_share_is_counted_once_when_it_is_taken_up(model: Decoder, tmp_path: Path) -> None:
+    asked = {"eight": (LONG, {"max_tokens": 12, "n": 8, "temperature": 1.0, "seed": 4})}
+    whole, fate = Client(asked), Fate()
+    whole.run(World(model, tmp_path / "whole", pages=200).life(fate))
+    world, client = World(model, tmp_path / "killed", pages=200), Client(asked)
+    with pytest.raises(Killed):
+        client.run(world.life(Fate(fate.seen * 3 // 4)))
+    life = world.life(Fate())
+    client.run(life, resumed=True)
+    same(client, whole)
+    assert life.engine._scheduler.counters.preempted == 0
