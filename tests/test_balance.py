@@ -141,7 +141,7 @@ def test_a_change_is_noticed_and_settled_within_fifty_steps() -> None:
 def test_whatever_the_tiers_are_like(
     local: float, remote: float, fixed: float, dense: float, shared: float, slow: int, seed: int
 ) -> None:
-    world = World(local, remote, fixed, dense, shared, noise=0.01, slow=slow, rng=random.Random(seed))
+    world = World(local, remote, fixed, dense, shared, noise=0.01, slow=slow, rng=random.Random(seed), grows=0)
     balance = Balance()
     world.run(balance, 120)
     there = world.times(world.here)[2]

@@ -296,7 +296,7 @@ def test_a_goodbye_frees_at_once_what_would_linger(lost):
             until(lambda: server.status().lingering == 1)
         port.close()
         assert not server.status().session
-        with connected(address, engine="f" * 16, timeout=0.5) as other:
+        with connected(address, engine="f" * 16, timeout=10) as other:
             Sender(other, 11).step(2)
 
 
