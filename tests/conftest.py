@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import queue
 import threading
@@ -212,6 +213,7 @@ class Rig:
             here=(HERE,) if here else (),
         )
         self.scheduler = Scheduler(limits, self.placement)
+        decoder = copy.copy(decoder)  # an early query changes it, and other tests have the same
         worker = around(ModelWorker(decoder, self.holder, ports, early_query=early_query), self.ports)
         self.engine = Engine(
             worker,

@@ -157,8 +157,13 @@ class TestCaptured:
             check(logits(faster, batch(5)), logits(decoder, batch(5)))
         assert made[0].recorded == [(8, 8, 8)] * 3
 
-    def test_q_does_not_come_first(self, decoder: Decoder, made: list[Again]) -> None:
-        assert not captured(decoder, made).compute_query_first()
+    def test_q_does_not_come_first(self, made: list[Again]) -> None:
+        decoder = tiny_decoder()  # it is changed
+        assert decoder.compute_query_first()
+        faster = captured(decoder, made)
+        assert not faster.compute_query_first()
+        check(logits(faster, batch(3)), logits(decoder, batch(3)))
+        assert made[0].recorded == [(4, 4, 4), (4,)] * 3
 
     def test_a_collective_is_the_decoders_own(self, decoder: Decoder, made: list[Again]) -> None:
         faster = captured(decoder, made)

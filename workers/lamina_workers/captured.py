@@ -95,6 +95,7 @@ class _Around(Decoder):
     def __init__(self, decoder: Decoder) -> None:
         self.__dict__.update(vars(decoder))
         self._plain = decoder
+        self._halves = []  # it may have been told to compute q first, which is not done around it
 
     @property
     def _collective(self) -> Collective | None:
