@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
@@ -200,6 +200,16 @@ def test_overlap_hides_the_projection_of_k_and_v_and_their_way() -> None:
     assert offloaded(lanes=1, overlap=False).lane(load).hidden == 0
 
 
+@pytest.mark.parametrize("batch", [1, 287, 300, 2000])
+def test_the_projections_of_k_and_v_are_a_part_of_the_dense_layers(batch: int) -> None:
+    load, projections = Load(batch, 100), LLAMA.kv_projection_flops(1) / 2
+    by_bytes = projections * LLAMA.weight_bytes / LLAMA.parameters / H100.bandwidth
+    by_flops = 2 * batch * projections / H100.flops
+    seconds = kv_projection_time(LLAMA, H100, 1, load)
+    assert min(by_bytes, by_flops) * (1 - 1e-9) <= seconds <= max(by_bytes, by_flops) * (1 + 1e-9)
+    assert kv_projection_time(LLAMA, H100, 1, Load(0, 0)) == 0
+
+
 def test_lanes_count_no_sequence_that_is_not_there() -> None:
     for batch in (1, 3, 5, 100):
         assert offloaded(lanes=4).step(Load(batch, 1000)).link_bytes == batch * LLAMA.exchange_bytes()
@@ -228,6 +238,7 @@ def test_replicas_of_the_model_share_the_lanes() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(load=loads, factor=st.floats(1.0, 16.0), field=st.sampled_from(["bandwidth", "flops", "interconnect"]))
+@example(load=Load(575, 2308), factor=13.4, field="bandwidth")  # FLOPs bound the dense layers, bytes k and v of them
 def test_a_better_device_is_never_slower(load: Load, factor: float, field: str) -> None:
     better = replace(H100, **{field: getattr(H100, field) * factor})
     assert colocated(device=better).step(load).seconds <= colocated().step(load).seconds * (1 + 1e-12)

@@ -85,7 +85,7 @@ def test_exchange_of_grouped_queries_is_the_paper_s_formula() -> None:
 def test_projections() -> None:
     shape = model("llama-65b")
     assert shape.projection_flops == 2 * 80 * 4 * 8192 * 8192
-    assert shape.kv_projection_share == pytest.approx(2 / (4 + 3 * 22016 / 8192), rel=0.005)  # but for the head
+    assert shape.kv_projection_flops(3) == 3 * shape.projection_flops / 2
     assert shape.dense_flops(7) == 14 * shape.multiplied_parameters
     assert shape.dense_flops(7, sampled=1) == shape.dense_flops(7) - 12 * shape.head
 
@@ -260,7 +260,8 @@ def test_no_config_does_worse_than_to_be_refused(raw: dict[str, Any], usable: bo
         return
     assert shape.layers >= 1
     assert 0 < shape.active_parameters <= shape.parameters
-    assert 0 < shape.kv_projection_share < 1
+    assert 0 < shape.kv_projection_bytes < shape.weights_read(1)
+    assert 0 < shape.kv_projection_flops(1) < shape.dense_flops(1)
 
 
 @given(st.sampled_from(sorted(PRESETS)), st.integers(1, 4096), st.integers(1, 200_000))

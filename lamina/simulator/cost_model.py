@@ -91,26 +91,43 @@ class Load:
 
 def dense_time(model: ModelShape, device: Device, count: int, load: Load) -> float:
     """Seconds of the dense layers of one batch on `count` devices by tensor parallelism, with what comes on top."""
-    tokens, efficiency, element = load.tokens, device.efficiency, model.element
+    tokens, efficiency = load.tokens, device.efficiency
     if not tokens:
         return 0.0
-    moved = model.weights_read(tokens) + 2 * element * tokens * model.hidden
-    flops = model.dense_flops(tokens, max(1, load.decode))
-    best = max(moved / device.bandwidth, flops / rate(device, element)) / count
+    moved, flops = _dense_work(model, load)
     overhead = (
         efficiency.step_overhead + model.layers * efficiency.layer_overhead + load.decode * efficiency.row_overhead
     )
     if count > 1:
-        overhead += 2 * model.layers * all_reduce_time(device, count, tokens * model.hidden * element)
-    return best / at(efficiency.dense, tokens) + overhead
+        overhead += 2 * model.layers * all_reduce_time(device, count, tokens * model.hidden * model.element)
+    return _roofline(moved, flops, device, model.element) / count / at(efficiency.dense, tokens) + overhead
 
 
 def kv_projection_time(model: ModelShape, device: Device, count: int, load: Load) -> float:
-    """The part of `dense_time` that the projections of k and v are: what is left to do when q can leave."""
-    parameters = sum(group.layers * group.kv_projections for group in model.groups)
-    moved, flops = parameters * model.element, 2 * parameters * load.tokens
-    best = max(moved / device.bandwidth, flops / rate(device, model.element)) / count
-    return best / at(device.efficiency.dense, max(1.0, load.tokens))
+    """The part of `dense_time` that the projections of k and v are: what is left to do when q can leave.
+
+    It is what the dense layers would be faster by without them, not their own roofline: where bytes bound one and FLOPs
+    the other, that could shrink on a better device by more than the whole does, and a step of it would take longer.
+    """
+    if not load.tokens:
+        return 0.0
+    moved, flops = _dense_work(model, load)
+    whole = _roofline(moved, flops, device, model.element)
+    others = _roofline(
+        moved - model.kv_projection_bytes, flops - model.kv_projection_flops(load.tokens), device, model.element
+    )
+    return (whole - others) / count / at(device.efficiency.dense, load.tokens)
+
+
+def _dense_work(model: ModelShape, load: Load) -> tuple[float, float]:
+    """Bytes and FLOPs of the dense layers of one batch, which has tokens."""
+    moved = model.weights_read(load.tokens) + 2 * model.element * load.tokens * model.hidden
+    return moved, model.dense_flops(load.tokens, max(1, load.decode))
+
+
+def _roofline(moved: float, flops: float, device: Device, element: float) -> float:
+    """Seconds at the best rates of one device."""
+    return max(moved / device.bandwidth, flops / rate(device, element))
 
 
 def all_reduce_time(device: Device, count: int, nbytes: float) -> float:

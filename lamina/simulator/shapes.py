@@ -157,9 +157,17 @@ class ModelShape:
         return 2.0 * sum(group.layers * group.projections for group in self.groups)
 
     @property
-    def kv_projection_share(self) -> float:
-        """The share that the projections of k and v have of the parameters that a token is multiplied with."""
-        return sum(group.layers * group.kv_projections for group in self.groups) / self.multiplied_parameters
+    def kv_projection_bytes(self) -> float:
+        """The part of `weights_read` that the projections of k and v are."""
+        return self._kv_projections * self._stored
+
+    def kv_projection_flops(self, tokens: float) -> float:
+        """The part of `dense_flops` that the projections of k and v are."""
+        return 2.0 * self._kv_projections * tokens
+
+    @property
+    def _kv_projections(self) -> int:
+        return sum(group.layers * group.kv_projections for group in self.groups)
 
     @property
     def _kv_elements(self) -> int:
