@@ -10,10 +10,9 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,33 @@ from lamina.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
 from lamina.intake import Intake
 from lamina.journal import Run
+from lamina.kv_budget import check_room, divided, holder_config, limits_of
 from lamina.lanes import Lanes
-from lamina.machine import Machine, kv_share, native_dtype, this_machine
+from lamina.machine import Machine, native_dtype, this_machine
 from lamina.members import Members
 from lamina.model_cache import Progress
 from lamina.model_members import LocalModelMembers, ModelMembers
 from lamina.models import resolve
 from lamina.placement import Holder, Placement
-from lamina.policy_choice import head_policies
 from lamina.ranks import Ranks, begins, rank_holders
 from lamina.recorder import Recorder
-from lamina.request import PageGroup, SchedulerConfig
+from lamina.request import SchedulerConfig
 from lamina.restart import open_journal, recover
 from lamina.scheduler import Scheduler
 from lamina.ticket import Ticket
 from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
-from lamina_protocols.messages import HolderConfig, Surveyed
+from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.captured import sliced
 from lamina_workers.decoder_weights import DecoderWeights, load_weights, tensor_shapes
 from lamina_workers.device_worker import attention_worker
-from lamina_workers.devices import find_each, memory_available, room_for
-from lamina_workers.layout import check_policies, page_cost, page_count
+from lamina_workers.devices import find_each, room_for
+from lamina_workers.layout import check_policies, page_count
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker, Workers
-from lamina_workers.policies.policy import LONGEST, Policy
 from lamina_workers.preparing import prepare_kernels
-from lamina_workers.retention import keepers
 from lamina_workers.rotating_workers import RotatingWorkers
 from lamina_workers.shard import Shard, with_ranks
 from lamina_workers.tensor_workers import TensorWorkers
@@ -63,8 +60,6 @@ from lamina_workers.weights import Checkpoint, fingerprint
 logger = logging.getLogger("lamina")
 
 HERE = 1  # the number of the holder that keeps whole sequences in the engine's process
-DEFAULT_BATCH_TOKENS = 1024
-MAX_SEQUENCES = 256  # in one batch
 AUTO_LANES = 3  # that are tried: more share the weights' reading among too few sequences each
 _KV_PROJECTION = 2 << 20  # bytes of weights: 80 us at 25 GB/s. An estimate: no model at hand is large enough
 
@@ -183,7 +178,7 @@ def _build(
     holder = holder_config(path, model, config, dtype, machine)
     for each in attention_devices(config):
         check_policies(holder, each)
-    limits = _limits(config, model, holder, machine)
+    limits = limits_of(config, model, holder, machine)
     own, *_ = rank_configs = rank_holders(holder, model, config.ranks)
     heads = [config_of.layers[0].kv_heads for config_of in rank_configs]
     generation_config = read_json(path / "generation_config.json")
@@ -221,7 +216,7 @@ def _build(
         prepare_kernels(own, dtype, (device, attention_device), progress)
         weights = _load(model, path, dtype, device, progress, Shard(0, config.ranks))
         # Prompts are read from the local holder while they fit; without attention workers it keeps everything.
-        own, rest = _divided(config, own) if attachment is not None else (own, None)
+        own, rest = divided(config, own) if attachment is not None else (own, None)
         ports: dict[int, AttentionPort] = {LOCAL: LocalAttention(attention_worker(own, own_threads, attention_device))}
         holders = {
             rank: Holder(page_count(config_of, attention_device), fused=True, rank=rank)
@@ -267,7 +262,7 @@ def _build(
         )
         scheduler = Scheduler(limits, placement)
         possible = scheduler.longest_possible()
-        _check_room(config, holder, possible)
+        check_room(config, holder, possible)
         prefix = "" if journal is None else f"{journal.starts}-"  # ids are never used again
         intake = Intake(tokenizer, limits.max_model_len, possible, model.vocab_size, generation_config, prefix)
         recorder = None if journal is None else Recorder(journal, placement, worker.address)
@@ -322,19 +317,6 @@ def _rebuild_report(progress: Progress | None) -> Callable[[int, int], None]:
     return report
 
 
-def _divided(config: EngineConfig, holder: HolderConfig) -> tuple[HolderConfig, HolderConfig | None]:
-    """The memory of this process: for prompts that are being computed, and for whole sequences where there are any.
-
-    Those stay for their lives, so they get three quarters: a prompt that finds no room is read from where it is kept.
-    """
-    prompts = holder.kv_memory // 4
-    heads = tuple(range(holder.layers[0].kv_heads))
-    least = sum(group.cells(heads) for group in page_groups(holder)) * page_cost(holder)
-    if config.local_share == 0 or config.model_workers > 1 or prompts < least:
-        return holder, None
-    return replace(holder, kv_memory=prompts), replace(holder, kv_memory=holder.kv_memory - prompts)
-
-
 def _lanes(config: EngineConfig, attachment: Attachment | None) -> Lanes:
     if config.ranks > 1:
         return Lanes(1)
@@ -343,40 +325,6 @@ def _lanes(config: EngineConfig, attachment: Attachment | None) -> Lanes:
     if config.replicas > 1:
         return Lanes.auto(config.replicas + 1, config.replicas)
     return Lanes.auto(AUTO_LANES) if attachment is not None else Lanes(1)  # nobody to wait for
-
-
-def holder_config(
-    path: Path, model: ModelConfig, config: EngineConfig, dtype: torch.dtype, machine: Machine
-) -> HolderConfig:
-    """What holders of the KV of that model, whose files are at `path`, are built from. `dtype` is that of computing.
-
-    Raises PolicyError for a policy that is unknown or does not fit the model.
-    """
-    layers = model.layer_specs()
-    copies = model.kv_copies
-    plain = replace(model, num_key_value_heads=model.num_key_value_heads // copies, kv_copies=1)
-    if (policies := head_policies(config.policy, plain, fingerprint(path))) is not None:
-        layers = tuple(
-            replace(spec, policies=tuple(text for text in texts for _ in range(copies)))
-            for spec, texts in zip(layers, policies, strict=True)
-        )
-    return HolderConfig(
-        layers=layers,
-        page_size=config.page_size,
-        dtype=str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype,
-        kv_memory=config.kv_memory if isinstance(config.kv_memory, int) else _kv_share(config, machine),
-    )
-
-
-def _kv_share(config: EngineConfig, machine: Machine) -> int:
-    """What the device that has least can give each holder: they are all alike."""
-    devices = attention_devices(config)
-    shares = [kv_share(machine, config.holders_here)] if any(device.type == "cpu" for device in devices) else []
-    for device in devices:
-        if device.type == "cuda":  # the engine's own holder is with the first worker
-            gpu = replace(machine, memory_available=memory_available(device) or 0)
-            shares.append(kv_share(gpu, min(2, config.holders_here)))
-    return min(shares)
 
 
 def rescaled(model: ModelConfig, scaling: Mapping[str, Any] | None) -> ModelConfig:
@@ -406,53 +354,3 @@ def _dtype(name: str, device: torch.device, machine: Machine) -> torch.dtype:
         name = "bfloat16" if device.type == "cuda" else native_dtype(machine)[0]
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _limits(config: EngineConfig, model: ModelConfig, holder: HolderConfig, machine: Machine) -> SchedulerConfig:
-    """What the scheduler may plan with. Raises InvalidRequest where settings contradict the model or the machine."""
-    context = model.max_position_embeddings
-    asked = config.max_model_len
-    if asked is not None and asked > context:
-        raise InvalidRequest(f"max_model_len is {asked}; the model's context is {context} (see rope_scaling)")
-    page_bytes = page_cost(holder)
-    groups = page_groups(holder)
-    least = sum(group.cells(tuple(range(model.num_key_value_heads))) for group in groups) * page_bytes
-    on_cpu = any(device.type == "cpu" for device in attention_devices(config))
-    most = machine.memory if machine.memory and on_cpu else 1 << 50
-    if not least <= holder.kv_memory <= most:
-        raise InvalidRequest(
-            f"kv_memory is {holder.kv_memory} bytes; allowed are {least} (a page for each layer and KV head) to {most}"
-        )
-    return SchedulerConfig(
-        max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
-        max_sequences=min(MAX_SEQUENCES, config.max_batch_tokens or MAX_SEQUENCES),
-        max_model_len=asked or context,
-        page_size=config.page_size,
-        page_groups=groups,
-        prefix_cache=config.prefix_cache and not _keys_depend_on_length(model, asked or context),
-    )
-
-
-def _check_room(config: EngineConfig, holder: HolderConfig, possible: int) -> None:
-    asked = config.max_model_len
-    if possible < 1:
-        raise InvalidRequest(f"kv_memory of {holder.kv_memory} bytes holds not one token")
-    if asked is not None and asked > possible:
-        where = "kv_memory of" if not config.attention_workers else "the attention workers, with kv_memory of"
-        raise InvalidRequest(f"max_model_len is {asked}; {where} {holder.kv_memory} bytes holds {possible} tokens")
-
-
-def page_groups(holder: HolderConfig) -> tuple[PageGroup, ...]:
-    """What the layers that keep KV of their own keep of it, counted by policy and heads."""
-    groups: Counter[tuple[Policy | None, frozenset[int]]] = Counter()
-    for layer in keepers(holder):
-        heads: dict[Policy | None, set[int]] = {}
-        for head, policy in enumerate(layer):
-            heads.setdefault(policy if policy.seen_from(LONGEST) > 0 else None, set()).add(head)
-        groups.update((policy, frozenset(those)) for policy, those in heads.items())
-    return tuple(PageGroup(layers, policy, heads) for (policy, heads), layers in groups.items())
-
-
-def _keys_depend_on_length(model: ModelConfig, length: int) -> bool:
-    """Dynamic RoPE turns keys by their prompt's length, so prompts of unlike lengths cannot share them."""
-    return model.rope.kind == "dynamic" and length > model.rope.positions

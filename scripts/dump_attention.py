@@ -24,10 +24,11 @@ import torch
 from rich.progress import Progress
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
+from lamina.kv_budget import holder_config
 from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
 from lamina.probe import Probe
-from lamina.runtime import holder_config, rescaled
+from lamina.runtime import rescaled
 from lamina.tokenizer import Tokenizer
 from lamina_workers.decoder_weights import load_weights
 from lamina_workers.model import Decoder

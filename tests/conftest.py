@@ -22,11 +22,11 @@ if not torch.cuda.is_available():
 
 from lamina.balance import Balance
 from lamina.engine import Engine
+from lamina.kv_budget import page_groups
 from lamina.lanes import Lanes
 from lamina.placement import Holder, Placement
 from lamina.request import Request as TokenRequest
 from lamina.request import SchedulerConfig
-from lamina.runtime import page_groups
 from lamina.scheduler import Scheduler
 from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams

@@ -23,13 +23,13 @@ from lamina import LLM
 from lamina.engine import Engine
 from lamina.errors import EngineError, JournalError
 from lamina.journal import Facts, Journal
+from lamina.kv_budget import page_groups
 from lamina.lanes import Lanes
 from lamina.placement import Holder, Placement
 from lamina.recorder import Recorder
 from lamina.remote_engine import RemoteEngine
 from lamina.request import Request, SchedulerConfig
 from lamina.restart import recover
-from lamina.runtime import page_groups
 from lamina.scheduler import Scheduler
 from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams

@@ -20,11 +20,12 @@ from lamina.calibration.selection import Trial, by_evidence, candidates, choose,
 from lamina.calibration.torch_path import TorchPath
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest, PolicyError
+from lamina.kv_budget import holder_config
 from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.probe import Probe
-from lamina.runtime import holder_config, rescaled
+from lamina.runtime import rescaled
 from lamina.tokenizer import Tokenizer
 from lamina_workers.layout import page_cost
 from lamina_workers.model import Decoder

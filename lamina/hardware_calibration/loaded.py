@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from lamina.config import EngineConfig
+from lamina.kv_budget import holder_config
 from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
-from lamina.runtime import holder_config
 from lamina_kernels import dense
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.decoder_weights import DecoderWeights, load_weights
