@@ -8,6 +8,7 @@ import queue
 import struct
 import threading
 import time
+import types
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transports import pair
 
 from lamina_protocols import control
 from lamina_protocols import messages as m
@@ -26,8 +28,10 @@ from lamina_protocols.socket_channel import connect_unix
 from lamina_workers import crew_wire as wire
 from lamina_workers.copying import Move
 from lamina_workers.crew import UNIX, Crew, Mate
+from lamina_workers.crew_worker import CrewWorker
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker import Work
+from lamina_workers.resolver import Waiting
 from lamina_workers.routes import HolderShare, Route, Span
 from lamina_workers.sampler import RowSampling
 
@@ -331,3 +335,34 @@ def test_close_tells_all_to_stop_and_waits_for_them(rig: Rig) -> None:
     thread.join()
     assert heard == [wire.Stop()]
     assert not rig.crew.folder.exists()
+
+
+class Holder:
+    """Replies to batches over a channel, and knows no message."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+
+    def ready(self, batch: int) -> bool:
+        return self.channel.ready()
+
+
+def test_who_parts_sleeps_until_its_batches_are_over() -> None:
+    """Also where the next command has come, or model worker 0 is gone."""
+    with pair("local") as (ours, theirs), pair("local") as (asked, holder):
+        worker = CrewWorker(ours, "model-1")
+        worker._begin = BEGIN
+        worker._parts = typing.cast(Any, types.SimpleNamespace(leave_group=lambda: None))
+        waiting = Waiting(Holder(asked), 1)
+        run = (waiting for _ in range(1))
+        next(run)
+        worker._runs[1] = typing.cast(Any, run), waiting
+        wire.send(theirs, wire.Stop())
+        reply = threading.Timer(0.5, holder.send, [[bytes(wire.encode(wire.Parted())[0])]])
+        reply.start()
+        begun, used = time.monotonic(), time.thread_time()
+        worker._obey(wire.Part())
+        assert time.monotonic() - begun > 0.4
+        assert time.thread_time() - used < 0.1
+        assert wire.receive(theirs, 5.0) == wire.Parted()
+        reply.join()

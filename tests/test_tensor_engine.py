@@ -68,6 +68,12 @@ def workers(llm: LLM) -> TensorWorkers:
     return worker
 
 
+def met(llm: LLM) -> set[str]:
+    """The files by which ranks have met."""
+    ranks = llm._runtime.ranks  # type: ignore[union-attr]
+    return {path.name for path in ranks._crew.folder.glob("group*")}  # type: ignore[union-attr]
+
+
 def returned(llm: LLM) -> int:
     return llm._runtime.engine._tally.returned  # type: ignore[union-attr]
 
@@ -83,6 +89,7 @@ def test_two_ranks_give_the_text_of_one_and_survive_a_death(alone: LLM, model: P
         assert process(llm) not in (None, before)
         assert returned(llm) == 1
         assert workers(llm).missing == ()
+        assert met(llm) == {"group.2"}
     with pytest.raises(ProcessLookupError):
         os.kill(before or 0, 0)
 

@@ -11,12 +11,15 @@ gloo.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -86,6 +89,16 @@ class Meeting:
         if bool(self.path) == bool(self.port):
             raise ValueError(f"a meeting has a path or a port, got path {self.path!r} and port {self.port}")
 
+    @property
+    def file(self) -> Path | None:
+        """By which the ranks meet where that is on one host."""
+        return Path(f"{self.path}.{self.generation}") if self.path else None
+
+    def over(self) -> None:
+        """The group that met here is no more. A rank that was killed has left the file behind."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
 
 def join(rank: int, ranks: int, meeting: Meeting, timeout: float, device: torch.device | str = "cpu") -> Collective:
     """Wait for the other ranks and be one of them. `timeout`, in seconds, holds for this and for each later message.
@@ -99,39 +112,17 @@ def join(rank: int, ranks: int, meeting: Meeting, timeout: float, device: torch.
     return GpuGroup(rank, ranks, meeting, timeout, torch.device(device))
 
 
-class CpuGroup:
-    """A rank's end of a group over gloo, with lines beside it. For tensors on the CPU."""
+class _Group(ABC):
+    """What groups have in common, however they are connected: see `Collective`, which they are."""
 
-    def __init__(self, rank: int, ranks: int, meeting: Meeting, timeout: float) -> None:
+    def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
         self.seconds = 0.0
-        self._others = [other for other in range(ranks) if other != rank]
-        self._lines: Lines | None = None
-        options = _c10d.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout)
-        options._threads = 1  # for gloo's own sums, of which none is used
-        self._group: Any = None
-        try:
-            options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=meeting.address)]
-            store = _store(rank, ranks, meeting, timeout)
-            self._group = _c10d.ProcessGroupGloo(store, rank, ranks, options)
-            self._lines = Lines(rank, ranks, meeting.address, self._swap, timeout)
-        except RankLost:
-            self.close()
-            raise
-        except (OSError, RuntimeError) as error:  # torch has no narrower one for it
-            self.close()
-            raise RankLost(
-                f"rank {rank} of {ranks} could not meet the others within {timeout:g} s: {_cause(error)}"
-            ) from error
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         begun = time.perf_counter()
         if x.numel():
-            if x.nbytes <= MOST_BYTES:
-                self._reduce_over_lines(x)
-            else:
-                self._reduce_in_pieces(x.view(-1))
+            self._add_up(x)
         self.seconds += time.perf_counter() - begun
         return x
 
@@ -140,21 +131,79 @@ class CpuGroup:
         whole = None
         if self.rank:
             if x.numel():
-                self._run([(self._send, x.contiguous(), 0, _GATHER)])
+                self._give(x.contiguous())
         else:
             parts = [x, *(x.new_empty(len(x), width) for width in widths[1:])]
-            self._run(
-                [(self._receive, part, other, _GATHER) for other, part in enumerate(parts) if other and part.numel()]
-            )
+            self._take({other: part for other, part in enumerate(parts) if other and part.numel()})
             whole = torch.cat(parts, 1)
         self.seconds += time.perf_counter() - begun
         return whole
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave, so that the others learn of it. Closing again does nothing."""
+
+    @abstractmethod
+    def _add_up(self, x: torch.Tensor) -> None:
+        """The sum over all ranks of x, in place of x, which is not empty."""
+
+    @abstractmethod
+    def _give(self, x: torch.Tensor) -> None:
+        """Send x to rank 0."""
+
+    @abstractmethod
+    def _take(self, parts: Mapping[int, torch.Tensor]) -> None:
+        """Fill `parts` with what those ranks give."""
+
+    @contextlib.contextmanager
+    def _joining(self, timeout: float) -> Iterator[None]:
+        """Connect to the others, or leave and raise RankLost."""
+        try:
+            yield
+        except RankLost:
+            self.close()
+            raise
+        except (OSError, RuntimeError) as error:  # torch has no narrower one for it
+            self.close()
+            raise RankLost(
+                f"rank {self.rank} of {self.ranks} could not meet the others within {timeout:g} s: {_cause(error)}"
+            ) from error
+
+
+class CpuGroup(_Group):
+    """A rank's end of a group over gloo, with lines beside it. For tensors on the CPU."""
+
+    def __init__(self, rank: int, ranks: int, meeting: Meeting, timeout: float) -> None:
+        super().__init__(rank, ranks)
+        self._others = [other for other in range(ranks) if other != rank]
+        self._lines: Lines | None = None
+        options = _c10d.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout)
+        options._threads = 1  # for gloo's own sums, of which none is used
+        self._group: Any = None
+        with self._joining(timeout):
+            options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=meeting.address)]
+            store = _store(rank, ranks, meeting, timeout)
+            self._group = _c10d.ProcessGroupGloo(store, rank, ranks, options)
+            self._lines = Lines(rank, ranks, meeting.address, self._swap, timeout)
 
     def close(self) -> None:
         """Leave; the others' next message, or the one that they wait for, fails. Closing again does nothing."""
         self._group = None
         if self._lines is not None:
             self._lines.close()
+
+    def _add_up(self, x: torch.Tensor) -> None:
+        if x.nbytes <= MOST_BYTES:
+            self._reduce_over_lines(x)
+        else:
+            self._reduce_in_pieces(x.view(-1))
+
+    def _give(self, x: torch.Tensor) -> None:
+        self._run([(self._send, x, 0, _GATHER)])
+
+    def _take(self, parts: Mapping[int, torch.Tensor]) -> None:
+        self._run([(self._receive, part, other, _GATHER) for other, part in parts.items()])
 
     def _reduce_over_lines(self, x: torch.Tensor) -> None:
         """Each rank sends all of x to all."""
@@ -220,58 +269,40 @@ class CpuGroup:
         return self._group.recv([x], peer, tag)
 
 
-class GpuGroup:
+class GpuGroup(_Group):
     """A rank's end of a group over NCCL, each rank on a GPU of its own. Nothing here waits for the GPU, so a rank that
     died shows as a RankLost of a later call, or not before `close` is called by whoever learns of it."""
 
     def __init__(self, rank: int, ranks: int, meeting: Meeting, timeout: float, device: torch.device) -> None:
-        self.rank, self.ranks = rank, ranks
-        self.seconds = 0.0
+        super().__init__(rank, ranks)
         self._group: Any = None
-        try:
+        with self._joining(timeout):
             options = _c10d.ProcessGroupNCCL.Options()
             options._timeout = timedelta(seconds=timeout)
             self._store = _store(rank, ranks, meeting, timeout)  # NCCL connects at its first use
             self._group = _c10d.ProcessGroupNCCL(self._store, rank, ranks, options)
             self.all_reduce(torch.zeros(1, device=device))
             torch.cuda.current_stream(device).synchronize()
-        except (OSError, RuntimeError) as error:
-            self.close()
-            raise RankLost(
-                f"rank {rank} of {ranks} could not meet the others within {timeout:g} s: {_cause(error)}"
-            ) from error
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        begun = time.perf_counter()
-        if x.numel():
-            # NCCL rounds after each addition; two parts are added once.
-            wide = x if self.ranks == 2 or x.dtype == torch.float32 else x.float()
-            self._run("allreduce", [wide], _c10d.AllreduceOptions())
-            if wide is not x:
-                x.copy_(wide)
-        self.seconds += time.perf_counter() - begun
-        return x
-
-    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
-        begun = time.perf_counter()
-        whole = None
-        if self.rank:
-            if x.numel():
-                self._run("send", [x.contiguous()], 0, _GATHER)
-        else:
-            parts = [x, *(x.new_empty(len(x), width) for width in widths[1:])]
-            for other, part in enumerate(parts):
-                if other and part.numel():
-                    self._run("recv", [part], other, _GATHER)
-            whole = torch.cat(parts, 1)
-        self.seconds += time.perf_counter() - begun
-        return whole
 
     def close(self) -> None:
         """Leave, also while the GPU waits for another rank. Closing again does nothing."""
         if self._group is not None:
             self._group.abort()
             self._group = None
+
+    def _add_up(self, x: torch.Tensor) -> None:
+        # NCCL rounds after each addition; two parts are added once.
+        wide = x if self.ranks == 2 or x.dtype == torch.float32 else x.float()
+        self._run("allreduce", [wide], _c10d.AllreduceOptions())
+        if wide is not x:
+            x.copy_(wide)
+
+    def _give(self, x: torch.Tensor) -> None:
+        self._run("send", [x], 0, _GATHER)
+
+    def _take(self, parts: Mapping[int, torch.Tensor]) -> None:
+        for other, part in parts.items():
+            self._run("recv", [part], other, _GATHER)
 
     def _run(self, operation: str, *arguments: Any) -> None:
         if self._group is None:
@@ -304,8 +335,8 @@ def _bytes(x: torch.Tensor) -> memoryview:
 
 def _store(rank: int, ranks: int, meeting: Meeting, timeout: float) -> Any:
     limit = timedelta(seconds=timeout)
-    if meeting.path:
-        store = _c10d.FileStore(f"{meeting.path}.{meeting.generation}", ranks)
+    if meeting.file is not None:
+        store = _c10d.FileStore(str(meeting.file), ranks)
     elif rank == 0:
         # By itself the store would listen at every address of the host.
         listening = socket.create_server((meeting.host, meeting.port))

@@ -82,7 +82,7 @@ class CrewWorker:
         try:
             while True:
                 if self._runs and not self._channel.ready():
-                    self._go_on()
+                    self._go_on(self._channel)
                     continue
                 command = self._hear()
                 if isinstance(command, wire.Stop):
@@ -135,7 +135,7 @@ class CrewWorker:
             case wire.Look(number):
                 self._look(number)
             case wire.Part():
-                while self._runs:
+                while self._runs:  # the next command may be there: it has to wait
                     self._go_on()
                 self._parts.leave_group()
                 self._say(wire.Parted())
@@ -156,14 +156,14 @@ class CrewWorker:
         self._runs[batch] = run, None
         self._advance(batch)
 
-    def _go_on(self) -> None:
-        """Go on with a batch whose reply has come; where none has, wait for one or for a command. Where nothing comes
-        in time, the one that has waited longest says what is wrong."""
+    def _go_on(self, *beside: Channel) -> None:
+        """Go on with a batch whose reply has come; where none has, wait for one, or for what comes over a channel
+        `beside`. Where nothing comes in time, the one that has waited longest says what is wrong."""
         over = (batch for batch, (_, waiting) in self._runs.items() if waiting is None or waiting.over())
         batch = next(over, None)
         if batch is None:
             waitings = [waiting for _, waiting in self._runs.values() if waiting is not None]
-            if self._waits.until_any(waitings, self._begin.patience, (self._channel,)):
+            if self._waits.until_any(waitings, self._begin.patience, beside):
                 return
             batch = next(iter(self._runs))
         self._advance(batch)

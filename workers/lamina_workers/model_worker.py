@@ -33,7 +33,7 @@ from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.exchanges import Link, Stopwatch, Times
 from lamina_workers.layout import page_bytes
 from lamina_workers.model import Batch, Decoder
-from lamina_workers.resolver import Pausing, Resolver, Waiting
+from lamina_workers.resolver import Pausing, Resolver, Waiting, result
 from lamina_workers.routes import HolderShare, Span
 from lamina_workers.sampler import RowSampling, Sampled, sample
 from lamina_workers.slices import SlicedBatch
@@ -243,13 +243,7 @@ class ModelWorker:
 
     def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
         """As `announce`, waiting for the answers."""
-        announcing = self.announce(shares)
-        while True:
-            try:
-                next(announcing)
-            except StopIteration as stop:
-                answered: tuple[int, dict[int, Announced]] = stop.value
-                return answered
+        return result(self.announce(shares))
 
     def execute(
         self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True

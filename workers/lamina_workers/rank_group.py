@@ -37,6 +37,7 @@ class RankGroup:
         self._device = device
         self._generation = 0
         self._current: collectives.Collective | None = None
+        self._met: collectives.Meeting | None = None  # where the last one met
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -46,7 +47,7 @@ class RankGroup:
         """A new group of all ranks. Raises RankLost where one does not come."""
         self.leave()
         self._generation += 1
-        meeting = self._meeting(self._generation)
+        meeting = self._met = self._meeting(self._generation)
         place = wire.Meet(self._generation, meeting.path, meeting.host, meeting.port, self.timeout)
         for mate in self.mates.values():
             mate.tell(place)
@@ -75,6 +76,9 @@ class RankGroup:
         if self._current is not None:
             self._current.close()
             self._current = None
+        if self._met is not None:
+            self._met.over()
+            self._met = None
 
     def part(self, wait: float) -> None:
         """Have all leave the group and wait for commands: then whatever they had to say has been heard.

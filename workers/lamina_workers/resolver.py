@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,8 @@ from lamina_workers.retention import layer_policies
 from lamina_workers.routes import Route, Span
 from lamina_workers.row_builder import Asked, RowBuilder
 from lamina_workers.staging import DIRECT, Staging, staging_for
+
+R = TypeVar("R")
 
 
 class Replying(Protocol):
@@ -58,6 +60,16 @@ class Waiting:
     def over(self) -> bool:
         """Whether the run would go on at once."""
         return self.replies.ready(self.batch)
+
+
+def result(run: Generator[Waiting, None, R]) -> R:
+    """What a run returns, each of its waits waited out."""
+    try:
+        while True:
+            next(run)
+    except StopIteration as stop:
+        returned: R = stop.value
+        return returned
 
 
 Suspended = Generator[Waiting, None, torch.Tensor]

@@ -25,7 +25,7 @@ from lamina_workers.layout import page_cost
 from lamina_workers.model import Decoder
 from lamina_workers.model_worker import ModelWorker, Returned, Seat, Work
 from lamina_workers.rank_group import SLACK, RankGroup
-from lamina_workers.resolver import Waiting
+from lamina_workers.resolver import Waiting, result
 from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, sample
 
@@ -138,13 +138,7 @@ class TensorWorkers:
         return batch, {number: answers[number] for number in shares}
 
     def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
-        announcing = self.announce(shares)
-        while True:
-            try:
-                next(announcing)
-            except StopIteration as stop:
-                answered: tuple[int, dict[int, Announced]] = stop.value
-                return answered
+        return result(self.announce(shares))
 
     def execute(
         self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
