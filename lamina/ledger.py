@@ -29,6 +29,7 @@ class Ledger:
 
     def __init__(self, config: SchedulerConfig, free: Pages) -> None:
         self.operations: list[SequenceOperation] = []
+        self.promised = NO_PAGES  # that moves under way will still take, which newcomers must leave
         self._config = config
         self._freed: list[Pages] = []  # what each of the operations frees, at least
         self._closing = NO_PAGES  # their sum

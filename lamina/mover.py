@@ -71,7 +71,7 @@ class Mover:
         config, length = self._scheduler.config, len(sequence.tokens)
         fresh = tuple(share for share in layout if share not in sequence.layout)
         needed = config.pages_for(fresh, length) + config.page_set(fresh, length)
-        if not (self._scheduler.room() - self._scheduler.promised).covers(needed):
+        if not self._scheduler.room().covers(needed):
             return False
         old = tuple(part for part in self._placement.parts(sequence.handle) if part.share not in layout)
         new = self._placement.open_beside(fresh)
@@ -183,7 +183,7 @@ class Mover:
         for journey in self._queue:
             fresh = tuple(part.share for part in journey.new)
             promised += config.pages_for(fresh, len(journey.sequence.tokens))
-        self._scheduler.promised = promised
+        self._scheduler.promise(promised)
 
 
 def _moves(old: Iterable[Part], new: Iterable[Part], lo: int, hi: int, page_size: int) -> Iterable[Move]:

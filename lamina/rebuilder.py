@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lamina.errors import EngineError
 from lamina.ledger import Ledger
 from lamina.prefix_tree import common_length
 from lamina.request import Rebuild, SchedulerConfig, Sequence
@@ -23,12 +24,37 @@ class Rebuilder:
         self._layouts = layouts
         self._ledger = ledger
 
-    def begin(self, sequence: Sequence, holder: int, spare: Pages, earlier: Iterable[Sequence]) -> Pages | None:
-        """Have the idle `sequence`'s shares at the lost `holder` taken over, by who has `spare` pages for it.
+    def lost(self, holder: int, kept: Iterable[Sequence], spare: Pages) -> tuple[int, list[Sequence]]:
+        """Have what a lost holder kept of these idle sequences taken over, by who has `spare` pages for it.
 
-        `earlier` are sequences whose rebuild has begun. Returns the pages that it takes; None where nobody has them,
-        or where what the others keep is not enough to compute the lost from.
+        Returns how many tokens are computed again, and the sequences that cannot be rebuilt in part.
         """
+        begun: list[Sequence] = []
+        hopeless: list[Sequence] = []
+        tokens = 0
+        for sequence in kept:
+            taken = self._begin(sequence, holder, spare, begun)
+            if taken is None:
+                hopeless.append(sequence)
+                continue
+            begun.append(sequence)
+            spare -= taken
+            if sequence.rebuild is not None:
+                tokens += sequence.rebuild.end - max(sequence.rebuild.at, sequence.rebuild.length)
+        return tokens, hopeless
+
+    def recorded(self, sequence: Sequence) -> None:
+        """The row that was planned to rebuild it is complete. Raises EngineError where there was none to plan."""
+        rebuild = sequence.rebuild
+        if rebuild is None:
+            raise EngineError(f"request {sequence.request.id} was rebuilt without need")
+        rebuild.at = rebuild.planned
+        if rebuild.at >= rebuild.end:
+            sequence.rebuild = None
+
+    def _begin(self, sequence: Sequence, holder: int, spare: Pages, earlier: Iterable[Sequence]) -> Pages | None:
+        """Have one sequence's shares taken over; `earlier` are those whose rebuild has begun. Returns the pages that it
+        takes; None where nobody has them, or where what the others keep is not enough to compute the lost from."""
         if sequence.handle is None:
             return None
         self._wait_no_more(sequence)
