@@ -9,7 +9,7 @@ comes, so a late message of a dropped batch is refused instead of touching pages
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class Counters:
     vectors_stored: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Batch:
     """An accepted batch: where its tokens go and what its queries read, the same for every layer."""
 
@@ -70,7 +70,7 @@ class _Batch:
     fused: bool  # whether a row attends its own tokens
     stores: tuple[Row, ...]  # of the rows, those that store something
     missing: set[int]  # layers whose KV has not come yet
-    places: Any  # the kernels' plan of where K and V go, None where no row stores
+    places: Any  # the kernels' plan of where K and V go, None until there are some
     sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them
     readings: dict[Policies, Reading]  # what is read, by the policies of a layer's heads; empty where no row reads
     delay: float  # seconds to add to each layer's attention
@@ -216,13 +216,10 @@ class AttentionWorker:
                 yield row
 
     def _prepare(self, rows: Sequence[Row], stores: tuple[Row, ...]) -> _Batch:
-        slots = [self.store.slots(row) for row in rows if row.store]
-        slots = [s.reshape(s.shape[0], -1) for s in slots if s.size]
-        places = None
         try:
-            if slots:
-                places = self._kernels.plan_append(self._pages, torch.from_numpy(np.concatenate(slots, axis=1)))
             readings = self._reader.readings([row for row in rows if row.read is not None])
+            # Planned now, while nobody waits for it. Rows that only store may come as whole pages, which need no plan.
+            places = self._plan(stores) if stores and readings else None
         except ValueError as error:
             raise ProtocolError(f"rows that no batch can have: {error}") from error
         handles = frozenset(row.handle for row in rows)
@@ -231,11 +228,18 @@ class AttentionWorker:
         delay = self.read_delay * read / 1e6
         return _Batch(handles, fused, stores, missing, places, self._reader.sealed(rows), readings, delay)
 
+    def _plan(self, stores: Iterable[Row]) -> Any:
+        slots = [self.store.slots(row) for row in stores]
+        each = np.concatenate([s.reshape(s.shape[0], -1) for s in slots], axis=1)
+        return self._kernels.plan_append(self._pages, torch.from_numpy(each))
+
     def _append(self, message: Fresh | Exchange) -> None:
         spec, batch = self._layer(message)
-        if batch.places is None:
+        if not batch.stores:
             raise ProtocolError(f"{len(message.k)} fresh vectors for batch {message.batch}, which stores 0")
         try:
+            if batch.places is None:
+                batch.places = self._plan(batch.stores)
             self._kernels.append(self._pages, batch.places, spec.kv_layer, message.k, message.v)
         except ValueError as error:
             raise ProtocolError(f"fresh vectors of batch {message.batch}: {error}") from error
