@@ -17,8 +17,8 @@ from conftest import Rig, tiny_decoder
 from lamina.types import SamplingParams
 
 ONE = os.environ.get("LAMINA_CHAOS_SEED")
-FAST = [int(ONE)] if ONE else range(200)
-MORE = [] if ONE else range(200, 3000)
+FAST = [int(ONE)] if ONE else range(100)
+MORE = [] if ONE else range(100, 3000)
 MODELS = ("full", "windowed", "query first")
 LENGTHS = (1, 2, 15, 16, 17, 30, 33, 48, 60, 75)
 TOKENS = 14

@@ -187,7 +187,8 @@ def test_the_command_line_of_a_worker_says_attention() -> None:
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 sys.path.insert(0, {tests!r})
 from lamina.local_cluster import LocalCluster
 {setup}

@@ -246,6 +246,22 @@ def test_what_a_dying_engine_did_not_store_in_every_layer_is_not_held():
             assert [part.held for part in survey(again, 10).parts] == [9]
 
 
+def test_from_a_survey_on_who_was_here_before_is_refused_whatever_epoch_it_begins():
+    with running() as (_, address), connected(address, **KEPT) as old:
+        sender = Sender(old, 8)
+        sender.step(7)
+        with connected(address, **KEPT) as new:
+            found = survey(new, 10, past=100)
+            told = _announced(old, Announcement(2, 9, found.next_operation, (Close(1),), ()))
+            assert isinstance(told, Fault)
+            assert "others have taken over what is kept here, from epoch 101 on" in told.reason
+            assert survey(new, 10) == dataclasses.replace(found, epoch=0)
+            told = _announced(old, Announcement(100, 9, found.next_operation, (Close(1),), ()))
+            assert isinstance(told, Fault)
+            sender.port, sender.epoch = new, 101
+            sender.step(2)
+
+
 def _announced(port: AttentionPort, announcement: Announcement) -> Any:
     port.send(announcement)
     return port.receive(10)
@@ -336,7 +352,7 @@ def test_a_channel_that_asks_for_another_seat_than_is_there_is_refused_naming_bo
     with running() as (server, address), connected(address, **HALF) as port:
         with pytest.raises(WorkerRefused, match=said):
             connect(address, **{**ASKED, **HALF, **changes})
-        assert server.status().channels == 1
+        until(lambda: server.status().channels == 1)
         Sender(port, 12).step(2)
 
 

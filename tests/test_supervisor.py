@@ -158,7 +158,8 @@ def test_an_engine_that_does_not_start_ends_the_server(world: World) -> None:
 
 
 @pytest.mark.parametrize("how", ["fails", "dies"])
-def test_a_restart_that_fails_ends_the_server(world: World, how: str) -> None:
+def test_a_restart_that_fails_ends_the_server(world: World, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina.members._FIRST_DELAY", 0.01)  # six times, each twice as long as the one before
     with pytest.raises(EngineError, match="again"):
         world.run(world.serving, world.behave("engine", how), world.kill("engine"))
     assert not alive(world.pid("http"))
@@ -186,7 +187,8 @@ def test_a_child_that_reads_nothing_holds_nobody_up(world: World) -> None:
         for _ in range(3):
             child.say("x" * 100_000)  # more than a pipe holds
 
-    world.run(world.serving, stop, world.signal, world.signal)
+    ending = world.until(lambda: any(message.startswith("ending") for message in world.messages))
+    world.run(world.serving, stop, world.signal, ending, world.signal)  # two signals at once may be one
     assert not alive(world.pid("http"))
 
 
