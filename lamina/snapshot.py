@@ -19,8 +19,11 @@ BATCH_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 @dataclass(frozen=True, slots=True)
 class HolderSnapshot:
-    """One holder of KV. `channel` is "in process", "local", "tcp" or "grpc". `local`: the holder in the engine's own
-    process, which keeps prompts only where there are others.
+    """One holder of KV. `channel` is "in process", "local", "tcp" or "grpc". `local`: the holder is in a model worker's
+    process, and keeps prompts only where there are others that are not.
+
+    Ranks that share a model have a holder each, "rank-1" and so on beside the engine's own, and a part of the pages of
+    each attention worker. Bytes and exchanges are those of the engine's process alone.
 
     An exchange is one layer's query and its answer, from the moment the query is handed over until the answer has been
     read; `exchange_counts` has how many took how long (see EXCHANGE_BUCKETS), `exchange_seconds` the sum of all.
@@ -100,6 +103,7 @@ class Snapshot:
     batch_counts: tuple[int, ...] = (0,) * (len(BATCH_BUCKETS) + 1)  # batches by their tokens
     missing: tuple[str, ...] = ()  # holders that were lost and have not been replaced
     began: float = 0.0  # a reading of the engine's clock, which tells two engines apart
+    returned_workers: int = 0  # model workers that were gone and came back
     local_share: float = 1.0  # of the tokens of sequences with KV, those whose KV is in the engine's process
 
     def as_dict(self) -> dict[str, Any]:

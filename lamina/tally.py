@@ -6,15 +6,18 @@ Pure: told the time; knows no tensor and no message.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from lamina.placement import Placement
 from lamina.scheduler import Scheduler
 from lamina.shares import Pages
 from lamina.snapshot import BATCH_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.ticket import NOTHING_SPARED, Spared
-from lamina_workers.exchanges import Link
+from lamina_workers.exchanges import EXCHANGE_BUCKETS, Link
+
+_NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)
 
 
 @dataclass(slots=True)
@@ -83,28 +86,57 @@ def survey(
     now: float,
 ) -> Snapshot:
     """What the engine is doing now. `links` are those to the holders, by number; a holder goes by its name in `known`,
-    where it has one. Those of `scratch` are no concern of the scheduler's."""
+    where it has one. Other ranks have links of their own, of which nothing is known here. Those of `scratch` are no
+    concern of the scheduler's."""
+    elsewhere = {
+        number: holder.rank for number, holder in placement.holders.items() if holder.rank and number not in links
+    }
     names = {number: known.get(number, link.name) for number, link in links.items()}
+    names |= {number: known.get(number, f"rank-{rank}") for number, rank in elsewhere.items()}
     free, counters, uptime = scheduler.free, scheduler.counters, now - tally.began
 
-    def holder(number: int, link: Link) -> HolderSnapshot:
+    def pages(number: int) -> tuple[int, int]:
+        """In all, and free."""
         total = placement.holders[number].pages
         left = tally.scratch_free.get(number) if number in scratch else free.get(number, 0)
+        return total, total if left is None else max(0, left)
+
+    def holder(number: int, link: Link) -> HolderSnapshot:
+        total, left = pages(number)
         return HolderSnapshot(
             name=names[number],
             address=link.address,
             channel=link.channel,
             local=link.in_process,
             total_pages=total,
-            free_pages=total if left is None else max(0, left),
+            free_pages=left,
             bytes_sent=link.bytes_sent,
             bytes_received=link.bytes_received,
             exchange_seconds=link.seconds,
             exchange_counts=link.counts,
         )
 
+    def holders() -> Iterator[HolderSnapshot]:
+        """One for each name: at an attention worker, every rank has a part of its pages."""
+        parts: dict[str, list[int]] = {}
+        for number in elsewhere:
+            parts.setdefault(names[number], []).append(number)
+        for number, link in sorted(links.items()):
+            one = holder(number, link)
+            for part in parts.pop(names[number], ()):
+                total, left = pages(part)
+                one = replace(one, total_pages=one.total_pages + total, free_pages=one.free_pages + left)
+            yield one
+        for name, numbers in parts.items():
+            for number in numbers:
+                yield holder(number, Link(name, "", "in process", True, 0, 0, 0.0, _NO_EXCHANGES))
+
     def named(pages: Pages) -> dict[str, int]:
-        return {names[number]: count for number, count in pages.items() if number in names}
+        counts: Counter[str] = Counter()
+        for number, count in pages.items():
+            if number in names:
+                counts[names[number]] += count
+        return dict(counts)
 
     return Snapshot(
         uptime=uptime,
@@ -131,7 +163,7 @@ def survey(
         missed_queries=tally.missed_queries,
         page_size=scheduler.config.page_size,
         cached_pages=named(scheduler.cached),
-        holders=tuple(holder(number, link) for number, link in sorted(links.items())),
+        holders=tuple(holders()),
         sequences=tuple(
             SequenceSnapshot(
                 request=sequence.request.id,
@@ -147,5 +179,6 @@ def survey(
         batch_tokens=tally.batch_tokens,
         batch_counts=tuple(tally.batch_counts),
         missing=tuple(tally.missing),
+        returned_workers=tally.returned,
         began=tally.began,
     )

@@ -15,10 +15,11 @@ from policy_bench import TIGHT, under
 from test_remote_engine import Loop
 
 from lamina.errors import EngineError
-from lamina.placement import Holder
+from lamina.placement import Holder, Placement
 from lamina.remote_engine import RemoteEngine
+from lamina.scheduler import Scheduler
 from lamina.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
-from lamina.tally import Tally
+from lamina.tally import Tally, survey
 from lamina.ticket import Spared
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Attended, Exchange, Query, Reply
@@ -245,6 +246,26 @@ def test_a_drained_holder_is_not_missing_and_one_that_joins_replaces_the_first()
     tally.joined()
     tally.joined()
     assert (tally.lost_holders, tally.joined_holders, tally.missing) == (2, 3, [])
+
+
+def test_holders_of_other_ranks_are_shown_and_those_at_one_worker_are_one(decoder: Decoder) -> None:
+    rig = Rig(decoder)
+    placement = Placement(
+        {0: Holder(50), 1: Holder(40, rank=1), 2: Holder(20), 3: Holder(30, rank=1)},
+        heads=(2, 1), page_size=16, max_model_len=100, layers=3, scratch=(0, 1),
+    )  # fmt: skip
+    links = rig.engine._worker.links()
+    links = {0: links[1], 2: links[1]._replace(in_process=False, channel="tcp")}
+    scheduler = Scheduler(rig.scheduler.config, placement)
+    seen = survey(Tally(0.0, returned=2), scheduler, placement, links, {2: "a", 3: "a"}, (0, 1), 1.0)
+    rig.close()
+    assert seen.returned_workers == 2
+    shown = {holder.name: (holder.local, holder.channel, holder.total_pages) for holder in seen.holders}
+    assert shown == {
+        "local": (True, "in process", 50), "a": (False, "tcp", 50), "rank-1": (True, "in process", 40)
+    }  # fmt: skip
+    assert all(holder.free_pages == holder.total_pages for holder in seen.holders)
+    assert all(len(holder.exchange_counts) == len(EXCHANGE_BUCKETS) + 1 for holder in seen.holders)
 
 
 def test_an_engine_that_is_idle_answers_and_a_bad_sink_stops_nothing(

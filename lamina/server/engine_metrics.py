@@ -26,6 +26,7 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "rebuilt_tokens": ("rebuilt_tokens", "Tokens whose KV was lost with a holder and computed again elsewhere."),
     "lost_holders": ("recoveries", "Attention workers that were lost, and recovered from."),
     "joined_holders": ("attention_workers_joined", "Attention workers that joined after the start."),
+    "returned_workers": ("model_workers_returned", "Model workers that were gone and came back."),
     "corrupted": ("corrupted_requests", "Samples that ended because their logits were not finite."),
     "kv_read": ("kv_read_bytes", "KV read in decode under policies that choose, what was read to choose included."),
     "kv_whole": ("kv_whole_bytes", "What reading all of that KV would have taken."),

@@ -20,7 +20,8 @@ MAX_SEQUENCES = 256
 _NUMBERS = (
     *("began", "uptime", "running", "waiting", "lanes", "page_size", "batches", "failed_batches", "corrupted"),
     *("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "evictions"),
-    *("lost_holders", "joined_holders", "rebuilt_tokens", "model_seconds", "attention_seconds", "idle_seconds"),
+    *("lost_holders", "joined_holders", "returned_workers", "rebuilt_tokens"),
+    *("model_seconds", "attention_seconds", "idle_seconds"),
     *("kv_read", "kv_whole", "missed_mass", "missed_queries"),
 )
 
