@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -156,28 +157,35 @@ def say(**facts):
 """
 
 
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
-    """A cluster: the head for the model and one attention worker, the other node for one more."""
+@contextlib.contextmanager
+def cluster(folder: Path, resources: dict[str, int], **environment: str) -> Iterator[Namespaces]:
+    """Two nodes, the first with a Ray head that has these resources; all ends with the block. Skips the test where
+    there are no namespaces."""
     pytest.importorskip("ray")
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the ip command")
-    folder = tmp_path_factory.mktemp("ray")
     try:
         made = Namespaces(folder)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr}")
-    scratch = Path("/tmp") / f"lamina-ray-{os.getpid()}"  # Ray's sockets want a short path
-    try:
-        made.ray_start(
-            0, "--head", f"--node-ip-address={HEAD}", f"--port={PORT}", "--include-dashboard=false",
-            f"--temp-dir={scratch}", """--resources={"lamina_model": 1, "lamina_attention": 1}""",
-        )  # fmt: skip
+    # Ray's sockets want a short path.
+    with tempfile.TemporaryDirectory(prefix="lamina-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        try:
+            made.ray_start(
+                0, "--head", f"--node-ip-address={HEAD}", f"--port={PORT}", "--include-dashboard=false",
+                f"--temp-dir={scratch}", f"--resources={json.dumps(resources)}", **environment,
+            )  # fmt: skip
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
+    """A cluster: the head for the model and one attention worker, the other node for one more."""
+    with cluster(tmp_path_factory.mktemp("ray"), {"lamina_model": 1, "lamina_attention": 1}) as made:
         join(made, """{"lamina_attention": 1}""")
         yield made
-    finally:
-        made.close()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def join(nodes: Namespaces, resources: str, **environment: str) -> None:

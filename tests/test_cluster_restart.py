@@ -5,14 +5,11 @@ Streams go on, and the attention workers stay. Two nodes, each in a network name
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_cluster import GENERATE, HEAD, PORT, Namespaces, all_end, join, model
+from test_cluster import GENERATE, HEAD, Namespaces, all_end, cluster, join, model
 
 __all__ = ["model"]  # a fixture
 
@@ -22,24 +19,9 @@ SECONDS = 240.0  # for one program: it starts an engine twice or three times
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
     """A cluster: both nodes for a model worker, the head for two attention workers."""
-    pytest.importorskip("ray")
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and the ip command")
-    try:
-        made = Namespaces(tmp_path_factory.mktemp("ray"))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr}")
-    scratch = Path("/tmp") / f"lamina-two-{os.getpid()}"  # Ray's sockets want a short path
-    try:
-        made.ray_start(
-            0, "--head", f"--node-ip-address={HEAD}", f"--port={PORT}", "--include-dashboard=false",
-            f"--temp-dir={scratch}", """--resources={"lamina_model": 1, "lamina_attention": 2}""",
-        )  # fmt: skip
+    with cluster(tmp_path_factory.mktemp("ray"), {"lamina_model": 1, "lamina_attention": 2}) as made:
         join(made, """{"lamina_model": 1}""")
         yield made
-    finally:
-        made.close()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 STREAMS = """

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cluster import HEAD, PORT, Namespaces, all_end
+from test_cluster import Namespaces, all_end, cluster
 
 from lamina.errors import InvalidRequest
 from lamina.server.api_keys import KEY_VARIABLE
@@ -160,24 +158,10 @@ def replica_process():
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
     """A Ray head with what an engine and one attention worker want, in a namespace of its own."""
     pytest.importorskip("ray.serve")
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and the ip command")
-    try:
-        made = Namespaces(tmp_path_factory.mktemp("ray"))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr}")
-    scratch = Path("/tmp") / f"lamina-serve-{os.getpid()}"  # Ray's sockets want a short path
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # there is no network to fetch a model from
-    try:
-        made.ray_start(
-            0, "--head", f"--node-ip-address={HEAD}", f"--port={PORT}", "--include-dashboard=false",
-            f"--temp-dir={scratch}", """--resources={"lamina_model": 1, "lamina_attention": 1}""",
-            XDG_CACHE_HOME=cache, LAMINA_API_KEY=KEY,
-        )  # fmt: skip
+    resources = {"lamina_model": 1, "lamina_attention": 1}
+    with cluster(tmp_path_factory.mktemp("ray"), resources, XDG_CACHE_HOME=cache, LAMINA_API_KEY=KEY) as made:
         yield made
-    finally:
-        made.close()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.mark.slow
