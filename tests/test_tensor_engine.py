@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_workers import until, write_tiny_model
+from real_workers import until, worker_process, write_tiny_model
 
+import lamina.llm
 from lamina import LLM
 from lamina.config import EngineConfig
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.layouts import SHARDS
 from lamina.model_members import LocalModelMembers, model_command
 from lamina.runtime import start
+from lamina_protocols.channels import ChannelClosed, split_address
+from lamina_protocols.socket_channel import connect_tcp
+from lamina_workers.credentials import load_credentials, make_credentials
 from lamina_workers.tensor_workers import TensorWorkers
 
 rng = random.Random(29)
@@ -223,6 +227,46 @@ def test_draining_moves_the_heads_of_all_ranks(alone: LLM, model: Path) -> None:
         assert got == expected
         assert drained[0] > 0
         assert set(llm._runtime.engine._fleet.names.values()) == {"attention-1"}  # type: ignore[union-attr]
+
+
+class TlsMembers(LocalModelMembers):
+    """Ranks that connect as those on other hosts do: over TCP with TLS, each showing a secret of its own."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, count: int, folder: Path) -> None:
+        def command(name: str, address: str) -> list[str]:
+            self.addresses.append(address)
+            return [*model_command(name, address, 1), "--tls-dir", str(folder), "--address", "127.0.0.1"]
+
+        super().__init__(count, threads=1, command=command)
+        self.credentials = load_credentials(folder, server=True)
+        self.addresses: list[str] = []
+
+
+def test_ranks_over_tcp_with_tls_give_the_text_of_one(
+    alone: LLM, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crew and attention worker, as between hosts. Sums among ranks go in the clear, as `Meeting` says."""
+    folder = tmp_path / "tls"
+    credentials = make_credentials(folder, ["127.0.0.1"])
+    flags = ["--tls-dir", str(folder), "--token-file", str(folder / "token"), "--no-local-channel"]
+    members = TlsMembers(2, folder)
+    monkeypatch.setattr(lamina.llm, "_start", lambda *given: start(*given, model_members=members))
+    with (
+        worker_process(*flags, credentials=credentials) as worker,
+        engine(
+            model, model_workers=2, attention_workers=[worker.address], data_channel="tcp", local_channel=False,
+            tls_dir=folder, token_file=folder / "token",
+        ) as llm,
+    ):  # fmt: skip
+        assert texts(llm) == texts(alone)
+        status = worker.status()
+        assert (status.seats, status.channels, status.channel) == (2, 2, "tcp")
+        assert met(llm) == set()
+        assert {address.startswith("127.0.0.1:") for address in members.addresses} == {True}
+        with pytest.raises(ChannelClosed):  # who speaks no TLS is not heard
+            connect_tcp("127.0.0.1", split_address(members.addresses[0])[1], bytes(32), 5.0)
 
 
 @pytest.mark.slow
