@@ -6,6 +6,7 @@ Knows members and ports by their constructors; knows nothing of batches.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,10 +52,12 @@ class Attachment:
         compute_dtype: str,
         engine: str | None = None,
         heads: Sequence[int] = (1,),
+        past: int = 0,
     ) -> None:
         self.members = members
         self.found: dict[str, Surveyed] = {}  # by port: what workers keep from before, which is closed unless adopted
         self._engine = engine
+        self._past = past
         self._share = (heads[0], sum(heads)) if len(heads) > 1 else (1, 1)
         self._credentials: dict[str, Credentials | None] = {}  # by port
         self._config = config
@@ -130,8 +133,12 @@ class Attachment:
     def close(self) -> None:
         """Let all workers go, and end those that were started here."""
         self._pool.shutdown(cancel_futures=True)
-        for port in self._ports:
-            port.close()
+        # Together, for one may not answer for seconds. By plain threads: when Python ends there are no pools any more.
+        closing = [threading.Thread(target=port.close, name="lamina-closing") for port in self._ports]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
         self.members.close()
 
     def _connect(self, member: Member) -> RemoteAttention:
@@ -158,7 +165,7 @@ class Attachment:
     def _as_holder(self, port: RemoteAttention) -> Holder:
         holder = Holder(port.capacity // self._page_bytes, weight=max(1, port.capacity // _WEIGHT_UNIT))
         if port.resumed:
-            kept = self.found[port.name] = survey(port, self._config.worker_timeout)
+            kept = self.found[port.name] = survey(port, self._config.worker_timeout, self._past)
             holder.keeps(kept)
         return holder
 
@@ -180,18 +187,19 @@ def attach(
     engine: str | None = None,
     own: HolderConfig | None = None,
     heads: Sequence[int] = (1,),
+    past: int = 0,
 ) -> Attachment | None:
     """The attention workers that the config asks for, or `members`; None where attention is computed here.
 
     `model` is the model's fingerprint, `engine` the id by which workers know an engine that may be gone on from. With
-    several ranks `heads` are the KV heads of each, and `own` is what rank 0's holders are built from. Nothing is
-    started or connected yet.
+    several ranks `heads` are the KV heads of each, and `own` is what rank 0's holders are built from. Epochs up to
+    `past` are those of an engine before, of which workers take nothing any more. Nothing is started or connected yet.
     """
     if members is None:
         members = _members(config, holder, threads)
     if members is None:
         return None
-    return Attachment(members, config, own or holder, model, compute_dtype, engine, heads)
+    return Attachment(members, config, own or holder, model, compute_dtype, engine, heads, past)
 
 
 def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> Members | None:

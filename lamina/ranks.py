@@ -178,6 +178,7 @@ def begins(
     threads: int,
     early_query: bool,
     engine: str,
+    epoch: int,
 ) -> list[wire.Begin]:
     """What each model worker beyond 0 is to load and to be; `holders` are those of all ranks, one where all are
     replicas, and `devices` has one for each model worker."""
@@ -202,7 +203,7 @@ def begins(
             local_channel=config.local_channel,
             data_channel=config.data_channel,
             lost_after=config.worker_timeout,
-            epoch=1,
+            epoch=epoch,
         )
         for rank in range(1, config.model_workers)
     ]

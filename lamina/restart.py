@@ -38,6 +38,11 @@ def open_journal(config: EngineConfig, model: str, holder: HolderConfig, run: Ru
     )
 
 
+def past_epochs(journal: Journal | None) -> int:
+    """The last epoch that an engine before can have had."""
+    return 0 if journal is None else (journal.starts - 1) * _EPOCHS
+
+
 def recover(
     journal: Journal,
     engine: Engine,
@@ -50,9 +55,9 @@ def recover(
     number, keep. Returns the requests."""
     handles = [part.handle for surveyed in surveys.values() for part in surveyed.parts]
     known = [part[2] for each in journal.history.requests.values() for s in each.samples for part in s.parts]
-    placement.number_parts_from(max([*handles, *known, (journal.starts - 1) * _EPOCHS]))
+    placement.number_parts_from(max([*handles, *known, past_epochs(journal)]))
     epochs = [surveyed.last_epoch for surveyed in surveys.values()]
-    worker.begin_after(max([*epochs, (journal.starts - 1) * _EPOCHS]))
+    worker.begin_after(max([*epochs, past_epochs(journal)]))
     handles = [sample.handle for each in journal.history.requests.values() for sample in each.samples]
     unfinished = engine.recover(found(surveys, placement, worker.address), max(handles, default=0))
     if unfinished:

@@ -36,7 +36,7 @@ from lamina.placement import Holder, Placement
 from lamina.ranks import Ranks, begins, rank_holders
 from lamina.recorder import Recorder
 from lamina.request import SchedulerConfig
-from lamina.restart import open_journal, recover
+from lamina.restart import open_journal, past_epochs, recover
 from lamina.scheduler import Scheduler
 from lamina.ticket import Ticket
 from lamina.tokenizer import Tokenizer, read_json
@@ -185,10 +185,11 @@ def _build(
     SamplingParams().with_defaults(generation_config)  # what is wrong in it is said now, not at each request
     journal = open_journal(config, fingerprint(path), holder, run)
     known_as = journal.engine if journal is not None else secrets.token_hex(16) if config.model_workers > 1 else None
+    past = past_epochs(journal)
     attachment: Attachment | None = None
     ranks: Ranks | None = None
     try:
-        attachment = attach(config, holder, fingerprint(path), dtype_name, threads, members, known_as, own, heads)
+        attachment = attach(config, holder, fingerprint(path), dtype_name, threads, members, known_as, own, heads, past)
         if attachment is None and config.replicas > 1:
             raise InvalidRequest(
                 f"model_workers is {config.replicas} replicas without attention_workers; allowed are 1 or more, "
@@ -208,6 +209,7 @@ def _build(
                 threads=own_threads,
                 early_query=early_query,
                 engine=known_as or "",
+                epoch=past + 1,
             )
             ranks = Ranks(beside, told)
             ranks.begin(progress)
@@ -229,7 +231,7 @@ def _build(
         with torch.inference_mode():
             decoder = Decoder(model, weights, Shard(0, config.ranks), None if group is None else group.meet())
         decoder = sliced(decoder, config.compile)
-        alone = ModelWorker(decoder, own, ports, own_threads, config.worker_timeout, early_query)
+        alone = ModelWorker(decoder, own, ports, own_threads, config.worker_timeout, early_query, epoch=past + 1)
         worker: Workers = alone
         if group is not None:
             worker = TensorWorkers(

@@ -279,8 +279,9 @@ class FreshPages:
 class Survey:
     """Ask what a holder keeps: parts of handle `first` and above. Batches in flight are dropped.
 
-    Needs no announcement, and is numbered by who asks, the batch from 1 up. From then on only newer epochs than the
-    last are taken, so whoever sent here before, and does not know that it was followed, is refused.
+    Needs no announcement; the batch is numbered by who asks, from 1 up. `epoch` is the last that whoever was here
+    before may have: from then on only newer ones than that, and than the last announced, are taken, so who sent here
+    before, and does not know that it was followed, is refused.
     """
 
     epoch: int

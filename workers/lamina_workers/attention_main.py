@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lamina_workers.leaving import leave
 from lamina_workers.openmp import share_cores
 from lamina_workers.parent import die_with_parent
 
@@ -131,4 +132,4 @@ def _leave_anyway(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -91,14 +91,15 @@ class Channelled(Protocol):
     def channel(self) -> Channel: ...
 
 
-def survey(port: AttentionPort, timeout: float | None = None) -> Surveyed:
-    """All that a holder keeps, asked before anything else is under way at this port.
+def survey(port: AttentionPort, timeout: float | None = None, past: int = 0) -> Surveyed:
+    """All that a holder keeps, asked before anything else is under way at this port. Epochs up to `past`, and to the
+    last that was announced there, are over.
 
     Raises HolderLost as `receive` does, HolderFault where the holder cannot say.
     """
     parts: tuple[PartHeld, ...] = ()
     while True:
-        port.send(Survey(0, 1, parts[-1].handle + 1 if parts else 0))
+        port.send(Survey(past, 1, parts[-1].handle + 1 if parts else 0))
         reply = port.receive(timeout)
         if isinstance(reply, Fault):
             raise HolderFault(f"{port.name}: {reply.reason}")

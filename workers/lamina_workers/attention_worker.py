@@ -107,7 +107,7 @@ class AttentionWorker:
         self._epoch = 0
         self._last_batch = 0
         self._next_operation = 0
-        self._fence = -1  # the last epoch when a survey was asked for: those that sent until then are refused
+        self._fence = -1  # the last epoch that a survey has ended: those that sent until then are refused
         self._batches: dict[int, _Batch] = {}
         self._kv_layers = {spec.kv_layer for spec in config.layers}
         self._torn: dict[int, int] = {}  # by handle: from where on KV has not come in every layer
@@ -336,7 +336,7 @@ class AttentionWorker:
         for batch in self._batches.values():
             self._reader.over(batch.readings.values())
         self._batches.clear()
-        self._fence = self._epoch
+        self._fence = max(self._fence, self._epoch, message.epoch)
         handles = sorted(handle for handle in self.store.handles() if handle >= message.first)
         parts: list[PartHeld] = []
         numbers = 0

@@ -294,7 +294,7 @@ class CrewWorker:
         try:
             if port is None:
                 raise HolderFault(f"there is no holder {number}")
-            self._say(wire.Looked(number, survey(port, self._begin.patience)))
+            self._say(wire.Looked(number, survey(port, self._begin.patience, self._epoch - 1)))
         except HolderFault as fault:
             self._say(wire.Failed(type(fault).__name__, str(fault)))
 

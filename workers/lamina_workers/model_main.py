@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from lamina_workers.leaving import leave
 from lamina_workers.openmp import share_cores
 from lamina_workers.parent import die_with_parent
 
@@ -114,6 +115,4 @@ def _follow_parent() -> None:
 
 
 if __name__ == "__main__":
-    status = main()
-    logging.shutdown()
-    os._exit(status)  # threads of torch and grpc may be anywhere; all that must be closed was
+    leave(main())

@@ -16,7 +16,7 @@ import torch
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, HolderConfig, Surveyed
 from lamina_workers import crew_wire as wire
-from lamina_workers.attention_port import AttentionPort, Transported, survey
+from lamina_workers.attention_port import AttentionPort, Transported
 from lamina_workers.copying import Move
 from lamina_workers.crew import Mate
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
@@ -248,13 +248,10 @@ class TensorWorkers:
         place = self._places.get(number)
         return place.address if place is not None else f"rank {self._owner[number]}"
 
-    def look(self, number: int, port: AttentionPort | None = None) -> Surveyed:
-        """What a holder keeps; nothing may be under way. `port` is that of one of rank 0. Raises HolderFault."""
-        rank = self._owner.get(number, 0)
-        if rank == 0:
-            if port is None:
-                raise HolderFault(f"holder {number} is rank 0's own, and its port was not given")
-            return survey(port, self._wait)
+    def look(self, number: int) -> Surveyed:
+        """What a holder of another rank keeps; nothing may be under way. What was announced to it before this epoch
+        is over. Raises HolderFault."""
+        rank = self._owner[number]
         said = self._mates[rank].ask(wire.Look(number), wire.Looked, self._wait)
         if isinstance(said, wire.Failed):
             raise HolderFault(f"model worker {rank}: {said.reason}")

@@ -1,0 +1,45 @@
+"""How an engine lets its attention workers go."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, cast
+
+from lamina.attach import Attachment
+from lamina.config import EngineConfig
+from lamina_protocols.messages import HolderConfig, LayerSpec
+
+HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
+
+
+class Members:
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def close(self) -> None:
+        self._log.append("members")
+
+
+class Port:
+    """It takes as long to close as all others do."""
+
+    def __init__(self, all_there: threading.Barrier, log: list[str]) -> None:
+        self._all_there = all_there
+        self._log = log
+
+    def close(self) -> None:
+        try:
+            self._all_there.wait(5.0)
+        except threading.BrokenBarrierError:
+            self._log.append("alone")
+        else:
+            self._log.append("together")
+
+
+def test_workers_that_do_not_answer_are_waited_for_together() -> None:
+    log: list[str] = []
+    attachment = Attachment(cast(Any, Members(log)), EngineConfig(), HOLDER, "model", "float32")
+    all_there = threading.Barrier(3)
+    attachment._ports = cast(Any, [Port(all_there, log) for _ in range(3)])
+    attachment.close()
+    assert log == ["together"] * 3 + ["members"]
