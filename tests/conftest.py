@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from lamina.constraints import Grammars
@@ -42,6 +43,9 @@ from lamina_workers.layout import attention_kernels, page_layout, sketched
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
+
+settings.register_profile("lamina")  # no test measures time
+settings.load_profile("lamina")
 
 DEVICE = os.environ.get("LAMINA_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 """Where tests compute what they can compute on any device."""

@@ -115,7 +115,7 @@ class Rig:
         return connection
 
 
-def until(condition: Callable[[], bool], seconds: float = 1.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     """Whether it comes true within so many seconds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -34,7 +34,7 @@ class Server:
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=12), st.integers(1, 5) | st.none())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_all_are_sent_in_order_and_no_more_at_once_than_allowed(turns, most):
     server = Server(turns)
     done = run_loop(run([0.0] * len(turns), server.send, max_concurrency=most))

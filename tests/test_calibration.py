@@ -293,7 +293,7 @@ class TestGates:
 
 class TestData:
     @given(st.integers(1, 10), st.integers(1, 6), st.integers(0, 100))
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     def test_what_is_asked_for_was_hidden(self, needles: int, words: int, seed: int) -> None:
         tokenizer, text = Words(), [1] * 500
         found = passkeys(tokenizer, text, 400, needles, words, random.Random(seed))  # type: ignore[arg-type]  # a fake
@@ -339,7 +339,7 @@ class TestData:
 
 class TestPlans:
     @given(st.integers(0, 10_000), st.integers(2, 4))
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     def test_no_choice_at_that_cost_is_better(self, seed: int, count: int) -> None:
         generator = np.random.default_rng(seed)
         influence = generator.random((count, 2, 2)) * generator.random((1, 2, 2))

@@ -84,7 +84,7 @@ def worlds(draw: st.DrawFn, kernels: Kernels, dtype: torch.dtype, order: Order) 
 
 
 @every_case
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), cap=st.sampled_from([None, 3.0]), threads=st.integers(1, 4))
 def test_any_batch_is_right(kernels: Kernels, dtype: torch.dtype, order: Order, data, cap, threads: int) -> None:
     world = data.draw(worlds(kernels, dtype, order))

@@ -100,7 +100,7 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         assert torch.equal(q[one], split_heads(x[one], 1, 1, (angles[one].cos(), angles[one].sin()))[0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
 def test_rounds_to_bfloat16_as_torch_does(bits: list[int]) -> None:
     patterns = torch.tensor([b - 2**32 if b >= 2**31 else b for b in bits], dtype=torch.int32).view(torch.float32)

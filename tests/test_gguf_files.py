@@ -105,7 +105,7 @@ def test_large_tensors_come_in_blocks(tmp_path: Path) -> None:
 
 
 @given(position=st.integers(0, 1 << 20), value=st.integers(0, 255))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_byte_never_leads_out_of_the_file(tmp_path: Path, tiny_gguf: Path, position: int, value: int) -> None:
     content = bytearray(tiny_gguf.read_bytes())
     header = min(tensor.offset for tensor in GgufFile(tiny_gguf).tensors.values())

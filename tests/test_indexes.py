@@ -230,7 +230,7 @@ class TestGraph:
 
 
 class TestLinks:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.integers(2, 60), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from([4, 8, 16]))
     def test_all_keys_become_reachable(self, n: int, m: int, seed: int, slots: int) -> None:
         rng = np.random.default_rng(seed)
@@ -348,7 +348,7 @@ class TestKeyIndex:
 
 
 class TestQuerySample:
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(st.lists(st.integers(1, 90), min_size=1, max_size=20), st.integers(8, 64), st.integers(1, 5))
     def test_keeps_true_queries_later_ones_denser(self, sizes: list[int], capacity: int, stride: int) -> None:
         sample = QuerySample(2, 3, capacity, stride)

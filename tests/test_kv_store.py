@@ -288,5 +288,5 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 TestPool.settings = settings(  # rules often do not apply to the parts that there are
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much]
+    max_examples=60, stateful_step_count=40, suppress_health_check=[HealthCheck.filter_too_much]
 )

@@ -66,7 +66,7 @@ def check(kernels: Kernels, into: Partial, past: Partial, index: torch.Tensor | 
 @both
 @every_into
 @every_past
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     total=st.integers(1, 70),
     picked=st.sampled_from([None, 0.0, 0.5, 1.0]),

@@ -38,7 +38,7 @@ def layouts(draw: st.DrawFn, order: Order | None = None) -> PageLayout:
     return PageLayout(page_size, draw(STEPS), draw(STEPS), dtype, order)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(layouts())
 def test_a_page_costs_its_k_and_v_and_scales_and_nothing_else(layout: PageLayout) -> None:
     numbers = layout.page_size * (layout.d_k + layout.d_v)
@@ -55,7 +55,7 @@ def test_a_page_costs_its_k_and_v_and_scales_and_nothing_else(layout: PageLayout
         assert pages.scales.shape == (3, 2, layout.page_size)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(layouts(), st.integers(0, 2))
 def test_the_views_of_a_page_cover_each_of_its_bytes_once(layout: PageLayout, page: int) -> None:
     pages, written = Pages.allocate(layout, 3), 0
@@ -73,7 +73,7 @@ def test_smollm2s_page_is_8_kib() -> None:
 
 
 @both
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     data=st.data(),
     given_dtype=st.sampled_from(FLOATS),
@@ -103,7 +103,7 @@ def test_what_is_appended_is_gathered_and_nothing_else_changes(
 
 
 @pytest.mark.parametrize("dtype", PEAKS, ids=str)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(d=STEPS, spread=st.sampled_from([1.0, 1e-30, 1e30]), seed=st.integers(0, 99))
 def test_quantising_errs_by_half_a_step_of_the_largest(dtype: torch.dtype, d: int, spread: float, seed: int) -> None:
     x = torch.randn(9, d, generator=torch.Generator().manual_seed(seed)) * spread

@@ -35,7 +35,7 @@ def close(a: Partial, b: Partial) -> None:
     torch.testing.assert_close(a.lse, b.lse)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(partials(), st.randoms())
 def test_order_does_not_matter(parts: list[Partial], random) -> None:
     shuffled = parts.copy()
@@ -43,14 +43,14 @@ def test_order_does_not_matter(parts: list[Partial], random) -> None:
     close(merge(parts), merge(shuffled))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(partials(least=2), st.integers(1, 4))
 def test_grouping_does_not_matter(parts: list[Partial], at: int) -> None:
     at = min(at, len(parts) - 1)
     close(merge([merge(parts[:at]), merge(parts[at:])]), merge(parts))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(partials())
 def test_empty_is_the_identity(parts: list[Partial]) -> None:
     nothing = empty(3, 8)
@@ -60,7 +60,7 @@ def test_empty_is_the_identity(parts: list[Partial]) -> None:
             torch.testing.assert_close(merged.out, part.out)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 9), st.sampled_from([1.0, 1e4]), st.integers(0, 99))
 def test_merging_is_attention_over_the_union(at: int, spread: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ def test_merging_is_attention_over_the_union(at: int, spread: float, seed: int) 
     close(merge([attention(logits[:, :at], v[:at]), attention(logits[:, at:], v[at:])]), attention(logits, v))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(partials(), st.permutations(range(4)))
 def test_merging_two_at_a_time_in_any_order_is_merging_all(parts: list[Partial], order: list[int]) -> None:
     total = empty(3, 8)

@@ -55,7 +55,7 @@ _files = st.builds(
 
 
 @given(_files)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_is_read(tmp_path: Path, file: PolicyFile) -> None:
     write(tmp_path / "policy.toml", file)
     assert read(tmp_path / "policy.toml") == file
@@ -110,7 +110,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, content: str, said: str) -> None
         st.binary(max_size=300), st.text(alphabet='[]{}="#\n layer.heads1versionfull', max_size=200).map(str.encode)
     )
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_a_policy_or_an_error(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "any.toml"
     file.write_bytes(content)
@@ -119,7 +119,7 @@ def test_any_bytes_are_a_policy_or_an_error(tmp_path: Path, content: bytes) -> N
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_file_is_a_policy_or_an_error(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(GOOD.encode())
     for _ in range(data.draw(st.integers(1, 3))):

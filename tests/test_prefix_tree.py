@@ -89,7 +89,7 @@ def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 @given(prompts(), prompts(), st.sampled_from([1, 2, 5]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_longest_match_is_found(kept: list[tuple[int, ...]], asked: list[tuple[int, ...]], page_size: int) -> None:
     keeper = Keeper(page_size)
     for tokens in kept:
@@ -106,7 +106,7 @@ def test_the_longest_match_is_found(kept: list[tuple[int, ...]], asked: list[tup
 
 
 @given(prompts(), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_everything_unused_can_be_evicted(kept: list[tuple[int, ...]], data: st.DataObject) -> None:
     keeper = Keeper()
     for tokens in kept:

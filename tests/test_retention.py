@@ -38,14 +38,14 @@ def sees(policy: Policy, p: int) -> set[int]:
 
 
 @given(WINDOWED, st.integers(0, 300), st.integers(0, 150))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_later_query_sees_what_lies_below(policy: Policy, start: int, later: int) -> None:
     lowest = policy.seen_from(start)
     assert all(k >= lowest or k < policy.sinks for k in sees(policy, start + later))
 
 
 @given(WINDOWED, st.integers(0, 300), st.integers(1, 150))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_is_kept_never_moves_back(policy: Policy, start: int, later: int) -> None:
     for lowest in (policy.seen_from, policy.kept_from):
         assert 0 <= lowest(start) <= lowest(start + later)
@@ -54,7 +54,7 @@ def test_what_is_kept_never_moves_back(policy: Policy, start: int, later: int) -
 
 
 @given(POLICIES, st.integers(0, 400))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_part_returns_as_far_as_its_queries_find_everything(policy: Policy, length: int) -> None:
     position = policy.kept_from(length)
     lowest = returns_to(policy, position)

@@ -62,7 +62,7 @@ def table_of(heads: int, entries: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     fused=st.booleans(),
     window=st.sampled_from((None, None, 6)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_vector_sees_what_its_policy_says(
     start: int, count: int, base: int, policies: list[str | None], fused: bool, window: int | None
 ) -> None:

@@ -26,7 +26,7 @@ def ints(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     first=st.integers(0, 40),
     more=st.integers(0, 20),
@@ -72,7 +72,7 @@ def test_what_is_left_out_is_the_plain_case() -> None:
     assert rows.bias == ()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data())
 def test_rows_cover_every_vector_once_whatever_their_order(data: st.DataObject) -> None:
     """Any partition of the heads of some sequences into rows is taken; the same with one row elsewhere is not."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -85,7 +85,6 @@ def row_samplings(draw: st.DrawFn, vocabulary: int) -> RowSampling:
     )
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_every_row_gets_the_token_of_the_obvious_sampler(data: st.DataObject) -> None:
     vocabulary = data.draw(st.sampled_from([1, 7, 64, 65, 300]))

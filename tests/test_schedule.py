@@ -119,7 +119,7 @@ def check_outputs(rows: Rows, pieces: Pieces) -> None:
     assert sorted(vectors) == list(range(rows.n))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(small_rows(), st.integers(1, 5))
 def test_every_visible_pair_is_in_exactly_one_piece(rows: Rows, shares: int) -> None:
     whole = cut(rows)
@@ -132,7 +132,7 @@ def test_every_visible_pair_is_in_exactly_one_piece(rows: Rows, shares: int) -> 
     assert (np.diff(starts) >= 0).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(small_rows())
 def test_pieces_know_the_strides_of_their_tables_and_biases(rows: Rows) -> None:
     strides = {}
@@ -147,7 +147,7 @@ def test_pieces_know_the_strides_of_their_tables_and_biases(rows: Rows) -> None:
             assert described == strides[int(piece["q"])]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(ROWS, st.integers(1, 9), st.sampled_from([EVERYTHING, 70]), st.sampled_from([0, 5, 900]))
 def test_shares_are_equal_and_hold_every_key_once(
     given: list[tuple[int, int, int, int]], shares: int, window: int, sinks: int

@@ -227,7 +227,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("text", "content", "calls"), TEXTS, ids=range(len(TEXTS)))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_text_gives_the_same_however_it_is_cut(
     text: str, content: str, calls: list[Any], data: st.DataObject

@@ -155,7 +155,7 @@ def test_what_does_not_fit_takes_nothing() -> None:
     assert hasty.tpot > 0.001
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     system=st.sampled_from([together(4), dop(2, 4), dop(2, 3, lanes=2), dop(2, 2, attention=EPYC)]),
     what=st.sampled_from(["bandwidth", "flops", "memory", "interconnect"]),
@@ -169,7 +169,7 @@ def test_a_better_device_is_never_slower(system: System, what: str, factor: floa
     assert after.goodput >= before.goodput * (1 - 1e-3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(factor=st.floats(1.0, 100.0), lanes=st.integers(1, 3), loads=st.floats(0.1, 100.0))
 def test_a_better_link_is_never_slower(factor: float, lanes: int, loads: float) -> None:
     better = replace(FHBN, bandwidth=FHBN.bandwidth * factor, round_trip=FHBN.round_trip / factor)
@@ -184,7 +184,7 @@ def test_a_steady_load_is_never_harder_than_one_that_varies() -> None:
         assert varying <= steady * 1.001
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.floats(0, 5), st.integers(1, 20_000), st.integers(1, 3000)), min_size=1, max_size=8),
     bandwidth=st.floats(1e6, 1e15),

@@ -236,7 +236,7 @@ def test_replicas_of_the_model_share_the_lanes() -> None:
     assert price(offloaded(lanes=3, model_replicas=2)) == pytest.approx(4 * 11.06 + 4 * 4.63)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(load=loads, factor=st.floats(1.0, 16.0), field=st.sampled_from(["bandwidth", "flops", "interconnect"]))
 @example(load=Load(575, 2308), factor=13.4, field="bandwidth")  # FLOPs bound the dense layers, bytes k and v of them
 def test_a_better_device_is_never_slower(load: Load, factor: float, field: str) -> None:
@@ -247,7 +247,7 @@ def test_a_better_device_is_never_slower(load: Load, factor: float, field: str) 
     assert offloaded(attention_device=better).step(load).seconds <= offloaded().step(load).seconds * (1 + 1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(load=loads, factor=st.floats(1.0, 16.0), lanes=st.integers(1, 4))
 def test_a_better_link_is_never_slower_and_overlap_never_hurts(load: Load, factor: float, lanes: int) -> None:
     system = offloaded(lanes=lanes)
@@ -257,7 +257,7 @@ def test_a_better_link_is_never_slower_and_overlap_never_hurts(load: Load, facto
     assert step <= replace(system, overlap=False).step(load).seconds * (1 + 1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(load=loads, system=st.sampled_from([colocated(), offloaded(), offloaded(lanes=1), offloaded(shard="sequence")]))
 def test_no_tier_is_busier_than_the_step_is_long_and_more_work_takes_longer(load: Load, system: Offloaded) -> None:
     cost = system.step(load)

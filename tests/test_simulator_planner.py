@@ -106,7 +106,7 @@ def ranked(*systems: System, asked: Demand = STEADY, slo: Slo = SLO, prefill: bo
     return rank([Candidate(system, 4) for system in systems], asked, slo, prefill=prefill)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.sampled_from(["h100", "h20"]), st.floats(0.05, 1.0), st.sampled_from([1.0, 6.0, math.inf]))
 def test_a_cheaper_device_never_ranks_its_systems_lower(name: str, factor: float, rate: float) -> None:
     systems = (together(4), together(8), together(8, H20), dop(2, 4), dop(4, 2), together(4, H20))

@@ -37,7 +37,7 @@ traces = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 3000), st.integers(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trace=traces, system=st.sampled_from(SYSTEMS), replicas=st.integers(1, 3))
 def test_every_request_and_every_token_comes_out(trace: Trace, system: Colocated, replicas: int) -> None:
     result = simulate(system, trace, replicas=min(replicas, len(trace.arrivals)))
@@ -102,7 +102,7 @@ def test_a_faster_link_and_a_cheaper_policy_serve_no_later() -> None:
     assert simulate(spared, trace, prefill=False).seconds < seconds[1]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(factor=st.floats(1.0, 8.0), seed=st.integers(0, 99))
 def test_more_bandwidth_serves_a_backlog_no_later(factor: float, seed: int) -> None:
     trace = all_at_once(synthetic(published()["azure-code"], 60, seed=seed))

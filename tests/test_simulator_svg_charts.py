@@ -41,7 +41,7 @@ def texts(root: Element) -> list[str]:
 
 
 @given(st.lists(st.builds(Bar, NAMES, SIZES, NAMES, NAMES, st.booleans()), max_size=8), NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bars(rows: list[Bar], about: str) -> None:
     root = parsed(bars(rows, about))
     lengths = [float(element.get("width", 0)) for element in root.iter("rect")]
@@ -59,7 +59,7 @@ def test_bars_are_in_proportion() -> None:
 
 
 @given(st.lists(st.builds(Spread, NAMES, SIZES, SIZES, SIZES), max_size=6), st.none() | st.floats(1e-3, 1e6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_spreads(rows: list[Spread], limit: float | None) -> None:
     parsed(spreads(rows, "ms", "about", limit))
 
@@ -79,14 +79,14 @@ def test_a_wide_range_is_logarithmic() -> None:
     st.booleans(),
     NAMES,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_panel(line: list[tuple[float, float]], seconds: float, high: float, percent: bool, name: str) -> None:
     curves = [Curve("model", tuple(line), name), Curve("attention", ())]
     parsed(panel(name, name, curves, seconds, high, name, [tuple(line)], percent))
 
 
 @given(st.lists(st.tuples(NAMES, SIZES, SIZES, st.booleans()), max_size=20), NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_scatter(points: list[tuple[str, float, float, bool]], chosen: str) -> None:
     parsed(scatter(points, chosen, chosen, chosen, chosen))
 

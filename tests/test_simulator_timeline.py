@@ -48,7 +48,7 @@ def named(events: tuple[Event, ...], name: str) -> dict[tuple[int, int, int], Ev
 
 
 @given(CASES, st.floats(0, 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_invariants(case: dict[str, float], share: float) -> None:
     kv_seconds = share * case["model_seconds_per_layer"]
     events = step_timeline(**case, kv_seconds=kv_seconds)

@@ -240,7 +240,7 @@ def test_rank_correlation() -> None:
 
 
 @given(_traces, st.floats(1e-3, 1e3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_scaling_changes_only_the_times(found: Trace, factor: float) -> None:
     faster = scaled(found, factor)
     assert faster.seconds == pytest.approx(found.seconds / factor)
@@ -249,7 +249,7 @@ def test_scaling_changes_only_the_times(found: Trace, factor: float) -> None:
 
 
 @given(_traces, st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_split_keeps_each_request_once(found: Trace, data: st.DataObject) -> None:
     replicas = data.draw(st.integers(1, len(found.arrivals)))
     parts = split(found, replicas)
@@ -302,7 +302,7 @@ def test_a_trace_names_what_is_wrong(arrivals: tuple[Arrival, ...], message: str
 
 
 @given(st.integers(1, 4 * BLOCK), st.integers(1, 4 * BLOCK), st.integers(0, 4), st.integers(0, 9), st.integers(10, 99))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_tokens_are_equal_as_far_as_blocks_are(one: int, two: int, shared: int, salt: int, other: int) -> None:
     prompts = []
     for number, length in ((salt, one), (other, two)):
@@ -428,7 +428,7 @@ def test_what_is_no_text_or_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @given(st.text(max_size=200), st.sampled_from(["", f"{HEADER}\n", f"{HEADER}\n{ROW}\n", _mooncake() + "\n", "{"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_is_a_trace_or_an_error(tmp_path_factory: pytest.TempPathFactory, text: str, before: str) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.txt"
     path.write_bytes((before + text).encode("utf-8", "surrogatepass"))

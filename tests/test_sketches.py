@@ -238,7 +238,7 @@ def small() -> World:
     return make_world(16, 16, 16, F32, 64, spread=2.0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_choice_keeps_its_promises(small: World, data: st.DataObject) -> None:
     draw = data.draw

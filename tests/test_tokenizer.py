@@ -77,7 +77,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = T
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 @given(ids=st.lists(st.integers(0, 270), max_size=120), skip=st.booleans())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pieces_are_the_text_of_any_ids(
     tokenizers: dict[str, Tokenizer], kind: str, ids: list[int], skip: bool
 ) -> None:
@@ -89,7 +89,7 @@ def test_pieces_are_the_text_of_any_ids(
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
 @given(text=st.text(st.sampled_from("the \n\u00e9\u6f22\U0001f389\u200d\U0001f9d1"), max_size=80))
 @example(text="\U0001f389" * 40)
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pieces_of_valid_text_never_hold_half_a_character(
     tokenizers: dict[str, Tokenizer], kind: str, text: str
 ) -> None:
@@ -138,7 +138,7 @@ def bytes_to_letters() -> dict[int, str]:
 
 
 @given(text=st.text(max_size=60))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_byte_level_text_comes_back(tokenizers: dict[str, Tokenizer], text: str) -> None:
     tokenizer = tokenizers["byte-level"]
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text

@@ -54,7 +54,7 @@ def kernel_names(world: World, threads: int) -> list[str]:
 
 class TestAttend:
     @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(data=st.data())
     def test_any_batch_is_right(self, dtype: torch.dtype, device: str, data: st.DataObject) -> None:
         at = layout(dtype, *(data.draw(st.sampled_from(sizes)) for sizes in (PAGE_SIZES, SIZES, SIZES)))
@@ -213,7 +213,7 @@ class TestAppend:
                 assert torch.equal(wanted.signbit(), found.signbit())
             assert torch.equal(wanted, found)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         dtype=st.sampled_from(list(LIMITS)),
         given_dtype=st.sampled_from(FLOATS),
@@ -292,7 +292,7 @@ def on(partial: Partial, device: str) -> Partial:
 
 class TestMerge:
     @pytest.mark.parametrize(("into_dtype", "past_dtype"), list(product(FLOATS, FLOATS)), ids=str)
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=8)
     @given(
         total=st.integers(1, 70),
         picked=st.sampled_from([None, 0.0, 0.5, 1.0]),
@@ -366,7 +366,7 @@ class TestMerge:
         assert torch.equal(found.out, inside.out)
         assert torch.equal(found.lse, inside.lse)
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(
         counts=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5)), min_size=1, max_size=4),
         dtype=st.sampled_from(FLOATS),
@@ -397,7 +397,7 @@ class TestMerge:
 
 
 class TestPlanning:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         rows=st.lists(st.integers(1, 260), min_size=1, max_size=4),
         group=st.sampled_from([1, 3, 8, 40, 128]),

@@ -142,7 +142,7 @@ def test_header_lengths_that_lie_are_refused(tmp_path: Path, content: bytes) -> 
 
 
 @given(position=st.integers(0, 400), value=st.integers(0, 255))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_byte_gives_an_error_or_tensors_inside_the_file(tmp_path: Path, position: int, value: int) -> None:
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path)
