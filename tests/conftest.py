@@ -44,7 +44,7 @@ from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
 
-settings.register_profile("lamina")  # no test measures time
+settings.register_profile("lamina", deadline=None)  # no test measures time
 settings.load_profile("lamina")
 
 DEVICE = os.environ.get("LAMINA_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
