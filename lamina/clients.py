@@ -63,6 +63,16 @@ class Clients:
         if self._recorder is not None:
             self._recorder.close()
 
+    def refuse(self, ticket: Ticket, error: EngineError) -> None:
+        """A request came too late."""
+        self._deliver(ticket, [Output(0, None, error=error)])
+
+    def scheduled(self, tickets: Mapping[Sample, Ticket]) -> None:
+        """These are in a batch that every holder has accepted."""
+        for sequence, ticket in tickets.items():
+            if ticket.scheduled is None:
+                ticket.scheduled, ticket.cached_tokens = self._clock(), sequence.reused
+
     def record(self, plan: Plan, outcomes: Sequence[Outcome], reports: Mapping[Sample, RowLogprobs | None]) -> None:
         """Tell of a batch that is complete; `reports` are the log probabilities of those who sampled."""
         outputs: dict[str, list[Output]] = {}

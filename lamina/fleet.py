@@ -6,7 +6,7 @@ Knows nothing of requests and clients; whoever calls must have no batch under wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lamina.errors import InvalidRequest
 from lamina.mover import Mover
@@ -15,7 +15,7 @@ from lamina.request import Sequence as Sample
 from lamina.scheduler import Scheduler
 from lamina.shares import Layout, Pages, Share
 from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import Surveyed
+from lamina_protocols.messages import Announced, Surveyed
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker import Seat, Workers
@@ -60,7 +60,30 @@ class Fleet:
     @property
     def halted(self) -> bool:
         """Whether nothing can be computed before somebody joins or comes back."""
-        return self.empty or bool(self._worker.missing)
+        return self.empty or bool(self.missing)
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The ranks of model workers that are gone, and not back yet."""
+        return self._worker.missing
+
+    def answered(self, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> Pages:
+        """Holders have answered an announcement: those that accept have what it told them. Returns the pages that they
+        have left, of those that the scheduler knows."""
+        for number, answer in answers.items():
+            if answer.accepted:
+                self._placement.holders[number].accepted(shares[number])
+        return Pages({number: answer.free_pages for number, answer in answers.items() if number not in self._scratch})
+
+    def ask_for_room(self, numbers: Iterable[int]) -> None:
+        """Have holders apply what waits for them, and say how many pages they have left."""
+        shares = {number: self._placement.holders[number].outgoing() for number in numbers}
+        try:
+            _, answers = self._worker.announce_now(shares)
+        except HolderFault as fault:  # it is met again, and seen to, by the first batch
+            logger.warning("%s", fault)
+            return
+        self._scheduler.told(self.answered(shares, answers))
 
     def join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None = None) -> None:
         """One attention worker more, with a holder for each rank; new sequences use it. `credentials` are for the other
@@ -198,10 +221,6 @@ class Fleet:
                 if plan is not None:
                     self._scheduler.drop(plan)
                 raise
-            for number, share in shares.items():
-                self._placement.holders[number].accepted(share)
+            free = self.answered(shares, answers)
             if plan is not None:
-                free = Pages(
-                    {number: reply.free_pages for number, reply in answers.items() if number not in self._scratch}
-                )
                 self._scheduler.accepted(plan, free, ())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from conftest import holder_config
 
+from lamina.batches import Lane
 from lamina.engine import Engine
 from lamina.kv_budget import page_groups
 from lamina.lanes import Lanes
@@ -190,32 +191,32 @@ class SteppedEngine(Engine):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.faults: list[HolderFault] = []
+        run_again, left = self._losses.run_again, self._patience.left
+
+        def noted(lane: Lane, fault: HolderFault) -> None:
+            if "below the floor" not in str(fault):  # a rebuild that found the local holder full after all; begins anew
+                self.faults.append(fault)
+            run_again(lane, fault)
+
+        self._losses.run_again = noted  # type: ignore[method-assign]
+        self._patience.left = lambda: left() or 0.0  # type: ignore[method-assign]  # nobody else brings any news
 
     def drive(self, more: Callable[[], bool], after_step: Callable[[], None]) -> None:
         """Do all there is to do; where there is nothing left ask for `more`, and end where there is none."""
         for _ in range(MOST_STEPS):
-            while self._inbox.empty() and self._at_rest() and more():
+            while self._inbox.empty and self._at_rest() and more():
                 pass
-            if self._inbox.empty() and self._at_rest() and not (self._fleet.empty and self._clients.tickets):
+            if self._inbox.empty and self._at_rest() and not (self._fleet.empty and self._clients.tickets):
                 return
             self._drain_inbox()
             self.step()
             after_step()
         raise StuckError(f"after {MOST_STEPS} steps there is still work")
 
-    def _recover(self, lane: Any, fault: HolderFault) -> None:
-        if "below the floor" not in str(fault):  # a rebuild that found the local holder full after all; it begins anew
-            self.faults.append(fault)
-        super()._recover(lane, fault)
-
-    def _patience(self) -> float:
-        """Never wait for news without end: there is nobody else to bring any."""
-        return super()._patience() or 0.0
-
     def _at_rest(self) -> bool:
         """Whether nothing goes on by itself; with nobody to keep KV requests wait for somebody to join."""
         waits = self._scheduler.has_work or self._placement.pending
-        return not self._lanes and (self._fleet.empty or not waits)
+        return not self._batches and (self._fleet.empty or not waits)
 
 
 @dataclass

@@ -1,0 +1,69 @@
+"""How long requests wait where nobody can go on with them: for a holder to join, or for a model worker to come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lamina.clients import Clients
+from lamina.errors import EngineError
+from lamina.fleet import Fleet
+from lamina.scheduler import Scheduler
+
+
+class Patience:
+    """`hope` seconds at most, of the clock, from when it was missed; then they end with an error."""
+
+    def __init__(
+        self, hope: float, fleet: Fleet, scheduler: Scheduler, clients: Clients, clock: Callable[[], float]
+    ) -> None:
+        self._hope = hope
+        self._fleet = fleet
+        self._scheduler = scheduler
+        self._clients = clients
+        self._clock = clock
+        self._since: float | None = None  # since when somebody is missing
+
+    @property
+    def tried(self) -> bool:
+        """Whether somebody is missing."""
+        return self._since is not None
+
+    def miss(self) -> None:
+        """From now on somebody is missing."""
+        self._since = self._clock()
+
+    def came(self) -> None:
+        """Somebody is there again, if not all that are needed."""
+        self._since = self._since if self._fleet.halted else None
+
+    def left(self) -> float | None:
+        """Seconds that requests may still wait; None where nobody is missing, or there are no requests."""
+        if self._since is None or not self._clients.tickets:
+            return None
+        return max(0.0, self._since + self._hope - self._clock())
+
+    def look(self) -> bool:
+        """Those whom no holder can keep any more wait for one that can, while others go on. Whether that was too
+        long, so that they have been given up."""
+        if self._fleet.halted:
+            return False
+        if not self._scheduler.stranded:
+            self._since = None
+        elif self._since is None:
+            self.miss()
+        elif self._clock() > self._since + self._hope:
+            self.despair()
+            return True
+        return False
+
+    def despair(self) -> None:
+        """Nobody has come in time: whoever waits for that is told."""
+        stranded = {sequence.request.id for sequence in self._scheduler.stranded}
+        for ticket in [t for t in self._clients.tickets.values() if self._fleet.halted or t.request.id in stranded]:
+            self._clients.fail(ticket, EngineError(self._why()))
+
+    def _why(self) -> str:
+        if missing := self._fleet.missing:
+            return f"model worker {', '.join(map(str, missing))} has not come back for {self._hope:g} s"
+        left = "no attention worker is left" if self._fleet.empty else "no holder that is left has room for this"
+        return f"{left}, and none has joined for {self._hope:g} s; start an attention worker and try again"
