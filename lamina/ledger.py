@@ -171,7 +171,7 @@ class Ledger:
         self._free = Pages(self._free | free)
 
     def took(self, pages: Pages) -> None:
-        """So many were taken of these holders, outside of any plan."""
+        """So many were taken of these holders just now, outside of any plan."""
         self._free -= pages
 
     def concerns(self, handle: int) -> bool:

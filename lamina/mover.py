@@ -175,6 +175,8 @@ class Mover:
                 return False
             for number, share in shares.items():
                 self._placement.holders[number].accepted(share)
+        fresh = tuple(part.share for part in journey.new)
+        self._scheduler.took(self._scheduler.config.held(fresh, lo, hi, journey.sequence.floor))
         return True
 
     def _promise(self) -> None:

@@ -6,7 +6,7 @@ Opens and closes them in the ledger. Knows nothing of who waits, of plans, or of
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from lamina.errors import EngineError
@@ -75,11 +75,12 @@ class Residents:
         source.shared = max(source.shared, length)
         source.copies = source.copies or sequence.copies
 
-    def adopt(self, sequence: Sequence, kept: Kept, layout: Layout) -> None:
-        """The holders of `layout` have it already. Whom its pages are shared with is not known, so none counts as its
-        own."""
-        self._ledger.adopt(kept.handle, self._config.held(layout, 0, kept.computed, kept.floor))
-        sequence.handle, sequence.layout, sequence.floor = kept.handle, layout, kept.floor
+    def adopt(self, sequence: Sequence, kept: Kept, there: Container[int]) -> None:
+        """Holders have it already; what those had that are not `there` is counted once it is opened elsewhere. Whom its
+        pages are shared with is not known, so none counts as its own."""
+        found = tuple(share for share in kept.layout if share.holder in there)
+        self._ledger.adopt(kept.handle, self._config.held(found, 0, kept.computed, kept.floor))
+        sequence.handle, sequence.layout, sequence.floor = kept.handle, kept.layout, kept.floor
         sequence.computed = sequence.planned = sequence.shared = kept.computed
         sequence.copies = kept.computed % self._config.page_size > 0
         insort(self.sequences, sequence, key=order_of)
@@ -117,7 +118,6 @@ class Residents:
         """The KV of a movable, idle sequence is now kept in this layout; what changed shares no pages any more."""
         self._part_with_tree(sequence)
         fresh = tuple(share for share in layout if share not in sequence.layout)
-        self._ledger.took(self._config.held(fresh, 0, sequence.computed, sequence.floor))
         if len(fresh) == len(layout):
             sequence.shared, sequence.copies = 0, False
         sequence.layout = layout

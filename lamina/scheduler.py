@@ -120,10 +120,8 @@ class Scheduler:
         if not known[first.sample]:  # those that have nothing either wait for its prompt
             first.siblings = [each for each in others if not known[each.sample] and each.sample not in kept]
         for sequence in samples:
-            if (known_kv := kept.get(sequence.sample)) is not None:
-                there = self._layouts.capacity
-                layout = tuple(share for share in known_kv.layout if share.holder in there)
-                self._residents.adopt(sequence, known_kv, layout)
+            if sequence.sample in kept:
+                self._residents.adopt(sequence, kept[sequence.sample], self._layouts.capacity)
             elif sequence not in first.siblings:
                 self._admission.queue(sequence)
         return tuple(samples)
@@ -375,6 +373,10 @@ class Scheduler:
     def told(self, free: Pages) -> None:
         """Holders that were asked something else than a plan have so many pages free."""
         self._ledger.told(free)
+
+    def took(self, pages: Pages) -> None:
+        """What moves has taken so many pages; the next reply of these holders counts them too."""
+        self._ledger.took(pages)
 
     def number_handles_from(self, last: int) -> None:
         """No handle up to this one is given to a sequence that comes."""

@@ -203,6 +203,31 @@ def test_who_waits_in_vain_is_told_and_others_are_not(decoder):
     rig.close()
 
 
+class Pushed(Balance):
+    """Wants everything here, and later nothing."""
+
+    def completed(self, batch: Batch, moving: bool = False) -> None:
+        self.share = 0.0
+
+
+def test_what_a_move_takes_is_counted_once(decoder):
+    """However many batches it takes, in which holders say what they have left."""
+    rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
+    step, moved = rig.engine._tiers._mover.step, rig.scheduler.moved
+    counts: list[tuple[int, int]] = []
+
+    def look(sequence, layout):
+        moved(sequence, layout)
+        counts.extend((rig.scheduler.free[at.holder], rig.workers[at.holder].store.free_pages) for at in layout)
+
+    rig.engine._tiers._mover.step = lambda seconds: step(1e-9)  # a page a time
+    rig.scheduler.moved = look
+    assert rig.generate(PROMPTS[3:], **GREEDY) == plain(decoder)[3:]
+    ((counted, there),) = counts
+    assert counted == there < rig.pages
+    rig.close()
+
+
 def test_a_running_stream_waits_for_no_more_than_a_chunk(decoder):
     """However long the sequence that moves: between two tokens of another no more than one chunk is copied."""
     rig = Rig(decoder, shard="heads", here=4000, pages=4000, balance=Balance(0.0), scratch=2000)
