@@ -85,7 +85,7 @@ def test_a_fitted_baseline_reaches_them() -> None:
 
 
 def test_llama_3_70b_reaches_a_batch_of_800_on_azure_conv() -> None:
-    result = cell("llama-3-70b", synthetic(published()["azure-conv"], 1800, seed=0), HARDWARE, uniform(0.77))
+    result = cell("llama-3-70b", synthetic(published()["azure-conv"], 900, seed=0), HARDWARE, uniform(0.77))
     assert result.lamina.saturated_batch == pytest.approx(800, rel=0.1)
     assert result.batch_gain == pytest.approx(BATCH_GAIN, rel=0.15)
     assert result.bare_gain == pytest.approx(1.0, abs=0.1)
