@@ -30,10 +30,12 @@ class Inbox:
 
     @property
     def is_shut(self) -> bool:
+        """Whether the engine has stopped."""
         return self._shut.is_set()
 
     @property
     def empty(self) -> bool:
+        """Whether there is nothing to do, just now."""
         return self._queue.empty()
 
     def ask(self, do: Callable[[], object], refuse: Callable[[EngineError], object]) -> None:
