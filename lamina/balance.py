@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple
 
@@ -19,11 +19,12 @@ logger = logging.getLogger("lamina")
 
 WINDOW = 5  # batches that one measurement takes, besides the first after a change
 GAIN = 0.01  # of a step, by which a part that is remote must be better than none
-TOLERANCE = 0.06  # of a step, by which a place beside the best may be predicted to be worse and is measured anyway
-HOPE = 3.0  # times as fast, at most, a tier may be alone and on many tokens as beside the other and on few
-TRIALS = 7  # places that are measured before one is settled on
+HOPE = 1.7  # times as fast a remote tier is taken to be alone as beside the local one, until it is known
+SPREAD = 1.9  # times as many tokens, from which on it shows what a call takes besides its tokens
+SEARCH = 36  # batches without moves, after which the best place known is settled on
 DRIFT = 0.08  # of a step, by which what a tier takes must have changed before the choice is looked at again
-PERSISTENT = 3  # batches that must say so; twice as many after each search that has ended where it began
+SURE = 4  # batches that must say so; by then the first ones after the change are the most of a window
+PERSISTENT = 3  # times DRIFT, that these must add up to; twice as many after each search that has ended where it began
 LONGEST_DOUBT = 96
 CHANGE = 1.5  # of the number of sequences or of their tokens, after which a choice is looked at again
 PROBE_COST = 0.01  # of the time, at most, goes into asking again whether a tier that does nothing should do something
@@ -76,32 +77,71 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the tiers take: seconds a token of KV that is read, and the `fixed` seconds a step of having anything
-    remote at all. None where it is not known."""
+    """What the tiers take beside each other: seconds a token of KV that is read, for the remote one `call` seconds a
+    step besides, however few tokens there are, and `fixed` ones until it has been asked and has answered. None where
+    it is not known. A tier that works alone takes `local_alone` or `remote_alone` of that: two tiers on the same cores
+    disturb each other. What a remote one takes alone may never have been seen (None)."""
 
     local: float | None = None
     remote: float | None = None
+    call: float = 0.0
     fixed: float = 0.0
-
-    def updated(self, batch: Batch) -> Rates:
-        """With what that batch tells."""
-        local, remote, fixed = self.local, self.remote, self.fixed
-        if batch.local_tokens:
-            local = batch.local_seconds / batch.local_tokens
-        if batch.remote_tokens:
-            remote = batch.remote_seconds / batch.remote_tokens
-            # Only where it was waited for is it known when the answer came.
-            if batch.waited > 0.05 * batch.answered:
-                fixed = max(0.0, batch.answered - batch.remote_seconds)
-            else:
-                fixed = min(fixed, max(0.0, batch.answered - batch.remote_seconds))
-        return Rates(local, remote, fixed)
+    local_alone: float = 1.0
+    remote_alone: float | None = None
 
     def attention(self, share: float, tokens: int) -> float:
         """Seconds of a step until both tiers have attended; those that are not known take no time."""
         local = (self.local or 0.0) * share * tokens
-        remote = self.fixed + (self.remote or 0.0) * (1 - share) * tokens if share < 1 else 0.0
-        return max(local, remote)
+        if share == 1:
+            return self.local_alone * local
+        remote = self.fixed + self.call + (self.remote or 0.0) * (1 - share) * tokens
+        return max(local, remote) if share else (self.remote_alone or 1.0) * remote
+
+    def learned(self, points: Sequence[Batch]) -> Rates:
+        """With what these measurements say of the tiers as they are now, the latest last; the rest is as before."""
+        rates = self
+        both = [point for point in points if point.local_tokens and point.remote_tokens]
+        if both:
+            rates = rates._beside(both)
+        for point in points:
+            if not point.remote_tokens:
+                rates = rates._here(point, known=bool(both))
+            elif not point.local_tokens:
+                rates = rates._there(point, known=bool(both))
+        return rates
+
+    def _beside(self, points: Sequence[Batch]) -> Rates:
+        last = points[-1]
+        few, many = (pick(points, key=lambda point: point.remote_tokens) for pick in (min, max))
+        call = self.call
+        if many.remote_tokens >= SPREAD * few.remote_tokens:
+            slope = (many.remote_seconds - few.remote_seconds) / (many.remote_tokens - few.remote_tokens)
+            call = max(0.0, few.remote_seconds - max(0.0, slope) * few.remote_tokens)
+        call = min(call, last.remote_seconds)
+        fixed = max(0.0, last.answered - last.remote_seconds)
+        if last.waited <= 0.05 * last.answered:  # only where it was waited for is it known when the answer came
+            fixed = min(self.fixed, fixed)
+        local = sum(point.local_seconds for point in points) / sum(point.local_tokens for point in points)
+        return replace(
+            self, local=local, remote=(last.remote_seconds - call) / last.remote_tokens, call=call, fixed=fixed
+        )
+
+    def _here(self, alone: Batch, known: bool) -> Rates:
+        """`known`: what it takes beside the remote tier was measured by now, so that this says what alone is like."""
+        seconds = alone.local_seconds / alone.local_tokens
+        if known and self.local:
+            return replace(self, local_alone=seconds / self.local)
+        return replace(self, local=seconds / self.local_alone)
+
+    def _there(self, alone: Batch, known: bool) -> Rates:
+        beside = self.fixed + self.call + (self.remote or 0.0) * alone.remote_tokens
+        if known and beside:
+            return replace(self, remote_alone=alone.answered / beside)
+        ratio = self.remote_alone or 1.0
+        seconds = alone.remote_seconds / ratio
+        call = min(self.call, seconds)
+        fixed = (alone.answered - alone.remote_seconds) / ratio
+        return replace(self, remote=(seconds - call) / alone.remote_tokens, call=call, fixed=fixed)
 
 
 class Balance:
@@ -116,12 +156,11 @@ class Balance:
         self._fresh = True  # the next batch is the first after a change
         self._rates = Rates()
         self._search: list[Batch] = []  # what was measured at each place, medians
-        self._trials = 0
-        self._heading, self._stride = 1, 0  # which way places beside the best are tried, and sequences of the last step
+        self._searched = 0  # batches of this search in which nothing moved
         self._bounds = (0.0, 1.0)  # what can be reached: holders may be full
-        self._reference: Batch | None = None  # what the choice was measured to yield
+        self._reference: Batch | None = None  # what the choice that holds was measured to yield
         self._begun_at = 1.0  # the share before the search
-        self._doubtful = 0  # batches in a row that say that something has changed
+        self._doubts: list[float] = []  # of batches in a row, by how many times DRIFT
         self._persistent = PERSISTENT
         self._held = 0
         self._spent = 0.0  # seconds of this search beyond what its batches would have taken without it
@@ -142,7 +181,7 @@ class Balance:
         """Holders have come or gone: what was measured is of no use."""
         if self._auto:
             self._begin()
-            self._rates, self._pause = Rates(self._rates.local), FEWEST_BETWEEN
+            self._rates, self._pause = Rates(), FEWEST_BETWEEN
 
     def interrupted(self) -> None:
         """What ran since the last decode batch teaches nothing, nor does the next batch."""
@@ -153,8 +192,9 @@ class Balance:
         """A decode batch is over. While sequences are moving it tells nothing but what that costs."""
         if not self._auto or not batch.tokens:
             return
-        if self._base and self._reference is None:  # on the way back, too
+        if self._base and not (self._settled and self._held):  # on the way back, too
             self._spent += batch.seconds - self._base
+        self._searched += not moving
         if moving or self._fresh:
             self._window.clear()
             self._fresh = moving
@@ -173,17 +213,19 @@ class Balance:
     def _hold(self, now: Batch) -> None:
         self._held += 1
         reference = self._reference
-        if reference is None:
+        if self._held == 1:
             self._pause = max(FEWEST_BETWEEN, int(self._spent / (PROBE_COST * max(now.seconds, 1e-9))))
         if reference is None or reference.lanes != now.lanes:
-            self._reference, self._base = now, now.seconds
+            self._reference, self._base, self._doubts = now, now.seconds, []
             return
         if self._unlike(now, reference):
             self._begin()
             return
-        self._doubtful = self._doubtful + 1 if self._drifted(now, reference) else 0
+        drift = self._drift(now, reference)
+        self._doubts = [*self._doubts, drift / DRIFT] if drift > DRIFT else []
         silent = not now.local_tokens or not now.remote_tokens
-        if self._doubtful >= self._persistent or (silent and self._held >= self._pause):
+        doubted = len(self._doubts) >= SURE and sum(self._doubts) >= self._persistent
+        if doubted or (silent and self._held >= self._pause):
             self._base = now.seconds
             self._begin()
             self._measured(now)
@@ -193,22 +235,22 @@ class Balance:
         pairs = ((now.sequences, then.sequences), (now.tokens, then.tokens))
         return any(max(pair) > CHANGE * min(pair) for pair in pairs)
 
-    def _drifted(self, now: Batch, then: Batch) -> bool:
-        """Whether a tier takes so much more or less for the same work that it shows in the step."""
-        before, after = Rates().updated(then), Rates().updated(now)
+    def _drift(self, now: Batch, then: Batch) -> float:
+        """By how much of a step a tier takes more or less for the same work."""
         off = abs(now.waited - then.waited)
-        if before.local is not None and after.local is not None:
-            off = max(off, abs(after.local - before.local) * now.local_tokens)
-        if before.remote is not None and after.remote is not None:
-            off = max(off, abs(after.remote - before.remote) * now.remote_tokens)
-        return off > DRIFT * min(now.seconds, then.seconds)
+        if now.local_tokens and then.local_tokens:
+            before = then.local_seconds / then.local_tokens
+            off = max(off, abs(now.local_seconds / now.local_tokens - before) * now.local_tokens)
+        if now.remote_tokens and then.remote_tokens:
+            before = then.remote_seconds / then.remote_tokens
+            off = max(off, abs(now.remote_seconds / now.remote_tokens - before) * now.remote_tokens)
+        return off / max(1e-9, min(now.seconds, then.seconds))
 
     # The search.
 
     def _begin(self) -> None:
-        self._settled, self._search, self._trials = False, [], 0
-        self._heading, self._stride = 1, 0
-        self._bounds, self._begun_at, self._held, self._doubtful = (0.0, 1.0), self.share, 0, 0
+        self._settled, self._search, self._searched = False, [], 0
+        self._bounds, self._begun_at, self._held, self._doubts = (0.0, 1.0), self.share, 0, []
         self._spent = 0.0
         self._reference = None
         self.interrupted()
@@ -227,9 +269,8 @@ class Balance:
         self._search = [point for point in self._search if not _near(point.share, now.share, grain)]
         self._search.append(now)
         self._base = self._base or now.seconds
-        self._rates = self._rates.updated(now)
-        self._trials += 1
-        target = self._next(now, grain) if self._trials < TRIALS else None
+        self._rates = self._rates.learned(self._search)
+        target = self._next(now, grain) if self._searched < SEARCH else None
         if target is None:
             self._settle(now)
             return
@@ -242,52 +283,27 @@ class Balance:
 
     def _next(self, now: Batch, grain: float) -> float | None:
         """The share to try next; None where nothing promises more."""
-        if not now.remote_tokens and self._silent(remote=True):
-            return self._free(1 - grain, grain)
-        if not now.local_tokens and self._silent(remote=False):
-            return self._free(grain, grain)
-        best = min(self._search, key=lambda point: point.seconds)
-        here = self._rates.attention(now.share, now.tokens)
-        rest = now.seconds - max(here, now.answered if now.remote_tokens else 0.0)  # of the step, besides attention
+        target = self._promising(self._rates, now, grain)
+        if target is None and self._rates.remote_alone is None:
+            target = self._promising(replace(self._rates, remote_alone=1 / HOPE), now, grain)
+        if target is None and not now.remote_tokens and self._silent(remote=True):
+            target = self._free(1 - grain, grain)
+        if target is None and not now.local_tokens and self._silent(remote=False):
+            target = self._free(grain, grain)
+        return target
+
+    def _promising(self, rates: Rates, now: Batch, grain: float) -> float | None:
+        """Of the places that were not measured, the one with the shortest step by all that is known of the tiers."""
+        if rates.local is None or rates.remote is None:
+            return None
         places = [at / now.sequences for at in range(now.sequences + 1)]
-        chosen = min(places, key=lambda share: self._rates.attention(share, now.tokens))
-        if rest + self._rates.attention(chosen, now.tokens) < (1 - GAIN) * best.seconds:
-            target = self._free(chosen, grain)
-            if target is not None:
-                return target
-        end = self._end(best, now, grain, rest)
-        return end if end is not None else self._beside(best, now, grain, rest)
-
-    def _end(self, best: Batch, now: Batch, grain: float, rest: float) -> float | None:
-        """All remote, where that was not measured and may be better than the best place: there that tier works alone,
-        and on many tokens. Beside the local one it may be slower, and on few each token bears more of a call."""
-        alone = [point for point in self._search if not point.remote_tokens]
-        beside = [point for point in self._search if point.remote_tokens and point.local_tokens]
-        if not alone or not beside:
+        places = [place for place in places if self._free(place, grain) == place]
+        chosen = min(places, key=lambda share: rates.attention(share, now.tokens), default=None)
+        if chosen is None:
             return None
-        slowest = max(point.local_seconds / point.local_tokens for point in beside)
-        disturbed = slowest > (1 + DRIFT) * alone[0].local_seconds / alone[0].local_tokens
-        if not disturbed and any(point.share <= 0.5 for point in beside):
-            return None
-        rest = min(rest, alone[0].seconds - alone[0].local_seconds)
-        hoped = rest + self._rates.fixed + (self._rates.remote or 0.0) / HOPE * now.tokens
-        free = self._free(0.0, grain)
-        return free if free == 0.0 and hoped < (1 - GAIN) * best.seconds else None
-
-    def _beside(self, best: Batch, now: Batch, grain: float, rest: float) -> float | None:
-        """A place beside the best one, where the tiers may be other together than the model says: towards all local
-        first, then towards none, in strides that double while steps get shorter."""
-        if self._stride and best is not now:  # this way they get longer
-            self._heading, self._stride = self._heading - 2, 0
-        while self._heading >= -1:
-            self._stride = 2 * self._stride or 1
-            target = min(1.0, max(0.0, best.share + self._heading * self._stride * grain))
-            predicted = rest + self._rates.attention(target, now.tokens)
-            free = self._free(target, grain)
-            if free is not None and predicted < (1 + TOLERANCE) * best.seconds:
-                return free
-            self._heading, self._stride = self._heading - 2, 0
-        return None
+        rest = now.seconds - (now.answered if now.remote_tokens else now.local_seconds)  # of a step, besides attention
+        best = min(point.seconds for point in self._search)
+        return chosen if rest + rates.attention(chosen, now.tokens) < (1 - GAIN) * best else None
 
     def _silent(self, remote: bool) -> bool:
         """Whether nothing of this search says how fast that tier is."""
@@ -308,6 +324,7 @@ class Balance:
         again = abs(self.share - self._begun_at) < 0.5 / now.sequences
         self._persistent = min(LONGEST_DOUBT, 2 * self._persistent) if again else PERSISTENT
         self._settled, self._base, self._held = True, best.seconds, 0
+        self._reference, self._doubts = best, []
         self.interrupted()
         logger.info("%s", self._said(best, now))
 

@@ -15,7 +15,7 @@ from lamina.request import Plan, Sequence
 from lamina.scheduler import Scheduler
 from lamina_workers.exchanges import Times
 
-AT_ONCE = 2  # moves that wait or are under way
+AT_ONCE = 4  # moves that wait or are under way
 PAUSE = 0.5  # of a step, that copying may take between two of them
 WORTH = 16  # tokens that a sequence must have before it for a move to pay
 

@@ -130,15 +130,14 @@ def delays(llm: Any, worker: Any, args: argparse.Namespace) -> tuple[float, floa
     return ((SLOWER - 1) * local / layers * 1e6, (SLOWER - 1) * remote / layers * 1e6)
 
 
-def settled_after(balance: Watched, change: int) -> int:
-    """Steps from a change to the last time that another share was wanted or anything moved."""
-    last = change
-    for at in range(change, len(balance.seen)):
-        _, moving, share, settled = balance.seen[at]
-        before = balance.seen[at - 1][2] if at else share
-        if moving or share != before or not settled:
-            last = at + 1
-    return last - change
+def settled_after(balance: Watched, change: int) -> tuple[int, int]:
+    """Steps from a change until the search that it caused was over and nothing moved (none, where none began), and how
+    many searches began after that, before the change after it: of those the machine is the cause, or chance."""
+    still = [settled and not moving for _, moving, _, settled in balance.seen[change:]]
+    begun = [at for at in range(1, len(still)) if still[at - 1] and not still[at]]
+    if not begun:
+        return 0, 0
+    return next((at for at in range(begun[0], len(still)) if still[at]), len(still)), len(begun) - 1
 
 
 def main() -> None:
@@ -192,9 +191,11 @@ def main() -> None:
             change = len(balance.seen)
             rig.slow(cases[name])
             until(lambda change=change: len(balance.seen) >= change + 100)  # type: ignore[misc]
-            steps_taken = settled_after(balance, change)
-            share = statistics.median(batch.share for batch in balance.quiet()[-10:])
-            print(f"then {name}: settled after {steps_taken} steps (asked: 50), at a share of {share:.2f}")
+            steps_taken, again = settled_after(balance, change)
+            share = statistics.median(batch.share for batch, *_ in balance.seen[-10:])
+            print(
+                f"then {name}: settled after {steps_taken} steps (asked: 50), {again} later searches, share {share:.2f}"
+            )
         stream.end()
     worker.terminate()
     worker.wait()

@@ -18,13 +18,15 @@ SEQUENCES = 8
 class World:
     """Sequences of equal length over two tiers. `local` and `remote` are seconds that reading 1,000 tokens of each
     takes them, `fixed` those of having anything remote, `dense` the rest of a step. Where they share cores (`shared`)
-    each takes time from the other. A sequence takes `slow` steps to move, each of which takes twice the time."""
+    each takes time from the other, and answers come `beside` seconds later. A sequence takes `slow` steps to move,
+    each of which takes twice the time."""
 
     local: float
     remote: float
     fixed: float = 0.002
     dense: float = 0.03
     shared: float = 0.0
+    beside: float = 0.0
     noise: float = 0.0
     slow: int = 2
     most: int = SEQUENCES
@@ -40,13 +42,13 @@ class World:
         local, remote = self.local * share * length, self.remote * (1 - share) * length
         both = self.shared * min(local, remote)
         local, remote = local + both, remote + both
-        answered = self.fixed + remote if share < 1 else 0.0
+        answered = self.fixed + (self.beside if share else 0.0) + remote if share < 1 else 0.0
         return local, remote, self.dense + max(local, answered)
 
     def step(self, balance: Balance) -> float:
         local, remote, seconds = self.times(self.here)
         wobble = 1 + self.noise * self.rng.uniform(-1, 1)
-        answered = self.fixed + remote if self.here < SEQUENCES else 0.0
+        answered = self.fixed + (self.beside if self.here else 0.0) + remote if self.here < SEQUENCES else 0.0
         waited = max(0.0, answered - local)
         self.tokens += self.grows
         moving = self.moving > 0
@@ -126,6 +128,31 @@ def test_a_change_is_noticed_and_settled_within_fifty_steps() -> None:
         assert world.times(world.here)[2] <= 1.05 * world.best(), (local, remote, world.here)
         world.run(balance, 30)
         assert world.times(world.here)[2] <= 1.05 * world.best()
+
+
+@pytest.mark.parametrize("beside", [0.0, 0.012])
+@pytest.mark.parametrize("noise", [0.01, 0.05])
+def test_whatever_becomes_slow_it_is_settled_within_fifty_steps(noise: float, beside: float) -> None:
+    """A tier becomes 1.5 to 5 times as slow, or as it was, while it has something to do and no search goes on.
+    `beside`: seconds a step that the tiers cost each other, so that all or nothing may be best with a hill between."""
+    late, seen = list[tuple[int, float, float]](), 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        local, remote = (rng.uniform(0.01, 0.04) for _ in range(2))
+        world, balance = World(local, remote, noise=noise, beside=beside, slow=1, rng=rng, grows=0), Balance()
+        world.run(balance, 80)
+        factor = rng.uniform(1.5, 5)
+        for slow_local, slow_remote in ((factor, 1), (1, 1), (1, factor), (1, 1), (factor, 1)):
+            changes = local * slow_local != world.local, remote * slow_remote != world.remote
+            world.local, world.remote = local * slow_local, remote * slow_remote
+            silent = not balance.settled or (changes[0] and world.here == 0) or (changes[1] and world.here == SEQUENCES)
+            world.run(balance, 50)
+            seen += not silent
+            if not silent and world.times(world.here)[2] > 1.05 * world.best():
+                late.append((seed, slow_local, slow_remote))
+            world.run(balance, 50)
+    assert seen > 50
+    assert len(late) <= 0.08 * seen, late
 
 
 @settings(max_examples=60, deadline=None)
