@@ -15,7 +15,7 @@ from lamina.request import Sequence as Sample
 from lamina.scheduler import Scheduler
 from lamina.shares import Layout, Pages, Share
 from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import Announced, Surveyed
+from lamina_protocols.messages import Announced, Fork, Surveyed
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker import Seat, Workers
@@ -127,6 +127,9 @@ class Fleet:
         torn = []
         for number, surveyed in kept.items():
             held = {part.handle: part.held for part in surveyed.parts}
+            for operation in self._placement.holders[number].waiting(surveyed.next_operation):
+                if isinstance(operation, Fork):  # not told yet, so nothing of it can be missing that its parent has
+                    held[operation.handle] = min(operation.length, held.get(operation.parent, 0))
             for handle, parts in self._placement.kept_by(number).items():
                 if (sequence := sequences.get(handle)) is None:
                     continue

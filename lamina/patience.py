@@ -21,26 +21,28 @@ class Patience:
         self._scheduler = scheduler
         self._clients = clients
         self._clock = clock
-        self._since: float | None = None  # since when somebody is missing
+        self._halted: float | None = None  # since when nobody can go on
+        self._stranded: float | None = None  # since when some are stranded, while others go on
 
     @property
     def tried(self) -> bool:
-        """Whether somebody is missing."""
-        return self._since is not None
+        """Whether nobody can go on."""
+        return self._halted is not None
 
     def miss(self) -> None:
-        """From now on somebody is missing."""
-        self._since = self._clock()
+        """From now on nobody can go on. It has all its time, however long some were stranded before."""
+        self._halted = self._clock()
 
     def came(self) -> None:
         """Somebody is there again, if not all that are needed."""
-        self._since = self._since if self._fleet.halted else None
+        self._halted = self._halted if self._fleet.halted else None
 
     def left(self) -> float | None:
         """Seconds that requests may still wait; None where nobody is missing, or there are no requests."""
-        if self._since is None or not self._clients.tickets:
+        since = self._stranded if self._halted is None else self._halted
+        if since is None or not self._clients.tickets:
             return None
-        return max(0.0, self._since + self._hope - self._clock())
+        return max(0.0, since + self._hope - self._clock())
 
     def look(self) -> bool:
         """Those whom no holder can keep any more wait for one that can, while others go on. Whether that was too
@@ -48,10 +50,10 @@ class Patience:
         if self._fleet.halted:
             return False
         if not self._scheduler.stranded:
-            self._since = None
-        elif self._since is None:
-            self.miss()
-        elif self._clock() > self._since + self._hope:
+            self._stranded = None
+        elif self._stranded is None:
+            self._stranded = self._clock()
+        elif self._clock() > self._stranded + self._hope:
             self.despair()
             return True
         return False

@@ -39,6 +39,10 @@ class Holder:
         """All that waits, and routes."""
         return HolderShare(self.first, tuple(self.outbox), routes)
 
+    def waiting(self, applied: int) -> list[Operation]:
+        """What waits, for a holder that is known to have applied the operations below number `applied`."""
+        return self.outbox[max(0, applied - self.first) :]
+
     def keeps(self, kept: Surveyed) -> None:
         """It has this from an engine before, which is closed unless it is adopted."""
         self.first = kept.next_operation

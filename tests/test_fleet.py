@@ -1,0 +1,45 @@
+"""What holders are found to lack when a model worker comes back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from lamina.fleet import Fleet
+from lamina.placement import Holder, Part
+from lamina.shares import Share
+from lamina_protocols.messages import Fork, Open, PartHeld, Surveyed
+
+SHARE = Share(1, (0,), 0, 100)
+
+
+def torn(outbox: list[Any], first: int, applied: int, held: dict[int, int], computed: int = 40) -> list[int]:
+    """Of holder 1, which should have part 7 of a sequence up to `computed`."""
+    placement = SimpleNamespace(
+        holders={1: Holder(10, outbox=outbox, first=first)}, kept_by=lambda number: {3: [Part(7, SHARE)]}
+    )
+    scheduler = SimpleNamespace(sequences=[SimpleNamespace(handle=3, rebuild=None, computed=computed)])
+    fleet = Fleet(*cast(Any, (None, scheduler, placement, {1: "a"}, frozenset(), None)))
+    parts = tuple(PartHeld(handle, (0,), 0, 100, upto, 0) for handle, upto in held.items())
+    return fleet.torn({1: Surveyed(1, 1, 1, applied, parts, 0)})
+
+
+def test_a_part_that_lacks_tokens_is_torn() -> None:
+    assert torn([], 5, 5, {7: 40}) == []
+    assert torn([], 5, 5, {7: 39}) == [1]
+    assert torn([], 5, 5, {}) == [1]
+
+
+@pytest.mark.parametrize(("parent", "expected"), [(64, []), (40, []), (39, [1])])
+def test_a_fork_that_was_not_told_yet_has_what_its_parent_has(parent: int, expected: list[int]) -> None:
+    fork = Fork(7, 6, 40)
+    assert torn([Open(9, (0,), 0, 100), fork], 5, 5, {6: parent}) == expected
+    assert torn([Open(9, (0,), 0, 100), fork], 5, 6, {6: parent, 9: 0}) == expected
+    assert torn([Open(9, (0,), 0, 100), fork], 5, 7, {6: parent, 9: 0, 7: 40}) == []  # it was applied, and not heard of
+
+
+def test_a_fork_of_a_fork_that_was_not_told_yet() -> None:
+    assert torn([Fork(8, 6, 64), Fork(7, 8, 40)], 5, 5, {6: 64}) == []
+    assert torn([Fork(8, 6, 32), Fork(7, 8, 40)], 5, 5, {6: 64}) == [1]
