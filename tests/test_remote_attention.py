@@ -139,6 +139,22 @@ def test_a_killed_worker_is_lost_at_once(way):
 
 
 @pytest.mark.slow
+def test_closing_does_not_wait_for_the_heartbeat_of_a_stopped_worker():
+    with process() as child:
+        address = child.stdout.readline().split()[1]
+        with connected(address, lost_after=40.0) as port:  # a heartbeat may take 5 s
+            one_batch(port)
+            os.kill(child.pid, signal.SIGSTOP)
+            try:
+                time.sleep(6.0)  # one is under way
+                began = time.monotonic()
+                port.close()
+                assert time.monotonic() - began < 3.5  # saying goodbye takes 2
+            finally:
+                os.kill(child.pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
 def test_a_stopped_worker_is_lost_and_finds_its_session_over_when_it_returns():
     with process("--lease", "1.2") as child:
         address = child.stdout.readline().split()[1]

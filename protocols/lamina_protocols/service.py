@@ -273,6 +273,8 @@ class WorkerClient:
             busy = code is grpc.StatusCode.RESOURCE_EXHAUSTED
             kind = WorkerUnreachable if gone else WorkerBusy if busy else WorkerRefused
             raise kind(f"{name} at {self.address}: {_details(error)}") from error
+        except ValueError as error:  # so says gRPC where this side has closed the channel
+            raise WorkerUnreachable(f"{name} at {self.address}: {error}") from error
         return control.unpack(reply, data)
 
 

@@ -130,9 +130,9 @@ class RemoteAttention:
             with contextlib.suppress(LaminaError):  # whoever does not hear it keeps the KV a while
                 self._client.goodbye(goodbye, _GOODBYE_S)
         self._end("closed on this side")
+        self._client.close()  # so that a heartbeat to whom answers no more is not waited for
         if self._heart is not threading.current_thread():
             self._heart.join()
-        self._client.close()
 
     def status(self, timeout: float = 5.0) -> control.WorkerStatus:
         """Raises WorkerUnreachable or WorkerRefused."""
