@@ -76,26 +76,69 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Alone:
+    """What the remote tier took for `tokens` of KV with nobody beside it: `seconds` as it said itself, and `fixed` ones
+    until its answers came. `beside`: what it would have taken beside the local tier then, None where that is not
+    known."""
+
+    tokens: int
+    seconds: float
+    fixed: float
+    beside: float | None = None
+
+    @property
+    def slower(self) -> float:
+        """How many times as slow it is beside the local tier."""
+        return self.beside / self.seconds if self.beside and self.seconds else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Rates:
     """What the tiers take beside each other: seconds a token of KV that is read, for the remote one `call` seconds a
     step besides, however few tokens there are, and `fixed` ones until it has been asked and has answered. None where
-    it is not known. A tier that works alone takes `local_alone` or `remote_alone` of that: two tiers on the same cores
-    disturb each other. What a remote one takes alone may never have been seen (None)."""
+    it is not known. Two tiers on the same cores disturb each other: the local one takes `local_alone` of that where it
+    works alone; what the remote one takes then has to be seen (None until it was)."""
 
     local: float | None = None
     remote: float | None = None
     call: float = 0.0
     fixed: float = 0.0
     local_alone: float = 1.0
-    remote_alone: float | None = None
+    alone: Alone | None = None
 
     def attention(self, share: float, tokens: int) -> float:
         """Seconds of a step until both tiers have attended; those that are not known take no time."""
         local = (self.local or 0.0) * share * tokens
         if share == 1:
             return self.local_alone * local
-        remote = self.fixed + self.call + (self.remote or 0.0) * (1 - share) * tokens
-        return max(local, remote) if share else (self.remote_alone or 1.0) * remote
+        if share == 0 and self.alone:
+            return self._alone(self.alone, tokens)
+        return max(local, self.fixed + self._beside_local((1 - share) * tokens))
+
+    def hoped(self, points: Sequence[Batch]) -> Rates:
+        """The best that is possible as long as the remote tier was not seen alone: then it is faster, and answers come
+        later by no more than was waited for them beside the local tier, which may have kept the cores from whoever
+        brings them. Where these measurements do not tell a call from its tokens, all that it takes may be the call."""
+        beside = [point for point in points if point.remote_tokens and point.local_tokens]
+        if not beside:
+            return self
+        tokens, total = [point.remote_tokens for point in beside], beside[-1].tokens
+        if max(tokens) < SPREAD * min(tokens):
+            seconds = min(point.remote_seconds for point in beside)
+        else:
+            seconds = self._beside_local(total)
+        fixed = min(self.fixed, *(point.waited for point in beside))
+        return replace(self, alone=Alone(total, seconds / HOPE, fixed))
+
+    def _beside_local(self, tokens: float) -> float:
+        return self.call + (self.remote or 0.0) * tokens
+
+    def _alone(self, seen: Alone, tokens: int) -> float:
+        """As it was seen, or less where it has become faster beside the local tier. That it has become slower there may
+        be the local tier's doing."""
+        of_then = tokens / seen.tokens
+        faster = min(1.0, self._beside_local(tokens) / (seen.beside * of_then)) if seen.beside else 1.0
+        return seen.fixed + seen.seconds * of_then * faster
 
     def learned(self, points: Sequence[Batch]) -> Rates:
         """With what these measurements say of the tiers as they are now, the latest last; the rest is as before."""
@@ -134,14 +177,14 @@ class Rates:
         return replace(self, local=seconds / self.local_alone)
 
     def _there(self, alone: Batch, known: bool) -> Rates:
-        beside = self.fixed + self.call + (self.remote or 0.0) * alone.remote_tokens
-        if known and beside:
-            return replace(self, remote_alone=alone.answered / beside)
-        ratio = self.remote_alone or 1.0
-        seconds = alone.remote_seconds / ratio
-        call = min(self.call, seconds)
-        fixed = (alone.answered - alone.remote_seconds) / ratio
-        return replace(self, remote=(seconds - call) / alone.remote_tokens, call=call, fixed=fixed)
+        tokens, seconds, fixed = alone.remote_tokens, alone.remote_seconds, alone.answered - alone.remote_seconds
+        if known:
+            return replace(self, alone=Alone(tokens, seconds, fixed, self._beside_local(tokens)))
+        slower = self.alone.slower if self.alone else 1.0
+        beside = seconds * slower
+        call = min(self.call, beside)
+        seen = Alone(tokens, seconds, fixed, beside)
+        return replace(self, remote=(beside - call) / tokens, call=call, fixed=fixed * slower, alone=seen)
 
 
 class Balance:
@@ -284,8 +327,8 @@ class Balance:
     def _next(self, now: Batch, grain: float) -> float | None:
         """The share to try next; None where nothing promises more."""
         target = self._promising(self._rates, now, grain)
-        if target is None and self._rates.remote_alone is None:
-            target = self._promising(replace(self._rates, remote_alone=1 / HOPE), now, grain)
+        if target is None and self._rates.alone is None:
+            target = self._promising(self._rates.hoped(self._search), now, grain)
         if target is None and not now.remote_tokens and self._silent(remote=True):
             target = self._free(1 - grain, grain)
         if target is None and not now.local_tokens and self._silent(remote=False):

@@ -86,7 +86,7 @@ class World:
         (World(local=0.04, remote=0.04), 0.5),
         (World(local=0.04, remote=0.12), 0.75),
         (World(local=0.12, remote=0.04), 0.25),
-        (World(local=0.04, remote=0.04, fixed=0.05), 1.0),
+        (World(local=0.04, remote=0.04, fixed=0.05, slow=1), 1.0),  # all remote is tried on the way
         (World(local=0.01, remote=1.0), 1.0),
         (World(local=2.0, remote=0.01), 0.0),
         (World(local=0.04, remote=0.04, most=3), 0.375),
