@@ -57,15 +57,16 @@ def swallow(path: str) -> None:
     os._exit(0)
 
 
-def bare(channel: Channel, size: int, count: int) -> float:
-    """Bytes a second of `count` frames of `size` bytes."""
+def bare(channel: Channel, size: int, count: int, different: bool) -> float:
+    """Bytes a second of `count` frames of `size` bytes, which all lie in different memory, or are all the same."""
     import torch
 
-    large = codec.encode(Query(0, 0, 0, torch.zeros(size // 256, 64)))
+    numbers = torch.ones(count if different else 1, size // 256, 64)
+    frames = [codec.encode(Query(0, 0, 0, each)) for each in numbers]
     small = codec.encode(Query(0, 0, 0, torch.zeros(1, 1)))
     start = time.perf_counter()
-    for _ in range(count):
-        channel.send(large)
+    for number in range(count):
+        channel.send(frames[number % len(frames)])
     channel.send(small)
     channel.receive(60)
     return size * count / (time.perf_counter() - start)
@@ -87,12 +88,15 @@ class Gaps:
 
     def __init__(self, llm: object, prompts: list[list[int]], tokens: int) -> None:
         self.times: list[list[float]] = [[] for _ in prompts]
+        self._enough = threading.Event()
         self._run = threading.Thread(target=self._read, args=(llm, prompts, tokens), daemon=True)
         self._run.start()
 
     def _read(self, llm: object, prompts: list[list[int]], tokens: int) -> None:
         for event in llm.stream(prompts, max_tokens=tokens, temperature=0, ignore_eos=True):  # type: ignore[attr-defined]
             self.times[event.prompt_index].append(time.perf_counter())
+            if self._enough.is_set():
+                return
 
     def running(self) -> bool:
         return all(self.times)
@@ -106,7 +110,8 @@ class Gaps:
             if later >= start and sooner <= end
         ]
 
-    def join(self) -> None:
+    def stop(self) -> None:
+        self._enough.set()
         self._run.join()
 
 
@@ -130,7 +135,7 @@ def main() -> None:
         other.stdout.readline()
     channel = connect_unix(path, SECRET, 10.0)
     options = {"attention_workers": [address], "prefix_cache": False, "lanes": 1, "kv_memory": "3GiB"}
-    found: dict[str, list[tuple[float, float, float, float]]] = {"to the worker": [], "from the worker": []}
+    found: dict[str, list[tuple[float, float, float, float, float]]] = {"to the worker": [], "from the worker": []}
     with lamina.LLM(args.model, local_share=1.0, **options) as llm:
         engine = llm._runtime.engine  # type: ignore[union-attr]  # a benchmark may look inside
         holder = engine._worker._resolver._config
@@ -144,7 +149,9 @@ def main() -> None:
         while not gaps.running():
             time.sleep(0.01)
         for number in range(2 * args.rounds):
-            carried = bare(channel, 1024 * token // layers, 4 * layers)
+            carried, read = (
+                bare(channel, 1024 * token // layers, 4 * layers, different) for different in (False, True)
+            )
             time.sleep(1.0)
             now = time.perf_counter()
             step = statistics.median(gaps.between(now - 0.8, now))
@@ -159,18 +166,20 @@ def main() -> None:
             rate = (mover.tokens - before) * token / (mover.seconds - at)
             pause = max(gaps.between(start, end)) / step
             name = "from the worker" if number % 2 else "to the worker"
-            found[name].append((rate, carried, end - start, pause))
+            found[name].append((rate, carried, read, end - start, pause))
+        gaps.stop()
     process.terminate()
     process.wait()
     other.terminate()
     other.wait()
     print(f"{args.tokens} tokens of {token / 1e3:.0f} kB, {args.streams} streams beside it, medians of {args.rounds}")
     for name, rounds in found.items():
-        rate, carried, took, pause = (statistics.median(column) for column in zip(*rounds, strict=True))
-        share = statistics.median(one[0] / one[1] for one in rounds)
-        worst = max(one[3] for one in rounds)
+        rate, carried, read, took, pause = (statistics.median(column) for column in zip(*rounds, strict=True))
+        share, of_read = (statistics.median(one[0] / one[at] for one in rounds) for at in (1, 2))
+        worst = max(one[4] for one in rounds)
         print(
-            f"{name:16} {rate / 1e6:6.0f} MB/s of {carried / 1e6:6.0f} bare = {share:4.0%} (asked: 50%)   "
+            f"{name:16} {rate / 1e6:6.0f} MB/s of {carried / 1e6:6.0f} bare = {share:4.0%} (asked: 50%), "
+            f"of {read / 1e6:6.0f} from memory = {of_read:4.0%}   "
             f"{took:5.2f} s in all   longest pause {pause:.2f} steps, at most {worst:.2f} (asked: 2)"
         )
 
