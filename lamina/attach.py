@@ -133,13 +133,12 @@ class Attachment:
     def close(self) -> None:
         """Let all workers go, and end those that were started here."""
         self._pool.shutdown(cancel_futures=True)
-        # Together, for one may not answer for seconds. By plain threads: when Python ends there are no pools any more.
-        closing = [threading.Thread(target=port.close, name="lamina-closing") for port in self._ports]
-        for thread in closing:
-            thread.start()
-        for thread in closing:
-            thread.join()
-        self.members.close()
+        try:
+            closing = [thread for port in self._ports if (thread := _closing(port)) is not None]
+            for thread in closing:
+                thread.join()
+        finally:
+            self.members.close()
 
     def _connect(self, member: Member) -> RemoteAttention:
         port = connect(
@@ -219,3 +218,15 @@ def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> Member
                 f"the attention worker at {address} is on another host: give tls_dir and token_file, or insecure=True"
             )
     return FixedMembers(workers, credentials=credentials, answers=answers, clock=time.monotonic)
+
+
+def _closing(port: RemoteAttention) -> threading.Thread | None:
+    """A thread that closes the port, for one may not answer for seconds; None where that is done. A plain thread: when
+    Python ends there are no pools any more, nor, in some versions, threads."""
+    thread = threading.Thread(target=port.close, name="lamina-closing")
+    try:
+        thread.start()
+    except RuntimeError:
+        port.close()
+        return None
+    return thread

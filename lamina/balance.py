@@ -172,12 +172,13 @@ class Rates:
     def _here(self, alone: Batch, known: bool) -> Rates:
         """`known`: what it takes beside the remote tier was measured by now, so that this says what alone is like."""
         seconds = alone.local_seconds / alone.local_tokens
-        if known and self.local:
+        if known and self.local and seconds:
             return replace(self, local_alone=seconds / self.local)
         return replace(self, local=seconds / self.local_alone)
 
     def _there(self, alone: Batch, known: bool) -> Rates:
-        tokens, seconds, fixed = alone.remote_tokens, alone.remote_seconds, alone.answered - alone.remote_seconds
+        tokens, seconds = alone.remote_tokens, alone.remote_seconds
+        fixed = max(0.0, alone.answered - seconds)
         if known:
             return replace(self, alone=Alone(tokens, seconds, fixed, self._beside_local(tokens)))
         slower = self.alone.slower if self.alone else 1.0
@@ -214,11 +215,6 @@ class Balance:
     def settled(self) -> bool:
         """Whether nothing is being tried."""
         return self._settled or not self._auto
-
-    @property
-    def automatic(self) -> bool:
-        """Whether `share` is chosen here."""
-        return self._auto
 
     def reset(self) -> None:
         """Holders have come or gone: what was measured is of no use."""

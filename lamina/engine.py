@@ -140,7 +140,7 @@ class Engine:
         """Let an attention worker go once its KV has moved to the others; the result is how many tokens moved. Raises
         EngineError where the engine has stopped."""
         done: Future[int] = Future()
-        self._inbox.ask(partial(self._drain, name, done), done.set_exception)
+        self._inbox.ask(partial(self._drain, name, done), partial(_refuse, done))
         return done
 
     def disclaim(self) -> None:
@@ -210,9 +210,16 @@ class Engine:
             do()
 
     def _drain(self, name: str, done: Future[int]) -> None:
-        while self._batches:
-            self._advance(self._batches.next())
-        self._losses.drain(name, done)
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            while self._batches:
+                self._advance(self._batches.next())
+            self._losses.drain(name, done)
+        except BaseException as error:  # the engine stops, and nobody may wait for ever
+            if not done.done():
+                done.set_exception(error)
+            raise
 
     def _look(self, sink: Callable[[Snapshot], None]) -> None:
         self._tally.lanes, self._tally.attention_seconds = self._lane_count.count, self._worker.attention_seconds
@@ -338,3 +345,8 @@ class Engine:
             mixed, attended = prefill or not self._tiers.settled, self._worker.attention_seconds
             self._lane_count.completed(len(outcomes), len(self._clients.tickets), mixed, now, attended)
         self._clients.record(plan, outcomes, reports)
+
+
+def _refuse(done: Future[int], error: EngineError) -> None:
+    if done.set_running_or_notify_cancel():
+        done.set_exception(error)

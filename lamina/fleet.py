@@ -225,5 +225,7 @@ class Fleet:
                     self._scheduler.drop(plan)
                 raise
             free = self.answered(shares, answers)
+            if refusal := next((answer for answer in answers.values() if not answer.accepted), None):
+                raise HolderFault(f"operations were refused: {refusal.reason}")
             if plan is not None:
                 self._scheduler.accepted(plan, free, ())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 from lamina.errors import EngineError
+
+logger = logging.getLogger("lamina")
 
 
 def _nobody(error: EngineError) -> None:
@@ -67,7 +70,10 @@ class Inbox:
             self._shut.set()
         while not self._queue.empty():
             if (asked := self._queue.get()) is not None:
-                asked.refuse(self.error())
+                try:
+                    asked.refuse(self.error())
+                except Exception:  # it may be anything, and those behind it are to be told too
+                    logger.exception("somebody could not be told that the engine has stopped")
 
     def error(self) -> EngineError:
         """Why nothing is done any more."""

@@ -157,7 +157,6 @@ class Losses:
             return
         self._tally.joined()
         self._tiers.changed()
-        self._patience.came()
 
     def leave(self, name: str) -> None:
         """An attention worker is known to be gone. Harmless where that was noticed already."""
@@ -200,7 +199,7 @@ class Losses:
             return
         if stays:
             raise EngineError(f"model worker {rank} is gone and stays away: {why}")
-        if not self._patience.tried:
+        if not self._patience.halted:
             self._halt()
 
     def _halt(self) -> None:
@@ -223,4 +222,3 @@ class Losses:
         late, self._late = self._late, []
         for each in late:
             self.join(*each)
-        self._patience.came()

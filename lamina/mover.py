@@ -140,6 +140,7 @@ class Mover:
             self._rate = (stop - journey.at) / max(took, 1e-9)
             self.tokens, self.seconds = self.tokens + stop - journey.at, self.seconds + took
             journey.at = stop
+            self._promise()
             if self._clock() > deadline:
                 break
         if journey.at < due or sequence.in_flight or not self._scheduler.movable(sequence):
@@ -185,6 +186,7 @@ class Mover:
         for journey in self._queue:
             fresh = tuple(part.share for part in journey.new)
             promised += config.pages_for(fresh, len(journey.sequence.tokens))
+            promised -= config.held(fresh, 0, journey.at, journey.sequence.floor)
         self._scheduler.promise(promised)
 
 

@@ -25,30 +25,27 @@ class Patience:
         self._stranded: float | None = None  # since when some are stranded, while others go on
 
     @property
-    def tried(self) -> bool:
-        """Whether nobody can go on."""
+    def halted(self) -> bool:
+        """Whether it is known that nobody can go on."""
         return self._halted is not None
 
     def miss(self) -> None:
         """From now on nobody can go on. It has all its time, however long some were stranded before."""
         self._halted = self._clock()
 
-    def came(self) -> None:
-        """Somebody is there again, if not all that are needed."""
-        self._halted = self._halted if self._fleet.halted else None
-
     def left(self) -> float | None:
-        """Seconds that requests may still wait; None where nobody is missing, or there are no requests."""
+        """Seconds that requests may still wait; None where they wait for nobody, or there are none."""
         since = self._stranded if self._halted is None else self._halted
         if since is None or not self._clients.tickets:
             return None
         return max(0.0, since + self._hope - self._clock())
 
     def look(self) -> bool:
-        """Those whom no holder can keep any more wait for one that can, while others go on. Whether that was too
-        long, so that they have been given up."""
+        """To be called between batches. Those whom no holder can keep any more wait for one that can, while others go
+        on. Whether that was too long, so that they have been given up."""
         if self._fleet.halted:
             return False
+        self._halted = None
         if not self._scheduler.stranded:
             self._stranded = None
         elif self._stranded is None:

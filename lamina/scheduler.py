@@ -192,12 +192,7 @@ class Scheduler:
                 sequence = idle.popleft()
                 if not self._rebuilder.ready(sequence):
                     continue
-            elif (
-                prefill
-                and not short
-                and not (self._refused and self._running)
-                and (admitted := self._admission.admit())
-            ):
+            elif prefill and not short and (admitted := self._admit()):
                 # Its lane's share may be full already: were it not admitted then, nobody would be while all lanes are.
                 sequence, younger = admitted, deque()
             else:

@@ -95,14 +95,14 @@ def survey(
     names |= {number: known.get(number, f"rank-{rank}") for number, rank in elsewhere.items()}
     free, counters, uptime = scheduler.free, scheduler.counters, now - tally.began
 
-    def pages(number: int) -> tuple[int, int]:
+    def room(number: int) -> tuple[int, int]:
         """In all, and free."""
         total = placement.holders[number].pages
         left = tally.scratch_free.get(number) if number in scratch else free.get(number, 0)
         return total, total if left is None else max(0, left)
 
     def holder(number: int, link: Link) -> HolderSnapshot:
-        total, left = pages(number)
+        total, left = room(number)
         return HolderSnapshot(
             name=names[number],
             address=link.address,
@@ -124,7 +124,7 @@ def survey(
         for number, link in sorted(links.items()):
             one = holder(number, link)
             for part in parts.pop(names[number], ()):
-                total, left = pages(part)
+                total, left = room(part)
                 one = replace(one, total_pages=one.total_pages + total, free_pages=one.free_pages + left)
             yield one
         for name, numbers in parts.items():

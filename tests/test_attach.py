@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any, cast
 
+import pytest
+
 from lamina.attach import Attachment
 from lamina.config import EngineConfig
 from lamina_protocols.messages import HolderConfig, LayerSpec
@@ -43,3 +45,15 @@ def test_workers_that_do_not_answer_are_waited_for_together() -> None:
     attachment._ports = cast(Any, [Port(all_there, log) for _ in range(3)])
     attachment.close()
     assert log == ["together"] * 3 + ["members"]
+
+
+def test_where_no_thread_can_be_started_any_more_all_is_closed_even_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ending(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", ending)
+    log: list[str] = []
+    attachment = Attachment(cast(Any, Members(log)), EngineConfig(), HOLDER, "model", "float32")
+    attachment._ports = cast(Any, [Port(threading.Barrier(1), log) for _ in range(2)])
+    attachment.close()
+    assert log == ["together"] * 2 + ["members"]

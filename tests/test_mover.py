@@ -210,6 +210,31 @@ class Pushed(Balance):
         self.share = 0.0
 
 
+def test_what_moves_has_taken_is_promised_no_more(decoder):
+    """The room that newcomers may use is all that will be left, while a move is under way too."""
+    rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
+    mover, config = rig.engine._tiers._mover, rig.scheduler.config
+    step, rooms = mover.step, []
+
+    def look(seconds):
+        step(1e-9)
+        if rig.engine._batches or not mover._queue:
+            return
+        left = {number: worker.store.free_pages for number, worker in rig.workers.items()}
+        for journey in mover._queue:
+            fresh = tuple(part.share for part in journey.new)
+            due = config.pages_for(fresh, len(journey.sequence.tokens))
+            for number, pages in (due - config.held(fresh, 0, journey.at, journey.sequence.floor)).items():
+                left[number] -= pages
+        rooms.extend((left[number], pages) for number, pages in rig.scheduler.room().items())
+
+    mover.step = look
+    rig.generate([prompt * 3 for prompt in PROMPTS[2:]], **GREEDY)
+    rig.close()
+    assert len(rooms) > 5
+    assert [mine for mine, _ in rooms] == [promised for _, promised in rooms]
+
+
 def test_what_a_move_takes_is_counted_once(decoder):
     """However many batches it takes, in which holders say what they have left: the first to arrive is asked for there
     while the second is copied."""

@@ -9,19 +9,37 @@ import pytest
 
 from lamina.patience import Patience
 
+OTHER = SimpleNamespace(request=SimpleNamespace(id="a"))
+
 
 def test_a_model_worker_that_goes_while_some_are_stranded_has_all_its_time() -> None:
     now = [0.0]
     fleet = SimpleNamespace(halted=False, missing=(), empty=False)
-    scheduler, clients = SimpleNamespace(stranded=["a sequence"]), SimpleNamespace(tickets={"a": None})
+    stranded = SimpleNamespace(request=SimpleNamespace(id="b"))
+    scheduler, clients = SimpleNamespace(stranded=[stranded]), SimpleNamespace(tickets={"a": OTHER})
     patience = Patience(60.0, *cast(Any, (fleet, scheduler, clients)), lambda: now[0])
     assert not patience.look()  # stranded from now on
     now[0] = 55.0
     fleet.halted = True  # a rank goes
-    assert not patience.tried
+    assert not patience.halted
     patience.miss()
     now[0] = 65.0
     assert patience.left() == pytest.approx(50.0)
     fleet.halted = False
-    patience.came()
-    assert patience.left() == 0.0
+    assert patience.left() == 50.0
+    assert patience.look()  # those that were stranded before have waited long enough
+
+
+def test_time_that_was_begun_for_a_model_worker_counts_for_nobody_else() -> None:
+    now = [0.0]
+    fleet = SimpleNamespace(halted=False, missing=(), empty=False)
+    scheduler, clients = SimpleNamespace(stranded=[]), SimpleNamespace(tickets={"a": None})
+    patience = Patience(60.0, *cast(Any, (fleet, scheduler, clients)), lambda: now[0])
+    patience.miss()  # ranks lost each other, and all live
+    assert not patience.look()
+    assert not patience.halted
+    assert patience.left() is None
+    now[0] = 100.0
+    scheduler.stranded.append("a sequence")
+    assert not patience.look()
+    assert patience.left() == 60.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 
 import pytest
@@ -198,6 +199,36 @@ def test_what_cannot_be_drained_is_named(decoder):
         rig.engine.drain("nobody").result(timeout=60)
     with pytest.raises(InvalidRequest, match="the only attention worker"):
         rig.engine.drain("worker-1").result(timeout=60)
+    rig.close()
+
+
+def test_an_engine_that_stops_while_it_drains_says_so(decoder):
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+
+    def broken(name):
+        raise RuntimeError("a fault of our own")
+
+    rig.engine._fleet.drain = broken
+    with pytest.raises(RuntimeError, match="of our own"):
+        rig.engine.drain("worker-2").result(timeout=60)
+    rig.close()
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_drain_that_nobody_waits_for_any_more_harms_nobody(decoder, stops):
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+    busy, gate = threading.Event(), threading.Event()
+    rig.engine.snapshot(lambda _: (busy.set(), gate.wait(60)))
+    busy.wait(60)
+    if stops:
+        rig.engine.close()
+    assert rig.engine.drain("worker-2").cancel()
+    _, inbox = rig.submit(PROMPTS[0], SamplingParams(**GREEDY))
+    gate.set()
+    if stops:
+        assert isinstance(inbox.get(timeout=60)[0].error, EngineError)
+    else:
+        assert len(rig.generate(PROMPTS[:1], **GREEDY)[0][0]) == 40
     rig.close()
 
 

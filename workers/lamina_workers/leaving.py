@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ def leave(status: int) -> NoReturn:
     """End this process at once: the interpreter would take half a second to free, object by object, what torch is made
     of, and threads of torch and gRPC may be anywhere meanwhile."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody may read them any more
+            stream.flush()
     os._exit(status)

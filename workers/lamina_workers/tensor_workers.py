@@ -89,12 +89,6 @@ class TensorWorkers:
     def attention_seconds(self) -> float:
         return self._own.attention_seconds
 
-    @property
-    def collective_seconds(self) -> float:
-        """How long rank 0 has waited for the others' parts, and added them up, since the group was formed."""
-        collective = self._decoder.collective
-        return 0.0 if collective is None else collective.seconds
-
     # Batches.
 
     def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
@@ -204,7 +198,7 @@ class TensorWorkers:
             )
             for rank in self._mates
         ]  # fmt: skip
-        seats, failed, resumed = [], "", False
+        seats, resumed, failed = list[Seat](), list[bool](), ""
         for place in places:
             self._mates[place.seat].tell(place)
         for place in places:  # all are heard before one is blamed
@@ -213,7 +207,14 @@ class TensorWorkers:
                 failed = failed or f"model worker {place.seat} cannot use attention worker {place.name}: {said.reason}"
             else:
                 seats.append(seat(place.seat, said.capacity, self._config))
-                resumed |= said.resumed
+                resumed.append(said.resumed)
+        try:
+            if any(resumed) and not failed:
+                seats = [at._replace(kept=self._look(at.rank, number + at.rank)) for at in seats]
+        except RankLost:
+            raise
+        except HolderFault as fault:
+            failed = str(fault)
         if failed:
             for place in places:
                 self._try_to_tell(self._mates[place.seat], wire.Leave(place.number))
@@ -222,8 +223,6 @@ class TensorWorkers:
         self._own.join(number, port)
         for place in places:
             self._owner[place.number], self._places[place.number] = place.seat, place
-        if resumed:
-            seats = [at._replace(kept=self.look(number + at.rank)) for at in seats]
         return tuple(seats)
 
     def leave(self, number: int) -> None:
@@ -248,10 +247,9 @@ class TensorWorkers:
         place = self._places.get(number)
         return place.address if place is not None else f"rank {self._owner[number]}"
 
-    def look(self, number: int) -> Surveyed:
+    def _look(self, rank: int, number: int) -> Surveyed:
         """What a holder of another rank keeps; nothing may be under way. What was announced to it before this epoch
         is over. Raises HolderFault."""
-        rank = self._owner[number]
         said = self._mates[rank].ask(wire.Look(number), wire.Looked, self._wait)
         if isinstance(said, wire.Failed):
             raise HolderFault(f"model worker {rank}: {said.reason}")
@@ -281,7 +279,13 @@ class TensorWorkers:
                 logger.warning("model worker %d cannot take up %s: %s", rank, name, why)
                 back.gone.append(number)
             else:
-                back.kept[number] = self.look(number)
+                try:
+                    back.kept[number] = self._look(rank, number)
+                except RankLost:
+                    raise
+                except HolderFault as fault:
+                    logger.warning("model worker %d cannot tell what holder %d keeps: %s", rank, number, fault)
+                    back.gone.append(number)
         return back
 
     def _part(self, fault: HolderFault, batch: int) -> None:

@@ -1,0 +1,82 @@
+"""What rank 0 remembers of holders that other ranks could not say enough about."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from lamina_protocols.messages import HolderConfig, LayerSpec
+from lamina_workers import crew_wire as wire
+from lamina_workers.errors import HolderLost
+from lamina_workers.tensor_workers import TensorWorkers
+
+HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
+
+
+class Mate:
+    """Rank 1: it takes up its seat, and cannot tell what is kept there."""
+
+    rank, closed, unheard = 1, False, ""
+
+    def __init__(self) -> None:
+        self.lost: set[int] = set()
+        self.told: list[Any] = []
+
+    def tell(self, command: Any) -> None:
+        self.told.append(command)
+
+    def answer(self, kind: type, timeout: float | None = None) -> Any:
+        return wire.Joined(5, 1 << 20, True)
+
+    def ask(self, command: Any, kind: type, timeout: float | None = None) -> Any:
+        if isinstance(command, wire.Look):
+            return wire.Failed("HolderLost", "attention worker a is lost")
+        return wire.Joined(5, 1 << 20, True)
+
+
+class Port:
+    name, address, channel_kind = "a", "x:1", "tcp"
+    bytes_sent = bytes_received = 0
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Own:
+    epoch = 1
+
+    def __init__(self) -> None:
+        self.ports: dict[int, Any] = {}
+
+    def join(self, number: int, port: Any) -> None:
+        self.ports[number] = port
+
+    def lost(self) -> list[int]:
+        return [number for number, port in self.ports.items() if port.closed]
+
+
+def workers(mate: Mate, own: Own) -> TensorWorkers:
+    group = SimpleNamespace(mates={1: mate}, missing=(), timeout=1.0)
+    return TensorWorkers(*cast(Any, (own, SimpleNamespace(), group)), pools={}, heads=(1, 1), config=HOLDER)
+
+
+def test_a_holder_that_a_rank_cannot_look_at_does_not_join() -> None:
+    mate, own, port = Mate(), Own(), Port()
+    ranks = workers(mate, own)
+    with pytest.raises(HolderLost, match="attention worker a is lost"):
+        ranks.join(4, cast(Any, port))
+    assert port.closed
+    assert ranks.lost() == []
+    assert any(isinstance(command, wire.Leave) and command.number == 5 for command in mate.told)
+
+
+def test_a_holder_that_a_rank_which_is_back_cannot_look_at_is_gone() -> None:
+    mate, own = Mate(), Own()
+    ranks = workers(mate, own)
+    ranks._owner[5], ranks._places[5] = 1, wire.Join(5, "a", "x:1", 1, 1, 2, b"", b"", b"", "")
+    back = ranks.returned(cast(Any, mate))
+    assert back.gone == [5]
+    assert back.kept == {}
