@@ -201,7 +201,8 @@ class LocalModelMembers:
         place.due = None if delay is None else now + delay
         place.restarts += 1
         then = "too often: it stays down" if delay is None else f"it starts again in {delay:g} s"
-        logger.warning("%s ended, %s; %s", name, how, then)
+        why, *said = how.split("\n")
+        logger.warning("%s", "\n".join([f"{name} ended, {why}; {then}", *said]))
         self._on_ended(place.rank, name, how, delay is None)
 
 
