@@ -17,12 +17,11 @@ from lamina.errors import (
     UnsupportedModelError,
 )
 from lamina.types import Completion, Sample, SamplingParams, Timing, TokenEvent, TokenLogprob, Usage
+from lamina.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lamina.api import close, generate, stream
     from lamina.llm import LLM
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LLM",

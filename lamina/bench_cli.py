@@ -127,10 +127,10 @@ def decode(
     """Time decode steps without a server: milliseconds, tokens a second, bytes read beside what memory gives."""
     from datetime import datetime, timezone
 
-    from lamina import __version__
     from lamina.bench.decode import bench, record, table
     from lamina.machine import this_machine
     from lamina.text_files import write_text
+    from lamina.version import __version__
 
     batches, contexts = _numbers("batch", batch, 4096), _numbers("context", context, 1 << 24)
     for name, value, most in (("steps", steps, 4096), ("rounds", rounds, 100)):
@@ -156,10 +156,10 @@ def decode(
 def _tell(result: Result, as_json: bool, save: Path | None, detailed: bool, plot: Path | None) -> None:
     from datetime import datetime, timezone
 
-    from lamina import __version__
     from lamina.bench.report import record, text
     from lamina.machine import this_machine
     from lamina.text_files import write_text
+    from lamina.version import __version__
 
     def fields(detailed: bool) -> dict[str, Any]:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -92,7 +92,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from lamina import __version__
+        from lamina.version import __version__
 
         typer.echo(f"lamina {__version__}")
         raise typer.Exit

@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lamina
 from lamina.ticket import Ticket
 from lamina.types import FinishReason, SamplingParams, TokenLogprob
+from lamina.version import __version__
 
 _LEAST = -9999.0  # stands for minus infinity, which JSON has not
 
@@ -28,7 +28,7 @@ def named(kind: str, request_id: str, model: str) -> dict[str, Any]:
         "id": f"{kind}-{request_id}",
         "created": int(time.time()),
         "model": model,
-        "system_fingerprint": f"lamina-{lamina.__version__}",
+        "system_fingerprint": f"lamina-{__version__}",
     }
 
 

@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-import lamina
 from lamina.errors import LaminaError
 from lamina.server import answer_schemas, schemas, text_routes
 from lamina.server.chat import chat
@@ -28,6 +27,7 @@ from lamina.server.limits import ClientGone
 from lamina.server.page import PUBLIC_PATHS, add_page
 from lamina.server.serving import Service
 from lamina.server.settings import ServerSettings
+from lamina.version import __version__
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 
@@ -65,7 +65,7 @@ def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | 
 
     app = FastAPI(
         title="Lamina",
-        version=lamina.__version__,
+        version=__version__,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,

@@ -14,13 +14,13 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from lamina import __version__
 from lamina.errors import LaminaError
 from lamina.server.engine_metrics import EngineMetrics, cumulative
 from lamina.server.frontend import State
 from lamina.snapshot import Snapshot
 from lamina.ticket import Ticket
 from lamina.types import Completion
+from lamina.version import __version__
 
 MAX_VALUES = 64  # different values of a label, when outsiders choose it; all others are "other"
 

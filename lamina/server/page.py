@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-import lamina
 from lamina.server.frontend import EngineUnavailable, Frontend
 from lamina.server.recent import SECONDS, RecentLatencies
 from lamina.server.settings import ServerSettings
 from lamina.server.status import Labels, Server, percentiles, status
+from lamina.version import __version__
 
 _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -81,7 +81,7 @@ def _server(frontend: Frontend, settings: ServerSettings, recent: RecentLatencie
         message = str(error).removesuffix("; try again later")  # the page does, by itself
     return Server(
         model=settings.model,
-        version=lamina.__version__,
+        version=__version__,
         state=frontend.state,
         message=message,
         restarts=max(0, frontend.restarts),

@@ -11,7 +11,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-import lamina
 from lamina.server.chat import checked_messages, prompt_text
 from lamina.server.errors import ApiError, refused
 from lamina.server.frontend import EngineUnavailable, Served
@@ -19,6 +18,7 @@ from lamina.server.sampling import check_characters
 from lamina.server.schemas import DetokenizeRequest, TokenizeRequest
 from lamina.server.serving import Service
 from lamina.server.tools import ToolUse
+from lamina.version import __version__
 
 _STARTED = int(time.time())
 _PATIENCE = 1.0  # seconds for which /metrics waits for the engine
@@ -65,7 +65,7 @@ async def health(service: Service, request: Request) -> Response:
 
 async def version(service: Service, request: Request) -> Response:
     """GET /version."""
-    return JSONResponse({"version": lamina.__version__})
+    return JSONResponse({"version": __version__})
 
 
 async def metrics(service: Service, request: Request) -> Response:
