@@ -8,15 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lamina.errors import (
-    EngineError,
-    Interrupted,
-    InvalidRequest,
-    LaminaError,
-    ModelFileError,
-    UnsupportedModelError,
-)
-from lamina.types import Completion, Sample, SamplingParams, Timing, TokenEvent, TokenLogprob, Usage
+from lamina.errors import EngineError, InvalidRequest, LaminaError, ModelFileError, UnsupportedModelError
+from lamina.types import Completion, Interrupted, Sample, SamplingParams, Timing, TokenEvent, TokenLogprob, Usage
 from lamina.version import __version__ as __version__
 
 if TYPE_CHECKING:

@@ -28,25 +28,18 @@ LaminaError
 ├── AddressError              an address is not HOST:PORT
 └── ProtocolError             a frame or message is malformed, too large, or out of order
 
-Interrupted                   Ctrl-C during `generate`; a KeyboardInterrupt, with what was finished
+`Interrupted`, Ctrl-C during `generate`, is a KeyboardInterrupt and stands beside `Completion`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_workers.errors import DiskFullError, ModelFileError, PolicyError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from lamina.types import Completion
 
 __all__ = [
     "ContextTooLong",
     "DiskFullError",
     "EngineError",
-    "Interrupted",
     "InvalidRequest",
     "JournalError",
     "LaminaError",
@@ -81,12 +74,3 @@ class WorkersUnavailable(EngineError):
 
 class JournalError(LaminaError):
     """A journal cannot be used: it is damaged, of another engine, in use, or its folder cannot be written to."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while prompts were under way. `completions` has those that were finished, None for the others."""
-
-    def __init__(self, completions: Sequence[Completion | None]) -> None:
-        finished = sum(completion is not None for completion in completions)
-        super().__init__(f"interrupted with {finished} of {len(completions)} prompts finished")
-        self.completions = tuple(completions)

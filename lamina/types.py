@@ -405,3 +405,12 @@ def _logit_bias(value: object) -> dict[int, float]:
         _integer("a token id in logit_bias", token, 0): _real(f"logit_bias[{token!r}]", bias, -100, 100)
         for token, bias in value.items()
     }
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while prompts were under way. `completions` has those that were finished, None for the others."""
+
+    def __init__(self, completions: Sequence[Completion | None]) -> None:
+        finished = sum(completion is not None for completion in completions)
+        super().__init__(f"interrupted with {finished} of {len(completions)} prompts finished")
+        self.completions = tuple(completions)
