@@ -159,5 +159,6 @@ class Admission:
     def check_integrity(self) -> None:
         """Raise EngineError if somebody waits that has KV."""
         for _, sequence in self._waiting:
-            if sequence.handle is not None or sequence.computed or sequence.pending or sequence.node:
+            known = self._residents.tree is not None and self._residents.tree.knows(sequence)
+            if sequence.handle is not None or sequence.computed or known:
                 raise EngineError(f"sample {sequence.sample} of request {sequence.request.id} waits, but has KV")

@@ -75,6 +75,8 @@ class PrefixTree:
         self._weigh, self._fork, self._close, self._wake = weigh, fork, close, wake
         self._roots: dict[Hashable, Node] = {}
         self._tick = 0
+        self._held: dict[Sequence, Node] = {}  # the deepest node whose pages a running sequence shares
+        self._pending: dict[Sequence, Node] = {}  # the deepest node that a running sequence is about to write
         self._unused: list[tuple[int, int, Node]] = []  # heap of (tick, handle, leaf); ticks may be out of date
 
     def match(self, tokens: tuple[int, ...], salt: Hashable = None) -> Match:
@@ -117,13 +119,13 @@ class PrefixTree:
         node = self._branch(tokens, writer.request.salt)
         # Below another's pending node nothing is promised: that writer may go before this one is done.
         if node is not None and node.writer is None and node.length < len(tokens):
-            writer.pending = self._add(node, tokens)
-            writer.pending.writer = writer
+            self._pending[writer] = pending = self._add(node, tokens)
+            pending.writer = writer
 
     def advance(self, writer: Sequence) -> None:
         """Fork those of its pending nodes off `writer` that it has computed by now. It must not be in flight."""
-        deepest = None
-        for node in _pending_down_to(writer.pending):
+        deepest, last = None, self._pending.get(writer)
+        for node in _pending_down_to(last):
             if node.length > writer.computed:
                 break
             if node.length < writer.floor:  # a sliding window has moved past: split off too late
@@ -134,13 +136,12 @@ class PrefixTree:
         if deepest is not None:
             self.release(writer)
             self.hold(writer, deepest, deepest.length)
-            if deepest is writer.pending:
-                writer.pending = None
+            if deepest is last:
+                self._pending.pop(writer, None)
 
     def discard(self, writer: Sequence) -> None:
         """Forget the writer's pending nodes; those who wait for them must see for themselves."""
-        nodes = list(_pending_down_to(writer.pending))
-        writer.pending = None
+        nodes = list(_pending_down_to(self._pending.pop(writer, None)))
         for node in nodes:
             node.writer = None
             self._wake_waiters(node)
@@ -165,7 +166,7 @@ class PrefixTree:
         whole = length - length % self._page_size
         while node.parent is not None and node.parent.length >= whole:
             node = node.parent
-        sequence.node = node
+        self._held[sequence] = node
         self._tick += 1
         for held in _path(node):
             if held.users == 0:
@@ -175,14 +176,22 @@ class PrefixTree:
 
     def release(self, sequence: Sequence) -> None:
         """Undo `hold`. Nodes without users may be evicted."""
-        if sequence.node is None:
+        held = self._held.pop(sequence, None)
+        if held is None:
             return
-        for node in _path(sequence.node):
+        for node in _path(held):
             node.users -= 1
             if node.users == 0 and node.handle is not None:
                 self.evictable += node.pages
                 self._queue(node)
-        sequence.node = None
+
+    def held_by(self, sequence: Sequence) -> Node | None:
+        """The deepest node whose pages it shares."""
+        return self._held.get(sequence)
+
+    def knows(self, sequence: Sequence) -> bool:
+        """Whether it shares pages with a node, or is about to write one."""
+        return sequence in self._held or sequence in self._pending
 
     def unused_pages(self, node: Node) -> Pages:
         """The evictable pages that would no longer be so if `node` were held."""
@@ -273,8 +282,8 @@ class PrefixTree:
     def _make_ready(self, node: Node, source: Sequence) -> None:
         if node.parent is None or source.handle is None:
             raise EngineError(f"request {source.request.id} has no KV to fork a prefix from")
-        if node.writer is not None and node.writer.pending is node:
-            node.writer.pending = None
+        if node.writer is not None and self._pending.get(node.writer) is node:
+            del self._pending[node.writer]
         node.writer = None
         node.handle = self._fork(source.handle, node.length)
         node.floor, node.layout = source.floor, source.layout
@@ -324,8 +333,11 @@ class PrefixTree:
 
     def check_integrity(self, running: Iterable[Sequence]) -> list[int]:
         """Raise `EngineError` if nodes, users and counts contradict each other. Returns the handles of all nodes."""
-        users = Counter(node for sequence in running if sequence.node for node in _path(sequence.node))
-        writers = {sequence for sequence in running if sequence.pending is not None}
+        alive = set(running)
+        if strangers := (self._held.keys() | self._pending.keys()) - alive:
+            names = sorted(sequence.request.id for sequence in strangers)
+            raise EngineError(f"the prefix tree knows requests that are not running: {names}")
+        users = Counter(node for held in self._held.values() for node in _path(held))
         handles, evictable = [], NO_PAGES
         for node in self._nodes():
             parent = node.parent
@@ -336,10 +348,8 @@ class PrefixTree:
                 wrong = "it is no whole number of pages"
             elif (node.handle is None) != (node.writer is not None):
                 wrong = "it must have a handle or a writer, and not both"
-            elif node.writer is not None and node not in _pending_down_to(node.writer.pending):
-                wrong = "its writer does not know it"
-            elif node.writer is not None and node.writer not in writers:
-                wrong = "its writer is not running"
+            elif node.writer is not None and node not in _pending_down_to(self._pending.get(node.writer)):
+                wrong = "its writer does not write it"
             elif node.writer is None and parent.writer is not None:
                 wrong = "its parent is pending"
             elif node.users != (users[node] if node.handle is not None else 0):

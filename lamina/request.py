@@ -13,7 +13,6 @@ from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.shares import Layout, Pages
 
 if TYPE_CHECKING:
-    from lamina.prefix_tree import Node
     from lamina.types import FinishReason
 
 
@@ -79,8 +78,6 @@ class Sequence:
     floor: int = 0  # the lowest length to which its KV can be cut or forked, as the holders reported it
     shared: int = 0  # its first tokens, whose pages may belong to others too
     copies: bool = False  # its next write may fall into a shared page, which the holder copies first
-    node: Node | None = None  # the deepest node of the prefix tree whose pages it shares
-    pending: Node | None = None  # the deepest node that it is about to write
     siblings: list[Sequence] = field(default_factory=list)  # samples that wait for this one's prompt
 
     order: tuple[int, int, int] = field(init=False)

@@ -65,7 +65,7 @@ class Residents:
         self.counters.reused_tokens += length
         if self.tree is not None:
             self.tree.enter(sequence)
-            node = source.node if isinstance(source, Sequence) else source
+            node = self.tree.held_by(source) if isinstance(source, Sequence) else source
             if node is not None:
                 self.tree.hold(sequence, node, length)
 
@@ -181,7 +181,7 @@ class Residents:
 
     def advanced(self, sequence: Sequence) -> None:
         """More of it is computed: prefixes that others wait for may be there now."""
-        if sequence.pending is not None and self.tree is not None:
+        if self.tree is not None:
             self.tree.advance(sequence)
 
     def distrust(self, sequence: Sequence) -> None:
