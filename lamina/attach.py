@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     import torch
 
     from lamina.engine import Engine
-    from lamina_workers.model_worker import Workers
+    from lamina_workers.crew import Mate
+    from lamina_workers.interface import Workers
 
 logger = logging.getLogger("lamina")
 
@@ -102,7 +103,7 @@ class Attachment:
         if not connected:
             raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
-    def seats(self, workers: Workers, number: int) -> Iterator[tuple[int, str, Holder, Surveyed | None]]:
+    def seats(self, workers: Workers[Mate], number: int) -> Iterator[tuple[int, str, Holder, Surveyed | None]]:
         """Have `workers` join all of `ports`: the holders by number, from `number` on, those of one attention worker
         together. With each its name, and what it keeps from before. Raises as `ports` does."""
         for port, holder in self.ports():

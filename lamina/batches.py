@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from lamina.request import Plan
 from lamina.scheduler import Scheduler
 from lamina.tally import Tally
-from lamina_workers.model_worker import Workers
+from lamina_workers.crew import Mate
+from lamina_workers.interface import Workers
 from lamina_workers.resolver import Waiting
 
 
@@ -33,7 +34,7 @@ class Lane:
 class Batches:
     """`full` is set while nothing more can be planned until something happens."""
 
-    def __init__(self, worker: Workers, scheduler: Scheduler, tally: Tally) -> None:
+    def __init__(self, worker: Workers[Mate], scheduler: Scheduler, tally: Tally) -> None:
         self.full = False
         self._worker = worker
         self._scheduler = scheduler

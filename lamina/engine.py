@@ -42,7 +42,7 @@ from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker import Workers
+from lamina_workers.interface import Workers
 from lamina_workers.resolver import Waiting
 from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, TokenHistory
@@ -64,7 +64,7 @@ class Engine:
 
     def __init__(
         self,
-        worker: Workers,
+        worker: Workers[Mate],
         scheduler: Scheduler,
         placement: Placement,
         clock: Callable[[], float],

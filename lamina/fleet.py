@@ -17,8 +17,9 @@ from lamina.shares import Layout, Pages, Share
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Fork, Surveyed
 from lamina_workers.attention_port import AttentionPort
+from lamina_workers.crew import Mate
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker import Seat, Workers
+from lamina_workers.interface import Seat, Workers
 from lamina_workers.routes import HolderShare
 
 logger = logging.getLogger("lamina")
@@ -37,7 +38,7 @@ class Fleet:
 
     def __init__(
         self,
-        worker: Workers,
+        worker: Workers[Mate],
         scheduler: Scheduler,
         placement: Placement,
         names: dict[int, str],

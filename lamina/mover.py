@@ -17,8 +17,9 @@ from lamina.scheduler import Scheduler
 from lamina.shares import NO_PAGES, Layout
 from lamina_protocols.messages import Row
 from lamina_workers.copying import Move
+from lamina_workers.crew import Mate
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker import Workers
+from lamina_workers.interface import Workers
 from lamina_workers.routes import HolderShare, Route
 
 CHUNK = 1024  # tokens that are copied at a time, at most
@@ -49,7 +50,9 @@ class Mover:
     where it was.
     """
 
-    def __init__(self, worker: Workers, scheduler: Scheduler, placement: Placement, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, worker: Workers[Mate], scheduler: Scheduler, placement: Placement, clock: Callable[[], float]
+    ) -> None:
         self.tokens = self.sequences = 0
         self.seconds = 0.0
         self._worker = worker

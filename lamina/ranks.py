@@ -19,7 +19,7 @@ from lamina.model_members import ModelMembers
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import HolderConfig
 from lamina_protocols.socket_channel import listen_tcp
-from lamina_workers import crew_wire as wire
+from lamina_workers import crew_messages
 from lamina_workers.collectives import Meeting
 from lamina_workers.crew import Crew, Mate
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, RanksError
@@ -76,7 +76,7 @@ class Ranks:
     `begins` says what each of them loads, by rank from 1 on.
     """
 
-    def __init__(self, members: ModelMembers, begins: Sequence[wire.Begin]) -> None:
+    def __init__(self, members: ModelMembers, begins: Sequence[crew_messages.Begin]) -> None:
         self._members = members
         self._begins = {begin.rank: begin for begin in begins}
         self._host = members.host
@@ -146,7 +146,7 @@ class Ranks:
         else:
             self._news.put(mate)
 
-    def _failed(self, rank: int, said: wire.Failed) -> None:
+    def _failed(self, rank: int, said: crew_messages.Failed) -> None:
         if kind := _HOPELESS.get(said.kind):
             error = kind(f"model worker {rank}: {said.reason}")
             if self._engine is None:
@@ -179,12 +179,12 @@ def begins(
     early_query: bool,
     engine: str,
     epoch: int,
-) -> list[wire.Begin]:
+) -> list[crew_messages.Begin]:
     """What each model worker beyond 0 is to load and to be; `holders` are those of all ranks, one where all are
     replicas, and `devices` has one for each model worker."""
     ranks = len(holders)
     return [
-        wire.Begin(
+        crew_messages.Begin(
             rank=rank,
             ranks=ranks,
             folder=folder,

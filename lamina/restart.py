@@ -16,7 +16,8 @@ from lamina.placement import Placement
 from lamina.recorder import Recorder, found
 from lamina.ticket import Ticket
 from lamina_protocols.messages import HolderConfig, Surveyed
-from lamina_workers.model_worker import Workers
+from lamina_workers.crew import Mate
+from lamina_workers.interface import Workers
 
 logger = logging.getLogger("lamina")
 
@@ -47,7 +48,7 @@ def recover(
     journal: Journal,
     engine: Engine,
     recorder: Recorder,
-    worker: Workers,
+    worker: Workers[Mate],
     placement: Placement,
     surveys: Mapping[int, Surveyed],
 ) -> tuple[Ticket, ...]:

@@ -44,13 +44,15 @@ from lamina.types import SamplingParams
 from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.captured import sliced
+from lamina_workers.crew import Mate
 from lamina_workers.decoder_weights import DecoderWeights, load_weights, tensor_shapes
 from lamina_workers.device_worker import attention_worker
 from lamina_workers.devices import find_each, room_for
+from lamina_workers.interface import Workers
 from lamina_workers.layout import check_policies, page_count
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
-from lamina_workers.model_worker import ModelWorker, Workers
+from lamina_workers.model_worker import ModelWorker
 from lamina_workers.preparing import prepare_kernels
 from lamina_workers.rotating_workers import RotatingWorkers
 from lamina_workers.shard import Shard, with_ranks
@@ -232,7 +234,7 @@ def _build(
             decoder = Decoder(model, weights, Shard(0, config.ranks), None if group is None else group.meet())
         decoder = sliced(decoder, config.compile)
         alone = ModelWorker(decoder, own, ports, own_threads, config.worker_timeout, early_query, epoch=past + 1)
-        worker: Workers = alone
+        worker: Workers[Mate] = alone
         if group is not None:
             worker = TensorWorkers(
                 alone,

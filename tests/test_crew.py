@@ -25,18 +25,19 @@ from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import MAX_HEADER
 from lamina_protocols.socket_channel import connect_unix
+from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.copying import Move
 from lamina_workers.crew import UNIX, Crew, Mate
 from lamina_workers.crew_worker import CrewWorker
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.model_worker import Work
+from lamina_workers.interface import Work
 from lamina_workers.resolver import Waiting
 from lamina_workers.routes import HolderShare, Route, Span
 from lamina_workers.sampler import RowSampling
 
 HOLDER = m.HolderConfig((m.LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)
-BEGIN = wire.Begin(
+BEGIN = crew_messages.Begin(
     1, 2, "/a/folder", "abc", "", "float32", "cpu", "cpu", False, 1, HOLDER, True, 10.0, "ab" * 16, 60.0, True, "grpc",
     10.0, 3,
 )  # fmt: skip
@@ -48,28 +49,28 @@ SHARE = HolderShare(
 ANNOUNCED = m.Announced(2, 5, True, 90, (0, 3), usages=(m.Usage(1, 2, 0.5, 3, 0.1, 4, 5),))
 WORK = Work((Span(33, 4), Span(0, 1)), (5, 6, 7, 8, 2**40), (37, 37, 37, 37, 1), (3, 4), (RowSampling(), RowSampling()))
 MESSAGES: list[Any] = [
-    wire.Hello("model-1", 3, "1.2"),
-    wire.Progress("loading", 1, 20),
-    wire.Ready("cpu"),
-    wire.Failed("DeviceError", "no GPU"),
-    wire.Joined(4, 1 << 30, True),
-    wire.Answers(5, {4: ANNOUNCED, 6: dataclasses.replace(ANNOUNCED, accepted=False, reason="no room")}),
-    wire.Copied(5, False),
-    wire.Looked(4, m.Surveyed(0, 1, 9, 12, (m.PartHeld(3, (0,), 0, 512, 77, 16),))),
-    wire.Parted(),
-    wire.Met(3, "nobody came"),
-    wire.Faulted(5, "it is gone", (4, 6), True),
+    crew_messages.Hello("model-1", 3, "1.2"),
+    crew_messages.Progress("loading", 1, 20),
+    crew_messages.Ready("cpu"),
+    crew_messages.Failed("DeviceError", "no GPU"),
+    crew_messages.Joined(4, 1 << 30, True),
+    crew_messages.Answers(5, {4: ANNOUNCED, 6: dataclasses.replace(ANNOUNCED, accepted=False, reason="no room")}),
+    crew_messages.Copied(5, False),
+    crew_messages.Looked(4, m.Surveyed(0, 1, 9, 12, (m.PartHeld(3, (0,), 0, 512, 77, 16),))),
+    crew_messages.Parted(),
+    crew_messages.Met(3, "nobody came"),
+    crew_messages.Faulted(5, "it is gone", (4, 6), True),
     BEGIN,
-    wire.Join(4, "attention-0", "h:1", 1, 1, 3, b"ca", b"cert", b"key", "token"),
-    wire.Leave(4),
-    wire.Announce(5, True, {4: SHARE, 6: HolderShare(0, (), ())}),
-    wire.Drop(5),
-    wire.Copy(5, (Move(*range(len(Move._fields) - 1), True),), {4: SHARE}),
-    wire.Epoch(8),
-    wire.Look(4),
-    wire.Part(),
-    wire.Meet(3, "/tmp/x/group", "127.0.0.1", 0, 30.0),
-    wire.Stop(),
+    crew_messages.Join(4, "attention-0", "h:1", 1, 1, 3, b"ca", b"cert", b"key", "token"),
+    crew_messages.Leave(4),
+    crew_messages.Announce(5, True, {4: SHARE, 6: HolderShare(0, (), ())}),
+    crew_messages.Drop(5),
+    crew_messages.Copy(5, (Move(*range(len(Move._fields) - 1), True),), {4: SHARE}),
+    crew_messages.Epoch(8),
+    crew_messages.Look(4),
+    crew_messages.Part(),
+    crew_messages.Meet(3, "/tmp/x/group", "127.0.0.1", 0, 30.0),
+    crew_messages.Stop(),
 ]
 
 
@@ -84,7 +85,7 @@ def test_message_comes_back_as_it_was(message: Any) -> None:
 
 def test_work_comes_back_without_its_sampling() -> None:
     command = wire.decode(frame(wire.execute(5, WORK, wanted=True, suspends=False)))
-    assert isinstance(command, wire.Execute)
+    assert isinstance(command, crew_messages.Execute)
     assert (command.batch, command.wanted, command.suspends) == (5, True, False)
     back = wire.work_of(command)
     assert (back.spans, list(back.token_ids), list(back.rope_lengths)) == (
@@ -95,8 +96,8 @@ def test_work_comes_back_without_its_sampling() -> None:
 
 def test_logits_come_back_to_the_bit() -> None:
     logits = torch.randn(3, 101)
-    back = wire.decode(frame(wire.Executed(5, logits)))
-    assert isinstance(back, wire.Executed)
+    back = wire.decode(frame(crew_messages.Executed(5, logits)))
+    assert isinstance(back, crew_messages.Executed)
     assert torch.equal(back.logits, logits)
 
 
@@ -116,11 +117,11 @@ def test_logits_come_back_to_the_bit() -> None:
 def test_work_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
     command = dataclasses.replace(wire.execute(5, WORK, True, False), **change)
     with pytest.raises(ProtocolError):
-        wire.work_of(typing.cast(wire.Execute, wire.decode(frame(command))))
+        wire.work_of(typing.cast(crew_messages.Execute, wire.decode(frame(command))))
 
 
 def test_secrets_are_not_shown() -> None:
-    shown = repr(wire.Join(1, "a", "h:1", key=b"a private key", token="a token"))
+    shown = repr(crew_messages.Join(1, "a", "h:1", key=b"a private key", token="a token"))
     assert "a private key" not in shown
     assert "a token" not in shown
 
@@ -128,7 +129,7 @@ def test_secrets_are_not_shown() -> None:
 def test_too_large_a_message_is_refused_by_who_sends_it() -> None:
     routes = tuple(Route(at, (0,), m.Row(at, 2**40, 1, (0, 2**40), True), (0, 0)) for at in range(MAX_HEADER // 16))
     with pytest.raises(ProtocolError, match="Announce too large"):
-        wire.encode(wire.Announce(1, True, {1: HolderShare(0, (), routes)}))
+        wire.encode(crew_messages.Announce(1, True, {1: HolderShare(0, (), routes)}))
 
 
 @given(st.sampled_from([frame(message) for message in MESSAGES]), st.data())
@@ -161,7 +162,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.ready: queue.SimpleQueue[Mate] = queue.SimpleQueue()
-        self.failed: queue.SimpleQueue[tuple[int, wire.Failed]] = queue.SimpleQueue()
+        self.failed: queue.SimpleQueue[tuple[int, crew_messages.Failed]] = queue.SimpleQueue()
         self.given_up: list[str] = []
         self.progress: list[tuple[int, str, int, int]] = []
         self.channels: list[Channel] = []
@@ -183,12 +184,12 @@ class Rig:
         channel = self.connect(self.crew.invite(rank, name))
         greet(channel, name)
         assert wire.receive(channel, 5.0) == dataclasses.replace(BEGIN, rank=rank)
-        wire.send(channel, wire.Ready("cpu"))
+        wire.send(channel, crew_messages.Ready("cpu"))
         return self.ready.get(timeout=5.0), channel
 
 
 def greet(channel: Channel, name: str, protocol: int = m.PROTOCOL_VERSION, version: str | None = None) -> None:
-    wire.send(channel, wire.Hello(name, protocol, version or control.package_version()))
+    wire.send(channel, crew_messages.Hello(name, protocol, version or control.package_version()))
 
 
 @pytest.fixture
@@ -204,10 +205,10 @@ def test_who_is_invited_loads_and_becomes_ready(rig: Rig) -> None:
     channel = rig.connect(rig.crew.invite(3, "model-3"))
     greet(channel, "model-3")
     begin = wire.receive(channel, 5.0)
-    assert isinstance(begin, wire.Begin)
+    assert isinstance(begin, crew_messages.Begin)
     assert begin.rank == 3
-    wire.send(channel, wire.Progress("loading", 1, 2))
-    wire.send(channel, wire.Ready("cuda:3"))
+    wire.send(channel, crew_messages.Progress("loading", 1, 2))
+    wire.send(channel, crew_messages.Ready("cuda:3"))
     mate = rig.ready.get(timeout=5.0)
     assert (mate.rank, mate.name, mate.said.device, mate.closed) == (3, "model-3", "cuda:3", False)
     assert rig.progress == [(3, "loading", 1, 2)]
@@ -249,8 +250,8 @@ def test_who_cannot_load_says_why_and_who_ends_says_nothing(rig: Rig) -> None:
     channel = rig.connect(rig.crew.invite(1, "model-1"))
     greet(channel, "model-1")
     wire.receive(channel, 5.0)
-    wire.send(channel, wire.Failed("DeviceError", "device is 'cuda:7'"))
-    assert rig.failed.get(timeout=5.0) == (1, wire.Failed("DeviceError", "device is 'cuda:7'"))
+    wire.send(channel, crew_messages.Failed("DeviceError", "device is 'cuda:7'"))
+    assert rig.failed.get(timeout=5.0) == (1, crew_messages.Failed("DeviceError", "device is 'cuda:7'"))
     again = rig.connect(rig.crew.invite(1, "model-1.1"))
     greet(again, "model-1.1")
     wire.receive(again, 5.0)
@@ -263,29 +264,29 @@ def test_reports_are_sorted_by_batch(rig: Rig) -> None:
     mate, channel = rig.mate()
     for batch in (1, 2):
         mate.expect(batch)
-    wire.send(channel, wire.Copied(2, True))
-    wire.send(channel, wire.Copied(7, True))  # nobody waits for that
-    wire.send(channel, wire.Answers(1, {}))
-    assert mate.take(wire.Answers, 1, 5.0) == wire.Answers(1, {})
+    wire.send(channel, crew_messages.Copied(2, True))
+    wire.send(channel, crew_messages.Copied(7, True))  # nobody waits for that
+    wire.send(channel, crew_messages.Answers(1, {}))
+    assert mate.take(crew_messages.Answers, 1, 5.0) == crew_messages.Answers(1, {})
     assert mate.ready(2)
-    assert mate.take(wire.Copied, 2, 5.0).room
+    assert mate.take(crew_messages.Copied, 2, 5.0).room
 
 
 def test_a_fault_names_its_batch(rig: Rig) -> None:
     mate, channel = rig.mate()
     mate.expect(1)
-    wire.send(channel, wire.Faulted(1, "no such part", ()))
+    wire.send(channel, crew_messages.Faulted(1, "no such part", ()))
     with pytest.raises(HolderFault, match="model worker 1: no such part"):
-        mate.take(wire.Answers, 1, 5.0)
-    wire.send(channel, wire.Faulted(1, "attention-0 is lost", (4,)))
+        mate.take(crew_messages.Answers, 1, 5.0)
+    wire.send(channel, crew_messages.Faulted(1, "attention-0 is lost", (4,)))
     with pytest.raises(HolderLost):
-        mate.take(wire.Answers, 1, 5.0)
+        mate.take(crew_messages.Answers, 1, 5.0)
     assert mate.lost == {4}
     mate.forget()
-    wire.send(channel, wire.Faulted(1, "the keys of an older batch", ()))
-    wire.send(channel, wire.Faulted(1, "other ranks", (), alone=True))
-    wire.send(channel, wire.Parted())
-    assert mate.ask(wire.Part(), wire.Parted, 5.0) == wire.Parted()
+    wire.send(channel, crew_messages.Faulted(1, "the keys of an older batch", ()))
+    wire.send(channel, crew_messages.Faulted(1, "other ranks", (), alone=True))
+    wire.send(channel, crew_messages.Parted())
+    assert mate.ask(crew_messages.Part(), crew_messages.Parted, 5.0) == crew_messages.Parted()
     assert mate.unheard == "the keys of an older batch"
     assert not mate.closed
 
@@ -294,7 +295,7 @@ def test_a_fault_names_its_batch(rig: Rig) -> None:
     "says",
     [
         lambda channel: channel.close(),
-        lambda channel: wire.send(channel, wire.Copied(1, True)),
+        lambda channel: wire.send(channel, crew_messages.Copied(1, True)),
         lambda channel: channel.send([b"no frame at all, but long enough to be one"]),
         lambda channel: None,
     ],
@@ -305,11 +306,11 @@ def test_who_does_not_answer_is_given_up(rig: Rig, says: Callable[[Channel], Non
     mate.expect(1)
     says(channel)
     with pytest.raises(RankLost, match=r"model worker 1 \(model-1\) is lost"):
-        mate.take(wire.Answers, 1, 0.3)
+        mate.take(crew_messages.Answers, 1, 0.3)
     assert mate.closed
     assert rig.given_up == ["model-1"]
     with pytest.raises(RankLost):
-        mate.tell(wire.Stop())
+        mate.tell(crew_messages.Stop())
     assert rig.given_up == ["model-1"]
 
 
@@ -318,7 +319,7 @@ def test_whose_process_has_ended_is_lost_and_does_not_hold_up_who_waits(rig: Rig
     mate.expect(1)
     threading.Timer(0.1, rig.crew.revoke, ["model-1"]).start()
     with pytest.raises(RankLost, match="its process has ended"):
-        mate.take(wire.Answers, 1, 10.0)
+        mate.take(crew_messages.Answers, 1, 10.0)
 
 
 def test_close_tells_all_to_stop_and_waits_for_them(rig: Rig) -> None:
@@ -333,7 +334,7 @@ def test_close_tells_all_to_stop_and_waits_for_them(rig: Rig) -> None:
     thread.start()
     rig.crew.close()
     thread.join()
-    assert heard == [wire.Stop()]
+    assert heard == [crew_messages.Stop()]
     assert not rig.crew.folder.exists()
 
 
@@ -357,12 +358,12 @@ def test_who_parts_sleeps_until_its_batches_are_over() -> None:
         run = (waiting for _ in range(1))
         next(run)
         worker._runs[1] = typing.cast(Any, run), waiting
-        wire.send(theirs, wire.Stop())
-        reply = threading.Timer(0.5, holder.send, [[bytes(wire.encode(wire.Parted())[0])]])
+        wire.send(theirs, crew_messages.Stop())
+        reply = threading.Timer(0.5, holder.send, [[bytes(wire.encode(crew_messages.Parted())[0])]])
         reply.start()
         begun, used = time.monotonic(), time.thread_time()
-        worker._obey(wire.Part())
+        worker._obey(crew_messages.Part())
         assert time.monotonic() - begun > 0.4
         assert time.thread_time() - used < 0.1
-        assert wire.receive(theirs, 5.0) == wire.Parted()
+        assert wire.receive(theirs, 5.0) == crew_messages.Parted()
         reply.join()

@@ -30,6 +30,7 @@ from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Close, Exchange, HolderConfig, Row
 from lamina_protocols.socket_channel import connect_unix
+from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.attention_server import AttentionServer, ServerConfig
@@ -37,8 +38,9 @@ from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.crew import UNIX, Crew, Mate
 from lamina_workers.crew_worker import CrewWorker
 from lamina_workers.exchanges import Stopwatch
+from lamina_workers.interface import Work
 from lamina_workers.model import Batch, Decoder, KeyValueReady
-from lamina_workers.model_worker import ModelWorker, Work
+from lamina_workers.model_worker import ModelWorker
 from lamina_workers.remote_attention import RemoteAttention, connect
 from lamina_workers.resolver import Waiting
 from lamina_workers.rotating_workers import RotatingWorkers
@@ -130,10 +132,10 @@ def test_commands_of_slices_cross_as_they_are() -> None:
     assert wire.work_of(told) == replace(work, sampling=())
     hidden = torch.randn(3, 64)
     for message in (
-        wire.Slice(8, 0, torch.empty(0), torch.empty(0)),
-        wire.Slice(8, 1, hidden, -hidden),
-        wire.Sliced(8, 0.25, 0.5, hidden.bfloat16(), hidden),
-        wire.Chosen(8, 0.25, 0.5, (0, 17), torch.randn(2, 101)),
+        crew_messages.Slice(8, 0, torch.empty(0), torch.empty(0)),
+        crew_messages.Slice(8, 1, hidden, -hidden),
+        crew_messages.Sliced(8, 0.25, 0.5, hidden.bfloat16(), hidden),
+        crew_messages.Chosen(8, 0.25, 0.5, (0, 17), torch.randn(2, 101)),
     ):
         back = crossed(message)
         for name in message.__slots__:
@@ -226,7 +228,7 @@ class Replies:
 
 @pytest.mark.parametrize("transport", ["local", "tcp+tls", "grpc"])
 def test_the_first_of_several_is_waited_for(transport) -> None:
-    frame = wire.encode(wire.Slice(1, 0, torch.zeros(40, 1000), torch.empty(0)))
+    frame = wire.encode(crew_messages.Slice(1, 0, torch.zeros(40, 1000), torch.empty(0)))
     with pair(transport) as (near, far), pair("local") as (other, quiet):
         waits, waitings = Waits(), [Waiting(Replies(quiet), 1), Waiting(Replies(far), 1)]
         assert not waits.until_any(waitings, 0.05)
@@ -295,7 +297,7 @@ class Rotating:
         return workers
 
     def replica(self, rank: int, holder: HolderConfig) -> Mate:
-        begin = wire.Begin(
+        begin = crew_messages.Begin(
             rank=rank, ranks=1, folder=str(self._model), model=fingerprint(self._model), rope_scaling="",
             dtype="float32", device="cpu", attention_device="cpu", compile=False, threads=1, holder=holder,
             early_query=False, patience=10.0, engine=ENGINE, linger=0.0, local_channel=True,

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from lamina_protocols.messages import HolderConfig, LayerSpec
-from lamina_workers import crew_wire as wire
+from lamina_workers import crew_messages
 from lamina_workers.errors import HolderLost
 from lamina_workers.tensor_workers import TensorWorkers
 
@@ -28,12 +28,12 @@ class Mate:
         self.told.append(command)
 
     def answer(self, kind: type, timeout: float | None = None) -> Any:
-        return wire.Joined(5, 1 << 20, True)
+        return crew_messages.Joined(5, 1 << 20, True)
 
     def ask(self, command: Any, kind: type, timeout: float | None = None) -> Any:
-        if isinstance(command, wire.Look):
-            return wire.Failed("HolderLost", "attention worker a is lost")
-        return wire.Joined(5, 1 << 20, True)
+        if isinstance(command, crew_messages.Look):
+            return crew_messages.Failed("HolderLost", "attention worker a is lost")
+        return crew_messages.Joined(5, 1 << 20, True)
 
 
 class Port:
@@ -70,13 +70,13 @@ def test_a_holder_that_a_rank_cannot_look_at_does_not_join() -> None:
         ranks.join(4, cast(Any, port))
     assert port.closed
     assert ranks.lost() == []
-    assert any(isinstance(command, wire.Leave) and command.number == 5 for command in mate.told)
+    assert any(isinstance(command, crew_messages.Leave) and command.number == 5 for command in mate.told)
 
 
 def test_a_holder_that_a_rank_which_is_back_cannot_look_at_is_gone() -> None:
     mate, own = Mate(), Own()
     ranks = workers(mate, own)
-    ranks._owner[5], ranks._places[5] = 1, wire.Join(5, "a", "x:1", 1, 1, 2, b"", b"", b"", "")
+    ranks._owner[5], ranks._places[5] = 1, crew_messages.Join(5, "a", "x:1", 1, 1, 2, b"", b"", b"", "")
     back = ranks.returned(cast(Any, mate))
     assert back.gone == [5]
     assert back.kept == {}

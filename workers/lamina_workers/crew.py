@@ -24,6 +24,7 @@ from lamina_protocols.channels import Channel, ChannelClosed, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.socket_channel import SECRET_SIZE, Listener, listen_tcp, listen_unix, server_context
+from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 
@@ -33,7 +34,7 @@ UNIX = "unix:"
 _LOADING_S = 600.0  # without a word
 _GOODBYE_S = 5.0
 
-R = TypeVar("R", bound=wire.Report)
+R = TypeVar("R", bound=crew_messages.Report)
 
 
 class Mate:
@@ -48,7 +49,7 @@ class Mate:
         rank: int,
         name: str,
         channel: Channel,
-        ready: wire.Ready,
+        ready: crew_messages.Ready,
         on_given_up: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.rank = rank
@@ -59,8 +60,8 @@ class Mate:
         self._channel = channel
         self._on_given_up = on_given_up
         self._gone = ""  # why
-        self._waiting: dict[int, deque[wire.Report]] = {}  # by batch under way
-        self._answers: deque[wire.Report] = deque()  # to what names no batch
+        self._waiting: dict[int, deque[crew_messages.Report]] = {}  # by batch under way
+        self._answers: deque[crew_messages.Report] = deque()  # to what names no batch
 
     @property
     def closed(self) -> bool:
@@ -84,7 +85,7 @@ class Mate:
                 self._channel.receive(max(0.0, seconds))
         self.close()
 
-    def tell(self, command: wire.Command) -> None:
+    def tell(self, command: crew_messages.Command) -> None:
         """Raises RankLost where it is gone."""
         try:
             wire.send(self._channel, command)
@@ -113,9 +114,9 @@ class Mate:
                 return True  # and `take` says so
         return True
 
-    def faults(self, batch: int) -> list[wire.Faulted]:
+    def faults(self, batch: int) -> list[crew_messages.Faulted]:
         """What it has said by now to have gone wrong with a batch that is expected."""
-        return [report for report in self._waiting.get(batch, ()) if isinstance(report, wire.Faulted)]
+        return [report for report in self._waiting.get(batch, ()) if isinstance(report, crew_messages.Faulted)]
 
     def take(self, kind: type[R], batch: int, timeout: float | None = None) -> R:
         """What it says next of a batch that is expected; waits for it.
@@ -127,18 +128,18 @@ class Mate:
         while not said:
             self._hear(timeout)
         report = said.popleft()
-        if isinstance(report, wire.Faulted):
+        if isinstance(report, crew_messages.Faulted):
             raise (HolderLost if report.lost else HolderFault)(f"model worker {self.rank}: {report.reason}")
         if not isinstance(report, kind):
             raise self.give_up(f"{kind.__name__} of batch {batch} was due, got {type(report).__name__}")
         return report
 
-    def answer(self, kind: type[R], timeout: float | None = None) -> R | wire.Failed:
+    def answer(self, kind: type[R], timeout: float | None = None) -> R | crew_messages.Failed:
         """The answer to the oldest command that names no batch and was not answered yet. Raises as `take` does."""
         while not self._answers:
             self._hear(timeout)
         report = self._answers.popleft()
-        if not isinstance(report, (kind, wire.Failed)):
+        if not isinstance(report, (kind, crew_messages.Failed)):
             raise self.give_up(f"{kind.__name__} was due, got {type(report).__name__}")
         return report
 
@@ -153,7 +154,9 @@ class Mate:
                 return True
         return True
 
-    def ask(self, command: wire.Command, kind: type[R], timeout: float | None = None) -> R | wire.Failed:
+    def ask(
+        self, command: crew_messages.Command, kind: type[R], timeout: float | None = None
+    ) -> R | crew_messages.Failed:
         """Tell it, and wait for the answer."""
         self.tell(command)
         return self.answer(kind, timeout)
@@ -165,12 +168,22 @@ class Mate:
             raise self.give_up(f"it has said nothing for {timeout:g} s") from error
         except (ChannelClosed, ProtocolError) as error:
             raise self.give_up(str(error)) from error
-        if isinstance(report, wire.Faulted):
+        if isinstance(report, crew_messages.Faulted):
             self.lost.update(report.lost)
-        if isinstance(report, (wire.Answers, wire.Executed, wire.Sliced, wire.Chosen, wire.Copied, wire.Faulted)):
+        if isinstance(
+            report,
+            (
+                crew_messages.Answers,
+                crew_messages.Executed,
+                crew_messages.Sliced,
+                crew_messages.Chosen,
+                crew_messages.Copied,
+                crew_messages.Faulted,
+            ),
+        ):
             if report.batch in self._waiting:
                 self._waiting[report.batch].append(report)
-            elif isinstance(report, wire.Faulted) and not report.alone:
+            elif isinstance(report, crew_messages.Faulted) and not report.alone:
                 self.unheard = report.reason
         else:
             self._answers.append(report)
@@ -197,9 +210,9 @@ class Crew:
 
     def __init__(
         self,
-        begin: Callable[[int], wire.Begin],
+        begin: Callable[[int], crew_messages.Begin],
         on_ready: Callable[[Mate], None],
-        on_failed: Callable[[int, wire.Failed], None],
+        on_failed: Callable[[int, crew_messages.Failed], None],
         on_given_up: Callable[[str], None],
         progress: Callable[[int, str, int, int], None],
         host: str | None = None,
@@ -243,7 +256,7 @@ class Crew:
         self._listener.close()
         for mate in self._mates.values():
             with contextlib.suppress(RankLost):
-                mate.tell(wire.Stop())
+                mate.tell(crew_messages.Stop())
         deadline = time.monotonic() + _GOODBYE_S
         for mate in self._mates.values():
             mate.see_off(deadline - time.monotonic())
@@ -277,10 +290,10 @@ class Crew:
         try:
             said = self._load(rank, name, channel)
         except TimeoutError:
-            said = wire.Failed("", f"it has said nothing for {_LOADING_S:g} s")
+            said = crew_messages.Failed("", f"it has said nothing for {_LOADING_S:g} s")
         except LaminaError as error:
-            said = wire.Failed("", str(error))
-        if isinstance(said, wire.Failed):
+            said = crew_messages.Failed("", str(error))
+        if isinstance(said, crew_messages.Failed):
             channel.close()
             self._on_failed(rank, said)
             return
@@ -289,9 +302,9 @@ class Crew:
             self._mates[rank] = mate
         self._on_ready(mate)
 
-    def _load(self, rank: int, name: str, channel: Channel) -> wire.Ready | wire.Failed:
+    def _load(self, rank: int, name: str, channel: Channel) -> crew_messages.Ready | crew_messages.Failed:
         hello = wire.receive(channel, _LOADING_S)
-        if not isinstance(hello, wire.Hello) or hello.name != name:
+        if not isinstance(hello, crew_messages.Hello) or hello.name != name:
             raise ProtocolError(f"expected the Hello of {name}, got {type(hello).__name__}")
         control.check("protocol version", PROTOCOL_VERSION, hello.protocol)
         control.check("lamina version", control.package_version(), hello.version)
@@ -299,9 +312,9 @@ class Crew:
         while True:
             report = wire.receive(channel, _LOADING_S)
             match report:
-                case wire.Progress(what, done, total):
+                case crew_messages.Progress(what, done, total):
                     self._progress(rank, what, done, total)
-                case wire.Ready() | wire.Failed():
+                case crew_messages.Ready() | crew_messages.Failed():
                     return report
                 case _:
                     raise ProtocolError(f"{type(report).__name__} from a model worker that loads")

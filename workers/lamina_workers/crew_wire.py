@@ -61,47 +61,8 @@ from lamina_workers.crew_messages import (
     Sliced,
     Stop,
 )
-from lamina_workers.model_worker import Work
+from lamina_workers.interface import Work
 from lamina_workers.routes import HolderShare, Route, Span
-
-__all__ = [
-    "Announce",
-    "Answers",
-    "Begin",
-    "Chosen",
-    "Command",
-    "Copied",
-    "Copy",
-    "Drop",
-    "Enter",
-    "Epoch",
-    "Execute",
-    "Executed",
-    "Failed",
-    "Faulted",
-    "Hello",
-    "Join",
-    "Joined",
-    "Leave",
-    "Look",
-    "Looked",
-    "Meet",
-    "Met",
-    "Part",
-    "Parted",
-    "Progress",
-    "Ready",
-    "Report",
-    "Slice",
-    "Sliced",
-    "Stop",
-    "decode",
-    "encode",
-    "execute",
-    "receive",
-    "send",
-    "work_of",
-]
 
 MAX_WORKERS = 1024
 

@@ -19,7 +19,7 @@ from lamina_protocols import control
 from lamina_protocols.channels import Channel, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
-from lamina_workers import collectives, devices
+from lamina_workers import collectives, crew_messages, devices
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
 from lamina_workers.captured import sliced
@@ -64,59 +64,59 @@ class CrewWorker:
     def serve(self) -> None:
         """Raises ChannelClosed where model worker 0 is gone, LaminaError where the model cannot be loaded, which
         model worker 0 has been told then."""
-        self._say(wire.Hello(self._name, PROTOCOL_VERSION, control.package_version()))
+        self._say(crew_messages.Hello(self._name, PROTOCOL_VERSION, control.package_version()))
         begin = self._hear()
-        if not isinstance(begin, wire.Begin):
+        if not isinstance(begin, crew_messages.Begin):
             raise ProtocolError(f"expected Begin, got {type(begin).__name__}")
         try:
             parts = _Parts(begin, self._folder or begin.folder, self._report)
         except LaminaError as error:
-            self._say(wire.Failed(type(error).__name__, str(error)))
+            self._say(crew_messages.Failed(type(error).__name__, str(error)))
             raise
         self._begin, self._parts, self._epoch = begin, parts, begin.epoch
         self._worker: ModelWorker | None = None  # a rank's decoder needs its group first
         self._ports: dict[int, AttentionPort] = {}
         if begin.ranks == 1:
             self._worker = parts.worker(None, self._ports, begin.epoch)
-        self._say(wire.Ready(str(parts.device)))
+        self._say(crew_messages.Ready(str(parts.device)))
         try:
             while True:
                 if self._runs and not self._channel.ready():
                     self._go_on(self._channel)
                     continue
                 command = self._hear()
-                if isinstance(command, wire.Stop):
+                if isinstance(command, crew_messages.Stop):
                     return
                 self._obey(command)
         finally:
             for port in self._ports.values():
                 port.close()
 
-    def _hear(self) -> wire.Command | wire.Report:
+    def _hear(self) -> crew_messages.Command | crew_messages.Report:
         return wire.receive(self._channel)
 
-    def _say(self, report: wire.Report) -> None:
+    def _say(self, report: crew_messages.Report) -> None:
         wire.send(self._channel, report)
 
     def _report(self, what: str, done: int, total: int) -> None:
-        self._say(wire.Progress(what, done, total))
+        self._say(crew_messages.Progress(what, done, total))
 
-    def _obey(self, command: wire.Command | wire.Report) -> None:
+    def _obey(self, command: crew_messages.Command | crew_messages.Report) -> None:
         match command:
-            case wire.Announce():
+            case crew_messages.Announce():
                 self._start(command.batch, self._announce(command))
-            case wire.Execute():
+            case crew_messages.Execute():
                 self._start(command.batch, self._execute(command))
-            case wire.Enter(batch):
+            case crew_messages.Enter(batch):
                 entered = self._standing.enter(wire.work_of(command), batch, command.shares, command.suspends)
                 self._entered[batch] = entered, command.plain
-            case wire.Slice(batch):
+            case crew_messages.Slice(batch):
                 self._start(batch, self._slice(command))
-            case wire.Drop(batch):
+            case crew_messages.Drop(batch):
                 if batch in self._batches:
                     self._standing.forget(*self._batches.pop(batch))
                 self._leave_batch(batch)
-            case wire.Epoch(epoch):
+            case crew_messages.Epoch(epoch):
                 for run, _ in self._runs.values():
                     run.close()
                 self._runs.clear()
@@ -126,20 +126,20 @@ class CrewWorker:
                 self._epoch = epoch
                 if self._worker is not None:
                     self._worker.next_epoch(epoch)
-            case wire.Join():
+            case crew_messages.Join():
                 self._join(command)
-            case wire.Leave(number):
+            case crew_messages.Leave(number):
                 self._leave(number)
-            case wire.Copy():
+            case crew_messages.Copy():
                 self._copy(command)
-            case wire.Look(number):
+            case crew_messages.Look(number):
                 self._look(number)
-            case wire.Part():
+            case crew_messages.Part():
                 while self._runs:  # the next command may be there: it has to wait
                     self._go_on()
                 self._parts.leave_group()
-                self._say(wire.Parted())
-            case wire.Meet():
+                self._say(crew_messages.Parted())
+            case crew_messages.Meet():
                 self._meet(command)
             case _:
                 raise ProtocolError(f"{type(command).__name__} is not a command that a model worker expects now")
@@ -173,7 +173,7 @@ class CrewWorker:
         with contextlib.suppress(StopIteration):
             self._runs[batch] = run, next(run)
 
-    def _announce(self, command: wire.Announce) -> _Run:
+    def _announce(self, command: crew_messages.Announce) -> _Run:
         try:
             own, answers = yield from self._standing.announce(command.shares)
         except HolderFault as fault:
@@ -181,9 +181,9 @@ class CrewWorker:
             return
         if command.runs:
             self._batches[command.batch] = own, command.shares
-        self._say(wire.Answers(command.batch, answers))
+        self._say(crew_messages.Answers(command.batch, answers))
 
-    def _execute(self, command: wire.Execute) -> _Run:
+    def _execute(self, command: crew_messages.Execute) -> _Run:
         work = wire.work_of(command)
         if command.batch not in self._batches:
             raise ProtocolError(f"batch {command.batch} is to be executed, but was not announced")
@@ -195,10 +195,10 @@ class CrewWorker:
             self._faulted(command.batch, fault)
             return
         if command.wanted:
-            self._say(wire.Executed(command.batch, logits.float().cpu()))
+            self._say(crew_messages.Executed(command.batch, logits.float().cpu()))
 
     @torch.inference_mode()
-    def _slice(self, command: wire.Slice) -> _Run:
+    def _slice(self, command: crew_messages.Slice) -> _Run:
         batch = command.batch
         if batch not in self._entered:
             raise ProtocolError(f"a slice of batch {batch} is wanted, which was not entered")
@@ -215,11 +215,11 @@ class CrewWorker:
             return
         seconds = entered.model_seconds, entered.attention_seconds
         if isinstance(left, Context):
-            self._say(wire.Sliced(batch, *seconds, *left))
+            self._say(crew_messages.Sliced(batch, *seconds, *left))
             return
         self._leave_batch(batch)
         tokens, rest = likeliest(left, plain)
-        self._say(wire.Chosen(batch, *seconds, tokens, rest))
+        self._say(crew_messages.Chosen(batch, *seconds, tokens, rest))
 
     def _leave_batch(self, batch: int) -> None:
         if batch not in self._entered:
@@ -230,35 +230,35 @@ class CrewWorker:
             run.close()
         entered.close()
 
-    def _copy(self, command: wire.Copy) -> None:
+    def _copy(self, command: crew_messages.Copy) -> None:
         try:
             room = self._standing.copy(command.moves, command.shares)
         except HolderFault as fault:
             self._faulted(command.batch, fault)
             return
-        self._say(wire.Copied(command.batch, room))
+        self._say(crew_messages.Copied(command.batch, room))
 
     def _faulted(self, batch: int, fault: HolderFault) -> None:
         lost = self._standing.lost()
-        self._say(wire.Faulted(batch, str(fault)[:4096], tuple(lost), isinstance(fault, RankLost)))
+        self._say(crew_messages.Faulted(batch, str(fault)[:4096], tuple(lost), isinstance(fault, RankLost)))
 
     # Holders.
 
-    def _join(self, place: wire.Join) -> None:
+    def _join(self, place: crew_messages.Join) -> None:
         try:
             port = self._connect(place)
         except LaminaError as error:
-            self._say(wire.Failed(type(error).__name__, str(error)))
+            self._say(crew_messages.Failed(type(error).__name__, str(error)))
             return
         self._ports[place.number] = port
         if self._worker is not None:
             self._worker.join(place.number, port)
         if isinstance(port, RemoteAttention):
-            self._say(wire.Joined(place.number, port.capacity, port.resumed))
+            self._say(crew_messages.Joined(place.number, port.capacity, port.resumed))
         else:
-            self._say(wire.Joined(place.number, self._begin.holder.kv_memory, False))
+            self._say(crew_messages.Joined(place.number, self._begin.holder.kv_memory, False))
 
-    def _connect(self, place: wire.Join) -> AttentionPort:
+    def _connect(self, place: crew_messages.Join) -> AttentionPort:
         if not place.address:
             return self._parts.pool(place)
         begin = self._begin
@@ -294,32 +294,34 @@ class CrewWorker:
         try:
             if port is None:
                 raise HolderFault(f"there is no holder {number}")
-            self._say(wire.Looked(number, survey(port, self._begin.patience, self._epoch - 1)))
+            self._say(crew_messages.Looked(number, survey(port, self._begin.patience, self._epoch - 1)))
         except HolderFault as fault:
-            self._say(wire.Failed(type(fault).__name__, str(fault)))
+            self._say(crew_messages.Failed(type(fault).__name__, str(fault)))
 
     # The other ranks.
 
-    def _meet(self, command: wire.Meet) -> None:
+    def _meet(self, command: crew_messages.Meet) -> None:
         self._parts.leave_group()
         meeting = collectives.Meeting(command.generation, command.path, command.host, command.port, self._address)
         begin = self._begin
         try:
             group = collectives.join(begin.rank, begin.ranks, meeting, command.timeout, self._parts.device)
         except RankLost as error:
-            self._say(wire.Met(command.generation, str(error)))
+            self._say(crew_messages.Met(command.generation, str(error)))
             return
         if self._worker is None:
             self._worker = self._parts.worker(group, self._ports, self._epoch)
         else:
             self._parts.enter_group(group)
-        self._say(wire.Met(command.generation, ""))
+        self._say(crew_messages.Met(command.generation, ""))
 
 
 class _Parts:
     """What a model worker is made of, loaded as `begin` says from `folder`. Raises LaminaError."""
 
-    def __init__(self, begin: wire.Begin, folder: str | Path, progress: Callable[[str, int, int], None]) -> None:
+    def __init__(
+        self, begin: crew_messages.Begin, folder: str | Path, progress: Callable[[str, int, int], None]
+    ) -> None:
         path = Path(folder)
         if (found := fingerprint(path)) != begin.model:
             raise ModelFileError(f"the model in {path} has fingerprint {found:.16}, model worker 0's {begin.model:.16}")
@@ -340,7 +342,7 @@ class _Parts:
                 self._config, checkpoint, dtype, self.device, lambda *done: progress("loading", *done), self._shard
             )
 
-    def pool(self, place: wire.Join) -> LocalAttention:
+    def pool(self, place: crew_messages.Join) -> LocalAttention:
         """A port to a new pool in this process."""
         holder = self._begin.holder
         holder = replace(holder, kv_memory=holder.kv_memory * place.part // max(1, place.of))

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -25,123 +23,22 @@ from lamina_protocols.messages import (
     Fresh,
     FreshPages,
     HolderConfig,
-    Surveyed,
 )
 from lamina_workers.attention_port import AttentionPort, InProcess, Replies, Transported
 from lamina_workers.copying import Copy, Move
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.exchanges import Link, Stopwatch, Times
+from lamina_workers.interface import Returned, ReturnedPeer, Seat, Work
 from lamina_workers.layout import page_bytes
 from lamina_workers.model import Batch, Decoder
 from lamina_workers.resolver import Pausing, Resolver, Waiting, result
-from lamina_workers.routes import HolderShare, Span
-from lamina_workers.sampler import RowSampling, Sampled, sample
+from lamina_workers.routes import HolderShare
+from lamina_workers.sampler import Sampled, sample
 from lamina_workers.slices import SlicedBatch
-
-if TYPE_CHECKING:
-    from lamina_workers.crew import Mate
-
 
 _AHEAD = 8  # layers that are asked for before the first of them has come
 _FRAME = 2 << 20  # bytes of pages that are asked for at a time, about: each costs 0.1 ms besides what it carries
 _FRAMES_AHEAD = 8  # of them are asked for before the first has come, where somebody else makes them meanwhile
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The tokens of a batch. token_ids: all spans' ids, one after the other. `sampled` are indices into them whose
-    next token is wanted, `sampling` says how, one entry each. rope_lengths: one a token (see `model.Batch`)."""
-
-    spans: tuple[Span, ...]
-    token_ids: Sequence[int]
-    rope_lengths: Sequence[int]
-    sampled: tuple[int, ...]
-    sampling: tuple[RowSampling, ...]
-
-
-class Seat(NamedTuple):
-    """A holder of one rank at an attention worker: its pool in pages, its weight among the holders of the rank, and
-    what it keeps from an engine before."""
-
-    rank: int
-    pages: int
-    weight: int
-    kept: Surveyed | None = None
-
-
-class Returned(NamedTuple):
-    """What a model worker that is there again has: its own `pools`, which are empty now; the seats at attention workers
-    that are `gone`, with what they kept; and what each of its other seats has `kept`. All by holder number."""
-
-    pools: list[int]
-    gone: list[int]
-    kept: dict[int, Surveyed]
-
-
-class Workers(Protocol):
-    """All model workers of an engine, as it sees them: one `ModelWorker`, or several processes that act as one.
-
-    For one thread. Holders go by number, whichever worker they belong to. Besides what is said below, every method
-    raises RankLost where a model worker is gone: then it is among the `missing`, nothing of the batches under way
-    counts, and until it is back nothing can be announced.
-    """
-
-    @property
-    def missing(self) -> tuple[int, ...]:
-        """The ranks of model workers that are gone, and not back yet."""
-
-    @property
-    def times(self) -> Times:
-        """What attention took in the batch that was executed last."""
-
-    @property
-    def attention_seconds(self) -> float:
-        """How long this thread has computed attention, or waited for it or for holders to accept a batch."""
-
-    def begin_after(self, epoch: int) -> None:
-        """The holders know epochs up to this one from an engine before."""
-
-    def address(self, number: int) -> str:
-        """Of a holder's process; "" for this one."""
-
-    def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
-        """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
-
-        Raises HolderFault where a holder answers with a fault, HolderLost where it is gone.
-        """
-
-    def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
-        """As `announce`, waiting for the answers."""
-
-    def execute(
-        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
-    ) -> Generator[Waiting, None, Sampled]:
-        """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done."""
-
-    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
-        """Copy KV between holders, see `ModelWorker.copy`. Whether every target had room."""
-
-    def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
-        """There is one holder more at rank 0, and where there are further ranks one of each, which connect to the same
-        attention worker with these credentials: their numbers follow `number`, in the order that is returned.
-
-        Raises HolderLost where one of them cannot; then none has joined.
-        """
-
-    def leave(self, number: int) -> None:
-        """A holder is gone, or not wanted any more: let it go."""
-
-    def lost(self) -> list[int]:
-        """The holders that are found to be gone, and have not left."""
-
-    def links(self) -> dict[int, Link]:
-        """What has crossed the way to each holder of rank 0 so far."""
-
-    def next_epoch(self) -> None:
-        """Whatever is under way is given up: holders drop it, and late replies to it are not heard."""
-
-    def returned(self, mate: Mate) -> Returned:
-        """A model worker that was missing is there again."""
 
 
 class ModelWorker:
@@ -194,9 +91,9 @@ class ModelWorker:
         port = self._replies[number].port
         return port.address if isinstance(port, Transported) else ""
 
-    def returned(self, mate: Mate) -> Returned:
+    def returned(self, peer: ReturnedPeer) -> Returned:
         """Never: there are no other ranks."""
-        raise RankLost(f"model worker {mate.rank} is not one of this engine")
+        raise RankLost(f"model worker {peer.rank} is not one of this engine")
 
     @property
     def epoch(self) -> int:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lamina_workers import collectives
-from lamina_workers import crew_wire as wire
+from lamina_workers import collectives, crew_messages
 from lamina_workers.crew import Mate
 from lamina_workers.errors import RankLost
 
@@ -48,7 +47,7 @@ class RankGroup:
         self.leave()
         self._generation += 1
         meeting = self._met = self._meeting(self._generation)
-        place = wire.Meet(self._generation, meeting.path, meeting.host, meeting.port, self.timeout)
+        place = crew_messages.Meet(self._generation, meeting.path, meeting.host, meeting.port, self.timeout)
         for mate in self.mates.values():
             mate.tell(place)
         cause: RankLost | None = None
@@ -58,11 +57,11 @@ class RankGroup:
             cause = error
         for mate in self.mates.values():  # all are heard, or an answer would be taken for one to the next meeting
             try:
-                met = mate.answer(wire.Met, self.timeout + SLACK)
+                met = mate.answer(crew_messages.Met, self.timeout + SLACK)
             except RankLost as error:
                 cause = error
                 continue
-            if isinstance(met, wire.Failed) or met.generation != self._generation:
+            if isinstance(met, crew_messages.Failed) or met.generation != self._generation:
                 cause = mate.give_up(f"it met another group than {self._generation}")
             elif met.reason:
                 cause = cause or RankLost(met.reason)
@@ -89,13 +88,13 @@ class RankGroup:
         told = []
         for mate in self.mates.values():
             try:
-                mate.tell(wire.Part())
+                mate.tell(crew_messages.Part())
                 told.append(mate)
             except RankLost as error:
                 gone = error
         for mate in told:
             try:
-                mate.answer(wire.Parted, wait)
+                mate.answer(crew_messages.Parted, wait)
             except RankLost as error:
                 gone = error
         if gone is not None:

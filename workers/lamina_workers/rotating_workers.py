@@ -21,13 +21,15 @@ import torch
 
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, HolderConfig
+from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, Transported
 from lamina_workers.copying import Move
 from lamina_workers.crew import Mate
 from lamina_workers.errors import HolderFault, RankLost
 from lamina_workers.exchanges import Link, Times
-from lamina_workers.model_worker import ModelWorker, Returned, Seat, Work
+from lamina_workers.interface import Returned, Seat, Work
+from lamina_workers.model_worker import ModelWorker
 from lamina_workers.resolver import SLOWEST, Waiting
 from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, sample
@@ -78,7 +80,7 @@ class RotatingWorkers:
         self._config = config
         self._patience = patience
         self._replicas: dict[int, _Replica] = {}
-        self._places: dict[int, wire.Join] = {}  # where each holder at an attention worker is
+        self._places: dict[int, crew_messages.Join] = {}  # where each holder at an attention worker is
         self._waits = Waits()
         self._suspended: dict[int, Waiting] = {}  # what each run waits for
         self._runs = 0
@@ -141,7 +143,9 @@ class RotatingWorkers:
         self._own.join(number, port)
         if isinstance(port, Transported):
             shown = credentials or Credentials()
-            place = wire.Join(number, port.name, port.address, 0, 1, 1, shown.ca, shown.cert, shown.key, shown.token)
+            place = crew_messages.Join(
+                number, port.name, port.address, 0, 1, 1, shown.ca, shown.cert, shown.key, shown.token
+            )
             self._places[number] = place
             for replica in self._replicas.values():
                 self._connect(replica, place)
@@ -164,11 +168,11 @@ class RotatingWorkers:
 
     # Replicas.
 
-    def returned(self, mate: Mate) -> Returned:
+    def returned(self, peer: Mate) -> Returned:
         """A replica is there, for the first time or again, as another process. No KV was lost with it."""
-        replica = self._replicas[mate.rank] = _Replica(mate)
-        self.slices.setdefault(mate.rank, 0)
-        self._tell(replica, wire.Epoch(self._own.epoch))
+        replica = self._replicas[peer.rank] = _Replica(peer)
+        self.slices.setdefault(peer.rank, 0)
+        self._tell(replica, crew_messages.Epoch(self._own.epoch))
         for place in self._places.values():
             self._connect(replica, place)
         return Returned([], [], {})
@@ -215,12 +219,14 @@ class RotatingWorkers:
                     self.slices[0] += 1
                     continue
                 mate = place.mate
-                mate.tell(wire.Slice(batch, number, *(context or _NOTHING)))
+                mate.tell(crew_messages.Slice(batch, number, *(context or _NOTHING)))
                 if not mate.ready(batch):
                     yield Waiting(mate, batch)
-                said = self._take(place, wire.Sliced if number < len(order) - 1 else wire.Chosen, batch, allowed)
+                said = self._take(
+                    place, crew_messages.Sliced if number < len(order) - 1 else crew_messages.Chosen, batch, allowed
+                )
                 self.slices[mate.rank] += 1
-                if isinstance(said, wire.Chosen):
+                if isinstance(said, crew_messages.Chosen):
                     entered.remove(place)  # it has nothing left of this batch
                     mate.forget(batch)
                     with torch.inference_mode():
@@ -232,15 +238,19 @@ class RotatingWorkers:
             self._own.forget(batch, shares)
             for replica in entered:
                 replica.mate.forget(batch)
-                self._tell(replica, wire.Drop(batch))
+                self._tell(replica, crew_messages.Drop(batch))
         if not isinstance(left, torch.Tensor):
             raise HolderFault(f"batch {batch} has come to its end without logits")
         with torch.inference_mode():
             return sample(left, work.sampling)
 
     def _take(
-        self, replica: _Replica, kind: type[wire.Sliced] | type[wire.Chosen], batch: int, timeout: float
-    ) -> wire.Sliced | wire.Chosen:
+        self,
+        replica: _Replica,
+        kind: type[crew_messages.Sliced] | type[crew_messages.Chosen],
+        batch: int,
+        timeout: float,
+    ) -> crew_messages.Sliced | crew_messages.Chosen:
         mate = replica.mate
         try:
             said = mate.take(kind, batch, timeout)
@@ -290,16 +300,16 @@ class RotatingWorkers:
 
     # What a replica is told beside batches. One that is gone is found out by whoever needs it.
 
-    def _tell(self, replica: _Replica, command: wire.Command) -> None:
+    def _tell(self, replica: _Replica, command: crew_messages.Command) -> None:
         with contextlib.suppress(RankLost):
             replica.mate.tell(command)
 
     def _tell_epoch(self) -> None:
         for replica in self._replicas.values():
             replica.mate.forget()
-            self._tell(replica, wire.Epoch(self._own.epoch))
+            self._tell(replica, crew_messages.Epoch(self._own.epoch))
 
-    def _connect(self, replica: _Replica, place: wire.Join) -> None:
+    def _connect(self, replica: _Replica, place: crew_messages.Join) -> None:
         if not replica.mate.closed:
             self._tell(replica, place)
             replica.asked.append(place.number)
@@ -307,16 +317,16 @@ class RotatingWorkers:
     def _disconnect(self, replica: _Replica, number: int) -> None:
         replica.holders.discard(number)
         replica.mate.lost.discard(number)
-        self._tell(replica, wire.Leave(number))
+        self._tell(replica, crew_messages.Leave(number))
 
     def _hear(self, replica: _Replica) -> None:
         """What has come of the holders that it was told to connect to."""
         mate = replica.mate
         try:
             while replica.asked and mate.answered():
-                said = mate.answer(wire.Joined, 0.0)
+                said = mate.answer(crew_messages.Joined, 0.0)
                 number = replica.asked.popleft()
-                if isinstance(said, wire.Failed):
+                if isinstance(said, crew_messages.Failed):
                     logger.warning("model worker %d cannot use holder %d: %s", mate.rank, number, said.reason)
                 elif number in self._places and number not in replica.asked:
                     replica.holders.add(number)

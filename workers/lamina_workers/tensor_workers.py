@@ -15,15 +15,17 @@ import torch
 
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, HolderConfig, Surveyed
+from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, Transported
 from lamina_workers.copying import Move
 from lamina_workers.crew import Mate
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.exchanges import Link, Times
+from lamina_workers.interface import Returned, Seat, Work
 from lamina_workers.layout import page_cost
 from lamina_workers.model import Decoder
-from lamina_workers.model_worker import ModelWorker, Returned, Seat, Work
+from lamina_workers.model_worker import ModelWorker
 from lamina_workers.rank_group import SLACK, RankGroup
 from lamina_workers.resolver import Waiting, result
 from lamina_workers.routes import HolderShare
@@ -66,15 +68,15 @@ class TensorWorkers:
         self._heads = tuple(heads)
         self._config = config
         self._owner = dict(pools)  # the rank beyond 0 that has a holder, by the holder's number
-        self._places: dict[int, wire.Join] = {}  # where each holder at an attention worker is
+        self._places: dict[int, crew_messages.Join] = {}  # where each holder at an attention worker is
         self._batch = 0
         self._apart = False  # the ranks have left their group
         self._under_way: tuple[int, int, dict[int, HolderShare]] | None = None
         """A batch that all have accepted: its number, and rank 0's own, and rank 0's shares."""
         self._unheard = ""  # a fault that another one hid: it may have told of lost keys
         for number, rank in pools.items():
-            said = self._mates[rank].ask(wire.Join(number), wire.Joined, self._wait)
-            if isinstance(said, wire.Failed):
+            said = self._mates[rank].ask(crew_messages.Join(number), crew_messages.Joined, self._wait)
+            if isinstance(said, crew_messages.Failed):
                 raise RankLost(f"model worker {rank} has no pool: {said.reason}")
 
     @property
@@ -104,7 +106,7 @@ class TensorWorkers:
             concerned = self._of(rank, shares)
             if runs or concerned:
                 mate.expect(batch)
-                mate.tell(wire.Announce(batch, runs, concerned))
+                mate.tell(crew_messages.Announce(batch, runs, concerned))
                 told[rank] = concerned
         answers: dict[int, Announced] = {}
         faults: list[HolderFault] = []
@@ -167,8 +169,8 @@ class TensorWorkers:
         mate = self._mates[rank]
         mate.expect(self._batch)
         try:
-            mate.tell(wire.Copy(self._batch, tuple(moves), shares))
-            return mate.take(wire.Copied, self._batch, self._wait).room
+            mate.tell(crew_messages.Copy(self._batch, tuple(moves), shares))
+            return mate.take(crew_messages.Copied, self._batch, self._wait).room
         finally:
             mate.forget(self._batch)
 
@@ -177,12 +179,12 @@ class TensorWorkers:
         self._under_way = None
         for mate in self._mates.values():
             mate.forget()
-            self._try_to_tell(mate, wire.Epoch(self._own.epoch))
+            self._try_to_tell(mate, crew_messages.Epoch(self._own.epoch))
 
     def begin_after(self, epoch: int) -> None:
         self._own.begin_after(epoch)
         for mate in self._mates.values():
-            self._try_to_tell(mate, wire.Epoch(self._own.epoch))
+            self._try_to_tell(mate, crew_messages.Epoch(self._own.epoch))
 
     # Holders.
 
@@ -192,7 +194,7 @@ class TensorWorkers:
             raise HolderLost(f"{port.name} is no attention worker that other ranks could reach")
         shown = credentials or Credentials()
         places = [
-            wire.Join(
+            crew_messages.Join(
                 number + rank, port.name, port.address, rank, self._heads[rank], sum(self._heads),
                 shown.ca, shown.cert, shown.key, shown.token,
             )
@@ -202,8 +204,8 @@ class TensorWorkers:
         for place in places:
             self._mates[place.seat].tell(place)
         for place in places:  # all are heard before one is blamed
-            said = self._mates[place.seat].answer(wire.Joined, self._wait)
-            if isinstance(said, wire.Failed):
+            said = self._mates[place.seat].answer(crew_messages.Joined, self._wait)
+            if isinstance(said, crew_messages.Failed):
                 failed = failed or f"model worker {place.seat} cannot use attention worker {place.name}: {said.reason}"
             else:
                 seats.append(seat(place.seat, said.capacity, self._config))
@@ -217,7 +219,7 @@ class TensorWorkers:
             failed = str(fault)
         if failed:
             for place in places:
-                self._try_to_tell(self._mates[place.seat], wire.Leave(place.number))
+                self._try_to_tell(self._mates[place.seat], crew_messages.Leave(place.number))
             port.close()
             raise HolderLost(failed)
         self._own.join(number, port)
@@ -232,7 +234,7 @@ class TensorWorkers:
             self._own.leave(number)
             return
         self._mates[rank].lost.discard(number)
-        self._try_to_tell(self._mates[rank], wire.Leave(number))
+        self._try_to_tell(self._mates[rank], crew_messages.Leave(number))
 
     def lost(self) -> list[int]:
         told = [number for mate in self._mates.values() for number in sorted(mate.lost) if number in self._owner]
@@ -250,31 +252,31 @@ class TensorWorkers:
     def _look(self, rank: int, number: int) -> Surveyed:
         """What a holder of another rank keeps; nothing may be under way. What was announced to it before this epoch
         is over. Raises HolderFault."""
-        said = self._mates[rank].ask(wire.Look(number), wire.Looked, self._wait)
-        if isinstance(said, wire.Failed):
+        said = self._mates[rank].ask(crew_messages.Look(number), crew_messages.Looked, self._wait)
+        if isinstance(said, crew_messages.Failed):
             raise HolderFault(f"model worker {rank}: {said.reason}")
         return said.held
 
     # Ranks.
 
-    def returned(self, mate: Mate) -> Returned:
+    def returned(self, peer: Mate) -> Returned:
         """A rank that was missing is there again, as another process that has loaded the same. It takes up its seats
         at attention workers.
 
         Raises RankLost where it is gone already.
         """
-        rank = mate.rank
-        self._mates[rank] = mate
+        rank = peer.rank
+        self._mates[rank] = peer
         self._apart = True
-        mate.tell(wire.Epoch(self._own.epoch))
+        peer.tell(crew_messages.Epoch(self._own.epoch))
         back = Returned([], [], {})
         for number in [number for number, owner in self._owner.items() if owner == rank]:
             place = self._places.get(number)
-            said = mate.ask(place or wire.Join(number), wire.Joined, self._wait)
-            if place is None and isinstance(said, wire.Joined):
+            said = peer.ask(place or crew_messages.Join(number), crew_messages.Joined, self._wait)
+            if place is None and isinstance(said, crew_messages.Joined):
                 back.pools.append(number)
-            elif isinstance(said, wire.Failed) or not said.resumed:
-                why = said.reason if isinstance(said, wire.Failed) else "it has let go of the KV"
+            elif isinstance(said, crew_messages.Failed) or not said.resumed:
+                why = said.reason if isinstance(said, crew_messages.Failed) else "it has let go of the KV"
                 name = "its own pool" if place is None else place.name
                 logger.warning("model worker %d cannot take up %s: %s", rank, name, why)
                 back.gone.append(number)
@@ -315,7 +317,7 @@ class TensorWorkers:
 
     def _answers(self, mate: Mate, batch: int, shares: Mapping[int, HolderShare]) -> Mapping[int, Announced]:
         try:
-            answers = mate.take(wire.Answers, batch, self._wait).answers
+            answers = mate.take(crew_messages.Answers, batch, self._wait).answers
         finally:
             mate.forget(batch)
         if answers.keys() != shares.keys():
@@ -328,7 +330,7 @@ class TensorWorkers:
             (batch, own, its), self._under_way = self._under_way, None
             self._own.forget(own, its)
             for mate in self._mates.values():
-                mate.tell(wire.Drop(batch))
+                mate.tell(crew_messages.Drop(batch))
 
     def _of(self, rank: int, shares: Mapping[int, HolderShare]) -> dict[int, HolderShare]:
         return {number: share for number, share in shares.items() if self._owner.get(number, 0) == rank}
@@ -343,7 +345,7 @@ class TensorWorkers:
         return self._group.timeout + SLACK
 
     @staticmethod
-    def _try_to_tell(mate: Mate, command: wire.Command) -> None:
+    def _try_to_tell(mate: Mate, command: crew_messages.Command) -> None:
         with contextlib.suppress(RankLost):  # it is missing, which is found out by whoever needs it
             mate.tell(command)
 

@@ -1,0 +1,127 @@
+"""`Workers`, the interface between an engine and its model workers, and the values that cross it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+from lamina_protocols.channels import Credentials
+from lamina_protocols.messages import (
+    Announced,
+    Surveyed,
+)
+from lamina_workers.attention_port import AttentionPort
+from lamina_workers.copying import Move
+from lamina_workers.exchanges import Link, Times
+from lamina_workers.resolver import Waiting
+from lamina_workers.routes import HolderShare, Span
+from lamina_workers.sampler import RowSampling, Sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The tokens of a batch. token_ids: all spans' ids, one after the other. `sampled` are indices into them whose
+    next token is wanted, `sampling` says how, one entry each. rope_lengths: one a token (see `model.Batch`)."""
+
+    spans: tuple[Span, ...]
+    token_ids: Sequence[int]
+    rope_lengths: Sequence[int]
+    sampled: tuple[int, ...]
+    sampling: tuple[RowSampling, ...]
+
+
+class Seat(NamedTuple):
+    """A holder of one rank at an attention worker: its pool in pages, its weight among the holders of the rank, and
+    what it keeps from an engine before."""
+
+    rank: int
+    pages: int
+    weight: int
+    kept: Surveyed | None = None
+
+
+class Returned(NamedTuple):
+    """What a model worker that is there again has: its own `pools`, which are empty now; the seats at attention workers
+    that are `gone`, with what they kept; and what each of its other seats has `kept`. All by holder number."""
+
+    pools: list[int]
+    gone: list[int]
+    kept: dict[int, Surveyed]
+
+
+class ReturnedPeer(Protocol):
+    """A model worker that is there again. What else is asked of it, the implementations of `Workers` know."""
+
+    @property
+    def rank(self) -> int:
+        """Its number, 1 and up."""
+
+
+P = TypeVar("P", bound=ReturnedPeer, contravariant=True)
+
+
+class Workers(Protocol[P]):
+    """All model workers of an engine, as it sees them: one `ModelWorker`, or several processes that act as one.
+
+    For one thread. Holders go by number, whichever worker they belong to. Besides what is said below, every method
+    raises RankLost where a model worker is gone: then it is among the `missing`, nothing of the batches under way
+    counts, and until it is back nothing can be announced.
+    """
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The ranks of model workers that are gone, and not back yet."""
+
+    @property
+    def times(self) -> Times:
+        """What attention took in the batch that was executed last."""
+
+    @property
+    def attention_seconds(self) -> float:
+        """How long this thread has computed attention, or waited for it or for holders to accept a batch."""
+
+    def begin_after(self, epoch: int) -> None:
+        """The holders know epochs up to this one from an engine before."""
+
+    def address(self, number: int) -> str:
+        """Of a holder's process; "" for this one."""
+
+    def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
+        """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
+
+        Raises HolderFault where a holder answers with a fault, HolderLost where it is gone.
+        """
+
+    def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
+        """As `announce`, waiting for the answers."""
+
+    def execute(
+        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+    ) -> Generator[Waiting, None, Sampled]:
+        """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done."""
+
+    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
+        """Copy KV between holders, see `ModelWorker.copy`. Whether every target had room."""
+
+    def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
+        """There is one holder more at rank 0, and where there are further ranks one of each, which connect to the same
+        attention worker with these credentials: their numbers follow `number`, in the order that is returned.
+
+        Raises HolderLost where one of them cannot; then none has joined.
+        """
+
+    def leave(self, number: int) -> None:
+        """A holder is gone, or not wanted any more: let it go."""
+
+    def lost(self) -> list[int]:
+        """The holders that are found to be gone, and have not left."""
+
+    def links(self) -> dict[int, Link]:
+        """What has crossed the way to each holder of rank 0 so far."""
+
+    def next_epoch(self) -> None:
+        """Whatever is under way is given up: holders drop it, and late replies to it are not heard."""
+
+    def returned(self, peer: P) -> Returned:
+        """A model worker that was missing is there again."""
