@@ -25,7 +25,7 @@ from lamina import text_files
 from lamina.errors import PolicyError
 from lamina.text_files import toml_value
 from lamina_workers.model_config import ModelConfig
-from lamina_workers.policies.policy import parse
+from lamina_workers.policies.catalogue import parse
 
 VERSION = 1
 MAX_BYTES = 4 << 20

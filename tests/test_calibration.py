@@ -44,8 +44,9 @@ from lamina.probe import Probe
 from lamina_workers.decoder_weights import load_weights
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
+from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.full import Full
-from lamina_workers.policies.policy import Policy, parse
+from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.span import Span
 from lamina_workers.policies.streaming import Streaming
 from lamina_workers.weights import fingerprint

@@ -35,7 +35,8 @@ from lamina.evaluation.tasks import Item
 from lamina.probe import Probe
 from lamina_protocols.messages import Usage
 from lamina_workers.model import Decoder
-from lamina_workers.policies.policy import Policy, View, parse, within
+from lamina_workers.policies.catalogue import parse
+from lamina_workers.policies.policy import Policy, View, within
 
 NARROW = "streaming(sink=2, recent=9)"
 

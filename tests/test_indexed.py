@@ -19,8 +19,8 @@ from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Floats, Segment
 from lamina_workers.indexes.scan_index import ScanSegment
 from lamina_workers.policies import index_builds, indexed, retrieval
+from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.indexed import Indexed
-from lamina_workers.policies.policy import parse
 
 pytest.importorskip("faiss")
 

@@ -30,8 +30,7 @@ from policy_bench import (
 
 from lamina_protocols.messages import Fetch, Fetched
 from lamina_workers.errors import KVError, PolicyError
-from lamina_workers.policies.catalogue import POLICIES
-from lamina_workers.policies.policy import parse
+from lamina_workers.policies.catalogue import POLICIES, parse
 
 ADAPTIVE = [name for name, policy in POLICIES.items() if policy.adaptive]
 LETS_GO = ["streaming", "span", "razor"]

@@ -30,7 +30,7 @@ from policy_bench import (
 from lamina_kernels import sketches
 from lamina_protocols.messages import Announced, Announcement, Row
 from lamina_workers.errors import KVError
-from lamina_workers.policies.policy import parse
+from lamina_workers.policies.catalogue import parse
 
 LONG = 1120  # tokens, with which every policy has something to choose
 

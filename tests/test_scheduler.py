@@ -29,8 +29,9 @@ from lamina.request import (
 )
 from lamina.scheduler import Scheduler
 from lamina.shares import Layout, Pages, Share
+from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.full import Full
-from lamina_workers.policies.policy import Policy, parse, within
+from lamina_workers.policies.policy import Policy, within
 
 
 @dataclass

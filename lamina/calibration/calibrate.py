@@ -30,7 +30,8 @@ from lamina.tokenizer import Tokenizer
 from lamina_workers.layout import page_cost
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
-from lamina_workers.policies.policy import Policy, parse
+from lamina_workers.policies.catalogue import parse
+from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.streaming import Streaming
 from lamina_workers.weights import Checkpoint, fingerprint
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from lamina_protocols.messages import HolderConfig, LayerSpec
 from lamina_workers.errors import PolicyError
-from lamina_workers.policies.policy import LONGEST, Policy, parse, within
+from lamina_workers.policies.catalogue import parse
+from lamina_workers.policies.policy import LONGEST, Policy, within
 
 Cells = npt.NDArray[np.bool_]
 

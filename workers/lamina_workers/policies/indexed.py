@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,6 @@ from lamina_workers.policies.index_builds import (
     made,
 )
 from lamina_workers.policies.page_budget import Bounds, bounds, lists
-from lamina_workers.policies.retrieval import Retrieval
 
 Ints = npt.NDArray[np.int64]
 log = logging.getLogger(__name__)
@@ -50,6 +49,27 @@ log = logging.getLogger(__name__)
 SAMPLED = 64  # pages from which the mass of what is not read is estimated
 WIDEST = 8  # times the policy's `top`: more keys than that are not asked for
 COUNTS = ("builds", "failed", "cancelled", "searches", "queries", "distances", "pauses")
+
+
+class IndexParameters(Protocol):
+    """The parameters of `retrieval` that this chooser reads. Units and meaning: see `retrieval.Retrieval`."""
+
+    @property
+    def sink(self) -> int: ...
+    @property
+    def recent(self) -> int: ...
+    @property
+    def missed(self) -> float: ...
+    @property
+    def budget(self) -> float: ...
+    @property
+    def index(self) -> str: ...
+    @property
+    def top(self) -> int: ...
+    @property
+    def least(self) -> int: ...
+    @property
+    def segment(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -64,7 +84,7 @@ class _Plan:
 class Indexed:
     """The chooser. `looks` chooses for heads that have no index; `build` makes one segment."""
 
-    def __init__(self, policy: Retrieval, at: Holding, looks: Chooser, build: Build | None = None) -> None:
+    def __init__(self, policy: IndexParameters, at: Holding, looks: Chooser, build: Build | None = None) -> None:
         faiss_host.module()  # that it is missing is told now, and it is not imported in a step
         self._policy = policy
         self._at = at

@@ -8,11 +8,9 @@ queries; prefill and rebuilding read everything. No policy computes attention: k
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lamina_workers.errors import PolicyError
 
@@ -112,41 +110,3 @@ class Windowed(Policy):
 def within(policy: Policy, window: int | None) -> Policy:
     """The policy in a layer with that sliding window."""
     return policy if window is None else Windowed(policy, window)
-
-
-_FORM = re.compile(r"\s*([a-z_0-9]+)\s*(?:\(([^()]*)\)\s*)?")
-_PARAMETER = re.compile(r"\s*([a-z_0-9]+)\s*=\s*([-+0-9.eE]+|[a-z]+)\s*")
-
-
-@lru_cache(maxsize=4096)  # texts come from files and from the wire
-def parse(text: str) -> Policy:
-    """The policy that is written so; parameters left out have their defaults. Raises PolicyError, which names what is
-    wrong and what is allowed."""
-    from lamina_workers.policies.catalogue import POLICIES
-
-    form = _FORM.fullmatch(text) if len(text) <= MAX_TEXT else None
-    if form is None:
-        raise PolicyError(f"a policy is written {text!r:.80}; allowed is name or name(parameter=number, ...)")
-    known = POLICIES.get(form[1])
-    if known is None:
-        raise PolicyError(f"there is no policy {form[1]!r:.40}; allowed are {', '.join(POLICIES)}")
-    fields = {f.name: f for f in dataclasses.fields(known)}
-    given: dict[str, Any] = {}
-    for part in (form[2] or "").split(",") if (form[2] or "").strip() else []:
-        parameter = _PARAMETER.fullmatch(part)
-        name = parameter[1] if parameter else part.strip()
-        if parameter is None or name not in fields or name in given:
-            allowed = f"each once, of {', '.join(fields)}, as name=value" if fields else "none"
-            raise PolicyError(f"{known.name} has the parameter {part.strip()!r:.60}; allowed is {allowed}")
-        given[name] = _value(known.name, name, str(fields[name].type), parameter[2])
-    return known(**given)
-
-
-def _value(policy: str, name: str, kind: str, text: str) -> Any:
-    try:
-        if kind == "str":
-            return text
-        return int(text) if kind == "int" else float(text)
-    except ValueError as error:
-        wanted = "a whole number" if kind == "int" else "a number"
-        raise PolicyError(f"{policy}: {name} is {text!r:.40}; allowed is {wanted}") from error
