@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from lamina.request import Plan
 from lamina.ticket import Spared
 from lamina_protocols.messages import Announced, Usage
-from lamina_workers.routes import HolderShare
+from lamina_protocols.routes import HolderShare
 
 
 def floors_of(plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> list[int]:

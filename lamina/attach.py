@@ -15,22 +15,20 @@ from typing import TYPE_CHECKING
 from lamina.config import EngineConfig
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
 from lamina.fleet import seated
+from lamina.kv_budget import attention_devices
 from lamina.members import FixedMembers, Member, Members, answers
-from lamina.model_cache import Progress
 from lamina.placement import Holder
+from lamina.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_protocols.service import WorkerUnreachable
 from lamina_workers.attention_port import survey
 from lamina_workers.credentials import load_credentials
-from lamina_workers.devices import find_each
 from lamina_workers.errors import HolderFault
 from lamina_workers.layout import page_cost
 from lamina_workers.remote_attention import RemoteAttention, connect
 
 if TYPE_CHECKING:
-    import torch
-
     from lamina.engine import Engine
     from lamina_workers.crew import Mate
     from lamina_workers.interface import Workers
@@ -168,13 +166,6 @@ class Attachment:
             kept = self.found[port.name] = survey(port, self._config.worker_timeout, self._past)
             holder.keeps(kept)
         return holder
-
-
-def attention_devices(config: EngineConfig) -> tuple[torch.device, ...]:
-    """Where attention workers that are started here keep KV, a device each. The holder in this process is with the
-    first, and alone where there are none. Raises DeviceError."""
-    workers = config.attention_workers if isinstance(config.attention_workers, int) and not config.cluster else 0
-    return find_each("attention_device", config.attention_device, max(1, workers), prefer_gpu=False)
 
 
 def attach(

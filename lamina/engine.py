@@ -40,11 +40,11 @@ from lamina.types import FinishReason
 from lamina.work import work
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
+from lamina_protocols.routes import HolderShare
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault
 from lamina_workers.interface import Workers
 from lamina_workers.resolver import Waiting
-from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, TokenHistory
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from lamina.scheduler import Scheduler
 from lamina.shares import Layout, Pages, Share
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Fork, Surveyed
+from lamina_protocols.routes import HolderShare
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.crew import Mate
 from lamina_workers.errors import HolderFault
 from lamina_workers.interface import Seat, Workers
-from lamina_workers.routes import HolderShare
 
 logger = logging.getLogger("lamina")
 

@@ -19,7 +19,8 @@ import torch
 
 from lamina.gguf_files import GgufFile
 from lamina.gguf_tokenizer import tokenizer_files
-from lamina.model_cache import FileRecord, Progress, write_file
+from lamina.model_cache import FileRecord, write_file
+from lamina.progress import Progress
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 from lamina_workers.safetensors_files import SINGLE_FILE
 

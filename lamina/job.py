@@ -15,8 +15,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
-from lamina.model_cache import Progress
 from lamina.outputs import Answer
+from lamina.progress import Progress
 from lamina.ticket import Output, Ticket
 from lamina.types import Completion, TokenEvent
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from lamina.attach import attention_devices
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.machine import Machine, kv_share
 from lamina.policy_choice import head_policies
 from lamina.request import PageGroup, SchedulerConfig
 from lamina_protocols.messages import HolderConfig
-from lamina_workers.devices import memory_available
+from lamina_workers.devices import find_each, memory_available
 from lamina_workers.layout import page_cost
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.policies.policy import LONGEST, Policy
@@ -124,3 +123,10 @@ def page_groups(holder: HolderConfig) -> tuple[PageGroup, ...]:
 def _keys_depend_on_length(model: ModelConfig, length: int) -> bool:
     """Dynamic RoPE turns keys by their prompt's length, so prompts of unlike lengths cannot share them."""
     return model.rope.kind == "dynamic" and length > model.rope.positions
+
+
+def attention_devices(config: EngineConfig) -> tuple[torch.device, ...]:
+    """Where attention workers that are started here keep KV, a device each. The holder in this process is with the
+    first, and alone where there are none. Raises DeviceError."""
+    workers = config.attention_workers if isinstance(config.attention_workers, int) and not config.cluster else 0
+    return find_each("attention_device", config.attention_device, max(1, workers), prefer_gpu=False)

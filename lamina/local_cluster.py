@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeAlias
 from lamina.child_process import ChildProcess, end_all
 from lamina.errors import EngineError
 from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoined, OnLeft, State, incarnation
-from lamina.model_cache import Progress
+from lamina.progress import Progress
 from lamina_protocols.channels import Credentials
 
 logger = logging.getLogger("lamina")

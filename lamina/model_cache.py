@@ -24,9 +24,6 @@ MANIFEST = "manifest.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_MANIFEST_BYTES = 1 << 20
 
-Progress = Callable[[str, int, int | None], None]
-"""What is being done, how many bytes of it are done, and how many there are (None: unknown)."""
-
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:

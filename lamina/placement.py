@@ -16,7 +16,7 @@ from lamina.errors import EngineError
 from lamina.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, ReplaceShares
 from lamina.shares import Layout, Pages, Share
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row, Surveyed
-from lamina_workers.routes import HolderShare, Route
+from lamina_protocols.routes import HolderShare, Route
 
 
 @dataclass(slots=True)

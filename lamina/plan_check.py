@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.model_cache import Progress
+from lamina.progress import Progress
 from lamina.simulator.cost_model import Load
 from lamina.simulator.plan_file import Plan, read
 

@@ -18,12 +18,12 @@ from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
 from lamina.tokenizer import Tokenizer
 from lamina_protocols.messages import Announced, Announcement, Close, HolderConfig, Open, Operation, Row, Usage
+from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_port import LocalAttention, Replies
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.resolver import Resolver
-from lamina_workers.routes import Route, Span
 from lamina_workers.weights import Checkpoint
 
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]

@@ -18,7 +18,7 @@ from lamina.cluster import NAMESPACE, TIMEOUT, connect, ray_module
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.intake import Intake
-from lamina.model_cache import Progress
+from lamina.progress import Progress
 from lamina.ray_actor import MODEL_FILES, file_hashes
 from lamina.ray_owner import STOPPING, EngineOwner, result
 

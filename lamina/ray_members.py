@@ -18,7 +18,7 @@ from typing import Any
 from lamina.cluster import ATTENTION, NAMESPACE, TIMEOUT, explain, ray_module, require
 from lamina.errors import EngineError
 from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoined, OnLeft, State, incarnation
-from lamina.model_cache import Progress
+from lamina.progress import Progress
 from lamina_protocols.channels import Credentials
 from lamina_workers.credentials import create_credentials
 from lamina_workers.openmp import share_cores

@@ -20,7 +20,7 @@ from lamina.config import EngineConfig, parse_size
 from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
 from lamina.journal import Run
 from lamina.members import Backoff
-from lamina.model_cache import Progress
+from lamina.progress import Progress
 from lamina.ray_actor import EngineActor
 from lamina.ray_members import RayCluster, environment
 

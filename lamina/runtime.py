@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 
-from lamina.attach import LOCAL, Attachment, attach, attention_devices
+from lamina.attach import LOCAL, Attachment, attach
 from lamina.balance import Balance
 from lamina.config import EngineConfig
 from lamina.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
 from lamina.intake import Intake
 from lamina.journal import Run
-from lamina.kv_budget import check_room, divided, holder_config, limits_of
+from lamina.kv_budget import attention_devices, check_room, divided, holder_config, limits_of
 from lamina.lanes import Lanes
 from lamina.machine import Machine, native_dtype, this_machine
 from lamina.members import Members
-from lamina.model_cache import Progress
 from lamina.model_members import LocalModelMembers, ModelMembers
 from lamina.models import resolve
 from lamina.placement import Holder, Placement
+from lamina.progress import Progress
 from lamina.ranks import Ranks, begins, rank_holders
 from lamina.recorder import Recorder
 from lamina.request import SchedulerConfig

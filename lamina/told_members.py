@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from lamina.errors import WorkersUnavailable
 from lamina.members import Member, MemberStatus, News, OnJoined, OnLeft
-from lamina.model_cache import Progress
+from lamina.progress import Progress
 
 _WORKERS_UP = 120.0  # seconds
 

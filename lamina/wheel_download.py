@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from lamina.model_cache import Progress, hash_file
+from lamina.model_cache import hash_file
+from lamina.progress import Progress
 from lamina_workers.errors import ModelFileError
 
 _PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")

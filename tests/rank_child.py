@@ -15,7 +15,8 @@ import torch
 from dense_attention import DenseAttention
 from safetensors.torch import save_file
 
-from lamina_workers.collectives import Collective, Meeting, join
+from lamina_workers.collective import Collective
+from lamina_workers.collectives import Meeting, join
 from lamina_workers.decoder_weights import load_weights
 from lamina_workers.errors import RankLost
 from lamina_workers.model import Decoder

@@ -27,12 +27,12 @@ from lamina_protocols.messages import (
     Survey,
     Surveyed,
 )
+from lamina_protocols.routes import HolderShare, Route
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.copying import Move
 from lamina_workers.errors import HolderFault, KVError
 from lamina_workers.layout import page_bytes
 from lamina_workers.model_worker import ModelWorker
-from lamina_workers.routes import HolderShare, Route
 
 SPEC = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 LAYERS = tuple(dataclasses.replace(SPEC, kv_layer=layer) for layer in range(3))

@@ -24,6 +24,7 @@ from lamina_protocols import messages as m
 from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import MAX_HEADER
+from lamina_protocols.routes import HolderShare, Route, Span
 from lamina_protocols.socket_channel import connect_unix
 from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
@@ -33,7 +34,6 @@ from lamina_workers.crew_worker import CrewWorker
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.interface import Work
 from lamina_workers.resolver import Waiting
-from lamina_workers.routes import HolderShare, Route, Span
 from lamina_workers.sampler import RowSampling
 
 HOLDER = m.HolderConfig((m.LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)

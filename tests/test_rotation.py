@@ -29,6 +29,7 @@ from lamina.types import SamplingParams
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Close, Exchange, HolderConfig, Row
+from lamina_protocols.routes import HolderShare, Route, Span
 from lamina_protocols.socket_channel import connect_unix
 from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
@@ -44,7 +45,6 @@ from lamina_workers.model_worker import ModelWorker
 from lamina_workers.remote_attention import RemoteAttention, connect
 from lamina_workers.resolver import Waiting
 from lamina_workers.rotating_workers import RotatingWorkers
-from lamina_workers.routes import HolderShare, Route, Span
 from lamina_workers.sampler import RowSampling, sample
 from lamina_workers.slices import SlicedBatch, Waits, chosen, likeliest, plain_rows, rotates, rotation
 from lamina_workers.weights import fingerprint

@@ -103,12 +103,12 @@ def test_greedy_tokens_equal_transformers_one_by_one_and_together(path, prompts,
 @pytest.mark.timeout(900)
 def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, reference, prompts):
     from lamina_protocols.messages import Announcement, HolderConfig, Open, Row
+    from lamina_protocols.routes import Route, Span
     from lamina_workers.attention_port import LocalAttention, Replies
     from lamina_workers.attention_worker import AttentionWorker
     from lamina_workers.model import Batch, Decoder
     from lamina_workers.model_config import ModelConfig
     from lamina_workers.resolver import Resolver
-    from lamina_workers.routes import Route, Span
     from lamina_workers.weights import Checkpoint
 
     prompt = prompts[-1]

@@ -29,7 +29,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lamina_workers.collectives import Alone, Meeting, join
+from lamina_workers.collective import Alone
+from lamina_workers.collectives import Meeting, join
 from lamina_workers.decoder_weights import tensor_shapes
 from lamina_workers.errors import RankLost, RanksError
 from lamina_workers.lines import MOST_BYTES, Lines

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
 from lamina.machine import Machine, native_dtype, this_machine
-from lamina.model_cache import Progress
 from lamina.plan_check import SHORT, Measured, measure
+from lamina.progress import Progress
 from lamina.simulator.models import ModelShape, from_folder
 
 if TYPE_CHECKING:

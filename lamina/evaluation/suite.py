@@ -13,15 +13,7 @@ import torch
 from lamina.errors import InvalidRequest
 from lamina.evaluation.heads import Fidelity, read_heads
 from lamina.evaluation.measures import Quality, Score, quality, score
-from lamina.evaluation.running import (
-    Limits,
-    Progress,
-    Total,
-    answers,
-    read_texts,
-    tokens_of_items,
-    tokens_of_texts,
-)
+from lamina.evaluation.running import Limits, Progress, Total, answers, read_texts, tokens_of_items, tokens_of_texts
 from lamina.evaluation.tasks import Ids, Item
 from lamina.probe import Probe
 

@@ -16,8 +16,8 @@ from typing import Any
 from lamina.hardware_calibration.busy import busy
 from lamina.hardware_calibration.child import Child
 from lamina.hardware_calibration.fitting import BUSY, DRIFT, Cell, Drift, Timings, bare, fit_device, fit_links
-from lamina.model_cache import Progress
 from lamina.models import resolve
+from lamina.progress import Progress
 from lamina.simulator import hardware
 from lamina.simulator.configs import from_folder
 from lamina.simulator.hardware import Device, Link

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lamina.config import EngineConfig
 from lamina.errors import LaminaError
 from lamina.members import Member
-from lamina.model_cache import Progress
+from lamina.progress import Progress
 from lamina.server.lines import Mouth, begin
 from lamina.told_members import ToldMembers
 from lamina_protocols.channels import Credentials

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lamina.errors import EngineError
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
-from lamina_workers.routes import HolderShare
+from lamina_protocols.routes import HolderShare
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from lamina_protocols.messages import PROTOCOL_VERSION, LayerSpec
 
 MAX_CONTROL = 1 << 20  # bytes; a Hello of 1,000 layers takes 40 kB
 DATA_CHANNELS = ("grpc", "tcp")
+FAREWELL = (0, 0)  # the epoch and batch of a Fault that ends the session; no batch has them
 
 M = TypeVar("M")
 

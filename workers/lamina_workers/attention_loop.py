@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from lamina_protocols import codec
 from lamina_protocols.channels import Channel
+from lamina_protocols.control import FAREWELL
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import Fault
 from lamina_protocols.waiting import Waiter
-from lamina_workers.attention_session import FAREWELL, Seat, Session
+from lamina_workers.attention_session import Seat, Session
 
 if TYPE_CHECKING:
     import torch

@@ -36,7 +36,6 @@ from lamina_workers.device_worker import attention_worker
 if TYPE_CHECKING:
     import torch
 
-FAREWELL = (0, 0)  # the epoch and batch of a Fault that ends the session; no batch has them
 _REQUESTS = (Announcement, Query, Fresh, Exchange, Fetch, FetchPages, FreshPages, Survey)
 
 

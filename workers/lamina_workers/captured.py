@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lamina_workers.collectives import Collective
+from lamina_workers.collective import Collective
 from lamina_workers.model import Batch, Decoder, Forward, Rotation
 from lamina_workers.moe import Experts
 

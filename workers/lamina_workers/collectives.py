@@ -20,53 +20,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed
 
+from lamina_workers.collective import Alone, Collective
 from lamina_workers.errors import RankLost
 from lamina_workers.lines import MOST_BYTES, Lines
 
 _c10d: Any = torch.distributed  # whose names are not all in its types
 _SUM, _GATHER, _READY = 1, 2, 3  # tags: what a message is for
-
-
-class Collective(Protocol):
-    """One rank's end of a group. All ranks call the same in the same order, with the same shapes.
-
-    `seconds`: time spent here since the beginning. Raises RankLost where another rank is gone or silent; then the group
-    is closed, which the others learn in turn.
-    """
-
-    rank: int
-    ranks: int
-    seconds: float
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks of x, any contiguous shape, in place of x: the same bits on each rank."""
-        ...
-
-    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
-        """All parts side by side, `[n, sum(widths)]`, on rank 0; None elsewhere. x: `[n, widths[rank]]`."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Alone:
-    """The group of one rank: nothing to do."""
-
-    rank, ranks, seconds = 0, 1, 0.0
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
-        return x
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)

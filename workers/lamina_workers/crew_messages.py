@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lamina_protocols.messages import Announced, HolderConfig, Surveyed
+from lamina_protocols.routes import HolderShare
 from lamina_workers.copying import Move
-from lamina_workers.routes import HolderShare
 
 # From a model worker.
 

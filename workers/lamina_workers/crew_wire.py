@@ -13,21 +13,9 @@ from lamina_protocols import control
 from lamina_protocols.channels import Channel
 from lamina_protocols.codec import ANNOUNCED, OPERATIONS, PART, ROW, Codec, Layout
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.fields import (
-    BOOL,
-    BYTES,
-    FLOAT,
-    INT,
-    INTS,
-    RANGE,
-    TEXT,
-    Field,
-    Record,
-    list_of,
-    one_of,
-    record,
-)
+from lamina_protocols.fields import BOOL, BYTES, FLOAT, INT, INTS, RANGE, TEXT, Field, Record, list_of, one_of, record
 from lamina_protocols.messages import HolderConfig, Surveyed
+from lamina_protocols.routes import HolderShare, Route, Span
 from lamina_workers.copying import Move
 from lamina_workers.crew_messages import (
     Announce,
@@ -62,7 +50,6 @@ from lamina_workers.crew_messages import (
     Stop,
 )
 from lamina_workers.interface import Work
-from lamina_workers.routes import HolderShare, Route, Span
 
 MAX_WORKERS = 1024
 

@@ -19,6 +19,7 @@ from lamina_protocols import control
 from lamina_protocols.channels import Channel, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
+from lamina_protocols.routes import HolderShare
 from lamina_workers import collectives, crew_messages, devices
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
@@ -32,7 +33,6 @@ from lamina_workers.model_worker import ModelWorker
 from lamina_workers.preparing import prepare_kernels
 from lamina_workers.remote_attention import RemoteAttention, connect
 from lamina_workers.resolver import Waiting
-from lamina_workers.routes import HolderShare
 from lamina_workers.shard import WHOLE, Shard, with_ranks
 from lamina_workers.slices import Context, SlicedBatch, Waits, likeliest
 from lamina_workers.weights import Checkpoint, fingerprint
@@ -348,9 +348,7 @@ class _Parts:
         holder = replace(holder, kv_memory=holder.kv_memory * place.part // max(1, place.of))
         return LocalAttention(attention_worker(holder, self._begin.threads, self._attention_device))
 
-    def worker(
-        self, group: collectives.Collective | None, ports: Mapping[int, AttentionPort], epoch: int
-    ) -> ModelWorker:
+    def worker(self, group: Collective | None, ports: Mapping[int, AttentionPort], epoch: int) -> ModelWorker:
         """The worker, one of `group` where it is one of several ranks."""
         begin = self._begin
         with torch.inference_mode():
@@ -359,7 +357,7 @@ class _Parts:
             self._decoder, begin.holder, ports, begin.threads, begin.patience, begin.early_query, epoch=epoch
         )
 
-    def enter_group(self, group: collectives.Collective) -> None:
+    def enter_group(self, group: Collective) -> None:
         if self._decoder is not None:
             self._decoder.collective = group
 

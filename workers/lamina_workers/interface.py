@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import (
-    Announced,
-    Surveyed,
-)
+from lamina_protocols.messages import Announced, Surveyed
+from lamina_protocols.routes import HolderShare, Span
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.copying import Move
 from lamina_workers.exchanges import Link, Times
 from lamina_workers.resolver import Waiting
-from lamina_workers.routes import HolderShare, Span
 from lamina_workers.sampler import RowSampling, Sampled
 
 

@@ -24,7 +24,7 @@ from lamina_workers.rope import Rotary
 from lamina_workers.shard import WHOLE, Shard, local, rank_shape
 
 if TYPE_CHECKING:
-    from lamina_workers.collectives import Collective
+    from lamina_workers.collective import Collective
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lamina_workers import collectives, crew_messages
+from lamina_workers.collective import Collective
 from lamina_workers.crew import Mate
 from lamina_workers.errors import RankLost
 
@@ -35,14 +36,14 @@ class RankGroup:
         self._meeting = meeting
         self._device = device
         self._generation = 0
-        self._current: collectives.Collective | None = None
+        self._current: Collective | None = None
         self._met: collectives.Meeting | None = None  # where the last one met
 
     @property
     def missing(self) -> tuple[int, ...]:
         return tuple(rank for rank, mate in self.mates.items() if mate.closed)
 
-    def meet(self) -> collectives.Collective:
+    def meet(self) -> Collective:
         """A new group of all ranks. Raises RankLost where one does not come."""
         self.leave()
         self._generation += 1

@@ -13,6 +13,7 @@ import time
 
 from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel, ChannelClosed, Credentials, is_loopback, split_address
+from lamina_protocols.control import FAREWELL
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import (
     PROTOCOL_VERSION,
@@ -28,7 +29,6 @@ from lamina_protocols.messages import (
 )
 from lamina_protocols.service import WorkerBusy, WorkerClient, WorkerRefused
 from lamina_protocols.socket_channel import client_context, connect_tcp, connect_unix
-from lamina_workers.attention_session import FAREWELL
 from lamina_workers.errors import HolderLost
 
 logger = logging.getLogger("lamina")

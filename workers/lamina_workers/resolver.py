@@ -25,6 +25,7 @@ from lamina_kernels.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_protocols.channels import Channel
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query
+from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_port import InProcess, Replies
 from lamina_workers.errors import HolderFault
 from lamina_workers.exchanges import Stopwatch, Times
@@ -32,7 +33,6 @@ from lamina_workers.layout import CPU, attention_kernels, page_layout
 from lamina_workers.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.policies.policy import Policy
 from lamina_workers.retention import layer_policies
-from lamina_workers.routes import Route, Span
 from lamina_workers.row_builder import Asked, RowBuilder
 from lamina_workers.staging import DIRECT, Staging, staging_for
 

@@ -21,6 +21,7 @@ import torch
 
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, HolderConfig
+from lamina_protocols.routes import HolderShare
 from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, Transported
@@ -31,7 +32,6 @@ from lamina_workers.exchanges import Link, Times
 from lamina_workers.interface import Returned, Seat, Work
 from lamina_workers.model_worker import ModelWorker
 from lamina_workers.resolver import SLOWEST, Waiting
-from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, sample
 from lamina_workers.slices import Context, SlicedBatch, Waits, chosen, plain_rows, rotates, rotation
 

@@ -15,6 +15,7 @@ import torch
 
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, HolderConfig, Surveyed
+from lamina_protocols.routes import HolderShare
 from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, Transported
@@ -28,7 +29,6 @@ from lamina_workers.model import Decoder
 from lamina_workers.model_worker import ModelWorker
 from lamina_workers.rank_group import SLACK, RankGroup
 from lamina_workers.resolver import Waiting, result
-from lamina_workers.routes import HolderShare
 from lamina_workers.sampler import Sampled, sample
 
 logger = logging.getLogger("lamina")
