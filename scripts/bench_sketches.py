@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from kernel_peers import machine
 
-from lamina_kernels import cpu_decode, sketches
+from lamina_kernels import sketches
+from lamina_kernels.cpu import decode as cpu_decode
 from lamina_kernels.pages import PageLayout, Pages
 from lamina_kernels.rows import Rows
 

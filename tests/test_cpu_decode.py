@@ -28,7 +28,9 @@ from paged_attention import (
     take,
 )
 
-from lamina_kernels import cpu_decode, launch, reference
+from lamina_kernels import reference
+from lamina_kernels.cpu import decode as cpu_decode
+from lamina_kernels.cpu import launch
 from lamina_kernels.pages import FLOATS, Order, PageLayout, Pages
 from lamina_kernels.partial import merge
 from lamina_kernels.rows import EVERYTHING

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels import cpu_decode, launch, reference
+from lamina_kernels import reference
+from lamina_kernels.cpu import decode as cpu_decode
+from lamina_kernels.cpu import launch
 from lamina_kernels.partial import Partial, empty, merge
 from lamina_kernels.select import Kernels
 

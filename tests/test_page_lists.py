@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lamina_kernels import cpu_decode, reference
+from lamina_kernels import reference
+from lamina_kernels.cpu import decode as cpu_decode
 from lamina_kernels.page_lists import attend_as_rows
 from lamina_kernels.pages import Pages
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels import cpu_decode, reference
+from lamina_kernels import reference
+from lamina_kernels.cpu import decode as cpu_decode
 from lamina_kernels.pages import (
     DTYPES,
     FLOATS,

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_attention import Row, World, build, take
 
-from lamina_kernels import cpu_decode, reference
+from lamina_kernels import reference
+from lamina_kernels.cpu import decode as cpu_decode
 from lamina_kernels.pages import PageLayout
 from lamina_kernels.rows import EVERYTHING, Rows, check_rows, visible
 from lamina_kernels.select import Kernels

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from lamina_kernels import cpu_decode, reference
+from lamina_kernels import reference
+from lamina_kernels.cpu import decode as cpu_decode
 from lamina_kernels.select import kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -75,7 +76,7 @@ print(chosen.__name__, "triton" in sys.modules)
 @pytest.mark.parametrize(
     ("device", "environment", "wanted"),
     [
-        ("cpu", {}, "lamina_kernels.cpu_decode False"),
+        ("cpu", {}, "lamina_kernels.cpu.decode False"),
         ("cpu", {"LAMINA_KERNELS": "triton", "TRITON_INTERPRET": "1"}, "lamina_kernels.triton_decode True"),
         ("cuda", {}, "lamina_kernels.triton_decode True"),
     ],

@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from lamina_kernels.emitter import F32, I32, I64, VF, VI, VS, Emitter, Value
-from lamina_kernels.intrinsics import LOG2E, from_half
+from lamina_kernels.cpu.emitter import F32, I32, I64, VF, VI, VS, Emitter, Value
+from lamina_kernels.cpu.intrinsics import LOG2E, from_half
 
 FEW = 4  # query heads whose sums are made together
 AHEAD = 12  # means that are fetched before they are needed

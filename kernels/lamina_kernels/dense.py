@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels import dense_cpu, few_rows
-from lamina_kernels.emitter import Kind, cpu_has, kind_of
-from lamina_kernels.launch import load_each
+from lamina_kernels.cpu import dense_loops as dense_cpu
+from lamina_kernels.cpu import few_rows
+from lamina_kernels.cpu.emitter import Kind, cpu_has, kind_of
+from lamina_kernels.cpu.launch import load_each
 
 
 class Linear:

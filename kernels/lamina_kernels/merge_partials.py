@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lamina_kernels.cpu.merge import check_merge
 from lamina_kernels.kv_append import rounded
-from lamina_kernels.merge import check_merge
 from lamina_kernels.partial import Partial
 from lamina_kernels.tuning import launch, padded
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from lamina_kernels.merge import check_merge
+from lamina_kernels.cpu.merge import check_merge
 from lamina_kernels.page_lists import ListPlan, attend_as_rows
 from lamina_kernels.pages import AppendPlan, Order, PageLayout, Pages, check_append, check_slots, copy, gather, quantise
 from lamina_kernels.partial import Partial, empty, merge

@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lamina_kernels.emitter import F32, I64, LANES, VF, VH, VI, VS, Emitter, Kind, Value
-from lamina_kernels.intrinsics import from_half, literals, to_half
-from lamina_kernels.trees import LINE, tree
+from lamina_kernels.cpu.emitter import F32, I64, LANES, VF, VH, VI, VS, Emitter, Kind, Value
+from lamina_kernels.cpu.intrinsics import from_half, literals, to_half
+from lamina_kernels.cpu.trees import LINE, tree
 
 
 def _load_keys(

@@ -17,9 +17,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lamina_kernels.emitter import F32, I32, I64, LANES, V16, VB, VF, VI, VS, VY, Emitter, Value, cpu_has
-from lamina_kernels.intrinsics import LOG2E, from_half, literals, to_half
-from lamina_kernels.trees import LINE, tree
+from lamina_kernels.cpu.emitter import F32, I32, I64, LANES, V16, VB, VF, VI, VS, VY, Emitter, Value, cpu_has
+from lamina_kernels.cpu.intrinsics import LOG2E, from_half, literals, to_half
+from lamina_kernels.cpu.trees import LINE, tree
 
 HEADS = 8  # query heads computed together
 CASES = (1, 2, 3, 4, HEADS)

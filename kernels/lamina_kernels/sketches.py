@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels.choice_micro import AHEAD
-from lamina_kernels.emitter import LANES, kind_of
-from lamina_kernels.launch import block_type, launch, load_each
+from lamina_kernels.cpu.emitter import LANES, kind_of
+from lamina_kernels.cpu.launch import block_type, launch, load_each
 from lamina_kernels.pages import Order, PageLayout, Pages, check_order
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketch_items import Choice, Items, check_items, check_scan

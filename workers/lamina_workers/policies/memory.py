@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import boolean, float32, float64, int32, int64
 
-from lamina_kernels.intrinsics import pointer
+from lamina_kernels.cpu.intrinsics import pointer
 from lamina_workers.policies.chooser import Float32, Int32
 
 Ints = npt.NDArray[np.int64]

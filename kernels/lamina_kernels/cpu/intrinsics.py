@@ -11,7 +11,7 @@ from numba.core import cgutils, types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
-from lamina_kernels.emitter import I64, VF, VI, VS, Emitter, Value
+from lamina_kernels.cpu.emitter import I64, VF, VI, VS, Emitter, Value
 
 LOG2E = 1.4426950408889634
 

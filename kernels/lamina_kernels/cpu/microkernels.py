@@ -14,8 +14,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lamina_kernels.emitter import F32, I32, I64, LANES, VF, VH, VI, VS, VY, Emitter, Kind, Value
-from lamina_kernels.intrinsics import LOG2E, literals, to_half
+from lamina_kernels.cpu.emitter import F32, I32, I64, LANES, VF, VH, VI, VS, VY, Emitter, Kind, Value
+from lamina_kernels.cpu.intrinsics import LOG2E, literals, to_half
 
 TILE = 8  # query vectors computed together: 8 x 2 registers of logits
 BLOCK = 128  # keys between two updates of the softmax, at most

@@ -18,14 +18,16 @@ import numba
 import numpy as np
 from numba import carray, literally, njit, types
 
-from lamina_kernels import cpu_moves, emitter, intrinsics, schedule
-from lamina_kernels import launch as launching
-from lamina_kernels import microkernels as micro
-from lamina_kernels.cpu_moves import PAGES, move, value_offset
-from lamina_kernels.emitter import Kind
-from lamina_kernels.intrinsics import LOG2E, pointer
-from lamina_kernels.launch import FINISHED, HEADER, TAKEN, source_fingerprint
-from lamina_kernels.microkernels import BLOCK, ROW, TILE
+from lamina_kernels import schedule
+from lamina_kernels.cpu import emitter, intrinsics
+from lamina_kernels.cpu import launch as launching
+from lamina_kernels.cpu import microkernels as micro
+from lamina_kernels.cpu import moves as cpu_moves
+from lamina_kernels.cpu.emitter import Kind
+from lamina_kernels.cpu.intrinsics import LOG2E, pointer
+from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprint
+from lamina_kernels.cpu.microkernels import BLOCK, ROW, TILE
+from lamina_kernels.cpu.moves import PAGES, move, value_offset
 from lamina_kernels.schedule import PIECE
 
 logger = logging.getLogger("lamina")

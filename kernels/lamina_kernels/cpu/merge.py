@@ -24,11 +24,11 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lamina_kernels import emitter, intrinsics
-from lamina_kernels import launch as launching
-from lamina_kernels.emitter import F32, I32, I64, LANES, VF, VH, VS, Emitter, Value
-from lamina_kernels.intrinsics import LOG2E, pointer, prefetch, take
-from lamina_kernels.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
+from lamina_kernels.cpu import emitter, intrinsics
+from lamina_kernels.cpu import launch as launching
+from lamina_kernels.cpu.emitter import F32, I32, I64, LANES, VF, VH, VS, Emitter, Value
+from lamina_kernels.cpu.intrinsics import LOG2E, pointer, prefetch, take
+from lamina_kernels.cpu.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
 from lamina_kernels.pages import FLOATS
 from lamina_kernels.partial import Partial
 

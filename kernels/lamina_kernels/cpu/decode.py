@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_kernels.cpu_lists import deal_lists, deal_lists_kernel
-from lamina_kernels.cpu_loops import ARGUMENTS, SCRATCH, STRIPS, attend_kernel
-from lamina_kernels.cpu_moves import APPEND, CODES, append_kernel
-from lamina_kernels.emitter import kind_of
-from lamina_kernels.launch import block_type, launch, load_each
-from lamina_kernels.merge import merge_into, merge_kernel
-from lamina_kernels.microkernels import BLOCK, ROW, TILE, WORTH
+from lamina_kernels.cpu.emitter import kind_of
+from lamina_kernels.cpu.launch import block_type, launch, load_each
+from lamina_kernels.cpu.lists import deal_lists, deal_lists_kernel
+from lamina_kernels.cpu.loops import ARGUMENTS, SCRATCH, STRIPS, attend_kernel
+from lamina_kernels.cpu.merge import merge_into, merge_kernel
+from lamina_kernels.cpu.microkernels import BLOCK, ROW, TILE, WORTH
+from lamina_kernels.cpu.moves import APPEND, CODES, append_kernel
 from lamina_kernels.page_lists import ListPlan, check_lists
 from lamina_kernels.pages import (
     FLOATS,

@@ -7,7 +7,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from lamina_kernels.emitter import I32, VI, Emitter, Value
+from lamina_kernels.cpu.emitter import I32, VI, Emitter, Value
 
 LINE = 64  # bytes of a row: a vector in memory
 

@@ -21,11 +21,11 @@ import torch
 from numba import carray, njit, types
 from numba.extending import overload
 
-from lamina_kernels import emitter, intrinsics
-from lamina_kernels import launch as launching
-from lamina_kernels.emitter import LANES
-from lamina_kernels.intrinsics import pointer, silu_mul_half, take
-from lamina_kernels.launch import HEADER, TAKEN, launch, source_fingerprint
+from lamina_kernels.cpu import emitter, intrinsics
+from lamina_kernels.cpu import launch as launching
+from lamina_kernels.cpu.emitter import LANES
+from lamina_kernels.cpu.intrinsics import pointer, silu_mul_half, take
+from lamina_kernels.cpu.launch import HEADER, TAKEN, launch, source_fingerprint
 
 DTYPES = (torch.bfloat16, torch.float32)
 _PARALLEL = 1 << 15  # numbers from which more than one thread pays

@@ -9,10 +9,10 @@ import numba
 import numpy as np
 from numba import carray, njit, types
 
-from lamina_kernels import emitter, intrinsics
-from lamina_kernels import launch as launching
-from lamina_kernels.intrinsics import pointer, take
-from lamina_kernels.launch import HEADER, TAKEN, source_fingerprint
+from lamina_kernels.cpu import emitter, intrinsics
+from lamina_kernels.cpu import launch as launching
+from lamina_kernels.cpu.intrinsics import pointer, take
+from lamina_kernels.cpu.launch import HEADER, TAKEN, source_fingerprint
 
 # What every block of arguments says of the pages. Sizes in bytes.
 _SIZES = ("page_size", "page_bytes", "k_bytes", "kv_bytes", "itemsize", "k_pack", "v_pack", "scaled", "d_k", "d_v")

@@ -22,11 +22,11 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from lamina_kernels import emitter, intrinsics
-from lamina_kernels import launch as launching
-from lamina_kernels.emitter import I32, I64, LANES, VB, VF, VI, Emitter, Kind, Value, kind_of
-from lamina_kernels.intrinsics import literals, take
-from lamina_kernels.launch import HEADER, TAKEN, launch, source_fingerprint
+from lamina_kernels.cpu import emitter, intrinsics
+from lamina_kernels.cpu import launch as launching
+from lamina_kernels.cpu.emitter import I32, I64, LANES, VB, VF, VI, Emitter, Kind, Value, kind_of
+from lamina_kernels.cpu.intrinsics import literals, take
+from lamina_kernels.cpu.launch import HEADER, TAKEN, launch, source_fingerprint
 
 MAX_ROWS = 32
 """Rows of x up to which this is worth while: beyond, arithmetic binds, and a library multiplies faster."""
