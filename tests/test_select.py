@@ -77,8 +77,8 @@ print(chosen.__name__, "triton" in sys.modules)
     ("device", "environment", "wanted"),
     [
         ("cpu", {}, "lamina_kernels.cpu.decode False"),
-        ("cpu", {"LAMINA_KERNELS": "triton", "TRITON_INTERPRET": "1"}, "lamina_kernels.triton_decode True"),
-        ("cuda", {}, "lamina_kernels.triton_decode True"),
+        ("cpu", {"LAMINA_KERNELS": "triton", "TRITON_INTERPRET": "1"}, "lamina_kernels.gpu.decode True"),
+        ("cuda", {}, "lamina_kernels.gpu.decode True"),
     ],
 )
 def test_triton_is_imported_only_where_it_is_chosen(device: str, environment: dict[str, str], wanted: str) -> None:

@@ -124,6 +124,6 @@ def _triton(device: torch.device) -> Kernels:
         import triton  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the kernels triton need the package triton (pip install triton): {error}") from error
-    from lamina_kernels import triton_decode
+    from lamina_kernels.gpu import decode as triton_decode
 
     return triton_decode

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamina_kernels.paged_decode import FIELDS, HI, LO, PARTIAL, attend_chunk
+from lamina_kernels.gpu.split_kv import FIELDS, HI, LO, PARTIAL, attend_chunk
 
 
 @triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]

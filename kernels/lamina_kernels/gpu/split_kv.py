@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lamina_kernels.kv_append import PLAIN, widened
-from lamina_kernels.merge_partials import LN2, LOG2E, finite, higher, settle
+from lamina_kernels.gpu.kv_append import PLAIN, widened
+from lamina_kernels.gpu.merge_partials import LN2, LOG2E, finite, higher, settle
 from lamina_kernels.rows import Ints
 from lamina_kernels.schedule import Pieces
 

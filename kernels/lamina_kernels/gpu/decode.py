@@ -19,16 +19,16 @@ import numpy.typing as npt
 import torch
 import triton
 
-from lamina_kernels.kv_append import append, describe, plan_append
-from lamina_kernels.lean_decode import lean_kernel
-from lamina_kernels.merge_partials import OUTPUT, merge_into, merge_outputs
+from lamina_kernels.gpu.kv_append import append, describe, plan_append
+from lamina_kernels.gpu.merge_partials import OUTPUT, merge_into, merge_outputs
+from lamina_kernels.gpu.split_kv import records, split, split_kernel
+from lamina_kernels.gpu.stream_k import lean_kernel
+from lamina_kernels.gpu.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
 from lamina_kernels.page_lists import ListPlan, attend_as_rows
-from lamina_kernels.paged_decode import records, split, split_kernel
 from lamina_kernels.pages import Order, PageLayout, Pages, check_order, copy, gather
 from lamina_kernels.partial import Partial
 from lamina_kernels.rows import Rows, check_attend, check_rows
 from lamina_kernels.schedule import Pieces, cut, deal
-from lamina_kernels.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
 
 __all__ = [
     "append",

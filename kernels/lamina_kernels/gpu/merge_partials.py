@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from lamina_kernels.cpu.merge import check_merge
-from lamina_kernels.kv_append import rounded
+from lamina_kernels.gpu.kv_append import rounded
+from lamina_kernels.gpu.tuning import launch, padded
 from lamina_kernels.partial import Partial
-from lamina_kernels.tuning import launch, padded
 
 BLOCK = 16  # vectors of a program: estimate, unmeasured
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
