@@ -36,8 +36,8 @@ import torch
 from kernel_peers import Bandwidth, allocate, huge_pages, machine, peers, repeat, sdpa_prefill, synchronise
 from torch.nn.functional import scaled_dot_product_attention
 
-from lamina_kernels.pages import DTYPES, PEAKS, PageLayout, Pages
-from lamina_kernels.rows import Rows
+from lamina_kernels.paged.pages import DTYPES, PEAKS, PageLayout, Pages
+from lamina_kernels.paged.rows import Rows
 from lamina_kernels.select import kernels
 
 BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8

@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_kernels.pages import Pages
-from lamina_kernels.rows import Rows
+from lamina_kernels.paged.pages import Pages
+from lamina_kernels.paged.rows import Rows
 from lamina_kernels.select import Kernels, kernels
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.graph_index import GraphConfig, build_graph

@@ -26,8 +26,8 @@ from kernel_peers import machine
 
 from lamina_kernels import sketches
 from lamina_kernels.cpu import decode as cpu_decode
-from lamina_kernels.pages import PageLayout, Pages
-from lamina_kernels.rows import Rows
+from lamina_kernels.paged.pages import PageLayout, Pages
+from lamina_kernels.paged.rows import Rows
 
 SHAPES = ("12x1024", "3x4096", "48x300", "1x32768")
 VARIANTS = {  # page size, d, group, dtype, pages in the order of a store that has run for long

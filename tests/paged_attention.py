@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from lamina_kernels.pages import PageLayout, Pages
+from lamina_kernels.paged.pages import PageLayout, Pages
+from lamina_kernels.paged.rows import EVERYTHING, Bias, Rows, Table
 from lamina_kernels.partial import Partial
-from lamina_kernels.rows import EVERYTHING, Bias, Rows, Table
 from lamina_kernels.select import Kernels
 
 LIMITS = {  # of the relative norm of the error of out, by the dtype that K and V are stored in

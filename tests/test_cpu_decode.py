@@ -31,9 +31,9 @@ from paged_attention import (
 from lamina_kernels import reference
 from lamina_kernels.cpu import decode as cpu_decode
 from lamina_kernels.cpu import launch
-from lamina_kernels.pages import FLOATS, Order, PageLayout, Pages
+from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages
+from lamina_kernels.paged.rows import EVERYTHING
 from lamina_kernels.partial import merge
-from lamina_kernels.rows import EVERYTHING
 from lamina_kernels.select import Kernels
 
 F32, BF16, F16, I8, F8 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn

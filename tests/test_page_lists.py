@@ -10,8 +10,8 @@ import torch
 
 from lamina_kernels import reference
 from lamina_kernels.cpu import decode as cpu_decode
-from lamina_kernels.page_lists import attend_as_rows
-from lamina_kernels.pages import Pages
+from lamina_kernels.paged.page_lists import attend_as_rows
+from lamina_kernels.paged.pages import Pages
 
 PAGES = 40
 

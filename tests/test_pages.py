@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lamina_kernels import reference
 from lamina_kernels.cpu import decode as cpu_decode
-from lamina_kernels.pages import (
+from lamina_kernels.paged.pages import (
     DTYPES,
     FLOATS,
     PEAKS,

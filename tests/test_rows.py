@@ -15,8 +15,8 @@ from paged_attention import Row, World, build, take
 
 from lamina_kernels import reference
 from lamina_kernels.cpu import decode as cpu_decode
-from lamina_kernels.pages import PageLayout
-from lamina_kernels.rows import EVERYTHING, Rows, check_rows, visible
+from lamina_kernels.paged.pages import PageLayout
+from lamina_kernels.paged.rows import EVERYTHING, Rows, check_rows, visible
 from lamina_kernels.select import Kernels
 
 LAYOUT = PageLayout(16, 32, 48, torch.float32)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels.rows import EVERYTHING, Rows
-from lamina_kernels.schedule import FIXED, MAX_ROWS, MIN_KEYS, READ, Pieces, cut, deal
+from lamina_kernels.paged.rows import EVERYTHING, Rows
+from lamina_kernels.paged.schedule import FIXED, MAX_ROWS, MIN_KEYS, READ, Pieces, cut, deal
 
 ROWS = st.lists(
     st.tuples(st.integers(0, 3000), st.sampled_from([1, 1, 4, 300]), st.integers(1, 3), st.sampled_from([1, 3, 8])),

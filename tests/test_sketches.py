@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lamina_kernels import sketch_reference, sketches
 from lamina_kernels.cpu import decode as cpu_decode
-from lamina_kernels.pages import FLOATS, Order, PageLayout, Pages, copy, gather
+from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages, copy, gather
 from lamina_kernels.partial import Partial, merge
 from lamina_kernels.sketches import Choice, Items, Sketches
 

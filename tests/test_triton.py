@@ -25,10 +25,10 @@ from lamina_kernels.gpu import decode as triton_decode
 from lamina_kernels.gpu import merge_partials, tuning
 from lamina_kernels.gpu.split_kv import split_count
 from lamina_kernels.gpu.tuning import ADA, AMPERE, HOPPER, INTERPRETER, Tile, tuning_of
-from lamina_kernels.pages import FLOATS, PEAKS, Order, PageLayout, Pages
+from lamina_kernels.paged.pages import FLOATS, PEAKS, Order, PageLayout, Pages
+from lamina_kernels.paged.rows import EVERYTHING
+from lamina_kernels.paged.schedule import cut
 from lamina_kernels.partial import Partial, empty, merge
-from lamina_kernels.rows import EVERYTHING
-from lamina_kernels.schedule import cut
 
 F32, BF16, F16, INT8, FP8 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
 ROUNDING = {F32: 2.0**-21, BF16: 2.0**-8, F16: 2.0**-11}  # relative; of float32 there is more than one

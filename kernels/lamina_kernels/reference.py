@@ -10,10 +10,20 @@ import numpy as np
 import torch
 
 from lamina_kernels.cpu.merge import check_merge
-from lamina_kernels.page_lists import ListPlan, attend_as_rows
-from lamina_kernels.pages import AppendPlan, Order, PageLayout, Pages, check_append, check_slots, copy, gather, quantise
+from lamina_kernels.paged.page_lists import ListPlan, attend_as_rows
+from lamina_kernels.paged.pages import (
+    AppendPlan,
+    Order,
+    PageLayout,
+    Pages,
+    check_append,
+    check_slots,
+    copy,
+    gather,
+    quantise,
+)
+from lamina_kernels.paged.rows import Rows, Table, check_attend, check_rows
 from lamina_kernels.partial import Partial, empty, merge
-from lamina_kernels.rows import Rows, Table, check_attend, check_rows
 
 __all__ = [
     "Plan",

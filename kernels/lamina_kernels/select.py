@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from lamina_kernels.pages import PageLayout, Pages
+from lamina_kernels.paged.pages import PageLayout, Pages
+from lamina_kernels.paged.rows import Ints, Rows, Table
 from lamina_kernels.partial import Partial
-from lamina_kernels.rows import Ints, Rows, Table
 
 CHOICES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton",)}  # by kind of device, its default first
 

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from lamina_kernels.pages import check_vectors
+from lamina_kernels.paged.pages import check_vectors
+from lamina_kernels.paged.rows import Ints, Table
 from lamina_kernels.partial import Partial
-from lamina_kernels.rows import Ints, Table
 from lamina_kernels.sketch_layout import Sketches
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina_kernels import memory
 from lamina_kernels.cpu.emitter import LANES
-from lamina_kernels.pages import Order, PageLayout, Pages
+from lamina_kernels.paged import memory
+from lamina_kernels.paged.pages import Order, PageLayout, Pages
 
 LEVELS = 15  # the largest code
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina_kernels.pages import Pages, gather
+from lamina_kernels.paged.pages import Pages, gather
 from lamina_kernels.partial import empty
 from lamina_kernels.sketch_items import Choice, Items, check_items, check_scan
 from lamina_kernels.sketch_layout import LEVELS, Sketches, check_sealed

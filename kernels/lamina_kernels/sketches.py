@@ -21,7 +21,7 @@ import torch
 from lamina_kernels.choice_micro import AHEAD
 from lamina_kernels.cpu.emitter import LANES, kind_of
 from lamina_kernels.cpu.launch import block_type, launch, load_each
-from lamina_kernels.pages import Order, PageLayout, Pages, check_order
+from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketch_items import Choice, Items, check_items, check_scan
 from lamina_kernels.sketch_layout import LEVELS, Sketches, SketchLayout, check_ids, check_sealed

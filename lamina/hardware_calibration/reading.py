@@ -18,12 +18,12 @@ import torch
 from numba import carray, literally, njit, types
 from numba.extending import intrinsic
 
-from lamina_kernels import memory
 from lamina_kernels.cpu import emitter, intrinsics
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu.emitter import I64, VI, Emitter
 from lamina_kernels.cpu.intrinsics import literals, take
 from lamina_kernels.cpu.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
+from lamina_kernels.paged import memory
 
 SETTLE = 0.3  # seconds after which threads of whoever computed before no longer spin
 SLICE = 1 << 28  # bytes of one timing of the bandwidth: many times what caches keep

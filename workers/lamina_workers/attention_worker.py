@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.pages import Pages, gather, gather_heads, store_whole, whole
+from lamina_kernels.paged.pages import Pages, gather, gather_heads, store_whole, whole
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
     MAX_PARTS,

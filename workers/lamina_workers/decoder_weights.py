@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
-from lamina_kernels import memory
 from lamina_kernels.dense import Linear, repacks
+from lamina_kernels.paged import memory
 from lamina_workers.errors import ModelFileError
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.moe import Experts, Mlp

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lamina_kernels.pages import DTYPES, Order, PageLayout
+from lamina_kernels.paged.pages import DTYPES, Order, PageLayout
 from lamina_kernels.select import Kernels, kernels
 from lamina_kernels.sketches import SketchLayout
 from lamina_protocols.messages import HolderConfig

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lamina_kernels import sketches
-from lamina_kernels.pages import Pages
+from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_protocols.messages import Fork, HolderConfig, LayerSpec, Row, Usage

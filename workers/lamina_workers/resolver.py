@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.pages import Pages
+from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_protocols.channels import Channel
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query

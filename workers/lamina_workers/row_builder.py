@@ -13,7 +13,7 @@ from itertools import groupby
 
 import numpy as np
 
-from lamina_kernels.rows import Rows, Table
+from lamina_kernels.paged.rows import Rows, Table
 from lamina_workers.policies.policy import Policy, View
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lamina_kernels.pages import Pages, gather
+from lamina_kernels.paged.pages import Pages, gather
 from lamina_kernels.partial import Partial
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.kv_store import Absorbed

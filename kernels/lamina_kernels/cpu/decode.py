@@ -22,8 +22,8 @@ from lamina_kernels.cpu.loops import ARGUMENTS, SCRATCH, STRIPS, attend_kernel
 from lamina_kernels.cpu.merge import merge_into, merge_kernel
 from lamina_kernels.cpu.microkernels import BLOCK, ROW, TILE, WORTH
 from lamina_kernels.cpu.moves import APPEND, CODES, append_kernel
-from lamina_kernels.page_lists import ListPlan, check_lists
-from lamina_kernels.pages import (
+from lamina_kernels.paged.page_lists import ListPlan, check_lists
+from lamina_kernels.paged.pages import (
     FLOATS,
     AppendPlan,
     Order,
@@ -35,9 +35,9 @@ from lamina_kernels.pages import (
     copy,
     gather,
 )
+from lamina_kernels.paged.rows import Ints, Rows, Table, check_attend, check_rows
+from lamina_kernels.paged.schedule import MAX_ROWS, PIECE, Pieces, cut, deal
 from lamina_kernels.partial import Partial
-from lamina_kernels.rows import Ints, Rows, Table, check_attend, check_rows
-from lamina_kernels.schedule import MAX_ROWS, PIECE, Pieces, cut, deal
 
 __all__ = [
     "append",

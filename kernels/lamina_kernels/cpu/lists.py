@@ -11,8 +11,8 @@ from typing import Any
 import numba
 from numba import from_dtype, int32, int64
 
-from lamina_kernels.rows import EVERYTHING, Ints, Table
-from lamina_kernels.schedule import FIXED, MIN_KEYS, PIECE, READ, Pieces
+from lamina_kernels.paged.rows import EVERYTHING, Ints, Table
+from lamina_kernels.paged.schedule import FIXED, MIN_KEYS, PIECE, READ, Pieces
 
 _CUT = 32  # tokens
 

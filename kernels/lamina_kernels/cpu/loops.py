@@ -18,7 +18,6 @@ import numba
 import numpy as np
 from numba import carray, literally, njit, types
 
-from lamina_kernels import schedule
 from lamina_kernels.cpu import emitter, intrinsics
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu import microkernels as micro
@@ -28,7 +27,8 @@ from lamina_kernels.cpu.intrinsics import LOG2E, pointer
 from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprint
 from lamina_kernels.cpu.microkernels import BLOCK, ROW, TILE
 from lamina_kernels.cpu.moves import PAGES, move, value_offset
-from lamina_kernels.schedule import PIECE
+from lamina_kernels.paged import schedule
+from lamina_kernels.paged.schedule import PIECE
 
 logger = logging.getLogger("lamina")
 

@@ -29,7 +29,7 @@ from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu.emitter import F32, I32, I64, LANES, VF, VH, VS, Emitter, Value
 from lamina_kernels.cpu.intrinsics import LOG2E, pointer, prefetch, take
 from lamina_kernels.cpu.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
-from lamina_kernels.pages import FLOATS
+from lamina_kernels.paged.pages import FLOATS
 from lamina_kernels.partial import Partial
 
 _SHARE = 1 << 15  # numbers of `past` that are worth a thread

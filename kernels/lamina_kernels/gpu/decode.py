@@ -24,11 +24,11 @@ from lamina_kernels.gpu.merge_partials import OUTPUT, merge_into, merge_outputs
 from lamina_kernels.gpu.split_kv import records, split, split_kernel
 from lamina_kernels.gpu.stream_k import lean_kernel
 from lamina_kernels.gpu.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
-from lamina_kernels.page_lists import ListPlan, attend_as_rows
-from lamina_kernels.pages import Order, PageLayout, Pages, check_order, copy, gather
+from lamina_kernels.paged.page_lists import ListPlan, attend_as_rows
+from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order, copy, gather
+from lamina_kernels.paged.rows import Rows, check_attend, check_rows
+from lamina_kernels.paged.schedule import Pieces, cut, deal
 from lamina_kernels.partial import Partial
-from lamina_kernels.rows import Rows, check_attend, check_rows
-from lamina_kernels.schedule import Pieces, cut, deal
 
 __all__ = [
     "append",

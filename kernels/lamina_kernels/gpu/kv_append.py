@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lamina_kernels.gpu.tuning import launch, padded
-from lamina_kernels.pages import PEAKS, AppendPlan, Order, Pages, check_append, check_order, check_slots
+from lamina_kernels.paged.pages import PEAKS, AppendPlan, Order, Pages, check_append, check_order, check_slots
 
 BLOCK = 16  # vectors of a program: estimate, unmeasured
 PLAIN, INT8, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how numbers are stored

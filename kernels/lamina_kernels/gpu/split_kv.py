@@ -14,8 +14,8 @@ import triton.language as tl
 
 from lamina_kernels.gpu.kv_append import PLAIN, widened
 from lamina_kernels.gpu.merge_partials import LN2, LOG2E, finite, higher, settle
-from lamina_kernels.rows import Ints
-from lamina_kernels.schedule import Pieces
+from lamina_kernels.paged.rows import Ints
+from lamina_kernels.paged.schedule import Pieces
 
 # What the kernels are told of a piece, int64 each. As in schedule.PIECE, but table and bias are numbers of entries in
 # the device's copy of all tables and biases.

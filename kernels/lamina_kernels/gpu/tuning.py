@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lamina_kernels.pages import PageLayout
+from lamina_kernels.paged.pages import PageLayout
 
 FEW_ROWS = 16  # query vectors of the smallest tile that tensor cores multiply (mma.m16n8k16, PTX ISA)
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels import sketches
-from lamina_kernels.pages import gather
+from lamina_kernels.paged.pages import gather
 from lamina_kernels.partial import Partial
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.indexes import faiss_host

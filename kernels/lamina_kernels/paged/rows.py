@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.pages import Pages, check_made_for, check_vectors
+from lamina_kernels.paged.pages import Pages, check_made_for, check_vectors
 
 Ints = npt.NDArray[np.int64]
 Table = npt.NDArray[np.int32]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_kernels.pages import Pages, check_made_for, check_vectors
+from lamina_kernels.paged.pages import Pages, check_made_for, check_vectors
+from lamina_kernels.paged.rows import Ints, Rows, Table
 from lamina_kernels.partial import Partial
-from lamina_kernels.rows import Ints, Rows, Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lamina_kernels.rows import EVERYTHING, Ints, Rows, visible
+from lamina_kernels.paged.rows import EVERYTHING, Ints, Rows, visible
 
 MAX_ROWS = 128  # query vectors of a piece: its queries and sums stay in the second-level cache
 MIN_KEYS = 64  # nothing is cut this close to an end

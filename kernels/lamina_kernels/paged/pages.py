@@ -12,7 +12,7 @@ from enum import Enum
 
 import torch
 
-from lamina_kernels import memory
+from lamina_kernels.paged import memory
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what q, k and v come in, and KV is kept in as it is
 PEAKS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # quantised: the code of a vector's largest number
