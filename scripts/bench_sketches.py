@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from kernel_peers import machine
 
-from lamina_kernels import sketches
 from lamina_kernels.cpu import decode as cpu_decode
 from lamina_kernels.paged.pages import PageLayout, Pages
 from lamina_kernels.paged.rows import Rows
+from lamina_kernels.sketches import sketches
 
 SHAPES = ("12x1024", "3x4096", "48x300", "1x32768")
 VARIANTS = {  # page size, d, group, dtype, pages in the order of a store that has run for long

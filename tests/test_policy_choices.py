@@ -27,7 +27,7 @@ from policy_bench import (
     towards,
 )
 
-from lamina_kernels import sketches
+from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import Announced, Announcement, Row
 from lamina_workers.errors import KVError
 from lamina_workers.policies.catalogue import parse

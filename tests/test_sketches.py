@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels import sketch_reference, sketches
 from lamina_kernels.cpu import decode as cpu_decode
 from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages, copy, gather
 from lamina_kernels.partial import Partial, merge
-from lamina_kernels.sketches import Choice, Items, Sketches
+from lamina_kernels.sketches import reference as sketch_reference
+from lamina_kernels.sketches import sketches
+from lamina_kernels.sketches.sketches import Choice, Items, Sketches
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 DTYPES = [F32, BF16, F16, I8]

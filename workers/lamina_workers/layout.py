@@ -10,7 +10,7 @@ import torch
 
 from lamina_kernels.paged.pages import DTYPES, Order, PageLayout
 from lamina_kernels.select import Kernels, kernels
-from lamina_kernels.sketches import SketchLayout
+from lamina_kernels.sketches.sketches import SketchLayout
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError
 from lamina_workers.retention import layer_policies

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from lamina_kernels import dense, sketches
+from lamina_kernels import dense
+from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.layout import attention_kernels, page_layout, sketched
 

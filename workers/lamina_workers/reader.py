@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_kernels import sketches
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
+from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import Fork, HolderConfig, LayerSpec, Row, Usage
 from lamina_workers.adaptive import AdaptiveAttention, Cell, Group, Tallies, Watched
 from lamina_workers.errors import KVError

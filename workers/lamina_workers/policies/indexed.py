@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels import sketches
 from lamina_kernels.paged.pages import gather
 from lamina_kernels.partial import Partial
+from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Found, KeyIndex

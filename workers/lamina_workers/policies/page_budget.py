@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels import sketches
-from lamina_kernels.sketches import Sketches
+from lamina_kernels.sketches import sketches
+from lamina_kernels.sketches.sketches import Sketches
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.policies.chooser import Float32, Holding, Int32, Items
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from lamina_kernels.sketch_layout import LEVELS
+from lamina_kernels.sketches.layout import LEVELS
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Int32, Items, everything
 from lamina_workers.policies.page_budget import Bounds, best, bounds, lists

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels import sketches
 from lamina_kernels.partial import Partial
+from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Items, everything

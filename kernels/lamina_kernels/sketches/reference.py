@@ -8,9 +8,9 @@ import torch
 
 from lamina_kernels.paged.pages import Pages, gather
 from lamina_kernels.partial import empty
-from lamina_kernels.sketch_items import Choice, Items, check_items, check_scan
-from lamina_kernels.sketch_layout import LEVELS, Sketches, check_sealed
-from lamina_kernels.sketches import MISSED
+from lamina_kernels.sketches.items import Choice, Items, check_items, check_scan
+from lamina_kernels.sketches.layout import LEVELS, Sketches, check_sealed
+from lamina_kernels.sketches.sketches import MISSED
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.choice_micro import AHEAD
 from lamina_kernels.cpu.emitter import LANES, kind_of
 from lamina_kernels.cpu.launch import block_type, launch, load_each
 from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order
 from lamina_kernels.partial import Partial
-from lamina_kernels.sketch_items import Choice, Items, check_items, check_scan
-from lamina_kernels.sketch_layout import LEVELS, Sketches, SketchLayout, check_ids, check_sealed
-from lamina_kernels.sketch_loops import ITEM, SCAN, SCRATCH, SEAL, SEAL_SCRATCH, TASK, scan_kernel, seal_kernel
-from lamina_kernels.sketch_micro import HEADS
+from lamina_kernels.sketches.choice_micro import AHEAD
+from lamina_kernels.sketches.items import Choice, Items, check_items, check_scan
+from lamina_kernels.sketches.layout import LEVELS, Sketches, SketchLayout, check_ids, check_sealed
+from lamina_kernels.sketches.loops import ITEM, SCAN, SCRATCH, SEAL, SEAL_SCRATCH, TASK, scan_kernel, seal_kernel
+from lamina_kernels.sketches.micro import HEADS
 
 __all__ = [
     "LEVELS",

@@ -16,10 +16,6 @@ import numba
 import numpy as np
 from numba import carray, literally, njit, types
 
-from lamina_kernels import choice_micro as choosing
-from lamina_kernels import seal_micro as sealing
-from lamina_kernels import sketch_micro as micro
-from lamina_kernels.choice_micro import AHEAD, FEW
 from lamina_kernels.cpu import emitter, intrinsics, microkernels, trees
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu import moves as cpu_moves
@@ -28,7 +24,11 @@ from lamina_kernels.cpu.intrinsics import LOG2E, pointer, take
 from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprint
 from lamina_kernels.cpu.moves import PAGES
 from lamina_kernels.cpu.trees import LINE
-from lamina_kernels.sketch_micro import HEADS
+from lamina_kernels.sketches import choice_micro as choosing
+from lamina_kernels.sketches import micro
+from lamina_kernels.sketches import seal_micro as sealing
+from lamina_kernels.sketches.choice_micro import AHEAD, FEW
+from lamina_kernels.sketches.micro import HEADS
 
 logger = logging.getLogger("lamina")
 

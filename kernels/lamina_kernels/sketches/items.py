@@ -12,7 +12,7 @@ import torch
 from lamina_kernels.paged.pages import check_vectors
 from lamina_kernels.paged.rows import Ints, Table
 from lamina_kernels.partial import Partial
-from lamina_kernels.sketch_layout import Sketches
+from lamina_kernels.sketches.layout import Sketches
 
 
 @dataclass(frozen=True, slots=True)
