@@ -51,7 +51,7 @@ class AttentionActor:
         where the device is "cuda"."""
         from lamina.machine import this_machine
         from lamina_protocols.channels import Credentials
-        from lamina_workers.attention_server import AttentionServer, ServerConfig
+        from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 
         machine = this_machine()
         if self._kv_memory is None:

@@ -42,8 +42,8 @@ from lamina_protocols.messages import (
 )
 from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable
 from lamina_protocols.socket_channel import connect_unix
-from lamina_workers import attention_session
-from lamina_workers.attention_server import AttentionServer, ServerConfig, ServerError
+from lamina_workers.attention_server import session as attention_session
+from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.credentials import create_credentials, make_credentials
 from lamina_workers.errors import HolderLost

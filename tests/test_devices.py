@@ -19,7 +19,7 @@ from lamina.errors import InvalidRequest
 from lamina.local_cluster import LocalCluster
 from lamina_protocols.messages import HolderConfig, LayerSpec
 from lamina_workers import devices
-from lamina_workers.attention_server import AttentionServer, ServerConfig
+from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.device_worker import DeviceWorker, attention_worker
 from lamina_workers.devices import find, find_each, memory_available, room_for

@@ -40,10 +40,10 @@ from lamina_protocols.messages import (
 )
 from lamina_protocols.service import WorkerBusy, WorkerRefused
 from lamina_protocols.waiting import Waiter
-from lamina_workers import attention_session
-from lamina_workers.attention_loop import ComputeLoop
 from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
-from lamina_workers.attention_session import Seat, Session
+from lamina_workers.attention_server import session as attention_session
+from lamina_workers.attention_server.loop import ComputeLoop
+from lamina_workers.attention_server.session import Seat, Session
 from lamina_workers.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.remote_attention import RemoteAttention, connect

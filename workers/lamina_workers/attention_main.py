@@ -19,7 +19,7 @@ from lamina_workers.openmp import share_cores
 from lamina_workers.parent import die_with_parent
 
 if TYPE_CHECKING:
-    from lamina_workers.attention_server import AttentionServer
+    from lamina_workers.attention_server.attention_server import AttentionServer
 
 _GRACE_S = 5.0  # that a session is given after SIGTERM, to move its KV
 
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _server(args: argparse.Namespace) -> AttentionServer:
-    from lamina_workers.attention_server import AttentionServer, ServerConfig
+    from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
     from lamina_workers.credentials import load_credentials
 
     return AttentionServer(

@@ -19,7 +19,7 @@ from lamina_protocols.control import FAREWELL
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import Fault
 from lamina_protocols.waiting import Waiter
-from lamina_workers.attention_session import Seat, Session
+from lamina_workers.attention_server.session import Seat, Session
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from lamina_protocols import control
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.service import Busy
-from lamina_workers.attention_loop import ComputeLoop
-from lamina_workers.attention_session import Seat, Session, Traffic
+from lamina_workers.attention_server.loop import ComputeLoop
+from lamina_workers.attention_server.session import Seat, Session, Traffic
 from lamina_workers.attention_worker import Counters
 
 if TYPE_CHECKING:

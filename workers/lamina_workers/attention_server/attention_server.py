@@ -47,8 +47,8 @@ from lamina_protocols.socket_channel import (
     server_context,
 )
 from lamina_protocols.tensors import DTYPES
-from lamina_workers.attention_seats import MAX_SEATS, MAX_SESSIONS, Seats
-from lamina_workers.attention_session import Session
+from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Seats
+from lamina_workers.attention_server.session import Session
 from lamina_workers.devices import find
 
 logger = logging.getLogger("lamina")

@@ -1,0 +1,1 @@
+"""An attention worker as a process for engines elsewhere: leases, sessions, its loop."""
