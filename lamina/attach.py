@@ -23,9 +23,9 @@ from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_protocols.service import WorkerUnreachable
 from lamina_workers.attention_port import survey
+from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.credentials import load_credentials
 from lamina_workers.errors import HolderFault
-from lamina_workers.layout import page_cost
 from lamina_workers.remote_attention import RemoteAttention, connect
 
 if TYPE_CHECKING:

@@ -79,8 +79,8 @@ def _versions() -> Iterator[Finding]:
 def _choices(machine: Machine) -> Iterator[Finding]:
     import torch
 
+    from lamina_workers.attention_worker.page_layout import attention_kernels
     from lamina_workers.errors import KernelsUnavailable
-    from lamina_workers.layout import attention_kernels
 
     dtype, reason = native_dtype(machine)
     if torch.cuda.is_available():

@@ -20,7 +20,7 @@ from lamina.tokenizer import Tokenizer
 from lamina_protocols.messages import Announced, Announcement, Close, HolderConfig, Open, Operation, Row, Usage
 from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_port import LocalAttention, Replies
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.resolver import Resolver

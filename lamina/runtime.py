@@ -43,13 +43,13 @@ from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_port import AttentionPort, LocalAttention
+from lamina_workers.attention_worker.device_worker import attention_worker
+from lamina_workers.attention_worker.page_layout import check_policies, page_count
 from lamina_workers.captured import sliced
 from lamina_workers.crew import Mate
 from lamina_workers.decoder_weights import DecoderWeights, load_weights, tensor_shapes
-from lamina_workers.device_worker import attention_worker
 from lamina_workers.devices import find_each, room_for
 from lamina_workers.interface import Workers
-from lamina_workers.layout import check_policies, page_count
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker

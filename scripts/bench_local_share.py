@@ -63,7 +63,7 @@ class Rig:
 
     def slow(self, who: set[str]) -> None:
         """Let exactly those of "worker" and "local" be slow."""
-        from lamina_workers.attention_worker import AttentionWorker
+        from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
         if ("worker" in who) != ("worker" in self.slowed):
             self.worker.send_signal(signal.SIGUSR1)

@@ -42,9 +42,9 @@ class Rank:
         from lamina_kernels import dense
         from lamina_protocols.messages import HolderConfig
         from lamina_workers.attention_port import LocalAttention
-        from lamina_workers.attention_worker import AttentionWorker
+        from lamina_workers.attention_worker.attention_worker import AttentionWorker
+        from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
         from lamina_workers.collectives import Meeting, join
-        from lamina_workers.layout import attention_kernels, page_cost, page_layout
         from lamina_workers.model import Decoder
         from lamina_workers.model_config import ModelConfig
         from lamina_workers.shard import Shard, with_ranks

@@ -39,7 +39,7 @@ from lamina.models import resolve
 from lamina.policy_choice import head_policies
 from lamina.probe import Probe
 from lamina.tokenizer import Tokenizer
-from lamina_workers.layout import attention_kernels
+from lamina_workers.attention_worker.page_layout import attention_kernels
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.weights import fingerprint
 

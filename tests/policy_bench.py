@@ -27,8 +27,8 @@ from lamina_protocols.messages import (
     Row,
     Usage,
 )
-from lamina_workers.attention_worker import AttentionWorker
-from lamina_workers.layout import page_cost
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.model import Decoder
 
 LAYERS, KV_HEADS, GROUP, D, PAGE = 2, 3, 2, 16, 16

@@ -24,7 +24,7 @@ from lamina_protocols.channels import Credentials
 from lamina_protocols.control import WorkerStatus
 from lamina_protocols.service import WorkerClient
 from lamina_workers.attention_port import LocalAttention
-from lamina_workers.kv_store import KVStore
+from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.remote_attention import RemoteAttention
 

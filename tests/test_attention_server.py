@@ -44,7 +44,7 @@ from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreacha
 from lamina_protocols.socket_channel import connect_unix
 from lamina_workers.attention_server import session as attention_session
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.credentials import create_credentials, make_credentials
 from lamina_workers.errors import HolderLost
 from lamina_workers.remote_attention import RemoteAttention, connect

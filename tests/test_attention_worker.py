@@ -24,8 +24,8 @@ from lamina_protocols.messages import (
     Query,
     Row,
 )
-from lamina_workers.attention_worker import AttentionWorker
-from lamina_workers.device_worker import attention_worker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.errors import KVError, UnsupportedModelError
 
 FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)

@@ -28,10 +28,10 @@ from lamina_protocols.messages import (
     Surveyed,
 )
 from lamina_protocols.routes import HolderShare, Route
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.copying import Move
 from lamina_workers.errors import HolderFault, KVError
-from lamina_workers.layout import page_bytes
 from lamina_workers.model_worker import ModelWorker
 
 SPEC = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=32, scale=0.3)
@@ -168,7 +168,7 @@ def test_pages_that_were_let_go_are_zeros(decoder):
 
 
 def test_pages_that_a_mean_stands_for_go_token_by_token(decoder, monkeypatch):
-    monkeypatch.setattr("lamina_workers.reader.Reader.keeps_means", True)
+    monkeypatch.setattr("lamina_workers.attention_worker.paged_reader.Reader.keeps_means", True)
     monkeypatch.setattr("lamina_workers.model_worker._FRAME", 1)
     windowed = (LAYERS[0], dataclasses.replace(LAYERS[1], window=20), LAYERS[2])
     holders = Holders(decoder, layers=windowed)

@@ -20,11 +20,11 @@ from lamina.local_cluster import LocalCluster
 from lamina_protocols.messages import HolderConfig, LayerSpec
 from lamina_workers import devices
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
-from lamina_workers.attention_worker import AttentionWorker
-from lamina_workers.device_worker import DeviceWorker, attention_worker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.device_worker import DeviceWorker, attention_worker
+from lamina_workers.attention_worker.page_layout import check_policies, page_cost
 from lamina_workers.devices import find, find_each, memory_available, room_for
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, PolicyError
-from lamina_workers.layout import check_policies, page_cost
 
 CPU = torch.device("cpu")
 SPEC = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=16, scale=0.25)
@@ -185,7 +185,7 @@ LIMITED = """
 import resource, sys
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import HolderConfig, LayerSpec
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 spec = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=16, scale=0.25)
 config = HolderConfig(layers=(spec,), page_size=16, dtype="float32", kv_memory=1 << 45)
 resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))

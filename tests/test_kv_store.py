@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Row
+from lamina_workers.attention_worker.kv_store import NO_PAGE, KVStore
 from lamina_workers.errors import KVError, PoolExhausted
-from lamina_workers.kv_store import NO_PAGE, KVStore
 
 SIZE = 16
 WINDOW = 20

@@ -9,9 +9,9 @@ import torch
 
 from lamina_kernels import select
 from lamina_protocols.messages import HolderConfig, LayerSpec
-from lamina_workers import layout
+from lamina_workers.attention_worker import page_layout as layout
+from lamina_workers.attention_worker.page_layout import page_count, page_layout
 from lamina_workers.errors import KernelsUnavailable, KVError, UnsupportedModelError
-from lamina_workers.layout import page_count, page_layout
 
 SPEC = LayerSpec(kv_layer=0, heads=6, kv_heads=3, d_k=48, d_v=32, scale=0.1)
 CONFIG = HolderConfig((SPEC, dataclasses.replace(SPEC, kv_layer=1, window=9)), 16, "bfloat16", 1 << 20)

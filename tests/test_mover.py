@@ -13,7 +13,7 @@ from lamina.placement import Holder
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
 from lamina_workers.attention_port import LocalAttention
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError
 
 rng = random.Random(5)

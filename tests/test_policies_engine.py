@@ -12,7 +12,7 @@ from conftest import BytesPort, Rig
 from policy_bench import STATIC, TIGHT, under
 
 from lamina_protocols.messages import Announcement, Exchange, Fresh
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost
 from lamina_workers.model import Decoder
 from lamina_workers.policies.catalogue import POLICIES

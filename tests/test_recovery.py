@@ -14,7 +14,7 @@ from lamina.placement import Holder
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Announcement, Exchange, Fresh
 from lamina_workers.attention_port import LocalAttention
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost
 
 rng = random.Random(5)

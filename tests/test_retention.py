@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_protocols.messages import HolderConfig, LayerSpec
+from lamina_workers.attention_worker.retention import Retention, keepers, layer_policies, returns_to
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy, within
-from lamina_workers.retention import Retention, keepers, layer_policies, returns_to
 
 SPEC = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=16, scale=0.25)
 POLICIES = st.one_of(

@@ -35,7 +35,7 @@ from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.crew import UNIX, Crew, Mate
 from lamina_workers.crew_worker import CrewWorker
 from lamina_workers.exchanges import Stopwatch

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamina_workers.attention_worker.row_builder import Asked, RowBuilder, runs
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy, within
-from lamina_workers.row_builder import Asked, RowBuilder, runs
 
 SIZE, LAYERS, GROUP = 4, 2, 2
 TEXTS = (

@@ -44,7 +44,7 @@ from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
 from lamina_workers.attention_server import session as attention_session
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import Seat, Session
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.remote_attention import RemoteAttention, connect
 

@@ -9,7 +9,7 @@ import pytest
 from lamina.simulator.page_counter import Groups, PageCounter, Window
 from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Operation, Row
 from lamina_protocols.routes import HolderShare, Route
-from lamina_workers.kv_store import KVStore, PoolExhausted
+from lamina_workers.attention_worker.kv_store import KVStore, PoolExhausted
 
 SIZE = 4
 FAR = 1 << 20

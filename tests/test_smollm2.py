@@ -105,7 +105,7 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
     from lamina_protocols.messages import Announcement, HolderConfig, Open, Row
     from lamina_protocols.routes import Route, Span
     from lamina_workers.attention_port import LocalAttention, Replies
-    from lamina_workers.attention_worker import AttentionWorker
+    from lamina_workers.attention_worker.attention_worker import AttentionWorker
     from lamina_workers.model import Batch, Decoder
     from lamina_workers.model_config import ModelConfig
     from lamina_workers.resolver import Resolver

@@ -24,7 +24,7 @@ from lamina.ticket import Spared
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Attended, Exchange, Query, Reply
 from lamina_workers.attention_port import LocalAttention, Replies
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost
 from lamina_workers.exchanges import Exchanges, Stopwatch
 from lamina_workers.model import Decoder

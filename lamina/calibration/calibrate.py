@@ -27,7 +27,7 @@ from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.probe import Probe
 from lamina.runtime import rescaled
 from lamina.tokenizer import Tokenizer
-from lamina_workers.layout import page_cost
+from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.policies.catalogue import parse

@@ -15,8 +15,8 @@ from lamina.evaluation.measures import cosine, exact_attention, relative_error
 from lamina.evaluation.running import Progress, Total
 from lamina.probe import Probe
 from lamina_protocols.messages import LayerSpec
+from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.policies.policy import Policy
-from lamina_workers.retention import layer_policies
 
 
 @dataclass(frozen=True, slots=True)

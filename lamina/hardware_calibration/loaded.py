@@ -16,8 +16,8 @@ from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
 from lamina_kernels import dense
 from lamina_protocols.messages import HolderConfig
+from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
 from lamina_workers.decoder_weights import DecoderWeights, load_weights
-from lamina_workers.layout import attention_kernels, page_cost, page_layout
 from lamina_workers.model import Batch, Decoder
 from lamina_workers.model_config import ModelConfig
 from lamina_workers.weights import Checkpoint, fingerprint

@@ -99,7 +99,7 @@ def _server(args: argparse.Namespace) -> AttentionServer:
 
 def _slow_down(delay: float) -> None:
     """For experiments. It is on at first; each SIGUSR1 changes that."""
-    from lamina_workers.attention_worker import AttentionWorker
+    from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
     AttentionWorker.read_delay = delay
 

@@ -28,7 +28,7 @@ from lamina_protocols.messages import (
     Surveyed,
     answered,
 )
-from lamina_workers.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.exchanges import Exchanges, Link
 

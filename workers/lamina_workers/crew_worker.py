@@ -23,10 +23,10 @@ from lamina_protocols.routes import HolderShare
 from lamina_workers import collectives, crew_messages, devices
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
+from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.captured import sliced
 from lamina_workers.collective import Collective
 from lamina_workers.decoder_weights import load_weights
-from lamina_workers.device_worker import attention_worker
 from lamina_workers.errors import HolderFault, ModelFileError, RankLost
 from lamina_workers.model import Decoder
 from lamina_workers.model_config import ModelConfig

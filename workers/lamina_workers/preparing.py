@@ -9,7 +9,7 @@ import torch
 from lamina_kernels import dense
 from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import HolderConfig
-from lamina_workers.layout import attention_kernels, page_layout, sketched
+from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout, sketched
 
 
 def prepare_kernels(

@@ -27,13 +27,13 @@ from lamina_protocols.channels import Channel
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query
 from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_port import InProcess, Replies
+from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, page_layout
+from lamina_workers.attention_worker.retention import layer_policies
+from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
 from lamina_workers.errors import HolderFault
 from lamina_workers.exchanges import Stopwatch, Times
-from lamina_workers.layout import CPU, attention_kernels, page_layout
 from lamina_workers.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.policies.policy import Policy
-from lamina_workers.retention import layer_policies
-from lamina_workers.row_builder import Asked, RowBuilder
 from lamina_workers.staging import DIRECT, Staging, staging_for
 
 R = TypeVar("R")

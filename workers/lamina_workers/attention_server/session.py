@@ -30,8 +30,8 @@ from lamina_protocols.messages import (
     answered,
 )
 from lamina_workers.attention_port import LocalAttention
-from lamina_workers.attention_worker import AttentionWorker, Counters
-from lamina_workers.device_worker import attention_worker
+from lamina_workers.attention_worker.attention_worker import AttentionWorker, Counters
+from lamina_workers.attention_worker.device_worker import attention_worker
 
 if TYPE_CHECKING:
     import torch

@@ -18,15 +18,15 @@ from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import Fork, HolderConfig, LayerSpec, Row, Usage
-from lamina_workers.adaptive import AdaptiveAttention, Cell, Group, Tallies, Watched
+from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Cell, Group, Tallies, Watched
+from lamina_workers.attention_worker.kv_store import NO_PAGE, Absorbed, KVStore, Part
+from lamina_workers.attention_worker.mean_slots import Standing, StandIns
+from lamina_workers.attention_worker.page_layout import sketched
+from lamina_workers.attention_worker.retention import layer_policies
+from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
 from lamina_workers.errors import KVError
-from lamina_workers.kv_store import NO_PAGE, Absorbed, KVStore, Part
-from lamina_workers.layout import sketched
 from lamina_workers.policies.chooser import Adaptive, Holding
 from lamina_workers.policies.policy import Policy
-from lamina_workers.retention import layer_policies
-from lamina_workers.row_builder import Asked, RowBuilder
-from lamina_workers.stand_ins import Standing, StandIns
 
 Policies = tuple[Policy, ...]
 

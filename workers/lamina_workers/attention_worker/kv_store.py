@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lamina_protocols.messages import Close, Fork, HolderConfig, Open, Operation, Row
+from lamina_workers.attention_worker.retention import Group, Retention, returns_to
 from lamina_workers.errors import KVError, PoolExhausted
 from lamina_workers.policies.policy import Policy
-from lamina_workers.retention import Group, Retention, returns_to
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

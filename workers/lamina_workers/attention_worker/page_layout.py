@@ -12,8 +12,8 @@ from lamina_kernels.paged.pages import DTYPES, Order, PageLayout
 from lamina_kernels.select import Kernels, kernels
 from lamina_kernels.sketches.sketches import SketchLayout
 from lamina_protocols.messages import HolderConfig
+from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError
-from lamina_workers.retention import layer_policies
 
 CPU = torch.device("cpu")
 KV_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query, Reply, Request
-from lamina_workers.attention_worker import AttentionWorker
-from lamina_workers.layout import CPU
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.page_layout import CPU
 from lamina_workers.staging import Cuda, Runtime, Staged
 
 Tensors = dict[str, Any]  # of a message, by field: what `dataclasses.replace` takes

@@ -1,0 +1,1 @@
+"""One shard of the KV cache: append, attend, free."""
