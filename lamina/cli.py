@@ -290,8 +290,8 @@ def pull(model: opt.ModelName) -> None:
 def show(model: opt.ModelName, as_json: opt.JsonLines = False) -> None:
     """Describe a model; fetches it first where it is not here yet."""
     from lamina.models import resolve
-    from lamina_workers.model_config import ModelConfig
-    from lamina_workers.safetensors_files import find_tensors
+    from lamina_workers.decoder.config import ModelConfig
+    from lamina_workers.decoder.safetensors_files import find_tensors
 
     with ProgressBars() as progress:
         folder = resolve(decode_argument(model), progress)

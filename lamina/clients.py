@@ -15,8 +15,8 @@ from lamina.request import Sequence as Sample
 from lamina.returning import Returning
 from lamina.ticket import Output, Ticket, nobody, unwatched
 from lamina.types import FinishReason
-from lamina_workers.logprobs import RowLogprobs
-from lamina_workers.sampler import TokenHistory
+from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.sampler import TokenHistory
 
 if TYPE_CHECKING:
     from lamina.constraints import Constraint, Grammars

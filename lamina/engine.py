@@ -42,10 +42,10 @@ from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
 from lamina_protocols.routes import HolderShare
 from lamina_workers.attention_port import AttentionPort
+from lamina_workers.decoder.sampler import Sampled, TokenHistory
 from lamina_workers.errors import HolderFault
 from lamina_workers.interface import Workers
 from lamina_workers.resolver import Waiting
-from lamina_workers.sampler import Sampled, TokenHistory
 
 if TYPE_CHECKING:
     from lamina.constraints import Grammars

@@ -18,10 +18,10 @@ from lamina.request import PageGroup, SchedulerConfig
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.attention_worker.retention import keepers
+from lamina_workers.decoder.checkpoint import fingerprint
+from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.devices import find_each, memory_available
-from lamina_workers.model_config import ModelConfig
 from lamina_workers.policies.policy import LONGEST, Policy
-from lamina_workers.weights import fingerprint
 
 DEFAULT_BATCH_TOKENS = 1024
 MAX_SEQUENCES = 256  # in one batch

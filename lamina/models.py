@@ -1,7 +1,7 @@
 """From a model's name to a folder on this machine: an alias, a folder, a GGUF file, a hub id.
 
 Knows where models come from and what may be fetched. Knows nothing of what is in the files: GGUF is
-`gguf_conversion`'s, safetensors `lamina_workers.weights`', the cache's promises `model_cache`'s.
+`gguf_conversion`'s, safetensors `lamina_workers.decoder.checkpoint`', the cache's promises `model_cache`'s.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lamina.errors import InvalidRequest
 from lamina.model_cache import FileRecord, cache_folder, folder_name, get_or_create
 from lamina.progress import Progress
 from lamina.wheel_download import Wheel
+from lamina_workers.decoder.safetensors_files import find_tensors
 from lamina_workers.errors import ModelFileError
-from lamina_workers.safetensors_files import find_tensors
 
 _CONVERSION = 1  # counts up when a conversion gives other files, so that older ones are not taken for them
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

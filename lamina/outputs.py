@@ -13,7 +13,7 @@ from lamina.stop_strings import StopMatcher
 from lamina.ticket import Output, Ticket
 from lamina.tokenizer import StreamDecoder, Tokenizer
 from lamina.types import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
-from lamina_workers.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 
 class Answer:

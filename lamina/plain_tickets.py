@@ -10,7 +10,7 @@ from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.request import Request
 from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams
-from lamina_workers.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 Command: TypeAlias = tuple[Any, ...]
 """("submit", fields of the request, fields of the params, seed) | ("resume", these, and per sample its tokens that were

@@ -159,6 +159,6 @@ def row(plan: Plan, runs: Sequence[Measured]) -> Row:
 
 
 def _vocabulary(llm: LLM) -> int:
-    from lamina_workers.model_config import ModelConfig
+    from lamina_workers.decoder.config import ModelConfig
 
     return ModelConfig.from_folder(llm.model_path).vocab_size

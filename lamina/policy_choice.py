@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.errors import PolicyError
-from lamina_workers.model_config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 
 AUTO = "retrieval"  # exact while that is as fast, else by sketches of pages: measured in docs/long_context.md

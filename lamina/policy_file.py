@@ -2,7 +2,7 @@
 
     version = 1
     model = "smollm2-135m"      # for people
-    fingerprint = "..."         # of `lamina_workers.weights.fingerprint`; "": any model of this shape
+    fingerprint = "..."         # of `lamina_workers.decoder.checkpoint.fingerprint`; "": any model of this shape
     [about]                     # whatever a reader wants: texts, numbers, true or false
     [[layer]]                   # one a layer, in order
     heads = ["full", "streaming(sink=64, recent=256)"]
@@ -24,7 +24,7 @@ from typing import Any
 from lamina import text_files
 from lamina.errors import PolicyError
 from lamina.text_files import toml_value
-from lamina_workers.model_config import ModelConfig
+from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 
 VERSION = 1

@@ -22,10 +22,10 @@ from lamina_protocols.socket_channel import listen_tcp
 from lamina_workers import crew_messages
 from lamina_workers.collectives import Meeting
 from lamina_workers.crew import Crew, Mate
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.shard import Shard, rank_shape
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, RanksError
-from lamina_workers.model_config import ModelConfig
 from lamina_workers.rank_group import SLACK, RankGroup
-from lamina_workers.shard import Shard, rank_shape
 
 if TYPE_CHECKING:
     import torch

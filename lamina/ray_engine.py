@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lamina.request import SchedulerConfig
     from lamina.ticket import Ticket
     from lamina.tokenizer import Tokenizer
-    from lamina_workers.model_config import ModelConfig
+    from lamina_workers.decoder.config import ModelConfig
 
 _POLL = 0.2  # seconds
 _PATIENCE = 86400.0  # seconds that requests wait for another engine; its owner says before if there will be none
@@ -89,7 +89,7 @@ def _runtime(
 ) -> ClusterRuntime:
     """Everything that text needs, from the engine's folder where this process finds the same one, else from copies."""
     from lamina.tokenizer import Tokenizer, read_json
-    from lamina_workers.model_config import ModelConfig
+    from lamina_workers.decoder.config import ModelConfig
 
     folder, copies = Path(facts["folder"]), None
     if file_hashes(folder) != facts["files"]:

@@ -12,7 +12,7 @@ from lamina.plain_tickets import decode_ticket, encode_ticket
 from lamina.recovery import Adoption, Found, History, KnownRequest, Place, Record, adoption
 from lamina.ticket import Output, Ticket
 from lamina.types import FinishReason
-from lamina_workers.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
     from lamina.placement import Part, Placement

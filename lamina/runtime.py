@@ -45,19 +45,19 @@ from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import check_policies, page_count
-from lamina_workers.captured import sliced
 from lamina_workers.crew import Mate
-from lamina_workers.decoder_weights import DecoderWeights, load_weights, tensor_shapes
+from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights, tensor_shapes
+from lamina_workers.decoder.graphs import sliced
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.shard import Shard, with_ranks
 from lamina_workers.devices import find_each, room_for
 from lamina_workers.interface import Workers
-from lamina_workers.model import Decoder
-from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
 from lamina_workers.preparing import prepare_kernels
 from lamina_workers.rotating_workers import RotatingWorkers
-from lamina_workers.shard import Shard, with_ranks
 from lamina_workers.tensor_workers import TensorWorkers
-from lamina_workers.weights import Checkpoint, fingerprint
 
 logger = logging.getLogger("lamina")
 

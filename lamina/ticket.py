@@ -10,7 +10,7 @@ from lamina.errors import LaminaError
 from lamina.request import Request
 from lamina.request import Sequence as Sample
 from lamina.types import FinishReason, SamplingParams
-from lamina_workers.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
     from lamina.constraints import Constraint

@@ -30,10 +30,10 @@ from lamina.models import resolve
 from lamina.probe import Probe
 from lamina.runtime import rescaled
 from lamina.tokenizer import Tokenizer
-from lamina_workers.decoder_weights import load_weights
-from lamina_workers.model import Decoder
-from lamina_workers.model_config import ModelConfig
-from lamina_workers.weights import Checkpoint
+from lamina_workers.decoder.checkpoint import Checkpoint
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import load_weights
+from lamina_workers.decoder.model import Decoder
 
 
 def main() -> None:

@@ -40,8 +40,8 @@ from lamina.policy_choice import head_policies
 from lamina.probe import Probe
 from lamina.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import attention_kernels
-from lamina_workers.model_config import ModelConfig
-from lamina_workers.weights import fingerprint
+from lamina_workers.decoder.checkpoint import fingerprint
+from lamina_workers.decoder.config import ModelConfig
 
 import torch  # isort: skip  # after lamina, which sets up its threads
 from rich.console import Console

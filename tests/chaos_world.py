@@ -30,8 +30,8 @@ from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, Message, Reply, Request
 from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderFault, HolderLost, KVError
-from lamina_workers.model import Decoder
 from lamina_workers.model_worker import ModelWorker
 
 PAGE_SIZE = 16

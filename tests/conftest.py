@@ -38,10 +38,10 @@ from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout, sketched
-from lamina_workers.decoder_weights import tensor_shapes
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import tensor_shapes
+from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost
-from lamina_workers.model import Decoder
-from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
 
 settings.register_profile("lamina", deadline=None)  # no test measures time

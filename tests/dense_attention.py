@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lamina_workers.model import Batch, Decoder, KeyValueReady
+from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 
 
 class DenseAttention:

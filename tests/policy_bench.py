@@ -29,7 +29,7 @@ from lamina_protocols.messages import (
 )
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_cost
-from lamina_workers.model import Decoder
+from lamina_workers.decoder.model import Decoder
 
 LAYERS, KV_HEADS, GROUP, D, PAGE = 2, 3, 2, 16, 16
 HEADS = KV_HEADS * GROUP

@@ -41,15 +41,15 @@ from lamina.errors import InvalidRequest, PolicyError, UnsupportedModelError
 from lamina.policy_cli import calibrate, policy_app
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.probe import Probe
-from lamina_workers.decoder_weights import load_weights
-from lamina_workers.model import Decoder
-from lamina_workers.model_config import ModelConfig
+from lamina_workers.decoder.checkpoint import fingerprint
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import load_weights
+from lamina_workers.decoder.model import Decoder
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.span import Span
 from lamina_workers.policies.streaming import Streaming
-from lamina_workers.weights import fingerprint
 
 FULL = (("full",) * 3,) * 3
 MIXED = (

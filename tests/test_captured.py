@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import DEVICE, Rig, tiny_decoder
 
-from lamina_workers.captured import BUCKETS, Captured, Compiled, CudaGraphs, Tensors, Work, bucket, sliced
-from lamina_workers.model import Batch, Decoder, KeyValueReady, QueryReady
+from lamina_workers.decoder.graphs import BUCKETS, Captured, Compiled, CudaGraphs, Tensors, Work, bucket, sliced
+from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady, QueryReady
 
 # Importing torch's own compiler warns of what torch uses itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

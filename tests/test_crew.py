@@ -31,10 +31,10 @@ from lamina_workers import crew_wire as wire
 from lamina_workers.copying import Move
 from lamina_workers.crew import UNIX, Crew, Mate
 from lamina_workers.crew_worker import CrewWorker
+from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.interface import Work
 from lamina_workers.resolver import Waiting
-from lamina_workers.sampler import RowSampling
 
 HOLDER = m.HolderConfig((m.LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)
 BEGIN = crew_messages.Begin(

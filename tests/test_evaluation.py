@@ -34,7 +34,7 @@ from lamina.evaluation.suite import Suite, compare, run
 from lamina.evaluation.tasks import Item
 from lamina.probe import Probe
 from lamina_protocols.messages import Usage
-from lamina_workers.model import Decoder
+from lamina_workers.decoder.model import Decoder
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy, View, within
 

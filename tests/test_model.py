@@ -12,9 +12,9 @@ from dense_attention import DenseAttention
 from safetensors.torch import load_file
 
 from lamina_kernels.dense import repacks
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady, QueryReady
 from lamina_workers.errors import ModelFileError
-from lamina_workers.model import Batch, Decoder, KeyValueReady, QueryReady
-from lamina_workers.model_config import ModelConfig
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lamina import model_cache, models
 from lamina.errors import InvalidRequest, ModelFileError
 from lamina.model_cache import is_whole, verify
-from lamina_workers.weights import Checkpoint
+from lamina_workers.decoder.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from policy_bench import STATIC, TIGHT, under
 
 from lamina_protocols.messages import Announcement, Exchange, Fresh
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost
-from lamina_workers.model import Decoder
 from lamina_workers.policies.catalogue import POLICIES
 
 rng = random.Random(7)

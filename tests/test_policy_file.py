@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lamina.errors import InvalidRequest, PolicyError
 from lamina.policy_cli import policy_app
 from lamina.policy_file import MAX_BYTES, PolicyFile, dumps, import_duo, kept, kept_share, read, read_alphas, write
-from lamina_workers.model_config import ModelConfig
+from lamina_workers.decoder.config import ModelConfig
 
 GOOD = 'version = 1\nmodel = "tiny"\nfingerprint = ""\n[[layer]]\nheads = ["full", "streaming"]\n'
 DATA = Path(os.environ.get("LAMINA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "attn_patterns"

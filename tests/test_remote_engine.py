@@ -17,8 +17,8 @@ from lamina.remote_engine import EngineHost, Event, RemoteEngine, fetch
 from lamina.request import Request
 from lamina.ticket import Output, Ticket
 from lamina.types import FinishReason, SamplingParams
-from lamina_workers.logprobs import RowLogprobs
-from lamina_workers.model import Decoder
+from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.model import Decoder
 
 AHEAD = 1000.0  # seconds that the far end's clock is ahead of ours
 

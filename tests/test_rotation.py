@@ -38,16 +38,16 @@ from lamina_workers.attention_server.attention_server import AttentionServer, Se
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.crew import UNIX, Crew, Mate
 from lamina_workers.crew_worker import CrewWorker
+from lamina_workers.decoder.checkpoint import fingerprint
+from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
+from lamina_workers.decoder.sampler import RowSampling, sample
 from lamina_workers.exchanges import Stopwatch
 from lamina_workers.interface import Work
-from lamina_workers.model import Batch, Decoder, KeyValueReady
 from lamina_workers.model_worker import ModelWorker
 from lamina_workers.remote_attention import RemoteAttention, connect
 from lamina_workers.resolver import Waiting
 from lamina_workers.rotating_workers import RotatingWorkers
-from lamina_workers.sampler import RowSampling, sample
 from lamina_workers.slices import SlicedBatch, Waits, chosen, likeliest, plain_rows, rotates, rotation
-from lamina_workers.weights import fingerprint
 
 ENGINE = "5eed" * 8
 rng = random.Random(41)

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lamina_workers import sampler
-from lamina_workers.sampler import RowSampling, TokenHistory, sample, uniform
+from lamina_workers.decoder import sampler
+from lamina_workers.decoder.sampler import RowSampling, TokenHistory, sample, uniform
 
 
 def history(prompt: list[int], output: list[int]) -> TokenHistory:

@@ -27,7 +27,7 @@ from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.socket_channel import connect_unix
-from lamina_workers.model import Decoder
+from lamina_workers.decoder.model import Decoder
 
 SECRET = secrets.token_bytes(32)
 

@@ -106,10 +106,10 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
     from lamina_protocols.routes import Route, Span
     from lamina_workers.attention_port import LocalAttention, Replies
     from lamina_workers.attention_worker.attention_worker import AttentionWorker
-    from lamina_workers.model import Batch, Decoder
-    from lamina_workers.model_config import ModelConfig
+    from lamina_workers.decoder.checkpoint import Checkpoint
+    from lamina_workers.decoder.config import ModelConfig
+    from lamina_workers.decoder.model import Batch, Decoder
     from lamina_workers.resolver import Resolver
-    from lamina_workers.weights import Checkpoint
 
     prompt = prompts[-1]
     half = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
@@ -143,9 +143,9 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
 
 LOAD = """
 import resource, sys, torch
-from lamina_workers.model import Decoder
-from lamina_workers.model_config import ModelConfig
-from lamina_workers.weights import Checkpoint
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.checkpoint import Checkpoint
 
 config = ModelConfig.from_folder(sys.argv[1])
 torch.ones(8, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)

@@ -16,7 +16,7 @@ from lamina_workers import resolver, staging
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import DeviceWorker
-from lamina_workers.model import Decoder
+from lamina_workers.decoder.model import Decoder
 from lamina_workers.staging import DIRECT, LEAST, Staged, staging_for
 
 rng = random.Random(3)

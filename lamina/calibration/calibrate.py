@@ -28,12 +28,12 @@ from lamina.probe import Probe
 from lamina.runtime import rescaled
 from lamina.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import page_cost
-from lamina_workers.model import Decoder
-from lamina_workers.model_config import ModelConfig
+from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.model import Decoder
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.streaming import Streaming
-from lamina_workers.weights import Checkpoint, fingerprint
 
 DEFAULT_CONTEXT = 8192  # tokens, where the model's own is longer
 DEFAULT_STEPS = 200

@@ -14,8 +14,8 @@ import torch
 
 from lamina.calibration.capture import Captured
 from lamina_kernels.dense import rotate
-from lamina_workers.model_config import ModelConfig
-from lamina_workers.rope import Rotary, attention_scale
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.rope import Rotary, attention_scale
 
 Scores = npt.NDArray[np.float64]
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from lamina_protocols.messages import LayerSpec
-from lamina_workers.decoder_weights import TensorSource, check_tensors, tensor_shapes
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import TensorSource, check_tensors, tensor_shapes
+from lamina_workers.decoder.rope import Rotary
 from lamina_workers.errors import UnsupportedModelError
-from lamina_workers.model_config import ModelConfig
 from lamina_workers.policies.policy import Policy, within
-from lamina_workers.rope import Rotary
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q `[kv_heads, group, T, d]`, k and v `[kv_heads, T, d]`, rotated) -> what attention gives, shaped as q."""

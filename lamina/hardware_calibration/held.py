@@ -16,7 +16,7 @@ from lamina.errors import EngineError
 from lamina_protocols.messages import Announced, Announcement, Close, Fresh, HolderConfig, LayerSpec, Open, Row
 from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_port import AttentionPort, Replies
-from lamina_workers.model import Forward, KeyValueReady, QueryReady
+from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.resolver import Resolver
 
 PATIENCE = 60.0  # seconds for an announcement's answer

@@ -17,10 +17,10 @@ from lamina.models import resolve
 from lamina_kernels import dense
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
-from lamina_workers.decoder_weights import DecoderWeights, load_weights
-from lamina_workers.model import Batch, Decoder
-from lamina_workers.model_config import ModelConfig
-from lamina_workers.weights import Checkpoint, fingerprint
+from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
+from lamina_workers.decoder.model import Batch, Decoder
 
 STEPS = 256
 """Decode steps that a cell has room for."""

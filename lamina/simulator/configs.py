@@ -18,7 +18,7 @@ from typing import Any
 from lamina.errors import InvalidRequest, ModelFileError
 from lamina.simulator.shapes import LayerGroup, ModelShape
 from lamina.text_files import read_text
-from lamina_workers.config_keys import Keys
+from lamina_workers.decoder.config_keys import Keys
 
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_LAYERS = 1024

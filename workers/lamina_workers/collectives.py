@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from lamina_workers.collective import Alone, Collective
+from lamina_workers.decoder.collective import Alone, Collective
 from lamina_workers.errors import RankLost
 from lamina_workers.lines import MOST_BYTES, Lines
 

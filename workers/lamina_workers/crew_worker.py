@@ -24,19 +24,19 @@ from lamina_workers import collectives, crew_messages, devices
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
 from lamina_workers.attention_worker.device_worker import attention_worker
-from lamina_workers.captured import sliced
-from lamina_workers.collective import Collective
-from lamina_workers.decoder_weights import load_weights
+from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
+from lamina_workers.decoder.collective import Collective
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import load_weights
+from lamina_workers.decoder.graphs import sliced
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
 from lamina_workers.errors import HolderFault, ModelFileError, RankLost
-from lamina_workers.model import Decoder
-from lamina_workers.model_config import ModelConfig
 from lamina_workers.model_worker import ModelWorker
 from lamina_workers.preparing import prepare_kernels
 from lamina_workers.remote_attention import RemoteAttention, connect
 from lamina_workers.resolver import Waiting
-from lamina_workers.shard import WHOLE, Shard, with_ranks
 from lamina_workers.slices import Context, SlicedBatch, Waits, likeliest
-from lamina_workers.weights import Checkpoint, fingerprint
 
 logger = logging.getLogger("lamina")
 

@@ -11,9 +11,9 @@ from lamina_protocols.messages import Announced, Surveyed
 from lamina_protocols.routes import HolderShare, Span
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.copying import Move
+from lamina_workers.decoder.sampler import RowSampling, Sampled
 from lamina_workers.exchanges import Link, Times
 from lamina_workers.resolver import Waiting
-from lamina_workers.sampler import RowSampling, Sampled
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lamina_workers import collectives, crew_messages
-from lamina_workers.collective import Collective
 from lamina_workers.crew import Mate
+from lamina_workers.decoder.collective import Collective
 from lamina_workers.errors import RankLost
 
 SLACK = 5.0  # seconds that a rank may take for an answer beyond what it may have to wait for others itself

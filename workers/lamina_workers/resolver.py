@@ -30,9 +30,9 @@ from lamina_workers.attention_port import InProcess, Replies
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, page_layout
 from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
+from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.errors import HolderFault
 from lamina_workers.exchanges import Stopwatch, Times
-from lamina_workers.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.policies.policy import Policy
 from lamina_workers.staging import DIRECT, Staging, staging_for
 

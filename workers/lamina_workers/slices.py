@@ -17,10 +17,10 @@ from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.routes import HolderShare
 from lamina_protocols.waiting import Waiter
+from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
+from lamina_workers.decoder.sampler import RowSampling, Sampled, sample
 from lamina_workers.exchanges import Stopwatch
-from lamina_workers.model import Batch, Decoder, KeyValueReady
 from lamina_workers.resolver import Pausing, Suspended, Waiting
-from lamina_workers.sampler import RowSampling, Sampled, sample
 
 
 class Context(NamedTuple):

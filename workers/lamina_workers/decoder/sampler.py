@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from lamina_workers.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: there the likeliest token has all the probability that float32 can tell."""

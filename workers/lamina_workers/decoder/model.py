@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, split_heads
-from lamina_workers.decoder_weights import DecoderWeights, LayerWeights, TensorSource, load_weights
-from lamina_workers.model_config import ModelConfig
-from lamina_workers.rope import Rotary
-from lamina_workers.shard import WHOLE, Shard, local, rank_shape
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import DecoderWeights, LayerWeights, TensorSource, load_weights
+from lamina_workers.decoder.rope import Rotary
+from lamina_workers.decoder.shard import WHOLE, Shard, local, rank_shape
 
 if TYPE_CHECKING:
-    from lamina_workers.collective import Collective
+    from lamina_workers.decoder.collective import Collective
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ import torch
 
 from lamina_kernels.dense import Linear, repacks
 from lamina_kernels.paged import memory
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.moe import Experts, Mlp
+from lamina_workers.decoder.shard import WHOLE, RankShape, Shard, local, rank_shape
 from lamina_workers.errors import ModelFileError
-from lamina_workers.model_config import ModelConfig
-from lamina_workers.moe import Experts, Mlp
-from lamina_workers.shard import WHOLE, RankShape, Shard, local, rank_shape
 
 _ALIGNMENT = 64  # bytes, one cache line
 _EVERY = slice(None)

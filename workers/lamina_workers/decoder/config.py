@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamina_protocols.messages import LayerSpec
-from lamina_workers.config_keys import Keys
+from lamina_workers.decoder.config_keys import Keys
+from lamina_workers.decoder.rope import ROPE_TYPES, RopeConfig
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
-from lamina_workers.rope import ROPE_TYPES, RopeConfig
 
 _MAX_CONFIG_BYTES = 4 << 20
 

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
-from lamina_workers.collective import Collective
-from lamina_workers.model import Batch, Decoder, Forward, Rotation
-from lamina_workers.moe import Experts
+from lamina_workers.decoder.collective import Collective
+from lamina_workers.decoder.model import Batch, Decoder, Forward, Rotation
+from lamina_workers.decoder.moe import Experts
 
 logger = logging.getLogger("lamina")
 

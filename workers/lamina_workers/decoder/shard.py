@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.errors import RanksError
-from lamina_workers.model_config import ModelConfig
 
 _BLOCK = 64  # columns and rows are cut at multiples of it where there are enough: kernels take whole registers
 

@@ -14,8 +14,8 @@ from types import TracebackType
 
 import torch
 
+from lamina_workers.decoder.safetensors_files import TensorInfo, find_tensors
 from lamina_workers.errors import ModelFileError
-from lamina_workers.safetensors_files import TensorInfo, find_tensors
 
 _DTYPES = {
     "F64": torch.float64,
