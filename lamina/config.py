@@ -13,7 +13,7 @@ from typing import Any
 
 from lamina.errors import InvalidRequest
 from lamina.layouts import SHARDS
-from lamina_workers.device_names import check_names
+from lamina_workers.devices.names import check_names
 from lamina_workers.errors import DeviceError
 
 DEFAULT_MODEL = "smollm2-135m"

@@ -20,7 +20,7 @@ from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.attention_worker.retention import keepers
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.devices import find_each, memory_available
+from lamina_workers.devices.available import find_each, memory_available
 from lamina_workers.policies.policy import LONGEST, Policy
 
 DEFAULT_BATCH_TOKENS = 1024

@@ -22,7 +22,7 @@ from lamina.job import Job, LoopQueue
 from lamina.progress import Progress
 from lamina.ticket import Ticket
 from lamina.types import Completion, Interrupted, SamplingParams, TokenEvent
-from lamina_workers.openmp import share_cores
+from lamina_workers.devices.openmp import share_cores
 
 if TYPE_CHECKING:
     from lamina.ray_engine import ClusterRuntime

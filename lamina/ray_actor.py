@@ -27,7 +27,7 @@ from lamina.members import Member, MemberStatus
 from lamina.model_cache import hash_file
 from lamina.ray_model_members import RayModelMembers
 from lamina.told_members import ToldMembers
-from lamina_workers.openmp import share_cores
+from lamina_workers.devices.openmp import share_cores
 
 if TYPE_CHECKING:
     from lamina.remote_engine import Command, Event

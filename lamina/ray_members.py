@@ -21,7 +21,7 @@ from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoine
 from lamina.progress import Progress
 from lamina_protocols.channels import Credentials
 from lamina_workers.credentials import create_credentials
-from lamina_workers.openmp import share_cores
+from lamina_workers.devices.openmp import share_cores
 
 logger = logging.getLogger("lamina")
 

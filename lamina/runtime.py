@@ -52,7 +52,7 @@ from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights,
 from lamina_workers.decoder.graphs import sliced
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.shard import Shard, with_ranks
-from lamina_workers.devices import find_each, room_for
+from lamina_workers.devices.available import find_each, room_for
 from lamina_workers.interface import Workers
 from lamina_workers.model_worker import ModelWorker
 from lamina_workers.preparing import prepare_kernels

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 import lamina
-from lamina_workers.openmp import share_cores
+from lamina_workers.devices.openmp import share_cores
 
 share_cores()  # before torch is imported
 

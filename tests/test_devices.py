@@ -18,12 +18,12 @@ from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.local_cluster import LocalCluster
 from lamina_protocols.messages import HolderConfig, LayerSpec
-from lamina_workers import devices
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import DeviceWorker, attention_worker
 from lamina_workers.attention_worker.page_layout import check_policies, page_cost
-from lamina_workers.devices import find, find_each, memory_available, room_for
+from lamina_workers.devices import available as devices
+from lamina_workers.devices.available import find, find_each, memory_available, room_for
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, PolicyError
 
 CPU = torch.device("cpu")

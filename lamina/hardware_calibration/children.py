@@ -41,7 +41,7 @@ def kernels(**options: Any) -> Answers:
 
 def exchange(**options: Any) -> Answers:
     """A layer's exchange with attention workers, and bare messages to one."""
-    from lamina_workers.openmp import share_cores
+    from lamina_workers.devices.openmp import share_cores
 
     share_cores()
     from lamina.hardware_calibration.exchange_bench import ExchangeBench

@@ -26,7 +26,7 @@ from lamina.progress import Progress
 from lamina.server.lines import Mouth, begin
 from lamina.told_members import ToldMembers
 from lamina_protocols.channels import Credentials
-from lamina_workers.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
+from lamina_workers.devices.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
 
 if TYPE_CHECKING:
     from lamina.ray_engine import ClusterRuntime

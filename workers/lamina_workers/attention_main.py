@@ -14,8 +14,8 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lamina_workers.devices.openmp import share_cores
 from lamina_workers.leaving import leave
-from lamina_workers.openmp import share_cores
 from lamina_workers.parent import die_with_parent
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from lamina_protocols.channels import Channel, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.routes import HolderShare
-from lamina_workers import collectives, crew_messages, devices
+from lamina_workers import collectives, crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
 from lamina_workers.attention_worker.device_worker import attention_worker
@@ -31,6 +31,7 @@ from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.graphs import sliced
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
+from lamina_workers.devices import available as devices
 from lamina_workers.errors import HolderFault, ModelFileError, RankLost
 from lamina_workers.model_worker import ModelWorker
 from lamina_workers.preparing import prepare_kernels

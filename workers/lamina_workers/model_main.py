@@ -14,8 +14,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from lamina_workers.devices.openmp import share_cores
 from lamina_workers.leaving import leave
-from lamina_workers.openmp import share_cores
 from lamina_workers.parent import die_with_parent
 
 UNIX = "unix:"

@@ -31,10 +31,10 @@ from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, 
 from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
 from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
+from lamina_workers.devices.staging import DIRECT, Staging, staging_for
 from lamina_workers.errors import HolderFault
 from lamina_workers.exchanges import Stopwatch, Times
 from lamina_workers.policies.policy import Policy
-from lamina_workers.staging import DIRECT, Staging, staging_for
 
 R = TypeVar("R")
 

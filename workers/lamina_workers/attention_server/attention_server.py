@@ -49,7 +49,7 @@ from lamina_protocols.socket_channel import (
 from lamina_protocols.tensors import DTYPES
 from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Seats
 from lamina_workers.attention_server.session import Session
-from lamina_workers.devices import find
+from lamina_workers.devices.available import find
 
 logger = logging.getLogger("lamina")
 

@@ -47,7 +47,7 @@ from lamina_workers.attention_worker.kv_store import KVStore, Part
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, layout_name, page_count, page_layout
 from lamina_workers.attention_worker.paged_reader import Policies, Reader, Reading
 from lamina_workers.attention_worker.retention import layer_policies
-from lamina_workers.devices import room_for
+from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError, PoolExhausted
 
 _SURVEYED_NUMBERS = 50_000  # in one frame: its header has room for some 58,000 of the largest

@@ -16,7 +16,7 @@ import torch
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query, Reply, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import CPU
-from lamina_workers.staging import Cuda, Runtime, Staged
+from lamina_workers.devices.staging import Cuda, Runtime, Staged
 
 Tensors = dict[str, Any]  # of a message, by field: what `dataclasses.replace` takes
 

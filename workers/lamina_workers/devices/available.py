@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lamina_workers.device_names import check_names
+from lamina_workers.devices.names import check_names
 from lamina_workers.errors import DeviceError, NotEnoughMemory
 
 

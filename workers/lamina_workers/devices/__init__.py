@@ -1,0 +1,1 @@
+"""Devices by name, their memory, and staging between host and device."""
