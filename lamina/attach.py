@@ -31,7 +31,7 @@ from lamina_workers.remote_attention import RemoteAttention, connect
 if TYPE_CHECKING:
     from lamina.engine import Engine
     from lamina_workers.crew import Mate
-    from lamina_workers.interface import Workers
+    from lamina_workers.model_worker.interface import Workers
 
 logger = logging.getLogger("lamina")
 

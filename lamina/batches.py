@@ -10,8 +10,8 @@ from lamina.request import Plan
 from lamina.scheduler import Scheduler
 from lamina.tally import Tally
 from lamina_workers.crew import Mate
-from lamina_workers.interface import Workers
-from lamina_workers.resolver import Waiting
+from lamina_workers.model_worker.attention_merge import Waiting
+from lamina_workers.model_worker.interface import Workers
 
 
 @dataclass(slots=True)

@@ -44,8 +44,8 @@ from lamina_protocols.routes import HolderShare
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
 from lamina_workers.errors import HolderFault
-from lamina_workers.interface import Workers
-from lamina_workers.resolver import Waiting
+from lamina_workers.model_worker.attention_merge import Waiting
+from lamina_workers.model_worker.interface import Workers
 
 if TYPE_CHECKING:
     from lamina.constraints import Grammars

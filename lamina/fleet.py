@@ -20,7 +20,7 @@ from lamina_protocols.routes import HolderShare
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.crew import Mate
 from lamina_workers.errors import HolderFault
-from lamina_workers.interface import Seat, Workers
+from lamina_workers.model_worker.interface import Seat, Workers
 
 logger = logging.getLogger("lamina")
 

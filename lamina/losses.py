@@ -23,7 +23,7 @@ from lamina.tiers import Tiers
 from lamina_protocols.channels import Credentials
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.interface import Workers
+from lamina_workers.model_worker.interface import Workers
 
 if TYPE_CHECKING:
     from lamina_workers.crew import Mate

@@ -17,7 +17,7 @@ from lamina.recorder import Recorder, found
 from lamina.ticket import Ticket
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_workers.crew import Mate
-from lamina_workers.interface import Workers
+from lamina_workers.model_worker.interface import Workers
 
 logger = logging.getLogger("lamina")
 

@@ -53,9 +53,9 @@ from lamina_workers.decoder.graphs import sliced
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.shard import Shard, with_ranks
 from lamina_workers.devices.available import find_each, room_for
-from lamina_workers.interface import Workers
-from lamina_workers.model_worker import ModelWorker
-from lamina_workers.preparing import prepare_kernels
+from lamina_workers.model_worker.interface import Workers
+from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.model_worker.warmup import prepare_kernels
 from lamina_workers.rotating_workers import RotatingWorkers
 from lamina_workers.tensor_workers import TensorWorkers
 

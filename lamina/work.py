@@ -9,7 +9,7 @@ from lamina.request import Plan, Sequence
 from lamina.ticket import Ticket
 from lamina_protocols.routes import Span
 from lamina_workers.decoder.sampler import RowSampling, TokenHistory
-from lamina_workers.interface import Work
+from lamina_workers.model_worker.interface import Work
 
 if TYPE_CHECKING:
     from lamina.constraints import Constraint

@@ -32,7 +32,7 @@ from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderFault, HolderLost, KVError
-from lamina_workers.model_worker import ModelWorker
+from lamina_workers.model_worker.model_worker import ModelWorker
 
 PAGE_SIZE = 16
 MOST_STEPS = 20_000  # of the engine in one run; more means that it turns in place

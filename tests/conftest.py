@@ -42,7 +42,7 @@ from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import tensor_shapes
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost
-from lamina_workers.model_worker import ModelWorker
+from lamina_workers.model_worker.model_worker import ModelWorker
 
 settings.register_profile("lamina", deadline=None)  # no test measures time
 settings.load_profile("lamina")

@@ -129,7 +129,7 @@ class Fatal:
 @pytest.mark.parametrize("at", [2, 9, 14, 23, 31, 44])
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_a_holder_goes_in_the_middle_of_a_move(decoder, at, loses, lanes, monkeypatch):
-    monkeypatch.setattr("lamina_workers.model_worker._FRAME", 1)  # a layer each
+    monkeypatch.setattr("lamina_workers.model_worker.model_worker._FRAME", 1)  # a layer each
     fatal = Fatal(at, loses)
     rig = Rig(
         decoder, shard="heads", weights=(1, 1), here=1500, balance=Restless(at, 0.6), max_batch_tokens=64, lanes=lanes,

@@ -37,7 +37,7 @@ from lamina_protocols.messages import Close, Surveyed
 from lamina_workers.attention_port import LocalAttention, survey
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.model_worker import ModelWorker
+from lamina_workers.model_worker.model_worker import ModelWorker
 
 FACTS = Facts("tiny", 16, "float32", 3)
 PAGES = 2000

@@ -42,12 +42,20 @@ from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, sample
 from lamina_workers.exchanges import Stopwatch
-from lamina_workers.interface import Work
-from lamina_workers.model_worker import ModelWorker
+from lamina_workers.model_worker.attention_merge import Waiting
+from lamina_workers.model_worker.interface import Work
+from lamina_workers.model_worker.layer_slices import (
+    SlicedBatch,
+    Waits,
+    chosen,
+    likeliest,
+    plain_rows,
+    rotates,
+    rotation,
+)
+from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.remote_attention import RemoteAttention, connect
-from lamina_workers.resolver import Waiting
 from lamina_workers.rotating_workers import RotatingWorkers
-from lamina_workers.slices import SlicedBatch, Waits, chosen, likeliest, plain_rows, rotates, rotation
 
 ENGINE = "5eed" * 8
 rng = random.Random(41)

@@ -109,7 +109,7 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
     from lamina_workers.decoder.checkpoint import Checkpoint
     from lamina_workers.decoder.config import ModelConfig
     from lamina_workers.decoder.model import Batch, Decoder
-    from lamina_workers.resolver import Resolver
+    from lamina_workers.model_worker.attention_merge import Resolver
 
     prompt = prompts[-1]
     half = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()

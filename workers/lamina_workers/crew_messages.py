@@ -17,7 +17,7 @@ import torch
 
 from lamina_protocols.messages import Announced, HolderConfig, Surveyed
 from lamina_protocols.routes import HolderShare
-from lamina_workers.copying import Move
+from lamina_workers.model_worker.kv_copy import Move
 
 # From a model worker.
 

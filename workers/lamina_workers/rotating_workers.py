@@ -25,15 +25,15 @@ from lamina_protocols.routes import HolderShare
 from lamina_workers import crew_messages
 from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort, Transported
-from lamina_workers.copying import Move
 from lamina_workers.crew import Mate
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, RankLost
 from lamina_workers.exchanges import Link, Times
-from lamina_workers.interface import Returned, Seat, Work
-from lamina_workers.model_worker import ModelWorker
-from lamina_workers.resolver import SLOWEST, Waiting
-from lamina_workers.slices import Context, SlicedBatch, Waits, chosen, plain_rows, rotates, rotation
+from lamina_workers.model_worker.attention_merge import SLOWEST, Waiting
+from lamina_workers.model_worker.interface import Returned, Seat, Work
+from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, chosen, plain_rows, rotates, rotation
+from lamina_workers.model_worker.model_worker import ModelWorker
 
 logger = logging.getLogger("lamina")
 

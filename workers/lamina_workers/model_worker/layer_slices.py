@@ -20,7 +20,7 @@ from lamina_protocols.waiting import Waiter
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, Sampled, sample
 from lamina_workers.exchanges import Stopwatch
-from lamina_workers.resolver import Pausing, Suspended, Waiting
+from lamina_workers.model_worker.attention_merge import Pausing, Suspended, Waiting
 
 
 class Context(NamedTuple):
