@@ -30,8 +30,8 @@ from lamina_workers.remote_attention import RemoteAttention, connect
 
 if TYPE_CHECKING:
     from lamina.engine import Engine
-    from lamina_workers.crew import Mate
     from lamina_workers.model_worker.interface import Workers
+    from lamina_workers.parallel.peers import Mate
 
 logger = logging.getLogger("lamina")
 

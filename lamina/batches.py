@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from lamina.request import Plan
 from lamina.scheduler import Scheduler
 from lamina.tally import Tally
-from lamina_workers.crew import Mate
 from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import Workers
+from lamina_workers.parallel.peers import Mate
 
 
 @dataclass(slots=True)

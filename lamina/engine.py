@@ -50,7 +50,7 @@ from lamina_workers.model_worker.interface import Workers
 if TYPE_CHECKING:
     from lamina.constraints import Grammars
     from lamina.recorder import Recorder
-    from lamina_workers.crew import Mate
+    from lamina_workers.parallel.peers import Mate
 
 logger = logging.getLogger("lamina")
 

@@ -26,7 +26,7 @@ from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.interface import Workers
 
 if TYPE_CHECKING:
-    from lamina_workers.crew import Mate
+    from lamina_workers.parallel.peers import Mate
 
 logger = logging.getLogger("lamina")
 

@@ -17,10 +17,10 @@ from lamina.scheduler import Scheduler
 from lamina.shares import NO_PAGES, Layout
 from lamina_protocols.messages import Row
 from lamina_protocols.routes import HolderShare, Route
-from lamina_workers.crew import Mate
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.parallel.peers import Mate
 
 CHUNK = 1024  # tokens that are copied at a time, at most
 _FIRST_CHUNK = 128  # before it is known how long copying takes

@@ -19,13 +19,13 @@ from lamina.progress import Progress
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import HolderConfig
 from lamina_protocols.socket_channel import listen_tcp
-from lamina_workers import crew_messages
-from lamina_workers.collectives import Meeting
-from lamina_workers.crew import Crew, Mate
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.shard import Shard, rank_shape
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, RanksError
-from lamina_workers.rank_group import SLACK, RankGroup
+from lamina_workers.parallel import peer_messages as crew_messages
+from lamina_workers.parallel.collectives import Meeting
+from lamina_workers.parallel.peers import Crew, Mate
+from lamina_workers.parallel.rank_group import SLACK, RankGroup
 
 if TYPE_CHECKING:
     import torch

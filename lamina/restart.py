@@ -16,8 +16,8 @@ from lamina.placement import Placement
 from lamina.recorder import Recorder, found
 from lamina.ticket import Ticket
 from lamina_protocols.messages import HolderConfig, Surveyed
-from lamina_workers.crew import Mate
 from lamina_workers.model_worker.interface import Workers
+from lamina_workers.parallel.peers import Mate
 
 logger = logging.getLogger("lamina")
 

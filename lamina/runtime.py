@@ -45,7 +45,6 @@ from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import check_policies, page_count
-from lamina_workers.crew import Mate
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights, tensor_shapes
@@ -56,8 +55,9 @@ from lamina_workers.devices.available import find_each, room_for
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.warmup import prepare_kernels
-from lamina_workers.rotating_workers import RotatingWorkers
-from lamina_workers.tensor_workers import TensorWorkers
+from lamina_workers.parallel.peers import Mate
+from lamina_workers.parallel.replicas import RotatingWorkers
+from lamina_workers.parallel.tensor_parallel import TensorWorkers
 
 logger = logging.getLogger("lamina")
 

@@ -44,11 +44,11 @@ class Rank:
         from lamina_workers.attention_port import LocalAttention
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
         from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
-        from lamina_workers.collectives import Meeting, join
         from lamina_workers.decoder.checkpoint import Checkpoint
         from lamina_workers.decoder.config import ModelConfig
         from lamina_workers.decoder.model import Decoder
         from lamina_workers.decoder.shard import Shard, with_ranks
+        from lamina_workers.parallel.collectives import Meeting, join
 
         self.threads = max(1, cores() // ranks)
         torch.set_num_threads(self.threads)

@@ -26,15 +26,15 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import MAX_HEADER
 from lamina_protocols.routes import HolderShare, Route, Span
 from lamina_protocols.socket_channel import connect_unix
-from lamina_workers import crew_messages
-from lamina_workers import crew_wire as wire
-from lamina_workers.crew import UNIX, Crew, Mate
-from lamina_workers.crew_worker import CrewWorker
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import Work
 from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.parallel import peer_codec as wire
+from lamina_workers.parallel import peer_messages as crew_messages
+from lamina_workers.parallel.peer_worker import CrewWorker
+from lamina_workers.parallel.peers import UNIX, Crew, Mate
 
 HOLDER = m.HolderConfig((m.LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)
 BEGIN = crew_messages.Begin(

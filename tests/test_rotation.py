@@ -31,13 +31,9 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Close, Exchange, HolderConfig, Row
 from lamina_protocols.routes import HolderShare, Route, Span
 from lamina_protocols.socket_channel import connect_unix
-from lamina_workers import crew_messages
-from lamina_workers import crew_wire as wire
 from lamina_workers.attention_port import AttentionPort
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
-from lamina_workers.crew import UNIX, Crew, Mate
-from lamina_workers.crew_worker import CrewWorker
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, sample
@@ -54,8 +50,12 @@ from lamina_workers.model_worker.layer_slices import (
     rotation,
 )
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.parallel import peer_codec as wire
+from lamina_workers.parallel import peer_messages as crew_messages
+from lamina_workers.parallel.peer_worker import CrewWorker
+from lamina_workers.parallel.peers import UNIX, Crew, Mate
+from lamina_workers.parallel.replicas import RotatingWorkers
 from lamina_workers.remote_attention import RemoteAttention, connect
-from lamina_workers.rotating_workers import RotatingWorkers
 
 ENGINE = "5eed" * 8
 rng = random.Random(41)

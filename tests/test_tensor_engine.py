@@ -25,7 +25,7 @@ from lamina.runtime import start
 from lamina_protocols.channels import ChannelClosed, split_address
 from lamina_protocols.socket_channel import connect_tcp
 from lamina_workers.credentials import load_credentials, make_credentials
-from lamina_workers.tensor_workers import TensorWorkers
+from lamina_workers.parallel.tensor_parallel import TensorWorkers
 
 rng = random.Random(29)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 17, 70, 150)]

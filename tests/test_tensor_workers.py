@@ -8,9 +8,9 @@ from typing import Any, cast
 import pytest
 
 from lamina_protocols.messages import HolderConfig, LayerSpec
-from lamina_workers import crew_messages
 from lamina_workers.errors import HolderLost
-from lamina_workers.tensor_workers import TensorWorkers
+from lamina_workers.parallel import peer_messages as crew_messages
+from lamina_workers.parallel.tensor_parallel import TensorWorkers
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
 

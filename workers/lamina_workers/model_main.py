@@ -75,7 +75,7 @@ def serve(
     from lamina_protocols.channels import Credentials, split_address
     from lamina_protocols.socket_channel import client_context, connect_tcp, connect_unix
     from lamina_workers.credentials import load_credentials
-    from lamina_workers.crew_worker import CrewWorker
+    from lamina_workers.parallel.peer_worker import CrewWorker
 
     if connect.startswith(UNIX):
         channel = connect_unix(connect.removeprefix(UNIX), secret, _CONNECT_S)

@@ -27,7 +27,7 @@ import torch.distributed
 
 from lamina_workers.decoder.collective import Alone, Collective
 from lamina_workers.errors import RankLost
-from lamina_workers.lines import MOST_BYTES, Lines
+from lamina_workers.parallel.rank_sockets import MOST_BYTES, Lines
 
 _c10d: Any = torch.distributed  # whose names are not all in its types
 _SUM, _GATHER, _READY = 1, 2, 3  # tags: what a message is for

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lamina_workers import collectives, crew_messages
-from lamina_workers.crew import Mate
 from lamina_workers.decoder.collective import Collective
 from lamina_workers.errors import RankLost
+from lamina_workers.parallel import collectives
+from lamina_workers.parallel import peer_messages as crew_messages
+from lamina_workers.parallel.peers import Mate
 
 SLACK = 5.0  # seconds that a rank may take for an answer beyond what it may have to wait for others itself
 

@@ -24,9 +24,9 @@ from lamina_protocols.channels import Channel, ChannelClosed, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.socket_channel import SECRET_SIZE, Listener, listen_tcp, listen_unix, server_context
-from lamina_workers import crew_messages
-from lamina_workers import crew_wire as wire
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
+from lamina_workers.parallel import peer_codec as wire
+from lamina_workers.parallel import peer_messages as crew_messages
 
 logger = logging.getLogger("lamina")
 

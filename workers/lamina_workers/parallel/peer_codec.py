@@ -16,7 +16,9 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.fields import BOOL, BYTES, FLOAT, INT, INTS, RANGE, TEXT, Field, Record, list_of, one_of, record
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_protocols.routes import HolderShare, Route, Span
-from lamina_workers.crew_messages import (
+from lamina_workers.model_worker.interface import Work
+from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.parallel.peer_messages import (
     Announce,
     Answers,
     Begin,
@@ -48,8 +50,6 @@ from lamina_workers.crew_messages import (
     Sliced,
     Stop,
 )
-from lamina_workers.model_worker.interface import Work
-from lamina_workers.model_worker.kv_copy import Move
 
 MAX_WORKERS = 1024
 

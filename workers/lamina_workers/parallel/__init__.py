@@ -1,0 +1,1 @@
+"""Model workers beyond the first: peers, tensor parallelism, pipeline replicas."""
