@@ -22,11 +22,11 @@ from lamina.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_protocols.service import WorkerUnreachable
-from lamina_workers.attention_port import survey
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.credentials import load_credentials
 from lamina_workers.errors import HolderFault
-from lamina_workers.remote_attention import RemoteAttention, connect
+from lamina_workers.ports.port import survey
+from lamina_workers.ports.remote import RemoteAttention, connect
 
 if TYPE_CHECKING:
     from lamina.engine import Engine

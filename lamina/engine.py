@@ -41,11 +41,11 @@ from lamina.work import work
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
 from lamina_protocols.routes import HolderShare
-from lamina_workers.attention_port import AttentionPort
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import Workers
+from lamina_workers.ports.port import AttentionPort
 
 if TYPE_CHECKING:
     from lamina.constraints import Grammars

@@ -17,10 +17,10 @@ from lamina.shares import Layout, Pages, Share
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Fork, Surveyed
 from lamina_protocols.routes import HolderShare
-from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Seat, Workers
 from lamina_workers.parallel.peers import Mate
+from lamina_workers.ports.port import AttentionPort
 
 logger = logging.getLogger("lamina")
 

@@ -21,9 +21,9 @@ from lamina.scheduler import Scheduler
 from lamina.tally import Tally
 from lamina.tiers import Tiers
 from lamina_protocols.channels import Credentials
-from lamina_workers.attention_port import AttentionPort
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.interface import Workers
+from lamina_workers.ports.port import AttentionPort
 
 if TYPE_CHECKING:
     from lamina_workers.parallel.peers import Mate

@@ -19,12 +19,12 @@ from lamina.models import resolve
 from lamina.tokenizer import Tokenizer
 from lamina_protocols.messages import Announced, Announcement, Close, HolderConfig, Open, Operation, Row, Usage
 from lamina_protocols.routes import Route, Span
-from lamina_workers.attention_port import LocalAttention, Replies
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
 from lamina_workers.model_worker.attention_merge import Resolver
+from lamina_workers.ports.port import LocalAttention, Replies
 
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Is shown each layer's q `[T, heads, d]`, k and v `[T, kv_heads, d]` before they are attended. It must not keep them

@@ -42,7 +42,6 @@ from lamina.ticket import Ticket
 from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Surveyed
-from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import check_policies, page_count
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
@@ -58,6 +57,7 @@ from lamina_workers.model_worker.warmup import prepare_kernels
 from lamina_workers.parallel.peers import Mate
 from lamina_workers.parallel.replicas import RotatingWorkers
 from lamina_workers.parallel.tensor_parallel import TensorWorkers
+from lamina_workers.ports.port import AttentionPort, LocalAttention
 
 logger = logging.getLogger("lamina")
 

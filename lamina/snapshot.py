@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lamina_workers.exchanges import EXCHANGE_BUCKETS
+from lamina_workers.ports.timing import EXCHANGE_BUCKETS
 
 __all__ = ["BATCH_BUCKETS", "EXCHANGE_BUCKETS", "HolderSnapshot", "SequenceSnapshot", "Snapshot"]
 

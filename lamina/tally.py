@@ -15,7 +15,7 @@ from lamina.scheduler import Scheduler
 from lamina.shares import Pages
 from lamina.snapshot import BATCH_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.ticket import NOTHING_SPARED, Spared
-from lamina_workers.exchanges import EXCHANGE_BUCKETS, Link
+from lamina_workers.ports.timing import EXCHANGE_BUCKETS, Link
 
 _NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)
 

@@ -13,7 +13,7 @@ from lamina.mover import Mover
 from lamina.placement import Placement
 from lamina.request import Plan, Sequence
 from lamina.scheduler import Scheduler
-from lamina_workers.exchanges import Times
+from lamina_workers.ports.timing import Times
 
 AT_ONCE = 4  # moves that wait or are under way
 PAUSE = 0.5  # of a step, that copying may take between two of them

@@ -41,7 +41,6 @@ class Rank:
         from lamina.machine import native_dtype, this_machine
         from lamina_kernels import dense
         from lamina_protocols.messages import HolderConfig
-        from lamina_workers.attention_port import LocalAttention
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
         from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
         from lamina_workers.decoder.checkpoint import Checkpoint
@@ -49,6 +48,7 @@ class Rank:
         from lamina_workers.decoder.model import Decoder
         from lamina_workers.decoder.shard import Shard, with_ranks
         from lamina_workers.parallel.collectives import Meeting, join
+        from lamina_workers.ports.port import LocalAttention
 
         self.threads = max(1, cores() // ranks)
         torch.set_num_threads(self.threads)

@@ -28,11 +28,11 @@ from lamina.types import SamplingParams
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, Message, Reply, Request
-from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderFault, HolderLost, KVError
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.ports.port import LocalAttention
 
 PAGE_SIZE = 16
 MOST_STEPS = 20_000  # of the engine in one run; more means that it turns in place

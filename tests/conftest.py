@@ -34,7 +34,6 @@ from lamina.types import SamplingParams
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, HolderConfig, Message, Reply, Request, answered
-from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout, sketched
@@ -43,6 +42,7 @@ from lamina_workers.decoder.decoder_weights import tensor_shapes
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.ports.port import AttentionPort, LocalAttention
 
 settings.register_profile("lamina", deadline=None)  # no test measures time
 settings.load_profile("lamina")

@@ -23,10 +23,10 @@ from lamina import LLM
 from lamina_protocols.channels import Credentials
 from lamina_protocols.control import WorkerStatus
 from lamina_protocols.service import WorkerClient
-from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.remote_attention import RemoteAttention
+from lamina_workers.ports.port import LocalAttention
+from lamina_workers.ports.remote import RemoteAttention
 
 TOKEN_BYTES = 3 * 3 * 2 * 16 * 4  # of KV: layers, heads, K and V, d, float32
 

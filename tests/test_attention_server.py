@@ -47,7 +47,7 @@ from lamina_workers.attention_server.attention_server import AttentionServer, Se
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.credentials import create_credentials, make_credentials
 from lamina_workers.errors import HolderLost
-from lamina_workers.remote_attention import RemoteAttention, connect
+from lamina_workers.ports.remote import RemoteAttention, connect
 
 FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 LAYERS = (FULL, dataclasses.replace(FULL, kv_layer=1, window=7))

@@ -11,7 +11,7 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.types import SamplingParams
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Announcement, Attended, Exchange, Fresh, Query
-from lamina_workers.attention_port import LocalAttention
+from lamina_workers.ports.port import LocalAttention
 
 rng = random.Random(7)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 150)]

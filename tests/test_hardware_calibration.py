@@ -43,8 +43,8 @@ from lamina.simulator.cost_model import Load, attention_time, dense_time
 from lamina.simulator.hardware import Device, Efficiency, Link, at
 from lamina.simulator.models import model
 from lamina.simulator.systems import Colocated, Offloaded
-from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.ports.port import LocalAttention
 
 SHAPE = model("smollm2-135m")
 TRUE = Device(

@@ -12,9 +12,9 @@ from lamina.balance import Balance, Batch
 from lamina.placement import Holder
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
-from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError
+from lamina_workers.ports.port import LocalAttention
 
 rng = random.Random(5)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]

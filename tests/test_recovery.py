@@ -13,9 +13,9 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.placement import Holder
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Announcement, Exchange, Fresh
-from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost
+from lamina_workers.ports.port import LocalAttention
 
 rng = random.Random(5)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]

@@ -18,7 +18,7 @@ from lamina_protocols.channels import AddressError
 from lamina_protocols.messages import Announced, Announcement, Fresh
 from lamina_protocols.service import WorkerRefused
 from lamina_workers.errors import HolderLost
-from lamina_workers.remote_attention import connect
+from lamina_workers.ports.remote import connect
 
 ANNOUNCEMENT = Announcement(1, 1, 0, (), ())
 

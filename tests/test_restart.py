@@ -34,10 +34,10 @@ from lamina.scheduler import Scheduler
 from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Close, Surveyed
-from lamina_workers.attention_port import LocalAttention, survey
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.ports.port import LocalAttention, survey
 
 FACTS = Facts("tiny", 16, "float32", 3)
 PAGES = 2000

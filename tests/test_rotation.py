@@ -31,13 +31,11 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Close, Exchange, HolderConfig, Row
 from lamina_protocols.routes import HolderShare, Route, Span
 from lamina_protocols.socket_channel import connect_unix
-from lamina_workers.attention_port import AttentionPort
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, sample
-from lamina_workers.exchanges import Stopwatch
 from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import Work
 from lamina_workers.model_worker.layer_slices import (
@@ -55,7 +53,9 @@ from lamina_workers.parallel import peer_messages as crew_messages
 from lamina_workers.parallel.peer_worker import CrewWorker
 from lamina_workers.parallel.peers import UNIX, Crew, Mate
 from lamina_workers.parallel.replicas import RotatingWorkers
-from lamina_workers.remote_attention import RemoteAttention, connect
+from lamina_workers.ports.port import AttentionPort
+from lamina_workers.ports.remote import RemoteAttention, connect
+from lamina_workers.ports.timing import Stopwatch
 
 ENGINE = "5eed" * 8
 rng = random.Random(41)

@@ -40,13 +40,13 @@ from lamina_protocols.messages import (
 )
 from lamina_protocols.service import WorkerBusy, WorkerRefused
 from lamina_protocols.waiting import Waiter
-from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
 from lamina_workers.attention_server import session as attention_session
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import Seat, Session
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
-from lamina_workers.remote_attention import RemoteAttention, connect
+from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
+from lamina_workers.ports.remote import RemoteAttention, connect
 
 ENGINE = "0123456789abcdef" * 2
 HALF = {"engine": ENGINE, "seat_share": (1, 2)}

@@ -104,12 +104,12 @@ def test_greedy_tokens_equal_transformers_one_by_one_and_together(path, prompts,
 def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, reference, prompts):
     from lamina_protocols.messages import Announcement, HolderConfig, Open, Row
     from lamina_protocols.routes import Route, Span
-    from lamina_workers.attention_port import LocalAttention, Replies
     from lamina_workers.attention_worker.attention_worker import AttentionWorker
     from lamina_workers.decoder.checkpoint import Checkpoint
     from lamina_workers.decoder.config import ModelConfig
     from lamina_workers.decoder.model import Batch, Decoder
     from lamina_workers.model_worker.attention_merge import Resolver
+    from lamina_workers.ports.port import LocalAttention, Replies
 
     prompt = prompts[-1]
     half = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()

@@ -23,11 +23,11 @@ from lamina.tally import Tally, survey
 from lamina.ticket import Spared
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Attended, Exchange, Query, Reply
-from lamina_workers.attention_port import LocalAttention, Replies
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost
-from lamina_workers.exchanges import Exchanges, Stopwatch
+from lamina_workers.ports.port import LocalAttention, Replies
+from lamina_workers.ports.timing import Exchanges, Stopwatch
 
 rng = random.Random(3)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]

@@ -12,13 +12,13 @@ import torch
 from conftest import DEVICE, BytesPort, Rig
 from fake_device import FakeDevice
 
-from lamina_workers.attention_port import AttentionPort, LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import DeviceWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.devices import staging
 from lamina_workers.devices.staging import DIRECT, LEAST, Staged, staging_for
 from lamina_workers.model_worker import attention_merge as resolver
+from lamina_workers.ports.port import AttentionPort, LocalAttention
 
 rng = random.Random(3)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 17, 40, 90)]

@@ -18,7 +18,7 @@ from lamina.layouts import apportion
 from lamina.local_cluster import LocalCluster
 from lamina.members import Member
 from lamina_protocols.messages import Announced, Announcement, Fault, Query, Request
-from lamina_workers.remote_attention import RemoteAttention, connect
+from lamina_workers.ports.remote import RemoteAttention, connect
 
 CHANNELS = ("local", "grpc")
 _NO_BATCH = 1 << 30  # a number that no batch has

@@ -15,9 +15,9 @@ import torch
 from lamina.errors import EngineError
 from lamina_protocols.messages import Announced, Announcement, Close, Fresh, HolderConfig, LayerSpec, Open, Row
 from lamina_protocols.routes import Route, Span
-from lamina_workers.attention_port import AttentionPort, Replies
 from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.model_worker.attention_merge import Resolver
+from lamina_workers.ports.port import AttentionPort, Replies
 
 PATIENCE = 60.0  # seconds for an announcement's answer
 ROOM = 1 << 20  # tokens up to which a sequence might grow; takes no memory by itself

@@ -16,8 +16,8 @@ from lamina.hardware_calibration.loaded import Loaded, decode_batch, load
 from lamina.hardware_calibration.reading import Bandwidth, synchronise
 from lamina.machine import this_machine
 from lamina_kernels.dense import Linear
-from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.ports.port import LocalAttention
 
 READ = 1 << 29  # bytes through which the bandwidth's loops go
 _QUICK_READ = 1 << 26

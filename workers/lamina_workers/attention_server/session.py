@@ -29,9 +29,9 @@ from lamina_protocols.messages import (
     Survey,
     answered,
 )
-from lamina_workers.attention_port import LocalAttention
 from lamina_workers.attention_worker.attention_worker import AttentionWorker, Counters
 from lamina_workers.attention_worker.device_worker import attention_worker
+from lamina_workers.ports.port import LocalAttention
 
 if TYPE_CHECKING:
     import torch

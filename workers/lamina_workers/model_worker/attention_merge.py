@@ -26,15 +26,15 @@ from lamina_kernels.partial import Partial, empty
 from lamina_protocols.channels import Channel
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query
 from lamina_protocols.routes import Route, Span
-from lamina_workers.attention_port import InProcess, Replies
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, page_layout
 from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
 from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.devices.staging import DIRECT, Staging, staging_for
 from lamina_workers.errors import HolderFault
-from lamina_workers.exchanges import Stopwatch, Times
 from lamina_workers.policies.policy import Policy
+from lamina_workers.ports.port import InProcess, Replies
+from lamina_workers.ports.timing import Stopwatch, Times
 
 R = TypeVar("R")
 

@@ -9,11 +9,11 @@ from typing import NamedTuple, Protocol, TypeVar
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Surveyed
 from lamina_protocols.routes import HolderShare, Span
-from lamina_workers.attention_port import AttentionPort
 from lamina_workers.decoder.sampler import RowSampling, Sampled
-from lamina_workers.exchanges import Link, Times
 from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.ports.port import AttentionPort
+from lamina_workers.ports.timing import Link, Times
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from lamina_protocols.routes import HolderShare
 from lamina_protocols.waiting import Waiter
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, Sampled, sample
-from lamina_workers.exchanges import Stopwatch
 from lamina_workers.model_worker.attention_merge import Pausing, Suspended, Waiting
+from lamina_workers.ports.timing import Stopwatch
 
 
 class Context(NamedTuple):

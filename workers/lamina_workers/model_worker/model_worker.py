@@ -25,16 +25,16 @@ from lamina_protocols.messages import (
     HolderConfig,
 )
 from lamina_protocols.routes import HolderShare
-from lamina_workers.attention_port import AttentionPort, InProcess, Replies, Transported
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.decoder.model import Batch, Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.exchanges import Link, Stopwatch, Times
 from lamina_workers.model_worker.attention_merge import Pausing, Resolver, Waiting, result
 from lamina_workers.model_worker.interface import Returned, ReturnedPeer, Seat, Work
 from lamina_workers.model_worker.kv_copy import Copy, Move
 from lamina_workers.model_worker.layer_slices import SlicedBatch
+from lamina_workers.ports.port import AttentionPort, InProcess, Replies, Transported
+from lamina_workers.ports.timing import Link, Stopwatch, Times
 
 _AHEAD = 8  # layers that are asked for before the first of them has come
 _FRAME = 2 << 20  # bytes of pages that are asked for at a time, about: each costs 0.1 ms besides what it carries

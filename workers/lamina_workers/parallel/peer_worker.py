@@ -20,7 +20,6 @@ from lamina_protocols.channels import Channel, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.routes import HolderShare
-from lamina_workers.attention_port import AttentionPort, LocalAttention, survey
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.collective import Collective
@@ -38,7 +37,8 @@ from lamina_workers.model_worker.warmup import prepare_kernels
 from lamina_workers.parallel import collectives
 from lamina_workers.parallel import peer_codec as wire
 from lamina_workers.parallel import peer_messages as crew_messages
-from lamina_workers.remote_attention import RemoteAttention, connect
+from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
+from lamina_workers.ports.remote import RemoteAttention, connect
 
 logger = logging.getLogger("lamina")
 

@@ -22,10 +22,8 @@ import torch
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, HolderConfig
 from lamina_protocols.routes import HolderShare
-from lamina_workers.attention_port import AttentionPort, Transported
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, RankLost
-from lamina_workers.exchanges import Link, Times
 from lamina_workers.model_worker.attention_merge import SLOWEST, Waiting
 from lamina_workers.model_worker.interface import Returned, Seat, Work
 from lamina_workers.model_worker.kv_copy import Move
@@ -34,6 +32,8 @@ from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.parallel import peer_codec as wire
 from lamina_workers.parallel import peer_messages as crew_messages
 from lamina_workers.parallel.peers import Mate
+from lamina_workers.ports.port import AttentionPort, Transported
+from lamina_workers.ports.timing import Link, Times
 
 logger = logging.getLogger("lamina")
 

@@ -16,12 +16,10 @@ import torch
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, HolderConfig, Surveyed
 from lamina_protocols.routes import HolderShare
-from lamina_workers.attention_port import AttentionPort, Transported
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.exchanges import Link, Times
 from lamina_workers.model_worker.attention_merge import Waiting, result
 from lamina_workers.model_worker.interface import Returned, Seat, Work
 from lamina_workers.model_worker.kv_copy import Move
@@ -30,6 +28,8 @@ from lamina_workers.parallel import peer_codec as wire
 from lamina_workers.parallel import peer_messages as crew_messages
 from lamina_workers.parallel.peers import Mate
 from lamina_workers.parallel.rank_group import SLACK, RankGroup
+from lamina_workers.ports.port import AttentionPort, Transported
+from lamina_workers.ports.timing import Link, Times
 
 logger = logging.getLogger("lamina")
 

@@ -30,7 +30,7 @@ from lamina_protocols.messages import (
 )
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
-from lamina_workers.exchanges import Exchanges, Link
+from lamina_workers.ports.timing import Exchanges, Link
 
 if TYPE_CHECKING:
     import torch
