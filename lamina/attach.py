@@ -23,10 +23,10 @@ from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_protocols.service import WorkerUnreachable
 from lamina_workers.attention_worker.page_layout import page_cost
-from lamina_workers.credentials import load_credentials
 from lamina_workers.errors import HolderFault
 from lamina_workers.ports.port import survey
 from lamina_workers.ports.remote import RemoteAttention, connect
+from lamina_workers.process.credentials import load_credentials
 
 if TYPE_CHECKING:
     from lamina.engine import Engine

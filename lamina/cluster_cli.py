@@ -148,7 +148,7 @@ def credentials(
     host: Annotated[list[str], typer.Option(help="A worker's name or IP address, as engines call it. Repeatable.")],
 ) -> None:
     """Make a CA, a certificate for some hosts, and a token: for workers on several hosts without Ray."""
-    from lamina_workers.credentials import TOKEN_NAME, make_credentials
+    from lamina_workers.process.credentials import TOKEN_NAME, make_credentials
 
     make_credentials(folder, host)
     token = Path(folder) / TOKEN_NAME

@@ -20,8 +20,8 @@ from lamina.errors import EngineError
 from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoined, OnLeft, State, incarnation
 from lamina.progress import Progress
 from lamina_protocols.channels import Credentials
-from lamina_workers.credentials import create_credentials
 from lamina_workers.devices.openmp import share_cores
+from lamina_workers.process.credentials import create_credentials
 
 logger = logging.getLogger("lamina")
 

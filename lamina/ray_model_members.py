@@ -23,8 +23,8 @@ from lamina.members import Backoff, MemberStatus, State
 from lamina.model_members import OnEnded, process_name
 from lamina.ray_members import environment
 from lamina_protocols.channels import Credentials
-from lamina_workers.credentials import create_credentials
 from lamina_workers.devices.openmp import share_cores
+from lamina_workers.process.credentials import create_credentials
 
 logger = logging.getLogger("lamina")
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from lamina.server.lines import Mouth, hear
-from lamina_workers.parent import die_with_parent
+from lamina_workers.process.exit import die_with_parent
 
 FOLDER = Path(os.environ["FAKE_CHILD_FOLDER"])
 

@@ -45,9 +45,9 @@ from lamina_protocols.socket_channel import connect_unix
 from lamina_workers.attention_server import session as attention_session
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
-from lamina_workers.credentials import create_credentials, make_credentials
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.remote import RemoteAttention, connect
+from lamina_workers.process.credentials import create_credentials, make_credentials
 
 FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 LAYERS = (FULL, dataclasses.replace(FULL, kv_layer=1, window=7))

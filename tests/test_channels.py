@@ -305,7 +305,7 @@ def test_tls_takes_no_stranger_and_no_plaintext():
     try:
         with pytest.raises(ChannelClosed):
             connect_tcp("127.0.0.1", listener.port, SECRET, 5)
-        from lamina_workers.credentials import create_credentials
+        from lamina_workers.process.credentials import create_credentials
 
         with pytest.raises(ChannelClosed, match=r"TLS with .*certificate verify failed"):
             connect_tcp("127.0.0.1", listener.port, SECRET, 5, client_context(create_credentials(["127.0.0.1"])))

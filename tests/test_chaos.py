@@ -22,7 +22,7 @@ from real_workers import WorkerProcess, all_pages_free, ports, until, worker_pro
 from lamina import LLM
 from lamina.errors import EngineError
 from lamina.members import MemberStatus
-from lamina_workers.credentials import load_credentials, make_credentials
+from lamina_workers.process.credentials import load_credentials, make_credentials
 
 ONE = os.environ.get("LAMINA_CHAOS_SEED")
 FAST = [int(ONE)] if ONE else [1]

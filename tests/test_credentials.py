@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 
 from lamina_protocols.channels import Credentials
-from lamina_workers.credentials import CredentialsError, create_credentials, load_credentials, make_credentials
+from lamina_workers.process.credentials import CredentialsError, create_credentials, load_credentials, make_credentials
 
 
 def test_what_is_made_is_read_back(tmp_path):

@@ -23,7 +23,7 @@ from real_workers import (
 
 from lamina import LLM
 from lamina.errors import InvalidRequest
-from lamina_workers.credentials import load_credentials, make_credentials
+from lamina_workers.process.credentials import load_credentials, make_credentials
 
 rng = random.Random(23)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 17, 70, 150)]

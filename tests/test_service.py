@@ -17,7 +17,7 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import Prefix, pack_prefix
 from lamina_protocols.messages import Query
 from lamina_protocols.service import GrpcChannel, WorkerClient, WorkerRefused, WorkerUnreachable
-from lamina_workers.credentials import create_credentials
+from lamina_workers.process.credentials import create_credentials
 
 QUERY = Query(1, 2, 3, torch.randn(4, 16))
 

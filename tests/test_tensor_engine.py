@@ -24,8 +24,8 @@ from lamina.model_members import LocalModelMembers, model_command
 from lamina.runtime import start
 from lamina_protocols.channels import ChannelClosed, split_address
 from lamina_protocols.socket_channel import connect_tcp
-from lamina_workers.credentials import load_credentials, make_credentials
 from lamina_workers.parallel.tensor_parallel import TensorWorkers
+from lamina_workers.process.credentials import load_credentials, make_credentials
 
 rng = random.Random(29)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 17, 70, 150)]

@@ -25,7 +25,7 @@ from lamina_protocols.socket_channel import (
     listen_unix,
     server_context,
 )
-from lamina_workers.credentials import create_credentials
+from lamina_workers.process.credentials import create_credentials
 
 TRANSPORTS = ("local", "tcp", "tcp+tls", "grpc", "grpc+tls", "tcp+sum", "grpc+sum")
 SECRET = bytes(range(32))

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from lamina_workers.parent import die_with_parent
+from lamina_workers.process.exit import die_with_parent
 
 LOG_LEVEL = "LAMINA_LOG_LEVEL"  # the variable that says from which level on children log
 LEVELS = ("error", "warning", "info", "debug")

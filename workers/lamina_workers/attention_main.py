@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lamina_workers.devices.openmp import share_cores
-from lamina_workers.leaving import leave
-from lamina_workers.parent import die_with_parent
+from lamina_workers.process.exit import die_with_parent, leave
 
 if TYPE_CHECKING:
     from lamina_workers.attention_server.attention_server import AttentionServer
@@ -78,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _server(args: argparse.Namespace) -> AttentionServer:
     from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
-    from lamina_workers.credentials import load_credentials
+    from lamina_workers.process.credentials import load_credentials
 
     return AttentionServer(
         ServerConfig(

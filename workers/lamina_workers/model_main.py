@@ -15,8 +15,7 @@ import threading
 from collections.abc import Sequence
 
 from lamina_workers.devices.openmp import share_cores
-from lamina_workers.leaving import leave
-from lamina_workers.parent import die_with_parent
+from lamina_workers.process.exit import die_with_parent, leave
 
 UNIX = "unix:"
 _CONNECT_S = 30.0
@@ -74,8 +73,8 @@ def serve(
     share_cores()
     from lamina_protocols.channels import Credentials, split_address
     from lamina_protocols.socket_channel import client_context, connect_tcp, connect_unix
-    from lamina_workers.credentials import load_credentials
     from lamina_workers.parallel.peer_worker import CrewWorker
+    from lamina_workers.process.credentials import load_credentials
 
     if connect.startswith(UNIX):
         channel = connect_unix(connect.removeprefix(UNIX), secret, _CONNECT_S)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -17,3 +19,13 @@ def leave(status: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):  # nobody may read them any more
             stream.flush()
     os._exit(status)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the system to kill this process once the parent's thread that started it has ended, whatever it is doing
+    then, also while it is stopped. Where the system cannot (not Linux), the pipe that closes must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""How a process ends, and its credentials."""
