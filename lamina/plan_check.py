@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.progress import Progress
-from lamina.simulator.cost_model import Load
+from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.plan_file import Plan, read
 
 if TYPE_CHECKING:

@@ -77,9 +77,9 @@ def plan(
     if html is not None and not verify:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
-    from lamina.simulator import hardware as catalogues
     from lamina.simulator import inventory as inventories
-    from lamina.simulator.models import model as shape_of
+    from lamina.simulator.costs import hardware as catalogues
+    from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.plan_file import write
     from lamina.simulator.planning import make_plan
 
@@ -139,10 +139,10 @@ def simulate(
         raise InvalidRequest("--json and --csv were given; allowed is one of the two")
     wanted, asked_rate, roofline = parse_slo(slo), parse_rate(rate), parse_efficiency(efficiency)
 
-    from lamina.simulator import hardware as catalogues
     from lamina.simulator.comparison import Choice, assumed, build, compare, with_efficiency
+    from lamina.simulator.costs import hardware as catalogues
+    from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.excerpts import at_rate
-    from lamina.simulator.models import model as shape_of
     from lamina.simulator.report import table, to_csv, to_json
     from lamina.simulator.traces import all_at_once
 
@@ -226,7 +226,7 @@ def parse_efficiency(name: str) -> bool:
 
 def parse_policy(words: str | None) -> Any:
     """A `KvPolicy` such as "auto=0.31,1": its name, and the shares of the KV read and held. Raises InvalidRequest."""
-    from lamina.simulator.cost_model import FULL, KvPolicy
+    from lamina.simulator.costs.cost_model import FULL, KvPolicy
 
     if words is None:
         return FULL

@@ -18,11 +18,11 @@ from lamina.terminal import print_rows
 from lamina.text_files import write_text
 
 if TYPE_CHECKING:
+    from lamina.simulator.costs.systems import System
     from lamina.simulator.planner import Ranked
     from lamina.simulator.planning import Planned
     from lamina.simulator.results import RunResult
     from lamina.simulator.simulate import Slo
-    from lamina.simulator.systems import System
 
 _ROWS = 10
 
@@ -31,9 +31,9 @@ def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunRes
     """Everything that a comparison can be looked at with, in one folder."""
     from lamina.figures import NO_PLOTS
     from lamina.simulator.comparison import step_trace
+    from lamina.simulator.costs.systems import Offloaded
     from lamina.simulator.plots import save_comparison, save_timeline
     from lamina.simulator.report import html, samples_csv, table, to_csv, to_json
-    from lamina.simulator.systems import Offloaded
 
     folder.mkdir(parents=True, exist_ok=True)
     run = results[0]

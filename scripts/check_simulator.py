@@ -36,12 +36,12 @@ from lamina.hardware_calibration.child import Child
 from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
 from lamina.plan_check import TOKENS
-from lamina.simulator import hardware
-from lamina.simulator.configs import from_folder
-from lamina.simulator.cost_model import Load
-from lamina.simulator.hardware import Catalogue
-from lamina.simulator.shapes import ModelShape
-from lamina.simulator.systems import Colocated, Offloaded, StepCost
+from lamina.simulator.costs import hardware
+from lamina.simulator.costs.cost_model import Load
+from lamina.simulator.costs.hardware import Catalogue
+from lamina.simulator.costs.model_configs import from_folder
+from lamina.simulator.costs.shapes import ModelShape
+from lamina.simulator.costs.systems import Colocated, Offloaded, StepCost
 
 CELLS = (
     "0:4x64", "0:1x1024", "0:8x512", "0:16x1024", "0:4x2048", "0:1x7000",

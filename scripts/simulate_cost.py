@@ -21,11 +21,11 @@ from typing import Any
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.comparison import Choice, build, with_efficiency
-from lamina.simulator.cost_model import Load
-from lamina.simulator.hardware import load
-from lamina.simulator.models import model
+from lamina.simulator.costs.cost_model import Load
+from lamina.simulator.costs.hardware import load
+from lamina.simulator.costs.models import model
+from lamina.simulator.costs.systems import System, price
 from lamina.simulator.published import lamina_rows, mean_context, step3_rows
-from lamina.simulator.systems import System, price
 from lamina.simulator.traces import trace
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lamina.cli import app
 from lamina.errors import InvalidRequest
-from lamina.simulator.hardware import Efficiency, load
+from lamina.simulator.costs.hardware import Efficiency, load
 from lamina.simulator.published import (
     BATCH_GAIN,
     GAINS,

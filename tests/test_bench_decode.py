@@ -15,7 +15,7 @@ from lamina.cli import Commands
 from lamina.config import EngineConfig
 from lamina.machine import Machine
 from lamina.plan_check import Measured
-from lamina.simulator.models import model
+from lamina.simulator.costs.models import model
 
 app = typer.Typer(cls=Commands)
 app.add_typer(bench_app, name="bench")

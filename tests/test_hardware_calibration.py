@@ -38,11 +38,11 @@ from lamina.hardware_calibration.fitting import (
 )
 from lamina.hardware_calibration.held import Held, attention_alone
 from lamina.hardware_calibration.reading import Bandwidth
-from lamina.simulator import hardware
-from lamina.simulator.cost_model import Load, attention_time, dense_time
-from lamina.simulator.hardware import Device, Efficiency, Link, at
-from lamina.simulator.models import model
-from lamina.simulator.systems import Colocated, Offloaded
+from lamina.simulator.costs import hardware
+from lamina.simulator.costs.cost_model import Load, attention_time, dense_time
+from lamina.simulator.costs.hardware import Device, Efficiency, Link, at
+from lamina.simulator.costs.models import model
+from lamina.simulator.costs.systems import Colocated, Offloaded
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.ports.port import LocalAttention
 

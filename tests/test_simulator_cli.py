@@ -19,11 +19,11 @@ from lamina.cli import app
 from lamina.errors import InvalidRequest
 from lamina.simulator import plan_file
 from lamina.simulator.comparison import Choice, build, with_efficiency
-from lamina.simulator.cost_model import KvPolicy
-from lamina.simulator.hardware import ROOFLINE, load
-from lamina.simulator.models import model
+from lamina.simulator.costs.cost_model import KvPolicy
+from lamina.simulator.costs.hardware import ROOFLINE, load
+from lamina.simulator.costs.models import model
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.simulate import Slo
-from lamina.simulator.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator_cli import parse_policy, parse_rate, parse_slo
 
 INVENTORY = """

@@ -14,14 +14,14 @@ from planning import EPYC, FHBN, H100, SLO, STEADY, dop, together
 from lamina.errors import InvalidRequest
 from lamina.simulator import traces
 from lamina.simulator.closed_form import TARGET, estimate, sequences
-from lamina.simulator.cost_model import KvPolicy
+from lamina.simulator.costs.cost_model import KvPolicy
+from lamina.simulator.costs.systems import Disaggregated, System
 from lamina.simulator.demand import demand, mean_and_variation
 from lamina.simulator.excerpts import at_rate, windows
 from lamina.simulator.queues import Wait, in_time, queue
 from lamina.simulator.reasons import changed
 from lamina.simulator.simulate import Slo
 from lamina.simulator.steady import largest
-from lamina.simulator.systems import Disaggregated, System
 from lamina.simulator.traces import Arrival, Trace
 
 
@@ -127,7 +127,7 @@ def test_littles_law_holds() -> None:
 
 
 def test_a_lone_sequence_takes_the_systems_own_step() -> None:
-    from lamina.simulator.cost_model import Load
+    from lamina.simulator.costs.cost_model import Load
 
     found = estimate(together(4), 1, STEADY.at_rate(1e-6), SLO, prefill=False)
     assert found.tpot == pytest.approx(together(4).step(Load(1, STEADY.context)).seconds, rel=1e-3)

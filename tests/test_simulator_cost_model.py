@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.cost_model import (
+from lamina.simulator.costs.cost_model import (
     FULL,
     KvPolicy,
     Load,
@@ -22,9 +22,9 @@ from lamina.simulator.cost_model import (
     minimum_bandwidth,
     prefill_attention_time,
 )
-from lamina.simulator.hardware import Efficiency, load
-from lamina.simulator.models import model
-from lamina.simulator.systems import Colocated, Disaggregated, Offloaded, StepCost, power, price
+from lamina.simulator.costs.hardware import Efficiency, load
+from lamina.simulator.costs.models import model
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, StepCost, power, price
 
 HARDWARE = load()
 H100, H20, L4 = (HARDWARE.device(name) for name in ("h100", "h20", "l4"))

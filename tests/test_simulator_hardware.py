@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.hardware import (
+from lamina.simulator.costs.hardware import (
     KINDS,
     MAX_BYTES,
     ROOFLINE,

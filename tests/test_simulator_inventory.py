@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from lamina.errors import InvalidRequest
-from lamina.simulator import hardware, inventory
-from lamina.simulator.cost_model import FULL, KvPolicy
-from lamina.simulator.hardware import ROOFLINE
+from lamina.simulator import inventory
+from lamina.simulator.costs import hardware
+from lamina.simulator.costs.cost_model import FULL, KvPolicy
+from lamina.simulator.costs.hardware import ROOFLINE
 
 WHOLE = """
 systems = ["chunked", "lamina"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.models import PRESETS, ModelShape, from_config, from_folder, model
+from lamina.simulator.costs.models import PRESETS, ModelShape, from_config, from_folder, model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 131,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.hardware import load
+from lamina.simulator.costs.hardware import load
 from lamina.simulator.published import (
     BATCH_GAIN,
     COMPUTE_BOUND,

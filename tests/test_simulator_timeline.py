@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.timeline import (
+from lamina.simulator.costs.timeline import (
     ATTENTION,
     LINK_BACK,
     LINK_OUT,

@@ -16,7 +16,7 @@ from lamina.config import EngineConfig
 from lamina.machine import Machine, native_dtype, this_machine
 from lamina.plan_check import SHORT, Measured, measure
 from lamina.progress import Progress
-from lamina.simulator.models import ModelShape, from_folder
+from lamina.simulator.costs.models import ModelShape, from_folder
 
 if TYPE_CHECKING:
     from lamina.llm import LLM

@@ -18,10 +18,10 @@ from lamina.hardware_calibration.child import Child
 from lamina.hardware_calibration.fitting import BUSY, DRIFT, Cell, Drift, Timings, bare, fit_device, fit_links
 from lamina.models import resolve
 from lamina.progress import Progress
-from lamina.simulator import hardware
-from lamina.simulator.configs import from_folder
-from lamina.simulator.hardware import Device, Link
-from lamina.simulator.shapes import ModelShape
+from lamina.simulator.costs import hardware
+from lamina.simulator.costs.hardware import Device, Link
+from lamina.simulator.costs.model_configs import from_folder
+from lamina.simulator.costs.shapes import ModelShape
 
 NAME, GPU_NAME = "this-machine", "this-gpu"
 FITTED = ((1, 64), (16, 64))

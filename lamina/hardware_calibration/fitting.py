@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lamina.errors import EngineError
-from lamina.simulator.cost_model import Load, dense_time
-from lamina.simulator.hardware import Curve, Device, Efficiency, Link
-from lamina.simulator.shapes import ModelShape
-from lamina.simulator.systems import Colocated
+from lamina.simulator.costs.cost_model import Load, dense_time
+from lamina.simulator.costs.hardware import Curve, Device, Efficiency, Link
+from lamina.simulator.costs.shapes import ModelShape
+from lamina.simulator.costs.systems import Colocated
 
 DRIFT = 0.15
 """Of the bandwidth, from before a group of measurements until after it: beyond, the result says so."""

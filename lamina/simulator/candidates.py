@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.cost_model import KvPolicy, kv_heads
-from lamina.simulator.hardware import Device
+from lamina.simulator.costs.cost_model import KvPolicy, kv_heads
+from lamina.simulator.costs.hardware import Device
+from lamina.simulator.costs.models import ModelShape
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.inventory import Inventory
-from lamina.simulator.models import ModelShape
-from lamina.simulator.systems import Colocated, Disaggregated, Offloaded, System, price
 
 DEGREES = (1, 2, 4, 8)
 """Devices that share the dense layers: those of one machine."""

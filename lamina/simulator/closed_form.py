@@ -27,10 +27,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.systems import System, price
 from lamina.simulator.demand import Demand
 from lamina.simulator.simulate import Slo
 from lamina.simulator.steady import FOREVER, Point, Replica, bound, largest
-from lamina.simulator.systems import System, price
 
 ATTAINMENT = 0.9
 """The share of requests within the SLO that counts as meeting it: as DistServe (OSDI 2024) has it."""

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.candidates import DEGREES
-from lamina.simulator.cost_model import FULL, KvPolicy, Load, kv_heads, kv_projection_time
-from lamina.simulator.hardware import ROOFLINE, Catalogue, Device, Efficiency
+from lamina.simulator.costs.cost_model import FULL, KvPolicy, Load, kv_heads, kv_projection_time
+from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency
+from lamina.simulator.costs.shapes import ModelShape
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.costs.timeline import chrome_trace, step_timeline
 from lamina.simulator.inventory import SYSTEMS
 from lamina.simulator.results import RunResult
-from lamina.simulator.shapes import ModelShape
 from lamina.simulator.simulate import Progress, Slo, simulate
-from lamina.simulator.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.timeline import chrome_trace, step_timeline
 from lamina.simulator.traces import Trace
 
 MODEL_DEVICE, ATTENTION_DEVICE, CPU_DEVICE = "h100", "h20", "epyc-genoa"

@@ -13,11 +13,11 @@ from lamina.placement import Holder, Placement
 from lamina.request import PageGroup, Plan, Request, SchedulerConfig, Sequence
 from lamina.scheduler import Scheduler
 from lamina.shares import Pages
-from lamina.simulator.cost_model import Load, kv_heads
+from lamina.simulator.costs.cost_model import Load, kv_heads
+from lamina.simulator.costs.systems import PAGE_SIZE, StepCost, System
 from lamina.simulator.page_counter import Groups, PageCounter, Window
 from lamina.simulator.results import Sampled
 from lamina.simulator.statistics import Gaps, Samples
-from lamina.simulator.systems import PAGE_SIZE, StepCost, System
 from lamina.simulator.traces import Arrival, Trace, tokens
 
 BACKLOG, BACKLOG_TOKENS = 64, 1 << 22

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import InvalidRequest
-from lamina.simulator import hardware
-from lamina.simulator.cost_model import FULL, KvPolicy
-from lamina.simulator.hardware import ROOFLINE, Catalogue, Device, Efficiency, Link
+from lamina.simulator.costs import hardware
+from lamina.simulator.costs.cost_model import FULL, KvPolicy
+from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency, Link
 from lamina.text_files import read_toml
 
 SYSTEMS = ("colocated", "chunked", "disaggregated", "lamina", "lamina-cpu")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lamina.simulator.closed_form import Estimate, estimate
-from lamina.simulator.cost_model import ALPHA, Load, minimum_bandwidth
+from lamina.simulator.costs.cost_model import ALPHA, Load, minimum_bandwidth
+from lamina.simulator.costs.systems import Offloaded, System
 from lamina.simulator.demand import Demand
 from lamina.simulator.simulate import Slo
-from lamina.simulator.systems import Offloaded, System
 
 
 def none_meets(tried: Sequence[tuple[str, System, Estimate]], demand: Demand, slo: Slo, prefill: bool = True) -> str:

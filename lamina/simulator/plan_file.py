@@ -7,7 +7,7 @@
     [trace]                     # what it was planned for
     [slo]                       # seconds
     [engine]                    # keywords of `EngineConfig`, for one replica
-    [system]                    # `lamina.simulator.systems`, by kind
+    [system]                    # `lamina.simulator.costs.systems`, by kind
     [shape]                     # the model's, as the simulator sees it
     [[device]]                  # and [[link]]: those that the system names, as in `hardware.toml`
 
@@ -24,12 +24,12 @@ from typing import Any
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.simulator import hardware
-from lamina.simulator.hardware import Device, Link
-from lamina.simulator.shapes import ModelShape
+from lamina.simulator.costs import hardware
+from lamina.simulator.costs.hardware import Device, Link
+from lamina.simulator.costs.shapes import ModelShape
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.costs.tables import from_table, text, to_table, whole
 from lamina.simulator.simulate import Slo
-from lamina.simulator.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.tables import from_table, text, to_table, whole
 from lamina.text_files import read_toml, toml_value, write_text
 
 VERSION = 1

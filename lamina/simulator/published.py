@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.cost_model import Load, attention_time, dense_time, minimum_bandwidth
-from lamina.simulator.hardware import ROOFLINE, Catalogue, Device, Efficiency
-from lamina.simulator.models import ModelShape, model
+from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, minimum_bandwidth
+from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency
+from lamina.simulator.costs.models import ModelShape, model
+from lamina.simulator.costs.systems import Colocated, Offloaded, price
 from lamina.simulator.results import RunResult
 from lamina.simulator.simulate import Progress, simulate
-from lamina.simulator.systems import Colocated, Offloaded, price
 from lamina.simulator.traces import Trace, all_at_once
 
 EQUAL_COST = (("llama-33b", 1, 2, 2), ("llama-65b", 2, 4, 4), ("llama-3-70b", 2, 4, 4))

@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from lamina.simulator.closed_form import ATTAINMENT, estimate
+from lamina.simulator.costs.hardware import Device, Link
+from lamina.simulator.costs.systems import Offloaded, System
 from lamina.simulator.demand import Demand
-from lamina.simulator.hardware import Device, Link
 from lamina.simulator.misfits import slow_link
 from lamina.simulator.planner import Ranked, best
 from lamina.simulator.simulate import Slo
-from lamina.simulator.systems import Offloaded, System
 
 FARTHEST = 10.0
 """By what factor things are changed at most."""

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.systems import Disaggregated, System, power, price
 from lamina.simulator.instance import Instance, Life, Totals
 from lamina.simulator.results import RunResult
 from lamina.simulator.statistics import Gaps, Samples, distribution
-from lamina.simulator.systems import Disaggregated, System, power, price
 from lamina.simulator.traces import Arrival, Trace, split
 
 Progress = Callable[[str, int, int], None]

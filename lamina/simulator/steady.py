@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.simulator.cost_model import Load
+from lamina.simulator.costs.cost_model import Load
+from lamina.simulator.costs.systems import Disaggregated, System
 from lamina.simulator.demand import Demand, mean_and_variation
 from lamina.simulator.queues import Wait, in_time, queue
 from lamina.simulator.simulate import Slo
-from lamina.simulator.systems import Disaggregated, System
 
 FOREVER = 1e9
 """Seconds that no token takes, unless prefill can't keep up."""

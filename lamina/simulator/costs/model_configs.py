@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import InvalidRequest, ModelFileError
-from lamina.simulator.shapes import LayerGroup, ModelShape
+from lamina.simulator.costs.shapes import LayerGroup, ModelShape
 from lamina.text_files import read_text
 from lamina_workers.decoder.config_keys import Keys
 

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.hardware import Device, Link, at
-from lamina.simulator.models import ModelShape
+from lamina.simulator.costs.hardware import Device, Link, at
+from lamina.simulator.costs.models import ModelShape
 
 ALPHA = 0.2
 """The slowdown by the network that Lamina's minimum bandwidth allows (section 4.1)."""

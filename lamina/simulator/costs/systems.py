@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.cost_model import (
+from lamina.simulator.costs.cost_model import (
     FULL,
     Exchange,
     KvPolicy,
@@ -23,8 +23,8 @@ from lamina.simulator.cost_model import (
     kv_projection_time,
     prefill_attention_time,
 )
-from lamina.simulator.hardware import Device, Link
-from lamina.simulator.models import ModelShape
+from lamina.simulator.costs.hardware import Device, Link
+from lamina.simulator.costs.models import ModelShape
 
 MEMORY_SHARE = 0.9
 """Of a device's memory that weights and KV may take; the rest is for activations. vLLM's default, too."""

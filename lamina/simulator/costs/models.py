@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.configs import from_config, from_folder
-from lamina.simulator.shapes import LayerGroup, ModelShape
+from lamina.simulator.costs.model_configs import from_config, from_folder
+from lamina.simulator.costs.shapes import LayerGroup, ModelShape
 
 __all__ = ["PRESETS", "LayerGroup", "ModelShape", "from_config", "from_folder", "model"]
 

@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.hardware import Catalogue, Device, Link
+from lamina.simulator.costs.hardware import Catalogue, Device, Link
 
 MAX_ITEMS = 1024
 _MAX_TEXT = 4000

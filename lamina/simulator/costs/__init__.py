@@ -1,0 +1,1 @@
+"""From models, devices and links to the seconds of a batch."""
