@@ -18,7 +18,7 @@ from lamina.terminal import ProgressBars, print_json, print_rows
 from lamina.text_files import write_text
 
 if TYPE_CHECKING:
-    from lamina.simulator.simulate import Slo
+    from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.traces import Trace
 
 DEFAULT_MODEL, DEFAULT_TRACE, DEFAULT_SLO = "llama-3-70b", "azure-conv", "tpot=100ms,ttft=2s"
@@ -190,7 +190,7 @@ def calibrate_hardware(
 
 def parse_slo(words: str) -> Slo:
     """Such as "tpot=100ms,ttft=2s", each at most once; "none" for any time. Raises InvalidRequest."""
-    from lamina.simulator.simulate import Slo
+    from lamina.simulator.event_loop.simulate import Slo
 
     given: dict[str, float] = {}
     for word in [] if words.strip() == "none" else words.split(","):

@@ -19,10 +19,10 @@ from lamina.text_files import write_text
 
 if TYPE_CHECKING:
     from lamina.simulator.costs.systems import System
+    from lamina.simulator.event_loop.results import RunResult
+    from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planner import Ranked
     from lamina.simulator.planning import Planned
-    from lamina.simulator.results import RunResult
-    from lamina.simulator.simulate import Slo
 
 _ROWS = 10
 

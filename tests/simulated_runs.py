@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from lamina.simulator.results import Distribution, RunResult, Sampled
+from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
 
 SECONDS = 3540.0
 _SYSTEMS = (

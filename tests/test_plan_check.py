@@ -15,8 +15,8 @@ from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated
+from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.plan_file import Plan, Prediction, TraceSummary
-from lamina.simulator.simulate import Slo
 from lamina.types import TokenEvent
 
 

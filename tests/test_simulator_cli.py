@@ -23,7 +23,7 @@ from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import ROOFLINE, load
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
-from lamina.simulator.simulate import Slo
+from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator_cli import parse_policy, parse_rate, parse_slo
 
 INVENTORY = """
@@ -276,4 +276,4 @@ def test_systems_have_the_papers_sizes_unless_devices_are_named() -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys, lamina.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert {"torch", "numpy", "matplotlib", "lamina.simulator.simulate"}.isdisjoint(loaded)
+    assert {"torch", "numpy", "matplotlib", "lamina.simulator.event_loop.simulate"}.isdisjoint(loaded)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lamina.simulator.page_counter import Groups, PageCounter, Window
+from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Operation, Row
 from lamina_protocols.routes import HolderShare, Route
 from lamina_workers.attention_worker.kv_store import KVStore, PoolExhausted

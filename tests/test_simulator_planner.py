@@ -19,10 +19,10 @@ from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.demand import Demand, demand
+from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planner import Ranked, best, described, limited, mixes, rank, rivals, top, verify
 from lamina.simulator.planning import make_plan
 from lamina.simulator.reasons import changed, limits, sensitivity, why
-from lamina.simulator.simulate import Slo
 
 # Candidates
 

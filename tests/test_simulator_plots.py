@@ -11,8 +11,8 @@ import pytest
 from simulated_runs import candidates, five, plan, run
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.event_loop.results import Distribution
 from lamina.simulator.plots import save_comparison, save_pareto, save_timeline
-from lamina.simulator.results import Distribution
 
 pytest.importorskip("matplotlib", reason="matplotlib is of the extra plots")
 

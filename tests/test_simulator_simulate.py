@@ -15,8 +15,8 @@ from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
-from lamina.simulator.simulate import Slo, simulate
-from lamina.simulator.statistics import MOST_SAMPLES, Gaps, Samples, distribution, weighted_distribution
+from lamina.simulator.event_loop.simulate import Slo, simulate
+from lamina.simulator.event_loop.statistics import MOST_SAMPLES, Gaps, Samples, distribution, weighted_distribution
 from lamina.simulator.traces import Arrival, Trace, all_at_once, poisson, published, scaled, synthetic
 
 HARDWARE = load()

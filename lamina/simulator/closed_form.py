@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import System, price
 from lamina.simulator.demand import Demand
-from lamina.simulator.simulate import Slo
+from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady import FOREVER, Point, Replica, bound, largest
 
 ATTAINMENT = 0.9

@@ -14,9 +14,9 @@ from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficie
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.timeline import chrome_trace, step_timeline
+from lamina.simulator.event_loop.results import RunResult
+from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.inventory import SYSTEMS
-from lamina.simulator.results import RunResult
-from lamina.simulator.simulate import Progress, Slo, simulate
 from lamina.simulator.traces import Trace
 
 MODEL_DEVICE, ATTENTION_DEVICE, CPU_DEVICE = "h100", "h20", "epyc-genoa"

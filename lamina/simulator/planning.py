@@ -9,12 +9,12 @@ from lamina.simulator import reasons
 from lamina.simulator.candidates import candidates
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.demand import Demand, demand
+from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.inventory import Inventory
 from lamina.simulator.plan_file import Plan, Prediction, TraceSummary, engine_keywords
 from lamina.simulator.planner import TOP, Ranked, limited, mixes, rank, rivals, top, verify
 from lamina.simulator.reasons import Sensitivity
 from lamina.simulator.report_data import Point
-from lamina.simulator.simulate import Progress, Slo
 from lamina.simulator.traces import Trace
 
 X_LABEL, Y_LABEL = "output tokens a dollar, by the closed form", "tokens a second of each user"

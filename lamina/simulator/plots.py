@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.errors import InvalidRequest
 from lamina.figures import ACCENT, BAR, BEST, THIRD, picture
+from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
 from lamina.simulator.report_data import (
     TIERS,
     X_LABEL,
@@ -28,7 +29,6 @@ from lamina.simulator.report_data import (
     time_unit,
     words,
 )
-from lamina.simulator.results import Distribution, RunResult, Sampled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, 
 from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency
 from lamina.simulator.costs.models import ModelShape, model
 from lamina.simulator.costs.systems import Colocated, Offloaded, price
-from lamina.simulator.results import RunResult
-from lamina.simulator.simulate import Progress, simulate
+from lamina.simulator.event_loop.results import RunResult
+from lamina.simulator.event_loop.simulate import Progress, simulate
 from lamina.simulator.traces import Trace, all_at_once
 
 EQUAL_COST = (("llama-33b", 1, 2, 2), ("llama-65b", 2, 4, 4), ("llama-3-70b", 2, 4, 4))

@@ -11,9 +11,9 @@ from lamina.simulator.closed_form import ATTAINMENT, estimate
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.systems import Offloaded, System
 from lamina.simulator.demand import Demand
+from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.misfits import slow_link
 from lamina.simulator.planner import Ranked, best
-from lamina.simulator.simulate import Slo
 
 FARTHEST = 10.0
 """By what factor things are changed at most."""

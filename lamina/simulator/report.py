@@ -14,9 +14,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
 from lamina.simulator.report_data import UNKNOWN, best_of, checked, columns, labels, printable, saturated_rate
 from lamina.simulator.report_page import html
-from lamina.simulator.results import Distribution, RunResult, Sampled
 
 __all__ = ["html", "samples_csv", "table", "to_csv", "to_json"]
 

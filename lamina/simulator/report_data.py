@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.results import RunResult, Sampled
+from lamina.simulator.event_loop.results import RunResult, Sampled
 
 Point = tuple[str, float, float, bool]
 """A candidate: its name, x, y, and whether it is feasible."""

@@ -12,6 +12,7 @@ from html import escape
 from typing import Any
 
 from lamina.simulator import svg_charts as svg
+from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.report_data import (
     TIERS,
     UNKNOWN,
@@ -28,7 +29,6 @@ from lamina.simulator.report_data import (
     printable,
     words,
 )
-from lamina.simulator.results import RunResult
 
 _STYLE = """
 *{box-sizing:border-box}

@@ -15,9 +15,9 @@ from lamina.scheduler import Scheduler
 from lamina.shares import Pages
 from lamina.simulator.costs.cost_model import Load, kv_heads
 from lamina.simulator.costs.systems import PAGE_SIZE, StepCost, System
-from lamina.simulator.page_counter import Groups, PageCounter, Window
-from lamina.simulator.results import Sampled
-from lamina.simulator.statistics import Gaps, Samples
+from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
+from lamina.simulator.event_loop.results import Sampled
+from lamina.simulator.event_loop.statistics import Gaps, Samples
 from lamina.simulator.traces import Arrival, Trace, tokens
 
 BACKLOG, BACKLOG_TOKENS = 64, 1 << 22

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Disaggregated, System, power, price
-from lamina.simulator.instance import Instance, Life, Totals
-from lamina.simulator.results import RunResult
-from lamina.simulator.statistics import Gaps, Samples, distribution
+from lamina.simulator.event_loop.instance import Instance, Life, Totals
+from lamina.simulator.event_loop.results import RunResult
+from lamina.simulator.event_loop.statistics import Gaps, Samples, distribution
 from lamina.simulator.traces import Arrival, Trace, split
 
 Progress = Callable[[str, int, int], None]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from math import ceil
 
-from lamina.simulator.results import Distribution, Sampled
+from lamina.simulator.event_loop.results import Distribution, Sampled
 
 MOST_SAMPLES = 2000
 

@@ -1,0 +1,1 @@
+"""A trace of requests through the real scheduler, in simulated time."""
