@@ -60,7 +60,7 @@ class LLM:
         """The engine that a plan file (`lamina plan --out`) describes: one replica of it. `model` and fields of
         `EngineConfig` go before the plan's. Raises InvalidRequest where the file is wrong, or no engine does what it
         plans; the rest as `LLM(...)` does."""
-        from lamina.simulator.plan_file import read
+        from lamina.simulator.planning.plan_file import read
 
         plan = read(path)
         keywords = plan.keywords(**overrides)

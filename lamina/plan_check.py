@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from lamina.errors import EngineError, InvalidRequest
 from lamina.progress import Progress
 from lamina.simulator.costs.cost_model import Load
-from lamina.simulator.plan_file import Plan, read
+from lamina.simulator.planning.plan_file import Plan, read
 
 if TYPE_CHECKING:
     from lamina.llm import LLM

@@ -132,7 +132,7 @@ def _workers(config: EngineConfig, keywords: Mapping[str, Any]) -> dict[str, Any
 
 def _planned(path: Path, keywords: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The model and the engine's keywords of a plan file, those on the command line over them."""
-    from lamina.simulator.plan_file import read
+    from lamina.simulator.planning.plan_file import read
 
     plan = read(path)
     for remark in plan.remarks():

@@ -77,11 +77,11 @@ def plan(
     if html is not None and not verify:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
-    from lamina.simulator import inventory as inventories
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
-    from lamina.simulator.plan_file import write
-    from lamina.simulator.planning import make_plan
+    from lamina.simulator.planning import inventory as inventories
+    from lamina.simulator.planning.plan import make_plan
+    from lamina.simulator.planning.plan_file import write
 
     shape = shape_of(model)
     catalogue = catalogues.load(hardware)
@@ -97,7 +97,7 @@ def plan(
     if out is not None:
         write(out, found.plan)
     if plot is not None:
-        from lamina.simulator.planning import X_LABEL, Y_LABEL
+        from lamina.simulator.planning.plan import X_LABEL, Y_LABEL
         from lamina.simulator.plots import save_pareto
 
         save_pareto(found.points(), found.winner.name, plot, x_label=X_LABEL, y_label=Y_LABEL)
@@ -139,10 +139,10 @@ def simulate(
         raise InvalidRequest("--json and --csv were given; allowed is one of the two")
     wanted, asked_rate, roofline = parse_slo(slo), parse_rate(rate), parse_efficiency(efficiency)
 
-    from lamina.simulator.comparison import Choice, assumed, build, compare, with_efficiency
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.excerpts import at_rate
+    from lamina.simulator.planning.comparison import Choice, assumed, build, compare, with_efficiency
     from lamina.simulator.report import table, to_csv, to_json
     from lamina.simulator.traces import all_at_once
 
@@ -243,7 +243,7 @@ def _check(path: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from lamina.plan_check import check
-    from lamina.simulator.plan_file import read
+    from lamina.simulator.planning.plan_file import read
 
     plan = read(path)
     for remark in plan.remarks():

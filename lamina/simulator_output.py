@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lamina.simulator.costs.systems import System
     from lamina.simulator.event_loop.results import RunResult
     from lamina.simulator.event_loop.simulate import Slo
-    from lamina.simulator.planner import Ranked
-    from lamina.simulator.planning import Planned
+    from lamina.simulator.planning.plan import Planned
+    from lamina.simulator.planning.planner import Ranked
 
 _ROWS = 10
 
@@ -30,8 +30,8 @@ _ROWS = 10
 def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunResult], slo: Slo) -> None:
     """Everything that a comparison can be looked at with, in one folder."""
     from lamina.figures import NO_PLOTS
-    from lamina.simulator.comparison import step_trace
     from lamina.simulator.costs.systems import Offloaded
+    from lamina.simulator.planning.comparison import step_trace
     from lamina.simulator.plots import save_comparison, save_timeline
     from lamina.simulator.report import html, samples_csv, table, to_csv, to_json
 
@@ -58,7 +58,7 @@ def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunRes
 
 
 def plan_page(found: Planned, title: str) -> str:
-    from lamina.simulator.planning import X_LABEL, Y_LABEL
+    from lamina.simulator.planning.plan import X_LABEL, Y_LABEL
     from lamina.simulator.report import html
 
     plan: dict[str, Any] = {

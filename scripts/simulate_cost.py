@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.comparison import Choice, build, with_efficiency
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import System, price
+from lamina.simulator.planning.comparison import Choice, build, with_efficiency
 from lamina.simulator.published import lamina_rows, mean_context, step3_rows
 from lamina.simulator.traces import trace
 

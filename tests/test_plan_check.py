@@ -10,13 +10,13 @@ from real_workers import write_tiny_model
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.plan_check import MOST_TOKENS, TOKENS, Measured, cells_of, check, measure, needed, row, steady
-from lamina.simulator import plan_file
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.plan_file import Plan, Prediction, TraceSummary
+from lamina.simulator.planning import plan_file
+from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
 from lamina.types import TokenEvent
 
 

@@ -15,13 +15,13 @@ from planning import BIG, EPYC, FHBN, H20, H100, dop, together
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.llm import LLM
-from lamina.simulator import plan_file
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.plan_file import Plan, Prediction, TraceSummary, dumps, engine_keywords, read, write
+from lamina.simulator.planning import plan_file
+from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, dumps, engine_keywords, read, write
 
 HERE = Device("here", "cpu", flops=1e11, memory=8e9, bandwidth=2e10, price=0.1)
 SYSTEMS: dict[str, System] = {

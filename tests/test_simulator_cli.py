@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 from lamina import plan_check
 from lamina.cli import app
 from lamina.errors import InvalidRequest
-from lamina.simulator import plan_file
-from lamina.simulator.comparison import Choice, build, with_efficiency
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import ROOFLINE, load
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.planning import plan_file
+from lamina.simulator.planning.comparison import Choice, build, with_efficiency
 from lamina.simulator_cli import parse_policy, parse_rate, parse_slo
 
 INVENTORY = """

@@ -19,8 +19,8 @@ from lamina.simulator.costs.systems import Disaggregated, System
 from lamina.simulator.demand import demand, mean_and_variation
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.excerpts import at_rate, windows
+from lamina.simulator.planning.reasons import changed
 from lamina.simulator.queues import Wait, in_time, queue
-from lamina.simulator.reasons import changed
 from lamina.simulator.steady import largest
 from lamina.simulator.traces import Arrival, Trace
 

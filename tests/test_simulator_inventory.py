@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from lamina.errors import InvalidRequest
-from lamina.simulator import inventory
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import FULL, KvPolicy
 from lamina.simulator.costs.hardware import ROOFLINE
+from lamina.simulator.planning import inventory
 
 WHOLE = """
 systems = ["chunked", "lamina"]

@@ -12,7 +12,7 @@ from lamina.simulator.costs.cost_model import KvPolicy, kv_heads
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.models import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
-from lamina.simulator.inventory import Inventory
+from lamina.simulator.planning.inventory import Inventory
 
 DEGREES = (1, 2, 4, 8)
 """Devices that share the dense layers: those of one machine."""

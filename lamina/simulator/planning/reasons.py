@@ -13,7 +13,7 @@ from lamina.simulator.costs.systems import Offloaded, System
 from lamina.simulator.demand import Demand
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.misfits import slow_link
-from lamina.simulator.planner import Ranked, best
+from lamina.simulator.planning.planner import Ranked, best
 
 FARTHEST = 10.0
 """By what factor things are changed at most."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lamina.simulator import reasons
-from lamina.simulator.candidates import candidates
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.demand import Demand, demand
 from lamina.simulator.event_loop.simulate import Progress, Slo
-from lamina.simulator.inventory import Inventory
-from lamina.simulator.plan_file import Plan, Prediction, TraceSummary, engine_keywords
-from lamina.simulator.planner import TOP, Ranked, limited, mixes, rank, rivals, top, verify
-from lamina.simulator.reasons import Sensitivity
+from lamina.simulator.planning import reasons
+from lamina.simulator.planning.candidates import candidates
+from lamina.simulator.planning.inventory import Inventory
+from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, engine_keywords
+from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, rivals, top, verify
+from lamina.simulator.planning.reasons import Sensitivity
 from lamina.simulator.report_data import Point
 from lamina.simulator.traces import Trace
 

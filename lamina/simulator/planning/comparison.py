@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.candidates import DEGREES
 from lamina.simulator.costs.cost_model import FULL, KvPolicy, Load, kv_heads, kv_projection_time
 from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency
 from lamina.simulator.costs.shapes import ModelShape
@@ -16,7 +15,8 @@ from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, 
 from lamina.simulator.costs.timeline import chrome_trace, step_timeline
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.inventory import SYSTEMS
+from lamina.simulator.planning.candidates import DEGREES
+from lamina.simulator.planning.inventory import SYSTEMS
 from lamina.simulator.traces import Trace
 
 MODEL_DEVICE, ATTENTION_DEVICE, CPU_DEVICE = "h100", "h20", "epyc-genoa"

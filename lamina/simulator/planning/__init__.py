@@ -1,0 +1,1 @@
+"""From an inventory of machines to candidates and a plan file."""
