@@ -98,7 +98,7 @@ def plan(
         write(out, found.plan)
     if plot is not None:
         from lamina.simulator.planning.plan import X_LABEL, Y_LABEL
-        from lamina.simulator.plots import save_pareto
+        from lamina.simulator.reports.plots import save_pareto
 
         save_pareto(found.points(), found.winner.name, plot, x_label=X_LABEL, y_label=Y_LABEL)
     if html is not None:
@@ -143,7 +143,7 @@ def simulate(
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.excerpts import at_rate
     from lamina.simulator.planning.comparison import Choice, assumed, build, compare, with_efficiency
-    from lamina.simulator.report import table, to_csv, to_json
+    from lamina.simulator.reports.report import table, to_csv, to_json
     from lamina.simulator.traces import all_at_once
 
     catalogue = catalogues.load(hardware)

@@ -32,8 +32,8 @@ def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunRes
     from lamina.figures import NO_PLOTS
     from lamina.simulator.costs.systems import Offloaded
     from lamina.simulator.planning.comparison import step_trace
-    from lamina.simulator.plots import save_comparison, save_timeline
-    from lamina.simulator.report import html, samples_csv, table, to_csv, to_json
+    from lamina.simulator.reports.plots import save_comparison, save_timeline
+    from lamina.simulator.reports.report import html, samples_csv, table, to_csv, to_json
 
     folder.mkdir(parents=True, exist_ok=True)
     run = results[0]
@@ -59,7 +59,7 @@ def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunRes
 
 def plan_page(found: Planned, title: str) -> str:
     from lamina.simulator.planning.plan import X_LABEL, Y_LABEL
-    from lamina.simulator.report import html
+    from lamina.simulator.reports.report import html
 
     plan: dict[str, Any] = {
         "chosen": found.winner.name,

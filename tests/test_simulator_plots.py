@@ -12,7 +12,7 @@ from simulated_runs import candidates, five, plan, run
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.event_loop.results import Distribution
-from lamina.simulator.plots import save_comparison, save_pareto, save_timeline
+from lamina.simulator.reports.plots import save_comparison, save_pareto, save_timeline
 
 pytest.importorskip("matplotlib", reason="matplotlib is of the extra plots")
 

@@ -19,7 +19,7 @@ from simulated_runs import candidates, five, plan, run
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
-from lamina.simulator.report import html, samples_csv, table, to_csv, to_json
+from lamina.simulator.reports.report import html, samples_csv, table, to_csv, to_json
 
 HOSTILE = "<script>alert('x')</script> & \"a\" \x1b[31m\x00\n=1+1"
 NAN = Distribution(math.nan, math.nan, math.nan, math.nan)

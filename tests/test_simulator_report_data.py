@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from simulated_runs import SECONDS, candidates, five, run
 
 from lamina.errors import InvalidRequest
-from lamina.simulator import report_data
-from lamina.simulator.report_data import (
+from lamina.simulator.reports import data as report_data
+from lamina.simulator.reports.data import (
     COLUMNS,
     MAX_POINTS,
     best_of,

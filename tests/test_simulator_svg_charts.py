@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_runs import candidates, plan
 
-from lamina.simulator.svg_charts import Bar, Curve, Spread, bars, panel, scatter, spreads
+from lamina.simulator.reports.svg_charts import Bar, Curve, Spread, bars, panel, scatter, spreads
 
 SIZES = st.floats(0, 1e9, allow_subnormal=False)
 NAMES = st.text(max_size=40)

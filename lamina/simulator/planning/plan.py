@@ -14,7 +14,7 @@ from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, engine_keywords
 from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, rivals, top, verify
 from lamina.simulator.planning.reasons import Sensitivity
-from lamina.simulator.report_data import Point
+from lamina.simulator.reports.data import Point
 from lamina.simulator.traces import Trace
 
 X_LABEL, Y_LABEL = "output tokens a dollar, by the closed form", "tokens a second of each user"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lamina.errors import InvalidRequest
 from lamina.figures import ACCENT, BAR, BEST, THIRD, picture
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
-from lamina.simulator.report_data import (
+from lamina.simulator.reports.data import (
     TIERS,
     X_LABEL,
     Y_LABEL,

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from lamina.simulator import svg_charts as svg
 from lamina.simulator.event_loop.results import RunResult
-from lamina.simulator.report_data import (
+from lamina.simulator.reports import svg_charts as svg
+from lamina.simulator.reports.data import (
     TIERS,
     UNKNOWN,
     X_LABEL,

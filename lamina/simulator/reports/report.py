@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
-from lamina.simulator.report_data import UNKNOWN, best_of, checked, columns, labels, printable, saturated_rate
-from lamina.simulator.report_page import html
+from lamina.simulator.reports.data import UNKNOWN, best_of, checked, columns, labels, printable, saturated_rate
+from lamina.simulator.reports.page import html
 
 __all__ = ["html", "samples_csv", "table", "to_csv", "to_json"]
 

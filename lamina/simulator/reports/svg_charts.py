@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lamina.simulator.report_data import Line, Point, frontier, log_ticks, printable, ticks, time_unit, words
+from lamina.simulator.reports.data import Line, Point, frontier, log_ticks, printable, ticks, time_unit, words
 
 STYLE = """:root{--page:#fff;--ink:#1d2126;--soft:#59616b;--rule:#dcdfe3;--faint:#c3c8ce;--panel:#f6f7f8;
 --best:#0065a3;--bar:#6399c0;--model:#0065a3;--attention:#b04a00;--network:#00705a}
