@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from lamina.simulator.closed_form import ATTAINMENT, estimate
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.systems import Offloaded, System
 from lamina.simulator.demand import Demand
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.misfits import slow_link
 from lamina.simulator.planning.planner import Ranked, best
+from lamina.simulator.steady_state.closed_form import ATTAINMENT, estimate
+from lamina.simulator.steady_state.misfits import slow_link
 
 FARTHEST = 10.0
 """By what factor things are changed at most."""

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lamina.simulator.closed_form import Estimate, estimate
 from lamina.simulator.costs.cost_model import ALPHA, Load, minimum_bandwidth
 from lamina.simulator.costs.systems import Offloaded, System
 from lamina.simulator.demand import Demand
 from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.steady_state.closed_form import Estimate, estimate
 
 
 def none_meets(tried: Sequence[tuple[str, System, Estimate]], demand: Demand, slo: Slo, prefill: bool = True) -> str:

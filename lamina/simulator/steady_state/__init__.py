@@ -1,0 +1,1 @@
+"""The same costs in closed form."""
