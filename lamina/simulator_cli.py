@@ -19,7 +19,7 @@ from lamina.text_files import write_text
 
 if TYPE_CHECKING:
     from lamina.simulator.event_loop.simulate import Slo
-    from lamina.simulator.traces import Trace
+    from lamina.simulator.traces.catalogue import Trace
 
 DEFAULT_MODEL, DEFAULT_TRACE, DEFAULT_SLO = "llama-3-70b", "azure-conv", "tpot=100ms,ttft=2s"
 DEFAULT_SYSTEMS = "chunked,colocated,disaggregated,lamina,lamina-cpu"
@@ -141,10 +141,9 @@ def simulate(
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
-    from lamina.simulator.excerpts import at_rate
     from lamina.simulator.planning.comparison import Choice, assumed, build, compare, with_efficiency
     from lamina.simulator.reports.report import table, to_csv, to_json
-    from lamina.simulator.traces import all_at_once
+    from lamina.simulator.traces.catalogue import all_at_once, at_rate
 
     catalogue = catalogues.load(hardware)
     known = catalogue if roofline else with_efficiency(catalogue)
@@ -270,7 +269,7 @@ def _check(path: Path, as_json: bool) -> None:
 
 
 def _trace(name: str, count: int | None, seed: int, folder: Path | None) -> Trace:
-    from lamina.simulator.traces import trace
+    from lamina.simulator.traces.catalogue import trace
 
     if count is not None and count < 1:
         raise InvalidRequest(f"count is {count}; allowed are 1 or more requests")

@@ -26,7 +26,7 @@ from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import System, price
 from lamina.simulator.planning.comparison import Choice, build, with_efficiency
 from lamina.simulator.published import lamina_rows, mean_context, step3_rows
-from lamina.simulator.traces import trace
+from lamina.simulator.traces.catalogue import trace
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 SYSTEMS = "chunked,lamina,lamina-cpu"

@@ -32,7 +32,7 @@ from lamina.simulator.published import (
     mean_context,
     overlap_rows,
 )
-from lamina.simulator.traces import FILES, trace
+from lamina.simulator.traces.catalogue import FILES, trace
 from lamina.terminal import ProgressBars
 
 

@@ -3,7 +3,7 @@
 
 usage: scripts/trace_figures.py FOLDER > lamina/simulator/trace_figures.toml
 
-FOLDER has their files, under the names in `lamina.simulator.traces.FILES`. To get them, see the sources below.
+FOLDER has their files, under the names in `lamina.simulator.traces.catalogue.FILES`. To get them, see the sources below.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lamina.simulator.trace_figures import LEVELS, Quantiles, measure
-from lamina.simulator.traces import FILES, trace
+from lamina.simulator.traces.catalogue import FILES, trace
+from lamina.simulator.traces.figures import LEVELS, Quantiles, measure
 
 AZURE = "Azure LLM inference trace 2023 (Splitwise, ISCA 2024), github.com/Azure/AzurePublicDataset"
 MOONCAKE = "Mooncake, FAST'25 release, conversation trace, github.com/kvcache-ai/Mooncake"
@@ -32,7 +32,7 @@ def derive(folder: Path) -> str:
     levels = ", ".join(f"{100 * level:g}" for level in LEVELS)
     lines = [
         "# Derived by scripts/trace_figures.py from the traces that are named; what each number means says",
-        "# lamina/simulator/trace_figures.py. Tokens and seconds. Lists are the quantiles at these percentages:",
+        "# lamina/simulator/traces/figures.py. Tokens and seconds. Lists are the quantiles at these percentages:",
         *wrapped(levels, "# "),
     ]
     for name in FILES:

@@ -6,9 +6,9 @@ from lamina.simulator.costs import hardware
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
-from lamina.simulator.demand import Demand
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.inventory import Have, Inventory
+from lamina.simulator.traces.demand import Demand
 
 KNOWN = hardware.load()
 H100, H20, EPYC, FHBN = KNOWN.device("h100"), KNOWN.device("h20"), KNOWN.device("epyc-genoa"), KNOWN.link("fhbn-400g")

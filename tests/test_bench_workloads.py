@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lamina.bench.prompts import ENOUGH, Words, Writer, find_words, guessed_words
 from lamina.bench.workloads import Item, Lengths, arrivals, capped, drawn, fresh, of_trace
 from lamina.errors import EngineError, InvalidRequest
-from lamina.simulator.arrivals import Arrival, Trace
+from lamina.simulator.traces.arrivals import Arrival, Trace
 
 COUNTS = st.integers(0, 60)
 SEEDS = st.integers(0, 1 << 40)

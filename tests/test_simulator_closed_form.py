@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from planning import EPYC, FHBN, H100, SLO, STEADY, dop, together
 
 from lamina.errors import InvalidRequest
-from lamina.simulator import traces
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.systems import Disaggregated, System
-from lamina.simulator.demand import demand, mean_and_variation
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.excerpts import at_rate, windows
 from lamina.simulator.planning.reasons import changed
 from lamina.simulator.steady_state.closed_form import TARGET, estimate, sequences
 from lamina.simulator.steady_state.steady import Wait, in_time, largest, queue
-from lamina.simulator.traces import Arrival, Trace
+from lamina.simulator.traces import catalogue as traces
+from lamina.simulator.traces.catalogue import Arrival, Trace, at_rate, windows
+from lamina.simulator.traces.demand import demand, mean_and_variation
 
 
 @cache

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from planning import BIG, EPYC, H20, H100, SLO, SMALL, STEADY, dop, there_are, together
 
 from lamina.errors import InvalidRequest
-from lamina.simulator import traces
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
-from lamina.simulator.demand import Demand, demand
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.planning.plan import make_plan
 from lamina.simulator.planning.planner import Ranked, best, described, limited, mixes, rank, rivals, top, verify
 from lamina.simulator.planning.reasons import changed, limits, sensitivity, why
 from lamina.simulator.steady_state.closed_form import ATTAINMENT, estimate
+from lamina.simulator.traces import catalogue as traces
+from lamina.simulator.traces.demand import Demand, demand
 
 # Candidates
 

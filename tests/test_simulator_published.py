@@ -21,7 +21,7 @@ from lamina.simulator.published import (
     step3_rows,
     uniform,
 )
-from lamina.simulator.traces import Arrival, Trace, published, synthetic
+from lamina.simulator.traces.catalogue import Arrival, Trace, published, synthetic
 
 HARDWARE = load()
 CONTEXTS = {"azure-conv": 1227.0, "azure-code": 2131.0, "mooncake-conversation": 13126.0}

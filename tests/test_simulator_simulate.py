@@ -17,7 +17,7 @@ from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.event_loop.statistics import MOST_SAMPLES, Gaps, Samples, distribution, weighted_distribution
-from lamina.simulator.traces import Arrival, Trace, all_at_once, poisson, published, scaled, synthetic
+from lamina.simulator.traces.catalogue import Arrival, Trace, all_at_once, poisson, published, scaled, synthetic
 
 HARDWARE = load()
 H100, H20 = HARDWARE.device("h100"), HARDWARE.device("h20")

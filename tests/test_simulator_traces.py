@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.simulator import trace_files
-from lamina.simulator.arrivals import blocks_of
-from lamina.simulator.trace_figures import LEVELS, Quantiles, measure, published, rank_correlation
-from lamina.simulator.traces import (
+from lamina.simulator.traces import files as trace_files
+from lamina.simulator.traces.arrivals import blocks_of
+from lamina.simulator.traces.catalogue import (
     BLOCK,
     FILES,
     MAX_TOKENS,
@@ -37,6 +36,7 @@ from lamina.simulator.traces import (
     trace,
     uniform,
 )
+from lamina.simulator.traces.figures import LEVELS, Quantiles, measure, published, rank_correlation
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("LAMINA_TEST_DATA", ROOT.parent / "shared" / "data")) / "traces"

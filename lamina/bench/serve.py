@@ -125,8 +125,12 @@ def items_of(settings: Settings) -> tuple[list[Item], str]:
 
 
 def _of_trace(settings: Settings, seed: int) -> tuple[list[Item], str]:
-    from lamina.simulator.excerpts import at_rate  # numpy, which other workloads do without
-    from lamina.simulator.traces import all_at_once, scaled, trace
+    from lamina.simulator.traces.catalogue import (
+        all_at_once,
+        at_rate,  # numpy, which other workloads do without
+        scaled,
+        trace,
+    )
 
     found = trace(settings.trace, settings.num_prompts, seed, settings.trace_dir)
     if settings.request_rate is None:

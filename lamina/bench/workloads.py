@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.arrivals import BLOCK, Trace
+from lamina.simulator.traces.arrivals import BLOCK, Trace
 
 MAX_REQUESTS = 1 << 20
 MAX_TOKENS = 1 << 26

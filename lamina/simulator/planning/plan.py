@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.demand import Demand, demand
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import candidates
@@ -15,7 +14,8 @@ from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, 
 from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, rivals, top, verify
 from lamina.simulator.planning.reasons import Sensitivity
 from lamina.simulator.reports.data import Point
-from lamina.simulator.traces import Trace
+from lamina.simulator.traces.catalogue import Trace
+from lamina.simulator.traces.demand import Demand, demand
 
 X_LABEL, Y_LABEL = "output tokens a dollar, by the closed form", "tokens a second of each user"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.systems import Offloaded, System
-from lamina.simulator.demand import Demand
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.planner import Ranked, best
 from lamina.simulator.steady_state.closed_form import ATTAINMENT, estimate
 from lamina.simulator.steady_state.misfits import slow_link
+from lamina.simulator.traces.demand import Demand
 
 FARTHEST = 10.0
 """By what factor things are changed at most."""

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import System, price
-from lamina.simulator.demand import Demand
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady_state.steady import FOREVER, Point, Replica, bound, largest
+from lamina.simulator.traces.demand import Demand
 
 ATTAINMENT = 0.9
 """The share of requests within the SLO that counts as meeting it: as DistServe (OSDI 2024) has it."""

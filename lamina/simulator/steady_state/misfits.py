@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from lamina.simulator.costs.cost_model import ALPHA, Load, minimum_bandwidth
 from lamina.simulator.costs.systems import Offloaded, System
-from lamina.simulator.demand import Demand
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady_state.closed_form import Estimate, estimate
+from lamina.simulator.traces.demand import Demand
 
 
 def none_meets(tried: Sequence[tuple[str, System, Estimate]], demand: Demand, slo: Slo, prefill: bool = True) -> str:

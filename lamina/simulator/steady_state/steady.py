@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import Disaggregated, System
-from lamina.simulator.demand import Demand, mean_and_variation
 from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.traces.demand import Demand, mean_and_variation
 
 FOREVER = 1e9
 """Seconds that no token takes, unless prefill can't keep up."""

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.arrivals import BLOCK, MAX_REQUESTS, MAX_TOKENS, Arrival, Trace, blocks_of
-from lamina.simulator.trace_figures import Figures, Floats, Quantiles, Sharing
+from lamina.simulator.traces.arrivals import BLOCK, MAX_REQUESTS, MAX_TOKENS, Arrival, Trace, blocks_of
+from lamina.simulator.traces.figures import Figures, Floats, Quantiles, Sharing
 
 Lengths: TypeAlias = int | Quantiles
 """Tokens: the same for all requests, or drawn."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.arrivals import Trace, blocks_of
+from lamina.simulator.traces.arrivals import Trace, blocks_of
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.arrivals import MAX_REQUESTS, Arrival, Trace, wrong_blocks, wrong_tokens
+from lamina.simulator.traces.arrivals import MAX_REQUESTS, Arrival, Trace, wrong_blocks, wrong_tokens
 
 MAX_BYTES = 256 << 20
 MAX_LINE = 1 << 20  # bytes; the names of the blocks of 2**24 tokens fit

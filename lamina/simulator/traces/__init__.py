@@ -1,0 +1,1 @@
+"""Requests over time: real traces, excerpts, drawn ones."""
