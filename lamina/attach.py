@@ -18,7 +18,7 @@ from lamina.fleet import seated
 from lamina.kv_budget import attention_devices
 from lamina.members import FixedMembers, Member, Members, answers
 from lamina.placement import Holder
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_protocols.service import WorkerUnreachable

@@ -128,8 +128,8 @@ def decode(
     from datetime import datetime, timezone
 
     from lamina.bench.decode import bench, record, table
-    from lamina.machine import this_machine
-    from lamina.text_files import write_text
+    from lamina.system.machine import this_machine
+    from lamina.system.text_files import write_text
     from lamina.version import __version__
 
     batches, contexts = _numbers("batch", batch, 4096), _numbers("context", context, 1 << 24)
@@ -157,8 +157,8 @@ def _tell(result: Result, as_json: bool, save: Path | None, detailed: bool, plot
     from datetime import datetime, timezone
 
     from lamina.bench.report import record, text
-    from lamina.machine import this_machine
-    from lamina.text_files import write_text
+    from lamina.system.machine import this_machine
+    from lamina.system.text_files import write_text
     from lamina.version import __version__
 
     def fields(detailed: bool) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _writable(name: str, path: Path | None, suffix: str) -> None:
     if not path.absolute().parent.is_dir():
         raise InvalidRequest(f"--{name} is {str(path)!r:.200}; its folder does not exist")
     if name == "plot":
-        from lamina.figures import needs_matplotlib
+        from lamina.system.figures import needs_matplotlib
 
         needs_matplotlib()
 

@@ -121,7 +121,7 @@ def attention_worker(
     insecure: Annotated[bool, typer.Option("--insecure", help="Serve other hosts without TLS or token.")] = False,
 ) -> None:
     """Serve as an attention worker until Ctrl-C: hold KV, and attend to it, for one engine at a time."""
-    from lamina.machine import this_machine
+    from lamina.system.machine import this_machine
 
     machine = this_machine()
     size = machine.memory_available // 2 if kv_memory is None else parse_size("kv_memory", kv_memory)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from lamina.machine import Machine, native_dtype, this_machine
 from lamina.model_cache import cache_folder
+from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.terminal import show_bytes
 
 PACKAGES = ("torch", "numpy", "numba", "tokenizers", "transformers")

@@ -20,7 +20,7 @@ import torch
 from lamina.gguf_files import GgufFile
 from lamina.gguf_tokenizer import tokenizer_files
 from lamina.model_cache import FileRecord, write_file
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina_workers.decoder.safetensors_files import SINGLE_FILE
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 

@@ -10,7 +10,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina_workers.errors import DiskFullError, ModelFileError
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # never pickles: loading them can run code

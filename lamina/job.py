@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 from lamina.outputs import Answer
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina.ticket import Output, Ticket
 from lamina.types import Completion, TokenEvent
 

@@ -19,7 +19,7 @@ from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
 from lamina.intake import Conversation, Prompt, is_one
 from lamina.job import Job, LoopQueue
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina.ticket import Ticket
 from lamina.types import Completion, Interrupted, SamplingParams, TokenEvent
 from lamina_workers.devices.openmp import share_cores

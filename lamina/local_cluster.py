@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from lamina.child_process import ChildProcess, end_all
 from lamina.errors import EngineError
 from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoined, OnLeft, State, incarnation
-from lamina.progress import Progress
+from lamina.system.child_process import ChildProcess, end_all
+from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials
 
 logger = logging.getLogger("lamina")

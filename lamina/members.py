@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from lamina.errors import EngineError
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials
 
 logger = logging.getLogger("lamina")

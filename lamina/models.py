@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from lamina import hub_download, wheel_download
 from lamina.errors import InvalidRequest
 from lamina.model_cache import FileRecord, cache_folder, folder_name, get_or_create
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina.wheel_download import Wheel
 from lamina_workers.decoder.safetensors_files import find_tensors
 from lamina_workers.errors import ModelFileError

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.progress import Progress
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.planning.plan_file import Plan, read
+from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
     from lamina.llm import LLM

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamina import text_files
 from lamina.errors import PolicyError
-from lamina.text_files import toml_value
+from lamina.system import text_files
+from lamina.system.text_files import toml_value
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 

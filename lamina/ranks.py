@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lamina.config import EngineConfig
 from lamina.errors import EngineError, InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError
 from lamina.model_members import ModelMembers
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import HolderConfig
 from lamina_protocols.socket_channel import listen_tcp

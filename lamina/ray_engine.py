@@ -18,9 +18,9 @@ from lamina.cluster import NAMESPACE, TIMEOUT, connect, ray_module
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.intake import Intake
-from lamina.progress import Progress
 from lamina.ray_actor import MODEL_FILES, file_hashes
 from lamina.ray_owner import STOPPING, EngineOwner, result
+from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
     from lamina.remote_engine import RemoteEngine

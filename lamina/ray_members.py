@@ -18,7 +18,7 @@ from typing import Any
 from lamina.cluster import ATTENTION, NAMESPACE, TIMEOUT, explain, ray_module, require
 from lamina.errors import EngineError
 from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoined, OnLeft, State, incarnation
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.credentials import create_credentials
@@ -49,7 +49,7 @@ class AttentionActor:
     def serve(self, gpu: int, ca: bytes, cert: bytes, key: bytes, token: str) -> tuple[str, int, int]:
         """Its "host:port", its KV memory in bytes, its process id. The second time nothing changes. `gpu` is its own
         where the device is "cuda"."""
-        from lamina.machine import this_machine
+        from lamina.system.machine import this_machine
         from lamina_protocols.channels import Credentials
         from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 

@@ -20,9 +20,9 @@ from lamina.config import EngineConfig, parse_size
 from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
 from lamina.journal import Run
 from lamina.members import Backoff
-from lamina.progress import Progress
 from lamina.ray_actor import EngineActor
 from lamina.ray_members import RayCluster, environment
+from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
     from lamina.remote_engine import Command, Event, RemoteEngine

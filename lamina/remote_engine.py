@@ -19,8 +19,8 @@ from typing import Any, Protocol, TypeAlias
 from lamina.errors import EngineError, LaminaError
 from lamina.plain_tickets import Command as Command
 from lamina.plain_tickets import decode_output, decode_ticket, encode_output, encode_resumed, encode_ticket
-from lamina.progress import Progress
 from lamina.snapshot import Snapshot
+from lamina.system.progress import Progress
 from lamina.ticket import Output, Spared, Ticket
 from lamina.types import FinishReason
 

@@ -27,17 +27,17 @@ from lamina.intake import Intake
 from lamina.journal import Run
 from lamina.kv_budget import attention_devices, check_room, divided, holder_config, limits_of
 from lamina.lanes import Lanes
-from lamina.machine import Machine, native_dtype, this_machine
 from lamina.members import Members
 from lamina.model_members import LocalModelMembers, ModelMembers
 from lamina.models import resolve
 from lamina.placement import Holder, Placement
-from lamina.progress import Progress
 from lamina.ranks import Ranks, begins, rank_holders
 from lamina.recorder import Recorder
 from lamina.request import SchedulerConfig
 from lamina.restart import open_journal, past_epochs, recover
 from lamina.scheduler import Scheduler
+from lamina.system.machine import Machine, native_dtype, this_machine
+from lamina.system.progress import Progress
 from lamina.ticket import Ticket
 from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams

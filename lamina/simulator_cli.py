@@ -14,8 +14,8 @@ import typer
 
 from lamina.errors import InvalidRequest
 from lamina.simulator_output import plan_page, plan_record, print_plan, write_runs
+from lamina.system.text_files import write_text
 from lamina.terminal import ProgressBars, print_json, print_rows
-from lamina.text_files import write_text
 
 if TYPE_CHECKING:
     from lamina.simulator.event_loop.simulate import Slo

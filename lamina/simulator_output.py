@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lamina.errors import InvalidRequest
+from lamina.system.text_files import write_text
 from lamina.terminal import print_rows
-from lamina.text_files import write_text
 
 if TYPE_CHECKING:
     from lamina.simulator.costs.systems import System
@@ -29,11 +29,11 @@ _ROWS = 10
 
 def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunResult], slo: Slo) -> None:
     """Everything that a comparison can be looked at with, in one folder."""
-    from lamina.figures import NO_PLOTS
     from lamina.simulator.costs.systems import Offloaded
     from lamina.simulator.planning.comparison import step_trace
     from lamina.simulator.reports.plots import save_comparison, save_timeline
     from lamina.simulator.reports.report import html, samples_csv, table, to_csv, to_json
+    from lamina.system.figures import NO_PLOTS
 
     folder.mkdir(parents=True, exist_ok=True)
     run = results[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from lamina.errors import WorkersUnavailable
 from lamina.members import Member, MemberStatus, News, OnJoined, OnLeft
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 
 _WORKERS_UP = 120.0  # seconds
 

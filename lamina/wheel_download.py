@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lamina.model_cache import hash_file
-from lamina.progress import Progress
+from lamina.system.progress import Progress
 from lamina_workers.errors import ModelFileError
 
 _PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")

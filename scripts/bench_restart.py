@@ -26,13 +26,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lamina.child_process import ChildProcess
 from lamina.journal import Facts, Journal
 from lamina.remote_engine import RemoteEngine
 from lamina.request import Request
 from lamina.server.lines import line, parse
 from lamina.server.link import SocketWire
 from lamina.server.supervisor import ENGINE_MODULE
+from lamina.system.child_process import ChildProcess
 from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams
 

@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 
 from lamina.bench.running import run_loop
 from lamina.bench.serve import Result, Settings, bench
-from lamina.machine import this_machine
+from lamina.system.machine import this_machine
 
 MODEL = "smollm2-135m"
 KV_MEMORY = "2GiB"
@@ -248,11 +248,11 @@ def _until_healthy(url: str) -> None:
 
 
 def measure_first_bytes(args: argparse.Namespace) -> dict[str, list[float]]:
-    from lamina.child_process import ChildProcess, end_all
     from lamina.config import EngineConfig
     from lamina.runtime import start
     from lamina.server.lines import line, parse
     from lamina.server.link import EngineListener
+    from lamina.system.child_process import ChildProcess, end_all
 
     runtime = start(MODEL, EngineConfig(kv_memory=KV_MEMORY))
     recorder = Recorder(runtime.engine)

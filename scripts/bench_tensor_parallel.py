@@ -38,7 +38,7 @@ class Rank:
         import torch
 
         from lamina.hardware_calibration.held import Held
-        from lamina.machine import native_dtype, this_machine
+        from lamina.system.machine import native_dtype, this_machine
         from lamina_kernels import dense
         from lamina_protocols.messages import HolderConfig
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -246,8 +246,8 @@ def main() -> None:
     if args.serve:
         serve(args)
         return
-    from lamina.machine import native_dtype, this_machine
     from lamina.models import resolve
+    from lamina.system.machine import native_dtype, this_machine
 
     if args.ranks < 2:
         raise SystemExit(f"--ranks is {args.ranks}, allowed are 2 and more")

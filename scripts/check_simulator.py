@@ -33,7 +33,6 @@ from lamina.hardware_calibration import calibrate
 from lamina.hardware_calibration.busy import busy
 from lamina.hardware_calibration.calibration import BYTES, FITTED, NAME
 from lamina.hardware_calibration.child import Child
-from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
 from lamina.plan_check import TOKENS
 from lamina.simulator.costs import hardware
@@ -42,6 +41,7 @@ from lamina.simulator.costs.hardware import Catalogue
 from lamina.simulator.costs.model_configs import from_folder
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Offloaded, StepCost
+from lamina.system.machine import native_dtype, this_machine
 
 CELLS = (
     "0:4x64", "0:1x1024", "0:8x512", "0:16x1024", "0:4x2048", "0:1x7000",

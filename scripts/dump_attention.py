@@ -25,10 +25,10 @@ from rich.progress import Progress
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.kv_budget import holder_config
-from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
 from lamina.probe import Probe
 from lamina.runtime import rescaled
+from lamina.system.machine import native_dtype, this_machine
 from lamina.tokenizer import Tokenizer
 from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.config import ModelConfig

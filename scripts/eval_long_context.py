@@ -34,10 +34,10 @@ from lamina.evaluation import tasks
 from lamina.evaluation.measures import Score
 from lamina.evaluation.running import Limits, Total
 from lamina.evaluation.suite import Comparison, Run, Suite, compare, run
-from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
 from lamina.policy_choice import head_policies
 from lamina.probe import Probe
+from lamina.system.machine import native_dtype, this_machine
 from lamina.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import attention_kernels
 from lamina_workers.decoder.checkpoint import fingerprint

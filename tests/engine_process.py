@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lamina.child_process import ChildProcess
 from lamina.remote_engine import RemoteEngine
 from lamina.server.lines import line, parse
 from lamina.server.link import SocketWire
 from lamina.server.supervisor import ENGINE_MODULE
+from lamina.system.child_process import ChildProcess
 
 SECRET = secrets.token_hex(32)
 PATIENCE = 100.0  # seconds

@@ -13,9 +13,9 @@ from lamina.bench.decode import bench, dtypes, record, row, step_bytes, table
 from lamina.bench_cli import bench_app
 from lamina.cli import Commands
 from lamina.config import EngineConfig
-from lamina.machine import Machine
 from lamina.plan_check import Measured
 from lamina.simulator.costs.models import model
+from lamina.system.machine import Machine
 
 app = typer.Typer(cls=Commands)
 app.add_typer(bench_app, name="bench")

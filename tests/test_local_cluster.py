@@ -166,7 +166,7 @@ def test_a_command_that_is_not_there_is_an_error_with_its_cause() -> None:
 
 
 def test_close_does_not_wait_for_a_stopped_child_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamina.child_process.GRACE", 0.2)
+    monkeypatch.setattr("lamina.system.child_process.GRACE", 0.2)
     with cluster(1) as members:
         members.start()
         process = processes(members)[0]

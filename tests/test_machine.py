@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lamina.machine import Machine, native_dtype, parse_cpuinfo, parse_meminfo, this_machine
+from lamina.system.machine import Machine, native_dtype, parse_cpuinfo, parse_meminfo, this_machine
 
 
 def test_cpuinfo_of_x86_and_of_arm() -> None:

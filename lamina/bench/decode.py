@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.machine import Machine, native_dtype, this_machine
 from lamina.plan_check import SHORT, Measured, measure
-from lamina.progress import Progress
 from lamina.simulator.costs.models import ModelShape, from_folder
+from lamina.system.machine import Machine, native_dtype, this_machine
+from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
     from lamina.llm import LLM

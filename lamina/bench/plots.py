@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lamina.bench.measures import Outcome, over_time
 from lamina.bench.serve import Result
-from lamina.figures import ACCENT, BAR, BEST, SOFT, THIRD, picture
+from lamina.system.figures import ACCENT, BAR, BEST, SOFT, THIRD, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from typing import Any
 
 from lamina.bench.measures import METRICS, Spread
 from lamina.bench.serve import Result
-from lamina.machine import Machine
+from lamina.system.machine import Machine
 
 SCHEMA = "lamina.bench.serve"
 VERSION = 1

@@ -20,7 +20,7 @@ from lamina.bench.prompts import Words, Writer, find_words, guessed_words
 from lamina.bench.running import Clock, Progress, Run, interruptible, run
 from lamina.bench.workloads import MAX_REQUESTS, Item, Lengths, capped, drawn, fresh, of_trace
 from lamina.errors import EngineError, InvalidRequest
-from lamina.machine import this_machine
+from lamina.system.machine import this_machine
 
 DATASETS = ("random", "shared-prefix", "trace")
 _MARGIN = {"chat": 64, "completions": 8}  # tokens of a context that are left to a template and special tokens

@@ -21,11 +21,11 @@ from lamina.calibration.torch_path import TorchPath
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest, PolicyError
 from lamina.kv_budget import holder_config
-from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.probe import Probe
 from lamina.runtime import rescaled
+from lamina.system.machine import native_dtype, this_machine
 from lamina.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint

@@ -17,11 +17,11 @@ from lamina.hardware_calibration.busy import busy
 from lamina.hardware_calibration.child import Child
 from lamina.hardware_calibration.fitting import BUSY, DRIFT, Cell, Drift, Timings, bare, fit_device, fit_links
 from lamina.models import resolve
-from lamina.progress import Progress
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.model_configs import from_folder
 from lamina.simulator.costs.shapes import ModelShape
+from lamina.system.progress import Progress
 
 NAME, GPU_NAME = "this-machine", "this-gpu"
 FITTED = ((1, 64), (16, 64))

@@ -23,7 +23,7 @@ def reading(size: int) -> Answers:
     import torch
 
     from lamina.hardware_calibration.reading import Bandwidth
-    from lamina.machine import this_machine
+    from lamina.system.machine import this_machine
 
     threads = this_machine().cores
     torch.set_num_threads(threads)

@@ -14,7 +14,7 @@ import torch
 from lamina.hardware_calibration.held import Held, attention_alone
 from lamina.hardware_calibration.loaded import Loaded, decode_batch, load
 from lamina.hardware_calibration.reading import Bandwidth, synchronise
-from lamina.machine import this_machine
+from lamina.system.machine import this_machine
 from lamina_kernels.dense import Linear
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.ports.port import LocalAttention

@@ -12,8 +12,8 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.kv_budget import holder_config
-from lamina.machine import native_dtype, this_machine
 from lamina.models import resolve
+from lamina.system.machine import native_dtype, this_machine
 from lamina_kernels import dense
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout

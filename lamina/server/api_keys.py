@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from lamina.errors import InvalidRequest
-from lamina.text_files import read_text
+from lamina.system.text_files import read_text
 
 KEY_VARIABLE = "LAMINA_API_KEY"
 _MAX_FILE = 64 << 10  # bytes

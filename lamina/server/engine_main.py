@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from lamina.config import EngineConfig
 from lamina.errors import LaminaError
 from lamina.members import Member
-from lamina.progress import Progress
 from lamina.server.lines import Mouth, begin
+from lamina.system.progress import Progress
 from lamina.told_members import ToldMembers
 from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores

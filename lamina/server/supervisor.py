@@ -23,7 +23,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple, Protocol
 
-from lamina.child_process import ChildProcess, end_all
 from lamina.errors import (
     DiskFullError,
     EngineError,
@@ -38,6 +37,7 @@ from lamina.local_cluster import LocalCluster
 from lamina.members import Backoff, Member
 from lamina.server.lines import LOG_LEVEL, line, parse
 from lamina.server.settings import ServerSettings
+from lamina.system.child_process import ChildProcess, end_all
 
 logger = logging.getLogger("lamina")
 

@@ -31,7 +31,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lamina.errors import InvalidRequest
-from lamina.text_files import read_text, toml_value
+from lamina.system.text_files import read_text, toml_value
 
 if sys.version_info >= (3, 11):
     import tomllib

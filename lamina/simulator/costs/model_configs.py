@@ -17,7 +17,7 @@ from typing import Any
 
 from lamina.errors import InvalidRequest, ModelFileError
 from lamina.simulator.costs.shapes import LayerGroup, ModelShape
-from lamina.text_files import read_text
+from lamina.system.text_files import read_text
 from lamina_workers.decoder.config_keys import Keys
 
 _MAX_CONFIG_BYTES = 4 << 20

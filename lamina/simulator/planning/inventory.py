@@ -26,7 +26,7 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import FULL, KvPolicy
 from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency, Link
-from lamina.text_files import read_toml
+from lamina.system.text_files import read_toml
 
 SYSTEMS = ("colocated", "chunked", "disaggregated", "lamina", "lamina-cpu")
 """Whole prompts and chunked ones on the same devices, prompts on other devices, attention on other accelerators, and

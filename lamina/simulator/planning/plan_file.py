@@ -30,7 +30,7 @@ from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.tables import from_table, text, to_table, whole
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.text_files import read_toml, toml_value, write_text
+from lamina.system.text_files import read_toml, toml_value, write_text
 
 VERSION = 1
 MAX_BYTES = 1 << 20

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamina.errors import InvalidRequest
-from lamina.figures import ACCENT, BAR, BEST, THIRD, picture
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
 from lamina.simulator.reports.data import (
     TIERS,
@@ -29,6 +28,7 @@ from lamina.simulator.reports.data import (
     time_unit,
     words,
 )
+from lamina.system.figures import ACCENT, BAR, BEST, THIRD, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

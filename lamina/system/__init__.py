@@ -1,0 +1,1 @@
+"""Files, child processes, this machine, progress, pictures."""
