@@ -19,10 +19,10 @@ from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory
 
 if TYPE_CHECKING:
-    from lamina.constraints import Constraint, Grammars
     from lamina.recorder import Recorder
     from lamina.recovery import Found, Place
     from lamina.scheduler import Scheduler
+    from lamina.text.structured_output import Constraint, Grammars
 
 logger = logging.getLogger("lamina")
 

@@ -48,8 +48,8 @@ from lamina_workers.model_worker.interface import Workers
 from lamina_workers.ports.port import AttentionPort
 
 if TYPE_CHECKING:
-    from lamina.constraints import Grammars
     from lamina.recorder import Recorder
+    from lamina.text.structured_output import Grammars
     from lamina_workers.parallel.peers import Mate
 
 logger = logging.getLogger("lamina")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lamina.errors import InvalidRequest
 from lamina.request import Request, check_length
+from lamina.text.tokenizer import Tokenizer
 from lamina.ticket import Ticket
-from lamina.tokenizer import Tokenizer
 from lamina.types import SamplingParams
 
 if TYPE_CHECKING:
-    from lamina.constraints import Grammars
+    from lamina.text.structured_output import Grammars
 
 Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
@@ -55,7 +55,7 @@ class Intake:
     def grammars(self) -> Grammars:
         """What holds texts to schemas and grammars. Made when first asked for, because few requests need it."""
         if self._grammars is None:
-            from lamina.constraints import Grammars
+            from lamina.text.structured_output import Grammars
 
             eos_ids = [token for token in self.tokenizer.eos_ids if self.tokenizer.knows(token)]
             self._grammars = Grammars(self.tokenizer.to_json, eos_ids, self.vocab_size)

@@ -22,7 +22,7 @@ from lamina.types import Completion, TokenEvent
 
 if TYPE_CHECKING:
     from lamina.remote_engine import EngineClient
-    from lamina.tokenizer import Tokenizer
+    from lamina.text.tokenizer import Tokenizer
 
 Item: TypeAlias = tuple[Ticket, list[Output]]
 _LONG_PREFILL = 2048  # tokens from which progress is told

@@ -16,7 +16,7 @@ from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.models import resolve
 from lamina.system.machine import native_dtype, this_machine
-from lamina.tokenizer import Tokenizer
+from lamina.text.tokenizer import Tokenizer
 from lamina_protocols.messages import Announced, Announcement, Close, HolderConfig, Open, Operation, Row, Usage
 from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

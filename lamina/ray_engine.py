@@ -25,8 +25,8 @@ from lamina.system.progress import Progress
 if TYPE_CHECKING:
     from lamina.remote_engine import RemoteEngine
     from lamina.request import SchedulerConfig
+    from lamina.text.tokenizer import Tokenizer
     from lamina.ticket import Ticket
-    from lamina.tokenizer import Tokenizer
     from lamina_workers.decoder.config import ModelConfig
 
 _POLL = 0.2  # seconds
@@ -88,7 +88,7 @@ def _runtime(
     owner: EngineOwner, engine: RemoteEngine, facts: Mapping[str, Any], progress: Progress | None, own: bool
 ) -> ClusterRuntime:
     """Everything that text needs, from the engine's folder where this process finds the same one, else from copies."""
-    from lamina.tokenizer import Tokenizer, read_json
+    from lamina.text.tokenizer import Tokenizer, read_json
     from lamina_workers.decoder.config import ModelConfig
 
     folder, copies = Path(facts["folder"]), None

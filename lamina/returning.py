@@ -15,9 +15,9 @@ from lamina.request import Kept
 from lamina.ticket import Output, Ticket
 
 if TYPE_CHECKING:
-    from lamina.constraints import Grammars
     from lamina.recorder import Recorder
     from lamina.scheduler import Scheduler
+    from lamina.text.structured_output import Grammars
 
 logger = logging.getLogger("lamina")
 

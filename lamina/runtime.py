@@ -38,8 +38,8 @@ from lamina.restart import open_journal, past_epochs, recover
 from lamina.scheduler import Scheduler
 from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.system.progress import Progress
+from lamina.text.tokenizer import Tokenizer, read_json
 from lamina.ticket import Ticket
-from lamina.tokenizer import Tokenizer, read_json
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_worker.device_worker import attention_worker

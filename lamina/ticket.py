@@ -13,7 +13,7 @@ from lamina.types import FinishReason, SamplingParams
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
-    from lamina.constraints import Constraint
+    from lamina.text.structured_output import Constraint
 
 
 @dataclass(frozen=True, slots=True)

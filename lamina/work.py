@@ -12,7 +12,7 @@ from lamina_workers.decoder.sampler import RowSampling, TokenHistory
 from lamina_workers.model_worker.interface import Work
 
 if TYPE_CHECKING:
-    from lamina.constraints import Constraint
+    from lamina.text.structured_output import Constraint
 
 
 def work(

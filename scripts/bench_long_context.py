@@ -31,7 +31,7 @@ def serve(policy: str, model: str, batch: int, context: int, text: str) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     from lamina import LLM
     from lamina.models import resolve
-    from lamina.tokenizer import Tokenizer
+    from lamina.text.tokenizer import Tokenizer
 
     original = json.loads((resolve(model) / "config.json").read_text())["max_position_embeddings"]
     room = context + 1024

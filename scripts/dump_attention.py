@@ -29,7 +29,7 @@ from lamina.models import resolve
 from lamina.probe import Probe
 from lamina.runtime import rescaled
 from lamina.system.machine import native_dtype, this_machine
-from lamina.tokenizer import Tokenizer
+from lamina.text.tokenizer import Tokenizer
 from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import load_weights

@@ -38,7 +38,7 @@ from lamina.models import resolve
 from lamina.policy_choice import head_policies
 from lamina.probe import Probe
 from lamina.system.machine import native_dtype, this_machine
-from lamina.tokenizer import Tokenizer
+from lamina.text.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import attention_kernels
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.config import ModelConfig

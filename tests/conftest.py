@@ -16,7 +16,7 @@ import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from lamina.constraints import Grammars
+    from lamina.text.structured_output import Grammars
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, and some test may import it first

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lamina.chat_template import ChatTemplate
 from lamina.errors import InvalidRequest, ModelFileError
+from lamina.text.chat_template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "h\u00e9 <b>"}, {"role": "assistant", "content": " yes\n"}]
 

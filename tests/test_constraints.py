@@ -16,9 +16,9 @@ from conftest import BytesPort, Rig, collect, tiny_decoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lamina import LLM
-from lamina.constraints import MAX_COLONS, MAX_CONTAINERS, Constraint, Grammars, check_json_schema
 from lamina.errors import EngineError, InvalidRequest
 from lamina.plain_tickets import decode_ticket, encode_ticket
+from lamina.text.structured_output import MAX_COLONS, MAX_CONTAINERS, Constraint, Grammars, check_json_schema
 from lamina.types import JSON_OBJECT, SamplingParams
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Fresh
@@ -202,7 +202,7 @@ def test_what_cannot_be_held_to_is_refused_by_name_and_the_next_one_works(asked:
 
 CHAINS = """
 import sys
-from lamina.constraints import Grammars
+from lamina.text.structured_output import Grammars
 from lamina.errors import InvalidRequest
 from lamina.types import SamplingParams
 

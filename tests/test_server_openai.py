@@ -20,8 +20,8 @@ from lamina.intake import Intake
 from lamina.server.frontend import Frontend, Served
 from lamina.server.schemas import ChatRequest, CompletionRequest
 from lamina.server.tools import ToolUse
+from lamina.text.tokenizer import Tokenizer
 from lamina.ticket import Ticket
-from lamina.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.data
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.stop_strings import StopMatcher
+from lamina.text.stop_strings import StopMatcher
 
 texts = st.text("abc", max_size=40)
 stop_lists = st.lists(st.text("abc", min_size=1, max_size=6), max_size=4)

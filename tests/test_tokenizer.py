@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from lamina.errors import InvalidRequest, ModelFileError
 from lamina.models import resolve
-from lamina.tokenizer import ROLES, StreamDecoder, Tokenizer, check_messages
+from lamina.text.tokenizer import ROLES, StreamDecoder, Tokenizer, check_messages
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}<end>{% endfor %}"
 ONE = [{"role": "user", "content": "hi"}]

@@ -241,7 +241,7 @@ async def _words(client: Client, settings: Settings, model: str) -> Words:
     """From whoever counts best: the tokenizer that was named, the server's /tokenize, the usage that it reports."""
     if settings.tokenizer is not None:
         from lamina.models import resolve
-        from lamina.tokenizer import Tokenizer
+        from lamina.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(resolve(settings.tokenizer))
 

@@ -26,7 +26,7 @@ from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.probe import Probe
 from lamina.runtime import rescaled
 from lamina.system.machine import native_dtype, this_machine
-from lamina.tokenizer import Tokenizer
+from lamina.text.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.config import ModelConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamina.errors import InvalidRequest
-from lamina.tokenizer import Tokenizer
+from lamina.text.tokenizer import Tokenizer
 
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _NEEDLE = "\n\nRemember this: the {} passkey to the vault is:"

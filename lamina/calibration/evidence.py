@@ -20,7 +20,7 @@ from lamina.calibration.torch_path import TorchPath
 from lamina.errors import PolicyError
 from lamina.policy_file import read_text
 from lamina.probe import Probe
-from lamina.tokenizer import Tokenizer
+from lamina.text.tokenizer import Tokenizer
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.streaming import Streaming
 

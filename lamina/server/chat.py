@@ -35,8 +35,8 @@ from lamina.server.serving import GRACE, Call, Service
 from lamina.server.sse import EventStream, while_connected
 from lamina.server.tool_parser import Delta, ToolParser
 from lamina.server.tools import ToolUse, call_text, tags_are_special
+from lamina.text.tokenizer import Tokenizer, check_messages
 from lamina.ticket import Ticket
-from lamina.tokenizer import Tokenizer, check_messages
 from lamina.types import Completion, Sample, SamplingParams, TokenEvent
 
 

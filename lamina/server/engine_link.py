@@ -18,7 +18,7 @@ from lamina.intake import Intake
 from lamina.remote_engine import RemoteEngine
 from lamina.server.frontend import Frontend, Served
 from lamina.server.link import SocketWire
-from lamina.tokenizer import Tokenizer, read_json
+from lamina.text.tokenizer import Tokenizer, read_json
 
 logger = logging.getLogger("lamina")
 

@@ -17,8 +17,8 @@ from lamina.intake import Intake
 from lamina.job import Item, Job, LoopQueue
 from lamina.remote_engine import EngineClient
 from lamina.snapshot import Snapshot
+from lamina.text.tokenizer import Tokenizer
 from lamina.ticket import Ticket
-from lamina.tokenizer import Tokenizer
 from lamina.types import Completion, TokenEvent
 
 State = Literal["loading", "ready", "draining", "dead"]

@@ -58,7 +58,7 @@ class ChatTemplate:
         self._kill()
 
     def _ask(self, request: Mapping[str, Any]) -> Any:
-        from lamina import template_child  # loads Jinja, which only chats need
+        from lamina.text import chat_template_child as template_child  # loads Jinja, which only chats need
 
         if self._child is None:
             self._child = subprocess.Popen(

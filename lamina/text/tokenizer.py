@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from lamina.chat_template import ChatTemplate
 from lamina.errors import InvalidRequest, ModelFileError
+from lamina.text.chat_template import ChatTemplate
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

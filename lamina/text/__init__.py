@@ -1,0 +1,1 @@
+"""Between text and tokens, and what text may come next."""
