@@ -13,7 +13,7 @@ import typer
 
 from lamina import cli_options as opt
 from lamina.errors import InvalidRequest
-from lamina.server.api_keys import KEY_VARIABLE
+from lamina.server.http.api_keys import KEY_VARIABLE
 from lamina.terminal import ProgressBars, print_json
 
 if TYPE_CHECKING:

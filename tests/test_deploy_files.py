@@ -18,9 +18,9 @@ import typer
 import yaml
 
 from lamina.cli import app
-from lamina.server.api_keys import KEY_VARIABLE
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
+from lamina.server.http.api_keys import KEY_VARIABLE
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
 from lamina.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
 from lamina.server.settings import ServerSettings

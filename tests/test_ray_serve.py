@@ -12,7 +12,7 @@ import pytest
 from test_cluster import Namespaces, all_end, cluster
 
 from lamina.errors import InvalidRequest
-from lamina.server.api_keys import KEY_VARIABLE
+from lamina.server.http.api_keys import KEY_VARIABLE
 from lamina.server.ray_serve import ServePlan
 
 

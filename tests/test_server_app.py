@@ -15,9 +15,9 @@ from server_rig import MODEL, Rig, serving, until
 
 from lamina import LLM, EngineError
 from lamina.server.frontend import Frontend, Served
-from lamina.server.gate import Gate, NoMetrics
+from lamina.server.http.gate import Gate, NoMetrics
+from lamina.server.http.sse import while_connected
 from lamina.server.settings import ServerSettings
-from lamina.server.sse import while_connected
 from lamina.snapshot import Snapshot
 from lamina.ticket import Output, Ticket
 

@@ -13,8 +13,8 @@ import pytest
 from server_rig import MODEL, Reply, Rig, serving
 
 from lamina import LLM
-from lamina.server import limits
-from lamina.server.errors import ApiError
+from lamina.server.http import limits
+from lamina.server.http.errors import ApiError
 from lamina.server.schemas import ChatRequest, CompletionRequest, read
 
 pytestmark = pytest.mark.data

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from lamina.server import protocol
-from lamina.server.protocol import MAX_HEAD, LimitedProtocol
+from lamina.server.http import protocol
+from lamina.server.http.protocol import MAX_HEAD, LimitedProtocol
 
 BODY = b'{"a": 1}'
 HEAD = b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 8\r\n"

@@ -20,10 +20,10 @@ from lamina.errors import LaminaError
 from lamina.server import answer_schemas, schemas, text_routes
 from lamina.server.chat import chat
 from lamina.server.completions import completions
-from lamina.server.errors import ApiError
 from lamina.server.frontend import Frontend
-from lamina.server.gate import Gate, Metrics, NoMetrics, count_rejection
-from lamina.server.limits import ClientGone
+from lamina.server.http.errors import ApiError
+from lamina.server.http.gate import Gate, Metrics, NoMetrics, count_rejection
+from lamina.server.http.limits import ClientGone
 from lamina.server.page import PUBLIC_PATHS, add_page
 from lamina.server.serving import Service
 from lamina.server.settings import ServerSettings

@@ -18,8 +18,9 @@ from lamina.errors import ContextTooLong
 from lamina.intake import Intake
 from lamina.server import answers
 from lamina.server.answers import Chunks, chat_logprob, dumps
-from lamina.server.errors import ApiError, refused
 from lamina.server.frontend import Served
+from lamina.server.http.errors import ApiError, refused
+from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.sampling import (
     blaming,
     check_characters,
@@ -32,7 +33,6 @@ from lamina.server.sampling import (
 )
 from lamina.server.schemas import ChatRequest, TokenizeRequest
 from lamina.server.serving import GRACE, Call, Service
-from lamina.server.sse import EventStream, while_connected
 from lamina.server.tool_parser import Delta, ToolParser
 from lamina.server.tools import ToolUse, call_text, tags_are_special
 from lamina.text.tokenizer import Tokenizer, check_messages

@@ -16,8 +16,9 @@ from starlette.responses import Response
 from lamina.intake import is_one
 from lamina.server import answers
 from lamina.server.answers import Chunks, TextLogprobs, dumps
-from lamina.server.errors import ApiError, refused
 from lamina.server.frontend import Served
+from lamina.server.http.errors import ApiError, refused
+from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.sampling import (
     blaming,
     check_characters,
@@ -29,7 +30,6 @@ from lamina.server.sampling import (
 )
 from lamina.server.schemas import CompletionRequest
 from lamina.server.serving import GRACE, Call, Service
-from lamina.server.sse import EventStream, while_connected
 from lamina.ticket import Ticket
 from lamina.types import Completion, Sample, SamplingParams, TokenEvent
 

@@ -25,9 +25,9 @@ from lamina.errors import LaminaError
 from lamina.server.app import create_app
 from lamina.server.engine_link import EngineLink
 from lamina.server.frontend import Frontend
+from lamina.server.http.protocol import LimitedProtocol
 from lamina.server.lines import Mouth, begin
 from lamina.server.metrics import ServerMetrics
-from lamina.server.protocol import LimitedProtocol
 from lamina.server.settings import ServerSettings
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
-from lamina.server.api_keys import KEY_VARIABLE, keys_from_environment, keys_from_file
+from lamina.server.http.api_keys import KEY_VARIABLE, keys_from_environment, keys_from_file
 from lamina.server.settings import ServerSettings
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from lamina.server.errors import ApiError, shown
+from lamina.server.http.errors import ApiError, shown
 from lamina.text.tokenizer import ROLES
 from lamina.types import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOP_STRINGS
 

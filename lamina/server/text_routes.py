@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lamina.server.chat import checked_messages, prompt_text
-from lamina.server.errors import ApiError, refused
 from lamina.server.frontend import EngineUnavailable, Served
+from lamina.server.http.errors import ApiError, refused
 from lamina.server.sampling import check_characters
 from lamina.server.schemas import DetokenizeRequest, TokenizeRequest
 from lamina.server.serving import Service

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lamina.server.errors import ApiError, shown
 from lamina.server.frontend import State
+from lamina.server.http.errors import ApiError, shown
 from lamina.server.settings import ServerSettings
 from lamina.snapshot import Snapshot
 from lamina_protocols.channels import is_loopback

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.types import Receive
 
-from lamina.server.errors import ApiError, shown
+from lamina.server.http.errors import ApiError, shown
 
 MAX_DEPTH = 100  # of lists and objects within each other
 MAX_VALUES = 1_000_000

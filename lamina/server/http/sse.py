@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from lamina.errors import LaminaError
-from lamina.server.errors import ApiError
-from lamina.server.limits import ClientGone
+from lamina.server.http.errors import ApiError
+from lamina.server.http.limits import ClientGone
 
 logger = logging.getLogger("lamina")
 

@@ -1,0 +1,1 @@
+"""What any HTTP request passes: bodies, limits, keys, server-sent events, errors."""
