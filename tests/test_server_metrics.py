@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lamina.errors import EngineError
 from lamina.request import Request
 from lamina.server.frontend import DeadlineExceeded
-from lamina.server.metrics import MAX_VALUES, ServerMetrics
+from lamina.server.metrics.metrics import MAX_VALUES, ServerMetrics
 from lamina.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
 from lamina.ticket import Ticket
 from lamina.types import Completion, Sample, SamplingParams, Timing, Usage
@@ -269,7 +269,7 @@ def test_vllms_names_are_all_there() -> None:
 def test_metrics_load_neither_torch_nor_opentelemetry() -> None:
     program = """
 import sys
-import lamina.server.metrics, lamina.server.tracing
+import lamina.server.metrics.metrics, lamina.server.metrics.tracing
 loaded = [name for name in ("torch", "ray", "opentelemetry", "fastapi") if name in sys.modules]
 sys.exit(f"loaded: {loaded}" if loaded else 0)
 """

@@ -11,7 +11,7 @@ import pytest
 from lamina.errors import EngineError
 from lamina.request import Request
 from lamina.server.frontend import Unobserved
-from lamina.server.tracing import Tracer
+from lamina.server.metrics.tracing import Tracer
 from lamina.ticket import Ticket
 from lamina.types import Completion, Sample, SamplingParams, Timing, Usage
 

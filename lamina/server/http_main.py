@@ -27,11 +27,11 @@ from lamina.server.engine_link import EngineLink
 from lamina.server.frontend import Frontend
 from lamina.server.http.protocol import LimitedProtocol
 from lamina.server.lines import Mouth, begin
-from lamina.server.metrics import ServerMetrics
+from lamina.server.metrics.metrics import ServerMetrics
 from lamina.server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from lamina.server.tracing import Tracer
+    from lamina.server.metrics.tracing import Tracer
 
 logger = logging.getLogger("lamina")
 
@@ -94,7 +94,7 @@ def _tracer(settings: ServerSettings) -> Tracer | None:
     """Where traces go, if anywhere: OpenTelemetry is imported only then. Raises InvalidRequest where it is missing."""
     if settings.otlp_traces_endpoint is None:
         return None
-    from lamina.server.tracing import Tracer
+    from lamina.server.metrics.tracing import Tracer
 
     return Tracer.from_endpoint(settings.otlp_traces_endpoint, settings.model)
 

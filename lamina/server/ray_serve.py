@@ -98,7 +98,7 @@ class Replica:
         from lamina.ray_engine import start_on_cluster
         from lamina.server.app import create_app
         from lamina.server.frontend import Frontend, Served
-        from lamina.server.metrics import ServerMetrics
+        from lamina.server.metrics.metrics import ServerMetrics
 
         settings = plan.settings_here()
         metrics = ServerMetrics(settings.model)

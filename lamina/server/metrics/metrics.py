@@ -15,8 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from lamina.errors import LaminaError
-from lamina.server.engine_metrics import EngineMetrics, cumulative
 from lamina.server.frontend import State
+from lamina.server.metrics.engine_metrics import EngineMetrics, cumulative
 from lamina.snapshot import Snapshot
 from lamina.ticket import Ticket
 from lamina.types import Completion
