@@ -21,8 +21,8 @@ from lamina.cli import app
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.http.api_keys import KEY_VARIABLE
+from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
-from lamina.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
 from lamina.server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[1]

@@ -465,7 +465,7 @@ def test_work_is_over_before_its_client_is_gone() -> None:
 
 
 def test_a_client_that_reads_nothing_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamina.server.chat.GRACE", 0.2)
+    monkeypatch.setattr("lamina.server.openai.chat.GRACE", 0.2)
     words = ["284"] * 2000
     script = Script(lambda ticket: says(*words)(ticket))
     with serving(None, frontend=scripted(llm, script), request_timeout=0.5) as rig, socket.socket() as connection:

@@ -15,7 +15,7 @@ from server_rig import MODEL, Reply, Rig, serving
 from lamina import LLM
 from lamina.server.http import limits
 from lamina.server.http.errors import ApiError
-from lamina.server.schemas import ChatRequest, CompletionRequest, read
+from lamina.server.openai.schemas import ChatRequest, CompletionRequest, read
 
 pytestmark = pytest.mark.data
 

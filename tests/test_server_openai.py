@@ -18,8 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from lamina import LLM
 from lamina.intake import Intake
 from lamina.server.frontend import Frontend, Served
-from lamina.server.schemas import ChatRequest, CompletionRequest
-from lamina.server.tools import ToolUse
+from lamina.server.openai.schemas import ChatRequest, CompletionRequest
+from lamina.server.openai.tools import ToolUse
 from lamina.text.tokenizer import Tokenizer
 from lamina.ticket import Ticket
 

@@ -17,8 +17,8 @@ from test_constraints import EOS, GRAMMARS, TOKENIZER
 
 from lamina import LLM
 from lamina.errors import InvalidRequest
-from lamina.server.tool_parser import Delta, ToolParser
-from lamina.server.tools import ToolUse, call_text, tags_are_special
+from lamina.server.openai.tool_parser import Delta, ToolParser
+from lamina.server.openai.tools import ToolUse, call_text, tags_are_special
 from lamina.types import SamplingParams
 
 

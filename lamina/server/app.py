@@ -17,15 +17,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lamina.errors import LaminaError
-from lamina.server import answer_schemas, schemas, text_routes
-from lamina.server.chat import chat
-from lamina.server.completions import completions
 from lamina.server.frontend import Frontend
 from lamina.server.http.errors import ApiError
 from lamina.server.http.gate import Gate, Metrics, NoMetrics, count_rejection
 from lamina.server.http.limits import ClientGone
+from lamina.server.openai import model_routes as text_routes
+from lamina.server.openai import response_schemas as answer_schemas
+from lamina.server.openai import schemas
+from lamina.server.openai.calls import Service
+from lamina.server.openai.chat import chat
+from lamina.server.openai.completions import completions
 from lamina.server.page import PUBLIC_PATHS, add_page
-from lamina.server.serving import Service
 from lamina.server.settings import ServerSettings
 from lamina.version import __version__
 

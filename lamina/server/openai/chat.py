@@ -16,12 +16,13 @@ from starlette.responses import Response
 
 from lamina.errors import ContextTooLong
 from lamina.intake import Intake
-from lamina.server import answers
-from lamina.server.answers import Chunks, chat_logprob, dumps
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
-from lamina.server.sampling import (
+from lamina.server.openai import responses as answers
+from lamina.server.openai.calls import GRACE, Call, Service
+from lamina.server.openai.responses import Chunks, chat_logprob, dumps
+from lamina.server.openai.sampling_fields import (
     blaming,
     check_characters,
     check_prompt_logprobs,
@@ -31,10 +32,9 @@ from lamina.server.sampling import (
     structured,
     truncated,
 )
-from lamina.server.schemas import ChatRequest, TokenizeRequest
-from lamina.server.serving import GRACE, Call, Service
-from lamina.server.tool_parser import Delta, ToolParser
-from lamina.server.tools import ToolUse, call_text, tags_are_special
+from lamina.server.openai.schemas import ChatRequest, TokenizeRequest
+from lamina.server.openai.tool_parser import Delta, ToolParser
+from lamina.server.openai.tools import ToolUse, call_text, tags_are_special
 from lamina.text.tokenizer import Tokenizer, check_messages
 from lamina.ticket import Ticket
 from lamina.types import Completion, Sample, SamplingParams, TokenEvent

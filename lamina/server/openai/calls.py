@@ -19,7 +19,7 @@ from lamina.server.frontend import DeadlineExceeded, Frontend, Generation, Serve
 from lamina.server.http.errors import ApiError, overloaded, refused, shown, translated
 from lamina.server.http.gate import REQUEST_ID, TENANT, Metrics
 from lamina.server.http.limits import check_media_type, parse_object, read_body
-from lamina.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
+from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
 from lamina.server.settings import ServerSettings
 from lamina.ticket import Ticket
 

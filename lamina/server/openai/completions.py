@@ -14,12 +14,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lamina.intake import is_one
-from lamina.server import answers
-from lamina.server.answers import Chunks, TextLogprobs, dumps
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
-from lamina.server.sampling import (
+from lamina.server.openai import responses as answers
+from lamina.server.openai.calls import GRACE, Call, Service
+from lamina.server.openai.responses import Chunks, TextLogprobs, dumps
+from lamina.server.openai.sampling_fields import (
     blaming,
     check_characters,
     check_prompt_logprobs,
@@ -28,8 +29,7 @@ from lamina.server.sampling import (
     structured,
     truncated,
 )
-from lamina.server.schemas import CompletionRequest
-from lamina.server.serving import GRACE, Call, Service
+from lamina.server.openai.schemas import CompletionRequest
 from lamina.ticket import Ticket
 from lamina.types import Completion, Sample, SamplingParams, TokenEvent
 

@@ -11,13 +11,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lamina.server.chat import checked_messages, prompt_text
 from lamina.server.frontend import EngineUnavailable, Served
 from lamina.server.http.errors import ApiError, refused
-from lamina.server.sampling import check_characters
-from lamina.server.schemas import DetokenizeRequest, TokenizeRequest
-from lamina.server.serving import Service
-from lamina.server.tools import ToolUse
+from lamina.server.openai.calls import Service
+from lamina.server.openai.chat import checked_messages, prompt_text
+from lamina.server.openai.sampling_fields import check_characters
+from lamina.server.openai.schemas import DetokenizeRequest, TokenizeRequest
+from lamina.server.openai.tools import ToolUse
 from lamina.version import __version__
 
 _STARTED = int(time.time())

@@ -13,7 +13,7 @@ from typing import Any
 from lamina.errors import InvalidRequest
 from lamina.intake import Intake
 from lamina.server.http.errors import ApiError, refused, shown
-from lamina.server.schemas import GenerationRequest
+from lamina.server.openai.schemas import GenerationRequest
 from lamina.types import JSON_OBJECT, SamplingParams
 
 CHARACTERS = 64

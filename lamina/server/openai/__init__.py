@@ -1,0 +1,1 @@
+"""Routes, fields and answers as OpenAI and vLLM name them."""
