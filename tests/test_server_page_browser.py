@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lamina.server.frontend import Frontend, Served
-from lamina.server.page import PUBLIC_PATHS, add_page
+from lamina.server.page.page import PUBLIC_PATHS, add_page
 from lamina.server.settings import ServerSettings
 from lamina.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 

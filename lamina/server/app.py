@@ -27,7 +27,7 @@ from lamina.server.openai import schemas
 from lamina.server.openai.calls import Service
 from lamina.server.openai.chat import chat
 from lamina.server.openai.completions import completions
-from lamina.server.page import PUBLIC_PATHS, add_page
+from lamina.server.page.page import PUBLIC_PATHS, add_page
 from lamina.server.settings import ServerSettings
 from lamina.version import __version__
 

@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lamina.server.frontend import EngineUnavailable, Frontend
-from lamina.server.recent import SECONDS, RecentLatencies
+from lamina.server.page.recent_latencies import SECONDS, RecentLatencies
+from lamina.server.page.status import Labels, Server, percentiles, status
 from lamina.server.settings import ServerSettings
-from lamina.server.status import Labels, Server, percentiles, status
 from lamina.version import __version__
 
 _FILES = {
