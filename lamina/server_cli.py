@@ -56,9 +56,9 @@ def serve(
     engine: opt.EngineOptions,
 ) -> None:
     """Serve a model to clients of OpenAI's API. The page at / shows what happens; /metrics is for Prometheus."""
-    from lamina.server.lines import LEVELS
+    from lamina.server.processes.child_protocol import LEVELS
+    from lamina.server.processes.supervisor import ServerPlan, Supervisor
     from lamina.server.settings import ServerSettings
-    from lamina.server.supervisor import ServerPlan, Supervisor
 
     keywords = engine.config()
     if engine.plan is not None:

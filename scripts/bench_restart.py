@@ -29,9 +29,9 @@ from typing import Any
 from lamina.journal import Facts, Journal
 from lamina.remote_engine import RemoteEngine
 from lamina.request import Request
-from lamina.server.lines import line, parse
-from lamina.server.link import SocketWire
-from lamina.server.supervisor import ENGINE_MODULE
+from lamina.server.processes.child_protocol import line, parse
+from lamina.server.processes.link import SocketWire
+from lamina.server.processes.supervisor import ENGINE_MODULE
 from lamina.system.child_process import ChildProcess
 from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams

@@ -250,8 +250,8 @@ def _until_healthy(url: str) -> None:
 def measure_first_bytes(args: argparse.Namespace) -> dict[str, list[float]]:
     from lamina.config import EngineConfig
     from lamina.runtime import start
-    from lamina.server.lines import line, parse
-    from lamina.server.link import EngineListener
+    from lamina.server.processes.child_protocol import line, parse
+    from lamina.server.processes.link import EngineListener
     from lamina.system.child_process import ChildProcess, end_all
 
     runtime = start(MODEL, EngineConfig(kv_memory=KV_MEMORY))
@@ -261,7 +261,7 @@ def measure_first_bytes(args: argparse.Namespace) -> dict[str, list[float]]:
         path, secret = f"{folder}/engine.sock", secrets.token_hex(32)
         EngineListener(path, bytes.fromhex(secret), recorder, time.monotonic)
         said: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        command = [sys.executable, "-m", "lamina.server.http_main"]
+        command = [sys.executable, "-m", "lamina.server.processes.http_main"]
         child = ChildProcess("http", command, lambda _, text: said.put(parse(text)), said.put, pass_fds=[sock.fileno()])
         facts = {
             "socket": path,

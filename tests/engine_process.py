@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lamina.remote_engine import RemoteEngine
-from lamina.server.lines import line, parse
-from lamina.server.link import SocketWire
-from lamina.server.supervisor import ENGINE_MODULE
+from lamina.server.processes.child_protocol import line, parse
+from lamina.server.processes.link import SocketWire
+from lamina.server.processes.supervisor import ENGINE_MODULE
 from lamina.system.child_process import ChildProcess
 
 SECRET = secrets.token_hex(32)

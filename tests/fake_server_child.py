@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from lamina.server.lines import Mouth, hear
+from lamina.server.processes.child_protocol import Mouth, hear
 from lamina_workers.process.exit import die_with_parent
 
 FOLDER = Path(os.environ["FAKE_CHILD_FOLDER"])

@@ -62,11 +62,11 @@ class Server:
 
     @property
     def engine(self) -> int:
-        return self.children("lamina.server.engine_main")[0]
+        return self.children("lamina.server.processes.engine_main")[0]
 
     @property
     def http(self) -> int:
-        return self.children("lamina.server.http_main")[0]
+        return self.children("lamina.server.processes.http_main")[0]
 
     @property
     def attention_workers(self) -> list[int]:

@@ -20,9 +20,9 @@ from lamina.errors import EngineError
 from lamina.models import resolve
 from lamina.remote_engine import RemoteEngine
 from lamina.request import Request
-from lamina.server.engine_link import EngineLink
 from lamina.server.frontend import EngineUnavailable, Frontend, Served
-from lamina.server.link import EngineListener, SocketWire, pack, unpack
+from lamina.server.processes.engine_link import EngineLink
+from lamina.server.processes.link import EngineListener, SocketWire, pack, unpack
 from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams
 from lamina_protocols.errors import ProtocolError
@@ -151,7 +151,7 @@ def test_commands_that_together_are_too_large_for_a_frame_are_sent(rig: Rig, pat
 
 
 def test_the_http_process_loads_neither_torch_nor_ray() -> None:
-    code = "import sys, lamina.server.http_main; print(*sys.modules)"
+    code = "import sys, lamina.server.processes.http_main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "ray", "grpc", "numba"}.intersection(loaded)
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from lamina.errors import EngineError, InvalidRequest
+from lamina.server.processes.supervisor import ServerPlan, Supervisor
 from lamina.server.settings import ServerSettings
-from lamina.server.supervisor import ServerPlan, Supervisor
 
 TESTS = Path(__file__).parent
 PATIENCE = 30.0
@@ -99,8 +99,8 @@ class World:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setenv("FAKE_CHILD_FOLDER", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
-    monkeypatch.setattr("lamina.server.supervisor.ENGINE_MODULE", "fake_server_child")
-    monkeypatch.setattr("lamina.server.supervisor.HTTP_MODULE", "fake_server_child")
+    monkeypatch.setattr("lamina.server.processes.supervisor.ENGINE_MODULE", "fake_server_child")
+    monkeypatch.setattr("lamina.server.processes.supervisor.HTTP_MODULE", "fake_server_child")
     return World(tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_a_port_that_is_taken_is_named(world: World) -> None:
 
 def test_children_die_with_the_supervisor(tmp_path: Path) -> None:
     code = """
-import lamina.server.supervisor as s
+import lamina.server.processes.supervisor as s
 from lamina.server.settings import ServerSettings
 s.ENGINE_MODULE = s.HTTP_MODULE = "fake_server_child"
 class Report:

@@ -17,7 +17,7 @@ from lamina.errors import LaminaError
 from lamina.intake import Intake
 from lamina.remote_engine import RemoteEngine
 from lamina.server.frontend import Frontend, Served
-from lamina.server.link import SocketWire
+from lamina.server.processes.link import SocketWire
 from lamina.text.tokenizer import Tokenizer, read_json
 
 logger = logging.getLogger("lamina")

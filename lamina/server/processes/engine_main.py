@@ -1,4 +1,4 @@
-"""The engine of a server as a process: `python -m lamina.server.engine_main`, started by the supervisor.
+"""The engine of a server as a process: `python -m lamina.server.processes.engine_main`, started by the supervisor.
 
 Hears what model to load and which attention workers are there; says how loading goes, and where it serves. Ends when
 its stdin closes, and when the engine stops. torch is imported only after the environment that OpenMP reads is set.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lamina.config import EngineConfig
 from lamina.errors import LaminaError
 from lamina.members import Member
-from lamina.server.lines import Mouth, begin
+from lamina.server.processes.child_protocol import Mouth, begin
 from lamina.system.progress import Progress
 from lamina.told_members import ToldMembers
 from lamina_protocols.channels import Credentials
@@ -89,7 +89,7 @@ def _serve(
         mouth.say("progress", what, done, total)
 
     try:
-        from lamina.server.link import EngineListener
+        from lamina.server.processes.link import EngineListener
 
         settings = EngineConfig(**config)
         runtime = _start(model, settings, progress, members)

@@ -35,14 +35,14 @@ from lamina.errors import (
 )
 from lamina.local_cluster import LocalCluster
 from lamina.members import Backoff, Member
-from lamina.server.lines import LOG_LEVEL, line, parse
+from lamina.server.processes.child_protocol import LOG_LEVEL, line, parse
 from lamina.server.settings import ServerSettings
 from lamina.system.child_process import ChildProcess, end_all
 
 logger = logging.getLogger("lamina")
 
-ENGINE_MODULE = "lamina.server.engine_main"
-HTTP_MODULE = "lamina.server.http_main"
+ENGINE_MODULE = "lamina.server.processes.engine_main"
+HTTP_MODULE = "lamina.server.processes.http_main"
 _WORKERS_BACK = 10.0  # seconds that a restarted engine waits for all of its attention workers, before some will do
 _KINDS = {
     kind.__name__: kind

@@ -1,4 +1,4 @@
-"""The HTTP side of a server as a process: `python -m lamina.server.http_main`, started by the supervisor.
+"""The HTTP side of a server as a process: `python -m lamina.server.processes.http_main`, started by the supervisor.
 
 Hears where to listen and how the engine is; says when it listens and when it has reached an engine. Loads no torch.
 
@@ -23,11 +23,11 @@ import uvicorn
 
 from lamina.errors import LaminaError
 from lamina.server.app import create_app
-from lamina.server.engine_link import EngineLink
 from lamina.server.frontend import Frontend
 from lamina.server.http.protocol import LimitedProtocol
-from lamina.server.lines import Mouth, begin
 from lamina.server.metrics.metrics import ServerMetrics
+from lamina.server.processes.child_protocol import Mouth, begin
+from lamina.server.processes.engine_link import EngineLink
 from lamina.server.settings import ServerSettings
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The supervisor, its child processes, and what they say to each other."""
