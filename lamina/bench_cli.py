@@ -1,6 +1,6 @@
 """`lamina bench`: load a server and say how long answers took, or time decode steps of an engine in this process.
 
-Knows words, files and exit codes; what is measured, `lamina.bench` knows. Imports it when a command runs.
+Knows words, files and exit codes; what is measured, `lamina.measure.bench` knows. Imports it when a command runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lamina.server.http.api_keys import KEY_VARIABLE
 from lamina.terminal import ProgressBars, print_json
 
 if TYPE_CHECKING:
-    from lamina.bench.serve import Result
+    from lamina.measure.bench.serve import Result
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a server, or the decode steps of an engine.")
 
@@ -84,9 +84,9 @@ def serve(
     as_json: opt.JsonLines = False,
 ) -> None:
     """Send requests to a server and report latencies (TTFT, TPOT, ITL, E2EL), throughput and goodput."""
-    from lamina.bench.measures import parse_percentiles, parse_slo
-    from lamina.bench.running import run_loop
-    from lamina.bench.serve import Settings, bench
+    from lamina.measure.bench.measures import parse_percentiles, parse_slo
+    from lamina.measure.bench.running import run_loop
+    from lamina.measure.bench.serve import Settings, bench
 
     if more_goodput and not goodput:  # further words are for --goodput, as vLLM takes them
         raise InvalidRequest(f"{more_goodput[0]!r:.80} was given; allowed are options alone")
@@ -127,7 +127,7 @@ def decode(
     """Time decode steps without a server: milliseconds, tokens a second, bytes read beside what memory gives."""
     from datetime import datetime, timezone
 
-    from lamina.bench.decode import bench, record, table
+    from lamina.measure.bench.decode import bench, record, table
     from lamina.system.machine import this_machine
     from lamina.system.text_files import write_text
     from lamina.version import __version__
@@ -156,7 +156,7 @@ def decode(
 def _tell(result: Result, as_json: bool, save: Path | None, detailed: bool, plot: Path | None) -> None:
     from datetime import datetime, timezone
 
-    from lamina.bench.report import record, text
+    from lamina.measure.bench.report import record, text
     from lamina.system.machine import this_machine
     from lamina.system.text_files import write_text
     from lamina.version import __version__
@@ -172,7 +172,7 @@ def _tell(result: Result, as_json: bool, save: Path | None, detailed: bool, plot
     if save is not None:
         write_text(save, _json(fields(detailed)))
     if plot is not None and result.summary.completed:
-        from lamina.bench.plots import save_plot
+        from lamina.measure.bench.plots import save_plot
 
         save_plot(result, plot)
 

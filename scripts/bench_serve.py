@@ -30,8 +30,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lamina.bench.running import run_loop
-from lamina.bench.serve import Result, Settings, bench
+from lamina.measure.bench.running import run_loop
+from lamina.measure.bench.serve import Result, Settings, bench
 from lamina.system.machine import this_machine
 
 MODEL = "smollm2-135m"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.bench import answers
-from lamina.bench.answers import Answer
 from lamina.errors import ProtocolError
+from lamina.measure.bench import answers
+from lamina.measure.bench.answers import Answer
 
 
 def event(**fields):

@@ -8,8 +8,8 @@ import json
 import pytest
 from mock_openai_server import NAME, Behaviour, serving
 
-from lamina.bench.client import Client, ModelInfo, checked_url, request_body
 from lamina.errors import EngineError, InvalidRequest
+from lamina.measure.bench.client import Client, ModelInfo, checked_url, request_body
 
 
 def sent(behaviour, endpoint="chat", output=6, timeout=20.0, key=None, times=1):

@@ -9,10 +9,10 @@ import typer
 from real_workers import write_tiny_model
 from typer.testing import CliRunner
 
-from lamina.bench.decode import bench, dtypes, record, row, step_bytes, table
 from lamina.bench_cli import bench_app
 from lamina.cli import Commands
 from lamina.config import EngineConfig
+from lamina.measure.bench.decode import bench, dtypes, record, row, step_bytes, table
 from lamina.plan_check import Measured
 from lamina.simulator.costs.models import model
 from lamina.system.machine import Machine

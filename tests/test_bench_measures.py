@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.bench.measures import (
+from lamina.errors import InvalidRequest
+from lamina.measure.bench.measures import (
     Outcome,
     meets,
     over_time,
@@ -21,7 +22,6 @@ from lamina.bench.measures import (
     spread,
     summary,
 )
-from lamina.errors import InvalidRequest
 
 FINE = Outcome(0.0, 1.0, 2.0, (1.5, 1.75, 2.0), planned=9, asked=3, prompt=10, output=3, cached=4)
 COUNTED = Outcome(0.0, 2.0, 2.5, (2.25,), planned=9, asked=8)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.bench.measures import Outcome
-from lamina.bench.running import run, run_loop
+from lamina.measure.bench.measures import Outcome
+from lamina.measure.bench.running import run, run_loop
 
 
 class Server:

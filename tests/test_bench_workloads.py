@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.bench.prompts import ENOUGH, Words, Writer, find_words, guessed_words
-from lamina.bench.workloads import Item, Lengths, arrivals, capped, drawn, fresh, of_trace
 from lamina.errors import EngineError, InvalidRequest
+from lamina.measure.bench.prompts import ENOUGH, Words, Writer, find_words, guessed_words
+from lamina.measure.bench.workloads import Item, Lengths, arrivals, capped, drawn, fresh, of_trace
 from lamina.simulator.traces.arrivals import Arrival, Trace
 
 COUNTS = st.integers(0, 60)

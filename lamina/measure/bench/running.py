@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lamina.bench.measures import Outcome
+from lamina.measure.bench.measures import Outcome
 
 Clock = Callable[[], float]
 Send = Callable[[int, Clock], Awaitable[Outcome]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 
-from lamina.bench.sse import DONE, EventStream, Usage, parse, plainly_text
 from lamina.errors import ProtocolError
+from lamina.measure.bench.sse import DONE, EventStream, Usage, parse, plainly_text
 
 MAX_STREAM = 1 << 28
 """Bytes of one stream."""

@@ -10,7 +10,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from lamina.bench.workloads import Item, Part
+from lamina.measure.bench.workloads import Item, Part
 
 Count = Callable[[str], Awaitable[int]]
 """How many tokens a text has, with whatever comes around it."""

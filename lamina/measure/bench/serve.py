@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lamina.bench.client import ENDPOINTS, Client, ModelInfo, request_body
-from lamina.bench.measures import Outcome, Summary, percentile, summary
-from lamina.bench.prompts import Words, Writer, find_words, guessed_words
-from lamina.bench.running import Clock, Progress, Run, interruptible, run
-from lamina.bench.workloads import MAX_REQUESTS, Item, Lengths, capped, drawn, fresh, of_trace
 from lamina.errors import EngineError, InvalidRequest
+from lamina.measure.bench.client import ENDPOINTS, Client, ModelInfo, request_body
+from lamina.measure.bench.measures import Outcome, Summary, percentile, summary
+from lamina.measure.bench.prompts import Words, Writer, find_words, guessed_words
+from lamina.measure.bench.running import Clock, Progress, Run, interruptible, run
+from lamina.measure.bench.workloads import MAX_REQUESTS, Item, Lengths, capped, drawn, fresh, of_trace
 from lamina.system.machine import this_machine
 
 DATASETS = ("random", "shared-prefix", "trace")

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from lamina.bench.answers import Answer
-from lamina.bench.measures import Outcome
-from lamina.bench.sse import message, read_usage
 from lamina.errors import EngineError, InvalidRequest, ProtocolError
+from lamina.measure.bench.answers import Answer
+from lamina.measure.bench.measures import Outcome
+from lamina.measure.bench.sse import message, read_usage
 
 ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 MAX_BODY = 16 << 20

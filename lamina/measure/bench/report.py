@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lamina.bench.measures import METRICS, Spread
-from lamina.bench.serve import Result
+from lamina.measure.bench.measures import METRICS, Spread
+from lamina.measure.bench.serve import Result
 from lamina.system.machine import Machine
 
 SCHEMA = "lamina.bench.serve"

@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lamina.bench.measures import Outcome, over_time
-from lamina.bench.serve import Result
+from lamina.measure.bench.measures import Outcome, over_time
+from lamina.measure.bench.serve import Result
 from lamina.system.figures import ACCENT, BAR, BEST, SOFT, THIRD, picture
 
 if TYPE_CHECKING:
