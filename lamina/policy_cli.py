@@ -86,8 +86,8 @@ def measure(
     """What a policy file costs in quality on a long text, beside the full cache."""
     from dataclasses import asdict
 
-    from lamina.calibration.calibrate import measure as measured
     from lamina.config import EngineConfig
+    from lamina.measure.calibration.calibrate import measure as measured
     from lamina.policy_file import read
 
     with ProgressBars() as bars:
@@ -119,11 +119,11 @@ def calibrate(
     seed: Seed = 0,
 ) -> None:
     """Find what each KV head of a model has to keep, and write a policy file with a report beside it."""
-    from lamina.calibration.calibrate import Settings
-    from lamina.calibration.calibrate import calibrate as calibrated
-    from lamina.calibration.quality import Target
-    from lamina.calibration.report import NO_PLOTS, write_report
     from lamina.config import EngineConfig
+    from lamina.measure.calibration.calibrate import Settings
+    from lamina.measure.calibration.calibrate import calibrate as calibrated
+    from lamina.measure.calibration.quality import Target
+    from lamina.measure.calibration.report import NO_PLOTS, write_report
     from lamina.policy_file import write
 
     given: dict[str, Any] = {

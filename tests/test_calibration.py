@@ -25,19 +25,19 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from typer.testing import CliRunner
 
 from lamina import policy_file
-from lamina.calibration.calibrate import Calibration, Settings
-from lamina.calibration.capture import Captured, capture, joined
-from lamina.calibration.data import Passkeys, corpus, passkeys, repeated, vocabulary_words
-from lamina.calibration.evidence import Evidence
-from lamina.calibration.gating import optimise, ramp
-from lamina.calibration.influence import influences
-from lamina.calibration.quality import Quality, Target, compare, read
-from lamina.calibration.report import heat_map, page, write_report
-from lamina.calibration.scores import echo_and_induction, mean_attention, ranks
-from lamina.calibration.selection import Trial, by_evidence, candidates, choose, options
-from lamina.calibration.spans import plans
-from lamina.calibration.torch_path import TorchPath, attend
 from lamina.errors import InvalidRequest, PolicyError, UnsupportedModelError
+from lamina.measure.calibration.calibrate import Calibration, Settings
+from lamina.measure.calibration.capture import Captured, capture, joined
+from lamina.measure.calibration.data import Passkeys, corpus, passkeys, repeated, vocabulary_words
+from lamina.measure.calibration.evidence import Evidence
+from lamina.measure.calibration.gating import optimise, ramp
+from lamina.measure.calibration.influence import influences
+from lamina.measure.calibration.quality import Quality, Target, compare, read
+from lamina.measure.calibration.report import heat_map, page, write_report
+from lamina.measure.calibration.scores import echo_and_induction, mean_attention, ranks
+from lamina.measure.calibration.selection import Trial, by_evidence, candidates, choose, options
+from lamina.measure.calibration.spans import plans
+from lamina.measure.calibration.torch_path import TorchPath, attend
 from lamina.policy_cli import calibrate, policy_app
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.probe import Probe

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina.calibration.capture import Captured
+from lamina.measure.calibration.capture import Captured
 from lamina_kernels.dense import rotate
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.rope import Rotary, attention_scale

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lamina.calibration.calibrate import Calibration
-from lamina.calibration.quality import Quality, Target
-from lamina.calibration.scores import Scores
 from lamina.errors import PolicyError
+from lamina.measure.calibration.calibrate import Calibration
+from lamina.measure.calibration.quality import Quality, Target
+from lamina.measure.calibration.scores import Scores
 from lamina.policy_file import Heads, dumps, kept, kept_share, write_text
 
 NO_PLOTS = "the heat map needs matplotlib; install it with: pip install 'lamina[plots]'"

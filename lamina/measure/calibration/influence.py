@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from lamina.calibration.capture import Captured, joined
-from lamina.calibration.scores import Scores
-from lamina.calibration.torch_path import TorchPath, attend
+from lamina.measure.calibration.capture import Captured, joined
+from lamina.measure.calibration.scores import Scores
+from lamina.measure.calibration.torch_path import TorchPath, attend
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina.calibration.data import Passkeys
 from lamina.errors import InvalidRequest
+from lamina.measure.calibration.data import Passkeys
 from lamina.probe import Probe
 
 _PIECE = 256  # tokens that are read together: their logits take 50 MB at a vocabulary of 49,152

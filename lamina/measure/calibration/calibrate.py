@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from lamina.calibration.data import TAIL, Corpus, corpus, passkeys
-from lamina.calibration.evidence import NEEDLES, WORDS, Evidence, Progress, gather
-from lamina.calibration.quality import Quality, Reading, Target, compare, read
-from lamina.calibration.selection import Trial, by_evidence, candidates, choose, options
-from lamina.calibration.torch_path import TorchPath
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest, PolicyError
 from lamina.kv_budget import holder_config
+from lamina.measure.calibration.data import TAIL, Corpus, corpus, passkeys
+from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Progress, gather
+from lamina.measure.calibration.quality import Quality, Reading, Target, compare, read
+from lamina.measure.calibration.selection import Trial, by_evidence, candidates, choose, options
+from lamina.measure.calibration.torch_path import TorchPath
 from lamina.models import resolve
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.probe import Probe

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lamina.calibration.quality import Quality, Target
-from lamina.calibration.scores import Scores
-from lamina.calibration.spans import plans, policies
 from lamina.errors import InvalidRequest
+from lamina.measure.calibration.quality import Quality, Target
+from lamina.measure.calibration.scores import Scores
+from lamina.measure.calibration.spans import plans, policies
 from lamina.policy_file import Heads, kept
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy

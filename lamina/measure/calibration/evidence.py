@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lamina.calibration.capture import capture
-from lamina.calibration.data import TAIL, Corpus, passkeys, repeated
-from lamina.calibration.gating import optimise
-from lamina.calibration.influence import influences
-from lamina.calibration.scores import Scores, echo_and_induction, mean_attention, ranks
-from lamina.calibration.torch_path import TorchPath
 from lamina.errors import PolicyError
+from lamina.measure.calibration.capture import capture
+from lamina.measure.calibration.data import TAIL, Corpus, passkeys, repeated
+from lamina.measure.calibration.gating import optimise
+from lamina.measure.calibration.influence import influences
+from lamina.measure.calibration.scores import Scores, echo_and_induction, mean_attention, ranks
+from lamina.measure.calibration.torch_path import TorchPath
 from lamina.policy_file import read_text
 from lamina.probe import Probe
 from lamina.text.tokenizer import Tokenizer

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina.calibration.capture import Captured, joined
-from lamina.calibration.data import Passkeys
-from lamina.calibration.scores import Scores
-from lamina.calibration.torch_path import Attention, TorchPath, attend
+from lamina.measure.calibration.capture import Captured, joined
+from lamina.measure.calibration.data import Passkeys
+from lamina.measure.calibration.scores import Scores
+from lamina.measure.calibration.torch_path import Attention, TorchPath, attend
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.streaming import Streaming
 

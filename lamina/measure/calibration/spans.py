@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from lamina.calibration.scores import Scores
+from lamina.measure.calibration.scores import Scores
 from lamina_workers.policies.policy import Policy
 
 Choices = npt.NDArray[np.int64]
