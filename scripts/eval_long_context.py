@@ -30,13 +30,13 @@ from typing import Any
 
 from lamina.config import DEFAULT_MODEL, DTYPES, KV_DTYPES, EngineConfig
 from lamina.errors import LaminaError
-from lamina.evaluation import tasks
-from lamina.evaluation.measures import Score
-from lamina.evaluation.running import Limits, Total
-from lamina.evaluation.suite import Comparison, Run, Suite, compare, run
+from lamina.measure.evaluation import tasks
+from lamina.measure.evaluation.measures import Score
+from lamina.measure.evaluation.probe import Probe
+from lamina.measure.evaluation.running import Limits, Total
+from lamina.measure.evaluation.suite import Comparison, Run, Suite, compare, run
 from lamina.models import resolve
 from lamina.policy_choice import head_policies
-from lamina.probe import Probe
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import attention_kernels

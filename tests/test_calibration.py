@@ -38,9 +38,9 @@ from lamina.measure.calibration.scores import echo_and_induction, mean_attention
 from lamina.measure.calibration.selection import Trial, by_evidence, candidates, choose, options
 from lamina.measure.calibration.spans import plans
 from lamina.measure.calibration.torch_path import TorchPath, attend
+from lamina.measure.evaluation.probe import Probe
 from lamina.policy_cli import calibrate, policy_app
 from lamina.policy_file import Heads, PolicyFile, kept_share
-from lamina.probe import Probe
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import load_weights

@@ -17,9 +17,9 @@ from conftest import holder_config
 from dense_attention import DenseAttention
 
 from lamina.errors import InvalidRequest
-from lamina.evaluation import tasks
-from lamina.evaluation.heads import read_heads, seen
-from lamina.evaluation.measures import (
+from lamina.measure.evaluation import tasks
+from lamina.measure.evaluation.heads import read_heads, seen
+from lamina.measure.evaluation.measures import (
     agreement,
     cosine,
     divergence,
@@ -29,10 +29,10 @@ from lamina.evaluation.measures import (
     relative_error,
     score,
 )
-from lamina.evaluation.running import Limits, Total, answers, read_texts, tokens_of_items, tokens_of_texts
-from lamina.evaluation.suite import Suite, compare, run
-from lamina.evaluation.tasks import Item
-from lamina.probe import Probe
+from lamina.measure.evaluation.probe import Probe
+from lamina.measure.evaluation.running import Limits, Total, answers, read_texts, tokens_of_items, tokens_of_texts
+from lamina.measure.evaluation.suite import Suite, compare, run
+from lamina.measure.evaluation.tasks import Item
 from lamina_protocols.messages import Usage
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.policies.catalogue import parse

@@ -21,9 +21,9 @@ from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Progre
 from lamina.measure.calibration.quality import Quality, Reading, Target, compare, read
 from lamina.measure.calibration.selection import Trial, by_evidence, candidates, choose, options
 from lamina.measure.calibration.torch_path import TorchPath
+from lamina.measure.evaluation.probe import Probe
 from lamina.models import resolve
 from lamina.policy_file import Heads, PolicyFile, kept_share
-from lamina.probe import Probe
 from lamina.runtime import rescaled
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina.probe import Probe
+from lamina.measure.evaluation.probe import Probe
 
 
 @dataclass(frozen=True, slots=True)

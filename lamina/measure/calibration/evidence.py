@@ -18,8 +18,8 @@ from lamina.measure.calibration.gating import optimise
 from lamina.measure.calibration.influence import influences
 from lamina.measure.calibration.scores import Scores, echo_and_induction, mean_attention, ranks
 from lamina.measure.calibration.torch_path import TorchPath
+from lamina.measure.evaluation.probe import Probe
 from lamina.policy_file import read_text
-from lamina.probe import Probe
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.streaming import Streaming

@@ -11,11 +11,19 @@ from typing import Any
 import torch
 
 from lamina.errors import InvalidRequest
-from lamina.evaluation.heads import Fidelity, read_heads
-from lamina.evaluation.measures import Quality, Score, quality, score
-from lamina.evaluation.running import Limits, Progress, Total, answers, read_texts, tokens_of_items, tokens_of_texts
-from lamina.evaluation.tasks import Ids, Item
-from lamina.probe import Probe
+from lamina.measure.evaluation.heads import Fidelity, read_heads
+from lamina.measure.evaluation.measures import Quality, Score, quality, score
+from lamina.measure.evaluation.probe import Probe
+from lamina.measure.evaluation.running import (
+    Limits,
+    Progress,
+    Total,
+    answers,
+    read_texts,
+    tokens_of_items,
+    tokens_of_texts,
+)
+from lamina.measure.evaluation.tasks import Ids, Item
 
 
 @dataclass(frozen=True, slots=True)

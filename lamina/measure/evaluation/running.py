@@ -13,8 +13,8 @@ from itertools import count
 
 import torch
 
-from lamina.evaluation.tasks import Item
-from lamina.probe import Probe
+from lamina.measure.evaluation.probe import Probe
+from lamina.measure.evaluation.tasks import Item
 from lamina_protocols.messages import Usage
 
 Progress = Callable[[int], None]

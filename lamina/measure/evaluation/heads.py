@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lamina.evaluation.measures import cosine, exact_attention, relative_error
-from lamina.evaluation.running import Progress, Total
-from lamina.probe import Probe
+from lamina.measure.evaluation.measures import cosine, exact_attention, relative_error
+from lamina.measure.evaluation.probe import Probe
+from lamina.measure.evaluation.running import Progress, Total
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.policies.policy import Policy
