@@ -175,7 +175,7 @@ def calibrate_hardware(
     """Measure this machine into a hardware file that plan and simulate take: bandwidth, GEMM, kernels, exchange."""
     from datetime import date
 
-    from lamina.hardware_calibration import calibrate
+    from lamina.measure.hardware import calibrate
 
     _suffix("out", out, ".toml")
     with ProgressBars() as progress:
@@ -241,7 +241,7 @@ def _check(path: Path, as_json: bool) -> None:
     """Run a plan here: its decode steps as predicted and as measured."""
     from dataclasses import asdict
 
-    from lamina.plan_check import check
+    from lamina.measure.hardware.plan_check import check
     from lamina.simulator.planning.plan_file import read
 
     plan = read(path)

@@ -37,7 +37,7 @@ class Rank:
     def __init__(self, model: str, rank: int, ranks: int, place: str, rows: int, context: int, steps: int) -> None:
         import torch
 
-        from lamina.hardware_calibration.held import Held
+        from lamina.measure.hardware.held import Held
         from lamina.system.machine import native_dtype, this_machine
         from lamina_kernels import dense
         from lamina_protocols.messages import HolderConfig
@@ -81,7 +81,7 @@ class Rank:
         """Seconds of each step, and of collectives a layer of each step."""
         import torch
 
-        from lamina.hardware_calibration.loaded import decode_batch
+        from lamina.measure.hardware.loaded import decode_batch
 
         collective = self._collectives[kind]
         self._decoder.collective, cpu = collective, torch.device("cpu")

@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import LaminaError
-from lamina.hardware_calibration import calibrate
-from lamina.hardware_calibration.busy import busy
-from lamina.hardware_calibration.calibration import BYTES, FITTED, NAME
-from lamina.hardware_calibration.child import Child
+from lamina.measure.hardware import calibrate
+from lamina.measure.hardware.busy import busy
+from lamina.measure.hardware.child import Child
+from lamina.measure.hardware.hardware_calibration import BYTES, FITTED, NAME
+from lamina.measure.hardware.plan_check import TOKENS
 from lamina.models import resolve
-from lamina.plan_check import TOKENS
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import Catalogue

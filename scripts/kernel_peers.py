@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lamina.hardware_calibration.reading import Bandwidth, allocate, repeat, synchronise
+from lamina.measure.hardware.reading import Bandwidth, allocate, repeat, synchronise
 from lamina_kernels.cpu.emitter import cpu_has
 
 __all__ = [

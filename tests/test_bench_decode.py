@@ -13,7 +13,7 @@ from lamina.bench_cli import bench_app
 from lamina.cli import Commands
 from lamina.config import EngineConfig
 from lamina.measure.bench.decode import bench, dtypes, record, row, step_bytes, table
-from lamina.plan_check import Measured
+from lamina.measure.hardware.plan_check import Measured
 from lamina.simulator.costs.models import model
 from lamina.system.machine import Machine
 

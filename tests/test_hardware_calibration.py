@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from real_workers import write_tiny_model
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.hardware_calibration import Calibration, calibrate
-from lamina.hardware_calibration.busy import busy
-from lamina.hardware_calibration.calibration import FITTED, FULL, NAME, QUICK, Amount, _Rounds, _Sources
-from lamina.hardware_calibration.child import Child
-from lamina.hardware_calibration.children import serve
-from lamina.hardware_calibration.fitting import (
+from lamina.measure.hardware import Calibration, calibrate
+from lamina.measure.hardware.busy import busy
+from lamina.measure.hardware.child import Child
+from lamina.measure.hardware.children import serve
+from lamina.measure.hardware.fitting import (
     Cell,
     Drift,
     Timings,
@@ -36,8 +35,9 @@ from lamina.hardware_calibration.fitting import (
     rate_of,
     solve,
 )
-from lamina.hardware_calibration.held import Held, attention_alone
-from lamina.hardware_calibration.reading import Bandwidth
+from lamina.measure.hardware.hardware_calibration import FITTED, FULL, NAME, QUICK, Amount, _Rounds, _Sources
+from lamina.measure.hardware.held import Held, attention_alone
+from lamina.measure.hardware.reading import Bandwidth
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time
 from lamina.simulator.costs.hardware import Device, Efficiency, Link, at
@@ -385,7 +385,7 @@ def test_a_process_reads_memory_and_ends_when_it_is_closed():
 
 
 def test_importing_loads_no_torch():
-    code = "import sys, lamina.hardware_calibration, lamina.plan_check; sys.exit('torch' in sys.modules)"
+    code = "import sys, lamina.measure.hardware, lamina.measure.hardware.plan_check; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
 
 

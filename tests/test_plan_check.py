@@ -9,7 +9,17 @@ import pytest
 from real_workers import write_tiny_model
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.plan_check import MOST_TOKENS, TOKENS, Measured, cells_of, check, measure, needed, row, steady
+from lamina.measure.hardware.plan_check import (
+    MOST_TOKENS,
+    TOKENS,
+    Measured,
+    cells_of,
+    check,
+    measure,
+    needed,
+    row,
+    steady,
+)
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.models import model

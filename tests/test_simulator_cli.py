@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lamina import plan_check
 from lamina.cli import app
 from lamina.errors import InvalidRequest
+from lamina.measure.hardware import plan_check
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import ROOFLINE, load
 from lamina.simulator.costs.models import model

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.plan_check import SHORT, Measured, measure
+from lamina.measure.hardware.plan_check import SHORT, Measured, measure
 from lamina.simulator.costs.models import ModelShape, from_folder
 from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.system.progress import Progress
@@ -195,11 +195,11 @@ def _reading(device: str | Sequence[str]) -> Iterator[Read]:
     if _on_gpu(device):
         import torch
 
-        from lamina.hardware_calibration.reading import Bandwidth
+        from lamina.measure.hardware.reading import Bandwidth
 
         yield Bandwidth(1 << 30, torch.device("cuda"), 1).settled
         return
-    from lamina.hardware_calibration.child import Child
+    from lamina.measure.hardware.child import Child
 
     with Child("reading", {"size": READ}) as child:
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from lamina.errors import EngineError
 
-_MODULE = "lamina.hardware_calibration.children"
+_MODULE = "lamina.measure.hardware.children"
 _GRACE = 15.0  # seconds to end in order, attention workers included
 _TAIL = 2000  # bytes of what a child said that an error shows
 

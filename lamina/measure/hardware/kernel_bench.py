@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lamina.hardware_calibration.held import Held, attention_alone
-from lamina.hardware_calibration.loaded import Loaded, decode_batch, load
-from lamina.hardware_calibration.reading import Bandwidth, synchronise
+from lamina.measure.hardware.held import Held, attention_alone
+from lamina.measure.hardware.loaded import Loaded, decode_batch, load
+from lamina.measure.hardware.reading import Bandwidth, synchronise
 from lamina.system.machine import this_machine
 from lamina_kernels.dense import Linear
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

@@ -1,4 +1,4 @@
-"""What the measuring processes run: `python -m lamina.hardware_calibration.children KIND OPTIONS`.
+"""What the measuring processes run: `python -m lamina.measure.hardware.children KIND OPTIONS`.
 
 Answers each line [what, {arguments}] on stdin with a line on stdout, until stdin closes. All of torch runs on the main
 thread, but for an engine's, which has a thread of its own. torch is imported only after the environment that OpenMP
@@ -22,7 +22,7 @@ def reading(size: int) -> Answers:
     """Reading `size` bytes of memory, without any model."""
     import torch
 
-    from lamina.hardware_calibration.reading import Bandwidth
+    from lamina.measure.hardware.reading import Bandwidth
     from lamina.system.machine import this_machine
 
     threads = this_machine().cores
@@ -33,7 +33,7 @@ def reading(size: int) -> Answers:
 
 def kernels(**options: Any) -> Answers:
     """Reading memory, dense layers, attention: with the settings of an engine that is alone."""
-    from lamina.hardware_calibration.kernel_bench import KernelBench
+    from lamina.measure.hardware.kernel_bench import KernelBench
 
     bench = KernelBench(**options)
     return {name: getattr(bench, name) for name in ("about", "read", "peak", "dense", "attention", "layers")}
@@ -44,7 +44,7 @@ def exchange(**options: Any) -> Answers:
     from lamina_workers.devices.openmp import share_cores
 
     share_cores()
-    from lamina.hardware_calibration.exchange_bench import ExchangeBench
+    from lamina.measure.hardware.exchange_bench import ExchangeBench
 
     bench = ExchangeBench(**options)
     return {name: getattr(bench, name) for name in ("layers", "messages", "close")}
@@ -55,7 +55,7 @@ def engine(**options: Any) -> Answers:
     from dataclasses import asdict
 
     from lamina.llm import LLM
-    from lamina.plan_check import measure
+    from lamina.measure.hardware.plan_check import measure
 
     llm = LLM(prefix_cache=False, **options)
     return {"step": lambda **cell: asdict(measure(llm, **cell)), "close": llm.close}

@@ -3,6 +3,6 @@
 `calibration` runs it all, `fitting` is its arithmetic; each kind of measuring has a file, and runs in `children`.
 """
 
-from lamina.hardware_calibration.calibration import Calibration, calibrate
+from lamina.measure.hardware.hardware_calibration import Calibration, calibrate
 
 __all__ = ["Calibration", "calibrate"]
