@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from lamina.messages.engine_request import Spared
 from lamina.request import Plan
-from lamina.ticket import Spared
 from lamina_protocols.messages import Announced, Usage
 from lamina_protocols.routes import HolderShare
 

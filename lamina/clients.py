@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.messages.engine_request import Output, Ticket, nobody, unwatched
 from lamina.request import Kept, Outcome, Plan
 from lamina.request import Sequence as Sample
 from lamina.returning import Returning
-from lamina.ticket import Output, Ticket, nobody, unwatched
 from lamina.types import FinishReason
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory

@@ -24,6 +24,8 @@ from lamina.fleet import Fleet
 from lamina.inbox import Inbox
 from lamina.lanes import Lanes
 from lamina.losses import Losses
+from lamina.messages.engine_request import Ticket, unwatched
+from lamina.messages.snapshot import Snapshot
 from lamina.mover import Mover
 from lamina.patience import Patience
 from lamina.placement import Holder, Placement
@@ -32,9 +34,7 @@ from lamina.request import Plan
 from lamina.request import Sequence as Sample
 from lamina.scheduler import Scheduler
 from lamina.shares import Pages
-from lamina.snapshot import Snapshot
 from lamina.tally import Tally, survey
-from lamina.ticket import Ticket, unwatched
 from lamina.tiers import Tiers
 from lamina.types import FinishReason
 from lamina.work import work

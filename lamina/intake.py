@@ -11,9 +11,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lamina.errors import InvalidRequest
+from lamina.messages.engine_request import Ticket
 from lamina.request import Request, check_length
 from lamina.text.tokenizer import Tokenizer
-from lamina.ticket import Ticket
 from lamina.types import SamplingParams
 
 if TYPE_CHECKING:

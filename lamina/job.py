@@ -15,9 +15,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
+from lamina.messages.engine_request import Output, Ticket
 from lamina.outputs import Answer
 from lamina.system.progress import Progress
-from lamina.ticket import Output, Ticket
 from lamina.types import Completion, TokenEvent
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
 from lamina.intake import Conversation, Prompt, is_one
 from lamina.job import Job, LoopQueue
+from lamina.messages.engine_request import Ticket
 from lamina.system.progress import Progress
-from lamina.ticket import Ticket
 from lamina.types import Completion, Interrupted, SamplingParams, TokenEvent
 from lamina_workers.devices.openmp import share_cores
 

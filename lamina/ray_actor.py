@@ -30,7 +30,8 @@ from lamina.told_members import ToldMembers
 from lamina_workers.devices.openmp import share_cores
 
 if TYPE_CHECKING:
-    from lamina.remote_engine import Command, Event
+    from lamina.messages.request_codec import Command
+    from lamina.remote_engine import Event
 
 logger = logging.getLogger("lamina")
 

@@ -23,10 +23,10 @@ from lamina.ray_owner import STOPPING, EngineOwner, result
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
+    from lamina.messages.engine_request import Ticket
     from lamina.remote_engine import RemoteEngine
     from lamina.request import SchedulerConfig
     from lamina.text.tokenizer import Tokenizer
-    from lamina.ticket import Ticket
     from lamina_workers.decoder.config import ModelConfig
 
 _POLL = 0.2  # seconds

@@ -25,7 +25,8 @@ from lamina.ray_members import RayCluster, environment
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
-    from lamina.remote_engine import Command, Event, RemoteEngine
+    from lamina.messages.request_codec import Command
+    from lamina.remote_engine import Event, RemoteEngine
 
 logger = logging.getLogger("lamina")
 

@@ -17,11 +17,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from lamina.errors import EngineError, LaminaError
-from lamina.plain_tickets import Command as Command
-from lamina.plain_tickets import decode_output, decode_ticket, encode_output, encode_resumed, encode_ticket
-from lamina.snapshot import Snapshot
+from lamina.messages.engine_request import Output, Spared, Ticket
+from lamina.messages.request_codec import (
+    Command,
+    decode_output,
+    decode_ticket,
+    encode_output,
+    encode_resumed,
+    encode_ticket,
+)
+from lamina.messages.snapshot import Snapshot
 from lamina.system.progress import Progress
-from lamina.ticket import Output, Spared, Ticket
 from lamina.types import FinishReason
 
 logger = logging.getLogger("lamina")

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from lamina.config import EngineConfig
 from lamina.engine import Engine
 from lamina.journal import Facts, Journal, Run
+from lamina.messages.engine_request import Ticket
 from lamina.placement import Placement
 from lamina.recorder import Recorder, found
-from lamina.ticket import Ticket
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.parallel.peers import Mate

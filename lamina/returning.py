@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import LaminaError
+from lamina.messages.engine_request import Output, Ticket
 from lamina.recovery import GONE, Found, Place
 from lamina.request import Kept
-from lamina.ticket import Output, Ticket
 
 if TYPE_CHECKING:
     from lamina.recorder import Recorder

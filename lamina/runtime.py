@@ -28,6 +28,7 @@ from lamina.journal import Run
 from lamina.kv_budget import attention_devices, check_room, divided, holder_config, limits_of
 from lamina.lanes import Lanes
 from lamina.members import Members
+from lamina.messages.engine_request import Ticket
 from lamina.model_members import LocalModelMembers, ModelMembers
 from lamina.models import resolve
 from lamina.placement import Holder, Placement
@@ -39,7 +40,6 @@ from lamina.scheduler import Scheduler
 from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer, read_json
-from lamina.ticket import Ticket
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_worker.device_worker import attention_worker

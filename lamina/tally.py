@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from lamina.messages.engine_request import NOTHING_SPARED, Spared
+from lamina.messages.snapshot import BATCH_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.placement import Placement
 from lamina.scheduler import Scheduler
 from lamina.shares import Pages
-from lamina.snapshot import BATCH_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
-from lamina.ticket import NOTHING_SPARED, Spared
 from lamina_workers.ports.timing import EXCHANGE_BUCKETS, Link
 
 _NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lamina.messages.engine_request import Ticket
 from lamina.request import Plan, Sequence
-from lamina.ticket import Ticket
 from lamina_protocols.routes import Span
 from lamina_workers.decoder.sampler import RowSampling, TokenHistory
 from lamina_workers.model_worker.interface import Work

@@ -3,7 +3,7 @@
 
 usage: scripts/trace_figures.py FOLDER > lamina/simulator/trace_figures.toml
 
-FOLDER has their files, under the names in `lamina.simulator.traces.catalogue.FILES`. To get them, see the sources below.
+FOLDER has their files, named as in `lamina.simulator.traces.catalogue.FILES`. Their sources are below.
 """
 
 from __future__ import annotations

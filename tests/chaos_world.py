@@ -19,11 +19,11 @@ from lamina.batches import Lane
 from lamina.engine import Engine
 from lamina.kv_budget import page_groups
 from lamina.lanes import Lanes
+from lamina.messages.engine_request import Output, Ticket
 from lamina.placement import Holder, Placement
 from lamina.request import Request as TokenRequest
 from lamina.request import SchedulerConfig
 from lamina.scheduler import Scheduler
-from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError

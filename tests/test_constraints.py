@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
-from lamina.plain_tickets import decode_ticket, encode_ticket
+from lamina.messages.request_codec import decode_ticket, encode_ticket
 from lamina.text.structured_output import MAX_COLONS, MAX_CONTAINERS, Constraint, Grammars, check_json_schema
 from lamina.types import JSON_OBJECT, SamplingParams
 from lamina_protocols.errors import ProtocolError

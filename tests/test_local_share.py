@@ -17,7 +17,7 @@ from lamina import LLM
 from lamina.cli_options import EngineOptions
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.snapshot import Snapshot
+from lamina.messages.snapshot import Snapshot
 
 chance = random.Random(3)
 PROMPTS = [[chance.randrange(101) for _ in range(n)] for n in (5, 60, 33, 90, 48, 71)]

@@ -12,10 +12,10 @@ import pytest
 from conftest import Rig
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError
-from lamina.plain_tickets import Command, decode_ticket, encode_ticket
+from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.request_codec import Command, decode_ticket, encode_ticket
 from lamina.remote_engine import EngineHost, Event, RemoteEngine, fetch
 from lamina.request import Request
-from lamina.ticket import Output, Ticket
 from lamina.types import FinishReason, SamplingParams
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.model import Decoder

@@ -14,12 +14,12 @@ import pytest
 from server_rig import MODEL, Rig, serving, until
 
 from lamina import LLM, EngineError
+from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import Frontend, Served
 from lamina.server.http.gate import Gate, NoMetrics
 from lamina.server.http.sse import while_connected
 from lamina.server.settings import ServerSettings
-from lamina.snapshot import Snapshot
-from lamina.ticket import Output, Ticket
 
 pytestmark = pytest.mark.data
 

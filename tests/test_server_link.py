@@ -17,13 +17,13 @@ import pytest
 from conftest import Rig, collect
 
 from lamina.errors import EngineError
+from lamina.messages.engine_request import Output, Ticket
 from lamina.models import resolve
 from lamina.remote_engine import RemoteEngine
 from lamina.request import Request
 from lamina.server.frontend import EngineUnavailable, Frontend, Served
 from lamina.server.processes.engine_link import EngineLink
 from lamina.server.processes.link import EngineListener, SocketWire, pack, unpack
-from lamina.ticket import Output, Ticket
 from lamina.types import SamplingParams
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.socket_channel import connect_unix

@@ -17,11 +17,11 @@ from tokenizers.processors import TemplateProcessing
 
 from lamina import LLM
 from lamina.intake import Intake
+from lamina.messages.engine_request import Ticket
 from lamina.server.frontend import Frontend, Served
 from lamina.server.openai.schemas import ChatRequest, CompletionRequest
 from lamina.server.openai.tools import ToolUse
 from lamina.text.tokenizer import Tokenizer
-from lamina.ticket import Ticket
 
 pytestmark = pytest.mark.data
 

@@ -14,12 +14,12 @@ import pytest
 from fastapi import FastAPI
 
 from lamina.errors import InvalidRequest
+from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.server.frontend import Frontend, Served
 from lamina.server.page.page import PUBLIC_PATHS, add_page
 from lamina.server.page.recent_latencies import SECONDS, RecentLatencies
 from lamina.server.page.status import MAX_SEQUENCES, Labels, Percentiles, Server, percentiles, status
 from lamina.server.settings import ServerSettings
-from lamina.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 
 SERVER = Server(
     model="some-model",

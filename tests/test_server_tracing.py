@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from lamina.errors import EngineError
+from lamina.messages.engine_request import Ticket
 from lamina.request import Request
 from lamina.server.frontend import Unobserved
 from lamina.server.metrics.tracing import Tracer
-from lamina.ticket import Ticket
 from lamina.types import Completion, Sample, SamplingParams, Timing, Usage
 
 trace = pytest.importorskip("opentelemetry.sdk.trace")

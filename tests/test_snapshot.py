@@ -15,12 +15,12 @@ from policy_bench import TIGHT, under
 from test_remote_engine import Loop
 
 from lamina.errors import EngineError
+from lamina.messages.engine_request import Spared
+from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
 from lamina.placement import Holder, Placement
 from lamina.remote_engine import RemoteEngine
 from lamina.scheduler import Scheduler
-from lamina.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
 from lamina.tally import Tally, survey
-from lamina.ticket import Spared
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Attended, Exchange, Query, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

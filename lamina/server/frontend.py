@@ -15,10 +15,10 @@ from typing import Literal, Protocol
 from lamina.errors import EngineError, LaminaError
 from lamina.intake import Intake
 from lamina.job import Item, Job, LoopQueue
+from lamina.messages.engine_request import Ticket
+from lamina.messages.snapshot import Snapshot
 from lamina.remote_engine import EngineClient
-from lamina.snapshot import Snapshot
 from lamina.text.tokenizer import Tokenizer
-from lamina.ticket import Ticket
 from lamina.types import Completion, TokenEvent
 
 State = Literal["loading", "ready", "draining", "dead"]

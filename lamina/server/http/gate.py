@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import State
 from lamina.server.http.errors import ApiError, shown
 from lamina.server.settings import ServerSettings
-from lamina.snapshot import Snapshot
 from lamina_protocols.channels import is_loopback
 
 logger = logging.getLogger("lamina")

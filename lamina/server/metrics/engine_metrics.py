@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from lamina.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
+from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
 
 _LABELS = ("model_name", "engine")
 

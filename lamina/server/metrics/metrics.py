@@ -15,10 +15,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from lamina.errors import LaminaError
+from lamina.messages.engine_request import Ticket
+from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import State
 from lamina.server.metrics.engine_metrics import EngineMetrics, cumulative
-from lamina.snapshot import Snapshot
-from lamina.ticket import Ticket
 from lamina.types import Completion
 from lamina.version import __version__
 

@@ -13,8 +13,8 @@ from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 from lamina.errors import InvalidRequest, LaminaError
+from lamina.messages.engine_request import Ticket
 from lamina.server.frontend import Observer
-from lamina.ticket import Ticket
 from lamina.types import Completion
 
 Scope: TypeAlias = MutableMapping[str, Any]

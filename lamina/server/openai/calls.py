@@ -15,13 +15,13 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from lamina.errors import LaminaError
+from lamina.messages.engine_request import Ticket
 from lamina.server.frontend import DeadlineExceeded, Frontend, Generation, Served
 from lamina.server.http.errors import ApiError, overloaded, refused, shown, translated
 from lamina.server.http.gate import REQUEST_ID, TENANT, Metrics
 from lamina.server.http.limits import check_media_type, parse_object, read_body
 from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
 from lamina.server.settings import ServerSettings
-from lamina.ticket import Ticket
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from lamina.errors import ContextTooLong
 from lamina.intake import Intake
+from lamina.messages.engine_request import Ticket
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
@@ -36,7 +37,6 @@ from lamina.server.openai.schemas import ChatRequest, TokenizeRequest
 from lamina.server.openai.tool_parser import Delta, ToolParser
 from lamina.server.openai.tools import ToolUse, call_text, tags_are_special
 from lamina.text.tokenizer import Tokenizer, check_messages
-from lamina.ticket import Ticket
 from lamina.types import Completion, Sample, SamplingParams, TokenEvent
 
 

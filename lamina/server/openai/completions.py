@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lamina.intake import is_one
+from lamina.messages.engine_request import Ticket
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
@@ -30,7 +31,6 @@ from lamina.server.openai.sampling_fields import (
     truncated,
 )
 from lamina.server.openai.schemas import CompletionRequest
-from lamina.ticket import Ticket
 from lamina.types import Completion, Sample, SamplingParams, TokenEvent
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

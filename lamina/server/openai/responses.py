@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lamina.ticket import Ticket
+from lamina.messages.engine_request import Ticket
 from lamina.types import FinishReason, SamplingParams, TokenLogprob
 from lamina.version import __version__
 

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable
 
 from lamina.errors import LaminaError
+from lamina.messages.engine_request import Ticket
 from lamina.server.frontend import Observer
-from lamina.ticket import Ticket
 from lamina.types import Completion
 
 SECONDS = 30.0

@@ -1,0 +1,1 @@
+"""What crosses between callers and an engine: requests, outputs, snapshots, and their encoding."""
