@@ -262,8 +262,8 @@ def _open(ctx: typer.Context, model: str, plan: Path | None, **options: Any) -> 
 @models_app.command("ls")
 def list_models(as_json: opt.JsonLines = False) -> None:
     """The models that have a short name, and the converted ones on this machine."""
-    from lamina.model_cache import cache_folder, is_whole, read_manifest
-    from lamina.models import ALIASES
+    from lamina.models.cache import cache_folder, is_whole, read_manifest
+    from lamina.models.resolve import ALIASES
 
     rows: list[dict[str, Any]] = [{"model": name, "about": alias.about} for name, alias in ALIASES.items()]
     folders = sorted(cache_folder().iterdir()) if cache_folder().is_dir() else []
@@ -279,7 +279,7 @@ def list_models(as_json: opt.JsonLines = False) -> None:
 @models_app.command()
 def pull(model: opt.ModelName) -> None:
     """Fetch and convert a model, if that is still to do, and print its folder."""
-    from lamina.models import resolve
+    from lamina.models.resolve import resolve
 
     with ProgressBars() as progress:
         folder = resolve(decode_argument(model), progress)
@@ -289,7 +289,7 @@ def pull(model: opt.ModelName) -> None:
 @models_app.command()
 def show(model: opt.ModelName, as_json: opt.JsonLines = False) -> None:
     """Describe a model; fetches it first where it is not here yet."""
-    from lamina.models import resolve
+    from lamina.models.resolve import resolve
     from lamina_workers.decoder.config import ModelConfig
     from lamina_workers.decoder.safetensors_files import find_tensors
 

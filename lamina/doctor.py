@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from lamina.model_cache import cache_folder
+from lamina.models.cache import cache_folder
 from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.terminal import show_bytes
 

@@ -24,7 +24,7 @@ from lamina.config import EngineConfig
 from lamina.errors import EngineError, LaminaError
 from lamina.journal import Run, run_folder, sweep
 from lamina.members import Member, MemberStatus
-from lamina.model_cache import hash_file
+from lamina.models.cache import hash_file
 from lamina.ray_model_members import RayModelMembers
 from lamina.told_members import ToldMembers
 from lamina_workers.devices.openmp import share_cores

@@ -45,7 +45,7 @@ class ModelActor:
         """Until model worker 0, which listens at `connect`, lets it go. This call fails when the process dies: that is
         how its end is noticed. `model` is looked up on this node, `ca` the certificate that model worker 0 must show.
         """
-        from lamina.models import resolve
+        from lamina.models.resolve import resolve
         from lamina.system.machine import this_machine
         from lamina_workers.model_main import serve
 

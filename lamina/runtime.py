@@ -30,7 +30,7 @@ from lamina.lanes import Lanes
 from lamina.members import Members
 from lamina.messages.engine_request import Ticket
 from lamina.model_members import LocalModelMembers, ModelMembers
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.placement import Holder, Placement
 from lamina.ranks import Ranks, begins, rank_holders
 from lamina.recorder import Recorder

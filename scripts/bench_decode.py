@@ -269,7 +269,7 @@ def main() -> None:
         serve(args.serve, args.model)
         return
 
-    from lamina.models import resolve
+    from lamina.models.resolve import resolve
 
     folder = resolve(args.model)
     config = json.loads((folder / "config.json").read_text())

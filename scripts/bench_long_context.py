@@ -30,7 +30,7 @@ def serve(policy: str, model: str, batch: int, context: int, text: str) -> None:
     """Child: prefill, then answer each line [tokens] with what every prompt's completion was like."""
     answers, sys.stdout = sys.stdout, sys.stderr
     from lamina import LLM
-    from lamina.models import resolve
+    from lamina.models.resolve import resolve
     from lamina.text.tokenizer import Tokenizer
 
     original = json.loads((resolve(model) / "config.json").read_text())["max_position_embeddings"]

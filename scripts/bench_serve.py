@@ -158,7 +158,7 @@ def server(args: argparse.Namespace, endpoint: str) -> Iterator[Callable[[int], 
 @contextmanager
 def vllm(args: argparse.Namespace) -> Iterator[Callable[[int], float]]:
     """vLLM's CPU server on both cores, as many sequences at once as there are streams."""
-    from lamina.models import resolve
+    from lamina.models.resolve import resolve
 
     port = _free_port()
     environment = {

@@ -246,7 +246,7 @@ def main() -> None:
     if args.serve:
         serve(args)
         return
-    from lamina.models import resolve
+    from lamina.models.resolve import resolve
     from lamina.system.machine import native_dtype, this_machine
 
     if args.ranks < 2:

@@ -34,7 +34,7 @@ from lamina.measure.hardware.busy import busy
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.hardware_calibration import BYTES, FITTED, NAME
 from lamina.measure.hardware.plan_check import TOKENS
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import Catalogue

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.kv_budget import holder_config
 from lamina.measure.evaluation.probe import Probe
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.runtime import rescaled
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer

@@ -35,7 +35,7 @@ from lamina.measure.evaluation.measures import Score
 from lamina.measure.evaluation.probe import Probe
 from lamina.measure.evaluation.running import Limits, Total
 from lamina.measure.evaluation.suite import Comparison, Run, Suite, compare, run
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.policy_choice import head_policies
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lamina.cluster import compare_versions, explain
 from lamina.errors import EngineError
-from lamina.gguf_conversion import convert
-from lamina.gguf_files import GgufFile
+from lamina.models.gguf_conversion import convert
+from lamina.models.gguf_files import GgufFile
 
 HEAD, OTHER, PORT = "10.77.0.1", "10.77.0.2", 6379
 

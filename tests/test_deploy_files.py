@@ -110,7 +110,7 @@ def test_the_image_serves_as_nobody_special_and_looks_after_itself() -> None:
 
 
 def test_the_image_caches_where_lamina_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lamina.model_cache import cache_folder
+    from lamina.models.cache import cache_folder
 
     stage = last_stage()
     variables = dict(re.findall(r"(\w+)=(\S+)", stage["ENV"]))

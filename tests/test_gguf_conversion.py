@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lamina.errors import LaminaError, ModelFileError, UnsupportedModelError
-from lamina.gguf_conversion import convert
-from lamina.gguf_files import GgufFile
+from lamina.models.gguf_conversion import convert
+from lamina.models.gguf_files import GgufFile
 
 
 def converted(path: Path) -> Path:

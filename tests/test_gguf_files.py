@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import LaminaError
-from lamina.gguf_conversion import convert
-from lamina.gguf_files import GgufFile
+from lamina.models.gguf_conversion import convert
+from lamina.models.gguf_files import GgufFile
 
 
 @pytest.fixture(scope="module")

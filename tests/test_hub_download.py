@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from gguf_writing import write_tiny_llama
 
-from lamina.gguf_conversion import convert
-from lamina.gguf_files import GgufFile
+from lamina.models.gguf_conversion import convert
+from lamina.models.gguf_files import GgufFile
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = """
 import json, sys
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 calls = []
 folder = resolve("org/tiny", lambda *call: calls.append(call))
 sys.stdout.write(json.dumps([str(folder), sorted(file.name for file in folder.iterdir()), calls[-1:]]))

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from gguf_writing import silent, write_tiny_llama
 
-from lamina import model_cache
 from lamina.errors import ModelFileError, UnsupportedModelError
-from lamina.gguf_conversion import convert
-from lamina.gguf_files import GgufFile
-from lamina.model_cache import FileRecord, get_or_create, write_file
+from lamina.models import cache as model_cache
+from lamina.models.cache import FileRecord, get_or_create, write_file
+from lamina.models.gguf_conversion import convert
+from lamina.models.gguf_files import GgufFile
 from lamina_workers.errors import DiskFullError
 
 

@@ -14,9 +14,10 @@ import torch
 from gguf_writing import write_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lamina import model_cache, models
 from lamina.errors import InvalidRequest, ModelFileError
-from lamina.model_cache import is_whole, verify
+from lamina.models import cache as model_cache
+from lamina.models import resolve as models
+from lamina.models.cache import is_whole, verify
 from lamina_workers.decoder.checkpoint import Checkpoint
 
 
@@ -83,7 +84,7 @@ def test_progress_reaches_its_total(tiny_gguf: Path) -> None:
     assert calls[-1][1] == calls[-1][2]
 
 
-_RESOLVE = "import sys; from lamina.models import resolve; sys.stdout.write(str(resolve(sys.argv[1])))"
+_RESOLVE = "import sys; from lamina.models.resolve import resolve; sys.stdout.write(str(resolve(sys.argv[1])))"
 
 
 def test_a_limit_on_file_size_leaves_nothing_half_written(tmp_path: Path, tiny_gguf: Path) -> None:

@@ -259,7 +259,7 @@ def test_a_model_that_is_not_there_ends_it_with_an_error() -> None:
 def test_an_engine_that_cannot_start_again_ends_the_server(tmp_path: Any) -> None:
     from shutil import copytree
 
-    from lamina.models import resolve
+    from lamina.models.resolve import resolve
 
     folder = copytree(resolve("smollm2-135m"), tmp_path / "model")
     with serving(*ENGINE, model=str(folder)) as server:

@@ -18,7 +18,7 @@ from conftest import Rig, collect
 
 from lamina.errors import EngineError
 from lamina.messages.engine_request import Output, Ticket
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.remote_engine import RemoteEngine
 from lamina.request import Request
 from lamina.server.frontend import EngineUnavailable, Frontend, Served

@@ -14,7 +14,7 @@ import transformers
 
 import lamina
 from lamina import LLM, EngineError, InvalidRequest, SamplingParams
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.shares import Share
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]

@@ -353,7 +353,7 @@ def test_one_file_alone_knows_how_ranks_talk() -> None:
 @pytest.mark.data
 @pytest.mark.slow
 def test_greedy_tokens_of_a_real_model_are_those_of_one_process(tmp_path: Path) -> None:
-    from lamina.models import resolve
+    from lamina.models.resolve import resolve
     from lamina.text.tokenizer import Tokenizer
 
     folder = resolve("smollm2-135m")

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
 from lamina.errors import InvalidRequest, ModelFileError
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.text.tokenizer import ROLES, StreamDecoder, Tokenizer, check_messages
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}<end>{% endfor %}"

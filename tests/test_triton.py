@@ -548,7 +548,7 @@ with LLM(sys.argv[1], dtype="float32", max_model_len=64, kv_memory="48MiB") as l
 @pytest.mark.data
 @pytest.mark.timeout(900)
 def test_smollm2_generates_the_same_tokens_as_on_the_cpus_kernels() -> None:
-    from lamina.models import resolve
+    from lamina.models.resolve import resolve
 
     answers = []
     for name in ("cpu", "triton"):

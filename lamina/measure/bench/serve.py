@@ -240,7 +240,7 @@ async def _model(client: Client, settings: Settings) -> tuple[str, int | None]:
 async def _words(client: Client, settings: Settings, model: str) -> Words:
     """From whoever counts best: the tokenizer that was named, the server's /tokenize, the usage that it reports."""
     if settings.tokenizer is not None:
-        from lamina.models import resolve
+        from lamina.models.resolve import resolve
         from lamina.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(resolve(settings.tokenizer))

@@ -22,7 +22,7 @@ from lamina.measure.calibration.quality import Quality, Reading, Target, compare
 from lamina.measure.calibration.selection import Trial, by_evidence, candidates, choose, options
 from lamina.measure.calibration.torch_path import TorchPath
 from lamina.measure.evaluation.probe import Probe
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.runtime import rescaled
 from lamina.system.machine import native_dtype, this_machine

@@ -14,7 +14,7 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
 from lamina_protocols.messages import Announced, Announcement, Close, HolderConfig, Open, Operation, Row, Usage

@@ -16,7 +16,7 @@ from typing import Any
 from lamina.measure.hardware.busy import busy
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.fitting import BUSY, DRIFT, Cell, Drift, Timings, bare, fit_device, fit_links
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.model_configs import from_folder

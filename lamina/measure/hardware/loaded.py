@@ -12,7 +12,7 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.kv_budget import holder_config
-from lamina.models import resolve
+from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina_kernels import dense
 from lamina_protocols.messages import HolderConfig

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from lamina.model_cache import hash_file
+from lamina.models.cache import hash_file
 from lamina.system.progress import Progress
 from lamina_workers.errors import ModelFileError
 

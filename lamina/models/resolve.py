@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lamina import hub_download, wheel_download
 from lamina.errors import InvalidRequest
-from lamina.model_cache import FileRecord, cache_folder, folder_name, get_or_create
+from lamina.models import hub_download, wheel_download
+from lamina.models.cache import FileRecord, cache_folder, folder_name, get_or_create
+from lamina.models.wheel_download import Wheel
 from lamina.system.progress import Progress
-from lamina.wheel_download import Wheel
 from lamina_workers.decoder.safetensors_files import find_tensors
 from lamina_workers.errors import ModelFileError
 
@@ -99,8 +99,8 @@ def _from_gguf(file: Path, progress: Progress) -> Path:
 
 def _convert(gguf: Path, folder: Path, progress: Progress) -> dict[str, FileRecord]:
     # Here, because they load torch and numpy, which a start with a converted model loads elsewhere, or not at all.
-    from lamina.gguf_conversion import convert
-    from lamina.gguf_files import GgufFile
+    from lamina.models.gguf_conversion import convert
+    from lamina.models.gguf_files import GgufFile
 
     return convert(GgufFile(gguf), folder, progress)
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina.gguf_files import GgufFile
-from lamina.gguf_tokenizer import tokenizer_files
-from lamina.model_cache import FileRecord, write_file
+from lamina.models.cache import FileRecord, write_file
+from lamina.models.gguf_files import GgufFile
+from lamina.models.gguf_tokenizer import tokenizer_files
 from lamina.system.progress import Progress
 from lamina_workers.decoder.safetensors_files import SINGLE_FILE
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
