@@ -31,7 +31,7 @@ _SAMPLE = 1.0  # seconds over which rates are measured
 def status(address: Address = "auto", as_json: JsonLines = False) -> None:
     """The engines of a cluster, and what each of their attention workers holds and does. Takes a second."""
     from lamina.cluster import connection
-    from lamina.ray_engine import engine_status
+    from lamina.ray_engine.handle import engine_status
 
     with connection(address) as ray:
         before, start = engine_status(ray), time.monotonic()
@@ -56,7 +56,7 @@ def status(address: Address = "auto", as_json: JsonLines = False) -> None:
 def down(address: Address = "auto") -> None:
     """End every engine on a cluster, and their workers. Ray itself stays."""
     from lamina.cluster import connection
-    from lamina.ray_engine import end_engines
+    from lamina.ray_engine.handle import end_engines
 
     with connection(address) as ray:
         ended = end_engines(ray)
@@ -69,8 +69,8 @@ def drain(
     address: Address = "auto",
 ) -> None:
     """Move what a worker holds to the others, while requests run. Nothing is computed again."""
-    from lamina import ray_engine
     from lamina.cluster import connection
+    from lamina.ray_engine import handle as ray_engine
 
     with connection(address) as ray:
         engine = ray_engine.drain(ray, worker)

@@ -25,7 +25,7 @@ from lamina.types import Completion, Interrupted, SamplingParams, TokenEvent
 from lamina_workers.devices.openmp import share_cores
 
 if TYPE_CHECKING:
-    from lamina.ray_engine import ClusterRuntime
+    from lamina.ray_engine.handle import ClusterRuntime
     from lamina.runtime import Runtime
 
 logger = logging.getLogger("lamina")
@@ -285,7 +285,7 @@ class LLM:
 
 def _start(model: str | Path, config: EngineConfig, progress: Progress | None) -> Runtime | ClusterRuntime:
     if config.cluster is not None:
-        from lamina.ray_engine import start_on_cluster
+        from lamina.ray_engine.handle import start_on_cluster
 
         return start_on_cluster(model, config, progress)
     if config.attention_workers and not share_cores():

@@ -454,7 +454,7 @@ def test_a_server_on_the_cluster_answers_comes_back_and_leaves_nothing(nodes: Na
         + """
 import re, subprocess, urllib.error, urllib.request
 from lamina.cluster import connection
-from lamina.ray_engine import engine_status, engines
+from lamina.ray_engine.handle import engine_status, engines
 
 server = subprocess.Popen(
     [sys.executable, "-m", "lamina", "serve", MODEL, "--port", "0", "--cluster", "auto", "--attention-workers", "2",

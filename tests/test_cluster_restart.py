@@ -27,7 +27,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
 STREAMS = """
 import logging, threading
 from lamina.cluster import connection
-from lamina.ray_engine import engine_status
+from lamina.ray_engine.handle import engine_status
 
 PROMPTS = ["the 1 2", "12 12 the the 12", "a"]
 told = []
@@ -105,13 +105,13 @@ def test_an_engine_that_cannot_live_ends_with_an_error_and_takes_its_workers_alo
     two: Namespaces, model: Path
 ) -> None:
     code = """
-import lamina.ray_owner
+import lamina.ray_engine.owner
 
 class Hopeless:
     def delay(self, now):
         return None
 
-lamina.ray_owner.Backoff = Hopeless
+lamina.ray_engine.owner.Backoff = Hopeless
 llm = on_cluster()
 engine, workers = processes(llm)
 stream = llm.stream("the 1 2", max_tokens=4000, ignore_eos=True)

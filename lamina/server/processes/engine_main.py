@@ -29,7 +29,7 @@ from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
 
 if TYPE_CHECKING:
-    from lamina.ray_engine import ClusterRuntime
+    from lamina.ray_engine.handle import ClusterRuntime
     from lamina.runtime import Runtime
 
 logger = logging.getLogger("lamina")
@@ -126,7 +126,7 @@ def _start(
     model: str, config: EngineConfig, progress: Progress, members: ToldMembers | None
 ) -> Runtime | ClusterRuntime:
     if config.cluster is not None:
-        from lamina.ray_engine import start_on_cluster
+        from lamina.ray_engine.handle import start_on_cluster
 
         return start_on_cluster(model, config, progress)
     from lamina.runtime import start

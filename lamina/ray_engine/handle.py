@@ -18,8 +18,8 @@ from lamina.cluster import NAMESPACE, TIMEOUT, connect, ray_module
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.intake import Intake
-from lamina.ray_actor import MODEL_FILES, file_hashes
-from lamina.ray_owner import STOPPING, EngineOwner, result
+from lamina.ray_engine.actor import MODEL_FILES, file_hashes
+from lamina.ray_engine.owner import STOPPING, EngineOwner, result
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:

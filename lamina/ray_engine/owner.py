@@ -20,7 +20,7 @@ from lamina.config import EngineConfig, parse_size
 from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
 from lamina.journal import Run
 from lamina.members import Backoff
-from lamina.ray_actor import EngineActor
+from lamina.ray_engine.actor import EngineActor
 from lamina.ray_members import RayCluster, environment
 from lamina.system.progress import Progress
 
