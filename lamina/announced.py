@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from lamina.messages.engine_request import Spared
-from lamina.request import Plan
+from lamina.scheduling.request import Plan
 from lamina_protocols.messages import Announced, Usage
 from lamina_protocols.routes import HolderShare
 

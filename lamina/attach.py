@@ -17,7 +17,7 @@ from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnava
 from lamina.fleet import seated
 from lamina.kv_budget import attention_devices
 from lamina.members import FixedMembers, Member, Members, answers
-from lamina.placement import Holder
+from lamina.scheduling.placement import Holder
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.messages import HolderConfig, Surveyed

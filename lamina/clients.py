@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.messages.engine_request import Output, Ticket, nobody, unwatched
-from lamina.request import Kept, Outcome, Plan
-from lamina.request import Sequence as Sample
 from lamina.returning import Returning
+from lamina.scheduling.request import Kept, Outcome, Plan
+from lamina.scheduling.request import Sequence as Sample
 from lamina.types import FinishReason
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory
@@ -21,7 +21,7 @@ from lamina_workers.decoder.sampler import TokenHistory
 if TYPE_CHECKING:
     from lamina.recorder import Recorder
     from lamina.recovery import Found, Place
-    from lamina.scheduler import Scheduler
+    from lamina.scheduling.scheduler import Scheduler
     from lamina.text.structured_output import Constraint, Grammars
 
 logger = logging.getLogger("lamina")

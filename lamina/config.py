@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import InvalidRequest
-from lamina.layouts import SHARDS
+from lamina.scheduling.kv_layouts import SHARDS
 from lamina_workers.devices.names import check_names
 from lamina_workers.errors import DeviceError
 

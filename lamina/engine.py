@@ -16,24 +16,24 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lamina.announced import floors_of, spared_of
-from lamina.balance import Balance
 from lamina.batches import Answered, Batches, Lane
 from lamina.clients import Clients
 from lamina.errors import EngineError, InvalidRequest
 from lamina.fleet import Fleet
 from lamina.inbox import Inbox
-from lamina.lanes import Lanes
 from lamina.losses import Losses
 from lamina.messages.engine_request import Ticket, unwatched
 from lamina.messages.snapshot import Snapshot
 from lamina.mover import Mover
 from lamina.patience import Patience
-from lamina.placement import Holder, Placement
 from lamina.recovery import Found, Place
-from lamina.request import Plan
-from lamina.request import Sequence as Sample
-from lamina.scheduler import Scheduler
-from lamina.shares import Pages
+from lamina.scheduling.kv_shares import Pages
+from lamina.scheduling.lane_tuner import Lanes
+from lamina.scheduling.local_share import Balance
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.request import Plan
+from lamina.scheduling.request import Sequence as Sample
+from lamina.scheduling.scheduler import Scheduler
 from lamina.tally import Tally, survey
 from lamina.tiers import Tiers
 from lamina.types import FinishReason

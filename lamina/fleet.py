@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lamina.errors import InvalidRequest
 from lamina.mover import Mover
-from lamina.placement import Holder, Placement
-from lamina.request import Sequence as Sample
-from lamina.scheduler import Scheduler
-from lamina.shares import Layout, Pages, Share
+from lamina.scheduling.kv_shares import Layout, Pages, Share
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.request import Sequence as Sample
+from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Fork, Surveyed
 from lamina_protocols.routes import HolderShare

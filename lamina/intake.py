@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lamina.errors import InvalidRequest
 from lamina.messages.engine_request import Ticket
-from lamina.request import Request, check_length
+from lamina.scheduling.request import Request, check_length
 from lamina.text.tokenizer import Tokenizer
 from lamina.types import SamplingParams
 

@@ -13,7 +13,7 @@ import torch
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.policy_choice import head_policies
-from lamina.request import PageGroup, SchedulerConfig
+from lamina.scheduling.request import PageGroup, SchedulerConfig
 from lamina.system.machine import Machine, kv_share
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.attention_worker.page_layout import page_cost

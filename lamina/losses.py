@@ -16,8 +16,8 @@ from lamina.clients import Clients
 from lamina.errors import EngineError, LaminaError
 from lamina.fleet import Fleet
 from lamina.patience import Patience
-from lamina.placement import Holder
-from lamina.scheduler import Scheduler
+from lamina.scheduling.placement import Holder
+from lamina.scheduling.scheduler import Scheduler
 from lamina.tally import Tally
 from lamina.tiers import Tiers
 from lamina_protocols.channels import Credentials

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lamina.placement import Part, Placement
-from lamina.request import Sequence
-from lamina.scheduler import Scheduler
-from lamina.shares import NO_PAGES, Layout
+from lamina.scheduling.kv_shares import NO_PAGES, Layout
+from lamina.scheduling.placement import Part, Placement
+from lamina.scheduling.request import Sequence
+from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.messages import Row
 from lamina_protocols.routes import HolderShare, Route
 from lamina_workers.errors import HolderFault

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lamina.clients import Clients
 from lamina.errors import EngineError
 from lamina.fleet import Fleet
-from lamina.scheduler import Scheduler
+from lamina.scheduling.scheduler import Scheduler
 
 
 class Patience:

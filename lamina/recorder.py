@@ -15,9 +15,9 @@ from lamina.types import FinishReason
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
-    from lamina.placement import Part, Placement
-    from lamina.request import Plan
-    from lamina.request import Sequence as Sample
+    from lamina.scheduling.placement import Part, Placement
+    from lamina.scheduling.request import Plan
+    from lamina.scheduling.request import Sequence as Sample
     from lamina_protocols.messages import Surveyed
 
 

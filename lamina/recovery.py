@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from lamina.placement import Part
-from lamina.request import Kept
-from lamina.shares import Share
+from lamina.scheduling.kv_shares import Share
+from lamina.scheduling.placement import Part
+from lamina.scheduling.request import Kept
 from lamina_protocols.messages import PartHeld
 
 Record: TypeAlias = tuple[Any, ...]

@@ -13,8 +13,8 @@ from lamina.config import EngineConfig
 from lamina.engine import Engine
 from lamina.journal import Facts, Journal, Run
 from lamina.messages.engine_request import Ticket
-from lamina.placement import Placement
 from lamina.recorder import Recorder, found
+from lamina.scheduling.placement import Placement
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.parallel.peers import Mate

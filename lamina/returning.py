@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from lamina.errors import LaminaError
 from lamina.messages.engine_request import Output, Ticket
 from lamina.recovery import GONE, Found, Place
-from lamina.request import Kept
+from lamina.scheduling.request import Kept
 
 if TYPE_CHECKING:
     from lamina.recorder import Recorder
-    from lamina.scheduler import Scheduler
+    from lamina.scheduling.scheduler import Scheduler
     from lamina.text.structured_output import Grammars
 
 logger = logging.getLogger("lamina")

@@ -19,24 +19,24 @@ from typing import Any
 import torch
 
 from lamina.attach import LOCAL, Attachment, attach
-from lamina.balance import Balance
 from lamina.config import EngineConfig
 from lamina.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
 from lamina.intake import Intake
 from lamina.journal import Run
 from lamina.kv_budget import attention_devices, check_room, divided, holder_config, limits_of
-from lamina.lanes import Lanes
 from lamina.members import Members
 from lamina.messages.engine_request import Ticket
 from lamina.model_members import LocalModelMembers, ModelMembers
 from lamina.models.resolve import resolve
-from lamina.placement import Holder, Placement
 from lamina.ranks import Ranks, begins, rank_holders
 from lamina.recorder import Recorder
-from lamina.request import SchedulerConfig
 from lamina.restart import open_journal, past_epochs, recover
-from lamina.scheduler import Scheduler
+from lamina.scheduling.lane_tuner import Lanes
+from lamina.scheduling.local_share import Balance
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.request import SchedulerConfig
+from lamina.scheduling.scheduler import Scheduler
 from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer, read_json

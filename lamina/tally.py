@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from lamina.messages.engine_request import NOTHING_SPARED, Spared
 from lamina.messages.snapshot import BATCH_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
-from lamina.placement import Placement
-from lamina.scheduler import Scheduler
-from lamina.shares import Pages
+from lamina.scheduling.kv_shares import Pages
+from lamina.scheduling.placement import Placement
+from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.ports.timing import EXCHANGE_BUCKETS, Link
 
 _NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lamina.balance import Balance, Batch, to_move
 from lamina.mover import Mover
-from lamina.placement import Placement
-from lamina.request import Plan, Sequence
-from lamina.scheduler import Scheduler
+from lamina.scheduling.local_share import Balance, Batch, to_move
+from lamina.scheduling.placement import Placement
+from lamina.scheduling.request import Plan, Sequence
+from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.ports.timing import Times
 
 AT_ONCE = 4  # moves that wait or are under way

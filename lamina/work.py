@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lamina.messages.engine_request import Ticket
-from lamina.request import Plan, Sequence
+from lamina.scheduling.request import Plan, Sequence
 from lamina_protocols.routes import Span
 from lamina_workers.decoder.sampler import RowSampling, TokenHistory
 from lamina_workers.model_worker.interface import Work

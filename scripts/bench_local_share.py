@@ -25,7 +25,7 @@ from typing import Any
 
 from bench_move import start_worker
 
-from lamina.balance import Balance, Batch
+from lamina.scheduling.local_share import Balance, Batch
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SLOWER = 3.0

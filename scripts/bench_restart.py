@@ -29,7 +29,7 @@ from typing import Any
 from lamina.journal import Facts, Journal
 from lamina.messages.engine_request import Output, Ticket
 from lamina.remote_engine import RemoteEngine
-from lamina.request import Request
+from lamina.scheduling.request import Request
 from lamina.server.processes.child_protocol import line, parse
 from lamina.server.processes.link import SocketWire
 from lamina.server.processes.supervisor import ENGINE_MODULE

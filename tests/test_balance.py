@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.balance import Balance, Batch, prefers_local, to_move
+from lamina.scheduling.local_share import Balance, Batch, prefers_local, to_move
 
 SEQUENCES = 8
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from lamina.fleet import Fleet
-from lamina.placement import Holder, Part
-from lamina.shares import Share
+from lamina.scheduling.kv_shares import Share
+from lamina.scheduling.placement import Holder, Part
 from lamina_protocols.messages import Fork, Open, PartHeld, Surveyed
 
 SHARE = Share(1, (0,), 0, 100)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lamina.lanes import HOLD, WINDOW, Lanes
+from lamina.scheduling.lane_tuner import HOLD, WINDOW, Lanes
 
 
 def run(lanes: Lanes, rates: dict[int, float], batches: int, sequences: int = 8, start: float = 0.0) -> float:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import EngineError
-from lamina.layouts import SHARDS, apportion, layout
-from lamina.shares import Share
+from lamina.scheduling.kv_layouts import SHARDS, apportion, layout
+from lamina.scheduling.kv_shares import Share
 
 
 @given(

@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 
 from lamina.errors import EngineError
-from lamina.ledger import Ledger
-from lamina.request import CloseSequence, ForkSequence, OpenSequence, PageGroup, Request, SchedulerConfig, Sequence
-from lamina.shares import Pages, Share
+from lamina.scheduling.kv_shares import Pages, Share
+from lamina.scheduling.page_ledger import Ledger
+from lamina.scheduling.request import (
+    CloseSequence,
+    ForkSequence,
+    OpenSequence,
+    PageGroup,
+    Request,
+    SchedulerConfig,
+    Sequence,
+)
 
 CONFIG = SchedulerConfig(
     max_batch_tokens=16, max_sequences=8, max_model_len=64, page_size=4, page_groups=(PageGroup(2),)

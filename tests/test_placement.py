@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import EngineError
-from lamina.layouts import SHARDS
-from lamina.placement import Holder, Placement
-from lamina.request import (
+from lamina.scheduling.kv_layouts import SHARDS
+from lamina.scheduling.kv_shares import Pages, Share
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.request import (
     CloseSequence,
     ForkSequence,
     OpenSequence,
@@ -23,7 +24,6 @@ from lamina.request import (
     Sequence,
     SequenceOperation,
 )
-from lamina.shares import Pages, Share
 from lamina_protocols.messages import Close, Fork, Open, Row
 
 LOCAL = 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.prefix_tree import Match, PrefixTree
-from lamina.request import Request, Sequence
-from lamina.shares import Layout, Pages
+from lamina.scheduling.kv_shares import Layout, Pages
+from lamina.scheduling.prefix_cache import Match, PrefixTree
+from lamina.scheduling.request import Request, Sequence
 
 
 class Keeper:

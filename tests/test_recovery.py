@@ -10,7 +10,7 @@ import pytest
 from conftest import BytesPort, Rig, collect
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.placement import Holder
+from lamina.scheduling.placement import Holder
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Announcement, Exchange, Fresh
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

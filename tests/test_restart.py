@@ -24,14 +24,14 @@ from lamina.engine import Engine
 from lamina.errors import EngineError, JournalError
 from lamina.journal import Facts, Journal
 from lamina.kv_budget import page_groups
-from lamina.lanes import Lanes
 from lamina.messages.engine_request import Output, Ticket
-from lamina.placement import Holder, Placement
 from lamina.recorder import Recorder
 from lamina.remote_engine import RemoteEngine
-from lamina.request import Request, SchedulerConfig
 from lamina.restart import recover
-from lamina.scheduler import Scheduler
+from lamina.scheduling.lane_tuner import Lanes
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.request import Request, SchedulerConfig
+from lamina.scheduling.scheduler import Scheduler
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Close, Surveyed
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

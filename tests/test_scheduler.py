@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.request import (
+from lamina.scheduling.kv_shares import Layout, Pages, Share
+from lamina.scheduling.request import (
     CloseSequence,
     ForkSequence,
     OpenSequence,
@@ -27,8 +28,7 @@ from lamina.request import (
     SchedulerConfig,
     Sequence,
 )
-from lamina.scheduler import Scheduler
-from lamina.shares import Layout, Pages, Share
+from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy, within
@@ -476,7 +476,7 @@ def batches(world: World) -> list[list[tuple[str, int, int]]]:
 
 
 def test_importing_it_loads_no_torch() -> None:
-    code = "import sys, lamina.scheduler; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, lamina.scheduling.scheduler; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

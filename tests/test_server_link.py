@@ -20,7 +20,7 @@ from lamina.errors import EngineError
 from lamina.messages.engine_request import Output, Ticket
 from lamina.models.resolve import resolve
 from lamina.remote_engine import RemoteEngine
-from lamina.request import Request
+from lamina.scheduling.request import Request
 from lamina.server.frontend import EngineUnavailable, Frontend, Served
 from lamina.server.processes.engine_link import EngineLink
 from lamina.server.processes.link import EngineListener, SocketWire, pack, unpack

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lamina.errors import EngineError
 from lamina.messages.engine_request import Ticket
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
-from lamina.request import Request
+from lamina.scheduling.request import Request
 from lamina.server.frontend import DeadlineExceeded
 from lamina.server.metrics.metrics import MAX_VALUES, ServerMetrics
 from lamina.types import Completion, Sample, SamplingParams, Timing, Usage

@@ -10,7 +10,7 @@ import pytest
 
 from lamina.errors import EngineError
 from lamina.messages.engine_request import Ticket
-from lamina.request import Request
+from lamina.scheduling.request import Request
 from lamina.server.frontend import Unobserved
 from lamina.server.metrics.tracing import Tracer
 from lamina.types import Completion, Sample, SamplingParams, Timing, Usage

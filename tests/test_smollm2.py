@@ -15,7 +15,7 @@ import transformers
 import lamina
 from lamina import LLM, EngineError, InvalidRequest, SamplingParams
 from lamina.models.resolve import resolve
-from lamina.shares import Share
+from lamina.scheduling.kv_shares import Share
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 

@@ -17,9 +17,9 @@ from test_remote_engine import Loop
 from lamina.errors import EngineError
 from lamina.messages.engine_request import Spared
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
-from lamina.placement import Holder, Placement
 from lamina.remote_engine import RemoteEngine
-from lamina.scheduler import Scheduler
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.scheduler import Scheduler
 from lamina.tally import Tally, survey
 from lamina.types import SamplingParams
 from lamina_protocols.messages import Attended, Exchange, Query, Reply

@@ -19,9 +19,9 @@ import lamina.llm
 from lamina import LLM
 from lamina.config import EngineConfig
 from lamina.errors import EngineError, InvalidRequest, LaminaError
-from lamina.layouts import SHARDS
 from lamina.model_members import LocalModelMembers, model_command
 from lamina.runtime import start
+from lamina.scheduling.kv_layouts import SHARDS
 from lamina_protocols.channels import ChannelClosed, split_address
 from lamina_protocols.socket_channel import connect_tcp
 from lamina_workers.parallel.tensor_parallel import TensorWorkers

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import LaminaError
-from lamina.request import Request
-from lamina.request import Sequence as Sample
+from lamina.scheduling.request import Request
+from lamina.scheduling.request import Sequence as Sample
 from lamina.types import FinishReason, SamplingParams
 from lamina_workers.decoder.logprobs import RowLogprobs
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.messages.engine_request import Output, Ticket
-from lamina.request import Request
+from lamina.scheduling.request import Request
 from lamina.types import SamplingParams
 from lamina_workers.decoder.logprobs import RowLogprobs
 

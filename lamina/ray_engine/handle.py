@@ -25,7 +25,7 @@ from lamina.system.progress import Progress
 if TYPE_CHECKING:
     from lamina.messages.engine_request import Ticket
     from lamina.remote_engine import RemoteEngine
-    from lamina.request import SchedulerConfig
+    from lamina.scheduling.request import SchedulerConfig
     from lamina.text.tokenizer import Tokenizer
     from lamina_workers.decoder.config import ModelConfig
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.placement import Holder, Placement
-from lamina.request import PageGroup, Plan, Request, SchedulerConfig, Sequence
-from lamina.scheduler import Scheduler
-from lamina.shares import Pages
+from lamina.scheduling.kv_shares import Pages
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.request import PageGroup, Plan, Request, SchedulerConfig, Sequence
+from lamina.scheduling.scheduler import Scheduler
 from lamina.simulator.costs.cost_model import Load, kv_heads
 from lamina.simulator.costs.systems import PAGE_SIZE, StepCost, System
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window

@@ -16,8 +16,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lamina.errors import EngineError
-from lamina.request import Sequence
-from lamina.shares import NO_PAGES, Layout, Pages
+from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages
+from lamina.scheduling.request import Sequence
 
 
 @dataclass(eq=False, slots=True)

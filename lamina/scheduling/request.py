@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lamina.errors import ContextTooLong, InvalidRequest
-from lamina.shares import Layout, Pages
+from lamina.scheduling.kv_shares import Layout, Pages
 
 if TYPE_CHECKING:
     from lamina.types import FinishReason

@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Tokens
 
-from lamina.admission import Admission
 from lamina.errors import EngineError, InvalidRequest
-from lamina.ledger import Ledger
-from lamina.rebuilder import Rebuilder
-from lamina.request import Kept, Outcome, Plan, PlannedRow, Request, SchedulerConfig, Sequence
-from lamina.residents import Residents
-from lamina.shares import Layout, Layouts, Pages
+from lamina.scheduling.admission import Admission
+from lamina.scheduling.kv_rebuild import Rebuilder
+from lamina.scheduling.kv_shares import Layout, Layouts, Pages
+from lamina.scheduling.page_ledger import Ledger
+from lamina.scheduling.request import Kept, Outcome, Plan, PlannedRow, Request, SchedulerConfig, Sequence
+from lamina.scheduling.running import Residents
 from lamina.types import FinishReason
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Several
 
 from lamina.errors import EngineError
-from lamina.request import (
+from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages
+from lamina.scheduling.request import (
     CloseSequence,
     ForkSequence,
     OpenSequence,
@@ -21,7 +22,6 @@ from lamina.request import (
     Sequence,
     SequenceOperation,
 )
-from lamina.shares import NO_PAGES, Layout, Pages
 
 
 class Ledger:

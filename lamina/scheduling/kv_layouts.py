@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from lamina.errors import EngineError
-from lamina.shares import Layout, Share
+from lamina.scheduling.kv_shares import Layout, Share
 
 SHARDS = ("heads", "sequence", "heads+sequence")
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from lamina import layouts
-from lamina.balance import prefers_local
 from lamina.errors import EngineError
-from lamina.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, ReplaceShares
-from lamina.shares import Layout, Pages, Share
+from lamina.scheduling import kv_layouts as layouts
+from lamina.scheduling.kv_shares import Layout, Pages, Share
+from lamina.scheduling.local_share import prefers_local
+from lamina.scheduling.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, ReplaceShares
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row, Surveyed
 from lamina_protocols.routes import HolderShare, Route
 

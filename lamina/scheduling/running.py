@@ -10,10 +10,10 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from lamina.errors import EngineError
-from lamina.ledger import Ledger
-from lamina.prefix_tree import Match, Node, PrefixTree
-from lamina.request import Kept, SchedulerConfig, Sequence
-from lamina.shares import NO_PAGES, Layout, Pages
+from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages
+from lamina.scheduling.page_ledger import Ledger
+from lamina.scheduling.prefix_cache import Match, Node, PrefixTree
+from lamina.scheduling.request import Kept, SchedulerConfig, Sequence
 
 Order = tuple[int, int, int]
 

@@ -9,10 +9,10 @@ from bisect import bisect_right
 from heapq import heappop, heappush
 
 from lamina.errors import EngineError
-from lamina.prefix_tree import Match
-from lamina.request import SchedulerConfig, Sequence
-from lamina.residents import Order, Residents
-from lamina.shares import NO_PAGES, Layout, Layouts, Pages
+from lamina.scheduling.kv_shares import NO_PAGES, Layout, Layouts, Pages
+from lamina.scheduling.prefix_cache import Match
+from lamina.scheduling.request import SchedulerConfig, Sequence
+from lamina.scheduling.running import Order, Residents
 
 
 class Admission:

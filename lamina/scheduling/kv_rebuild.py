@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lamina.errors import EngineError
-from lamina.ledger import Ledger
-from lamina.prefix_tree import common_length
-from lamina.request import Rebuild, SchedulerConfig, Sequence
-from lamina.shares import Layout, Layouts, Pages, Share
+from lamina.scheduling.kv_shares import Layout, Layouts, Pages, Share
+from lamina.scheduling.page_ledger import Ledger
+from lamina.scheduling.prefix_cache import common_length
+from lamina.scheduling.request import Rebuild, SchedulerConfig, Sequence
 
 
 class Rebuilder:
