@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lamina.completions import Completion, Interrupted, Sample, Timing, TokenEvent, TokenLogprob, Usage
 from lamina.errors import EngineError, InvalidRequest, LaminaError, ModelFileError, UnsupportedModelError
-from lamina.types import Completion, Interrupted, Sample, SamplingParams, Timing, TokenEvent, TokenLogprob, Usage
+from lamina.sampling_params import SamplingParams
 from lamina.version import __version__ as __version__
 
 if TYPE_CHECKING:

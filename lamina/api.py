@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lamina.completions import Completion, TokenEvent
 from lamina.config import DEFAULT_MODEL
 from lamina.intake import Prompt
 from lamina.llm import LLM
-from lamina.types import Completion, SamplingParams, TokenEvent
+from lamina.sampling_params import SamplingParams
 
 _lock = threading.Lock()
 _kept: tuple[str, LLM] | None = None

@@ -24,6 +24,7 @@ from lamina.cluster_cli import attention_worker, cluster_app, credentials
 from lamina.config import DEFAULT_MODEL
 from lamina.errors import InvalidRequest, LaminaError, ModelFileError, PolicyError, UnsupportedModelError
 from lamina.policy_cli import calibrate, policy_app
+from lamina.sampling_params import SamplingParams
 from lamina.server_cli import serve
 from lamina.simulator_cli import calibrate_hardware, plan, simulate
 from lamina.terminal import (
@@ -37,7 +38,6 @@ from lamina.terminal import (
     show_bytes,
     write,
 )
-from lamina.types import SamplingParams
 from lamina_workers.errors import DiskFullError
 
 if TYPE_CHECKING:

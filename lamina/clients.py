@@ -9,12 +9,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.messages.engine_request import Output, Ticket, nobody, unwatched
 from lamina.returning import Returning
 from lamina.scheduling.request import Kept, Outcome, Plan
 from lamina.scheduling.request import Sequence as Sample
-from lamina.types import FinishReason
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from lamina.announced import floors_of, spared_of
 from lamina.batches import Answered, Batches, Lane
 from lamina.clients import Clients
+from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
 from lamina.fleet import Fleet
 from lamina.inbox import Inbox
@@ -36,7 +37,6 @@ from lamina.scheduling.request import Sequence as Sample
 from lamina.scheduling.scheduler import Scheduler
 from lamina.tally import Tally, survey
 from lamina.tiers import Tiers
-from lamina.types import FinishReason
 from lamina.work import work
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced

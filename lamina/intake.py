@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lamina.errors import InvalidRequest
 from lamina.messages.engine_request import Ticket
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request, check_length
 from lamina.text.tokenizer import Tokenizer
-from lamina.types import SamplingParams
 
 if TYPE_CHECKING:
     from lamina.text.structured_output import Grammars

@@ -15,10 +15,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
+from lamina.completions import Completion, TokenEvent
 from lamina.messages.engine_request import Output, Ticket
 from lamina.outputs import Answer
 from lamina.system.progress import Progress
-from lamina.types import Completion, TokenEvent
 
 if TYPE_CHECKING:
     from lamina.remote_engine import EngineClient

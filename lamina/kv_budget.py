@@ -12,7 +12,7 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.policy_choice import head_policies
+from lamina.policy_file import head_policies
 from lamina.scheduling.request import PageGroup, SchedulerConfig
 from lamina.system.machine import Machine, kv_share
 from lamina_protocols.messages import HolderConfig

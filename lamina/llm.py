@@ -15,13 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
+from lamina.completions import Completion, Interrupted, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
 from lamina.intake import Conversation, Prompt, is_one
 from lamina.job import Job, LoopQueue
 from lamina.messages.engine_request import Ticket
+from lamina.sampling_params import SamplingParams
 from lamina.system.progress import Progress
-from lamina.types import Completion, Interrupted, SamplingParams, TokenEvent
 from lamina_workers.devices.openmp import share_cores
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 
+from lamina.completions import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
 from lamina.messages.engine_request import Output, Ticket
 from lamina.text.stop_strings import StopMatcher
 from lamina.text.tokenizer import StreamDecoder, Tokenizer
-from lamina.types import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from lamina.completions import FinishReason
 from lamina.errors import EngineError, LaminaError
 from lamina.messages.engine_request import Output, Spared, Ticket
 from lamina.messages.request_codec import (
@@ -28,7 +29,6 @@ from lamina.messages.request_codec import (
 )
 from lamina.messages.snapshot import Snapshot
 from lamina.system.progress import Progress
-from lamina.types import FinishReason
 
 logger = logging.getLogger("lamina")
 

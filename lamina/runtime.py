@@ -32,6 +32,7 @@ from lamina.models.resolve import resolve
 from lamina.ranks import Ranks, begins, rank_holders
 from lamina.recorder import Recorder
 from lamina.restart import open_journal, past_epochs, recover
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes
 from lamina.scheduling.local_share import Balance
 from lamina.scheduling.placement import Holder, Placement
@@ -40,7 +41,6 @@ from lamina.scheduling.scheduler import Scheduler
 from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer, read_json
-from lamina.types import SamplingParams
 from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import check_policies, page_count

@@ -29,12 +29,12 @@ from typing import Any
 from lamina.journal import Facts, Journal
 from lamina.messages.engine_request import Output, Ticket
 from lamina.remote_engine import RemoteEngine
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.server.processes.child_protocol import line, parse
 from lamina.server.processes.link import SocketWire
 from lamina.server.processes.supervisor import ENGINE_MODULE
 from lamina.system.child_process import ChildProcess
-from lamina.types import SamplingParams
 
 SECRET = secrets.token_hex(32)
 BEFORE = 8  # tokens of each sequence before the kill

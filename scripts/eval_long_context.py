@@ -36,7 +36,7 @@ from lamina.measure.evaluation.probe import Probe
 from lamina.measure.evaluation.running import Limits, Total
 from lamina.measure.evaluation.suite import Comparison, Run, Suite, compare, run
 from lamina.models.resolve import resolve
-from lamina.policy_choice import head_policies
+from lamina.policy_file import head_policies
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import attention_kernels

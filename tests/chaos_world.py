@@ -19,12 +19,12 @@ from lamina.batches import Lane
 from lamina.engine import Engine
 from lamina.kv_budget import page_groups
 from lamina.messages.engine_request import Output, Ticket
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
-from lamina.types import SamplingParams
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, Message, Reply, Request

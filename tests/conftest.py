@@ -24,13 +24,13 @@ if not torch.cuda.is_available():
 from lamina.engine import Engine
 from lamina.kv_budget import page_groups
 from lamina.messages.engine_request import Output, Ticket
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes
 from lamina.scheduling.local_share import Balance
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
-from lamina.types import SamplingParams
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, HolderConfig, Message, Reply, Request, answered

@@ -14,7 +14,7 @@ import pytest
 from chaos_world import Happening, Port, Setup, World
 from conftest import Rig, tiny_decoder
 
-from lamina.types import SamplingParams
+from lamina.sampling_params import SamplingParams
 
 ONE = os.environ.get("LAMINA_CHAOS_SEED")
 FAST = [int(ONE)] if ONE else range(100)

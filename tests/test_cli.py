@@ -16,9 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from lamina.cli import app
+from lamina.completions import TokenEvent, TokenLogprob
 from lamina.errors import EngineError, InvalidRequest, ModelFileError
+from lamina.sampling_params import SamplingParams
 from lamina.terminal import iter_lines
-from lamina.types import SamplingParams, TokenEvent, TokenLogprob
 from lamina_workers.errors import DiskFullError
 
 

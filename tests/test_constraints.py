@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
 from lamina.messages.request_codec import decode_ticket, encode_ticket
+from lamina.sampling_params import JSON_OBJECT, SamplingParams
 from lamina.text.structured_output import MAX_COLONS, MAX_CONTAINERS, Constraint, Grammars, check_json_schema
-from lamina.types import JSON_OBJECT, SamplingParams
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Fresh
 
@@ -204,7 +204,7 @@ CHAINS = """
 import sys
 from lamina.text.structured_output import Grammars
 from lamina.errors import InvalidRequest
-from lamina.types import SamplingParams
+from lamina.completions import SamplingParams
 
 def rules(count, form):
     lines = [form.replace("X", f"a{i}").replace("Y", f"a{i + 1}") for i in range(count)]

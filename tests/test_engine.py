@@ -8,7 +8,7 @@ import pytest
 from conftest import BytesPort, Rig, collect, tiny_decoder
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.types import SamplingParams
+from lamina.sampling_params import SamplingParams
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Announcement, Attended, Exchange, Fresh, Query
 from lamina_workers.ports.port import LocalAttention

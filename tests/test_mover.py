@@ -8,9 +8,9 @@ import time
 import pytest
 from conftest import HERE, BytesPort, Rig, collect
 
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.local_share import Balance, Batch
 from lamina.scheduling.placement import Holder
-from lamina.types import SamplingParams
 from lamina_protocols.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from real_workers import write_tiny_model
 
+from lamina.completions import TokenEvent
 from lamina.errors import EngineError, InvalidRequest
 from lamina.measure.hardware.plan_check import (
     MOST_TOKENS,
@@ -27,7 +28,6 @@ from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning import plan_file
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
-from lamina.types import TokenEvent
 
 
 def plan(batch: float = 40.0, context: float = 900.0, name: str = "tiny") -> Plan:

@@ -10,8 +10,8 @@ import pytest
 from conftest import BytesPort, Rig, collect
 
 from lamina.errors import EngineError, InvalidRequest
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.placement import Holder
-from lamina.types import SamplingParams
 from lamina_protocols.messages import Announcement, Exchange, Fresh
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost

@@ -28,11 +28,11 @@ from lamina.messages.engine_request import Output, Ticket
 from lamina.recorder import Recorder
 from lamina.remote_engine import RemoteEngine
 from lamina.restart import recover
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import Request, SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
-from lamina.types import SamplingParams
 from lamina_protocols.messages import Close, Surveyed
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder

@@ -25,7 +25,7 @@ from transports import pair
 from lamina import LLM
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.types import SamplingParams
+from lamina.sampling_params import SamplingParams
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Close, Exchange, HolderConfig, Row

@@ -20,11 +20,11 @@ from lamina.errors import EngineError
 from lamina.messages.engine_request import Output, Ticket
 from lamina.models.resolve import resolve
 from lamina.remote_engine import RemoteEngine
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.server.frontend import EngineUnavailable, Frontend, Served
 from lamina.server.processes.engine_link import EngineLink
 from lamina.server.processes.link import EngineListener, SocketWire, pack, unpack
-from lamina.types import SamplingParams
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.socket_channel import connect_unix
 from lamina_workers.decoder.model import Decoder

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
 from lamina.messages.engine_request import Ticket
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.server.frontend import DeadlineExceeded
 from lamina.server.metrics.metrics import MAX_VALUES, ServerMetrics
-from lamina.types import Completion, Sample, SamplingParams, Timing, Usage
 
 DOCS = Path(__file__).parents[1] / "docs"
 DASHBOARD = DOCS / "monitoring" / "grafana" / "dashboards" / "lamina.json"

@@ -17,9 +17,9 @@ from test_constraints import EOS, GRAMMARS, TOKENIZER
 
 from lamina import LLM
 from lamina.errors import InvalidRequest
+from lamina.sampling_params import SamplingParams
 from lamina.server.openai.tool_parser import Delta, ToolParser
 from lamina.server.openai.tools import ToolUse, call_text, tags_are_special
-from lamina.types import SamplingParams
 
 
 def tool(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:

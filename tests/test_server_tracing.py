@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
 from lamina.messages.engine_request import Ticket
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.server.frontend import Unobserved
 from lamina.server.metrics.tracing import Tracer
-from lamina.types import Completion, Sample, SamplingParams, Timing, Usage
 
 trace = pytest.importorskip("opentelemetry.sdk.trace")
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -18,10 +18,10 @@ from lamina.errors import EngineError
 from lamina.messages.engine_request import Spared
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
 from lamina.remote_engine import RemoteEngine
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.scheduler import Scheduler
 from lamina.tally import Tally, survey
-from lamina.types import SamplingParams
 from lamina_protocols.messages import Attended, Exchange, Query, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder

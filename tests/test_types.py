@@ -9,8 +9,9 @@ import math
 import numpy as np
 import pytest
 
+from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import InvalidRequest, LaminaError, ModelFileError
-from lamina.types import JSON_OBJECT, Completion, Sample, SamplingParams, Timing, Usage
+from lamina.sampling_params import JSON_OBJECT, SamplingParams
 
 
 @pytest.mark.parametrize(

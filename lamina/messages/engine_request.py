@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from lamina.completions import FinishReason
 from lamina.errors import LaminaError
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.scheduling.request import Sequence as Sample
-from lamina.types import FinishReason, SamplingParams
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.messages.engine_request import Output, Ticket
+from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
-from lamina.types import SamplingParams
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 Command: TypeAlias = tuple[Any, ...]

@@ -13,7 +13,7 @@ from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.scheduling.kv_shares import Layout, Pages
 
 if TYPE_CHECKING:
-    from lamina.types import FinishReason
+    from lamina.completions import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Tokens
 
+from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.admission import Admission
 from lamina.scheduling.kv_rebuild import Rebuilder
@@ -18,7 +19,6 @@ from lamina.scheduling.kv_shares import Layout, Layouts, Pages
 from lamina.scheduling.page_ledger import Ledger
 from lamina.scheduling.request import Kept, Outcome, Plan, PlannedRow, Request, SchedulerConfig, Sequence
 from lamina.scheduling.running import Residents
-from lamina.types import FinishReason
 
 
 class Scheduler:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol
 
+from lamina.completions import Completion, TokenEvent
 from lamina.errors import EngineError, LaminaError
 from lamina.intake import Intake
 from lamina.job import Item, Job, LoopQueue
@@ -19,7 +20,6 @@ from lamina.messages.engine_request import Ticket
 from lamina.messages.snapshot import Snapshot
 from lamina.remote_engine import EngineClient
 from lamina.text.tokenizer import Tokenizer
-from lamina.types import Completion, TokenEvent
 
 State = Literal["loading", "ready", "draining", "dead"]
 

@@ -4,8 +4,8 @@ The only file that knows llguidance. Knows tokens and text; knows no torch, no e
 
 What a caller asks for is compiled twice, where the engine is in another process: first beside the caller, which is
 told what is wrong with it, then beside the engine, never on the thread of its step loop. Compiling is bounded: texts
-by their size (`lamina.types`), and by how many parts they have, because llguidance's compiler recurses along chains of
-references, for which its thread gets a large stack (with 8 MiB a chain of 500 to 4,000 overflowed, which ends the
+by their size (`lamina.sampling_params`), and by how many parts they have, because llguidance's compiler recurses along
+chains of references, for which its thread gets a large stack (with 8 MiB a chain of 500 to 4,000 overflowed, which ends the
 process); the work by llguidance's own limits, which are deterministic, so both compilations end alike.
 """
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from lamina.errors import EngineError, InvalidRequest
 
 if TYPE_CHECKING:
-    from lamina.types import SamplingParams
+    from lamina.sampling_params import SamplingParams
 
 T = TypeVar("T")
 

@@ -14,12 +14,12 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from lamina.completions import Completion
 from lamina.errors import LaminaError
 from lamina.messages.engine_request import Ticket
 from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import State
 from lamina.server.metrics.engine_metrics import EngineMetrics, cumulative
-from lamina.types import Completion
 from lamina.version import __version__
 
 MAX_VALUES = 64  # different values of a label, when outsiders choose it; all others are "other"

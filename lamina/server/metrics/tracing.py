@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
+from lamina.completions import Completion
 from lamina.errors import InvalidRequest, LaminaError
 from lamina.messages.engine_request import Ticket
 from lamina.server.frontend import Observer
-from lamina.types import Completion
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]

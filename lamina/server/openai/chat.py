@@ -14,9 +14,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lamina.completions import Completion, Sample, TokenEvent
 from lamina.errors import ContextTooLong
 from lamina.intake import Intake
 from lamina.messages.engine_request import Ticket
+from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
@@ -37,7 +39,6 @@ from lamina.server.openai.schemas import ChatRequest, TokenizeRequest
 from lamina.server.openai.tool_parser import Delta, ToolParser
 from lamina.server.openai.tools import ToolUse, call_text, tags_are_special
 from lamina.text.tokenizer import Tokenizer, check_messages
-from lamina.types import Completion, Sample, SamplingParams, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)

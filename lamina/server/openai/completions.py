@@ -13,8 +13,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lamina.completions import Completion, Sample, TokenEvent
 from lamina.intake import is_one
 from lamina.messages.engine_request import Ticket
+from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
@@ -31,7 +33,6 @@ from lamina.server.openai.sampling_fields import (
     truncated,
 )
 from lamina.server.openai.schemas import CompletionRequest
-from lamina.types import Completion, Sample, SamplingParams, TokenEvent
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

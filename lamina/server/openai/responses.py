@@ -10,8 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lamina.completions import FinishReason, TokenLogprob
 from lamina.messages.engine_request import Ticket
-from lamina.types import FinishReason, SamplingParams, TokenLogprob
+from lamina.sampling_params import SamplingParams
 from lamina.version import __version__
 
 _LEAST = -9999.0  # stands for minus infinity, which JSON has not

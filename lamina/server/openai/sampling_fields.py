@@ -12,9 +12,9 @@ from typing import Any
 
 from lamina.errors import InvalidRequest
 from lamina.intake import Intake
+from lamina.sampling_params import JSON_OBJECT, SamplingParams
 from lamina.server.http.errors import ApiError, refused, shown
 from lamina.server.openai.schemas import GenerationRequest
-from lamina.types import JSON_OBJECT, SamplingParams
 
 CHARACTERS = 64
 """A token's most, on average over a prompt: what has more cannot fit into the context, and is not tokenised."""

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from lamina.sampling_params import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from lamina.server.http.errors import ApiError, shown
 from lamina.text.tokenizer import ROLES
-from lamina.types import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOP_STRINGS
 
 _TEXT = {"type": "string"}
 _TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}

@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lamina.errors import InvalidRequest
+from lamina.sampling_params import MAX_GRAMMAR, MAX_SCHEMA, MAX_SCHEMA_DEPTH, json_depth
 from lamina.server.openai.tool_parser import CLOSE, OPEN
 from lamina.text.structured_output import check_json_schema, json_options
-from lamina.types import MAX_GRAMMAR, MAX_SCHEMA, MAX_SCHEMA_DEPTH, json_depth
 
 MAX_TOOLS = 128
 MAX_DESCRIPTION = 16384  # characters

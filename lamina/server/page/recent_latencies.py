@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from lamina.completions import Completion
 from lamina.errors import LaminaError
 from lamina.messages.engine_request import Ticket
 from lamina.server.frontend import Observer
-from lamina.types import Completion
 
 SECONDS = 30.0
 """What counts as lately."""

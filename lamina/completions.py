@@ -1,0 +1,125 @@
+"""What callers pass in and get back: frozen values, checked once. Knows no model, no tensor, no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+"""Why a sample ended: a stop string or token, a full `max_tokens` or context, or an abort by its caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that one prompt took. `cached_tokens` of the prompt came from the prefix cache, not from a prefill;
+    `completion_tokens` counts all samples."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When things happened to one prompt, in seconds since it was submitted.
+
+    `queued` until it was first scheduled, `first_token` until the first token of any sample, `total` until the
+    last token of all samples. `tokens` counts the tokens generated in that time, over all samples.
+    """
+
+    queued: float
+    first_token: float
+    total: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The decode rate: tokens after the first, over the time after the first. 0 for a single token."""
+        return (self.tokens - 1) / (self.total - self.first_token) if self.total > self.first_token else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability under the model itself: softmax of the raw logits,
+    before temperature, penalties and filters. `top` has the likeliest tokens at this place, likeliest first."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One continuation of a prompt. `logprobs` has one entry a token, or is None where none were asked for.
+
+    `token_ids` holds every token generated, a stop token included; `text` ends at a stop string.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """All that one prompt gave: `n` samples, the first of which the plain properties show. `str()` is its text.
+
+    `stats` counts what happened on the way, by name: preemptions, cached_tokens; and where a KV policy was at work,
+    of what reading and keeping everything would take in decode, `kv_read` (bytes) and `kv_held` (pages), and what it
+    estimates of the attention mass that it did not read, `missed_mass` and the worst query's `missed_mass_worst`.
+    """
+
+    samples: tuple[Sample, ...]
+    usage: Usage
+    timing: Timing
+    stats: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def text(self) -> str:
+        """The first sample's text."""
+        return self.samples[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The first sample's tokens."""
+        return self.samples[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first sample ended."""
+        return self.samples[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """The first sample's log probabilities, one entry a token, or None where none were asked for."""
+        return self.samples[0].logprobs
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of a stream. `text` is what it adds to the sample's text: often nothing while a character or a
+    possible stop string is incomplete. `finish_reason` is set on a sample's last event only;
+    a sample that its caller aborts has no such event."""
+
+    text: str
+    token_id: int
+    prompt_index: int = 0
+    sample_index: int = 0
+    finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while prompts were under way. `completions` has those that were finished, None for the others."""
+
+    def __init__(self, completions: Sequence[Completion | None]) -> None:
+        finished = sum(completion is not None for completion in completions)
+        super().__init__(f"interrupted with {finished} of {len(completions)} prompts finished")
+        self.completions = tuple(completions)
