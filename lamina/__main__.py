@@ -1,6 +1,6 @@
 """`python -m lamina` is the command `lamina`."""
 
-from lamina.cli import main
+from lamina.cli.main import main
 
 if __name__ == "__main__":
     main()

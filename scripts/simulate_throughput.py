@@ -19,7 +19,8 @@ import json
 import sys
 from pathlib import Path
 
-from lamina.cli import app
+from lamina.cli.main import app
+from lamina.cli.terminal import ProgressBars
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import Efficiency, load
 from lamina.simulator.published import (
@@ -33,7 +34,6 @@ from lamina.simulator.published import (
     overlap_rows,
 )
 from lamina.simulator.traces.catalogue import FILES, trace
-from lamina.terminal import ProgressBars
 
 
 def record(cell: Cell) -> dict[str, object]:

@@ -13,8 +13,8 @@ import typer
 from mock_openai_server import NAME, Behaviour, serving_in_thread
 from typer.testing import CliRunner
 
-from lamina.bench_cli import bench_app
-from lamina.cli import Commands
+from lamina.cli.bench import bench_app
+from lamina.cli.main import Commands
 
 app = typer.Typer(cls=Commands)
 app.add_typer(bench_app, name="bench")

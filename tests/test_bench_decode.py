@@ -9,8 +9,8 @@ import typer
 from real_workers import write_tiny_model
 from typer.testing import CliRunner
 
-from lamina.bench_cli import bench_app
-from lamina.cli import Commands
+from lamina.cli.bench import bench_app
+from lamina.cli.main import Commands
 from lamina.config import EngineConfig
 from lamina.measure.bench.decode import bench, dtypes, record, row, step_bytes, table
 from lamina.measure.hardware.plan_check import Measured

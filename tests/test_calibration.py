@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from typer.testing import CliRunner
 
 from lamina import policy_file
+from lamina.cli.policy import calibrate, policy_app
 from lamina.errors import InvalidRequest, PolicyError, UnsupportedModelError
 from lamina.measure.calibration.calibrate import Calibration, Settings
 from lamina.measure.calibration.capture import Captured, capture, joined
@@ -39,7 +40,6 @@ from lamina.measure.calibration.selection import Trial, by_evidence, candidates,
 from lamina.measure.calibration.spans import plans
 from lamina.measure.calibration.torch_path import TorchPath, attend
 from lamina.measure.evaluation.probe import Probe
-from lamina.policy_cli import calibrate, policy_app
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.config import ModelConfig

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lamina.cli import app
+from lamina.cli.main import app
+from lamina.cli.terminal import iter_lines
 from lamina.completions import TokenEvent, TokenLogprob
 from lamina.errors import EngineError, InvalidRequest, ModelFileError
 from lamina.sampling_params import SamplingParams
-from lamina.terminal import iter_lines
 from lamina_workers.errors import DiskFullError
 
 
@@ -265,7 +265,7 @@ def test_models_can_be_listed_and_an_unknown_one_is_refused(lamina: Lamina) -> N
 
 
 def test_help_loads_no_torch() -> None:
-    code = "import sys, lamina.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, lamina.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -128,7 +128,7 @@ class Namespaces:
 
     def lamina(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(0, sys.executable, "-c", "from lamina.cli import main; main()", *words),
+            self.command(0, sys.executable, "-c", "from lamina.cli.main import main; main()", *words),
             env=self._environment, capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
 

@@ -11,8 +11,8 @@ import pytest
 from test_cli import Lamina
 from typer.testing import CliRunner
 
-from lamina.cli import app
-from lamina.cluster_cli import show_ranges, worker_row
+from lamina.cli.cluster import show_ranges, worker_row
+from lamina.cli.main import app
 from lamina.config import EngineConfig
 
 NOW: dict[str, Any] = {
@@ -130,7 +130,7 @@ def test_a_worker_that_does_not_answer_says_why() -> None:
 
 @pytest.mark.slow
 def test_no_cluster_is_one_line_and_an_exit_code() -> None:
-    code = "from lamina.cli import main; main()"
+    code = "from lamina.cli.main import main; main()"
     for command in ("status", "down", "drain"):
         words = [sys.executable, "-c", code, "cluster", command, "--address", "127.0.0.1:1"]
         words += ["attention-0"] if command == "drain" else []

@@ -17,7 +17,7 @@ import pytest
 import typer
 import yaml
 
-from lamina.cli import app
+from lamina.cli.main import app
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.http.api_keys import KEY_VARIABLE

@@ -13,7 +13,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from lamina import attach, cli_options
+from lamina import attach
+from lamina.cli import options as cli_options
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.local_cluster import LocalCluster

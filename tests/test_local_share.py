@@ -14,7 +14,7 @@ import pytest
 from real_workers import WorkerProcess, worker_process, write_tiny_model
 
 from lamina import LLM
-from lamina.cli_options import EngineOptions
+from lamina.cli.options import EngineOptions
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.messages.snapshot import Snapshot

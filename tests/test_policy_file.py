@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from lamina.cli.policy import policy_app
 from lamina.errors import InvalidRequest, PolicyError
-from lamina.policy_cli import policy_app
 from lamina.policy_file import MAX_BYTES, PolicyFile, dumps, import_duo, kept, kept_share, read, read_alphas, write
 from lamina_workers.decoder.config import ModelConfig
 

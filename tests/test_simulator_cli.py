@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lamina.cli import app
+from lamina.cli.main import app
+from lamina.cli.simulate import parse_policy, parse_rate, parse_slo
 from lamina.errors import InvalidRequest
 from lamina.measure.hardware import plan_check
 from lamina.simulator.costs.cost_model import KvPolicy
@@ -24,7 +25,6 @@ from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning import plan_file
 from lamina.simulator.planning.comparison import Choice, build, with_efficiency
-from lamina.simulator_cli import parse_policy, parse_rate, parse_slo
 
 INVENTORY = """
 links = ["fhbn-400g"]
@@ -274,6 +274,6 @@ def test_systems_have_the_papers_sizes_unless_devices_are_named() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys, lamina.cli; print(*sys.modules)"
+    code = "import sys, lamina.cli.main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert {"torch", "numpy", "matplotlib", "lamina.simulator.event_loop.simulate"}.isdisjoint(loaded)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from lamina.cli.terminal import show_bytes
 from lamina.models.cache import cache_folder
 from lamina.system.machine import Machine, native_dtype, this_machine
-from lamina.terminal import show_bytes
 
 PACKAGES = ("torch", "numpy", "numba", "tokenizers", "transformers")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

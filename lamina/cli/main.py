@@ -17,17 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lamina import cli_options as opt
-from lamina.answers import print_as_it_comes, print_as_they_finish, print_json_lines
-from lamina.bench_cli import bench_app
-from lamina.cluster_cli import attention_worker, cluster_app, credentials
-from lamina.config import DEFAULT_MODEL
-from lamina.errors import InvalidRequest, LaminaError, ModelFileError, PolicyError, UnsupportedModelError
-from lamina.policy_cli import calibrate, policy_app
-from lamina.sampling_params import SamplingParams
-from lamina.server_cli import serve
-from lamina.simulator_cli import calibrate_hardware, plan, simulate
-from lamina.terminal import (
+from lamina.cli import options as opt
+from lamina.cli.bench import bench_app
+from lamina.cli.cluster import attention_worker, cluster_app, credentials
+from lamina.cli.policy import calibrate, policy_app
+from lamina.cli.printing import print_as_it_comes, print_as_they_finish, print_json_lines
+from lamina.cli.serve import serve
+from lamina.cli.simulate import calibrate_hardware, plan, simulate
+from lamina.cli.terminal import (
     ProgressBars,
     close_stdout,
     decode_argument,
@@ -38,6 +35,9 @@ from lamina.terminal import (
     show_bytes,
     write,
 )
+from lamina.config import DEFAULT_MODEL
+from lamina.errors import InvalidRequest, LaminaError, ModelFileError, PolicyError, UnsupportedModelError
+from lamina.sampling_params import SamplingParams
 from lamina_workers.errors import DiskFullError
 
 if TYPE_CHECKING:
@@ -321,8 +321,8 @@ def show(model: opt.ModelName, as_json: opt.JsonLines = False) -> None:
 @app.command()
 def doctor(as_json: opt.JsonLines = False) -> None:
     """What this machine has, what will be used, and why."""
-    from lamina.doctor import as_json as report
-    from lamina.doctor import examine
+    from lamina.cli.doctor import as_json as report
+    from lamina.cli.doctor import examine
 
     findings = list(examine())
     if as_json:

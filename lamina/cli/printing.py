@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from lamina.cli.terminal import ProgressBars, write
 from lamina.completions import Sample, TokenEvent
-from lamina.terminal import ProgressBars, write
 
 
 def print_as_it_comes(events: Iterable[TokenEvent], progress: ProgressBars) -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lamina.cli.simulator_output import plan_page, plan_record, print_plan, write_runs
+from lamina.cli.terminal import ProgressBars, print_json, print_rows
 from lamina.errors import InvalidRequest
-from lamina.simulator_output import plan_page, plan_record, print_plan, write_runs
 from lamina.system.text_files import write_text
-from lamina.terminal import ProgressBars, print_json, print_rows
 
 if TYPE_CHECKING:
     from lamina.simulator.event_loop.simulate import Slo

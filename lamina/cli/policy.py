@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina import cli_options as opt
+from lamina.cli import options as opt
+from lamina.cli.terminal import ProgressBars, print_json, print_rows
 from lamina.errors import InvalidRequest
-from lamina.terminal import ProgressBars, print_json, print_rows
 
 policy_app = typer.Typer(no_args_is_help=True, help="Import, look at and measure policy files: what KV heads keep.")
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli_options import JsonLines, Threads
+from lamina.cli.options import JsonLines, Threads
+from lamina.cli.terminal import print_json, print_rows, show_bytes
 from lamina.config import parse_size
-from lamina.terminal import print_json, print_rows, show_bytes
 
 cluster_app = typer.Typer(
     no_args_is_help=True,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina import cli_options as opt
+from lamina.cli import options as opt
+from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
 from lamina.server.http.api_keys import KEY_VARIABLE
-from lamina.terminal import ProgressBars, print_json
 
 if TYPE_CHECKING:
     from lamina.measure.bench.serve import Result

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lamina.cli.terminal import print_rows
 from lamina.errors import InvalidRequest
 from lamina.system.text_files import write_text
-from lamina.terminal import print_rows
 
 if TYPE_CHECKING:
     from lamina.simulator.costs.systems import System
