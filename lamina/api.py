@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lamina.client.input_processor import Prompt
 from lamina.completions import Completion, TokenEvent
 from lamina.config import DEFAULT_MODEL
-from lamina.intake import Prompt
 from lamina.llm import LLM
 from lamina.sampling_params import SamplingParams
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
+from lamina.client.call import Job
+from lamina.client.input_processor import Conversation, Prompt, is_one
+from lamina.client.loop_queue import LoopQueue
 from lamina.completions import Completion, Interrupted, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
-from lamina.intake import Conversation, Prompt, is_one
-from lamina.job import Job, LoopQueue
 from lamina.messages.engine_request import Ticket
 from lamina.sampling_params import SamplingParams
 from lamina.system.progress import Progress

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from lamina.attach import LOCAL, Attachment, attach
+from lamina.client.input_processor import Intake
 from lamina.config import EngineConfig
 from lamina.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
-from lamina.intake import Intake
 from lamina.journal import Run
 from lamina.kv_budget import attention_devices, check_room, divided, holder_config, limits_of
 from lamina.members import Members

@@ -26,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lamina.client.remote_client import RemoteEngine
 from lamina.journal import Facts, Journal
 from lamina.messages.engine_request import Output, Ticket
-from lamina.remote_engine import RemoteEngine
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.server.processes.child_protocol import line, parse

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from conftest import Rig
 
+from lamina.client.interface import Event
+from lamina.client.remote_client import RemoteEngine, fetch
+from lamina.client.remote_host import EngineHost
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.messages.engine_request import Output, Ticket
 from lamina.messages.request_codec import Command, decode_ticket, encode_ticket
-from lamina.remote_engine import EngineHost, Event, RemoteEngine, fetch
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina_workers.decoder.logprobs import RowLogprobs

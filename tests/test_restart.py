@@ -20,13 +20,13 @@ from real_workers import until, worker_process, write_tiny_model
 from test_constraints import EOS, GRAMMARS, VOCABULARY
 
 from lamina import LLM
+from lamina.client.remote_client import RemoteEngine
 from lamina.engine import Engine
 from lamina.errors import EngineError, JournalError
 from lamina.journal import Facts, Journal
 from lamina.kv_budget import page_groups
 from lamina.messages.engine_request import Output, Ticket
 from lamina.recorder import Recorder
-from lamina.remote_engine import RemoteEngine
 from lamina.restart import recover
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from conftest import Rig, collect
 
+from lamina.client.remote_client import RemoteEngine
 from lamina.errors import EngineError
 from lamina.messages.engine_request import Output, Ticket
 from lamina.models.resolve import resolve
-from lamina.remote_engine import RemoteEngine
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.server.frontend import EngineUnavailable, Frontend, Served

@@ -16,7 +16,7 @@ from server_rig import MODEL, Rig, serving
 from tokenizers.processors import TemplateProcessing
 
 from lamina import LLM
-from lamina.intake import Intake
+from lamina.client.input_processor import Intake
 from lamina.messages.engine_request import Ticket
 from lamina.server.frontend import Frontend, Served
 from lamina.server.openai.schemas import ChatRequest, CompletionRequest

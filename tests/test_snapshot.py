@@ -14,10 +14,10 @@ from conftest import BytesPort, Rig, collect
 from policy_bench import TIGHT, under
 from test_remote_engine import Loop
 
+from lamina.client.remote_client import RemoteEngine
 from lamina.errors import EngineError
 from lamina.messages.engine_request import Spared
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
-from lamina.remote_engine import RemoteEngine
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.scheduler import Scheduler

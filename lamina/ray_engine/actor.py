@@ -30,8 +30,8 @@ from lamina.told_members import ToldMembers
 from lamina_workers.devices.openmp import share_cores
 
 if TYPE_CHECKING:
+    from lamina.client.interface import Event
     from lamina.messages.request_codec import Command
-    from lamina.remote_engine import Event
 
 logger = logging.getLogger("lamina")
 
@@ -86,7 +86,7 @@ class EngineActor:
         `run` is which engine this is; what is unfinished of it goes on where its `journal` is on this node. Where the
         config names a folder, that is on every node, and the run's folder is in it; else it is a temporary one.
         """
-        from lamina.remote_engine import EngineHost
+        from lamina.client.remote_host import EngineHost
         from lamina.runtime import start
 
         self._model = model
@@ -133,7 +133,7 @@ class EngineActor:
         self._host.ask(commands)
 
     def events(self) -> Sequence[Event]:
-        from lamina.remote_engine import fetch
+        from lamina.client.remote_client import fetch
 
         while not (fetched := fetch(self._events, _POLL)):
             if self._host is not None and not self._runtime.engine.alive:

@@ -14,17 +14,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from lamina.client.input_processor import Intake
 from lamina.cluster import NAMESPACE, TIMEOUT, connect, ray_module
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.intake import Intake
 from lamina.ray_engine.actor import MODEL_FILES, file_hashes
 from lamina.ray_engine.owner import STOPPING, EngineOwner, result
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
+    from lamina.client.remote_client import RemoteEngine
     from lamina.messages.engine_request import Ticket
-    from lamina.remote_engine import RemoteEngine
     from lamina.scheduling.request import SchedulerConfig
     from lamina.text.tokenizer import Tokenizer
     from lamina_workers.decoder.config import ModelConfig
@@ -68,7 +68,7 @@ def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress 
     The model's weights are fetched where the engine runs, not here. Raises what `lamina.runtime.start` raises, and
     EngineError where the cluster is not there, has too little, or runs another version.
     """
-    from lamina.remote_engine import RemoteEngine
+    from lamina.client.remote_client import RemoteEngine
 
     own = connect(config.cluster or "auto")
     owner = EngineOwner(str(name), config)

@@ -25,8 +25,9 @@ from lamina.ray_members import RayCluster, environment
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
+    from lamina.client.interface import Event
+    from lamina.client.remote_client import RemoteEngine
     from lamina.messages.request_codec import Command
-    from lamina.remote_engine import Event, RemoteEngine
 
 logger = logging.getLogger("lamina")
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol
 
+from lamina.client.call import Item, Job
+from lamina.client.input_processor import Intake
+from lamina.client.interface import EngineClient
+from lamina.client.loop_queue import LoopQueue
 from lamina.completions import Completion, TokenEvent
 from lamina.errors import EngineError, LaminaError
-from lamina.intake import Intake
-from lamina.job import Item, Job, LoopQueue
 from lamina.messages.engine_request import Ticket
 from lamina.messages.snapshot import Snapshot
-from lamina.remote_engine import EngineClient
 from lamina.text.tokenizer import Tokenizer
 
 State = Literal["loading", "ready", "draining", "dead"]

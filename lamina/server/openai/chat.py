@@ -14,9 +14,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lamina.client.input_processor import Intake
 from lamina.completions import Completion, Sample, TokenEvent
 from lamina.errors import ContextTooLong
-from lamina.intake import Intake
 from lamina.messages.engine_request import Ticket
 from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import Served

@@ -13,8 +13,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lamina.client.input_processor import is_one
 from lamina.completions import Completion, Sample, TokenEvent
-from lamina.intake import is_one
 from lamina.messages.engine_request import Ticket
 from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import Served

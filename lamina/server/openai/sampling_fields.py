@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lamina.client.input_processor import Intake
 from lamina.errors import InvalidRequest
-from lamina.intake import Intake
 from lamina.sampling_params import JSON_OBJECT, SamplingParams
 from lamina.server.http.errors import ApiError, refused, shown
 from lamina.server.openai.schemas import GenerationRequest

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lamina.client.input_processor import Intake
+from lamina.client.remote_client import RemoteEngine
 from lamina.errors import LaminaError
-from lamina.intake import Intake
-from lamina.remote_engine import RemoteEngine
 from lamina.server.frontend import Frontend, Served
 from lamina.server.processes.link import SocketWire
 from lamina.text.tokenizer import Tokenizer, read_json

@@ -15,9 +15,11 @@ from typing import Any
 
 import msgpack
 
+from lamina.client.interface import EngineClient, Event
+from lamina.client.remote_client import fetch
+from lamina.client.remote_host import EngineHost
 from lamina.errors import EngineError, LaminaError
 from lamina.messages.request_codec import Command
-from lamina.remote_engine import EngineClient, EngineHost, Event, fetch
 from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix

@@ -6,22 +6,17 @@ is what blocking and asynchronous callers do each in their way.
 
 from __future__ import annotations
 
-import asyncio
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from lamina.client.output_processor import Answer
 from lamina.completions import Completion, TokenEvent
 from lamina.messages.engine_request import Output, Ticket
-from lamina.outputs import Answer
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
-    from lamina.remote_engine import EngineClient
+    from lamina.client.interface import EngineClient
     from lamina.text.tokenizer import Tokenizer
 
 Item: TypeAlias = tuple[Ticket, list[Output]]
@@ -109,83 +104,6 @@ class Job:
 
     def _stopper(self, ticket: Ticket) -> Callable[[int], None]:
         return lambda sample: self._engine.abort(ticket, sample, "stop")
-
-
-class LoopQueue:
-    """A queue of the running event loop that other threads fill. One task takes from it.
-
-    `seconds`: from now on, after which `get` raises asyncio.TimeoutError; whoever gives them must `close` it.
-    """
-
-    def __init__(self, seconds: float | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._waker = _Waker.of(self._loop)
-        self._items: deque[Item] = deque()
-        self._waiting: asyncio.Future[None] | None = None
-        self._late = False
-        self._timer = None if seconds is None else self._loop.call_later(max(0.0, seconds), self._expire)
-
-    def put(self, item: Item) -> None:
-        self._items.append(item)
-        self._waker.wake(self)
-
-    async def get(self) -> Item:
-        while not self._items and not self._late:
-            self._waiting = self._loop.create_future()
-            try:
-                await self._waiting
-            finally:
-                self._waiting = None
-        if not self._items:
-            raise asyncio.TimeoutError
-        return self._items.popleft()
-
-    def get_nowait(self) -> Item | None:
-        return self._items.popleft() if self._items else None
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def look(self) -> None:
-        """There may be something: wake who waits. For the event loop's thread."""
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    def _expire(self) -> None:
-        self._late = True
-        self.look()
-
-
-class _Waker:
-    """Wakes an event loop once for all queues that are filled in a row: a batch fills one for each of its requests."""
-
-    _known: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker]] = WeakKeyDictionary()
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = weakref.ref(loop)
-        self._filled: deque[LoopQueue] = deque()
-        self._called = False
-
-    @classmethod
-    def of(cls, loop: asyncio.AbstractEventLoop) -> _Waker:
-        """The one of that loop. For the loop's thread."""
-        waker = cls._known.get(loop)
-        if waker is None:
-            waker = cls._known[loop] = cls(loop)
-        return waker
-
-    def wake(self, queue: LoopQueue) -> None:
-        self._filled.append(queue)
-        if not self._called and (loop := self._loop()) is not None:
-            self._called = True
-            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(self._run)
-
-    def _run(self) -> None:
-        self._called = False  # first, so that whoever fills one from now on calls again
-        while self._filled:
-            self._filled.popleft().look()
 
 
 def _follow_prefill(tickets: Sequence[Ticket], progress: Progress) -> None:

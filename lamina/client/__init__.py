@@ -1,0 +1,1 @@
+"""The caller's side of an engine: prompts in, outputs to text, in this process or over a connection."""
