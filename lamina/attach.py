@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
+from lamina.deploy.worker_events import FixedMembers, Member, Members, answers
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
 from lamina.fleet import seated
 from lamina.kv_budget import attention_devices
-from lamina.members import FixedMembers, Member, Members, answers
 from lamina.scheduling.placement import Holder
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address
@@ -196,7 +196,7 @@ def attach(
 def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> Members | None:
     workers = config.attention_workers
     if isinstance(workers, int):
-        from lamina.local_cluster import LocalCluster
+        from lamina.deploy.local_attention import LocalCluster
 
         if not workers:
             return None

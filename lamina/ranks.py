@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
+from lamina.deploy.local_models import ModelMembers
 from lamina.errors import EngineError, InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError
-from lamina.model_members import ModelMembers
 from lamina.system.progress import Progress
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import HolderConfig

@@ -21,13 +21,13 @@ import torch
 from lamina.attach import LOCAL, Attachment, attach
 from lamina.client.input_processor import Intake
 from lamina.config import EngineConfig
+from lamina.deploy.local_models import LocalModelMembers, ModelMembers
+from lamina.deploy.worker_events import Members
 from lamina.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
 from lamina.journal import Run
 from lamina.kv_budget import attention_devices, check_room, divided, holder_config, limits_of
-from lamina.members import Members
 from lamina.messages.engine_request import Ticket
-from lamina.model_members import LocalModelMembers, ModelMembers
 from lamina.models.resolve import resolve
 from lamina.ranks import Ranks, begins, rank_holders
 from lamina.recorder import Recorder

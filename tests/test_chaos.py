@@ -20,8 +20,8 @@ from chaos_proxy import Proxy, Toxic
 from real_workers import WorkerProcess, all_pages_free, ports, until, worker_process, write_tiny_model
 
 from lamina import LLM
+from lamina.deploy.worker_events import MemberStatus
 from lamina.errors import EngineError
-from lamina.members import MemberStatus
 from lamina_workers.process.credentials import load_credentials, make_credentials
 
 ONE = os.environ.get("LAMINA_CHAOS_SEED")

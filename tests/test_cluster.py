@@ -25,7 +25,7 @@ import torch
 from gguf_writing import SIZES, silent, write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lamina.cluster import compare_versions, explain
+from lamina.deploy.ray_connection import compare_versions, explain
 from lamina.errors import EngineError
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
@@ -212,7 +212,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_too_few_nodes_are_an_error_that_says_what_to_start(nodes: Namespaces) -> None:
     said = nodes.run("""
-from lamina.cluster import connect, require
+from lamina.deploy.ray_connection import connect, require
 from lamina.errors import EngineError
 connect("auto")
 start = time.monotonic()
@@ -229,7 +229,7 @@ except EngineError as error:
 @pytest.mark.slow
 def test_no_cluster_is_an_error_that_says_what_to_start(nodes: Namespaces) -> None:
     said = nodes.run("""
-from lamina.cluster import connect
+from lamina.deploy.ray_connection import connect
 from lamina.errors import EngineError
 try:
     connect("10.77.0.1:1")
@@ -247,7 +247,7 @@ def test_a_node_with_another_version_is_refused_before_anything_starts(nodes: Na
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lamina\nVersion: 9.9.9\n")
     join(nodes, """{"odd_one": 1}""", PYTHONPATH=str(tmp_path))
     said = nodes.run("""
-from lamina.cluster import connect, require
+from lamina.deploy.ray_connection import connect, require
 from lamina.errors import EngineError
 connect("auto")
 try:
@@ -261,9 +261,9 @@ except EngineError as error:
 @pytest.mark.slow
 def test_workers_come_up_refuse_strangers_and_are_replaced(nodes: Namespaces) -> None:
     said = nodes.run("""
-from lamina.cluster import connect
-from lamina.ray_members import RayCluster
-from lamina.members import Member
+from lamina.deploy.ray_connection import connect
+from lamina.deploy.ray_attention import RayCluster
+from lamina.deploy.worker_events import Member
 from lamina_protocols.channels import Credentials
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.service import WorkerClient
@@ -319,8 +319,8 @@ say(addresses=addresses, answers=answers, killed=killed, given_up=given_up, stat
 @pytest.mark.slow
 def test_workers_end_with_the_program_that_started_them(nodes: Namespaces) -> None:
     with nodes.program("""
-from lamina.cluster import connect
-from lamina.ray_members import RayCluster
+from lamina.deploy.ray_connection import connect
+from lamina.deploy.ray_attention import RayCluster
 connect("auto")
 cluster = RayCluster(2, kv_memory=1 << 24, threads=1)
 cluster.start()
@@ -453,7 +453,7 @@ def test_a_server_on_the_cluster_answers_comes_back_and_leaves_nothing(nodes: Na
         f"MODEL = {str(model)!r}\n"
         + """
 import re, subprocess, urllib.error, urllib.request
-from lamina.cluster import connection
+from lamina.deploy.ray_connection import connection
 from lamina.ray_engine.handle import engine_status, engines
 
 server = subprocess.Popen(

@@ -26,7 +26,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
 
 STREAMS = """
 import logging, threading
-from lamina.cluster import connection
+from lamina.deploy.ray_connection import connection
 from lamina.ray_engine.handle import engine_status
 
 PROMPTS = ["the 1 2", "12 12 the the 12", "a"]
@@ -183,7 +183,7 @@ say(whole=whole == [each[:100] for each in expected], same=got == expected, leng
 def test_the_engines_node_dies_and_it_goes_on_at_another(two: Namespaces, model: Path) -> None:
     """The last one: the second node is gone afterwards."""
     code = """
-from lamina.cluster import connect, prefer, ray_module
+from lamina.deploy.ray_connection import connect, prefer, ray_module
 
 connect("auto")
 ray = ray_module()

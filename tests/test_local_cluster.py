@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from lamina.deploy.local_attention import LocalCluster, attention_command
+from lamina.deploy.worker_events import Backoff, FixedMembers, Member, answers
 from lamina.errors import EngineError
-from lamina.local_cluster import LocalCluster, attention_command
-from lamina.members import Backoff, FixedMembers, Member, answers
 from lamina_protocols.service import WorkerClient, WorkerRefused
 
 FAKE = """
@@ -190,7 +190,7 @@ PARENT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 sys.path.insert(0, {tests!r})
-from lamina.local_cluster import LocalCluster
+from lamina.deploy.local_attention import LocalCluster
 {setup}
 cluster = LocalCluster(2, kv_memory=1 << 24, threads=1, **options)
 cluster.start()

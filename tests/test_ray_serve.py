@@ -92,7 +92,7 @@ KEY = "a-key-of-the-tests"
 
 PROGRAM = """
 import http.client, subprocess, threading
-from lamina.cluster import ray_module
+from lamina.deploy.ray_connection import ray_module
 ray = ray_module()  # which keeps Ray's news off stdout
 from ray import serve
 from lamina.ray_engine.handle import engine_status

@@ -159,7 +159,9 @@ def test_an_engine_that_does_not_start_ends_the_server(world: World) -> None:
 
 @pytest.mark.parametrize("how", ["fails", "dies"])
 def test_a_restart_that_fails_ends_the_server(world: World, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamina.members._FIRST_DELAY", 0.01)  # six times, each twice as long as the one before
+    monkeypatch.setattr(
+        "lamina.deploy.worker_events._FIRST_DELAY", 0.01
+    )  # six times, each twice as long as the one before
     with pytest.raises(EngineError, match="again"):
         world.run(world.serving, world.behave("engine", how), world.kill("engine"))
     assert not alive(world.pid("http"))

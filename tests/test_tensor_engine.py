@@ -18,8 +18,8 @@ from real_workers import until, worker_process, write_tiny_model
 import lamina.llm
 from lamina import LLM
 from lamina.config import EngineConfig
+from lamina.deploy.local_models import LocalModelMembers, model_command
 from lamina.errors import EngineError, InvalidRequest, LaminaError
-from lamina.model_members import LocalModelMembers, model_command
 from lamina.runtime import start
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina_protocols.channels import ChannelClosed, split_address

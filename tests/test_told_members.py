@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from lamina import told_members
+from lamina.deploy import relayed_attention as told_members
+from lamina.deploy.relayed_attention import ToldMembers
+from lamina.deploy.worker_events import Member
 from lamina.errors import WorkersUnavailable
-from lamina.members import Member
-from lamina.told_members import ToldMembers
 
 A, B, C = (Member(name, f"10.0.0.1:{port}") for port, name in enumerate("abc", 1))
 

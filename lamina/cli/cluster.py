@@ -30,7 +30,7 @@ _SAMPLE = 1.0  # seconds over which rates are measured
 @cluster_app.command()
 def status(address: Address = "auto", as_json: JsonLines = False) -> None:
     """The engines of a cluster, and what each of their attention workers holds and does. Takes a second."""
-    from lamina.cluster import connection
+    from lamina.deploy.ray_connection import connection
     from lamina.ray_engine.handle import engine_status
 
     with connection(address) as ray:
@@ -55,7 +55,7 @@ def status(address: Address = "auto", as_json: JsonLines = False) -> None:
 @cluster_app.command()
 def down(address: Address = "auto") -> None:
     """End every engine on a cluster, and their workers. Ray itself stays."""
-    from lamina.cluster import connection
+    from lamina.deploy.ray_connection import connection
     from lamina.ray_engine.handle import end_engines
 
     with connection(address) as ray:
@@ -69,7 +69,7 @@ def drain(
     address: Address = "auto",
 ) -> None:
     """Move what a worker holds to the others, while requests run. Nothing is computed again."""
-    from lamina.cluster import connection
+    from lamina.deploy.ray_connection import connection
     from lamina.ray_engine import handle as ray_engine
 
     with connection(address) as ray:

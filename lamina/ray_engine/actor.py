@@ -19,14 +19,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamina.cluster import ray_module
 from lamina.config import EngineConfig
+from lamina.deploy.ray_connection import ray_module
+from lamina.deploy.ray_models import RayModelMembers
+from lamina.deploy.relayed_attention import ToldMembers
+from lamina.deploy.worker_events import Member, MemberStatus
 from lamina.errors import EngineError, LaminaError
 from lamina.journal import Run, run_folder, sweep
-from lamina.members import Member, MemberStatus
 from lamina.models.cache import hash_file
-from lamina.ray_model_members import RayModelMembers
-from lamina.told_members import ToldMembers
 from lamina_workers.devices.openmp import share_cores
 
 if TYPE_CHECKING:

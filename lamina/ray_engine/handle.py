@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lamina.client.input_processor import Intake
-from lamina.cluster import NAMESPACE, TIMEOUT, connect, ray_module
 from lamina.config import EngineConfig
+from lamina.deploy.ray_connection import NAMESPACE, TIMEOUT, connect, ray_module
 from lamina.errors import InvalidRequest
 from lamina.ray_engine.actor import MODEL_FILES, file_hashes
 from lamina.ray_engine.owner import STOPPING, EngineOwner, result

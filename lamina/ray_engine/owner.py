@@ -15,13 +15,23 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lamina.cluster import ATTENTION, MODEL, NAMESPACE, TIMEOUT, explain, prefer, ray_module, require, shortage
 from lamina.config import EngineConfig, parse_size
+from lamina.deploy.ray_attention import RayCluster, environment
+from lamina.deploy.ray_connection import (
+    ATTENTION,
+    MODEL,
+    NAMESPACE,
+    TIMEOUT,
+    explain,
+    prefer,
+    ray_module,
+    require,
+    shortage,
+)
+from lamina.deploy.worker_events import Backoff
 from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
 from lamina.journal import Run
-from lamina.members import Backoff
 from lamina.ray_engine.actor import EngineActor
-from lamina.ray_members import RayCluster, environment
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:

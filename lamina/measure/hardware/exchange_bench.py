@@ -11,11 +11,11 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from lamina.deploy.local_attention import LocalCluster
+from lamina.deploy.worker_events import Member
 from lamina.errors import EngineError
-from lamina.local_cluster import LocalCluster
 from lamina.measure.hardware.held import PATIENCE, Held
 from lamina.measure.hardware.loaded import Loaded, decode_batch, load
-from lamina.members import Member
 from lamina.scheduling.kv_layouts import apportion
 from lamina_protocols.messages import Announced, Announcement, Fault, Query, Request
 from lamina_workers.ports.remote import RemoteAttention, connect

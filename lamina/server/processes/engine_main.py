@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
+from lamina.deploy.relayed_attention import ToldMembers
+from lamina.deploy.worker_events import Member
 from lamina.errors import LaminaError
-from lamina.members import Member
 from lamina.server.processes.child_protocol import Mouth, begin
 from lamina.system.progress import Progress
-from lamina.told_members import ToldMembers
 from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple, Protocol
 
+from lamina.deploy.local_attention import LocalCluster
+from lamina.deploy.worker_events import Backoff, Member
 from lamina.errors import (
     DiskFullError,
     EngineError,
@@ -33,8 +35,6 @@ from lamina.errors import (
     PolicyError,
     UnsupportedModelError,
 )
-from lamina.local_cluster import LocalCluster
-from lamina.members import Backoff, Member
 from lamina.server.processes.child_protocol import LOG_LEVEL, line, parse
 from lamina.server.settings import ServerSettings
 from lamina.system.child_process import ChildProcess, end_all

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
-from lamina.members import Backoff, MemberStatus, State, incarnation
+from lamina.deploy.worker_events import Backoff, MemberStatus, State, incarnation
 from lamina.system.child_process import ChildProcess, end_all
 from lamina_protocols.channels import Credentials
 

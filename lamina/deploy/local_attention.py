@@ -19,8 +19,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from lamina.deploy.worker_events import (
+    WAITING,
+    Backoff,
+    Member,
+    MemberStatus,
+    News,
+    OnJoined,
+    OnLeft,
+    State,
+    incarnation,
+)
 from lamina.errors import EngineError
-from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoined, OnLeft, State, incarnation
 from lamina.system.child_process import ChildProcess, end_all
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials

@@ -15,9 +15,19 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamina.cluster import ATTENTION, NAMESPACE, TIMEOUT, explain, ray_module, require
+from lamina.deploy.ray_connection import ATTENTION, NAMESPACE, TIMEOUT, explain, ray_module, require
+from lamina.deploy.worker_events import (
+    WAITING,
+    Backoff,
+    Member,
+    MemberStatus,
+    News,
+    OnJoined,
+    OnLeft,
+    State,
+    incarnation,
+)
 from lamina.errors import EngineError
-from lamina.members import WAITING, Backoff, Member, MemberStatus, News, OnJoined, OnLeft, State, incarnation
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import share_cores

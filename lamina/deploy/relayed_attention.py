@@ -6,8 +6,8 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 
+from lamina.deploy.worker_events import Member, MemberStatus, News, OnJoined, OnLeft
 from lamina.errors import WorkersUnavailable
-from lamina.members import Member, MemberStatus, News, OnJoined, OnLeft
 from lamina.system.progress import Progress
 
 _WORKERS_UP = 120.0  # seconds

@@ -18,10 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lamina.cluster import MODEL, TIMEOUT, explain, ray_module, shortage
-from lamina.members import Backoff, MemberStatus, State
-from lamina.model_members import OnEnded, process_name
-from lamina.ray_members import environment
+from lamina.deploy.local_models import OnEnded, process_name
+from lamina.deploy.ray_attention import environment
+from lamina.deploy.ray_connection import MODEL, TIMEOUT, explain, ray_module, shortage
+from lamina.deploy.worker_events import Backoff, MemberStatus, State
 from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.credentials import create_credentials
