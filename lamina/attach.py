@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
 from lamina.deploy.worker_events import FixedMembers, Member, Members, answers
+from lamina.engine.holders import seated
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
-from lamina.fleet import seated
 from lamina.kv_budget import attention_devices
 from lamina.scheduling.placement import Holder
 from lamina.system.progress import Progress
@@ -29,7 +29,7 @@ from lamina_workers.ports.remote import RemoteAttention, connect
 from lamina_workers.process.credentials import load_credentials
 
 if TYPE_CHECKING:
-    from lamina.engine import Engine
+    from lamina.engine.engine import Engine
     from lamina_workers.model_worker.interface import Workers
     from lamina_workers.parallel.peers import Mate
 

@@ -30,7 +30,7 @@ from lamina_workers.parallel.rank_group import SLACK, RankGroup
 if TYPE_CHECKING:
     import torch
 
-    from lamina.engine import Engine
+    from lamina.engine.engine import Engine
 
 logger = logging.getLogger("lamina")
 

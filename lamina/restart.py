@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 
 from lamina.config import EngineConfig
-from lamina.engine import Engine
+from lamina.engine.engine import Engine
 from lamina.journal import Facts, Journal, Run
 from lamina.messages.engine_request import Ticket
 from lamina.recorder import Recorder, found

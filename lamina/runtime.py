@@ -23,7 +23,7 @@ from lamina.client.input_processor import Intake
 from lamina.config import EngineConfig
 from lamina.deploy.local_models import LocalModelMembers, ModelMembers
 from lamina.deploy.worker_events import Members
-from lamina.engine import Engine
+from lamina.engine.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
 from lamina.journal import Run
 from lamina.kv_budget import attention_devices, check_room, divided, holder_config, limits_of

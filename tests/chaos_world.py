@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from conftest import holder_config
 
-from lamina.batches import Lane
-from lamina.engine import Engine
+from lamina.engine.engine import Engine
+from lamina.engine.in_flight import Lane
 from lamina.kv_budget import page_groups
 from lamina.messages.engine_request import Output, Ticket
 from lamina.sampling_params import SamplingParams

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, and some test may import it first
 
-from lamina.engine import Engine
+from lamina.engine.engine import Engine
 from lamina.kv_budget import page_groups
 from lamina.messages.engine_request import Output, Ticket
 from lamina.sampling_params import SamplingParams

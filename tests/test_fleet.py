@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from lamina.fleet import Fleet
+from lamina.engine.holders import Fleet
 from lamina.scheduling.kv_shares import Share
 from lamina.scheduling.placement import Holder, Part
 from lamina_protocols.messages import Fork, Open, PartHeld, Surveyed

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from lamina.patience import Patience
+from lamina.engine.failures import Patience
 
 OTHER = SimpleNamespace(request=SimpleNamespace(id="a"))
 

@@ -21,7 +21,7 @@ from test_constraints import EOS, GRAMMARS, VOCABULARY
 
 from lamina import LLM
 from lamina.client.remote_client import RemoteEngine
-from lamina.engine import Engine
+from lamina.engine.engine import Engine
 from lamina.errors import EngineError, JournalError
 from lamina.journal import Facts, Journal
 from lamina.kv_budget import page_groups

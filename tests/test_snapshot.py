@@ -15,13 +15,14 @@ from policy_bench import TIGHT, under
 from test_remote_engine import Loop
 
 from lamina.client.remote_client import RemoteEngine
+from lamina.engine.observer import survey
+from lamina.engine.stats import Tally
 from lamina.errors import EngineError
 from lamina.messages.engine_request import Spared
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.scheduler import Scheduler
-from lamina.tally import Tally, survey
 from lamina_protocols.messages import Attended, Exchange, Query, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder

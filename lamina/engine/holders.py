@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from lamina.engine.kv_migration import Mover
 from lamina.errors import InvalidRequest
-from lamina.mover import Mover
 from lamina.scheduling.kv_shares import Layout, Pages, Share
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import Sequence as Sample

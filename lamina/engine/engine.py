@@ -15,18 +15,21 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lamina.announced import floors_of, spared_of
-from lamina.batches import Answered, Batches, Lane
-from lamina.clients import Clients
 from lamina.completions import FinishReason
+from lamina.engine.batch_input import work
+from lamina.engine.failures import Losses, Patience
+from lamina.engine.holder_answers import floors_of, spared_of
+from lamina.engine.holders import Fleet
+from lamina.engine.in_flight import Answered, Batches, Lane
+from lamina.engine.kv_migration import Mover
+from lamina.engine.mailbox import Inbox
+from lamina.engine.observer import survey
+from lamina.engine.request_registry import Clients
+from lamina.engine.stats import Tally
+from lamina.engine.tiering import Tiers
 from lamina.errors import EngineError, InvalidRequest
-from lamina.fleet import Fleet
-from lamina.inbox import Inbox
-from lamina.losses import Losses
 from lamina.messages.engine_request import Ticket, unwatched
 from lamina.messages.snapshot import Snapshot
-from lamina.mover import Mover
-from lamina.patience import Patience
 from lamina.recovery import Found, Place
 from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.lane_tuner import Lanes
@@ -35,9 +38,6 @@ from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import Plan
 from lamina.scheduling.request import Sequence as Sample
 from lamina.scheduling.scheduler import Scheduler
-from lamina.tally import Tally, survey
-from lamina.tiers import Tiers
-from lamina.work import work
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
 from lamina_protocols.routes import HolderShare

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
 
+from lamina.engine.stats import Tally
 from lamina.scheduling.request import Plan
 from lamina.scheduling.scheduler import Scheduler
-from lamina.tally import Tally
 from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.parallel.peers import Mate

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lamina.mover import Mover
+from lamina.engine.kv_migration import Mover
 from lamina.scheduling.local_share import Balance, Batch, to_move
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Plan, Sequence
