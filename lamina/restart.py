@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from lamina.config import EngineConfig
 from lamina.engine.engine import Engine
-from lamina.journal import Facts, Journal, Run
+from lamina.journal.journal import Facts, Journal, Run
+from lamina.journal.recorder import Recorder, found
 from lamina.messages.engine_request import Ticket
-from lamina.recorder import Recorder, found
 from lamina.scheduling.placement import Placement
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_workers.model_worker.interface import Workers

@@ -25,12 +25,12 @@ from lamina.deploy.local_models import LocalModelMembers, ModelMembers
 from lamina.deploy.worker_events import Members
 from lamina.engine.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
-from lamina.journal import Run
+from lamina.journal.journal import Run
+from lamina.journal.recorder import Recorder
 from lamina.kv_budget import attention_devices, check_room, divided, holder_config, limits_of
 from lamina.messages.engine_request import Ticket
 from lamina.models.resolve import resolve
 from lamina.ranks import Ranks, begins, rank_holders
-from lamina.recorder import Recorder
 from lamina.restart import open_journal, past_epochs, recover
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.client.remote_client import RemoteEngine
-from lamina.journal import Facts, Journal
+from lamina.journal.journal import Facts, Journal
 from lamina.messages.engine_request import Output, Ticket
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request

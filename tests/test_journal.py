@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import JournalError
-from lamina.journal import Facts, Journal, Run, run_folder, sweep
-from lamina.recovery import FINISHED, GONE, Found, History, KnownSample, Place, Record, adoption
+from lamina.journal.history import FINISHED, GONE, Found, History, KnownSample, Place, Record, adoption
+from lamina.journal.journal import Facts, Journal, Run, run_folder, sweep
 from lamina_protocols.messages import PartHeld
 
 FACTS = Facts("m" * 8, 16, "float32", 2)
@@ -167,7 +167,7 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
 
 def test_a_second_engine_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     first = Journal(tmp_path, FACTS)
-    code = "import sys; from lamina.journal import *; Journal(sys.argv[1], Facts('mmmmmmmm', 16, 'float32', 2))"
+    code = "import sys; from lamina.journal.journal import *; Journal(sys.argv[1], Facts('mmmmmmmm', 16, 'float32', 2))"
     second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert second.returncode == 1
     assert f"in use by another engine (process {os.getpid()})" in second.stderr
@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
 def test_it_is_written_anew_when_it_has_grown_and_what_has_ended_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lamina.journal._GROWN", 20_000)
+    monkeypatch.setattr("lamina.journal.journal._GROWN", 20_000)
     journal = Journal(tmp_path, FACTS)
     journal.append(request("long"))
     sizes = []

@@ -23,10 +23,10 @@ from lamina import LLM
 from lamina.client.remote_client import RemoteEngine
 from lamina.engine.engine import Engine
 from lamina.errors import EngineError, JournalError
-from lamina.journal import Facts, Journal
+from lamina.journal.journal import Facts, Journal
+from lamina.journal.recorder import Recorder
 from lamina.kv_budget import page_groups
 from lamina.messages.engine_request import Output, Ticket
-from lamina.recorder import Recorder
 from lamina.restart import recover
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes

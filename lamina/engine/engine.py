@@ -28,9 +28,9 @@ from lamina.engine.request_registry import Clients
 from lamina.engine.stats import Tally
 from lamina.engine.tiering import Tiers
 from lamina.errors import EngineError, InvalidRequest
+from lamina.journal.history import Found, Place
 from lamina.messages.engine_request import Ticket, unwatched
 from lamina.messages.snapshot import Snapshot
-from lamina.recovery import Found, Place
 from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.lane_tuner import Lanes
 from lamina.scheduling.local_share import Balance
@@ -48,7 +48,7 @@ from lamina_workers.model_worker.interface import Workers
 from lamina_workers.ports.port import AttentionPort
 
 if TYPE_CHECKING:
-    from lamina.recorder import Recorder
+    from lamina.journal.recorder import Recorder
     from lamina.text.structured_output import Grammars
     from lamina_workers.parallel.peers import Mate
 

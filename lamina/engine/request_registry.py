@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.journal.resumption import Returning
 from lamina.messages.engine_request import Output, Ticket, nobody, unwatched
-from lamina.returning import Returning
 from lamina.scheduling.request import Kept, Outcome, Plan
 from lamina.scheduling.request import Sequence as Sample
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory
 
 if TYPE_CHECKING:
-    from lamina.recorder import Recorder
-    from lamina.recovery import Found, Place
+    from lamina.journal.history import Found, Place
+    from lamina.journal.recorder import Recorder
     from lamina.scheduling.scheduler import Scheduler
     from lamina.text.structured_output import Constraint, Grammars
 

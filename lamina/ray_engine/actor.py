@@ -25,7 +25,7 @@ from lamina.deploy.ray_models import RayModelMembers
 from lamina.deploy.relayed_attention import ToldMembers
 from lamina.deploy.worker_events import Member, MemberStatus
 from lamina.errors import EngineError, LaminaError
-from lamina.journal import Run, run_folder, sweep
+from lamina.journal.journal import Run, run_folder, sweep
 from lamina.models.cache import hash_file
 from lamina_workers.devices.openmp import share_cores
 

@@ -30,7 +30,7 @@ from lamina.deploy.ray_connection import (
 )
 from lamina.deploy.worker_events import Backoff
 from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
-from lamina.journal import Run
+from lamina.journal.journal import Run
 from lamina.ray_engine.actor import EngineActor
 from lamina.system.progress import Progress
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import LaminaError
+from lamina.journal.history import GONE, Found, Place
 from lamina.messages.engine_request import Output, Ticket
-from lamina.recovery import GONE, Found, Place
 from lamina.scheduling.request import Kept
 
 if TYPE_CHECKING:
-    from lamina.recorder import Recorder
+    from lamina.journal.recorder import Recorder
     from lamina.scheduling.scheduler import Scheduler
     from lamina.text.structured_output import Grammars
 

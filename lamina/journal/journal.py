@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 import msgpack
 
 from lamina.errors import JournalError
-from lamina.recovery import History, Record
+from lamina.journal.history import History, Record
 from lamina_protocols.control import package_version
 
 logger = logging.getLogger("lamina")

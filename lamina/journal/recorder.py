@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lamina.completions import FinishReason
+from lamina.journal.history import Adoption, Found, History, KnownRequest, Place, Record, adoption
 from lamina.messages.engine_request import Output, Ticket
 from lamina.messages.request_codec import decode_ticket, encode_ticket
-from lamina.recovery import Adoption, Found, History, KnownRequest, Place, Record, adoption
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:

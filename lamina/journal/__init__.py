@@ -1,0 +1,1 @@
+"""What outlives an engine: requests and their tokens on disk, and how they are taken up again."""
