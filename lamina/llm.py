@@ -27,8 +27,8 @@ from lamina.system.progress import Progress
 from lamina_workers.devices.openmp import share_cores
 
 if TYPE_CHECKING:
+    from lamina.launch.builder import Runtime
     from lamina.ray_engine.handle import ClusterRuntime
-    from lamina.runtime import Runtime
 
 logger = logging.getLogger("lamina")
 
@@ -295,7 +295,7 @@ def _start(model: str | Path, config: EngineConfig, progress: Progress | None) -
             "torch was imported before this LLM, so its idle threads spin while attention workers on this host want "
             "the cores; import lamina first, or set GOMP_SPINCOUNT=1000"
         )
-    from lamina.runtime import start  # it imports torch, which reads the environment
+    from lamina.launch.builder import start  # it imports torch, which reads the environment
 
     return start(model, config, progress)
 

@@ -249,7 +249,7 @@ def _until_healthy(url: str) -> None:
 
 def measure_first_bytes(args: argparse.Namespace) -> dict[str, list[float]]:
     from lamina.config import EngineConfig
-    from lamina.runtime import start
+    from lamina.launch.builder import start
     from lamina.server.processes.child_protocol import line, parse
     from lamina.server.processes.link import EngineListener
     from lamina.system.child_process import ChildProcess, end_all

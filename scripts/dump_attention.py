@@ -24,10 +24,10 @@ import torch
 from rich.progress import Progress
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
-from lamina.kv_budget import holder_config
+from lamina.launch.builder import rescaled
+from lamina.launch.kv_sizing import holder_config
 from lamina.measure.evaluation.probe import Probe
 from lamina.models.resolve import resolve
-from lamina.runtime import rescaled
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.decoder.checkpoint import Checkpoint

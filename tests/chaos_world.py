@@ -17,7 +17,7 @@ from conftest import holder_config
 
 from lamina.engine.engine import Engine
 from lamina.engine.in_flight import Lane
-from lamina.kv_budget import page_groups
+from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import Output, Ticket
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes

@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, and some test may import it first
 
 from lamina.engine.engine import Engine
-from lamina.kv_budget import page_groups
+from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import Output, Ticket
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes

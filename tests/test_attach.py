@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from lamina.attach import Attachment
 from lamina.config import EngineConfig
+from lamina.launch.attention_pool import Attachment
 from lamina_protocols.messages import HolderConfig, LayerSpec
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)

@@ -13,11 +13,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from lamina import attach
 from lamina.cli import options as cli_options
 from lamina.config import EngineConfig
 from lamina.deploy.local_attention import LocalCluster
 from lamina.errors import InvalidRequest
+from lamina.launch import attention_pool as attach
 from lamina_protocols.messages import HolderConfig, LayerSpec
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

@@ -25,9 +25,9 @@ from lamina.engine.engine import Engine
 from lamina.errors import EngineError, JournalError
 from lamina.journal.journal import Facts, Journal
 from lamina.journal.recorder import Recorder
-from lamina.kv_budget import page_groups
+from lamina.launch.journal_setup import recover
+from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import Output, Ticket
-from lamina.restart import recover
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes
 from lamina.scheduling.placement import Holder, Placement

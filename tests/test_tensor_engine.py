@@ -20,7 +20,7 @@ from lamina import LLM
 from lamina.config import EngineConfig
 from lamina.deploy.local_models import LocalModelMembers, model_command
 from lamina.errors import EngineError, InvalidRequest, LaminaError
-from lamina.runtime import start
+from lamina.launch.builder import start
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina_protocols.channels import ChannelClosed, split_address
 from lamina_protocols.socket_channel import connect_tcp

@@ -87,7 +87,7 @@ class EngineActor:
         config names a folder, that is on every node, and the run's folder is in it; else it is a temporary one.
         """
         from lamina.client.remote_host import EngineHost
-        from lamina.runtime import start
+        from lamina.launch.builder import start
 
         self._model = model
         parent = Path(config.journal or tempfile.gettempdir())

@@ -35,7 +35,7 @@ _PATIENCE = 86400.0  # seconds that requests wait for another engine; its owner 
 
 @dataclass(frozen=True, slots=True)
 class ClusterRuntime:
-    """What `lamina.runtime.Runtime` is, for an engine on a cluster."""
+    """What `lamina.launch.builder.Runtime` is, for an engine on a cluster."""
 
     model_path: Path
     model: ModelConfig
@@ -65,7 +65,7 @@ class ClusterRuntime:
 def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress | None = None) -> ClusterRuntime:
     """Start an engine and its attention workers on the cluster `config.cluster`, and load a model there.
 
-    The model's weights are fetched where the engine runs, not here. Raises what `lamina.runtime.start` raises, and
+    The model's weights are fetched where the engine runs, not here. Raises what `lamina.launch.builder.start` raises, and
     EngineError where the cluster is not there, has too little, or runs another version.
     """
     from lamina.client.remote_client import RemoteEngine

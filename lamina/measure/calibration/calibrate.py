@@ -15,7 +15,8 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest, PolicyError
-from lamina.kv_budget import holder_config
+from lamina.launch.builder import rescaled
+from lamina.launch.kv_sizing import holder_config
 from lamina.measure.calibration.data import TAIL, Corpus, corpus, passkeys
 from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Progress, gather
 from lamina.measure.calibration.quality import Quality, Reading, Target, compare, read
@@ -24,7 +25,6 @@ from lamina.measure.calibration.torch_path import TorchPath
 from lamina.measure.evaluation.probe import Probe
 from lamina.models.resolve import resolve
 from lamina.policy_file import Heads, PolicyFile, kept_share
-from lamina.runtime import rescaled
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import page_cost

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lamina.config import EngineConfig
-from lamina.kv_budget import holder_config
+from lamina.launch.kv_sizing import holder_config
 from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina_kernels import dense

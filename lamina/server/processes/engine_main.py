@@ -29,8 +29,8 @@ from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
 
 if TYPE_CHECKING:
+    from lamina.launch.builder import Runtime
     from lamina.ray_engine.handle import ClusterRuntime
-    from lamina.runtime import Runtime
 
 logger = logging.getLogger("lamina")
 
@@ -129,7 +129,7 @@ def _start(
         from lamina.ray_engine.handle import start_on_cluster
 
         return start_on_cluster(model, config, progress)
-    from lamina.runtime import start
+    from lamina.launch.builder import start
 
     return start(model, config, progress, members)
 

@@ -16,7 +16,7 @@ from lamina.config import EngineConfig
 from lamina.deploy.worker_events import FixedMembers, Member, Members, answers
 from lamina.engine.holders import seated
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
-from lamina.kv_budget import attention_devices
+from lamina.launch.kv_sizing import attention_devices
 from lamina.scheduling.placement import Holder
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address

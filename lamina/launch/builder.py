@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from lamina.attach import LOCAL, Attachment, attach
 from lamina.client.input_processor import Intake
 from lamina.config import EngineConfig
 from lamina.deploy.local_models import LocalModelMembers, ModelMembers
@@ -27,11 +26,12 @@ from lamina.engine.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
 from lamina.journal.journal import Run
 from lamina.journal.recorder import Recorder
-from lamina.kv_budget import attention_devices, check_room, divided, holder_config, limits_of
+from lamina.launch.attention_pool import LOCAL, Attachment, attach
+from lamina.launch.journal_setup import open_journal, past_epochs, recover
+from lamina.launch.kv_sizing import attention_devices, check_room, divided, holder_config, limits_of
+from lamina.launch.model_pool import Ranks, begins, rank_holders
 from lamina.messages.engine_request import Ticket
 from lamina.models.resolve import resolve
-from lamina.ranks import Ranks, begins, rank_holders
-from lamina.restart import open_journal, past_epochs, recover
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import Lanes
 from lamina.scheduling.local_share import Balance
