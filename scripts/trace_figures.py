@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Derives lamina/simulator/trace_figures.toml from the published traces.
+"""Derives lamina/simulator/traces/trace_figures.toml from the published traces.
 
-usage: scripts/trace_figures.py FOLDER > lamina/simulator/trace_figures.toml
+usage: scripts/trace_figures.py FOLDER > lamina/simulator/traces/trace_figures.toml
 
 FOLDER has their files, named as in `lamina.simulator.traces.catalogue.FILES`. Their sources are below.
 """

@@ -190,7 +190,7 @@ def test_files_come_under_a_strict_policy():
 
 
 def test_the_page_needs_nothing_from_elsewhere():
-    files = {item.name: item.read_text() for item in (resources.files("lamina.server") / "static").iterdir()}
+    files = {item.name: item.read_text() for item in (resources.files("lamina.server.page") / "static").iterdir()}
     asked = set(re.findall(r'(?:src|href)="(lamina/[^"]+)"', files["index.html"]))
     for name, text in files.items():
         assert "//" not in re.sub(r"(^|\s)// .*|http://www.w3.org/2000/svg", "", text), name  # no address with a host
@@ -200,10 +200,10 @@ def test_the_page_needs_nothing_from_elsewhere():
 
 
 def test_the_page_has_nothing_inline():
-    html = (resources.files("lamina.server") / "static" / "index.html").read_text()
+    html = (resources.files("lamina.server.page") / "static" / "index.html").read_text()
     assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", html)
     assert all("src=" in tag for tag in re.findall(r"<script[^>]*>", html))
-    for script in (resources.files("lamina.server") / "static").iterdir():
+    for script in (resources.files("lamina.server.page") / "static").iterdir():
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script.read_text())
 
 

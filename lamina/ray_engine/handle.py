@@ -65,8 +65,8 @@ class ClusterRuntime:
 def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress | None = None) -> ClusterRuntime:
     """Start an engine and its attention workers on the cluster `config.cluster`, and load a model there.
 
-    The model's weights are fetched where the engine runs, not here. Raises what `lamina.launch.builder.start` raises, and
-    EngineError where the cluster is not there, has too little, or runs another version.
+    The model's weights are fetched where the engine runs, not here. Raises what `lamina.launch.builder.start` raises,
+    and EngineError where the cluster is not there, has too little, or runs another version.
     """
     from lamina.client.remote_client import RemoteEngine
 

@@ -66,7 +66,7 @@ class ChatTemplate:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                cwd=Path(__file__).parent.parent,  # first on the child's path, so that it finds this package
+                cwd=Path(__file__).parents[2],  # first on the child's path, so that it finds this package
                 start_new_session=True,  # Ctrl-C is for the parent
             )
         child = self._child

@@ -5,8 +5,8 @@ The only file that knows llguidance. Knows tokens and text; knows no torch, no e
 What a caller asks for is compiled twice, where the engine is in another process: first beside the caller, which is
 told what is wrong with it, then beside the engine, never on the thread of its step loop. Compiling is bounded: texts
 by their size (`lamina.sampling_params`), and by how many parts they have, because llguidance's compiler recurses along
-chains of references, for which its thread gets a large stack (with 8 MiB a chain of 500 to 4,000 overflowed, which ends the
-process); the work by llguidance's own limits, which are deterministic, so both compilations end alike.
+chains of references, for which its thread gets a large stack (with 8 MiB a chain of 500 to 4,000 overflowed, which
+ends the process); the work by llguidance's own limits, which are deterministic, so both compilations end alike.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> None
     recent = RecentLatencies(frontend.observer, time.monotonic)
     frontend.observer = recent
     labels = Labels()
-    folder = resources.files("lamina.server") / "static"
+    folder = resources.files("lamina.server.page") / "static"
 
     async def show_status(request: Request) -> Response:
         snapshot = await frontend.snapshot(_PATIENCE)

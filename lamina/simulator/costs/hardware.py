@@ -278,7 +278,7 @@ def dumps(devices: Iterable[Device], links: Iterable[Link] = (), typical: Effici
 
 @functools.cache
 def _packaged() -> Catalogue:
-    return loads(resources.files("lamina.simulator").joinpath("hardware.toml").read_text(encoding="utf-8"))
+    return loads(resources.files("lamina.simulator.costs").joinpath("hardware.toml").read_text(encoding="utf-8"))
 
 
 def _catalogue(devices: Mapping[str, Device], links: Mapping[str, Link], typical: Efficiency | None) -> Catalogue:

@@ -160,7 +160,7 @@ def measure(trace: Trace, source: str, licence: str) -> Figures:
 @functools.cache
 def published() -> Mapping[str, Figures]:
     """The committed figures, by the trace's name."""
-    text = resources.files("lamina.simulator").joinpath("trace_figures.toml").read_text("utf-8")
+    text = resources.files("lamina.simulator.traces").joinpath("trace_figures.toml").read_text("utf-8")
     return MappingProxyType({name: _from_toml(name, table) for name, table in tomllib.loads(text).items()})
 
 
