@@ -1,0 +1,220 @@
+"""The command line against a fake model: what goes to stdout, what to stderr, and the exit code."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_runner import Lamina
+
+from lamina.cli.terminal import iter_lines
+from lamina.errors import EngineError, InvalidRequest, ModelFileError
+from lamina.sampling_params import SamplingParams
+from lamina_workers.errors import DiskFullError
+
+
+@pytest.fixture
+def lamina() -> Lamina:
+    return Lamina()
+
+
+def test_one_prompt_is_the_answer_on_stdout_and_a_line_of_statistics_on_stderr(lamina: Lamina) -> None:
+    result = lamina("generate", "why is it")
+    assert (result.exit_code, result.stdout) == (0, "WHY IS IT\n")
+    assert result.stderr.startswith("3 tokens")
+    assert result.stderr.count("\n") == 1
+    assert lamina.llm is not None
+    assert lamina.llm.closed
+
+
+def test_text_is_written_as_it_comes(lamina: Lamina) -> None:
+    lamina.fail_after = (2, EngineError("the engine stopped"))
+    result = lamina("generate", "why is it")
+    assert result.stdout == "WHY IS"
+    assert (result.exit_code, result.stderr) == (1, "error: the engine stopped\n")
+
+
+def test_without_streaming_nothing_is_written_before_the_end(lamina: Lamina) -> None:
+    assert lamina("generate", "--no-stream", "why is it").stdout == "WHY IS IT\n"
+    lamina.fail_after = (2, EngineError("the engine stopped"))
+    assert lamina("generate", "--no-stream", "why is it").stdout == ""
+
+
+def test_several_prompts_are_printed_as_they_finish(lamina: Lamina, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("short\nauf Wiedersehen, größte Stadt\r\n".encode())
+    result = lamina("generate", "a longer one", "--file", str(file))
+    assert result.stdout.splitlines() == [
+        "[2/3] short", "SHORT", "[1/3] a longer one", "A LONGER ONE",
+        "[3/3] auf Wiedersehen, größte Stadt", "AUF WIEDERSEHEN, GRÖSSTE STADT",
+    ]  # fmt: skip
+
+
+def test_json_is_one_object_a_line_and_nothing_else(lamina: Lamina) -> None:
+    result = lamina("generate", "--json", "--n", "2", "--logprobs", "0", "one", "dos tres")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["prompt_index"], line["sample_index"], line["text"]) for line in lines] == [
+        (0, 0, "ONE"), (0, 1, "ONE"), (1, 0, "DOS TRES"), (1, 1, "DOS TRES"),
+    ]  # fmt: skip
+    assert lines[3]["prompt"] == "dos tres"
+    assert lines[3]["token_ids"] == [0, 1]
+    assert lines[3]["finish_reason"] == "stop"
+    assert [entry["logprob"] for entry in lines[3]["logprobs"]] == [-0.5, -0.5]
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_prompts_go_through_the_chat_template_unless_raw(lamina: Lamina) -> None:
+    lamina("generate", "hello")
+    assert lamina.llm is not None
+    assert lamina.llm.asked[0][:2] == ("stream_chat", [[{"role": "user", "content": "hello"}]])
+    lamina("generate", "--raw", "hello")
+    assert lamina.llm.asked[0][:2] == ("stream", ["hello"])
+
+
+def test_options_reach_the_model_and_the_sampler(lamina: Lamina) -> None:
+    lamina(
+        "generate",
+        "x",
+        "-m",
+        "there",
+        "--threads",
+        "1",
+        "--kv-memory",
+        "2GiB",
+        "--seed",
+        "7",
+        "--stop",
+        "a",
+        "--stop",
+        "b",
+    )
+    assert lamina.llm is not None
+    assert lamina.llm.model == "there"
+    assert (lamina.llm.options["threads"], lamina.llm.options["kv_memory"]) == (1, "2GiB")
+    assert lamina.llm.asked[0][2] == SamplingParams(seed=7, stop=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--temperature", "nan"], "nan"),
+        (["--top-p", "2"], "2"),
+        (["--n", "1000000000"], "1000000000"),
+        (["--seed", str(2**70)], str(2**70)),
+        (["--stop", ""], "''"),
+        (["--max-tokens", "many"], "'many'"),
+        (["--file", "no/such/file"], "'no/such/file'"),
+        (["\udcff"], "0xff at position 0"),
+        ([""], "prompt 2 of 2"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_value(lamina: Lamina, words: list[str], said: str) -> None:
+    result = lamina("generate", "fine", *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+    assert lamina.llm is None  # said before a model was loaded
+
+
+def test_no_prompt_is_bad_input(lamina: Lamina) -> None:
+    result = lamina("generate")
+    assert result.exit_code == 2
+    assert "no prompt" in result.stderr
+
+
+def test_stdin_that_is_not_utf8_names_the_byte_and_its_place(lamina: Lamina) -> None:
+    result = lamina("generate", "--file", "-", stdin="größe\nb".encode() + b"\xff\n")
+    assert (result.exit_code, result.stderr) == (2, "error: stdin is not UTF-8: byte 0xff at position 9\n")
+
+
+def test_only_line_feeds_end_a_line() -> None:
+    assert list(iter_lines(io.BytesIO("a\u2028b\x0bc\r\n\nd".encode()), "a file")) == ["a\u2028b\x0bc", "", "d"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidRequest("the prompt has 9000 tokens; allowed are 8192"), 2),
+        (ModelFileError("model.safetensors is cut off"), 2),
+        (EngineError("the engine stopped"), 1),
+        (DiskFullError("no room to write the model"), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+    ],
+)
+def test_each_kind_of_failure_has_its_exit_code(lamina: Lamina, error: Exception, code: int) -> None:
+    lamina.fail_after = (0, error)
+    result = lamina("generate", "x")
+    assert (result.exit_code, result.stderr) == (code, f"error: {error}\n")
+
+
+def test_an_interrupt_keeps_what_was_finished(lamina: Lamina) -> None:
+    lamina.fail_after = (2, KeyboardInterrupt())
+    result = lamina("generate", "--json", "one", "two words")
+    assert result.exit_code == 130
+    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == ["ONE"]
+    assert lamina.llm is not None
+    assert lamina.llm.closed
+
+
+def test_chat_remembers_and_forgets(lamina: Lamina) -> None:
+    result = lamina("chat", "--system", "be brief", stdin=b"hello\n\n/reset\nagain\nmore\n/quit\nnever\n")
+    assert (result.exit_code, result.stdout) == (0, "HELLO\nAGAIN\nMORE\n")
+    assert lamina.llm is not None
+    system = {"role": "system", "content": "be brief"}
+    assert [messages for _, messages, _ in lamina.llm.asked] == [
+        [system, {"role": "user", "content": "hello"}],
+        [system, {"role": "user", "content": "again"}],
+        [
+            system,
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": "AGAIN"},
+            {"role": "user", "content": "more"},
+        ],
+    ]
+
+
+def test_doctor_says_what_will_be_used_and_why(lamina: Lamina) -> None:
+    report = json.loads(lamina("doctor", "--json").stdout)
+    assert report["machine"]["cores"] >= 1
+    assert report["choices"]["dtype"] in ("bfloat16", "float32")
+    assert report["storage"]["free_bytes"] > 0
+    text = lamina("doctor").stdout
+    assert f"{report['choices']['dtype']}: " in text  # the reason follows
+
+
+def test_models_can_be_listed_and_an_unknown_one_is_refused(lamina: Lamina) -> None:
+    listed = [json.loads(line)["model"] for line in lamina("models", "ls", "--json").stdout.splitlines()]
+    assert "smollm2-135m" in listed
+    result = lamina("models", "show", "no-such-model")
+    assert result.exit_code == 2
+    assert "'no-such-model'" in result.stderr
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys, lamina.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_reader_that_leaves_is_told_nothing() -> None:
+    """As in `lamina generate ... | head`: the pipe is closed before anything is written."""
+    code = "from cli_runner import FakeLLM, app; app(['generate', 'a b'], obj=FakeLLM)"
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            check=False,
+            cwd=Path(__file__).parents[1] / "support",
+            stdout=write,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        os.close(write)
+    assert (result.returncode, result.stderr) == (1, b"")

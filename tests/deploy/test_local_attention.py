@@ -1,0 +1,284 @@
+"""Child processes as attention workers: real processes, most of them a few lines that stand in for a worker."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lamina.deploy.local_attention import LocalCluster, attention_command
+from lamina.deploy.worker_events import Backoff, FixedMembers, Member, answers
+from lamina.errors import EngineError
+from lamina_protocols.service import WorkerClient, WorkerRefused
+
+FAKE = """
+import os, sys
+print("loading", flush=True)
+print("listening 127.0.0.1:%d" % (40000 + os.getpid() % 20000), flush=True)
+sys.stdin.read()
+"""
+
+
+def fake(name: str) -> list[str]:
+    return [sys.executable, "-c", FAKE, name]
+
+
+@contextmanager
+def cluster(count: int, command: Callable[[str], list[str]] = fake, **options: float) -> Iterator[LocalCluster]:
+    made = LocalCluster(count, kv_memory=1 << 20, threads=1, command=command, **options)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class Changes:
+    """What `watch` was told."""
+
+    def __init__(self, members: LocalCluster | FixedMembers) -> None:
+        self._queue: queue.SimpleQueue[Member | str] = queue.SimpleQueue()
+        members.watch(self._queue.put, self._queue.put)
+
+    def next(self) -> Member | str:
+        return self._queue.get(timeout=20)
+
+    def none_within(self, seconds: float) -> bool:
+        time.sleep(seconds)
+        return self._queue.empty()
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def processes(members: LocalCluster) -> list[int]:
+    return [status.process for status in members.status() if status.process is not None]
+
+
+def test_all_are_up_when_start_returns_and_gone_when_closed() -> None:
+    told: list[tuple[str, int, int | None]] = []
+    with cluster(3) as members:
+        started = members.start(lambda *progress: told.append(progress))
+        assert [member.name for member in started] == ["attention-0", "attention-1", "attention-2"]
+        assert {member.address.partition(":")[0] for member in started} == {"127.0.0.1"}
+        assert {member.capacity for member in started} == {1 << 20}
+        assert [status.state for status in members.status()] == ["up"] * 3
+        running = processes(members)
+        assert len(set(running)) == 3
+    assert [done for _, done, _ in told] == [1, 2, 3]
+    assert not any(map(is_alive, running))
+
+
+def test_a_killed_worker_leaves_and_another_joins_under_a_new_name() -> None:
+    with cluster(2) as members:
+        members.start()
+        changes = Changes(members)
+        os.kill(processes(members)[1], signal.SIGKILL)
+        assert changes.next() == "attention-1"
+        joined = changes.next()
+        assert isinstance(joined, Member)
+        assert joined.name == "attention-1.1"
+        assert [(s.name, s.restarts) for s in members.status()] == [("attention-0", 0), ("attention-1.1", 1)]
+
+
+def test_what_happened_before_anybody_watched_is_told_first() -> None:
+    with cluster(1) as members:
+        members.start()
+        os.kill(processes(members)[0], signal.SIGKILL)
+        assert wait_until(lambda: members.status()[0].name == "attention-0.1" and members.status()[0].state == "up")
+        changes = Changes(members)
+        assert changes.next() == "attention-0"
+        joined = changes.next()
+        assert isinstance(joined, Member)
+        assert joined.name == "attention-0.1"
+
+
+def test_one_that_the_engine_has_given_up_is_ended_and_replaced_without_being_told_as_left() -> None:
+    with cluster(1) as members:
+        members.start()
+        changes = Changes(members)
+        old = processes(members)[0]
+        os.kill(old, signal.SIGSTOP)  # a stopped process must go too
+        members.lost("attention-0")
+        joined = changes.next()
+        assert isinstance(joined, Member)
+        assert joined.name == "attention-0.1"
+        assert not is_alive(old)
+        members.lost("attention-0")  # of the one before: it concerns nobody who is there
+        assert changes.none_within(0.3)
+
+
+def test_a_listener_that_fails_does_not_end_the_watching(caplog: pytest.LogCaptureFixture) -> None:
+    with cluster(1) as members:
+        members.start()
+        joined: queue.SimpleQueue[Member] = queue.SimpleQueue()
+
+        def fail(name: str) -> None:
+            raise RuntimeError(name)
+
+        members.watch(joined.put, fail)
+        os.kill(processes(members)[0], signal.SIGKILL)
+        assert joined.get(timeout=20).name == "attention-0.1"
+        assert "could not be taken" in caplog.text
+
+
+def test_one_that_dies_at_once_is_an_error_that_shows_what_it_said() -> None:
+    with cluster(2, lambda name: [sys.executable, "-c", "import sys; sys.exit('no memory here')"]) as members:
+        with pytest.raises(EngineError, match=r"attention-\d did not start, exit status 1\s+no memory here"):
+            members.start()
+        assert wait_until(lambda: not processes(members))
+
+
+def test_one_that_says_nothing_is_ended_at_the_deadline() -> None:
+    silent = [sys.executable, "-c", "import time; print('still loading', flush=True); time.sleep(60)"]
+    with (
+        cluster(1, lambda name: silent, timeout=0.5) as members,
+        pytest.raises(EngineError, match=r"killed by SIGKILL\s+still loading\s+.*within 0.5 s"),
+    ):
+        members.start()
+
+
+def test_a_command_that_is_not_there_is_an_error_with_its_cause() -> None:
+    with cluster(1, lambda name: ["/no/such/program"]) as members:
+        with pytest.raises(EngineError, match="cannot start attention-0") as caught:
+            members.start()
+        assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+def test_close_does_not_wait_for_a_stopped_child_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina.system.child_process.GRACE", 0.2)
+    with cluster(1) as members:
+        members.start()
+        process = processes(members)[0]
+        os.kill(process, signal.SIGSTOP)
+    assert not is_alive(process)
+
+
+def test_restarts_slow_down_and_end() -> None:
+    backoff = Backoff()
+    delays = [backoff.delay(now=float(second)) for second in range(8)]
+    assert delays == [0.5, 1, 2, 4, 8, 16, None, None]
+    assert backoff.delay(now=61.5) == 8  # two of them are more than a minute ago
+    assert backoff.delay(now=1000) == 0.5
+
+
+def test_the_command_line_of_a_worker_says_attention() -> None:
+    assert "attention" in " ".join(attention_command("w", 1, 1)[1:3])
+
+
+PARENT = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
+sys.path[:0] = {paths!r}
+from lamina.deploy.local_attention import LocalCluster
+{setup}
+cluster = LocalCluster(2, kv_memory=1 << 24, threads=1, **options)
+cluster.start()
+print(*(status.process for status in cluster.status()), flush=True)
+time.sleep(60)
+"""
+
+
+def children_of_a_parent(setup: str) -> tuple[subprocess.Popen[str], list[int]]:
+    code = PARENT.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")], setup=setup)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    return parent, [int(word) for word in parent.stdout.readline().split()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_children_end_when_their_parent_is_killed(how: signal.Signals) -> None:
+    parent, children = children_of_a_parent(
+        "import test_local_attention; options = {'command': test_local_attention.fake}"
+    )
+    with parent:
+        assert len(children) == 2
+        assert all(map(is_alive, children))
+        parent.send_signal(how)
+        parent.wait()
+    assert wait_until(lambda: not any(map(is_alive, children)))
+
+
+@pytest.mark.slow
+def test_real_workers_end_when_their_parent_is_killed() -> None:
+    parent, children = children_of_a_parent("options = {}")
+    with parent:
+        assert len(children) == 2
+        for child in children:
+            assert b"attention" in Path(f"/proc/{child}/cmdline").read_bytes()
+        parent.kill()
+        parent.wait()
+    assert wait_until(lambda: not any(map(is_alive, children)))
+
+
+@pytest.mark.slow
+def test_real_workers_answer_their_parent_and_refuse_others() -> None:
+    members = LocalCluster(1, kv_memory=1 << 24, threads=1)
+    try:
+        [member] = members.start()
+        assert answers(member)
+        with WorkerClient(member.address, member.credentials) as client:
+            assert client.status().name == "attention-0"
+        with WorkerClient(member.address) as stranger, pytest.raises(WorkerRefused, match="token"):
+            stranger.status()
+    finally:
+        members.close()
+    assert not answers(member, 0.5)
+
+
+class Hosts:
+    """Addresses that answer or do not."""
+
+    def __init__(self, *up: str) -> None:
+        self.up = set(up)
+
+    def __call__(self, member: Member) -> bool:
+        return member.address in self.up
+
+
+def fixed(hosts: Hosts, *addresses: str, timeout: float = 0.3) -> FixedMembers:
+    return FixedMembers(
+        addresses, credentials=None, answers=hosts, clock=time.monotonic, timeout=timeout, interval=0.02
+    )
+
+
+def test_given_addresses_must_answer_in_time() -> None:
+    with pytest.raises(EngineError, match=r"no attention worker answers at b:2 within 0\.3 s"):
+        fixed(Hosts("a:1"), "a:1", "b:2").start()
+
+
+def test_a_given_address_that_was_lost_joins_again_when_it_answers() -> None:
+    hosts = Hosts("a:1", "b:2")
+    members = fixed(hosts, "a:1", "b:2")
+    assert [member.address for member in members.start()] == ["a:1", "b:2"]
+    try:
+        changes = Changes(members)
+        hosts.up.remove("b:2")
+        members.lost("b:2")
+        assert changes.none_within(0.1)
+        assert [status.state for status in members.status()] == ["up", "lost"]
+        hosts.up.add("b:2")
+        assert changes.next() == Member("b:2.1", "b:2")
+        assert [status.state for status in members.status()] == ["up", "up"]
+    finally:
+        members.close()

@@ -1,0 +1,198 @@
+"""A seed makes a scenario: whatever happens, requests end, no token differs, no page is lost.
+
+`LAMINA_CHAOS_SEED=n` runs that seed alone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from chaos_world import Happening, Port, Setup, World
+from engine_rig import Rig, tiny_decoder
+
+from lamina.sampling_params import SamplingParams
+
+ONE = os.environ.get("LAMINA_CHAOS_SEED")
+FAST = [int(ONE)] if ONE else range(100)
+MORE = [] if ONE else range(100, 3000)
+MODELS = ("full", "windowed", "query first")
+LENGTHS = (1, 2, 15, 16, 17, 30, 33, 48, 60, 75)
+TOKENS = 14
+LONGEST = max(LENGTHS) + TOKENS
+PAGES_OF_LONGEST = 9 * (-(-LONGEST // 16) + 2)  # three layers, three heads, one page to grow, one to copy
+
+rng = random.Random(17)
+COMMON = [rng.randrange(101) for _ in range(40)]
+PROMPTS = [(COMMON * (index % 2) + [rng.randrange(101) for _ in range(75)])[:n] for index, n in enumerate(LENGTHS)]
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.9, "seed": 3},
+    {"temperature": 1.0, "top_p": 0.9, "seed": 8, "n": 3},
+    {"temperature": 0.7, "repetition_penalty": 1.3, "seed": 4, "n": 2},
+)
+
+
+def sampling(which: int, max_tokens: int = TOKENS) -> SamplingParams:
+    options = SAMPLINGS[which]
+    return SamplingParams(**options, max_tokens=max_tokens).with_defaults({"do_sample": True} if options else {})
+
+
+@pytest.fixture(scope="module")
+def models(decoder, windowed):
+    return dict(zip(MODELS, (decoder, windowed, tiny_decoder()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def expected(models):
+    """By model, prompt and sampling: the tokens of every sample, from one process that nothing happens to."""
+    answers = {}
+    for name, model in models.items():
+        rig = Rig(model)
+        for which, options in enumerate(SAMPLINGS):
+            for prompt, samples in enumerate(rig.generate(PROMPTS, max_tokens=TOKENS, **options)):
+                answers[name, prompt, which] = samples
+        rig.close()
+    return answers
+
+
+def setup(rng: random.Random, model: str) -> Setup:
+    shard = rng.choice((None, "heads", "heads", "sequence", "sequence", "heads+sequence"))
+    holders = 1 if shard is None else rng.randint(1, 5)
+    return Setup(
+        shard=shard,
+        weights=tuple(rng.choice((1, 1, 2, 3)) for _ in range(holders)),
+        scratch=0 if shard is None else rng.choice((0, 60, 500)),
+        pages=rng.choice((1000, PAGES_OF_LONGEST, PAGES_OF_LONGEST + rng.randint(0, 60))),
+        max_batch_tokens=rng.choice((5, 16, 64, 512)),
+        prefix_cache=rng.random() < 0.5,
+        lanes=rng.choice((1, 1, 2, 3)),
+        early_query=model == "query first",
+        lazy=rng.random() < 0.5,
+        as_bytes=rng.random() < 0.3,
+        despair=rng.random() < 0.15,
+    )
+
+
+def die(rng: random.Random) -> Callable[[World, Port | None], None]:
+    """The port in hand, or any, alone or with another."""
+    two, here, noticed, told = rng.random() < 0.3, rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.2
+    pick = rng.random()
+
+    def happen(world: World, port: Port | None) -> None:
+        for _ in range(1 + two):
+            alive = world.alive()
+            if not alive:
+                break
+            victim = port if here and port in alive else alive[int(pick * len(alive))]
+            if told:
+                world.leave(victim)
+            else:
+                victim.die(noticed)
+
+    return happen
+
+
+def drain(pick: float) -> Callable[[World, Port | None], None]:
+    def happen(world: World, port: Port | None) -> None:
+        if alive := world.alive():
+            world.drain(alive[int(pick * len(alive))])
+
+    return happen
+
+
+def break_message(where: str) -> Callable[[World, Port | None], None]:
+    def happen(world: World, port: Port | None) -> None:
+        if port is not None:
+            port.broken.breaks = where
+
+    return happen
+
+
+def stall(rng: random.Random) -> Callable[[World, Port | None], None]:
+    looks = rng.randint(1, 40)
+
+    def happen(world: World, port: Port | None) -> None:
+        if port is not None:
+            port.slow = looks
+
+    return happen
+
+
+def happenings(rng: random.Random, shard: str | None) -> tuple[list[Happening], int]:
+    """What happens beside the requests, and how many messages break."""
+    when = lambda: rng.randrange(rng.choice((60, 300, 1000)))  # noqa: E731  # it is drawn anew each time
+    made: list[Happening] = [(when(), stall(rng)) for _ in range(rng.randint(0, 12))]
+    breaks = rng.choice((0, 0, 1, 2))
+    made += [(when(), break_message(rng.choice(("before", "after", "settle")))) for _ in range(breaks)]
+    for _ in range(rng.choice((0, 0, 1, 3))):
+        which, sample = rng.randrange(20), rng.choice((None, None, 0, 1))
+        made.append((when(), lambda world, _, which=which, sample=sample: world.abort(which, sample)))
+    if shard is None:
+        return made, breaks
+    made += [(when(), die(rng)) for _ in range(rng.choice((0, 1, 1, 2, 3)))]
+    made += [(when(), drain(rng.random())) for _ in range(rng.choice((0, 0, 1, 2)))]
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        weight = rng.choice((1, 2))
+        made.append((when(), lambda world, _, weight=weight: world.join(weight)))
+    return made, breaks
+
+
+def run(seed: int, models: dict[str, Any], expected: dict[Any, Any]) -> World:
+    rng = random.Random(seed)
+    name = rng.choice(MODELS)
+    made = setup(rng, name)
+    things, breaks = happenings(rng, made.shard)
+    asked = []
+    for _ in range(rng.randint(1, 8)):
+        prompt, which, count = rng.randrange(len(PROMPTS)), rng.randrange(len(SAMPLINGS)), rng.randint(1, TOKENS)
+        priority, deaf = rng.choice((0, 0, 0, 1, 2)), rng.random() < 0.05
+        asked.append((prompt, which, count))
+        at = 0 if rng.random() < 0.6 else rng.randrange(600)
+        args = (PROMPTS[prompt], sampling(which, count), priority, deaf, len(asked) - 1)
+        things.append((at, lambda world, _, args=args: world.submit(*args)))
+    world = World(models[name], made, rng, things)
+    world.run()
+    assert len(world.engine.faults) <= breaks  # and nobody else breaks anything
+    check(world, [(expected[name, prompt, which], count) for prompt, which, count in asked])
+    return world
+
+
+def check(world: World, wanted: list[tuple[list[list[int]], int]]) -> None:
+    assert world.complaints == []
+    for answer, (samples, count) in zip(world.answers, [wanted[answer.key] for answer in world.answers], strict=True):
+        assert answer.over
+        if answer.error is not None and not world.setup.despair:
+            raise answer.error
+        for got, whole, end in zip(answer.samples, samples, answer.ends, strict=True):
+            whole = whole[:count]
+            assert got == whole if end == "length" else got == whole[: len(got)] and (answer.error or answer.aborted)
+    world.scheduler.check_integrity()
+    for port in world.alive():
+        store = port.broken.worker.store
+        store.check_integrity()
+        assert store.free_pages == world.setup.pages
+    world.local.store.check_integrity()
+    assert world.local.store.free_pages == world.local.store.n_pages
+    if world.alive():
+        assert world.scheduler.room() == world.placement.capacity
+    for port, done in world.drained:
+        assert done.done()
+        if done.exception() is None and not port.dead:
+            assert port.let_go
+            assert port.broken.worker.store.free_pages == world.setup.pages
+
+
+@pytest.mark.parametrize("seed", FAST)
+def test_whatever_happens(models, expected, seed):
+    run(seed, models, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", MORE)
+def test_whatever_else_happens(models, expected, seed):
+    run(seed, models, expected)

@@ -1,0 +1,143 @@
+"""Every policy under an engine: one text for static ones, however prompts are cut and sharded; and under all of them
+samples, prefixes, preemption and lost holders, with no token lost or said twice and every page returned.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from engine_rig import BytesPort, Rig
+from policy_bench import STATIC, TIGHT, under
+
+from lamina_protocols.messages import Announcement, Exchange, Fresh
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.errors import HolderLost
+from lamina_workers.policies.catalogue import POLICIES
+
+rng = random.Random(7)
+PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 150)]
+GREEDY = {"max_tokens": 24, "temperature": 0}
+KEEPS_LITTLE = ("streaming", "razor")
+SHARDS = {
+    "heads": {"shard": "heads", "weights": (1, 1)},
+    "heads, prompts local": {"shard": "heads", "weights": (1, 1, 1), "scratch": 500},
+    "ranges": {"shard": "sequence", "weights": (1, 2)},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "scratch": 500},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _choosing_is_always_worth_it() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for cost in ("CALL", "LOOK", "SCATTERED"):
+            patch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
+        yield
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def policy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(policy: str, decoder: Decoder) -> Decoder:
+    return under(decoder, TIGHT[policy])
+
+
+@pytest.fixture(scope="module")
+def expected(model: Decoder) -> list[list[list[int]]]:
+    return said(Rig(model))
+
+
+def said(rig: Rig, prompts: list[list[int]] = PROMPTS, **sampling: int | float) -> list[list[list[int]]]:
+    """What an engine answers; then it is closed, and what it holds is checked."""
+    texts = rig.generate(prompts, **{**GREEDY, **sampling})
+    rig.close()
+    return texts
+
+
+def whole(texts: list[list[list[int]]], samples: int = 1, tokens: int = GREEDY["max_tokens"]) -> bool:
+    """Whether every sample has all of its tokens, and no more."""
+    return all(len(of_prompt) == samples and all(len(text) == tokens for text in of_prompt) for of_prompt in texts)
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_chunks(policy, model, expected, chunk):
+    """A static text is the same to its end. A policy that chooses does so for a prompt's last token too where that
+    comes alone."""
+    got = said(Rig(model, max_batch_tokens=chunk))
+    assert whole(got)
+    if policy in STATIC:
+        assert got == expected
+
+
+FEW = ["heads", "heads and ranges"]
+MANY = [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in SHARDS if name not in FEW)]
+
+
+@pytest.mark.parametrize("placement", MANY)
+def test_shards(policy, model, expected, placement):
+    """Prompts are exact where a policy chooses, so their first token is the same."""
+    got = said(Rig(model, max_batch_tokens=64, **SHARDS[placement]))
+    assert whole(got)
+    if policy in STATIC:
+        assert got == expected
+    assert [text[0][0] for text in got] == [text[0][0] for text in expected]
+
+
+def test_samples_and_prefixes(policy, model):
+    """Samples fork off one prompt, the second request off the first one's answer."""
+    rig = Rig(model, prefix_cache=True, max_batch_tokens=64)
+    first = rig.generate([PROMPTS[2]], **GREEDY, n=1)
+    again = rig.generate([PROMPTS[2] + first[0][0] + PROMPTS[1]], **GREEDY, n=1)
+    hits = rig.scheduler.counters.reused_tokens
+    many = rig.generate([PROMPTS[2]], max_tokens=12, temperature=0.8, seed=3, n=3)
+    assert whole(first + again)
+    assert whole(many, 3, 12)
+    assert hits > 0
+    if policy in STATIC:
+        alone = Rig(model)
+        assert alone.generate([PROMPTS[2] + first[0][0] + PROMPTS[1]], **GREEDY) == again
+        alone.close()
+    rig.close()
+
+
+def test_preemption(policy, model):
+    """Room for the prompts of four, not for their answers."""
+    prompts = [[rng.randrange(101) for _ in range(60)] for _ in range(4)]
+    rig = Rig(model, pages=9 * 20, max_batch_tokens=64)
+    got = rig.generate(prompts, **GREEDY | {"max_tokens": 50})
+    assert rig.scheduler.counters.preempted > 0 or policy in KEEPS_LITTLE
+    rig.close()
+    assert whole(got, tokens=50)
+    if policy in STATIC:
+        assert got == said(Rig(model), prompts, max_tokens=50)
+
+
+@pytest.mark.parametrize("death", [90, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 61, 140))])
+@pytest.mark.parametrize("placement", MANY)
+def test_a_lost_holder(policy, model, expected, placement, death):
+    """What it kept is computed again by who takes over."""
+    seen = 0
+    died: list[BytesPort] = []
+
+    def mortal(worker: AttentionWorker) -> BytesPort:
+        def before(request: object) -> None:
+            nonlocal seen
+            seen += isinstance(request, (Announcement, Exchange, Fresh))
+            if seen == death and not died:
+                died.append(port)
+                raise HolderLost("killed")
+
+        port = BytesPort(worker, before)
+        return port
+
+    rig = Rig(model, port=mortal, max_batch_tokens=64, **SHARDS[placement])
+    got = said(rig)
+    assert len(died) == 1
+    assert whole(got)
+    if policy in STATIC:
+        assert got == expected

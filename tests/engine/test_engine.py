@@ -1,0 +1,279 @@
+"""The engine over a real decoder and a real attention worker: one text, however it is computed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from engine_rig import BytesPort, Rig, collect, tiny_decoder
+
+from lamina.errors import EngineError, InvalidRequest
+from lamina.sampling_params import SamplingParams
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.messages import Announcement, Attended, Exchange, Fresh, Query
+from lamina_workers.ports.port import LocalAttention
+
+rng = random.Random(7)
+PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 150)]
+SPLIT = {"shard": "heads"}
+PLACEMENTS = {
+    "one holder": SPLIT,
+    "one holder and a local one": {"shard": "heads", "scratch": 500},
+    "heads on two, fused": {"weights": (1, 1)},
+    "heads on two": {"shard": "heads", "weights": (1, 1)},
+    "heads on three, prompts local": {"shard": "heads", "weights": (2, 1, 1), "scratch": 60},
+    "ranges on three": {"shard": "sequence", "weights": (1, 1, 1)},
+    "ranges on unlike two, prompts local": {"shard": "sequence", "weights": (1, 3), "scratch": 500},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "scratch": 60},
+}
+SAMPLINGS = {"greedy": {}, "seeded": {"temperature": 0.9, "top_p": 0.9, "seed": 11}}
+
+
+@pytest.fixture(scope="module", params=["full", "windowed"])
+def model(request, decoder, windowed):
+    return decoder if request.param == "full" else windowed
+
+
+@pytest.fixture(scope="module", params=SAMPLINGS)
+def sampling(request):
+    return SAMPLINGS[request.param] | {"max_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def expected(model, sampling):
+    """Each prompt alone, in one chunk, fused in one holder."""
+    answers = []
+    for prompt in PROMPTS:
+        rig = Rig(model)
+        answers += rig.generate([prompt], **sampling)
+        rig.close()
+    return answers
+
+
+def answers(model, sampling, prompts=PROMPTS, **options):
+    rig = Rig(model, **options)
+    try:
+        return rig.generate(prompts, **sampling)
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+def test_mixed_batches_and_chunks(model, sampling, expected, chunk):
+    assert answers(model, sampling, max_batch_tokens=chunk) == expected
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_any_placement_of_heads_and_ranges(model, sampling, expected, placement, lanes):
+    assert answers(model, sampling, max_batch_tokens=64, lanes=lanes, **placement) == expected
+
+
+@pytest.mark.parametrize("scratch", [0, 60])
+def test_a_query_that_goes_first_changes_no_token(sampling, scratch):
+    model = tiny_decoder()  # it is changed
+    expected = answers(model, sampling)
+    assert answers(model, sampling, shard="heads", weights=(1, 1), scratch=scratch, early_query=True) == expected
+    assert answers(model, sampling) == expected
+
+
+@pytest.mark.parametrize("placement", [{}, SPLIT], ids=["fused", "split"])
+def test_nothing_but_bytes_crosses_the_cut(model, sampling, expected, placement):
+    assert answers(model, sampling, port=BytesPort, **placement) == expected
+
+
+def test_preemption_changes_no_token(model, sampling, expected):
+    longest = max(len(p) for p in PROMPTS) + 40
+    pages = 9 * (-(-longest // 16) + 3)
+    rig = Rig(model, pages=pages)
+    assert rig.generate(PROMPTS, **sampling) == expected
+    assert rig.scheduler.counters.preempted > 0
+    rig.close()
+
+
+def test_a_prefix_hit_changes_no_token(model, sampling, expected):
+    rig = Rig(model, prefix_cache=True, max_batch_tokens=64)
+    for _ in range(2):
+        assert rig.generate(PROMPTS, **sampling) == expected
+    assert rig.scheduler.counters.reused_tokens > 100
+    rig.close()
+
+
+def test_samples_of_one_prompt_are_forks_of_it(decoder):
+    rig = Rig(decoder)
+    one_by_one = []
+    prompt = PROMPTS[-1]
+    (samples,) = rig.generate([prompt], temperature=1.0, seed=5, n=4, max_tokens=20)
+    assert len({tuple(sample) for sample in samples}) > 1
+    assert rig.scheduler.counters.reused_tokens == 3 * (len(prompt) - 1)
+    (first,) = rig.generate([prompt], temperature=1.0, seed=5, max_tokens=20)
+    one_by_one += first
+    assert samples[0] == one_by_one[0]
+    rig.close()
+
+
+class Breaking:
+    """Breaks one exchange at a holder: the message that `wanted` picks never arrives."""
+
+    def __init__(self, wanted):
+        self._wanted = wanted
+        self.broken = 0
+
+    def __call__(self, worker):
+        return BytesPort(worker, self._before)
+
+    def _before(self, request):
+        if not self.broken and self._wanted(request):
+            self.broken += 1
+            raise ProtocolError("cut off")
+
+
+@pytest.mark.parametrize(("kind", "placement"), [(Query, {}), (Fresh, {}), (Exchange, SPLIT)])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_batch_that_breaks_at_any_layer_runs_again(model, sampling, expected, kind, placement, layer):
+    seen = []
+
+    def wanted(request):
+        if isinstance(request, kind) and request.layer == layer:
+            seen.append(request)
+        return len(seen) == 9
+
+    breaking = Breaking(wanted)
+    assert answers(model, sampling, port=breaking, **placement, max_batch_tokens=64) == expected
+    assert breaking.broken == 1
+
+
+@pytest.mark.parametrize("kind", [Announcement, Fresh, Exchange])
+def test_one_of_two_holders_breaks_and_both_stay_in_step(decoder, kind):
+    seen = []
+
+    def wanted(request):
+        if isinstance(request, kind):
+            seen.append(request)
+        return len(seen) == (5 if kind is Fresh else 15)
+
+    breaking = Breaking(wanted)
+    greedy = {"max_tokens": 10}
+    placement = PLACEMENTS["heads on two"]
+    assert answers(decoder, greedy, port=breaking, **placement) == answers(decoder, greedy)
+    assert breaking.broken == 1
+
+
+def test_a_client_that_cannot_take_its_outputs_stops_nobody_else(decoder):
+    rig = Rig(decoder)
+    params = SamplingParams(max_tokens=5).with_defaults({})
+    ticket, _ = rig.submit([1, 2], params)
+    ticket.sink = None
+    assert rig.generate([[3]], max_tokens=5)
+    assert rig.engine.alive
+    rig.close()
+    assert rig.workers[1].store.free_pages == 2000
+
+
+def test_a_broken_announcement_runs_again(decoder):
+    seen = []
+
+    def wanted(request):
+        seen.append(request)
+        return len(seen) > 30 and isinstance(request, Announcement)
+
+    breaking = Breaking(wanted)
+    greedy = {"max_tokens": 10}
+    assert answers(decoder, greedy, port=breaking) == answers(decoder, greedy)
+    assert breaking.broken == 1
+
+
+def test_a_holder_that_always_fails_ends_the_requests_and_nothing_hangs(decoder):
+    def lose(request):
+        if isinstance(request, Fresh):
+            raise ProtocolError("gone")
+
+    rig = Rig(decoder, port=lambda worker: BytesPort(worker, lose))
+    with pytest.raises(EngineError, match="3 times"):
+        rig.generate([[1, 2, 3]], max_tokens=4)
+    assert rig.engine.alive
+    rig.close()
+
+
+class Poisoning(LocalAttention):
+    """A holder whose answers are not numbers, for the first row of every batch of two, once it is `on`."""
+
+    on = False
+
+    def receive(self, timeout=None):
+        reply = super().receive(timeout)
+        heads = 6
+        if self.on and isinstance(reply, Attended) and len(reply.out) == 2 * heads:
+            reply.out[:heads] = float("nan")
+        return reply
+
+
+def test_a_poisoned_row_fails_alone(decoder):
+    rig = Rig(decoder, **SPLIT, port=Poisoning)
+    good, bad = [5, 6, 7], [1, 2, 3]
+    (alone,) = rig.generate([good], max_tokens=8)
+    rig.ports[1].on = True
+    params = SamplingParams(max_tokens=8).with_defaults({})
+    _, first = rig.submit(bad, params)
+    _, second = rig.submit(good, params)
+    with pytest.raises(EngineError, match="not finite"):
+        collect(first)
+    assert collect(second) == alone
+    rig.close()
+
+
+def test_an_abort_frees_the_pages_of_a_running_request(decoder):
+    rig = Rig(decoder)
+    params = SamplingParams(max_tokens=1500, n=3).with_defaults({})
+    ticket, inbox = rig.submit(PROMPTS[-1], params)
+    inbox.get(timeout=60)
+    rig.engine.abort(ticket)
+    rig.engine.abort(ticket)  # twice is harmless
+    reasons = []
+    while len(reasons) < 3:
+        reasons += [output.finish_reason for output in inbox.get(timeout=60) if output.finish_reason]
+    assert reasons == ["abort"] * 3
+    rig.generate([[1]], max_tokens=2)
+    rig.close()
+    assert rig.workers[1].store.free_pages == 2000
+
+
+def test_an_urgent_request_overtakes(decoder):
+    rig = Rig(decoder, max_batch_tokens=8)
+    params = SamplingParams(max_tokens=1).with_defaults({})
+    slow = [rig.submit(PROMPTS[-1], params) for _ in range(4)]
+    _, urgent = rig.submit(PROMPTS[2], params, priority=-1)
+    collect(urgent)
+    assert any(ticket.unfinished for ticket, _ in slow)
+    for _, inbox in slow:
+        collect(inbox)
+    rig.close()
+
+
+def test_stopping_the_engine_ends_what_runs(decoder):
+    rig = Rig(decoder)
+    _, inbox = rig.submit([1, 2], SamplingParams(max_tokens=2000).with_defaults({}))
+    inbox.get(timeout=60)
+    rig.close()
+    with pytest.raises(EngineError, match="stopped"):
+        collect(inbox)
+    with pytest.raises(EngineError, match="stopped"):
+        rig.submit([1], SamplingParams().with_defaults({}))
+
+
+def test_what_can_never_fit_is_refused_and_the_next_one_works(decoder):
+    rig = Rig(decoder, pages=9 * 4, max_model_len=1000)
+    with pytest.raises(InvalidRequest, match="the KV memory holds no more"):
+        rig.generate([[1] * 60], max_tokens=30)
+    assert len(rig.generate([[1] * 30], max_tokens=30)[0][0]) == 30
+    rig.close()
+
+
+def test_dynamic_rope_does_not_depend_on_chunks():
+    dynamic = tiny_decoder(
+        max_position_embeddings=64, rope_scaling={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    )
+    greedy = {"max_tokens": 30}
+    assert answers(dynamic, greedy, max_batch_tokens=7, max_model_len=256) == answers(
+        dynamic, greedy, max_model_len=256
+    )

@@ -1,0 +1,279 @@
+"""Sequences move between the tiers while they run, at any moment: the same text, and no page too many or too few."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from engine_rig import HERE, BytesPort, Rig, collect
+
+from lamina.sampling_params import SamplingParams
+from lamina.scheduling.local_share import Balance, Batch
+from lamina.scheduling.placement import Holder
+from lamina_protocols.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.errors import HolderLost, KVError
+from lamina_workers.ports.port import LocalAttention
+
+rng = random.Random(5)
+PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
+GREEDY = {"max_tokens": 60}
+PLACEMENTS = {
+    "one worker": {"shard": "heads", "weights": (1,), "scratch": 500},
+    "heads on two": {"shard": "heads", "weights": (1, 1), "scratch": 500},
+    "ranges on three": {"shard": "sequence", "weights": (1, 1, 2)},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "scratch": 60},
+}
+
+
+class Restless(Balance):
+    """Wants another share every few batches."""
+
+    def __init__(self, seed: int, often: float = 0.3) -> None:
+        super().__init__(0.5)
+        self._rng = random.Random(seed)
+        self._often = often
+
+    def completed(self, batch: Batch, moving: bool = False) -> None:
+        if self._rng.random() < self._often:
+            self.share = self._rng.choice((0.0, 0.3, 0.7, 1.0))
+
+
+@pytest.fixture(scope="module", params=["full", "windowed"])
+def model(request, decoder, windowed):
+    return decoder if request.param == "full" else windowed
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return plain(model)
+
+
+def plain(decoder):
+    rig = Rig(decoder)
+    tokens = rig.generate(PROMPTS, **GREEDY)
+    rig.close()
+    return tokens
+
+
+def moved(rig: Rig) -> int:
+    return rig.engine._tiers._mover.sequences
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_text_does_not_change_while_sequences_move(model, expected, placement, lanes):
+    rig = Rig(
+        model, here=1000, balance=Restless(lanes), max_batch_tokens=64, lanes=lanes, prefix_cache=True,
+        port=BytesPort, **PLACEMENTS[placement],
+    )  # fmt: skip
+    assert rig.generate(PROMPTS, **GREEDY) == expected
+    assert moved(rig) > 3
+    assert rig.scheduler.counters.preempted == 0
+    assert rig.generate(PROMPTS, **GREEDY) == expected  # prefixes are found wherever they are by now
+    rig.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_aborts_forks_and_preemptions_while_sequences_move(decoder, seed):
+    """Little memory on both sides, siblings, aborts at any moment."""
+    chance = random.Random(seed)
+    rig = Rig(
+        decoder, shard="heads", weights=(1, 1), scratch=200, here=220, pages=160, balance=Restless(seed, 0.6),
+        max_batch_tokens=48, lanes=1 + seed % 2, prefix_cache=seed % 3 > 0,
+    )  # fmt: skip
+    reference = Rig(decoder, pages=4000)
+    params = SamplingParams(max_tokens=50, n=2).with_defaults({})
+    submitted = []
+    for _ in range(8):
+        prompt = PROMPTS[chance.randrange(4)][: chance.randint(1, 120)]
+        submitted.append((prompt, *rig.submit(prompt, params)))
+        time.sleep(chance.random() * 0.05)
+    kept = []
+    for prompt, ticket, inbox in submitted:
+        if chance.random() < 0.4:
+            rig.engine.abort(ticket)
+        else:
+            kept.append((prompt, inbox))
+    for prompt, inbox in kept:
+        _, twin = reference.submit(prompt, params)
+        assert collect(inbox, 2) == collect(twin, 2)
+    assert moved(rig) > 0
+    rig.close()
+    reference.close()
+
+
+class Fatal:
+    """Ports that die, or lose a message, at the so-many-th message of a kind that only moves have."""
+
+    def __init__(self, at: int, loses: bool) -> None:
+        self._at, self._loses = at, loses
+        self._seen = 0
+        self.struck = False
+
+    def __call__(self, worker: AttentionWorker) -> BytesPort:
+        return BytesPort(worker, self._before)
+
+    def _before(self, request: object) -> None:
+        moves = isinstance(request, (Fetch, Fresh, FetchPages, FreshPages)) or (
+            isinstance(request, Announcement) and any(isinstance(op, (Open, Close)) for op in request.operations)
+        )
+        self._seen += moves
+        if moves and self._seen == self._at:
+            self.struck = True
+            raise KVError("lost on its way") if self._loses else HolderLost("gone")
+
+
+@pytest.mark.parametrize("loses", [False, True])
+@pytest.mark.parametrize("at", [2, 9, 14, 23, 31, 44])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_holder_goes_in_the_middle_of_a_move(decoder, at, loses, lanes, monkeypatch):
+    monkeypatch.setattr("lamina_workers.model_worker.model_worker._FRAME", 1)  # a layer each
+    fatal = Fatal(at, loses)
+    rig = Rig(
+        decoder, shard="heads", weights=(1, 1), here=1500, balance=Restless(at, 0.6), max_batch_tokens=64, lanes=lanes,
+        port=fatal,
+    )  # fmt: skip
+    assert rig.generate(PROMPTS, **GREEDY) == plain(decoder)
+    assert fatal.struck
+    rig.scheduler.check_integrity()
+    rig.engine.close()
+    rig._thread.join()
+    rig.workers[HERE].store.check_integrity()
+
+
+def test_a_holder_goes_and_everything_is_here(decoder):
+    rig = Rig(decoder, shard="heads", here=2000, balance=Balance(0.0), max_batch_tokens=64)
+    params = SamplingParams(**GREEDY).with_defaults({})
+    submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
+    first = [inbox.get(timeout=60) for inbox in submitted]
+    rig.engine.leave("worker-1")
+    rest = [[o.token for o in outputs] for outputs in first]
+    for inbox, tokens in zip(submitted, rest, strict=True):
+        while len(tokens) < 60:
+            tokens += [output.token for output in inbox.get(timeout=60)]
+    assert rest == [sample for (sample,) in plain(decoder)]
+    assert rig.workers[HERE].counters.queries > 0
+    rig.close()
+
+
+def test_the_last_worker_is_drained_to_here(decoder):
+    rig = Rig(decoder, shard="heads", here=2000, scratch=500, balance=Balance(0.0), max_batch_tokens=64)
+    params = SamplingParams(**GREEDY).with_defaults({})
+    submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
+    first = [inbox.get(timeout=60) for inbox in submitted]
+    assert rig.engine.drain("worker-1").result(timeout=60) > 0
+    rest = [[o.token for o in outputs] for outputs in first]
+    for inbox, tokens in zip(submitted, rest, strict=True):
+        while len(tokens) < 60:
+            tokens += [output.token for output in inbox.get(timeout=60)]
+    assert rest == [sample for (sample,) in plain(decoder)]
+    assert rig.scheduler.counters.preempted == 0
+    rig.close()
+
+
+def test_what_only_a_lost_worker_could_hold_waits_for_another(decoder):
+    """The others go on meanwhile."""
+    rig = Rig(decoder, shard="heads", here=60, balance=Balance(0.0), hope=30.0, max_batch_tokens=64)
+    params = SamplingParams(**GREEDY).with_defaults({})
+    (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
+    begun = [output.token for output in long.get(timeout=60)]
+    rig.engine.leave("worker-1")
+    assert len(collect(short)[0]) == 60
+    rig.workers[2] = AttentionWorker(rig.holder)
+    rig.engine.join(LocalAttention(rig.workers[2], "second"), Holder(rig.pages))
+    while len(begun) < 60:
+        begun += [output.token for output in long.get(timeout=60)]
+    assert [begun] == plain(decoder)[3]
+    rig.close()
+
+
+def test_who_waits_in_vain_is_told_and_others_are_not(decoder):
+    from lamina.errors import EngineError
+
+    rig = Rig(decoder, shard="heads", here=60, balance=Balance(0.0), hope=0.2, max_batch_tokens=64)
+    params = SamplingParams(**GREEDY).with_defaults({})
+    (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
+    long.get(timeout=60)
+    rig.engine.leave("worker-1")
+    assert len(collect(short)[0]) == 60
+    with pytest.raises(EngineError, match=r"no holder that is left has room for this, and none has joined for 0\.2 s"):
+        collect(long)
+    rig.close()
+
+
+class Pushed(Balance):
+    """Wants everything here, and later nothing."""
+
+    def completed(self, batch: Batch, moving: bool = False) -> None:
+        self.share = 0.0
+
+
+def test_what_moves_has_taken_is_promised_no_more(decoder):
+    """The room that newcomers may use is all that will be left, while a move is under way too."""
+    rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
+    mover, config = rig.engine._tiers._mover, rig.scheduler.config
+    step, rooms = mover.step, []
+
+    def look(seconds):
+        step(1e-9)
+        if rig.engine._batches or not mover._queue:
+            return
+        left = {number: worker.store.free_pages for number, worker in rig.workers.items()}
+        for journey in mover._queue:
+            fresh = tuple(part.share for part in journey.new)
+            due = config.pages_for(fresh, len(journey.sequence.tokens))
+            for number, pages in (due - config.held(fresh, 0, journey.at, journey.sequence.floor)).items():
+                left[number] -= pages
+        rooms.extend((left[number], pages) for number, pages in rig.scheduler.room().items())
+
+    mover.step = look
+    rig.generate([prompt * 3 for prompt in PROMPTS[2:]], **GREEDY)
+    rig.close()
+    assert len(rooms) > 5
+    assert [mine for mine, _ in rooms] == [promised for _, promised in rooms]
+
+
+def test_what_a_move_takes_is_counted_once(decoder):
+    """However many batches it takes, in which holders say what they have left: the first to arrive is asked for there
+    while the second is copied."""
+    rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
+    step, moved = rig.engine._tiers._mover.step, rig.scheduler.moved
+    counts: list[tuple[int, int]] = []
+
+    def look(sequence, layout):
+        moved(sequence, layout)
+        counts.extend((rig.scheduler.free[at.holder], rig.workers[at.holder].store.free_pages) for at in layout)
+
+    rig.engine._tiers._mover.step = lambda seconds: step(1e-9)  # a page a time
+    rig.scheduler.moved = look
+    assert rig.generate(PROMPTS[2:], **GREEDY) == plain(decoder)[2:]
+    assert len(counts) == 2
+    assert all(counted == there < rig.pages for counted, there in counts)
+    rig.close()
+
+
+def test_a_running_stream_waits_for_no_more_than_a_chunk(decoder):
+    """However long the sequence that moves: between two tokens of another no more than one chunk is copied."""
+    rig = Rig(decoder, shard="heads", here=4000, pages=4000, balance=Balance(0.0), scratch=2000)
+    mover = rig.engine._tiers._mover
+    copied: list[int] = []
+    advance = mover.step
+
+    def step(seconds: float) -> None:
+        before = mover.tokens
+        advance(1e-9)  # a page a time
+        copied.append(mover.tokens - before)
+
+    mover.step = step  # type: ignore[method-assign]
+    long = [rng.randrange(101) for _ in range(1200)]
+    params = SamplingParams(max_tokens=150).with_defaults({})
+    _, inbox = rig.submit(long, params)
+    inbox.get(timeout=60)
+    rig.engine._tiers.balance.share = 1.0
+    text = collect(inbox)[0]
+    assert len(text) == 149
+    assert sum(copied) >= 1200
+    assert max(copied) <= 128
+    rig.close()

@@ -1,0 +1,413 @@
+"""What an engine says of itself adds up: pages, tokens, batches and seconds, beside it and behind a wire."""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_rig import BytesPort, Rig, collect
+from looped_wire import Loop
+from policy_bench import TIGHT, under
+
+from lamina.client.remote_client import RemoteEngine
+from lamina.engine.observer import survey
+from lamina.engine.stats import Tally
+from lamina.errors import EngineError
+from lamina.messages.engine_request import Spared
+from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
+from lamina.sampling_params import SamplingParams
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.scheduler import Scheduler
+from lamina_protocols.messages import Attended, Exchange, Query, Reply
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.errors import HolderLost
+from lamina_workers.ports.port import LocalAttention, Replies
+from lamina_workers.ports.timing import Exchanges, Stopwatch
+
+rng = random.Random(3)
+PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
+LAYERS = 3
+SHAPES: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "heads": {"shard": "heads", "weights": (1, 1)},
+    "heads, prompts local": {"shard": "heads", "weights": (1, 1, 1), "scratch": 500},
+    "ranges, two lanes": {"shard": "sequence", "weights": (1, 2), "lanes": 2},
+}
+
+
+def look(engine: Any) -> Snapshot:
+    seen: queue.SimpleQueue[Snapshot] = queue.SimpleQueue()
+    engine.snapshot(seen.put)
+    return seen.get(timeout=10)
+
+
+def wait_until(engine: Any, condition: Callable[[Snapshot], bool]) -> Snapshot:
+    deadline = time.monotonic() + 20
+    while not condition(seen := look(engine)):
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.005)
+    return seen
+
+
+def settled(engine: Any) -> Snapshot:
+    """Once everything has ended and the holders know it: then every page is free, or the prefix cache's."""
+
+    def over(seen: Snapshot) -> bool:
+        taken = sum(holder.total_pages - holder.free_pages for holder in seen.holders)
+        return not seen.running and taken == sum(seen.cached_pages.values())
+
+    return wait_until(engine, over)
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens).with_defaults({})
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_what_was_done_adds_up(decoder: Decoder, shape: dict[str, Any], cached: bool) -> None:
+    rig = Rig(decoder, max_batch_tokens=64, prefix_cache=cached, **shape)
+    began = time.monotonic()
+    texts = rig.generate(PROMPTS, max_tokens=9) + rig.generate(PROMPTS, max_tokens=9)
+    seen = settled(rig.engine)
+    made = sum(len(text) for samples in texts for text in samples)
+    told = sum(len(prompt) for prompt in 2 * PROMPTS)
+    assert seen.generation_tokens == made
+    assert seen.prompt_tokens + seen.prefix_hits == told
+    assert seen.prefix_queries == (told if cached else 0)
+    assert (seen.prefix_hits > 0) == (sum(seen.cached_pages.values()) > 0) == cached
+    assert seen.batch_tokens == seen.prompt_tokens + made - 2 * len(PROMPTS)  # a last token is never fed back
+    assert sum(seen.batch_counts) == seen.batches > 9
+    assert (seen.running, seen.waiting, seen.sequences, seen.failed_batches) == (0, 0, (), 0)
+    for holder in seen.holders:
+        assert 0 <= seen.cached_pages.get(holder.name, 0) == holder.total_pages - holder.free_pages
+        assert sum(holder.exchange_counts) % LAYERS == 0
+        assert (holder.exchange_seconds > 0) == (sum(holder.exchange_counts) > 0)
+    assert [holder.name for holder in seen.holders if holder.name != "local"] == [f"worker-{n}" for n in rig.ports]
+    exchanges = sum(sum(holder.exchange_counts) for holder in seen.holders)
+    assert exchanges == LAYERS * seen.batches if not shape else exchanges > 0
+    assert seen.attention_seconds > 0
+    assert seen.model_seconds > 0
+    assert seen.idle_seconds > 0
+    assert seen.model_seconds + seen.attention_seconds + seen.idle_seconds == pytest.approx(seen.uptime)
+    assert seen.uptime <= time.monotonic() - began + 1
+    rig.close()
+
+
+@pytest.mark.parametrize("shape", [SHAPES["heads"], SHAPES["heads, prompts local"]], ids=["heads", "prompts local"])
+def test_the_pages_in_use_are_those_of_the_sequences(decoder: Decoder, shape: dict[str, Any]) -> None:
+    rig = Rig(decoder, **shape)
+    running = [rig.submit(prompt, greedy(1500)) for prompt in PROMPTS]
+    rest = [rig.submit([7] * 5, greedy(2)) for _ in range(3)]
+    for _, inbox in rest:
+        collect(inbox)
+
+    def steady(seen: Snapshot) -> bool:  # those that have ended are closed with the next batch
+        return seen.running == len(PROMPTS) and not any(each.prefill for each in seen.sequences) and seen.batches > 9
+
+    seen = wait_until(rig.engine, steady)
+    kept = {holder.name: 0 for holder in seen.holders}
+    for sequence in seen.sequences:
+        assert sequence.tokens > len(PROMPTS[int(sequence.request) - 1])
+        for name, pages in sequence.pages.items():
+            kept[name] += pages
+    assert kept == {holder.name: holder.total_pages - holder.free_pages for holder in seen.holders}
+    assert seen.lanes == 1
+    for ticket, _ in running:
+        rig.engine.abort(ticket)
+    assert settled(rig.engine).sequences == ()
+    rig.close()
+
+
+def test_pages_of_a_prompt_that_is_being_read_are_the_local_holders(decoder: Decoder) -> None:
+    rig = Rig(decoder, **SHAPES["heads, prompts local"] | {"scratch": 3000}, max_batch_tokens=16)
+    ticket, _ = rig.submit([5] * 1800, greedy(2))
+    seen = wait_until(rig.engine, lambda seen: any(each.tokens == 1800 for each in seen.sequences))
+    assert seen.sequences[0].prefill
+    local = seen.holders[0]
+    assert (local.name, local.total_pages) == ("local", 3000)
+    assert local.free_pages < 3000
+    rig.engine.abort(ticket)
+    settled(rig.engine)
+    rig.close()
+
+
+def test_samples_that_wait_are_counted(decoder: Decoder) -> None:
+    rig = Rig(decoder, pages=9 * 40, max_model_len=600)
+    tickets = [rig.submit([n] * 100, greedy(480))[0] for n in range(12)]
+    seen = wait_until(rig.engine, lambda seen: seen.running > 0 and seen.running + seen.waiting == 12)
+    assert seen.waiting > 0
+    assert len(seen.sequences) == seen.running
+    for ticket in tickets:
+        rig.engine.abort(ticket)
+    settled(rig.engine)
+    rig.close()
+
+
+class Mortal(BytesPort):
+    """Is lost once it is told to be."""
+
+    def __init__(self, worker: AttentionWorker) -> None:
+        super().__init__(worker, self._check)
+        self.doomed = False
+
+    def _check(self, request: object) -> None:
+        if self.doomed and isinstance(request, Exchange):
+            raise HolderLost("killed")
+
+
+def test_a_lost_holder_is_missing_until_another_joins(decoder: Decoder) -> None:
+    rig = Rig(decoder, shard="heads", weights=(1, 1, 1), port=Mortal)
+    ticket, inbox = rig.submit(PROMPTS[3], greedy(1500))
+    inbox.get(timeout=20)
+    port: Any = rig.ports[2]
+    port.doomed = True
+    seen = wait_until(rig.engine, lambda seen: seen.lost_holders == 1 and seen.rebuilt_tokens > 0)
+    assert seen.missing == ("worker-2",)
+    assert [holder.name for holder in seen.holders] == ["worker-1", "worker-3"]
+    assert seen.failed_batches == 1
+    assert seen.rebuilt_tokens >= 150
+    worker = AttentionWorker(rig.holder)
+    rig.workers[4] = worker
+    rig.engine.join(LocalAttention(worker, "worker-9"), Holder(rig.pages))
+    seen = wait_until(rig.engine, lambda seen: seen.joined_holders == 1)
+    assert seen.missing == ()
+    assert [holder.name for holder in seen.holders] == ["worker-1", "worker-3", "worker-9"]
+    rig.engine.abort(ticket)
+    settled(rig.engine)
+    rig.workers.pop(2)
+    rig.close()
+
+
+class Poisoning(LocalAttention):
+    """A holder whose answers are not numbers."""
+
+    def receive(self, timeout: float | None = None) -> Reply:
+        reply = super().receive(timeout)
+        if isinstance(reply, Attended):
+            reply.out[:] = float("nan")
+        return reply
+
+
+def test_samples_without_finite_logits_are_counted(decoder: Decoder) -> None:
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=Poisoning)
+    with pytest.raises(EngineError, match="not finite"):
+        rig.generate([PROMPTS[1]], max_tokens=3)
+    assert look(rig.engine).corrupted == 1
+    rig.close()
+
+
+def test_preemptions_are_counted(decoder: Decoder) -> None:
+    rig = Rig(decoder, pages=9 * 30, max_model_len=400)
+    rig.generate([[n] * 20 for n in range(6)], max_tokens=150, ignore_eos=True)
+    seen = settled(rig.engine)
+    assert seen.preemptions > 0
+    assert 6 * 20 < seen.prompt_tokens <= (6 + seen.preemptions) * 20  # what was generated before is no prompt
+    rig.close()
+
+
+def test_what_policies_spare_is_summed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cost in ("CALL", "LOOK", "SCATTERED"):
+        monkeypatch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
+    rig = Rig(under(decoder, TIGHT["retrieval"]), shard="heads", weights=(1, 1))
+    rig.generate([PROMPTS[3]] * 2, max_tokens=24)
+    seen = look(rig.engine)
+    assert 0 < seen.kv_read < seen.kv_whole
+    assert 0 < seen.missed_mass < seen.missed_queries
+    rig.close()
+
+
+def test_a_sum_never_falls_where_a_part_begins_again() -> None:
+    tally = Tally(0.0)
+    tally.spared(Spared(), Spared(read=10, whole=40, missed=0.5, queries=10))
+    tally.spared(Spared(read=10, whole=40, missed=0.5, queries=10), Spared(read=3, whole=8, missed=0.1, queries=2))
+    assert (tally.kv_read, tally.kv_whole, tally.missed_queries) == (13, 48, 12)
+    assert tally.missed_mass == pytest.approx(0.6)
+
+
+def test_batches_are_counted_by_their_tokens() -> None:
+    tally = Tally(0.0)
+    for tokens in (1, 8, 9, 10**6):
+        tally.complete(tokens, 0, 1)
+    assert tally.batch_counts[:3] == [1, 1, 1]
+    assert tally.batch_counts[-1] == 1
+    assert len(tally.batch_counts) == len(BATCH_BUCKETS) + 1
+
+
+def test_a_drained_holder_is_not_missing_and_one_that_joins_replaces_the_first() -> None:
+    tally = Tally(0.0)
+    tally.lost(["a", "b"])
+    tally.joined()
+    tally.joined()
+    tally.joined()
+    assert (tally.lost_holders, tally.joined_holders, tally.missing) == (2, 3, [])
+
+
+def test_holders_of_other_ranks_are_shown_and_those_at_one_worker_are_one(decoder: Decoder) -> None:
+    rig = Rig(decoder)
+    placement = Placement(
+        {0: Holder(50), 1: Holder(40, rank=1), 2: Holder(20), 3: Holder(30, rank=1)},
+        heads=(2, 1), page_size=16, max_model_len=100, layers=3, scratch=(0, 1),
+    )  # fmt: skip
+    links = rig.engine._worker.links()
+    links = {0: links[1], 2: links[1]._replace(in_process=False, channel="tcp")}
+    scheduler = Scheduler(rig.scheduler.config, placement)
+    seen = survey(Tally(0.0, returned=2), scheduler, placement, links, {2: "a", 3: "a"}, (0, 1), 1.0)
+    rig.close()
+    assert seen.returned_workers == 2
+    shown = {holder.name: (holder.local, holder.channel, holder.total_pages) for holder in seen.holders}
+    assert shown == {
+        "local": (True, "in process", 50), "a": (False, "tcp", 50), "rank-1": (True, "in process", 40)
+    }  # fmt: skip
+    assert all(holder.free_pages == holder.total_pages for holder in seen.holders)
+    assert all(len(holder.exchange_counts) == len(EXCHANGE_BUCKETS) + 1 for holder in seen.holders)
+
+
+def test_an_engine_that_is_idle_answers_and_a_bad_sink_stops_nothing(
+    decoder: Decoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(decoder)
+
+    def refuse(seen: Snapshot) -> None:
+        raise ValueError("no")
+
+    rig.engine.snapshot(refuse)
+    assert look(rig.engine).batches == 0
+    assert "could not take its snapshot" in caplog.text
+    assert len(rig.generate([[1, 2]], max_tokens=3)[0][0]) == 3
+    rig.close()
+    rig.engine.snapshot(refuse)  # and nobody answers any more
+
+
+def test_a_snapshot_survives_json(decoder: Decoder) -> None:
+    rig = Rig(decoder, shard="heads", weights=(1, 1), prefix_cache=True)
+    ticket, inbox = rig.submit(PROMPTS[2], greedy(1000))
+    inbox.get(timeout=20)
+    seen = wait_until(rig.engine, lambda seen: bool(seen.sequences))
+    assert Snapshot.from_dict(json.loads(json.dumps(seen.as_dict()))) == seen
+    rig.engine.abort(ticket)
+    settled(rig.engine)
+    rig.close()
+
+
+def test_a_snapshot_comes_through_any_number_of_wires(decoder: Decoder) -> None:
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+    near = RemoteEngine(Loop(rig.engine, time.monotonic), time.monotonic)
+    far = RemoteEngine(Loop(near, time.monotonic), time.monotonic)
+    rig.generate([[1, 2, 3]], max_tokens=5)
+    seen = look(far)
+    assert (seen.generation_tokens, [holder.name for holder in seen.holders]) == (5, ["worker-1", "worker-2"])
+    assert look(far).uptime > seen.uptime
+    assert look(far).began == look(rig.engine).began == seen.began
+    rig.close()
+    assert near.join(5)
+    assert far.join(5)
+    far.snapshot(lambda _: pytest.fail("a stopped engine answered"))
+    near.snapshot(lambda _: pytest.fail("a stopped engine answered"))
+    assert not near._asked
+    assert not far._asked
+
+
+class Deaf:
+    """An engine that answers nothing."""
+
+    alive = True
+
+    def snapshot(self, sink: Callable[[Snapshot], None]) -> None: ...
+
+    def close(self) -> None:
+        self.alive = False
+
+
+def test_who_waits_for_an_engine_that_stops_is_forgotten() -> None:
+    remote = RemoteEngine(Loop(Deaf(), time.monotonic), time.monotonic)
+    remote.snapshot(lambda _: pytest.fail("nobody answered"))
+    assert len(remote._asked) == 1
+    remote.close()
+    assert remote.join(5)
+    assert not remote._asked
+
+
+class Clock:
+    """Goes on by a second each time it is read."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def test_a_stopwatch_sums_what_lies_between_start_and_stop() -> None:
+    watch = Stopwatch(Clock())
+    watch.start()
+    watch.stop()
+    watch.stop()
+    watch.start()
+    watch.stop()
+    assert watch.seconds == 2
+
+
+def test_exchanges_fall_into_the_bucket_that_bounds_them() -> None:
+    exchanges = Exchanges()
+    for seconds in (0.0, EXCHANGE_BUCKETS[0], EXCHANGE_BUCKETS[1], 99.0):
+        exchanges.add(seconds)
+    assert exchanges.counts[:2] == [2, 1]
+    assert exchanges.counts[-1] == 1
+    assert exchanges.seconds == pytest.approx(99 + EXCHANGE_BUCKETS[0] + EXCHANGE_BUCKETS[1])
+
+
+class Echo:
+    """A port that answers each query with an empty answer, and has crossed some bytes."""
+
+    name, address, channel_kind, closed = "w", "host:1", "tcp", False
+    bytes_sent, bytes_received = 7, 9
+
+    def __init__(self) -> None:
+        self.sent: list[Query] = []
+
+    def send(self, request: Any) -> None:
+        self.sent.append(request)
+
+    def receive(self, timeout: float | None = None) -> Reply:
+        query = self.sent.pop(0)
+        return Attended(query.epoch, query.batch, query.layer, query.q, query.q)
+
+    def ready(self) -> bool:
+        return bool(self.sent)
+
+    def close(self) -> None: ...
+
+
+def test_an_exchange_is_measured_for_each_batch_under_way() -> None:
+    port: Any = Echo()
+    replies = Replies(port, clock := Clock())
+    nothing: Any = None
+    for batch in (1, 2):
+        replies.expect(1, batch)
+        replies.asked(batch)  # at 1 and 2 seconds
+        port.send(Query(1, batch, 0, nothing))
+    clock.now = 10
+    replies.take(Attended, 2, 0)  # reads both, at 11 and 12 seconds
+    replies.take(Attended, 1, 0)
+    link = replies.link()
+    assert (link.seconds, sum(link.counts), link.counts[-1]) == ((11 - 1) + (12 - 2), 2, 2)
+    assert (link.address, link.channel, link.in_process) == ("host:1", "tcp", False)
+    assert (link.bytes_sent, link.bytes_received) == (7, 9)
+    replies.asked(2)
+    replies.forget(2)
+    assert not replies._asked
+    port.send(Query(1, 2, 1, nothing))
+    replies.expect(1, 3)
+    assert not replies.ready(3)
+    assert sum(replies.link().counts) == 2  # nobody waited for it
+    replies.asked(3)
+    replies.expect(2, 4)
+    assert not replies._asked

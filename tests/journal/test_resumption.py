@@ -1,0 +1,560 @@
+"""An engine dies at any moment and another goes on: the same tokens, none lost, none twice. In one process first, where
+every moment can be met; then with real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_process import EngineProcess
+from engine_rig import holder_config, tiny_decoder
+from real_workers import until, worker_process, write_tiny_model
+from small_grammars import EOS, GRAMMARS, VOCABULARY
+
+from lamina import LLM
+from lamina.client.remote_client import RemoteEngine
+from lamina.engine.engine import Engine
+from lamina.errors import EngineError, JournalError
+from lamina.journal.journal import Facts, Journal
+from lamina.journal.recorder import Recorder
+from lamina.launch.journal_setup import recover
+from lamina.launch.kv_sizing import page_groups
+from lamina.messages.engine_request import Output, Ticket
+from lamina.sampling_params import SamplingParams
+from lamina.scheduling.lane_tuner import Lanes
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.request import Request, SchedulerConfig
+from lamina.scheduling.scheduler import Scheduler
+from lamina_protocols.messages import Close, Surveyed
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.ports.port import LocalAttention, survey
+
+FACTS = Facts("tiny", 16, "float32", 3)
+PAGES = 2000
+
+
+class Killed(BaseException):
+    """What no part of an engine catches."""
+
+
+class Fate:
+    """Counts messages to holders and deliveries to clients, and kills at the chosen one."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.seen = 0
+
+    def step(self) -> None:
+        if self.seen == self.at:
+            raise Killed
+        self.seen += 1
+
+
+class Port(LocalAttention):
+    """To a holder that outlives the engine."""
+
+    channel_kind = "test"
+    bytes_sent = bytes_received = 0
+
+    def __init__(self, worker: AttentionWorker, address: str, fate: Fate) -> None:
+        super().__init__(worker)
+        self.name = self.address = address
+        self._fate = fate
+
+    def send(self, request: Any) -> None:
+        self._fate.step()
+        super().send(request)
+
+
+class World:
+    """Holders that stay, and one engine after the other."""
+
+    def __init__(
+        self, decoder: Decoder, folder: Path, *, shard: str = "heads", workers: int = 2, scratch: int = 0,
+        lanes: int = 1, prefix_cache: bool = False, max_batch_tokens: int = 64, pages: int = PAGES,
+        journal: bool = True,
+    ) -> None:  # fmt: skip
+        self.decoder, self.folder = decoder, folder
+        self.shard, self.scratch, self.lanes = shard, scratch, lanes
+        self.journal = journal
+        self.pages = pages
+        self.holder = holder_config(decoder, pages, 16)
+        self.workers = {f"host:{at}": AttentionWorker(self.holder) for at in range(workers)}
+        self.limits = SchedulerConfig(
+            max_batch_tokens=max_batch_tokens, max_sequences=64, max_model_len=2048, page_size=16,
+            page_groups=page_groups(self.holder), prefix_cache=prefix_cache,
+        )  # fmt: skip
+        self.lives = 0
+        self._last: Life | None = None
+
+    def life(self, fate: Fate) -> Life:
+        """The one before is dead by now."""
+        self.lives += 1
+        if self._last is not None and self._last.journal is not None and self._last.journal._lock is not None:
+            os.close(self._last.journal._lock)  # as the kernel does
+        self._last = Life(self, fate)
+        return self._last
+
+    def lose(self, address: str) -> None:
+        """A holder is started again, empty."""
+        self.workers[address] = AttentionWorker(self.holder)
+
+
+class Life:
+    """One engine, whose steps the test makes."""
+
+    def __init__(self, world: World, fate: Fate) -> None:
+        self.fate = Fate()  # nothing happens before it runs
+        first = 1 + 10 * world.lives  # an engine's numbers for its holders are its own
+        ports = {first + at: Port(worker, name, self.fate) for at, (name, worker) in enumerate(world.workers.items())}
+        holders, surveys = {}, dict[int, Surveyed]()
+        for number, port in ports.items():
+            surveys[number] = survey(port)
+            holders[number] = Holder(world.pages, first=surveys[number].next_operation)
+            holders[number].outbox = [Close(part.handle) for part in surveys[number].parts]
+        everybody: dict[int, LocalAttention] = dict(ports)
+        if world.scratch:
+            holders[0] = Holder(world.scratch, fused=True)
+            everybody[0] = LocalAttention(AttentionWorker(holder_config(world.decoder, world.scratch, 16)))
+        placement = Placement(
+            holders, heads=(world.decoder.config.num_key_value_heads,), page_size=16, max_model_len=2048,
+            layers=world.decoder.config.num_hidden_layers, shard=world.shard, scratch=(0,) if world.scratch else (),
+        )  # fmt: skip
+        self.scheduler = Scheduler(world.limits, placement)
+        worker = ModelWorker(world.decoder, world.holder, everybody)
+        self.journal = Journal(world.folder, FACTS) if world.journal else None
+        recorder = None if self.journal is None else Recorder(self.journal, placement, worker.address)
+        self.engine = Engine(
+            worker, self.scheduler, placement, time.monotonic,
+            names={number: port.name for number, port in ports.items()}, scratch=(0,) if world.scratch else (),
+            lanes=Lanes(world.lanes), grammars=GRAMMARS, recorder=recorder,
+        )  # fmt: skip
+        self.unfinished: tuple[Ticket, ...] = ()
+        if self.journal is not None and recorder is not None:
+            self.unfinished = recover(self.journal, self.engine, recorder, worker, placement, surveys)
+        self.fate.at = fate.at
+        self._told = fate
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Run until then. Raises Killed where that comes first; what the engine had in memory is lost then."""
+        try:
+            while not done():
+                self.engine._drain_inbox()
+                self.engine.step()
+                self.scheduler.check_integrity()
+        finally:
+            self._told.seen = self.fate.seen
+
+    @property
+    def computed(self) -> int:
+        return self.engine._tally.batch_tokens
+
+
+class Client:
+    """Asks for several prompts, and keeps what it gets of each sample."""
+
+    def __init__(self, asked: Mapping[str, tuple[list[int], dict[str, Any]]]) -> None:
+        self.asked = dict(asked)
+        self.params = {name: SamplingParams(**params).with_defaults({}) for name, (_, params) in asked.items()}
+        self.got: dict[str, list[list[Output]]] = {name: [[] for _ in range(p.n)] for name, p in self.params.items()}
+        self.fate: Fate | None = None
+
+    def ticket(self, name: str, resumed: bool) -> Ticket:
+        params = self.params[name]
+        stops = frozenset(params.stop_token_ids)
+        request = Request(name, tuple(self.asked[name][0]), params.max_tokens, params.min_tokens, stops, params.n)
+        ticket = Ticket(request, params, params.seed or 0, sink=self.take)
+        if resumed:
+            ticket.received = tuple(
+                (tuple(o.token for o in got if o.token is not None), any(o.finish_reason for o in got))
+                for got in self.got[name]
+            )
+        return ticket
+
+    def take(self, ticket: Ticket, outputs: list[Output]) -> None:
+        if self.fate is not None:
+            self.fate.step()
+        for output in outputs:
+            if output.error is not None:
+                raise AssertionError(output.error)
+            got = self.got[ticket.request.id][output.sample]
+            assert not any(before.finish_reason for before in got)
+            got.append(output)
+
+    @property
+    def open(self) -> list[str]:
+        return [n for n, samples in self.got.items() if not all(any(o.finish_reason for o in s) for s in samples)]
+
+    def submit(self, life: Life, resumed: bool) -> None:
+        self.fate = life.fate
+        for name in self.open:
+            life.engine.submit(self.ticket(name, resumed))
+
+    def run(self, life: Life, resumed: bool = False) -> None:
+        self.submit(life, resumed)
+        life.until(lambda: not self.open)
+
+    def texts(self) -> dict[str, Any]:
+        return {
+            name: [([o.token for o in s if o.token is not None], s[-1].finish_reason) for s in samples]
+            for name, samples in self.got.items()
+        }
+
+    def reports(self) -> list[float]:
+        return [o.logprobs.chosen for samples in self.got.values() for s in samples for o in s if o.logprobs]
+
+
+rng = random.Random(7)
+LONG = [rng.randrange(4, 100) for _ in range(150)]
+ASKED: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "greedy": ([5, 6, 7], {"max_tokens": 12}),
+    "long": (LONG, {"max_tokens": 9, "logprobs": 2, "stop_token_ids": (3,)}),
+    "three": (LONG[:40], {"max_tokens": 10, "n": 3, "temperature": 1.0, "seed": 11, "logprobs": 1}),
+    "penalties": (LONG[:20], {"max_tokens": 14, "repetition_penalty": 1.3, "frequency_penalty": 0.7, "logprobs": 0}),
+    "random": (LONG[7:31], {"max_tokens": 11, "temperature": 0.9, "top_p": 0.9, "seed": 3, "min_tokens": 4}),
+    "held": (
+        LONG[:10],
+        {"max_tokens": 16, "regex": "[ab]{5,9}", "temperature": 1.0, "seed": 5, "stop_token_ids": (EOS,)},
+    ),
+}
+WORLDS: dict[str, dict[str, Any]] = {
+    "heads": {},
+    "ranges, prompts local": {"shard": "sequence", "scratch": 500},
+    "lanes, heads and ranges": {"shard": "heads+sequence", "workers": 4, "lanes": 3, "scratch": 60},
+    "prefixes": {"prefix_cache": True},
+}
+
+
+@pytest.fixture(scope="module", params=["full", "windowed"])
+def model(request: pytest.FixtureRequest) -> Decoder:
+    if request.param == "full":
+        return tiny_decoder(vocab_size=VOCABULARY)
+    return tiny_decoder(
+        vocab_size=VOCABULARY,
+        architectures=["Qwen3ForCausalLM"],
+        model_type="qwen3",
+        use_sliding_window=True,
+        sliding_window=21,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(model: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Client:
+    client = Client(ASKED)
+    client.run(World(model, tmp_path_factory.mktemp("journal")).life(Fate()))
+    return client
+
+
+def same(client: Client, expected: Client) -> None:
+    assert client.texts() == expected.texts()
+    assert client.reports() == pytest.approx(expected.reports(), abs=1e-4)
+
+
+def steps(model: Decoder, folder: Path, **options: Any) -> int:
+    """How many moments a whole run has."""
+    fate = Fate()
+    Client(ASKED).run(World(model, folder, **options).life(fate))
+    return fate.seen
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", WORLDS)
+def test_whenever_an_engine_dies_the_tokens_are_the_same(
+    name: str, times: int, model: Decoder, expected: Client, tmp_path: Path
+) -> None:
+    total = steps(model, tmp_path / "whole", **WORLDS[name])
+    moments = random.Random(f"{name} {times}")
+    for number in range(times):
+        world, client = World(model, tmp_path / str(number), **WORLDS[name]), Client(ASKED)
+        with pytest.raises(Killed):
+            client.run(world.life(Fate(moments.randrange(total))))
+        with contextlib.suppress(Killed):  # and once more, soon after, unless it is done by then
+            client.run(world.life(Fate(moments.randrange(total // 20))), resumed=True)
+        client.run(world.life(Fate()), resumed=True)
+        same(client, expected)
+
+
+def test_nobody_needs_to_come_back_for_it_to_go_on(model: Decoder, expected: Client, tmp_path: Path) -> None:
+    world, client = World(model, tmp_path, scratch=500), Client(ASKED)
+    with pytest.raises(Killed):
+        client.run(world.life(Fate(steps(model, tmp_path / "whole", scratch=500) // 2)))
+    life = world.life(Fate())
+    assert [ticket.request.id for ticket in life.unfinished] == client.open
+    life.until(lambda: not life.engine._clients.tickets)
+    client.run(life, resumed=True)  # all of it is in the journal by now
+    same(client, expected)
+
+
+def test_what_the_holders_kept_is_not_computed_again(model: Decoder, tmp_path: Path) -> None:
+    world, client = World(model, tmp_path, max_batch_tokens=512), Client({"a": (LONG, {"max_tokens": 20})})
+    client.submit(first := world.life(Fate()), resumed=False)
+    first.until(lambda: len(client.got["a"][0]) == 5)
+    second = world.life(Fate())
+    client.run(second, resumed=True)
+    assert second.computed == 15
+    assert all(worker.store.free_pages < PAGES for worker in world.workers.values())
+    third = world.life(Fate())
+    assert third.unfinished == ()
+    client = Client({"b": ([1], {"max_tokens": 2})})
+    client.run(third)  # what was left over is closed with the first batch
+    third.until(lambda: not third.engine._placement.pending and not third.scheduler.has_work)
+    assert all(worker.store.free_pages == PAGES for worker in world.workers.values())
+
+
+@pytest.mark.parametrize("shard", ["heads", "sequence"])
+def test_an_engine_dies_while_sequences_move_or_right_after(
+    shard: str, model: Decoder, expected: Client, tmp_path: Path
+) -> None:
+    """The journal learns of a move with the next batch. Until then it names parts that may be closed already: the
+    survey does not find them, so they are computed again, and closes the new ones, which nobody knows."""
+
+    def drained(folder: str, fate: Fate, after: int = 0) -> tuple[World, Client, int]:
+        world, client = World(model, tmp_path / folder, shard=shard, workers=3), Client(ASKED)
+        client.submit(life := world.life(fate), resumed=False)
+        life.until(lambda: len(client.got["long"][0]) == 3)
+        before = fate.seen
+        life.fate.at = before + after if after else life.fate.at
+        done = life.engine.drain("host:0")
+        with contextlib.suppress(Killed):
+            life.until(done.done)
+        return world, client, fate.seen - before
+
+    _, _, messages = drained("whole", Fate())
+    for after in [*range(1, messages, max(1, messages // 5)), messages, 0]:
+        world, client, _ = drained(str(after), Fate(), after)
+        life = world.life(Fate())
+        client.run(life, resumed=True)
+        same(client, expected)
+        life.until(lambda life=life: not life.engine._placement.pending and not life.scheduler.has_work)  # type: ignore[misc]
+        assert all(worker.store.free_pages == PAGES for worker in world.workers.values())
+
+
+@pytest.mark.parametrize("shard", ["heads", "sequence"])
+def test_what_a_holder_lost_meanwhile_is_rebuilt(shard: str, model: Decoder, expected: Client, tmp_path: Path) -> None:
+    options = {"shard": shard, "workers": 3, "scratch": 500}
+    total = steps(model, tmp_path / "whole", **options)
+    for part in (3, 2):
+        world, client = World(model, tmp_path / str(part), **options), Client(ASKED)
+        with pytest.raises(Killed):
+            client.run(world.life(Fate(total // part)))
+        world.lose("host:1")
+        life = world.life(Fate())
+        client.run(life, resumed=True)
+        same(client, expected)
+
+
+def test_without_a_journal_clients_have_it_computed_again(model: Decoder, expected: Client, tmp_path: Path) -> None:
+    total = steps(model, tmp_path, journal=False)
+    for moment in (total // 3, total // 2, total - 3):
+        world, client = World(model, tmp_path, journal=False), Client(ASKED)
+        with pytest.raises(Killed):
+            client.run(world.life(Fate(moment)))
+        client.run(world.life(Fate()), resumed=True)
+        same(client, expected)
+
+
+def test_a_client_that_has_more_than_the_journal_is_believed(model: Decoder, expected: Client, tmp_path: Path) -> None:
+    """The journal was off for a while: the disk was full."""
+    world, client = World(model, tmp_path), Client(ASKED)
+    client.submit(life := world.life(Fate()), resumed=False)
+    life.until(lambda: len(client.got["long"][0]) == 2)
+    copy = (tmp_path / "journal").read_bytes()
+    os.close(life.journal._file or 0) if life.journal else None
+    again = Client(ASKED)
+    again.got = {name: [list(sample) for sample in samples] for name, samples in expected.got.items()}
+    for name in ("long", "random", "held"):
+        again.got[name] = [[o for o in sample if not o.finish_reason][:4] for sample in again.got[name]]
+    (tmp_path / "journal").write_bytes(copy)
+    again.run(world.life(Fate()), resumed=True)
+    same(again, expected)
+
+
+def test_requests_that_nobody_claims_end_and_their_kv_is_freed(model: Decoder, tmp_path: Path) -> None:
+    world, client = World(model, tmp_path), Client(ASKED)
+    client.submit(first := world.life(Fate()), resumed=False)
+    first.until(lambda: len(client.got["greedy"][0]) == 3)
+    life = world.life(Fate())
+    wanted = Client({"greedy": ASKED["greedy"]})
+    wanted.got["greedy"] = client.got["greedy"]
+    wanted.submit(life, resumed=True)
+    life.engine.disclaim()
+    life.until(lambda: not wanted.open and not life.scheduler.has_work and not life.engine._placement.pending)
+    assert all(worker.store.free_pages == PAGES for worker in world.workers.values())
+    assert world.life(Fate()).unfinished == ()
+
+
+def test_samples_without_a_token_share_their_prompt_after_a_restart(model: Decoder, tmp_path: Path) -> None:
+    asked = {"a": (LONG, {"max_tokens": 4, "n": 3, "temperature": 1.0, "seed": 3})}
+    wanted = Client(asked)
+    wanted.run(World(model, tmp_path / "whole").life(Fate()))
+    world, client = World(model, tmp_path), Client(asked)
+    client.submit(first := world.life(Fate()), resumed=False)
+    first.until(lambda: first.computed >= 128)  # two of its three chunks
+    second = world.life(Fate())
+    client.run(second, resumed=True)
+    same(client, wanted)
+    assert second.computed <= len(LONG) - 128 + 3 * 4
+
+
+def test_a_request_of_which_nothing_is_left_is_refused(model: Decoder, tmp_path: Path) -> None:
+    life, client = World(model, tmp_path).life(Fate()), Client({"a": ([1], {"max_tokens": 4})})
+    ticket = client.ticket("a", resumed=False)
+    told: list[Output] = []
+    ticket.received, ticket.sink = (((1, 2), True),), lambda _, outputs: told.extend(outputs)
+    life.engine.submit(ticket)
+    life.engine.close()
+    life.engine.run()
+    assert "no sample that has not ended" in str(told[0].error)
+
+
+def test_an_engine_that_stops_in_order_leaves_nothing_unfinished(model: Decoder, tmp_path: Path) -> None:
+    world = World(model, tmp_path)
+    life = world.life(Fate())
+    tickets = Client(ASKED)
+    told: list[Output] = []
+    ticket = tickets.ticket("long", resumed=False)
+    ticket.sink = lambda _, outputs: told.extend(outputs)
+    life.engine.submit(ticket)
+    life.engine.close()
+    life.engine.run()
+    assert told[-1].error is not None
+    assert world.life(Fate()).unfinished == ()
+
+
+# Real processes.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+class Streams(Client):
+    """The same client, for an engine whose thread is elsewhere."""
+
+    def ask(self, remote: RemoteEngine) -> None:
+        for name in self.asked:
+            remote.submit(self.ticket(name, resumed=False))
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        until(done, 100.0)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sample) for samples in self.got.values() for sample in samples)
+
+
+def real(asked: dict[str, tuple[list[int], dict[str, Any]]]) -> dict[str, tuple[list[int], dict[str, Any]]]:
+    """What the tiny model on disk can do: no text of its tokenizer ends by itself. Longer, so that there is time."""
+    longer = {
+        name: (prompt, params | {"max_tokens": 150}) for name, (prompt, params) in asked.items() if name != "held"
+    }
+    return longer | {"reading": ([n % 90 for n in range(1500)], {"max_tokens": 60, "logprobs": 1})}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("options", [{}, {"shard": "sequence"}, {"lanes": 2, "prefix_cache": False}])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_engine_process_that_is_killed_is_gone_on_from(
+    tiny: Path, options: dict[str, Any], seed: int, tmp_path: Path
+) -> None:
+    asked = real(ASKED)
+    chance = random.Random(f"{seed} {options}")
+    with worker_process() as one, worker_process() as two:
+        settings = {
+            "attention_workers": [one.address, two.address], "local_share": 0, "dtype": "float32", "threads": 1,
+            "max_batch_tokens": 128, "max_model_len": 2048, **options,
+        }  # fmt: skip
+        whole, wanted = EngineProcess(tmp_path, tiny, **settings), Streams(asked)
+        wanted.ask(whole.start())
+        wanted.wait(lambda: not wanted.open)
+        whole.kill()
+        folder = tmp_path / "journal"
+        folder.mkdir()
+        engine, client = EngineProcess(folder, tiny, journal=str(folder), **settings), Streams(asked)
+        client.ask(engine.start())
+        time.sleep(chance.uniform(0, 0.15))  # the long prompt is being read
+        for _ in range(3):
+            engine.kill()
+            had = client.tokens
+            engine.start()
+            client.wait(lambda had=had: client.tokens > had or not client.open)  # type: ignore[misc]
+            time.sleep(chance.uniform(0, 0.3))
+        client.wait(lambda: not client.open)
+        same(client, wanted)
+        until(lambda: one.status().seats == 1, 5)
+        engine.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_program_that_died_is_gone_on_from(tiny: Path, tmp_path: Path) -> None:
+    """In-process: what an LLM had not finished the next one gives, whole, from where it was."""
+    code = """
+import os, sys, threading
+from lamina import LLM
+llm = LLM(sys.argv[1], attention_workers=[sys.argv[2]], journal=sys.argv[3], local_share=0, dtype="float32", threads=1)
+prompts = [[1, 2, 3], list(range(60))]
+seen = 0
+for event in llm.stream(prompts, max_tokens=400, ignore_eos=True, temperature=0.0):
+    seen += 1
+    if seen == 60:
+        os.kill(os.getpid(), 9)
+"""
+    with worker_process() as worker:
+        program = [sys.executable, "-c", code, str(tiny), worker.address, str(tmp_path)]
+        assert subprocess.run(program, timeout=100, check=False).returncode == -9
+        settings = {"attention_workers": [worker.address], "local_share": 0, "dtype": "float32", "threads": 1}
+        with LLM(tiny, journal=tmp_path, **settings) as llm:
+            assert llm.unfinished == 2
+            found = llm.resume()
+            assert llm.unfinished == 0
+            assert llm.resume() == []
+            batches = llm._runtime.engine._tally.batch_tokens  # type: ignore[union-attr]
+            assert batches < 800  # the prompts are not read again
+            expected = llm.generate([[1, 2, 3], list(range(60))], max_tokens=400, ignore_eos=True, temperature=0.0)
+        assert isinstance(expected, list)
+        assert [c.samples[0].token_ids for c in found] == [c.samples[0].token_ids for c in expected]
+        with LLM(tiny, journal=tmp_path, **settings) as llm:
+            assert llm.unfinished == 0
+
+
+@pytest.mark.slow
+def test_two_engines_on_the_same_workers_and_a_foreign_journal_are_refused(tiny: Path, tmp_path: Path) -> None:
+    with worker_process() as worker:
+        settings = {"attention_workers": [worker.address], "local_share": 0, "dtype": "float32", "threads": 1}
+        with LLM(tiny, journal=tmp_path / "a", **settings):
+            with pytest.raises(JournalError, match="in use by another engine"):
+                LLM(tiny, journal=tmp_path / "a", **settings)
+            with pytest.raises(EngineError, match=worker.address):
+                LLM(tiny, journal=tmp_path / "b", **settings)
+        other = write_tiny_model(tmp_path / "other", num_hidden_layers=2)
+        with pytest.raises(JournalError, match="its model is"):
+            LLM(other, journal=tmp_path / "a", **settings)
+        with pytest.raises(JournalError, match="page_size is 32, this one's 16"):
+            LLM(tiny, journal=tmp_path / "a", page_size=16, **settings)
+
+
+def test_what_samples_share_is_counted_once_when_it_is_taken_up(model: Decoder, tmp_path: Path) -> None:
+    asked = {"eight": (LONG, {"max_tokens": 12, "n": 8, "temperature": 1.0, "seed": 4})}
+    whole, fate = Client(asked), Fate()
+    whole.run(World(model, tmp_path / "whole", pages=200).life(fate))
+    world, client = World(model, tmp_path / "killed", pages=200), Client(asked)
+    with pytest.raises(Killed):
+        client.run(world.life(Fate(fate.seen * 3 // 4)))
+    life = world.life(Fate())
+    client.run(life, resumed=True)
+    same(client, whole)
+    assert life.engine._scheduler.counters.preempted == 0

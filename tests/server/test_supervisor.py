@@ -1,0 +1,240 @@
+"""The supervisor with real child processes that only pretend to be an engine and an HTTP server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lamina.errors import EngineError, InvalidRequest
+from lamina.server.processes.supervisor import ServerPlan, Supervisor
+from lamina.server.settings import ServerSettings
+
+TESTS = Path(__file__).parents[1] / "support"
+PATIENCE = 30.0
+
+
+class World:
+    """A supervisor, what it tells people, and what its children heard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.messages: list[str] = []
+        settings = ServerSettings(model="m", api_keys=("secret",))
+        self.supervisor = Supervisor(ServerPlan("m", {"threads": 1}, settings, "127.0.0.1", 0, drain=5.0), self)
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        self.messages.append(f"{what} {done}/{total}")
+
+    def said(self, message: str) -> None:
+        self.messages.append(message)
+
+    def run(self, *steps: Callable[[], None]) -> None:
+        """Runs it, with the steps done on a thread beside it. Raises what it or a step raised."""
+        failures: list[BaseException] = []
+
+        def do() -> None:
+            try:
+                for step in steps:
+                    step()
+            except BaseException as error:  # noqa: BLE001  # it is raised below
+                failures.append(error)
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=do)
+        thread.start()
+        try:
+            self.supervisor.run()
+        finally:
+            thread.join()
+            if failures:
+                raise failures[0]
+
+    def heard(self, role: str) -> list[list[Any]]:
+        file = self.folder / f"{role}.log"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def until(self, true: Callable[[], bool]) -> Callable[[], None]:
+        def wait() -> None:
+            deadline = time.monotonic() + PATIENCE
+            while not true():
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"it did not come: {self.messages}, {self.heard('http')}")
+                time.sleep(0.01)
+
+        return wait
+
+    @property
+    def serving(self) -> Callable[[], None]:
+        return self.until(
+            lambda: any(message.startswith("serving m at http://127.0.0.1:") for message in self.messages)
+        )
+
+    def pid(self, role: str) -> int:
+        return int((self.folder / f"{role}.pid").read_text())
+
+    def kill(self, role: str) -> Callable[[], None]:
+        return lambda: os.kill(self.pid(role), signal.SIGKILL)
+
+    def behave(self, role: str, how: str) -> Callable[[], None]:
+        return lambda: (self.folder / f"{role}.txt").write_text(how) and None
+
+    @staticmethod
+    def signal() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setenv("FAKE_CHILD_FOLDER", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setattr("lamina.server.processes.supervisor.ENGINE_MODULE", "fake_server_child")
+    monkeypatch.setattr("lamina.server.processes.supervisor.HTTP_MODULE", "fake_server_child")
+    return World(tmp_path)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def count(world: World, role: str, word: str) -> int:
+    return sum(said[0] == word for said in world.heard(role))
+
+
+def test_it_serves_until_a_signal_and_lets_requests_end(world: World) -> None:
+    world.run(world.serving, world.signal)
+    assert ["drain", 5.0] in world.heard("http")
+    assert world.heard("engine")[0][:3] == ["engine", "m", {"threads": 1}]
+    settings = world.heard("http")[0][1]
+    assert settings["api_keys"] == ["secret"]
+    assert "loading 1/2" in world.messages
+    assert count(world, "http", "ready") == 1  # progress of an engine that is ready is not told as another one
+    assert not alive(world.pid("engine"))
+    assert not alive(world.pid("http"))
+
+
+def test_a_second_signal_ends_at_once(world: World) -> None:
+    draining = world.until(lambda: count(world, "http", "drain") == 1)
+    steps = (world.behave("http", "drains for ever"), world.serving, world.signal, draining, world.signal)
+    world.run(*steps)
+    assert not alive(world.pid("http"))
+
+
+def test_an_engine_that_dies_is_started_again_and_the_http_process_is_told(world: World) -> None:
+    twice = world.until(lambda: count(world, "http", "ready") == 2)
+    world.run(world.serving, world.kill("engine"), twice, world.signal)
+    heard = [said[0] for said in world.heard("http")]
+    assert heard.index("dead") < len(heard) - 1 - heard[::-1].index("ready")
+    sockets = {said[1]["socket"] for said in world.heard("http") if said[0] == "ready"}
+    assert len(sockets) == 2  # nobody reaches the old engine by the new one's name
+    assert any("killed by SIGKILL; it starts again" in message for message in world.messages)
+
+
+def test_an_http_process_that_dies_is_started_again_and_the_engine_stays(world: World) -> None:
+    again = world.until(lambda: count(world, "http", "http") == 2 and count(world, "http", "ready") >= 2)
+    world.run(world.serving, world.kill("http"), again, world.signal)
+    assert count(world, "engine", "engine") == 1
+
+
+def test_an_engine_that_does_not_start_ends_the_server(world: World) -> None:
+    world.behave("engine", "fails")()
+    with pytest.raises(InvalidRequest, match="no such model"):
+        world.run()
+
+
+@pytest.mark.parametrize("how", ["fails", "dies"])
+def test_a_restart_that_fails_ends_the_server(world: World, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lamina.deploy.worker_events._FIRST_DELAY", 0.01
+    )  # six times, each twice as long as the one before
+    with pytest.raises(EngineError, match="again"):
+        world.run(world.serving, world.behave("engine", how), world.kill("engine"))
+    assert not alive(world.pid("http"))
+
+
+def test_an_engine_that_finds_no_attention_worker_is_started_once_more(world: World) -> None:
+    thrice = world.until(lambda: count(world, "engine", "engine") == 3 and count(world, "http", "ready") == 2)
+    world.run(world.serving, world.behave("engine", "has no workers"), world.kill("engine"), thrice, world.signal)
+    assert any("no attention worker can be used" in message for message in world.messages)
+
+
+@pytest.mark.parametrize(("how", "error"), [("fails", InvalidRequest), ("dies", EngineError)])
+def test_an_http_process_that_never_serves_ends_the_server(world: World, how: str, error: type[Exception]) -> None:
+    world.behave("http", how)()
+    with pytest.raises(error):
+        world.run()
+    assert count(world, "http", "http") == 1
+
+
+def test_a_child_that_reads_nothing_holds_nobody_up(world: World) -> None:
+    def stop() -> None:
+        os.kill(world.pid("http"), signal.SIGSTOP)
+        child = world.supervisor._http.child
+        assert child is not None
+        for _ in range(3):
+            child.say("x" * 100_000)  # more than a pipe holds
+
+    ending = world.until(lambda: any(message.startswith("ending") for message in world.messages))
+    world.run(world.serving, stop, world.signal, ending, world.signal)  # two signals at once may be one
+    assert not alive(world.pid("http"))
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(world: World) -> None:
+    twice = world.until(lambda: count(world, "http", "http") == 2)
+    world.run(world.serving, lambda: os.kill(world.pid("http"), 40), twice, world.signal)
+    assert any("killed by signal 40" in message for message in world.messages)
+
+
+def test_a_folder_that_is_too_long_for_sockets_is_named(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(InvalidRequest, match="TMPDIR"):
+        world.run()
+
+
+def test_a_port_that_is_taken_is_named(world: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        plan = ServerPlan("m", {}, ServerSettings(model="m"), "127.0.0.1", port)
+        with pytest.raises(InvalidRequest, match=f"cannot listen on 127.0.0.1:{port}"):
+            Supervisor(plan, world).run()
+
+
+def test_children_die_with_the_supervisor(tmp_path: Path) -> None:
+    code = """
+import lamina.server.processes.supervisor as s
+from lamina.server.settings import ServerSettings
+s.ENGINE_MODULE = s.HTTP_MODULE = "fake_server_child"
+class Report:
+    def progress(self, *news): pass
+    def said(self, message): print(message, flush=True)
+s.Supervisor(s.ServerPlan("m", {}, ServerSettings(model="m"), "127.0.0.1", 0), Report()).run()
+"""
+    environment = os.environ | {"FAKE_CHILD_FOLDER": str(tmp_path), "PYTHONPATH": str(TESTS)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("serving m")
+        pids = [int((tmp_path / f"{role}.pid").read_text()) for role in ("engine", "http")]
+        process.kill()
+    deadline = time.monotonic() + PATIENCE
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, pids))

@@ -1,0 +1,453 @@
+"""Traces: what is published is read to the last digit, what is drawn is like it, and nothing wrong gets past."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.traces import files as trace_files
+from lamina.simulator.traces.arrivals import blocks_of
+from lamina.simulator.traces.catalogue import (
+    BLOCK,
+    FILES,
+    MAX_TOKENS,
+    Arrival,
+    Trace,
+    all_at_once,
+    gamma,
+    head,
+    poisson,
+    read,
+    scaled,
+    split,
+    summary,
+    synthetic,
+    tokens,
+    trace,
+    uniform,
+)
+from lamina.simulator.traces.figures import LEVELS, Quantiles, measure, published, rank_correlation
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("LAMINA_TEST_DATA", ROOT.parent / "shared" / "data")) / "traces"
+NAMES = tuple(FILES)
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
+ROW = "2023-11-16 18:15:46.6805900,374,44"
+GOOD = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the published traces are not at {DATA}")
+_arrivals = st.lists(
+    st.builds(Arrival, st.floats(0, 1e6), st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=40
+).map(lambda items: tuple(sorted(items, key=lambda item: item.at)))
+_traces = st.builds(Trace, st.just("t"), _arrivals)
+
+
+# What is published
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "count", "prompt", "output", "seconds"),
+    [
+        ("azure-conv", 19366, 1154.7, 211.1, 3501.721937),
+        ("azure-code", 8819, 2047.8, 27.9, 3435.948056),
+        ("mooncake-conversation", 12031, 12035.1, 342.6, 3536.999),
+    ],
+)
+def test_published_traces_are_those_of_the_papers(
+    name: str, count: int, prompt: float, output: float, seconds: float
+) -> None:
+    found = trace(name, folder=DATA)
+    numbers = summary(found)
+    assert found.name == name
+    assert numbers["requests"] == count == len(found.arrivals)
+    assert (round(numbers["prompt_mean"], 1), round(numbers["output_mean"], 1)) == (prompt, output)
+    assert found.arrivals[0].at == 0
+    assert found.seconds == pytest.approx(seconds, abs=1e-9)
+    assert min(min(arrival.prompt, arrival.output) for arrival in found.arrivals) >= 1
+
+
+@needs_data
+def test_figures_are_what_the_script_derives() -> None:
+    path = ROOT / "scripts" / "trace_figures.py"
+    spec = importlib.util.spec_from_file_location("trace_figures_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    committed = ROOT / "lamina" / "simulator" / "trace_figures.toml"
+    assert script.derive(DATA) == committed.read_text("utf-8")
+    for name, (source, licence) in script.SOURCES.items():
+        assert published()[name] == measure(trace(name, folder=DATA), source, licence)
+
+
+@needs_data
+def test_mooncake_shares_what_its_ids_say() -> None:
+    found = trace("mooncake-conversation", folder=DATA)
+    assert sum(len(arrival.blocks) for arrival in found.arrivals) == 288_500
+    assert summary(found)["reused_share"] == pytest.approx(105_710 / 288_500)
+    assert all(len(arrival.blocks) == blocks_of(arrival.prompt) for arrival in found.arrivals)
+
+
+@needs_data
+def test_a_count_takes_the_head_of_a_published_trace() -> None:
+    assert trace("azure-code", 3, folder=DATA).arrivals == read(DATA / "azure_code_2023.csv").arrivals[:3]
+    with pytest.raises(InvalidRequest, match=r"count is 8820; allowed is 1 to 8819"):
+        trace("azure-code", 8820, folder=DATA)
+
+
+# What is drawn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_synthetic_is_like_the_trace(name: str) -> None:
+    figures = published()[name]
+    drawn = synthetic(figures, 20_000, seed=7)
+    numbers = summary(drawn)
+    assert drawn.name == f"{name} (synthetic)"
+    assert numbers["prompt_mean"] == pytest.approx(figures.prompt_mean, rel=0.02)
+    assert numbers["output_mean"] == pytest.approx(figures.output_mean, rel=0.02)
+    assert numbers["rank_correlation"] == pytest.approx(figures.rank_correlation, abs=0.05)
+    assert numbers["gap_cv"] == pytest.approx(figures.gap_cv, rel=0.15)
+    assert numbers["rate"] == pytest.approx(figures.rate, rel=0.01)
+    for lengths, of in (("prompt", figures.prompt), ("output", figures.output)):
+        values = np.quantile([getattr(arrival, lengths) for arrival in drawn.arrivals], LEVELS[3:-3])
+        np.testing.assert_allclose(values, of.values[3:-3], rtol=0.02, atol=1)
+
+
+def test_synthetic_comes_in_the_steps_that_a_trace_was_rounded_to() -> None:
+    figures = published()["mooncake-conversation"]
+    assert (figures.step, figures.gaps) == (3.0, None)
+    times = np.array([arrival.at for arrival in synthetic(figures).arrivals])
+    assert not (times % 3).any()
+    counts = np.bincount((times // 3).astype(int))
+    assert counts.var() / counts.mean() == pytest.approx(figures.step_cv**2, rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_synthetic_conversations_share_as_much(seed: int) -> None:
+    figures = published()["mooncake-conversation"]
+    assert figures.sharing is not None
+    drawn = synthetic(figures, seed=seed)
+    assert summary(drawn)["reused_share"] == pytest.approx(figures.sharing.reused, rel=0.05)
+    again = measure(drawn, "", "").sharing
+    assert again is not None
+    assert again.common == figures.sharing.common == 1
+    assert again.correlation == pytest.approx(figures.sharing.correlation, abs=0.05)
+    for level in (0.25, 0.5, 0.75):  # half as long ago would double what a small cache still has
+        lag = float(figures.sharing.lag.at(np.array(level)))
+        assert 0.7 * lag <= float(again.lag.at(np.array(level))) <= 1.3 * lag
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_trace(name: str) -> None:
+    assert trace(name, 300, seed=5) == trace(name, 300, seed=5)
+    assert trace(name, 300, seed=5) != trace(name, 300, seed=6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_its_file_a_trace_is_drawn(name: str, tmp_path: Path) -> None:
+    assert trace(name, 10).name == trace(name, 10, folder=tmp_path).name == f"{name} (synthetic)"
+    assert len(trace(name).arrivals) == published()[name].count
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_can_be_drawn(name: str, count: int) -> None:
+    assert len(trace(name, count).arrivals) == count
+
+
+def test_rate_is_as_asked() -> None:
+    found = synthetic(published()["azure-code"], 500, rate=25.0, seed=1)
+    assert summary(found)["rate"] == pytest.approx(25.0)
+
+
+def test_poisson_and_gamma() -> None:
+    found = summary(poisson(4.0, 20_000, 100, uniform(10, 30), seed=3))
+    assert found["rate"] == pytest.approx(4.0, rel=0.03)
+    assert found["gap_cv"] == pytest.approx(1.0, rel=0.03)
+    assert found["prompt_mean"] == 100
+    assert found["output_mean"] == pytest.approx(20, rel=0.02)
+    assert summary(gamma(4.0, 3.0, 20_000, 100, 10, seed=3))["gap_cv"] == pytest.approx(3.0, rel=0.1)
+    regular = gamma(4.0, 0, 9, 100, 10)
+    assert [arrival.at for arrival in regular.arrivals] == [n / 4 for n in range(9)]
+    assert poisson(4.0, 9, 100, uniform(10, 30), 1) == poisson(4.0, 9, 100, uniform(10, 30), 1)
+    assert poisson(4.0, 9, 100, uniform(10, 30), 1) != poisson(4.0, 9, 100, uniform(10, 30), 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rate": 0}, "rate is 0; allowed is 1e-06 to 1e"),
+        ({"rate": math.nan}, "rate is nan"),
+        ({"rate": -1.0}, "rate is -1.0"),
+        ({"cv": -0.1}, "cv is -0.1; allowed is 0 to 100"),
+        ({"cv": math.inf}, "cv is inf"),
+        ({"count": 0}, "count is 0; allowed is 1 to"),
+        ({"count": True}, "count is True"),
+        ({"count": 1 << 40}, "count is 1099511627776"),
+        ({"seed": -1}, "seed is -1; allowed are whole numbers from 0 on"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"prompt": 0}, "lengths are 0; allowed are 1 to 16777216"),
+        ({"output": True}, "lengths are True"),
+        ({"output": "5"}, "lengths are '5'"),
+        ({"output": uniform(1, 1e9)}, "output whose length is"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(change: dict[str, object], message: str) -> None:
+    good = {"rate": 1.0, "cv": 1.0, "count": 3, "prompt": 5, "output": 5, "seed": 0}
+    with pytest.raises(InvalidRequest, match=message):
+        gamma(**{**good, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("levels", "values", "message"),
+    [
+        ((0.0, 1.0), (1.0,), "there are 1 values; allowed are 2"),
+        ((0.0, 0.9), (1.0, 2.0), "rise from 0 to 1"),
+        ((0.0, 0.5, 0.5, 1.0), (1.0,) * 4, "rise from 0 to 1"),
+        ((), (), "rise from 0 to 1"),
+        ((0.0, 1.0), (2.0, 1.0), "never fall"),
+        ((0.0, 1.0), (-1.0, 1.0), "from 0 on"),
+        ((0.0, 1.0), (1.0, math.inf), "finite"),
+        ((0.0, 0.5, 1.0), (1.0, math.nan, 2.0), "finite"),
+    ],
+)
+def test_quantiles_that_are_none(levels: tuple[float, ...], values: tuple[float, ...], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Quantiles(levels, values)
+
+
+def test_rank_correlation() -> None:
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    assert rank_correlation(x, x**3) == pytest.approx(1.0)
+    assert rank_correlation(x, -x) == pytest.approx(-1.0)
+    assert rank_correlation(x, np.ones(4)) == 0.0
+    assert rank_correlation(x, np.array([1.0, 1.0, 2.0, 2.0])) == pytest.approx(2 / math.sqrt(5))  # mean ranks of ties
+
+
+# What makes one trace of another
+
+
+@given(_traces, st.floats(1e-3, 1e3))
+@settings(max_examples=50)
+def test_scaling_changes_only_the_times(found: Trace, factor: float) -> None:
+    faster = scaled(found, factor)
+    assert faster.seconds == pytest.approx(found.seconds / factor)
+    assert [(a.prompt, a.output) for a in faster.arrivals] == [(a.prompt, a.output) for a in found.arrivals]
+    assert {arrival.at for arrival in all_at_once(found).arrivals} == {0.0}
+
+
+@given(_traces, st.data())
+@settings(max_examples=50)
+def test_a_split_keeps_each_request_once(found: Trace, data: st.DataObject) -> None:
+    replicas = data.draw(st.integers(1, len(found.arrivals)))
+    parts = split(found, replicas)
+    assert len(parts) == replicas
+    sizes = [len(part.arrivals) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert tuple(parts[n % replicas].arrivals[n // replicas] for n in range(len(found.arrivals))) == found.arrivals
+    assert head(found, replicas).arrivals == tuple(part.arrivals[0] for part in parts)
+
+
+def test_what_cannot_be_made_is_named() -> None:
+    found = gamma(1.0, 0, 3, 5, 5)
+    for factor in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(InvalidRequest, match="rate_factor is"):
+            scaled(found, factor)
+    with pytest.raises(InvalidRequest, match="finite numbers from 0 on"):
+        scaled(found, 5e-324)
+    for count in (0, 4, -1, True):
+        with pytest.raises(InvalidRequest, match=f"count is {count}; allowed is 1 to 3"):
+            head(found, count)
+        with pytest.raises(InvalidRequest, match=f"replicas is {count}; allowed is 1 to 3"):
+            split(found, count)
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "message"),
+    [
+        ((), "the trace t has 0 requests; allowed are 1 to"),
+        ((Arrival(1.0, 1, 1), Arrival(0.5, 1, 1)), "request 1 of the trace t arrives at 0.5 s, after one at 1.0 s"),
+        ((Arrival(-1.0, 1, 1),), "request 0 of the trace t arrives at -1.0 s; allowed are finite numbers from 0 on"),
+        ((Arrival(math.nan, 1, 1),), "arrives at nan s"),
+        ((Arrival(0.0, 1, 1), Arrival(math.inf, 1, 1)), "request 1 of the trace t arrives at inf s"),
+        ((Arrival(True, 1, 1),), "arrives at True s"),
+        ((Arrival(0.0, 0, 1),), f"prompt whose length is 0; allowed are whole numbers from 1 to {MAX_TOKENS}"),
+        ((Arrival(0.0, MAX_TOKENS + 1, 1),), "prompt whose length is 16777217"),
+        ((Arrival(0.0, 5.0, 1),), "prompt whose length is 5.0"),  # type: ignore[arg-type]
+        ((Arrival(0.0, 1, 0),), "output whose length is 0"),
+        ((Arrival(0.0, 1, True),), "output whose length is True"),
+        ((Arrival(0.0, 1025, 1, (1,)),), "blocks that are 1; allowed are 2 or 3 for 1025 tokens"),
+        ((Arrival(0.0, 1024, 1, (1, 2, 3)),), "blocks that are 3; allowed are 2 for 1024 tokens"),
+        ((Arrival(0.0, 1, 1, (-1,)),), "blocks that have -1"),
+    ],
+)
+def test_a_trace_names_what_is_wrong(arrivals: tuple[Arrival, ...], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Trace("t", arrivals)
+
+
+# Tokens
+
+
+@given(st.integers(1, 4 * BLOCK), st.integers(1, 4 * BLOCK), st.integers(0, 4), st.integers(0, 9), st.integers(10, 99))
+@settings(max_examples=80)
+def test_tokens_are_equal_as_far_as_blocks_are(one: int, two: int, shared: int, salt: int, other: int) -> None:
+    prompts = []
+    for number, length in ((salt, one), (other, two)):
+        names = tuple(range(shared)) + tuple(1000 * number + n for n in range(9))
+        prompts.append(tokens(Arrival(0.0, length, 1, names[: blocks_of(length)]), number))
+    assert [len(prompt) for prompt in prompts] == [one, two]
+    both = min(one, two)
+    equal = next((n for n in range(both) if prompts[0][n] != prompts[1][n]), both)
+    assert equal == min(both, shared * BLOCK)
+
+
+def test_tokens_of_no_block_are_the_requests_own() -> None:
+    assert tokens(Arrival(0.0, 3, 1), 0) != tokens(Arrival(0.0, 3, 1), 1)
+    partly = tokens(Arrival(0.0, BLOCK + 3, 1, (7,)), 5)
+    assert partly == (14,) * BLOCK + (11,) * 3
+    assert len({id(token) for token in tokens(Arrival(0.0, 4 * BLOCK, 1, (10**9,) * 4), 0)}) <= 4  # few ints, shared
+
+
+# Files
+
+
+def test_azure_times_keep_all_digits(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    rows = (HEADER, ROW, "2023-11-16 18:15:46.6805901,1,2", "2023-11-17 00:00:00,3,4", "")
+    path.write_bytes("\r\n".join(rows).encode())
+    found = read(path)
+    assert found.name == "a"
+    assert [(a.prompt, a.output) for a in found.arrivals] == [(374, 44), (1, 2), (3, 4)]
+    assert [a.at for a in found.arrivals] == [0.0, 1e-7, 20653.31941]
+
+
+def test_the_format_is_told_by_content(tmp_path: Path) -> None:
+    path = tmp_path / "mooncake.csv"
+    later = {**GOOD, "timestamp": 4500.5, "hash_ids": [0, 2], "more": None}
+    path.write_text(f"\ufeff{json.dumps({**GOOD, 'timestamp': 1000})}\n\n{json.dumps(later)}", "utf-8")
+    arrivals = (Arrival(0.0, 600, 5, (0, 1)), Arrival(3.5005, 600, 5, (0, 2)))
+    assert trace(path) == trace(str(path)) == Trace("mooncake", arrivals)
+    assert read(path, "mine") == Trace("mine", arrivals)
+
+
+def _mooncake(**change: object) -> str:
+    return json.dumps({**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "line 1 is ''; allowed is a CSV file that begins with TIMESTAMP"),
+        ("\n \n", "line 1 is ''"),
+        ("hello\n", "line 1 is 'hello'"),
+        ("a,b,c\n1,2,3", "line 1 is 'a,b,c'"),
+        (HEADER, "has 0 requests"),
+        (f"{HEADER}\n{ROW}\n2023-11-16 18:15:46,1,1", "line 3 has an earlier time than the one before"),
+        (f"{HEADER}\n{ROW},5", "line 2 has 4 fields"),
+        (f"{HEADER}\n{ROW.replace('374', '-5')}", "line 2 has a ContextTokens that is '-5'; allowed are whole numbers"),
+        (f"{HEADER}\n{ROW.replace('374', '0')}", "line 2 has a ContextTokens that is 0"),
+        (f"{HEADER}\n{ROW.replace('44', '0')}", "line 2 has a GeneratedTokens that is 0"),
+        (f"{HEADER}\n{ROW.replace('374', 'many')}", "ContextTokens that is 'many'"),
+        (f"{HEADER}\n{ROW.replace('374', 'nan')}", "ContextTokens that is 'nan'"),
+        (f"{HEADER}\n{ROW.replace('374', '1e3')}", "ContextTokens that is '1e3'"),
+        (f"{HEADER}\n{ROW.replace('374', '٣')}", "ContextTokens that is"),
+        (f"{HEADER}\n{ROW.replace('374', '9' * 15)}", "ContextTokens that is 999999999999999; allowed are"),
+        (f"{HEADER}\n{ROW.replace('374', '9' * 5000)}", "ContextTokens that is '9999"),
+        (f"{HEADER}\n\n{ROW.replace('2023', '23')}", "line 3 has the TIMESTAMP '23-11-16"),
+        (f"{HEADER}\n{ROW.replace('11-16', '02-30')}", "TIMESTAMP '2023-02-30 18:15:46.6805900'"),
+        (f"{HEADER}\n,1,1", "TIMESTAMP ''"),
+        (f"{HEADER}\n{ROW.replace('6805900', '68059001234')}", "TIMESTAMP"),
+        ('{"timestamp": 0, "input_le', "line 1 is not JSON"),
+        (_mooncake() + "\n[1]", r"line 2 is '\[1\]'; allowed is an object"),
+        ("{" + '"a":{' * 60_000, "line 1 is not JSON"),
+        (_mooncake() + "\n" + json.dumps({"timestamp": 1}), "line 2 has no input_length"),
+        (_mooncake(timestamp=5) + "\n" + _mooncake(timestamp=4), "line 2 has an earlier time"),
+        (_mooncake(timestamp=-1), "the timestamp -1; allowed are milliseconds"),
+        (_mooncake(timestamp=math.nan), "the timestamp nan"),
+        (_mooncake(timestamp=math.inf), "the timestamp inf"),
+        (_mooncake(timestamp=True), "the timestamp True"),
+        (_mooncake(timestamp="0"), "the timestamp '0'"),
+        (_mooncake(timestamp=10**30), "the timestamp 10000"),
+        (_mooncake().replace("600", "9" * 5000), "line 1 is not JSON"),
+        (_mooncake(input_length=0), "an input_length that is 0"),
+        (_mooncake(input_length=600.0), "an input_length that is 600.0"),
+        (_mooncake(input_length=None), "an input_length that is None"),
+        (_mooncake(output_length=0), "an output_length that is 0"),
+        (_mooncake(output_length=2**24 + 1), "an output_length that is 16777217"),
+        (_mooncake(hash_ids="01"), "hash_ids that are '01'; allowed is a list"),
+        (_mooncake(hash_ids=[]), "hash_ids that are 0; allowed are 1 or 2 for 600 tokens"),
+        (_mooncake(hash_ids=[0, 1, 2]), "hash_ids that are 3"),
+        (_mooncake(input_length=10_000), "hash_ids that are 2; allowed are 19 or 20 for 10000 tokens"),
+        (_mooncake(hash_ids=[0, "1"]), "hash_ids that have '1'"),
+        (_mooncake(hash_ids=[0, 1.0]), "hash_ids that have 1.0"),
+        (_mooncake(hash_ids=[False, 1]), "hash_ids that have False"),
+        (_mooncake(hash_ids=[0, -1]), "hash_ids that have -1"),
+        (_mooncake(hash_ids=[0, 2**62]), "hash_ids that have 4611686018427387904"),
+    ],
+)
+def test_bad_files_name_the_line_and_the_value(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(content, "utf-8")
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 600 + len(str(path))
+
+
+def test_what_is_no_text_or_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(f"{HEADER}\n".encode() + b"2023\xff")
+    with pytest.raises(InvalidRequest, match="line 2 is not UTF-8: byte 0xff at position 4"):
+        read(path)
+    path.write_bytes(f"{HEADER}\n{ROW}\n{ROW}".encode())
+    for name, value, message in (
+        ("MAX_BYTES", 80, "it has 109 bytes; allowed are 80"),
+        ("MAX_LINE", 39, "line 1 is too long"),
+        ("MAX_REQUESTS", 1, "line 3 is one request more than allowed"),
+    ):
+        with monkeypatch.context() as limited:
+            limited.setattr(trace_files, name, value)
+            with pytest.raises(InvalidRequest, match=message):
+                read(path)
+    for wrong, message in ((tmp_path, "it is no file"), (tmp_path / "none", "no such file"), ("a\0b", "no such file")):
+        with pytest.raises(InvalidRequest, match=message):
+            read(wrong)
+
+
+@given(st.text(max_size=200), st.sampled_from(["", f"{HEADER}\n", f"{HEADER}\n{ROW}\n", _mooncake() + "\n", "{"]))
+@settings(max_examples=150)
+def test_any_text_is_a_trace_or_an_error(tmp_path_factory: pytest.TempPathFactory, text: str, before: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.txt"
+    path.write_bytes((before + text).encode("utf-8", "surrogatepass"))
+    with contextlib.suppress(InvalidRequest):
+        assert read(path).arrivals
+
+
+def test_an_unknown_trace_lists_the_known_ones(tmp_path: Path) -> None:
+    for name in ("azure", "", "a\0b", str(tmp_path), tmp_path / "none.csv"):
+        with pytest.raises(InvalidRequest, match="allowed are azure-conv, azure-code, mooncake-conversation, or a CSV"):
+            trace(name)
+
+
+def test_a_damaged_file_is_not_replaced_by_a_drawn_one(tmp_path: Path) -> None:
+    (tmp_path / "azure_code_2023.csv").write_text("spoilt")
+    with pytest.raises(InvalidRequest, match="line 1 is 'spoilt'"):
+        trace("azure-code", folder=tmp_path)
+
+
+def test_too_short_for_figures() -> None:
+    with pytest.raises(InvalidRequest, match="figures need requests at different times"):
+        measure(all_at_once(gamma(1.0, 0, 3, 5, 5)), "", "")

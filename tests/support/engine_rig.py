@@ -1,0 +1,278 @@
+"""A tiny random model, and an engine around it whose every part can be replaced."""
+
+from __future__ import annotations
+
+import copy
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from lamina.text.structured_output import Grammars
+
+from lamina.engine.engine import Engine
+from lamina.launch.kv_sizing import page_groups
+from lamina.messages.engine_request import Output, Ticket
+from lamina.sampling_params import SamplingParams
+from lamina.scheduling.lane_tuner import Lanes
+from lamina.scheduling.local_share import Balance
+from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.request import Request as TokenRequest
+from lamina.scheduling.request import SchedulerConfig
+from lamina.scheduling.scheduler import Scheduler
+from lamina_protocols import codec
+from lamina_protocols.errors import LaminaError
+from lamina_protocols.messages import Fault, HolderConfig, Message, Reply, Request, answered
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.device_worker import attention_worker
+from lamina_workers.attention_worker.page_layout import page_layout, sketched
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import tensor_shapes
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.errors import HolderLost
+from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.ports.port import AttentionPort, LocalAttention
+
+DEVICE = os.environ.get("LAMINA_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+"""Where tests compute what they can compute on any device."""
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+
+
+class Tensors:
+    """A checkpoint in memory: random weights of a config."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._tensors = {
+            name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.3
+            for name, shape in tensor_shapes(config).items()
+        }
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
+
+    def shape(self, name: str) -> Sequence[int]:
+        return self._tensors[name].shape
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def release(self, name: str) -> None:
+        pass
+
+
+def tiny_decoder(**overrides: Any) -> Decoder:
+    """A float32 decoder of `TINY`, some fields of its config replaced."""
+    config = ModelConfig.from_dict(TINY | overrides)
+    return Decoder.load(config, Tensors(config), torch.float32, DEVICE)
+
+
+def holder_config(decoder: Decoder, pages: int = 2000, page_size: int = 16) -> HolderConfig:
+    """What a holder of that decoder's KV is built from, with room for `pages`."""
+    layers = decoder.config.layer_specs()
+    config = HolderConfig(layers, page_size, "float32", 1)
+    return HolderConfig(layers, page_size, "float32", pages * page_layout(config).page_bytes)
+
+
+class BytesPort:
+    """A port that turns every message into bytes and back, both ways: nothing else crosses the cut.
+
+    `before(request)` may raise a LaminaError: the message is lost, and a fault takes the place of the next reply.
+    """
+
+    def __init__(self, worker: AttentionWorker, before: Callable[[Request], None] = lambda request: None) -> None:
+        self.name = "bytes"
+        self.closed = False
+        self._inner = LocalAttention(worker)
+        self.page_layout = self._inner.page_layout
+        self._before = before
+        self._lost = ""
+        self._replies: deque[bytearray] = deque()
+
+    def send(self, request: Request) -> None:
+        if self.closed:
+            raise HolderLost(f"{self.name} is closed")
+        try:
+            self._before(request)
+        except HolderLost:
+            self.closed = True
+            raise
+        except LaminaError as error:
+            self._lost = str(error)
+        if not self._lost:
+            self._inner.send(codec.decode(_frame(request)))  # type: ignore[arg-type]  # a request comes back as one
+        if not answered(request):
+            return
+        lost = Fault(request.epoch, request.batch, self._lost)
+        self._replies.append(_frame(lost if self._lost else self._inner.receive()))
+        self._lost = ""
+
+    def receive(self, timeout: float | None = None) -> Reply:
+        if self.closed or not self._replies:
+            raise HolderLost(f"{self.name} has nothing to say")
+        return codec.decode(self._replies.popleft())  # type: ignore[return-value]  # a reply comes back as one
+
+    def ready(self) -> bool:
+        return self.closed or bool(self._replies)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _frame(message: Message) -> bytearray:
+    return bytearray(b"".join(codec.encode(message)))
+
+
+HERE = 100  # the number of the holder that keeps whole sequences beside the model
+
+
+class Rig:
+    """An engine around a tiny decoder: answers prompts with token ids.
+
+    `shard=None` is one holder that fuses, as in one process. Otherwise there are holders without fusing, one for each
+    number in `weights`, and where `scratch` gives pages a local one beside them (number 0) for prompts. `here` gives
+    pages to one beside the model that keeps whole sequences.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        shard: str | None = None,
+        weights: Sequence[int] = (1,),
+        scratch: int = 0,
+        here: int = 0,
+        balance: Balance | None = None,
+        pages: int = 2000,
+        page_size: int = 16,
+        max_batch_tokens: int = 512,
+        prefix_cache: bool = False,
+        max_model_len: int = 2048,
+        lanes: int = 1,
+        hope: float = 60.0,
+        early_query: bool = False,
+        grammars: Grammars | None = None,
+        port: Callable[[AttentionWorker], AttentionPort] = LocalAttention,
+        around: Callable[[ModelWorker, dict[int, AttentionPort]], Any] = lambda worker, ports: worker,
+    ) -> None:
+        self.pages = pages
+        self.holder = holder_config(decoder, pages, page_size)
+        limits = SchedulerConfig(
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=64,
+            max_model_len=max_model_len,
+            page_size=page_size,
+            page_groups=page_groups(self.holder),
+            prefix_cache=prefix_cache,
+        )
+        holders = {number: Holder(pages, weight, fused=shard is None) for number, weight in enumerate(weights, 1)}
+        where = torch.device("cpu" if sketched(self.holder) else DEVICE)  # what chooses runs on CPUs alone
+        self.workers = {number: attention_worker(self.holder, device=where) for number in holders}
+        self.ports = {number: port(worker) for number, worker in self.workers.items()}
+        ports = dict(self.ports)
+        if scratch:
+            holders[0] = Holder(scratch, fused=True)
+            self.workers[0] = attention_worker(holder_config(decoder, scratch, page_size), device=where)
+            ports[0] = LocalAttention(self.workers[0])
+        if here:
+            holders[HERE] = Holder(here, fused=True)
+            self.workers[HERE] = attention_worker(holder_config(decoder, here, page_size), device=where)
+            ports[HERE] = LocalAttention(self.workers[HERE], "here")
+        self.placement = Placement(
+            holders,
+            heads=(decoder.config.num_key_value_heads,),
+            page_size=page_size,
+            max_model_len=max_model_len,
+            layers=decoder.config.num_hidden_layers,
+            shard=shard or "heads",
+            scratch=(0,) if scratch else (),
+            here=(HERE,) if here else (),
+        )
+        self.scheduler = Scheduler(limits, self.placement)
+        decoder = copy.copy(decoder)  # an early query changes it, and other tests have the same
+        worker = around(ModelWorker(decoder, self.holder, ports, early_query=early_query), self.ports)
+        self.engine = Engine(
+            worker,
+            self.scheduler,
+            self.placement,
+            time.monotonic,
+            names={number: f"worker-{number}" for number in self.ports},
+            scratch=(0,) if scratch else (),
+            lanes=Lanes(lanes),
+            balance=balance,
+            grammars=grammars,
+            hope=hope,
+        )
+        self._thread = threading.Thread(target=self.engine.run, daemon=True)
+        self._thread.start()
+        self._submitted = 0
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> tuple[Ticket, Any]:
+        """Queue one prompt; its outputs come through the queue that is returned."""
+        inbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+        self._submitted += 1
+        ticket = Ticket(
+            request=TokenRequest(
+                id=str(self._submitted),
+                prompt=tuple(prompt),
+                max_tokens=params.max_tokens,
+                min_tokens=params.min_tokens,
+                stop_token_ids=frozenset(params.stop_token_ids),
+                n=params.n,
+                priority=priority,
+            ),
+            params=params,
+            seed=params.seed or 0,
+            sink=lambda _ticket, outputs: inbox.put(outputs),
+            submitted=0.0,
+        )
+        self.engine.submit(ticket)
+        return ticket, inbox
+
+    def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[list[list[int]]]:
+        """The output tokens of each sample of each prompt. Raises what the engine reports."""
+        params = SamplingParams(**sampling).with_defaults({"do_sample": True} if "temperature" in sampling else {})
+        return [collect(inbox, params.n) for _, inbox in [self.submit(prompt, params) for prompt in prompts]]
+
+    def close(self) -> None:
+        """Stop, and check that every page came back."""
+        self.engine.close()
+        self._thread.join()
+        self.scheduler.check_integrity()
+        for worker in self.workers.values():
+            worker.store.check_integrity()
+
+
+def collect(inbox: Any, n: int = 1) -> list[list[int]]:
+    """The tokens of every sample, read until all have ended."""
+    tokens: list[list[int]] = [[] for _ in range(n)]
+    ended = 0
+    while ended < n:
+        for output in inbox.get(timeout=60):
+            if output.error is not None:
+                raise output.error
+            if output.token is not None:
+                tokens[output.sample].append(output.token)
+            ended += output.finish_reason is not None
+    return tokens

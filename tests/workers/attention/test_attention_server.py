@@ -1,0 +1,396 @@
+"""An attention worker that others reach: what it answers over every channel, whom it refuses, when it lets go."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import signal
+import socket
+import stat
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from attention_servers import ASKED, FULL, KV_MEMORY, LAYERS, PAGES, WAYS, connected, one_batch, process, running, until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from transports import made_credentials
+
+from lamina_protocols import codec, control
+from lamina_protocols.channels import Credentials
+from lamina_protocols.messages import (
+    PROTOCOL_VERSION,
+    Announced,
+    Announcement,
+    Close,
+    Fault,
+    Open,
+    Query,
+)
+from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable
+from lamina_protocols.socket_channel import connect_unix
+from lamina_workers.attention_server import session as attention_session
+from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.errors import HolderLost
+from lamina_workers.ports.remote import connect
+from lamina_workers.process.credentials import create_credentials, make_credentials
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_it_attends_over_every_channel(way, tls):
+    made = made_credentials() if tls else Credentials()
+    with running(credentials=made) as (_, address):
+        near = Credentials(ca=made.ca, token=made.token)
+        with connected(address, credentials=near, **WAYS[way]) as port:
+            assert port.channel_kind == way.partition("+")[0]
+            assert (port.capacity, port.worker_name, port.closed) == (KV_MEMORY, "w", False)
+            one_batch(port)
+            status = port.status()
+            assert (status.session, status.channel, status.model) == (True, port.channel_kind, "tiny")
+            assert (status.parts, status.heads, status.lo, status.hi) == (1, (0, 1), 0, 4)
+            assert (status.free_pages, status.total_pages) == (PAGES - 4, PAGES)
+            assert (status.batches, status.queries) == (2, 6)
+            until(lambda: port.status().bytes_in == port.bytes_sent)
+            until(lambda: port.status().bytes_out == port.bytes_received)
+        assert port.closed
+        with pytest.raises(HolderLost):
+            port.send(Announcement(1, 3, 1, (), ()))
+
+
+def test_a_fault_ends_a_batch_and_nothing_else():
+    with running() as (_, address), connected(address) as port:
+        port.send(Query(1, 1, 0, torch.randn(6, 16)))
+        fault = port.receive(10)
+        assert isinstance(fault, Fault)
+        assert (fault.epoch, fault.batch) == (1, 1)
+        assert "not in flight" in fault.reason
+        one_batch(port)
+
+
+# The handshake.
+
+
+@pytest.mark.parametrize(
+    ("pin", "said"),
+    [
+        ({"model": "other"}, r"model: the engine has 'tiny', this worker 'other'"),
+        ({"compute_dtype": "bfloat16"}, r"compute dtype: the engine has 'float32', this worker 'bfloat16'"),
+        ({"kv_dtype": "bfloat16"}, r"KV dtype: the engine has 'float32', this worker 'bfloat16'"),
+        ({"page_size": 32}, r"page size: the engine has 16, this worker 32"),
+    ],
+)
+def test_what_differs_is_refused_naming_both(pin, said):
+    with running(**pin) as (_, address):
+        with pytest.raises(WorkerRefused, match=said):
+            connect(address, **ASKED)
+        with connected(address, **pin) as port:
+            assert port.status().session
+
+
+def hello(**changes: Any) -> control.Hello:
+    whole = control.Hello(
+        PROTOCOL_VERSION,
+        control.package_version(),
+        "s" * 32,
+        "m",
+        "float32",
+        "float32",
+        16,
+        LAYERS,
+        True,
+        "grpc",
+        "e" * 32,
+        0,
+        (1, 1),
+        0.0,
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"protocol": 99}, r"protocol version: the engine has 99, this worker \d+"),
+        ({"version": "0.0.7"}, r"lamina version: the engine has '0.0.7', this worker '\d.*'"),
+        ({"compute_dtype": "float8"}, "compute dtype 'float8', this worker knows float32"),
+        ({"kv_dtype": "float8"}, "KV dtype 'float8', allowed: float32"),
+        ({"page_size": 7}, "cannot keep such KV"),
+        ({"layers": ()}, "0 layers"),
+        ({"layers": (FULL, dataclasses.replace(FULL, d_k=32))}, "unlike KV shapes"),
+        ({"session": "short"}, "session id of 5 characters"),
+        ({"data_channel": "smoke"}, "'smoke', this worker knows grpc, tcp"),
+        ({"layers": tuple(dataclasses.replace(FULL, kv_layer=n) for n in range(90))}, "the least is"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_worker_lives(changes, said):
+    with running() as (_, address):
+        with WorkerClient(address) as client, pytest.raises(WorkerRefused, match=said):
+            client.hello(hello(**changes), 10)
+        with connected(address) as port:
+            one_batch(port)
+
+
+def test_tokens_and_certificates_of_others_are_refused_and_the_worker_lives():
+    made = made_credentials()
+    with running(credentials=made, mutual_tls=True) as (_, address):
+        for credentials, kind, said in (
+            (dataclasses.replace(made, token="wrong"), WorkerRefused, "the token is wrong"),
+            (dataclasses.replace(made, token=""), WorkerRefused, "a token is needed"),
+            (dataclasses.replace(made, ca=create_credentials(["127.0.0.1"]).ca), WorkerUnreachable, "Hello at"),
+            (dataclasses.replace(made, cert=b"", key=b""), WorkerUnreachable, "Hello at"),
+            (Credentials(token=made.token), WorkerUnreachable, "Hello at"),
+        ):
+            with pytest.raises(kind, match=said):
+                connect(address, **{**ASKED, "timeout": 3.0}, credentials=credentials)
+        for way in WAYS.values():
+            with connected(address, credentials=made, **way) as port:
+                one_batch(port)
+
+
+def test_strangers_are_not_served():
+    made = made_credentials()
+    for changes in ({}, {"credentials": dataclasses.replace(made, token="")}, {"credentials": Credentials(token="t")}):
+        with pytest.raises(ServerError, match=r"0.0.0.0:0 without (TLS|a token|TLS and a token) .*--insecure"):
+            AttentionServer(ServerConfig("w", KV_MEMORY, listen="0.0.0.0:0", **changes))
+    AttentionServer(ServerConfig("w", KV_MEMORY, listen="0.0.0.0:0", credentials=made))
+    AttentionServer(ServerConfig("w", KV_MEMORY, listen="0.0.0.0:0", insecure=True))
+    with pytest.raises(ServerError, match="mutual TLS needs a CA"):
+        AttentionServer(ServerConfig("w", KV_MEMORY, mutual_tls=True))
+
+
+def test_an_address_in_use_is_said():
+    with running() as (_, address), pytest.raises(ServerError, match=f"cannot listen on {address}"):
+        AttentionServer(ServerConfig("w", KV_MEMORY, listen=address)).start()
+
+
+# Sessions.
+
+
+def test_one_session_at_a_time():
+    with running() as (_, address):
+        with (
+            connected(address),
+            pytest.raises(WorkerRefused, match=r"busy with engine [0-9a-f]{8}, served for \d+\.\d seconds"),
+        ):
+            connect(address, **ASKED | {"timeout": 0.3})
+        with connected(address) as port:
+            one_batch(port)
+
+
+def test_kv_is_freed_when_the_stream_ends(monkeypatch):
+    made = []
+    real = attention_session.attention_worker
+
+    def recorded(*args):
+        worker = real(*args)
+        made.append(weakref.ref(worker))
+        return worker
+
+    monkeypatch.setattr(attention_session, "attention_worker", recorded)
+    with running() as (server, address):
+        for way in WAYS.values():
+            with connected(address, **way) as port:
+                one_batch(port)
+                assert made[-1]() is not None
+            until(lambda: made[-1]() is None)
+            assert server.status().total_pages == 0
+        until(lambda: server.status().queries == 6 * len(WAYS))
+
+
+@pytest.mark.slow
+def test_the_lease_frees_a_vanished_engine_and_not_a_silent_one():
+    with running(lease=0.6) as (server, address):
+        with connected(address) as port:  # its heartbeats come every 0.1 s
+            time.sleep(1.2)
+            one_batch(port)
+        with WorkerClient(address) as client:
+            client.hello(hello(session="t" * 32), 10)  # and never a channel, nor a heartbeat
+            assert server.status().session
+            with pytest.raises(WorkerRefused, match="busy"):
+                connect(address, **ASKED | {"timeout": 0.3})
+            until(lambda: not server.status().session, 3)
+            assert client.heartbeat("t" * 32, 5).state == "ended"
+            welcome = client.hello(hello(session="u" * 32), 10)
+            assert welcome.local is not None
+            channel = connect_unix(welcome.local.path, welcome.local.secret, 5)
+            with pytest.raises(Exception, match="closed by the other side"):
+                channel.receive(5)
+            channel.close()
+        with connected(address) as port:
+            one_batch(port)
+
+
+def test_a_secret_opens_one_channel_in_a_private_folder():
+    with running() as (_, address), WorkerClient(address) as client:
+        welcome = client.hello(hello(), 10)
+        assert welcome.local is not None
+        folder = Path(welcome.local.path).parent
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        with pytest.raises(Exception, match="secret"):
+            connect_unix(welcome.local.path, bytes(32), 5)
+        channel = connect_unix(welcome.local.path, welcome.local.secret, 5)
+        with pytest.raises(Exception, match=r"secret|no local channel"):
+            connect_unix(welcome.local.path, welcome.local.secret, 5)
+        until(lambda: not folder.exists())
+        stream = client.stream("s" * 32, 1 << 20)
+        with pytest.raises(Exception, match="has a data channel already"):
+            stream.receive(5)
+        stream.close()
+        other = client.stream("x" * 32, 1 << 20)
+        with pytest.raises(Exception, match="no such session"):
+            other.receive(5)
+        other.close()
+        channel.send(codec.encode(Announcement(1, 1, 0, (Open(1, (0,), 0, 9), Close(1)), ())))
+        assert isinstance(codec.decode(channel.receive(5)), Announced)
+        channel.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("frame", ["zeros", "reply"])
+def test_what_is_no_request_ends_the_session_with_a_reason_and_the_worker_takes_the_next(way, frame):
+    with running() as (_, address):
+        with connected(address, **WAYS[way]) as port:
+            port._channel.send(codec.encode(Fault(1, 1, "x")) if frame == "reply" else [bytes(40)])
+            with pytest.raises(HolderLost, match=r"attention worker a at .* is lost: .*(frame starts|got a Fault)"):
+                port.receive(10)
+        with connected(address) as port:
+            one_batch(port)
+
+
+def test_an_error_that_nobody_foresaw_is_named_without_its_inside(monkeypatch, caplog):
+    class Broken(AttentionWorker):
+        def handle(self, request):
+            raise RuntimeError("an inside matter")
+
+    monkeypatch.setattr(attention_session, "attention_worker", Broken)
+    with running() as (_, address):
+        with connected(address) as port:
+            port.send(Announcement(1, 1, 0, (), ()))
+            with pytest.raises(HolderLost, match="RuntimeError") as lost:
+                port.receive(10)
+            assert "inside" not in str(lost.value)
+        assert "an inside matter" in caplog.text
+        monkeypatch.undo()
+        with connected(address) as port:
+            one_batch(port)
+
+
+def test_draining_takes_no_new_session_and_tells_the_one_there():
+    with running(lease=0.6) as (_, address):
+        with connected(address) as port:
+            assert health(address) == "SERVING"
+            assert port.drain().draining
+            until(lambda: port.draining)
+            assert health(address) == "NOT_SERVING"
+            one_batch(port)
+        with pytest.raises(WorkerRefused, match="draining"):
+            connect(address, **ASKED)
+
+
+def health(address: str, credentials: Credentials | None = None) -> str:
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        reply = stub.Check(health_pb2.HealthCheckRequest(service="lamina.Attention"), timeout=5)
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
+
+def test_health_needs_no_token():
+    with running(credentials=Credentials(token="t")) as (_, address):
+        assert health(address) == "SERVING"
+
+
+def test_stop_ends_the_session_and_all_threads():
+    before = set(threading.enumerate())
+    with running() as (server, address):
+        with connected(address) as port:
+            server.stop(0)
+            with pytest.raises(HolderLost):
+                port.receive(5)
+        assert server.wait(0)
+    until(lambda: not {t for t in set(threading.enumerate()) - before if "grpc" not in t.name})
+    gc.collect()
+
+
+def test_all_torch_calls_are_made_by_one_thread(monkeypatch):
+    threads = set()
+
+    class Noting(AttentionWorker):
+        def __init__(self, *args):
+            threads.add(threading.get_ident())
+            super().__init__(*args)
+
+        def handle(self, request):
+            threads.add(threading.get_ident())
+            return super().handle(request)
+
+        def settle(self):
+            threads.add(threading.get_ident())
+            super().settle()
+
+    monkeypatch.setattr(attention_session, "attention_worker", Noting)
+    with running() as (_, address):
+        for way in WAYS.values():
+            with connected(address, **way) as port:
+                one_batch(port)
+    assert len(threads) == 1
+
+
+# The process.
+
+
+@pytest.mark.slow
+def test_a_worker_process_serves_and_leaves_at_sigterm():
+    with process("--name", "p") as child:
+        word, address = child.stdout.readline().split()
+        assert word == "listening"
+        with connected(address) as port:
+            assert port.channel_kind == "local"
+            assert port.worker_name == "p"
+            one_batch(port)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 0
+
+
+@pytest.mark.slow
+def test_a_worker_process_ends_with_its_parents_pipe():
+    with process("--die-with-parent") as child:
+        address = child.stdout.readline().split()[1]
+        with connected(address) as port:
+            child.stdin.close()
+            child.stdin = None
+            assert child.wait(10) == 0
+            with pytest.raises(HolderLost):
+                port.receive(5)
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_cannot_serve_says_why():
+    with process("--listen", "0.0.0.0:0") as child:
+        _, said = child.communicate(timeout=30)
+        assert child.returncode == 1
+        assert "error: listening on 0.0.0.0:0 without TLS and a token" in said
+        assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_worker_process_reads_its_credentials_from_files(tmp_path):
+    made = make_credentials(tmp_path / "tls", ["127.0.0.1"])
+    flags = ("--tls-dir", str(tmp_path / "tls"), "--token-file", str(tmp_path / "tls/token"), "--mutual-tls")
+    with process(*flags) as child:
+        address = child.stdout.readline().split()[1]
+        with connected(address, credentials=made, local_channel=False) as port:
+            one_batch(port)
+
+
+def test_port_of_a_plain_socket_is_no_worker():
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        with pytest.raises(WorkerUnreachable, match="Hello at"):
+            connect(f"127.0.0.1:{deaf.getsockname()[1]}", **{**ASKED, "timeout": 0.5})

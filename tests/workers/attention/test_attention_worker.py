@@ -1,0 +1,268 @@
+"""One holder behind its messages: what it answers, against attention by its definition, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from engine_rig import DEVICE
+
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.messages import (
+    Announced,
+    Announcement,
+    Attended,
+    Close,
+    Fork,
+    Fresh,
+    HolderConfig,
+    LayerSpec,
+    Open,
+    Operation,
+    Query,
+    Row,
+)
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.device_worker import attention_worker
+from lamina_workers.errors import KVError, UnsupportedModelError
+
+FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
+CONFIG = HolderConfig(
+    layers=(FULL, dataclasses.replace(FULL, kv_layer=1, window=7, soft_cap=5.0)),
+    page_size=16,
+    dtype="float32",
+    kv_memory=20 * 16 * (16 + 32) * 4,  # 20 pages
+)
+WHOLE = Open(1, (0, 1), 0, 1000)
+
+
+class Client:
+    """Speaks to a worker and keeps, by handle and layer, all k `[n, heads, d_k]` and v that it has sent."""
+
+    def __init__(self) -> None:
+        self.worker = attention_worker(CONFIG, device=torch.device(DEVICE))
+        self.batch = 0
+        self.operations = 0
+        self.kv: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def announce(
+        self, operations: Sequence[Operation] = (), rows: Sequence[Row] = (), first: int | None = None, epoch: int = 1
+    ) -> Announced:
+        self.batch += 1
+        first = self.operations if first is None else first
+        reply = self.worker.handle(Announcement(epoch, self.batch, first, tuple(operations), tuple(rows)))
+        assert isinstance(reply, Announced)
+        assert (reply.epoch, reply.batch, reply.free_pages) == (epoch, self.batch, self.worker.store.free_pages)
+        self.worker.store.check_integrity()
+        if reply.accepted:
+            self.operations = max(self.operations, first + len(operations))
+        return reply
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def fresh(self, n: int, layer: int = 0) -> Fresh:
+        return Fresh(1, self.batch, layer, self.random(n, 16), self.random(n, 32))
+
+    def query(self, n: int, layer: int = 0) -> Query:
+        return Query(1, self.batch, layer, self.random(n, 16))
+
+    def run(self, operations: Sequence[Operation], rows: Sequence[Row]) -> None:
+        """One batch, each layer's answer compared with attention over the same keys. Every row fuses or has a past."""
+        assert self.announce(operations, rows).accepted
+        self.follow(operations)
+        for layer, spec in enumerate(CONFIG.layers):
+            fresh = self.fresh(sum(2 * row.count for row in rows), layer)
+            query = self.query(sum(6 * row.count for row in rows), layer)
+            assert self.worker.handle(fresh) is None
+            reply = self.worker.handle(query)
+            assert isinstance(reply, Attended)
+            at, counts = 0, [row.count for row in rows]
+            for row, q, k, v in zip(
+                rows,
+                query.q.view(-1, 6, 16).split(counts),
+                fresh.k.view(-1, 2, 16).split(counts),
+                fresh.v.view(-1, 2, 32).split(counts),
+                strict=True,
+            ):
+                past_k, past_v = self.kv[row.handle][layer]
+                k, v = torch.cat((past_k[: row.start], k)), torch.cat((past_v[: row.start], v))
+                self.kv[row.handle][layer] = k, v
+                out, lse = attention(spec, row, q, k, v)
+                torch.testing.assert_close(reply.out[at : at + len(out)], out, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(reply.lse[at : at + len(out)], lse, rtol=1e-5, atol=1e-5)
+                at += len(out)
+            assert at == len(reply.out) == len(reply.lse)
+
+    def follow(self, operations: Sequence[Operation]) -> None:
+        for operation in operations:
+            if isinstance(operation, Open):
+                self.kv[operation.handle] = [(torch.empty(0, 2, 16), torch.empty(0, 2, 32))] * 2
+            elif isinstance(operation, Fork):
+                n = operation.length
+                self.kv[operation.handle] = [(k[:n], v[:n]) for k, v in self.kv[operation.parent]]
+            else:
+                del self.kv[operation.handle]
+
+
+def attention(
+    spec: LayerSpec, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a row reads, in plain torch: out `[count * heads, d_v]` and lse, q being `[count, heads, d_k]`."""
+    assert row.read is not None
+    keys = torch.arange(*row.read)
+    k, v = (x[keys].repeat_interleave(spec.group, 1) for x in (k, v))
+    logits = torch.einsum("thd,khd->thk", q, k) * spec.scale
+    if spec.soft_cap:
+        logits = spec.soft_cap * torch.tanh(logits / spec.soft_cap)
+    age = torch.arange(row.start, row.start + row.count)[:, None] - keys
+    seen = (age >= 0) & (age < (spec.window or 1 << 30))
+    logits = logits.masked_fill(~seen[:, None], -torch.inf)
+    out = torch.einsum("thk,khd->thd", logits.softmax(-1), v)
+    return out.flatten(0, 1), logits.logsumexp(-1).flatten()
+
+
+def test_it_attends_what_was_stored() -> None:
+    client = Client()
+    client.run([WHOLE, Open(2, (0, 1), 0, 1000)], [Row(1, 0, 21, (0, 21), True), Row(2, 0, 3, (0, 3), True)])
+    client.run([], [Row(1, 21, 1, (0, 21), True), Row(2, 3, 4, (0, 7), True)])  # the past alone, and fused
+    client.run([Fork(3, 1, 20)], [Row(3, 20, 5, (0, 25), True), Row(1, 22, 2, (0, 24), True)])
+    client.run([Close(1)], [Row(3, 25, 1, (0, 25), True), Row(2, 5, 1, (0, 6), True)])  # cut back by two
+    free = client.announce([Close(2), Close(3)]).free_pages
+    assert free == 20
+
+
+def test_only_newer_announcements_are_taken() -> None:
+    client = Client()
+    client.announce([WHOLE], epoch=3)
+    for epoch, batch in ((3, 1), (3, 0), (2, 9)):
+        client.batch = batch - 1
+        with pytest.raises(ProtocolError, match=rf"\({epoch}, {batch}\) is not newer than \(3, 1\)"):
+            client.announce([Close(1)], epoch=epoch)
+    client.batch = 0
+    client.announce(rows=[Row(1, 0, 1, None, True)], epoch=4)
+
+
+def test_no_operation_is_left_out_and_none_is_applied_twice() -> None:
+    client = Client()
+    with pytest.raises(ProtocolError, match="operation 1 announced, 0 has not come yet"):
+        client.announce([WHOLE], first=1)
+    client.announce([WHOLE, Open(2, (0, 1), 0, 9)])
+    client.announce([WHOLE, Open(2, (0, 1), 0, 9), Close(1)], first=0)
+    client.announce([Open(2, (0, 1), 0, 9)], first=1)
+    client.announce([Open(3, (0, 1), 0, 9)], first=3)
+    with pytest.raises(KVError, match="no part has handle 1"):
+        client.announce([], [Row(1, 0, 1, None, True)])
+    client.announce([], [Row(2, 0, 1, None, True), Row(3, 0, 1, None, True)])
+
+
+@pytest.mark.parametrize(
+    "supersede",
+    [
+        lambda client: client.announce(rows=[Row(1, 3, 1, None, True)]),
+        lambda client: client.announce([Fork(3, 2, 0), Close(1)]),
+        lambda client: client.announce(epoch=2),
+        lambda client: client.announce(rows=[Row(1, 0, 900, None, True)]),  # even if it is refused
+    ],
+)
+def test_late_messages_of_a_dropped_batch_are_refused(supersede: Callable[[Client], Announced]) -> None:
+    client = Client()
+    client.announce([WHOLE, Open(2, (0, 1), 0, 9)], [Row(1, 0, 3, (0, 3), True)])
+    fresh, query = client.fresh(6), client.query(18)
+    client.worker.handle(fresh)
+    before = client.worker._pages.arena.clone()
+    supersede(client)
+    for late in (dataclasses.replace(fresh, k=fresh.k + 1), query):
+        with pytest.raises(ProtocolError, match="batch 1 of epoch 1 is not in flight"):
+            client.worker.handle(late)
+    assert torch.equal(client.worker._pages.arena, before)
+
+
+def test_disjoint_batches_are_in_flight_together() -> None:
+    client = Client()
+    client.announce([WHOLE, Open(2, (0, 1), 0, 9)], [Row(1, 0, 3, (0, 3), True)])
+    fresh, query = client.fresh(6), client.query(18)
+    client.announce(rows=[Row(2, 0, 1, None, True)])
+    client.worker.handle(client.fresh(2))
+    client.worker.handle(fresh)
+    assert isinstance(client.worker.handle(query), Attended)
+
+
+def test_a_refused_announcement_changes_nothing() -> None:
+    client = Client()
+    client.announce([WHOLE], [Row(1, 0, 17, None, True)])  # 2 slots, 2 layers, 2 heads
+    reply = client.announce([Close(1), Open(2, (0, 1), 0, 1000)], [Row(2, 0, 90, None, True)])
+    assert (reply.accepted, reply.free_pages, reply.floors) == (False, 12, ())
+    assert reply.reason == "24 pages needed, 20 of 20 are free"
+    assert client.worker.store.part(1).held == 17
+    with pytest.raises(ProtocolError, match="is not in flight"):
+        client.worker.handle(client.fresh(180))
+    with pytest.raises(ProtocolError, match="operation 3 announced, 1 has not come yet"):
+        client.announce([Close(2)], first=3)
+    assert client.announce([Close(1), Open(2, (0, 1), 0, 1000)], [Row(2, 0, 80, None, True)]).free_pages == 0
+
+
+def test_rows_that_cannot_be_planned_make_no_batch_but_their_operations_count() -> None:
+    client = Client()
+    client.announce([Open(1, (0, 1), 0, 16)], [Row(1, 0, 16, None, True)])
+    with pytest.raises(ProtocolError, match="allowed: below 2"):
+        client.announce([Open(2, (0, 1), 0, 9)], [Row(1, 2**31, 1, (0, 16), False)])
+    with pytest.raises(ProtocolError, match="is not in flight"):
+        client.worker.handle(client.query(6))
+    client.announce([Open(2, (0, 1), 0, 9), Open(3, (0, 1), 0, 9)], [Row(2, 0, 1, None, True)], first=1)
+    client.worker.handle(client.fresh(2))
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
+    client = Client()
+    client.announce([WHOLE], [Row(1, 0, 3, (0, 3), True)])
+    for message in (client.fresh(6, layer), client.query(18, layer)):
+        with pytest.raises(ProtocolError, match=f"layer {layer}, there are 2"):
+            client.worker.handle(message)
+
+
+def test_vectors_that_nobody_announced_are_refused() -> None:
+    client = Client()
+    client.announce([WHOLE], [Row(1, 0, 3, (0, 3), True)])
+    good, query = client.fresh(6), client.query(18)
+    for message, error in (
+        (client.fresh(5), r"k must be \[6, 16\] .* got torch.float32 \[5, 16\]"),
+        (client.fresh(0), r"k must be \[6, 16\] .* got torch.float32 \[0, 16\]"),
+        (dataclasses.replace(good, v=good.v[1:]), r"v must be \[6, 32\] .* got torch.float32 \[5, 32\]"),
+        (dataclasses.replace(good, k=good.v), r"k must be \[6, 16\] .* got torch.float32 \[6, 32\]"),
+        (dataclasses.replace(good, k=good.k.flatten()), r"k must be \[6, 16\] .* got torch.float32 \[96\]"),
+        (dataclasses.replace(good, k=good.k.to(torch.int8)), "k must be .* got torch.int8"),
+        (client.query(17), r"q must be \[18, 16\] .* got torch.float32 \[17, 16\]"),
+        (dataclasses.replace(query, q=query.q.to(torch.int8)), "q must be .* got torch.int8"),
+    ):
+        with pytest.raises(ProtocolError, match=error):
+            client.worker.handle(message)
+    client.worker.handle(good)
+    client.worker.handle(query)
+
+
+def test_a_batch_that_stores_or_reads_nothing_takes_no_vectors() -> None:
+    client = Client()
+    client.announce([WHOLE], [Row(1, 0, 3, None, True)])
+    with pytest.raises(ProtocolError, match="none of whose rows read"):
+        client.worker.handle(client.query(18))
+    client.announce(rows=[Row(1, 3, 1, (0, 3), False)])
+    for n in (0, 2):
+        with pytest.raises(ProtocolError, match=f"{n} fresh vectors for batch 2, which stores 0"):
+            client.worker.handle(client.fresh(n))
+
+
+def test_a_worker_that_cannot_be_is_refused() -> None:
+    unlike = (FULL, dataclasses.replace(FULL, kv_layer=1, d_k=32))
+    for changes, kind, message in (
+        ({"layers": unlike}, UnsupportedModelError, "unlike KV shapes"),
+        ({"layers": (dataclasses.replace(FULL, d_v=24),)}, UnsupportedModelError, "d_v must be a multiple of 16"),
+        ({"dtype": "float8"}, KVError, "'float8', allowed: float32"),
+        ({"kv_memory": 6143}, KVError, "kv_memory is 6143 bytes; the least is 6144"),
+    ):
+        with pytest.raises(kind, match=message):
+            AttentionWorker(dataclasses.replace(CONFIG, **changes))  # type: ignore[arg-type]

@@ -1,0 +1,182 @@
+"""The port to a worker elsewhere: how it is lost, in which time, and what it falls back to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from attention_servers import ASKED, WAYS, connected, one_batch, process, running, until
+from transports import OneStream, serving
+
+from lamina_protocols import codec, control
+from lamina_protocols.channels import AddressError
+from lamina_protocols.messages import Announced, Announcement, Fresh
+from lamina_protocols.service import WorkerRefused
+from lamina_workers.errors import HolderLost
+from lamina_workers.ports.remote import connect
+
+ANNOUNCEMENT = Announcement(1, 1, 0, (), ())
+
+
+class Scripted(OneStream):
+    """A worker that welcomes everybody, and whose heartbeats and offers the test decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = "serving"
+        self.delay = 0.0
+        self.local: control.LocalOffer | None = None
+
+    def hello(self, hello: control.Hello, remaining: float) -> control.Welcome:
+        return control.Welcome("scripted", 1, 1, 0.6, 1 << 20, self.local, None, False, "")
+
+    def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive:
+        time.sleep(self.delay)
+        return control.Alive(self.state)
+
+
+@contextlib.contextmanager
+def scripted(**changes) -> Iterator:
+    worker = Scripted()
+    with serving(worker, None) as address, connected(address, **{"local_channel": False, **changes}) as port:
+        yield worker, port, worker.channels.get(timeout=5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_reply_in_time_means_lost_for_good(way):
+    with running() as (_, address), connected(address, **WAYS[way]) as port:
+        assert not port.ready()
+        began = time.monotonic()
+        with pytest.raises(HolderLost, match=r"attention worker a at .* is lost: no reply within 0.2 seconds"):
+            port.receive(0.2)
+        assert 0.2 <= time.monotonic() - began < 1.5
+        assert port.closed
+        assert port.ready()
+        for call in (lambda: port.receive(), lambda: port.send(ANNOUNCEMENT)):
+            with pytest.raises(HolderLost, match="no reply within"):
+                call()
+
+
+def test_ready_tells_when_a_reply_is_there():
+    with running() as (_, address):
+        for way in WAYS.values():
+            with connected(address, **way) as port:
+                port.send(ANNOUNCEMENT)
+                until(port.ready)
+                assert isinstance(port.receive(0), Announced)
+                assert not port.ready()
+
+
+def test_heartbeats_that_fail_wake_who_waits():
+    with scripted(lost_after=0.5) as (worker, port, _):
+        worker.delay = 10.0
+        began = time.monotonic()
+        with pytest.raises(HolderLost, match=r"no heartbeat for \d\.\d seconds"):
+            port.receive()
+        assert 0.4 < time.monotonic() - began < 2
+        worker.delay = 0.0
+
+
+def test_a_worker_that_ended_the_session_is_lost():
+    with scripted() as (worker, port, _):
+        worker.state = "ended"
+        with pytest.raises(HolderLost, match="the worker has ended the session"):
+            port.receive(5)
+
+
+def test_close_wakes_who_waits():
+    with scripted() as (_, port, _far):
+        threading.Timer(0.2, port.close).start()
+        with pytest.raises(HolderLost, match="closed on this side"):
+            port.receive(5)
+
+
+def test_what_is_no_reply_means_lost():
+    empty = Fresh(1, 1, 0, *_nothing())
+    for frame, said in (([b"\1" * 30], "frame starts with"), (codec.encode(empty), "it sent a Fresh")):
+        with scripted() as (_, port, far):
+            far.send(frame)
+            with pytest.raises(HolderLost, match=said):
+                port.receive(5)
+
+
+def _nothing():
+    import torch
+
+    return torch.empty(0, 4), torch.empty(0, 4)
+
+
+def test_a_local_channel_that_cannot_be_reached_falls_back_to_grpc(tmp_path):
+    worker = Scripted()
+    worker.local = control.LocalOffer(str(tmp_path / "nobody"), bytes(32))
+    with serving(worker, None) as address, connected(address) as port:
+        assert port.channel_kind == "grpc"
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", "host:99999", ":1", "host:-1"])
+def test_what_is_no_address(address):
+    with pytest.raises(AddressError, match="expected HOST:PORT"):
+        connect(address, **ASKED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["local", "grpc", "tcp"])
+def test_a_killed_worker_is_lost_at_once(way):
+    with process() as child:
+        address = child.stdout.readline().split()[1]
+        with connected(address, **WAYS[way]) as port:
+            one_batch(port)
+            threading.Timer(0.2, child.kill).start()
+            began = time.monotonic()
+            with pytest.raises(HolderLost):
+                port.receive(30)
+            assert time.monotonic() - began < 2
+
+
+@pytest.mark.slow
+def test_closing_does_not_wait_for_the_heartbeat_of_a_stopped_worker():
+    with process() as child:
+        address = child.stdout.readline().split()[1]
+        with connected(address, lost_after=40.0) as port:  # a heartbeat may take 5 s
+            one_batch(port)
+            os.kill(child.pid, signal.SIGSTOP)
+            try:
+                time.sleep(6.0)  # one is under way
+                began = time.monotonic()
+                port.close()
+                assert time.monotonic() - began < 3.5  # saying goodbye takes 2
+            finally:
+                os.kill(child.pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_lost_and_finds_its_session_over_when_it_returns():
+    with process("--lease", "1.2") as child:
+        address = child.stdout.readline().split()[1]
+        with connected(address, lost_after=1.0) as port:
+            one_batch(port)
+            os.kill(child.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(HolderLost, match="no heartbeat"):
+                    port.receive(30)
+            finally:
+                os.kill(child.pid, signal.SIGCONT)
+
+        refusals = []
+
+        def again() -> bool:
+            try:
+                with connected(address) as port:
+                    one_batch(port)
+            except WorkerRefused as error:
+                refusals.append(str(error))
+                return False
+            return True
+
+        until(again)
+        assert all("busy" in refusal for refusal in refusals)

@@ -1,0 +1,332 @@
+"""The decoder against transformers, on tiny random checkpoints of every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from dense_attention import DenseAttention
+from engine_rig import DEVICE
+from safetensors.torch import load_file
+
+from lamina_kernels.dense import repacks
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady, QueryReady
+from lamina_workers.errors import ModelFileError
+
+# Newer transformers would rather have it called `cache`, older ones know only this name.
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "initializer_range": 0.2,
+}
+FAMILIES = {
+    "llama mha": ("llama", {"num_key_value_heads": 4}),
+    "llama mqa tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama biased, odd group": (
+        "llama",
+        {"num_attention_heads": 6, "hidden_size": 72, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama wide heads": ("llama", {"head_dim": 40}),
+    "mistral window": ("mistral", {"sliding_window": 9}),
+    "mistral full": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"num_attention_heads": 6, "hidden_size": 60, "tie_word_embeddings": True}),
+    "qwen2 window in late layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 32}),
+    "qwen3 layer types": (
+        "qwen3",
+        {
+            "head_dim": 32,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}),
+    "smollm3 window": (
+        "smollm3",
+        {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 11}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+        }
+        | {"mlp_only_layers": [1]},
+    ),
+    "qwen3_moe unnormalised": (
+        "qwen3_moe",
+        {"head_dim": 24, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+        | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 10},
+    ),
+}
+# Trained for 32 positions; the test's sequences are longer.
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.5},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn with mscale": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.3,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+    },
+    "yarn with a factor of its own": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 1.25,
+        "truncate": False,
+    },
+}
+PROMPT, DECODED = 41, 6
+
+
+class Tensors(dict[str, torch.Tensor]):
+    """A checkpoint in memory. Remembers what was released."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.released: list[str] = []
+
+    def names(self) -> list[str]:
+        return list(self)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self[name].shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self[name]
+
+    def release(self, name: str) -> None:
+        self.released.append(name)
+
+
+def reference(kind: str, options: dict[str, object]) -> transformers.PreTrainedModel:
+    """A random model of `kind` in float32. Norms and biases are random too, so that ignoring one shows."""
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model(kind, **{**COMMON, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", "bias")):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def load(model: transformers.PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    model.save_pretrained(folder)
+    tensors = Tensors(load_file(folder / "model.safetensors"))
+    return Decoder.load(ModelConfig.from_folder(folder), tensors, dtype, DEVICE)
+
+
+def check_against(model: transformers.PreTrainedModel, decoder: Decoder) -> None:
+    """The same logits for the prompt at once, in chunks, and for tokens decoded after it."""
+    tokens = torch.randint(3, 97, (PROMPT + DECODED,), generator=torch.Generator().manual_seed(5)).tolist()
+    with torch.inference_mode():
+        prefill = model(torch.tensor([tokens[:PROMPT]]), use_cache=True)
+        expected = [prefill.logits[0]]
+        cache = prefill.past_key_values
+        for at in range(PROMPT, len(tokens)):
+            step = model(torch.tensor([tokens[at : at + 1]]), past_key_values=cache, use_cache=True)
+            expected.append(step.logits[0])
+        for chunks in ([PROMPT], [1, 7, PROMPT - 8]):
+            sequence = DenseAttention(decoder, PROMPT)
+            counts = [*chunks, *[1] * DECODED]
+            found = [sequence.run(tokens[sequence.length : sequence.length + count]) for count in counts]
+            torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_equals_transformers(family: str, tmp_path: Path) -> None:
+    model = reference(*FAMILIES[family])
+    check_against(model, load(model, tmp_path))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_scaling_equals_transformers(rope: str, tmp_path: Path) -> None:
+    model = reference("llama", {"max_position_embeddings": 32, "rope_parameters": {"rope_theta": 500.0, **ROPES[rope]}})
+    check_against(model, load(model, tmp_path))
+
+
+Tiny = tuple[transformers.PreTrainedModel, ModelConfig, Tensors]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tied Llama, its config and its tensors."""
+    model = reference("llama", {"tie_word_embeddings": True})
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    return model, ModelConfig.from_folder(folder), Tensors(load_file(folder / "model.safetensors"))
+
+
+def batch(tokens: int, sampled: list[int] | None = None) -> Batch:
+    wanted = torch.arange(tokens) if sampled is None else torch.tensor(sampled, dtype=torch.int64)
+    return Batch(torch.arange(tokens) * 7 % 97, torch.arange(tokens), wanted)
+
+
+def drive(
+    decoder: Decoder, batch: Batch, answer: torch.Tensor
+) -> tuple[list[QueryReady | KeyValueReady], torch.Tensor]:
+    """Every event, and the logits, where attention always yields `answer`."""
+    forward = decoder.forward(batch)
+    events = [next(forward)]
+    while True:
+        try:
+            asked = isinstance(events[-1], KeyValueReady)
+            events.append(forward.send(answer) if asked else next(forward))
+        except StopIteration as end:
+            return events, end.value
+
+
+def test_events_have_the_promised_order_shapes_and_dtype(tiny: Tiny) -> None:
+    decoder = Decoder.load(tiny[1], tiny[2], torch.bfloat16)
+    events, logits = drive(decoder, batch(5), torch.zeros(5, 64, dtype=torch.bfloat16))
+    for index, event in enumerate(events):
+        assert event.layer == index // 2
+        if index % 2 == 0:
+            assert isinstance(event, QueryReady)
+            assert (event.q.shape, event.q.dtype) == ((5, 4, 16), torch.bfloat16)
+        else:
+            assert isinstance(event, KeyValueReady)
+            assert (event.k.shape, event.v.shape, event.v.dtype) == ((5, 2, 16), (5, 2, 16), torch.bfloat16)
+    assert len(events) == 6
+    assert (logits.shape, logits.dtype) == ((5, 97), torch.float32)
+
+
+def test_an_answer_may_keep_its_heads_apart(tiny: Tiny) -> None:
+    decoder = Decoder.load(tiny[1], tiny[2], torch.float32)
+    answer = torch.randn(5, 4, 16)
+    assert torch.equal(drive(decoder, batch(5), answer)[1], drive(decoder, batch(5), answer.reshape(5, 64))[1])
+
+
+@pytest.mark.parametrize("sampled", [[], [4], [3, 0, 3]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_sampled_tokens_get_logits(tiny: Tiny, sampled: list[int], dtype: torch.dtype) -> None:
+    decoder, answer = Decoder.load(tiny[1], tiny[2], dtype), torch.randn(5, 64).to(dtype)
+    _, everything = drive(decoder, batch(5), answer)
+    _, found = drive(decoder, batch(5, sampled), answer)
+    torch.testing.assert_close(found, everything[sampled], rtol=0, atol=1e-5 if dtype is torch.float32 else 0.1)
+
+
+def test_starts_at_any_layer_and_leaves_hidden_alone(tiny: Tiny) -> None:
+    model, config, tensors = tiny
+    tokens = list(range(3, 20))
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens]), output_hidden_states=True)
+        for layer in range(config.num_hidden_layers):
+            hidden = expected.hidden_states[layer][0]
+            before = hidden.clone()
+            sequence = DenseAttention(Decoder.load(config, tensors, torch.float32, DEVICE), len(tokens))
+            logits = sequence.run(tokens, hidden, layer)
+            torch.testing.assert_close(logits, expected.logits[0], rtol=0, atol=1e-4)
+            assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize(("first_layer", "hidden"), [(-1, torch.zeros(5, 64)), (3, torch.zeros(5, 64)), (1, None)])
+def test_refuses_layers_that_do_not_exist(tiny: Tiny, first_layer: int, hidden: torch.Tensor | None) -> None:
+    decoder = Decoder.load(tiny[1], tiny[2], torch.float32)
+    with pytest.raises(ValueError, match=f"first_layer is {first_layer}, allowed is 0 to 2"):
+        next(decoder.forward(batch(5), hidden, first_layer))
+
+
+def test_refuses_to_go_on_without_attention(tiny: Tiny) -> None:
+    forward = Decoder.load(tiny[1], tiny[2], torch.float32).forward(batch(5))
+    next(forward)
+    next(forward)
+    with pytest.raises(ValueError, match="layer 0 needs the attention output"):
+        next(forward)
+
+
+def test_bfloat16_stays_near_float32(tiny: Tiny) -> None:
+    model, config, tensors = tiny
+    tokens = list(range(3, 40))
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0]
+        found = DenseAttention(Decoder.load(config, tensors, torch.bfloat16, DEVICE), len(tokens)).run(tokens)
+    assert (found - expected).abs().mean() < 0.03 * expected.std()
+    assert (found - expected).abs().max() > 0
+
+
+def test_an_untied_checkpoint_is_counted_whole(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    reference("llama", {}).save_pretrained(tmp_path)
+    tensors = Tensors(load_file(tmp_path / "model.safetensors"))
+    config = ModelConfig.from_folder(tmp_path)
+    Decoder.load(config, tensors, torch.float32, progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(i + 1, len(tensors)) for i in range(len(tensors))]
+    assert sorted(tensors.released) == sorted(tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_releases_each_tensor_once_and_copies_all_but_the_embedding(tiny: Tiny, dtype: torch.dtype) -> None:
+    tensors = Tensors({name: tensor.clone() for name, tensor in tiny[2].items()})
+    steps = []
+    decoder = Decoder.load(tiny[1], tensors, dtype, progress=lambda done, total: steps.append((done, total)))
+    assert sorted(tensors.released) == sorted(tensors)
+    assert steps == [(i + 1, len(tensors)) for i in range(len(tensors))]
+    zeros = torch.zeros(5, 64, dtype=dtype)
+    _, logits = drive(decoder, batch(5), zeros)
+    for name in tensors:
+        if name != "model.embed_tokens.weight":
+            tensors[name].zero_()  # what was loaded is a copy
+    assert torch.equal(drive(decoder, batch(5), zeros)[1], logits)
+    tensors["model.embed_tokens.weight"].zero_()
+    kept = drive(decoder, batch(5), zeros)[1]
+    if not repacks(tensors["model.embed_tokens.weight"].to(dtype)):  # head and embedding are one
+        assert torch.equal(kept, logits)
+    else:
+        assert kept.count_nonzero() == 0
+
+
+def test_names_what_is_wrong_with_a_checkpoint(tiny: Tiny) -> None:
+    _, config, tensors = tiny
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def complaint(tensors: dict[str, torch.Tensor]) -> str:
+        with pytest.raises(ModelFileError) as error:
+            Decoder.load(config, Tensors(tensors), torch.float32)
+        return str(error.value)
+
+    assert complaint({k: v for k, v in tensors.items() if k != name}) == f"the checkpoint lacks {name}"
+    many = {f"model.extra.{i}": torch.zeros(1) for i in range(7)}
+    assert complaint({**tensors, **many}).endswith("model.extra.3, model.extra.4 and 2 more")
+    found = complaint({**tensors, name: torch.zeros(64, 64)})
+    assert found == f"tensor {name} has shape [64, 64], the config wants [32, 64]"
+    assert "torch.int8" in complaint({**tensors, name: torch.zeros(32, 64, dtype=torch.int8)})
+
+
+def test_ignores_what_is_known_to_be_harmless(tiny: Tiny) -> None:
+    _, config, tensors = tiny
+    extra = {"lm_head.weight": torch.zeros(97, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    _, found = drive(Decoder.load(config, Tensors({**tensors, **extra}), torch.float32), batch(5), torch.zeros(5, 64))
+    _, plain = drive(Decoder.load(config, tensors, torch.float32), batch(5), torch.zeros(5, 64))
+    assert torch.equal(found, plain)
