@@ -79,7 +79,7 @@ def test_published_traces_are_those_of_the_papers(
 
 @needs_data
 def test_figures_are_what_the_script_derives() -> None:
-    path = ROOT / "scripts" / "trace_figures.py"
+    path = ROOT / "scripts" / "scripts/simulate/trace_figures.py"
     spec = importlib.util.spec_from_file_location("trace_figures_script", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,6 +1,6 @@
 """What a trace is like, in numbers: few enough to commit, and enough to draw a trace like it.
 
-`trace_figures.toml` beside this file has those of three published traces; `scripts/trace_figures.py` derives it.
+`trace_figures.toml` beside this file has those of three published traces. `scripts/simulate/trace_figures.py` makes it.
 """
 
 from __future__ import annotations

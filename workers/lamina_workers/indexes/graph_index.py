@@ -23,7 +23,7 @@ _WANTED_BY = 4096  # of how many queries the best is looked for that leads to a 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphConfig:
-    """How a graph is made. The defaults are those of `scripts/bench_retrieval.py`'s curves."""
+    """How a graph is made. The defaults are those of `scripts/bench/retrieval.py`'s curves."""
 
     listed: int = 200
     """Exact best keys of each sampled query; 2048 is the most that FAISS finds on a GPU."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Steps at fixed shares of local attention and at the share that is chosen by measurement, over tiers of unlike speed.
 
-usage: scripts/bench_local_share.py [--sequences 8] [--tokens 1024] [--rounds 5] [--steps 24] [--model smollm2-135m]
+usage: scripts/bench/local_share.py [--sequences 8] [--tokens 1024] [--rounds 5] [--steps 24] [--model smollm2-135m]
 
 One engine and one attention worker on this host. Three cases: even; the worker's reading slowed 3x; the local reading
 slowed 3x (by sleeping, so that no core is taken). In each round of each case the shares 0, 0.25, 0.5, 0.75, 1 and auto
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench_move import start_worker
+from move import start_worker
 
 from lamina.scheduling.local_share import Balance, Batch
 

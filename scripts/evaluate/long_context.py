@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What KV policies cost in quality at long contexts, always beside the full cache of the same run:
 
-    scripts/eval_long_context.py --context 8192 --policies "streaming(sink=64, recent=256)" auto policy.toml --out eval/
+    scripts/evaluate/long_context.py --context 8192 --policies "streaming(sink=64, recent=256)" auto --out eval/
 
 - text: a text's prompt is prefilled, then its next tokens are fed one decode step at a time, so that policies choose as
   they do when serving. Change of NLL, KL(full || policy), top-1 agreement with full.

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Decode ms/step and prefill tokens/s of Lamina beside its peers, with the roofline, all in one run.
 
-usage: scripts/bench_decode.py [--peer-python PYTHON] [--llama-python PYTHON --gguf FILE] [--rounds 3]
+usage: scripts/bench/decode.py [--peer-python PYTHON] [--llama-python PYTHON --gguf FILE] [--rounds 3]
                                [--engines lamina,hf,vllm,llamacpp] [BATCHxCONTEXT ...]
-       scripts/bench_decode.py --attention-workers 1 [8x2048 ...]
+       scripts/bench/decode.py --attention-workers 1 [8x2048 ...]
 
 Every engine runs in a process of its own and waits while another one is measured; rounds take turns, so that a slow
 minute of the machine meets all of them. Prompts are random token ids (none seen before: prefix caches are off),

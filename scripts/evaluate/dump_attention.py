@@ -1,6 +1,6 @@
 """Writes real queries, keys and values of a few layers to .npy files, for judging what an index sees:
 
-    scripts/dump_attention.py --tokens 32768 --out dump/
+    scripts/evaluate/dump_attention.py --tokens 32768 --out dump/
 
 The text is read from a file; RoPE is scaled to the length (YaRN). In the folder: q[layer].npy float16 [tokens, heads,
 d], k[layer].npy and v[layer].npy float16 [tokens, kv_heads, d], all rotated as the model rotates them; dump.json says

@@ -1,6 +1,6 @@
 """What an exchange with another process costs: bare echoes, frames and messages over each channel, the codec.
 
-    python scripts/bench_transport.py [--exchanges 600]
+    python scripts/bench/transport.py [--exchanges 600]
 
 Two processes on this host. The bare echo knows nothing of frames; "frames" sends the same bytes through a channel;
 "messages" makes them of a `Query` on one side, and an `Attended` of the same size on the other, with the codec at all

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Decode steps as the cost model predicts them from a calibration of this machine, beside steps that were measured.
 
-usage: scripts/check_simulator.py [--calibration this-machine.toml] [--model smollm2-135m] [--rounds 3]
+usage: scripts/simulate/check.py [--calibration this-machine.toml] [--model smollm2-135m] [--rounds 3]
                                   [--json FILE] [--out DIR] [WORKERS:BATCHxCONTEXT ...]
 
 Without --calibration this machine is calibrated first, as `lamina calibrate-hardware` does; nothing is fitted here.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Decode ms/step at long contexts under several KV policies, in turns, through `LLM.generate`.
 
-usage: scripts/bench_long_context.py [--policies full auto ...] [--rounds 5] [--tokens 48] [--text FILE] [BATCHxCONTEXT]
+usage: scripts/bench/long_context.py [--policies full auto ...] [--rounds 5] [--tokens 48] [--text FILE] [BATCHxCONTEXT]
 
 Every policy has an LLM in a process of its own, which first prefills the prompts: other pieces of one text each, so no
 two share KV. Then rounds take turns: each generates greedily after the same prompts, whose KV the prefix cache has. A
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_decode import cores, processor
+from decode import cores, processor
 
 
 def serve(policy: str, model: str, batch: int, context: int, text: str) -> None:

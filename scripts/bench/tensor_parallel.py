@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A decode step of one process with all cores beside that of ranks which share the cores, and what collectives cost.
 
-usage: scripts/bench_tensor_parallel.py [--ranks 2] [--rounds 5] [--steps 20] [--model smollm2-135m] [8x512 ...]
+usage: scripts/bench/tensor_parallel.py [--ranks 2] [--rounds 5] [--steps 20] [--model smollm2-135m] [8x512 ...]
 
 Everything runs without an engine: sequences of random KV at a holder in each process, and the model's own forward pass
 over them. One process computes with as many threads as there are cores; each rank with its share of them. The ranks
@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bench_decode import cores, processor
+from decode import cores, processor
 
 TIMEOUT = 60.0  # seconds for a message between ranks
 WARM_UP = 3  # steps that do not count

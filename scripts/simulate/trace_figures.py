@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Derives lamina/simulator/traces/trace_figures.toml from the published traces.
 
-usage: scripts/trace_figures.py FOLDER > lamina/simulator/traces/trace_figures.toml
+usage: scripts/simulate/trace_figures.py FOLDER > lamina/simulator/traces/trace_figures.toml
 
 FOLDER has their files, named as in `lamina.simulator.traces.catalogue.FILES`. Their sources are below.
 """
@@ -31,7 +31,7 @@ def derive(folder: Path) -> str:
     """The file's text. Raises InvalidRequest, also where a trace is missing."""
     levels = ", ".join(f"{100 * level:g}" for level in LEVELS)
     lines = [
-        "# Derived by scripts/trace_figures.py from the traces that are named; what each number means says",
+        "# Derived by scripts/simulate/trace_figures.py from the traces that are named; what each number means says",
         "# lamina/simulator/traces/figures.py. Tokens and seconds. Lists are the quantiles at these percentages:",
         *wrapped(levels, "# "),
     ]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Milliseconds that a decode step's scan of page sketches takes, beside exact attention over the same pages.
 
-usage: scripts/bench_sketches.py [--rounds 40] [--layers 4] [--json FILE] [ITEMSxENTRIES ...]
+usage: scripts/bench/sketches.py [--rounds 40] [--layers 4] [--json FILE] [ITEMSxENTRIES ...]
 
 An item is one KV head of one sequence, an entry a page of 32 tokens. A round calls, in turns, the exact kernel, the
 scan with the choice of pages, and the choice alone, each once for every layer: layers are more than the caches hold. A

@@ -2,8 +2,8 @@
 """What the server costs: its tokens/s beside the engine called directly and beside vLLM's server, and how long after
 the engine's first token the client has its first byte.
 
-    scripts/bench_serve.py                              the server against the engine, and first bytes
-    scripts/bench_serve.py --peer-python PYTHON         vLLM's CPU server too, with the same client
+    scripts/bench/serve.py                              the server against the engine, and first bytes
+    scripts/bench/serve.py --peer-python PYTHON         vLLM's CPU server too, with the same client
 
 Engine, server and vLLM take turns in each round; the client runs on the same cores. Medians and the spread are printed.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long it takes to rebuild what a killed attention worker had of a sequence, beside the prefill of that sequence.
 
-usage: scripts/bench_recovery.py [--tokens 2000] [--rounds 3] [--workers 2] [--model smollm2-135m]
+usage: scripts/bench/recovery.py [--tokens 2000] [--rounds 3] [--workers 2] [--model smollm2-135m]
 
 Each round starts an LLM and workers that share KV heads, on this host, times the prefill of a prompt that it has not
 seen, then kills a worker with SIGKILL while a second prompt of that length decodes. The rebuild is timed from the time

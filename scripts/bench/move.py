@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast a running sequence moves between the engine's process and an attention worker, and what others notice.
 
-usage: scripts/bench_move.py [--tokens 4000] [--streams 4] [--rounds 5] [--model smollm2-135m]
+usage: scripts/bench/move.py [--tokens 4000] [--streams 4] [--rounds 5] [--model smollm2-135m]
 
 One long sequence moves back and forth while short ones decode beside it. Printed for each direction: bytes of KV a
 second while KV is copied, beside what the same kind of channel carries bare (frames of the same size from process to

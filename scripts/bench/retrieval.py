@@ -1,7 +1,7 @@
 """What indexes over real keys find, and at what cost: recall@100 over the share of the keys that is computed.
 
-    scripts/dump_attention.py --tokens 32768 --out dump/
-    scripts/bench_retrieval.py --dump dump/ [--layers 4 12] [--heads 0 1] [--segments 8192 16384] [--json F] [--plot F]
+    scripts/evaluate/dump_attention.py --tokens 32768 --out dump/
+    scripts/bench/retrieval.py --dump dump/ [--layers 4 12] [--heads 0 1] [--segments 8192 16384] [--json F] [--plot F]
 
 Queries are those of the last 256 positions, which no index has seen; keys are all but the first 128 and the last 512,
 as those are attended anyway. A search is for one query head; what counts is the share of the segment's keys whose inner
@@ -345,7 +345,7 @@ def draw(curves: list[Curve], title: str, where: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dump", type=Path, required=True, help="what scripts/dump_attention.py wrote")
+    parser.add_argument("--dump", type=Path, required=True, help="what scripts/evaluate/dump_attention.py wrote")
     parser.add_argument("--layers", type=int, nargs="+", help="without it, all of the dump")
     parser.add_argument("--heads", type=int, nargs="+", help="KV heads; without it, all")
     parser.add_argument("--kinds", nargs="+", choices=list(COLOURS), default=list(COLOURS))

@@ -2,7 +2,7 @@
 """Decode throughput of one model worker beside that of two, as replicas in rotation and as ranks of a tensor parallel
 model, over the same attention workers.
 
-usage: scripts/bench_replicas.py [--sequences 16] [--tokens 512] [--new 160] [--rounds 3] [--attention-workers 1]
+usage: scripts/bench/replicas.py [--sequences 16] [--tokens 512] [--new 160] [--rounds 3] [--attention-workers 1]
 
 Whole engines with real processes, one after the other, in an order that changes from round to round. All KV is at the
 attention workers. Printed: tokens a second from when the last sequence has begun (medians of rounds), of one model
@@ -17,7 +17,7 @@ import statistics
 import time
 from typing import Any
 
-from bench_decode import cores, processor
+from decode import cores, processor
 
 KINDS: dict[str, dict[str, Any]] = {
     "one": {},

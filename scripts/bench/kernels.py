@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """GB/s of KV that decode attention reads, and its share of the read bandwidth measured in the same run.
 
-usage: scripts/bench_kernels.py [targets] [grid] [peers] [plot] [--gib 2] [--seconds 2] [--device cpu] [--json FILE]
+usage: scripts/bench/kernels.py [targets] [grid] [peers] [plot] [--gib 2] [--seconds 2] [--device cpu] [--json FILE]
 
 targets   the shapes that Lamina promises something of, the fixed cost of a call, prefill beside torch (the default)
 grid      every KV dtype, head size and group at a context of 16384
@@ -46,7 +46,7 @@ PREFILL = [(3, 3, 64, 2048, 0), (3, 3, 64, 512, 0), (8, 4, 128, 1024, 0), (8, 4,
 HEAD_SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)]
 GROUPS = (1, 2, 4, 8, 16)
 TIMED = 0.01  # seconds of calls between two readings of the bandwidth
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "kernels.png"
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "kernels.png"
 Call = Callable[[], object]
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long after the death of an engine its clients have their next token, beside computing everything again.
 
-usage: scripts/bench_restart.py [--sequences 8] [--tokens 2000] [--rounds 3] [--model smollm2-135m]
+usage: scripts/bench/restart.py [--sequences 8] [--tokens 2000] [--rounds 3] [--model smollm2-135m]
 
 The engine is the process that `lamina serve` runs, with one attention worker beside it that nobody ends. Each round
 starts the engine without anything to go on from (that is "start"), reads prompts that were never seen, lets each
