@@ -15,13 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
-from lamina.client.call import Job
+from lamina.client.call import Call
 from lamina.client.input_processor import Conversation, Prompt, is_one
-from lamina.client.loop_queue import LoopQueue
+from lamina.client.loop_queue import AsyncOutputs
 from lamina.completions import Completion, Interrupted, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.system.progress import Progress
 from lamina_workers.devices.openmp import share_cores
@@ -219,8 +219,8 @@ class LLM:
 
     # Waiting: the blocking and the asynchronous way.
 
-    def _complete(self, tickets: list[Ticket], one: bool) -> Completion | list[Completion]:
-        job = Job(self._runtime, tickets, queue.SimpleQueue(), streamed=False)
+    def _complete(self, tickets: list[EngineRequest], one: bool) -> Completion | list[Completion]:
+        job = Call(self._runtime, tickets, queue.SimpleQueue(), streamed=False)
         try:
             while not job.done:
                 job.take(job.inbox.get())
@@ -232,8 +232,8 @@ class LLM:
             job.abort()
         return job.completions()[0] if one else job.completions()
 
-    async def _acomplete(self, tickets: list[Ticket], one: bool) -> Completion | list[Completion]:
-        job = Job(self._runtime, tickets, LoopQueue(), streamed=False)
+    async def _acomplete(self, tickets: list[EngineRequest], one: bool) -> Completion | list[Completion]:
+        job = Call(self._runtime, tickets, AsyncOutputs(), streamed=False)
         try:
             while not job.done:
                 job.take(await job.inbox.get())
@@ -241,16 +241,16 @@ class LLM:
             job.abort()
         return job.completions()[0] if one else job.completions()
 
-    def _blocking(self, tickets: list[Ticket]) -> Iterator[TokenEvent]:
-        job = Job(self._runtime, tickets, queue.SimpleQueue(), streamed=True)
+    def _blocking(self, tickets: list[EngineRequest]) -> Iterator[TokenEvent]:
+        job = Call(self._runtime, tickets, queue.SimpleQueue(), streamed=True)
         try:
             while not job.done:
                 yield from job.take(job.inbox.get())
         finally:
             job.abort()
 
-    async def _awaiting(self, tickets: list[Ticket]) -> AsyncIterator[TokenEvent]:
-        job = Job(self._runtime, tickets, LoopQueue(), streamed=True)
+    async def _awaiting(self, tickets: list[EngineRequest]) -> AsyncIterator[TokenEvent]:
+        job = Call(self._runtime, tickets, AsyncOutputs(), streamed=True)
         try:
             while not job.done:
                 for event in job.take(await job.inbox.get()):
@@ -269,7 +269,7 @@ class LLM:
 
     def _tickets(
         self, prompts: list[list[int]], params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
-    ) -> list[Ticket]:
+    ) -> list[EngineRequest]:
         """One request a prompt, checked but not submitted."""
         if params is not None and sampling:
             raise InvalidRequest(f"both params and {', '.join(sampling)} were given; allowed is one of the two")

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.cpu import dense_loops as dense_cpu
-from lamina_kernels.cpu import few_rows
+from lamina_kernels.cpu import dense_loops, few_rows
 from lamina_kernels.cpu.emitter import Kind, cpu_has, kind_of
 from lamina_kernels.cpu.launch import load_each
 
@@ -65,8 +64,8 @@ class Linear:
 def prepare(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
     """Load the kernels of dense layers, compiling those that numba's cache on disk lacks: how many of how many."""
     loads: list[Callable[[], object]] = []
-    if device.type == "cpu" and dtype in dense_cpu.DTYPES:
-        loads.append(lambda: dense_cpu.load_kernel(dtype is torch.bfloat16))
+    if device.type == "cpu" and dtype in dense_loops.DTYPES:
+        loads.append(lambda: dense_loops.load_kernel(dtype is torch.bfloat16))
         if kind_of(dtype) is Kind.BFLOAT16_DOT:
             loads.append(few_rows.load_kernel)
     return load_each(loads)
@@ -75,7 +74,7 @@ def prepare(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: `[n, d]`, weight: `[d]`."""
     if _compiled(x):
-        return dense_cpu.rms_norm(x, weight, eps)
+        return dense_loops.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -84,7 +83,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x + residual), x + residual). x, residual: `[n, d]`, neither is changed; weight: `[d]`."""
     if _compiled(x):
-        return dense_cpu.add_rms_norm(x, residual, weight, eps)
+        return dense_loops.add_rms_norm(x, residual, weight, eps)
     total = x + residual
     return F.rms_norm(total, weight.shape, weight, eps), total
 
@@ -113,7 +112,7 @@ def split_heads(
     (cos, sin), it is `rotate`d.
     """
     if _compiled(qkv):
-        return dense_cpu.split_heads(qkv, heads, kv_heads, rotation, norms, eps)
+        return dense_loops.split_heads(qkv, heads, kv_heads, rotation, norms, eps)
     every = heads + 2 * kv_heads
     vectors = qkv.view(len(qkv), every, qkv.shape[1] // every)
     q, k, v = vectors.split_with_sizes((heads, kv_heads, kv_heads), 1)
@@ -127,13 +126,13 @@ def split_heads(
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up. gate_up: `[n, 2f]`, gate first -> `[n, f]`."""
     if _compiled(gate_up):
-        return dense_cpu.silu_mul(gate_up)
+        return dense_loops.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
 def _compiled(x: torch.Tensor) -> bool:
-    return x.is_cpu and x.dtype in dense_cpu.DTYPES and not torch.compiler.is_compiling()
+    return x.is_cpu and x.dtype in dense_loops.DTYPES and not torch.compiler.is_compiling()
 
 
 def repacks(weight: torch.Tensor) -> bool:

@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from lamina.client.output_processor import Answer
+from lamina.client.output_processor import OutputProcessor
 from lamina.completions import Completion, TokenEvent
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
     from lamina.client.interface import EngineClient
     from lamina.text.tokenizer import Tokenizer
 
-Item: TypeAlias = tuple[Ticket, list[Output]]
+Item: TypeAlias = tuple[EngineRequest, list[EngineOutput]]
 _LONG_PREFILL = 2048  # tokens from which progress is told
 
 
@@ -34,16 +34,16 @@ class Serving(Protocol):
     def progress(self) -> Progress | None: ...
 
 
-class Job:
+class Call:
     """The prompts of one call, submitted. What the engine delivers comes through `inbox`; one thread takes it.
 
     Unless it is `streamed`, or stop strings must be looked for, outputs are held back until a sample has ended: waking
     the caller for each token would take a core from the engine.
     """
 
-    def __init__(self, runtime: Serving, tickets: Sequence[Ticket], inbox: Any, streamed: bool) -> None:
+    def __init__(self, runtime: Serving, tickets: Sequence[EngineRequest], inbox: Any, streamed: bool) -> None:
         self.inbox = inbox
-        self._held: dict[str, list[Output]] = {ticket.request.id: [] for ticket in tickets}
+        self._held: dict[str, list[EngineOutput]] = {ticket.request.id: [] for ticket in tickets}
         self._engine = runtime.engine
         self._tickets = tickets
         self._open = len(tickets)
@@ -54,7 +54,7 @@ class Job:
         if runtime.progress is not None:
             _follow_prefill(tickets, runtime.progress)
         self._answers = {
-            ticket.request.id: Answer(index, ticket, runtime.tokenizer, self._stopper(ticket))
+            ticket.request.id: OutputProcessor(index, ticket, runtime.tokenizer, self._stopper(ticket))
             for index, ticket in enumerate(tickets)
         }
         try:
@@ -92,21 +92,21 @@ class Job:
             if not self._answers[ticket.request.id].done:
                 self._engine.abort(ticket)
 
-    def _deliver(self, ticket: Ticket, outputs: list[Output]) -> None:
+    def _deliver(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
         self.inbox.put((ticket, outputs))
 
-    def _hold(self, ticket: Ticket, outputs: list[Output]) -> None:
+    def _hold(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
         held = self._held[ticket.request.id]
         held += outputs
         if any(output.finish_reason is not None or output.error is not None for output in outputs):
             self._held[ticket.request.id] = []
             self._deliver(ticket, held)
 
-    def _stopper(self, ticket: Ticket) -> Callable[[int], None]:
+    def _stopper(self, ticket: EngineRequest) -> Callable[[int], None]:
         return lambda sample: self._engine.abort(ticket, sample, "stop")
 
 
-def _follow_prefill(tickets: Sequence[Ticket], progress: Progress) -> None:
+def _follow_prefill(tickets: Sequence[EngineRequest], progress: Progress) -> None:
     """Tell `progress` how many of all prompts' tokens are computed, where there are many."""
     total = sum(len(ticket.request.prompt) for ticket in tickets)
     done: dict[str, int] = {}

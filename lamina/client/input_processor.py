@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lamina.errors import InvalidRequest
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request, check_length
 from lamina.text.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 
 
-class Intake:
+class InputProcessor:
     """Makes tickets for one model. `context` is the most tokens of one sequence, `possible` the most that can have KV,
     `vocab_size` the rows of the model's embedding. Ids of requests begin with `prefix`. Every method raises
     InvalidRequest."""
@@ -63,7 +63,7 @@ class Intake:
 
     def tickets(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0, salt: Hashable = None
-    ) -> list[Ticket]:
+    ) -> list[EngineRequest]:
         """One request a prompt (token ids), checked but not submitted. A lower `priority` is more urgent; requests
         share prefixes only with requests of the same `salt`. What holds the text to a schema or grammar is compiled,
         which at worst takes a second."""
@@ -81,7 +81,7 @@ class Intake:
         if not filled.ignore_eos:
             stops |= {token for token in self.tokenizer.eos_ids if token < self.vocab_size}
         return [
-            Ticket(
+            EngineRequest(
                 request=Request(
                     id=f"{self._prefix}{next(self._ids)}",
                     prompt=tuple(prompt),

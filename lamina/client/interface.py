@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from lamina.completions import FinishReason
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.messages.request_codec import (
     Command,
 )
@@ -25,10 +25,10 @@ class EngineClient(Protocol):
     def alive(self) -> bool:
         """Whether requests are served."""
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: EngineRequest) -> None:
         """Queue a request. Raises EngineError where the engine has stopped."""
 
-    def abort(self, ticket: Ticket, sample: int | None = None, reason: FinishReason = "abort") -> None:
+    def abort(self, ticket: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
         """End a request, or one sample of it. Harmless where it has ended."""
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:

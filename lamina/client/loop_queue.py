@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from lamina.client.call import Item
 
 
-class LoopQueue:
+class AsyncOutputs:
     """A queue of the running event loop that other threads fill. One task takes from it.
 
     `seconds`: from now on, after which `get` raises asyncio.TimeoutError; whoever gives them must `close` it.
@@ -65,7 +65,7 @@ class _Waker:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._filled: deque[LoopQueue] = deque()
+        self._filled: deque[AsyncOutputs] = deque()
         self._called = False
 
     @classmethod
@@ -76,7 +76,7 @@ class _Waker:
             waker = cls._known[loop] = cls(loop)
         return waker
 
-    def wake(self, queue: LoopQueue) -> None:
+    def wake(self, queue: AsyncOutputs) -> None:
         self._filled.append(queue)
         if not self._called and (loop := self._loop()) is not None:
             self._called = True

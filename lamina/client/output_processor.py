@@ -1,7 +1,7 @@
 """From the engine's outputs to what callers get: text, events, completions.
 
-One `Answer` a prompt, fed with outputs in order, on the caller's thread. Knows tokens and text; knows nothing of
-queues, threads or event loops, so the blocking and the asynchronous callers share it.
+There is one `OutputProcessor` for each prompt. It is given outputs in order, on the caller's thread. The blocking and
+the asynchronous callers share it.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 
 from lamina.completions import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.text.stop_strings import StopMatcher
 from lamina.text.tokenizer import StreamDecoder, Tokenizer
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 
-class Answer:
+class OutputProcessor:
     """What becomes of one prompt: `n` samples that grow by outputs.
 
     `stop` is called with a sample's index when a stop string ended it, so that the engine ends it too.
     """
 
-    def __init__(self, index: int, ticket: Ticket, tokenizer: Tokenizer, stop: Callable[[int], None]) -> None:
+    def __init__(self, index: int, ticket: EngineRequest, tokenizer: Tokenizer, stop: Callable[[int], None]) -> None:
         self._index = index
         self._ticket = ticket
         self._samples = [_Growing(i, ticket, tokenizer) for i in range(ticket.params.n)]
@@ -36,7 +36,7 @@ class Answer:
         """Whether every sample has ended."""
         return all(sample.finish_reason for sample in self._samples)
 
-    def take(self, outputs: Sequence[Output]) -> Iterator[TokenEvent]:
+    def take(self, outputs: Sequence[EngineOutput]) -> Iterator[TokenEvent]:
         """The events that outputs give, in order. Raises the request's error where it failed."""
         for output in outputs:
             if output.error is not None:
@@ -81,7 +81,7 @@ class Answer:
 class _Growing:
     """One sample under way."""
 
-    def __init__(self, index: int, ticket: Ticket, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, ticket: EngineRequest, tokenizer: Tokenizer) -> None:
         params = ticket.params
         self.index = index
         self.token_ids: list[int] = []
@@ -93,7 +93,7 @@ class _Growing:
         self._decoder = StreamDecoder(tokenizer, params.skip_special_tokens)
         self._matcher = StopMatcher(tuple(params.stop), params.include_stop_str_in_output)
 
-    def push(self, output: Output) -> tuple[str, bool]:
+    def push(self, output: EngineOutput) -> tuple[str, bool]:
         """Add one token: the text that may be shown for it, and whether a stop string ended the sample."""
         token = output.token or 0
         self.token_ids.append(token)

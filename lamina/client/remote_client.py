@@ -19,7 +19,7 @@ from typing import Any
 from lamina.client.interface import Event, Wire
 from lamina.completions import FinishReason
 from lamina.errors import EngineError
-from lamina.messages.engine_request import Output, Spared, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest, KvSavings
 from lamina.messages.request_codec import (
     Command,
     decode_output,
@@ -37,7 +37,7 @@ class _Open:
     """A request that has not ended: since when the engine has it, what came of each of its samples, which of them have
     ended, and what was aborted of it."""
 
-    ticket: Ticket
+    ticket: EngineRequest
     start: float
     tokens: list[list[int]]
     ended: set[int] = dataclasses.field(default_factory=set)
@@ -97,7 +97,7 @@ class RemoteEngine:
         """Whether it will never serve again."""
         return bool(self._why)
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: EngineRequest) -> None:
         with self._door:
             if not self.alive:
                 raise EngineError(self._why or self._parted)
@@ -112,7 +112,7 @@ class RemoteEngine:
             if not self._parted:
                 self._commands.put(encode_resumed(entry.ticket, entry.received()))
 
-    def abort(self, ticket: Ticket, sample: int | None = None, reason: FinishReason = "abort") -> None:
+    def abort(self, ticket: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
         request_id = ticket.request.id
         with self._door:
             entry = self._open.get(request_id)
@@ -127,7 +127,7 @@ class RemoteEngine:
             entry.ended.update(ends)
             if len(entry.ended) == ticket.request.n:  # nobody needs to come back for it
                 del self._open[request_id]
-        _tell(ticket.sink, ticket, [Output(at, None, reason, at=self._clock()) for at in ends])
+        _tell(ticket.sink, ticket, [EngineOutput(at, None, reason, at=self._clock()) for at in ends])
 
     def rejoin(self, wire: Wire) -> bool:
         """Go on over another wire, the one before being closed: what has not ended is asked for again, from where it
@@ -227,7 +227,7 @@ class RemoteEngine:
         if not entry.resumed or ticket.scheduled is None:
             ticket.scheduled = None if scheduled is None else entry.start + scheduled
             ticket.cached_tokens = cached
-        ticket.preemptions, ticket.spared = preempted, Spared(*spared)
+        ticket.preemptions, ticket.spared = preempted, KvSavings(*spared)
         decoded = [decode_output(output, entry.start) for output in outputs]
         for output in decoded:
             if output.token is not None:
@@ -276,7 +276,7 @@ class RemoteEngine:
             if self._timer is not None:
                 self._timer.cancel()
         for ticket in unfinished:
-            _tell(ticket.sink, ticket, [Output(0, None, error=EngineError(why))])
+            _tell(ticket.sink, ticket, [EngineOutput(0, None, error=EngineError(why))])
         self._over.set()
 
 

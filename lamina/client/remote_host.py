@@ -8,7 +8,7 @@ from typing import Any
 
 from lamina.client.interface import EngineClient, Event
 from lamina.errors import EngineError, LaminaError
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import (
     Command,
     decode_ticket,
@@ -23,7 +23,7 @@ class EngineHost:
         self._engine = engine
         self._events = events
         self._clock = clock
-        self._open: dict[str, tuple[Ticket, set[int]]] = {}  # by request: its ticket, and the samples that ended
+        self._open: dict[str, tuple[EngineRequest, set[int]]] = {}  # by request: its ticket, and the samples that ended
 
     def ask(self, commands: Sequence[Command]) -> None:
         """Do what is asked, in order. For one thread at a time."""
@@ -68,9 +68,9 @@ class EngineHost:
         try:
             self._engine.submit(ticket)
         except LaminaError as error:
-            self._deliver(ticket, [Output(0, None, error=error)])
+            self._deliver(ticket, [EngineOutput(0, None, error=error)])
 
-    def _deliver(self, ticket: Ticket, outputs: list[Output]) -> None:
+    def _deliver(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
         request_id, start = ticket.request.id, ticket.submitted
         if (entry := self._open.get(request_id)) is not None:
             entry[1].update(output.sample for output in outputs if output.finish_reason is not None)

@@ -22,12 +22,12 @@ from typing import NamedTuple, TypeAlias
 from lamina.deploy.worker_events import (
     WAITING,
     Backoff,
-    Member,
-    MemberStatus,
-    News,
+    MembershipEvents,
     OnJoined,
     OnLeft,
     State,
+    WorkerAddress,
+    WorkerStatus,
     incarnation,
 )
 from lamina.errors import EngineError
@@ -83,7 +83,7 @@ class _Place:
     restarts: int = 0
 
 
-class LocalCluster:
+class LocalAttentionWorkers:
     """`count` attention workers in child processes, each with `kv_memory` bytes of KV and so many threads.
 
     `devices` names that of each, where it is not the CPU. `command(name)` is what runs a worker; it gets
@@ -109,13 +109,13 @@ class LocalCluster:
         self._timeout = timeout
         self._places = [_Place(f"attention-{index}", Backoff()) for index in range(count)]
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._news = News()
+        self._news = MembershipEvents()
         self._progress: Progress | None = None
         self._started = threading.Event()  # all are up, or it failed
         self._failure: EngineError | None = None
         self._thread = threading.Thread(target=self._supervise, name="lamina-members", daemon=True)
 
-    def start(self, progress: Progress | None = None) -> tuple[Member, ...]:
+    def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
         self._progress = progress
         self._thread.start()
         try:
@@ -135,7 +135,7 @@ class LocalCluster:
     def lost(self, name: str) -> None:
         self._events.put(_Lost(name))
 
-    def status(self) -> tuple[MemberStatus, ...]:
+    def status(self) -> tuple[WorkerStatus, ...]:
         return tuple(self._status(place) for place in self._places)
 
     def close(self) -> None:
@@ -143,13 +143,13 @@ class LocalCluster:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _status(self, place: _Place) -> MemberStatus:
+    def _status(self, place: _Place) -> WorkerStatus:
         child = place.child
         if child is None:
             state: State = "given up" if place.due is None else "lost"
-            return MemberStatus(place.name, None, state, place.restarts)
+            return WorkerStatus(place.name, None, state, place.restarts)
         state = "starting" if child.address is None else "up"
-        return MemberStatus(child.name, child.address, state, place.restarts, child.process.pid)
+        return WorkerStatus(child.name, child.address, state, place.restarts, child.process.pid)
 
     # The supervising thread.
 
@@ -281,8 +281,8 @@ class LocalCluster:
         then = "too often: it stays down" if delay is None else f"it starts again in {delay:g} s"
         logger.warning("%s; %s", why, then)
 
-    def _member(self, child: _Child) -> Member:
-        return Member(child.name, child.address or "", Credentials(token=self._token), self._kv_memory)
+    def _member(self, child: _Child) -> WorkerAddress:
+        return WorkerAddress(child.name, child.address or "", Credentials(token=self._token), self._kv_memory)
 
     def _end_all(self) -> None:
         end_all(place.child.process for place in self._places if place.child is not None)

@@ -1,6 +1,6 @@
 """Model workers beyond 0 as processes, whoever starts them: started, watched, started again, ended.
 
-`LocalModelMembers` has them as child processes of this one. Knows how one is run and when to try again. Knows nothing
+`LocalModelWorkers` has them as child processes of this one. Knows how one is run and when to try again. Knows nothing
 of what a model worker does: it connects to the address that it is given.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
-from lamina.deploy.worker_events import Backoff, MemberStatus, State, incarnation
+from lamina.deploy.worker_events import Backoff, State, WorkerStatus, incarnation
 from lamina.system.child_process import ChildProcess, end_all
 from lamina_protocols.channels import Credentials
 
@@ -29,7 +29,7 @@ OnEnded = Callable[[int, str, str, bool], None]
 """Rank, process name, how it ended with what it said last, and whether it stays down."""
 
 
-class ModelMembers(Protocol):
+class ModelWorkerProcesses(Protocol):
     """The processes of model workers 1 and up of one engine.
 
     Model worker 0 listens for them at `host` and shows `credentials`; None: at a Unix socket, to nobody else.
@@ -46,7 +46,7 @@ class ModelMembers(Protocol):
     def lost(self, name: str) -> None:
         """The engine has given this process up: it is ended, if it is still there. Unknown names are ignored."""
 
-    def status(self) -> tuple[MemberStatus, ...]:
+    def status(self) -> tuple[WorkerStatus, ...]:
         """Every place as it stands, in order."""
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class _Place:
         return process_name(self.rank, self.restarts)
 
 
-class LocalModelMembers:
+class LocalModelWorkers:
     """Model workers 1 to `count` - 1 in child processes, each with so many threads.
 
     `command(name, address)` is what runs one; the secret is the first line that it hears. `clock` is in seconds. One
@@ -117,7 +117,7 @@ class LocalModelMembers:
     def lost(self, name: str) -> None:
         self._events.put(_Lost(name))
 
-    def status(self) -> tuple[MemberStatus, ...]:
+    def status(self) -> tuple[WorkerStatus, ...]:
         return tuple(self._status(place) for place in self._places)
 
     def close(self) -> None:
@@ -126,10 +126,10 @@ class LocalModelMembers:
             self._thread.join()
 
     @staticmethod
-    def _status(place: _Place) -> MemberStatus:
+    def _status(place: _Place) -> WorkerStatus:
         process = place.process
         state: State = "up" if process is not None else "given up" if place.due is None else "lost"
-        return MemberStatus(place.name, None, state, place.restarts, None if process is None else process.pid)
+        return WorkerStatus(place.name, None, state, place.restarts, None if process is None else process.pid)
 
     # The supervising thread.
 

@@ -19,12 +19,12 @@ from lamina.deploy.ray_connection import ATTENTION, NAMESPACE, TIMEOUT, explain,
 from lamina.deploy.worker_events import (
     WAITING,
     Backoff,
-    Member,
-    MemberStatus,
-    News,
+    MembershipEvents,
     OnJoined,
     OnLeft,
     State,
+    WorkerAddress,
+    WorkerStatus,
     incarnation,
 )
 from lamina.errors import EngineError
@@ -106,7 +106,7 @@ class _Place:
     name: str
     actor: Any
     backoff: Backoff = field(default_factory=Backoff)
-    member: Member | None = None
+    member: WorkerAddress | None = None
     running: Any = None
     arriving: Any = None
     host: str = ""
@@ -119,7 +119,7 @@ class _Place:
     why: str = ""  # it is dead
 
 
-class RayCluster:
+class RayAttentionWorkers:
     """`count` attention workers as Ray actors, one for each `lamina_attention` of a node.
 
     `kv_memory` in bytes for each, None: half of its node's free memory, shared among the node's workers. `threads`
@@ -136,14 +136,14 @@ class RayCluster:
         self._kv_memory = kv_memory
         self._threads = threads
         self._places: list[_Place] = []
-        self._news = News()
+        self._news = MembershipEvents()
         self._lost: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._lock = threading.RLock()  # held while they come up, and while they are ended
         self._started = False  # who comes from now on is news
         self._thread = threading.Thread(target=self._watch, name="lamina-members", daemon=True)
 
-    def start(self, progress: Progress | None = None) -> tuple[Member, ...]:
+    def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
         require({ATTENTION: self._count})
         ray = ray_module()
         options: dict[str, Any] = {
@@ -175,16 +175,16 @@ class RayCluster:
     def lost(self, name: str) -> None:
         self._lost.put(name)
 
-    def status(self) -> tuple[MemberStatus, ...]:
+    def status(self) -> tuple[WorkerStatus, ...]:
         return tuple(status for _, status in self.described())
 
-    def described(self) -> tuple[tuple[Member | None, MemberStatus], ...]:
+    def described(self) -> tuple[tuple[WorkerAddress | None, WorkerStatus], ...]:
         """The status of every place, and the worker that is there, if one is."""
         described = []
         for place in tuple(self._places):
             member = place.member
             name, address = (place.name, None) if member is None else (member.name, member.address)
-            described.append((member, MemberStatus(name, address, _state(place), place.restarts, place.process)))
+            described.append((member, WorkerStatus(name, address, _state(place), place.restarts, place.process)))
         return tuple(described)
 
     def close(self) -> None:
@@ -270,7 +270,7 @@ class RayCluster:
             return
         address, kv_memory, place.process = answer
         client = Credentials(ca=place.credentials.ca, token=place.credentials.token)
-        place.member = Member(incarnation(place.name, place.restarts), address, client, kv_memory)
+        place.member = WorkerAddress(incarnation(place.name, place.restarts), address, client, kv_memory)
         place.running = place.actor.run.remote()
         logger.info("%s: at %s", place.member.name, address)
         if self._started:

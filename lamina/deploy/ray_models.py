@@ -21,7 +21,7 @@ from typing import Any
 from lamina.deploy.local_models import OnEnded, process_name
 from lamina.deploy.ray_attention import environment
 from lamina.deploy.ray_connection import MODEL, TIMEOUT, explain, ray_module, shortage
-from lamina.deploy.worker_events import Backoff, MemberStatus, State
+from lamina.deploy.worker_events import Backoff, State, WorkerStatus
 from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.credentials import create_credentials
@@ -83,8 +83,8 @@ class _Place:
         return process_name(self.rank, self.restarts)
 
 
-class RayModelMembers:
-    """`model_members.ModelMembers`: ranks 1 to `count` - 1 as actors, for an engine in an actor.
+class RayModelWorkers:
+    """`model_members.ModelWorkerProcesses`: ranks 1 to `count` - 1 as actors, for an engine in an actor.
 
     Model worker 0 is to listen at `host` with `credentials`. `model` is what it is called on each node, `threads` None
     one a core.
@@ -109,9 +109,9 @@ class RayModelMembers:
     def lost(self, name: str) -> None:
         self._lost.put(name)
 
-    def status(self) -> tuple[MemberStatus, ...]:
+    def status(self) -> tuple[WorkerStatus, ...]:
         return tuple(
-            MemberStatus(place.name, None, self._state(place), place.restarts, place.process) for place in self._places
+            WorkerStatus(place.name, None, self._state(place), place.restarts, place.process) for place in self._places
         )
 
     def close(self) -> None:

@@ -6,25 +6,25 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 
-from lamina.deploy.worker_events import Member, MemberStatus, News, OnJoined, OnLeft
+from lamina.deploy.worker_events import MembershipEvents, OnJoined, OnLeft, WorkerAddress, WorkerStatus
 from lamina.errors import WorkersUnavailable
 from lamina.system.progress import Progress
 
 _WORKERS_UP = 120.0  # seconds
 
 
-class ToldMembers:
+class RelayedWorkers:
     """`members.Members` for an engine whose workers somebody else starts. `on_lost` gets the name of each that the
     engine has given up. The methods that tell are for any thread."""
 
     def __init__(self, on_lost: Callable[[str], None]) -> None:
         self._on_lost = on_lost
-        self._first: queue.SimpleQueue[tuple[Member, ...] | None] = queue.SimpleQueue()
-        self._there: dict[str, Member] | None = None  # None until the first are told
-        self._news = News()
+        self._first: queue.SimpleQueue[tuple[WorkerAddress, ...] | None] = queue.SimpleQueue()
+        self._there: dict[str, WorkerAddress] | None = None  # None until the first are told
+        self._news = MembershipEvents()
         self._lock = threading.Lock()
 
-    def start(self, progress: Progress | None = None) -> tuple[Member, ...]:
+    def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
         """Wait for the first. Raises WorkersUnavailable where nobody tells of any in time."""
         try:
             members = self._first.get(timeout=_WORKERS_UP)
@@ -42,7 +42,7 @@ class ToldMembers:
     def lost(self, name: str) -> None:
         self._on_lost(name)
 
-    def status(self) -> tuple[MemberStatus, ...]:
+    def status(self) -> tuple[WorkerStatus, ...]:
         return ()
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class ToldMembers:
 
     # What it is told.
 
-    def there(self, members: Iterable[Member]) -> None:
+    def there(self, members: Iterable[WorkerAddress]) -> None:
         """These are there now. The first time they are what `start` waits for; later whoever is new has joined, and
         whoever is missing has left."""
         now = {member.name: member for member in members}
@@ -66,7 +66,7 @@ class ToldMembers:
                     self._news.joined(now[name])
             self._news.deliver()
 
-    def joined(self, member: Member) -> None:
+    def joined(self, member: WorkerAddress) -> None:
         """One more is there."""
         self.there([*(self._there or {}).values(), member])
 

@@ -28,7 +28,7 @@ State = Literal["starting", "up", "lost", "given up"]
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class WorkerAddress:
     """One attention worker that can be connected to. A name is never used twice: a restarted worker has another.
 
     `address` is "host:port". `credentials` are a client's, None where it takes anybody who can reach it. `capacity` is
@@ -42,7 +42,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class MemberStatus:
+class WorkerStatus:
     """One place for a worker, and who is there now. `restarts` counts over its whole life; `process` is a process id
     on this host, None where it runs elsewhere or not at all."""
 
@@ -53,14 +53,14 @@ class MemberStatus:
     process: int | None = None
 
 
-OnJoined = Callable[[Member], None]
+OnJoined = Callable[[WorkerAddress], None]
 OnLeft = Callable[[str], None]
 
 
-class Members(Protocol):
+class AttentionWorkers(Protocol):
     """The attention workers of one engine."""
 
-    def start(self, progress: Progress | None = None) -> tuple[Member, ...]:
+    def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
         """Bring all of them up, or none: raises EngineError, in bounded time, with what stood in the way."""
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
@@ -73,26 +73,26 @@ class Members(Protocol):
         """The engine has given this one up: whoever is still there under that name is ended or left alone, and a
         successful new start, or an address that answers again, is told as joined. Unknown names are ignored."""
 
-    def status(self) -> tuple[MemberStatus, ...]:
+    def status(self) -> tuple[WorkerStatus, ...]:
         """Every place as it stands, in order."""
 
     def close(self) -> None:
         """End those that were started, and the watching. Harmless the second time."""
 
 
-class News:
+class MembershipEvents:
     """Who came and who went, kept until somebody listens. `joined` and `left` are for one thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: list[Member | str] = []
+        self._kept: list[WorkerAddress | str] = []
         self._listeners: tuple[OnJoined, OnLeft] | None = None
 
     def listen(self, on_joined: OnJoined, on_left: OnLeft) -> None:
         with self._lock:
             self._listeners = (on_joined, on_left)
 
-    def joined(self, member: Member) -> None:
+    def joined(self, member: WorkerAddress) -> None:
         self._kept.append(member)
 
     def left(self, name: str) -> None:
@@ -108,7 +108,7 @@ class News:
         while self._kept:
             item = self._kept.pop(0)
             try:
-                on_joined(item) if isinstance(item, Member) else on_left(item)
+                on_joined(item) if isinstance(item, WorkerAddress) else on_left(item)
             except Exception:  # whatever the listener does wrong, the others must still be watched
                 logger.exception("a change of attention workers could not be taken")
 
@@ -135,7 +135,7 @@ def incarnation(name: str, restarts: int) -> str:
     return name if restarts == 0 else f"{name}.{restarts}"
 
 
-class FixedMembers:
+class ListedWorkers:
     """Workers that somebody else started, at given addresses ("host:port"). They are neither started nor ended here.
 
     `answers(member)` says whether a worker takes connections there; it may take as long as `interval`, the seconds
@@ -147,24 +147,24 @@ class FixedMembers:
         addresses: Sequence[str],
         *,
         credentials: Credentials | None,
-        answers: Callable[[Member], bool],
+        answers: Callable[[WorkerAddress], bool],
         clock: Callable[[], float],
         timeout: float = 30.0,
         interval: float = 2.0,
     ) -> None:
-        self._members = [Member(address, address, credentials) for address in addresses]
+        self._members = [WorkerAddress(address, address, credentials) for address in addresses]
         self._restarts = [0] * len(addresses)
         self._up = [False] * len(addresses)
         self._answers = answers
         self._clock = clock
         self._timeout = timeout
         self._interval = interval
-        self._news = News()
+        self._news = MembershipEvents()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self, progress: Progress | None = None) -> tuple[Member, ...]:
+    def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
         deadline = self._clock() + self._timeout
         while missing := self._try_missing():
             if progress is not None:
@@ -191,10 +191,10 @@ class FixedMembers:
                 if member.name == name:
                     self._up[index] = False
 
-    def status(self) -> tuple[MemberStatus, ...]:
+    def status(self) -> tuple[WorkerStatus, ...]:
         with self._lock:
             return tuple(
-                MemberStatus(member.name, member.address, "up" if up else "lost", restarts)
+                WorkerStatus(member.name, member.address, "up" if up else "lost", restarts)
                 for member, up, restarts in zip(self._members, self._up, self._restarts, strict=True)
             )
 
@@ -220,17 +220,17 @@ class FixedMembers:
                     self._news.joined(self._rejoined(index))
             self._news.deliver()
 
-    def _rejoined(self, index: int) -> Member:
+    def _rejoined(self, index: int) -> WorkerAddress:
         old = self._members[index]
         with self._lock:
             self._restarts[index] += 1
             name = incarnation(old.address, self._restarts[index])
-            self._members[index] = Member(name, old.address, old.credentials)
+            self._members[index] = WorkerAddress(name, old.address, old.credentials)
             self._up[index] = True
             return self._members[index]
 
 
-def answers(member: Member, timeout: float = 2.0) -> bool:
+def answers(member: WorkerAddress, timeout: float = 2.0) -> bool:
     """Whether a worker is there within so many seconds. One that refuses is there: connecting to it will say why."""
     from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable  # grpc, once it is needed
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lamina.messages.engine_request import Ticket
-from lamina.scheduling.request import Plan, Sequence
+from lamina.messages.engine_request import EngineRequest
+from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina_protocols.routes import Span
 from lamina_workers.decoder.sampler import RowSampling, TokenHistory
-from lamina_workers.model_worker.interface import Work
+from lamina_workers.model_worker.interface import BatchWork
 
 if TYPE_CHECKING:
     from lamina.text.structured_output import Constraint
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def work(
     plan: Plan,
-    tickets: Mapping[Sequence, Ticket],
-    histories: Mapping[Sequence, TokenHistory],
-    constraints: Mapping[Sequence, Constraint],
-) -> Work:
+    tickets: Mapping[ScheduledSequence, EngineRequest],
+    histories: Mapping[ScheduledSequence, TokenHistory],
+    constraints: Mapping[ScheduledSequence, Constraint],
+) -> BatchWork:
     """The tokens of a plan's rows. `tickets` has one for each row's sequence, `histories` those that penalties need,
     `constraints` those whose text is held to something."""
     token_ids: list[int] = []
@@ -36,11 +36,11 @@ def work(
             sequence = row.sequence
             sampling.append(_sampling(sequence, tickets[sequence], histories.get(sequence), constraints.get(sequence)))
     spans = tuple(Span(row.start, row.count) for row in plan.rows)
-    return Work(spans, token_ids, rope_lengths, tuple(sampled), tuple(sampling))
+    return BatchWork(spans, token_ids, rope_lengths, tuple(sampled), tuple(sampling))
 
 
 def _sampling(
-    sequence: Sequence, ticket: Ticket, history: TokenHistory | None, constraint: Constraint | None
+    sequence: ScheduledSequence, ticket: EngineRequest, history: TokenHistory | None, constraint: Constraint | None
 ) -> RowSampling:
     params = ticket.params
     position = len(sequence.tokens) - len(ticket.request.prompt)

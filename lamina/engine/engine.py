@@ -3,7 +3,7 @@
 One thread owns the loop and every torch call. Several batches can be under way, one a lane: while one waits for a
 holder another computes. Requests, aborts and news of holders come through an inbox that is drained between batches;
 outputs leave once a batch and client, through a sink that never blocks. Knows tokens; knows nothing of text, nor of
-what becomes of a batch that fails: that is `Losses`.
+what becomes of a batch that fails: that is `Failures`.
 """
 
 from __future__ import annotations
@@ -17,30 +17,29 @@ from typing import TYPE_CHECKING
 
 from lamina.completions import FinishReason
 from lamina.engine.batch_input import work
-from lamina.engine.failures import Losses, Patience
+from lamina.engine.failures import Failures, WaitDeadline
 from lamina.engine.holder_answers import floors_of, spared_of
-from lamina.engine.holders import Fleet
-from lamina.engine.in_flight import Answered, Batches, Lane
-from lamina.engine.kv_migration import Mover
-from lamina.engine.mailbox import Inbox
-from lamina.engine.observer import survey
-from lamina.engine.request_registry import Clients
-from lamina.engine.stats import Tally
-from lamina.engine.tiering import Tiers
+from lamina.engine.holders import Holders
+from lamina.engine.in_flight import Answered, InFlight, Lane
+from lamina.engine.kv_migration import KvMigration
+from lamina.engine.mailbox import Mailbox
+from lamina.engine.observer import observe
+from lamina.engine.request_registry import RequestRegistry
+from lamina.engine.stats import EngineStats
+from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, InvalidRequest
-from lamina.journal.history import Found, Place
-from lamina.messages.engine_request import Ticket, unwatched
+from lamina.journal.history import KvLocation, RecoveredRequest
+from lamina.messages.engine_request import EngineRequest, unwatched
 from lamina.messages.snapshot import Snapshot
 from lamina.scheduling.kv_shares import Pages
-from lamina.scheduling.lane_tuner import Lanes
-from lamina.scheduling.local_share import Balance
+from lamina.scheduling.lane_tuner import LaneTuner
+from lamina.scheduling.local_share import LocalShare
 from lamina.scheduling.placement import Holder, Placement
-from lamina.scheduling.request import Plan
-from lamina.scheduling.request import Sequence as Sample
+from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.attention_merge import Waiting
@@ -50,7 +49,7 @@ from lamina_workers.ports.port import AttentionPort
 if TYPE_CHECKING:
     from lamina.journal.recorder import Recorder
     from lamina.text.structured_output import Grammars
-    from lamina_workers.parallel.peers import Mate
+    from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
 
@@ -64,15 +63,15 @@ class Engine:
 
     def __init__(
         self,
-        worker: Workers[Mate],
+        worker: Workers[Peer],
         scheduler: Scheduler,
         placement: Placement,
         clock: Callable[[], float],
         *,
         names: Mapping[int, str] | None = None,
         scratch: Collection[int] = (),
-        lanes: Lanes | None = None,
-        balance: Balance | None = None,
+        lanes: LaneTuner | None = None,
+        balance: LocalShare | None = None,
         grammars: Grammars | None = None,
         hope: float = 60.0,
         recorder: Recorder | None = None,
@@ -84,17 +83,17 @@ class Engine:
         self._placement = placement
         self._scratch = frozenset(scratch)  # holders of which the scheduler knows nothing
         self._clock = clock
-        self._lane_count = lanes or Lanes(1)
+        self._lane_count = lanes or LaneTuner(1)
         self._grammars = grammars
-        self._inbox = Inbox()
-        self._tally = Tally(clock())
-        self._clients = Clients(scheduler, clock, grammars, recorder)
-        self._batches = Batches(worker, scheduler, self._tally)
-        mover = Mover(worker, scheduler, placement, clock)
-        self._fleet = Fleet(worker, scheduler, placement, dict(names or {}), self._scratch, mover)
-        self._tiers = Tiers(balance or Balance(), mover, scheduler, placement, clock)
-        self._patience = Patience(hope, self._fleet, scheduler, self._clients, clock)
-        self._losses = Losses(
+        self._inbox = Mailbox()
+        self._tally = EngineStats(clock())
+        self._clients = RequestRegistry(scheduler, clock, grammars, recorder)
+        self._batches = InFlight(worker, scheduler, self._tally)
+        mover = KvMigration(worker, scheduler, placement, clock)
+        self._fleet = Holders(worker, scheduler, placement, dict(names or {}), self._scratch, mover)
+        self._tiers = TierController(balance or LocalShare(), mover, scheduler, placement, clock)
+        self._patience = WaitDeadline(hope, self._fleet, scheduler, self._clients, clock)
+        self._losses = Failures(
             worker, scheduler, self._fleet, self._tiers, self._batches, self._clients, self._patience, self._tally,
             on_lost, on_rebuilt,
         )  # fmt: skip
@@ -106,7 +105,7 @@ class Engine:
         """Whether requests are served, now or as soon as the loop runs."""
         return not self._inbox.is_shut
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: EngineRequest) -> None:
         """Queue a request. Raises EngineError where the engine has stopped, and InvalidRequest where its text cannot
         be held to what it asks for: that is compiled here, not on the engine's thread."""
         if ticket.params.constrained:
@@ -115,7 +114,7 @@ class Engine:
             ticket.constraints = self._grammars.constraints(ticket.params, ticket.request.n)
         self._inbox.ask(partial(self._clients.add, ticket), partial(self._clients.refuse, ticket))
 
-    def abort(self, ticket: Ticket, sample: int | None = None, reason: FinishReason = "abort") -> None:
+    def abort(self, ticket: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
         """End a request, or one sample of it. Harmless where it has ended; what is under way is thrown away."""
         self._inbox.tell(partial(self._clients.end, ticket, sample, reason))
 
@@ -132,7 +131,7 @@ class Engine:
         """A model worker beyond this one is known to be gone, and comes back unless it `stays` away."""
         self._inbox.tell(partial(self._losses.rank_gone, rank, why, stays))
 
-    def rank_back(self, mate: Mate) -> None:
+    def rank_back(self, mate: Peer) -> None:
         """A model worker that was gone is there again."""
         self._inbox.tell(partial(self._losses.rank_back, mate))
 
@@ -158,8 +157,8 @@ class Engine:
 
     # The engine's thread.
 
-    def recover(self, found: Mapping[Place, Found], last_handle: int) -> tuple[Ticket, ...]:
-        """As `Clients.recover`; no handle up to `last_handle` is given to others.
+    def recover(self, found: Mapping[KvLocation, RecoveredRequest], last_handle: int) -> tuple[EngineRequest, ...]:
+        """As `RequestRegistry.recover`; no handle up to `last_handle` is given to others.
 
         What is shared among sequences is unknown here, and would be counted for each: so holders that have something
         are asked how much room they have, before anything is planned by it.
@@ -225,7 +224,7 @@ class Engine:
         self._tally.lanes, self._tally.attention_seconds = self._lane_count.count, self._worker.attention_seconds
         self._tally.local_share = self._tiers.local_share
         links, names = self._worker.links(), self._fleet.names
-        taken = survey(self._tally, self._scheduler, self._placement, links, names, self._scratch, self._clock())
+        taken = observe(self._tally, self._scheduler, self._placement, links, names, self._scratch, self._clock())
         try:
             sink(taken)
         except Exception:  # it may be anything
@@ -281,8 +280,8 @@ class Engine:
     def _batch(
         self,
         plan: Plan | None,
-        tickets: Mapping[Sample, Ticket],
-        histories: Mapping[Sample, TokenHistory],
+        tickets: Mapping[ScheduledSequence, EngineRequest],
+        histories: Mapping[ScheduledSequence, TokenHistory],
         answered: Answered,
     ) -> Generator[Waiting, None, None]:
         """One batch: from the scheduler's plan to the outputs that its clients get."""
@@ -305,7 +304,7 @@ class Engine:
         self._losses.went_well()
 
     def _agreed(
-        self, plan: Plan, free: Pages, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]
+        self, plan: Plan, free: Pages, shares: Mapping[int, HolderBatch], answers: Mapping[int, Announced]
     ) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
         if refusal := next((answer for answer in answers.values() if not answer.accepted), None):

@@ -1,6 +1,6 @@
 """What goes wrong with holders and model workers, and who of them comes and goes, while batches are under way.
 
-Gives up the batches and moves that cannot go on, has `Fleet` do what is to be done about KV, and those told who want
+Gives up the batches and moves that cannot go on, has `Holders` do what is to be done about KV, and those told who want
 to know. Knows nothing of what a batch does.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple
 
-from lamina.engine.holders import Fleet
-from lamina.engine.in_flight import Batches, Lane
-from lamina.engine.request_registry import Clients
-from lamina.engine.stats import Tally
-from lamina.engine.tiering import Tiers
+from lamina.engine.holders import Holders
+from lamina.engine.in_flight import InFlight, Lane
+from lamina.engine.request_registry import RequestRegistry
+from lamina.engine.stats import EngineStats
+from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, LaminaError
 from lamina.scheduling.placement import Holder
 from lamina.scheduling.scheduler import Scheduler
@@ -25,7 +25,7 @@ from lamina_workers.model_worker.interface import Workers
 from lamina_workers.ports.port import AttentionPort
 
 if TYPE_CHECKING:
-    from lamina_workers.parallel.peers import Mate
+    from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
 
@@ -40,7 +40,7 @@ class _Late(NamedTuple):
     credentials: Credentials | None
 
 
-class Losses:
+class Failures:
     """For one engine; everything is called between two steps of its batches.
 
     `on_lost` is told the name of each attention worker that was given up, `on_rebuilt` how many of how many lost tokens
@@ -49,14 +49,14 @@ class Losses:
 
     def __init__(
         self,
-        worker: Workers[Mate],
+        worker: Workers[Peer],
         scheduler: Scheduler,
-        fleet: Fleet,
-        tiers: Tiers,
-        batches: Batches,
-        clients: Clients,
-        patience: Patience,
-        tally: Tally,
+        fleet: Holders,
+        tiers: TierController,
+        batches: InFlight,
+        clients: RequestRegistry,
+        patience: WaitDeadline,
+        tally: EngineStats,
         on_lost: Callable[[str], None] | None,
         on_rebuilt: Callable[[int, int], None],
     ) -> None:
@@ -206,7 +206,7 @@ class Losses:
         self._abandon()
         self._patience.miss()
 
-    def rank_back(self, mate: Mate) -> None:
+    def rank_back(self, mate: Peer) -> None:
         """A rank is there again. Its seats at attention workers have what they had."""
         self._abandon()
         try:
@@ -223,11 +223,11 @@ class Losses:
             self.join(*each)
 
 
-class Patience:
+class WaitDeadline:
     """`hope` seconds at most, of the clock, from when it was missed; then they end with an error."""
 
     def __init__(
-        self, hope: float, fleet: Fleet, scheduler: Scheduler, clients: Clients, clock: Callable[[], float]
+        self, hope: float, fleet: Holders, scheduler: Scheduler, clients: RequestRegistry, clock: Callable[[], float]
     ) -> None:
         self._hope = hope
         self._fleet = fleet

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from lamina.messages.engine_request import Spared
+from lamina.messages.engine_request import KvSavings
 from lamina.scheduling.request import Plan
 from lamina_protocols.messages import Announced, Usage
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 
 
-def floors_of(plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> list[int]:
+def floors_of(plan: Plan, shares: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> list[int]:
     """For each row the highest floor of its parts."""
     asked = Counter(route.source for number in answers for route in shares[number].routes)
     # A part that was not asked, its range being full, has let go of no more than before.
@@ -22,7 +22,7 @@ def floors_of(plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[in
     return floors
 
 
-def spared_of(plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> dict[str, Spared]:
+def spared_of(plan: Plan, shares: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> dict[str, KvSavings]:
     """What policies have spared each request, as those parts tell that were asked."""
     told: dict[str, list[Usage]] = {}
     for number, answer in answers.items():
@@ -32,6 +32,6 @@ def spared_of(plan: Plan, shares: Mapping[int, HolderShare], answers: Mapping[in
     return {request_id: _sum(usages) for request_id, usages in told.items()}
 
 
-def _sum(usages: list[Usage]) -> Spared:
-    columns = [[getattr(usage, name) for usage in usages] for name in Spared._fields]
-    return Spared(*map(sum, columns))._replace(worst=max(columns[Spared._fields.index("worst")]))
+def _sum(usages: list[Usage]) -> KvSavings:
+    columns = [[getattr(usage, name) for usage in usages] for name in KvSavings._fields]
+    return KvSavings(*map(sum, columns))._replace(worst=max(columns[KvSavings._fields.index("worst")]))

@@ -8,18 +8,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from lamina.engine.kv_migration import Mover
+from lamina.engine.kv_migration import KvMigration
 from lamina.errors import InvalidRequest
 from lamina.scheduling.kv_shares import Layout, Pages, Share
 from lamina.scheduling.placement import Holder, Placement
-from lamina.scheduling.request import Sequence as Sample
+from lamina.scheduling.request import ScheduledSequence
 from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Fork, Surveyed
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Seat, Workers
-from lamina_workers.parallel.peers import Mate
+from lamina_workers.parallel.peers import Peer
 from lamina_workers.ports.port import AttentionPort
 
 logger = logging.getLogger("lamina")
@@ -33,17 +33,17 @@ def seated(seat: Seat) -> Holder:
     return holder
 
 
-class Fleet:
+class Holders:
     """The holders of one engine, by number and by name."""
 
     def __init__(
         self,
-        worker: Workers[Mate],
+        worker: Workers[Peer],
         scheduler: Scheduler,
         placement: Placement,
         names: dict[int, str],
         scratch: frozenset[int],
-        mover: Mover,
+        mover: KvMigration,
     ) -> None:
         self._mover = mover
         self._worker = worker
@@ -68,7 +68,7 @@ class Fleet:
         """The ranks of model workers that are gone, and not back yet."""
         return self._worker.missing
 
-    def answered(self, shares: Mapping[int, HolderShare], answers: Mapping[int, Announced]) -> Pages:
+    def answered(self, shares: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> Pages:
         """Holders have answered an announcement: those that accept have what it told them. Returns the pages that they
         have left, of those that the scheduler knows."""
         for number, answer in answers.items():
@@ -192,7 +192,7 @@ class Fleet:
         self._flush()
         return moved
 
-    def _move_sequence(self, sequence: Sample, number: int) -> int:
+    def _move_sequence(self, sequence: ScheduledSequence, number: int) -> int:
         """How many tokens of it moved: 0 where the others have no room, and it will be computed again."""
         gone = [share for share in sequence.layout if share.holder == number]
         for layout in self._without(sequence, number):
@@ -201,7 +201,7 @@ class Fleet:
         self._scheduler.preempt(sequence)
         return 0
 
-    def _without(self, sequence: Sample, number: int) -> Iterator[Layout]:
+    def _without(self, sequence: ScheduledSequence, number: int) -> Iterator[Layout]:
         """Where it could be instead: what was there at one of the others, or all of it here."""
         layout: list[Share] = []
         for share in sequence.layout:
@@ -216,7 +216,7 @@ class Fleet:
     def _flush(self) -> None:
         """Have every operation that waits applied: closes free the room that is moved into."""
         while (plan := self._scheduler.plan_operations()) is not None or self._placement.pending:
-            shares: dict[int, HolderShare] = (
+            shares: dict[int, HolderBatch] = (
                 self._placement.place(plan) if plan is not None else self._placement.outgoing()
             )
             try:

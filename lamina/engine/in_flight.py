@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from lamina.engine.stats import Tally
+from lamina.engine.stats import EngineStats
 from lamina.scheduling.request import Plan
 from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import Workers
-from lamina_workers.parallel.peers import Mate
+from lamina_workers.parallel.peers import Peer
 
 
 @dataclass(slots=True)
@@ -31,10 +31,10 @@ class Lane:
     waiting: Waiting | None = None
 
 
-class Batches:
+class InFlight:
     """`full` is set while nothing more can be planned until something happens."""
 
-    def __init__(self, worker: Workers[Mate], scheduler: Scheduler, tally: Tally) -> None:
+    def __init__(self, worker: Workers[Peer], scheduler: Scheduler, tally: EngineStats) -> None:
         self.full = False
         self._worker = worker
         self._scheduler = scheduler

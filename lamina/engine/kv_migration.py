@@ -13,24 +13,24 @@ from dataclasses import dataclass
 
 from lamina.scheduling.kv_shares import NO_PAGES, Layout
 from lamina.scheduling.placement import Part, Placement
-from lamina.scheduling.request import Sequence
+from lamina.scheduling.request import ScheduledSequence
 from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.messages import Row
-from lamina_protocols.routes import HolderShare, Route
+from lamina_protocols.routes import HolderBatch, Route
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.kv_copy import Move
-from lamina_workers.parallel.peers import Mate
+from lamina_workers.parallel.peers import Peer
 
 CHUNK = 1024  # tokens that are copied at a time, at most
 _FIRST_CHUNK = 128  # before it is known how long copying takes
 
 
 @dataclass(eq=False, slots=True)
-class _Journey:
+class _Migrating:
     """One sequence on its way: `old` parts give way to `new` ones, which have its tokens below `at`."""
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     handle: int
     layout: Layout
     old: tuple[Part, ...]
@@ -43,7 +43,7 @@ class _Journey:
         return self.sequence.handle == self.handle and self.sequence.rebuild is None
 
 
-class Mover:
+class KvMigration:
     """Moves sequences, one after the other. `tokens` and `seconds` count what was copied so far and how long it took.
 
     What goes wrong at a holder comes as HolderFault; then all that was under way has been given up, and everything is
@@ -51,7 +51,7 @@ class Mover:
     """
 
     def __init__(
-        self, worker: Workers[Mate], scheduler: Scheduler, placement: Placement, clock: Callable[[], float]
+        self, worker: Workers[Peer], scheduler: Scheduler, placement: Placement, clock: Callable[[], float]
     ) -> None:
         self.tokens = self.sequences = 0
         self.seconds = 0.0
@@ -59,15 +59,15 @@ class Mover:
         self._scheduler = scheduler
         self._placement = placement
         self._clock = clock
-        self._queue: deque[_Journey] = deque()
+        self._queue: deque[_Migrating] = deque()
         self._rate = 0.0  # tokens a second, as last measured
 
     @property
-    def under_way(self) -> Mapping[Sequence, Layout]:
+    def under_way(self) -> Mapping[ScheduledSequence, Layout]:
         """The sequences that are moving, and where to."""
         return {journey.sequence: journey.layout for journey in self._queue}
 
-    def begin(self, sequence: Sequence, layout: Layout) -> bool:
+    def begin(self, sequence: ScheduledSequence, layout: Layout) -> bool:
         """Have a sequence that is whole move to another layout. False where there is no room for it."""
         if sequence.handle is None or not self._scheduler.movable(sequence):
             return False
@@ -78,7 +78,7 @@ class Mover:
             return False
         old = tuple(part for part in self._placement.parts(sequence.handle) if part.share not in layout)
         new = self._placement.open_beside(fresh)
-        self._queue.append(_Journey(sequence, sequence.handle, layout, old, new, min(share.lo for share in fresh)))
+        self._queue.append(_Migrating(sequence, sequence.handle, layout, old, new, min(share.lo for share in fresh)))
         self._promise()
         return True
 
@@ -98,7 +98,7 @@ class Mover:
             if allowance <= 0:
                 return
 
-    def move_now(self, sequence: Sequence, layout: Layout) -> bool:
+    def move_now(self, sequence: ScheduledSequence, layout: Layout) -> bool:
         """Move an idle sequence at once. False where there is no room for it; then it is where it was."""
         if not self.begin(sequence, layout):
             return False
@@ -115,7 +115,7 @@ class Mover:
         self._queue.clear()
         self._promise()
 
-    def _advance(self, journey: _Journey, most: int, deadline: float = float("inf")) -> bool:
+    def _advance(self, journey: _Migrating, most: int, deadline: float = float("inf")) -> bool:
         """Copy up to so many tokens more, and begin nothing after the deadline. Whether the journey has ended, well or
         not."""
         sequence = journey.sequence
@@ -154,12 +154,12 @@ class Mover:
         return True
 
     @staticmethod
-    def _edge(journey: _Journey, stop: int) -> int:
+    def _edge(journey: _Migrating, stop: int) -> int:
         """`stop`, or where a part ends or begins before: no copy reaches over that."""
         edges = [edge for part in (*journey.old, *journey.new) for edge in (part.share.lo, part.share.hi)]
         return min([stop, *(edge for edge in edges if edge > journey.at)])
 
-    def _copy(self, journey: _Journey, lo: int, hi: int) -> bool:
+    def _copy(self, journey: _Migrating, lo: int, hi: int) -> bool:
         """Whether there was room for positions [lo, hi)."""
         size = self._scheduler.config.page_size
         moves = list(_moves(journey.old, journey.new, lo, hi, size))
@@ -172,7 +172,7 @@ class Mover:
                 if any(move.target == part.handle for move in those):
                     row = Row(part.handle, lo, hi - lo, None, True)
                     routes.setdefault(part.share.holder, []).append(Route(0, part.share.heads, row, (lo, hi)))
-            shares: dict[int, HolderShare] = {
+            shares: dict[int, HolderBatch] = {
                 number: self._placement.holders[number].outgoing(tuple(rows)) for number, rows in routes.items()
             }
             if not self._worker.copy(those, shares):

@@ -22,7 +22,7 @@ class _Asked(NamedTuple):
     refuse: Callable[[EngineError], object] = _nobody
 
 
-class Inbox:
+class Mailbox:
     """Of one engine. `shut` is called by its thread, once it has stopped; until then all that comes is taken up."""
 
     def __init__(self) -> None:

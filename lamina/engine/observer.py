@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from lamina.engine.stats import _NO_EXCHANGES, Tally
+from lamina.engine.stats import _NO_EXCHANGES, EngineStats
 from lamina.messages.snapshot import HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.placement import Placement
@@ -14,8 +14,8 @@ from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.ports.timing import Link
 
 
-def survey(
-    tally: Tally,
+def observe(
+    tally: EngineStats,
     scheduler: Scheduler,
     placement: Placement,
     links: Mapping[int, Link],

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
-from lamina.journal.resumption import Returning
-from lamina.messages.engine_request import Output, Ticket, nobody, unwatched
-from lamina.scheduling.request import Kept, Outcome, Plan
-from lamina.scheduling.request import Sequence as Sample
+from lamina.journal.resumption import Resumption
+from lamina.messages.engine_request import EngineOutput, EngineRequest, nobody, unwatched
+from lamina.scheduling.request import Outcome, Plan, RetainedKv, ScheduledSequence
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory
 
 if TYPE_CHECKING:
-    from lamina.journal.history import Found, Place
+    from lamina.journal.history import KvLocation, RecoveredRequest
     from lamina.journal.recorder import Recorder
     from lamina.scheduling.scheduler import Scheduler
     from lamina.text.structured_output import Constraint, Grammars
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 
-class Clients:
+class RequestRegistry:
     """The requests that have not ended. With a `recorder` all is in the journal before anybody is told of it."""
 
     def __init__(
@@ -37,15 +36,15 @@ class Clients:
         grammars: Grammars | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        self.tickets: dict[str, Ticket] = {}
-        self.histories: dict[Sample, TokenHistory] = {}
-        self.constraints: dict[Sample, Constraint] = {}
+        self.tickets: dict[str, EngineRequest] = {}
+        self.histories: dict[ScheduledSequence, TokenHistory] = {}
+        self.constraints: dict[ScheduledSequence, Constraint] = {}
         self._scheduler = scheduler
         self._clock = clock
         self._recorder = recorder
-        self._returning = Returning(recorder, scheduler, grammars)
+        self._returning = Resumption(recorder, scheduler, grammars)
 
-    def of(self, sample: Sample) -> Ticket | None:
+    def of(self, sample: ScheduledSequence) -> EngineRequest | None:
         """Who asked for it, unless that has ended."""
         return self.tickets.get(sample.request.id)
 
@@ -59,24 +58,26 @@ class Clients:
         for ticket in self.tickets.values():
             if self._recorder is not None and ticket not in self._returning:
                 self._recorder.failed(ticket)
-            self._deliver(ticket, [Output(0, None, error=error())])
+            self._deliver(ticket, [EngineOutput(0, None, error=error())])
         if self._recorder is not None:
             self._recorder.close()
 
-    def refuse(self, ticket: Ticket, error: EngineError) -> None:
+    def refuse(self, ticket: EngineRequest, error: EngineError) -> None:
         """A request came too late."""
-        self._deliver(ticket, [Output(0, None, error=error)])
+        self._deliver(ticket, [EngineOutput(0, None, error=error)])
 
-    def scheduled(self, tickets: Mapping[Sample, Ticket]) -> None:
+    def scheduled(self, tickets: Mapping[ScheduledSequence, EngineRequest]) -> None:
         """These are in a batch that every holder has accepted."""
         for sequence, ticket in tickets.items():
             if ticket.scheduled is None:
                 ticket.scheduled, ticket.cached_tokens = self._clock(), sequence.reused
 
-    def record(self, plan: Plan, outcomes: Sequence[Outcome], reports: Mapping[Sample, RowLogprobs | None]) -> None:
+    def record(
+        self, plan: Plan, outcomes: Sequence[Outcome], reports: Mapping[ScheduledSequence, RowLogprobs | None]
+    ) -> None:
         """Tell of a batch that is complete; `reports` are the log probabilities of those who sampled."""
-        outputs: dict[str, list[Output]] = {}
-        strayed: list[tuple[Ticket, InvalidRequest]] = []
+        outputs: dict[str, list[EngineOutput]] = {}
+        strayed: list[tuple[EngineRequest, InvalidRequest]] = []
         now = self._clock()
         for outcome in outcomes:
             sequence = outcome.sequence
@@ -88,7 +89,7 @@ class Clients:
                     reason = self._follow(sequence, outcome.token) or reason
                 except InvalidRequest as error:
                     strayed.append((self.tickets[sequence.request.id], error))
-            output = Output(sequence.sample, outcome.token, reason, reports[sequence], at=now)
+            output = EngineOutput(sequence.sample, outcome.token, reason, reports[sequence], at=now)
             outputs.setdefault(sequence.request.id, []).append(output)
             if reason is not None:
                 self.forget(sequence)
@@ -100,7 +101,7 @@ class Clients:
             if ticket.request.id in self.tickets:
                 self.fail(ticket, why)
 
-    def add(self, ticket: Ticket) -> None:
+    def add(self, ticket: EngineRequest) -> None:
         """A request comes, or a client comes back for one."""
         if ticket.received is None:
             self._begin_request(ticket)
@@ -109,9 +110,9 @@ class Clients:
 
     def _begin_request(
         self,
-        ticket: Ticket,
+        ticket: EngineRequest,
         known: Mapping[int, Sequence[int]] | None = None,
-        kept: Mapping[int, Kept] | None = None,
+        kept: Mapping[int, RetainedKv] | None = None,
         recorded: bool = False,
     ) -> None:
         """Queue it. `known` and `kept` are the scheduler's; `recorded`: the journal has it already."""
@@ -127,7 +128,7 @@ class Clients:
         if self._recorder is not None and not recorded:
             self._recorder.begun(ticket, known)
 
-    def _follow_from(self, ticket: Ticket, sequence: Sample) -> None:
+    def _follow_from(self, ticket: EngineRequest, sequence: ScheduledSequence) -> None:
         """What sampling needs to know of the tokens so far."""
         params, prompt = ticket.params, ticket.request.prompt
         tokens = sequence.tokens[len(prompt) :]
@@ -140,7 +141,7 @@ class Clients:
             for token in tokens:
                 constraint.advance(token)
 
-    def _take_up(self, ticket: Ticket) -> None:
+    def _take_up(self, ticket: EngineRequest) -> None:
         """Have a client that comes back get what it has not got, and what comes then."""
         old = self.tickets.get(ticket.request.id)
         missing = self._returning.claim(ticket, old)
@@ -154,7 +155,7 @@ class Clients:
         if missing and not self._deliver(ticket, missing):
             self.end(ticket, None, "abort")
 
-    def recover(self, found: Mapping[Place, Found]) -> tuple[Ticket, ...]:
+    def recover(self, found: Mapping[KvLocation, RecoveredRequest]) -> tuple[EngineRequest, ...]:
         """Before `run`: go on with what an engine before had not finished, with the KV that was found. Returns its
         requests: whoever wants the outputs of one submits it again, with what it has received."""
         tickets = []
@@ -167,7 +168,7 @@ class Clients:
         """After `recover`, once holders have said how much room they have: what is gone is computed again."""
         self._returning.rebuild()
 
-    def end(self, ticket: Ticket, sample: int | None, reason: FinishReason) -> None:
+    def end(self, ticket: EngineRequest, sample: int | None, reason: FinishReason) -> None:
         """End a request, or one sample of it. Harmless where it has ended."""
         if self.tickets.get(ticket.request.id) is not ticket:
             return
@@ -180,9 +181,9 @@ class Clients:
             now = self._clock()
             if self._recorder is not None:
                 self._recorder.ended(ended, reason)
-            self._publish(ticket, [Output(sequence.sample, None, reason, at=now) for sequence in ended])
+            self._publish(ticket, [EngineOutput(sequence.sample, None, reason, at=now) for sequence in ended])
 
-    def fail(self, ticket: Ticket, error: LaminaError, cause: BaseException | None = None) -> None:
+    def fail(self, ticket: EngineRequest, error: LaminaError, cause: BaseException | None = None) -> None:
         """End a request with an error."""
         for sequence in self._scheduler.abort(ticket.request.id):
             self.forget(sequence)
@@ -190,9 +191,9 @@ class Clients:
         if self._recorder is not None:
             self._recorder.failed(ticket)
         error.__cause__ = cause or error.__cause__
-        self._deliver(ticket, [Output(0, None, error=error)])
+        self._deliver(ticket, [EngineOutput(0, None, error=error)])
 
-    def forget(self, sequence: Sample) -> None:
+    def forget(self, sequence: ScheduledSequence) -> None:
         """A sample has ended."""
         self.histories.pop(sequence, None)
         self.constraints.pop(sequence, None)
@@ -218,7 +219,7 @@ class Clients:
                 ticket.prefilled = unwatched
         return computed
 
-    def _follow(self, sequence: Sample, token: int) -> FinishReason | None:
+    def _follow(self, sequence: ScheduledSequence, token: int) -> FinishReason | None:
         """Tell a sample's constraint what was recorded, once, and end the sample where nothing may follow."""
         constraint = self.constraints[sequence]
         constraint.advance(token)
@@ -227,14 +228,14 @@ class Clients:
         self._scheduler.end(sequence, "stop")
         return "stop"
 
-    def _publish(self, ticket: Ticket, outputs: list[Output]) -> None:
+    def _publish(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
         ticket.unfinished -= sum(output.finish_reason is not None for output in outputs)
         if ticket.unfinished <= 0:
             self.tickets.pop(ticket.request.id, None)
         if not self._deliver(ticket, outputs):
             self.end(ticket, None, "abort")
 
-    def _deliver(self, ticket: Ticket, outputs: list[Output]) -> bool:
+    def _deliver(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> bool:
         """Whether the client took them: what it does wrong is no reason to stop for the others."""
         try:
             ticket.sink(ticket, outputs)

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lamina.messages.engine_request import NOTHING_SPARED, Spared
+from lamina.messages.engine_request import NOTHING_SPARED, KvSavings
 from lamina.messages.snapshot import BATCH_BUCKETS
 from lamina_workers.ports.timing import EXCHANGE_BUCKETS
 
@@ -17,7 +17,7 @@ _NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)
 
 
 @dataclass(slots=True)
-class Tally:
+class EngineStats:
     """Counters of one engine since `began`, which is a time of its clock. The engine's thread adds to them."""
 
     began: float
@@ -62,7 +62,7 @@ class Tally:
         self.joined_holders += 1
         del self.missing[:1]
 
-    def spared(self, before: Spared, now: Spared) -> None:
+    def spared(self, before: KvSavings, now: KvSavings) -> None:
         """A request's policies have spared so much by now. Where its KV was lost they have begun from nothing again."""
         if now.whole < before.whole or now.queries < before.queries:
             before = NOTHING_SPARED

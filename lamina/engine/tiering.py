@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lamina.engine.kv_migration import Mover
-from lamina.scheduling.local_share import Balance, Batch, to_move
+from lamina.engine.kv_migration import KvMigration
+from lamina.scheduling.local_share import Batch, LocalShare, to_move
 from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Plan, Sequence
+from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.ports.timing import Times
 
@@ -20,13 +20,13 @@ PAUSE = 0.5  # of a step, that copying may take between two of them
 WORTH = 16  # tokens that a sequence must have before it for a move to pay
 
 
-class Tiers:
+class TierController:
     """The two tiers of one engine: holders here, and attention workers."""
 
     def __init__(
         self,
-        balance: Balance,
-        mover: Mover,
+        balance: LocalShare,
+        mover: KvMigration,
         scheduler: Scheduler,
         placement: Placement,
         clock: Callable[[], float],
@@ -140,8 +140,8 @@ class Tiers:
         if len(under_way) >= AT_ONCE:
             return
         local = total = 0
-        here: list[Sequence] = []
-        there: list[Sequence] = []
+        here: list[ScheduledSequence] = []
+        there: list[ScheduledSequence] = []
         for sequence in self._scheduler.sequences:
             tokens = len(sequence.tokens)
             is_local = self._placement.is_local(under_way.get(sequence, sequence.layout))
@@ -160,7 +160,7 @@ class Tiers:
                 self._mover.begin(sequence, layout)
 
     @staticmethod
-    def _can_move(sequence: Sequence) -> bool:
+    def _can_move(sequence: ScheduledSequence) -> bool:
         """Whether it decodes, and will for a while."""
         if sequence.finish_reason is not None or sequence.rebuild is not None:
             return False

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lamina.scheduling.kv_shares import Share
 from lamina.scheduling.placement import Part
-from lamina.scheduling.request import Kept
+from lamina.scheduling.request import RetainedKv
 from lamina_protocols.messages import PartHeld
 
 Record: TypeAlias = tuple[Any, ...]
@@ -27,7 +27,7 @@ GONE = -1  # the number of the holder that has what nobody has any more
 _SLACK = 64  # tokens that are rather fed again than rebuilt at one holder
 
 
-class Place(NamedTuple):
+class KvLocation(NamedTuple):
     """Where a holder is: the address of its process ("" in the engine's own), and the model worker it serves."""
 
     address: str
@@ -171,7 +171,7 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RecoveredRequest:
     """What one holder keeps after the death of an engine: its number in the new one, the first of its rank's heads
     among all, and its parts by handle."""
 
@@ -183,17 +183,17 @@ class Found:
 class Adoption(NamedTuple):
     """What can be taken up of one sequence: for the scheduler, for placement, and which parts at which holder."""
 
-    kept: Kept
+    kept: RetainedKv
     parts: tuple[Part, ...]
 
 
-def adoption(sample: KnownSample, prompt: int, found: Mapping[Place, Found]) -> Adoption | None:
+def adoption(sample: KnownSample, prompt: int, found: Mapping[KvLocation, RecoveredRequest]) -> Adoption | None:
     """What of a sample's KV is still there, of `prompt` tokens and those after. What is not there has the holder GONE,
     to be taken over like a lost holder's. None where it must be computed from its start."""
     computed = min(sample.computed, prompt + len(sample.tokens) - 1)
     there: list[tuple[Share, int, PartHeld | None]] = []
     for address, rank, handle, heads, lo, hi in sample.parts:
-        holder = found.get(Place(address, rank))
+        holder = found.get(KvLocation(address, rank))
         part = holder.parts.get(handle) if holder is not None else None
         if holder is not None and part is not None:
             local = tuple(head - holder.first_head for head in heads)
@@ -218,4 +218,4 @@ def adoption(sample: KnownSample, prompt: int, found: Mapping[Place, Found]) -> 
             kept.append(Part(handle, share))
     if not any(part.share.lo < computed for part in kept):
         return None
-    return Adoption(Kept(sample.handle, tuple(layout), computed, floor), tuple(kept))
+    return Adoption(RetainedKv(sample.handle, tuple(layout), computed, floor), tuple(kept))

@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lamina.completions import FinishReason
-from lamina.journal.history import Adoption, Found, History, KnownRequest, Place, Record, adoption
-from lamina.messages.engine_request import Output, Ticket
+from lamina.journal.history import Adoption, History, KnownRequest, KvLocation, Record, RecoveredRequest, adoption
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import decode_ticket, encode_ticket
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
     from lamina.scheduling.placement import Part, Placement
-    from lamina.scheduling.request import Plan
-    from lamina.scheduling.request import Sequence as Sample
+    from lamina.scheduling.request import Plan, ScheduledSequence
     from lamina_protocols.messages import Surveyed
 
 
@@ -43,11 +42,11 @@ class Recorder:
         self._placement = placement
         self._address = address
         self._places: dict[int, tuple[str, int]] = {}  # numbers are never reused
-        self._parts: dict[Sample, tuple[Part, ...]] = {}  # as the journal has them
+        self._parts: dict[ScheduledSequence, tuple[Part, ...]] = {}  # as the journal has them
 
     # While the engine runs.
 
-    def begun(self, ticket: Ticket, known: Mapping[int, Sequence[int]] | None) -> None:
+    def begun(self, ticket: EngineRequest, known: Mapping[int, Sequence[int]] | None) -> None:
         """A request is taken; of its samples those in `known` go on from these tokens, the others have ended."""
         _, request, params, seed = encode_ticket(ticket)
         self._journal.append(("request", request, params, seed))
@@ -58,7 +57,7 @@ class Recorder:
             reports = (None,) * len(tokens)
             self._journal.append(("known", ticket.request.id, at, tuple(tokens), reports, reason, 0, 0, ()))
 
-    def batch(self, plan: Plan, outputs: Mapping[str, Sequence[Output]]) -> None:
+    def batch(self, plan: Plan, outputs: Mapping[str, Sequence[EngineOutput]]) -> None:
         """A batch is complete: written before anybody is told of it."""
         told = {(request_id, output.sample): output for request_id, batch in outputs.items() for output in batch}
         rows = []
@@ -81,7 +80,7 @@ class Recorder:
             self._journal.append(("batch", tuple(rows)))
         self._journal.commit()
 
-    def _keep(self, sequence: Sample, handle: int) -> None:
+    def _keep(self, sequence: ScheduledSequence, handle: int) -> None:
         parts = self._placement.parts(handle)
         if self._parts.get(sequence) == parts:
             return
@@ -98,7 +97,7 @@ class Recorder:
             place = self._places[number] = (self._address(number), self._placement.holders[number].rank)
         return place
 
-    def ended(self, sequences: Iterable[Sample], reason: FinishReason) -> None:
+    def ended(self, sequences: Iterable[ScheduledSequence], reason: FinishReason) -> None:
         """Samples of a request were ended from outside."""
         ends: dict[str, list[tuple[int, str]]] = {}
         for sequence in sequences:
@@ -109,7 +108,7 @@ class Recorder:
                 self._journal.append(("end", request_id, tuple(samples)))
         self._journal.commit()
 
-    def failed(self, ticket: Ticket) -> None:
+    def failed(self, ticket: EngineRequest) -> None:
         """A request has ended with an error, of which its client is told."""
         for sequence in ticket.sequences:
             self._parts.pop(sequence, None)
@@ -121,7 +120,7 @@ class Recorder:
 
     # When clients, or engines, come back.
 
-    def missing(self, ticket: Ticket) -> list[Output] | None:
+    def missing(self, ticket: EngineRequest) -> list[EngineOutput] | None:
         """What the client of a request has not received; None where the request is not known as the client knows it."""
         known = self._journal.history.find(ticket.request.id)
         if known is None or ticket.received is None or not _same(known, ticket):
@@ -142,13 +141,13 @@ class Recorder:
         self.claimed(request_id)
         self._journal.append(("drop", request_id))
 
-    def unfinished(self) -> list[tuple[Ticket, KnownRequest]]:
+    def unfinished(self) -> list[tuple[EngineRequest, KnownRequest]]:
         """The requests that an engine before had not ended, in the order in which they came."""
         requests = self._journal.history.requests
         self._journal.history.unclaimed.update(requests)
         return [(decode_ticket(known.request, known.params, known.seed), known) for known in list(requests.values())]
 
-    def adopt(self, known: KnownRequest, found: Mapping[Place, Found]) -> dict[int, Adoption]:
+    def adopt(self, known: KnownRequest, found: Mapping[KvLocation, RecoveredRequest]) -> dict[int, Adoption]:
         """What is still there of the KV of its samples that have not ended."""
         prompt = len(known.request["prompt"])
         adoptions = {
@@ -162,29 +161,31 @@ class Recorder:
         return adoptions
 
 
-def found(surveys: Mapping[int, Surveyed], placement: Placement, address: Callable[[int], str]) -> dict[Place, Found]:
+def found(
+    surveys: Mapping[int, Surveyed], placement: Placement, address: Callable[[int], str]
+) -> dict[KvLocation, RecoveredRequest]:
     """What surveyed holders keep, by where they are."""
     return {
-        Place(address(number), placement.holders[number].rank): Found(
+        KvLocation(address(number), placement.holders[number].rank): RecoveredRequest(
             number, placement.first_head(number), {part.handle: part for part in surveyed.parts}
         )
         for number, surveyed in surveys.items()
     }
 
 
-def _same(known: KnownRequest, ticket: Ticket) -> bool:
+def _same(known: KnownRequest, ticket: EngineRequest) -> bool:
     request = ticket.request
     mine = (request.prompt, request.max_tokens, request.n, ticket.seed)
     theirs = known.request
     return mine == (tuple(theirs["prompt"]), theirs["max_tokens"], theirs["n"], known.seed)
 
 
-def _told(output: Output) -> tuple[int | None, str | None, Any]:
+def _told(output: EngineOutput) -> tuple[int | None, str | None, Any]:
     report = output.logprobs
     plain = None if report is None else (report.chosen, tuple(report.top))
     return output.token, output.finish_reason, plain
 
 
-def _output(sample: int, token: int | None, reason: Any, logprobs: Any, at: float) -> Output:
+def _output(sample: int, token: int | None, reason: Any, logprobs: Any, at: float) -> EngineOutput:
     report = None if logprobs is None else RowLogprobs(logprobs[0], tuple(tuple(each) for each in logprobs[1]))
-    return Output(sample, token, reason, report, at=at)
+    return EngineOutput(sample, token, reason, report, at=at)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import LaminaError
-from lamina.journal.history import GONE, Found, Place
-from lamina.messages.engine_request import Output, Ticket
-from lamina.scheduling.request import Kept
+from lamina.journal.history import GONE, KvLocation, RecoveredRequest
+from lamina.messages.engine_request import EngineOutput, EngineRequest
+from lamina.scheduling.request import RetainedKv
 
 if TYPE_CHECKING:
     from lamina.journal.recorder import Recorder
@@ -25,12 +25,12 @@ logger = logging.getLogger("lamina")
 class Begun(NamedTuple):
     """A request that goes on: the tokens of its samples that have not ended, and what holders have of their KV."""
 
-    ticket: Ticket
+    ticket: EngineRequest
     known: Mapping[int, list[int]]
-    kept: Mapping[int, Kept]
+    kept: Mapping[int, RetainedKv]
 
 
-class Returning:
+class Resumption:
     """Without a `recorder` nothing is known of an engine before, and clients are all there is to go by."""
 
     def __init__(self, recorder: Recorder | None, scheduler: Scheduler, grammars: Grammars | None) -> None:
@@ -38,13 +38,13 @@ class Returning:
         self._scheduler = scheduler
         self._grammars = grammars
         self._gone = False  # whether a holder of something that was adopted is not there
-        self._unclaimed: dict[str, Ticket] = {}  # those for which no client has come yet
+        self._unclaimed: dict[str, EngineRequest] = {}  # those for which no client has come yet
 
-    def __contains__(self, ticket: Ticket) -> bool:
+    def __contains__(self, ticket: EngineRequest) -> bool:
         """Whether nobody has come for it: then it stays in the journal, however the engine ends."""
         return ticket.request.id in self._unclaimed
 
-    def unfinished(self, found: Mapping[Place, Found]) -> Iterator[Begun]:
+    def unfinished(self, found: Mapping[KvLocation, RecoveredRequest]) -> Iterator[Begun]:
         """All that the journal has, each to be queued before the next is asked for."""
         if self._recorder is None:
             return
@@ -68,7 +68,7 @@ class Returning:
         if self._gone:
             self._scheduler.lost(GONE)
 
-    def claim(self, ticket: Ticket, old: Ticket | None) -> list[Output] | None:
+    def claim(self, ticket: EngineRequest, old: EngineRequest | None) -> list[EngineOutput] | None:
         """What a client that comes back has not received; `old` is what the engine has under way by that id, which
         `ticket` is to replace. None where all after what was received must be computed: it is not known here."""
         self._unclaimed.pop(ticket.request.id, None)
@@ -78,13 +78,13 @@ class Returning:
             ticket.scheduled, ticket.cached_tokens = old.scheduled, old.cached_tokens
         return missing
 
-    def anew(self, ticket: Ticket) -> Mapping[int, tuple[int, ...]]:
+    def anew(self, ticket: EngineRequest) -> Mapping[int, tuple[int, ...]]:
         """The tokens from which a request that is not known here goes on, by sample."""
         if self._recorder is not None:
             self._recorder.drop(ticket.request.id)
         return {at: tokens for at, (tokens, ended) in enumerate(ticket.received or ()) if not ended}
 
-    def disclaim(self) -> list[Ticket]:
+    def disclaim(self) -> list[EngineRequest]:
         """Those for which nobody has come: nobody will."""
         left = list(self._unclaimed.values())
         self._unclaimed.clear()

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
-from lamina.deploy.worker_events import FixedMembers, Member, Members, answers
+from lamina.deploy.worker_events import AttentionWorkers, ListedWorkers, WorkerAddress, answers
 from lamina.engine.holders import seated
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
 from lamina.launch.kv_sizing import attention_devices
@@ -31,7 +31,7 @@ from lamina_workers.process.credentials import load_credentials
 if TYPE_CHECKING:
     from lamina.engine.engine import Engine
     from lamina_workers.model_worker.interface import Workers
-    from lamina_workers.parallel.peers import Mate
+    from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
 
@@ -39,12 +39,12 @@ LOCAL = 0  # the number of the holder in the engine's own process
 _WEIGHT_UNIT = 1 << 20  # bytes of KV memory that one unit of a holder's weight stands for
 
 
-class Attachment:
+class AttentionPool:
     """The attention workers of one engine: `begin`, `ports`, `watch`, `close`, in this order."""
 
     def __init__(
         self,
-        members: Members,
+        members: AttentionWorkers,
         config: EngineConfig,
         holder: HolderConfig,
         model: str,
@@ -65,7 +65,7 @@ class Attachment:
         self._model = model
         self._compute_dtype = compute_dtype
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="lamina-connect")
-        self._started: Future[tuple[Member, ...]] | None = None
+        self._started: Future[tuple[WorkerAddress, ...]] | None = None
         self._ports: list[RemoteAttention] = []
 
     def begin(self, progress: Progress | None) -> None:
@@ -101,7 +101,7 @@ class Attachment:
         if not connected:
             raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
-    def seats(self, workers: Workers[Mate], number: int) -> Iterator[tuple[int, str, Holder, Surveyed | None]]:
+    def seats(self, workers: Workers[Peer], number: int) -> Iterator[tuple[int, str, Holder, Surveyed | None]]:
         """Have `workers` join all of `ports`: the holders by number, from `number` on, those of one attention worker
         together. With each its name, and what it keeps from before. Raises as `ports` does."""
         for port, holder in self.ports():
@@ -117,7 +117,7 @@ class Attachment:
     def watch(self, engine: Engine) -> None:
         """Tell the engine from now on who joins and who leaves."""
 
-        def joined(member: Member) -> None:
+        def joined(member: WorkerAddress) -> None:
             try:
                 port = self._connect(member)
                 holder = self._as_holder(port)
@@ -139,7 +139,7 @@ class Attachment:
         finally:
             self.members.close()
 
-    def _connect(self, member: Member) -> RemoteAttention:
+    def _connect(self, member: WorkerAddress) -> RemoteAttention:
         port = connect(
             member.address,
             name=member.name,
@@ -168,18 +168,18 @@ class Attachment:
         return holder
 
 
-def attach(
+def connect_attention(
     config: EngineConfig,
     holder: HolderConfig,
     model: str,
     compute_dtype: str,
     threads: int,
-    members: Members | None,
+    members: AttentionWorkers | None,
     engine: str | None = None,
     own: HolderConfig | None = None,
     heads: Sequence[int] = (1,),
     past: int = 0,
-) -> Attachment | None:
+) -> AttentionPool | None:
     """The attention workers that the config asks for, or `members`; None where attention is computed here.
 
     `model` is the model's fingerprint, `engine` the id by which workers know an engine that may be gone on from. With
@@ -190,18 +190,18 @@ def attach(
         members = _members(config, holder, threads)
     if members is None:
         return None
-    return Attachment(members, config, own or holder, model, compute_dtype, engine, heads, past)
+    return AttentionPool(members, config, own or holder, model, compute_dtype, engine, heads, past)
 
 
-def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> Members | None:
+def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> AttentionWorkers | None:
     workers = config.attention_workers
     if isinstance(workers, int):
-        from lamina.deploy.local_attention import LocalCluster
+        from lamina.deploy.local_attention import LocalAttentionWorkers
 
         if not workers:
             return None
         devices = [str(device) for device in attention_devices(config)]
-        return LocalCluster(workers, kv_memory=holder.kv_memory, threads=threads, devices=devices)
+        return LocalAttentionWorkers(workers, kv_memory=holder.kv_memory, threads=threads, devices=devices)
     credentials = load_credentials(config.tls_dir, config.token_file)
     for address in workers:
         guarded = credentials.ca and credentials.token
@@ -209,7 +209,7 @@ def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> Member
             raise InvalidRequest(
                 f"the attention worker at {address} is on another host: give tls_dir and token_file, or insecure=True"
             )
-    return FixedMembers(workers, credentials=credentials, answers=answers, clock=time.monotonic)
+    return ListedWorkers(workers, credentials=credentials, answers=answers, clock=time.monotonic)
 
 
 def _closing(port: RemoteAttention) -> threading.Thread | None:

@@ -18,23 +18,23 @@ from typing import Any
 
 import torch
 
-from lamina.client.input_processor import Intake
+from lamina.client.input_processor import InputProcessor
 from lamina.config import EngineConfig
-from lamina.deploy.local_models import LocalModelMembers, ModelMembers
-from lamina.deploy.worker_events import Members
+from lamina.deploy.local_models import LocalModelWorkers, ModelWorkerProcesses
+from lamina.deploy.worker_events import AttentionWorkers
 from lamina.engine.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
 from lamina.journal.journal import Run
 from lamina.journal.recorder import Recorder
-from lamina.launch.attention_pool import LOCAL, Attachment, attach
+from lamina.launch.attention_pool import LOCAL, AttentionPool, connect_attention
 from lamina.launch.journal_setup import open_journal, past_epochs, recover
 from lamina.launch.kv_sizing import attention_devices, check_room, divided, holder_config, limits_of
-from lamina.launch.model_pool import Ranks, begins, rank_holders
-from lamina.messages.engine_request import Ticket
+from lamina.launch.model_pool import ModelWorkerPool, begins, rank_holders
+from lamina.messages.engine_request import EngineRequest
 from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.lane_tuner import Lanes
-from lamina.scheduling.local_share import Balance
+from lamina.scheduling.lane_tuner import LaneTuner
+from lamina.scheduling.local_share import LocalShare
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
@@ -54,9 +54,9 @@ from lamina_workers.devices.available import find_each, room_for
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.warmup import prepare_kernels
-from lamina_workers.parallel.peers import Mate
-from lamina_workers.parallel.replicas import RotatingWorkers
-from lamina_workers.parallel.tensor_parallel import TensorWorkers
+from lamina_workers.parallel.peers import Peer
+from lamina_workers.parallel.replicas import PipelineReplicas
+from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers
 from lamina_workers.ports.port import AttentionPort, LocalAttention
 
 logger = logging.getLogger("lamina")
@@ -76,13 +76,13 @@ class Runtime:
     tokenizer: Tokenizer
     limits: SchedulerConfig
     possible: int
-    intake: Intake
+    intake: InputProcessor
     engine: Engine
     thread: threading.Thread
     progress: Progress | None
-    attachment: Attachment | None = None
-    unfinished: tuple[Ticket, ...] = ()  # of an engine before, by the journal
-    ranks: Ranks | None = None
+    attachment: AttentionPool | None = None
+    unfinished: tuple[EngineRequest, ...] = ()  # of an engine before, by the journal
+    ranks: ModelWorkerPool | None = None
 
     def stop(self) -> None:
         """Stop the engine, and wait until its thread is gone: the interpreter must not end while it is in torch."""
@@ -107,9 +107,9 @@ def start(
     name: str | Path,
     config: EngineConfig,
     progress: Progress | None = None,
-    members: Members | None = None,
+    members: AttentionWorkers | None = None,
     run: Run | None = None,
-    model_members: ModelMembers | None = None,
+    model_members: ModelWorkerProcesses | None = None,
 ) -> Runtime:
     """Load a model by name and start its engine. Raises ModelFileError, UnsupportedModelError, InvalidRequest, or
     EngineError where other workers do not come up. `members` are the attention workers, where the config does not say;
@@ -140,9 +140,9 @@ def _live(
     name: str | Path,
     config: EngineConfig,
     progress: Progress | None,
-    members: Members | None,
+    members: AttentionWorkers | None,
     run: Run | None,
-    model_members: ModelMembers | None,
+    model_members: ModelWorkerProcesses | None,
 ) -> None:
     """The life of the engine's thread."""
     try:
@@ -160,9 +160,9 @@ def _build(
     name: str | Path,
     config: EngineConfig,
     progress: Progress | None,
-    members: Members | None,
+    members: AttentionWorkers | None,
     run: Run | None,
-    model_members: ModelMembers | None,
+    model_members: ModelWorkerProcesses | None,
 ) -> Runtime:
     path = resolve(name, progress)
     tokenizer = Tokenizer(path)
@@ -188,10 +188,12 @@ def _build(
     journal = open_journal(config, fingerprint(path), holder, run)
     known_as = journal.engine if journal is not None else secrets.token_hex(16) if config.model_workers > 1 else None
     past = past_epochs(journal)
-    attachment: Attachment | None = None
-    ranks: Ranks | None = None
+    attachment: AttentionPool | None = None
+    ranks: ModelWorkerPool | None = None
     try:
-        attachment = attach(config, holder, fingerprint(path), dtype_name, threads, members, known_as, own, heads, past)
+        attachment = connect_attention(
+            config, holder, fingerprint(path), dtype_name, threads, members, known_as, own, heads, past
+        )
         if attachment is None and config.replicas > 1:
             raise InvalidRequest(
                 f"model_workers is {config.replicas} replicas without attention_workers; allowed are 1 or more, "
@@ -199,7 +201,7 @@ def _build(
             )
         early_query = attachment is not None and _query_goes_first(model, dtype)
         if config.model_workers > 1:
-            beside = model_members or LocalModelMembers(config.model_workers, threads=own_threads)
+            beside = model_members or LocalModelWorkers(config.model_workers, threads=own_threads)
             told = begins(
                 config,
                 rank_configs,
@@ -213,7 +215,7 @@ def _build(
                 engine=known_as or "",
                 epoch=past + 1,
             )
-            ranks = Ranks(beside, told)
+            ranks = ModelWorkerPool(beside, told)
             ranks.begin(progress)
         if attachment is not None:
             attachment.begin(progress)  # they come up while the model loads
@@ -234,9 +236,9 @@ def _build(
             decoder = Decoder(model, weights, Shard(0, config.ranks), None if group is None else group.meet())
         decoder = sliced(decoder, config.compile)
         alone = ModelWorker(decoder, own, ports, own_threads, config.worker_timeout, early_query, epoch=past + 1)
-        worker: Workers[Mate] = alone
+        worker: Workers[Peer] = alone
         if group is not None:
-            worker = TensorWorkers(
+            worker = TensorParallelWorkers(
                 alone,
                 decoder,
                 group,
@@ -245,7 +247,7 @@ def _build(
                 config=own,
             )
         elif ranks is not None:
-            worker = RotatingWorkers(alone, ranks.mates(), here=ports, config=own, patience=config.worker_timeout)
+            worker = PipelineReplicas(alone, ranks.mates(), here=ports, config=own, patience=config.worker_timeout)
         names: dict[int, str] = {}
         kept: dict[int, Surveyed] = {}
         if attachment is not None:
@@ -268,7 +270,7 @@ def _build(
         possible = scheduler.longest_possible()
         check_room(config, holder, possible)
         prefix = "" if journal is None else f"{journal.starts}-"  # ids are never used again
-        intake = Intake(tokenizer, limits.max_model_len, possible, model.vocab_size, generation_config, prefix)
+        intake = InputProcessor(tokenizer, limits.max_model_len, possible, model.vocab_size, generation_config, prefix)
         recorder = None if journal is None else Recorder(journal, placement, worker.address)
         engine = Engine(
             worker,
@@ -278,14 +280,14 @@ def _build(
             names=names,
             scratch=scratch,
             lanes=_lanes(config, attachment),
-            balance=Balance(None if config.local_share == "auto" else float(config.local_share)),
+            balance=LocalShare(None if config.local_share == "auto" else float(config.local_share)),
             grammars=intake.grammars,
             hope=config.recovery_timeout,
             recorder=recorder,
             on_rebuilt=_rebuild_report(progress),
             on_lost=None if attachment is None else attachment.members.lost,
         )
-        unfinished: tuple[Ticket, ...] = ()
+        unfinished: tuple[EngineRequest, ...] = ()
         if journal is not None and recorder is not None:
             unfinished = recover(journal, engine, recorder, worker, placement, kept)
         if attachment is not None:
@@ -321,14 +323,14 @@ def _rebuild_report(progress: Progress | None) -> Callable[[int, int], None]:
     return report
 
 
-def _lanes(config: EngineConfig, attachment: Attachment | None) -> Lanes:
+def _lanes(config: EngineConfig, attachment: AttentionPool | None) -> LaneTuner:
     if config.ranks > 1:
-        return Lanes(1)
+        return LaneTuner(1)
     if isinstance(config.lanes, int):
-        return Lanes(config.lanes)
+        return LaneTuner(config.lanes)
     if config.replicas > 1:
-        return Lanes.auto(config.replicas + 1, config.replicas)
-    return Lanes.auto(AUTO_LANES) if attachment is not None else Lanes(1)  # nobody to wait for
+        return LaneTuner.auto(config.replicas + 1, config.replicas)
+    return LaneTuner.auto(AUTO_LANES) if attachment is not None else LaneTuner(1)  # nobody to wait for
 
 
 def rescaled(model: ModelConfig, scaling: Mapping[str, Any] | None) -> ModelConfig:

@@ -13,11 +13,11 @@ from lamina.config import EngineConfig
 from lamina.engine.engine import Engine
 from lamina.journal.journal import Facts, Journal, Run
 from lamina.journal.recorder import Recorder, found
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.scheduling.placement import Placement
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_workers.model_worker.interface import Workers
-from lamina_workers.parallel.peers import Mate
+from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
 
@@ -48,10 +48,10 @@ def recover(
     journal: Journal,
     engine: Engine,
     recorder: Recorder,
-    worker: Workers[Mate],
+    worker: Workers[Peer],
     placement: Placement,
     surveys: Mapping[int, Surveyed],
-) -> tuple[Ticket, ...]:
+) -> tuple[EngineRequest, ...]:
     """Have a new engine go on with what the journal's engine before had not finished. `surveys` are what holders, by
     number, keep. Returns the requests."""
     handles = [part.handle for surveyed in surveys.values() for part in surveyed.parts]

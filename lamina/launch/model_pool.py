@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
-from lamina.deploy.local_models import ModelMembers
+from lamina.deploy.local_models import ModelWorkerProcesses
 from lamina.errors import EngineError, InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError
 from lamina.system.progress import Progress
 from lamina_protocols.errors import LaminaError
@@ -22,9 +22,9 @@ from lamina_protocols.socket_channel import listen_tcp
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.shard import Shard, rank_shape
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, RanksError
-from lamina_workers.parallel import peer_messages as crew_messages
+from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.collectives import Meeting
-from lamina_workers.parallel.peers import Crew, Mate
+from lamina_workers.parallel.peers import Peer, PeerListener
 from lamina_workers.parallel.rank_group import SLACK, RankGroup
 
 if TYPE_CHECKING:
@@ -70,21 +70,21 @@ def rank_holders(holder: HolderConfig, model: ModelConfig, ranks: int) -> tuple[
     )
 
 
-class Ranks:
+class ModelWorkerPool:
     """Model workers 1 and up of one engine: `begin`, `mates`, `watch`, `close`, in this order.
 
     `begins` says what each of them loads, by rank from 1 on.
     """
 
-    def __init__(self, members: ModelMembers, begins: Sequence[crew_messages.Begin]) -> None:
+    def __init__(self, members: ModelWorkerProcesses, begins: Sequence[peer_messages.Begin]) -> None:
         self._members = members
         self._begins = {begin.rank: begin for begin in begins}
         self._host = members.host
         self._progress: Progress | None = None
-        self._news: queue.SimpleQueue[Mate | EngineError | LaminaError] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[Peer | EngineError | LaminaError] = queue.SimpleQueue()
         self._engine: Engine | None = None
         self._group: RankGroup | None = None
-        self._crew = Crew(
+        self._crew = PeerListener(
             self._begins.__getitem__,
             self._ready,
             self._failed,
@@ -99,13 +99,13 @@ class Ranks:
         self._progress = progress
         self._members.start(self._crew.address, self._crew.invite, self._ended)
 
-    def mates(self) -> list[Mate]:
+    def mates(self) -> list[Peer]:
         """All of them, once they are ready. Raises what one of them says that it lacks, or EngineError where one ends
         instead."""
-        mates: dict[int, Mate] = {}
+        mates: dict[int, Peer] = {}
         while len(mates) < len(self._begins):
             news = self._news.get()
-            if not isinstance(news, Mate):
+            if not isinstance(news, Peer):
                 raise news
             mates[news.rank] = news
             if self._progress is not None:
@@ -127,7 +127,7 @@ class Ranks:
         self._engine = engine
         while not self._news.empty():
             news = self._news.get()
-            if isinstance(news, Mate):
+            if isinstance(news, Peer):
                 engine.rank_back(news)
 
     def close(self) -> None:
@@ -139,14 +139,14 @@ class Ranks:
 
     # On threads of the members' and the crew's.
 
-    def _ready(self, mate: Mate) -> None:
+    def _ready(self, mate: Peer) -> None:
         logger.info("model worker %d: %s, on %s", mate.rank, mate.name, mate.said.device)
         if self._engine is not None:
             self._engine.rank_back(mate)
         else:
             self._news.put(mate)
 
-    def _failed(self, rank: int, said: crew_messages.Failed) -> None:
+    def _failed(self, rank: int, said: peer_messages.Failed) -> None:
         if kind := _HOPELESS.get(said.kind):
             error = kind(f"model worker {rank}: {said.reason}")
             if self._engine is None:
@@ -179,12 +179,12 @@ def begins(
     early_query: bool,
     engine: str,
     epoch: int,
-) -> list[crew_messages.Begin]:
+) -> list[peer_messages.Begin]:
     """What each model worker beyond 0 is to load and to be; `holders` are those of all ranks, one where all are
     replicas, and `devices` has one for each model worker."""
     ranks = len(holders)
     return [
-        crew_messages.Begin(
+        peer_messages.Begin(
             rank=rank,
             ranks=ranks,
             folder=folder,

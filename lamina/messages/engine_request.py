@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lamina.completions import FinishReason
 from lamina.errors import LaminaError
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
-from lamina.scheduling.request import Sequence as Sample
+from lamina.scheduling.request import Request, ScheduledSequence
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class EngineOutput:
     """One step of one sample: a token, or the end, at a time of the engine's clock. `error` ends the whole request."""
 
     sample: int
@@ -29,7 +28,7 @@ class Output:
     at: float = 0.0
 
 
-class Spared(NamedTuple):
+class KvSavings(NamedTuple):
     """What KV policies have spared a request so far, in decode, over all its parts: `messages.Usage`, summed."""
 
     read: float = 0
@@ -50,10 +49,10 @@ class Spared(NamedTuple):
         return shares
 
 
-NOTHING_SPARED = Spared()
+NOTHING_SPARED = KvSavings()
 
 
-def nobody(ticket: Ticket, outputs: list[Output]) -> None:
+def nobody(ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
     """The sink of a ticket that was not submitted."""
 
 
@@ -62,7 +61,7 @@ def unwatched(done: int, total: int) -> None:
 
 
 @dataclass(slots=True)
-class Ticket:
+class EngineRequest:
     """A request and what becomes of it.
 
     Whoever submits it sets `submitted`, `sink`, which the engine calls with each batch's outputs, and perhaps
@@ -73,15 +72,15 @@ class Ticket:
     request: Request
     params: SamplingParams
     seed: int
-    sink: Callable[[Ticket, list[Output]], None] = nobody
+    sink: Callable[[EngineRequest, list[EngineOutput]], None] = nobody
     prefilled: Callable[[int, int], None] = unwatched
     submitted: float = 0.0
     scheduled: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
-    spared: Spared = NOTHING_SPARED
+    spared: KvSavings = NOTHING_SPARED
     unfinished: int = 0
     received: tuple[tuple[tuple[int, ...], bool], ...] | None = None
     """Of a request that another engine began: each sample's tokens that its client has, and whether it has ended."""
-    sequences: tuple[Sample, ...] = ()
+    sequences: tuple[ScheduledSequence, ...] = ()
     constraints: tuple[Constraint, ...] = ()

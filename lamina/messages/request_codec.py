@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina_workers.decoder.logprobs import RowLogprobs
@@ -19,12 +19,12 @@ received and whether it has ended) | ("abort", id, sample, reason) | ("snapshot"
 _ERRORS: dict[str, type[LaminaError]] = {"InvalidRequest": InvalidRequest, "EngineError": EngineError}
 
 
-def encode_resumed(ticket: Ticket, received: Sequence[tuple[Sequence[int], bool]]) -> Command:
+def encode_resumed(ticket: EngineRequest, received: Sequence[tuple[Sequence[int], bool]]) -> Command:
     """A submission that another engine has begun, as plain data."""
     return ("resume", *encode_ticket(ticket)[1:], tuple((tuple(tokens), over) for tokens, over in received))
 
 
-def encode_ticket(ticket: Ticket) -> Command:
+def encode_ticket(ticket: EngineRequest) -> Command:
     """A submission as plain data."""
     request = {field.name: getattr(ticket.request, field.name) for field in dataclasses.fields(Request)}
     params = {field.name: getattr(ticket.params, field.name) for field in dataclasses.fields(SamplingParams)}
@@ -33,23 +33,23 @@ def encode_ticket(ticket: Ticket) -> Command:
     return ("submit", request, params, ticket.seed)
 
 
-def decode_ticket(request: Mapping[str, Any], params: Mapping[str, Any], seed: int) -> Ticket:
+def decode_ticket(request: Mapping[str, Any], params: Mapping[str, Any], seed: int) -> EngineRequest:
     """The ticket of `encode_ticket`'s fields, without a sink."""
     fields = dict(request) | {"stop_token_ids": frozenset(request["stop_token_ids"])}
-    return Ticket(Request(**fields), SamplingParams(**params), seed)
+    return EngineRequest(Request(**fields), SamplingParams(**params), seed)
 
 
-def encode_output(output: Output, start: float) -> tuple[Any, ...]:
+def encode_output(output: EngineOutput, start: float) -> tuple[Any, ...]:
     """An output as plain data, its time as seconds since `start`."""
     logprobs = None if output.logprobs is None else (output.logprobs.chosen, tuple(output.logprobs.top))
     error = None if output.error is None else (type(output.error).__name__, str(output.error))
     return (output.sample, output.token, output.finish_reason, logprobs, error, output.at - start)
 
 
-def decode_output(fields: tuple[Any, ...], start: float) -> Output:
+def decode_output(fields: tuple[Any, ...], start: float) -> EngineOutput:
     """The output of `encode_output`, on a clock on which its request was submitted at `start`."""
     sample, token, reason, logprobs, error, at = fields
-    return Output(
+    return EngineOutput(
         sample=sample,
         token=token,
         finish_reason=reason,

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
 from lamina.deploy.ray_connection import ray_module
-from lamina.deploy.ray_models import RayModelMembers
-from lamina.deploy.relayed_attention import ToldMembers
-from lamina.deploy.worker_events import Member, MemberStatus
+from lamina.deploy.ray_models import RayModelWorkers
+from lamina.deploy.relayed_attention import RelayedWorkers
+from lamina.deploy.worker_events import WorkerAddress, WorkerStatus
 from lamina.errors import EngineError, LaminaError
 from lamina.journal.journal import Run, run_folder, sweep
 from lamina.models.cache import hash_file
@@ -58,8 +58,8 @@ class EngineActor:
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._members: ToldMembers | None = None
-        self._others: RayModelMembers | None = None  # model workers beyond this one
+        self._members: RelayedWorkers | None = None
+        self._others: RayModelWorkers | None = None  # model workers beyond this one
         self._runtime: Any = None
         self._host: Any = None
         self._model = ""
@@ -67,7 +67,7 @@ class EngineActor:
         self._ended = False  # somebody wants it to end
         self._telling = threading.Lock()
         self._told = 0
-        self._workers: tuple[tuple[Member | None, MemberStatus], ...] = ()
+        self._workers: tuple[tuple[WorkerAddress | None, WorkerStatus], ...] = ()
         share_cores()  # before anything imports torch
         sys.setswitchinterval(_SWITCH)
         logger.addHandler(_Forward(self._events))
@@ -98,7 +98,7 @@ class EngineActor:
             if workers and self._members is None:
                 self._members = self._make_members()
         if config.model_workers > 1:
-            self._others = RayModelMembers(config.model_workers, model=model, threads=config.threads)
+            self._others = RayModelWorkers(config.model_workers, model=model, threads=config.threads)
         self._runtime = start(model, config, self._report, self._members, run, self._others)
         self._host = EngineHost(self._runtime.engine, self._events, time.monotonic)
         if self._ended:
@@ -112,7 +112,7 @@ class EngineActor:
         return {"folder": str(folder), "files": file_hashes(folder), "limits": limits, "possible": possible}
 
     def there(
-        self, number: int, workers: Sequence[tuple[Member | None, MemberStatus]], drained: Collection[str]
+        self, number: int, workers: Sequence[tuple[WorkerAddress | None, WorkerStatus]], drained: Collection[str]
     ) -> None:
         """The places for attention workers and who is there now; drained ones are used no more, by no engine. Calls may
         overtake one another: an older `number` than the last changes nothing."""
@@ -177,8 +177,8 @@ class EngineActor:
             self._runtime.stop()
             shutil.rmtree(self._journal, ignore_errors=True)
 
-    def _make_members(self) -> ToldMembers:
-        return ToldMembers(lambda name: self._events.put(("lost", name)))
+    def _make_members(self) -> RelayedWorkers:
+        return RelayedWorkers(lambda name: self._events.put(("lost", name)))
 
     def _report(self, what: str, done: int, total: int | None) -> None:
         self._events.put(("progress", what, done, total))

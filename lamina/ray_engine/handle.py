@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lamina.client.input_processor import Intake
+from lamina.client.input_processor import InputProcessor
 from lamina.config import EngineConfig
 from lamina.deploy.ray_connection import NAMESPACE, TIMEOUT, connect, ray_module
 from lamina.errors import InvalidRequest
@@ -24,7 +24,7 @@ from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
     from lamina.client.remote_client import RemoteEngine
-    from lamina.messages.engine_request import Ticket
+    from lamina.messages.engine_request import EngineRequest
     from lamina.scheduling.request import SchedulerConfig
     from lamina.text.tokenizer import Tokenizer
     from lamina_workers.decoder.config import ModelConfig
@@ -43,13 +43,13 @@ class ClusterRuntime:
     tokenizer: Tokenizer
     limits: SchedulerConfig
     possible: int
-    intake: Intake
+    intake: InputProcessor
     engine: RemoteEngine
     progress: Progress | None
     owner: EngineOwner
     files: TemporaryDirectory[str] | None
     own_connection: bool
-    unfinished: tuple[Ticket, ...] = ()
+    unfinished: tuple[EngineRequest, ...] = ()
 
     def stop(self) -> None:
         """End the engine, its actors and, where it was made for them, the connection to the cluster."""
@@ -108,7 +108,9 @@ def _runtime(
         tokenizer=tokenizer,
         limits=facts["limits"],
         possible=facts["possible"],
-        intake=Intake(tokenizer, facts["limits"].max_model_len, facts["possible"], model.vocab_size, generation_config),
+        intake=InputProcessor(
+            tokenizer, facts["limits"].max_model_len, facts["possible"], model.vocab_size, generation_config
+        ),
         engine=engine,
         progress=progress,
         owner=owner,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig, parse_size
-from lamina.deploy.ray_attention import RayCluster, environment
+from lamina.deploy.ray_attention import RayAttentionWorkers, environment
 from lamina.deploy.ray_connection import (
     ATTENTION,
     MODEL,
@@ -63,7 +63,7 @@ class EngineOwner:
         self._config = config
         self._user: RemoteEngine | None = None
         self._count = config.attention_workers if isinstance(config.attention_workers, int) else 0  # it refuses both
-        self._workers: RayCluster | None = None
+        self._workers: RayAttentionWorkers | None = None
         self._failure: LaminaError | None = None  # why the attention workers did not come up
         self._actor: Any = None
         self._serves = False  # it has started once
@@ -95,7 +95,7 @@ class EngineOwner:
         if self._count:
             memory = None if self._config.kv_memory is None else parse_size("kv_memory", self._config.kv_memory)
             device = self._config.attention_device
-            self._workers = RayCluster(
+            self._workers = RayAttentionWorkers(
                 self._count,
                 kv_memory=memory,
                 threads=self._config.threads,

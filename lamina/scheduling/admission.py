@@ -11,23 +11,23 @@ from heapq import heappop, heappush
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Layouts, Pages
 from lamina.scheduling.prefix_cache import Match
-from lamina.scheduling.request import SchedulerConfig, Sequence
-from lamina.scheduling.running import Order, Residents
+from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
+from lamina.scheduling.running import Order, RunningSequences
 
 
 class Admission:
     """The queue. One that waits for a prefix to be computed is not in it: the prefix tree has that one."""
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts, residents: Residents) -> None:
+    def __init__(self, config: SchedulerConfig, layouts: Layouts, residents: RunningSequences) -> None:
         self._config = config
         self._layouts = layouts
         self._residents = residents
-        self._waiting: list[tuple[Order, Sequence]] = []  # heap; a finished sequence stays until it is on top
-        self._short: tuple[Sequence | None, tuple[Pages, ...]] = None, ()  # who waits for how many spare pages
-        self._stranded: list[Sequence] = []
+        self._waiting: list[tuple[Order, ScheduledSequence]] = []  # heap; a finished sequence stays until it is on top
+        self._short: tuple[ScheduledSequence | None, tuple[Pages, ...]] = None, ()  # who waits for how many spare pages
+        self._stranded: list[ScheduledSequence] = []
 
     @property
-    def stranded(self) -> tuple[Sequence, ...]:
+    def stranded(self) -> tuple[ScheduledSequence, ...]:
         """Those that wait for a holder to join, since those there are can never keep them."""
         return tuple(sequence for sequence in self._stranded if sequence.finish_reason is None)
 
@@ -45,11 +45,11 @@ class Admission:
         """Whether so many tokens could ever be kept in this layout."""
         return self._layouts.capacity.covers(self._config.pages_for(layout, length))
 
-    def queue(self, sequence: Sequence) -> None:
+    def queue(self, sequence: ScheduledSequence) -> None:
         """Let a sequence without KV wait for its turn."""
         heappush(self._waiting, (sequence.order, sequence))
 
-    def give_back(self, sequence: Sequence) -> None:
+    def give_back(self, sequence: ScheduledSequence) -> None:
         """Take an idle sequence's KV away; it waits until it fits whole, and computes what it had again."""
         self._residents.close(sequence)
         self.queue(sequence)
@@ -65,7 +65,7 @@ class Admission:
             self.queue(sequence)
         self._stranded.clear()
 
-    def admit(self) -> Sequence | None:
+    def admit(self) -> ScheduledSequence | None:
         """Give KV to the first waiting sequence, if it fits. Those that wait for a prefix are overtaken."""
         residents = self._residents
         while self._waiting and len(residents.sequences) < self._config.max_sequences:
@@ -98,7 +98,7 @@ class Admission:
             return sequence
         return None
 
-    def admit_siblings(self, first: Sequence) -> None:
+    def admit_siblings(self, first: ScheduledSequence) -> None:
         """Fork the other samples off the first, whose prompt is computed; those without room wait like anyone."""
         residents, length = self._residents, len(first.request.prompt) - 1
         for sibling in first.siblings:
@@ -111,7 +111,7 @@ class Admission:
                 self.queue(sibling)
         first.siblings = []
 
-    def _still_short(self, sequence: Sequence) -> bool:
+    def _still_short(self, sequence: ScheduledSequence) -> bool:
         """Whether there is still not the room that it was found to need before."""
         known, alternatives = self._short
         if sequence is not known or not self._residents.sequences:
@@ -119,7 +119,7 @@ class Admission:
         spare = self._residents.spare()
         return not any(spare.covers(needed) for needed in alternatives)
 
-    def _worth_waiting(self, sequence: Sequence, match: Match) -> bool:
+    def _worth_waiting(self, sequence: ScheduledSequence, match: Match) -> bool:
         """Whether a prefix being computed saves a page or more, and its writer comes first anyway.
 
         A writer that comes later could be held up by others that must not hold up this sequence.
@@ -128,7 +128,7 @@ class Admission:
         gain = match.promised - match.length
         return writer is not None and writer.order < sequence.order and gain >= self._config.page_size
 
-    def _places(self, sequence: Sequence, match: Match) -> list[tuple[Layout, Match]]:
+    def _places(self, sequence: ScheduledSequence, match: Match) -> list[tuple[Layout, Match]]:
         """Where the sequence could run to its end, and what it would have of the tree there; the best first. What
         was found in the tree is taken up where it is, unless there is room only elsewhere."""
         beside = ((running.layout, len(running.tokens)) for running in self._residents.sequences)
@@ -142,7 +142,9 @@ class Admission:
             *((layout, none) for layout, none in anew if there.isdisjoint(share.holder for share in layout)),
         ]
 
-    def _with_room(self, sequence: Sequence, places: list[tuple[Layout, Match]]) -> tuple[Layout, Match] | None:
+    def _with_room(
+        self, sequence: ScheduledSequence, places: list[tuple[Layout, Match]]
+    ) -> tuple[Layout, Match] | None:
         """The first place that has the room now; whoever is alone fits."""
         residents = self._residents
         alone = not residents.sequences

@@ -11,26 +11,26 @@ from collections.abc import Iterable
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import Layout, Layouts, Pages, Share
-from lamina.scheduling.page_ledger import Ledger
+from lamina.scheduling.page_ledger import PageLedger
 from lamina.scheduling.prefix_cache import common_length
-from lamina.scheduling.request import Rebuild, SchedulerConfig, Sequence
+from lamina.scheduling.request import Rebuild, ScheduledSequence, SchedulerConfig
 
 
-class Rebuilder:
+class KvRebuild:
     """Decides who takes over, and when a sequence's next row can be planned. Tells the ledger."""
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts, ledger: Ledger) -> None:
+    def __init__(self, config: SchedulerConfig, layouts: Layouts, ledger: PageLedger) -> None:
         self._config = config
         self._layouts = layouts
         self._ledger = ledger
 
-    def lost(self, holder: int, kept: Iterable[Sequence], spare: Pages) -> tuple[int, list[Sequence]]:
+    def lost(self, holder: int, kept: Iterable[ScheduledSequence], spare: Pages) -> tuple[int, list[ScheduledSequence]]:
         """Have what a lost holder kept of these idle sequences taken over, by who has `spare` pages for it.
 
         Returns how many tokens are computed again, and the sequences that cannot be rebuilt in part.
         """
-        begun: list[Sequence] = []
-        hopeless: list[Sequence] = []
+        begun: list[ScheduledSequence] = []
+        hopeless: list[ScheduledSequence] = []
         tokens = 0
         for sequence in kept:
             taken = self._begin(sequence, holder, spare, begun)
@@ -43,7 +43,7 @@ class Rebuilder:
                 tokens += sequence.rebuild.end - max(sequence.rebuild.at, sequence.rebuild.length)
         return tokens, hopeless
 
-    def recorded(self, sequence: Sequence) -> None:
+    def recorded(self, sequence: ScheduledSequence) -> None:
         """The row that was planned to rebuild it is complete. Raises EngineError where there was none to plan."""
         rebuild = sequence.rebuild
         if rebuild is None:
@@ -52,7 +52,9 @@ class Rebuilder:
         if rebuild.at >= rebuild.end:
             sequence.rebuild = None
 
-    def _begin(self, sequence: Sequence, holder: int, spare: Pages, earlier: Iterable[Sequence]) -> Pages | None:
+    def _begin(
+        self, sequence: ScheduledSequence, holder: int, spare: Pages, earlier: Iterable[ScheduledSequence]
+    ) -> Pages | None:
         """Have one sequence's shares taken over; `earlier` are those whose rebuild has begun. Returns the pages that it
         takes; None where nobody has them, or where what the others keep is not enough to compute the lost from."""
         if sequence.handle is None:
@@ -76,7 +78,7 @@ class Rebuilder:
             self._ledger.replace(sequence.handle, holder, substitutes)
         return self._config.pages_for(substitutes, len(sequence.tokens), length)
 
-    def ready(self, sequence: Sequence) -> bool:
+    def ready(self, sequence: ScheduledSequence) -> bool:
         """Whether the next row can be planned: not while it waits for another's to be rebuilt first."""
         rebuild = sequence.rebuild
         if rebuild is None or rebuild.source is None or sequence.handle is None:
@@ -95,13 +97,15 @@ class Rebuilder:
             sequence.rebuild = None
         return True
 
-    def _wait_no_more(self, sequence: Sequence) -> None:
+    def _wait_no_more(self, sequence: ScheduledSequence) -> None:
         rebuild = sequence.rebuild
         if rebuild is not None and rebuild.source is not None and sequence.handle is not None:
             rebuild.source = None
             self._ledger.replace(sequence.handle, rebuild.lost, rebuild.missing)
 
-    def _source(self, sequence: Sequence, lost: Layout, earlier: Iterable[Sequence]) -> tuple[Sequence | None, int]:
+    def _source(
+        self, sequence: ScheduledSequence, lost: Layout, earlier: Iterable[ScheduledSequence]
+    ) -> tuple[ScheduledSequence | None, int]:
         """Off whom the lost share can be forked, and how many tokens of it; whole pages."""
         best, most = None, 0
         if len(lost) > 1 or sequence.rebuild is not None or not self._config.unbounded:
@@ -121,7 +125,7 @@ class Rebuilder:
         return best, most
 
     def _substitutes(
-        self, sequence: Sequence, lost: Layout, spare: Pages, source: Sequence | None, length: int
+        self, sequence: ScheduledSequence, lost: Layout, spare: Pages, source: ScheduledSequence | None, length: int
     ) -> Layout | None:
         if source is not None and source.rebuild is not None:
             taken: list[Share] = list(source.rebuild.missing)
@@ -131,7 +135,7 @@ class Rebuilder:
         needed = self._config.pages_for(tuple(taken), len(sequence.tokens), length)
         return tuple(taken) if len(taken) == len(lost) and spare.covers(needed) else None
 
-    def _miss(self, sequence: Sequence, substitutes: Layout) -> None:
+    def _miss(self, sequence: ScheduledSequence, substitutes: Layout) -> None:
         """The substitutes are to be computed, and what was missing before."""
         missing = substitutes
         if sequence.rebuild is not None:

@@ -16,7 +16,7 @@ GAIN = 1.03  # by which more lanes must be better: below that, noise decides
 CHANGE = 1.5  # of the number of sequences, after which a choice is looked at again
 
 
-class Lanes:
+class LaneTuner:
     """`count` lanes at a time, over so many `replicas` of the model. With `most` above 1 each number up to it is tried
     in turn, and the best is kept.
 
@@ -35,7 +35,7 @@ class Lanes:
         self._sequences = 0
 
     @classmethod
-    def auto(cls, most: int, replicas: int = 1) -> Lanes:
+    def auto(cls, most: int, replicas: int = 1) -> LaneTuner:
         """Begins with one lane, and tries up to `most`."""
         return cls(1, most, replicas)
 

@@ -188,7 +188,7 @@ class Rates:
         return replace(self, remote=(beside - call) / tokens, call=call, fixed=fixed * slower, alone=seen)
 
 
-class Balance:
+class LocalShare:
     """`share` of the KV tokens that are read in decode should be local. A number is kept as it is; "auto" begins with
     everything local, and goes where steps are shortest."""
 

@@ -7,7 +7,7 @@ scheduled when, or why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages
@@ -18,13 +18,13 @@ from lamina.scheduling.request import (
     Plan,
     PlannedRow,
     ReplaceShares,
+    ScheduledSequence,
     SchedulerConfig,
-    Sequence,
     SequenceOperation,
 )
 
 
-class Ledger:
+class PageLedger:
     """Operations wait in it until a plan that carries them is accepted; every plan carries all that wait."""
 
     def __init__(self, config: SchedulerConfig, free: Pages) -> None:
@@ -95,7 +95,7 @@ class Ledger:
             room -= pages
         return room
 
-    def affordable(self, sequence: Sequence, want: int) -> int:
+    def affordable(self, sequence: ScheduledSequence, want: int) -> int:
         """How many of its next `want` tokens fit into its last page and the room there is."""
         tail = -sequence.computed % self._config.page_size
         if want <= tail and not sequence.copies and sequence.rebuild is None:
@@ -112,7 +112,7 @@ class Ledger:
                 too_many = middle
         return fits
 
-    def _cost(self, sequence: Sequence, count: int) -> Pages:
+    def _cost(self, sequence: ScheduledSequence, count: int) -> Pages:
         """Pages that its next `count` tokens take, at most: new ones and the copy of a shared one that they fall
         into, less those that fall behind sliding windows."""
         start, size, held = sequence.next, self._config.page_size, self._config.held
@@ -126,7 +126,7 @@ class Ledger:
         )
         return pages + self._config.page_set(layout, start) if sequence.copies and start % size else pages
 
-    def reserve(self, sequence: Sequence, count: int) -> PlannedRow:
+    def reserve(self, sequence: ScheduledSequence, count: int) -> PlannedRow:
         """A row for its next `count` tokens, to go into the next plan."""
         if sequence.handle is None:
             raise EngineError(f"request {sequence.request.id} was planned before it was admitted")
@@ -191,7 +191,7 @@ class Ledger:
         """Whether the plan has not been answered yet."""
         return plan in self._unanswered
 
-    def check_integrity(self, handles: Several[int]) -> None:
+    def check_integrity(self, handles: Sequence[int]) -> None:
         """Raise `EngineError` unless exactly these handles, all different, will exist once everything is accepted."""
         there = set(self._held)
         for operation in self.operations:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from lamina.errors import EngineError
-from lamina.scheduling import kv_layouts as layouts
+from lamina.scheduling import kv_layouts
 from lamina.scheduling.kv_shares import Layout, Pages, Share
 from lamina.scheduling.local_share import prefers_local
 from lamina.scheduling.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, ReplaceShares
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row, Surveyed
-from lamina_protocols.routes import HolderShare, Route
+from lamina_protocols.routes import HolderBatch, Route
 
 
 @dataclass(slots=True)
@@ -35,9 +35,9 @@ class Holder:
     outbox: list[Operation] = field(default_factory=list)
     first: int = 0  # the number of the first operation in the outbox
 
-    def outgoing(self, routes: tuple[Route, ...] = ()) -> HolderShare:
+    def outgoing(self, routes: tuple[Route, ...] = ()) -> HolderBatch:
         """All that waits, and routes."""
-        return HolderShare(self.first, tuple(self.outbox), routes)
+        return HolderBatch(self.first, tuple(self.outbox), routes)
 
     def waiting(self, applied: int) -> list[Operation]:
         """What waits, for a holder that is known to have applied the operations below number `applied`."""
@@ -48,7 +48,7 @@ class Holder:
         self.first = kept.next_operation
         self.outbox = [Close(part.handle) for part in kept.parts]
 
-    def accepted(self, share: HolderShare) -> None:
+    def accepted(self, share: HolderBatch) -> None:
         """It has applied the share's operations."""
         done = max(0, share.first + len(share.operations) - self.first)
         del self.outbox[:done]
@@ -159,7 +159,7 @@ class Placement:
             if not taking:
                 return ()
             turn = self._turn % len(taking)
-            layout += layouts.layout(
+            layout += kv_layouts.layout(
                 self._shard, taking[turn:] + taking[:turn], heads, length, self._page_size, self._end
             )
         return self._layouts.setdefault(layout, layout) if self._shard == "heads" else layout
@@ -231,7 +231,7 @@ class Placement:
         """Whether operations wait that a holder has not accepted yet."""
         return any(holder.outbox for holder in self.holders.values())
 
-    def outgoing(self) -> dict[int, HolderShare]:
+    def outgoing(self) -> dict[int, HolderBatch]:
         """The operations that wait, without any rows."""
         return {number: holder.outgoing() for number, holder in self.holders.items() if holder.outbox}
 
@@ -278,7 +278,7 @@ class Placement:
 
     # Plans.
 
-    def place(self, plan: Plan) -> dict[int, HolderShare]:
+    def place(self, plan: Plan) -> dict[int, HolderBatch]:
         """For each holder that is concerned, its operations and the rows that read or store there."""
         for operation in plan.operations[max(0, self._translated - plan.first) :]:
             self._translate(operation)

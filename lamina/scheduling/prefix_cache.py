@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages
-from lamina.scheduling.request import Sequence
+from lamina.scheduling.request import ScheduledSequence
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +31,7 @@ class Node:
     tokens: tuple[int, ...]
     length: int
     parent: Node | None
-    writer: Sequence | None = None
+    writer: ScheduledSequence | None = None
     handle: int | None = None
     floor: int = 0  # the lowest length at which it can be forked
     layout: Layout = ()  # who keeps it
@@ -41,7 +41,7 @@ class Node:
     queued: bool = False  # whether the heap of unused leaves has it
     salt: Hashable = None  # a root's own
     children: list[Node] = field(default_factory=list)
-    waiters: list[Sequence] = field(default_factory=list)
+    waiters: list[ScheduledSequence] = field(default_factory=list)
 
 
 class Match(NamedTuple):
@@ -54,7 +54,7 @@ class Match(NamedTuple):
     promised: int = 0
 
 
-class PrefixTree:
+class PrefixCache:
     """All trees, one for each salt. `evictable` is how many pages eviction could free, at least.
 
     `weigh(layout, lo, hi, floor)` counts the pages of positions [lo, hi) kept by a sequence with that floor,
@@ -68,15 +68,15 @@ class PrefixTree:
         weigh: Callable[[Layout, int, int, int], Pages],
         fork: Callable[[int, int], int],
         close: Callable[[int, Pages], None],
-        wake: Callable[[Sequence], None],
+        wake: Callable[[ScheduledSequence], None],
     ) -> None:
         self.evictable = NO_PAGES
         self._page_size = page_size
         self._weigh, self._fork, self._close, self._wake = weigh, fork, close, wake
         self._roots: dict[Hashable, Node] = {}
         self._tick = 0
-        self._held: dict[Sequence, Node] = {}  # the deepest node whose pages a running sequence shares
-        self._pending: dict[Sequence, Node] = {}  # the deepest node that a running sequence is about to write
+        self._held: dict[ScheduledSequence, Node] = {}  # the deepest node whose pages a running sequence shares
+        self._pending: dict[ScheduledSequence, Node] = {}  # the deepest node that a running sequence is about to write
         self._unused: list[tuple[int, int, Node]] = []  # heap of (tick, handle, leaf); ticks may be out of date
 
     def match(self, tokens: tuple[int, ...], salt: Hashable = None) -> Match:
@@ -104,7 +104,7 @@ class PrefixTree:
             node, at = child, child.length
         return Match(source, length, pending, promised)
 
-    def wait(self, sequence: Sequence, match: Match) -> None:
+    def wait(self, sequence: ScheduledSequence, match: Match) -> None:
         """Let `sequence` wait until the promised pages are computed, or never will be."""
         node = match.pending
         if node is None or node.parent is None:
@@ -113,7 +113,7 @@ class PrefixTree:
             node = self._split(node, match.promised) or node
         node.waiters.append(sequence)
 
-    def enter(self, writer: Sequence) -> None:
+    def enter(self, writer: ScheduledSequence) -> None:
         """Announce the whole pages of the writer's tokens as pending, as far as nobody has or announced them."""
         tokens = self._whole_pages(writer, len(writer.tokens))
         node = self._branch(tokens, writer.request.salt)
@@ -122,7 +122,7 @@ class PrefixTree:
             self._pending[writer] = pending = self._add(node, tokens)
             pending.writer = writer
 
-    def advance(self, writer: Sequence) -> None:
+    def advance(self, writer: ScheduledSequence) -> None:
         """Fork those of its pending nodes off `writer` that it has computed by now. It must not be in flight."""
         deepest, last = None, self._pending.get(writer)
         for node in _pending_down_to(last):
@@ -139,7 +139,7 @@ class PrefixTree:
             if deepest is last:
                 self._pending.pop(writer, None)
 
-    def discard(self, writer: Sequence) -> None:
+    def discard(self, writer: ScheduledSequence) -> None:
         """Forget the writer's pending nodes; those who wait for them must see for themselves."""
         nodes = list(_pending_down_to(self._pending.pop(writer, None)))
         for node in nodes:
@@ -148,7 +148,7 @@ class PrefixTree:
         if nodes:
             self._detach(nodes[0])  # the others hang below it, and nothing else does
 
-    def keep(self, sequence: Sequence) -> None:
+    def keep(self, sequence: ScheduledSequence) -> None:
         """Enter the whole pages that an ending sequence has computed, forked off it. It must not be in flight."""
         self.discard(sequence)
         tokens = self._whole_pages(sequence, sequence.computed)
@@ -161,7 +161,7 @@ class PrefixTree:
         if node.length < len(tokens):
             self._make_ready(self._add(node, tokens), sequence)
 
-    def hold(self, sequence: Sequence, node: Node, length: int) -> None:
+    def hold(self, sequence: ScheduledSequence, node: Node, length: int) -> None:
         """Keep the nodes whose pages `sequence` shares, being forked from `node` at `length` (or `node` from it)."""
         whole = length - length % self._page_size
         while node.parent is not None and node.parent.length >= whole:
@@ -174,7 +174,7 @@ class PrefixTree:
             held.users += 1
             held.tick = self._tick
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: ScheduledSequence) -> None:
         """Undo `hold`. Nodes without users may be evicted."""
         held = self._held.pop(sequence, None)
         if held is None:
@@ -185,11 +185,11 @@ class PrefixTree:
                 self.evictable += node.pages
                 self._queue(node)
 
-    def held_by(self, sequence: Sequence) -> Node | None:
+    def held_by(self, sequence: ScheduledSequence) -> Node | None:
         """The deepest node whose pages it shares."""
         return self._held.get(sequence)
 
-    def knows(self, sequence: Sequence) -> bool:
+    def knows(self, sequence: ScheduledSequence) -> bool:
         """Whether it shares pages with a node, or is about to write one."""
         return sequence in self._held or sequence in self._pending
 
@@ -233,7 +233,7 @@ class PrefixTree:
             self._evict(oldest)
         return True
 
-    def _whole_pages(self, sequence: Sequence, length: int) -> tuple[int, ...]:
+    def _whole_pages(self, sequence: ScheduledSequence, length: int) -> tuple[int, ...]:
         return tuple(sequence.tokens[: length - length % self._page_size])
 
     def _branch(self, tokens: tuple[int, ...], salt: Hashable) -> Node | None:
@@ -279,7 +279,7 @@ class PrefixTree:
             node.pages = self._weigh(node.layout, length, node.length, node.floor)
         return upper
 
-    def _make_ready(self, node: Node, source: Sequence) -> None:
+    def _make_ready(self, node: Node, source: ScheduledSequence) -> None:
         if node.parent is None or source.handle is None:
             raise EngineError(f"request {source.request.id} has no KV to fork a prefix from")
         if node.writer is not None and self._pending.get(node.writer) is node:
@@ -331,7 +331,7 @@ class PrefixTree:
             if node.parent is not None:
                 yield node
 
-    def check_integrity(self, running: Iterable[Sequence]) -> list[int]:
+    def check_integrity(self, running: Iterable[ScheduledSequence]) -> list[int]:
         """Raise `EngineError` if nodes, users and counts contradict each other. Returns the handles of all nodes."""
         alive = set(running)
         if strangers := (self._held.keys() | self._pending.keys()) - alive:

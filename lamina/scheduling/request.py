@@ -46,14 +46,14 @@ class Rebuild:
     at: int
     end: int
     planned: int
-    source: Sequence | None = None
+    source: ScheduledSequence | None = None
     source_handle: int | None = None
     length: int = 0
     lost: int = 0
 
 
 @dataclass(eq=False, slots=True)
-class Sequence:
+class ScheduledSequence:
     """One sample of a request. Only the scheduler (and its prefix tree) writes to it.
 
     `tokens` are prompt, then output; the first `computed` of them have their KV in the holders, under `handle`
@@ -78,7 +78,7 @@ class Sequence:
     floor: int = 0  # the lowest length to which its KV can be cut or forked, as the holders reported it
     shared: int = 0  # its first tokens, whose pages may belong to others too
     copies: bool = False  # its next write may fall into a shared page, which the holder copies first
-    siblings: list[Sequence] = field(default_factory=list)  # samples that wait for this one's prompt
+    siblings: list[ScheduledSequence] = field(default_factory=list)  # samples that wait for this one's prompt
 
     order: tuple[int, int, int] = field(init=False)
 
@@ -106,7 +106,7 @@ class Sequence:
         return len(self.request.prompt) + self.request.max_tokens - 1
 
 
-class Kept(NamedTuple):
+class RetainedKv(NamedTuple):
     """KV of a sequence that the holders have from before: of its first `computed` tokens, under `handle`."""
 
     handle: int
@@ -161,7 +161,7 @@ class PlannedRow:
     `rebuild`: they were computed before; only the shares that are missing store them.
     """
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     handle: int
     start: int
     count: int
@@ -184,7 +184,7 @@ class Plan:
 class Outcome(NamedTuple):
     """One sampled token, and why the sequence ended with it, if it did."""
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     token: int
     finish_reason: FinishReason | None
 

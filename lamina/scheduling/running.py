@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages
-from lamina.scheduling.page_ledger import Ledger
-from lamina.scheduling.prefix_cache import Match, Node, PrefixTree
-from lamina.scheduling.request import Kept, SchedulerConfig, Sequence
+from lamina.scheduling.page_ledger import PageLedger
+from lamina.scheduling.prefix_cache import Match, Node, PrefixCache
+from lamina.scheduling.request import RetainedKv, ScheduledSequence, SchedulerConfig
 
 Order = tuple[int, int, int]
 
@@ -33,22 +33,28 @@ class Counters:
     found_tokens: int = 0
 
 
-class Residents:
+class RunningSequences:
     """`sequences` are those with KV, by order; only this changes the list. `wake` is told of each sequence that waited
     for a prefix, and need not any more."""
 
-    def __init__(self, config: SchedulerConfig, ledger: Ledger, wake: Callable[[Sequence], None]) -> None:
-        self.sequences: list[Sequence] = []
+    def __init__(self, config: SchedulerConfig, ledger: PageLedger, wake: Callable[[ScheduledSequence], None]) -> None:
+        self.sequences: list[ScheduledSequence] = []
         self.counters = Counters()
-        self.tree: PrefixTree | None = None
+        self.tree: PrefixCache | None = None
         self._config = config
         self._ledger = ledger
         if config.prefix_cache:
-            self.tree = PrefixTree(config.page_size, config.held, ledger.fork, self._evicted, wake)
+            self.tree = PrefixCache(config.page_size, config.held, ledger.fork, self._evicted, wake)
 
     # They come and go.
 
-    def open(self, sequence: Sequence, layout: Layout, source: Node | Sequence | None = None, length: int = 0) -> None:
+    def open(
+        self,
+        sequence: ScheduledSequence,
+        layout: Layout,
+        source: Node | ScheduledSequence | None = None,
+        length: int = 0,
+    ) -> None:
         """Open it in the holders, as a fork of the source's first `length` tokens where there is one."""
         if source is None or source.handle is None:
             sequence.handle = self._ledger.open(layout)
@@ -65,17 +71,17 @@ class Residents:
         self.counters.reused_tokens += length
         if self.tree is not None:
             self.tree.enter(sequence)
-            node = self.tree.held_by(source) if isinstance(source, Sequence) else source
+            node = self.tree.held_by(source) if isinstance(source, ScheduledSequence) else source
             if node is not None:
                 self.tree.hold(sequence, node, length)
 
-    def fork(self, sequence: Sequence, source: Sequence, length: int) -> None:
+    def fork(self, sequence: ScheduledSequence, source: ScheduledSequence, length: int) -> None:
         """Open it as the first `length` tokens of another, which shares them from now on."""
         self.open(sequence, source.layout, source, length)
         source.shared = max(source.shared, length)
         source.copies = source.copies or sequence.copies
 
-    def adopt(self, sequence: Sequence, kept: Kept, there: Container[int]) -> None:
+    def adopt(self, sequence: ScheduledSequence, kept: RetainedKv, there: Container[int]) -> None:
         """Holders have it already; what those had that are not `there` is counted once it is opened elsewhere. Whom its
         pages are shared with is not known, so none counts as its own."""
         found = tuple(share for share in kept.layout if share.holder in there)
@@ -85,7 +91,7 @@ class Residents:
         sequence.copies = kept.computed % self._config.page_size > 0
         insort(self.sequences, sequence, key=order_of)
 
-    def close(self, sequence: Sequence) -> None:
+    def close(self, sequence: ScheduledSequence) -> None:
         """Take its KV away. Raises EngineError where it has none."""
         if sequence.handle is None:
             raise EngineError(f"request {sequence.request.id} was closed twice")
@@ -97,7 +103,7 @@ class Residents:
         sequence.computed = sequence.planned = sequence.shared = sequence.floor = 0
         sequence.copies = False
 
-    def retire(self, sequence: Sequence) -> None:
+    def retire(self, sequence: ScheduledSequence) -> None:
         """Close one that has ended and is idle; the tree keeps what others may share."""
         if self.tree is not None and sequence.sound and sequence.rebuild is None:
             self.tree.keep(sequence)
@@ -105,16 +111,16 @@ class Residents:
 
     # Their place.
 
-    def kept_by(self, holder: int) -> list[Sequence]:
+    def kept_by(self, holder: int) -> list[ScheduledSequence]:
         """Those of which a holder keeps a share."""
         return [s for s in self.sequences if any(share.holder == holder for share in s.layout)]
 
-    def movable(self, sequence: Sequence) -> bool:
+    def movable(self, sequence: ScheduledSequence) -> bool:
         """Whether its KV is whole, and all that is to be done about it has been said to the holders."""
         handle = sequence.handle
         return handle is not None and sequence.rebuild is None and not self._ledger.concerns(handle)
 
-    def moved(self, sequence: Sequence, layout: Layout) -> None:
+    def moved(self, sequence: ScheduledSequence, layout: Layout) -> None:
         """The KV of a movable, idle sequence is now kept in this layout; what changed shares no pages any more."""
         self._part_with_tree(sequence)
         fresh = tuple(share for share in layout if share not in sequence.layout)
@@ -124,11 +130,11 @@ class Residents:
 
     # Pages.
 
-    def pages(self, sequence: Sequence) -> Pages:
+    def pages(self, sequence: ScheduledSequence) -> Pages:
         """What it has, that included that it shares with others."""
         return self._pages_beyond(sequence, 0)
 
-    def _pages_beyond(self, sequence: Sequence, first: int) -> Pages:
+    def _pages_beyond(self, sequence: ScheduledSequence, first: int) -> Pages:
         """Pages that it has of the positions from `first` on."""
         layout, rebuild = sequence.layout, sequence.rebuild
         if rebuild is None:
@@ -144,7 +150,7 @@ class Residents:
         spare = self._ledger.room() - self._ledger.promised
         if self.tree is not None:
             spare += self.tree.evictable
-        alike: dict[int, list[Sequence]] = {}  # by layout, which placement makes only once of each kind
+        alike: dict[int, list[ScheduledSequence]] = {}  # by layout, which placement makes only once of each kind
         for sequence in self.sequences:
             alike.setdefault(id(sequence.layout), []).append(sequence)
             known, planned = len(sequence.tokens), sequence.planned
@@ -161,7 +167,7 @@ class Residents:
                 spare -= config.page_set(layout, len(sequence.tokens))
         return spare
 
-    def needed(self, sequence: Sequence, layout: Layout, node: Node | None, length: int) -> Pages:
+    def needed(self, sequence: ScheduledSequence, layout: Layout, node: Node | None, length: int) -> Pages:
         """Spare pages for all its known tokens, the first `length` shared with `node`, and a page set to grow."""
         config, known = self._config, len(sequence.tokens)
         whole = length - length % config.page_size
@@ -175,16 +181,16 @@ class Residents:
         """Pages that only the prefix tree keeps, at least."""
         return self.tree.evictable if self.tree is not None else NO_PAGES
 
-    def match(self, sequence: Sequence) -> Match:
+    def match(self, sequence: ScheduledSequence) -> Match:
         """What the tree has of a sequence that waits."""
         return Match() if self.tree is None else self.tree.match(tuple(sequence.tokens), sequence.request.salt)
 
-    def advanced(self, sequence: Sequence) -> None:
+    def advanced(self, sequence: ScheduledSequence) -> None:
         """More of it is computed: prefixes that others wait for may be there now."""
         if self.tree is not None:
             self.tree.advance(sequence)
 
-    def distrust(self, sequence: Sequence) -> None:
+    def distrust(self, sequence: ScheduledSequence) -> None:
         """Nothing more of its KV enters the tree."""
         sequence.sound = False
         if self.tree is not None:
@@ -203,7 +209,7 @@ class Residents:
         if self.tree is not None:
             self.tree.clear()
 
-    def _part_with_tree(self, sequence: Sequence) -> None:
+    def _part_with_tree(self, sequence: ScheduledSequence) -> None:
         if self.tree is not None:
             self.tree.discard(sequence)
             self.tree.release(sequence)
@@ -225,5 +231,5 @@ class Residents:
                 raise EngineError(f"{name} has ended, but keeps its KV")
 
 
-def order_of(sequence: Sequence) -> Order:
+def order_of(sequence: ScheduledSequence) -> Order:
     return sequence.order

@@ -8,36 +8,36 @@ pages they have left, and nothing of tensors, text or time: the same calls give 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Tokens
+from collections.abc import Iterable, Mapping, Sequence
 
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.admission import Admission
-from lamina.scheduling.kv_rebuild import Rebuilder
+from lamina.scheduling.kv_rebuild import KvRebuild
 from lamina.scheduling.kv_shares import Layout, Layouts, Pages
-from lamina.scheduling.page_ledger import Ledger
-from lamina.scheduling.request import Kept, Outcome, Plan, PlannedRow, Request, SchedulerConfig, Sequence
-from lamina.scheduling.running import Residents
+from lamina.scheduling.page_ledger import PageLedger
+from lamina.scheduling.request import Outcome, Plan, PlannedRow, Request, RetainedKv, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.running import RunningSequences
 
 
 class Scheduler:
-    """First come, first served within a priority; everything goes by `Sequence.order`. For one thread.
+    """First come, first served within a priority; everything goes by `ScheduledSequence.order`. For one thread.
 
-    Its parts: `Ledger` counts pages and what the holders are told, `Residents` are the sequences with KV, `Admission`
-    those that wait for some, `Rebuilder` has lost KV computed again. This forms batches of them, and ends requests.
+    Its parts: `PageLedger` counts pages and what the holders are told, `RunningSequences` are the sequences with KV,
+    `Admission` those that wait for some, `KvRebuild` has lost KV computed again. This forms batches of them, and ends
+    requests.
     """
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
         self.config = config
         self._layouts = layouts
-        self._ledger = Ledger(config, layouts.capacity)
-        self._residents = Residents(config, self._ledger, self._wake)
+        self._ledger = PageLedger(config, layouts.capacity)
+        self._residents = RunningSequences(config, self._ledger, self._wake)
         self._admission = Admission(config, layouts, self._residents)
-        self._rebuilder = Rebuilder(config, layouts, self._ledger)
+        self._rebuilder = KvRebuild(config, layouts, self._ledger)
         self.counters = self._residents.counters
         self.tree = self._residents.tree
-        self._requests: dict[str, list[Sequence]] = {}  # unfinished ones
+        self._requests: dict[str, list[ScheduledSequence]] = {}  # unfinished ones
         self._running = self._residents.sequences
         self._in_flight: set[Plan] = set()
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
@@ -45,7 +45,7 @@ class Scheduler:
         self._stalled = False  # no room can be made before a batch in flight is over
         self._arrivals = 0
 
-    def _wake(self, sequence: Sequence) -> None:
+    def _wake(self, sequence: ScheduledSequence) -> None:
         self._admission.queue(sequence)
 
     # What there is.
@@ -66,12 +66,12 @@ class Scheduler:
         return sum(sequence.handle is None for samples in self._requests.values() for sequence in samples)
 
     @property
-    def sequences(self) -> tuple[Sequence, ...]:
+    def sequences(self) -> tuple[ScheduledSequence, ...]:
         """Those with KV, by order."""
         return tuple(self._running)
 
     @property
-    def stranded(self) -> tuple[Sequence, ...]:
+    def stranded(self) -> tuple[ScheduledSequence, ...]:
         """Those that wait for a holder to join, since those there are can never keep them."""
         return self._admission.stranded
 
@@ -85,7 +85,7 @@ class Scheduler:
         """Pages that only the prefix tree keeps, at least."""
         return self._residents.cached
 
-    def kept(self, sequence: Sequence) -> Pages:
+    def kept(self, sequence: ScheduledSequence) -> Pages:
         """Pages that a sequence has, those included that it shares with others."""
         return self._residents.pages(sequence)
 
@@ -98,9 +98,9 @@ class Scheduler:
     def add(
         self,
         request: Request,
-        known: Mapping[int, Tokens[int]] | None = None,
-        kept: Mapping[int, Kept] | None = None,
-    ) -> tuple[Sequence, ...]:
+        known: Mapping[int, Sequence[int]] | None = None,
+        kept: Mapping[int, RetainedKv] | None = None,
+    ) -> tuple[ScheduledSequence, ...]:
         """Queue all samples of a request and return them. Raises `InvalidRequest` where it can never run.
 
         A request that another engine began goes on with the samples in `known`, after these tokens; of those in `kept`
@@ -112,7 +112,9 @@ class Scheduler:
         known = dict.fromkeys(range(request.n), ()) if known is None else known
         if not known:
             raise InvalidRequest(f"request {request.id!r} has no sample that has not ended")
-        samples = [Sequence(request, at, self._arrivals, [*request.prompt, *known[at]]) for at in sorted(known)]
+        samples = [
+            ScheduledSequence(request, at, self._arrivals, [*request.prompt, *known[at]]) for at in sorted(known)
+        ]
         self._arrivals += 1
         self._requests[request.id] = samples
         kept = kept or {}
@@ -132,14 +134,14 @@ class Scheduler:
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
 
-    def abort(self, request_id: str) -> tuple[Sequence, ...]:
+    def abort(self, request_id: str) -> tuple[ScheduledSequence, ...]:
         """End the unfinished samples of a request, with reason "abort", and return them: none if it has ended."""
         samples = tuple(self._requests.get(request_id, ()))
         for sequence in samples:
             self.end(sequence, "abort")
         return samples
 
-    def end(self, sequence: Sequence, reason: FinishReason, keep: bool = True) -> None:
+    def end(self, sequence: ScheduledSequence, reason: FinishReason, keep: bool = True) -> None:
         """End one sample. In flight, its KV is closed when the batch is over, and a token sampled then is lost.
 
         Without `keep` nothing more of its KV enters the prefix tree; what batches before the one in flight brought
@@ -210,10 +212,10 @@ class Scheduler:
             prefill -= count if left > 1 else 0
         return rows
 
-    def _admit(self) -> Sequence | None:
+    def _admit(self) -> ScheduledSequence | None:
         return None if self._refused and self._running else self._admission.admit()
 
-    def _make_room(self, sequence: Sequence, want: int, younger: deque[Sequence]) -> int:
+    def _make_room(self, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
         """How many of `want` tokens the pages allow, after making room: 0 if it must wait for those in flight.
 
         Cached prefixes go first. The youngest of the `younger` idle sequences is preempted only where not one token
@@ -232,7 +234,7 @@ class Scheduler:
                 return 1
         return count
 
-    def preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: ScheduledSequence) -> None:
         """Take an idle sequence's KV away; it waits until it fits whole, and computes what it had again."""
         sequence.preemptions += 1
         self.counters.preempted += 1
@@ -246,7 +248,7 @@ class Scheduler:
         self._in_flight.add(plan)
         return plan
 
-    def accepted(self, plan: Plan, free: Pages, floors: Tokens[int]) -> None:
+    def accepted(self, plan: Plan, free: Pages, floors: Sequence[int]) -> None:
         """Every holder has accepted. `free` is what those that were asked have left, `floors` is for each row the
         highest of all holders. A plan without rows is over with this."""
         if len(floors) != len(plan.rows):
@@ -262,7 +264,7 @@ class Scheduler:
         if not plan.rows:
             self._land(plan)
 
-    def refused(self, plan: Plan, free: Pages) -> tuple[Sequence, ...]:
+    def refused(self, plan: Plan, free: Pages) -> tuple[ScheduledSequence, ...]:
         """A holder has refused, so that nothing changed in it; others may have accepted. Undo the plan and make room
         for the next one.
 
@@ -291,7 +293,7 @@ class Scheduler:
             return (hopeless,)
         return ()
 
-    def record(self, plan: Plan, tokens: Tokens[int]) -> list[Outcome]:
+    def record(self, plan: Plan, tokens: Sequence[int]) -> list[Outcome]:
         """The batch is complete. `tokens` has one sampled token for each row that samples, in row order.
 
         Sequences that were ended in the meantime have no outcome.
@@ -381,15 +383,15 @@ class Scheduler:
         """Give up all cached prefixes."""
         self._residents.forget_prefixes()
 
-    def kept_by(self, holder: int) -> list[Sequence]:
+    def kept_by(self, holder: int) -> list[ScheduledSequence]:
         """The sequences of which a holder keeps a share."""
         return self._residents.kept_by(holder)
 
-    def movable(self, sequence: Sequence) -> bool:
+    def movable(self, sequence: ScheduledSequence) -> bool:
         """Whether its KV is whole, and all that is to be done about it has been said to the holders."""
         return self._residents.movable(sequence)
 
-    def moved(self, sequence: Sequence, layout: Layout) -> None:
+    def moved(self, sequence: ScheduledSequence, layout: Layout) -> None:
         """The KV of a movable, idle sequence is now kept in this layout; what changed shares no pages any more."""
         self._residents.moved(sequence, layout)
 
@@ -435,7 +437,7 @@ class Scheduler:
         if self._in_flight:
             raise EngineError(f"KV cannot be given up with {len(self._in_flight)} plans in flight")
 
-    def _begin_anew(self, sequences: Iterable[Sequence]) -> int:
+    def _begin_anew(self, sequences: Iterable[ScheduledSequence]) -> int:
         """Take their KV away. Returns how many tokens had some."""
         tokens = 0
         for sequence in sequences:
@@ -461,7 +463,7 @@ def _is_prefill(row: PlannedRow) -> bool:
     return row.count > 1
 
 
-def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
+def _finish_reason(sequence: ScheduledSequence, token: int) -> FinishReason | None:
     """Why `sequence` ends with `token`, its last."""
     request = sequence.request
     generated = len(sequence.tokens) - len(request.prompt)

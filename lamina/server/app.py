@@ -21,9 +21,7 @@ from lamina.server.frontend import Frontend
 from lamina.server.http.errors import ApiError
 from lamina.server.http.gate import Gate, Metrics, NoMetrics, count_rejection
 from lamina.server.http.limits import ClientGone
-from lamina.server.openai import model_routes as text_routes
-from lamina.server.openai import response_schemas as answer_schemas
-from lamina.server.openai import schemas
+from lamina.server.openai import model_routes, response_schemas, schemas
 from lamina.server.openai.calls import Service
 from lamina.server.openai.chat import chat
 from lamina.server.openai.completions import completions
@@ -86,7 +84,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         path: str, handler: Handler, answer: Any, errors: tuple[int, ...], method: str = "GET", body: Any = None
     ) -> None:
         responses: dict[int | str, dict[str, Any]] = {
-            status: {"model": answer_schemas.ErrorResponse, "description": _ERRORS[status]} for status in errors
+            status: {"model": response_schemas.ErrorResponse, "description": _ERRORS[status]} for status in errors
         }
         if answer is None:
             responses[200] = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Text."}
@@ -118,16 +116,23 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             include_in_schema=method != "HEAD",
         )
 
-    add("/v1/chat/completions", chat, answer_schemas.ChatCompletion, _WORKING, "POST", schemas.ChatRequest)
-    add("/v1/completions", completions, answer_schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)
-    add("/v1/models", text_routes.models, answer_schemas.ModelList, _READING)
-    add("/v1/models/{model_id:path}", text_routes.model, answer_schemas.ModelCard, (*_READING, 404))
-    add("/tokenize", text_routes.tokenize, answer_schemas.Tokens, _WORKING, "POST", schemas.TokenizeRequest)
-    add("/detokenize", text_routes.detokenize, answer_schemas.Detokenized, _WORKING, "POST", schemas.DetokenizeRequest)
-    add("/health", text_routes.health, answer_schemas.Health, (400, 405, 500, 503))
-    add("/health", text_routes.health, answer_schemas.Health, (400, 405, 500, 503), "HEAD")
-    add("/version", text_routes.version, answer_schemas.Version, (400, 405, 500))
-    add("/metrics", text_routes.metrics, None, _READING)
+    add("/v1/chat/completions", chat, response_schemas.ChatCompletion, _WORKING, "POST", schemas.ChatRequest)
+    add("/v1/completions", completions, response_schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)
+    add("/v1/models", model_routes.models, response_schemas.ModelList, _READING)
+    add("/v1/models/{model_id:path}", model_routes.model, response_schemas.ModelCard, (*_READING, 404))
+    add("/tokenize", model_routes.tokenize, response_schemas.Tokens, _WORKING, "POST", schemas.TokenizeRequest)
+    add(
+        "/detokenize",
+        model_routes.detokenize,
+        response_schemas.Detokenized,
+        _WORKING,
+        "POST",
+        schemas.DetokenizeRequest,
+    )
+    add("/health", model_routes.health, response_schemas.Health, (400, 405, 500, 503))
+    add("/health", model_routes.health, response_schemas.Health, (400, 405, 500, 503), "HEAD")
+    add("/version", model_routes.version, response_schemas.Version, (400, 405, 500))
+    add("/metrics", model_routes.metrics, None, _READING)
 
 
 def _add_handlers(app: FastAPI, service: Service) -> None:

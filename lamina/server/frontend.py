@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol
 
-from lamina.client.call import Item, Job
-from lamina.client.input_processor import Intake
+from lamina.client.call import Call, Item
+from lamina.client.input_processor import InputProcessor
 from lamina.client.interface import EngineClient
-from lamina.client.loop_queue import LoopQueue
+from lamina.client.loop_queue import AsyncOutputs
 from lamina.completions import Completion, TokenEvent
 from lamina.errors import EngineError, LaminaError
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.text.tokenizer import Tokenizer
 
@@ -44,10 +44,10 @@ class Observer(Protocol):
     def next_tokens(self, seconds: float, count: int) -> None:
         """`count` further tokens of one sample came together, so long after the one before them."""
 
-    def ended(self, ticket: Ticket, completion: Completion, seconds: float) -> None:
+    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
         """A prompt has ended, so long after it was submitted; its samples say why. `ticket` says what was asked."""
 
-    def failed(self, ticket: Ticket, error: LaminaError) -> None:
+    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
         """A prompt ended with an error."""
 
 
@@ -58,9 +58,9 @@ class Unobserved:
 
     def next_tokens(self, seconds: float, count: int) -> None: ...
 
-    def ended(self, ticket: Ticket, completion: Completion, seconds: float) -> None: ...
+    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None: ...
 
-    def failed(self, ticket: Ticket, error: LaminaError) -> None: ...
+    def failed(self, ticket: EngineRequest, error: LaminaError) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Served:
 
     engine: EngineClient
     tokenizer: Tokenizer
-    intake: Intake
+    intake: InputProcessor
     progress: None = None
 
 
@@ -118,7 +118,7 @@ class Frontend:
         return served
 
     def begin(
-        self, tickets: Sequence[Ticket], timeout: float, streamed: bool = True, of: float | None = None
+        self, tickets: Sequence[EngineRequest], timeout: float, streamed: bool = True, of: float | None = None
     ) -> Generation:
         """Submit requests that must end within so many seconds, which are what is left `of` so many. Unless they are
         streamed, events come only once a sample has ended, which wakes the event loop less. Raises EngineError."""
@@ -163,17 +163,23 @@ class Generation:
     """
 
     def __init__(
-        self, frontend: Frontend, served: Served, tickets: Sequence[Ticket], timeout: float, streamed: bool, of: float
+        self,
+        frontend: Frontend,
+        served: Served,
+        tickets: Sequence[EngineRequest],
+        timeout: float,
+        streamed: bool,
+        of: float,
     ) -> None:
         self._frontend = frontend
         self._tickets = tickets
         self._of = of
-        self._inbox = LoopQueue(timeout)
+        self._inbox = AsyncOutputs(timeout)
         self._failure: LaminaError | None = None  # came together with events, which are given first
         self._streamed = streamed
         self._begun = time.monotonic()
         try:
-            self._job = Job(served, tickets, self._inbox, streamed)
+            self._job = Call(served, tickets, self._inbox, streamed)
         except BaseException:
             self._inbox.close()
             raise

@@ -58,11 +58,11 @@ class ChatTemplate:
         self._kill()
 
     def _ask(self, request: Mapping[str, Any]) -> Any:
-        from lamina.text import chat_template_child as template_child  # loads Jinja, which only chats need
+        from lamina.text import chat_template_child  # loads Jinja, which only chats need
 
         if self._child is None:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", template_child.__name__],
+                [sys.executable, "-m", chat_template_child.__name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -73,12 +73,16 @@ class ChatTemplate:
         if child.stdin is None or child.stdout is None:
             raise RuntimeError("the child process has no pipes")
         try:
-            template_child.write_frame(child.stdin, request)
-            return template_child.read_frame(child.stdout)
+            chat_template_child.write_frame(child.stdin, request)
+            return chat_template_child.read_frame(child.stdout)
         except (EOFError, OSError):
             status = child.wait()
             self._kill()
-            why = f"within {template_child.TIME_LIMIT:g} s" if status == -signal.SIGALRM else f"well (status {status})"
+            why = (
+                f"within {chat_template_child.TIME_LIMIT:g} s"
+                if status == -signal.SIGALRM
+                else f"well (status {status})"
+            )
             raise ModelFileError(f"the model's chat template did not end {why}") from None
         except BaseException:  # interrupted between question and answer: the next one must not read this answer
             self._kill()

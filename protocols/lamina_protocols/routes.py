@@ -27,7 +27,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class HolderShare:
+class HolderBatch:
     """What one batch asks of one holder: operations, the first of which has number `first`, and routed rows."""
 
     first: int

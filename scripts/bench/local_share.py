@@ -25,13 +25,13 @@ from typing import Any
 
 from move import start_worker
 
-from lamina.scheduling.local_share import Balance, Batch
+from lamina.scheduling.local_share import Batch, LocalShare
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SLOWER = 3.0
 
 
-class Watched(Balance):
+class Watched(LocalShare):
     """A balance that remembers what it was told, and what it wanted after that."""
 
     def __init__(self, share: float | None) -> None:

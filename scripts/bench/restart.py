@@ -28,7 +28,7 @@ from typing import Any
 
 from lamina.client.remote_client import RemoteEngine
 from lamina.journal.journal import Facts, Journal
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.server.processes.child_protocol import line, parse
@@ -77,11 +77,11 @@ class Clients:
         for at in range(count):
             params = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0.0).with_defaults({})
             prompt = tuple(rng.randint(10, 40000) for _ in range(tokens))
-            ticket = Ticket(Request(f"{seed}-{at}", prompt, 400), params, seed=at, sink=self._sink(at))
+            ticket = EngineRequest(Request(f"{seed}-{at}", prompt, 400), params, seed=at, sink=self._sink(at))
             self.tickets.append(ticket)
 
-    def _sink(self, at: int) -> Callable[[Ticket, list[Output]], None]:
-        def take(_ticket: Ticket, outputs: list[Output]) -> None:
+    def _sink(self, at: int) -> Callable[[EngineRequest, list[EngineOutput]], None]:
+        def take(_ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
             for output in outputs:
                 if output.error is not None and not self.over:
                     print(f"stream {at} failed: {output.error}", file=sys.stderr)

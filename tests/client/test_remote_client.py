@@ -15,7 +15,7 @@ from looped_wire import AHEAD, Loop, check_plain
 from lamina.client.remote_client import RemoteEngine
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import decode_ticket, encode_ticket
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
@@ -28,16 +28,16 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.alive = True
-        self.submitted: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self.submitted: queue.SimpleQueue[EngineRequest] = queue.SimpleQueue()
         self.aborted: queue.SimpleQueue[tuple[str, int | None, FinishReason]] = queue.SimpleQueue()
         self.refuse: LaminaError | None = None
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: EngineRequest) -> None:
         if self.refuse is not None:
             raise self.refuse
         self.submitted.put(ticket)
 
-    def abort(self, ticket: Ticket, sample: int | None = None, reason: FinishReason = "abort") -> None:
+    def abort(self, ticket: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
         self.aborted.put((ticket.request.id, sample, reason))
 
     def close(self) -> None:
@@ -52,11 +52,11 @@ class Pair:
         self.wire = Loop(self.engine, lambda: time.monotonic() + AHEAD)
         self.progress: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self.remote = RemoteEngine(self.wire, time.monotonic, lambda *news: self.progress.put(news))
-        self.got: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+        self.got: queue.SimpleQueue[list[EngineOutput]] = queue.SimpleQueue()
 
-    def submit(self, request_id: str = "0", **params: Any) -> Ticket:
+    def submit(self, request_id: str = "0", **params: Any) -> EngineRequest:
         sampling = SamplingParams(**params)
-        ticket = Ticket(
+        ticket = EngineRequest(
             Request(request_id, (1, 2, 3), sampling.max_tokens, stop_token_ids=frozenset({5, 6}), n=sampling.n),
             sampling,
             seed=2**64 - 1,
@@ -87,7 +87,7 @@ def test_a_ticket_survives_the_journey() -> None:
         min_tokens=2,
     )
     request = Request("7", (1, 2), 10, 2, frozenset({5, 9}), 2, -3, "a salt")
-    command = encode_ticket(Ticket(request, params, seed=2**63))
+    command = encode_ticket(EngineRequest(request, params, seed=2**63))
     check_plain(command)
     ticket = decode_ticket(*command[1:])
     assert (ticket.request, ticket.params, ticket.seed) == (request, params, 2**63)
@@ -99,7 +99,7 @@ def test_outputs_come_back_whole_on_the_callers_clock(pair: Pair) -> None:
     far = pair.engine.submitted.get(timeout=5)
     assert (far.request, far.seed) == (ticket.request, ticket.seed)
     far.scheduled, far.cached_tokens = far.submitted + 0.25, 17
-    first = [Output(1, 42, None, RowLogprobs(-0.5, ((42, -0.5), (7, -1.25))), at=far.submitted + 0.5)]
+    first = [EngineOutput(1, 42, None, RowLogprobs(-0.5, ((42, -0.5), (7, -1.25))), at=far.submitted + 0.5)]
     far.sink(far, first)
     [output] = pair.got.get(timeout=5)
     assert (output.sample, output.token, output.logprobs) == (1, 42, first[0].logprobs)
@@ -108,7 +108,7 @@ def test_outputs_come_back_whole_on_the_callers_clock(pair: Pair) -> None:
     assert ticket.scheduled == pytest.approx(output.at - 0.25)
     assert ticket.cached_tokens == 17
     far.preemptions = 3
-    far.sink(far, [Output(0, 1, "stop"), Output(1, 2, "length")])
+    far.sink(far, [EngineOutput(0, 1, "stop"), EngineOutput(1, 2, "length")])
     assert [(o.sample, o.token, o.finish_reason) for o in pair.got.get(timeout=5)] == [(0, 1, "stop"), (1, 2, "length")]
     assert ticket.preemptions == 3
 
@@ -124,7 +124,7 @@ def test_an_abort_never_overtakes_its_request(pair: Pair) -> None:
 def test_an_abort_of_what_has_ended_stays_here(pair: Pair) -> None:
     ticket = pair.submit()
     far = pair.engine.submitted.get(timeout=5)
-    far.sink(far, [Output(0, 1, "stop")])
+    far.sink(far, [EngineOutput(0, 1, "stop")])
     pair.got.get(timeout=5)
     pair.remote.abort(ticket)
     pair.submit("1")
@@ -158,16 +158,16 @@ def test_a_client_that_cannot_take_its_outputs_ends_alone(pair: Pair, caplog: py
     ticket = pair.submit("bad")
     bad = pair.engine.submitted.get(timeout=5)
 
-    def refuse(_ticket: Ticket, _outputs: list[Output]) -> None:
+    def refuse(_ticket: EngineRequest, _outputs: list[EngineOutput]) -> None:
         raise ValueError("no")
 
     ticket.sink = refuse
-    bad.sink(bad, [Output(0, 1)])
+    bad.sink(bad, [EngineOutput(0, 1)])
     assert pair.engine.aborted.get(timeout=5) == ("bad", None, "abort")
     assert "what the engine sent it" in caplog.text
     pair.submit("good")
     good = pair.engine.submitted.get(timeout=5)
-    good.sink(good, [Output(0, 1)])
+    good.sink(good, [EngineOutput(0, 1)])
     assert pair.got.get(timeout=5)[0].token == 1
 
 
@@ -227,7 +227,7 @@ class Waiting(Pair):
         return engine
 
 
-def tokens(inbox: queue.SimpleQueue[list[Output]], count: int) -> list[tuple[int, int | None, str | None]]:
+def tokens(inbox: queue.SimpleQueue[list[EngineOutput]], count: int) -> list[tuple[int, int | None, str | None]]:
     got: list[tuple[int, int | None, str | None]] = []
     while len(got) < count:
         got += [(output.sample, output.token, output.finish_reason) for output in inbox.get(timeout=5)]
@@ -239,8 +239,8 @@ def test_requests_wait_for_the_next_engine_and_say_what_they_have() -> None:
     ticket = pair.submit(n=2, max_tokens=9)
     far = pair.engine.submitted.get(timeout=5)
     assert far.received is None
-    far.sink(far, [Output(0, 7), Output(1, 8), Output(0, 9)])
-    far.sink(far, [Output(1, 10, "stop")])
+    far.sink(far, [EngineOutput(0, 7), EngineOutput(1, 8), EngineOutput(0, 9)])
+    far.sink(far, [EngineOutput(1, 10, "stop")])
     assert tokens(pair.got, 4) == [(0, 7, None), (1, 8, None), (0, 9, None), (1, 10, "stop")]
     pair.die()
     with pytest.raises(EngineError, match="cut"):
@@ -249,7 +249,7 @@ def test_requests_wait_for_the_next_engine_and_say_what_they_have() -> None:
     again = engine.submitted.get(timeout=5)
     assert (again.request, again.params, again.seed) == (ticket.request, ticket.params, ticket.seed)
     assert again.received == (((7, 9), False), ((8, 10), True))
-    again.sink(again, [Output(0, 11), Output(0, 12, "length")])
+    again.sink(again, [EngineOutput(0, 11), EngineOutput(0, 12, "length")])
     assert tokens(pair.got, 2) == [(0, 11, None), (0, 12, "length")]
     pair.die()
     assert pair.come_back().submitted.empty()  # it has ended
@@ -315,7 +315,7 @@ def test_where_new_requests_are_held_nobody_notices_the_gap() -> None:
     late = engine.submitted.get(timeout=5)
     assert late.request.id == "late"
     assert late.received == (((), False),)
-    late.sink(late, [Output(0, 7, "length")])
+    late.sink(late, [EngineOutput(0, 7, "length")])
     assert tokens(pair.got, 1) == [(0, 7, "length")]
     assert engine.submitted.empty()
     pair.submit("last")
@@ -335,13 +335,13 @@ def test_times_go_on_where_they_were() -> None:
     ticket = pair.submit(max_tokens=9)
     far = pair.engine.submitted.get(timeout=5)
     far.scheduled, far.cached_tokens = far.submitted + 0.001, 17
-    far.sink(far, [Output(0, 7, at=far.submitted + 0.002)])
+    far.sink(far, [EngineOutput(0, 7, at=far.submitted + 0.002)])
     first = pair.got.get(timeout=5)[0].at
     scheduled = ticket.scheduled
     pair.die()
     again = pair.come_back().submitted.get(timeout=5)
     again.scheduled = again.submitted + 0.01
-    again.sink(again, [Output(0, 8, "stop", at=again.submitted + 0.02)])
+    again.sink(again, [EngineOutput(0, 8, "stop", at=again.submitted + 0.02)])
     last = pair.got.get(timeout=5)[0].at
     assert first < last < time.monotonic() + 0.05
     assert (ticket.scheduled, ticket.cached_tokens) == (scheduled, 17)

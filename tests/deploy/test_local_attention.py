@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lamina.deploy.local_attention import LocalCluster, attention_command
-from lamina.deploy.worker_events import Backoff, FixedMembers, Member, answers
+from lamina.deploy.local_attention import LocalAttentionWorkers, attention_command
+from lamina.deploy.worker_events import Backoff, ListedWorkers, WorkerAddress, answers
 from lamina.errors import EngineError
 from lamina_protocols.service import WorkerClient, WorkerRefused
 
@@ -32,8 +32,10 @@ def fake(name: str) -> list[str]:
 
 
 @contextmanager
-def cluster(count: int, command: Callable[[str], list[str]] = fake, **options: float) -> Iterator[LocalCluster]:
-    made = LocalCluster(count, kv_memory=1 << 20, threads=1, command=command, **options)  # type: ignore[arg-type]
+def cluster(
+    count: int, command: Callable[[str], list[str]] = fake, **options: float
+) -> Iterator[LocalAttentionWorkers]:
+    made = LocalAttentionWorkers(count, kv_memory=1 << 20, threads=1, command=command, **options)  # type: ignore[arg-type]
     try:
         yield made
     finally:
@@ -43,11 +45,11 @@ def cluster(count: int, command: Callable[[str], list[str]] = fake, **options: f
 class Changes:
     """What `watch` was told."""
 
-    def __init__(self, members: LocalCluster | FixedMembers) -> None:
-        self._queue: queue.SimpleQueue[Member | str] = queue.SimpleQueue()
+    def __init__(self, members: LocalAttentionWorkers | ListedWorkers) -> None:
+        self._queue: queue.SimpleQueue[WorkerAddress | str] = queue.SimpleQueue()
         members.watch(self._queue.put, self._queue.put)
 
-    def next(self) -> Member | str:
+    def next(self) -> WorkerAddress | str:
         return self._queue.get(timeout=20)
 
     def none_within(self, seconds: float) -> bool:
@@ -71,7 +73,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
     return condition()
 
 
-def processes(members: LocalCluster) -> list[int]:
+def processes(members: LocalAttentionWorkers) -> list[int]:
     return [status.process for status in members.status() if status.process is not None]
 
 
@@ -96,7 +98,7 @@ def test_a_killed_worker_leaves_and_another_joins_under_a_new_name() -> None:
         os.kill(processes(members)[1], signal.SIGKILL)
         assert changes.next() == "attention-1"
         joined = changes.next()
-        assert isinstance(joined, Member)
+        assert isinstance(joined, WorkerAddress)
         assert joined.name == "attention-1.1"
         assert [(s.name, s.restarts) for s in members.status()] == [("attention-0", 0), ("attention-1.1", 1)]
 
@@ -109,7 +111,7 @@ def test_what_happened_before_anybody_watched_is_told_first() -> None:
         changes = Changes(members)
         assert changes.next() == "attention-0"
         joined = changes.next()
-        assert isinstance(joined, Member)
+        assert isinstance(joined, WorkerAddress)
         assert joined.name == "attention-0.1"
 
 
@@ -121,7 +123,7 @@ def test_one_that_the_engine_has_given_up_is_ended_and_replaced_without_being_to
         os.kill(old, signal.SIGSTOP)  # a stopped process must go too
         members.lost("attention-0")
         joined = changes.next()
-        assert isinstance(joined, Member)
+        assert isinstance(joined, WorkerAddress)
         assert joined.name == "attention-0.1"
         assert not is_alive(old)
         members.lost("attention-0")  # of the one before: it concerns nobody who is there
@@ -131,7 +133,7 @@ def test_one_that_the_engine_has_given_up_is_ended_and_replaced_without_being_to
 def test_a_listener_that_fails_does_not_end_the_watching(caplog: pytest.LogCaptureFixture) -> None:
     with cluster(1) as members:
         members.start()
-        joined: queue.SimpleQueue[Member] = queue.SimpleQueue()
+        joined: queue.SimpleQueue[WorkerAddress] = queue.SimpleQueue()
 
         def fail(name: str) -> None:
             raise RuntimeError(name)
@@ -190,9 +192,9 @@ PARENT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 sys.path[:0] = {paths!r}
-from lamina.deploy.local_attention import LocalCluster
+from lamina.deploy.local_attention import LocalAttentionWorkers
 {setup}
-cluster = LocalCluster(2, kv_memory=1 << 24, threads=1, **options)
+cluster = LocalAttentionWorkers(2, kv_memory=1 << 24, threads=1, **options)
 cluster.start()
 print(*(status.process for status in cluster.status()), flush=True)
 time.sleep(60)
@@ -233,7 +235,7 @@ def test_real_workers_end_when_their_parent_is_killed() -> None:
 
 @pytest.mark.slow
 def test_real_workers_answer_their_parent_and_refuse_others() -> None:
-    members = LocalCluster(1, kv_memory=1 << 24, threads=1)
+    members = LocalAttentionWorkers(1, kv_memory=1 << 24, threads=1)
     try:
         [member] = members.start()
         assert answers(member)
@@ -252,12 +254,12 @@ class Hosts:
     def __init__(self, *up: str) -> None:
         self.up = set(up)
 
-    def __call__(self, member: Member) -> bool:
+    def __call__(self, member: WorkerAddress) -> bool:
         return member.address in self.up
 
 
-def fixed(hosts: Hosts, *addresses: str, timeout: float = 0.3) -> FixedMembers:
-    return FixedMembers(
+def fixed(hosts: Hosts, *addresses: str, timeout: float = 0.3) -> ListedWorkers:
+    return ListedWorkers(
         addresses, credentials=None, answers=hosts, clock=time.monotonic, timeout=timeout, interval=0.02
     )
 
@@ -278,7 +280,7 @@ def test_a_given_address_that_was_lost_joins_again_when_it_answers() -> None:
         assert changes.none_within(0.1)
         assert [status.state for status in members.status()] == ["up", "lost"]
         hosts.up.add("b:2")
-        assert changes.next() == Member("b:2.1", "b:2")
+        assert changes.next() == WorkerAddress("b:2.1", "b:2")
         assert [status.state for status in members.status()] == ["up", "up"]
     finally:
         members.close()

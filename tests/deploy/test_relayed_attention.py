@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
-from lamina.deploy import relayed_attention as told_members
-from lamina.deploy.relayed_attention import ToldMembers
-from lamina.deploy.worker_events import Member
+from lamina.deploy import relayed_attention
+from lamina.deploy.relayed_attention import RelayedWorkers
+from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import WorkersUnavailable
 
-A, B, C = (Member(name, f"10.0.0.1:{port}") for port, name in enumerate("abc", 1))
+A, B, C = (WorkerAddress(name, f"10.0.0.1:{port}") for port, name in enumerate("abc", 1))
 
 
 class Told:
@@ -20,7 +20,7 @@ class Told:
     def __init__(self) -> None:
         self.lost: list[str] = []
         self.heard: list[str] = []
-        self.members = ToldMembers(self.lost.append)
+        self.members = RelayedWorkers(self.lost.append)
 
     def watch(self) -> None:
         self.members.watch(
@@ -57,7 +57,7 @@ def test_whoever_was_given_up_is_told_to_the_other_side() -> None:
 
 
 def test_a_start_without_anybody_fails_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(told_members, "_WORKERS_UP", 0.05)
+    monkeypatch.setattr(relayed_attention, "_WORKERS_UP", 0.05)
     with pytest.raises(WorkersUnavailable, match=r"within 0\.05 s"):
         Told().members.start()
     closed = Told()

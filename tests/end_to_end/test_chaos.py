@@ -20,7 +20,7 @@ from chaos_proxy import Proxy, Toxic
 from real_workers import WorkerProcess, all_pages_free, ports, until, worker_process, write_tiny_model
 
 from lamina import LLM
-from lamina.deploy.worker_events import MemberStatus
+from lamina.deploy.worker_events import WorkerStatus
 from lamina.errors import EngineError
 from lamina_workers.process.credentials import load_credentials, make_credentials
 
@@ -63,7 +63,7 @@ def gather(llm: LLM, after: Callable[[int], None]) -> list[list[int]]:
     return tokens
 
 
-def members(llm: LLM) -> tuple[MemberStatus, ...]:
+def members(llm: LLM) -> tuple[WorkerStatus, ...]:
     attachment = llm._runtime.attachment
     if attachment is None:
         raise RuntimeError("there are no attention workers")

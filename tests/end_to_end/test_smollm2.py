@@ -108,7 +108,7 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
     from lamina_workers.decoder.checkpoint import Checkpoint
     from lamina_workers.decoder.config import ModelConfig
     from lamina_workers.decoder.model import Batch, Decoder
-    from lamina_workers.model_worker.attention_merge import Resolver
+    from lamina_workers.model_worker.attention_merge import AttentionMerge
     from lamina_workers.ports.port import LocalAttention, Replies
 
     prompt = prompts[-1]
@@ -121,7 +121,7 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
         decoder = Decoder.load(model, checkpoint, torch.bfloat16)
         config = HolderConfig(model.layer_specs(), 32, "bfloat16", 1 << 28)
         port = LocalAttention(AttentionWorker(config))
-        replies, resolver = Replies(port), Resolver(config)
+        replies, resolver = Replies(port), AttentionMerge(config)
         ours = []
         for batch, start in enumerate(range(0, len(prompt), 100)):
             chunk = prompt[start : start + 100]

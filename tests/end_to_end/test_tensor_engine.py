@@ -18,13 +18,13 @@ from real_workers import until, worker_process, write_tiny_model
 import lamina.llm
 from lamina import LLM
 from lamina.config import EngineConfig
-from lamina.deploy.local_models import LocalModelMembers, model_command
+from lamina.deploy.local_models import LocalModelWorkers, model_command
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.launch.builder import start
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina_protocols.channels import ChannelClosed, split_address
 from lamina_protocols.socket_channel import connect_tcp
-from lamina_workers.parallel.tensor_parallel import TensorWorkers
+from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers
 from lamina_workers.process.credentials import load_credentials, make_credentials
 
 rng = random.Random(29)
@@ -65,9 +65,9 @@ def process(llm: LLM, rank: int = 1) -> int | None:
     return status.process
 
 
-def workers(llm: LLM) -> TensorWorkers:
+def workers(llm: LLM) -> TensorParallelWorkers:
     worker = llm._runtime.engine._worker  # type: ignore[union-attr]
-    if not isinstance(worker, TensorWorkers):
+    if not isinstance(worker, TensorParallelWorkers):
         raise TypeError(f"{worker} is not several ranks")
     return worker
 
@@ -229,7 +229,7 @@ def test_draining_moves_the_heads_of_all_ranks(alone: LLM, model: Path) -> None:
         assert set(llm._runtime.engine._fleet.names.values()) == {"attention-1"}  # type: ignore[union-attr]
 
 
-class TlsMembers(LocalModelMembers):
+class TlsMembers(LocalModelWorkers):
     """Ranks that connect as those on other hosts do: over TCP with TLS, each showing a secret of its own."""
 
     host = "127.0.0.1"
@@ -277,7 +277,7 @@ def test_a_rank_that_keeps_ending_ends_the_engine(model: Path) -> None:
     def command(name: str, address: str) -> list[str]:
         return ["false"] if ends.is_set() else model_command(name, address, 1)
 
-    members = LocalModelMembers(2, threads=1, command=command)
+    members = LocalModelWorkers(2, threads=1, command=command)
     for place in members._places:  # so that the test need not wait for the pauses between six starts
         place.backoff.delay = _twice()  # type: ignore[method-assign]
     runtime = start(model, config, model_members=members)
@@ -316,6 +316,6 @@ def test_what_cannot_be_is_refused(model: Path, config: dict[str, Any], says: st
 def test_a_rank_that_dies_while_it_loads_is_named_with_what_it_said(model: Path) -> None:
     config = EngineConfig(dtype="float32", kv_memory="16MiB", model_workers=2)
     says = "import sys; print('the last words', file=sys.stderr); sys.exit(3)"
-    members = LocalModelMembers(2, threads=1, command=lambda name, address: ["python3", "-c", says])
+    members = LocalModelWorkers(2, threads=1, command=lambda name, address: ["python3", "-c", says])
     with pytest.raises(EngineError, match=r"model worker 1 did not start, exit status 3\n  the last words"):
         start(model, config, model_members=members)

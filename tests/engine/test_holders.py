@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from lamina.engine.holders import Fleet
+from lamina.engine.holders import Holders
 from lamina.scheduling.kv_shares import Share
 from lamina.scheduling.placement import Holder, Part
 from lamina_protocols.messages import Fork, Open, PartHeld, Surveyed
@@ -21,7 +21,7 @@ def torn(outbox: list[Any], first: int, applied: int, held: dict[int, int], comp
         holders={1: Holder(10, outbox=outbox, first=first)}, kept_by=lambda number: {3: [Part(7, SHARE)]}
     )
     scheduler = SimpleNamespace(sequences=[SimpleNamespace(handle=3, rebuild=None, computed=computed)])
-    fleet = Fleet(*cast(Any, (None, scheduler, placement, {1: "a"}, frozenset(), None)))
+    fleet = Holders(*cast(Any, (None, scheduler, placement, {1: "a"}, frozenset(), None)))
     parts = tuple(PartHeld(handle, (0,), 0, 100, upto, 0) for handle, upto in held.items())
     return fleet.torn({1: Surveyed(1, 1, 1, applied, parts, 0)})
 

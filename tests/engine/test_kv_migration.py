@@ -9,7 +9,7 @@ import pytest
 from engine_rig import HERE, BytesPort, Rig, collect
 
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.local_share import Balance, Batch
+from lamina.scheduling.local_share import Batch, LocalShare
 from lamina.scheduling.placement import Holder
 from lamina_protocols.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -27,7 +27,7 @@ PLACEMENTS = {
 }
 
 
-class Restless(Balance):
+class Restless(LocalShare):
     """Wants another share every few batches."""
 
     def __init__(self, seed: int, often: float = 0.3) -> None:
@@ -144,7 +144,7 @@ def test_a_holder_goes_in_the_middle_of_a_move(decoder, at, loses, lanes, monkey
 
 
 def test_a_holder_goes_and_everything_is_here(decoder):
-    rig = Rig(decoder, shard="heads", here=2000, balance=Balance(0.0), max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", here=2000, balance=LocalShare(0.0), max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
     first = [inbox.get(timeout=60) for inbox in submitted]
@@ -159,7 +159,7 @@ def test_a_holder_goes_and_everything_is_here(decoder):
 
 
 def test_the_last_worker_is_drained_to_here(decoder):
-    rig = Rig(decoder, shard="heads", here=2000, scratch=500, balance=Balance(0.0), max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", here=2000, scratch=500, balance=LocalShare(0.0), max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
     first = [inbox.get(timeout=60) for inbox in submitted]
@@ -175,7 +175,7 @@ def test_the_last_worker_is_drained_to_here(decoder):
 
 def test_what_only_a_lost_worker_could_hold_waits_for_another(decoder):
     """The others go on meanwhile."""
-    rig = Rig(decoder, shard="heads", here=60, balance=Balance(0.0), hope=30.0, max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", here=60, balance=LocalShare(0.0), hope=30.0, max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
     begun = [output.token for output in long.get(timeout=60)]
@@ -192,7 +192,7 @@ def test_what_only_a_lost_worker_could_hold_waits_for_another(decoder):
 def test_who_waits_in_vain_is_told_and_others_are_not(decoder):
     from lamina.errors import EngineError
 
-    rig = Rig(decoder, shard="heads", here=60, balance=Balance(0.0), hope=0.2, max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", here=60, balance=LocalShare(0.0), hope=0.2, max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
     long.get(timeout=60)
@@ -203,7 +203,7 @@ def test_who_waits_in_vain_is_told_and_others_are_not(decoder):
     rig.close()
 
 
-class Pushed(Balance):
+class Pushed(LocalShare):
     """Wants everything here, and later nothing."""
 
     def completed(self, batch: Batch, moving: bool = False) -> None:
@@ -256,7 +256,7 @@ def test_what_a_move_takes_is_counted_once(decoder):
 
 def test_a_running_stream_waits_for_no_more_than_a_chunk(decoder):
     """However long the sequence that moves: between two tokens of another no more than one chunk is copied."""
-    rig = Rig(decoder, shard="heads", here=4000, pages=4000, balance=Balance(0.0), scratch=2000)
+    rig = Rig(decoder, shard="heads", here=4000, pages=4000, balance=LocalShare(0.0), scratch=2000)
     mover = rig.engine._tiers._mover
     copied: list[int] = []
     advance = mover.step

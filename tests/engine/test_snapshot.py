@@ -15,10 +15,10 @@ from looped_wire import Loop
 from policy_bench import TIGHT, under
 
 from lamina.client.remote_client import RemoteEngine
-from lamina.engine.observer import survey
-from lamina.engine.stats import Tally
+from lamina.engine.observer import observe
+from lamina.engine.stats import EngineStats
 from lamina.errors import EngineError
-from lamina.messages.engine_request import Spared
+from lamina.messages.engine_request import KvSavings
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.placement import Holder, Placement
@@ -224,15 +224,17 @@ def test_what_policies_spare_is_summed(decoder: Decoder, monkeypatch: pytest.Mon
 
 
 def test_a_sum_never_falls_where_a_part_begins_again() -> None:
-    tally = Tally(0.0)
-    tally.spared(Spared(), Spared(read=10, whole=40, missed=0.5, queries=10))
-    tally.spared(Spared(read=10, whole=40, missed=0.5, queries=10), Spared(read=3, whole=8, missed=0.1, queries=2))
+    tally = EngineStats(0.0)
+    tally.spared(KvSavings(), KvSavings(read=10, whole=40, missed=0.5, queries=10))
+    tally.spared(
+        KvSavings(read=10, whole=40, missed=0.5, queries=10), KvSavings(read=3, whole=8, missed=0.1, queries=2)
+    )
     assert (tally.kv_read, tally.kv_whole, tally.missed_queries) == (13, 48, 12)
     assert tally.missed_mass == pytest.approx(0.6)
 
 
 def test_batches_are_counted_by_their_tokens() -> None:
-    tally = Tally(0.0)
+    tally = EngineStats(0.0)
     for tokens in (1, 8, 9, 10**6):
         tally.complete(tokens, 0, 1)
     assert tally.batch_counts[:3] == [1, 1, 1]
@@ -241,7 +243,7 @@ def test_batches_are_counted_by_their_tokens() -> None:
 
 
 def test_a_drained_holder_is_not_missing_and_one_that_joins_replaces_the_first() -> None:
-    tally = Tally(0.0)
+    tally = EngineStats(0.0)
     tally.lost(["a", "b"])
     tally.joined()
     tally.joined()
@@ -258,7 +260,7 @@ def test_holders_of_other_ranks_are_shown_and_those_at_one_worker_are_one(decode
     links = rig.engine._worker.links()
     links = {0: links[1], 2: links[1]._replace(in_process=False, channel="tcp")}
     scheduler = Scheduler(rig.scheduler.config, placement)
-    seen = survey(Tally(0.0, returned=2), scheduler, placement, links, {2: "a", 3: "a"}, (0, 1), 1.0)
+    seen = observe(EngineStats(0.0, returned=2), scheduler, placement, links, {2: "a", 3: "a"}, (0, 1), 1.0)
     rig.close()
     assert seen.returned_workers == 2
     shown = {holder.name: (holder.local, holder.channel, holder.total_pages) for holder in seen.holders}

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from lamina.engine.failures import Patience
+from lamina.engine.failures import WaitDeadline
 
 OTHER = SimpleNamespace(request=SimpleNamespace(id="a"))
 
@@ -17,7 +17,7 @@ def test_a_model_worker_that_goes_while_some_are_stranded_has_all_its_time() -> 
     fleet = SimpleNamespace(halted=False, missing=(), empty=False)
     stranded = SimpleNamespace(request=SimpleNamespace(id="b"))
     scheduler, clients = SimpleNamespace(stranded=[stranded]), SimpleNamespace(tickets={"a": OTHER})
-    patience = Patience(60.0, *cast(Any, (fleet, scheduler, clients)), lambda: now[0])
+    patience = WaitDeadline(60.0, *cast(Any, (fleet, scheduler, clients)), lambda: now[0])
     assert not patience.look()  # stranded from now on
     now[0] = 55.0
     fleet.halted = True  # a rank goes
@@ -34,7 +34,7 @@ def test_time_that_was_begun_for_a_model_worker_counts_for_nobody_else() -> None
     now = [0.0]
     fleet = SimpleNamespace(halted=False, missing=(), empty=False)
     scheduler, clients = SimpleNamespace(stranded=[]), SimpleNamespace(tickets={"a": None})
-    patience = Patience(60.0, *cast(Any, (fleet, scheduler, clients)), lambda: now[0])
+    patience = WaitDeadline(60.0, *cast(Any, (fleet, scheduler, clients)), lambda: now[0])
     patience.miss()  # ranks lost each other, and all live
     assert not patience.look()
     assert not patience.halted

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import JournalError
-from lamina.journal.history import FINISHED, GONE, Found, History, KnownSample, Place, Record, adoption
+from lamina.journal.history import FINISHED, GONE, History, KnownSample, KvLocation, Record, RecoveredRequest, adoption
 from lamina.journal.journal import Facts, Journal, Run, run_folder, sweep
 from lamina_protocols.messages import PartHeld
 
@@ -395,7 +395,7 @@ def test_those_that_nobody_has_claimed_stay() -> None:
     assert len(history.finished) == FINISHED + 1
 
 
-A, B = Place("a", 0), Place("b", 0)
+A, B = KvLocation("a", 0), KvLocation("b", 0)
 TWO = (("a", 0, 1, (0, 1), 0, 999), ("b", 0, 2, (2,), 0, 999))
 
 
@@ -420,7 +420,7 @@ def held(handle: int, heads: tuple[int, ...], upto: int, floor: int = 0, hi: int
 )
 def test_what_is_taken_up(at_a: Any, at_b: Any, computed: int | None, gone: list[tuple[int, ...]]) -> None:
     sample = KnownSample(tokens=[1] * 11, logprobs=[None] * 11, handle=3, computed=40, parts=TWO)
-    adopted = adoption(sample, 30, {A: Found(7, 0, at_a), B: Found(8, 0, at_b)})
+    adopted = adoption(sample, 30, {A: RecoveredRequest(7, 0, at_a), B: RecoveredRequest(8, 0, at_b)})
     if computed is None:
         assert adopted is None
         return
@@ -433,13 +433,17 @@ def test_what_is_taken_up(at_a: Any, at_b: Any, computed: int | None, gone: list
 
 def test_a_part_that_lacks_much_is_rebuilt_and_ranges_need_only_what_is_theirs() -> None:
     sample = KnownSample(tokens=[1] * 11, logprobs=[None] * 11, handle=3, computed=400, parts=TWO)
-    adopted = adoption(sample, 390, {A: Found(7, 0, held(1, (0, 1), 400)), B: Found(8, 0, held(2, (2,), 100))})
+    adopted = adoption(
+        sample, 390, {A: RecoveredRequest(7, 0, held(1, (0, 1), 400)), B: RecoveredRequest(8, 0, held(2, (2,), 100))}
+    )
     assert adopted is not None
     assert [(share.holder, share.heads) for share in adopted.kept.layout] == [(7, (0, 1)), (GONE, (2,))]
     ranges = (("a", 0, 1, (0,), 0, 64), ("b", 0, 2, (0,), 64, 999))
     sample.parts = ranges
     later = {2: PartHeld(2, (0,), 64, 999, 400, 0)}
-    adopted = adoption(sample, 390, {A: Found(7, 0, held(1, (0,), 64, hi=64)), B: Found(8, 0, later)})
+    adopted = adoption(
+        sample, 390, {A: RecoveredRequest(7, 0, held(1, (0,), 64, hi=64)), B: RecoveredRequest(8, 0, later)}
+    )
     assert adopted is not None
     assert adopted.kept.computed == 400
     assert len(adopted.parts) == 2
@@ -447,6 +451,6 @@ def test_a_part_that_lacks_much_is_rebuilt_and_ranges_need_only_what_is_theirs()
 
 def test_heads_are_numbered_within_the_rank() -> None:
     sample = KnownSample(tokens=[1], logprobs=[None], handle=3, computed=40, parts=(("a", 1, 1, (2, 3), 0, 999),))
-    found = {Place("a", 1): Found(7, 2, held(1, (0, 1), 40))}
+    found = {KvLocation("a", 1): RecoveredRequest(7, 2, held(1, (0, 1), 40))}
     assert adoption(sample, 40, found) is not None
-    assert adoption(sample, 40, {Place("a", 0): found[Place("a", 1)]}) is None
+    assert adoption(sample, 40, {KvLocation("a", 0): found[KvLocation("a", 1)]}) is None

@@ -27,9 +27,9 @@ from lamina.journal.journal import Facts, Journal
 from lamina.journal.recorder import Recorder
 from lamina.launch.journal_setup import recover
 from lamina.launch.kv_sizing import page_groups
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.lane_tuner import Lanes
+from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import Request, SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
@@ -137,9 +137,9 @@ class Life:
         self.engine = Engine(
             worker, self.scheduler, placement, time.monotonic,
             names={number: port.name for number, port in ports.items()}, scratch=(0,) if world.scratch else (),
-            lanes=Lanes(world.lanes), grammars=GRAMMARS, recorder=recorder,
+            lanes=LaneTuner(world.lanes), grammars=GRAMMARS, recorder=recorder,
         )  # fmt: skip
-        self.unfinished: tuple[Ticket, ...] = ()
+        self.unfinished: tuple[EngineRequest, ...] = ()
         if self.journal is not None and recorder is not None:
             self.unfinished = recover(self.journal, self.engine, recorder, worker, placement, surveys)
         self.fate.at = fate.at
@@ -166,14 +166,16 @@ class Client:
     def __init__(self, asked: Mapping[str, tuple[list[int], dict[str, Any]]]) -> None:
         self.asked = dict(asked)
         self.params = {name: SamplingParams(**params).with_defaults({}) for name, (_, params) in asked.items()}
-        self.got: dict[str, list[list[Output]]] = {name: [[] for _ in range(p.n)] for name, p in self.params.items()}
+        self.got: dict[str, list[list[EngineOutput]]] = {
+            name: [[] for _ in range(p.n)] for name, p in self.params.items()
+        }
         self.fate: Fate | None = None
 
-    def ticket(self, name: str, resumed: bool) -> Ticket:
+    def ticket(self, name: str, resumed: bool) -> EngineRequest:
         params = self.params[name]
         stops = frozenset(params.stop_token_ids)
         request = Request(name, tuple(self.asked[name][0]), params.max_tokens, params.min_tokens, stops, params.n)
-        ticket = Ticket(request, params, params.seed or 0, sink=self.take)
+        ticket = EngineRequest(request, params, params.seed or 0, sink=self.take)
         if resumed:
             ticket.received = tuple(
                 (tuple(o.token for o in got if o.token is not None), any(o.finish_reason for o in got))
@@ -181,7 +183,7 @@ class Client:
             )
         return ticket
 
-    def take(self, ticket: Ticket, outputs: list[Output]) -> None:
+    def take(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
         if self.fate is not None:
             self.fate.step()
         for output in outputs:
@@ -410,7 +412,7 @@ def test_samples_without_a_token_share_their_prompt_after_a_restart(model: Decod
 def test_a_request_of_which_nothing_is_left_is_refused(model: Decoder, tmp_path: Path) -> None:
     life, client = World(model, tmp_path).life(Fate()), Client({"a": ([1], {"max_tokens": 4})})
     ticket = client.ticket("a", resumed=False)
-    told: list[Output] = []
+    told: list[EngineOutput] = []
     ticket.received, ticket.sink = (((1, 2), True),), lambda _, outputs: told.extend(outputs)
     life.engine.submit(ticket)
     life.engine.close()
@@ -422,7 +424,7 @@ def test_an_engine_that_stops_in_order_leaves_nothing_unfinished(model: Decoder,
     world = World(model, tmp_path)
     life = world.life(Fate())
     tickets = Client(ASKED)
-    told: list[Output] = []
+    told: list[EngineOutput] = []
     ticket = tickets.ticket("long", resumed=False)
     ticket.sink = lambda _, outputs: told.extend(outputs)
     life.engine.submit(ticket)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from lamina.config import EngineConfig
-from lamina.launch.attention_pool import Attachment
+from lamina.launch.attention_pool import AttentionPool
 from lamina_protocols.messages import HolderConfig, LayerSpec
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
@@ -40,7 +40,7 @@ class Port:
 
 def test_workers_that_do_not_answer_are_waited_for_together() -> None:
     log: list[str] = []
-    attachment = Attachment(cast(Any, Members(log)), EngineConfig(), HOLDER, "model", "float32")
+    attachment = AttentionPool(cast(Any, Members(log)), EngineConfig(), HOLDER, "model", "float32")
     all_there = threading.Barrier(3)
     attachment._ports = cast(Any, [Port(all_there, log) for _ in range(3)])
     attachment.close()
@@ -53,7 +53,7 @@ def test_where_no_thread_can_be_started_any_more_all_is_closed_even_so(monkeypat
 
     monkeypatch.setattr(threading.Thread, "start", ending)
     log: list[str] = []
-    attachment = Attachment(cast(Any, Members(log)), EngineConfig(), HOLDER, "model", "float32")
+    attachment = AttentionPool(cast(Any, Members(log)), EngineConfig(), HOLDER, "model", "float32")
     attachment._ports = cast(Any, [Port(threading.Barrier(1), log) for _ in range(2)])
     attachment.close()
     assert log == ["together"] * 2 + ["members"]

@@ -85,14 +85,14 @@ except EngineError as error:
 def test_workers_come_up_refuse_strangers_and_are_replaced(nodes: Namespaces) -> None:
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect
-from lamina.deploy.ray_attention import RayCluster
+from lamina.deploy.ray_attention import RayAttentionWorkers
 from lamina.deploy.worker_events import Member
 from lamina_protocols.channels import Credentials
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.service import WorkerClient
 
 connect("auto")
-cluster = RayCluster(2, kv_memory=1 << 24, threads=1)
+cluster = RayAttentionWorkers(2, kv_memory=1 << 24, threads=1)
 progress = []
 started = cluster.start(lambda *told: progress.append(told))
 addresses = sorted(member.address.partition(":")[0] for member in started)
@@ -143,9 +143,9 @@ say(addresses=addresses, answers=answers, killed=killed, given_up=given_up, stat
 def test_workers_end_with_the_program_that_started_them(nodes: Namespaces) -> None:
     with nodes.program("""
 from lamina.deploy.ray_connection import connect
-from lamina.deploy.ray_attention import RayCluster
+from lamina.deploy.ray_attention import RayAttentionWorkers
 connect("auto")
-cluster = RayCluster(2, kv_memory=1 << 24, threads=1)
+cluster = RayAttentionWorkers(2, kv_memory=1 << 24, threads=1)
 cluster.start()
 say(processes=[status.process for status in cluster.status()])
 time.sleep(60)

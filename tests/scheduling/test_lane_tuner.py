@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lamina.scheduling.lane_tuner import HOLD, WINDOW, Lanes
+from lamina.scheduling.lane_tuner import HOLD, WINDOW, LaneTuner
 
 
-def run(lanes: Lanes, rates: dict[int, float], batches: int, sequences: int = 8, start: float = 0.0) -> float:
+def run(lanes: LaneTuner, rates: dict[int, float], batches: int, sequences: int = 8, start: float = 0.0) -> float:
     """Complete batches that yield so many tokens a second at each number of lanes. Returns the time."""
     now = start
     for _ in range(batches):
@@ -24,23 +24,23 @@ def test_the_best_is_kept() -> None:
         ({1: 100, 2: 110, 3: 150}, 3),
         ({1: 100, 2: 102, 3: 102.5}, 1),  # no more than noise
     ):
-        lanes = Lanes.auto(3)
+        lanes = LaneTuner.auto(3)
         assert lanes.count == 1
         run(lanes, rates, 4 * (WINDOW + 1))
         assert lanes.count == best
 
 
 def test_no_more_lanes_than_sequences() -> None:
-    lanes = Lanes.auto(3)
+    lanes = LaneTuner.auto(3)
     run(lanes, {1: 1, 2: 2}, 4 * (WINDOW + 1), sequences=2)
     assert lanes.count == 2
-    alone = Lanes.auto(3)
+    alone = LaneTuner.auto(3)
     run(alone, {1: 1}, 4 * WINDOW, sequences=1)
     assert alone.count == 1
 
 
 def test_another_load_is_measured_again() -> None:
-    lanes = Lanes.auto(2)
+    lanes = LaneTuner.auto(2)
     now = run(lanes, {1: 100, 2: 150}, 3 * (WINDOW + 1))
     assert lanes.count == 2
     now = run(lanes, {1: 100, 2: 50}, HOLD // 2, start=now)
@@ -50,20 +50,20 @@ def test_another_load_is_measured_again() -> None:
 
 
 def test_prefills_teach_nothing() -> None:
-    lanes = Lanes.auto(2)
+    lanes = LaneTuner.auto(2)
     for at in range(5 * WINDOW):
         lanes.completed(1, 8, at % 2 == 0, float(at))
     assert lanes.count == 1
 
 
 def test_a_number_that_was_given_stays() -> None:
-    lanes = Lanes(2)
+    lanes = LaneTuner(2)
     run(lanes, {2: 1}, 5 * WINDOW)
     assert lanes.count == 2
 
 
 def test_the_times_of_both_tiers_are_measured_with_one_lane_and_said(caplog) -> None:
-    lanes, now, attended = Lanes.auto(3, replicas=2), 0.0, 5.0
+    lanes, now, attended = LaneTuner.auto(3, replicas=2), 0.0, 5.0
     assert (lanes.tiers, lanes.suggested) == (None, None)
     with caplog.at_level("INFO", logger="lamina"):
         for _ in range(4 * (WINDOW + 1)):
@@ -78,6 +78,6 @@ def test_the_times_of_both_tiers_are_measured_with_one_lane_and_said(caplog) -> 
 
 
 def test_replicas_are_tried_up_to_one_lane_more() -> None:
-    lanes = Lanes.auto(4, replicas=3)
+    lanes = LaneTuner.auto(4, replicas=3)
     run(lanes, {1: 100, 2: 190, 3: 270, 4: 330}, 6 * (WINDOW + 1), sequences=16)
     assert lanes.count == 4

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.scheduling.local_share import Balance, Batch, prefers_local, to_move
+from lamina.scheduling.local_share import Batch, LocalShare, prefers_local, to_move
 
 SEQUENCES = 8
 
@@ -45,7 +45,7 @@ class World:
         answered = self.fixed + (self.beside if share else 0.0) + remote if share < 1 else 0.0
         return local, remote, self.dense + max(local, answered)
 
-    def step(self, balance: Balance) -> float:
+    def step(self, balance: LocalShare) -> float:
         local, remote, seconds = self.times(self.here)
         wobble = 1 + self.noise * self.rng.uniform(-1, 1)
         answered = self.fixed + (self.beside if self.here else 0.0) + remote if self.here < SEQUENCES else 0.0
@@ -62,7 +62,7 @@ class World:
         self._move(balance)
         return seconds
 
-    def _move(self, balance: Balance) -> None:
+    def _move(self, balance: LocalShare) -> None:
         if self.moving:
             self.moving -= 1
             if self.moving == 0:
@@ -76,7 +76,7 @@ class World:
     def best(self) -> float:
         return min(self.times(here)[2] for here in range(self.most + 1))
 
-    def run(self, balance: Balance, steps: int) -> list[float]:
+    def run(self, balance: LocalShare, steps: int) -> list[float]:
         return [self.step(balance) for _ in range(steps)]
 
 
@@ -93,7 +93,7 @@ class World:
     ],
 )
 def test_it_settles_within_fifty_steps_near_the_best_share(world: World, share: float) -> None:
-    balance = Balance()
+    balance = LocalShare()
     if world.most < SEQUENCES:
         world.here = world.most
     world.run(balance, 50)
@@ -111,7 +111,7 @@ def test_it_settles_within_fifty_steps_near_the_best_share(world: World, share: 
     ],
 )
 def test_where_the_tiers_disturb_each_other_all_remote_is_tried_too(world: World, here: int) -> None:
-    balance = Balance()
+    balance = LocalShare()
     world.run(balance, 80)
     assert balance.settled
     assert world.moving == 0
@@ -119,7 +119,7 @@ def test_where_the_tiers_disturb_each_other_all_remote_is_tried_too(world: World
 
 
 def test_a_change_is_noticed_and_settled_within_fifty_steps() -> None:
-    world, balance = World(local=0.04, remote=0.04), Balance()
+    world, balance = World(local=0.04, remote=0.04), LocalShare()
     world.run(balance, 100)
     for local, remote in ((0.12, 0.04), (0.04, 0.12), (0.04, 0.04), (0.12, 0.12)):
         world.local, world.remote = local, remote
@@ -139,7 +139,7 @@ def test_whatever_becomes_slow_it_is_settled_within_fifty_steps(noise: float, be
     for seed in range(40):
         rng = random.Random(seed)
         local, remote = (rng.uniform(0.01, 0.04) for _ in range(2))
-        world, balance = World(local, remote, noise=noise, beside=beside, slow=1, rng=rng, grows=0), Balance()
+        world, balance = World(local, remote, noise=noise, beside=beside, slow=1, rng=rng, grows=0), LocalShare()
         world.run(balance, 80)
         factor = rng.uniform(1.5, 5)
         for slow_local, slow_remote in ((factor, 1), (1, 1), (1, factor), (1, 1), (factor, 1)):
@@ -169,7 +169,7 @@ def test_whatever_the_tiers_are_like(
     local: float, remote: float, fixed: float, dense: float, shared: float, slow: int, seed: int
 ) -> None:
     world = World(local, remote, fixed, dense, shared, noise=0.01, slow=slow, rng=random.Random(seed), grows=0)
-    balance = Balance()
+    balance = LocalShare()
     world.run(balance, 120)
     there = world.times(world.here)[2]
     if shared <= 0.5:  # beyond, the best two places are all or nothing, with a hill between them
@@ -179,7 +179,7 @@ def test_whatever_the_tiers_are_like(
 
 @pytest.mark.parametrize("noise", [0.03, 0.1])
 def test_noise_does_not_keep_it_from_settling(noise: float) -> None:
-    world, balance = World(local=0.04, remote=0.04, noise=noise), Balance()
+    world, balance = World(local=0.04, remote=0.04, noise=noise), LocalShare()
     settled, steps = 0, 600
     for _ in range(steps):
         world.step(balance)
@@ -189,7 +189,7 @@ def test_noise_does_not_keep_it_from_settling(noise: float) -> None:
 
 
 def test_asking_again_costs_no_more_than_a_hundredth() -> None:
-    world, balance = World(local=0.01, remote=0.5, grows=0), Balance()
+    world, balance = World(local=0.01, remote=0.5, grows=0), LocalShare()
     world.run(balance, 60)
     assert world.here == SEQUENCES
     spent = sum(world.run(balance, 5000))
@@ -200,7 +200,7 @@ def test_asking_again_costs_no_more_than_a_hundredth() -> None:
 
 
 def test_other_lanes_are_no_change_of_the_tiers() -> None:
-    balance = Balance()
+    balance = LocalShare()
     batch = Batch(4000, 4000, 0.02, 0.02, 0.022, 0.002, 0.05, SEQUENCES)
     for _ in range(40):
         balance.completed(batch._replace(local_tokens=8000, remote_tokens=0))
@@ -215,7 +215,7 @@ def test_other_lanes_are_no_change_of_the_tiers() -> None:
 
 
 def test_a_share_that_was_given_stays() -> None:
-    balance = Balance(0.3)
+    balance = LocalShare(0.3)
     World(local=1.0, remote=0.1).run(balance, 100)
     assert balance.share == 0.3
     assert balance.settled

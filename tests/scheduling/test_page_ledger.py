@@ -6,15 +6,15 @@ import pytest
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import Pages, Share
-from lamina.scheduling.page_ledger import Ledger
+from lamina.scheduling.page_ledger import PageLedger
 from lamina.scheduling.request import (
     CloseSequence,
     ForkSequence,
     OpenSequence,
     PageGroup,
     Request,
+    ScheduledSequence,
     SchedulerConfig,
-    Sequence,
 )
 
 CONFIG = SchedulerConfig(
@@ -27,14 +27,14 @@ def pages(n: int) -> Pages:
     return Pages({0: n})
 
 
-def sequence(handle: int, tokens: int) -> Sequence:
-    made = Sequence(Request("0", (1,) * tokens, 1), 0, 0, [1] * tokens)
+def sequence(handle: int, tokens: int) -> ScheduledSequence:
+    made = ScheduledSequence(Request("0", (1,) * tokens, 1), 0, 0, [1] * tokens)
     made.handle, made.layout = handle, LAYOUT
     return made
 
 
 def test_operations_wait_until_a_plan_that_carries_them_is_accepted() -> None:
-    ledger = Ledger(CONFIG, pages(20))
+    ledger = PageLedger(CONFIG, pages(20))
     assert (ledger.open(LAYOUT), ledger.fork(1, 0)) == (1, 2)
     first = ledger.plan([])
     ledger.close(1, pages(0))
@@ -50,7 +50,7 @@ def test_operations_wait_until_a_plan_that_carries_them_is_accepted() -> None:
 
 
 def test_an_answer_that_comes_late_undoes_nothing() -> None:
-    ledger = Ledger(CONFIG, pages(20))
+    ledger = PageLedger(CONFIG, pages(20))
     ledger.open(LAYOUT)
     plans = [ledger.plan([]), ledger.plan([])]
     ledger.accepted(plans[1], pages(20))
@@ -61,7 +61,7 @@ def test_an_answer_that_comes_late_undoes_nothing() -> None:
 
 
 def test_pages_are_taken_when_reserved_and_told_when_answered() -> None:
-    ledger = Ledger(CONFIG, pages(20))
+    ledger = PageLedger(CONFIG, pages(20))
     one = sequence(ledger.open(LAYOUT), 9)
     assert ledger.affordable(one, 9) == 9
     row = ledger.reserve(one, 9)
@@ -78,7 +78,7 @@ def test_pages_are_taken_when_reserved_and_told_when_answered() -> None:
 
 
 def test_a_plan_that_is_refused_or_forgotten_takes_nothing() -> None:
-    ledger = Ledger(CONFIG, pages(20))
+    ledger = PageLedger(CONFIG, pages(20))
     one = sequence(ledger.open(LAYOUT), 8)
     plan = ledger.plan([ledger.reserve(one, 8)])
     ledger.refused(plan, pages(18))
@@ -92,7 +92,7 @@ def test_a_plan_that_is_refused_or_forgotten_takes_nothing() -> None:
 
 
 def test_tokens_are_afforded_by_the_page() -> None:
-    ledger = Ledger(CONFIG, pages(20))
+    ledger = PageLedger(CONFIG, pages(20))
     other, one = sequence(ledger.open(LAYOUT), 60), sequence(ledger.open(LAYOUT), 60)
     ledger.reserve(other, 30)  # 8 of 10 page sets
     assert ledger.affordable(one, 60) == 8
@@ -103,9 +103,9 @@ def test_tokens_are_afforded_by_the_page() -> None:
 
 
 def test_what_cannot_be_is_an_error() -> None:
-    ledger = Ledger(CONFIG, pages(20))
+    ledger = PageLedger(CONFIG, pages(20))
     with pytest.raises(EngineError, match="before it was admitted"):
-        ledger.reserve(Sequence(Request("0", (1,), 1), 0, 0, [1]), 1)
+        ledger.reserve(ScheduledSequence(Request("0", (1,), 1), 0, 0, [1]), 1)
     plan = ledger.plan([])
     ledger.accepted(plan, pages(20))
     with pytest.raises(EngineError, match="not waiting for an answer"):
@@ -121,7 +121,7 @@ def test_what_cannot_be_is_an_error() -> None:
 
 
 def test_handles_of_before_are_given_to_nobody() -> None:
-    ledger = Ledger(CONFIG, pages(20))
+    ledger = PageLedger(CONFIG, pages(20))
     ledger.adopt(3, pages(2))
     ledger.number_from(7)  # one that was not adopted has it in the journal
     ledger.number_from(5)

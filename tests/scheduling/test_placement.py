@@ -21,7 +21,7 @@ from lamina.scheduling.request import (
     Rebuild,
     ReplaceShares,
     Request,
-    Sequence,
+    ScheduledSequence,
     SequenceOperation,
 )
 from lamina_protocols.messages import Close, Fork, Open, Row
@@ -40,8 +40,8 @@ def placement(weights: tuple[int, ...], *, scratch: int = 0, fused: bool = False
     )
 
 
-def sequence(handle: int, tokens: int, computed: int) -> Sequence:
-    made = Sequence(Request(str(handle), (1,) * tokens, 1), 0, 0, [1] * tokens)
+def sequence(handle: int, tokens: int, computed: int) -> ScheduledSequence:
+    made = ScheduledSequence(Request(str(handle), (1,) * tokens, 1), 0, 0, [1] * tokens)
     made.handle, made.computed = handle, computed
     return made
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.scheduling.kv_shares import Layout, Pages
-from lamina.scheduling.prefix_cache import Match, PrefixTree
-from lamina.scheduling.request import Request, Sequence
+from lamina.scheduling.prefix_cache import Match, PrefixCache
+from lamina.scheduling.request import Request, ScheduledSequence
 
 
 class Keeper:
@@ -17,10 +17,10 @@ class Keeper:
         self.page_size = page_size
         self.held: dict[int, tuple[int, ...]] = {}
         self.closed: list[tuple[int, ...]] = []
-        self.awake: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.awake: list[ScheduledSequence] = []
+        self.running: list[ScheduledSequence] = []
         self.handles = 0
-        self.tree = PrefixTree(page_size, self.weigh, self.fork, self.close, self.awake.append)
+        self.tree = PrefixCache(page_size, self.weigh, self.fork, self.close, self.awake.append)
 
     def weigh(self, layout: Layout, lo: int, hi: int, floor: int) -> Pages:
         return Pages({0: -(-hi // self.page_size) - -(-lo // self.page_size)})
@@ -37,9 +37,9 @@ class Keeper:
     def close(self, handle: int, freed: Pages) -> None:
         self.closed.append(self.held.pop(handle))
 
-    def start(self, tokens: tuple[int, ...], match: Match | None = None, salt: str | None = None) -> Sequence:
+    def start(self, tokens: tuple[int, ...], match: Match | None = None, salt: str | None = None) -> ScheduledSequence:
         """A sequence that has computed nothing yet, or what the match gives it."""
-        sequence = Sequence(Request("0", tokens, 1, salt=salt), 0, self.handles, list(tokens))
+        sequence = ScheduledSequence(Request("0", tokens, 1, salt=salt), 0, self.handles, list(tokens))
         sequence.handle = self.hold(tokens)
         self.running.append(sequence)
         self.tree.enter(sequence)
@@ -49,12 +49,12 @@ class Keeper:
         self.check_integrity()
         return sequence
 
-    def compute(self, sequence: Sequence, length: int) -> None:
+    def compute(self, sequence: ScheduledSequence, length: int) -> None:
         sequence.computed = length
         self.tree.advance(sequence)
         self.check_integrity()
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: ScheduledSequence) -> None:
         self.tree.keep(sequence)
         self.tree.release(sequence)
         self.running.remove(sequence)
@@ -178,7 +178,7 @@ def test_no_fork_below_the_floor() -> None:
 def test_a_waiter_is_woken_as_soon_as_its_part_is_computed() -> None:
     keeper = Keeper()
     writer = keeper.start((1,) * 16)
-    waiter = Sequence(Request("1", (1,) * 9, 1), 0, 1, [1] * 9)
+    waiter = ScheduledSequence(Request("1", (1,) * 9, 1), 0, 1, [1] * 9)
     match = keeper.tree.match((1,) * 9)
     assert (match.length, match.promised) == (0, 8)
     keeper.tree.wait(waiter, match)
@@ -193,7 +193,7 @@ def test_a_waiter_is_woken_as_soon_as_its_part_is_computed() -> None:
 def test_waiters_are_woken_when_the_writer_goes() -> None:
     keeper = Keeper()
     writer = keeper.start((1,) * 16)
-    waiters = [Sequence(Request(str(n), (1,) * n, 1), 0, n, [1] * n) for n in (9, 17)]
+    waiters = [ScheduledSequence(Request(str(n), (1,) * n, 1), 0, n, [1] * n) for n in (9, 17)]
     for waiter in waiters:
         keeper.tree.wait(waiter, keeper.tree.match(tuple(waiter.tokens)))
     keeper.tree.discard(writer)
@@ -206,7 +206,7 @@ def test_a_part_split_off_too_late_is_given_up() -> None:
     keeper = Keeper()
     writer = keeper.start((1,) * 16)
     keeper.compute(writer, 9)
-    waiter = Sequence(Request("1", (1,) * 9, 1), 0, 1, [1] * 9)
+    waiter = ScheduledSequence(Request("1", (1,) * 9, 1), 0, 1, [1] * 9)
     keeper.tree.wait(waiter, keeper.tree.match((1,) * 9))
     writer.floor = 9  # its next row began there, and a window left what is below
     keeper.compute(writer, 16)

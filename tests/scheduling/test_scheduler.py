@@ -15,7 +15,7 @@ from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.request import (
     CloseSequence,
     Request,
-    Sequence,
+    ScheduledSequence,
 )
 from lamina.scheduling.scheduler import Scheduler
 
@@ -422,7 +422,7 @@ def test_newcomers_are_admitted_while_all_lanes_are_full(lanes: int, running: in
 def test_who_is_refused_alone_ends_and_the_next_has_its_turn() -> None:
     scheduler = Scheduler(config(), OneHolder(64))
     samples = [scheduler.add(Request(str(at), (at,) * 9, 3))[0] for at in range(3)]
-    hopeless: list[Sequence] = []
+    hopeless: list[ScheduledSequence] = []
     for _ in range(20):
         plan = scheduler.plan()
         assert plan is not None

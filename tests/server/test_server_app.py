@@ -14,7 +14,7 @@ import pytest
 from server_rig import MODEL, Rig, serving, until
 
 from lamina import LLM, EngineError
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import Frontend, Served
 from lamina.server.http.gate import Gate, NoMetrics
@@ -33,19 +33,19 @@ JSON = "Content-Type: application/json\r\n"
 class Script:
     """An engine that does what a test says. `answer` is called with each ticket."""
 
-    def __init__(self, answer: Callable[[Ticket], None] = lambda ticket: None) -> None:
+    def __init__(self, answer: Callable[[EngineRequest], None] = lambda ticket: None) -> None:
         self.alive = True
         self.answer = answer
-        self.tickets: list[Ticket] = []
-        self.aborted: list[Ticket] = []
+        self.tickets: list[EngineRequest] = []
+        self.aborted: list[EngineRequest] = []
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: EngineRequest) -> None:
         if not self.alive:
             raise EngineError("it broke")
         self.tickets.append(ticket)
         self.answer(ticket)
 
-    def abort(self, ticket: Ticket, sample: int | None = None, reason: str = "abort") -> None:
+    def abort(self, ticket: EngineRequest, sample: int | None = None, reason: str = "abort") -> None:
         self.aborted.append(ticket)
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None: ...
@@ -88,14 +88,14 @@ def scripted(llm: LLM, script: Script) -> Frontend:
     return frontend
 
 
-def says(*words: str, last: str | None = "length") -> Callable[[Ticket], None]:
+def says(*words: str, last: str | None = "length") -> Callable[[EngineRequest], None]:
     """An engine that says these words, as tokens, at once."""
 
-    def answer(ticket: Ticket) -> None:
+    def answer(ticket: EngineRequest) -> None:
         for sample in range(ticket.request.n):
             for index, word in enumerate(words):
                 reason: Any = last if index == len(words) - 1 else None
-                ticket.sink(ticket, [Output(sample, int(word), reason)])
+                ticket.sink(ticket, [EngineOutput(sample, int(word), reason)])
 
     return answer
 
@@ -188,15 +188,15 @@ def test_a_deadline_within_a_stream(llm: LLM, path: str) -> None:
 
 
 def test_an_engine_that_fails_a_request(llm: LLM) -> None:
-    def fail(ticket: Ticket) -> None:
-        ticket.sink(ticket, [Output(0, None, error=EngineError("logits are NaN"))])
+    def fail(ticket: EngineRequest) -> None:
+        ticket.sink(ticket, [EngineOutput(0, None, error=EngineError("logits are NaN"))])
 
     script = Script(fail)
     with serving(None, frontend=scripted(llm, script)) as rig:
         for reply in (rig.complete(), rig.complete(stream=True), rig.chat(), rig.chat(stream=True)):
             assert (reply.status, reply.error["message"]) == (500, "logits are NaN")
 
-        def fail_later(ticket: Ticket) -> None:
+        def fail_later(ticket: EngineRequest) -> None:
             says("284", last=None)(ticket)
             threading.Timer(0.2, fail, [ticket]).start()
 
@@ -212,9 +212,9 @@ def test_an_engine_that_fails_a_request(llm: LLM) -> None:
 
 
 def test_a_sample_that_ends_without_a_last_token(llm: LLM) -> None:
-    def answer(ticket: Ticket) -> None:
-        ticket.sink(ticket, [Output(0, 284)])
-        ticket.sink(ticket, [Output(0, None, "length")])
+    def answer(ticket: EngineRequest) -> None:
+        ticket.sink(ticket, [EngineOutput(0, 284)])
+        ticket.sink(ticket, [EngineOutput(0, None, "length")])
 
     with serving(None, frontend=scripted(llm, Script(answer))) as rig:
         whole = rig.complete().json["choices"][0]

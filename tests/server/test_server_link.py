@@ -18,7 +18,7 @@ from engine_rig import Rig, collect
 
 from lamina.client.remote_client import RemoteEngine
 from lamina.errors import EngineError
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
@@ -64,10 +64,10 @@ Connect = Callable[[str], RemoteEngine]
 
 
 def ask(engine: RemoteEngine, prompt: tuple[int, ...], max_tokens: int, name: str, **sampling: Any) -> Any:
-    inbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[list[EngineOutput]] = queue.SimpleQueue()
     params = SamplingParams(max_tokens=max_tokens, **sampling).with_defaults({})
     request = Request(name, prompt, max_tokens, n=params.n, salt=("tenant", "a"))
-    engine.submit(Ticket(request, params, seed=2**64 - 1, sink=lambda _, outputs: inbox.put(outputs)))
+    engine.submit(EngineRequest(request, params, seed=2**64 - 1, sink=lambda _, outputs: inbox.put(outputs)))
     return inbox
 
 

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
@@ -65,9 +65,9 @@ def value(samples: Samples, name: str, **labels: str) -> float:
     return samples[name, tuple(sorted(labels.items()))]
 
 
-def ticket(**sampling: Any) -> Ticket:
+def ticket(**sampling: Any) -> EngineRequest:
     params = SamplingParams(**sampling).with_defaults({})
-    return Ticket(Request("7", (1, 2, 3), params.max_tokens, n=params.n), params, 0, submitted=time.monotonic())
+    return EngineRequest(Request("7", (1, 2, 3), params.max_tokens, n=params.n), params, 0, submitted=time.monotonic())
 
 
 def completion(*lengths: int, reason: Any = "stop", timing: Timing | None = None) -> Completion:

@@ -16,8 +16,8 @@ from server_rig import MODEL, Rig, serving
 from tokenizers.processors import TemplateProcessing
 
 from lamina import LLM
-from lamina.client.input_processor import Intake
-from lamina.messages.engine_request import Ticket
+from lamina.client.input_processor import InputProcessor
+from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import Frontend, Served
 from lamina.server.openai.schemas import ChatRequest, CompletionRequest
 from lamina.server.openai.tools import ToolUse
@@ -492,12 +492,12 @@ def test_an_answer_in_a_schema(client: openai.OpenAI) -> None:
 
 
 def test_priority_reaches_the_scheduler(llm: LLM) -> None:
-    seen: list[Ticket] = []
+    seen: list[EngineRequest] = []
 
     class Watching:
         alive = True
 
-        def submit(self, ticket: Ticket) -> None:
+        def submit(self, ticket: EngineRequest) -> None:
             seen.append(ticket)
             llm._runtime.engine.submit(ticket)
 
@@ -521,7 +521,7 @@ def test_special_tokens_of_the_tokenizer(llm: LLM, tmp_path: Path) -> None:
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
         (tmp_path / name).write_bytes((runtime.model_path / name).read_bytes())
     tokenizer = Tokenizer(tmp_path)
-    intake = Intake(tokenizer, runtime.limits.max_model_len, runtime.possible, runtime.model.vocab_size, {})
+    intake = InputProcessor(tokenizer, runtime.limits.max_model_len, runtime.possible, runtime.model.vocab_size, {})
     frontend = Frontend()
     frontend.ready(Served(runtime.engine, tokenizer, intake))
 

@@ -155,7 +155,7 @@ class Engine:
             sink(snapshot([sequence("secret", {"a": 3})], (holder("a"),)))
 
 
-class Intake:
+class InputProcessor:
     max_model_len = 333
 
 
@@ -224,7 +224,7 @@ def test_status_through_the_life_of_an_engine():
             assert (loading["state"], loading["engine"], loading["max_model_len"]) == ("loading", None, None)
             assert "weights" in loading["message"]
 
-            frontend.ready(Served(engine, None, Intake()))
+            frontend.ready(Served(engine, None, InputProcessor()))
             ready = await seen(browser)
             told = (ready["state"], ready["message"], ready["restarts"], ready["max_model_len"])
             assert told == ("ready", "", 0, 333)
@@ -236,7 +236,7 @@ def test_status_through_the_life_of_an_engine():
             assert "signal 9" in dead["message"]
             assert dead["engine"] is not None  # the last that was seen
 
-            frontend.ready(Served(engine, None, Intake()), restarts=1)
+            frontend.ready(Served(engine, None, InputProcessor()), restarts=1)
             assert (await seen(browser))["restarts"] == 1
             engine.alive = False
             stopped = await seen(browser)
@@ -252,10 +252,10 @@ def test_another_engine_is_asked_where_the_last_one_never_answered():
 
     async def live() -> None:
         async with client(app) as browser:
-            frontend.ready(Served(silent, None, Intake()))
+            frontend.ready(Served(silent, None, InputProcessor()))
             assert (await browser.get("/lamina/status")).json()["engine"] is None
             frontend.lost("signal 9")
-            frontend.ready(Served(engine, None, Intake()))
+            frontend.ready(Served(engine, None, InputProcessor()))
             assert (await browser.get("/lamina/status")).json()["engine"] is not None
 
     asyncio.run(live())

@@ -95,7 +95,7 @@ class Engine:
         )
 
 
-class Intake:
+class InputProcessor:
     max_model_len = 8192
 
 
@@ -132,7 +132,7 @@ def serving(engine: Engine | None = None, keys: tuple[str, ...] = (), pause: flo
     settings = ServerSettings(model="some-model", api_keys=keys)
     add_page(app, frontend, settings)
     if engine is not None:
-        frontend.ready(Served(engine, None, Intake()))
+        frontend.ready(Served(engine, None, InputProcessor()))
     listener = socket.create_server(("127.0.0.1", 0))
     world = World(f"http://127.0.0.1:{listener.getsockname()[1]}/", frontend, [], threading.Event(), [])
 
@@ -366,14 +366,14 @@ def test_loading_dead_and_gone_are_told(tab):
         world.frontend.loading = "weights"
         it.wait("document.querySelector('#state').textContent === 'loading'")
         it.wait("document.querySelector('#notice').textContent.includes('weights')")
-        world.frontend.ready(Served(Engine(), None, Intake()))
+        world.frontend.ready(Served(Engine(), None, InputProcessor()))
         it.wait(READY)
         assert not it.page.is_visible("#notice")
         world.frontend.lost("signal 9")
         it.wait("document.querySelector('#state').textContent === 'dead'")
         assert "signal 9" in it.text("#notice")
         assert "last that were seen" in it.text("#notice")
-        world.frontend.ready(Served(Engine(), None, Intake()), restarts=1)
+        world.frontend.ready(Served(Engine(), None, InputProcessor()), restarts=1)
         it.wait("document.querySelector('#restarts').textContent === '1'")
         assert it.text("#state") == "ready"
     it.wait("document.querySelector('#notice').textContent.includes('does not answer')")

@@ -10,7 +10,7 @@ import pytest
 
 from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.server.frontend import Unobserved
@@ -36,9 +36,9 @@ def tracer(spans: Any) -> Tracer:
     return Tracer(provider, "m")
 
 
-def ticket(**sampling: Any) -> Ticket:
+def ticket(**sampling: Any) -> EngineRequest:
     params = SamplingParams(**sampling).with_defaults({})
-    return Ticket(Request("7", (1, 2, 3), params.max_tokens, n=params.n), params, 0, submitted=time.monotonic())
+    return EngineRequest(Request("7", (1, 2, 3), params.max_tokens, n=params.n), params, 0, submitted=time.monotonic())
 
 
 def completion(length: int, timing: Timing, reason: Any = "stop") -> Completion:

@@ -8,7 +8,7 @@ import pytest
 
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Operation, Row
-from lamina_protocols.routes import HolderShare, Route
+from lamina_protocols.routes import HolderBatch, Route
 from lamina_workers.attention_worker.kv_store import KVStore, PoolExhausted
 
 SIZE = 4
@@ -24,7 +24,7 @@ class Told:
 
     def __call__(self, *operations: Operation, rows: tuple[Row, ...] = ()) -> list[int] | None:
         routes = tuple(Route(at, (0,), row, (row.start, row.start + row.count)) for at, row in enumerate(rows))
-        floors = self.counter.take(HolderShare(self.number, operations, routes))
+        floors = self.counter.take(HolderBatch(self.number, operations, routes))
         self.number += len(operations)
         return floors
 

@@ -18,9 +18,9 @@ from engine_rig import holder_config
 from lamina.engine.engine import Engine
 from lamina.engine.in_flight import Lane
 from lamina.launch.kv_sizing import page_groups
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.lane_tuner import Lanes
+from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
@@ -225,7 +225,7 @@ class Answer:
     the submitter knows it by."""
 
     key: int
-    ticket: Ticket
+    ticket: EngineRequest
     samples: list[list[int]]
     ends: list[str | None]
     error: LaminaError | None = None
@@ -292,14 +292,14 @@ class World:
             self._clock,
             names={number: port.name for number, port in self.ports.items()},
             scratch=scratch,
-            lanes=Lanes(setup.lanes),
+            lanes=LaneTuner(setup.lanes),
             hope=setup.hope,
         )
 
     # What can happen.
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, priority: int, deaf: bool, key: int) -> None:
-        ticket = Ticket(
+        ticket = EngineRequest(
             TokenRequest(str(len(self.answers)), tuple(prompt), params.max_tokens, n=params.n, priority=priority),
             params,
             params.seed or 0,
@@ -373,7 +373,7 @@ class World:
         self._now += 0.001
         return self._now
 
-    def _sink(self, ticket: Ticket, outputs: list[Output]) -> None:
+    def _sink(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
         answer = self.answers[int(ticket.request.id)]
         if answer.deaf and any(answer.samples):
             answer.aborted = True

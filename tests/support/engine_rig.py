@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 from lamina.engine.engine import Engine
 from lamina.launch.kv_sizing import page_groups
-from lamina.messages.engine_request import Output, Ticket
+from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.lane_tuner import Lanes
-from lamina.scheduling.local_share import Balance
+from lamina.scheduling.lane_tuner import LaneTuner
+from lamina.scheduling.local_share import LocalShare
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
@@ -163,7 +163,7 @@ class Rig:
         weights: Sequence[int] = (1,),
         scratch: int = 0,
         here: int = 0,
-        balance: Balance | None = None,
+        balance: LocalShare | None = None,
         pages: int = 2000,
         page_size: int = 16,
         max_batch_tokens: int = 512,
@@ -219,7 +219,7 @@ class Rig:
             time.monotonic,
             names={number: f"worker-{number}" for number in self.ports},
             scratch=(0,) if scratch else (),
-            lanes=Lanes(lanes),
+            lanes=LaneTuner(lanes),
             balance=balance,
             grammars=grammars,
             hope=hope,
@@ -228,11 +228,11 @@ class Rig:
         self._thread.start()
         self._submitted = 0
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> tuple[Ticket, Any]:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> tuple[EngineRequest, Any]:
         """Queue one prompt; its outputs come through the queue that is returned."""
-        inbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+        inbox: queue.SimpleQueue[list[EngineOutput]] = queue.SimpleQueue()
         self._submitted += 1
-        ticket = Ticket(
+        ticket = EngineRequest(
             request=TokenRequest(
                 id=str(self._submitted),
                 prompt=tuple(prompt),

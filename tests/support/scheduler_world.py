@@ -19,8 +19,8 @@ from lamina.scheduling.request import (
     Plan,
     PlannedRow,
     Request,
+    ScheduledSequence,
     SchedulerConfig,
-    Sequence,
 )
 from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.policies.catalogue import parse
@@ -196,12 +196,12 @@ class World:
         self.holder = Holder(config, total_pages, hidden)
         self.sent: list[Plan] = []  # not answered yet; answered in order
         self.running: list[Plan] = []
-        self.samples: list[Sequence] = []
+        self.samples: list[ScheduledSequence] = []
         self.computed_tokens = 0
         self.batches: list[Plan] = []
         self.refusals = 0
 
-    def add(self, prompt: list[int], max_tokens: int = 4, **options: object) -> tuple[Sequence, ...]:
+    def add(self, prompt: list[int], max_tokens: int = 4, **options: object) -> tuple[ScheduledSequence, ...]:
         request = Request(str(len(self.samples)), tuple(prompt), max_tokens, **options)  # type: ignore[arg-type]
         samples = self.scheduler.add(request)
         self.samples += samples

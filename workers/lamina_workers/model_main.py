@@ -66,14 +66,14 @@ def serve(
     """Be a model worker in this process until model worker 0 is gone or lets it go, which is no error.
 
     `connect` is unix:PATH or HOST:PORT, where `secret` is taken once; `threads` will compute. Call it before anything
-    imports torch. `folder` and `address` as for `CrewWorker`. Raises LaminaError where it cannot begin.
+    imports torch. `folder` and `address` as for `PeerWorker`. Raises LaminaError where it cannot begin.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     share_cores()
     from lamina_protocols.channels import Credentials, split_address
     from lamina_protocols.socket_channel import client_context, connect_tcp, connect_unix
-    from lamina_workers.parallel.peer_worker import CrewWorker
+    from lamina_workers.parallel.peer_worker import PeerWorker
     from lamina_workers.process.credentials import load_credentials
 
     if connect.startswith(UNIX):
@@ -84,7 +84,7 @@ def serve(
         tls = client_context(credentials) if credentials.ca else None
         channel = connect_tcp(host, port, secret, _CONNECT_S, tls, checksummed=tls is None)
     try:
-        CrewWorker(channel, name, folder, address).serve()
+        PeerWorker(channel, name, folder, address).serve()
     finally:
         channel.close()
 

@@ -24,9 +24,7 @@ from lamina_kernels.cpu.intrinsics import LOG2E, pointer, take
 from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprint
 from lamina_kernels.cpu.moves import PAGES
 from lamina_kernels.cpu.trees import LINE
-from lamina_kernels.sketches import choice_micro as choosing
-from lamina_kernels.sketches import micro
-from lamina_kernels.sketches import seal_micro as sealing
+from lamina_kernels.sketches import choice_micro, micro, seal_micro
 from lamina_kernels.sketches.choice_micro import AHEAD, FEW
 from lamina_kernels.sketches.micro import HEADS
 
@@ -88,9 +86,9 @@ def _seal_shares(kind: int, unit: int, block: Any) -> None:
             page, sketch = a.arena + ids[i] * a.page_bytes, a.sketches + ids[i] * a.sketch_bytes
             scales = page + a.kv_bytes
             steps, lows = sketch + a.steps_at, sketch + a.lows_at
-            sealing.seal_keys(kind, unit, page, scales, a.page_size, a.d_k, sketch, steps, lows, scratch)
+            seal_micro.seal_keys(kind, unit, page, scales, a.page_size, a.d_k, sketch, steps, lows, scratch)
             scales += a.page_size * 4
-            sealing.seal_values(kind, page + a.k_bytes, scales, a.page_size, a.d_v, sketch + a.mean_at)
+            seal_micro.seal_values(kind, page + a.k_bytes, scales, a.page_size, a.d_v, sketch + a.mean_at)
         share = take(block, TAKEN)
 
 
@@ -173,7 +171,7 @@ def _threshold(scores: int, shares: int, group: int, stride: int, vectors: int, 
         limit, fits = np.float32(2.0**middle), True
         for row in range(0, group, FEW):
             rows, at = min(FEW, group - row), shares + row * stride
-            fits = fits and choosing.all_fit(rows, scores, limit, at, stride, vectors, missed) == 1
+            fits = fits and choice_micro.all_fit(rows, scores, limit, at, stride, vectors, missed) == 1
         if fits:
             low, best = middle, limit
         else:
@@ -187,12 +185,12 @@ def _restrict(scores: int, vectors: int, candidates: int, room: int) -> Any:
     low, high = np.float32(-RANGE), np.float32(1.0)
     for _ in range(2 * ROUNDS):
         middle = (low + high) / np.float32(2.0)
-        if candidates - choosing.count_below(scores, np.float32(2.0**middle), vectors) > room:
+        if candidates - choice_micro.count_below(scores, np.float32(2.0**middle), vectors) > room:
             low = middle
         else:
             high = middle
     limit = np.float32(2.0**high)
-    return limit, np.float32(2.0**low), max(room - (candidates - choosing.count_below(scores, limit, vectors)), 0)
+    return limit, np.float32(2.0**low), max(room - (candidates - choice_micro.count_below(scores, limit, vectors)), 0)
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -241,14 +239,14 @@ def _choose(a: Any, item: Any, number: int, shift: int) -> None:
         score[:] = 0
         for row in range(a.group):
             logs, own = a.log_mass + (number * a.group + row) * a.capacity * 4, shares + row * stride
-            peak = choosing.peak_of(logs, vectors)
-            total = choosing.powers(logs, vectors, peak, own)
+            peak = choice_micro.peak_of(logs, vectors)
+            total = choice_micro.powers(logs, vectors, peak, own)
             lse[row] = peak + math.log(total)
-            choosing.normalise(own, vectors, np.float32(1.0) / total, scores)
+            choice_micro.normalise(own, vectors, np.float32(1.0) / total, scores)
         score[:begin] = np.inf
         score[end:] = np.inf
         limits[0] = limits[1] = _threshold(scores, shares, a.group, stride, vectors, np.float32(a.missed))
-        if end - begin - choosing.count_below(scores, limits[0], vectors) > room:
+        if end - begin - choice_micro.count_below(scores, limits[0], vectors) > room:
             limits[0], limits[1], limits[2] = _restrict(scores, vectors, end - begin, room)
     left = _pick(a, item, number, begin, end, room, shift)
     missing = _floats(a.missing + number * a.group * 4, a.group)
@@ -262,12 +260,12 @@ def _choose(a: Any, item: Any, number: int, shift: int) -> None:
     for row in range(0, a.group, FEW):
         rows, weights, totals = min(FEW, a.group - row), shares + row * stride, a.missing + (number * a.group + row) * 4
         sums, others = tail + row * a.d_v * 4, a.others + shift
-        choosing.blend_means(rows, left, others, table, means, a.sketch_bytes, a.d_v, weights, stride, sums, totals)
+        choice_micro.blend_means(rows, left, others, table, means, a.sketch_bytes, a.d_v, weights, stride, sums, totals)
     for row in range(a.group):
         nothing = missing[row] < LEAST  # not so where it is NaN: that must be seen
         tail_lse[row] = -np.inf if nothing else lse[row] + math.log(missing[row])
         factor = np.float32(0.0) if nothing else np.float32(1.0) / missing[row]
-        choosing.multiply(tail + row * a.d_v * 4, a.d_v // LANES, factor)
+        choice_micro.multiply(tail + row * a.d_v * 4, a.d_v // LANES, factor)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -293,7 +291,9 @@ def _scan_tasks(unit: int, block: Any) -> None:
 
 
 def _fingerprint() -> int:
-    return source_fingerprint(micro, sealing, choosing, trees, microkernels, intrinsics, emitter, launching, cpu_moves)
+    return source_fingerprint(
+        micro, seal_micro, choice_micro, trees, microkernels, intrinsics, emitter, launching, cpu_moves
+    )
 
 
 @cache

@@ -23,7 +23,7 @@ from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
-from lamina_workers.model_worker.attention_merge import Resolver
+from lamina_workers.model_worker.attention_merge import AttentionMerge
 from lamina_workers.ports.port import LocalAttention, Replies
 
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -44,7 +44,7 @@ class Probe:
         self.model = model
         self.holder = holder
         self._decoder = decoder
-        self._resolver = Resolver(holder, threads, device=decoder.device)
+        self._resolver = AttentionMerge(holder, threads, device=decoder.device)
         self.worker = AttentionWorker(holder, threads)
         self._replies = Replies(LocalAttention(self.worker))
         self._batch = 0

@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from lamina.deploy.local_attention import LocalCluster
-from lamina.deploy.worker_events import Member
+from lamina.deploy.local_attention import LocalAttentionWorkers
+from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
 from lamina.measure.hardware.held import PATIENCE, Held
 from lamina.measure.hardware.loaded import Loaded, decode_batch, load
@@ -32,7 +32,7 @@ class ExchangeBench:
         self._loaded = load(model, cells)
         self._free = ExitStack()
         total = sum(counts) + 1
-        cluster = LocalCluster(total, kv_memory=self._loaded.holder.kv_memory, threads=self._loaded.threads)
+        cluster = LocalAttentionWorkers(total, kv_memory=self._loaded.holder.kv_memory, threads=self._loaded.threads)
         self._members = cluster.start()
         self._free.callback(cluster.close)
         self._held: dict[int, Held] = {}
@@ -87,7 +87,7 @@ class ExchangeBench:
             raise EngineError(f"{type(request).__name__} was answered by {answer!r:.200}")
         return taken
 
-    def _at(self, members: tuple[Member, ...]) -> Held:
+    def _at(self, members: tuple[WorkerAddress, ...]) -> Held:
         """Sequences whose heads these workers share."""
         loaded = self._loaded
         counts = apportion(loaded.config.num_key_value_heads, [1] * len(members))
@@ -98,11 +98,11 @@ class ExchangeBench:
             self._free.callback(port.close)
         return Held(loaded.holder, ports, heads, fused=False, dtype=loaded.dtype, threads=loaded.threads)
 
-    def _connect(self, member: Member, channel: str) -> RemoteAttention:
+    def _connect(self, member: WorkerAddress, channel: str) -> RemoteAttention:
         return connected(self._loaded, member, channel)
 
 
-def connected(loaded: Loaded, member: Member, channel: str) -> RemoteAttention:
+def connected(loaded: Loaded, member: WorkerAddress, channel: str) -> RemoteAttention:
     """A port to a worker over one of `CHANNELS`, as an engine would open it."""
     return connect(
         member.address,

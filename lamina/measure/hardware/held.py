@@ -16,7 +16,7 @@ from lamina.errors import EngineError
 from lamina_protocols.messages import Announced, Announcement, Close, Fresh, HolderConfig, LayerSpec, Open, Row
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
-from lamina_workers.model_worker.attention_merge import Resolver
+from lamina_workers.model_worker.attention_merge import AttentionMerge
 from lamina_workers.ports.port import AttentionPort, Replies
 
 PATIENCE = 60.0  # seconds for an announcement's answer
@@ -53,7 +53,7 @@ class Held:
         self._heads = heads
         self._fused = fused
         self._dtype = dtype
-        self._resolver = Resolver(config, threads)
+        self._resolver = AttentionMerge(config, threads)
         self._batch = 0
         self._handles = 0
         self._told = dict.fromkeys(ports, 0)  # operations

@@ -16,7 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from lamina.completions import Completion
 from lamina.errors import LaminaError
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import State
 from lamina.server.metrics.engine_metrics import EngineMetrics, cumulative
@@ -91,7 +91,7 @@ class ServerMetrics:
         # Called for each token. Tokens that came together count as if they had come evenly.
         self._between.observe(seconds / count, count)
 
-    def ended(self, ticket: Ticket, completion: Completion, seconds: float) -> None:
+    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
         timing, usage = completion.timing, completion.usage
         for sample in completion.samples:
             self._finished[sample.finish_reason] = self._finished.get(sample.finish_reason, 0) + 1
@@ -114,7 +114,7 @@ class ServerMetrics:
         if longest > 1:
             self._per_token.observe(decode / (longest - 1))
 
-    def failed(self, ticket: Ticket, error: LaminaError) -> None:
+    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
         self._finished["error"] += 1
         _count(self._failures, type(error).__name__)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from lamina.completions import Completion
 from lamina.errors import InvalidRequest, LaminaError
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import Observer
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -79,7 +79,7 @@ class Tracer:
         """Send what waits, and stop. Takes some seconds where nobody takes it."""
         self._provider.shutdown()
 
-    def completed(self, ticket: Ticket, completion: Completion, seconds: float) -> None:
+    def completed(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
         """A span of a prompt that has just ended, so long after it was submitted."""
         end = time.time_ns()
         start = end - round(seconds * 1e9)
@@ -104,7 +104,7 @@ class Tracer:
             span.add_event("last token", timestamp=min(end, start + round(timing.total * 1e9)))
         span.end(end_time=end)
 
-    def failed(self, ticket: Ticket, error: LaminaError) -> None:
+    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
         """A span of a prompt that has just ended with an error."""
         from opentelemetry.trace import Status, StatusCode
 
@@ -114,7 +114,7 @@ class Tracer:
         span.set_status(Status(StatusCode.ERROR))
         span.end(end_time=end)
 
-    def _begin(self, ticket: Ticket, start: int) -> Any:
+    def _begin(self, ticket: EngineRequest, start: int) -> Any:
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -152,10 +152,10 @@ class _Observing:
         self.first_token = observer.first_token
         self.next_tokens = observer.next_tokens
 
-    def ended(self, ticket: Ticket, completion: Completion, seconds: float) -> None:
+    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
         self._observer.ended(ticket, completion, seconds)
         self._tracer.completed(ticket, completion, seconds)
 
-    def failed(self, ticket: Ticket, error: LaminaError) -> None:
+    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
         self._observer.failed(ticket, error)
         self._tracer.failed(ticket, error)

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from lamina.errors import LaminaError
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import DeadlineExceeded, Frontend, Generation, Served
 from lamina.server.http.errors import ApiError, overloaded, refused, shown, translated
 from lamina.server.http.gate import REQUEST_ID, TENANT, Metrics
@@ -120,7 +120,7 @@ class Service:
             raise overloaded(f"{active} of {most} samples are under way; come back in a moment")
         return served
 
-    def begin(self, tickets: Sequence[Ticket], call: Call, streamed: bool) -> Generation:
+    def begin(self, tickets: Sequence[EngineRequest], call: Call, streamed: bool) -> Generation:
         """Submit, if there is still room. To be entered at once."""
         self.served(len(tickets), tickets[0].request.n)
         return self.frontend.begin(tickets, call.left(), streamed, call.timeout)

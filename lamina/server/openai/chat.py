@@ -14,15 +14,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lamina.client.input_processor import Intake
+from lamina.client.input_processor import InputProcessor
 from lamina.completions import Completion, Sample, TokenEvent
 from lamina.errors import ContextTooLong
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
-from lamina.server.openai import responses as answers
+from lamina.server.openai import responses
 from lamina.server.openai.calls import GRACE, Call, Service
 from lamina.server.openai.responses import Chunks, chat_logprob, dumps
 from lamina.server.openai.sampling_fields import (
@@ -47,7 +47,7 @@ class Chat:
     should see, None where there are no tools."""
 
     fields: ChatRequest
-    ticket: Ticket
+    ticket: EngineRequest
     eos_ids: tuple[int, ...]
     prefix: str
     hidden: tuple[str, ...] | None
@@ -74,7 +74,7 @@ async def chat(service: Service, request: Request) -> Response:
     salt = service.salt(call, fields.cache_salt)
     work = service.prepare(call, _prepared, fields, served, salt)
     prepared = await while_connected(request.receive, work, call.timeout + GRACE)
-    named = answers.named("chatcmpl", fields.request_id or call.id, service.settings.model)
+    named = responses.named("chatcmpl", fields.request_id or call.id, service.settings.model)
     if fields.stream:
         return EventStream(_frames(service, prepared, call, named), call.timeout + GRACE, service.translate)
     return await while_connected(request.receive, _whole(service, prepared, call, named), call.timeout + GRACE)
@@ -99,7 +99,7 @@ def prompt_text(
     )
 
 
-def checked_messages(messages: Any, intake: Intake) -> list[dict[str, Any]]:
+def checked_messages(messages: Any, intake: InputProcessor) -> list[dict[str, Any]]:
     """Messages in the form that templates expect. Raises InvalidRequest, ApiError where they are too long."""
     checked = check_messages(messages)
     check_characters(sum(len(message["content"]) for message in checked), intake, "messages")
@@ -205,7 +205,7 @@ async def _whole(service: Service, chat: Chat, call: Call, named: Mapping[str, A
             pass
         (completion,) = generation.completions()
     choices = [_choice(chat, sample) for sample in completion.samples]
-    used = answers.usage([chat.ticket], completion.usage.completion_tokens)
+    used = responses.usage([chat.ticket], completion.usage.completion_tokens)
     content = {**named, "object": "chat.completion", "choices": choices, "usage": used}
     return Response(dumps(content).encode(), media_type="application/json")
 
@@ -232,7 +232,7 @@ def _choice(chat: Chat, sample: Sample) -> dict[str, Any]:
         "message": message,
         "logprobs": logprobs,
         "finish_reason": reason,
-        "stop_reason": answers.stop_reason(chat.params, chat.eos_ids, last, sample.finish_reason),
+        "stop_reason": responses.stop_reason(chat.params, chat.eos_ids, last, sample.finish_reason),
     }
 
 
@@ -324,7 +324,7 @@ class _Writer:
         token = None if event is None else event.token_id
         calls = 0 if parser is None else parser.calls
         ended = {"finish_reason": "tool_calls" if reason == "stop" and calls else reason}
-        ended["stop_reason"] = answers.stop_reason(self._chat.params, self._chat.eos_ids, token, reason)
+        ended["stop_reason"] = responses.stop_reason(self._chat.params, self._chat.eos_ids, token, reason)
         delta = {} if parser is None or calls else {"content": ""}
         choice = {"index": index, "delta": delta, "logprobs": None} | ended
         frames.append(self._chunks.chunk(dumps(choice)))

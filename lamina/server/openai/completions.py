@@ -15,12 +15,12 @@ from starlette.responses import Response
 
 from lamina.client.input_processor import is_one
 from lamina.completions import Completion, Sample, TokenEvent
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
-from lamina.server.openai import responses as answers
+from lamina.server.openai import responses
 from lamina.server.openai.calls import GRACE, Call, Service
 from lamina.server.openai.responses import Chunks, TextLogprobs, dumps
 from lamina.server.openai.sampling_fields import (
@@ -42,7 +42,7 @@ class Texts:
     """Completions that can be submitted, a ticket a prompt. `prefixes`: what the texts of each prompt begin with."""
 
     fields: CompletionRequest
-    tickets: Sequence[Ticket]
+    tickets: Sequence[EngineRequest]
     eos_ids: tuple[int, ...]
     prefixes: Sequence[str]
 
@@ -64,7 +64,9 @@ async def completions(service: Service, request: Request) -> Response:
     salt = service.salt(call, fields.cache_salt)
     work = service.prepare(call, _prepared, fields, served, salt)
     prepared = await while_connected(request.receive, work, call.timeout + GRACE)
-    named = answers.named("cmpl", fields.request_id or call.id, service.settings.model) | {"object": "text_completion"}
+    named = responses.named("cmpl", fields.request_id or call.id, service.settings.model) | {
+        "object": "text_completion"
+    }
     if fields.stream:
         return EventStream(_frames(service, prepared, call, named), call.timeout + GRACE, service.translate)
     return await while_connected(request.receive, _whole(service, prepared, call, named), call.timeout + GRACE)
@@ -133,7 +135,7 @@ async def _whole(service: Service, texts: Texts, call: Call, named: Mapping[str,
     choices = [
         _choice(texts, prompt, sample) for prompt, completion in enumerate(ended) for sample in completion.samples
     ]
-    used = answers.usage(texts.tickets, sum(completion.usage.completion_tokens for completion in ended))
+    used = responses.usage(texts.tickets, sum(completion.usage.completion_tokens for completion in ended))
     return Response(dumps({**named, "choices": choices, "usage": used}).encode(), media_type="application/json")
 
 
@@ -145,7 +147,7 @@ def _choice(texts: Texts, prompt: int, sample: Sample) -> dict[str, Any]:
         "text": texts.prefixes[prompt] + sample.text,
         "logprobs": logprobs,
         "finish_reason": sample.finish_reason,
-        "stop_reason": answers.stop_reason(texts.params, texts.eos_ids, last, sample.finish_reason),
+        "stop_reason": responses.stop_reason(texts.params, texts.eos_ids, last, sample.finish_reason),
     }
 
 
@@ -218,5 +220,5 @@ class _Writer:
         if reason is not None:
             self._ended[index] = True
             token = None if event is None else event.token_id
-            choice["stop_reason"] = answers.stop_reason(self._texts.params, self._texts.eos_ids, token, reason)
+            choice["stop_reason"] = responses.stop_reason(self._texts.params, self._texts.eos_ids, token, reason)
         frames.append(self._chunks.chunk(dumps(choice)))

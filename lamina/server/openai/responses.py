@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamina.completions import FinishReason, TokenLogprob
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.version import __version__
 
@@ -33,7 +33,7 @@ def named(kind: str, request_id: str, model: str) -> dict[str, Any]:
     }
 
 
-def usage(tickets: Sequence[Ticket], completion_tokens: int) -> dict[str, Any]:
+def usage(tickets: Sequence[EngineRequest], completion_tokens: int) -> dict[str, Any]:
     """Tokens of all prompts, and of all that was generated."""
     prompt_tokens = sum(len(ticket.request.prompt) for ticket in tickets)
     return {
@@ -110,7 +110,7 @@ class Chunks:
     """
 
     def __init__(
-        self, fields: Mapping[str, Any], tickets: Sequence[Ticket], with_usage: bool, continuous: bool
+        self, fields: Mapping[str, Any], tickets: Sequence[EngineRequest], with_usage: bool, continuous: bool
     ) -> None:
         self.tokens = 0  # generated so far; whoever writes chunks counts them
         self._head = f'data: {dumps(fields)[:-1]},"choices":['

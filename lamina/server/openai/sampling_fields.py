@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lamina.client.input_processor import Intake
+from lamina.client.input_processor import InputProcessor
 from lamina.errors import InvalidRequest
 from lamina.sampling_params import JSON_OBJECT, SamplingParams
 from lamina.server.http.errors import ApiError, refused, shown
@@ -29,7 +29,11 @@ _LIFT = 100.0  # of logits, whose own differences are smaller
 
 
 def sampling(
-    fields: GenerationRequest, intake: Intake, max_tokens: int, logprobs: int | None, structure: Mapping[str, Any]
+    fields: GenerationRequest,
+    intake: InputProcessor,
+    max_tokens: int,
+    logprobs: int | None,
+    structure: Mapping[str, Any],
 ) -> SamplingParams:
     """How to sample. `structure` has the keywords of `SamplingParams` for structured output, if any."""
     keywords: dict[str, Any] = {name: value for name in _PLAIN if (value := getattr(fields, name)) is not None} | dict(
@@ -65,7 +69,7 @@ def check_stream_options(fields: GenerationRequest) -> None:
         raise ApiError(400, "stream_options is given, which is allowed only where stream is true", "stream_options")
 
 
-def check_characters(length: int, intake: Intake, param: str) -> None:
+def check_characters(length: int, intake: InputProcessor, param: str) -> None:
     """Raises ApiError where a text of so many characters cannot fit into the context, however it is tokenised."""
     limit = intake.max_model_len
     if length > CHARACTERS * limit:
@@ -78,7 +82,7 @@ def check_characters(length: int, intake: Intake, param: str) -> None:
         )
 
 
-def truncated(fields: GenerationRequest, ids: list[int], intake: Intake, max_tokens: int | None) -> list[int]:
+def truncated(fields: GenerationRequest, ids: list[int], intake: InputProcessor, max_tokens: int | None) -> list[int]:
     """The end of a prompt, where only that is wanted."""
     keep = fields.truncate_prompt_tokens
     if keep is None:
@@ -139,7 +143,7 @@ def response_format(wanted: Any) -> dict[str, Any]:
     return {"json_schema": schema}
 
 
-def _bias(fields: GenerationRequest, intake: Intake) -> dict[int, float]:
+def _bias(fields: GenerationRequest, intake: InputProcessor) -> dict[int, float]:
     bias = _logit_bias(fields.logit_bias)
     if fields.allowed_token_ids is not None:
         if bias:
@@ -172,7 +176,7 @@ def _allowed(tokens: Sequence[int], vocab_size: int) -> dict[int, float]:
     return dict.fromkeys(tokens, _LIFT)
 
 
-def _bad_tokens(words: Sequence[str], intake: Intake) -> set[int]:
+def _bad_tokens(words: Sequence[str], intake: InputProcessor) -> set[int]:
     if len(words) > _MOST_BAD_WORDS:
         raise refused("bad_words", list(words), f"at most {_MOST_BAD_WORDS} words")
     tokens: set[int] = set()

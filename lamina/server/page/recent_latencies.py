@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from lamina.completions import Completion
 from lamina.errors import LaminaError
-from lamina.messages.engine_request import Ticket
+from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import Observer
 
 SECONDS = 30.0
@@ -36,10 +36,10 @@ class RecentLatencies:
         self._next.append((self._clock(), seconds / count))
         self._behind.next_tokens(seconds, count)
 
-    def ended(self, ticket: Ticket, completion: Completion, seconds: float) -> None:
+    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
         self._behind.ended(ticket, completion, seconds)
 
-    def failed(self, ticket: Ticket, error: LaminaError) -> None:
+    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
         self._behind.failed(ticket, error)
 
     def lately(self) -> tuple[list[float], list[float]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lamina.client.input_processor import Intake
+from lamina.client.input_processor import InputProcessor
 from lamina.client.remote_client import RemoteEngine
 from lamina.errors import LaminaError
 from lamina.server.frontend import Frontend, Served
@@ -83,7 +83,7 @@ class EngineLink:
             return
         if self._engine is None or not self._engine.rejoin(self._wire):
             self._engine = RemoteEngine(self._wire, time.monotonic, patience=facts.get("patience", 0.0))
-        intake = Intake(
+        intake = InputProcessor(
             tokenizer,
             facts["context"],
             facts["possible"],

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.deploy.relayed_attention import ToldMembers
-from lamina.deploy.worker_events import Member
+from lamina.deploy.relayed_attention import RelayedWorkers
+from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import LaminaError
 from lamina.server.processes.child_protocol import Mouth, begin
 from lamina.system.progress import Progress
@@ -38,9 +38,9 @@ _CLAIM = 10.0  # seconds after a start in which clients come back for what an en
 _SWITCH = 1e-4  # seconds: the threads that talk to clients must not keep the step loop from the interpreter for 5 ms
 
 
-def _member(fields: Sequence[Any]) -> Member:
+def _member(fields: Sequence[Any]) -> WorkerAddress:
     name, address, token, capacity = fields
-    return Member(name, address, Credentials(token=token), capacity)
+    return WorkerAddress(name, address, Credentials(token=token), capacity)
 
 
 def main() -> int:
@@ -49,7 +49,7 @@ def main() -> int:
     mouth, lines = begin("engine")
     _, model, config, path, secret, waits = next(lines, ["", "", {}, "", "", False])
     share_cores(SPIN_COUNT if waits else SPIN_COUNT_BESIDE_CLIENTS)
-    members = ToldMembers(lambda name: mouth.say("lost", name)) if waits else None
+    members = RelayedWorkers(lambda name: mouth.say("lost", name)) if waits else None
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(lines, members, ended), name="lamina-supervisor", daemon=True).start()
     threading.Thread(
@@ -59,14 +59,14 @@ def main() -> int:
     os._exit(status)  # threads of torch, grpc or Ray may be anywhere; all that must be closed was
 
 
-def _listen(lines: Any, members: ToldMembers | None, ended: queue.SimpleQueue[int]) -> None:
+def _listen(lines: Any, members: RelayedWorkers | None, ended: queue.SimpleQueue[int]) -> None:
     for word, *items in lines:
         if members is not None:
             _tell(members, word, *items)
     ended.put(0)
 
 
-def _tell(members: ToldMembers, word: str, *items: Any) -> None:
+def _tell(members: RelayedWorkers, word: str, *items: Any) -> None:
     """Take a line of the supervisor's."""
     if word == "members":
         members.there([_member(fields) for fields in items[0]])
@@ -82,7 +82,7 @@ def _serve(
     config: Mapping[str, Any],
     path: str,
     secret: str,
-    members: ToldMembers | None,
+    members: RelayedWorkers | None,
     ended: queue.SimpleQueue[int],
 ) -> None:
     def progress(what: str, done: int, total: int | None) -> None:
@@ -123,7 +123,7 @@ def _facts(runtime: Runtime | ClusterRuntime) -> dict[str, Any]:
 
 
 def _start(
-    model: str, config: EngineConfig, progress: Progress, members: ToldMembers | None
+    model: str, config: EngineConfig, progress: Progress, members: RelayedWorkers | None
 ) -> Runtime | ClusterRuntime:
     if config.cluster is not None:
         from lamina.ray_engine.handle import start_on_cluster

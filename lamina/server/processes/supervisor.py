@@ -23,8 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple, Protocol
 
-from lamina.deploy.local_attention import LocalCluster
-from lamina.deploy.worker_events import Backoff, Member
+from lamina.deploy.local_attention import LocalAttentionWorkers
+from lamina.deploy.worker_events import Backoff, WorkerAddress
 from lamina.errors import (
     DiskFullError,
     EngineError,
@@ -66,7 +66,7 @@ class _Signal(NamedTuple):
 
 
 class _Joined(NamedTuple):
-    member: Member
+    member: WorkerAddress
 
 
 class _Left(NamedTuple):
@@ -74,7 +74,7 @@ class _Left(NamedTuple):
 
 
 class _Started(NamedTuple):
-    members: tuple[Member, ...] | EngineError
+    members: tuple[WorkerAddress, ...] | EngineError
 
 
 _Event = _Heard | _Ended | _Signal | _Joined | _Left | _Started
@@ -131,8 +131,8 @@ class Supervisor:
         self._secret = secrets.token_hex(32)
         self._folder = Path()
         self._socket: socket.socket | None = None
-        self._cluster: LocalCluster | None = None
-        self._members: dict[str, Member] = {}
+        self._cluster: LocalAttentionWorkers | None = None
+        self._members: dict[str, WorkerAddress] = {}
         self._members_due: float | None = None  # when the engine is told of the workers that are there
         self._facts: dict[str, Any] | None = None  # of the engine that is ready
         self._loading = ""
@@ -204,11 +204,11 @@ class Supervisor:
         plan = self._plan
         if not plan.workers:
             return
-        cluster = self._cluster = LocalCluster(plan.workers, kv_memory=plan.kv_memory, threads=plan.threads)
+        cluster = self._cluster = LocalAttentionWorkers(plan.workers, kv_memory=plan.kv_memory, threads=plan.threads)
 
         def start() -> None:
             try:
-                members: tuple[Member, ...] | EngineError = cluster.start(self._report.progress)
+                members: tuple[WorkerAddress, ...] | EngineError = cluster.start(self._report.progress)
             except EngineError as error:
                 members = error
             self._events.put(_Started(members))
@@ -350,7 +350,7 @@ class Supervisor:
 
     # Attention workers, and what the engine and the HTTP process know.
 
-    def _workers_started(self, members: tuple[Member, ...] | EngineError) -> None:
+    def _workers_started(self, members: tuple[WorkerAddress, ...] | EngineError) -> None:
         if isinstance(members, EngineError):
             self._failure = members
             return
@@ -420,7 +420,7 @@ class Supervisor:
             self._cluster.close()
 
 
-def _fields(member: Member) -> list[Any]:
+def _fields(member: WorkerAddress) -> list[Any]:
     token = member.credentials.token if member.credentials is not None else ""
     return [member.name, member.address, token, member.capacity]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.placement import Holder, Placement
-from lamina.scheduling.request import PageGroup, Plan, Request, SchedulerConfig, Sequence
+from lamina.scheduling.request import PageGroup, Plan, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
 from lamina.simulator.costs.cost_model import Load, kv_heads
 from lamina.simulator.costs.systems import PAGE_SIZE, StepCost, System
@@ -110,7 +110,7 @@ class Instance:
             page_groups=tuple(PageGroup(*group) for group in groups), prefix_cache=self._named,
         )  # fmt: skip
         self._scheduler = Scheduler(config, self._placement)
-        self._lives: dict[Sequence, Life] = {}
+        self._lives: dict[ScheduledSequence, Life] = {}
         self._ended: list[Life] = []
         self._now = 0.0
 

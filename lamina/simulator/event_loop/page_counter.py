@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lamina.errors import EngineError
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class PageCounter:
         self._applied = 0
         self._parts: dict[int, _Part] = {}
 
-    def take(self, share: HolderShare) -> list[int] | None:
+    def take(self, share: HolderBatch) -> list[int] | None:
         """Apply the operations, and reserve for the rows: all of them, then the floor of each row's part, or none."""
         for operation in share.operations[max(0, self._applied - share.first) :]:
             self._apply(operation)

@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from lamina.simulator.event_loop.results import RunResult
-from lamina.simulator.reports import svg_charts as svg
+from lamina.simulator.reports import svg_charts
 from lamina.simulator.reports.data import (
     TIERS,
     UNKNOWN,
@@ -114,7 +114,7 @@ def html(results: Iterable[RunResult], title: str, plan: Mapping[str, Any] | Non
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f'<meta name="color-scheme" content="light dark"><title>{_text(title)}</title>'
-        f"<style>{svg.STYLE}{_STYLE}</style>"
+        f"<style>{svg_charts.STYLE}{_STYLE}</style>"
     )
     body = "\n".join(part for part in parts if part)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
@@ -202,8 +202,8 @@ def _bar_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
         for name, value in zip(names, values, strict=True):
             known = value > 0 or known_zero
             ratio = f"{value / values[0]:.2f}×" if len(runs) > 1 and known and values[0] > 0 else ""
-            rows.append(svg.Bar(name, value, words(value) if known else "not known", ratio, value == top))
-        charts.append(_figure(svg.bars(rows, f"{caption} of each system, {unit}"), caption, unit))
+            rows.append(svg_charts.Bar(name, value, words(value) if known else "not known", ratio, value == top))
+        charts.append(_figure(svg_charts.bars(rows, f"{caption} of each system, {unit}"), caption, unit))
     return charts
 
 
@@ -216,10 +216,10 @@ def _latency_charts(runs: Sequence[RunResult], names: Sequence[str], limits: Map
         if not longest > 0:
             continue
         scale, unit = (1.0, "s") if longest >= 2 else (1e3, "ms")
-        rows = [svg.Spread(name, of.p50 * scale, of.p90 * scale, of.p99 * scale) for name, of in found]
+        rows = [svg_charts.Spread(name, of.p50 * scale, of.p90 * scale, of.p99 * scale) for name, of in found]
         limit = limits[key] * scale if key in limits else None
         about = f"{key.upper()} percentiles of each system, {unit}"
-        charts.append(_figure(svg.spreads(rows, unit, about, limit), caption, key.upper()))
+        charts.append(_figure(svg_charts.spreads(rows, unit, about, limit), caption, key.upper()))
     return charts
 
 
@@ -231,8 +231,10 @@ def _batch_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         note = f"mean {words(run.mean_batch)}, peak {run.peak_batch:,}"
         others = [line for at, line in enumerate(lines) if at != place] if len(runs) <= _OTHERS else []
-        curve = svg.Curve("model", lines[place])
-        charts.append(_figure(svg.panel(name, note, [curve], seconds, high, f"Batch over time of {name}", others)))
+        curve = svg_charts.Curve("model", lines[place])
+        charts.append(
+            _figure(svg_charts.panel(name, note, [curve], seconds, high, f"Batch over time of {name}", others))
+        )
     return charts
 
 
@@ -242,11 +244,11 @@ def _tier_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
     for run, name in zip(runs, names, strict=True):
         means = (run.model_utilisation, run.attention_utilisation, run.network_utilisation)
         curves = [
-            svg.Curve(tier, over_time(run.samples, share), f"{tier} {mean:.0%}" if math.isfinite(mean) else tier)
+            svg_charts.Curve(tier, over_time(run.samples, share), f"{tier} {mean:.0%}" if math.isfinite(mean) else tier)
             for (tier, share), mean in zip(TIERS, means, strict=True)
         ]
         about = f"Busy share of each tier over time, {name}"
-        charts.append(_figure(svg.panel(name, "", curves, seconds, 1.0, about, percent=True)))
+        charts.append(_figure(svg_charts.panel(name, "", curves, seconds, 1.0, about, percent=True)))
     return charts
 
 
@@ -254,7 +256,9 @@ def _candidates(points: Sequence[Point], chosen: str, x_label: str, y_label: str
     fits = sum(point[3] for point in points)
     star = f" The star is {chosen}." if any(point[0] == chosen for point in points) else ""
     said = f"{len(points):,} candidates, {fits:,} of them feasible (discs; crosses are not). The line joins the best."
-    drawing = svg.scatter(points, chosen, x_label, y_label, f"{y_label} over {x_label} of {len(points)} candidates")
+    drawing = svg_charts.scatter(
+        points, chosen, x_label, y_label, f"{y_label} over {x_label} of {len(points)} candidates"
+    )
     return f'<p class="soft">{_text(said + star)}</p><figure class="wide">{drawing}</figure>'
 
 

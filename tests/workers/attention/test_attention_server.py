@@ -33,7 +33,7 @@ from lamina_protocols.messages import (
 )
 from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable
 from lamina_protocols.socket_channel import connect_unix
-from lamina_workers.attention_server import session as attention_session
+from lamina_workers.attention_server import session
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost
@@ -185,14 +185,14 @@ def test_one_session_at_a_time():
 
 def test_kv_is_freed_when_the_stream_ends(monkeypatch):
     made = []
-    real = attention_session.attention_worker
+    real = session.attention_worker
 
     def recorded(*args):
         worker = real(*args)
         made.append(weakref.ref(worker))
         return worker
 
-    monkeypatch.setattr(attention_session, "attention_worker", recorded)
+    monkeypatch.setattr(session, "attention_worker", recorded)
     with running() as (server, address):
         for way in WAYS.values():
             with connected(address, **way) as port:
@@ -268,7 +268,7 @@ def test_an_error_that_nobody_foresaw_is_named_without_its_inside(monkeypatch, c
         def handle(self, request):
             raise RuntimeError("an inside matter")
 
-    monkeypatch.setattr(attention_session, "attention_worker", Broken)
+    monkeypatch.setattr(session, "attention_worker", Broken)
     with running() as (_, address):
         with connected(address) as port:
             port.send(Announcement(1, 1, 0, (), ()))
@@ -333,7 +333,7 @@ def test_all_torch_calls_are_made_by_one_thread(monkeypatch):
             threads.add(threading.get_ident())
             super().settle()
 
-    monkeypatch.setattr(attention_session, "attention_worker", Noting)
+    monkeypatch.setattr(session, "attention_worker", Noting)
     with running() as (_, address):
         for way in WAYS.values():
             with connected(address, **way) as port:

@@ -40,9 +40,9 @@ from lamina_protocols.messages import (
 )
 from lamina_protocols.service import WorkerBusy, WorkerRefused
 from lamina_protocols.waiting import Waiter
-from lamina_workers.attention_server import session as attention_session
+from lamina_workers.attention_server import session
 from lamina_workers.attention_server.loop import ComputeLoop
-from lamina_workers.attention_server.session import Seat, Session
+from lamina_workers.attention_server.session import EngineSeat, Session
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
@@ -479,7 +479,7 @@ def test_a_channel_that_was_closed_before_it_is_read_harms_nobody():
     device = torch.device("cpu")
     loop = ComputeLoop(1, "w", device, lambda session, why: over.append(why), lambda *_: None, lambda _: None)
     hello = control.Hello(0, "", "s" * 32, "", "float32", "float32", 16, LAYERS, True, "grpc", ENGINE, 0, (1, 1), 0.0)
-    seat = Seat(hello, KV_MEMORY, time.monotonic)
+    seat = EngineSeat(hello, KV_MEMORY, time.monotonic)
     with pair("local") as (_, gone), pair("local") as (near, far):
         for name, channel in (("a", gone), ("b", far)):
             session = Session(name * 32, seat, b"", 30.0, time.monotonic)
@@ -501,13 +501,13 @@ def test_a_channel_that_was_closed_before_it_is_read_harms_nobody():
 
 
 def test_the_lease_does_not_run_while_a_worker_is_made(monkeypatch):
-    real = attention_session.attention_worker
+    real = session.attention_worker
 
     def slow(*args: Any) -> AttentionWorker:
         time.sleep(0.8)
         return real(*args)
 
-    monkeypatch.setattr(attention_session, "attention_worker", slow)
+    monkeypatch.setattr(session, "attention_worker", slow)
     with running(lease=0.3) as (_, address), connected(address) as port:
         Sender(port, 17).step(3)
 

@@ -9,7 +9,7 @@ import torch
 
 from lamina_kernels import select
 from lamina_protocols.messages import HolderConfig, LayerSpec
-from lamina_workers.attention_worker import page_layout as layout
+from lamina_workers.attention_worker import page_layout as page_layouts
 from lamina_workers.attention_worker.page_layout import page_count, page_layout
 from lamina_workers.errors import KernelsUnavailable, KVError, UnsupportedModelError
 
@@ -51,7 +51,7 @@ def test_a_dtype_that_these_kernels_do_not_keep_is_unsupported() -> None:
 
 
 def test_kernels_that_cannot_run_here_are_an_error_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "kernels", select.kernels.__wrapped__)  # without the choice made before
+    monkeypatch.setattr(page_layouts, "kernels", select.kernels.__wrapped__)  # without the choice made before
     monkeypatch.setenv("LAMINA_KERNELS", "fast")
     with pytest.raises(KernelsUnavailable, match="LAMINA_KERNELS must be cpu or reference or triton"):
         page_layout(CONFIG)

@@ -27,7 +27,7 @@ from lamina_protocols.messages import (
     Survey,
     Surveyed,
 )
-from lamina_protocols.routes import HolderShare, Route
+from lamina_protocols.routes import HolderBatch, Route
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.errors import HolderFault, KVError
@@ -54,7 +54,7 @@ class Holders:
 
     def share(self, number: int, handle: int, lo: int, hi: int, heads=(0, 1), begins=None, opens=True, read=None):
         opened = (Open(handle, heads, lo if begins is None else begins, 1000),) * opens
-        share = HolderShare(
+        share = HolderBatch(
             self._first[number],
             opened,
             (Route(0, heads, Row(handle, lo, hi - lo, read, True, read is not None), (lo, hi)),),

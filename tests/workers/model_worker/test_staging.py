@@ -17,7 +17,7 @@ from lamina_workers.attention_worker.device_worker import DeviceWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.devices import staging
 from lamina_workers.devices.staging import DIRECT, LEAST, Staged, staging_for
-from lamina_workers.model_worker import attention_merge as resolver
+from lamina_workers.model_worker import attention_merge
 from lamina_workers.ports.port import AttentionPort, LocalAttention
 
 rng = random.Random(3)
@@ -208,7 +208,7 @@ def test_one_text_wherever_it_is_computed(
 ) -> None:  # fmt: skip
     """What was not waited for is poison, and shows in the text."""
     if place != "holders on the device":
-        monkeypatch.setattr(resolver, "staging_for", lambda device: lambda: Staged(fake))
+        monkeypatch.setattr(attention_merge, "staging_for", lambda device: lambda: Staged(fake))
     rig = Rig(decoder, port=PORTS[place](fake), **SHARDS[shard], **lanes)  # type: ignore[arg-type]
     assert rig.generate(PROMPTS, **GREEDY) == expected
     rig.close()

@@ -24,70 +24,71 @@ from lamina_protocols import messages as m
 from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import MAX_HEADER
-from lamina_protocols.routes import HolderShare, Route, Span
+from lamina_protocols.routes import HolderBatch, Route, Span
 from lamina_protocols.socket_channel import connect_unix
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.attention_merge import Waiting
-from lamina_workers.model_worker.interface import Work
+from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.model_worker.kv_copy import Move
-from lamina_workers.parallel import peer_codec as wire
-from lamina_workers.parallel import peer_messages as crew_messages
-from lamina_workers.parallel.peer_worker import CrewWorker
-from lamina_workers.parallel.peers import UNIX, Crew, Mate
+from lamina_workers.parallel import peer_codec, peer_messages
+from lamina_workers.parallel.peer_worker import PeerWorker
+from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
 
 HOLDER = m.HolderConfig((m.LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)
-BEGIN = crew_messages.Begin(
+BEGIN = peer_messages.Begin(
     1, 2, "/a/folder", "abc", "", "float32", "cpu", "cpu", False, 1, HOLDER, True, 10.0, "ab" * 16, 60.0, True, "grpc",
     10.0, 3,
 )  # fmt: skip
-SHARE = HolderShare(
+SHARE = HolderBatch(
     7,
     (m.Open(1, (0, 1), 0, 512), m.Fork(2, 1, 33), m.Close(1)),
     (Route(0, (0, 1), m.Row(2, 33, 4, (0, 33), True), (33, 37)), Route(1, (1,), m.Row(3, 0, 1, None, True), (0, 0))),
 )
 ANNOUNCED = m.Announced(2, 5, True, 90, (0, 3), usages=(m.Usage(1, 2, 0.5, 3, 0.1, 4, 5),))
-WORK = Work((Span(33, 4), Span(0, 1)), (5, 6, 7, 8, 2**40), (37, 37, 37, 37, 1), (3, 4), (RowSampling(), RowSampling()))
+WORK = BatchWork(
+    (Span(33, 4), Span(0, 1)), (5, 6, 7, 8, 2**40), (37, 37, 37, 37, 1), (3, 4), (RowSampling(), RowSampling())
+)
 MESSAGES: list[Any] = [
-    crew_messages.Hello("model-1", 3, "1.2"),
-    crew_messages.Progress("loading", 1, 20),
-    crew_messages.Ready("cpu"),
-    crew_messages.Failed("DeviceError", "no GPU"),
-    crew_messages.Joined(4, 1 << 30, True),
-    crew_messages.Answers(5, {4: ANNOUNCED, 6: dataclasses.replace(ANNOUNCED, accepted=False, reason="no room")}),
-    crew_messages.Copied(5, False),
-    crew_messages.Looked(4, m.Surveyed(0, 1, 9, 12, (m.PartHeld(3, (0,), 0, 512, 77, 16),))),
-    crew_messages.Parted(),
-    crew_messages.Met(3, "nobody came"),
-    crew_messages.Faulted(5, "it is gone", (4, 6), True),
+    peer_messages.Hello("model-1", 3, "1.2"),
+    peer_messages.Progress("loading", 1, 20),
+    peer_messages.Ready("cpu"),
+    peer_messages.Failed("DeviceError", "no GPU"),
+    peer_messages.Joined(4, 1 << 30, True),
+    peer_messages.Answers(5, {4: ANNOUNCED, 6: dataclasses.replace(ANNOUNCED, accepted=False, reason="no room")}),
+    peer_messages.Copied(5, False),
+    peer_messages.SeatSurveyed(4, m.Surveyed(0, 1, 9, 12, (m.PartHeld(3, (0,), 0, 512, 77, 16),))),
+    peer_messages.LeftGroup(),
+    peer_messages.JoinedGroup(3, "nobody came"),
+    peer_messages.BatchFailed(5, "it is gone", (4, 6), True),
     BEGIN,
-    crew_messages.Join(4, "attention-0", "h:1", 1, 1, 3, b"ca", b"cert", b"key", "token"),
-    crew_messages.Leave(4),
-    crew_messages.Announce(5, True, {4: SHARE, 6: HolderShare(0, (), ())}),
-    crew_messages.Drop(5),
-    crew_messages.Copy(5, (Move(*range(len(Move._fields) - 1), True),), {4: SHARE}),
-    crew_messages.Epoch(8),
-    crew_messages.Look(4),
-    crew_messages.Part(),
-    crew_messages.Meet(3, "/tmp/x/group", "127.0.0.1", 0, 30.0),
-    crew_messages.Stop(),
+    peer_messages.Join(4, "attention-0", "h:1", 1, 1, 3, b"ca", b"cert", b"key", "token"),
+    peer_messages.Leave(4),
+    peer_messages.Announce(5, True, {4: SHARE, 6: HolderBatch(0, (), ())}),
+    peer_messages.Drop(5),
+    peer_messages.Copy(5, (Move(*range(len(Move._fields) - 1), True),), {4: SHARE}),
+    peer_messages.BeginEpoch(8),
+    peer_messages.SurveySeat(4),
+    peer_messages.LeaveGroup(),
+    peer_messages.JoinGroup(3, "/tmp/x/group", "127.0.0.1", 0, 30.0),
+    peer_messages.Stop(),
 ]
 
 
 def frame(message: Any) -> bytearray:
-    return bytearray(b"".join(wire.encode(message)))
+    return bytearray(b"".join(peer_codec.encode(message)))
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_message_comes_back_as_it_was(message: Any) -> None:
-    assert wire.decode(frame(message)) == message
+    assert peer_codec.decode(frame(message)) == message
 
 
 def test_work_comes_back_without_its_sampling() -> None:
-    command = wire.decode(frame(wire.execute(5, WORK, wanted=True, suspends=False)))
-    assert isinstance(command, crew_messages.Execute)
+    command = peer_codec.decode(frame(peer_codec.execute(5, WORK, wanted=True, suspends=False)))
+    assert isinstance(command, peer_messages.Execute)
     assert (command.batch, command.wanted, command.suspends) == (5, True, False)
-    back = wire.work_of(command)
+    back = peer_codec.work_of(command)
     assert (back.spans, list(back.token_ids), list(back.rope_lengths)) == (
         WORK.spans, list(WORK.token_ids), list(WORK.rope_lengths),
     )  # fmt: skip
@@ -96,8 +97,8 @@ def test_work_comes_back_without_its_sampling() -> None:
 
 def test_logits_come_back_to_the_bit() -> None:
     logits = torch.randn(3, 101)
-    back = wire.decode(frame(crew_messages.Executed(5, logits)))
-    assert isinstance(back, crew_messages.Executed)
+    back = peer_codec.decode(frame(peer_messages.Executed(5, logits)))
+    assert isinstance(back, peer_messages.Executed)
     assert torch.equal(back.logits, logits)
 
 
@@ -115,13 +116,13 @@ def test_logits_come_back_to_the_bit() -> None:
     ids=str,
 )
 def test_work_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
-    command = dataclasses.replace(wire.execute(5, WORK, True, False), **change)
+    command = dataclasses.replace(peer_codec.execute(5, WORK, True, False), **change)
     with pytest.raises(ProtocolError):
-        wire.work_of(typing.cast(crew_messages.Execute, wire.decode(frame(command))))
+        peer_codec.work_of(typing.cast(peer_messages.Execute, peer_codec.decode(frame(command))))
 
 
 def test_secrets_are_not_shown() -> None:
-    shown = repr(crew_messages.Join(1, "a", "h:1", key=b"a private key", token="a token"))
+    shown = repr(peer_messages.Join(1, "a", "h:1", key=b"a private key", token="a token"))
     assert "a private key" not in shown
     assert "a token" not in shown
 
@@ -129,7 +130,7 @@ def test_secrets_are_not_shown() -> None:
 def test_too_large_a_message_is_refused_by_who_sends_it() -> None:
     routes = tuple(Route(at, (0,), m.Row(at, 2**40, 1, (0, 2**40), True), (0, 0)) for at in range(MAX_HEADER // 16))
     with pytest.raises(ProtocolError, match="Announce too large"):
-        wire.encode(crew_messages.Announce(1, True, {1: HolderShare(0, (), routes)}))
+        peer_codec.encode(peer_messages.Announce(1, True, {1: HolderBatch(0, (), routes)}))
 
 
 @given(st.sampled_from([frame(message) for message in MESSAGES]), st.data())
@@ -138,20 +139,20 @@ def test_any_changed_byte_is_a_message_or_refused(good: bytearray, data: st.Data
     for _ in range(data.draw(st.integers(1, 3))):
         bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ProtocolError):
-        wire.decode(bad)
+        peer_codec.decode(bad)
 
 
 @given(st.integers(95, 140), st.binary(max_size=200), st.binary(max_size=64))
 def test_any_bytes_are_a_message_or_refused(tag: int, header: bytes, payload: bytes) -> None:
     prefix = struct.pack("<4sHHIQ", b"LMNA", m.PROTOCOL_VERSION, tag, len(header), len(payload))
     with contextlib.suppress(ProtocolError):
-        wire.decode(bytearray(prefix + header + payload))
+        peer_codec.decode(bytearray(prefix + header + payload))
 
 
 @given(st.sampled_from([frame(message) for message in MESSAGES]), st.data())
 def test_a_cut_frame_is_refused(good: bytearray, data: st.DataObject) -> None:
     with pytest.raises(ProtocolError):
-        wire.decode(good[: data.draw(st.integers(0, len(good) - 1))])
+        peer_codec.decode(good[: data.draw(st.integers(0, len(good) - 1))])
 
 
 # Channels.
@@ -161,12 +162,12 @@ class Rig:
     """A crew, and processes of it that a test plays."""
 
     def __init__(self) -> None:
-        self.ready: queue.SimpleQueue[Mate] = queue.SimpleQueue()
-        self.failed: queue.SimpleQueue[tuple[int, crew_messages.Failed]] = queue.SimpleQueue()
+        self.ready: queue.SimpleQueue[Peer] = queue.SimpleQueue()
+        self.failed: queue.SimpleQueue[tuple[int, peer_messages.Failed]] = queue.SimpleQueue()
         self.given_up: list[str] = []
         self.progress: list[tuple[int, str, int, int]] = []
         self.channels: list[Channel] = []
-        self.crew = Crew(
+        self.crew = PeerListener(
             lambda rank: dataclasses.replace(BEGIN, rank=rank),
             self.ready.put,
             lambda rank, said: self.failed.put((rank, said)),
@@ -179,17 +180,17 @@ class Rig:
         self.channels.append(channel)
         return channel
 
-    def mate(self, rank: int = 1, name: str = "model-1") -> tuple[Mate, Channel]:
+    def mate(self, rank: int = 1, name: str = "model-1") -> tuple[Peer, Channel]:
         """One that is ready, and its own end."""
         channel = self.connect(self.crew.invite(rank, name))
         greet(channel, name)
-        assert wire.receive(channel, 5.0) == dataclasses.replace(BEGIN, rank=rank)
-        wire.send(channel, crew_messages.Ready("cpu"))
+        assert peer_codec.receive(channel, 5.0) == dataclasses.replace(BEGIN, rank=rank)
+        peer_codec.send(channel, peer_messages.Ready("cpu"))
         return self.ready.get(timeout=5.0), channel
 
 
 def greet(channel: Channel, name: str, protocol: int = m.PROTOCOL_VERSION, version: str | None = None) -> None:
-    wire.send(channel, crew_messages.Hello(name, protocol, version or control.package_version()))
+    peer_codec.send(channel, peer_messages.Hello(name, protocol, version or control.package_version()))
 
 
 @pytest.fixture
@@ -204,11 +205,11 @@ def rig() -> Iterator[Rig]:
 def test_who_is_invited_loads_and_becomes_ready(rig: Rig) -> None:
     channel = rig.connect(rig.crew.invite(3, "model-3"))
     greet(channel, "model-3")
-    begin = wire.receive(channel, 5.0)
-    assert isinstance(begin, crew_messages.Begin)
+    begin = peer_codec.receive(channel, 5.0)
+    assert isinstance(begin, peer_messages.Begin)
     assert begin.rank == 3
-    wire.send(channel, crew_messages.Progress("loading", 1, 2))
-    wire.send(channel, crew_messages.Ready("cuda:3"))
+    peer_codec.send(channel, peer_messages.Progress("loading", 1, 2))
+    peer_codec.send(channel, peer_messages.Ready("cuda:3"))
     mate = rig.ready.get(timeout=5.0)
     assert (mate.rank, mate.name, mate.said.device, mate.closed) == (3, "model-3", "cuda:3", False)
     assert rig.progress == [(3, "loading", 1, 2)]
@@ -243,18 +244,18 @@ def test_who_is_somebody_else_does_not_begin(rig: Rig, hello: tuple[Any, ...], w
     assert rank == 1
     assert why in said.reason
     with pytest.raises(ChannelClosed):
-        wire.receive(channel, 5.0)
+        peer_codec.receive(channel, 5.0)
 
 
 def test_who_cannot_load_says_why_and_who_ends_says_nothing(rig: Rig) -> None:
     channel = rig.connect(rig.crew.invite(1, "model-1"))
     greet(channel, "model-1")
-    wire.receive(channel, 5.0)
-    wire.send(channel, crew_messages.Failed("DeviceError", "device is 'cuda:7'"))
-    assert rig.failed.get(timeout=5.0) == (1, crew_messages.Failed("DeviceError", "device is 'cuda:7'"))
+    peer_codec.receive(channel, 5.0)
+    peer_codec.send(channel, peer_messages.Failed("DeviceError", "device is 'cuda:7'"))
+    assert rig.failed.get(timeout=5.0) == (1, peer_messages.Failed("DeviceError", "device is 'cuda:7'"))
     again = rig.connect(rig.crew.invite(1, "model-1.1"))
     greet(again, "model-1.1")
-    wire.receive(again, 5.0)
+    peer_codec.receive(again, 5.0)
     again.close()
     rank, said = rig.failed.get(timeout=5.0)
     assert (rank, said.kind) == (1, "")
@@ -264,29 +265,29 @@ def test_reports_are_sorted_by_batch(rig: Rig) -> None:
     mate, channel = rig.mate()
     for batch in (1, 2):
         mate.expect(batch)
-    wire.send(channel, crew_messages.Copied(2, True))
-    wire.send(channel, crew_messages.Copied(7, True))  # nobody waits for that
-    wire.send(channel, crew_messages.Answers(1, {}))
-    assert mate.take(crew_messages.Answers, 1, 5.0) == crew_messages.Answers(1, {})
+    peer_codec.send(channel, peer_messages.Copied(2, True))
+    peer_codec.send(channel, peer_messages.Copied(7, True))  # nobody waits for that
+    peer_codec.send(channel, peer_messages.Answers(1, {}))
+    assert mate.take(peer_messages.Answers, 1, 5.0) == peer_messages.Answers(1, {})
     assert mate.ready(2)
-    assert mate.take(crew_messages.Copied, 2, 5.0).room
+    assert mate.take(peer_messages.Copied, 2, 5.0).room
 
 
 def test_a_fault_names_its_batch(rig: Rig) -> None:
     mate, channel = rig.mate()
     mate.expect(1)
-    wire.send(channel, crew_messages.Faulted(1, "no such part", ()))
+    peer_codec.send(channel, peer_messages.BatchFailed(1, "no such part", ()))
     with pytest.raises(HolderFault, match="model worker 1: no such part"):
-        mate.take(crew_messages.Answers, 1, 5.0)
-    wire.send(channel, crew_messages.Faulted(1, "attention-0 is lost", (4,)))
+        mate.take(peer_messages.Answers, 1, 5.0)
+    peer_codec.send(channel, peer_messages.BatchFailed(1, "attention-0 is lost", (4,)))
     with pytest.raises(HolderLost):
-        mate.take(crew_messages.Answers, 1, 5.0)
+        mate.take(peer_messages.Answers, 1, 5.0)
     assert mate.lost == {4}
     mate.forget()
-    wire.send(channel, crew_messages.Faulted(1, "the keys of an older batch", ()))
-    wire.send(channel, crew_messages.Faulted(1, "other ranks", (), alone=True))
-    wire.send(channel, crew_messages.Parted())
-    assert mate.ask(crew_messages.Part(), crew_messages.Parted, 5.0) == crew_messages.Parted()
+    peer_codec.send(channel, peer_messages.BatchFailed(1, "the keys of an older batch", ()))
+    peer_codec.send(channel, peer_messages.BatchFailed(1, "other ranks", (), alone=True))
+    peer_codec.send(channel, peer_messages.LeftGroup())
+    assert mate.ask(peer_messages.LeaveGroup(), peer_messages.LeftGroup, 5.0) == peer_messages.LeftGroup()
     assert mate.unheard == "the keys of an older batch"
     assert not mate.closed
 
@@ -295,7 +296,7 @@ def test_a_fault_names_its_batch(rig: Rig) -> None:
     "says",
     [
         lambda channel: channel.close(),
-        lambda channel: wire.send(channel, crew_messages.Copied(1, True)),
+        lambda channel: peer_codec.send(channel, peer_messages.Copied(1, True)),
         lambda channel: channel.send([b"no frame at all, but long enough to be one"]),
         lambda channel: None,
     ],
@@ -306,11 +307,11 @@ def test_who_does_not_answer_is_given_up(rig: Rig, says: Callable[[Channel], Non
     mate.expect(1)
     says(channel)
     with pytest.raises(RankLost, match=r"model worker 1 \(model-1\) is lost"):
-        mate.take(crew_messages.Answers, 1, 0.3)
+        mate.take(peer_messages.Answers, 1, 0.3)
     assert mate.closed
     assert rig.given_up == ["model-1"]
     with pytest.raises(RankLost):
-        mate.tell(crew_messages.Stop())
+        mate.tell(peer_messages.Stop())
     assert rig.given_up == ["model-1"]
 
 
@@ -319,7 +320,7 @@ def test_whose_process_has_ended_is_lost_and_does_not_hold_up_who_waits(rig: Rig
     mate.expect(1)
     threading.Timer(0.1, rig.crew.revoke, ["model-1"]).start()
     with pytest.raises(RankLost, match="its process has ended"):
-        mate.take(crew_messages.Answers, 1, 10.0)
+        mate.take(peer_messages.Answers, 1, 10.0)
 
 
 def test_close_tells_all_to_stop_and_waits_for_them(rig: Rig) -> None:
@@ -327,14 +328,14 @@ def test_close_tells_all_to_stop_and_waits_for_them(rig: Rig) -> None:
     heard: list[Any] = []
 
     def play() -> None:
-        heard.append(wire.receive(channel, 5.0))
+        heard.append(peer_codec.receive(channel, 5.0))
         channel.close()
 
     thread = threading.Thread(target=play)
     thread.start()
     rig.crew.close()
     thread.join()
-    assert heard == [crew_messages.Stop()]
+    assert heard == [peer_messages.Stop()]
     assert not rig.crew.folder.exists()
 
 
@@ -351,19 +352,19 @@ class Holder:
 def test_who_parts_sleeps_until_its_batches_are_over() -> None:
     """Also where the next command has come, or model worker 0 is gone."""
     with pair("local") as (ours, theirs), pair("local") as (asked, holder):
-        worker = CrewWorker(ours, "model-1")
+        worker = PeerWorker(ours, "model-1")
         worker._begin = BEGIN
         worker._parts = typing.cast(Any, types.SimpleNamespace(leave_group=lambda: None))
         waiting = Waiting(Holder(asked), 1)
         run = (waiting for _ in range(1))
         next(run)
         worker._runs[1] = typing.cast(Any, run), waiting
-        wire.send(theirs, crew_messages.Stop())
-        reply = threading.Timer(0.5, holder.send, [[bytes(wire.encode(crew_messages.Parted())[0])]])
+        peer_codec.send(theirs, peer_messages.Stop())
+        reply = threading.Timer(0.5, holder.send, [[bytes(peer_codec.encode(peer_messages.LeftGroup())[0])]])
         reply.start()
         begun, used = time.monotonic(), time.thread_time()
-        worker._obey(crew_messages.Part())
+        worker._obey(peer_messages.LeaveGroup())
         assert time.monotonic() - begun > 0.4
         assert time.thread_time() - used < 0.1
-        assert wire.receive(theirs, 5.0) == crew_messages.Parted()
+        assert peer_codec.receive(theirs, 5.0) == peer_messages.LeftGroup()
         reply.join()

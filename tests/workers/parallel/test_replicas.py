@@ -29,7 +29,7 @@ from lamina.sampling_params import SamplingParams
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Close, Exchange, HolderConfig, Row
-from lamina_protocols.routes import HolderShare, Route, Span
+from lamina_protocols.routes import HolderBatch, Route, Span
 from lamina_protocols.socket_channel import connect_unix
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -37,7 +37,7 @@ from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, sample
 from lamina_workers.model_worker.attention_merge import Waiting
-from lamina_workers.model_worker.interface import Work
+from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.model_worker.layer_slices import (
     SlicedBatch,
     Waits,
@@ -48,11 +48,10 @@ from lamina_workers.model_worker.layer_slices import (
     rotation,
 )
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.parallel import peer_codec as wire
-from lamina_workers.parallel import peer_messages as crew_messages
-from lamina_workers.parallel.peer_worker import CrewWorker
-from lamina_workers.parallel.peers import UNIX, Crew, Mate
-from lamina_workers.parallel.replicas import RotatingWorkers
+from lamina_workers.parallel import peer_codec, peer_messages
+from lamina_workers.parallel.peer_worker import PeerWorker
+from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
+from lamina_workers.parallel.replicas import PipelineReplicas
 from lamina_workers.ports.port import AttentionPort
 from lamina_workers.ports.remote import RemoteAttention, connect
 from lamina_workers.ports.timing import Stopwatch
@@ -82,13 +81,13 @@ def test_batches_begin_at_different_places_and_share_the_work() -> None:
         assert set(load.values()) == {31}
 
 
-def share(*rows: tuple[int, tuple[int, int] | None, bool]) -> HolderShare:
+def share(*rows: tuple[int, tuple[int, int] | None, bool]) -> HolderBatch:
     """Rows of one token at `start`, each with what it reads and whether it is stored."""
     routes = [
         Route(i, (0,), Row(i, start, 1, read, store), (start, start + 1) if store else (0, 0))
         for i, (start, read, store) in enumerate(rows)
     ]
-    return HolderShare(0, (), tuple(routes))
+    return HolderBatch(0, (), tuple(routes))
 
 
 def test_what_may_rotate() -> None:
@@ -131,19 +130,19 @@ def test_tokens_are_chosen_where_the_logits_are_unless_more_is_wanted() -> None:
 
 
 def test_commands_of_slices_cross_as_they_are() -> None:
-    work = Work((Span(4, 2), Span(9, 1)), [5, 6, 7], [6, 6, 12], (1, 2), (RowSampling(), RowSampling()))
-    shares = {3: replace(share((9, (0, 9), True)), operations=(Close(7),)), 4: HolderShare(2, (Close(8),), ())}
-    command = wire.enter(8, work, shares, (0,), suspends=True)
+    work = BatchWork((Span(4, 2), Span(9, 1)), [5, 6, 7], [6, 6, 12], (1, 2), (RowSampling(), RowSampling()))
+    shares = {3: replace(share((9, (0, 9), True)), operations=(Close(7),)), 4: HolderBatch(2, (Close(8),), ())}
+    command = peer_codec.enter(8, work, shares, (0,), suspends=True)
     told = crossed(command)
     assert (told.batch, told.suspends, told.plain) == (8, True, (0,))
     assert told.shares == {3: share((9, (0, 9), True))}  # operations were announced, and are nobody else's business
-    assert wire.work_of(told) == replace(work, sampling=())
+    assert peer_codec.work_of(told) == replace(work, sampling=())
     hidden = torch.randn(3, 64)
     for message in (
-        crew_messages.Slice(8, 0, torch.empty(0), torch.empty(0)),
-        crew_messages.Slice(8, 1, hidden, -hidden),
-        crew_messages.Sliced(8, 0.25, 0.5, hidden.bfloat16(), hidden),
-        crew_messages.Chosen(8, 0.25, 0.5, (0, 17), torch.randn(2, 101)),
+        peer_messages.Slice(8, 0, torch.empty(0), torch.empty(0)),
+        peer_messages.Slice(8, 1, hidden, -hidden),
+        peer_messages.Sliced(8, 0.25, 0.5, hidden.bfloat16(), hidden),
+        peer_messages.Chosen(8, 0.25, 0.5, (0, 17), torch.randn(2, 101)),
     ):
         back = crossed(message)
         for name in message.__slots__:
@@ -152,7 +151,7 @@ def test_commands_of_slices_cross_as_they_are() -> None:
 
 
 def crossed(message: Any) -> Any:
-    return wire.decode(bytearray(b"".join(wire.encode(message))))
+    return peer_codec.decode(bytearray(b"".join(peer_codec.encode(message))))
 
 
 # A forward pass in pieces.
@@ -236,7 +235,7 @@ class Replies:
 
 @pytest.mark.parametrize("transport", ["local", "tcp+tls", "grpc"])
 def test_the_first_of_several_is_waited_for(transport) -> None:
-    frame = wire.encode(crew_messages.Slice(1, 0, torch.zeros(40, 1000), torch.empty(0)))
+    frame = peer_codec.encode(peer_messages.Slice(1, 0, torch.zeros(40, 1000), torch.empty(0)))
     with pair(transport) as (near, far), pair("local") as (other, quiet):
         waits, waitings = Waits(), [Waiting(Replies(quiet), 1), Waiting(Replies(far), 1)]
         assert not waits.until_any(waitings, 0.05)
@@ -270,7 +269,7 @@ class Rotating:
 
     def __init__(self, stack: contextlib.ExitStack, model: Path, replicas: int, count: int, **options: Any) -> None:
         self.servers: list[AttentionServer] = []
-        self.mates: list[Mate] = []
+        self.mates: list[Peer] = []
         self._stack, self._model = stack, model
         self._channels: list[Any] = []
         self.rig = Rig(
@@ -281,7 +280,7 @@ class Rotating:
             **{"shard": "heads", **options},
         )
         stack.callback(self.rig.close)
-        self.workers: RotatingWorkers = self.rig.engine._worker  # type: ignore[assignment]
+        self.workers: PipelineReplicas = self.rig.engine._worker  # type: ignore[assignment]
 
     def _served(self, worker: AttentionWorker) -> AttentionPort:
         config = worker.config
@@ -296,24 +295,24 @@ class Rotating:
         self._stack.callback(port.close)
         return port
 
-    def _around(self, own: ModelWorker, ports: dict[int, AttentionPort], replicas: int) -> RotatingWorkers:
+    def _around(self, own: ModelWorker, ports: dict[int, AttentionPort], replicas: int) -> PipelineReplicas:
         self.holder = HolderConfig(own._resolver._layers, 16, "float32", 1)
         self.mates = [self.replica(rank, self.holder) for rank in range(1, replicas)]
-        workers = RotatingWorkers(own, self.mates, here=(0,), config=self.holder)
+        workers = PipelineReplicas(own, self.mates, here=(0,), config=self.holder)
         for number, port in ports.items():
             workers.join(number, port)
         return workers
 
-    def replica(self, rank: int, holder: HolderConfig) -> Mate:
-        begin = crew_messages.Begin(
+    def replica(self, rank: int, holder: HolderConfig) -> Peer:
+        begin = peer_messages.Begin(
             rank=rank, ranks=1, folder=str(self._model), model=fingerprint(self._model), rope_scaling="",
             dtype="float32", device="cpu", attention_device="cpu", compile=False, threads=1, holder=holder,
             early_query=False, patience=10.0, engine=ENGINE, linger=0.0, local_channel=True,
             data_channel="grpc", lost_after=10.0, epoch=1,
         )  # fmt: skip
-        ready: list[Mate] = []
+        ready: list[Peer] = []
         failed: list[Any] = []
-        crew = Crew(
+        crew = PeerListener(
             lambda rank: begin, ready.append, lambda *why: failed.append(why), lambda name: None, lambda *progress: None
         )
         self._stack.callback(crew.close)
@@ -328,7 +327,7 @@ class Rotating:
     @staticmethod
     def _serve(channel: Any, name: str) -> None:
         with contextlib.suppress(Exception):
-            CrewWorker(channel, name).serve()
+            PeerWorker(channel, name).serve()
         channel.close()
 
     def all_connected(self) -> bool:

@@ -9,8 +9,8 @@ import pytest
 
 from lamina_protocols.messages import HolderConfig, LayerSpec
 from lamina_workers.errors import HolderLost
-from lamina_workers.parallel import peer_messages as crew_messages
-from lamina_workers.parallel.tensor_parallel import TensorWorkers
+from lamina_workers.parallel import peer_messages
+from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
 
@@ -28,12 +28,12 @@ class Mate:
         self.told.append(command)
 
     def answer(self, kind: type, timeout: float | None = None) -> Any:
-        return crew_messages.Joined(5, 1 << 20, True)
+        return peer_messages.Joined(5, 1 << 20, True)
 
     def ask(self, command: Any, kind: type, timeout: float | None = None) -> Any:
-        if isinstance(command, crew_messages.Look):
-            return crew_messages.Failed("HolderLost", "attention worker a is lost")
-        return crew_messages.Joined(5, 1 << 20, True)
+        if isinstance(command, peer_messages.SurveySeat):
+            return peer_messages.Failed("HolderLost", "attention worker a is lost")
+        return peer_messages.Joined(5, 1 << 20, True)
 
 
 class Port:
@@ -58,9 +58,9 @@ class Own:
         return [number for number, port in self.ports.items() if port.closed]
 
 
-def workers(mate: Mate, own: Own) -> TensorWorkers:
+def workers(mate: Mate, own: Own) -> TensorParallelWorkers:
     group = SimpleNamespace(mates={1: mate}, missing=(), timeout=1.0)
-    return TensorWorkers(*cast(Any, (own, SimpleNamespace(), group)), pools={}, heads=(1, 1), config=HOLDER)
+    return TensorParallelWorkers(*cast(Any, (own, SimpleNamespace(), group)), pools={}, heads=(1, 1), config=HOLDER)
 
 
 def test_a_holder_that_a_rank_cannot_look_at_does_not_join() -> None:
@@ -70,13 +70,13 @@ def test_a_holder_that_a_rank_cannot_look_at_does_not_join() -> None:
         ranks.join(4, cast(Any, port))
     assert port.closed
     assert ranks.lost() == []
-    assert any(isinstance(command, crew_messages.Leave) and command.number == 5 for command in mate.told)
+    assert any(isinstance(command, peer_messages.Leave) and command.number == 5 for command in mate.told)
 
 
 def test_a_holder_that_a_rank_which_is_back_cannot_look_at_is_gone() -> None:
     mate, own = Mate(), Own()
     ranks = workers(mate, own)
-    ranks._owner[5], ranks._places[5] = 1, crew_messages.Join(5, "a", "x:1", 1, 1, 2, b"", b"", b"", "")
+    ranks._owner[5], ranks._places[5] = 1, peer_messages.Join(5, "a", "x:1", 1, 1, 2, b"", b"", b"", "")
     back = ranks.returned(cast(Any, mate))
     assert back.gone == [5]
     assert back.kept == {}

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from lamina.cli import options as cli_options
 from lamina.config import EngineConfig
-from lamina.deploy.local_attention import LocalCluster
+from lamina.deploy.local_attention import LocalAttentionWorkers
 from lamina.errors import InvalidRequest
-from lamina.launch import attention_pool as attach
+from lamina.launch import attention_pool
 from lamina_protocols.messages import HolderConfig, LayerSpec
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -130,7 +130,7 @@ class TestFind:
         with pytest.raises(DeviceError, match="device is 'cuda:3'; torch finds no GPU here"):
             find_each("device", EngineConfig(device="cuda:3").device, 1)
         with pytest.raises(DeviceError, match="attention_device is 'cuda' for 2 workers"):
-            attach.attention_devices(EngineConfig(attention_workers=2, attention_device="cuda"))
+            attention_pool.attention_devices(EngineConfig(attention_workers=2, attention_device="cuda"))
         with pytest.raises(DeviceError, match="device is 'cuda'"):
             AttentionServer(ServerConfig(name="a", kv_memory=1 << 20, device="cuda"))
         with pytest.raises(DeviceError, match="torch finds no GPU"):
@@ -140,16 +140,18 @@ class TestFind:
 class TestWorkers:
     def test_the_holder_here_is_with_the_first_worker(self, gpus: Callable[[int], None]) -> None:
         gpus(3)
-        assert attach.attention_devices(EngineConfig()) == (CPU,)
-        assert attach.attention_devices(EngineConfig(attention_device="cuda")) == cuda(0)
-        assert attach.attention_devices(EngineConfig(attention_device="cuda:2")) == cuda(2)
-        assert attach.attention_devices(EngineConfig(attention_workers=3, attention_device="cuda")) == cuda(0, 1, 2)
+        assert attention_pool.attention_devices(EngineConfig()) == (CPU,)
+        assert attention_pool.attention_devices(EngineConfig(attention_device="cuda")) == cuda(0)
+        assert attention_pool.attention_devices(EngineConfig(attention_device="cuda:2")) == cuda(2)
+        assert attention_pool.attention_devices(EngineConfig(attention_workers=3, attention_device="cuda")) == cuda(
+            0, 1, 2
+        )
         elsewhere = EngineConfig(attention_workers=["a:1", "b:2"], attention_device="cuda:1")
-        assert attach.attention_devices(elsewhere) == cuda(1)
+        assert attention_pool.attention_devices(elsewhere) == cuda(1)
 
     def test_children_are_told_theirs(self) -> None:
         code = "import sys; print(sys.argv[1:], file=sys.stderr)"
-        cluster = LocalCluster(
+        cluster = LocalAttentionWorkers(
             2,
             kv_memory=1 << 20,
             threads=1,

@@ -47,7 +47,7 @@ from lamina_protocols.socket_channel import (
     server_context,
 )
 from lamina_protocols.tensors import DTYPES
-from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Seats
+from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Leases
 from lamina_workers.attention_server.session import Session
 from lamina_workers.devices.available import find
 
@@ -121,7 +121,7 @@ class AttentionServer:
         self._clock = clock
         self._started_at = clock()
         self._over: SimpleQueue[Session | None] = SimpleQueue()  # sessions whose channels are to be closed
-        self._seats = Seats(config.name, config.kv_memory, config.threads, device, config.lease, clock, self._over.put)
+        self._seats = Leases(config.name, config.kv_memory, config.threads, device, config.lease, clock, self._over.put)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._locals: dict[str, tuple[Listener, str]] = {}  # by session: who listens for it, and the socket's folder

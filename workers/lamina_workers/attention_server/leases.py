@@ -16,7 +16,7 @@ from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.service import Busy
 from lamina_workers.attention_server.loop import ComputeLoop
-from lamina_workers.attention_server.session import Seat, Session, Traffic
+from lamina_workers.attention_server.session import EngineSeat, Session, Traffic
 from lamina_workers.attention_worker.attention_worker import Counters
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MAX_SEATS = 64
 MAX_SESSIONS = 64
 
 
-class Seats:
+class Leases:
     """`kv_memory` in bytes is shared by the seats; a session lives for `lease` seconds without a sign of life.
 
     `closing` is given each session that is over, to close its channel; it must not wait.
@@ -54,7 +54,7 @@ class Seats:
         self._lock = threading.RLock()
         self._engine = ""
         self._served_since = 0.0
-        self._seats: dict[int, Seat] = {}
+        self._seats: dict[int, EngineSeat] = {}
         self._sessions: dict[str, Session] = {}
         self._totals = Counters()
         self._traffic = Traffic()
@@ -195,7 +195,7 @@ class Seats:
 
     # Under the lock.
 
-    def _new_seat(self, hello: control.Hello) -> Seat:
+    def _new_seat(self, hello: control.Hello) -> EngineSeat:
         taken = sum((Fraction(*seat.share) for seat in self._seats.values()), Fraction(0))
         share = Fraction(*hello.share)
         if taken + share > 1:
@@ -203,14 +203,14 @@ class Seats:
                 f"seat {hello.seat} asks for {share} of the KV memory of worker {self._name}, its other "
                 f"{len(self._seats)} seats have {taken}; allowed: {1 - taken}"
             )
-        seat = Seat(hello, int(self._kv_memory * share), self._clock)
+        seat = EngineSeat(hello, int(self._kv_memory * share), self._clock)
         if not self._seats:
             self._engine, self._served_since = hello.engine, self._clock()
         self._seats[hello.seat] = seat
         self.loop.build(seat)
         return seat
 
-    def _end_seat(self, seat: Seat, reason: str) -> None:
+    def _end_seat(self, seat: EngineSeat, reason: str) -> None:
         if seat.ended:
             return
         seat.ended = reason
@@ -222,7 +222,7 @@ class Seats:
         logger.info("seat %d is free: %s", seat.number, reason)
         self.loop.free(seat)
 
-    def _lingering(self) -> list[Seat]:
+    def _lingering(self) -> list[EngineSeat]:
         return [seat for seat in self._seats.values() if not seat.sessions]
 
     def _occupied(self) -> str:
@@ -238,11 +238,11 @@ class Seats:
 
     # What the loop reports.
 
-    def _fail(self, seat: Seat, reason: str) -> None:
+    def _fail(self, seat: EngineSeat, reason: str) -> None:
         with self._lock:
             self._end_seat(seat, reason)
 
-    def _freed(self, seat: Seat) -> None:
+    def _freed(self, seat: EngineSeat) -> None:
         with self._lock:
             done = seat.counters
             self._totals.batches += done.batches

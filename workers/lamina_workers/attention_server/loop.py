@@ -19,7 +19,7 @@ from lamina_protocols.control import FAREWELL
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import Fault
 from lamina_protocols.waiting import Waiter
-from lamina_workers.attention_server.session import Seat, Session
+from lamina_workers.attention_server.session import EngineSeat, Session
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,8 @@ class ComputeLoop:
         name: str,
         device: torch.device,
         over: Callable[[Session, str], None],
-        failed: Callable[[Seat, str], None],
-        freed: Callable[[Seat], None],
+        failed: Callable[[EngineSeat, str], None],
+        freed: Callable[[EngineSeat], None],
     ) -> None:
         self._threads = threads
         self._name = name
@@ -64,7 +64,7 @@ class ComputeLoop:
                     self._jobs.get_nowait()()
         self._waiter.close()
 
-    def build(self, seat: Seat) -> None:
+    def build(self, seat: EngineSeat) -> None:
         """Make its worker, and tell `seat.built`."""
         self._do(lambda: self._build(seat))
 
@@ -76,7 +76,7 @@ class ComputeLoop:
         """Read its channel no more."""
         self._do(lambda: self._remove(session))
 
-    def free(self, seat: Seat) -> None:
+    def free(self, seat: EngineSeat) -> None:
         """Let its worker go."""
         self._do(lambda: self._free(seat))
 
@@ -106,7 +106,7 @@ class ComputeLoop:
         with contextlib.suppress(LaminaError):
             channel.post(codec.encode(Fault(*FAREWELL, reason)))
 
-    def _build(self, seat: Seat) -> None:
+    def _build(self, seat: EngineSeat) -> None:
         if seat.ended:
             seat.built.set_exception(ProtocolError(f"seat {seat.number} is gone: {seat.ended}"))
             return
@@ -131,7 +131,7 @@ class ComputeLoop:
             self._waiter.remove(channel)
             session.seat.traffic.add(session.traffic)
 
-    def _free(self, seat: Seat) -> None:
+    def _free(self, seat: EngineSeat) -> None:
         seat.free()
         self._freed(seat)
         gc.collect()  # KV is large, and whatever keeps it in a cycle must not outlive its seat

@@ -53,7 +53,7 @@ class Traffic:
         self.busy += other.busy
 
 
-class Seat:
+class EngineSeat:
     """One attention worker of an engine: what it was asked for, and what it holds once `build` has made it.
 
     `built` is done when the worker stands, or could not be made. `build`, `handle` and `free` belong to one thread.
@@ -129,7 +129,7 @@ _LAYER_FIELDS = tuple(field.name for field in fields(LayerSpec))
 class Session:
     """`id` names it; `secret` opens its socket channel; `clock` gives seconds."""
 
-    def __init__(self, id_: str, seat: Seat, secret: bytes, lease: float, clock: Callable[[], float]) -> None:
+    def __init__(self, id_: str, seat: EngineSeat, secret: bytes, lease: float, clock: Callable[[], float]) -> None:
         self.id = id_
         self.seat = seat
         self.ended = ""  # why

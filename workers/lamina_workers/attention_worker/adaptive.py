@@ -34,7 +34,7 @@ class Cell(NamedTuple):
     tokens: int
 
 
-class Watched(NamedTuple):
+class ObservedQueries(NamedTuple):
     """A row of prefill some of whose KV heads a chooser watches: `heads` by their numbers in the part. `first` is the
     row's first vector in the flat q, of `tokens` tokens from position `start` of the part on, each with a group for
     every head of the part."""
@@ -147,7 +147,7 @@ class AdaptiveAttention:
         """Whether that policy's chooser wants to see prefill's queries."""
         return policy in self._watchers
 
-    def observe(self, watched: Watched, layer: int, q: torch.Tensor) -> None:
+    def observe(self, watched: ObservedQueries, layer: int, q: torch.Tensor) -> None:
         """Show a chooser the queries of a row of prefill; q `[n, d_k]` of the whole batch, flat."""
         heads = len(watched.part.heads)
         rows = q[watched.first : watched.first + watched.tokens * heads * watched.group]

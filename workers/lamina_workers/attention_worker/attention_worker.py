@@ -45,7 +45,7 @@ from lamina_protocols.messages import (
 )
 from lamina_workers.attention_worker.kv_store import KVStore, Part
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, layout_name, page_count, page_layout
-from lamina_workers.attention_worker.paged_reader import Policies, Reader, Reading
+from lamina_workers.attention_worker.paged_reader import PagedReader, Policies, Reading
 from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError, PoolExhausted
@@ -103,7 +103,7 @@ class AttentionWorker:
             self._pages = Pages.allocate(layout, n_pages, device)
         self.page_layout = layout_name(layout)
         self._policies = [layer_policies(spec) for spec in config.layers]
-        self._reader = Reader(config, self._kernels, self._pages, self.store, threads)
+        self._reader = PagedReader(config, self._kernels, self._pages, self.store, threads)
         self._epoch = 0
         self._last_batch = 0
         self._next_operation = 0

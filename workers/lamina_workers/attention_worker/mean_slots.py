@@ -52,7 +52,7 @@ class Standing:
         return Partial(out, logits + self.log_tokens[layer, self.cells])
 
 
-class StandIns:
+class MeanSlots:
     """The sums of one worker's parts."""
 
     def __init__(self, pages: Pages) -> None:

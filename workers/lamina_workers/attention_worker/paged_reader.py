@@ -18,9 +18,9 @@ from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import Fork, HolderConfig, LayerSpec, Row, Usage
-from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Cell, Group, Tallies, Watched
+from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Cell, Group, ObservedQueries, Tallies
 from lamina_workers.attention_worker.kv_store import NO_PAGE, Absorbed, KVStore, Part
-from lamina_workers.attention_worker.mean_slots import Standing, StandIns
+from lamina_workers.attention_worker.mean_slots import MeanSlots, Standing
 from lamina_workers.attention_worker.page_layout import sketched
 from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
@@ -45,10 +45,10 @@ class Reading:
     counts: tuple[tuple[int, float, int], ...]  # of decode rows: handle, tokens read by static heads, tokens they have
     layers: int = 0  # that have been attended so
     standing: Standing | None = None  # what stands for what compensated policies have let go
-    watched: tuple[Watched, ...] = ()  # rows of prefill whose queries a chooser is shown
+    watched: tuple[ObservedQueries, ...] = ()  # rows of prefill whose queries a chooser is shown
 
 
-class Reader:
+class PagedReader:
     """For one worker and its thread."""
 
     def __init__(self, config: HolderConfig, kernels: Kernels, pages: Pages, store: KVStore, threads: int) -> None:
@@ -59,7 +59,7 @@ class Reader:
         self._threads = threads
         self._policies = {layer: layer_policies(spec) for layer, spec in enumerate(config.layers)}
         every = {policy for policies in self._policies.values() for policy in policies}
-        self._stand_ins = StandIns(pages) if any(policy.compensated for policy in every) else None
+        self._stand_ins = MeanSlots(pages) if any(policy.compensated for policy in every) else None
         at = pages.layout
         token_bytes = at.page_bytes / at.page_size
         self.tallies = Tallies(token_bytes) if any(spec.policies for spec in config.layers) else None
@@ -84,7 +84,7 @@ class Reader:
         builder, planned, counts = RowBuilder(size), 0, []
         vectors: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         cells: dict[Adaptive, list[Cell]] = {}
-        watched: list[Watched] = []
+        watched: list[ObservedQueries] = []
         means: list[tuple[int, int]] = []  # of what was let go, by handle and head
         readers: list[torch.Tensor] = []  # the vectors that read each
         choosing = self._choosing(policies, rows)
@@ -126,13 +126,15 @@ class Reader:
         standing = self._stand_ins.standing(means, readers) if self._stand_ins else None
         return Reading(plan, index, tuple(groups), tuple(counts), standing=standing, watched=tuple(watched))
 
-    def _watched(self, row: Row, part: Part, policies: Sequence[Policy | None], first: int) -> Iterator[Watched]:
+    def _watched(
+        self, row: Row, part: Part, policies: Sequence[Policy | None], first: int
+    ) -> Iterator[ObservedQueries]:
         """What choosers are shown of a row of prefill whose vectors begin with `first`."""
         for policy in dict.fromkeys(policies):
             if isinstance(policy, Adaptive) and self._choosers.watches(policy):
                 heads = tuple(number for number, of_head in enumerate(policies) if of_head == policy)
                 group = self._config.layers[0].group
-                yield Watched(policy, row.handle, part, heads, first, row.count, row.start - part.lo, group)
+                yield ObservedQueries(policy, row.handle, part, heads, first, row.count, row.start - part.lo, group)
 
     def _chooses(self, row: Row) -> bool:
         """Whether a row is one query of decode that reads all that its part has."""
@@ -251,7 +253,7 @@ class Reader:
 
     def stand_in(self, handle: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A key `[d_k]` and a value `[d_v]` for the tokens that a part's head has let go, where it is to be moved."""
-        return (self._stand_ins or StandIns(self._pages)).mean(handle, layer, head)
+        return (self._stand_ins or MeanSlots(self._pages)).mean(handle, layer, head)
 
     def forget(self, handle: int) -> None:
         """A part is closed."""

@@ -78,7 +78,7 @@ Pausing = Generator[QueryReady | KeyValueReady | Waiting, torch.Tensor | None, t
 
 
 @dataclass(frozen=True, slots=True)
-class _Traffic:
+class _HolderTraffic:
     """What a layer of a batch exchanges with one holder, by which `way`. `queries` and `fresh` are indices into the
     flat q and k, None for all in order. Where it has several parts of one sequence a vector is asked, and answered,
     more than once: `rounds` cuts the answer so that no vector is twice in a piece. `timeout`: seconds after which a
@@ -129,11 +129,11 @@ class _Traffic:
 class _Lane(NamedTuple):
     """What one run at a time works with."""
 
-    present: _Present
+    present: _FreshAttention
     staging: Staging
 
 
-class Resolver:
+class AttentionMerge:
     """Answers forward passes. One thread; each batch has a run of its own, on a stream of its own where there are any.
 
     `device` is the model's; `staging` makes the way from it to holders elsewhere, for one run more.
@@ -188,7 +188,7 @@ class Resolver:
             self._idle.append(lane)
 
     def _lane(self) -> _Lane:
-        return _Lane(_Present(self._config, self._threads, self._device), self._staging())
+        return _Lane(_FreshAttention(self._config, self._threads, self._device), self._staging())
 
     def _run(
         self,
@@ -241,8 +241,8 @@ class Resolver:
 
     def _attend(
         self,
-        traffic: Sequence[_Traffic],
-        present: _Present,
+        traffic: Sequence[_HolderTraffic],
+        present: _FreshAttention,
         epoch: int,
         batch: int,
         layer: int,
@@ -296,7 +296,9 @@ class Resolver:
         times.answered += answered
         return whole.out.view(len(q), -1)
 
-    def _traffic(self, staging: Staging, replies: Replies, spans: Sequence[Span], routes: Sequence[Route]) -> _Traffic:
+    def _traffic(
+        self, staging: Staging, replies: Replies, spans: Sequence[Span], routes: Sequence[Route]
+    ) -> _HolderTraffic:
         spec = self._layers[0]
         first = np.cumsum([0, *(span.count for span in spans)])
         queries, fresh, pairs = [], [], 0
@@ -318,7 +320,7 @@ class Resolver:
                 fresh.append(_vectors(source + lo - start, source + hi - start, heads, spec.kv_heads))
         tokens = int(first[-1])
         port = replies.port
-        return _Traffic(
+        return _HolderTraffic(
             replies=replies,
             way=DIRECT if isinstance(port, InProcess) and port.device == self._device else staging,
             reads=bool(queries),
@@ -348,7 +350,7 @@ def _index(parts: list[npt.NDArray[np.int64]], total: int) -> torch.Tensor | Non
     return torch.from_numpy(index)
 
 
-class _Present:
+class _FreshAttention:
     """Attention of a batch's own tokens, causal inside each span, over pages that live for one layer.
 
     They have the holders' layout, so k and v are rounded to the cache's dtype here as they are there. Spans that a

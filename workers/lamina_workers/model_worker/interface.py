@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Surveyed
-from lamina_protocols.routes import HolderShare, Span
+from lamina_protocols.routes import HolderBatch, Span
 from lamina_workers.decoder.sampler import RowSampling, Sampled
 from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.kv_copy import Move
@@ -17,7 +17,7 @@ from lamina_workers.ports.timing import Link, Times
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class BatchWork:
     """The tokens of a batch. token_ids: all spans' ids, one after the other. `sampled` are indices into them whose
     next token is wanted, `sampling` says how, one entry each. rope_lengths: one a token (see `model.Batch`)."""
 
@@ -84,21 +84,21 @@ class Workers(Protocol[P]):
     def address(self, number: int) -> str:
         """Of a holder's process; "" for this one."""
 
-    def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
+    def announce(self, shares: Mapping[int, HolderBatch]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
         """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
 
         Raises HolderFault where a holder answers with a fault, HolderLost where it is gone.
         """
 
-    def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
+    def announce_now(self, shares: Mapping[int, HolderBatch]) -> tuple[int, dict[int, Announced]]:
         """As `announce`, waiting for the answers."""
 
     def execute(
-        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+        self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> Generator[Waiting, None, Sampled]:
         """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done."""
 
-    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
+    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
         """Copy KV between holders, see `ModelWorker.copy`. Whether every target had room."""
 
     def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:

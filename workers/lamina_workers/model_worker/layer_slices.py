@@ -15,7 +15,7 @@ import torch
 
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 from lamina_protocols.waiting import Waiter
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, Sampled, sample
@@ -41,7 +41,7 @@ def rotation(turn: int, layers: int, places: int) -> list[int]:
     return [(turn + k) % places for k in range(layers + 1)]
 
 
-def rotates(shares: Mapping[int, HolderShare], here: Iterable[int] = ()) -> bool:
+def rotates(shares: Mapping[int, HolderBatch], here: Iterable[int] = ()) -> bool:
     """Whether a batch may be computed by several workers in turn, each with a channel of its own to every holder.
 
     For that every store must be answered: keys that travel without a query are not, and the next announcement, which

@@ -24,13 +24,13 @@ from lamina_protocols.messages import (
     FreshPages,
     HolderConfig,
 )
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.decoder.model import Batch, Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.model_worker.attention_merge import Pausing, Resolver, Waiting, result
-from lamina_workers.model_worker.interface import Returned, ReturnedPeer, Seat, Work
+from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing, Waiting, result
+from lamina_workers.model_worker.interface import BatchWork, Returned, ReturnedPeer, Seat
 from lamina_workers.model_worker.kv_copy import Copy, Move
 from lamina_workers.model_worker.layer_slices import SlicedBatch
 from lamina_workers.ports.port import AttentionPort, InProcess, Replies, Transported
@@ -67,7 +67,7 @@ class ModelWorker:
         self._watch = Stopwatch(clock)
         self._replies = {number: Replies(port, clock) for number, port in ports.items()}
         early_query = early_query and decoder.compute_query_first()
-        self._resolver = Resolver(holder, threads, early_query, patience, self._watch, decoder.device)
+        self._resolver = AttentionMerge(holder, threads, early_query, patience, self._watch, decoder.device)
         self._holder = holder
         self._patience = patience
         self._epoch = epoch
@@ -105,7 +105,7 @@ class ModelWorker:
         number of the new one, None: the next."""
         self._epoch = self._epoch + 1 if epoch is None else epoch
 
-    def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
+    def announce(self, shares: Mapping[int, HolderBatch]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
         """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
 
         Raises HolderFault where a holder answers with a fault, HolderLost where it is gone.
@@ -138,12 +138,12 @@ class ModelWorker:
             self.forget(batch, shares)
         return batch, answers
 
-    def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
+    def announce_now(self, shares: Mapping[int, HolderBatch]) -> tuple[int, dict[int, Announced]]:
         """As `announce`, waiting for the answers."""
         return result(self.announce(shares))
 
     def execute(
-        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+        self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> Generator[Waiting, None, Sampled]:
         """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done.
 
@@ -155,7 +155,7 @@ class ModelWorker:
 
     @torch.inference_mode()
     def compute(
-        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+        self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> Generator[Waiting, None, torch.Tensor]:
         """As `execute`, but returns the logits, float32 `[S, vocab]`; a rank beyond 0 has none of them."""
         routes = {self._replies[number]: share.routes for number, share in shares.items()}
@@ -166,7 +166,9 @@ class ModelWorker:
             self.forget(batch, shares)
         return logits
 
-    def enter(self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True) -> SlicedBatch:
+    def enter(
+        self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
+    ) -> SlicedBatch:
         """Take part in a batch that every holder has accepted, which this or another worker has announced to them in
         this epoch: compute slices of it as they are asked for."""
         return SlicedBatch(
@@ -179,7 +181,7 @@ class ModelWorker:
 
     @torch.inference_mode()
     def _in_slices(
-        self, forward: Pausing, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool
+        self, forward: Pausing, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool
     ) -> Generator[Waiting, None, torch.Tensor]:
         routes = {self._replies[number]: share.routes for number, share in shares.items()}
         for replies in routes:
@@ -190,7 +192,7 @@ class ModelWorker:
             self.forget(batch, shares)
         return logits
 
-    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
+    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
         """Copy KV between holders. `shares` open the parts and announce rows that store what is moved, in this order
         at each target; together the moves fill all heads of each of these rows. No holder is both origin and target.
         Blocks until all is sent. Returns whether every target had room; where one has not, nothing counts as done.
@@ -291,18 +293,18 @@ class ModelWorker:
             self._watch.stop()
 
     @staticmethod
-    def _check(answer: Announced, share: HolderShare, name: str) -> None:
+    def _check(answer: Announced, share: HolderBatch, name: str) -> None:
         told = (len(answer.floors), len(answer.usages) or len(share.rows))
         if answer.accepted and told != (len(share.rows), len(share.rows)):
             raise HolderFault(f"{name}: floors and usages of {told} rows, {len(share.rows)} were announced")
 
-    def forget(self, batch: int, shares: Mapping[int, HolderShare]) -> None:
+    def forget(self, batch: int, shares: Mapping[int, HolderBatch]) -> None:
         """A batch that was announced will not be executed."""
         for number in shares:
             if number in self._replies:
                 self._replies[number].forget(batch)
 
-    def _to_device(self, work: Work) -> Batch:
+    def _to_device(self, work: BatchWork) -> Batch:
         device = self._decoder.device
         positions = [p for span in work.spans for p in range(span.start, span.start + span.count)]
         dynamic = self._decoder.config.rope.kind == "dynamic"

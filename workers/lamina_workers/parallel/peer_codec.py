@@ -15,46 +15,46 @@ from lamina_protocols.codec import ANNOUNCED, OPERATIONS, PART, ROW, Codec, Layo
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.fields import BOOL, BYTES, FLOAT, INT, INTS, RANGE, TEXT, Field, Record, list_of, one_of, record
 from lamina_protocols.messages import HolderConfig, Surveyed
-from lamina_protocols.routes import HolderShare, Route, Span
-from lamina_workers.model_worker.interface import Work
+from lamina_protocols.routes import HolderBatch, Route, Span
+from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.parallel.peer_messages import (
     Announce,
     Answers,
+    BatchFailed,
     Begin,
+    BeginEpoch,
     Chosen,
     Command,
     Copied,
     Copy,
     Drop,
-    Enter,
-    Epoch,
     Execute,
     Executed,
     Failed,
-    Faulted,
     Hello,
     Join,
     Joined,
+    JoinedGroup,
+    JoinGroup,
     Leave,
-    Look,
-    Looked,
-    Meet,
-    Met,
-    Part,
-    Parted,
+    LeaveGroup,
+    LeftGroup,
     Progress,
     Ready,
     Report,
+    SeatSurveyed,
     Slice,
     Sliced,
+    StartBatch,
     Stop,
+    SurveySeat,
 )
 
 MAX_WORKERS = 1024
 
 
-def execute(batch: int, work: Work, wanted: bool, suspends: bool) -> Execute:
+def execute(batch: int, work: BatchWork, wanted: bool, suspends: bool) -> Execute:
     """The command to run `work`, whose sampling stays here."""
     spans = tuple(span.start for span in work.spans) + tuple(span.count for span in work.spans)
     return Execute(
@@ -62,14 +62,16 @@ def execute(batch: int, work: Work, wanted: bool, suspends: bool) -> Execute:
     )
 
 
-def enter(batch: int, work: Work, shares: Mapping[int, HolderShare], plain: Sequence[int], suspends: bool) -> Enter:
+def enter(
+    batch: int, work: BatchWork, shares: Mapping[int, HolderBatch], plain: Sequence[int], suspends: bool
+) -> StartBatch:
     """The command to take part in `work`, whose sampling stays here but for the `plain` rows."""
-    told = {number: HolderShare(share.first, (), share.routes) for number, share in shares.items() if share.routes}
+    told = {number: HolderBatch(share.first, (), share.routes) for number, share in shares.items() if share.routes}
     same = execute(batch, work, wanted=True, suspends=suspends)
-    return Enter(batch, suspends, told, tuple(plain), same.spans, same.token_ids, same.rope_lengths, same.sampled)
+    return StartBatch(batch, suspends, told, tuple(plain), same.spans, same.token_ids, same.rope_lengths, same.sampled)
 
 
-def work_of(command: Execute | Enter) -> Work:
+def work_of(command: Execute | StartBatch) -> BatchWork:
     """The work that is commanded, with no sampling. Raises ProtocolError where its parts contradict each other."""
     if len(command.spans) % 2:
         raise ProtocolError(f"{len(command.spans)} numbers of spans, expected pairs")
@@ -81,7 +83,7 @@ def work_of(command: Execute | Enter) -> Work:
         raise ProtocolError(
             f"{len(token_ids)} token ids and {len(rope_lengths)} lengths for spans of {tokens}, sampled {sampled[:8]}"
         )
-    return Work(spans, token_ids, rope_lengths, tuple(sampled), ())
+    return BatchWork(spans, token_ids, rope_lengths, tuple(sampled), ())
 
 
 def _as_bytes(numbers: Sequence[int]) -> torch.Tensor:
@@ -96,7 +98,7 @@ def _as_ints(tensor: torch.Tensor) -> list[int]:
 
 
 _ROUTE = Record(Route, {"source": INT, "heads": INTS, "row": record(ROW), "stored": Field(tuple, RANGE.unpack)})
-_SHARE = Record(HolderShare, {"first": INT, "operations": one_of(OPERATIONS), "routes": list_of(_ROUTE)})
+_SHARE = Record(HolderBatch, {"first": INT, "operations": one_of(OPERATIONS), "routes": list_of(_ROUTE)})
 _MOVE = Record(Move, dict.fromkeys(Move._fields, INT) | {"paged": BOOL})
 _SURVEYED = Record(
     Surveyed,
@@ -160,12 +162,12 @@ _CODEC = Codec(
         106: Layout(Answers, {"batch": INT, "answers": _by_number(ANNOUNCED)}),
         107: Layout(Executed, {"batch": INT}, ("logits",)),
         108: Layout(Copied, {"batch": INT, "room": BOOL}),
-        109: Layout(Looked, {"number": INT, "held": record(_SURVEYED)}),
-        110: Layout(Met, {"generation": INT, "reason": TEXT}),
-        112: Layout(Parted, {}),
+        109: Layout(SeatSurveyed, {"number": INT, "held": record(_SURVEYED)}),
+        110: Layout(JoinedGroup, {"generation": INT, "reason": TEXT}),
+        112: Layout(LeftGroup, {}),
         113: Layout(Sliced, _SECONDS, ("hidden", "attended")),
         114: Layout(Chosen, _SECONDS | {"tokens": INTS}, ("logits",)),
-        111: Layout(Faulted, {"batch": INT, "reason": TEXT, "lost": INTS, "alone": BOOL}),
+        111: Layout(BatchFailed, {"batch": INT, "reason": TEXT, "lost": INTS, "alone": BOOL}),
         121: Layout(Begin, _BEGIN),
         122: Layout(Join, _PLACE | _CREDENTIALS),
         123: Layout(Leave, {"number": INT}),
@@ -177,13 +179,13 @@ _CODEC = Codec(
         ),
         126: Layout(Drop, {"batch": INT}),
         127: Layout(Copy, {"batch": INT, "moves": list_of(_MOVE), "shares": _SHARES}),
-        128: Layout(Epoch, {"epoch": INT}),
-        129: Layout(Look, {"number": INT}),
-        130: Layout(Meet, {"generation": INT, "path": TEXT, "host": TEXT, "port": INT, "timeout": FLOAT}),
+        128: Layout(BeginEpoch, {"epoch": INT}),
+        129: Layout(SurveySeat, {"number": INT}),
+        130: Layout(JoinGroup, {"generation": INT, "path": TEXT, "host": TEXT, "port": INT, "timeout": FLOAT}),
         131: Layout(Stop, {}),
-        132: Layout(Part, {}),
+        132: Layout(LeaveGroup, {}),
         133: Layout(
-            Enter,
+            StartBatch,
             {"batch": INT, "suspends": BOOL, "shares": _SHARES, "plain": INTS, "spans": INTS},
             ("token_ids", "rope_lengths", "sampled"),
         ),

@@ -1,11 +1,12 @@
 """What model worker 0 and the model workers beyond it say to each other: one frozen dataclass a message.
 
 A worker connects, says `Hello`, is told by `Begin` what to load, and says `Progress` and `Ready`, or `Failed`. From
-then on model worker 0 commands. `Join`, `Announce`, `Copy`, `Look`, `Part` and `Meet` have one answer each, in order;
-so has `Execute` where its logits are wanted. Whatever goes wrong with a command that names a batch comes as a `Faulted`
-of that batch: in the place of the answer where there is one, else by itself. The others have no answer.
+then on model worker 0 commands. `Join`, `Announce`, `Copy`, `SurveySeat`, `LeaveGroup` and `JoinGroup` have one answer
+each, in order; so has `Execute` where its logits are wanted. What goes wrong with a command that names a batch comes as
+a `BatchFailed` of that batch: in the place of the answer where there is one, else by itself. The others have no
+answer.
 
-A batch is numbered by model worker 0, and the numbers grow. Knows nothing of bytes: `crew_wire` does.
+A batch is numbered by model worker 0, and the numbers grow. Knows nothing of bytes: `peer_codec` does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lamina_protocols.messages import Announced, HolderConfig, Surveyed
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 from lamina_workers.model_worker.kv_copy import Move
 
 # From a model worker.
@@ -113,7 +114,7 @@ class Copied:
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class SeatSurveyed:
     """What the seat that is holder `number` keeps."""
 
     number: int
@@ -121,12 +122,12 @@ class Looked:
 
 
 @dataclass(frozen=True, slots=True)
-class Parted:
+class LeftGroup:
     """It has left the group, and waits for commands: of what was told before, nothing is under way."""
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
+class JoinedGroup:
     """It is one of the group of that generation; or not, where `reason` says why."""
 
     generation: int
@@ -134,7 +135,7 @@ class Met:
 
 
 @dataclass(frozen=True, slots=True)
-class Faulted:
+class BatchFailed:
     """A batch failed here, and nothing of it counts. `lost` are all holders of this worker that are gone by now.
     `alone`: it was not a holder, but the other ranks that could not be reached."""
 
@@ -211,7 +212,7 @@ class Announce:
 
     batch: int
     runs: bool
-    shares: Mapping[int, HolderShare]
+    shares: Mapping[int, HolderBatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,14 +233,14 @@ class Execute:
 
 
 @dataclass(frozen=True, slots=True)
-class Enter:
+class StartBatch:
     """Take part in a batch that model worker 0 has announced, under this number: its slices will be asked for, until
     the last one, or `Drop`. `shares` are those of its rows, without operations. `plain` are the entries of `sampled`
     whose token is the likeliest, of which nothing else is wanted. The rest as in `Execute`."""
 
     batch: int
     suspends: bool
-    shares: Mapping[int, HolderShare]
+    shares: Mapping[int, HolderBatch]
     plain: tuple[int, ...]
     spans: tuple[int, ...]
     token_ids: torch.Tensor
@@ -271,30 +272,30 @@ class Copy:
 
     batch: int
     moves: tuple[Move, ...]
-    shares: Mapping[int, HolderShare]
+    shares: Mapping[int, HolderBatch]
 
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
+class BeginEpoch:
     """Whatever is under way is given up."""
 
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class SurveySeat:
     """Ask what the seat that is holder `number` keeps. Nothing may be under way."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LeaveGroup:
     """Leave the group of ranks, once whatever is under way has ended or failed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Meet:
+class JoinGroup:
     """Join the next group of ranks; see `collectives.Meeting`. `timeout` in seconds."""
 
     generation: int
@@ -309,8 +310,23 @@ class Stop:
     """Let all holders go and end."""
 
 
-Command = Begin | Join | Leave | Announce | Execute | Enter | Slice | Drop | Copy | Epoch | Look | Part | Meet | Stop
+Command = (
+    Begin
+    | Join
+    | Leave
+    | Announce
+    | Execute
+    | StartBatch
+    | Slice
+    | Drop
+    | Copy
+    | BeginEpoch
+    | SurveySeat
+    | LeaveGroup
+    | JoinGroup
+    | Stop
+)
 Report = (
-    Hello | Progress | Ready | Failed | Joined | Answers | Executed | Sliced | Chosen | Copied | Looked | Parted | Met
-    | Faulted
+    Hello | Progress | Ready | Failed | Joined | Answers | Executed | Sliced | Chosen | Copied | SeatSurveyed
+    | LeftGroup | JoinedGroup | BatchFailed
 )  # fmt: skip

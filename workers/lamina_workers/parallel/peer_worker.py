@@ -19,7 +19,7 @@ from lamina_protocols import control
 from lamina_protocols.channels import Channel, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.collective import Collective
@@ -34,9 +34,7 @@ from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, likeliest
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.warmup import prepare_kernels
-from lamina_workers.parallel import collectives
-from lamina_workers.parallel import peer_codec as wire
-from lamina_workers.parallel import peer_messages as crew_messages
+from lamina_workers.parallel import collectives, peer_codec, peer_messages
 from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
 from lamina_workers.ports.remote import RemoteAttention, connect
 
@@ -45,7 +43,7 @@ logger = logging.getLogger("lamina")
 _Run = Generator[Waiting, None, None]
 
 
-class CrewWorker:
+class PeerWorker:
     """Serves one channel until it closes or `Stop` comes.
 
     `name` is the one that model worker 0 expects. `folder` has the model's files, where they lie elsewhere than there;
@@ -62,64 +60,64 @@ class CrewWorker:
         self._runs: dict[int, tuple[_Run, Waiting | None]] = {}  # batches under way, and what each waits for
         self._waits = Waits()
         self._entered: dict[int, tuple[SlicedBatch, tuple[int, ...]]] = {}  # and which rows need no logits
-        self._batches: dict[int, tuple[int, Mapping[int, HolderShare]]] = {}  # announced: own number, and the shares
+        self._batches: dict[int, tuple[int, Mapping[int, HolderBatch]]] = {}  # announced: own number, and the shares
 
     def serve(self) -> None:
         """Raises ChannelClosed where model worker 0 is gone, LaminaError where the model cannot be loaded, which
         model worker 0 has been told then."""
-        self._say(crew_messages.Hello(self._name, PROTOCOL_VERSION, control.package_version()))
+        self._say(peer_messages.Hello(self._name, PROTOCOL_VERSION, control.package_version()))
         begin = self._hear()
-        if not isinstance(begin, crew_messages.Begin):
+        if not isinstance(begin, peer_messages.Begin):
             raise ProtocolError(f"expected Begin, got {type(begin).__name__}")
         try:
             parts = _Parts(begin, self._folder or begin.folder, self._report)
         except LaminaError as error:
-            self._say(crew_messages.Failed(type(error).__name__, str(error)))
+            self._say(peer_messages.Failed(type(error).__name__, str(error)))
             raise
         self._begin, self._parts, self._epoch = begin, parts, begin.epoch
         self._worker: ModelWorker | None = None  # a rank's decoder needs its group first
         self._ports: dict[int, AttentionPort] = {}
         if begin.ranks == 1:
             self._worker = parts.worker(None, self._ports, begin.epoch)
-        self._say(crew_messages.Ready(str(parts.device)))
+        self._say(peer_messages.Ready(str(parts.device)))
         try:
             while True:
                 if self._runs and not self._channel.ready():
                     self._go_on(self._channel)
                     continue
                 command = self._hear()
-                if isinstance(command, crew_messages.Stop):
+                if isinstance(command, peer_messages.Stop):
                     return
                 self._obey(command)
         finally:
             for port in self._ports.values():
                 port.close()
 
-    def _hear(self) -> crew_messages.Command | crew_messages.Report:
-        return wire.receive(self._channel)
+    def _hear(self) -> peer_messages.Command | peer_messages.Report:
+        return peer_codec.receive(self._channel)
 
-    def _say(self, report: crew_messages.Report) -> None:
-        wire.send(self._channel, report)
+    def _say(self, report: peer_messages.Report) -> None:
+        peer_codec.send(self._channel, report)
 
     def _report(self, what: str, done: int, total: int) -> None:
-        self._say(crew_messages.Progress(what, done, total))
+        self._say(peer_messages.Progress(what, done, total))
 
-    def _obey(self, command: crew_messages.Command | crew_messages.Report) -> None:
+    def _obey(self, command: peer_messages.Command | peer_messages.Report) -> None:
         match command:
-            case crew_messages.Announce():
+            case peer_messages.Announce():
                 self._start(command.batch, self._announce(command))
-            case crew_messages.Execute():
+            case peer_messages.Execute():
                 self._start(command.batch, self._execute(command))
-            case crew_messages.Enter(batch):
-                entered = self._standing.enter(wire.work_of(command), batch, command.shares, command.suspends)
+            case peer_messages.StartBatch(batch):
+                entered = self._standing.enter(peer_codec.work_of(command), batch, command.shares, command.suspends)
                 self._entered[batch] = entered, command.plain
-            case crew_messages.Slice(batch):
+            case peer_messages.Slice(batch):
                 self._start(batch, self._slice(command))
-            case crew_messages.Drop(batch):
+            case peer_messages.Drop(batch):
                 if batch in self._batches:
                     self._standing.forget(*self._batches.pop(batch))
                 self._leave_batch(batch)
-            case crew_messages.Epoch(epoch):
+            case peer_messages.BeginEpoch(epoch):
                 for run, _ in self._runs.values():
                     run.close()
                 self._runs.clear()
@@ -129,20 +127,20 @@ class CrewWorker:
                 self._epoch = epoch
                 if self._worker is not None:
                     self._worker.next_epoch(epoch)
-            case crew_messages.Join():
+            case peer_messages.Join():
                 self._join(command)
-            case crew_messages.Leave(number):
+            case peer_messages.Leave(number):
                 self._leave(number)
-            case crew_messages.Copy():
+            case peer_messages.Copy():
                 self._copy(command)
-            case crew_messages.Look(number):
+            case peer_messages.SurveySeat(number):
                 self._look(number)
-            case crew_messages.Part():
+            case peer_messages.LeaveGroup():
                 while self._runs:  # the next command may be there: it has to wait
                     self._go_on()
                 self._parts.leave_group()
-                self._say(crew_messages.Parted())
-            case crew_messages.Meet():
+                self._say(peer_messages.LeftGroup())
+            case peer_messages.JoinGroup():
                 self._meet(command)
             case _:
                 raise ProtocolError(f"{type(command).__name__} is not a command that a model worker expects now")
@@ -176,7 +174,7 @@ class CrewWorker:
         with contextlib.suppress(StopIteration):
             self._runs[batch] = run, next(run)
 
-    def _announce(self, command: crew_messages.Announce) -> _Run:
+    def _announce(self, command: peer_messages.Announce) -> _Run:
         try:
             own, answers = yield from self._standing.announce(command.shares)
         except HolderFault as fault:
@@ -184,10 +182,10 @@ class CrewWorker:
             return
         if command.runs:
             self._batches[command.batch] = own, command.shares
-        self._say(crew_messages.Answers(command.batch, answers))
+        self._say(peer_messages.Answers(command.batch, answers))
 
-    def _execute(self, command: crew_messages.Execute) -> _Run:
-        work = wire.work_of(command)
+    def _execute(self, command: peer_messages.Execute) -> _Run:
+        work = peer_codec.work_of(command)
         if command.batch not in self._batches:
             raise ProtocolError(f"batch {command.batch} is to be executed, but was not announced")
         own, shares = self._batches.pop(command.batch)
@@ -198,10 +196,10 @@ class CrewWorker:
             self._faulted(command.batch, fault)
             return
         if command.wanted:
-            self._say(crew_messages.Executed(command.batch, logits.float().cpu()))
+            self._say(peer_messages.Executed(command.batch, logits.float().cpu()))
 
     @torch.inference_mode()
-    def _slice(self, command: crew_messages.Slice) -> _Run:
+    def _slice(self, command: peer_messages.Slice) -> _Run:
         batch = command.batch
         if batch not in self._entered:
             raise ProtocolError(f"a slice of batch {batch} is wanted, which was not entered")
@@ -218,11 +216,11 @@ class CrewWorker:
             return
         seconds = entered.model_seconds, entered.attention_seconds
         if isinstance(left, Context):
-            self._say(crew_messages.Sliced(batch, *seconds, *left))
+            self._say(peer_messages.Sliced(batch, *seconds, *left))
             return
         self._leave_batch(batch)
         tokens, rest = likeliest(left, plain)
-        self._say(crew_messages.Chosen(batch, *seconds, tokens, rest))
+        self._say(peer_messages.Chosen(batch, *seconds, tokens, rest))
 
     def _leave_batch(self, batch: int) -> None:
         if batch not in self._entered:
@@ -233,35 +231,35 @@ class CrewWorker:
             run.close()
         entered.close()
 
-    def _copy(self, command: crew_messages.Copy) -> None:
+    def _copy(self, command: peer_messages.Copy) -> None:
         try:
             room = self._standing.copy(command.moves, command.shares)
         except HolderFault as fault:
             self._faulted(command.batch, fault)
             return
-        self._say(crew_messages.Copied(command.batch, room))
+        self._say(peer_messages.Copied(command.batch, room))
 
     def _faulted(self, batch: int, fault: HolderFault) -> None:
         lost = self._standing.lost()
-        self._say(crew_messages.Faulted(batch, str(fault)[:4096], tuple(lost), isinstance(fault, RankLost)))
+        self._say(peer_messages.BatchFailed(batch, str(fault)[:4096], tuple(lost), isinstance(fault, RankLost)))
 
     # Holders.
 
-    def _join(self, place: crew_messages.Join) -> None:
+    def _join(self, place: peer_messages.Join) -> None:
         try:
             port = self._connect(place)
         except LaminaError as error:
-            self._say(crew_messages.Failed(type(error).__name__, str(error)))
+            self._say(peer_messages.Failed(type(error).__name__, str(error)))
             return
         self._ports[place.number] = port
         if self._worker is not None:
             self._worker.join(place.number, port)
         if isinstance(port, RemoteAttention):
-            self._say(crew_messages.Joined(place.number, port.capacity, port.resumed))
+            self._say(peer_messages.Joined(place.number, port.capacity, port.resumed))
         else:
-            self._say(crew_messages.Joined(place.number, self._begin.holder.kv_memory, False))
+            self._say(peer_messages.Joined(place.number, self._begin.holder.kv_memory, False))
 
-    def _connect(self, place: crew_messages.Join) -> AttentionPort:
+    def _connect(self, place: peer_messages.Join) -> AttentionPort:
         if not place.address:
             return self._parts.pool(place)
         begin = self._begin
@@ -297,33 +295,33 @@ class CrewWorker:
         try:
             if port is None:
                 raise HolderFault(f"there is no holder {number}")
-            self._say(crew_messages.Looked(number, survey(port, self._begin.patience, self._epoch - 1)))
+            self._say(peer_messages.SeatSurveyed(number, survey(port, self._begin.patience, self._epoch - 1)))
         except HolderFault as fault:
-            self._say(crew_messages.Failed(type(fault).__name__, str(fault)))
+            self._say(peer_messages.Failed(type(fault).__name__, str(fault)))
 
     # The other ranks.
 
-    def _meet(self, command: crew_messages.Meet) -> None:
+    def _meet(self, command: peer_messages.JoinGroup) -> None:
         self._parts.leave_group()
         meeting = collectives.Meeting(command.generation, command.path, command.host, command.port, self._address)
         begin = self._begin
         try:
             group = collectives.join(begin.rank, begin.ranks, meeting, command.timeout, self._parts.device)
         except RankLost as error:
-            self._say(crew_messages.Met(command.generation, str(error)))
+            self._say(peer_messages.JoinedGroup(command.generation, str(error)))
             return
         if self._worker is None:
             self._worker = self._parts.worker(group, self._ports, self._epoch)
         else:
             self._parts.enter_group(group)
-        self._say(crew_messages.Met(command.generation, ""))
+        self._say(peer_messages.JoinedGroup(command.generation, ""))
 
 
 class _Parts:
     """What a model worker is made of, loaded as `begin` says from `folder`. Raises LaminaError."""
 
     def __init__(
-        self, begin: crew_messages.Begin, folder: str | Path, progress: Callable[[str, int, int], None]
+        self, begin: peer_messages.Begin, folder: str | Path, progress: Callable[[str, int, int], None]
     ) -> None:
         path = Path(folder)
         if (found := fingerprint(path)) != begin.model:
@@ -345,7 +343,7 @@ class _Parts:
                 self._config, checkpoint, dtype, self.device, lambda *done: progress("loading", *done), self._shard
             )
 
-    def pool(self, place: crew_messages.Join) -> LocalAttention:
+    def pool(self, place: peer_messages.Join) -> LocalAttention:
         """A port to a new pool in this process."""
         holder = self._begin.holder
         holder = replace(holder, kv_memory=holder.kv_memory * place.part // max(1, place.of))

@@ -1,7 +1,7 @@
 """Model worker 0's end of the channels to the model workers beyond it: who connects, what they load, what they answer.
 
 Knows channels and the commands. Knows no process (whoever starts one invites it here), and nothing of batches: what is
-in a command, `TensorWorkers` and its like know.
+in a command, `TensorParallelWorkers` and its like know.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.socket_channel import SECRET_SIZE, Listener, listen_tcp, listen_unix, server_context
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.parallel import peer_codec as wire
-from lamina_workers.parallel import peer_messages as crew_messages
+from lamina_workers.parallel import peer_codec, peer_messages
 
 logger = logging.getLogger("lamina")
 
@@ -34,10 +33,10 @@ UNIX = "unix:"
 _LOADING_S = 600.0  # without a word
 _GOODBYE_S = 5.0
 
-R = TypeVar("R", bound=crew_messages.Report)
+R = TypeVar("R", bound=peer_messages.Report)
 
 
-class Mate:
+class Peer:
     """One model worker beyond 0 that is ready. For one thread; `close` may come from any.
 
     `rank` is its number, `name` that of its process, `ready` what it said of itself. `on_given_up` is told when this
@@ -49,7 +48,7 @@ class Mate:
         rank: int,
         name: str,
         channel: Channel,
-        ready: crew_messages.Ready,
+        ready: peer_messages.Ready,
         on_given_up: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.rank = rank
@@ -60,8 +59,8 @@ class Mate:
         self._channel = channel
         self._on_given_up = on_given_up
         self._gone = ""  # why
-        self._waiting: dict[int, deque[crew_messages.Report]] = {}  # by batch under way
-        self._answers: deque[crew_messages.Report] = deque()  # to what names no batch
+        self._waiting: dict[int, deque[peer_messages.Report]] = {}  # by batch under way
+        self._answers: deque[peer_messages.Report] = deque()  # to what names no batch
 
     @property
     def closed(self) -> bool:
@@ -85,10 +84,10 @@ class Mate:
                 self._channel.receive(max(0.0, seconds))
         self.close()
 
-    def tell(self, command: crew_messages.Command) -> None:
+    def tell(self, command: peer_messages.Command) -> None:
         """Raises RankLost where it is gone."""
         try:
-            wire.send(self._channel, command)
+            peer_codec.send(self._channel, command)
         except ChannelClosed as error:
             raise self.give_up(str(error)) from error
 
@@ -114,9 +113,9 @@ class Mate:
                 return True  # and `take` says so
         return True
 
-    def faults(self, batch: int) -> list[crew_messages.Faulted]:
+    def faults(self, batch: int) -> list[peer_messages.BatchFailed]:
         """What it has said by now to have gone wrong with a batch that is expected."""
-        return [report for report in self._waiting.get(batch, ()) if isinstance(report, crew_messages.Faulted)]
+        return [report for report in self._waiting.get(batch, ()) if isinstance(report, peer_messages.BatchFailed)]
 
     def take(self, kind: type[R], batch: int, timeout: float | None = None) -> R:
         """What it says next of a batch that is expected; waits for it.
@@ -128,18 +127,18 @@ class Mate:
         while not said:
             self._hear(timeout)
         report = said.popleft()
-        if isinstance(report, crew_messages.Faulted):
+        if isinstance(report, peer_messages.BatchFailed):
             raise (HolderLost if report.lost else HolderFault)(f"model worker {self.rank}: {report.reason}")
         if not isinstance(report, kind):
             raise self.give_up(f"{kind.__name__} of batch {batch} was due, got {type(report).__name__}")
         return report
 
-    def answer(self, kind: type[R], timeout: float | None = None) -> R | crew_messages.Failed:
+    def answer(self, kind: type[R], timeout: float | None = None) -> R | peer_messages.Failed:
         """The answer to the oldest command that names no batch and was not answered yet. Raises as `take` does."""
         while not self._answers:
             self._hear(timeout)
         report = self._answers.popleft()
-        if not isinstance(report, (kind, crew_messages.Failed)):
+        if not isinstance(report, (kind, peer_messages.Failed)):
             raise self.give_up(f"{kind.__name__} was due, got {type(report).__name__}")
         return report
 
@@ -155,35 +154,35 @@ class Mate:
         return True
 
     def ask(
-        self, command: crew_messages.Command, kind: type[R], timeout: float | None = None
-    ) -> R | crew_messages.Failed:
+        self, command: peer_messages.Command, kind: type[R], timeout: float | None = None
+    ) -> R | peer_messages.Failed:
         """Tell it, and wait for the answer."""
         self.tell(command)
         return self.answer(kind, timeout)
 
     def _hear(self, timeout: float | None) -> None:
         try:
-            report: Any = wire.receive(self._channel, timeout)
+            report: Any = peer_codec.receive(self._channel, timeout)
         except TimeoutError as error:
             raise self.give_up(f"it has said nothing for {timeout:g} s") from error
         except (ChannelClosed, ProtocolError) as error:
             raise self.give_up(str(error)) from error
-        if isinstance(report, crew_messages.Faulted):
+        if isinstance(report, peer_messages.BatchFailed):
             self.lost.update(report.lost)
         if isinstance(
             report,
             (
-                crew_messages.Answers,
-                crew_messages.Executed,
-                crew_messages.Sliced,
-                crew_messages.Chosen,
-                crew_messages.Copied,
-                crew_messages.Faulted,
+                peer_messages.Answers,
+                peer_messages.Executed,
+                peer_messages.Sliced,
+                peer_messages.Chosen,
+                peer_messages.Copied,
+                peer_messages.BatchFailed,
             ),
         ):
             if report.batch in self._waiting:
                 self._waiting[report.batch].append(report)
-            elif isinstance(report, crew_messages.Faulted) and not report.alone:
+            elif isinstance(report, peer_messages.BatchFailed) and not report.alone:
                 self.unheard = report.reason
         else:
             self._answers.append(report)
@@ -196,7 +195,7 @@ class Mate:
         return RankLost(f"model worker {self.rank} ({self.name}) is lost: {self._gone}")
 
 
-class Crew:
+class PeerListener:
     """Where the processes of model workers connect: at `address`, each with a secret of its own, once.
 
     `begin(rank)` says what the worker of that number loads. Who is ready is told to `on_ready`; for one that does not
@@ -210,9 +209,9 @@ class Crew:
 
     def __init__(
         self,
-        begin: Callable[[int], crew_messages.Begin],
-        on_ready: Callable[[Mate], None],
-        on_failed: Callable[[int, crew_messages.Failed], None],
+        begin: Callable[[int], peer_messages.Begin],
+        on_ready: Callable[[Peer], None],
+        on_failed: Callable[[int, peer_messages.Failed], None],
         on_given_up: Callable[[str], None],
         progress: Callable[[int, str, int, int], None],
         host: str | None = None,
@@ -225,7 +224,7 @@ class Crew:
         self._progress = progress
         self._lock = threading.Lock()
         self._invited: dict[str, tuple[int, bytes]] = {}  # rank and secret, by name
-        self._mates: dict[int, Mate] = {}
+        self._mates: dict[int, Peer] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="lamina-"))  # of mode 0700
         tls = server_context(credentials, mutual=False) if credentials is not None and credentials.cert else None
         if host is None:
@@ -256,7 +255,7 @@ class Crew:
         self._listener.close()
         for mate in self._mates.values():
             with contextlib.suppress(RankLost):
-                mate.tell(crew_messages.Stop())
+                mate.tell(peer_messages.Stop())
         deadline = time.monotonic() + _GOODBYE_S
         for mate in self._mates.values():
             mate.see_off(deadline - time.monotonic())
@@ -290,31 +289,31 @@ class Crew:
         try:
             said = self._load(rank, name, channel)
         except TimeoutError:
-            said = crew_messages.Failed("", f"it has said nothing for {_LOADING_S:g} s")
+            said = peer_messages.Failed("", f"it has said nothing for {_LOADING_S:g} s")
         except LaminaError as error:
-            said = crew_messages.Failed("", str(error))
-        if isinstance(said, crew_messages.Failed):
+            said = peer_messages.Failed("", str(error))
+        if isinstance(said, peer_messages.Failed):
             channel.close()
             self._on_failed(rank, said)
             return
-        mate = Mate(rank, name, channel, said, self._on_given_up)
+        mate = Peer(rank, name, channel, said, self._on_given_up)
         with self._lock:
             self._mates[rank] = mate
         self._on_ready(mate)
 
-    def _load(self, rank: int, name: str, channel: Channel) -> crew_messages.Ready | crew_messages.Failed:
-        hello = wire.receive(channel, _LOADING_S)
-        if not isinstance(hello, crew_messages.Hello) or hello.name != name:
+    def _load(self, rank: int, name: str, channel: Channel) -> peer_messages.Ready | peer_messages.Failed:
+        hello = peer_codec.receive(channel, _LOADING_S)
+        if not isinstance(hello, peer_messages.Hello) or hello.name != name:
             raise ProtocolError(f"expected the Hello of {name}, got {type(hello).__name__}")
         control.check("protocol version", PROTOCOL_VERSION, hello.protocol)
         control.check("lamina version", control.package_version(), hello.version)
-        wire.send(channel, self._begin(rank))
+        peer_codec.send(channel, self._begin(rank))
         while True:
-            report = wire.receive(channel, _LOADING_S)
+            report = peer_codec.receive(channel, _LOADING_S)
             match report:
-                case crew_messages.Progress(what, done, total):
+                case peer_messages.Progress(what, done, total):
                     self._progress(rank, what, done, total)
-                case crew_messages.Ready() | crew_messages.Failed():
+                case peer_messages.Ready() | peer_messages.Failed():
                     return report
                 case _:
                     raise ProtocolError(f"{type(report).__name__} from a model worker that loads")

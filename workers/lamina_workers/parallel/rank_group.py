@@ -11,9 +11,8 @@ import torch
 
 from lamina_workers.decoder.collective import Collective
 from lamina_workers.errors import RankLost
-from lamina_workers.parallel import collectives
-from lamina_workers.parallel import peer_messages as crew_messages
-from lamina_workers.parallel.peers import Mate
+from lamina_workers.parallel import collectives, peer_messages
+from lamina_workers.parallel.peers import Peer
 
 SLACK = 5.0  # seconds that a rank may take for an answer beyond what it may have to wait for others itself
 
@@ -27,7 +26,7 @@ class RankGroup:
 
     def __init__(
         self,
-        mates: Sequence[Mate],
+        mates: Sequence[Peer],
         meeting: Callable[[int], collectives.Meeting],
         device: torch.device,
         timeout: float,
@@ -49,7 +48,7 @@ class RankGroup:
         self.leave()
         self._generation += 1
         meeting = self._met = self._meeting(self._generation)
-        place = crew_messages.Meet(self._generation, meeting.path, meeting.host, meeting.port, self.timeout)
+        place = peer_messages.JoinGroup(self._generation, meeting.path, meeting.host, meeting.port, self.timeout)
         for mate in self.mates.values():
             mate.tell(place)
         cause: RankLost | None = None
@@ -59,11 +58,11 @@ class RankGroup:
             cause = error
         for mate in self.mates.values():  # all are heard, or an answer would be taken for one to the next meeting
             try:
-                met = mate.answer(crew_messages.Met, self.timeout + SLACK)
+                met = mate.answer(peer_messages.JoinedGroup, self.timeout + SLACK)
             except RankLost as error:
                 cause = error
                 continue
-            if isinstance(met, crew_messages.Failed) or met.generation != self._generation:
+            if isinstance(met, peer_messages.Failed) or met.generation != self._generation:
                 cause = mate.give_up(f"it met another group than {self._generation}")
             elif met.reason:
                 cause = cause or RankLost(met.reason)
@@ -90,13 +89,13 @@ class RankGroup:
         told = []
         for mate in self.mates.values():
             try:
-                mate.tell(crew_messages.Part())
+                mate.tell(peer_messages.LeaveGroup())
                 told.append(mate)
             except RankLost as error:
                 gone = error
         for mate in told:
             try:
-                mate.answer(crew_messages.Parted, wait)
+                mate.answer(peer_messages.LeftGroup, wait)
             except RankLost as error:
                 gone = error
         if gone is not None:

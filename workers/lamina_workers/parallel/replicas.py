@@ -21,17 +21,16 @@ import torch
 
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, HolderConfig
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, RankLost
 from lamina_workers.model_worker.attention_merge import SLOWEST, Waiting
-from lamina_workers.model_worker.interface import Returned, Seat, Work
+from lamina_workers.model_worker.interface import BatchWork, Returned, Seat
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, chosen, plain_rows, rotates, rotation
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.parallel import peer_codec as wire
-from lamina_workers.parallel import peer_messages as crew_messages
-from lamina_workers.parallel.peers import Mate
+from lamina_workers.parallel import peer_codec, peer_messages
+from lamina_workers.parallel.peers import Peer
 from lamina_workers.ports.port import AttentionPort, Transported
 from lamina_workers.ports.timing import Link, Times
 
@@ -47,13 +46,13 @@ R = TypeVar("R")
 class _Replica:
     """A replica in another process. `holders` are those that it has a channel to."""
 
-    def __init__(self, mate: Mate) -> None:
+    def __init__(self, mate: Peer) -> None:
         self.mate = mate
         self.holders: set[int] = set()
         self.asked: deque[int] = deque()  # holders that it was told to connect to, and has not answered for
 
 
-class RotatingWorkers:
+class PipelineReplicas:
     """All replicas as the engine sees them: see `model_worker.Workers`, which this is.
 
     `own` is replica 0, `mates` the others. `here` are the holders in this process. `config` is what holders are built
@@ -69,7 +68,7 @@ class RotatingWorkers:
     def __init__(
         self,
         own: ModelWorker,
-        mates: Iterable[Mate] = (),
+        mates: Iterable[Peer] = (),
         *,
         here: Iterable[int],
         config: HolderConfig,
@@ -80,7 +79,7 @@ class RotatingWorkers:
         self._config = config
         self._patience = patience
         self._replicas: dict[int, _Replica] = {}
-        self._places: dict[int, crew_messages.Join] = {}  # where each holder at an attention worker is
+        self._places: dict[int, peer_messages.Join] = {}  # where each holder at an attention worker is
         self._waits = Waits()
         self._suspended: dict[int, Waiting] = {}  # what each run waits for
         self._runs = 0
@@ -108,14 +107,14 @@ class RotatingWorkers:
 
     # Batches.
 
-    def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
+    def announce(self, shares: Mapping[int, HolderBatch]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
         return self._patiently(self._own.announce(shares))
 
-    def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
+    def announce_now(self, shares: Mapping[int, HolderBatch]) -> tuple[int, dict[int, Announced]]:
         return self._own.announce_now(shares)
 
     def execute(
-        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+        self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> Generator[Waiting, None, Sampled]:
         """As `Workers.execute` says. Raises RankLost where a replica is gone that has a part in it; the others go on
         with what is announced next."""
@@ -124,7 +123,7 @@ class RotatingWorkers:
             return self._patiently(self._own.execute(work, batch, shares, suspends))
         return self._patiently(self._rotate(places, work, batch, shares, suspends))
 
-    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
+    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
         return self._own.copy(moves, shares)
 
     def next_epoch(self) -> None:
@@ -143,7 +142,7 @@ class RotatingWorkers:
         self._own.join(number, port)
         if isinstance(port, Transported):
             shown = credentials or Credentials()
-            place = crew_messages.Join(
+            place = peer_messages.Join(
                 number, port.name, port.address, 0, 1, 1, shown.ca, shown.cert, shown.key, shown.token
             )
             self._places[number] = place
@@ -168,16 +167,16 @@ class RotatingWorkers:
 
     # Replicas.
 
-    def returned(self, peer: Mate) -> Returned:
+    def returned(self, peer: Peer) -> Returned:
         """A replica is there, for the first time or again, as another process. No KV was lost with it."""
         replica = self._replicas[peer.rank] = _Replica(peer)
         self.slices.setdefault(peer.rank, 0)
-        self._tell(replica, crew_messages.Epoch(self._own.epoch))
+        self._tell(replica, peer_messages.BeginEpoch(self._own.epoch))
         for place in self._places.values():
             self._connect(replica, place)
         return Returned([], [], {})
 
-    def _able(self, shares: Mapping[int, HolderShare]) -> list[_Replica | None]:
+    def _able(self, shares: Mapping[int, HolderBatch]) -> list[_Replica | None]:
         """Who computes a batch, in the order of the rotation; None is this process."""
         if not rotates(shares, self._here):
             return [None]
@@ -192,9 +191,9 @@ class RotatingWorkers:
     def _rotate(
         self,
         places: Sequence[_Replica | None],
-        work: Work,
+        work: BatchWork,
         batch: int,
-        shares: Mapping[int, HolderShare],
+        shares: Mapping[int, HolderBatch],
         suspends: bool,
     ) -> Generator[Waiting, None, Sampled]:
         order = rotation(self._turn, len(self._config.layers), len(places))
@@ -206,7 +205,7 @@ class RotatingWorkers:
         allowed = self._allowed(shares)
         left: Context | torch.Tensor | None = None
         try:
-            command = wire.enter(batch, work, shares, plain, suspends)
+            command = peer_codec.enter(batch, work, shares, plain, suspends)
             for replica in entered:  # they prepare while the first slice is computed
                 replica.mate.expect(batch)
                 replica.mate.tell(command)
@@ -219,14 +218,14 @@ class RotatingWorkers:
                     self.slices[0] += 1
                     continue
                 mate = place.mate
-                mate.tell(crew_messages.Slice(batch, number, *(context or _NOTHING)))
+                mate.tell(peer_messages.Slice(batch, number, *(context or _NOTHING)))
                 if not mate.ready(batch):
                     yield Waiting(mate, batch)
                 said = self._take(
-                    place, crew_messages.Sliced if number < len(order) - 1 else crew_messages.Chosen, batch, allowed
+                    place, peer_messages.Sliced if number < len(order) - 1 else peer_messages.Chosen, batch, allowed
                 )
                 self.slices[mate.rank] += 1
-                if isinstance(said, crew_messages.Chosen):
+                if isinstance(said, peer_messages.Chosen):
                     entered.remove(place)  # it has nothing left of this batch
                     mate.forget(batch)
                     with torch.inference_mode():
@@ -238,7 +237,7 @@ class RotatingWorkers:
             self._own.forget(batch, shares)
             for replica in entered:
                 replica.mate.forget(batch)
-                self._tell(replica, crew_messages.Drop(batch))
+                self._tell(replica, peer_messages.Drop(batch))
         if not isinstance(left, torch.Tensor):
             raise HolderFault(f"batch {batch} has come to its end without logits")
         with torch.inference_mode():
@@ -247,10 +246,10 @@ class RotatingWorkers:
     def _take(
         self,
         replica: _Replica,
-        kind: type[crew_messages.Sliced] | type[crew_messages.Chosen],
+        kind: type[peer_messages.Sliced] | type[peer_messages.Chosen],
         batch: int,
         timeout: float,
-    ) -> crew_messages.Sliced | crew_messages.Chosen:
+    ) -> peer_messages.Sliced | peer_messages.Chosen:
         mate = replica.mate
         try:
             said = mate.take(kind, batch, timeout)
@@ -263,7 +262,7 @@ class RotatingWorkers:
         self._replica_attention += said.attention_seconds
         return said
 
-    def _allowed(self, shares: Mapping[int, HolderShare]) -> float:
+    def _allowed(self, shares: Mapping[int, HolderBatch]) -> float:
         """Seconds that a replica may take for a slice: what its holders may, for each batch that is under way."""
         spec = self._config.layers[0]
         most = max(
@@ -300,16 +299,16 @@ class RotatingWorkers:
 
     # What a replica is told beside batches. One that is gone is found out by whoever needs it.
 
-    def _tell(self, replica: _Replica, command: crew_messages.Command) -> None:
+    def _tell(self, replica: _Replica, command: peer_messages.Command) -> None:
         with contextlib.suppress(RankLost):
             replica.mate.tell(command)
 
     def _tell_epoch(self) -> None:
         for replica in self._replicas.values():
             replica.mate.forget()
-            self._tell(replica, crew_messages.Epoch(self._own.epoch))
+            self._tell(replica, peer_messages.BeginEpoch(self._own.epoch))
 
-    def _connect(self, replica: _Replica, place: crew_messages.Join) -> None:
+    def _connect(self, replica: _Replica, place: peer_messages.Join) -> None:
         if not replica.mate.closed:
             self._tell(replica, place)
             replica.asked.append(place.number)
@@ -317,16 +316,16 @@ class RotatingWorkers:
     def _disconnect(self, replica: _Replica, number: int) -> None:
         replica.holders.discard(number)
         replica.mate.lost.discard(number)
-        self._tell(replica, crew_messages.Leave(number))
+        self._tell(replica, peer_messages.Leave(number))
 
     def _hear(self, replica: _Replica) -> None:
         """What has come of the holders that it was told to connect to."""
         mate = replica.mate
         try:
             while replica.asked and mate.answered():
-                said = mate.answer(crew_messages.Joined, 0.0)
+                said = mate.answer(peer_messages.Joined, 0.0)
                 number = replica.asked.popleft()
-                if isinstance(said, crew_messages.Failed):
+                if isinstance(said, peer_messages.Failed):
                     logger.warning("model worker %d cannot use holder %d: %s", mate.rank, number, said.reason)
                 elif number in self._places and number not in replica.asked:
                     replica.holders.add(number)

@@ -15,18 +15,17 @@ import torch
 
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, HolderConfig, Surveyed
-from lamina_protocols.routes import HolderShare
+from lamina_protocols.routes import HolderBatch
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.attention_merge import Waiting, result
-from lamina_workers.model_worker.interface import Returned, Seat, Work
+from lamina_workers.model_worker.interface import BatchWork, Returned, Seat
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.parallel import peer_codec as wire
-from lamina_workers.parallel import peer_messages as crew_messages
-from lamina_workers.parallel.peers import Mate
+from lamina_workers.parallel import peer_codec, peer_messages
+from lamina_workers.parallel.peers import Peer
 from lamina_workers.parallel.rank_group import SLACK, RankGroup
 from lamina_workers.ports.port import AttentionPort, Transported
 from lamina_workers.ports.timing import Link, Times
@@ -41,7 +40,7 @@ def seat(rank: int, capacity: int, config: HolderConfig) -> Seat:
     return Seat(rank, capacity // page_cost(config), max(1, capacity // _WEIGHT_UNIT))
 
 
-class TensorWorkers:
+class TensorParallelWorkers:
     """All ranks as the engine sees them: see `model_worker.Workers`, which this is.
 
     `own` is rank 0, `decoder` its decoder, `group` the other ranks. `pools` says which holders are in the processes of
@@ -68,15 +67,15 @@ class TensorWorkers:
         self._heads = tuple(heads)
         self._config = config
         self._owner = dict(pools)  # the rank beyond 0 that has a holder, by the holder's number
-        self._places: dict[int, crew_messages.Join] = {}  # where each holder at an attention worker is
+        self._places: dict[int, peer_messages.Join] = {}  # where each holder at an attention worker is
         self._batch = 0
         self._apart = False  # the ranks have left their group
-        self._under_way: tuple[int, int, dict[int, HolderShare]] | None = None
+        self._under_way: tuple[int, int, dict[int, HolderBatch]] | None = None
         """A batch that all have accepted: its number, and rank 0's own, and rank 0's shares."""
         self._unheard = ""  # a fault that another one hid: it may have told of lost keys
         for number, rank in pools.items():
-            said = self._mates[rank].ask(crew_messages.Join(number), crew_messages.Joined, self._wait)
-            if isinstance(said, crew_messages.Failed):
+            said = self._mates[rank].ask(peer_messages.Join(number), peer_messages.Joined, self._wait)
+            if isinstance(said, peer_messages.Failed):
                 raise RankLost(f"model worker {rank} has no pool: {said.reason}")
 
     @property
@@ -93,7 +92,7 @@ class TensorWorkers:
 
     # Batches.
 
-    def announce(self, shares: Mapping[int, HolderShare]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
+    def announce(self, shares: Mapping[int, HolderBatch]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
         self._require_all()
         self._forget()
         if self._apart:
@@ -101,12 +100,12 @@ class TensorWorkers:
             self._apart = False
         self._batch += 1
         batch, runs = self._batch, any(share.routes for share in shares.values())
-        told: dict[int, dict[int, HolderShare]] = {}
+        told: dict[int, dict[int, HolderBatch]] = {}
         for rank, mate in self._mates.items():
             concerned = self._of(rank, shares)
             if runs or concerned:
                 mate.expect(batch)
-                mate.tell(crew_messages.Announce(batch, runs, concerned))
+                mate.tell(peer_messages.Announce(batch, runs, concerned))
                 told[rank] = concerned
         answers: dict[int, Announced] = {}
         faults: list[HolderFault] = []
@@ -133,17 +132,17 @@ class TensorWorkers:
             raise worst
         return batch, {number: answers[number] for number in shares}
 
-    def announce_now(self, shares: Mapping[int, HolderShare]) -> tuple[int, dict[int, Announced]]:
+    def announce_now(self, shares: Mapping[int, HolderBatch]) -> tuple[int, dict[int, Announced]]:
         return result(self.announce(shares))
 
     def execute(
-        self, work: Work, batch: int, shares: Mapping[int, HolderShare], suspends: bool = True
+        self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> Generator[Waiting, None, Sampled]:
         """As `Workers.execute` says, but it is never suspended: the other ranks would wait in the midst of a sum."""
         if self._under_way is None or self._under_way[0] != batch:
             raise HolderFault(f"batch {batch} was given up")
         (_, own, its), self._under_way = self._under_way, None
-        command = wire.execute(batch, work, wanted=False, suspends=False)
+        command = peer_codec.execute(batch, work, wanted=False, suspends=False)
         try:
             for mate in self._mates.values():
                 mate.expect(batch)
@@ -157,7 +156,7 @@ class TensorWorkers:
         with torch.inference_mode():
             return sample(logits, work.sampling)
 
-    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderShare]) -> bool:
+    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
         self._require_all()
         ranks = {self._owner.get(number, 0) for move in moves for number in (move.origin, move.to)}
         if len(ranks) != 1:
@@ -169,8 +168,8 @@ class TensorWorkers:
         mate = self._mates[rank]
         mate.expect(self._batch)
         try:
-            mate.tell(crew_messages.Copy(self._batch, tuple(moves), shares))
-            return mate.take(crew_messages.Copied, self._batch, self._wait).room
+            mate.tell(peer_messages.Copy(self._batch, tuple(moves), shares))
+            return mate.take(peer_messages.Copied, self._batch, self._wait).room
         finally:
             mate.forget(self._batch)
 
@@ -179,12 +178,12 @@ class TensorWorkers:
         self._under_way = None
         for mate in self._mates.values():
             mate.forget()
-            self._try_to_tell(mate, crew_messages.Epoch(self._own.epoch))
+            self._try_to_tell(mate, peer_messages.BeginEpoch(self._own.epoch))
 
     def begin_after(self, epoch: int) -> None:
         self._own.begin_after(epoch)
         for mate in self._mates.values():
-            self._try_to_tell(mate, crew_messages.Epoch(self._own.epoch))
+            self._try_to_tell(mate, peer_messages.BeginEpoch(self._own.epoch))
 
     # Holders.
 
@@ -194,7 +193,7 @@ class TensorWorkers:
             raise HolderLost(f"{port.name} is no attention worker that other ranks could reach")
         shown = credentials or Credentials()
         places = [
-            crew_messages.Join(
+            peer_messages.Join(
                 number + rank, port.name, port.address, rank, self._heads[rank], sum(self._heads),
                 shown.ca, shown.cert, shown.key, shown.token,
             )
@@ -204,8 +203,8 @@ class TensorWorkers:
         for place in places:
             self._mates[place.seat].tell(place)
         for place in places:  # all are heard before one is blamed
-            said = self._mates[place.seat].answer(crew_messages.Joined, self._wait)
-            if isinstance(said, crew_messages.Failed):
+            said = self._mates[place.seat].answer(peer_messages.Joined, self._wait)
+            if isinstance(said, peer_messages.Failed):
                 failed = failed or f"model worker {place.seat} cannot use attention worker {place.name}: {said.reason}"
             else:
                 seats.append(seat(place.seat, said.capacity, self._config))
@@ -219,7 +218,7 @@ class TensorWorkers:
             failed = str(fault)
         if failed:
             for place in places:
-                self._try_to_tell(self._mates[place.seat], crew_messages.Leave(place.number))
+                self._try_to_tell(self._mates[place.seat], peer_messages.Leave(place.number))
             port.close()
             raise HolderLost(failed)
         self._own.join(number, port)
@@ -234,7 +233,7 @@ class TensorWorkers:
             self._own.leave(number)
             return
         self._mates[rank].lost.discard(number)
-        self._try_to_tell(self._mates[rank], crew_messages.Leave(number))
+        self._try_to_tell(self._mates[rank], peer_messages.Leave(number))
 
     def lost(self) -> list[int]:
         told = [number for mate in self._mates.values() for number in sorted(mate.lost) if number in self._owner]
@@ -252,14 +251,14 @@ class TensorWorkers:
     def _look(self, rank: int, number: int) -> Surveyed:
         """What a holder of another rank keeps; nothing may be under way. What was announced to it before this epoch
         is over. Raises HolderFault."""
-        said = self._mates[rank].ask(crew_messages.Look(number), crew_messages.Looked, self._wait)
-        if isinstance(said, crew_messages.Failed):
+        said = self._mates[rank].ask(peer_messages.SurveySeat(number), peer_messages.SeatSurveyed, self._wait)
+        if isinstance(said, peer_messages.Failed):
             raise HolderFault(f"model worker {rank}: {said.reason}")
         return said.held
 
     # Ranks.
 
-    def returned(self, peer: Mate) -> Returned:
+    def returned(self, peer: Peer) -> Returned:
         """A rank that was missing is there again, as another process that has loaded the same. It takes up its seats
         at attention workers.
 
@@ -268,15 +267,15 @@ class TensorWorkers:
         rank = peer.rank
         self._mates[rank] = peer
         self._apart = True
-        peer.tell(crew_messages.Epoch(self._own.epoch))
+        peer.tell(peer_messages.BeginEpoch(self._own.epoch))
         back = Returned([], [], {})
         for number in [number for number, owner in self._owner.items() if owner == rank]:
             place = self._places.get(number)
-            said = peer.ask(place or crew_messages.Join(number), crew_messages.Joined, self._wait)
-            if place is None and isinstance(said, crew_messages.Joined):
+            said = peer.ask(place or peer_messages.Join(number), peer_messages.Joined, self._wait)
+            if place is None and isinstance(said, peer_messages.Joined):
                 back.pools.append(number)
-            elif isinstance(said, crew_messages.Failed) or not said.resumed:
-                why = said.reason if isinstance(said, crew_messages.Failed) else "it has let go of the KV"
+            elif isinstance(said, peer_messages.Failed) or not said.resumed:
+                why = said.reason if isinstance(said, peer_messages.Failed) else "it has let go of the KV"
                 name = "its own pool" if place is None else place.name
                 logger.warning("model worker %d cannot take up %s: %s", rank, name, why)
                 back.gone.append(number)
@@ -315,9 +314,9 @@ class TensorWorkers:
             faults.append(HolderLost(f"holders {gone} are gone"))
         return faults
 
-    def _answers(self, mate: Mate, batch: int, shares: Mapping[int, HolderShare]) -> Mapping[int, Announced]:
+    def _answers(self, mate: Peer, batch: int, shares: Mapping[int, HolderBatch]) -> Mapping[int, Announced]:
         try:
-            answers = mate.take(crew_messages.Answers, batch, self._wait).answers
+            answers = mate.take(peer_messages.Answers, batch, self._wait).answers
         finally:
             mate.forget(batch)
         if answers.keys() != shares.keys():
@@ -330,9 +329,9 @@ class TensorWorkers:
             (batch, own, its), self._under_way = self._under_way, None
             self._own.forget(own, its)
             for mate in self._mates.values():
-                mate.tell(crew_messages.Drop(batch))
+                mate.tell(peer_messages.Drop(batch))
 
-    def _of(self, rank: int, shares: Mapping[int, HolderShare]) -> dict[int, HolderShare]:
+    def _of(self, rank: int, shares: Mapping[int, HolderBatch]) -> dict[int, HolderBatch]:
         return {number: share for number, share in shares.items() if self._owner.get(number, 0) == rank}
 
     def _require_all(self) -> None:
@@ -345,7 +344,7 @@ class TensorWorkers:
         return self._group.timeout + SLACK
 
     @staticmethod
-    def _try_to_tell(mate: Mate, command: crew_messages.Command) -> None:
+    def _try_to_tell(mate: Peer, command: peer_messages.Command) -> None:
         with contextlib.suppress(RankLost):  # it is missing, which is found out by whoever needs it
             mate.tell(command)
 
