@@ -1,0 +1,147 @@
+"""Which requests the scheduler admits, in which order, and how a batch is filled."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_world import MIXED, Groups, OneHolder, World, batches, config, most, prompt
+
+from lamina.errors import InvalidRequest
+from lamina.scheduling.kv_shares import Pages
+from lamina.scheduling.request import Request, ScheduledSequence
+from lamina.scheduling.scheduler import Scheduler
+
+
+def test_prefill_fills_what_decoding_leaves() -> None:
+    world = World(config(max_batch_tokens=8, prefix_cache=False))
+    world.add(prompt(3), max_tokens=6)
+    world.step()
+    world.add(prompt(20, 1), max_tokens=2)
+    world.finish()
+    assert batches(world)[:5] == [
+        [("0", 0, 3)],
+        [("0", 3, 1), ("1", 0, 7)],
+        [("0", 4, 1), ("1", 7, 7)],
+        [("0", 5, 1), ("1", 14, 6)],
+        [("0", 6, 1), ("1", 20, 1)],
+    ]
+    world.check_end()
+
+
+def test_first_come_first_served_within_a_priority() -> None:
+    world = World(config(max_sequences=1, prefix_cache=False))
+    for salt, priority in enumerate([1, 1, 0, 1, 0]):
+        world.add(prompt(5, salt), max_tokens=2, priority=priority)
+    world.finish()
+    order = list(dict.fromkeys(name for batch in batches(world) for name, _, _ in batch))
+    assert order == ["2", "4", "0", "1", "3"]
+
+
+def test_admission_leaves_what_those_running_still_need() -> None:
+    world = World(config(max_batch_tokens=8), 28)  # 14 page sets
+    world.add(prompt(40), max_tokens=1)
+    world.plan()
+    world.add(prompt(20, 1), max_tokens=1)
+    assert not world.plan()
+    world.finish()
+    world.check_end()
+
+
+def test_admission_counts_no_prefix_as_room_that_it_shares() -> None:
+    world = World(config(max_batch_tokens=64), 28)
+    world.add(prompt(33), max_tokens=1)  # leaves 8 page sets in the cache
+    world.finish()
+    world.add(prompt(14, 1), max_tokens=30)  # takes 4, and leaves 2
+    world.step()
+    world.add(prompt(44), max_tokens=1)  # needs 3 beside the 8, and one to grow
+    world.step()
+    assert batches(world)[-1] == [("1", 14, 1)]
+    world.finish()
+    world.check_end()
+
+
+def test_samples_without_room_wait_like_anyone() -> None:
+    world = World(config(max_sequences=2, prefix_cache=False))
+    world.add(prompt(9), max_tokens=5, n=3)
+    world.finish()
+    assert world.computed_tokens == 9 + 1 + 9 + 3 * 4
+    world.check_end()
+
+
+def test_a_stop_token_counts_after_min_tokens_only() -> None:
+    scheduler = Scheduler(config(), OneHolder(64))
+    (sequence,) = scheduler.add(Request("0", (1, 2), 9, min_tokens=2, stop_token_ids=frozenset({7})))
+    reasons = []
+    for token in (7, 7, 7):
+        plan = scheduler.plan()
+        assert plan is not None
+        scheduler.accepted(plan, Pages({0: 60}), [0])
+        reasons += [outcome.finish_reason for outcome in scheduler.record(plan, [token])]
+    assert reasons == [None, None, "stop"]
+    assert sequence.tokens == [1, 2, 7, 7, 7]
+
+
+@pytest.mark.parametrize("groups", [((3, None),), ((1, None), (2, 7)), ((2, 1),), ((1, 5), (1, 11)), MIXED])
+@pytest.mark.parametrize("page_size", [1, 4, 5])
+@pytest.mark.parametrize("total_pages", [17, 18, 40])
+def test_the_longest_request_fits_alone(groups: Groups, page_size: int, total_pages: int) -> None:
+    small = config(page_groups=groups, page_size=page_size, max_batch_tokens=9)
+    world = World(small, total_pages)
+    longest = world.scheduler.longest_possible()
+    assert longest == 64 or most(small, longest) <= total_pages < most(small, longest + 1)
+    for length in (longest - 3, 1):
+        world.add(prompt(length, length), max_tokens=min(64, longest + 1) - length)
+    world.finish()
+    world.check_end()
+    with pytest.raises(InvalidRequest, match=f"length is {min(64, longest + 1)} tokens"):
+        world.add(prompt(longest), max_tokens=2)
+
+
+def test_bad_requests_are_named() -> None:
+    scheduler = Scheduler(config(), OneHolder(64))
+    scheduler.add(Request("a", (1,), 1))
+    for request, message in [
+        (Request("b", (), 1), "empty"),
+        (Request("b", (1,), 0), "max_tokens is 0"),
+        (Request("b", (1,), 1, n=0), "n is 0"),
+        (Request("b", (1,) * 60, 5), "length is 64 tokens"),
+        (Request("a", (1,), 1), "'a' is in use"),
+    ]:
+        with pytest.raises(InvalidRequest, match=message):
+            scheduler.add(request)
+    small = Scheduler(config(page_groups=((3, None),)), OneHolder(2))
+    with pytest.raises(InvalidRequest, match="length is 1 tokens"):
+        small.add(Request("c", (1,), 1))
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+@pytest.mark.parametrize("running", range(1, 8))
+def test_newcomers_are_admitted_while_all_lanes_are_full(lanes: int, running: int) -> None:
+    world = World(config(), 400)
+    for at in range(running):
+        world.add(prompt(4, at), max_tokens=58)
+    for turn in range(40):
+        if turn == 12:
+            newcomer = world.add(prompt(4, 60), max_tokens=4)[0]
+        while len(world.running) < lanes and world.plan(lanes):
+            assert world.answer()
+        world.record()
+    assert newcomer.finish_reason == "length"
+    assert max(len(plan.rows) for plan in world.batches[-lanes:]) <= -(-running // lanes), "no lane has all"
+    world.finish()
+    world.check_end()
+
+
+def test_who_is_refused_alone_ends_and_the_next_has_its_turn() -> None:
+    scheduler = Scheduler(config(), OneHolder(64))
+    samples = [scheduler.add(Request(str(at), (at,) * 9, 3))[0] for at in range(3)]
+    hopeless: list[ScheduledSequence] = []
+    for _ in range(20):
+        plan = scheduler.plan()
+        assert plan is not None
+        if hopeless == samples[:2]:
+            scheduler.accepted(plan, Pages({0: 64}), [0] * len(plan.rows))
+            break
+        hopeless += scheduler.refused(plan, Pages({0: 64}))
+        scheduler.check_integrity()
+    assert [sequence.finish_reason for sequence in samples] == ["abort", "abort", None]
+    assert [row.sequence for row in plan.rows] == samples[2:]
