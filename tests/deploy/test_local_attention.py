@@ -77,7 +77,7 @@ def processes(members: LocalAttentionWorkers) -> list[int]:
     return [status.process for status in members.status() if status.process is not None]
 
 
-def test_all_are_up_when_start_returns_and_gone_when_closed() -> None:
+def test_workers_are_up_after_start_and_gone_after_close() -> None:
     told: list[tuple[str, int, int | None]] = []
     with cluster(3) as members:
         started = members.start(lambda *progress: told.append(progress))
@@ -91,7 +91,7 @@ def test_all_are_up_when_start_returns_and_gone_when_closed() -> None:
     assert not any(map(is_alive, running))
 
 
-def test_a_killed_worker_leaves_and_another_joins_under_a_new_name() -> None:
+def test_killed_worker_leaves_and_another_joins_under_a_new_name() -> None:
     with cluster(2) as members:
         members.start()
         changes = Changes(members)
@@ -103,7 +103,7 @@ def test_a_killed_worker_leaves_and_another_joins_under_a_new_name() -> None:
         assert [(s.name, s.restarts) for s in members.status()] == [("attention-0", 0), ("attention-1.1", 1)]
 
 
-def test_what_happened_before_anybody_watched_is_told_first() -> None:
+def test_events_before_watch_are_delivered_first() -> None:
     with cluster(1) as members:
         members.start()
         os.kill(processes(members)[0], signal.SIGKILL)
@@ -115,7 +115,7 @@ def test_what_happened_before_anybody_watched_is_told_first() -> None:
         assert joined.name == "attention-0.1"
 
 
-def test_one_that_the_engine_has_given_up_is_ended_and_replaced_without_being_told_as_left() -> None:
+def test_worker_that_the_engine_gave_up_is_replaced_without_a_leave_event() -> None:
     with cluster(1) as members:
         members.start()
         changes = Changes(members)
@@ -130,7 +130,7 @@ def test_one_that_the_engine_has_given_up_is_ended_and_replaced_without_being_to
         assert changes.none_within(0.3)
 
 
-def test_a_listener_that_fails_does_not_end_the_watching(caplog: pytest.LogCaptureFixture) -> None:
+def test_supervision_goes_on_when_a_listener_raises(caplog: pytest.LogCaptureFixture) -> None:
     with cluster(1) as members:
         members.start()
         joined: queue.SimpleQueue[WorkerAddress] = queue.SimpleQueue()
@@ -144,14 +144,14 @@ def test_a_listener_that_fails_does_not_end_the_watching(caplog: pytest.LogCaptu
         assert "could not be taken" in caplog.text
 
 
-def test_one_that_dies_at_once_is_an_error_that_shows_what_it_said() -> None:
+def test_start_shows_the_output_of_a_worker_that_dies_at_once() -> None:
     with cluster(2, lambda name: [sys.executable, "-c", "import sys; sys.exit('no memory here')"]) as members:
         with pytest.raises(EngineError, match=r"attention-\d did not start, exit status 1\s+no memory here"):
             members.start()
         assert wait_until(lambda: not processes(members))
 
 
-def test_one_that_says_nothing_is_ended_at_the_deadline() -> None:
+def test_start_ends_a_silent_worker_at_the_deadline() -> None:
     silent = [sys.executable, "-c", "import time; print('still loading', flush=True); time.sleep(60)"]
     with (
         cluster(1, lambda name: silent, timeout=0.5) as members,
@@ -160,14 +160,14 @@ def test_one_that_says_nothing_is_ended_at_the_deadline() -> None:
         members.start()
 
 
-def test_a_command_that_is_not_there_is_an_error_with_its_cause() -> None:
+def test_start_fails_with_the_cause_when_the_command_is_missing() -> None:
     with cluster(1, lambda name: ["/no/such/program"]) as members:
         with pytest.raises(EngineError, match="cannot start attention-0") as caught:
             members.start()
         assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-def test_close_does_not_wait_for_a_stopped_child_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_does_not_wait_forever_for_a_stopped_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.system.child_process.GRACE", 0.2)
     with cluster(1) as members:
         members.start()
@@ -184,7 +184,7 @@ def test_restarts_slow_down_and_end() -> None:
     assert backoff.delay(now=1000) == 0.5
 
 
-def test_the_command_line_of_a_worker_says_attention() -> None:
+def test_command_line_of_a_worker_names_attention() -> None:
     assert "attention" in " ".join(attention_command("w", 1, 1)[1:3])
 
 
@@ -264,12 +264,12 @@ def fixed(hosts: Hosts, *addresses: str, timeout: float = 0.3) -> ListedWorkers:
     )
 
 
-def test_given_addresses_must_answer_in_time() -> None:
+def test_start_fails_when_a_listed_address_does_not_answer() -> None:
     with pytest.raises(EngineError, match=r"no attention worker answers at b:2 within 0\.3 s"):
         fixed(Hosts("a:1"), "a:1", "b:2").start()
 
 
-def test_a_given_address_that_was_lost_joins_again_when_it_answers() -> None:
+def test_listed_address_joins_again_when_it_answers() -> None:
     hosts = Hosts("a:1", "b:2")
     members = fixed(hosts, "a:1", "b:2")
     assert [member.address for member in members.start()] == ["a:1", "b:2"]

@@ -28,7 +28,7 @@ class Told:
         )
 
 
-def test_the_first_that_are_told_are_what_a_start_waits_for() -> None:
+def test_start_waits_for_the_first_relayed_workers() -> None:
     told = Told()
     threading.Timer(0.05, told.members.there, [[A, B]]).start()
     assert told.members.start() == (A, B)
@@ -36,7 +36,7 @@ def test_the_first_that_are_told_are_what_a_start_waits_for() -> None:
     assert told.heard == []
 
 
-def test_later_only_what_has_changed_is_news_and_it_waits_for_whoever_listens() -> None:
+def test_changes_are_events_that_wait_for_a_listener() -> None:
     told = Told()
     told.members.there([A, B])
     told.members.start()
@@ -50,13 +50,13 @@ def test_later_only_what_has_changed_is_news_and_it_waits_for_whoever_listens() 
     assert told.heard == ["-a", "+c", "+a", "-b"]
 
 
-def test_whoever_was_given_up_is_told_to_the_other_side() -> None:
+def test_lost_worker_is_reported_to_the_other_side() -> None:
     told = Told()
     told.members.lost("a")
     assert told.lost == ["a"]
 
 
-def test_a_start_without_anybody_fails_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_fails_in_time_when_no_worker_is_relayed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relayed_attention, "_WORKERS_UP", 0.05)
     with pytest.raises(WorkersUnavailable, match=r"within 0\.05 s"):
         Told().members.start()

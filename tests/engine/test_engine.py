@@ -59,18 +59,18 @@ def answers(model, sampling, prompts=PROMPTS, **options):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])
-def test_mixed_batches_and_chunks(model, sampling, expected, chunk):
+def test_text_stays_the_same_at_any_chunk_size(model, sampling, expected, chunk):
     assert answers(model, sampling, max_batch_tokens=chunk) == expected
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_any_placement_of_heads_and_ranges(model, sampling, expected, placement, lanes):
+def test_text_stays_the_same_at_any_placement_of_heads_and_ranges(model, sampling, expected, placement, lanes):
     assert answers(model, sampling, max_batch_tokens=64, lanes=lanes, **placement) == expected
 
 
 @pytest.mark.parametrize("scratch", [0, 60])
-def test_a_query_that_goes_first_changes_no_token(sampling, scratch):
+def test_early_query_changes_no_token(sampling, scratch):
     model = tiny_decoder()  # it is changed
     expected = answers(model, sampling)
     assert answers(model, sampling, shard="heads", weights=(1, 1), scratch=scratch, early_query=True) == expected
@@ -78,7 +78,7 @@ def test_a_query_that_goes_first_changes_no_token(sampling, scratch):
 
 
 @pytest.mark.parametrize("placement", [{}, SPLIT], ids=["fused", "split"])
-def test_nothing_but_bytes_crosses_the_cut(model, sampling, expected, placement):
+def test_text_stays_the_same_when_only_bytes_cross_the_cut(model, sampling, expected, placement):
     assert answers(model, sampling, port=BytesPort, **placement) == expected
 
 
@@ -91,7 +91,7 @@ def test_preemption_changes_no_token(model, sampling, expected):
     rig.close()
 
 
-def test_a_prefix_hit_changes_no_token(model, sampling, expected):
+def test_prefix_hit_changes_no_token(model, sampling, expected):
     rig = Rig(model, prefix_cache=True, max_batch_tokens=64)
     for _ in range(2):
         assert rig.generate(PROMPTS, **sampling) == expected
@@ -99,7 +99,7 @@ def test_a_prefix_hit_changes_no_token(model, sampling, expected):
     rig.close()
 
 
-def test_samples_of_one_prompt_are_forks_of_it(decoder):
+def test_samples_of_one_prompt_share_its_kv(decoder):
     rig = Rig(decoder)
     one_by_one = []
     prompt = PROMPTS[-1]
@@ -130,7 +130,7 @@ class Breaking:
 
 @pytest.mark.parametrize(("kind", "placement"), [(Query, {}), (Fresh, {}), (Exchange, SPLIT)])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_a_batch_that_breaks_at_any_layer_runs_again(model, sampling, expected, kind, placement, layer):
+def test_batch_runs_again_when_an_exchange_fails_at_any_layer(model, sampling, expected, kind, placement, layer):
     seen = []
 
     def wanted(request):
@@ -144,7 +144,7 @@ def test_a_batch_that_breaks_at_any_layer_runs_again(model, sampling, expected, 
 
 
 @pytest.mark.parametrize("kind", [Announcement, Fresh, Exchange])
-def test_one_of_two_holders_breaks_and_both_stay_in_step(decoder, kind):
+def test_two_holders_stay_in_step_when_one_loses_a_message(decoder, kind):
     seen = []
 
     def wanted(request):
@@ -159,7 +159,7 @@ def test_one_of_two_holders_breaks_and_both_stay_in_step(decoder, kind):
     assert breaking.broken == 1
 
 
-def test_a_client_that_cannot_take_its_outputs_stops_nobody_else(decoder):
+def test_engine_goes_on_when_the_sink_of_a_client_raises(decoder):
     rig = Rig(decoder)
     params = SamplingParams(max_tokens=5).with_defaults({})
     ticket, _ = rig.submit([1, 2], params)
@@ -170,7 +170,7 @@ def test_a_client_that_cannot_take_its_outputs_stops_nobody_else(decoder):
     assert rig.workers[1].store.free_pages == 2000
 
 
-def test_a_broken_announcement_runs_again(decoder):
+def test_announcement_is_sent_again_when_it_is_lost(decoder):
     seen = []
 
     def wanted(request):
@@ -183,7 +183,7 @@ def test_a_broken_announcement_runs_again(decoder):
     assert breaking.broken == 1
 
 
-def test_a_holder_that_always_fails_ends_the_requests_and_nothing_hangs(decoder):
+def test_requests_end_with_an_error_when_a_holder_always_fails(decoder):
     def lose(request):
         if isinstance(request, Fresh):
             raise ProtocolError("gone")
@@ -208,7 +208,7 @@ class Poisoning(LocalAttention):
         return reply
 
 
-def test_a_poisoned_row_fails_alone(decoder):
+def test_row_without_finite_logits_fails_alone(decoder):
     rig = Rig(decoder, **SPLIT, port=Poisoning)
     good, bad = [5, 6, 7], [1, 2, 3]
     (alone,) = rig.generate([good], max_tokens=8)
@@ -222,7 +222,7 @@ def test_a_poisoned_row_fails_alone(decoder):
     rig.close()
 
 
-def test_an_abort_frees_the_pages_of_a_running_request(decoder):
+def test_abort_frees_the_pages_of_a_running_request(decoder):
     rig = Rig(decoder)
     params = SamplingParams(max_tokens=1500, n=3).with_defaults({})
     ticket, inbox = rig.submit(PROMPTS[-1], params)
@@ -238,7 +238,7 @@ def test_an_abort_frees_the_pages_of_a_running_request(decoder):
     assert rig.workers[1].store.free_pages == 2000
 
 
-def test_an_urgent_request_overtakes(decoder):
+def test_urgent_request_overtakes(decoder):
     rig = Rig(decoder, max_batch_tokens=8)
     params = SamplingParams(max_tokens=1).with_defaults({})
     slow = [rig.submit(PROMPTS[-1], params) for _ in range(4)]
@@ -250,7 +250,7 @@ def test_an_urgent_request_overtakes(decoder):
     rig.close()
 
 
-def test_stopping_the_engine_ends_what_runs(decoder):
+def test_requests_end_with_an_error_when_the_engine_stops(decoder):
     rig = Rig(decoder)
     _, inbox = rig.submit([1, 2], SamplingParams(max_tokens=2000).with_defaults({}))
     inbox.get(timeout=60)
@@ -261,7 +261,7 @@ def test_stopping_the_engine_ends_what_runs(decoder):
         rig.submit([1], SamplingParams().with_defaults({}))
 
 
-def test_what_can_never_fit_is_refused_and_the_next_one_works(decoder):
+def test_request_is_refused_when_it_can_never_fit(decoder):
     rig = Rig(decoder, pages=9 * 4, max_model_len=1000)
     with pytest.raises(InvalidRequest, match="the KV memory holds no more"):
         rig.generate([[1] * 60], max_tokens=30)

@@ -26,20 +26,20 @@ def torn(outbox: list[Any], first: int, applied: int, held: dict[int, int], comp
     return fleet.torn({1: Surveyed(1, 1, 1, applied, parts, 0)})
 
 
-def test_a_part_that_lacks_tokens_is_torn() -> None:
+def test_part_is_torn_when_it_lacks_tokens() -> None:
     assert torn([], 5, 5, {7: 40}) == []
     assert torn([], 5, 5, {7: 39}) == [1]
     assert torn([], 5, 5, {}) == [1]
 
 
 @pytest.mark.parametrize(("parent", "expected"), [(64, []), (40, []), (39, [1])])
-def test_a_fork_that_was_not_told_yet_has_what_its_parent_has(parent: int, expected: list[int]) -> None:
+def test_unsent_fork_holds_what_its_parent_holds(parent: int, expected: list[int]) -> None:
     fork = Fork(7, 6, 40)
     assert torn([Open(9, (0,), 0, 100), fork], 5, 5, {6: parent}) == expected
     assert torn([Open(9, (0,), 0, 100), fork], 5, 6, {6: parent, 9: 0}) == expected
     assert torn([Open(9, (0,), 0, 100), fork], 5, 7, {6: parent, 9: 0, 7: 40}) == []  # it was applied, and not heard of
 
 
-def test_a_fork_of_a_fork_that_was_not_told_yet() -> None:
+def test_unsent_fork_of_a_fork_holds_what_the_first_parent_holds() -> None:
     assert torn([Fork(8, 6, 64), Fork(7, 8, 40)], 5, 5, {6: 64}) == []
     assert torn([Fork(8, 6, 32), Fork(7, 8, 40)], 5, 5, {6: 64}) == [1]

@@ -63,7 +63,7 @@ def moved(rig: Rig) -> int:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_text_does_not_change_while_sequences_move(model, expected, placement, lanes):
+def test_text_stays_the_same_while_sequences_move(model, expected, placement, lanes):
     rig = Rig(
         model, here=1000, balance=Restless(lanes), max_batch_tokens=64, lanes=lanes, prefix_cache=True,
         port=BytesPort, **PLACEMENTS[placement],
@@ -76,7 +76,7 @@ def test_text_does_not_change_while_sequences_move(model, expected, placement, l
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_aborts_forks_and_preemptions_while_sequences_move(decoder, seed):
+def test_text_stays_the_same_when_moving_sequences_fork_abort_or_are_preempted(decoder, seed):
     """Little memory on both sides, siblings, aborts at any moment."""
     chance = random.Random(seed)
     rig = Rig(
@@ -128,7 +128,7 @@ class Fatal:
 @pytest.mark.parametrize("loses", [False, True])
 @pytest.mark.parametrize("at", [2, 9, 14, 23, 31, 44])
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_a_holder_goes_in_the_middle_of_a_move(decoder, at, loses, lanes, monkeypatch):
+def test_text_stays_the_same_when_a_holder_is_lost_during_a_move(decoder, at, loses, lanes, monkeypatch):
     monkeypatch.setattr("lamina_workers.model_worker.model_worker._FRAME", 1)  # a layer each
     fatal = Fatal(at, loses)
     rig = Rig(
@@ -143,7 +143,7 @@ def test_a_holder_goes_in_the_middle_of_a_move(decoder, at, loses, lanes, monkey
     rig.workers[HERE].store.check_integrity()
 
 
-def test_a_holder_goes_and_everything_is_here(decoder):
+def test_local_holder_takes_over_when_the_last_worker_leaves(decoder):
     rig = Rig(decoder, shard="heads", here=2000, balance=LocalShare(0.0), max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
@@ -158,7 +158,7 @@ def test_a_holder_goes_and_everything_is_here(decoder):
     rig.close()
 
 
-def test_the_last_worker_is_drained_to_here(decoder):
+def test_last_worker_drains_to_the_local_holder(decoder):
     rig = Rig(decoder, shard="heads", here=2000, scratch=500, balance=LocalShare(0.0), max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
@@ -173,7 +173,7 @@ def test_the_last_worker_is_drained_to_here(decoder):
     rig.close()
 
 
-def test_what_only_a_lost_worker_could_hold_waits_for_another(decoder):
+def test_long_sequence_waits_for_a_new_worker_when_the_local_holder_is_too_small(decoder):
     """The others go on meanwhile."""
     rig = Rig(decoder, shard="heads", here=60, balance=LocalShare(0.0), hope=30.0, max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
@@ -189,7 +189,7 @@ def test_what_only_a_lost_worker_could_hold_waits_for_another(decoder):
     rig.close()
 
 
-def test_who_waits_in_vain_is_told_and_others_are_not(decoder):
+def test_stranded_request_ends_with_an_error_and_others_go_on(decoder):
     from lamina.errors import EngineError
 
     rig = Rig(decoder, shard="heads", here=60, balance=LocalShare(0.0), hope=0.2, max_batch_tokens=64)
@@ -210,7 +210,7 @@ class Pushed(LocalShare):
         self.share = 0.0
 
 
-def test_what_moves_has_taken_is_promised_no_more(decoder):
+def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
     """The room that newcomers may use is all that will be left, while a move is under way too."""
     rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
     mover, config = rig.engine._tiers._mover, rig.scheduler.config
@@ -235,7 +235,7 @@ def test_what_moves_has_taken_is_promised_no_more(decoder):
     assert [mine for mine, _ in rooms] == [promised for _, promised in rooms]
 
 
-def test_what_a_move_takes_is_counted_once(decoder):
+def test_pages_of_a_move_are_counted_once(decoder):
     """However many batches it takes, in which holders say what they have left: the first to arrive is asked for there
     while the second is copied."""
     rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
@@ -254,7 +254,7 @@ def test_what_a_move_takes_is_counted_once(decoder):
     rig.close()
 
 
-def test_a_running_stream_waits_for_no_more_than_a_chunk(decoder):
+def test_stream_waits_for_at_most_one_chunk_of_a_move(decoder):
     """However long the sequence that moves: between two tokens of another no more than one chunk is copied."""
     rig = Rig(decoder, shard="heads", here=4000, pages=4000, balance=LocalShare(0.0), scratch=2000)
     mover = rig.engine._tiers._mover

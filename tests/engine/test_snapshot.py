@@ -71,7 +71,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_what_was_done_adds_up(decoder: Decoder, shape: dict[str, Any], cached: bool) -> None:
+def test_snapshot_adds_up_after_all_requests_ended(decoder: Decoder, shape: dict[str, Any], cached: bool) -> None:
     rig = Rig(decoder, max_batch_tokens=64, prefix_cache=cached, **shape)
     began = time.monotonic()
     texts = rig.generate(PROMPTS, max_tokens=9) + rig.generate(PROMPTS, max_tokens=9)
@@ -101,7 +101,7 @@ def test_what_was_done_adds_up(decoder: Decoder, shape: dict[str, Any], cached: 
 
 
 @pytest.mark.parametrize("shape", [SHAPES["heads"], SHAPES["heads, prompts local"]], ids=["heads", "prompts local"])
-def test_the_pages_in_use_are_those_of_the_sequences(decoder: Decoder, shape: dict[str, Any]) -> None:
+def test_snapshot_pages_in_use_are_those_of_the_sequences(decoder: Decoder, shape: dict[str, Any]) -> None:
     rig = Rig(decoder, **shape)
     running = [rig.submit(prompt, greedy(1500)) for prompt in PROMPTS]
     rest = [rig.submit([7] * 5, greedy(2)) for _ in range(3)]
@@ -125,7 +125,7 @@ def test_the_pages_in_use_are_those_of_the_sequences(decoder: Decoder, shape: di
     rig.close()
 
 
-def test_pages_of_a_prompt_that_is_being_read_are_the_local_holders(decoder: Decoder) -> None:
+def test_snapshot_counts_pages_of_a_prompt_at_the_local_holder_during_prefill(decoder: Decoder) -> None:
     rig = Rig(decoder, **SHAPES["heads, prompts local"] | {"scratch": 3000}, max_batch_tokens=16)
     ticket, _ = rig.submit([5] * 1800, greedy(2))
     seen = wait_until(rig.engine, lambda seen: any(each.tokens == 1800 for each in seen.sequences))
@@ -138,7 +138,7 @@ def test_pages_of_a_prompt_that_is_being_read_are_the_local_holders(decoder: Dec
     rig.close()
 
 
-def test_samples_that_wait_are_counted(decoder: Decoder) -> None:
+def test_snapshot_counts_waiting_samples(decoder: Decoder) -> None:
     rig = Rig(decoder, pages=9 * 40, max_model_len=600)
     tickets = [rig.submit([n] * 100, greedy(480))[0] for n in range(12)]
     seen = wait_until(rig.engine, lambda seen: seen.running > 0 and seen.running + seen.waiting == 12)
@@ -162,7 +162,7 @@ class Mortal(BytesPort):
             raise HolderLost("killed")
 
 
-def test_a_lost_holder_is_missing_until_another_joins(decoder: Decoder) -> None:
+def test_snapshot_lists_a_lost_holder_as_missing_until_another_joins(decoder: Decoder) -> None:
     rig = Rig(decoder, shard="heads", weights=(1, 1, 1), port=Mortal)
     ticket, inbox = rig.submit(PROMPTS[3], greedy(1500))
     inbox.get(timeout=20)
@@ -195,7 +195,7 @@ class Poisoning(LocalAttention):
         return reply
 
 
-def test_samples_without_finite_logits_are_counted(decoder: Decoder) -> None:
+def test_snapshot_counts_samples_without_finite_logits(decoder: Decoder) -> None:
     rig = Rig(decoder, shard="heads", weights=(1, 1), port=Poisoning)
     with pytest.raises(EngineError, match="not finite"):
         rig.generate([PROMPTS[1]], max_tokens=3)
@@ -203,7 +203,7 @@ def test_samples_without_finite_logits_are_counted(decoder: Decoder) -> None:
     rig.close()
 
 
-def test_preemptions_are_counted(decoder: Decoder) -> None:
+def test_snapshot_counts_preemptions(decoder: Decoder) -> None:
     rig = Rig(decoder, pages=9 * 30, max_model_len=400)
     rig.generate([[n] * 20 for n in range(6)], max_tokens=150, ignore_eos=True)
     seen = settled(rig.engine)
@@ -212,7 +212,7 @@ def test_preemptions_are_counted(decoder: Decoder) -> None:
     rig.close()
 
 
-def test_what_policies_spare_is_summed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot_sums_what_policies_save(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     for cost in ("CALL", "LOOK", "SCATTERED"):
         monkeypatch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
     rig = Rig(under(decoder, TIGHT["retrieval"]), shard="heads", weights=(1, 1))
@@ -223,7 +223,7 @@ def test_what_policies_spare_is_summed(decoder: Decoder, monkeypatch: pytest.Mon
     rig.close()
 
 
-def test_a_sum_never_falls_where_a_part_begins_again() -> None:
+def test_stats_never_fall_when_the_savings_of_a_part_restart() -> None:
     tally = EngineStats(0.0)
     tally.spared(KvSavings(), KvSavings(read=10, whole=40, missed=0.5, queries=10))
     tally.spared(
@@ -233,7 +233,7 @@ def test_a_sum_never_falls_where_a_part_begins_again() -> None:
     assert tally.missed_mass == pytest.approx(0.6)
 
 
-def test_batches_are_counted_by_their_tokens() -> None:
+def test_stats_count_batches_by_their_tokens() -> None:
     tally = EngineStats(0.0)
     for tokens in (1, 8, 9, 10**6):
         tally.complete(tokens, 0, 1)
@@ -242,7 +242,7 @@ def test_batches_are_counted_by_their_tokens() -> None:
     assert len(tally.batch_counts) == len(BATCH_BUCKETS) + 1
 
 
-def test_a_drained_holder_is_not_missing_and_one_that_joins_replaces_the_first() -> None:
+def test_stats_count_lost_and_joined_holders() -> None:
     tally = EngineStats(0.0)
     tally.lost(["a", "b"])
     tally.joined()
@@ -251,7 +251,7 @@ def test_a_drained_holder_is_not_missing_and_one_that_joins_replaces_the_first()
     assert (tally.lost_holders, tally.joined_holders, tally.missing) == (2, 3, [])
 
 
-def test_holders_of_other_ranks_are_shown_and_those_at_one_worker_are_one(decoder: Decoder) -> None:
+def test_snapshot_sums_the_holders_of_one_worker_over_ranks(decoder: Decoder) -> None:
     rig = Rig(decoder)
     placement = Placement(
         {0: Holder(50), 1: Holder(40, rank=1), 2: Holder(20), 3: Holder(30, rank=1)},
@@ -271,9 +271,7 @@ def test_holders_of_other_ranks_are_shown_and_those_at_one_worker_are_one(decode
     assert all(len(holder.exchange_counts) == len(EXCHANGE_BUCKETS) + 1 for holder in seen.holders)
 
 
-def test_an_engine_that_is_idle_answers_and_a_bad_sink_stops_nothing(
-    decoder: Decoder, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_idle_engine_answers_snapshots_after_a_sink_raised(decoder: Decoder, caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig(decoder)
 
     def refuse(seen: Snapshot) -> None:
@@ -287,7 +285,7 @@ def test_an_engine_that_is_idle_answers_and_a_bad_sink_stops_nothing(
     rig.engine.snapshot(refuse)  # and nobody answers any more
 
 
-def test_a_snapshot_survives_json(decoder: Decoder) -> None:
+def test_snapshot_survives_json(decoder: Decoder) -> None:
     rig = Rig(decoder, shard="heads", weights=(1, 1), prefix_cache=True)
     ticket, inbox = rig.submit(PROMPTS[2], greedy(1000))
     inbox.get(timeout=20)
@@ -298,7 +296,7 @@ def test_a_snapshot_survives_json(decoder: Decoder) -> None:
     rig.close()
 
 
-def test_a_snapshot_comes_through_any_number_of_wires(decoder: Decoder) -> None:
+def test_snapshot_crosses_two_remote_engines(decoder: Decoder) -> None:
     rig = Rig(decoder, shard="heads", weights=(1, 1))
     near = RemoteEngine(Loop(rig.engine, time.monotonic), time.monotonic)
     far = RemoteEngine(Loop(near, time.monotonic), time.monotonic)
@@ -327,7 +325,7 @@ class Deaf:
         self.alive = False
 
 
-def test_who_waits_for_an_engine_that_stops_is_forgotten() -> None:
+def test_snapshot_request_is_forgotten_when_the_engine_stops() -> None:
     remote = RemoteEngine(Loop(Deaf(), time.monotonic), time.monotonic)
     remote.snapshot(lambda _: pytest.fail("nobody answered"))
     assert len(remote._asked) == 1
@@ -347,7 +345,7 @@ class Clock:
         return self.now
 
 
-def test_a_stopwatch_sums_what_lies_between_start_and_stop() -> None:
+def test_stopwatch_sums_the_time_between_start_and_stop() -> None:
     watch = Stopwatch(Clock())
     watch.start()
     watch.stop()
@@ -357,7 +355,7 @@ def test_a_stopwatch_sums_what_lies_between_start_and_stop() -> None:
     assert watch.seconds == 2
 
 
-def test_exchanges_fall_into_the_bucket_that_bounds_them() -> None:
+def test_exchanges_are_counted_in_the_bucket_that_bounds_them() -> None:
     exchanges = Exchanges()
     for seconds in (0.0, EXCHANGE_BUCKETS[0], EXCHANGE_BUCKETS[1], 99.0):
         exchanges.add(seconds)
@@ -388,7 +386,7 @@ class Echo:
     def close(self) -> None: ...
 
 
-def test_an_exchange_is_measured_for_each_batch_under_way() -> None:
+def test_exchange_is_timed_for_each_batch_in_flight() -> None:
     port: Any = Echo()
     replies = Replies(port, clock := Clock())
     nothing: Any = None

@@ -62,14 +62,14 @@ def look(llm: LLM) -> Snapshot:
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1, "auto"])
-def test_text_is_the_same_at_any_share(model, worker, expected, share):
+def test_text_stays_the_same_at_any_local_share(model, worker, expected, share):
     with running(model, attention_workers=[worker.address], local_share=share) as llm:
         assert tokens(llm) == expected
         names = [holder.name for holder in look(llm).holders]
         assert ("here" in names) == (share != 0)
 
 
-def test_a_fixed_share_is_kept(model, worker):
+def test_fixed_local_share_is_kept(model, worker):
     with running(model, attention_workers=[worker.address], local_share=0.5) as llm:
         shares = []
         for count, _ in enumerate(llm.stream(PROMPTS, max_tokens=TOKENS, temperature=0, ignore_eos=True)):
@@ -79,7 +79,7 @@ def test_a_fixed_share_is_kept(model, worker):
 
 
 @pytest.mark.parametrize(("share", "queries"), [(1, False), (0, True)])
-def test_all_or_nothing(model, worker, share, queries):
+def test_worker_is_asked_only_when_the_local_share_is_below_one(model, worker, share, queries):
     with running(model, attention_workers=[worker.address], local_share=share) as llm:
         tokens(llm)
         exchanges = {holder.name: sum(holder.exchange_counts) for holder in look(llm).holders if not holder.local}
@@ -87,18 +87,18 @@ def test_all_or_nothing(model, worker, share, queries):
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, "half", True, None, float("nan")])
-def test_a_share_that_is_none_is_named(share):
+def test_config_refuses_a_local_share_out_of_range_and_names_it(share):
     with pytest.raises(InvalidRequest, match=r'local_share is .*; allowed are 0 to 1, or "auto"'):
         EngineConfig(local_share=share)
 
 
-def test_the_command_line_has_it():
+def test_command_line_passes_the_local_share_on():
     assert EngineOptions(local_share="0.25").config()["local_share"] == 0.25
     assert EngineOptions(local_share="auto").config()["local_share"] == "auto"
     assert "local_share" not in EngineOptions().config()
 
 
-def test_too_little_memory_for_both_is_for_prompts(model, worker):
+def test_local_memory_goes_to_prompts_when_there_is_too_little_for_both(model, worker):
     least = 3 * 3 * 2 * 16 * 4 * 16  # a page for each layer and head
     with running(model, attention_workers=[worker.address], kv_memory=3 * least) as llm:
         assert "here" not in [holder.name for holder in look(llm).holders]
@@ -106,7 +106,7 @@ def test_too_little_memory_for_both_is_for_prompts(model, worker):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_a_worker_is_killed_while_sequences_move(model, expected, seed):
+def test_text_stays_the_same_when_a_worker_is_killed_during_moves(model, expected, seed):
     """Of two workers one goes at any moment; which share is wanted changes all the time."""
     rng = random.Random(seed)
     with worker_process() as one, worker_process() as two:

@@ -12,7 +12,7 @@ from lamina.engine.failures import WaitDeadline
 OTHER = SimpleNamespace(request=SimpleNamespace(id="a"))
 
 
-def test_a_model_worker_that_goes_while_some_are_stranded_has_all_its_time() -> None:
+def test_lost_model_worker_gets_its_full_wait_while_requests_are_stranded() -> None:
     now = [0.0]
     fleet = SimpleNamespace(halted=False, missing=(), empty=False)
     stranded = SimpleNamespace(request=SimpleNamespace(id="b"))
@@ -30,7 +30,7 @@ def test_a_model_worker_that_goes_while_some_are_stranded_has_all_its_time() -> 
     assert patience.look()  # those that were stranded before have waited long enough
 
 
-def test_time_that_was_begun_for_a_model_worker_counts_for_nobody_else() -> None:
+def test_wait_begun_for_a_model_worker_does_not_count_for_requests() -> None:
     now = [0.0]
     fleet = SimpleNamespace(halted=False, missing=(), empty=False)
     scheduler, clients = SimpleNamespace(stranded=[]), SimpleNamespace(tickets={"a": None})

@@ -75,7 +75,7 @@ class Mortal:
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("death", [1, 7, 60, 61, 62, 63, 64, 65, 150])
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_a_death_at_any_message_changes_no_token(model, expected, placement, death, lanes):
+def test_holder_death_at_any_message_changes_no_token(model, expected, placement, death, lanes):
     mortal = Mortal(death)
     rig = Rig(model, port=mortal, max_batch_tokens=64, lanes=lanes, **placement)
     assert rig.generate(PROMPTS, **GREEDY) == expected
@@ -85,7 +85,7 @@ def test_a_death_at_any_message_changes_no_token(model, expected, placement, dea
 
 @pytest.mark.parametrize("deaths", [(50, 51), (50, 90), (60, 61, 62)])
 @pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
-def test_several_deaths_change_no_token(model, expected, shard, deaths):
+def test_several_holder_deaths_change_no_token(model, expected, shard, deaths):
     mortal = Mortal(*deaths)
     rig = Rig(model, port=mortal, max_batch_tokens=64, shard=shard, weights=(1,) * 4, scratch=500, prefix_cache=True)
     assert rig.generate(PROMPTS, **GREEDY) == expected
@@ -94,7 +94,7 @@ def test_several_deaths_change_no_token(model, expected, shard, deaths):
 
 
 @pytest.mark.parametrize("scratch", [500, 0])
-def test_survivors_store_nothing_again(decoder, scratch):
+def test_surviving_holders_store_nothing_again(decoder, scratch):
     """By heads: the forward pass repeats, but only the lost heads' keys are sent and stored."""
     prompt = PROMPTS[3]
     alone = Rig(decoder)
@@ -112,7 +112,7 @@ def test_survivors_store_nothing_again(decoder, scratch):
     rig.close()
 
 
-def test_by_ranges_only_the_lost_positions_are_computed(decoder):
+def test_only_the_lost_range_of_positions_is_computed_again(decoder):
     prompt = PROMPTS[3]  # 150 tokens and 30: ranges of 64, 64, and the rest
     alone = Rig(decoder)
     expected = alone.generate([prompt], max_tokens=30)
@@ -131,7 +131,7 @@ def test_by_ranges_only_the_lost_positions_are_computed(decoder):
     rig.close()
 
 
-def test_without_any_holder_requests_end_in_time_with_an_error(decoder):
+def test_requests_end_with_an_error_when_no_holder_is_left(decoder):
     rig = Rig(decoder, port=Mortal(40), shard="heads", hope=0.3)
     with pytest.raises(EngineError, match=r"no attention worker is left, and none has joined for 0\.3 s"):
         rig.generate(PROMPTS, **GREEDY)
@@ -141,7 +141,7 @@ def test_without_any_holder_requests_end_in_time_with_an_error(decoder):
     rig.close()
 
 
-def test_who_joins_takes_over_when_nobody_was_left(decoder, expected_full):
+def test_new_holder_takes_over_when_none_was_left(decoder, expected_full):
     rig = Rig(decoder, port=Mortal(40), shard="heads")
     params = SamplingParams(**GREEDY).with_defaults({})
     inboxes = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
@@ -162,7 +162,7 @@ def expected_full(decoder):
     return tokens
 
 
-def test_who_joins_in_the_middle_gets_new_sequences(decoder, expected_full):
+def test_new_holder_gets_new_sequences(decoder, expected_full):
     rig = Rig(decoder, shard="heads")
     rig.workers[2] = AttentionWorker(rig.holder)
     rig.engine.join(LocalAttention(rig.workers[2], "second"), Holder(rig.pages))
@@ -174,7 +174,7 @@ def test_who_joins_in_the_middle_gets_new_sequences(decoder, expected_full):
 
 @pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_a_drained_holder_hands_over_and_nothing_is_computed_again(model, expected, shard, lanes):
+def test_drained_holder_hands_its_kv_over(model, expected, shard, lanes):
     rig = Rig(model, shard=shard, weights=(1, 1, 1), scratch=500, max_batch_tokens=64, lanes=lanes, prefix_cache=True)
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params) for prompt in PROMPTS]
@@ -193,7 +193,7 @@ def test_a_drained_holder_hands_over_and_nothing_is_computed_again(model, expect
     rig.close()
 
 
-def test_what_cannot_be_drained_is_named(decoder):
+def test_drain_refuses_and_names_an_unknown_or_only_worker(decoder):
     rig = Rig(decoder, shard="heads")
     with pytest.raises(InvalidRequest, match="no attention worker is called 'nobody'; there are worker-1"):
         rig.engine.drain("nobody").result(timeout=60)
@@ -202,7 +202,7 @@ def test_what_cannot_be_drained_is_named(decoder):
     rig.close()
 
 
-def test_an_engine_that_stops_while_it_drains_says_so(decoder):
+def test_drain_raises_the_error_that_stopped_the_engine(decoder):
     rig = Rig(decoder, shard="heads", weights=(1, 1))
 
     def broken(name):
@@ -215,7 +215,7 @@ def test_an_engine_that_stops_while_it_drains_says_so(decoder):
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_a_drain_that_nobody_waits_for_any_more_harms_nobody(decoder, stops):
+def test_cancelled_drain_does_no_harm(decoder, stops):
     rig = Rig(decoder, shard="heads", weights=(1, 1))
     busy, gate = threading.Event(), threading.Event()
     rig.engine.snapshot(lambda _: (busy.set(), gate.wait(60)))
@@ -232,7 +232,7 @@ def test_a_drain_that_nobody_waits_for_any_more_harms_nobody(decoder, stops):
     rig.close()
 
 
-def test_after_everything_no_holder_keeps_a_page(decoder):
+def test_holders_keep_no_page_after_all_requests_ended(decoder):
     rig = Rig(decoder, shard="sequence", weights=(1, 2), scratch=500, port=Mortal(100))
     rig.generate(PROMPTS, **GREEDY)
     rig.generate([[1]], max_tokens=1)
@@ -242,7 +242,7 @@ def test_after_everything_no_holder_keeps_a_page(decoder):
             assert worker.store.free_pages == (500 if number == 0 else rig.pages)
 
 
-def test_what_was_shared_is_rebuilt_once(decoder):
+def test_shared_kv_is_rebuilt_once(decoder):
     prompt = PROMPTS[3]
     alone = Rig(decoder)
     expected = alone.generate([prompt], n=4, temperature=1.0, seed=3, max_tokens=30)

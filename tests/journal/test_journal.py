@@ -71,7 +71,7 @@ def states(folder: Path) -> list[Any]:
     return found
 
 
-def test_what_was_written_is_there_after_the_process(tmp_path: Path) -> None:
+def test_journal_is_read_back_after_its_process_died(tmp_path: Path) -> None:
     written(tmp_path, RECORDS)
     journal = Journal(tmp_path, FACTS)
     known = journal.history.requests["a"]
@@ -86,7 +86,7 @@ def test_what_was_written_is_there_after_the_process(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_whatever_is_cut_off_the_rest_is_there(tmp_path: Path) -> None:
+def test_journal_cut_at_any_byte_keeps_its_whole_records(tmp_path: Path) -> None:
     """A file that ends at any byte has the records that are whole, and no other."""
     whole = written(tmp_path / "whole", RECORDS)
     sizes = [len(written(tmp_path / f"first-{count}", RECORDS[:count])) for count in range(len(RECORDS) + 1)]
@@ -102,7 +102,7 @@ def test_whatever_is_cut_off_the_rest_is_there(tmp_path: Path) -> None:
         journal.close()
 
 
-def test_a_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
+def test_journal_names_the_byte_of_a_flipped_bit(tmp_path: Path) -> None:
     whole = written(tmp_path, RECORDS)
     last = len(written(tmp_path / "all but one", RECORDS[:-1]))
     for at in range(0, len(whole), 3):
@@ -119,7 +119,7 @@ def test_a_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
         assert str(tmp_path / "journal") in str(caught.value)
 
 
-def test_zeros_at_the_end_are_cut(tmp_path: Path) -> None:
+def test_journal_ignores_zeros_at_its_end(tmp_path: Path) -> None:
     whole = written(tmp_path, RECORDS)
     (tmp_path / "journal").write_bytes(whole + bytes(4096))
     journal = Journal(tmp_path, FACTS)
@@ -127,7 +127,7 @@ def test_zeros_at_the_end_are_cut(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_a_length_beyond_reason_takes_no_memory(tmp_path: Path) -> None:
+def test_journal_refuses_a_record_of_absurd_length(tmp_path: Path) -> None:
     import struct
     import zlib
 
@@ -149,7 +149,7 @@ def test_a_length_beyond_reason_takes_no_memory(tmp_path: Path) -> None:
         (Facts("m" * 8, 16, "float32", 2, policies="x"), ["policies", "'full'", "'x'"]),
     ],
 )
-def test_a_journal_of_another_model_is_refused(tmp_path: Path, facts: Facts, names: list[str]) -> None:
+def test_journal_of_another_model_is_refused(tmp_path: Path, facts: Facts, names: list[str]) -> None:
     before = written(tmp_path, RECORDS)
     with pytest.raises(JournalError) as caught:
         Journal(tmp_path, facts)
@@ -158,14 +158,14 @@ def test_a_journal_of_another_model_is_refused(tmp_path: Path, facts: Facts, nam
     Journal(tmp_path, FACTS).close()  # the folder was let go
 
 
-def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     for content in (b"something else", b"lamina journal\r\n" + b"\1" * 40, b"lamina journal\n"):
         (tmp_path / "journal").write_bytes(content)
         with pytest.raises(JournalError, match="damaged"):
             Journal(tmp_path, FACTS)
 
 
-def test_a_second_engine_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+def test_second_engine_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     first = Journal(tmp_path, FACTS)
     code = "import sys; from lamina.journal.journal import *; Journal(sys.argv[1], Facts('mmmmmmmm', 16, 'float32', 2))"
     second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -181,7 +181,7 @@ def test_a_second_engine_is_refused_while_the_first_lives(tmp_path: Path) -> Non
     again.close()
 
 
-def test_what_killed_runs_have_left_is_deleted_once_it_is_old(tmp_path: Path) -> None:
+def test_sweep_deletes_old_folders_of_killed_runs(tmp_path: Path) -> None:
     used, left, fresh = (run_folder(tmp_path, name) for name in ("used", "left", "fresh"))
     for folder in (left, fresh):
         Journal(folder, FACTS).close()
@@ -199,7 +199,7 @@ def test_what_killed_runs_have_left_is_deleted_once_it_is_old(tmp_path: Path) ->
     sweep(tmp_path / "nowhere", 2000)
 
 
-def test_a_run_that_begins_elsewhere_keeps_its_name_and_count(tmp_path: Path) -> None:
+def test_run_keeps_its_name_and_count_when_it_began_elsewhere(tmp_path: Path) -> None:
     elsewhere = Run("a" * 32, 3)
     first = Journal(tmp_path, FACTS, elsewhere)
     assert (first.engine, first.starts) == ("a" * 32, 4)
@@ -212,7 +212,7 @@ def test_a_run_that_begins_elsewhere_keeps_its_name_and_count(tmp_path: Path) ->
     later.close()
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_journal_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match=str(tmp_path / "file")):
         Journal(tmp_path / "file" / "journal", FACTS)
@@ -221,9 +221,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
         Journal(tmp_path, FACTS)
 
 
-def test_it_is_written_anew_when_it_has_grown_and_what_has_ended_is_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_journal_drops_ended_requests_when_it_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.journal.journal._GROWN", 20_000)
     journal = Journal(tmp_path, FACTS)
     journal.append(request("long"))
@@ -256,7 +254,7 @@ def too_large(journal: Journal) -> None:
 
 
 @pytest.mark.parametrize("fill", [full, too_large])
-def test_a_full_disk_ends_the_journal_and_nothing_else(
+def test_full_disk_turns_the_journal_off(
     tmp_path: Path, fill: Callable[[Journal], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = Journal(tmp_path, FACTS)
@@ -281,7 +279,7 @@ def test_a_full_disk_ends_the_journal_and_nothing_else(
         again.close()
 
 
-def test_what_is_no_plain_data_ends_the_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_record_that_is_no_plain_data_turns_the_journal_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = Journal(tmp_path, FACTS)
     journal.append(("request", {"id": "x", "n": 1, "salt": object()}, {}, 0))
     assert not journal.on
@@ -310,7 +308,7 @@ class Model:
 
 
 @given(st.data())
-def test_a_random_history_gives_what_was_unfinished(data: st.DataObject) -> None:
+def test_history_gives_the_unfinished_requests_of_any_records(data: st.DataObject) -> None:
     history, model = History(), Model()
     for step in range(data.draw(st.integers(0, 40))):
         kinds = ["request", "batch", "kept", "end", "drop"] if model.open() else ["request"]
@@ -371,7 +369,7 @@ def test_a_random_history_gives_what_was_unfinished(data: st.DataObject) -> None
         ([((5, 6, 7, 8), False)], None),
     ],
 )
-def test_what_a_client_has_not_received(received: Any, missing: Any) -> None:
+def test_resumption_gives_what_a_client_has_not_received(received: Any, missing: Any) -> None:
     history = History()
     history.apply(request())
     history.apply(("known", "a", 0, (5, 6, 7), ("x", "y", "z"), "stop", 0, 0, ()))
@@ -384,7 +382,7 @@ def test_what_a_client_has_not_received(received: Any, missing: Any) -> None:
         assert known.missing(received) == missing
 
 
-def test_those_that_nobody_has_claimed_stay() -> None:
+def test_history_keeps_ended_requests_until_a_client_claims_them() -> None:
     history = History()
     history.unclaimed.add("0")
     for at in range(FINISHED + 5):
@@ -418,7 +416,9 @@ def held(handle: int, heads: tuple[int, ...], upto: int, floor: int = 0, hi: int
         (held(1, (0, 1), 0), held(2, (2,), 0), None, []),
     ],
 )
-def test_what_is_taken_up(at_a: Any, at_b: Any, computed: int | None, gone: list[tuple[int, ...]]) -> None:
+def test_adoption_takes_the_parts_that_holders_still_have(
+    at_a: Any, at_b: Any, computed: int | None, gone: list[tuple[int, ...]]
+) -> None:
     sample = KnownSample(tokens=[1] * 11, logprobs=[None] * 11, handle=3, computed=40, parts=TWO)
     adopted = adoption(sample, 30, {A: RecoveredRequest(7, 0, at_a), B: RecoveredRequest(8, 0, at_b)})
     if computed is None:
@@ -431,7 +431,7 @@ def test_what_is_taken_up(at_a: Any, at_b: Any, computed: int | None, gone: list
     assert len(adopted.parts) + len(gone) == 2
 
 
-def test_a_part_that_lacks_much_is_rebuilt_and_ranges_need_only_what_is_theirs() -> None:
+def test_adoption_rebuilds_a_part_that_lacks_many_tokens() -> None:
     sample = KnownSample(tokens=[1] * 11, logprobs=[None] * 11, handle=3, computed=400, parts=TWO)
     adopted = adoption(
         sample, 390, {A: RecoveredRequest(7, 0, held(1, (0, 1), 400)), B: RecoveredRequest(8, 0, held(2, (2,), 100))}
@@ -449,7 +449,7 @@ def test_a_part_that_lacks_much_is_rebuilt_and_ranges_need_only_what_is_theirs()
     assert len(adopted.parts) == 2
 
 
-def test_heads_are_numbered_within_the_rank() -> None:
+def test_adoption_numbers_heads_within_the_rank() -> None:
     sample = KnownSample(tokens=[1], logprobs=[None], handle=3, computed=40, parts=(("a", 1, 1, (2, 3), 0, 999),))
     found = {KvLocation("a", 1): RecoveredRequest(7, 2, held(1, (0, 1), 40))}
     assert adoption(sample, 40, found) is not None

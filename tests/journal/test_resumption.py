@@ -272,7 +272,7 @@ def steps(model: Decoder, folder: Path, **options: Any) -> int:
 
 @pytest.mark.parametrize("times", [1, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", WORLDS)
-def test_whenever_an_engine_dies_the_tokens_are_the_same(
+def test_tokens_stay_the_same_when_an_engine_dies_at_any_moment(
     name: str, times: int, model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
     total = steps(model, tmp_path / "whole", **WORLDS[name])
@@ -287,7 +287,9 @@ def test_whenever_an_engine_dies_the_tokens_are_the_same(
         same(client, expected)
 
 
-def test_nobody_needs_to_come_back_for_it_to_go_on(model: Decoder, expected: Client, tmp_path: Path) -> None:
+def test_engine_finishes_recovered_requests_before_a_client_returns(
+    model: Decoder, expected: Client, tmp_path: Path
+) -> None:
     world, client = World(model, tmp_path, scratch=500), Client(ASKED)
     with pytest.raises(Killed):
         client.run(world.life(Fate(steps(model, tmp_path / "whole", scratch=500) // 2)))
@@ -298,7 +300,7 @@ def test_nobody_needs_to_come_back_for_it_to_go_on(model: Decoder, expected: Cli
     same(client, expected)
 
 
-def test_what_the_holders_kept_is_not_computed_again(model: Decoder, tmp_path: Path) -> None:
+def test_kv_that_holders_kept_is_not_computed_again(model: Decoder, tmp_path: Path) -> None:
     world, client = World(model, tmp_path, max_batch_tokens=512), Client({"a": (LONG, {"max_tokens": 20})})
     client.submit(first := world.life(Fate()), resumed=False)
     first.until(lambda: len(client.got["a"][0]) == 5)
@@ -315,7 +317,7 @@ def test_what_the_holders_kept_is_not_computed_again(model: Decoder, tmp_path: P
 
 
 @pytest.mark.parametrize("shard", ["heads", "sequence"])
-def test_an_engine_dies_while_sequences_move_or_right_after(
+def test_tokens_stay_the_same_when_an_engine_dies_during_or_after_a_move(
     shard: str, model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
     """The journal learns of a move with the next batch. Until then it names parts that may be closed already: the
@@ -343,7 +345,9 @@ def test_an_engine_dies_while_sequences_move_or_right_after(
 
 
 @pytest.mark.parametrize("shard", ["heads", "sequence"])
-def test_what_a_holder_lost_meanwhile_is_rebuilt(shard: str, model: Decoder, expected: Client, tmp_path: Path) -> None:
+def test_kv_is_rebuilt_when_a_holder_lost_it_between_two_engines(
+    shard: str, model: Decoder, expected: Client, tmp_path: Path
+) -> None:
     options = {"shard": shard, "workers": 3, "scratch": 500}
     total = steps(model, tmp_path / "whole", **options)
     for part in (3, 2):
@@ -356,7 +360,7 @@ def test_what_a_holder_lost_meanwhile_is_rebuilt(shard: str, model: Decoder, exp
         same(client, expected)
 
 
-def test_without_a_journal_clients_have_it_computed_again(model: Decoder, expected: Client, tmp_path: Path) -> None:
+def test_tokens_are_computed_again_without_a_journal(model: Decoder, expected: Client, tmp_path: Path) -> None:
     total = steps(model, tmp_path, journal=False)
     for moment in (total // 3, total // 2, total - 3):
         world, client = World(model, tmp_path, journal=False), Client(ASKED)
@@ -366,7 +370,9 @@ def test_without_a_journal_clients_have_it_computed_again(model: Decoder, expect
         same(client, expected)
 
 
-def test_a_client_that_has_more_than_the_journal_is_believed(model: Decoder, expected: Client, tmp_path: Path) -> None:
+def test_engine_believes_a_client_that_has_more_tokens_than_the_journal(
+    model: Decoder, expected: Client, tmp_path: Path
+) -> None:
     """The journal was off for a while: the disk was full."""
     world, client = World(model, tmp_path), Client(ASKED)
     client.submit(life := world.life(Fate()), resumed=False)
@@ -382,7 +388,7 @@ def test_a_client_that_has_more_than_the_journal_is_believed(model: Decoder, exp
     same(again, expected)
 
 
-def test_requests_that_nobody_claims_end_and_their_kv_is_freed(model: Decoder, tmp_path: Path) -> None:
+def test_requests_without_a_client_end_and_free_their_kv(model: Decoder, tmp_path: Path) -> None:
     world, client = World(model, tmp_path), Client(ASKED)
     client.submit(first := world.life(Fate()), resumed=False)
     first.until(lambda: len(client.got["greedy"][0]) == 3)
@@ -409,7 +415,7 @@ def test_samples_without_a_token_share_their_prompt_after_a_restart(model: Decod
     assert second.computed <= len(LONG) - 128 + 3 * 4
 
 
-def test_a_request_of_which_nothing_is_left_is_refused(model: Decoder, tmp_path: Path) -> None:
+def test_request_is_refused_when_all_its_samples_have_ended(model: Decoder, tmp_path: Path) -> None:
     life, client = World(model, tmp_path).life(Fate()), Client({"a": ([1], {"max_tokens": 4})})
     ticket = client.ticket("a", resumed=False)
     told: list[EngineOutput] = []
@@ -420,7 +426,7 @@ def test_a_request_of_which_nothing_is_left_is_refused(model: Decoder, tmp_path:
     assert "no sample that has not ended" in str(told[0].error)
 
 
-def test_an_engine_that_stops_in_order_leaves_nothing_unfinished(model: Decoder, tmp_path: Path) -> None:
+def test_engine_leaves_nothing_unfinished_when_it_is_closed(model: Decoder, tmp_path: Path) -> None:
     world = World(model, tmp_path)
     life = world.life(Fate())
     tickets = Client(ASKED)
@@ -469,7 +475,7 @@ def real(asked: dict[str, tuple[list[int], dict[str, Any]]]) -> dict[str, tuple[
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("options", [{}, {"shard": "sequence"}, {"lanes": 2, "prefix_cache": False}])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_an_engine_process_that_is_killed_is_gone_on_from(
+def test_next_engine_process_goes_on_after_a_kill(
     tiny: Path, options: dict[str, Any], seed: int, tmp_path: Path
 ) -> None:
     asked = real(ASKED)
@@ -502,7 +508,7 @@ def test_an_engine_process_that_is_killed_is_gone_on_from(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_program_that_died_is_gone_on_from(tiny: Path, tmp_path: Path) -> None:
+def test_next_llm_resumes_what_a_killed_program_left(tiny: Path, tmp_path: Path) -> None:
     """In-process: what an LLM had not finished the next one gives, whole, from where it was."""
     code = """
 import os, sys, threading
@@ -534,7 +540,7 @@ for event in llm.stream(prompts, max_tokens=400, ignore_eos=True, temperature=0.
 
 
 @pytest.mark.slow
-def test_two_engines_on_the_same_workers_and_a_foreign_journal_are_refused(tiny: Path, tmp_path: Path) -> None:
+def test_second_engine_and_foreign_journal_are_refused(tiny: Path, tmp_path: Path) -> None:
     with worker_process() as worker:
         settings = {"attention_workers": [worker.address], "local_share": 0, "dtype": "float32", "threads": 1}
         with LLM(tiny, journal=tmp_path / "a", **settings):
@@ -549,7 +555,7 @@ def test_two_engines_on_the_same_workers_and_a_foreign_journal_are_refused(tiny:
             LLM(tiny, journal=tmp_path / "a", page_size=16, **settings)
 
 
-def test_what_samples_share_is_counted_once_when_it_is_taken_up(model: Decoder, tmp_path: Path) -> None:
+def test_pages_that_samples_share_are_counted_once_after_recovery(model: Decoder, tmp_path: Path) -> None:
     asked = {"eight": (LONG, {"max_tokens": 12, "n": 8, "temperature": 1.0, "seed": 4})}
     whole, fate = Client(asked), Fate()
     whole.run(World(model, tmp_path / "whole", pages=200).life(fate))

@@ -18,7 +18,7 @@ from lamina.scheduling.kv_shares import Share
     length=st.integers(1, 200),
     page_size=st.sampled_from([4, 16]),
 )
-def test_every_head_and_position_has_one_keeper(
+def test_layout_gives_every_head_and_position_one_holder(
     shard: str, weights: list[int], heads: int, length: int, page_size: int
 ) -> None:
     end = 256
@@ -33,7 +33,7 @@ def test_every_head_and_position_has_one_keeper(
     assert len({share.holder for share in shares}) == len(shares)
 
 
-def test_uneven_heads_and_unlike_workers() -> None:
+def test_layout_follows_the_weights_of_the_workers() -> None:
     two = layout("heads", [(1, 1), (2, 1)], range(3), 100, 16, 512)
     assert two == (Share(1, (0, 1), 0, 512), Share(2, (2,), 0, 512))
     unlike = layout("heads", [(1, 1), (2, 3)], range(8), 100, 16, 512)
@@ -46,7 +46,7 @@ def test_uneven_heads_and_unlike_workers() -> None:
     ]  # fmt: skip
 
 
-def test_more_workers_than_there_is_to_share() -> None:
+def test_layout_leaves_workers_out_when_there_are_more_than_shares() -> None:
     assert len(layout("heads", [(n, 1) for n in range(5)], range(3), 10, 16, 64)) == 3
     assert len(layout("sequence", [(n, 1) for n in range(5)], range(3), 10, 16, 64)) == 1
     assert layout("heads", [], range(3), 10, 16, 64) == ()
@@ -60,7 +60,7 @@ def test_apportioned_numbers_are_exact_and_close(total: int, weights: list[int])
         assert abs(count - total * weight / sum(weights)) < 1
 
 
-def test_what_cannot_be_is_an_error() -> None:
+def test_layout_refuses_an_unknown_shard_and_weights_without_a_sum() -> None:
     with pytest.raises(EngineError, match="shard is 'rows', allowed: heads, sequence"):
         layout("rows", [(1, 1)], range(3), 10, 16, 64)
     with pytest.raises(EngineError, match="no sum"):

@@ -17,7 +17,7 @@ def run(lanes: LaneTuner, rates: dict[int, float], batches: int, sequences: int 
     return now
 
 
-def test_the_best_is_kept() -> None:
+def test_lane_tuner_keeps_the_best_count() -> None:
     for rates, best in (
         ({1: 100, 2: 140, 3: 120}, 2),
         ({1: 100, 2: 90, 3: 80}, 1),
@@ -30,7 +30,7 @@ def test_the_best_is_kept() -> None:
         assert lanes.count == best
 
 
-def test_no_more_lanes_than_sequences() -> None:
+def test_lane_tuner_takes_no_more_lanes_than_sequences() -> None:
     lanes = LaneTuner.auto(3)
     run(lanes, {1: 1, 2: 2}, 4 * (WINDOW + 1), sequences=2)
     assert lanes.count == 2
@@ -39,7 +39,7 @@ def test_no_more_lanes_than_sequences() -> None:
     assert alone.count == 1
 
 
-def test_another_load_is_measured_again() -> None:
+def test_lane_tuner_measures_again_when_the_load_changes() -> None:
     lanes = LaneTuner.auto(2)
     now = run(lanes, {1: 100, 2: 150}, 3 * (WINDOW + 1))
     assert lanes.count == 2
@@ -49,20 +49,20 @@ def test_another_load_is_measured_again() -> None:
     assert lanes.count == 1
 
 
-def test_prefills_teach_nothing() -> None:
+def test_lane_tuner_ignores_batches_with_prefill() -> None:
     lanes = LaneTuner.auto(2)
     for at in range(5 * WINDOW):
         lanes.completed(1, 8, at % 2 == 0, float(at))
     assert lanes.count == 1
 
 
-def test_a_number_that_was_given_stays() -> None:
+def test_lane_count_stays_when_it_was_given() -> None:
     lanes = LaneTuner(2)
     run(lanes, {2: 1}, 5 * WINDOW)
     assert lanes.count == 2
 
 
-def test_the_times_of_both_tiers_are_measured_with_one_lane_and_said(caplog) -> None:
+def test_lane_tuner_measures_both_tiers_with_one_lane_and_logs_them(caplog) -> None:
     lanes, now, attended = LaneTuner.auto(3, replicas=2), 0.0, 5.0
     assert (lanes.tiers, lanes.suggested) == (None, None)
     with caplog.at_level("INFO", logger="lamina"):
@@ -77,7 +77,7 @@ def test_the_times_of_both_tiers_are_measured_with_one_lane_and_said(caplog) -> 
     assert "in the model for 20.0 ms and in attention for 10.0 ms, which suggests 3.0 lanes, of at most 3" in said
 
 
-def test_replicas_are_tried_up_to_one_lane_more() -> None:
+def test_lane_tuner_tries_one_lane_more_than_replicas() -> None:
     lanes = LaneTuner.auto(4, replicas=3)
     run(lanes, {1: 100, 2: 190, 3: 270, 4: 330}, 6 * (WINDOW + 1), sequences=16)
     assert lanes.count == 4

@@ -92,7 +92,7 @@ class World:
         (World(local=0.04, remote=0.04, most=3), 0.375),
     ],
 )
-def test_it_settles_within_fifty_steps_near_the_best_share(world: World, share: float) -> None:
+def test_local_share_settles_near_the_best_within_fifty_steps(world: World, share: float) -> None:
     balance = LocalShare()
     if world.most < SEQUENCES:
         world.here = world.most
@@ -110,7 +110,7 @@ def test_it_settles_within_fifty_steps_near_the_best_share(world: World, share: 
         (World(local=0.024, remote=0.008, fixed=0.01, dense=0.019, shared=2.0, slow=1), 0),
     ],
 )
-def test_where_the_tiers_disturb_each_other_all_remote_is_tried_too(world: World, here: int) -> None:
+def test_local_share_tries_all_remote_when_the_tiers_disturb_each_other(world: World, here: int) -> None:
     balance = LocalShare()
     world.run(balance, 80)
     assert balance.settled
@@ -118,7 +118,7 @@ def test_where_the_tiers_disturb_each_other_all_remote_is_tried_too(world: World
     assert world.here == here
 
 
-def test_a_change_is_noticed_and_settled_within_fifty_steps() -> None:
+def test_local_share_settles_again_within_fifty_steps_after_a_change() -> None:
     world, balance = World(local=0.04, remote=0.04), LocalShare()
     world.run(balance, 100)
     for local, remote in ((0.12, 0.04), (0.04, 0.12), (0.04, 0.04), (0.12, 0.12)):
@@ -132,7 +132,7 @@ def test_a_change_is_noticed_and_settled_within_fifty_steps() -> None:
 
 @pytest.mark.parametrize("beside", [0.0, 0.012])
 @pytest.mark.parametrize("noise", [0.01, 0.05])
-def test_whatever_becomes_slow_it_is_settled_within_fifty_steps(noise: float, beside: float) -> None:
+def test_local_share_settles_within_fifty_steps_when_either_tier_slows(noise: float, beside: float) -> None:
     """A tier becomes 1.5 to 5 times as slow, or as it was, while it has something to do and no search goes on.
     `beside`: seconds a step that the tiers cost each other, so that all or nothing may be best with a hill between."""
     late, seen = list[tuple[int, float, float]](), 0
@@ -165,7 +165,7 @@ def test_whatever_becomes_slow_it_is_settled_within_fifty_steps(noise: float, be
     slow=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-def test_whatever_the_tiers_are_like(
+def test_local_share_is_near_the_best_for_any_two_tiers(
     local: float, remote: float, fixed: float, dense: float, shared: float, slow: int, seed: int
 ) -> None:
     world = World(local, remote, fixed, dense, shared, noise=0.01, slow=slow, rng=random.Random(seed), grows=0)
@@ -178,7 +178,7 @@ def test_whatever_the_tiers_are_like(
 
 
 @pytest.mark.parametrize("noise", [0.03, 0.1])
-def test_noise_does_not_keep_it_from_settling(noise: float) -> None:
+def test_local_share_settles_despite_noise(noise: float) -> None:
     world, balance = World(local=0.04, remote=0.04, noise=noise), LocalShare()
     settled, steps = 0, 600
     for _ in range(steps):
@@ -188,7 +188,7 @@ def test_noise_does_not_keep_it_from_settling(noise: float) -> None:
     assert world.times(world.here)[2] <= 1.15 * world.best()
 
 
-def test_asking_again_costs_no_more_than_a_hundredth() -> None:
+def test_trials_of_a_silent_tier_cost_no_more_than_a_hundredth() -> None:
     world, balance = World(local=0.01, remote=0.5, grows=0), LocalShare()
     world.run(balance, 60)
     assert world.here == SEQUENCES
@@ -199,7 +199,7 @@ def test_asking_again_costs_no_more_than_a_hundredth() -> None:
     assert world.here < SEQUENCES
 
 
-def test_other_lanes_are_no_change_of_the_tiers() -> None:
+def test_local_share_ignores_a_change_of_lanes() -> None:
     balance = LocalShare()
     batch = Batch(4000, 4000, 0.02, 0.02, 0.022, 0.002, 0.05, SEQUENCES)
     for _ in range(40):
@@ -214,7 +214,7 @@ def test_other_lanes_are_no_change_of_the_tiers() -> None:
     assert balance.share == share
 
 
-def test_a_share_that_was_given_stays() -> None:
+def test_local_share_stays_when_it_was_given() -> None:
     balance = LocalShare(0.3)
     World(local=1.0, remote=0.1).run(balance, 100)
     assert balance.share == 0.3
@@ -223,7 +223,7 @@ def test_a_share_that_was_given_stays() -> None:
     assert balance.share == 0.3
 
 
-def test_new_sequences_go_where_they_are_missing() -> None:
+def test_new_sequences_go_to_the_tier_below_its_share() -> None:
     assert prefers_local(0, 0, 10, 1.0)
     assert not prefers_local(0, 0, 10, 0.0)
     local = total = 0
@@ -234,7 +234,7 @@ def test_new_sequences_go_where_they_are_missing() -> None:
     assert local == 50
 
 
-def test_what_moves_brings_the_share_closer() -> None:
+def test_moves_bring_the_share_closer() -> None:
     assert to_move([100, 100, 100, 100], 200, 5) == [0, 1]
     assert to_move([100, 100, 100, 100], 200, 1) == [0]
     assert to_move([100], 49, 2) == []  # it would be off by more

@@ -49,7 +49,7 @@ def test_operations_wait_until_a_plan_that_carries_them_is_accepted() -> None:
     assert (ledger.plan([]).first, ledger.open(LAYOUT)) == (3, 3)
 
 
-def test_an_answer_that_comes_late_undoes_nothing() -> None:
+def test_late_answer_undoes_nothing() -> None:
     ledger = PageLedger(CONFIG, pages(20))
     ledger.open(LAYOUT)
     plans = [ledger.plan([]), ledger.plan([])]
@@ -60,7 +60,7 @@ def test_an_answer_that_comes_late_undoes_nothing() -> None:
     assert ledger.plan([]).first == 1
 
 
-def test_pages_are_taken_when_reserved_and_told_when_answered() -> None:
+def test_pages_are_taken_when_reserved_and_settled_when_answered() -> None:
     ledger = PageLedger(CONFIG, pages(20))
     one = sequence(ledger.open(LAYOUT), 9)
     assert ledger.affordable(one, 9) == 9
@@ -77,7 +77,7 @@ def test_pages_are_taken_when_reserved_and_told_when_answered() -> None:
     assert ledger.room() == pages(20)
 
 
-def test_a_plan_that_is_refused_or_forgotten_takes_nothing() -> None:
+def test_refused_or_forgotten_plan_takes_no_pages() -> None:
     ledger = PageLedger(CONFIG, pages(20))
     one = sequence(ledger.open(LAYOUT), 8)
     plan = ledger.plan([ledger.reserve(one, 8)])
@@ -91,7 +91,7 @@ def test_a_plan_that_is_refused_or_forgotten_takes_nothing() -> None:
     assert ledger.room() == pages(18)
 
 
-def test_tokens_are_afforded_by_the_page() -> None:
+def test_affordable_tokens_are_counted_by_the_page() -> None:
     ledger = PageLedger(CONFIG, pages(20))
     other, one = sequence(ledger.open(LAYOUT), 60), sequence(ledger.open(LAYOUT), 60)
     ledger.reserve(other, 30)  # 8 of 10 page sets
@@ -102,7 +102,7 @@ def test_tokens_are_afforded_by_the_page() -> None:
     assert ledger.affordable(one, 60) == 1 + 4
 
 
-def test_what_cannot_be_is_an_error() -> None:
+def test_ledger_refuses_calls_out_of_order() -> None:
     ledger = PageLedger(CONFIG, pages(20))
     with pytest.raises(EngineError, match="before it was admitted"):
         ledger.reserve(ScheduledSequence(Request("0", (1,), 1), 0, 0, [1]), 1)
@@ -120,7 +120,7 @@ def test_what_cannot_be_is_an_error() -> None:
         ledger.check_integrity([1])
 
 
-def test_handles_of_before_are_given_to_nobody() -> None:
+def test_handles_of_the_previous_engine_are_not_given_again() -> None:
     ledger = PageLedger(CONFIG, pages(20))
     ledger.adopt(3, pages(2))
     ledger.number_from(7)  # one that was not adopted has it in the journal

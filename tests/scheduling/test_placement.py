@@ -54,7 +54,7 @@ def row(handle: int, start: int, count: int, sample: bool = False) -> PlannedRow
     return PlannedRow(sequence(handle, start + count, start), handle, start, count, sample)
 
 
-def test_a_holder_that_fuses_attends_the_rows_own_tokens() -> None:
+def test_fusing_holder_attends_the_tokens_of_its_row() -> None:
     placed = placement((1,), fused=True)
     share = Share(1, (0, 1, 2, 3), 0, END)
     opened = (OpenSequence(10, (share,)), OpenSequence(11, (share,)))
@@ -64,7 +64,7 @@ def test_a_holder_that_fuses_attends_the_rows_own_tokens() -> None:
     assert all(row.fused for row in told.rows)
 
 
-def test_a_holder_that_does_not_fuse_reads_the_past() -> None:
+def test_holder_without_fusing_reads_only_the_past() -> None:
     placed = placement((1,))
     share = Share(1, (0, 1, 2, 3), 0, END)
     told = placed.place(plan(0, (OpenSequence(10, (share,)),), row(10, 0, 7)))[1]
@@ -117,7 +117,7 @@ def test_reads_partition_the_past_and_every_token_is_stored_once(
             assert not any(isinstance(o, Open) for o in placed.holders.get(LOCAL, Holder(0)).outbox)
 
 
-def test_prompts_are_local_while_they_fit_and_then_let_go() -> None:
+def test_prompts_are_read_locally_while_they_fit() -> None:
     placed = placement((1, 1), scratch=4 * 3)
     share = (Share(1, (0, 1), 0, END), Share(2, (2, 3), 0, END))
     told = placed.place(plan(0, (OpenSequence(10, share),), row(10, 0, 9, sample=True)))
@@ -146,7 +146,7 @@ def test_operations_wait_for_the_holder_that_has_not_accepted_them() -> None:
     assert placed.place(plan(2, (CloseSequence(10), CloseSequence(11))))[2].operations == (Close(2), Close(4))
 
 
-def test_what_a_lost_holder_had_is_stored_by_who_takes_over_alone() -> None:
+def test_share_of_a_lost_holder_is_stored_by_its_substitute_only() -> None:
     placed = placement((1, 1, 1))
     layout = (Share(1, (0, 1), 0, END), Share(2, (2,), 0, END), Share(3, (3,), 0, END))
     for number, told in placed.place(plan(0, (OpenSequence(10, layout),), row(10, 0, 1))).items():
@@ -162,16 +162,14 @@ def test_what_a_lost_holder_had_is_stored_by_who_takes_over_alone() -> None:
     assert told[3].rows == (Row(3, 4, 16, (0, 4), False), Row(4, 4, 16, (0, 4), True))
 
 
-def test_a_holder_joins_once() -> None:
+def test_holder_is_refused_when_it_joins_twice() -> None:
     placed = placement((1,))
     with pytest.raises(EngineError, match="holder 1 joined twice"):
         placed.joined(1, Holder(5))
 
 
 @given(shard=st.sampled_from(SHARDS), length=st.integers(1, END), start=st.integers(0, END - 1), scratch=st.booleans())
-def test_each_rank_has_its_own_holders_which_number_its_heads_from_0(
-    shard: str, length: int, start: int, scratch: bool
-) -> None:
+def test_holders_of_each_rank_number_its_heads_from_0(shard: str, length: int, start: int, scratch: bool) -> None:
     # Ranks of 2 and 1 heads, two places with a pool for each rank, and a scratch holder each.
     holders = {10: Holder(100), 11: Holder(100, rank=1), 20: Holder(100), 21: Holder(100, rank=1)}
     local = {0: Holder(50, fused=True), 1: Holder(50, fused=True, rank=1)} if scratch else {}
@@ -194,7 +192,7 @@ def test_each_rank_has_its_own_holders_which_number_its_heads_from_0(
     assert opened == {share.holder for share in layout} | set(local)
 
 
-def test_whoever_takes_over_a_share_has_its_rank() -> None:
+def test_substitute_of_a_share_has_its_rank() -> None:
     holders = {10: Holder(100), 11: Holder(100, rank=1), 20: Holder(100), 21: Holder(100, rank=1)}
     placed = Placement(holders, heads=(2, 1), page_size=8, max_model_len=END, layers=1)
     assert placed.substitute(Share(20, (1,), 0, END), Pages({11: 90, 10: 1})) == Share(10, (1,), 0, END)

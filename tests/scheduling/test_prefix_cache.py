@@ -90,7 +90,9 @@ def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 @given(prompts(), prompts(), st.sampled_from([1, 2, 5]))
 @settings(max_examples=150)
-def test_the_longest_match_is_found(kept: list[tuple[int, ...]], asked: list[tuple[int, ...]], page_size: int) -> None:
+def test_match_finds_the_longest_prefix(
+    kept: list[tuple[int, ...]], asked: list[tuple[int, ...]], page_size: int
+) -> None:
     keeper = Keeper(page_size)
     for tokens in kept:
         keeper.keep(tokens)
@@ -107,7 +109,7 @@ def test_the_longest_match_is_found(kept: list[tuple[int, ...]], asked: list[tup
 
 @given(prompts(), st.data())
 @settings(max_examples=100)
-def test_everything_unused_can_be_evicted(kept: list[tuple[int, ...]], data: st.DataObject) -> None:
+def test_every_unused_node_can_be_evicted(kept: list[tuple[int, ...]], data: st.DataObject) -> None:
     keeper = Keeper()
     for tokens in kept:
         keeper.keep(tokens)
@@ -143,7 +145,7 @@ def test_eviction_takes_the_least_recently_used_leaf() -> None:
     assert keeper.closed == [branches[1], branches[2], branches[0], trunk]
 
 
-def test_a_node_in_use_is_not_evicted_but_can_be_given_up() -> None:
+def test_node_in_use_is_not_evicted_but_can_be_given_up() -> None:
     keeper = Keeper()
     keeper.keep((1,) * 8)
     tokens = (1,) * 8 + (2,)
@@ -156,14 +158,14 @@ def test_a_node_in_use_is_not_evicted_but_can_be_given_up() -> None:
     assert keeper.closed == [(1,) * 8]
 
 
-def test_a_fork_inside_a_page_must_save_half_of_it() -> None:
+def test_fork_inside_a_page_happens_only_when_it_saves_half_of_the_page() -> None:
     keeper = Keeper(page_size=4)
     keeper.keep(tuple(range(1, 9)))
     lengths = [keeper.tree.match((*range(1, 1 + n), 0, 0)).length for n in range(9)]
     assert lengths == [0, 0, 2, 3, 4, 4, 6, 7, 8]
 
 
-def test_no_fork_below_the_floor() -> None:
+def test_fork_never_starts_below_the_floor() -> None:
     keeper = Keeper(page_size=4)
     sequence = keeper.start((1,) * 12)
     sequence.floor = 7
@@ -175,7 +177,7 @@ def test_no_fork_below_the_floor() -> None:
     assert other not in keeper.tree._pending
 
 
-def test_a_waiter_is_woken_as_soon_as_its_part_is_computed() -> None:
+def test_waiting_request_is_woken_when_its_prefix_is_computed() -> None:
     keeper = Keeper()
     writer = keeper.start((1,) * 16)
     waiter = ScheduledSequence(Request("1", (1,) * 9, 1), 0, 1, [1] * 9)
@@ -190,7 +192,7 @@ def test_a_waiter_is_woken_as_soon_as_its_part_is_computed() -> None:
     assert keeper.tree.match((1,) * 17).promised == 16
 
 
-def test_waiters_are_woken_when_the_writer_goes() -> None:
+def test_waiting_requests_are_woken_when_the_writer_is_discarded() -> None:
     keeper = Keeper()
     writer = keeper.start((1,) * 16)
     waiters = [ScheduledSequence(Request(str(n), (1,) * n, 1), 0, n, [1] * n) for n in (9, 17)]
@@ -202,7 +204,7 @@ def test_waiters_are_woken_when_the_writer_goes() -> None:
     keeper.check_integrity()
 
 
-def test_a_part_split_off_too_late_is_given_up() -> None:
+def test_pending_node_is_given_up_when_a_window_left_its_keys() -> None:
     keeper = Keeper()
     writer = keeper.start((1,) * 16)
     keeper.compute(writer, 9)
@@ -214,7 +216,7 @@ def test_a_part_split_off_too_late_is_given_up() -> None:
     assert keeper.tree.match((1,) * 17) == Match()
 
 
-def test_who_is_faster_keeps_nothing_below_its_floor() -> None:
+def test_faster_writer_keeps_nothing_below_its_floor() -> None:
     keeper = Keeper()
     keeper.start((1,) * 12)
     fast = keeper.start((1,) * 8 + (2,) * 8)
@@ -224,7 +226,7 @@ def test_who_is_faster_keeps_nothing_below_its_floor() -> None:
     assert keeper.tree.match((1,) * 8 + (2,) * 9).length == 0
 
 
-def test_who_is_faster_keeps_what_what_another_promised() -> None:
+def test_faster_writer_fills_the_node_that_another_writer_promised() -> None:
     keeper = Keeper()
     slow = keeper.start((1,) * 12)
     fast = keeper.start((1,) * 8 + (2,) * 8)
@@ -237,7 +239,7 @@ def test_who_is_faster_keeps_what_what_another_promised() -> None:
     assert keeper.tree.match((1,) * 13).length == 12
 
 
-def test_an_empty_tree_leaves_nothing_behind() -> None:
+def test_empty_cache_keeps_no_root() -> None:
     keeper = Keeper()
     for salt in ("a", "b"):
         sequence = keeper.start((1,) * 8, salt=salt)

@@ -17,12 +17,12 @@ from lamina.scheduling.scheduler import Scheduler
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_importing_it_loads_no_torch() -> None:
+def test_import_of_the_scheduler_loads_no_torch_and_no_numpy() -> None:
     code = "import sys, lamina.scheduling.scheduler; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_answers_out_of_place_are_errors() -> None:
+def test_scheduler_refuses_answers_out_of_order() -> None:
     scheduler = Scheduler(config(), OneHolder(64))
     scheduler.add(Request("0", (1, 2), 3))
     plan = scheduler.plan()

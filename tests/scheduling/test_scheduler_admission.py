@@ -11,7 +11,7 @@ from lamina.scheduling.request import Request, ScheduledSequence
 from lamina.scheduling.scheduler import Scheduler
 
 
-def test_prefill_fills_what_decoding_leaves() -> None:
+def test_batch_is_filled_with_prefill_after_decode_rows() -> None:
     world = World(config(max_batch_tokens=8, prefix_cache=False))
     world.add(prompt(3), max_tokens=6)
     world.step()
@@ -27,7 +27,7 @@ def test_prefill_fills_what_decoding_leaves() -> None:
     world.check_end()
 
 
-def test_first_come_first_served_within_a_priority() -> None:
+def test_requests_are_served_in_order_of_arrival_within_a_priority() -> None:
     world = World(config(max_sequences=1, prefix_cache=False))
     for salt, priority in enumerate([1, 1, 0, 1, 0]):
         world.add(prompt(5, salt), max_tokens=2, priority=priority)
@@ -36,7 +36,7 @@ def test_first_come_first_served_within_a_priority() -> None:
     assert order == ["2", "4", "0", "1", "3"]
 
 
-def test_admission_leaves_what_those_running_still_need() -> None:
+def test_admission_leaves_the_pages_that_running_sequences_still_need() -> None:
     world = World(config(max_batch_tokens=8), 28)  # 14 page sets
     world.add(prompt(40), max_tokens=1)
     world.plan()
@@ -46,7 +46,7 @@ def test_admission_leaves_what_those_running_still_need() -> None:
     world.check_end()
 
 
-def test_admission_counts_no_prefix_as_room_that_it_shares() -> None:
+def test_admission_does_not_count_a_shared_prefix_as_free_pages() -> None:
     world = World(config(max_batch_tokens=64), 28)
     world.add(prompt(33), max_tokens=1)  # leaves 8 page sets in the cache
     world.finish()
@@ -59,7 +59,7 @@ def test_admission_counts_no_prefix_as_room_that_it_shares() -> None:
     world.check_end()
 
 
-def test_samples_without_room_wait_like_anyone() -> None:
+def test_samples_wait_when_the_batch_has_no_room() -> None:
     world = World(config(max_sequences=2, prefix_cache=False))
     world.add(prompt(9), max_tokens=5, n=3)
     world.finish()
@@ -67,7 +67,7 @@ def test_samples_without_room_wait_like_anyone() -> None:
     world.check_end()
 
 
-def test_a_stop_token_counts_after_min_tokens_only() -> None:
+def test_stop_token_ends_a_sample_only_after_min_tokens() -> None:
     scheduler = Scheduler(config(), OneHolder(64))
     (sequence,) = scheduler.add(Request("0", (1, 2), 9, min_tokens=2, stop_token_ids=frozenset({7})))
     reasons = []
@@ -83,7 +83,7 @@ def test_a_stop_token_counts_after_min_tokens_only() -> None:
 @pytest.mark.parametrize("groups", [((3, None),), ((1, None), (2, 7)), ((2, 1),), ((1, 5), (1, 11)), MIXED])
 @pytest.mark.parametrize("page_size", [1, 4, 5])
 @pytest.mark.parametrize("total_pages", [17, 18, 40])
-def test_the_longest_request_fits_alone(groups: Groups, page_size: int, total_pages: int) -> None:
+def test_longest_possible_request_fits_when_it_runs_alone(groups: Groups, page_size: int, total_pages: int) -> None:
     small = config(page_groups=groups, page_size=page_size, max_batch_tokens=9)
     world = World(small, total_pages)
     longest = world.scheduler.longest_possible()
@@ -96,7 +96,7 @@ def test_the_longest_request_fits_alone(groups: Groups, page_size: int, total_pa
         world.add(prompt(longest), max_tokens=2)
 
 
-def test_bad_requests_are_named() -> None:
+def test_scheduler_refuses_a_bad_request_and_names_the_value() -> None:
     scheduler = Scheduler(config(), OneHolder(64))
     scheduler.add(Request("a", (1,), 1))
     for request, message in [
@@ -115,7 +115,7 @@ def test_bad_requests_are_named() -> None:
 
 @pytest.mark.parametrize("lanes", [2, 3])
 @pytest.mark.parametrize("running", range(1, 8))
-def test_newcomers_are_admitted_while_all_lanes_are_full(lanes: int, running: int) -> None:
+def test_new_request_is_admitted_while_all_lanes_are_full(lanes: int, running: int) -> None:
     world = World(config(), 400)
     for at in range(running):
         world.add(prompt(4, at), max_tokens=58)
@@ -131,7 +131,7 @@ def test_newcomers_are_admitted_while_all_lanes_are_full(lanes: int, running: in
     world.check_end()
 
 
-def test_who_is_refused_alone_ends_and_the_next_has_its_turn() -> None:
+def test_request_ends_when_it_is_refused_alone_and_the_next_runs() -> None:
     scheduler = Scheduler(config(), OneHolder(64))
     samples = [scheduler.add(Request(str(at), (at,) * 9, 3))[0] for at in range(3)]
     hopeless: list[ScheduledSequence] = []

@@ -8,7 +8,7 @@ from scheduler_world import MIXED, Groups, World, config, prompt
 
 @pytest.mark.parametrize("groups", [((2, None),), ((1, None), (1, 6)), MIXED])
 @pytest.mark.parametrize("prefix_cache", [False, True])
-def test_under_pressure_the_oldest_always_advances(groups: Groups, prefix_cache: bool) -> None:
+def test_oldest_sequence_always_advances_under_memory_pressure(groups: Groups, prefix_cache: bool) -> None:
     tight = config(page_groups=groups, prefix_cache=prefix_cache, max_sequences=16)
     world = World(tight, 40, hidden=6)
     samples = [world.add(prompt(6, salt), max_tokens=40)[0] for salt in range(16)]
@@ -22,7 +22,7 @@ def test_under_pressure_the_oldest_always_advances(groups: Groups, prefix_cache:
     assert world.scheduler.counters.preempted > 0
 
 
-def test_the_youngest_is_preempted() -> None:
+def test_youngest_sequence_is_preempted_first() -> None:
     world = World(config(max_batch_tokens=32, prefix_cache=False), 24)
     samples = [world.add(prompt(length, length), max_tokens=30)[0] for length in (8, 6, 5)]  # the first runs short
     while world.scheduler.counters.preempted == 0:

@@ -8,7 +8,7 @@ import pytest
 from scheduler_world import World, batches, config, prompt
 
 
-def test_a_shared_prefix_is_computed_once() -> None:
+def test_shared_prefix_is_computed_once() -> None:
     world = World(config(max_batch_tokens=64, max_model_len=100), 1000)
     for tail in range(6):
         world.add(prompt(40) + prompt(3, tail + 1), max_tokens=1)
@@ -19,7 +19,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
     world.check_end()
 
 
-def test_who_waits_for_a_prefix_is_overtaken() -> None:
+def test_plan_overtakes_a_request_that_waits_for_a_prefix() -> None:
     world = World(config(max_batch_tokens=64, max_model_len=100), 1000)
     world.add(prompt(40), max_tokens=1)
     world.add(prompt(16) + prompt(4, 1), max_tokens=1)
@@ -29,7 +29,7 @@ def test_who_waits_for_a_prefix_is_overtaken() -> None:
     world.check_end()
 
 
-def test_nobody_waits_for_a_less_urgent_writer() -> None:
+def test_request_does_not_wait_for_a_prefix_of_lower_priority() -> None:
     world = World(config(max_batch_tokens=64, max_model_len=100), 1000)
     world.add(prompt(40), max_tokens=1, priority=1)
     world.plan()
@@ -41,7 +41,7 @@ def test_nobody_waits_for_a_less_urgent_writer() -> None:
     world.check_end()
 
 
-def test_waiters_compute_for_themselves_when_the_writer_goes() -> None:
+def test_waiting_requests_compute_the_prefix_when_its_writer_is_aborted() -> None:
     world = World(config(max_batch_tokens=64, max_model_len=100), 1000)
     world.add(prompt(40), max_tokens=1)
     for tail in (1, 2):
@@ -55,7 +55,7 @@ def test_waiters_compute_for_themselves_when_the_writer_goes() -> None:
     world.check_end()
 
 
-def test_after_a_lost_answer_nothing_is_forked_that_a_window_may_have_left() -> None:
+def test_prefix_is_not_forked_below_the_window_after_a_lost_answer() -> None:
     world = World(config(page_groups=((1, 4),), max_batch_tokens=11))
     world.add(prompt(30), max_tokens=1)
     world.step()
@@ -66,7 +66,7 @@ def test_after_a_lost_answer_nothing_is_forked_that_a_window_may_have_left() -> 
     world.check_end()
 
 
-def test_after_a_refusal_nothing_is_forked_that_a_window_may_have_left() -> None:
+def test_prefix_is_not_forked_below_the_window_after_a_refusal() -> None:
     world = World(config(page_groups=((1, 4),), max_batch_tokens=11))
     world.add(prompt(30), max_tokens=1)
     world.step()
@@ -78,7 +78,7 @@ def test_after_a_refusal_nothing_is_forked_that_a_window_may_have_left() -> None
 
 
 @pytest.mark.parametrize("aborted", [False, True])
-def test_kv_that_is_not_to_be_kept_never_enters_the_tree(aborted: bool) -> None:
+def test_prefix_cache_never_takes_kv_that_is_not_to_be_kept(aborted: bool) -> None:
     world = World(config())
     (spoilt,) = world.add(prompt(14), max_tokens=4)
     world.step()
@@ -96,7 +96,7 @@ def test_kv_that_is_not_to_be_kept_never_enters_the_tree(aborted: bool) -> None:
 
 
 @pytest.mark.parametrize("waiting", [0, 1])
-def test_what_a_first_batch_spoils_is_computed_again(waiting: int) -> None:
+def test_prefix_is_computed_again_when_its_first_batch_was_spoilt(waiting: int) -> None:
     world = World(config())
     (spoilt,) = world.add(prompt(14), max_tokens=4, n=2)[:1]
     world.plan()
@@ -112,7 +112,7 @@ def test_what_a_first_batch_spoils_is_computed_again(waiting: int) -> None:
     world.check_end()
 
 
-def test_an_ended_writer_leaves_what_earlier_batches_brought() -> None:
+def test_prefix_cache_keeps_earlier_batches_when_the_writer_ends() -> None:
     world = World(config(max_batch_tokens=8))
     (spoilt,) = world.add(prompt(20), max_tokens=4)
     world.plan()
@@ -146,7 +146,9 @@ def test_samples_share_their_prompt(prefix_cache: bool, length: int) -> None:
 @pytest.mark.parametrize("total_pages", range(20, 40, 2))
 @pytest.mark.parametrize("max_batch_tokens", [1, 16])
 @pytest.mark.parametrize("prefix_cache", [False, True])
-def test_shared_and_copied_pages_are_counted(total_pages: int, max_batch_tokens: int, prefix_cache: bool) -> None:
+def test_shared_and_copied_pages_are_counted_so_that_no_batch_is_refused(
+    total_pages: int, max_batch_tokens: int, prefix_cache: bool
+) -> None:
     tight = config(max_batch_tokens=max_batch_tokens, prefix_cache=prefix_cache)
     world = World(dataclasses.replace(tight, max_model_len=20), total_pages)
     for salt in range(6):
@@ -156,7 +158,7 @@ def test_shared_and_copied_pages_are_counted(total_pages: int, max_batch_tokens:
     world.check_end()
 
 
-def test_samples_go_on_when_the_first_is_ended() -> None:
+def test_other_samples_go_on_when_the_first_is_aborted() -> None:
     world = World(config())
     first, second = world.add(prompt(6), max_tokens=3, n=2)
     world.scheduler.end(first, "abort")
@@ -165,7 +167,7 @@ def test_samples_go_on_when_the_first_is_ended() -> None:
     world.check_end()
 
 
-def test_the_next_turn_of_a_chat_starts_from_the_last() -> None:
+def test_next_turn_of_a_chat_reuses_the_kv_of_the_last() -> None:
     world = World(config())
     (first,) = world.add(prompt(6), max_tokens=7)
     world.finish()
@@ -175,7 +177,7 @@ def test_the_next_turn_of_a_chat_starts_from_the_last() -> None:
     world.check_end()
 
 
-def test_salts_keep_tenants_apart() -> None:
+def test_prefix_cache_shares_nothing_between_salts() -> None:
     world = World(config())
     for salt in ("a", "b", None):
         (sequence,) = world.add(prompt(12), max_tokens=2, salt=salt)
@@ -187,7 +189,7 @@ def test_salts_keep_tenants_apart() -> None:
     world.check_end()
 
 
-def test_a_full_cache_makes_room_for_requests() -> None:
+def test_full_prefix_cache_is_evicted_before_a_request_is_preempted() -> None:
     world = World(config(), 40)
     for salt in range(10):
         world.add(prompt(30, salt), max_tokens=8)

@@ -9,7 +9,7 @@ from lamina.errors import EngineError
 from lamina.scheduling.request import CloseSequence
 
 
-def test_a_failed_batch_is_planned_again() -> None:
+def test_batch_is_planned_again_after_it_failed() -> None:
     world = World(config(max_batch_tokens=8))
     world.add(prompt(20), max_tokens=3)
     world.step()
@@ -21,7 +21,7 @@ def test_a_failed_batch_is_planned_again() -> None:
     world.check_end()
 
 
-def test_lost_kv_is_computed_again() -> None:
+def test_kv_is_computed_again_after_a_holder_lost_it() -> None:
     world = World(config())
     for salt in range(3):
         world.add(prompt(14, salt), max_tokens=4)
@@ -37,7 +37,7 @@ def test_lost_kv_is_computed_again() -> None:
     world.check_end()
 
 
-def test_ending_in_flight_loses_the_token_and_frees_the_kv() -> None:
+def test_abort_in_flight_drops_the_token_and_frees_the_kv() -> None:
     world = World(config(prefix_cache=False))
     (sequence,) = world.add(prompt(6), max_tokens=3)
     world.plan()
