@@ -43,7 +43,8 @@ from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer, read_json
 from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_worker.device_worker import attention_worker
-from lamina_workers.attention_worker.page_layout import check_policies, page_count
+from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.attention_worker.page_layout import page_count
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights, tensor_shapes
@@ -179,7 +180,7 @@ def _build(
     dtype_name = str(dtype).removeprefix("torch.")
     holder = holder_config(path, model, config, dtype, machine)
     for each in attention_devices(config):
-        check_policies(holder, each)
+        HeadPolicies.of(holder).check(each)
     limits = limits_of(config, model, holder, machine)
     own, *_ = rank_configs = rank_holders(holder, model, config.ranks)
     heads = [config_of.layers[0].kv_heads for config_of in rank_configs]

@@ -16,8 +16,8 @@ from lamina.policy_file import head_policies
 from lamina.scheduling.request import PageGroup, SchedulerConfig
 from lamina.system.machine import Machine, kv_share
 from lamina_protocols.messages import HolderConfig
+from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost
-from lamina_workers.attention_worker.retention import keepers
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.devices.available import find_each, memory_available
@@ -112,7 +112,7 @@ def check_room(config: EngineConfig, holder: HolderConfig, possible: int) -> Non
 def page_groups(holder: HolderConfig) -> tuple[PageGroup, ...]:
     """What the layers that keep KV of their own keep of it, counted by policy and heads."""
     groups: Counter[tuple[Policy | None, frozenset[int]]] = Counter()
-    for layer in keepers(holder):
+    for layer in HeadPolicies.of(holder).keepers:
         heads: dict[Policy | None, set[int]] = {}
         for head, policy in enumerate(layer):
             heads.setdefault(policy if policy.seen_from(LONGEST) > 0 else None, set()).add(head)

@@ -9,6 +9,7 @@ import pytest
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Operation, Row
 from lamina_protocols.routes import HolderBatch, Route
+from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import KVStore, PoolExhausted
 
 SIZE = 4
@@ -70,7 +71,7 @@ def test_it_answers_as_the_real_store(seed: int, windows: tuple[int | None, ...]
     layers = tuple(LayerSpec(at, heads, heads, 8, 8, 1.0, window) for at, window in enumerate(windows))
     config = HolderConfig(layers, SIZE, "float32", 1 << 20)
     pages = 40 * heads
-    store = KVStore(config, pages)
+    store = KVStore(config, HeadPolicies.of(config), pages)
     tell = Told(pages, tuple((1, None if window is None else Window(window)) for window in windows))
     held: dict[int, tuple[int, int, int]] = {}  # length, floor, lo of each part
     for handle in range(1, 151):

@@ -31,7 +31,8 @@ from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, HolderConfig, Message, Reply, Request, answered
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
-from lamina_workers.attention_worker.page_layout import page_layout, sketched
+from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.attention_worker.page_layout import page_layout
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import tensor_shapes
 from lamina_workers.decoder.model import Decoder
@@ -187,7 +188,9 @@ class Rig:
             prefix_cache=prefix_cache,
         )
         holders = {number: Holder(pages, weight, fused=shard is None) for number, weight in enumerate(weights, 1)}
-        where = torch.device("cpu" if sketched(self.holder) else DEVICE)  # what chooses runs on CPUs alone
+        where = torch.device(
+            "cpu" if HeadPolicies.of(self.holder).sketched else DEVICE
+        )  # what chooses runs on CPUs alone
         self.workers = {number: attention_worker(self.holder, device=where) for number in holders}
         self.ports = {number: port(worker) for number, worker in self.workers.items()}
         ports = dict(self.ports)

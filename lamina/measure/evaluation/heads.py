@@ -14,8 +14,8 @@ import torch
 from lamina.measure.evaluation.measures import cosine, exact_attention, relative_error
 from lamina.measure.evaluation.probe import Probe
 from lamina.measure.evaluation.running import Progress, Total
-from lamina_protocols.messages import LayerSpec
-from lamina_workers.attention_worker.retention import layer_policies
+from lamina_protocols.messages import HolderConfig
+from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.policies.policy import Policy
 
 
@@ -36,7 +36,7 @@ def read_heads(
     probe: Probe, text: Sequence[int], steps: int, total: Total, progress: Progress, chunk: int = 1024
 ) -> Fidelity:
     """Prefill `text` but its last `steps` tokens, feed these, and compare what every layer returns in each step."""
-    recorder = _Recorder(probe.holder.layers, probe.holder.page_size, len(text))
+    recorder = _Recorder(probe.holder, HeadPolicies.of(probe.holder), len(text))
     handle = probe.open()
     prompt = text[:-steps]
     probe.prefill(handle, prompt, chunk, recorder.tap)
@@ -71,8 +71,8 @@ def seen(policy: Policy, keys: int, page_size: int) -> torch.Tensor | None:
 class _Recorder:
     """Keeps keys and values of all layers, and compares at once what a step returns."""
 
-    layers: Sequence[LayerSpec]
-    page_size: int
+    holder: HolderConfig
+    policies: HeadPolicies
     tokens: int
     _keys: dict[int, torch.Tensor] = field(default_factory=dict)  # by layer, [tokens, kv_heads, d_k]
     _values: dict[int, torch.Tensor] = field(default_factory=dict)  # [tokens, kv_heads, d_v]
@@ -91,13 +91,13 @@ class _Recorder:
         self._query = q[-1].clone()
 
     def outcome(self, layer: int, attended: torch.Tensor) -> None:
-        spec, n = self.layers[layer], self._lengths[layer]
+        spec, n = self.holder.layers[layer], self._lengths[layer]
         of = spec.kv_layer
         exact, weights = exact_attention(
             self._query, self._keys[of][:n], self._values[of][:n], spec.scale, spec.window, spec.soft_cap
         )
         out = attended[-1].reshape(spec.heads, -1)
-        masks = [seen(policy, n, self.page_size) for policy in layer_policies(spec)]
+        masks = [seen(policy, n, self.holder.page_size) for policy in self.policies.reads[layer]]
         mass = torch.stack([
             torch.tensor(torch.nan) if (mask := masks[head // spec.group]) is None else weights[head][mask].sum()
             for head in range(spec.heads)
@@ -106,5 +106,5 @@ class _Recorder:
         self._sums[layer] = self._sums.get(layer, torch.zeros_like(found)) + found
 
     def fidelity(self, steps: int) -> Fidelity:
-        means = torch.stack([self._sums[layer] for layer in range(len(self.layers))], 1) / steps
+        means = torch.stack([self._sums[layer] for layer in range(len(self.holder.layers))], 1) / steps
         return Fidelity(means[0], means[1], means[2])

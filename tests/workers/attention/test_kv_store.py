@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Row
+from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import NO_PAGE, KVStore
 from lamina_workers.errors import KVError, PoolExhausted
 
@@ -21,8 +22,9 @@ def config(windows=(None, WINDOW), kv_heads=2):
     return HolderConfig(layers, SIZE, "float32", 0)
 
 
-def store(pages, windows=(None,)):
-    return KVStore(config(windows), pages)
+def store(pages, windows=(None,), kind=KVStore):
+    made_for = config(windows)
+    return kind(made_for, HeadPolicies.of(made_for), pages)
 
 
 def row(handle, start, count, store=True):
@@ -194,7 +196,7 @@ def test_an_update_that_fails_while_it_reserves_changes_nothing(failing):
                 raise MemoryError
             super()._extend(part, end)
 
-    kv = Failing(config((None, WINDOW)), 100)
+    kv = store(100, (None, WINDOW), Failing)
     kv.calls = -3
     kv.update([Open(n, (0, 1), 0, 1000) for n in (1, 2, 3)], [row(1, 0, 50), row(2, 0, 17), row(3, 0, 16)])
     kv.update([Fork(4, 1, 41)], [])
@@ -214,7 +216,7 @@ class Pool(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.kv = KVStore(config(), 120)
+        self.kv = store(120, (None, WINDOW))
         self.memory = np.full((120, SIZE), -1)
         self.held: dict[int, list[int]] = {}
         self.floors: dict[int, int] = {}

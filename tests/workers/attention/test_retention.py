@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_protocols.messages import HolderConfig, LayerSpec
-from lamina_workers.attention_worker.retention import Retention, keepers, layer_policies, returns_to
+from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.attention_worker.retention import Retention, returns_to
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy, within
@@ -25,10 +26,10 @@ POLICIES = st.one_of(
 WINDOWED = st.builds(within, POLICIES, st.one_of(st.none(), st.integers(1, 30)))
 
 
-def config(*layers: tuple[int, tuple[str, ...]], window: int | None = None) -> HolderConfig:
+def heads_of(*layers: tuple[int, tuple[str, ...]], window: int | None = None) -> HeadPolicies:
     """Layers, each by the layer whose KV it reads and the policies of its heads."""
     specs = tuple(dataclasses.replace(SPEC, kv_layer=at, policies=texts, window=window) for at, texts in layers)
-    return HolderConfig(specs, 16, "float32", 1 << 20)
+    return HeadPolicies.of(HolderConfig(specs, 16, "float32", 1 << 20))
 
 
 def sees(policy: Policy, p: int) -> set[int]:
@@ -82,21 +83,30 @@ def test_the_present_may_be_cut_in_any_way() -> None:
 
 
 def test_a_sliding_window_hides_sinks_too() -> None:
-    (policy, _) = layer_policies(dataclasses.replace(SPEC, policies=("streaming(sink=8)", "full"), window=20))
+    ((policy, _),) = heads_of((0, ("streaming(sink=8)", "full")), window=20).reads
     assert policy.sinks == 0
     assert sees(policy, 100) == set(range(81, 101))
     assert policy.seen_from(100) == 81
 
 
 def test_a_layer_names_a_policy_for_each_head() -> None:
-    assert [policy.name for policy in layer_policies(SPEC)] == ["full", "full"]
+    ((first, second),) = heads_of((0, ())).reads
+    assert (first.name, second.name) == ("full", "full")
     with pytest.raises(PolicyError, match="3 policies for a layer of 2 KV heads"):
-        layer_policies(dataclasses.replace(SPEC, policies=("full",) * 3))
+        heads_of((0, ("full",) * 3))
+
+
+def test_policies_are_parsed_once_for_all_that_ask() -> None:
+    layers = ((0, ("streaming", "full")), (1, ("retrieval", "full")))
+    assert heads_of(*layers) is heads_of(*layers)
+    assert [policy.name for policy in heads_of(*layers).distinct] == ["streaming", "full", "retrieval"]
+    assert heads_of(*layers).sketched
+    assert not heads_of(layers[0]).sketched
 
 
 def test_heads_are_grouped_by_what_they_let_go() -> None:
     a, b = "streaming(sink=4, recent=9)", "streaming(sink=4, recent=30)"
-    retention = Retention(config((0, (a, "full")), (1, (b, a))))
+    retention = Retention(heads_of((0, (a, "full")), (1, (b, a))))
     groups = {str(group.policy): group.cells.tolist() for group in retention.groups((0, 1))}
     assert groups == {
         "streaming(sink=4, recent=9)": [[True, False], [False, True]],
@@ -104,21 +114,23 @@ def test_heads_are_grouped_by_what_they_let_go() -> None:
     }
     (group,) = retention.groups((1,))  # a part of that head alone
     assert group.cells.tolist() == [[False], [True]]
-    assert Retention(config((0, ()))).groups((0, 1)) == ()
+    assert Retention(heads_of((0, ()))).groups((0, 1)) == ()
 
 
 def test_layers_that_share_keys_keep_what_either_sees() -> None:
-    shared = config((0, ("streaming(sink=4, recent=9)", "full")), (0, ("streaming(sink=8, recent=30)", "streaming")))
-    ((first, second),) = keepers(shared)
+    shared = heads_of((0, ("streaming(sink=4, recent=9)", "full")), (0, ("streaming(sink=8, recent=30)", "streaming")))
+    ((first, second),) = shared.keepers
     assert (first.sinks, first.seen_from(100)) == (8, 71)
     assert second.seen_from(100) == 0
-    ((same, _),) = keepers(config((0, ("span", "full")), (0, ("span", "full"))))
+    ((same, _),) = heads_of((0, ("span", "full")), (0, ("span", "full"))).keepers
     assert same == parse("span")
 
 
 def test_nothing_stands_for_what_another_layer_still_reads() -> None:
-    alone = Retention(config((0, ("razor", "full")), (1, ("razor", "razor"))))
+    alone = Retention(heads_of((0, ("razor", "full")), (1, ("razor", "razor"))))
     (group,) = alone.groups((0, 1))
     assert group.cells.tolist() == [[True, False], [True, True]]
-    assert Retention(config((0, ("razor", "full")), (0, ("full", "full")), (1, ("razor", "full")))).groups((0, 1)) == ()
-    assert Retention(config((0, ("razor", "razor")), window=8)).groups((0,))[0].policy.compensated is False
+    assert (
+        Retention(heads_of((0, ("razor", "full")), (0, ("full", "full")), (1, ("razor", "full")))).groups((0, 1)) == ()
+    )
+    assert Retention(heads_of((0, ("razor", "razor")), window=8)).groups((0,))[0].policy.compensated is False

@@ -22,7 +22,8 @@ from lamina_protocols.messages import HolderConfig, LayerSpec
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import DeviceWorker, attention_worker
-from lamina_workers.attention_worker.page_layout import check_policies, page_cost
+from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.devices import available as devices
 from lamina_workers.devices.available import find, find_each, memory_available, room_for
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, PolicyError
@@ -169,13 +170,13 @@ class TestWorkers:
     def test_what_chooses_is_refused_on_a_gpu(self, policy: str) -> None:
         spec = dataclasses.replace(SPEC, policies=(policy,) * 2)
         config = dataclasses.replace(CONFIG, layers=(spec,))
-        check_policies(config, CPU)
+        HeadPolicies.of(config).check(CPU)
         with pytest.raises(PolicyError, match=rf"the policy {policy[:5]}.* attention on cuda:1 cannot do"):
             page_cost(config, torch.device("cuda:1"))
 
     def test_static_policies_are_for_every_device(self) -> None:
         spec = dataclasses.replace(SPEC, policies=("streaming(sink=4, recent=16)", "full"))
-        check_policies(dataclasses.replace(CONFIG, layers=(spec,)), torch.device("cuda"))
+        HeadPolicies.of(dataclasses.replace(CONFIG, layers=(spec,))).check(torch.device("cuda"))
 
     def test_pages_of_any_device_cost_the_same(self) -> None:
         try:

@@ -43,10 +43,10 @@ from lamina_protocols.messages import (
     Survey,
     Surveyed,
 )
+from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
 from lamina_workers.attention_worker.kv_store import KVStore, Part
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, layout_name, page_count, page_layout
-from lamina_workers.attention_worker.paged_reader import PagedReader, Policies, Reading
-from lamina_workers.attention_worker.retention import layer_policies
+from lamina_workers.attention_worker.paged_reader import PagedReader, Reading
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError, PoolExhausted
 
@@ -72,7 +72,7 @@ class _Batch:
     missing: set[int]  # layers whose KV has not come yet
     places: Any  # the kernels' plan of where K and V go, None until there are some
     sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them
-    readings: dict[Policies, Reading]  # what is read, by the policies of a layer's heads; empty where no row reads
+    readings: dict[LayerPolicies, Reading]  # what is read, by the policies of a layer's heads; empty where no row reads
     delay: float  # seconds to add to each layer's attention
 
 
@@ -94,16 +94,16 @@ class AttentionWorker:
         self.device = device
         self._threads = threads
         self._kernels = attention_kernels(device)
+        self._policies = HeadPolicies.of(config)
         n_pages = page_count(config, device)
         layout = page_layout(config, device)
         for _ in self._kernels.prepare(layout):
             pass
         with room_for("KV pages", n_pages * layout.page_bytes, device):
-            self.store = KVStore(config, n_pages)
+            self.store = KVStore(config, self._policies, n_pages)
             self._pages = Pages.allocate(layout, n_pages, device)
         self.page_layout = layout_name(layout)
-        self._policies = [layer_policies(spec) for spec in config.layers]
-        self._reader = PagedReader(config, self._kernels, self._pages, self.store, threads)
+        self._reader = PagedReader(config, self._policies, self._kernels, self._pages, self.store, threads)
         self._epoch = 0
         self._last_batch = 0
         self._next_operation = 0
@@ -356,7 +356,7 @@ class AttentionWorker:
             raise ProtocolError(f"an exchange for batch {message.batch}, whose queries need its own keys stored first")
         if not batch.readings:
             raise ProtocolError(f"query for batch {message.batch}, none of whose rows read")
-        reading = batch.readings[self._policies[message.layer]]
+        reading = batch.readings[self._policies.reads[message.layer]]
         begun = time.perf_counter()
         try:
             out, lse = self._reader.attend(reading, message.layer, message.q)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lamina_protocols.messages import Close, Fork, HolderConfig, Open, Operation, Row
+from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.retention import Group, Retention, returns_to
 from lamina_workers.errors import KVError, PoolExhausted
 from lamina_workers.policies.policy import Policy
@@ -64,13 +65,13 @@ class Reservation:
 class KVStore:
     """The tables and the page pool of one holder. Page contents lie elsewhere: here are numbers only."""
 
-    def __init__(self, config: HolderConfig, n_pages: int) -> None:
+    def __init__(self, config: HolderConfig, policies: HeadPolicies, n_pages: int) -> None:
         if n_pages < 1:
             raise KVError(f"a pool of {n_pages} pages, at least 1 is needed")
         self.config = config
         self.n_pages = n_pages
         self._layers = 1 + max(spec.kv_layer for spec in config.layers)
-        self._retention = Retention(config)
+        self._retention = Retention(policies)
         self._parts: dict[int, Part] = {}
         self._references = np.zeros(n_pages, np.int32)
         self._free = np.arange(n_pages - 1, -1, -1, dtype=np.int32)  # a stack: the page freed last is warm

@@ -1,8 +1,6 @@
-"""How a holder's pages look, and how many it has: read off a `HolderConfig` and the kernels that read them, for both
-sides of the cut.
+"""The shape, cost and number of a holder's pages: read off a `HolderConfig` and the kernels of its device.
 
-Knows nothing of what is kept in a page, or of who owns it.
-"""
+Promises both sides of the cut the same layout."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from lamina_kernels.paged.pages import DTYPES, Order, PageLayout
 from lamina_kernels.select import Kernels, kernels
 from lamina_kernels.sketches.sketches import SketchLayout
 from lamina_protocols.messages import HolderConfig
-from lamina_workers.attention_worker.retention import layer_policies
+from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError
 
 CPU = torch.device("cpu")
@@ -59,28 +57,12 @@ def page_bytes(config: HolderConfig) -> int:
     return PageLayout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype], Order.TOKENS).page_bytes
 
 
-def sketched(config: HolderConfig) -> bool:
-    """Whether a policy of the holder reads sketches of pages."""
-    return any(policy.sketched for spec in config.layers for policy in layer_policies(spec))
-
-
-def check_policies(config: HolderConfig, device: torch.device) -> None:
-    """Raise PolicyError for a policy that a holder on that device cannot serve: what chooses runs on CPUs alone."""
-    if device.type == "cpu":
-        return
-    for policy in dict.fromkeys(policy for spec in config.layers for policy in layer_policies(spec)):
-        if policy.adaptive or policy.sketched:
-            raise PolicyError(
-                f"the policy {policy} chooses what it reads, which attention on {device} cannot do; allowed there are "
-                "static policies, and any policy with attention on cpu"
-            )
-
-
 def page_cost(config: HolderConfig, device: torch.device = CPU) -> int:
     """Bytes of a page, and of its sketch where policies read one. Raises PolicyError where the device has none."""
-    check_policies(config, device)
+    policies = HeadPolicies.of(config)
+    policies.check(device)
     layout = page_layout(config, device)
-    if not sketched(config):
+    if not policies.sketched:
         return layout.page_bytes
     try:
         return layout.page_bytes + SketchLayout(layout).sketch_bytes

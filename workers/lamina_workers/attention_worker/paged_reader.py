@@ -19,16 +19,13 @@ from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import Fork, HolderConfig, LayerSpec, Row, Usage
 from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Cell, Group, ObservedQueries, Tallies
+from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
 from lamina_workers.attention_worker.kv_store import NO_PAGE, Absorbed, KVStore, Part
 from lamina_workers.attention_worker.mean_slots import MeanSlots, Standing
-from lamina_workers.attention_worker.page_layout import sketched
-from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
 from lamina_workers.errors import KVError
 from lamina_workers.policies.chooser import Adaptive, Holding
 from lamina_workers.policies.policy import Policy
-
-Policies = tuple[Policy, ...]
 
 
 @dataclass(slots=True)
@@ -51,21 +48,29 @@ class Reading:
 class PagedReader:
     """For one worker and its thread."""
 
-    def __init__(self, config: HolderConfig, kernels: Kernels, pages: Pages, store: KVStore, threads: int) -> None:
+    def __init__(
+        self,
+        config: HolderConfig,
+        policies: HeadPolicies,
+        kernels: Kernels,
+        pages: Pages,
+        store: KVStore,
+        threads: int,
+    ) -> None:
         self._config = config
         self._kernels = kernels
         self._pages = pages
         self._store = store
         self._threads = threads
-        self._policies = {layer: layer_policies(spec) for layer, spec in enumerate(config.layers)}
-        every = {policy for policies in self._policies.values() for policy in policies}
+        self._policies = dict.fromkeys(policies.reads)
+        every = policies.distinct
         self._stand_ins = MeanSlots(pages) if any(policy.compensated for policy in every) else None
         at = pages.layout
         token_bytes = at.page_bytes / at.page_size
         self.tallies = Tallies(token_bytes) if any(spec.policies for spec in config.layers) else None
         self._adaptive: AdaptiveAttention | None = None
         self._sketches: sketches.Sketches | None = None
-        if sketched(config):
+        if policies.sketched:
             self._sketches = sketches.Sketches.allocate(at, pages.n_pages)
             for _ in sketches.prepare(at):
                 pass
@@ -73,13 +78,13 @@ class PagedReader:
             holding = Holding(self._sketches, at.page_size, threads, pages)
             self._adaptive = AdaptiveAttention(pages, kernels, holding, adaptive, self.tallies or Tallies(token_bytes))
 
-    def readings(self, rows: Sequence[Row]) -> dict[Policies, Reading]:
+    def readings(self, rows: Sequence[Row]) -> dict[LayerPolicies, Reading]:
         """How those rows, all of which read, are attended. Raises ValueError for rows that no batch can have."""
         if not rows:
             return {}
-        return {policies: self._reading(policies, rows) for policies in dict.fromkeys(self._policies.values())}
+        return {policies: self._reading(policies, rows) for policies in self._policies}
 
-    def _reading(self, policies: Policies, rows: Sequence[Row]) -> Reading:
+    def _reading(self, policies: LayerPolicies, rows: Sequence[Row]) -> Reading:
         group, size = self._config.layers[0].group, self._pages.layout.page_size
         builder, planned, counts = RowBuilder(size), 0, []
         vectors: list[np.ndarray[Any, np.dtype[np.int64]]] = []
@@ -141,7 +146,7 @@ class PagedReader:
         lo, hi = row.read or (0, 0)
         return row.chooses and row.count == 1 and lo == self._store.part(row.handle).lo < hi
 
-    def _choosing(self, policies: Policies, rows: Sequence[Row]) -> set[Adaptive]:
+    def _choosing(self, policies: LayerPolicies, rows: Sequence[Row]) -> set[Adaptive]:
         """The policies that choose in this batch: those for which it is worth it."""
         tokens: dict[Adaptive, list[int]] = {}
         for row in rows:

@@ -26,13 +26,12 @@ from lamina_kernels.partial import Partial, empty
 from lamina_protocols.channels import Channel
 from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query
 from lamina_protocols.routes import Route, Span
+from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, page_layout
-from lamina_workers.attention_worker.retention import layer_policies
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
 from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.devices.staging import DIRECT, Staging, staging_for
 from lamina_workers.errors import HolderFault
-from lamina_workers.policies.policy import Policy
 from lamina_workers.ports.port import InProcess, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
@@ -155,6 +154,7 @@ class AttentionMerge:
         self._watch = watch or Stopwatch(time.perf_counter)
         self._config = config
         self._layers = config.layers
+        self._policies = HeadPolicies.of(config)
         self._threads = threads
         self._early_query = early_query
         self._patience = patience
@@ -188,7 +188,7 @@ class AttentionMerge:
             self._idle.append(lane)
 
     def _lane(self) -> _Lane:
-        return _Lane(_FreshAttention(self._config, self._threads, self._device), self._staging())
+        return _Lane(_FreshAttention(self._config, self._policies, self._threads, self._device), self._staging())
 
     def _run(
         self,
@@ -357,15 +357,15 @@ class _FreshAttention:
     fused holder attends are left out.
     """
 
-    def __init__(self, config: HolderConfig, threads: int, device: torch.device) -> None:
+    def __init__(self, config: HolderConfig, policies: HeadPolicies, threads: int, device: torch.device) -> None:
         self._layers = config.layers
         self._threads = threads
         self._device = device
         self._kernels = attention_kernels(device)
         self._pages = Pages.allocate(page_layout(config, device), 1, device)
         self._slots: Any = None
-        self._plans: dict[tuple[Policy, ...], Any] = {}  # by the heads' policies; empty where no span was chosen
-        self._policies = [layer_policies(spec) for spec in config.layers]
+        self._plans: dict[LayerPolicies, Any] = {}  # by the heads' policies; empty where no span was chosen
+        self._policies = policies.reads
         self._queries: torch.Tensor | None = None  # which vectors of the flat q they are, None: all
         self._fresh: torch.Tensor | None = None  # and of the flat k and v
         self._tokens = 0

@@ -9,7 +9,8 @@ import torch
 from lamina_kernels import dense
 from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import HolderConfig
-from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout, sketched
+from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
 
 
 def prepare_kernels(
@@ -26,7 +27,7 @@ def prepare_kernels(
         ("attention kernels", attention_kernels(where).prepare(page_layout(holder, where)))
         for where in dict.fromkeys(places)
     ]
-    if sketched(holder):
+    if HeadPolicies.of(holder).sketched:
         stages.append(("sketch kernels", sketches.prepare(page_layout(holder))))
     stages.append(("dense kernels", dense.prepare(dtype, places[0])))
     for what, steps in stages:

@@ -1,0 +1,97 @@
+"""The policies of a holder's KV heads: the texts of a `HolderConfig`, parsed once for all that read or keep by them.
+
+Promises that the keepers of a stored layer keep all that any layer which reads it can see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from lamina_protocols.messages import HolderConfig, LayerSpec
+from lamina_workers.errors import PolicyError
+from lamina_workers.policies.catalogue import parse
+from lamina_workers.policies.policy import LONGEST, Policy, within
+
+LayerPolicies = tuple[Policy, ...]  # one a KV head
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPolicies:
+    """reads: by layer, how each KV head is read, its sliding window included.
+
+    keepers: by stored layer, what all layers that read a KV head keep of it together."""
+
+    reads: tuple[LayerPolicies, ...]
+    keepers: tuple[LayerPolicies, ...]
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(config: HolderConfig) -> HeadPolicies:
+        """The policies of such holders, the same object at every call. Raises PolicyError."""
+        reads = tuple(_parsed(spec) for spec in config.layers)
+        readers: list[list[LayerPolicies]] = [[] for _ in range(1 + max(spec.kv_layer for spec in config.layers))]
+        for spec, policies in zip(config.layers, reads, strict=True):
+            readers[spec.kv_layer].append(policies)
+        unread = [(parse("full"),) * config.layers[0].kv_heads]
+        keepers = (tuple(map(_together, zip(*of_layer or unread, strict=True))) for of_layer in readers)
+        return HeadPolicies(reads, tuple(keepers))
+
+    @property
+    def distinct(self) -> tuple[Policy, ...]:
+        """Each policy that a head is read by, once."""
+        return tuple(dict.fromkeys(policy for layer in self.reads for policy in layer))
+
+    @property
+    def sketched(self) -> bool:
+        """Whether a policy reads sketches of pages."""
+        return any(policy.sketched for policy in self.distinct)
+
+    @property
+    def releasing(self) -> tuple[Policy, ...]:
+        """Of the keepers the policies by which pages are let go.
+
+        A compensated one is not among them where a layer with another policy reads the same KV: that layer still reads
+        what a mean would stand for."""
+        every = tuple(dict.fromkeys(policy for layer in self.keepers for policy in layer))
+        shared = {policy for keeper in every if isinstance(keeper, _Together) for policy in keeper.policies}
+        return tuple(p for p in every if p.kept_from(LONGEST) > 0 and not (p.compensated and p in shared))
+
+    def check(self, device: torch.device) -> None:
+        """Raise PolicyError for a policy that a holder on that device cannot serve: what chooses runs on CPUs alone."""
+        choosing = [policy for policy in self.distinct if policy.adaptive or policy.sketched]
+        if choosing and device.type != "cpu":
+            raise PolicyError(
+                f"the policy {choosing[0]} chooses what it reads, which attention on {device} cannot do; allowed there "
+                "are static policies, and any policy with attention on cpu"
+            )
+
+
+@dataclass(frozen=True)
+class _Together(Policy):
+    """What several layers that read the same KV keep of it."""
+
+    name: ClassVar[str] = "together"
+    policies: tuple[Policy, ...]
+
+    @property
+    def sinks(self) -> int:
+        return max(policy.sinks for policy in self.policies)
+
+    def seen_from(self, start: int) -> int:
+        return min(policy.seen_from(start) for policy in self.policies)
+
+
+def _together(policies: Sequence[Policy]) -> Policy:
+    different = tuple(dict.fromkeys(policies))
+    return different[0] if len(different) == 1 else _Together(different)
+
+
+def _parsed(spec: LayerSpec) -> LayerPolicies:
+    if spec.policies and len(spec.policies) != spec.kv_heads:
+        raise PolicyError(f"{len(spec.policies)} policies for a layer of {spec.kv_heads} KV heads")
+    return tuple(within(parse(text), spec.window) for text in spec.policies or ("full",) * spec.kv_heads)
