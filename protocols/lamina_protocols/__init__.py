@@ -1,1 +1,1 @@
-"""What crosses between workers: the messages of a batch, their codec, their errors. Knows no model, no engine."""
+"""What crosses between workers: messages, their codec and their errors, and the channels that carry them."""

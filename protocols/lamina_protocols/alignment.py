@@ -1,4 +1,4 @@
-"""Where tensors lie inside a payload. Apart from them, so that who only reads frames loads no torch."""
+"""Where tensors lie inside a payload. Importing this loads no torch: code that only reads frames needs none."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A channel carries whole frames in order. Knows no message, no session, and not what carries the bytes.
+"""The channel, which carries whole frames in order; credentials, addresses and checksums.
 
-`socket_channel` has it over Unix sockets and TCP, `service` over a gRPC stream.
+`socket_channel` implements it over Unix sockets and TCP, `service` over a gRPC stream.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Protocol
 
 from lamina_protocols.errors import LaminaError, ProtocolError
 
-CHECKSUM_SIZE = 4  # behind each frame where nothing else vouches for its bytes: neither TLS nor one host's kernel
+CHECKSUM_SIZE = 4  # bytes after each frame, where neither TLS nor the kernel of one host protects its bytes
 
 
 class ChannelClosed(LaminaError):
-    """The other side is gone, or this side closed the channel. It stays so."""
+    """The other side is gone, or this side closed the channel. The channel is of no more use."""
 
 
 class AddressError(LaminaError):
-    """What should be host:port is not."""
+    """A text is no address of the form host:port."""
 
 
 class Channel(Protocol):
-    """Frames one way and the other. One thread sends and receives; `close` may come from any.
+    """Frames in both directions. One thread sends and receives; any thread may call `close`.
 
-    Raises ChannelClosed where it is closed, ProtocolError for what is no frame: after that nothing more is received.
+    Raises ChannelClosed where it is closed, and ProtocolError for bytes that are no frame: it then receives no more.
     """
 
     bytes_sent: int
@@ -43,16 +43,16 @@ class Channel(Protocol):
         """Whether `receive` would return or raise at once."""
 
     def post(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """`send` for who serves others too: what the other side does not take at once is kept, and goes by `flush`."""
+        """`send` without waiting: what the other side does not take at once is kept, and `flush` sends it."""
 
     def flush(self) -> bool:
-        """Send what was posted as far as that needs no waiting; whether there is room to post more."""
+        """Send what was posted, as far as possible without waiting. Returns whether there is room to post more."""
 
     def watch(self, wake: Callable[[], None]) -> int | None:
-        """The file descriptor to wait for; None where `wake` will be called when something came in, or could go out."""
+        """The file descriptor to poll; None where the channel instead calls `wake` when it can receive or send."""
 
     def unseen(self) -> bool:
-        """Whether waiting for the descriptor could miss what has come already, or what was posted."""
+        """Whether a poll of the descriptor could miss what has arrived already, or what was posted."""
 
     def close(self) -> None:
         """End both directions; a `receive` or `send` that waits raises ChannelClosed. May be called again."""
@@ -60,10 +60,10 @@ class Channel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What one side shows and what it accepts: PEM bytes, and the shared token. All empty: no TLS, no token.
+    """What one side presents and what it accepts: PEM bytes, and the shared token. All empty: no TLS, no token.
 
-    A server with `cert` and `key` speaks TLS, and asks clients for certificates of `ca` where TLS is mutual.
-    A client with `ca` speaks TLS, and shows `cert` and `key` where it has them.
+    A server with `cert` and `key` speaks TLS; where TLS is mutual, it asks clients for certificates of `ca`.
+    A client with `ca` speaks TLS, and presents `cert` and `key` where it has them.
     """
 
     ca: bytes = b""
@@ -73,7 +73,7 @@ class Credentials:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """host:port or [v6]:port in its parts. Raises AddressError."""
+    """The host and the port of host:port or [v6]:port. Raises AddressError."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise AddressError(f"address {address!r:.80}, expected HOST:PORT with a port up to 65535")
@@ -97,7 +97,7 @@ def checksum(buffers: Iterable[bytes | memoryview]) -> bytes:
 
 
 def verified(memory: memoryview, size: int) -> memoryview:
-    """The frame of `size` bytes at the start of `memory`, if the checksum behind it agrees, where there is one."""
+    """The frame of `size` bytes at the start of `memory`. Raises ProtocolError if a checksum follows and differs."""
     frame = memory[:size]
     if len(memory) > size and checksum([frame]) != memory[size:]:
         raise ProtocolError(f"the checksum of a frame of {size} bytes does not agree")
@@ -105,7 +105,7 @@ def verified(memory: memoryview, size: int) -> memoryview:
 
 
 def check_size(buffers: Sequence[bytes | memoryview], max_frame: int) -> int:
-    """The bytes of a frame to send. Raises ProtocolError for more than the other side takes."""
+    """The size in bytes of a frame to send. Raises ProtocolError for more than the other side accepts."""
     size = sum(map(len, buffers))
     if size > max_frame:
         raise ProtocolError(f"frame of {size} bytes, the other side takes up to {max_frame}")

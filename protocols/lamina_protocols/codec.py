@@ -5,8 +5,8 @@
     payload  the tensors' bytes in order, each starting at a multiple of 64 from the payload's start
 
 `encode` gives a list of buffers that share the tensors' memory; `decode` gives a message whose tensors share the
-frame's. A frame that is truncated, lies about a size or carries a wrong type raises `ProtocolError` before memory
-is taken for what it claims. Knows no channel and no checksum.
+frame's. A frame that is truncated, claims a wrong size or carries a wrong type raises `ProtocolError` before memory
+is taken for what it claims.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _LAYOUTS: dict[int, Layout] = {  # the tag is part of the protocol: never reuse 
 
 
 class Codec:
-    """The frames of one set of messages, by their tags."""
+    """Encodes and decodes one set of messages, given by their tags."""
 
     def __init__(self, layouts: Mapping[int, Layout]) -> None:
         self._layouts = layouts

@@ -1,7 +1,6 @@
-"""The messages of the unary calls: handshake, heartbeat, goodbye, status, drain. Knows neither gRPC nor what a worker
-does.
+"""The messages of the unary calls: handshake, heartbeat, goodbye, status, drain.
 
-Each is a msgpack array of its fields. What refuses a handshake names the field and both values.
+Each is a msgpack array of its fields. An error that refuses a handshake names the field and both values.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ def package_version() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """An engine asks for a channel to a seat: who it is, what it will send, and over which channels it can.
+    """An engine asks for a channel to a seat: its identity, what it will send, and the channels that it supports.
 
-    `session` names the channel; it is random, made by whoever connects. `engine` is the engine's id, in hexadecimal;
-    `seat` the number of one of its seats, each of which has an attention worker of its own with `share` (part, of) of
-    the memory. Its KV is kept for `linger` seconds without a channel. `model` is the fingerprint of the model's config.
-    `compute_dtype` is that of queries and outputs, `kv_dtype` that in which KV is stored. `local_channel` allows a Unix
+    `session` names the channel; the engine chooses it at random. `engine` is the engine's id, in hexadecimal. `seat` is
+    the number of one of its seats; each has an attention worker of its own with `share` (part, of) of the memory. The
+    seat's KV is kept for `linger` seconds without a channel. `model` is the fingerprint of the model's config.
+    `compute_dtype` is the dtype of queries and outputs, `kv_dtype` that of stored KV. `local_channel` allows a Unix
     socket.
     """
 
@@ -72,7 +71,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class LocalOffer:
-    """A Unix socket of the worker's host, and what to say there first."""
+    """A Unix socket of the worker's host, and the secret to send there first."""
 
     path: str
     secret: bytes = field(repr=False)
@@ -80,7 +79,7 @@ class LocalOffer:
 
 @dataclass(frozen=True, slots=True)
 class TcpOffer:
-    """A port of the address that was called, and what to say there first."""
+    """A port of the address that was called, and the secret to send there first."""
 
     port: int
     secret: bytes = field(repr=False)
@@ -88,9 +87,9 @@ class TcpOffer:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The session is there. `kv_memory` of the seat in bytes, `lease` in seconds: so long a channel is kept without a
-    sign of life. `resumed`: the seat was there already, with what it holds. `page_layout` says how its pages are
-    laid out: those of holders that say the same can be copied as they lie."""
+    """The session has begun. `kv_memory` of the seat is in bytes. `lease` is in seconds: a channel without a sign of
+    life is kept that long. `resumed`: the seat existed already, with its KV. `page_layout` describes how its pages are
+    laid out; pages can be copied unchanged between holders with the same layout."""
 
     name: str
     kv_memory: int
@@ -105,21 +104,22 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The engine of this session lives."""
+    """The engine of this session is alive."""
 
     session: str
 
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """So does the worker. `state`: "serving", "draining", or "ended" where it does not know the session any more."""
+    """The worker is alive. `state`: "serving", "draining", or "ended" where it has no such session any more."""
 
     state: str
 
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """The engine ends this session in order. With a seat's last channel its KV goes at once, whatever its linger."""
+    """The engine ends this session. If it is the seat's last channel, the seat's KV is freed at once, not after
+    `linger`."""
 
     engine: str
     seat: int
@@ -128,17 +128,17 @@ class Goodbye:
 
 @dataclass(frozen=True, slots=True)
 class StatusRequest:
-    """How is the worker?"""
+    """Asks for a `WorkerStatus`."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """What a worker is, what it holds, and what it has done since it started.
+    """What a worker is, what it holds, and what it has done since it started. Times in seconds, sizes in bytes.
 
-    `session`: an engine, whose id begins with `engine`, has `seats` here; of these `lingering` have no channel, and the
-    first to go is kept for `linger_left` seconds more. `channel` names the kinds of the `channels`. `parts` are
-    counted; `heads` are the KV heads and [lo, hi) the positions that any of them holds. `queries` counts query vectors
-    attended, `stored` K vectors stored, `busy` the seconds spent on messages; times in seconds, sizes in bytes.
+    `session`: an engine, whose id begins with `engine`, has `seats` here. Of these, `lingering` have no channel; the
+    first of them is freed after `linger_left` seconds more. `channel` names the kinds of the `channels`. `parts` counts
+    parts; `heads` are the KV heads and [lo, hi) the positions that any part holds. `queries` counts query vectors
+    attended, `stored` K vectors stored, `busy` the seconds spent on messages.
     """
 
     name: str
@@ -171,7 +171,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Take no new session; the one under way is told by its heartbeat."""
+    """Accept no new session; the current one learns of it by its heartbeat."""
 
 
 LAYER = Record(
@@ -220,9 +220,9 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(cls: type[M], data: bytes) -> M:
-    """A control message of that kind. Raises ProtocolError for anything else.
+    """A control message of the type `cls`. Raises ProtocolError for anything else.
 
-    The versions stand first in a Hello and are checked first: nothing else of another version can be relied on.
+    A Hello begins with its versions, which are checked first: another version may order its fields otherwise.
     """
     if len(data) > MAX_CONTROL:
         raise ProtocolError(f"{cls.__name__} of {len(data)} bytes, allowed: {MAX_CONTROL}")

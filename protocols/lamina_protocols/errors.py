@@ -1,6 +1,6 @@
 """The root of the exception tree, and the errors of the wire.
 
-`lamina.errors` draws the whole tree; the root stands here because imports only point down.
+`lamina.errors` shows the whole tree; the root is here because imports only point down.
 """
 
 

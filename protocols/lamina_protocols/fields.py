@@ -1,6 +1,6 @@
-"""How the fields of a dataclass go into a msgpack array and come back checked. Knows no message.
+"""How the fields of a dataclass are packed into a msgpack array, and unpacked with checks.
 
-`pack` trusts what it is given; `unpack` trusts nothing and raises ProtocolError for any other type or range.
+`pack` trusts its input; `unpack` trusts nothing, and raises ProtocolError for a wrong type or range.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def shown(value: object) -> str:
 
 
 class Field(NamedTuple):
-    """How one field goes into the header and comes back. `unpack` refuses any other type with ProtocolError."""
+    """How one field is packed and unpacked. `unpack` raises ProtocolError for a wrong type."""
 
     pack: Callable[[Any], Any]
     unpack: Callable[[Any], Any]
@@ -123,7 +123,7 @@ def record(rec: Record) -> Field:
 
 
 def list_of(rec: Record, most: int | None = None) -> Field:
-    """A list of those, `most` at most."""
+    """A list of these records, `most` at most."""
 
     def unpack(values: Any) -> tuple[Any, ...]:
         if type(values) is not tuple:
@@ -136,7 +136,7 @@ def list_of(rec: Record, most: int | None = None) -> Field:
 
 
 def one_of(records: tuple[Record, ...]) -> Field:
-    """A list whose items are any of `records`, each told apart by its index in front."""
+    """A list whose items are any of `records`, each with the record's index in front."""
     index = {rec.cls: i for i, rec in enumerate(records)}
 
     def pack(values: Any) -> list[Any]:
@@ -154,7 +154,7 @@ def one_of(records: tuple[Record, ...]) -> Field:
 
 
 def unpack_array(data: bytes | memoryview) -> tuple[Any, ...]:
-    """The msgpack array that `data` is, nested arrays as tuples. No map, no extension, nothing longer than `data`."""
+    """The msgpack array in `data`, nested arrays as tuples. Raises ProtocolError for maps and impossible lengths."""
     try:
         fields = msgpack.unpackb(data, use_list=False, raw=False, max_array_len=len(data), max_map_len=0)
     except (ValueError, msgpack.exceptions.UnpackException) as error:

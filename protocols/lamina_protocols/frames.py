@@ -1,4 +1,4 @@
-"""The fixed prefix of a frame: what a channel must read to know how much follows. Knows no message and no socket.
+"""The fixed prefix of a frame: what a channel must read to know how much follows.
 
 prefix   magic "LMNA", version u16, tag u16, header bytes u32, payload bytes u64  (little-endian, 20 bytes)
 """
@@ -23,7 +23,7 @@ MAX_FRAME = PREFIX_SIZE + MAX_HEADER + MAX_PAYLOAD
 
 
 class Prefix(NamedTuple):
-    """What stands in front of a frame. Sizes in bytes."""
+    """The first bytes of a frame: the message's tag, and the sizes of header and payload in bytes."""
 
     tag: int
     header: int
@@ -31,7 +31,7 @@ class Prefix(NamedTuple):
 
     @property
     def frame(self) -> int:
-        """Bytes of the whole frame, the prefix included."""
+        """The size of the whole frame in bytes, including the prefix."""
         return PREFIX_SIZE + self.header + self.payload
 
 
@@ -40,7 +40,7 @@ def pack_prefix(prefix: Prefix) -> bytes:
 
 
 def read_prefix(data: bytes | bytearray | memoryview, max_frame: int = MAX_FRAME) -> Prefix:
-    """The prefix at the start of `data`. Raises ProtocolError where it is short, foreign, or claims too much."""
+    """The prefix at the start of `data`. Raises ProtocolError where it is short, of another version, or too large."""
     if len(data) < PREFIX_SIZE:
         raise ProtocolError(f"frame of {len(data)} bytes is shorter than its prefix of {PREFIX_SIZE}")
     magic, version, tag, header, payload = _PREFIX.unpack_from(data)
@@ -60,13 +60,13 @@ def read_prefix(data: bytes | bytearray | memoryview, max_frame: int = MAX_FRAME
 def blank_frame(prefix: Prefix, trailer: int = 0) -> memoryview:
     """Writable memory for a frame and `trailer` bytes after it, its payload at a multiple of 64.
 
-    The system gives pages as they are written, so a large claim takes no memory before its bytes arrive.
-    Raises ProtocolError where it gives none.
+    The system provides pages as they are written, so a large claim takes no memory before its bytes arrive.
+    Raises ProtocolError where there is no memory.
     """
     size = prefix.frame + trailer
     try:
         memory = np.empty(size + ALIGNMENT, np.uint8)
-    except MemoryError as error:  # who reads many channels goes on with the others
+    except MemoryError as error:  # a reader of many channels can go on with the others
         raise ProtocolError(f"no memory for a frame of {size} bytes") from error
     shift = padding(memory.__array_interface__["data"][0] + PREFIX_SIZE + prefix.header)
     return memory.data[shift : shift + size]

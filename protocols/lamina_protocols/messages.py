@@ -3,8 +3,8 @@
 The model worker sends one `Announcement` a batch to each holder, then per layer a `Query` and a `Fresh`, or both as
 one `Exchange`; the holder answers the announcement with `Announced` and each query with an `Attended`. KV moves from
 one holder to another by `Fetch` and `Fresh`, or, where both lay out pages alike, by `FetchPages` and `FreshPages`.
-A holder that cannot go on answers with a `Fault` in the place of the reply. An engine that takes up what another left
-behind asks by `Survey` what there is. Knows nothing of bytes: `codec` does.
+A holder that cannot go on answers with a `Fault` in place of the reply. An engine that resumes the work of a previous
+engine asks by `Survey` what is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 PROTOCOL_VERSION = 3
-MAX_PARTS = 4096  # that one `Surveyed` tells of
+MAX_PARTS = 4096  # in one `Surveyed`
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class LayerSpec:
 
     `scale` multiplies q.k; `window` w lets a query at p see keys in (p - w, p]; `soft_cap` c turns a logit
     x into c * tanh(x / c). `kv_layer` names the layer whose KV this one reads (itself unless KV is shared).
-    `policies` says how each KV head is read and kept, as `lamina_workers.policies` writes it; empty: all of it.
+    `policies` has one text per KV head, its policy as `lamina_workers.policies` writes it; empty: every KV head is
+    read and kept in full.
     """
 
     kv_layer: int
@@ -47,7 +48,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class HolderConfig:
-    """All that an attention worker is built from. `kv_memory` in bytes; `dtype` is the storage dtype's name."""
+    """What an attention worker is built from. `kv_memory` in bytes; `dtype` is the name of the storage dtype."""
 
     layers: tuple[LayerSpec, ...]
     page_size: int
@@ -55,7 +56,7 @@ class HolderConfig:
     kv_memory: int
 
 
-# Operations: what changes which parts exist. A part is what one holder keeps of one sequence.
+# Operations create and delete parts. A part is what one holder keeps of one sequence.
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Forget the part `handle`. Pages that no other part shares return to the pool."""
+    """Delete the part `handle`. Pages that no other part shares return to the pool."""
 
     handle: int
 
@@ -93,8 +94,8 @@ class Row:
 
     `read` is the range of positions whose keys the holder attends, or None. It ends at `start` at most, unless
     it ends at `start + count`: then the holder stores first and attends the row's own tokens too, causally
-    (`fused`), and the model worker computes no present. `store` cuts the part back to `start`, then keeps the
-    row's K and V. Where it `chooses`, in decode, adaptive policies may read less; elsewhere they read everything.
+    (`fused`), and the model worker does not attend them. `store` cuts the part back to `start`, then keeps the row's
+    K and V. With `chooses`, set in decode, adaptive policies may read less; otherwise they read everything.
     """
 
     handle: int
@@ -117,10 +118,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """One batch, announced to one holder: operations first, then rows. Reserves all it needs, or is refused.
+    """One batch, announced to one holder: operations first, then rows. The holder reserves all it needs, or refuses.
 
-    `first` numbers the first operation; the holder applies each number once. Without rows it only carries
-    operations (an idle engine flushing closes).
+    `first` numbers the first operation; the holder applies each number once. An announcement without rows only
+    carries operations: an idle engine flushes its closes.
     """
 
     epoch: int
@@ -132,11 +133,12 @@ class Announcement:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What policies have saved at one part. All are counted, none computed from a formula.
+    """What policies have saved at one part. All numbers are counted, none is computed from a formula.
 
-    In decode so far, over all layers and KV heads: `read` bytes of KV and of what was read to choose, of `whole` that
-    reading everything would have taken. `missed` is the sum over `queries` query vectors of the estimated attention
-    mass that they did not read; `worst` the largest. `held` of `kept` pages that keeping everything would take now.
+    `read` and `whole` are of decode so far, over all layers and KV heads: the bytes read, of KV and to choose among it,
+    and the bytes that reading everything would have taken. `missed` is the sum, over `queries` query vectors, of the
+    estimated attention mass that they did not read; `worst` is the largest. `held` pages are in use now, where keeping
+    everything would take `kept`.
     """
 
     read: int
@@ -150,10 +152,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """The reply. `accepted=False` means that nothing changed, operations included; `reason` says what lacked.
+    """The reply. `accepted=False` means that nothing changed, operations included; `reason` says what was missing.
 
-    `free_pages` is what the pool has left after the reservation; `floors` is per row the lowest length to
-    which its part can still be cut back; `usages` is what the row's part has read, left out and kept so far.
+    `free_pages` counts the pages left after the reservation; `floors` has, per row, the lowest length to which its
+    part can still be cut back; `usages` has, per row, what its part has read, left out and kept so far.
     """
 
     epoch: int
@@ -196,7 +198,7 @@ class Fresh:
 class Exchange:
     """`Query` and `Fresh` of one layer in one frame. The holder answers first and stores afterwards.
 
-    So no row of the batch may be `fused`: its query would need what is not stored yet.
+    So no row of the batch may be `fused`: its query would need KV that is not stored yet.
     """
 
     epoch: int
@@ -209,7 +211,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Ask for what a part holds of positions [lo, hi) in one layer. Needs no announcement and changes nothing."""
+    """Ask for the KV that a part holds of positions [lo, hi) in one layer. Needs no announcement, changes nothing."""
 
     epoch: int
     batch: int
@@ -223,7 +225,7 @@ class Fetch:
 class Fetched:
     """The answer, in the storage dtype. k: `[(hi - lo) * part's KV heads, d_k]`, v the same with d_v; as in `Fresh`.
 
-    Positions whose pages were let go are zeros, or the mean that stands for them.
+    Positions whose pages were freed are zeros, or the mean that replaced them.
     """
 
     epoch: int
@@ -235,8 +237,8 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchPages:
-    """As `Fetch`, of the layers [layer, layer + layers) that have KV, for whoever lays out pages as this holder does.
-    A page of the part begins at `lo`."""
+    """As `Fetch`, of the layers [layer, layer + layers) that have KV, for a holder with the same page layout. A page of
+    the part begins at `lo`."""
 
     epoch: int
     batch: int
@@ -251,7 +253,7 @@ class FetchPages:
 class FetchedPages:
     """The answer. pages: uint8 `[layers * part's KV heads * pages that hold [lo, hi), page_bytes]`, in this order.
 
-    Pages that were let go are zeros. None at all, `[0, 0]`, where a mean stands for some: then `Fetch` has them.
+    Freed pages are zeros. The answer is empty, `[0, 0]`, where a mean replaced some page: then use `Fetch`.
     """
 
     epoch: int
@@ -265,7 +267,7 @@ class FreshPages:
     """As `Fresh`, of the layers [layer, layer + layers) that have KV, for rows each of which begins with a page.
 
     pages: uint8 `[layers * sum over rows of part's KV heads * pages that the row stores to, page_bytes]`: by layer,
-    then row, then head. All of the last page of a row comes; what lies behind the row's end counts for nothing.
+    then row, then head. The last page of a row is sent whole; its bytes after the row's end have no meaning.
     """
 
     epoch: int
@@ -279,9 +281,9 @@ class FreshPages:
 class Survey:
     """Ask what a holder keeps: parts of handle `first` and above. Batches in flight are dropped.
 
-    Needs no announcement; the batch is numbered by who asks, from 1 up. `epoch` is the last that whoever was here
-    before may have: from then on only newer ones than that, and than the last announced, are taken, so who sent here
-    before, and does not know that it was followed, is refused.
+    Needs no announcement; the asking engine numbers the batch, from 1 up. `epoch` is the last that the previous engine
+    may have used. The holder then accepts only epochs above it, and above the last one announced: so it refuses the
+    previous engine, should that still send.
     """
 
     epoch: int
@@ -291,8 +293,8 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class PartHeld:
-    """What a holder keeps of one sequence: KV heads `heads`, positions [lo, held) of at most [lo, hi), in every layer:
-    what a batch that was given up did not store does not count. It can be cut back to `floor` at the lowest."""
+    """What a holder keeps of one sequence: KV heads `heads`, positions [lo, held) of at most [lo, hi), stored in every
+    layer. The part can be cut back to the length `floor`, not below."""
 
     handle: int
     heads: tuple[int, ...]
@@ -304,9 +306,9 @@ class PartHeld:
 
 @dataclass(frozen=True, slots=True)
 class Surveyed:
-    """The answer, by growing handle, up to MAX_PARTS of them. `more` parts have larger handles still.
+    """The answer: up to MAX_PARTS parts, sorted by handle. `more` counts the parts with larger handles.
 
-    `last_epoch` is the newest that was announced, 0 where none was; `next_operation` the number that comes next.
+    `last_epoch` is the newest epoch announced, 0 where there was none; `next_operation` the next operation's number.
     """
 
     epoch: int
@@ -321,7 +323,7 @@ class Surveyed:
 class Attended:
     """The partial attention of one `Query`, in its order. out: `[n, d_v]` in q's dtype, lse: float32 `[n]`.
 
-    `seconds`: how long the holder attended; 0 where it does not say.
+    `seconds`: how long the holder attended; 0 where it was not measured.
     """
 
     epoch: int
@@ -334,7 +336,7 @@ class Attended:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """In the place of a reply, and numbered like it: what went wrong at this holder since the last one."""
+    """In place of a reply, with its numbers: what went wrong at this holder since the last reply."""
 
     epoch: int
     batch: int
@@ -347,5 +349,5 @@ Message = Request | Reply
 
 
 def answered(request: Request) -> bool:
-    """Whether a holder answers it: everything but `Fresh` and `FreshPages` has one reply, in order."""
+    """Whether a holder answers the request: all but `Fresh` and `FreshPages` have one reply, in order."""
     return not isinstance(request, Fresh | FreshPages)

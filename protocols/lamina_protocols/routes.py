@@ -1,4 +1,4 @@
-"""What one batch asks of one holder, before it is a message. Nouns only: importing them loads no torch."""
+"""What one batch asks of one holder, before it becomes messages. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lamina_protocols.messages import Operation, Row
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A row of one holder: `row` concerns the batch's span number `source`, its KV heads `heads`, and stores
-    the positions `stored` of it."""
+    """A row for one holder: `row` covers the KV heads `heads` of the batch's span number `source`, and stores the
+    positions `stored` of it."""
 
     source: int
     heads: tuple[int, ...]
@@ -20,7 +20,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`count` tokens of one sequence in the batch, at positions `start` ...; spans follow each other in the batch."""
+    """`count` tokens of one sequence in the batch, from position `start`. A batch is its spans, one after another."""
 
     start: int
     count: int
@@ -28,7 +28,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class HolderBatch:
-    """What one batch asks of one holder: operations, the first of which has number `first`, and routed rows."""
+    """What one batch asks of one holder: operations, numbered from `first`, and rows."""
 
     first: int
     operations: tuple[Operation, ...]

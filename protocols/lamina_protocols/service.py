@@ -1,19 +1,17 @@
-"""The gRPC service: names, handlers, client, channel options, and who may call. Knows no session and no attention.
+"""The gRPC service: its names, its errors, the channel over its stream, and the client.
 
-Bodies are bytes of `control`; the stream carries frames, cut where they are larger than a gRPC message may be. All
-calls but the standard health service want the token, where there is one.
+The bodies of unary calls are bytes of `control`. The stream carries frames; a frame larger than a gRPC message may be
+is cut into several.
 """
 
 from __future__ import annotations
 
-import hmac
-import logging
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -22,24 +20,21 @@ from lamina_protocols.channels import CHECKSUM_SIZE, ChannelClosed, Credentials,
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.frames import MAX_FRAME, Prefix, blank_frame, read_prefix
 
-logger = logging.getLogger("lamina")
-
 SERVICE = "lamina.Attention"
-HEALTH = "grpc.health.v1.Health"
 SESSION_KEY, CHECKSUM_KEY = "lamina-session", "lamina-checksum"  # metadata of the stream
 MAX_MESSAGE = 4 << 20  # bytes of one gRPC message; frames above it are cut
 _QUEUED = 64  # gRPC messages that wait on either side of a stream
-_KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 10_000, 5_000
+KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 10_000, 5_000
 
 T = TypeVar("T")
 
 
 class WorkerUnreachable(LaminaError):
-    """Nobody answers at that address, or not in time. It may do so later."""
+    """No worker answers at that address in time. A later call may succeed."""
 
 
 class Busy(ProtocolError):
-    """A worker has a session already; it may be over soon."""
+    """The worker has a session already, which may end soon."""
 
 
 class WorkerRefused(LaminaError):
@@ -47,33 +42,13 @@ class WorkerRefused(LaminaError):
 
 
 class WorkerBusy(WorkerRefused):
-    """The worker has a session with somebody else, who may be about to leave."""
-
-
-class AttentionService(Protocol):
-    """What a server does. A LaminaError becomes the status of the call, its text what the client is told.
-
-    `remaining` is how many seconds the caller still waits.
-    """
-
-    def hello(self, hello: control.Hello, remaining: float) -> control.Welcome: ...
-
-    def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive: ...
-
-    def goodbye(self, goodbye: control.Goodbye) -> control.Alive: ...
-
-    def status(self) -> control.WorkerStatus: ...
-
-    def drain(self) -> control.WorkerStatus: ...
-
-    def attach(self, session: str, channel: GrpcChannel) -> None:
-        """Take the channel of the stream of that session."""
+    """The worker has a session with another engine, which may end soon."""
 
 
 class GrpcChannel:
     """A `Channel` over one bidirectional stream, the same on both sides.
 
-    gRPC takes what goes out from `outgoing`, on a thread of its own; `start` reads what comes in on another.
+    gRPC takes messages to send from `outgoing`, on a thread of its own. `start` reads incoming ones on another thread.
     """
 
     def __init__(self, checksummed: bool, max_message: int = MAX_MESSAGE, max_frame: int = MAX_FRAME) -> None:
@@ -90,7 +65,7 @@ class GrpcChannel:
         self._filled = 0
         self._closed = ""  # why
         self._ended = ""  # why nothing more comes in
-        self._unreadable = ""  # what came in that is no frame; the other side can still be told so
+        self._unreadable = ""  # why what came in is no frame; sending still works
         self._reader: threading.Thread | None = None
         self._cancel: Callable[[], object] = lambda: None
         self._wake: Callable[[], None] = lambda: None
@@ -100,10 +75,10 @@ class GrpcChannel:
         self._cancel = cancel
         reader = threading.Thread(target=self._read, args=(incoming,), name="lamina-stream", daemon=True)
         reader.start()
-        self._reader = reader  # not before it runs: `close`, from another thread, waits for it
+        self._reader = reader  # only now that it runs: `close`, called by another thread, joins it
 
     def outgoing(self) -> Iterator[bytes]:
-        """What is to be sent, until the channel is closed."""
+        """The messages to send, until the channel is closed."""
         while (message := self._out.get()) is not None:
             if self._out.qsize() == _QUEUED - 1:
                 self._wake()  # there is room again
@@ -173,7 +148,7 @@ class GrpcChannel:
         try:
             for message in incoming:
                 while self._in.qsize() >= _QUEUED and not self._closed:
-                    time.sleep(0.001)  # nobody receives: gRPC's flow control then stops the other side
+                    time.sleep(0.001)  # until `receive` takes some: gRPC's flow control stops the other side
                 self._in.put(message)
                 self._wake()
             self._ended = "closed by the other side"
@@ -182,7 +157,7 @@ class GrpcChannel:
         except Exception as error:  # noqa: BLE001  # a server's iterator raises a bare Exception when its call ends
             self._ended = f"the stream broke: {error}" if str(error) else "closed by the other side"
         self._in.put(None)
-        self._out.put(None)  # nobody is there to read more: let go of gRPC's thread
+        self._out.put(None)  # the other side reads no more: gRPC's sending thread may end
         self._wake()
 
     def _take(self, message: bytes | None) -> None:
@@ -213,7 +188,7 @@ class GrpcChannel:
 
 
 class WorkerClient:
-    """Calls to one worker. Every unary call has a deadline; raises WorkerUnreachable and WorkerRefused."""
+    """Calls to one worker. Every unary call has a deadline in seconds; raises WorkerUnreachable and WorkerRefused."""
 
     def __init__(self, address: str, credentials: Credentials | None = None, max_message: int = MAX_MESSAGE) -> None:
         credentials = credentials or Credentials()
@@ -227,7 +202,7 @@ class WorkerClient:
         else:
             self._channel = grpc.insecure_channel(address, options)
         self._calls = {
-            name: self._channel.unary_unary(f"/{SERVICE}/{name}", _same, _same)
+            name: self._channel.unary_unary(f"/{SERVICE}/{name}")
             for name in ("Hello", "Heartbeat", "Goodbye", "Status", "Drain")
         }
 
@@ -244,14 +219,14 @@ class WorkerClient:
         return self._call("Status", control.StatusRequest(), control.WorkerStatus, timeout)
 
     def drain(self, timeout: float = 5.0) -> control.WorkerStatus:
-        """Let the worker take no new session, and tell the one under way."""
+        """Let the worker accept no new session, and notify the engine of the current one."""
         return self._call("Drain", control.Drain(), control.WorkerStatus, timeout)
 
     def stream(self, session: str, max_frame: int, checksummed: bool = False) -> GrpcChannel:
-        """The data stream of a session. That the worker refuses it shows in its first `receive`."""
+        """The data stream of a session. If the worker refuses it, its first `receive` raises."""
         channel = GrpcChannel(checksummed, self._max_message, max_frame)
         metadata = (*self._metadata, (SESSION_KEY, session), (CHECKSUM_KEY, str(int(checksummed))))
-        call = self._channel.stream_stream(f"/{SERVICE}/Batch", _same, _same)(channel.outgoing(), metadata=metadata)
+        call = self._channel.stream_stream(f"/{SERVICE}/Batch")(channel.outgoing(), metadata=metadata)
         channel.start(call, call.cancel)
         return channel
 
@@ -273,91 +248,14 @@ class WorkerClient:
             busy = code is grpc.StatusCode.RESOURCE_EXHAUSTED
             kind = WorkerUnreachable if gone else WorkerBusy if busy else WorkerRefused
             raise kind(f"{name} at {self.address}: {_details(error)}") from error
-        except ValueError as error:  # so says gRPC where this side has closed the channel
+        except ValueError as error:  # gRPC raises it once this side has closed the channel
             raise WorkerUnreachable(f"{name} at {self.address}: {error}") from error
         return control.unpack(reply, data)
 
 
-class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
-    """Refuses every call without the token, streams too. The health service is open: it tells no more than a ping."""
-
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
-
-    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
-        given = [value for key, value in details.invocation_metadata if key == "authorization"]
-        matches = [hmac.compare_digest(_encoded(value), self._expected) for value in given]
-        if any(matches) or details.method.startswith(f"/{HEALTH}/"):
-            return continuation(details)
-        told = "the token is wrong" if given else "a token is needed"
-
-        def refuse(_: Any, context: grpc.ServicerContext) -> Any:
-            logger.warning("%s refused to %s: %s", details.method, context.peer(), told)
-            _abort(context, grpc.StatusCode.UNAUTHENTICATED, told)
-
-        handler = continuation(details)
-        if handler is not None and handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(refuse, _same, _same)
-        return grpc.unary_unary_rpc_method_handler(refuse, _same, _same)
-
-
-def handlers(service: AttentionService, max_message: int, max_frame: int) -> Any:
-    """The generic handlers of the service, to be added to a server."""
-
-    def unary(cls: type[T], act: Callable[[T, float], Any]) -> Any:
-        def call(data: bytes, context: grpc.ServicerContext) -> bytes:
-            try:
-                return control.pack(act(control.unpack(cls, data), context.time_remaining() or 60.0))
-            except Busy as error:
-                _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-            except LaminaError as error:
-                _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
-            except Exception as error:  # the client learns its kind, the log the rest
-                logger.exception("a call failed")
-                _abort(context, grpc.StatusCode.INTERNAL, type(error).__name__)
-
-        return grpc.unary_unary_rpc_method_handler(call, _same, _same)
-
-    def batch(incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        metadata = dict(context.invocation_metadata())
-        channel = GrpcChannel(metadata.get(CHECKSUM_KEY) == "1", max_message, max_frame)
-        try:
-            service.attach(metadata.get(SESSION_KEY, ""), channel)
-        except LaminaError as error:
-            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        channel.start(incoming, context.cancel)
-        yield from channel.outgoing()
-
-    return grpc.method_handlers_generic_handler(
-        SERVICE,
-        {
-            "Hello": unary(control.Hello, service.hello),
-            "Heartbeat": unary(control.Heartbeat, lambda message, _: service.heartbeat(message)),
-            "Goodbye": unary(control.Goodbye, lambda message, _: service.goodbye(message)),
-            "Status": unary(control.StatusRequest, lambda *_: service.status()),
-            "Drain": unary(control.Drain, lambda *_: service.drain()),
-            "Batch": grpc.stream_stream_rpc_method_handler(batch, _same, _same),
-        },
-    )
-
-
-def server_credentials(credentials: Credentials, mutual: bool) -> grpc.ServerCredentials:
-    """TLS of a server; with `mutual`, clients must show a certificate of the CA."""
-    pair = [(credentials.key, credentials.cert)]
-    return grpc.ssl_server_credentials(pair, credentials.ca if mutual else None, mutual)
-
-
-def server_options(max_message: int) -> list[tuple[str, int]]:
-    return [
-        *_common_options(max_message),
-        ("grpc.so_reuseport", 0),  # a port in use is an error
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
-    ]
-
-
 def _client_options(max_message: int) -> list[tuple[str, int]]:
     return [
-        *_common_options(max_message),
+        *channel_options(max_message),
         ("grpc.enable_retries", 0),
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, with this client's credentials
@@ -366,12 +264,12 @@ def _client_options(max_message: int) -> list[tuple[str, int]]:
     ]
 
 
-def _common_options(max_message: int) -> list[tuple[str, int]]:
+def channel_options(max_message: int) -> list[tuple[str, int]]:
     limit = max(max_message, control.MAX_CONTROL)
     return [
         ("grpc.max_receive_message_length", limit),
         ("grpc.max_send_message_length", limit),
-        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
@@ -396,21 +294,8 @@ def _messages(buffers: Sequence[bytes | memoryview], limit: int) -> Iterator[byt
         yield b"".join(pieces)
 
 
-def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, told: str) -> NoReturn:
-    context.abort(code, told)
-    raise RuntimeError("a call went on after it was ended")  # abort raises
-
-
-def _same(data: bytes) -> bytes:
-    return data
-
-
-def _encoded(value: str | bytes) -> bytes:
-    return value if isinstance(value, bytes) else value.encode()
-
-
 def _details(error: grpc.RpcError) -> str:
-    """What the other side or gRPC says of a failed call."""
+    """The reason for a failed call, from the other side or from gRPC."""
     if not isinstance(error, grpc.Call):
         return str(error)
     return f"{error.details() or 'no details'} ({error.code().name})"

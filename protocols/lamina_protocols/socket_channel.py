@@ -1,7 +1,7 @@
-"""Channels over Unix sockets and TCP, with TLS or without. Knows no message and no session.
+"""Channels over Unix sockets and TCP, with TLS or without.
 
-Who connects first sends a secret of 32 bytes and one that says whether each frame is followed by its checksum, and is
-told by one byte that the secret was right; then come frames.
+The connecting side first sends a secret of 32 bytes, and one byte that says whether each frame is followed by its
+checksum. The listening side answers a right secret with one byte. After that both sides send frames.
 """
 
 from __future__ import annotations
@@ -10,32 +10,31 @@ import contextlib
 import os
 import select
 import socket
-import ssl
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from lamina_protocols.channels import CHECKSUM_SIZE, ChannelClosed, Credentials, check_size, checksum, verified
+from lamina_protocols.channels import CHECKSUM_SIZE, ChannelClosed, check_size, checksum, verified
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.frames import MAX_FRAME, PREFIX_SIZE, Prefix, blank_frame, read_prefix
+from lamina_protocols.tls import TLS_NOT_NOW, TlsContext, is_tls
 
 SECRET_SIZE = 32
 _PLAIN, _CHECKSUMMED = b"\x00", b"\x01"
 _WELCOME = b"\x01"
 _BUFFER = 4 << 20  # bytes of a socket's buffers where the system allows it: a layer's K and V of many rows
-_HELD = 256 << 20  # bytes of frames that are kept while the other side does not read
+_HELD = 256 << 20  # bytes of received frames above which a blocked `send` reads no more
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
-_GREETINGS = 16  # connections that have not shown a secret yet, at most
+_GREETINGS = 16  # the most connections that have not sent their secret yet
 _GREETING_S = 5.0
-_SMALL = 64 << 10  # TLS copies what it is given: below this, buffers are joined rather than sent one by one
+_SMALL = 64 << 10  # bytes: TLS copies its input, so smaller buffers are joined rather than sent one by one
 
 _LINUX = sys.platform == "linux"
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # Linux's numbers, which the socket module does not name
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # Linux's numbers; the socket module has no names for them
 
-_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_NOT_NOW = (BlockingIOError, *TLS_NOT_NOW)
 
 
 class SocketChannel:
@@ -46,12 +45,12 @@ class SocketChannel:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._socket = sock
-        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._tls = is_tls(sock)
         self._trailer = CHECKSUM_SIZE if checksummed else 0
         self._max_frame = max_frame
-        self._busy = threading.RLock()  # held while the socket is in use: it is closed by nobody meanwhile
+        self._busy = threading.RLock()  # held while the socket is in use, so that `close` waits
         self._closed = ""  # why
-        self._unreadable = ""  # what came in that is no frame; the other side can still be told so
+        self._unreadable = ""  # why what came in is no frame; sending still works
         self._arrivals = select.poll()
         self._arrivals.register(sock, select.POLLIN)
         self._both = select.poll()
@@ -63,7 +62,7 @@ class SocketChannel:
         self._held = 0  # bytes of them
         self._prefix_memory = memoryview(bytearray(PREFIX_SIZE))
         self._prefix: Prefix | None = None  # of the frame that is arriving
-        self._memory = self._missing = self._prefix_memory  # what it goes to, and the part that has not come yet
+        self._memory = self._missing = self._prefix_memory  # its memory, and the part still to be filled
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
         with self._busy:
@@ -104,8 +103,8 @@ class SocketChannel:
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._busy:
             if not (self._frames or self._tls or self._closed or self._unreadable):
-                # A reply is seldom there before it is waited for, and to wait costs less than to find nothing. TLS may
-                # hold bytes that no wait sees.
+                # A reply has seldom arrived yet, and waiting costs less than an empty read. TLS is read without
+                # waiting: it may hold bytes that no poll reports.
                 self._arrivals.poll(None if timeout is None else timeout * 1e3)
             while not self._frames and not self._pump():
                 left = None if deadline is None else deadline - time.monotonic()
@@ -125,10 +124,10 @@ class SocketChannel:
 
     def close(self) -> None:
         self._closed = self._closed or "closed on this side"
-        with contextlib.suppress(OSError):  # it wakes who waits in poll; not TLS's own, which forgets its state
+        with contextlib.suppress(OSError):  # wakes threads in poll; TLS's own shutdown would lose its state
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         with self._busy:
-            # Bytes left unread would make the system reset the connection, and the other side lose what was sent last.
+            # If bytes were left unread, the system would reset the connection, and the last frames sent would be lost.
             with contextlib.suppress(OSError):
                 while socket.socket.recv(self._socket, _BUFFER):
                     pass
@@ -150,15 +149,15 @@ class SocketChannel:
         return self._socket.sendmsg(pending[:_IOV_MAX])
 
     def _wait_for_room(self) -> None:
-        """Wait until more can be sent. What comes in meanwhile is taken, else two large frames could wait for each
-        other; a peer that only sends is not read beyond a bound."""
+        """Wait until more can be sent. Incoming frames are read meanwhile, else two large frames could wait for each
+        other; above a bound they are not."""
         if self._held > _HELD:
             self._room.poll()
         elif any(event & ~select.POLLOUT for _, event in self._both.poll()):
             self._pump()
 
     def _pump(self) -> bool:
-        """Take what has arrived, without waiting, up to the end of one frame. Whether one is whole now."""
+        """Read what has arrived, without waiting, up to the end of one frame. Returns whether a frame is whole."""
         self._check_open()
         if self._unreadable:
             raise ChannelClosed(self._unreadable)
@@ -179,7 +178,7 @@ class SocketChannel:
             raise self._broken(error) from error
 
     def _next_part(self) -> bool:
-        """The prefix or the rest of a frame has come; whether the frame is whole."""
+        """The prefix or the rest of a frame is complete. Returns whether the frame is whole."""
         if self._prefix is None:
             self._prefix = read_prefix(self._prefix_memory, self._max_frame)
             self._memory = blank_frame(self._prefix, self._trailer)
@@ -206,10 +205,10 @@ class SocketChannel:
 
 
 class Listener:
-    """Accepts connections in a thread of its own, and gives those that show the right secret to `deliver`.
+    """Accepts connections on a thread of its own, and gives each one with the right secret to `deliver`.
 
-    `admit` says whether a secret is right, and is asked once a connection; `deliver` takes the channel that it opens
-    over. Both are called on threads of the listener.
+    `admit` says whether a secret is right, and is called once per connection; `deliver` takes over the channel, and
+    gets the secret too. Both are called on threads of the listener.
     """
 
     def __init__(
@@ -217,7 +216,7 @@ class Listener:
         sock: socket.socket,
         admit: Callable[[bytes], bool],
         deliver: Callable[[SocketChannel, bytes], None],
-        tls: ssl.SSLContext | None = None,
+        tls: TlsContext | None = None,
         max_frame: int = MAX_FRAME,
     ) -> None:
         self._socket = sock
@@ -249,7 +248,7 @@ class Listener:
                 sock, _ = self._socket.accept()
             except OSError:
                 if not self._closed:
-                    time.sleep(0.05)  # out of file descriptors, say: the next connection may fare better
+                    time.sleep(0.05)  # out of file descriptors, for example: the next connection may succeed
                 continue
             if self._closed or not self._greetings.acquire(blocking=False):
                 sock.close()
@@ -269,13 +268,13 @@ class Listener:
             channel = SocketChannel(sock, greeting[SECRET_SIZE:] == _CHECKSUMMED, self._max_frame)
             self._deliver(channel, greeting[:SECRET_SIZE])
         except (OSError, LaminaError):
-            sock.close()  # a stranger is told nothing
+            sock.close()  # without an answer: the other side may be a stranger
         finally:
             self._greetings.release()
 
 
 def listen_unix(path: str) -> socket.socket:
-    """A Unix socket that listens at `path`; who may connect is up to the folder's mode."""
+    """A Unix socket that listens at `path`; the folder's mode decides who may connect."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     return _listening(sock, path)
 
@@ -288,7 +287,7 @@ def listen_tcp(host: str, port: int) -> socket.socket:
 
 
 def connect_unix(path: str, secret: bytes, timeout: float, max_frame: int = MAX_FRAME) -> SocketChannel:
-    """Raises ChannelClosed where nobody is there, or the secret is not taken."""
+    """Raises ChannelClosed where no process listens, or the secret is refused."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
@@ -304,11 +303,11 @@ def connect_tcp(
     port: int,
     secret: bytes,
     timeout: float,
-    tls: ssl.SSLContext | None = None,
+    tls: TlsContext | None = None,
     max_frame: int = MAX_FRAME,
     checksummed: bool = False,
 ) -> SocketChannel:
-    """Raises ChannelClosed where nobody is there, TLS fails, or the secret is not taken."""
+    """Raises ChannelClosed where no process listens, TLS fails, or the secret is refused."""
     try:
         sock = socket.create_connection((host, port), timeout)
     except OSError as error:
@@ -320,34 +319,6 @@ def connect_tcp(
             sock.close()
             raise ChannelClosed(f"TLS with {host}:{port}: {error}") from error
     return _introduced(sock, secret, checksummed, max_frame)
-
-
-def server_context(credentials: Credentials, mutual: bool) -> ssl.SSLContext:
-    """TLS of a server; with `mutual`, clients must show a certificate of the CA."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    _load_certificate(context, credentials)
-    if mutual:
-        context.load_verify_locations(cadata=credentials.ca.decode())
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
-def client_context(credentials: Credentials) -> ssl.SSLContext:
-    """TLS of a client, which trusts the CA and nobody else."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(cadata=credentials.ca.decode())
-    if credentials.cert:
-        _load_certificate(context, credentials)
-    return context
-
-
-def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
-    with tempfile.NamedTemporaryFile() as file:  # of mode 0600; `ssl` reads files only
-        file.write(credentials.cert + b"\n" + credentials.key)
-        file.flush()
-        context.load_cert_chain(file.name)
 
 
 def _listening(sock: socket.socket, address: str | tuple[str, int]) -> socket.socket:
@@ -390,8 +361,8 @@ def _read_greeting(sock: socket.socket) -> bytes:
 def _tune(sock: socket.socket) -> None:
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # The forced sizes need a privilege. Without it a Unix socket gets what the system's limit allows, and TCP is
-    # left to grow by itself, which goes beyond that limit.
+    # The forced sizes need a privilege. Without it a Unix socket gets the most that the system allows. A TCP socket
+    # keeps its automatic size, which may grow beyond that limit.
     for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
         try:
             if not _LINUX:

@@ -1,6 +1,6 @@
-"""Tensors as raw little-endian bytes, and back without a copy. Knows no message.
+"""Tensors as raw little-endian bytes, and back without a copy.
 
-Both directions share memory: `buffer` views the tensor, `from_buffer` views the bytes it was given.
+Both directions share memory: `buffer` views the tensor, `from_buffer` views the bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
-_WIRE = {  # what a header calls them: short, because a header goes with each layer's message
+_WIRE = {  # names in a header: short, because each layer's message has a header
     "f32": torch.float32,
     "b16": torch.bfloat16,
     "f16": torch.float16,
     "i8": torch.int8,
-    "u8": torch.uint8,  # bytes as they lie
+    "u8": torch.uint8,  # whole pages, as raw bytes
 }
 _NAMES = {dtype: name for name, dtype in _WIRE.items()}
 

@@ -1,6 +1,6 @@
-"""One thread waits for many channels: which have something, or room for what was posted. Knows no message.
+"""One thread waits for many channels: for frames to receive, and for room to send what was posted.
 
-Sockets are waited for by the system; other channels call when something comes or goes.
+Sockets are polled; other channels call `wake`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from lamina_protocols.channels import Channel, ChannelClosed
 
 
 class Waiter:
-    """`wake` may be called from any thread, the rest from one. `close` when nobody waits any more."""
+    """Waits for channels. `wake` may be called from any thread, the rest from one; `close` after the last `wait`."""
 
     def __init__(self) -> None:
         self._woken, self._waking = os.pipe()
         os.set_blocking(self._woken, False)
         os.set_blocking(self._waking, False)
         self._open = True
-        self._lock = threading.Lock()  # the pipe is closed by nobody while it is written to
+        self._lock = threading.Lock()  # so that the pipe is not closed while it is written to
         self._poll = select.poll()
         self._poll.register(self._woken, select.POLLIN)
         self._numbers: dict[Channel, int | None] = {}
@@ -37,7 +37,7 @@ class Waiter:
         self._numbers[channel] = number
 
     def remove(self, channel: Channel) -> None:
-        """Wait for it no more. To be called before another channel is added that may have its file descriptor."""
+        """Wait for it no more. Call this before another channel is added, which may have the same file descriptor."""
         number = self._numbers.pop(channel, None)
         self._full.discard(channel)
         if number is not None and self._channels.get(number) is channel:
@@ -51,11 +51,11 @@ class Waiter:
                 os.write(self._waking, b"\0")
 
     def wait(self, timeout: float | None = None) -> list[Channel]:
-        """The channels of which `receive` would return or raise at once; none where `wake` was called, or after
+        """The channels whose `receive` would return or raise at once; none where `wake` was called, or after
         `timeout` seconds.
 
-        A channel whose other side does not read what was posted is not among them: it has to take the last answer
-        before it is asked for more.
+        A channel whose other side does not read what was posted is left out: it gets no further requests served
+        before it has read its last reply.
         """
         ready = [
             channel
@@ -88,7 +88,7 @@ class Waiter:
         return flushed and channel.ready()
 
     def _turn(self, channel: Channel, flushed: bool) -> None:
-        """Wait for what comes in again, or for room to send in."""
+        """Poll for incoming bytes again, or for room to send."""
         (self._full.discard if flushed else self._full.add)(channel)
         number = self._numbers[channel]
         if number is not None:

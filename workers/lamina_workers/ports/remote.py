@@ -28,7 +28,8 @@ from lamina_protocols.messages import (
     Surveyed,
 )
 from lamina_protocols.service import WorkerBusy, WorkerClient, WorkerRefused
-from lamina_protocols.socket_channel import client_context, connect_tcp, connect_unix
+from lamina_protocols.socket_channel import connect_tcp, connect_unix
+from lamina_protocols.tls import client_context
 from lamina_workers.errors import HolderLost
 
 logger = logging.getLogger("lamina")

@@ -1,0 +1,139 @@
+"""The server's side of the gRPC service: what a worker implements, its handlers, and the check of the token.
+
+All calls but those of the standard health service need the token, where there is one. An error becomes the status of
+its call.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import grpc
+
+from lamina_protocols import control
+from lamina_protocols.channels import Credentials
+from lamina_protocols.errors import LaminaError
+from lamina_protocols.service import (
+    CHECKSUM_KEY,
+    KEEPALIVE_MS,
+    SERVICE,
+    SESSION_KEY,
+    Busy,
+    GrpcChannel,
+    channel_options,
+)
+
+logger = logging.getLogger("lamina")
+
+HEALTH = "grpc.health.v1.Health"
+
+T = TypeVar("T")
+
+
+class AttentionService(Protocol):
+    """What a worker implements. A LaminaError becomes the status of the call, with its text as details.
+
+    `remaining`: the seconds for which the caller still waits.
+    """
+
+    def hello(self, hello: control.Hello, remaining: float) -> control.Welcome: ...
+
+    def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive: ...
+
+    def goodbye(self, goodbye: control.Goodbye) -> control.Alive: ...
+
+    def status(self) -> control.WorkerStatus: ...
+
+    def drain(self) -> control.WorkerStatus: ...
+
+    def attach(self, session: str, channel: GrpcChannel) -> None:
+        """Take over the channel of this session's stream."""
+
+
+class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
+    """Refuses every call without the token, streams too. The health service is open: it reveals no more than a ping."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        given = [value for key, value in details.invocation_metadata if key == "authorization"]
+        matches = [hmac.compare_digest(_encoded(value), self._expected) for value in given]
+        if any(matches) or details.method.startswith(f"/{HEALTH}/"):
+            return continuation(details)
+        reason = "the token is wrong" if given else "a token is needed"
+
+        def refuse(_: Any, context: grpc.ServicerContext) -> Any:
+            logger.warning("%s refused to %s: %s", details.method, context.peer(), reason)
+            _abort(context, grpc.StatusCode.UNAUTHENTICATED, reason)
+
+        handler = continuation(details)
+        if handler is not None and handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def handlers(service: AttentionService, max_message: int, max_frame: int) -> Any:
+    """The generic handlers of the service, to be added to a server."""
+
+    def unary(cls: type[T], act: Callable[[T, float], Any]) -> Any:
+        def call(data: bytes, context: grpc.ServicerContext) -> bytes:
+            try:
+                return control.pack(act(control.unpack(cls, data), context.time_remaining() or 60.0))
+            except Busy as error:
+                _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            except LaminaError as error:
+                _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            except Exception as error:  # the client gets its type only, the log gets the rest
+                logger.exception("a call failed")
+                _abort(context, grpc.StatusCode.INTERNAL, type(error).__name__)
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+    def batch(incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        metadata = dict(context.invocation_metadata())
+        channel = GrpcChannel(metadata.get(CHECKSUM_KEY) == "1", max_message, max_frame)
+        try:
+            service.attach(metadata.get(SESSION_KEY, ""), channel)
+        except LaminaError as error:
+            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        channel.start(incoming, context.cancel)
+        yield from channel.outgoing()
+
+    return grpc.method_handlers_generic_handler(
+        SERVICE,
+        {
+            "Hello": unary(control.Hello, service.hello),
+            "Heartbeat": unary(control.Heartbeat, lambda message, _: service.heartbeat(message)),
+            "Goodbye": unary(control.Goodbye, lambda message, _: service.goodbye(message)),
+            "Status": unary(control.StatusRequest, lambda *_: service.status()),
+            "Drain": unary(control.Drain, lambda *_: service.drain()),
+            "Batch": grpc.stream_stream_rpc_method_handler(batch),
+        },
+    )
+
+
+def server_credentials(credentials: Credentials, mutual: bool) -> grpc.ServerCredentials:
+    """TLS of a server; with `mutual`, clients must show a certificate of the CA."""
+    pair = [(credentials.key, credentials.cert)]
+    return grpc.ssl_server_credentials(pair, credentials.ca if mutual else None, mutual)
+
+
+def server_options(max_message: int) -> list[tuple[str, int]]:
+    return [
+        *channel_options(max_message),
+        ("grpc.so_reuseport", 0),  # a port in use is an error
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+    ]
+
+
+def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, details: str) -> NoReturn:
+    context.abort(code, details)
+    raise RuntimeError("a call went on after it was ended")  # abort raises
+
+
+def _encoded(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.encode()

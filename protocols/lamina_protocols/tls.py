@@ -1,0 +1,46 @@
+"""TLS of sockets: the contexts of a server and of a client, made from PEM bytes. TLS 1.3 and above."""
+
+from __future__ import annotations
+
+import ssl
+import tempfile
+from typing import TypeAlias
+
+from lamina_protocols.channels import Credentials
+
+TlsContext: TypeAlias = ssl.SSLContext
+
+TLS_NOT_NOW = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+"""What a non-blocking TLS socket raises instead of waiting."""
+
+
+def is_tls(sock: object) -> bool:
+    return isinstance(sock, ssl.SSLSocket)
+
+
+def server_context(credentials: Credentials, mutual: bool) -> ssl.SSLContext:
+    """TLS of a server; with `mutual`, clients must show a certificate of the CA."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    _load_certificate(context, credentials)
+    if mutual:
+        context.load_verify_locations(cadata=credentials.ca.decode())
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context(credentials: Credentials) -> ssl.SSLContext:
+    """TLS of a client, which trusts only the CA given."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=credentials.ca.decode())
+    if credentials.cert:
+        _load_certificate(context, credentials)
+    return context
+
+
+def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
+    with tempfile.NamedTemporaryFile() as file:  # of mode 0600; `ssl` reads only files
+        file.write(credentials.cert + b"\n" + credentials.key)
+        file.flush()
+        context.load_cert_chain(file.name)
