@@ -1,11 +1,12 @@
-"""`lamina bench`: load a server and say how long answers took, or time decode steps of an engine in this process.
+"""`lamina bench`: load a server and report latencies, or time decode steps of an engine in this process.
 
-Knows words, files and exit codes; what is measured, `lamina.measure.bench` knows. Imports it when a command runs.
+`lamina.measure.bench` does the measuring. It is imported when a command runs.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,79 +33,111 @@ def _option(help: str, panel: str, *names: str, **more: Any) -> Any:
 SaveResult = Annotated[Path | None, _option("Write everything that was found here, as JSON.", _OUTPUT)]
 
 
-@bench_app.command()
-def serve(
-    more_goodput: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
-    base_url: Annotated[str, _option("Any server with OpenAI's API.", _SERVER)] = "http://127.0.0.1:8000",
-    model: Annotated[
-        str | None, _option("Its name there. Default: the first it lists.", _SERVER, "--model", "-m")
-    ] = None,
-    api_key: Annotated[str | None, _option(f"Default: {' or '.join(KEYS)} of the environment.", _SERVER)] = None,
-    endpoint: Annotated[str, _option("chat or completions.", _SERVER)] = "chat",
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """The server to load."""
+
+    base_url: Annotated[str, _option("Any server with OpenAI's API.", _SERVER)] = "http://127.0.0.1:8000"
+    model: Annotated[str | None, _option("Its name there. Default: the first it lists.", _SERVER, "--model", "-m")] = (
+        None
+    )
+    api_key: Annotated[str | None, _option(f"Default: {' or '.join(KEYS)} of the environment.", _SERVER)] = field(
+        default=None, repr=False
+    )
+    endpoint: Annotated[str, _option("chat or completions.", _SERVER)] = "chat"
     tokenizer: Annotated[
         str | None, _option("A folder or alias to count tokens with. Default: the server is asked.", _SERVER)
-    ] = None,
-    max_model_len: Annotated[
-        int | None, _option("The server's context, for traces. Default: as it says.", _SERVER)
-    ] = None,
-    timeout: Annotated[float, _option("Seconds that one request may take.", _SERVER)] = 600.0,
-    num_prompts: Annotated[int, _option("How many requests.", _LOAD)] = 100,
+    ] = None
+    max_model_len: Annotated[int | None, _option("The server's context, for traces. Default: as it says.", _SERVER)] = (
+        None
+    )
+    timeout: Annotated[float, _option("Seconds that one request may take.", _SERVER)] = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How many requests there are, and when they are sent."""
+
+    num_prompts: Annotated[int, _option("How many requests.", _LOAD)] = 100
     request_rate: Annotated[
         float | None, _option("Requests a second; inf: all at once. Default: inf, or a trace's own times.", _LOAD)
-    ] = None,
+    ] = None
     burstiness: Annotated[
         float, _option("Of arrivals: 1 is Poisson, below comes in bursts, above regularly.", _LOAD)
-    ] = 1.0,
-    max_concurrency: Annotated[int | None, _option("Requests under way at most; others wait here.", _LOAD)] = None,
-    num_warmups: Annotated[int, _option("Requests before, which are not counted.", _LOAD)] = 1,
-    dataset: Annotated[str, _option("random, shared-prefix or trace.", _WORKLOAD)] = "random",
-    input_len: Annotated[int, _option("Tokens of a prompt.", _WORKLOAD)] = 256,
-    output_len: Annotated[int, _option("Tokens of an answer.", _WORKLOAD)] = 128,
-    range_ratio: Annotated[float, _option("Lengths are from 1 - this to 1 + this times as long.", _WORKLOAD)] = 0.0,
-    prefix_len: Annotated[int, _option("Of shared-prefix: tokens that come before.", _WORKLOAD)] = 256,
-    num_prefixes: Annotated[int, _option("Of shared-prefix: how many different ones.", _WORKLOAD)] = 4,
-    trace: Annotated[str, _option("A published trace by name, or a file in its format.", _WORKLOAD)] = "azure-conv",
+    ] = 1.0
+    max_concurrency: Annotated[int | None, _option("Requests under way at most; others wait here.", _LOAD)] = None
+    num_warmups: Annotated[int, _option("Requests before, which are not counted.", _LOAD)] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadOptions:
+    """The prompts, and the lengths of answers."""
+
+    dataset: Annotated[str, _option("random, shared-prefix or trace.", _WORKLOAD)] = "random"
+    input_len: Annotated[int, _option("Tokens of a prompt.", _WORKLOAD)] = 256
+    output_len: Annotated[int, _option("Tokens of an answer.", _WORKLOAD)] = 128
+    range_ratio: Annotated[float, _option("Lengths are from 1 - this to 1 + this times as long.", _WORKLOAD)] = 0.0
+    prefix_len: Annotated[int, _option("Of shared-prefix: tokens that come before.", _WORKLOAD)] = 256
+    num_prefixes: Annotated[int, _option("Of shared-prefix: how many different ones.", _WORKLOAD)] = 4
+    trace: Annotated[str, _option("A published trace by name, or a file in its format.", _WORKLOAD)] = "azure-conv"
     trace_dir: Annotated[
         Path | None, _option("Where files of published traces are. Default: they are drawn.", _WORKLOAD)
-    ] = None,
-    speed: Annotated[float, _option("A trace comes so many times as fast.", _WORKLOAD)] = 1.0,
-    ignore_eos: Annotated[
-        bool, _option("Go on past the end token (vLLM and Lamina).", _WORKLOAD, "--ignore-eos")
-    ] = False,
+    ] = None
+    speed: Annotated[float, _option("A trace comes so many times as fast.", _WORKLOAD)] = 1.0
+    ignore_eos: Annotated[bool, _option("Go on past the end token (vLLM and Lamina).", _WORKLOAD, "--ignore-eos")] = (
+        False
+    )
     seed: Annotated[
         int | None, _option("Of everything drawn. Default: lengths and times of seed 0, new words.", _WORKLOAD)
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """What is reported of a run, and where."""
+
     goodput: Annotated[
         list[str] | None, _option("Limits in milliseconds, such as ttft:500 tpot:50 e2el:5000.", _OUTPUT)
-    ] = None,
-    percentile: Annotated[str, _option("Which to report, with commas.", _OUTPUT)] = "90,99",
-    save_result: SaveResult = None,
-    save_detailed: Annotated[bool, _option("With the times of each request.", _OUTPUT, "--save-detailed")] = False,
-    plot: Annotated[Path | None, _option("Draw latencies and the run over time here, as PNG.", _OUTPUT)] = None,
-    as_json: opt.JsonLines = False,
+    ] = None
+    percentile: Annotated[str, _option("Which to report, with commas.", _OUTPUT)] = "90,99"
+    save_result: SaveResult = None
+    save_detailed: Annotated[bool, _option("With the times of each request.", _OUTPUT, "--save-detailed")] = False
+    plot: Annotated[Path | None, _option("Draw latencies and the run over time here, as PNG.", _OUTPUT)] = None
+    as_json: opt.JsonLines = False
+
+    def check(self) -> None:
+        """Raises InvalidRequest for a file that could not be written, before the run and not after it."""
+        _writable("save-result", self.save_result, ".json")
+        _writable("plot", self.plot, ".png")
+        if self.save_detailed and self.save_result is None:
+            raise InvalidRequest("--save-detailed was given; it needs --save-result")
+
+
+@bench_app.command()
+@opt.flatten_options
+def serve(
+    more_goodput: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
+    *,
+    server: ServerOptions,
+    load: LoadOptions,
+    workload: WorkloadOptions,
+    output: OutputOptions,
 ) -> None:
     """Send requests to a server and report latencies (TTFT, TPOT, ITL, E2EL), throughput and goodput."""
     from lamina.measure.bench.measures import parse_percentiles, parse_slo
     from lamina.measure.bench.running import run_loop
     from lamina.measure.bench.serve import Settings, bench
 
-    if more_goodput and not goodput:  # further words are for --goodput, as vLLM takes them
+    if more_goodput and not output.goodput:  # further words are for --goodput, as vLLM takes them
         raise InvalidRequest(f"{more_goodput[0]!r:.80} was given; allowed are options alone")
-    settings = Settings(
-        base_url=base_url, model=model, api_key=api_key or _key_of_the_environment(), endpoint=endpoint,
-        tokenizer=tokenizer, max_model_len=max_model_len, timeout=timeout, num_prompts=num_prompts,
-        request_rate=request_rate, burstiness=burstiness, max_concurrency=max_concurrency, num_warmups=num_warmups,
-        dataset=dataset, input_len=input_len, output_len=output_len, range_ratio=range_ratio, prefix_len=prefix_len,
-        num_prefixes=num_prefixes, trace=trace, trace_dir=trace_dir, speed=speed, ignore_eos=ignore_eos, seed=seed,
-        slo=parse_slo([*(goodput or []), *(more_goodput or [])]), percentiles=parse_percentiles(percentile),
-    )  # fmt: skip
-    for name, path, suffix in (("save-result", save_result, ".json"), ("plot", plot, ".png")):
-        _writable(name, path, suffix)
-    if save_detailed and save_result is None:
-        raise InvalidRequest("--save-detailed was given; it needs --save-result")
+    given = asdict(server) | asdict(load) | asdict(workload)
+    given["api_key"] = server.api_key or _key_of_the_environment()
+    slo = parse_slo([*(output.goodput or []), *(more_goodput or [])])
+    settings = Settings(**given, slo=slo, percentiles=parse_percentiles(output.percentile))
+    output.check()
     with ProgressBars() as progress:
         result = run_loop(bench(settings, progress))
-    _tell(result, as_json, save_result, save_detailed, plot)
+    _report(result, output)
     if result.run.unfinished:
         raise KeyboardInterrupt
     if not result.summary.completed:
@@ -112,7 +145,7 @@ def serve(
 
 
 @bench_app.command()
-@opt.engine_options
+@opt.flatten_options
 def decode(
     model: opt.ModelName,
     batch: Annotated[str, typer.Option(help="How many sequences, with commas.")] = "1,4,16",
@@ -153,7 +186,7 @@ def decode(
         typer.echo(table(found), nl=False)
 
 
-def _tell(result: Result, as_json: bool, save: Path | None, detailed: bool, plot: Path | None) -> None:
+def _report(result: Result, output: OutputOptions) -> None:
     from datetime import datetime, timezone
 
     from lamina.measure.bench.report import record, text
@@ -165,25 +198,25 @@ def _tell(result: Result, as_json: bool, save: Path | None, detailed: bool, plot
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return record(result, this_machine(), date=date, version=__version__, detailed=detailed)
 
-    if as_json:
+    if output.as_json:
         print_json(fields(False))
     else:
         typer.echo(text(result), nl=False)
-    if save is not None:
-        write_text(save, _json(fields(detailed)))
-    if plot is not None and result.summary.completed:
+    if output.save_result is not None:
+        write_text(output.save_result, _json(fields(output.save_detailed)))
+    if output.plot is not None and result.summary.completed:
         from lamina.measure.bench.plots import save_plot
 
-        save_plot(result, plot)
+        save_plot(result, output.plot)
 
 
 def _key_of_the_environment() -> str | None:
-    """The first one: LAMINA_API_KEY may hold several, as a server takes them."""
+    """The first key: LAMINA_API_KEY may hold several, as a server takes them."""
     return next((word for name in KEYS for word in os.environ.get(name, "").split()), None)
 
 
 def _writable(name: str, path: Path | None, suffix: str) -> None:
-    """Said before the run, not after it."""
+    """Raises InvalidRequest where `path` has another suffix, or no folder to be written in."""
     if path is None:
         return
     if path.suffix != suffix:

@@ -1,20 +1,19 @@
-"""The commands around attention workers: serve one, make credentials for some, look at a cluster, end it, drain.
-
-Knows words, columns and exit codes; what the commands do, others know.
-"""
+"""The commands around attention workers: serve as one, make credentials, show a cluster, end it, drain a worker."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lamina.cli.options import JsonLines, Threads
+from lamina.cli.options import JsonLines, Threads, flatten_options
 from lamina.cli.terminal import print_json, print_rows, show_bytes
 from lamina.config import parse_size
+from lamina.system.machine import this_machine
 
 cluster_app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +77,7 @@ def drain(
 
 
 def worker_row(row: Mapping[str, Any], earlier: Mapping[str, Any] | None, seconds: float) -> tuple[str, ...]:
-    """One line of `status`. `earlier` is what the worker said so many seconds before, None: nothing."""
+    """One line of `status`. `earlier` is the worker's own report `seconds` before; rates need it."""
     here = (row["name"], row["address"] or "-", row["state"])
     now = row.get("worker")
     if now is None:
@@ -96,7 +95,7 @@ def worker_row(row: Mapping[str, Any], earlier: Mapping[str, Any] | None, second
 
 
 def show_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, runs of them as "0-3"."""
+    """Ascending numbers as text, runs of them as "0-3"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -106,35 +105,42 @@ def show_ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-def attention_worker(
-    ctx: typer.Context,
-    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Port 0 takes a free one.")] = "127.0.0.1:0",
-    data_port: Annotated[int, typer.Option(help="Port for --data-channel tcp; 0 takes a free one.")] = 0,
-    kv_memory: Annotated[
-        str | None, typer.Option(help="Bytes, or such as 64GiB. Default: half of what is free.")
-    ] = None,
-    threads: Threads = None,
-    name: Annotated[str, typer.Option(help="What status and errors call this worker.")] = "attention",
-    tls_dir: Annotated[str | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem.")] = None,
-    token_file: Annotated[str | None, typer.Option(help="File with the token that callers must show.")] = None,
-    mutual_tls: Annotated[bool, typer.Option("--mutual-tls", help="Callers must show a certificate too.")] = False,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Serve other hosts without TLS or token.")] = False,
-) -> None:
-    """Serve as an attention worker until Ctrl-C: hold KV, and attend to it, for one engine at a time."""
-    from lamina.system.machine import this_machine
+@dataclass(frozen=True, slots=True)
+class AttentionWorkerOptions:
+    """Where an attention worker listens, what it may use, and who may call it."""
 
-    machine = this_machine()
-    size = machine.memory_available // 2 if kv_memory is None else parse_size("kv_memory", kv_memory)
-    argv = ["--listen", listen, "--data-port", str(data_port), "--kv-memory", str(size), "--name", name]
-    argv += ["--threads", str(threads or machine.cores)]
-    argv += [] if tls_dir is None else ["--tls-dir", tls_dir]
-    argv += [] if token_file is None else ["--token-file", token_file]
-    argv += ["--mutual-tls"] * mutual_tls + ["--insecure"] * insecure
-    raise typer.Exit(_serve(ctx)(argv))
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Port 0 takes a free one.")] = "127.0.0.1:0"
+    data_port: Annotated[int, typer.Option(help="Port for --data-channel tcp; 0 takes a free one.")] = 0
+    kv_memory: Annotated[str | None, typer.Option(help="Bytes, or such as 64GiB. Default: half of what is free.")] = (
+        None
+    )
+    threads: Threads = None
+    name: Annotated[str, typer.Option(help="What status and errors call this worker.")] = "attention"
+    tls_dir: Annotated[str | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem.")] = None
+    token_file: Annotated[str | None, typer.Option(help="File with the token that callers must show.")] = None
+    mutual_tls: Annotated[bool, typer.Option("--mutual-tls", help="Callers must show a certificate too.")] = False
+    insecure: Annotated[bool, typer.Option("--insecure", help="Serve other hosts without TLS or token.")] = False
+
+    def argv(self) -> list[str]:
+        """The arguments of `python -m lamina_workers.attention_main`."""
+        machine = this_machine()
+        free = machine.memory_available // 2
+        size = free if self.kv_memory is None else parse_size("kv_memory", self.kv_memory)
+        argv = ["--listen", self.listen, "--data-port", str(self.data_port), "--kv-memory", str(size)]
+        argv += ["--name", self.name, "--threads", str(self.threads or machine.cores)]
+        argv += [] if self.tls_dir is None else ["--tls-dir", self.tls_dir]
+        argv += [] if self.token_file is None else ["--token-file", self.token_file]
+        return argv + ["--mutual-tls"] * self.mutual_tls + ["--insecure"] * self.insecure
+
+
+@flatten_options
+def attention_worker(ctx: typer.Context, worker: AttentionWorkerOptions) -> None:
+    """Serve as an attention worker until Ctrl-C: hold KV, and attend to it, for one engine at a time."""
+    raise typer.Exit(_serve(ctx)(worker.argv()))
 
 
 def _serve(ctx: typer.Context) -> Callable[[list[str]], int]:
-    """What serves: from `ctx.obj` where a caller of the app put something else in its place."""
+    """`attention_main.main`, or the function that a caller of the app gave as `ctx.obj`."""
     if ctx.obj is not None:
         serve: Callable[[list[str]], int] = ctx.obj
         return serve

@@ -1,8 +1,7 @@
-"""The command line: words in, one `LLM` used, text or JSON lines out, an exit code.
+"""The command `lamina`: the list of its commands, their exit codes, and the commands around text and models.
 
-stdout carries answers and nothing else; progress, statistics and errors go to stderr. Exit codes: 0, 1 where something
-failed, 2 for bad input, 130 after Ctrl-C. Knows nothing about how text is generated, and imports torch only once a
-model is needed, so that `--help` is quick.
+stdout carries answers and nothing else; progress, statistics and errors go to stderr. Exit codes: 0, 1 for a failure,
+2 for bad input, 130 after Ctrl-C. torch is imported when a model is needed, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from lamina.cli.terminal import (
     iter_lines,
     print_json,
     print_rows,
-    read_lines,
     show_bytes,
     write,
 )
@@ -47,7 +45,7 @@ BAD_INPUT = (InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError)
 
 
 class Commands(TyperGroup):
-    """The commands, with every way to end made an exit code and, at most, one line on stderr."""
+    """The commands. Each way to end becomes an exit code and at most one line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -55,19 +53,21 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # whoever read our output, such as head, has enough
+        except BrokenPipeError:  # the reader of our output, such as head, has enough
             close_stdout()
             raise typer.Exit(1) from None
         except typer.BadParameter as error:
             typer.echo(f"error: {error.format_message()}", err=True)
             raise typer.Exit(2) from None
         except (LaminaError, OSError) as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)  # one line, whatever a template put in it
+            typer.echo(
+                f"error: {' '.join(str(error).split())}", err=True
+            )  # a template's text may have several lines
             raise typer.Exit(exit_code(error)) from error
 
 
 def exit_code(error: LaminaError | OSError) -> int:
-    """2 where the input was bad, 1 for all else: a full disk, or a folder that cannot be written."""
+    """2 for bad input, 1 for everything else, such as a full disk or a folder that cannot be written."""
     unwritable = isinstance(error.__cause__, PermissionError) or getattr(error.__cause__, "errno", 0) == errno.EROFS
     return 1 if isinstance(error, DiskFullError) or unwritable or not isinstance(error, BAD_INPUT) else 2
 
@@ -107,48 +107,21 @@ def _root(
 
 
 @app.command()
-@opt.engine_options
+@opt.flatten_options
 def generate(
     ctx: typer.Context,
-    prompts: opt.Prompts = None,
-    file: opt.File = None,
-    chat: opt.Chat = None,
+    prompts: opt.PromptOptions,
     model: opt.Model = DEFAULT_MODEL,
     as_json: opt.JsonLines = False,
-    stream: opt.Stream = True,
-    max_tokens: opt.MaxTokens = None,
-    min_tokens: opt.MinTokens = None,
-    temperature: opt.Temperature = None,
-    top_p: opt.TopP = None,
-    top_k: opt.TopK = None,
-    min_p: opt.MinP = None,
-    repetition_penalty: opt.RepetitionPenalty = None,
-    presence_penalty: opt.PresencePenalty = None,
-    frequency_penalty: opt.FrequencyPenalty = None,
-    seed: opt.Seed = None,
-    stop: opt.Stop = None,
-    n: opt.Samples = None,
-    logprobs: opt.Logprobs = None,
-    ignore_eos: opt.IgnoreEos = None,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Show one prompt's text as it comes.")] = True,
     *,
+    sampling: opt.SamplingOptions,
     engine: opt.EngineOptions,
 ) -> None:
     """Answer one prompt as it is generated, or several together, each printed when it is finished."""
-    texts = [decode_argument(prompt) for prompt in prompts or []]
-    if file is not None:
-        texts += read_lines(file)
-    if not texts:
-        raise InvalidRequest("no prompt given: write one after `lamina generate`, or name a file with --file")
-    if "" in texts:
-        raise InvalidRequest(f"prompt {texts.index('') + 1} of {len(texts)} is empty; at least one character is needed")
-    params = _sampling(
-        max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
-        seed=seed, stop=stop or None, n=n, logprobs=logprobs, ignore_eos=ignore_eos,
-    )  # fmt: skip
-    load = engine.config()
+    texts, params, load = prompts.texts(), sampling.params(), engine.config()  # checked before a model is loaded
     with ProgressBars() as progress, _open(ctx, model, engine.plan, progress=progress, **load) as llm:
-        use_template = llm.has_chat_template if chat is None else chat
+        use_template = llm.has_chat_template if prompts.chat is None else prompts.chat
         if use_template:
             events = llm.stream_chat([[{"role": "user", "content": text}] for text in texts], params)
         else:
@@ -161,29 +134,21 @@ def generate(
             print_as_they_finish(events, texts, params.n, progress)
 
 
+_BATCH_SAMPLING = ("min_tokens", "presence_penalty", "frequency_penalty", "n", "logprobs", "ignore_eos")
+
+
 @app.command()
-@opt.engine_options
+@opt.flatten_options
 def chat(
     ctx: typer.Context,
-    system: opt.System = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     model: opt.Model = DEFAULT_MODEL,
-    max_tokens: opt.MaxTokens = None,
-    temperature: opt.Temperature = None,
-    top_p: opt.TopP = None,
-    top_k: opt.TopK = None,
-    min_p: opt.MinP = None,
-    repetition_penalty: opt.RepetitionPenalty = None,
-    seed: opt.Seed = None,
-    stop: opt.Stop = None,
     *,
+    sampling: Annotated[opt.SamplingOptions, opt.Without(frozenset(_BATCH_SAMPLING))],
     engine: opt.EngineOptions,
 ) -> None:
     """Talk with a model, a line at a time. /reset forgets the conversation, /quit leaves."""
-    params = _sampling(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, stop=stop or None,
-    )  # fmt: skip
-    load = engine.config()
+    params, load = sampling.params(), engine.config()
     opening = [] if system is None else [{"role": "system", "content": decode_argument(system)}]
     with ProgressBars() as progress, _open(ctx, model, engine.plan, progress=progress, **load) as llm:
         progress.hide()
@@ -200,14 +165,14 @@ def chat(
 def _take_turn(
     llm: LLM, history: list[dict[str, str]], line: str, params: SamplingParams, progress: ProgressBars
 ) -> list[dict[str, str]]:
-    """The conversation after one more question and its answer; at a terminal a turn that fails leaves it as it was."""
+    """The conversation after one more question and its answer. At a terminal a turn that fails leaves it unchanged."""
     asked = [*history, {"role": "user", "content": line}]
     answer = ""
     try:
         for event in llm.stream_chat(asked, params):
             answer += event.text
             write(event.text, progress)
-    except KeyboardInterrupt:  # enough of this answer, but not of the conversation
+    except KeyboardInterrupt:  # ends this answer, not the conversation
         if not sys.stdin.isatty():
             raise
     except InvalidRequest as error:
@@ -221,7 +186,7 @@ def _take_turn(
 
 
 def _spoken_lines() -> Iterator[str]:
-    """What is typed at a terminal, with editing and history, or the lines of stdin, until either ends."""
+    """The lines typed at a terminal, with editing and history, or the lines of stdin."""
     if not sys.stdin.isatty():
         yield from iter_lines(sys.stdin.buffer, "stdin")
         return
@@ -237,14 +202,9 @@ def _spoken_lines() -> Iterator[str]:
             raise InvalidRequest(f"what was typed is not UTF-8: {error}") from error
 
 
-def _sampling(**options: Any) -> SamplingParams:
-    """Checked before a model is loaded, so that a bad value fails at once."""
-    return SamplingParams(**{name: value for name, value in options.items() if value is not None})
-
-
 def _open(ctx: typer.Context, model: str, plan: Path | None, **options: Any) -> LLM:
-    """The model, from `ctx.obj` where a caller of `app` put something else in `LLM`'s place. A plan's model and engine
-    give way to what was written on the command line."""
+    """The model, loaded by `LLM`, or by the class that a caller of `app` gave as `ctx.obj`. Options of the command line
+    override those of a plan."""
     make: Any = ctx.obj
     if make is None:
         from lamina.llm import LLM

@@ -1,7 +1,7 @@
-"""The arguments and options of the commands, each described once, and how their numbers are read.
+"""The arguments and options that commands share: their names, help and syntax.
 
-Knows names, help and syntax. Which values are allowed, `SamplingParams` and the engine say. None stands for the model's
-own default, or Lamina's.
+A group of options is a frozen dataclass, and `flatten_options` gives its fields to Typer. `SamplingParams` and
+`EngineConfig` check the values. None stands for the default of the model, or of Lamina.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+
+from lamina.cli.terminal import decode_argument, read_lines
+from lamina.errors import InvalidRequest
+from lamina.sampling_params import SamplingParams
 
 
 def _integer(text: str) -> int:
@@ -49,39 +53,68 @@ def _worker_option(*names: str, help: str, **more: Any) -> Any:
 _MODELS = "An alias, a folder, a GGUF file or a hub id."
 
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=_MODELS)]
-
-Prompts = Annotated[list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)]
-File = Annotated[str | None, typer.Option(help="A file with one prompt a line; - is stdin.")]
-Chat = Annotated[bool | None, typer.Option("--chat/--raw", help="The chat template, or not. Default: if there is one.")]
-Stream = Annotated[bool, typer.Option("--stream/--no-stream", help="Show one prompt's text as it comes.")]
-System = Annotated[str | None, typer.Option(help="The system message.")]
-
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODELS)]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=_MODELS)]
 Threads = Annotated[int | None, _integer_option("CPU threads.", "Engine")]
-KvMemory = Annotated[str | None, _engine_option("Memory for the KV cache of each holder: bytes, or such as 2GiB.")]
 
-MaxTokens = Annotated[int | None, _integer_option("The most tokens to generate.")]
-MinTokens = Annotated[int | None, _integer_option("Do not stop before this many tokens.")]
-Temperature = Annotated[float | None, _number_option("0 always takes the likeliest token.")]
-TopP = Annotated[float | None, _number_option("Keep the likeliest tokens that together reach this.")]
-TopK = Annotated[int | None, _integer_option("Keep the k likeliest tokens; 0 keeps all.")]
-MinP = Annotated[float | None, _number_option("Drop tokens less likely than this share of the likeliest.")]
-RepetitionPenalty = Annotated[float | None, _number_option("Above 1 makes tokens seen before less likely.")]
-PresencePenalty = Annotated[float | None, _number_option("-2 to 2, once for any token used.")]
-FrequencyPenalty = Annotated[float | None, _number_option("-2 to 2, for each time a token was used.")]
-Seed = Annotated[int | None, _integer_option("The same seed gives the same text.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End where this appears. Repeatable.", rich_help_panel="Sampling")]
-Samples = Annotated[int | None, _integer_option("Samples for each prompt.")]
-Logprobs = Annotated[int | None, _integer_option("With --json: report this many likeliest tokens too.")]
-IgnoreEos = Annotated[
-    bool | None, typer.Option("--ignore-eos", help="Go on past the end token.", rich_help_panel="Sampling")
-]
+
+@dataclass(frozen=True, slots=True)
+class PromptOptions:
+    """The prompts of `lamina generate`."""
+
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)] = None
+    file: Annotated[str | None, typer.Option(help="A file with one prompt a line; - is stdin.")] = None
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="The chat template, or not. Default: if there is one.")
+    ] = None
+
+    def texts(self) -> list[str]:
+        """All prompts in order. Raises InvalidRequest for no prompt, for an empty one, and for bytes that are not
+        UTF-8."""
+        texts = [decode_argument(prompt) for prompt in self.prompts or []]
+        if self.file is not None:
+            texts += read_lines(self.file)
+        if not texts:
+            raise InvalidRequest("no prompt given: write one after `lamina generate`, or name a file with --file")
+        if "" in texts:
+            raise InvalidRequest(
+                f"prompt {texts.index('') + 1} of {len(texts)} is empty; at least one character is needed"
+            )
+        return texts
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are chosen: fields of `SamplingParams`."""
+
+    max_tokens: Annotated[int | None, _integer_option("The most tokens to generate.")] = None
+    min_tokens: Annotated[int | None, _integer_option("Do not stop before this many tokens.")] = None
+    temperature: Annotated[float | None, _number_option("0 always takes the likeliest token.")] = None
+    top_p: Annotated[float | None, _number_option("Keep the likeliest tokens that together reach this.")] = None
+    top_k: Annotated[int | None, _integer_option("Keep the k likeliest tokens; 0 keeps all.")] = None
+    min_p: Annotated[float | None, _number_option("Drop tokens less likely than this share of the likeliest.")] = None
+    repetition_penalty: Annotated[float | None, _number_option("Above 1 makes tokens seen before less likely.")] = None
+    presence_penalty: Annotated[float | None, _number_option("-2 to 2, once for any token used.")] = None
+    frequency_penalty: Annotated[float | None, _number_option("-2 to 2, for each time a token was used.")] = None
+    seed: Annotated[int | None, _integer_option("The same seed gives the same text.")] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End where this appears. Repeatable.", rich_help_panel="Sampling")
+    ] = None
+    n: Annotated[int | None, _integer_option("Samples for each prompt.")] = None
+    logprobs: Annotated[int | None, _integer_option("With --json: report this many likeliest tokens too.")] = None
+    ignore_eos: Annotated[
+        bool | None, typer.Option("--ignore-eos", help="Go on past the end token.", rich_help_panel="Sampling")
+    ] = None
+
+    def params(self) -> SamplingParams:
+        """The options that were given, checked. Raises InvalidRequest."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SamplingParams(**{name: value for name, value in given.items() if value not in (None, [])})
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """The options of every command that loads a model: fields of `EngineConfig`, and a plan that has some of them."""
+    """The options of every command that loads a model: fields of `EngineConfig`, and a plan file with some of them."""
 
     dtype: Annotated[str | None, _engine_option("float32, bfloat16 or auto.")] = None
     device: Annotated[
@@ -92,7 +125,9 @@ class EngineOptions:
     ] = None
     compile: Annotated[bool | None, _engine_option("Send the dense layers through torch.compile.")] = None
     threads: Threads = None
-    kv_memory: KvMemory = None
+    kv_memory: Annotated[
+        str | None, _engine_option("Memory for the KV cache of each holder: bytes, or such as 2GiB.")
+    ] = None
     kv_dtype: Annotated[str | None, _engine_option("Of the KV cache: float32, bfloat16, float16, int8 or auto.")] = None
     policy: Annotated[
         str | None, _engine_option("What each KV head reads and keeps: full, auto, a policy, or a .toml file.")
@@ -125,7 +160,7 @@ class EngineOptions:
     ] = None
 
     def config(self) -> dict[str, Any]:
-        """What was given, as keywords for `LLM`."""
+        """The options that were given, as keywords for `LLM`."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
         given["attention_workers"] = _workers(self.attention_workers or [])
         for name in ("device", "attention_device"):
@@ -147,22 +182,41 @@ def _workers(words: list[str]) -> int | list[str] | None:
     return items or None
 
 
-def engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with all of `EngineOptions` after its own options; it takes them together, as `engine`."""
+@dataclass(frozen=True, slots=True)
+class Without:
+    """Beside a group in `Annotated`: the fields that the command does not take. They keep their defaults."""
+
+    names: frozenset[str]
+
+
+def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer reads it, with one parameter for each field in the place of a parameter that is a dataclass.
+
+    A field has its option or argument in its `Annotated` type, and Typer gets its default. The command gets instances.
+    """
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for own in inspect.signature(command, eval_str=True).parameters.values():
+        group, *marks = get_args(own.annotation) or (own.annotation,)
+        if not is_dataclass(group):
+            parameters.append(own.replace(kind=keyword))
+            continue
+        dropped = {name for mark in marks if isinstance(mark, Without) for name in mark.names}
+        hints = get_type_hints(group, include_extras=True)
+        taken = [field for field in fields(group) if field.name not in dropped]
+        groups[own.name] = group, [field.name for field in taken]
+        for field in taken:
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=hints[field.name]))
 
     @functools.wraps(command)
-    def taking_options(**given: Any) -> None:
-        engine = EngineOptions(**{field.name: given.pop(field.name) for field in fields(EngineOptions)})
-        command(**given, engine=engine)
+    def flat(**given: Any) -> None:
+        values = {
+            name: group(**{field: given.pop(field) for field in taken}) for name, (group, taken) in groups.items()
+        }
+        command(**given, **values)
 
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    hints = get_type_hints(EngineOptions, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [parameter.replace(kind=keyword) for parameter in own if parameter.name != "engine"]
-    parameters += [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-        for field in fields(EngineOptions)
-    ]
-    taking_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
-    taking_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return taking_options
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat

@@ -1,19 +1,20 @@
-"""The commands around KV policies: find one for a model, import a published one, look at a file, measure it.
-
-Knows words, columns and exit codes; what the commands do, others know.
-"""
+"""The commands around KV policies: find one for a model, import a published one, show a file, measure it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lamina.cli import options as opt
 from lamina.cli.terminal import ProgressBars, print_json, print_rows
 from lamina.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from lamina.measure.calibration.calibrate import Settings
 
 policy_app = typer.Typer(no_args_is_help=True, help="Import, look at and measure policy files: what KV heads keep.")
 
@@ -84,8 +85,6 @@ def measure(
     as_json: opt.JsonLines = False,
 ) -> None:
     """What a policy file costs in quality on a long text, beside the full cache."""
-    from dataclasses import asdict
-
     from lamina.config import EngineConfig
     from lamina.measure.calibration.calibrate import measure as measured
     from lamina.policy_file import read
@@ -97,52 +96,47 @@ def measure(
     print_json(asdict(quality)) if as_json else typer.echo(str(quality))
 
 
-def calibrate(
-    model: opt.ModelName,
-    out: Out,
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """How `lamina calibrate` looks for a policy."""
+
     target_quality: Annotated[
         float, typer.Option(help="0.99: NLL rises by 1 % at most, 97 % of likeliest tokens stay, passkeys too.")
-    ] = 0.99,
-    method: Annotated[
-        str, typer.Option(help="windows, spans (they grow) or streaming (one size, or full).")
-    ] = "windows",
-    context: Context = None,
-    sink: Sink = None,
-    recent: Recent = None,
-    steps: Annotated[int | None, typer.Option(help="Of the gates' optimisation.")] = None,
-    text: Text = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="A .json file to keep heads' scores in, and to use again.")
-    ] = None,
-    dtype: Dtype = "auto",
-    threads: opt.Threads = None,
-    seed: Seed = 0,
-) -> None:
+    ] = 0.99
+    method: Annotated[str, typer.Option(help="windows, spans (they grow) or streaming (one size, or full).")] = (
+        "windows"
+    )
+    context: Context = None
+    sink: Sink = None
+    recent: Recent = None
+    steps: Annotated[int | None, typer.Option(help="Of the gates' optimisation.")] = None
+    text: Text = None
+    scores: Annotated[Path | None, typer.Option(help="A .json file to keep heads' scores in, and to use again.")] = None
+    dtype: Dtype = "auto"
+    threads: opt.Threads = None
+    seed: Seed = 0
+
+    def settings(self) -> Settings:
+        from lamina.measure.calibration.calibrate import Settings
+        from lamina.measure.calibration.quality import Target
+
+        names = ("method", "context", "sink", "recent", "steps", "text", "scores", "seed")
+        given = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        return Settings(target=Target(self.target_quality), **given)
+
+
+@opt.flatten_options
+def calibrate(model: opt.ModelName, out: Out, how: CalibrationOptions) -> None:
     """Find what each KV head of a model has to keep, and write a policy file with a report beside it."""
     from lamina.config import EngineConfig
-    from lamina.measure.calibration.calibrate import Settings
     from lamina.measure.calibration.calibrate import calibrate as calibrated
-    from lamina.measure.calibration.quality import Target
     from lamina.measure.calibration.report import NO_PLOTS, write_report
     from lamina.policy_file import write
 
-    given: dict[str, Any] = {
-        "sink": sink,
-        "recent": recent,
-        "steps": steps,
-        "context": context,
-        "text": text,
-        "scores": scores,
-    }
-    settings = Settings(
-        target=Target(target_quality),
-        method=method,
-        seed=seed,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    path = _toml(out)
+    settings, path = how.settings(), _toml(out)
     with ProgressBars() as bars:
-        found = calibrated(model, settings, EngineConfig(dtype=dtype, threads=threads), bars)
+        found = calibrated(model, settings, EngineConfig(dtype=how.dtype, threads=how.threads), bars)
     write(path, found.file)
     if not write_report(path, found, settings.target):
         typer.echo(NO_PLOTS, err=True)
@@ -153,7 +147,7 @@ def calibrate(
 
 
 def _toml(path: Path) -> Path:
-    """`path`, which must end as engines know policy files."""
+    """`path`, checked: engines take a name that ends in .toml as a policy file."""
     if path.suffix != ".toml":
         raise InvalidRequest(f"--out is {str(path)!r:.200}; allowed are names that end in .toml")
     return path

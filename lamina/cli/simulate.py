@@ -1,17 +1,19 @@
 """The commands around the simulator: plan a deployment, compare systems on a trace, measure this machine for both.
 
-Knows words, columns and files to write; what is computed, `lamina.simulator` knows. Imports it when a command runs.
+`lamina.simulator` is imported when a command runs.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lamina.cli.options import flatten_options
 from lamina.cli.simulator_output import plan_page, plan_record, print_plan, write_runs
 from lamina.cli.terminal import ProgressBars, print_json, print_rows
 from lamina.errors import InvalidRequest
@@ -19,6 +21,7 @@ from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
     from lamina.simulator.event_loop.simulate import Slo
+    from lamina.simulator.planning.inventory import Inventory
     from lamina.simulator.traces.catalogue import Trace
 
 DEFAULT_MODEL, DEFAULT_TRACE, DEFAULT_SLO = "llama-3-70b", "azure-conv", "tpot=100ms,ttft=2s"
@@ -41,103 +44,119 @@ Seed = Annotated[int, typer.Option(help="For traces that are drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def plan(
-    model: Model = DEFAULT_MODEL,
-    trace: TraceName = DEFAULT_TRACE,
-    slo: SloText = DEFAULT_SLO,
-    budget: Annotated[float | None, typer.Option(help="Dollars an hour at most.")] = None,
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What `lamina plan` plans for, from which devices, and where the plan goes."""
+
+    model: Model = DEFAULT_MODEL
+    trace: TraceName = DEFAULT_TRACE
+    slo: SloText = DEFAULT_SLO
+    budget: Annotated[float | None, typer.Option(help="Dollars an hour at most.")] = None
     inventory: Annotated[
         Path | None, typer.Option(help="A TOML file with what there is. Default: 8 H100, 8 H20, 4 EPYC hosts.")
-    ] = None,
-    hardware: Hardware = None,
-    rate: Rate = "trace",
-    count: Annotated[int | None, typer.Option(help="Only so many of the trace's requests.")] = None,
-    trace_dir: TraceDir = None,
-    prefill: Prefill = True,
-    efficiency: EfficiencyName = "typical",
-    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Write the winner here, for --plan and --check.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot here, as PNG.")] = None,
+    ] = None
+    hardware: Hardware = None
+    rate: Rate = "trace"
+    count: Annotated[int | None, typer.Option(help="Only so many of the trace's requests.")] = None
+    trace_dir: TraceDir = None
+    prefill: Prefill = True
+    efficiency: EfficiencyName = "typical"
+    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 5
+    out: Annotated[Path | None, typer.Option(help="Write the winner here, for --plan and --check.")] = None
+    html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None
+    plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot here, as PNG.")] = None
     check: Annotated[
         Path | None, typer.Option(help="Run this plan here instead, and print predicted beside measured.")
-    ] = None,
-    as_json: Json = False,
-    seed: Seed = 0,
-) -> None:
+    ] = None
+    as_json: Json = False
+    seed: Seed = 0
+
+    def devices(self) -> Inventory:
+        """The inventory, with the efficiency that was asked for."""
+        from lamina.simulator.costs import hardware as catalogues
+        from lamina.simulator.planning import inventory as inventories
+
+        catalogue = catalogues.load(self.hardware)
+        have = inventories.read(self.inventory, catalogue) if self.inventory else inventories.default(catalogue)
+        if parse_efficiency(self.efficiency):
+            return have
+        return inventories.with_efficiency(have, catalogue.typical)
+
+
+@flatten_options
+def plan(asked: PlanOptions) -> None:
     """Which mix of machines, and how many of each, gives the most for a dollar within the latency that users accept."""
-    if check is not None:
-        _check(check, as_json)
+    if asked.check is not None:
+        _check(asked.check, asked.as_json)
         return
-    wanted, asked_rate, roofline = parse_slo(slo), parse_rate(rate), parse_efficiency(efficiency)
-    if not 0 <= verify <= 100:
-        raise InvalidRequest(f"verify is {verify}; allowed are 0 to 100")
-    for name, path, suffix in (("out", out, ".toml"), ("html", html, ".html"), ("plot", plot, ".png")):
-        _suffix(name, path, suffix)
-    if html is not None and not verify:
+    slo, rate, roofline = parse_slo(asked.slo), parse_rate(asked.rate), parse_efficiency(asked.efficiency)
+    if not 0 <= asked.verify <= 100:
+        raise InvalidRequest(f"verify is {asked.verify}; allowed are 0 to 100")
+    _suffix("out", asked.out, ".toml")
+    _suffix("html", asked.html, ".html")
+    _suffix("plot", asked.plot, ".png")
+    if asked.html is not None and not asked.verify:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
-    from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
-    from lamina.simulator.planning import inventory as inventories
-    from lamina.simulator.planning.plan import make_plan
+    from lamina.simulator.planning.plan import PlanRequest, make_plan
     from lamina.simulator.planning.plan_file import write
 
-    shape = shape_of(model)
-    catalogue = catalogues.load(hardware)
-    have = inventories.read(inventory, catalogue) if inventory else inventories.default(catalogue)
-    if not roofline:
-        have = inventories.with_efficiency(have, catalogue.typical)
-    requests = _trace(trace, count, seed, trace_dir)
+    shape, devices = shape_of(asked.model), asked.devices()
+    trace = _trace(asked.trace, asked.count, asked.seed, asked.trace_dir)
+    request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill)
     with ProgressBars() as progress:
-        found = make_plan(
-            model, shape, have, requests, wanted, budget=budget, rate=asked_rate, prefill=prefill, check=verify,
-            seed=seed, progress=progress,
-        )  # fmt: skip
-    if out is not None:
-        write(out, found.plan)
-    if plot is not None:
+        found = make_plan(request, check=asked.verify, seed=asked.seed, progress=progress)
+    if asked.out is not None:
+        write(asked.out, found.plan)
+    if asked.plot is not None:
         from lamina.simulator.planning.plan import X_LABEL, Y_LABEL
         from lamina.simulator.reports.plots import save_pareto
 
-        save_pareto(found.points(), found.winner.name, plot, x_label=X_LABEL, y_label=Y_LABEL)
-    if html is not None:
-        write_text(html, plan_page(found, f"A plan for {shape.name} on {requests.name}"))
-    if as_json:
+        save_pareto(found.points(), found.winner.name, asked.plot, x_label=X_LABEL, y_label=Y_LABEL)
+    if asked.html is not None:
+        write_text(asked.html, plan_page(found, f"A plan for {shape.name} on {trace.name}"))
+    if asked.as_json:
         print_json(plan_record(found))
     else:
-        print_plan(found, slo, budget, roofline, prefill, out)
+        print_plan(found, asked.slo, asked.budget, roofline, asked.prefill, asked.out)
 
 
-def simulate(
-    model: Model = DEFAULT_MODEL,
-    trace: TraceName = DEFAULT_TRACE,
-    system: Annotated[
-        str, typer.Option(help="Which to compare, with commas; also such as lamina:h100x2+h20x4.")
-    ] = DEFAULT_SYSTEMS,
-    hardware: Hardware = None,
-    slo: SloText = DEFAULT_SLO,
-    rate: Rate = "trace",
-    count: Annotated[int | None, typer.Option(help="So many of the trace's requests; 0: all.")] = DEFAULT_COUNT,
-    trace_dir: TraceDir = None,
-    link: Annotated[str | None, typer.Option(help="Between tiers. Default: fhbn-400g, to CPU hosts 25G.")] = None,
-    lanes: Annotated[int, typer.Option(help="Batches in rotation, where attention is elsewhere.")] = 2,
+@dataclass(frozen=True, slots=True)
+class SimulateOptions:
+    """What `lamina simulate` compares, on which trace, and how the results are shown."""
+
+    model: Model = DEFAULT_MODEL
+    trace: TraceName = DEFAULT_TRACE
+    system: Annotated[str, typer.Option(help="Which to compare, with commas; also such as lamina:h100x2+h20x4.")] = (
+        DEFAULT_SYSTEMS
+    )
+    hardware: Hardware = None
+    slo: SloText = DEFAULT_SLO
+    rate: Rate = "trace"
+    count: Annotated[int | None, typer.Option(help="So many of the trace's requests; 0: all.")] = DEFAULT_COUNT
+    trace_dir: TraceDir = None
+    link: Annotated[str | None, typer.Option(help="Between tiers. Default: fhbn-400g, to CPU hosts 25G.")] = None
+    lanes: Annotated[int, typer.Option(help="Batches in rotation, where attention is elsewhere.")] = 2
     policy: Annotated[
         str | None, typer.Option(help="A KV policy as NAME=READ,HELD: shares of the bytes read and held.")
-    ] = None,
-    prefill: Prefill = True,
-    efficiency: EfficiencyName = "typical",
-    seed: Seed = 0,
-    as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    ] = None
+    prefill: Prefill = True
+    efficiency: EfficiencyName = "typical"
+    seed: Seed = 0
+    as_json: Json = False
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False
     out: Annotated[
         Path | None, typer.Option(help="A folder for the table, JSON, CSV, pictures, report and step timelines.")
-    ] = None,
-) -> None:
+    ] = None
+
+
+@flatten_options
+def simulate(asked: SimulateOptions) -> None:
     """Systems beside each other on one trace: throughput, cost, latencies, utilisation."""
-    if as_json and as_csv:
+    if asked.as_json and asked.as_csv:
         raise InvalidRequest("--json and --csv were given; allowed is one of the two")
-    wanted, asked_rate, roofline = parse_slo(slo), parse_rate(rate), parse_efficiency(efficiency)
+    slo, rate, roofline = parse_slo(asked.slo), parse_rate(asked.rate), parse_efficiency(asked.efficiency)
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
@@ -145,21 +164,21 @@ def simulate(
     from lamina.simulator.reports.report import table, to_csv, to_json
     from lamina.simulator.traces.catalogue import all_at_once, at_rate
 
-    catalogue = catalogues.load(hardware)
+    catalogue = catalogues.load(asked.hardware)
     known = catalogue if roofline else with_efficiency(catalogue)
-    choice = Choice(shape_of(model), known, parse_policy(policy), lanes, link)
-    systems = [build(name, choice) for name in _names(system)]
-    requests = _trace(trace, count or None, seed, trace_dir)
-    if asked_rate is not None:
-        requests = all_at_once(requests) if math.isinf(asked_rate) else at_rate(requests, asked_rate)
+    choice = Choice(shape_of(asked.model), known, parse_policy(asked.policy), asked.lanes, asked.link)
+    systems = [build(name, choice) for name in _names(asked.system)]
+    trace = _trace(asked.trace, asked.count or None, asked.seed, asked.trace_dir)
+    if rate is not None:
+        trace = all_at_once(trace) if math.isinf(rate) else at_rate(trace, rate)
     with ProgressBars() as progress:
         results = compare(
-            systems, requests, slo=wanted, prefill=prefill, seed=seed, progress=progress,
-            assumptions=assumed(catalogue, roofline, prefill, requests),
+            systems, trace, slo=slo, prefill=asked.prefill, seed=asked.seed, progress=progress,
+            assumptions=assumed(catalogue, roofline, asked.prefill, trace),
         )  # fmt: skip
-    if out is not None:
-        write_runs(out, systems, results, wanted)
-    shown = to_json(results) if as_json else to_csv(results) if as_csv else table(results)
+    if asked.out is not None:
+        write_runs(asked.out, systems, results, slo)
+    shown = to_json(results) if asked.as_json else to_csv(results) if asked.as_csv else table(results)
     typer.echo(shown, nl=False)
 
 

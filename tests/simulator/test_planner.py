@@ -17,7 +17,7 @@ from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import Candidate, candidates
-from lamina.simulator.planning.plan import make_plan
+from lamina.simulator.planning.plan import PlanRequest, make_plan
 from lamina.simulator.planning.planner import Ranked, best, described, limited, mixes, rank, rivals, top, verify
 from lamina.simulator.planning.reasons import changed, limits, sensitivity, why
 from lamina.simulator.steady_state.closed_form import ATTAINMENT, estimate
@@ -268,7 +268,8 @@ def test_the_winner_changes_where_it_is_said_to() -> None:
 
 def test_a_whole_plan_from_beginning_to_end() -> None:
     trace = traces.trace("azure-conv", 200, seed=1)
-    found = make_plan("llama-3-70b", BIG, there_are((H100, 4), (H20, 2)), trace, SLO, budget=50.0, check=2, seed=1)
+    asked = PlanRequest("llama-3-70b", BIG, there_are((H100, 4), (H20, 2)), trace, SLO, budget=50.0)
+    found = make_plan(asked, check=2, seed=1)
     assert found.winner.result is not None
     assert found.winner.serves
     assert found.winner.result.slo_share >= ATTAINMENT

@@ -21,8 +21,26 @@ X_LABEL, Y_LABEL = "output tokens a dollar, by the closed form", "tokens a secon
 
 
 @dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a plan is for, and the devices it may use.
+
+    `name` is the model as an engine loads it. `budget`: dollars an hour at most. `rate`: requests a second in place of
+    the trace's own; infinite: as many as the budget's devices serve. Without `prefill`, prompts are computed elsewhere.
+    """
+
+    name: str
+    model: ModelShape
+    inventory: Inventory
+    trace: Trace
+    slo: Slo
+    budget: float | None = None
+    rate: float | None = None
+    prefill: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Planned:
-    """What was found. `ranked` has all candidates, those that the event loop checked first and in its order."""
+    """What was found. `ranked` has all candidates; those that the event loop checked come first, in its order."""
 
     demand: Demand
     ranked: tuple[Ranked, ...]
@@ -53,40 +71,26 @@ class Planned:
         ]
 
 
-def make_plan(
-    name: str,
-    model: ModelShape,
-    inventory: Inventory,
-    trace: Trace,
-    slo: Slo,
-    *,
-    budget: float | None = None,
-    rate: float | None = None,
-    prefill: bool = True,
-    check: int = TOP,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Planned:
+def make_plan(asked: PlanRequest, *, check: int = TOP, seed: int = 0, progress: Progress | None = None) -> Planned:
     """Rank all candidates, simulate the best `check` of them, and explain the first.
 
-    `name` is what an engine loads. `rate`: requests a second, where not the trace's own; infinite: as many as the
-    budget's devices serve. Raises InvalidRequest where nothing fits, or nothing meets the SLO.
+    Raises InvalidRequest where nothing fits, or nothing meets the SLO.
     """
-    asked = demand(trace)
-    if rate is not None:
-        asked = asked.at_rate(rate)
-    every = candidates(model, inventory, budget, prefill)
-    ranked = rank(every, asked, slo, prefill=prefill, progress=progress)
+    slo, prefill, wanted = asked.slo, asked.prefill, demand(asked.trace)
+    if asked.rate is not None:
+        wanted = wanted.at_rate(asked.rate)
+    every = candidates(asked.model, asked.inventory, asked.budget, prefill)
+    ranked = rank(every, wanted, slo, prefill=prefill, progress=progress)
     if check:
         chosen = top(ranked, check)
-        checked = verify(chosen, trace, slo, prefill=prefill, seed=seed, progress=progress)
+        checked = verify(chosen, asked.trace, slo, prefill=prefill, seed=seed, progress=progress)
         ranked = checked + [each for each in ranked if each not in chosen]
     return Planned(
-        demand=asked,
+        demand=wanted,
         ranked=tuple(ranked),
-        why=tuple(reasons.why(ranked, asked, slo, prefill)),
-        sensitivity=tuple(reasons.sensitivity(ranked[0], rivals(ranked), asked, slo, prefill)),
-        plan=_plan(name, ranked[0], asked, slo),
+        why=tuple(reasons.why(ranked, wanted, slo, prefill)),
+        sensitivity=tuple(reasons.sensitivity(ranked[0], rivals(ranked), wanted, slo, prefill)),
+        plan=_plan(asked.name, ranked[0], wanted, slo),
     )
 
 

@@ -66,7 +66,7 @@ class TestNames:
     def test_flags_say_the_same(self) -> None:
         found = []
 
-        @cli_options.engine_options
+        @cli_options.flatten_options
         def command(engine: cli_options.EngineOptions) -> None:
             found.append(engine.config())
 
