@@ -60,9 +60,7 @@ class Commands(TyperGroup):
             typer.echo(f"error: {error.format_message()}", err=True)
             raise typer.Exit(2) from None
         except (LaminaError, OSError) as error:
-            typer.echo(
-                f"error: {' '.join(str(error).split())}", err=True
-            )  # a template's text may have several lines
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)  # a template's text may have several lines
             raise typer.Exit(exit_code(error)) from error
 
 
