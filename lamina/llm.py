@@ -1,13 +1,11 @@
 """`LLM`: a model, its workers and its engine, for Python programs.
 
-Checks what callers pass in and turns it into requests; the asynchronous methods differ from the blocking ones only in
-how they wait. Safe to use from several threads and event loops at once.
+It may be used from several threads and event loops at once.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 from lamina.client.call import Call
-from lamina.client.input_processor import Conversation, Prompt, is_one
-from lamina.client.loop_queue import AsyncOutputs
-from lamina.completions import Completion, Interrupted, TokenEvent
+from lamina.client.input_processor import Conversations, Prompts, is_conversation, is_one
+from lamina.completions import Completion, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
 from lamina.messages.engine_request import EngineRequest
@@ -37,12 +34,13 @@ class LLM:
     """A loaded model. Use it as a context manager, or `close` it.
 
     `model` is an alias (`lamina models ls`), a folder, a GGUF file or a hub id; the keywords are the fields of
-    `EngineConfig`. `progress(what, done, total)` is told how downloads, conversion and loading go. Raises
+    `EngineConfig`. `progress(what, done, total)` is called as downloads, conversion and loading go on. Raises
     ModelFileError or UnsupportedModelError for the model, InvalidRequest for the rest.
 
-    `generate` and `chat` give one `Completion` for one prompt or conversation and a list for a list; `stream` and
-    `stream_chat` give `TokenEvent`s as they come, and closing the iterator ends the requests. Each takes a
-    `SamplingParams` or its fields as keywords, and `priority` (lower is more urgent).
+    `generate` and `chat` give one `Completion` for one prompt or conversation and a list for a list. `stream` and
+    `stream_chat` give `TokenEvent`s as they come; closing the iterator ends the requests. `agenerate`, `achat`,
+    `astream` and `astream_chat` are the same for event loops. Each takes a `SamplingParams` or its fields as keywords,
+    and `priority` (lower is more urgent).
     """
 
     def __init__(self, model: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, **config: Any) -> None:
@@ -50,7 +48,7 @@ class LLM:
         for name in config:
             if name not in known:
                 raise InvalidRequest(f"unknown keyword {name!r} for LLM; known are {', '.join(known)}")
-        runtime = _start(model, EngineConfig(**config), progress)
+        runtime = _start_runtime(model, EngineConfig(**config), progress)
         self._loaded: Runtime | ClusterRuntime | None = runtime
         self._resumed = False
         self._stop = weakref.finalize(self, runtime.stop)  # once: by close(), by the collector, or when Python ends
@@ -59,9 +57,9 @@ class LLM:
     def from_plan(
         cls, path: str | Path, *, model: str | Path | None = None, progress: Progress | None = None, **overrides: Any
     ) -> LLM:
-        """The engine that a plan file (`lamina plan --out`) describes: one replica of it. `model` and fields of
-        `EngineConfig` go before the plan's. Raises InvalidRequest where the file is wrong, or no engine does what it
-        plans; the rest as `LLM(...)` does."""
+        """One replica of the engine that a plan file (`lamina plan --out`) describes. `model` and fields of
+        `EngineConfig` override the plan's. Raises InvalidRequest where the file is wrong or no engine can do what it
+        plans, and what `LLM(...)` raises."""
         from lamina.simulator.planning.plan_file import read
 
         plan = read(path)
@@ -77,13 +75,13 @@ class LLM:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` can be used: the model knows how to write a conversation."""
+        """Whether `chat` can be used: the model has a chat template."""
         return self._runtime.tokenizer.has_chat_template
 
     @property
     def max_model_len(self) -> int:
         """The most tokens that one prompt and its output can have."""
-        return self._runtime.intake.max_model_len
+        return self._runtime.inputs.max_model_len
 
     @property
     def alive(self) -> bool:
@@ -96,113 +94,73 @@ class LLM:
     ) -> Completion: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt] | Prompt, params: SamplingParams | None = None, *, priority: int = 0,
-        **sampling: Any,
-    ) -> Completion | list[Completion]: ...  # fmt: skip
+        self, prompts: Prompts, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
+    ) -> Completion | list[Completion]: ...
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        **sampling: Any,
+        self, prompts: Prompts, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Completion | list[Completion]:
         """Complete prompts: text or lists of token ids. Ctrl-C raises Interrupted, with what was finished."""
-        return self._complete(self._tickets(self._prompts(prompts), params, priority, sampling), is_one(prompts))
+        return self._prompts(prompts, params, priority, sampling).result()
 
     def chat(
-        self,
-        messages: Conversation | Sequence[Conversation],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        **sampling: Any,
+        self, messages: Conversations, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Completion | list[Completion]:
         """Answer a conversation, a list of {"role": ..., "content": ...}, or each of a list of conversations."""
-        tickets = self._tickets(self._conversations(messages), params, priority, sampling)
-        return self._complete(tickets, _is_conversation(messages))
+        return self._conversations(messages, params, priority, sampling).result()
 
     def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        **sampling: Any,
+        self, prompts: Prompts, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Iterator[TokenEvent]:
         """Like `generate`, token by token. Bad arguments raise here, not at the first token."""
-        return self._blocking(self._tickets(self._prompts(prompts), params, priority, sampling))
+        return iter(self._prompts(prompts, params, priority, sampling))
 
     def stream_chat(
-        self,
-        messages: Conversation | Sequence[Conversation],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        **sampling: Any,
+        self, messages: Conversations, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Iterator[TokenEvent]:
         """Like `chat`, token by token."""
-        return self._blocking(self._tickets(self._conversations(messages), params, priority, sampling))
+        return iter(self._conversations(messages, params, priority, sampling))
 
     async def agenerate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        **sampling: Any,
+        self, prompts: Prompts, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Completion | list[Completion]:
         """`generate` for event loops."""
-        tickets = self._tickets(self._prompts(prompts), params, priority, sampling)
-        return await self._acomplete(tickets, is_one(prompts))
+        return await self._prompts(prompts, params, priority, sampling)
 
     async def achat(
-        self,
-        messages: Conversation | Sequence[Conversation],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        **sampling: Any,
+        self, messages: Conversations, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Completion | list[Completion]:
         """`chat` for event loops."""
-        tickets = self._tickets(self._conversations(messages), params, priority, sampling)
-        return await self._acomplete(tickets, _is_conversation(messages))
+        return await self._conversations(messages, params, priority, sampling)
 
     def astream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        **sampling: Any,
+        self, prompts: Prompts, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> AsyncIterator[TokenEvent]:
         """`stream` for event loops."""
-        return self._awaiting(self._tickets(self._prompts(prompts), params, priority, sampling))
+        return aiter(self._prompts(prompts, params, priority, sampling))
 
     def astream_chat(
-        self,
-        messages: Conversation | Sequence[Conversation],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        **sampling: Any,
+        self, messages: Conversations, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> AsyncIterator[TokenEvent]:
         """`stream_chat` for event loops."""
-        return self._awaiting(self._tickets(self._conversations(messages), params, priority, sampling))
+        return aiter(self._conversations(messages, params, priority, sampling))
 
     @property
     def unfinished(self) -> int:
-        """How many prompts an engine before, with the same `journal`, had not finished, that `resume` would give."""
+        """How many requests `resume` would complete: those that the previous engine with the same `journal` left."""
         return len(self._runtime.unfinished) if not self._resumed else 0
 
     def resume(self) -> list[Completion]:
-        """The completions of what an engine before, with the same `journal`, had not finished when its process died, in
-        the order in which it was asked: whole, with the tokens from before. An empty list the second time."""
-        tickets = list(self._runtime.unfinished) if not self._resumed else []
+        """Complete the requests that the previous engine with the same `journal` left unfinished when its process died.
+
+        The completions are in the order of the requests and whole, with the tokens from before. The second time the
+        list is empty.
+        """
+        unfinished = self._runtime.unfinished if not self._resumed else ()
         self._resumed = True
-        again = [replace(ticket, received=((((), False),) * ticket.request.n)) for ticket in tickets]
-        completed = self._complete(again, one=False)
-        return completed if isinstance(completed, list) else [completed]
+        nothing_received: tuple[tuple[int, ...], bool] = ((), False)
+        call = self._start([replace(each, received=(nothing_received,) * each.params.n) for each in unfinished])
+        call.result()
+        return call.completions()
 
     def close(self) -> None:
         """Stop the engine and free the model. Harmless the second time; what is unfinished ends with EngineError."""
@@ -217,48 +175,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    # Waiting: the blocking and the asynchronous way.
-
-    def _complete(self, tickets: list[EngineRequest], one: bool) -> Completion | list[Completion]:
-        job = Call(self._runtime, tickets, queue.SimpleQueue(), streamed=False)
-        try:
-            while not job.done:
-                job.take(job.inbox.get())
-        except KeyboardInterrupt as interrupt:
-            while not job.inbox.empty():
-                job.take(job.inbox.get())
-            raise Interrupted(job.finished()) from interrupt
-        finally:
-            job.abort()
-        return job.completions()[0] if one else job.completions()
-
-    async def _acomplete(self, tickets: list[EngineRequest], one: bool) -> Completion | list[Completion]:
-        job = Call(self._runtime, tickets, AsyncOutputs(), streamed=False)
-        try:
-            while not job.done:
-                job.take(await job.inbox.get())
-        finally:
-            job.abort()
-        return job.completions()[0] if one else job.completions()
-
-    def _blocking(self, tickets: list[EngineRequest]) -> Iterator[TokenEvent]:
-        job = Call(self._runtime, tickets, queue.SimpleQueue(), streamed=True)
-        try:
-            while not job.done:
-                yield from job.take(job.inbox.get())
-        finally:
-            job.abort()
-
-    async def _awaiting(self, tickets: list[EngineRequest]) -> AsyncIterator[TokenEvent]:
-        job = Call(self._runtime, tickets, AsyncOutputs(), streamed=True)
-        try:
-            while not job.done:
-                for event in job.take(await job.inbox.get()):
-                    yield event
-        finally:
-            job.abort()
-
-    # Checking, and from arguments to requests.
+    # From arguments to a call.
 
     @property
     def _runtime(self) -> Runtime | ClusterRuntime:
@@ -267,25 +184,34 @@ class LLM:
             raise EngineError("this LLM is closed")
         return runtime
 
-    def _tickets(
+    def _prompts(
+        self, prompts: Prompts, params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
+    ) -> Call:
+        token_ids = self._runtime.inputs.prompts(prompts)
+        return self._start(self._requests(token_ids, params, priority, sampling), is_one(prompts))
+
+    def _conversations(
+        self, messages: Conversations, params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
+    ) -> Call:
+        token_ids = self._runtime.inputs.conversations(messages)
+        return self._start(self._requests(token_ids, params, priority, sampling), is_conversation(messages))
+
+    def _requests(
         self, prompts: list[list[int]], params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
     ) -> list[EngineRequest]:
-        """One request a prompt, checked but not submitted."""
+        """One request for each prompt, checked but not submitted."""
         if params is not None and sampling:
             raise InvalidRequest(f"both params and {', '.join(sampling)} were given; allowed is one of the two")
         if params is not None and not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params is {params!r:.80}; allowed is a SamplingParams")
-        return self._runtime.intake.tickets(prompts, params or SamplingParams.from_keywords(**sampling), priority)
+        return self._runtime.inputs.requests(prompts, params or SamplingParams.from_keywords(**sampling), priority)
 
-    def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
-        return self._runtime.intake.prompts(prompts)
-
-    def _conversations(self, messages: Conversation | Sequence[Conversation]) -> list[list[int]]:
-        listed: Any = [messages] if _is_conversation(messages) else messages
-        return [self._runtime.tokenizer.chat(conversation) for conversation in listed]
+    def _start(self, requests: Sequence[EngineRequest], one: bool = False) -> Call:
+        """A call, which submits the requests once it is waited for or iterated."""
+        return Call(self._runtime, requests, one, owner=self)
 
 
-def _start(model: str | Path, config: EngineConfig, progress: Progress | None) -> Runtime | ClusterRuntime:
+def _start_runtime(model: str | Path, config: EngineConfig, progress: Progress | None) -> Runtime | ClusterRuntime:
     if config.cluster is not None:
         from lamina.ray_engine.handle import start_on_cluster
 
@@ -298,8 +224,3 @@ def _start(model: str | Path, config: EngineConfig, progress: Progress | None) -
     from lamina.launch.builder import start  # it imports torch, which reads the environment
 
     return start(model, config, progress)
-
-
-def _is_conversation(messages: object) -> bool:
-    """Whether `messages` is one conversation and not a list of them."""
-    return not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], list | tuple)

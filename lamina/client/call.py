@@ -1,17 +1,20 @@
-"""One call under way: its prompts, submitted, and what becomes of them.
+"""One call of a client: its prompts, submitted to an engine, and the outputs that come back.
 
-Knows how outputs get from the engine's thread to the caller's; knows nothing of arguments, and waits for nothing: that
-is what blocking and asynchronous callers do each in their way.
+`Call` is the one body of the blocking, the streaming and the asynchronous methods of `LLM`.
 """
 
 from __future__ import annotations
 
+import queue
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
+from lamina.client.async_outputs import AsyncOutputs
+from lamina.client.interface import Delivery
 from lamina.client.output_processor import OutputProcessor
-from lamina.completions import Completion, TokenEvent
+from lamina.completions import Completion, Interrupted, TokenEvent
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.system.progress import Progress
 
@@ -19,12 +22,11 @@ if TYPE_CHECKING:
     from lamina.client.interface import EngineClient
     from lamina.text.tokenizer import Tokenizer
 
-Item: TypeAlias = tuple[EngineRequest, list[EngineOutput]]
-_LONG_PREFILL = 2048  # tokens from which progress is told
+_LONG_PREFILL = 2048  # tokens of all prompts from which progress is reported
 
 
 class Serving(Protocol):
-    """What a job needs of whatever runs a model."""
+    """What a call needs of a running model."""
 
     @property
     def engine(self) -> EngineClient: ...
@@ -35,89 +37,158 @@ class Serving(Protocol):
 
 
 class Call:
-    """The prompts of one call, submitted. What the engine delivers comes through `inbox`; one thread takes it.
+    """The prompts of one call. It is used once, in one of four ways, which submit the requests:
 
-    Unless it is `streamed`, or stop strings must be looked for, outputs are held back until a sample has ended: waking
-    the caller for each token would take a core from the engine.
+    `result()` blocks; `await` is the same for event loops. Both give one completion if the call is for `one` prompt,
+    else a list. `for` and `async for` give the events as they come. However these are left, what has not ended is
+    aborted. A request that failed raises its error. Ctrl-C in `result()` raises Interrupted.
+
+    `submit`, `take` and `abort` are for callers that wait in their own way. The call keeps its `owner` alive until it
+    is over.
     """
 
-    def __init__(self, runtime: Serving, tickets: Sequence[EngineRequest], inbox: Any, streamed: bool) -> None:
-        self.inbox = inbox
-        self._held: dict[str, list[EngineOutput]] = {ticket.request.id: [] for ticket in tickets}
-        self._engine = runtime.engine
-        self._tickets = tickets
-        self._open = len(tickets)
-        now = time.monotonic()
-        for ticket in tickets:
-            ticket.submitted = now
-            ticket.sink = self._deliver if streamed or ticket.params.stop else self._hold
-        if runtime.progress is not None:
-            _follow_prefill(tickets, runtime.progress)
-        self._answers = {
-            ticket.request.id: OutputProcessor(index, ticket, runtime.tokenizer, self._stopper(ticket))
-            for index, ticket in enumerate(tickets)
+    def __init__(
+        self, serving: Serving, requests: Sequence[EngineRequest], one: bool = False, owner: object = None
+    ) -> None:
+        self._engine = engine = serving.engine
+        self._progress = serving.progress
+        self._requests = requests
+        self._one = one
+        self._owner = owner
+        self._open = len(requests)
+        self._put: Callable[[Delivery], None]
+        self._held: dict[str, list[EngineOutput]] = {request.id: [] for request in requests}
+        self._processors = {
+            request.id: OutputProcessor(index, request, serving.tokenizer, partial(_stop, engine, request))
+            for index, request in enumerate(requests)
         }
+
+    def result(self) -> Completion | list[Completion]:
+        """Wait for the completions."""
+        outputs: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self.submit(outputs.put, streamed=False)
         try:
-            for ticket in tickets:
-                self._engine.submit(ticket)
+            while not self.done:
+                self.take(outputs.get())
+        except KeyboardInterrupt as interrupt:
+            while not outputs.empty():
+                self.take(outputs.get())
+            raise Interrupted(self.finished()) from interrupt
+        finally:
+            self.abort()
+        return self._result()
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        outputs: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self.submit(outputs.put, streamed=True)
+        try:
+            while not self.done:
+                yield from self.take(outputs.get())
+        finally:
+            self.abort()
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        outputs = AsyncOutputs()
+        self.submit(outputs.put, streamed=True)
+        try:
+            while not self.done:
+                for event in self.take(await outputs.get()):
+                    yield event
+        finally:
+            self.abort()
+
+    def __await__(self) -> Generator[Any, None, Completion | list[Completion]]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Completion | list[Completion]:
+        outputs = AsyncOutputs()
+        self.submit(outputs.put, streamed=False)
+        try:
+            while not self.done:
+                self.take(await outputs.get())
+        finally:
+            self.abort()
+        return self._result()
+
+    def _result(self) -> Completion | list[Completion]:
+        return self.completions()[0] if self._one else self.completions()
+
+    def submit(self, put: Callable[[Delivery], None], streamed: bool) -> None:
+        """Submit all requests. `put` gets what the engine delivers, on the engine's thread, and must not block.
+
+        Outputs are held back until a sample has ended, unless they are `streamed` or stop strings must be found: to
+        wake the caller for each token would take a core from the engine.
+        """
+        self._put = put
+        now = time.monotonic()
+        for request in self._requests:
+            request.submitted = now
+            request.sink = self._deliver if streamed or request.params.stop else self._hold
+        if self._progress is not None:
+            _follow_prefill(self._requests, self._progress)
+        try:
+            for request in self._requests:
+                self._engine.submit(request)
         except BaseException:
             self.abort()
             raise
 
     @property
     def done(self) -> bool:
-        """Whether every prompt is answered."""
+        """Whether every prompt has all of its completion."""
         return self._open == 0
 
-    def take(self, item: Item) -> list[TokenEvent]:
+    def take(self, delivery: Delivery) -> list[TokenEvent]:
         """The events of one delivery. Raises the request's error where it failed."""
-        ticket, outputs = item
-        answer = self._answers[ticket.request.id]
-        was_done = answer.done
-        events = list(answer.take(outputs))
-        self._open -= answer.done and not was_done
+        request, outputs = delivery
+        processor = self._processors[request.id]
+        was_done = processor.done
+        events = list(processor.take(outputs))
+        self._open -= processor.done and not was_done
         return events
 
     def completions(self) -> list[Completion]:
-        """All completions, in the order of the prompts."""
-        return [answer.completion() for answer in self._answers.values()]
+        """All completions as they stand, in the order of the prompts."""
+        return [processor.completion() for processor in self._processors.values()]
 
     def finished(self) -> list[Completion | None]:
-        """Like `completions`, None where a prompt is not yet answered."""
-        return [answer.completion() if answer.done else None for answer in self._answers.values()]
+        """Like `completions`, but None where a prompt has not ended."""
+        return [processor.completion() if processor.done else None for processor in self._processors.values()]
 
     def abort(self) -> None:
-        """End what has not ended."""
-        for ticket in self._tickets:
-            if not self._answers[ticket.request.id].done:
-                self._engine.abort(ticket)
+        """The call is over: end what has not ended."""
+        self._owner = None
+        for request in self._requests:
+            if not self._processors[request.id].done:
+                self._engine.abort(request)
 
-    def _deliver(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
-        self.inbox.put((ticket, outputs))
+    def _deliver(self, request: EngineRequest, outputs: list[EngineOutput]) -> None:
+        self._put((request, outputs))
 
-    def _hold(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
-        held = self._held[ticket.request.id]
+    def _hold(self, request: EngineRequest, outputs: list[EngineOutput]) -> None:
+        held = self._held[request.id]
         held += outputs
         if any(output.finish_reason is not None or output.error is not None for output in outputs):
-            self._held[ticket.request.id] = []
-            self._deliver(ticket, held)
-
-    def _stopper(self, ticket: EngineRequest) -> Callable[[int], None]:
-        return lambda sample: self._engine.abort(ticket, sample, "stop")
+            self._held[request.id] = []
+            self._deliver(request, held)
 
 
-def _follow_prefill(tickets: Sequence[EngineRequest], progress: Progress) -> None:
-    """Tell `progress` how many of all prompts' tokens are computed, where there are many."""
-    total = sum(len(ticket.request.prompt) for ticket in tickets)
+def _stop(engine: EngineClient, request: EngineRequest, sample: int) -> None:
+    engine.abort(request, sample, "stop")
+
+
+def _follow_prefill(requests: Sequence[EngineRequest], progress: Progress) -> None:
+    """Report to `progress` how many tokens of all prompts are computed, where there are many."""
+    total = sum(len(request.request.prompt) for request in requests)
     done: dict[str, int] = {}
 
     def follower(request_id: str) -> Callable[[int, int], None]:
         def prefilled(computed: int, _length: int) -> None:
-            done[request_id] = max(computed, done.get(request_id, 0))  # a preempted one computes again
+            done[request_id] = max(computed, done.get(request_id, 0))  # a preempted request computes again
             progress("reading the prompt", sum(done.values()), total)
 
         return prefilled
 
     if total > _LONG_PREFILL:
-        for ticket in tickets:
-            ticket.prefilled = follower(ticket.request.id)
+        for request in requests:
+            request.prefilled = follower(request.id)

@@ -1,7 +1,4 @@
-"""From what callers pass in to requests: token ids, limits and sampling checked, nothing submitted.
-
-Knows the tokenizer and the limits of one model; knows no engine, and nothing of who asks or how they wait.
-"""
+"""From what callers pass in to requests: token ids, limits and sampling are checked, nothing is submitted."""
 
 from __future__ import annotations
 
@@ -20,13 +17,17 @@ if TYPE_CHECKING:
     from lamina.text.structured_output import Grammars
 
 Prompt: TypeAlias = str | Sequence[int]
+Prompts: TypeAlias = Prompt | Sequence[Prompt]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+Conversations: TypeAlias = Conversation | Sequence[Conversation]
 
 
 class InputProcessor:
-    """Makes tickets for one model. `context` is the most tokens of one sequence, `possible` the most that can have KV,
-    `vocab_size` the rows of the model's embedding. Ids of requests begin with `prefix`. Every method raises
-    InvalidRequest."""
+    """Makes the requests for one model.
+
+    `context` is the most tokens of one sequence, `possible` the most that can have KV, `vocab_size` the rows of the
+    model's embedding. Ids of requests begin with `prefix`. Every method raises InvalidRequest.
+    """
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class InputProcessor:
 
     @property
     def grammars(self) -> Grammars:
-        """What holds texts to schemas and grammars. Made when first asked for, because few requests need it."""
+        """The compiler of schemas and grammars. It is made at its first use, because few requests need it."""
         if self._grammars is None:
             from lamina.text.structured_output import Grammars
 
@@ -61,12 +62,12 @@ class InputProcessor:
             self._grammars = Grammars(self.tokenizer.to_json, eos_ids, self.vocab_size)
         return self._grammars
 
-    def tickets(
+    def requests(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0, salt: Hashable = None
     ) -> list[EngineRequest]:
-        """One request a prompt (token ids), checked but not submitted. A lower `priority` is more urgent; requests
-        share prefixes only with requests of the same `salt`. What holds the text to a schema or grammar is compiled,
-        which at worst takes a second."""
+        """One request for each prompt (token ids), checked but not submitted. A lower `priority` is more urgent.
+        Requests share prefixes only with requests of the same `salt`. A schema or grammar is compiled, which takes a
+        second at worst."""
         if type(priority) is not int or not -(2**31) <= priority < 2**31:
             raise InvalidRequest(f"priority is {priority!r:.80}; allowed is an integer from -2^31 to 2^31 - 1")
         filled = params.with_defaults(self._generation_config)
@@ -98,7 +99,7 @@ class InputProcessor:
             for prompt in prompts
         ]
 
-    def prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+    def prompts(self, prompts: Prompts) -> list[list[int]]:
         """The token ids of one prompt, or of each of several."""
         if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, str | Sequence):
             raise InvalidRequest(
@@ -107,6 +108,11 @@ class InputProcessor:
         if is_one(prompts):
             return [self._prompt("the prompt", prompts)]
         return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+
+    def conversations(self, messages: Conversations) -> list[list[int]]:
+        """The token ids of one conversation, or of each of several, as the model's chat template writes them."""
+        listed: Any = [messages] if is_conversation(messages) else messages
+        return [self.tokenizer.chat(conversation) for conversation in listed]
 
     def _prompt(self, name: str, prompt: object) -> list[int]:
         if isinstance(prompt, str):
@@ -126,3 +132,8 @@ class InputProcessor:
 def is_one(prompts: object) -> bool:
     """Whether `prompts` is a single prompt: text, or a list that begins with a token id (or is empty)."""
     return isinstance(prompts, str) or (isinstance(prompts, Sequence) and (not prompts or isinstance(prompts[0], int)))
+
+
+def is_conversation(messages: object) -> bool:
+    """Whether `messages` is one conversation and not a list of them."""
+    return not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], list | tuple)

@@ -6,43 +6,45 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from lamina.completions import FinishReason
-from lamina.messages.engine_request import EngineRequest
-from lamina.messages.request_codec import (
-    Command,
-)
+from lamina.messages.engine_request import EngineOutput, EngineRequest
+from lamina.messages.request_codec import Command
 from lamina.messages.snapshot import Snapshot
 
+Delivery: TypeAlias = tuple[EngineRequest, list[EngineOutput]]
+"""A request and its outputs of one batch: the arguments of an `EngineRequest.sink`."""
+
 Event: TypeAlias = tuple[Any, ...]
-"""("outputs", id, outputs, scheduled, cached tokens, preemptions, spared) | ("prefilled", id, done, total) |
-("progress", what, done, total) | ("snapshot", number, fields) | ("log", level, text) | ("stopped", why). Times are
-seconds since the submission, but for those of snapshots."""
+"""("outputs", id, outputs, scheduled, cached tokens, preemptions, savings) | ("prefilled", id, done, total) |
+("progress", what, done, total) | ("snapshot", number, fields) | ("log", level, text) | ("stopped", why).
+
+Times are seconds since the request was submitted. Those of a snapshot are of the engine's clock."""
 
 
 class EngineClient(Protocol):
-    """What clients use of an engine, wherever it runs. For any thread."""
+    """What clients use of an engine, in this process or another. For any thread."""
 
     @property
     def alive(self) -> bool:
         """Whether requests are served."""
 
-    def submit(self, ticket: EngineRequest) -> None:
+    def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises EngineError where the engine has stopped."""
 
-    def abort(self, ticket: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
+    def abort(self, request: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
         """End a request, or one sample of it. Harmless where it has ended."""
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
-        """Have `sink` told, soon and on some thread, what the engine is doing; perhaps never where it has stopped."""
+        """Call `sink` soon, on some thread, with what the engine is doing; perhaps never where it has stopped."""
 
     def close(self) -> None:
         """Stop soon; unfinished requests end with an EngineError."""
 
 
 class Wire(Protocol):
-    """The way to an `EngineHost`. Either method raises EngineError once nobody is there."""
+    """A connection to an `EngineHost`. Either method raises EngineError once it is broken."""
 
     def ask(self, commands: Sequence[Command]) -> None:
-        """Have commands done, in order; returns when they are."""
+        """Do commands at the host, in order; returns when they are done."""
 
     def events(self) -> Sequence[Event]:
         """The next events, in order; waits for one."""

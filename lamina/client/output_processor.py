@@ -1,7 +1,6 @@
-"""From the engine's outputs to what callers get: text, events, completions.
+"""From an engine's outputs to what callers get: text, events, completions.
 
-There is one `OutputProcessor` for each prompt. It is given outputs in order, on the caller's thread. The blocking and
-the asynchronous callers share it.
+There is one `OutputProcessor` for each prompt. It takes outputs in order, on the caller's thread.
 """
 
 from __future__ import annotations
@@ -11,25 +10,25 @@ from copy import copy
 
 from lamina.completions import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
 from lamina.messages.engine_request import EngineOutput, EngineRequest
+from lamina.sampling_params import SamplingParams
 from lamina.text.stop_strings import StopMatcher
 from lamina.text.tokenizer import StreamDecoder, Tokenizer
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 
 class OutputProcessor:
-    """What becomes of one prompt: `n` samples that grow by outputs.
+    """The `n` samples of one prompt, which grow by outputs. `index` is the prompt's place in its call.
 
-    `stop` is called with a sample's index when a stop string ended it, so that the engine ends it too.
+    `stop` is called with a sample's index when a stop string has ended it, so that the engine ends it too.
     """
 
-    def __init__(self, index: int, ticket: EngineRequest, tokenizer: Tokenizer, stop: Callable[[int], None]) -> None:
+    def __init__(self, index: int, request: EngineRequest, tokenizer: Tokenizer, stop: Callable[[int], None]) -> None:
         self._index = index
-        self._ticket = ticket
-        self._samples = [_Growing(i, ticket, tokenizer) for i in range(ticket.params.n)]
-        self._tokenizer = tokenizer
+        self._request = request
+        self._samples = [_Growing(i, request.params, tokenizer) for i in range(request.params.n)]
         self._stop = stop
         self._first_token: float | None = None
-        self._last: float = ticket.submitted
+        self._last: float | None = None
 
     @property
     def done(self) -> bool:
@@ -42,7 +41,7 @@ class OutputProcessor:
             if output.error is not None:
                 raise copy(output.error) from output.error.__cause__  # a copy: threads must not share a traceback
             sample = self._samples[output.sample]
-            if sample.finish_reason is not None:  # a stop string ended it; what was under way is not wanted
+            if sample.finish_reason is not None:  # a stop string ended it; what was under way is dropped
                 continue
             self._last = output.at
             if output.token is None:
@@ -58,22 +57,21 @@ class OutputProcessor:
 
     def completion(self) -> Completion:
         """All samples as they stand; those that have not ended count as aborted."""
-        ticket = self._ticket
+        request, since = self._request, self._request.submitted
         tokens = sum(len(sample.token_ids) for sample in self._samples)
-        since = ticket.submitted
         return Completion(
             samples=tuple(sample.finished() for sample in self._samples),
-            usage=Usage(len(ticket.request.prompt), tokens, ticket.cached_tokens),
+            usage=Usage(len(request.request.prompt), tokens, request.cached_tokens),
             timing=Timing(
-                queued=(ticket.scheduled or since) - since,
+                queued=(request.scheduled or since) - since,
                 first_token=(self._first_token or since) - since,
-                total=self._last - since,
+                total=(self._last or since) - since,
                 tokens=tokens,
             ),
             stats={
-                "preemptions": ticket.preemptions,
-                "cached_tokens": ticket.cached_tokens,
-                **ticket.spared.stats(),
+                "preemptions": request.preemptions,
+                "cached_tokens": request.cached_tokens,
+                **request.spared.stats(),
             },
         )
 
@@ -81,8 +79,7 @@ class OutputProcessor:
 class _Growing:
     """One sample under way."""
 
-    def __init__(self, index: int, ticket: EngineRequest, tokenizer: Tokenizer) -> None:
-        params = ticket.params
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self.index = index
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
@@ -94,7 +91,7 @@ class _Growing:
         self._matcher = StopMatcher(tuple(params.stop), params.include_stop_str_in_output)
 
     def push(self, output: EngineOutput) -> tuple[str, bool]:
-        """Add one token: the text that may be shown for it, and whether a stop string ended the sample."""
+        """Add one token. Returns the text that may be shown for it, and whether a stop string ended the sample."""
         token = output.token or 0
         self.token_ids.append(token)
         if output.logprobs is not None:
@@ -111,7 +108,7 @@ class _Growing:
         return shown, stopped
 
     def end(self, reason: FinishReason) -> None:
-        """End without a further token; what was held back is shown."""
+        """End without a further token, and show what was held back."""
         self.finish_reason = reason
         self.pieces.append(self._matcher.push(self._decoder.finish())[0] + self._matcher.finish())
 

@@ -1,9 +1,8 @@
 """An engine in another process: requests go out as plain data, outputs come back in batches.
 
-`RemoteEngine` stands where clients expect an `Engine`; `EngineHost` stands before the real one. Between them a `Wire`
-carries commands and events, which hold numbers, text, tuples and dicts only. Where the wire breaks and another engine
-may come, requests wait, and go on over the next wire from the last token that was received. Knows no Ray, no model and
-no text.
+Clients use `RemoteEngine` in the place of an `Engine`; `EngineHost` is beside the real one. Between them a `Wire`
+carries commands and events, which hold numbers, text, tuples and dicts only. If the wire breaks and another engine may
+come, requests wait, and go on over the next wire from the last token that was received.
 """
 
 from __future__ import annotations
@@ -20,12 +19,7 @@ from lamina.client.interface import Event, Wire
 from lamina.completions import FinishReason
 from lamina.errors import EngineError
 from lamina.messages.engine_request import EngineOutput, EngineRequest, KvSavings
-from lamina.messages.request_codec import (
-    Command,
-    decode_output,
-    encode_resumed,
-    encode_ticket,
-)
+from lamina.messages.request_codec import Command, decode_output, encode_request, encode_resumed
 from lamina.messages.snapshot import Snapshot
 from lamina.system.progress import Progress
 
@@ -34,26 +28,25 @@ logger = logging.getLogger("lamina")
 
 @dataclasses.dataclass(slots=True)
 class _Open:
-    """A request that has not ended: since when the engine has it, what came of each of its samples, which of them have
-    ended, and what was aborted of it."""
+    """A request that has not ended. `tokens` are those received, by sample; `ended` are the samples that have ended."""
 
-    ticket: EngineRequest
-    start: float
+    request: EngineRequest
+    start: float  # when the engine got it
     tokens: list[list[int]]
     ended: set[int] = dataclasses.field(default_factory=set)
     aborts: list[tuple[int | None, FinishReason]] = dataclasses.field(default_factory=list)
-    resumed: bool = False  # another engine has begun it
+    resumed: bool = False  # a previous engine began it
 
     def received(self) -> tuple[tuple[tuple[int, ...], bool], ...]:
         return tuple((tuple(tokens), sample in self.ended) for sample, tokens in enumerate(self.tokens))
 
 
 class RemoteEngine:
-    """The engine's stand-in among its clients. `progress` and the logger "lamina" get what happens over there.
+    """The client of an engine in another process. `progress` and the logger "lamina" get the engine's progress and log.
 
     One thread sends, so that an abort never overtakes its request; another receives, and calls the sinks. Once the wire
-    is broken nothing new is taken, and what has not ended waits `patience` seconds for `rejoin` before it fails. With
-    `holds` what is new waits with it, as if nothing had happened.
+    is broken, new requests are refused, and those that have not ended wait `patience` seconds for `rejoin` before they
+    fail. With `holds` new requests are taken, and wait too.
     """
 
     def __init__(
@@ -70,11 +63,11 @@ class RemoteEngine:
         self._holds = holds
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}
-        self._asked: dict[int, Callable[[Snapshot], None]] = {}  # who waits for which snapshot
+        self._asked: dict[int, Callable[[Snapshot], None]] = {}  # sinks of snapshots, by the number of the question
         self._last_asked = 0
         self._door = threading.Lock()
-        self._why = ""  # it stopped; empty while it runs
-        self._parted = ""  # why there is no wire, while another may come
+        self._why = ""  # why the engine stopped; empty while it runs
+        self._parted = ""  # why the wire broke, while another may come
         self._timer: threading.Timer | None = None
         self._over = threading.Event()
         self._threads: tuple[threading.Thread, ...] = ()
@@ -94,44 +87,43 @@ class RemoteEngine:
 
     @property
     def stopped(self) -> bool:
-        """Whether it will never serve again."""
+        """Whether the engine has stopped for good."""
         return bool(self._why)
 
-    def submit(self, ticket: EngineRequest) -> None:
+    def submit(self, request: EngineRequest) -> None:
         with self._door:
             if not self.alive:
                 raise EngineError(self._why or self._parted)
-            if ticket.received is None:
-                self._open[ticket.request.id] = _Open(ticket, self._clock(), [[] for _ in range(ticket.request.n)])
-                if not self._parted:  # else `rejoin` asks for it
-                    self._commands.put(encode_ticket(ticket))
+            if request.received is None:
+                self._open[request.id] = _Open(request, self._clock(), [[] for _ in range(request.params.n)])
+                if not self._parted:  # else `rejoin` submits it
+                    self._commands.put(encode_request(request))
                 return
-            tokens = [list(tokens) for tokens, _ in ticket.received]
-            ended = {sample for sample, (_, ended) in enumerate(ticket.received) if ended}
-            self._open[ticket.request.id] = entry = _Open(ticket, self._clock(), tokens, ended)
+            tokens = [list(tokens) for tokens, _ in request.received]
+            ended = {sample for sample, (_, ended) in enumerate(request.received) if ended}
+            self._open[request.id] = entry = _Open(request, self._clock(), tokens, ended)
             if not self._parted:
-                self._commands.put(encode_resumed(entry.ticket, entry.received()))
+                self._commands.put(encode_resumed(request, entry.received()))
 
-    def abort(self, ticket: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
-        request_id = ticket.request.id
+    def abort(self, request: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
         with self._door:
-            entry = self._open.get(request_id)
+            entry = self._open.get(request.id)
             if entry is not None:
                 entry.aborts.append((sample, reason))
             if not self._parted:
-                self._commands.put(("abort", request_id, sample, reason))
+                self._commands.put(("abort", request.id, sample, reason))
                 return
             if entry is None:
                 return
-            ends = [at for at in range(ticket.request.n) if at not in entry.ended and sample in (None, at)]
+            ends = [at for at in range(request.params.n) if at not in entry.ended and sample in (None, at)]
             entry.ended.update(ends)
-            if len(entry.ended) == ticket.request.n:  # nobody needs to come back for it
-                del self._open[request_id]
-        _tell(ticket.sink, ticket, [EngineOutput(at, None, reason, at=self._clock()) for at in ends])
+            if len(entry.ended) == request.params.n:  # the next engine need not go on with it
+                del self._open[request.id]
+        _notify(request.sink, request, [EngineOutput(at, None, reason, at=self._clock()) for at in ends])
 
     def rejoin(self, wire: Wire) -> bool:
-        """Go on over another wire, the one before being closed: what has not ended is asked for again, from where it
-        was received to. Whether it could: not once it has stopped."""
+        """Go on over another wire, once the previous one is closed: submit again what has not ended, from the last
+        token that was received. False where the engine has stopped for good."""
         for thread in self._threads:
             thread.join()
         with self._door:
@@ -143,7 +135,7 @@ class RemoteEngine:
             self._parted = ""
             for request_id, entry in self._open.items():
                 entry.start, entry.resumed = self._clock(), True
-                self._commands.put(encode_resumed(entry.ticket, entry.received()))
+                self._commands.put(encode_resumed(entry.request, entry.received()))
                 for sample, reason in entry.aborts:
                     self._commands.put(("abort", request_id, sample, reason))
             self._begin(wire)
@@ -164,7 +156,7 @@ class RemoteEngine:
         self._commands.put(("close",))
 
     def join(self, timeout: float) -> bool:
-        """Wait until the engine has stopped and every request has its end; whether that was within the seconds."""
+        """Wait until the engine has stopped and every request has ended. False after `timeout` seconds."""
         return self._over.wait(timeout)
 
     def _send(self, wire: Wire, commands: queue.SimpleQueue[Command | None]) -> None:
@@ -187,7 +179,7 @@ class RemoteEngine:
                     self._take(*event)
         except EngineError as error:
             self._part(str(error))
-        except Exception as error:  # whatever it is, nobody may wait for ever
+        except Exception as error:  # whatever it is, no client may wait for ever
             logger.exception("the outputs of the engine could not be read")
             self._stop(f"its outputs could not be read: {error!r}")
         commands.put(None)
@@ -198,14 +190,14 @@ class RemoteEngine:
         elif kind == "prefilled":
             request_id, done, total = fields
             if (entry := self._open.get(request_id)) is not None:
-                _tell(entry.ticket.prefilled, done, total)
+                _notify(entry.request.prefilled, done, total)
         elif kind == "progress":
             if self._progress is not None:
-                _tell(self._progress, *fields)
+                _notify(self._progress, *fields)
         elif kind == "snapshot":
             number, plain = fields
             if (sink := self._asked.pop(number, None)) is not None:
-                _tell(sink, Snapshot.from_dict(plain))
+                _notify(sink, Snapshot.from_dict(plain))
         elif kind == "log":
             logger.log(*fields)
         elif kind == "stopped":
@@ -218,29 +210,29 @@ class RemoteEngine:
         scheduled: float | None,
         cached: int,
         preempted: int,
-        spared: Sequence[float],
+        savings: Sequence[float],
     ) -> None:
         entry = self._open.get(request_id)
         if entry is None:  # its client could not take its outputs
             return
-        ticket = entry.ticket
-        if not entry.resumed or ticket.scheduled is None:
-            ticket.scheduled = None if scheduled is None else entry.start + scheduled
-            ticket.cached_tokens = cached
-        ticket.preemptions, ticket.spared = preempted, KvSavings(*spared)
+        request = entry.request
+        if not entry.resumed or request.scheduled is None:
+            request.scheduled = None if scheduled is None else entry.start + scheduled
+            request.cached_tokens = cached
+        request.preemptions, request.spared = preempted, KvSavings(*savings)
         decoded = [decode_output(output, entry.start) for output in outputs]
         for output in decoded:
             if output.token is not None:
                 entry.tokens[output.sample].append(output.token)
         entry.ended.update(output.sample for output in decoded if output.finish_reason is not None)
-        if len(entry.ended) == ticket.request.n or any(output.error is not None for output in decoded):
+        if len(entry.ended) == request.params.n or any(output.error is not None for output in decoded):
             self._open.pop(request_id, None)
-        if not _tell(ticket.sink, ticket, decoded):
+        if not _notify(request.sink, request, decoded):
             self._open.pop(request_id, None)
-            self.abort(ticket)
+            self.abort(request)
 
     def _part(self, why: str) -> None:
-        """There is no wire any more."""
+        """The wire is broken."""
         if not self._patience:
             self._stop(why)
             return
@@ -254,7 +246,7 @@ class RemoteEngine:
             self._timer.start()
 
     def give_up(self, why: str) -> None:
-        """No other engine will come. For whoever would else `rejoin`."""
+        """No other engine will come: fail what waits for `rejoin`. For the thread that would call `rejoin`."""
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -270,20 +262,20 @@ class RemoteEngine:
             if self._why:
                 return
             self._why = why
-            unfinished = [entry.ticket for entry in self._open.values()]
+            unfinished = [entry.request for entry in self._open.values()]
             self._open.clear()
             self._asked.clear()
             if self._timer is not None:
                 self._timer.cancel()
-        for ticket in unfinished:
-            _tell(ticket.sink, ticket, [EngineOutput(0, None, error=EngineError(why))])
+        for request in unfinished:
+            _notify(request.sink, request, [EngineOutput(0, None, error=EngineError(why))])
         self._over.set()
 
 
-def _tell(client: Callable[..., None], *news: Any) -> bool:
-    """Whether a client took it: what one does wrong is no reason to stop for the others."""
+def _notify(callback: Callable[..., None], *arguments: Any) -> bool:
+    """Whether a client's callback returned: its error must not stop the outputs of other clients."""
     try:
-        client(*news)
+        callback(*arguments)
     except Exception:  # it may be anything
         logger.exception("a client could not take what the engine sent it")
         return False
@@ -291,8 +283,8 @@ def _tell(client: Callable[..., None], *news: Any) -> bool:
 
 
 def fetch(events: queue.SimpleQueue[Event], timeout: float, collect: float = 0.0) -> list[Event]:
-    """All that is there; waits for the first so many seconds, and gives none where none came. After the first it
-    waits `collect` seconds more: to take each on its own would interrupt who is putting them there."""
+    """All events that are there; waits up to `timeout` seconds for the first, and gives none if none comes. Then it
+    waits `collect` seconds more: to take each event on its own would interrupt the thread that puts them there."""
     try:
         fetched = [events.get(timeout=timeout)]
     except queue.Empty:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lamina.completions import FinishReason
 from lamina.journal.history import Adoption, History, KnownRequest, KvLocation, Record, RecoveredRequest, adoption
 from lamina.messages.engine_request import EngineOutput, EngineRequest
-from lamina.messages.request_codec import decode_ticket, encode_ticket
+from lamina.messages.request_codec import decode_request, encode_request
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Recorder:
 
     def begun(self, ticket: EngineRequest, known: Mapping[int, Sequence[int]] | None) -> None:
         """A request is taken; of its samples those in `known` go on from these tokens, the others have ended."""
-        _, request, params, seed = encode_ticket(ticket)
+        _, request, params, seed = encode_request(ticket)
         self._journal.append(("request", request, params, seed))
         if known is None or ticket.received is None:
             return
@@ -145,7 +145,7 @@ class Recorder:
         """The requests that an engine before had not ended, in the order in which they came."""
         requests = self._journal.history.requests
         self._journal.history.unclaimed.update(requests)
-        return [(decode_ticket(known.request, known.params, known.seed), known) for known in list(requests.values())]
+        return [(decode_request(known.request, known.params, known.seed), known) for known in list(requests.values())]
 
     def adopt(self, known: KnownRequest, found: Mapping[KvLocation, RecoveredRequest]) -> dict[int, Adoption]:
         """What is still there of the KV of its samples that have not ended."""

@@ -77,7 +77,7 @@ class Runtime:
     tokenizer: Tokenizer
     limits: SchedulerConfig
     possible: int
-    intake: InputProcessor
+    inputs: InputProcessor
     engine: Engine
     thread: threading.Thread
     progress: Progress | None
@@ -271,7 +271,7 @@ def _build(
         possible = scheduler.longest_possible()
         check_room(config, holder, possible)
         prefix = "" if journal is None else f"{journal.starts}-"  # ids are never used again
-        intake = InputProcessor(tokenizer, limits.max_model_len, possible, model.vocab_size, generation_config, prefix)
+        inputs = InputProcessor(tokenizer, limits.max_model_len, possible, model.vocab_size, generation_config, prefix)
         recorder = None if journal is None else Recorder(journal, placement, worker.address)
         engine = Engine(
             worker,
@@ -282,7 +282,7 @@ def _build(
             scratch=scratch,
             lanes=_lanes(config, attachment),
             balance=LocalShare(None if config.local_share == "auto" else float(config.local_share)),
-            grammars=intake.grammars,
+            grammars=inputs.grammars,
             hope=config.recovery_timeout,
             recorder=recorder,
             on_rebuilt=_rebuild_report(progress),
@@ -305,7 +305,7 @@ def _build(
         raise
     logger.info("%s: %s on %s, KV %s for %d tokens, %d threads", name, dtype, device, holder.dtype, possible, threads)
     return Runtime(
-        path, model, generation_config, tokenizer, limits, possible, intake, engine, threading.current_thread(),
+        path, model, generation_config, tokenizer, limits, possible, inputs, engine, threading.current_thread(),
         progress, attachment, unfinished, ranks,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and what comes back of it. Nouns only: importing them loads no torch."""
+"""A request on its way through the engine, and the outputs that come back. Importing it loads no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """One step of one sample: a token, or the end, at a time of the engine's clock. `error` ends the whole request."""
+    """One step of one sample: a token, or its end. `at` is in seconds of the engine's clock. `error` ends the whole
+    request."""
 
     sample: int
     token: int | None
@@ -29,7 +30,7 @@ class EngineOutput:
 
 
 class KvSavings(NamedTuple):
-    """What KV policies have spared a request so far, in decode, over all its parts: `messages.Usage`, summed."""
+    """What KV policies have saved a request so far: the holders' `Usage`, summed over its decode steps."""
 
     read: float = 0
     whole: float = 0
@@ -40,7 +41,7 @@ class KvSavings(NamedTuple):
     kept: float = 0
 
     def stats(self) -> dict[str, float]:
-        """As shares of what reading and keeping everything would take; nothing where no policy did anything."""
+        """The savings as shares of what reading and keeping everything would take; empty where no policy saved any."""
         if not self.whole:
             return {}
         shares = {"kv_read": self.read / self.whole, "kv_held": self.held / max(1, self.kept)}
@@ -52,21 +53,21 @@ class KvSavings(NamedTuple):
 NOTHING_SPARED = KvSavings()
 
 
-def nobody(ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
-    """The sink of a ticket that was not submitted."""
+def nobody(request: EngineRequest, outputs: list[EngineOutput]) -> None:
+    """The sink of a request that was not submitted."""
 
 
 def unwatched(done: int, total: int) -> None:
-    """The `prefilled` of a ticket whose prefill nobody follows."""
+    """The `prefilled` of a request whose prefill is not followed."""
 
 
 @dataclass(slots=True)
 class EngineRequest:
-    """A request and what becomes of it.
+    """A request and its state in the engine.
 
-    Whoever submits it sets `submitted`, `sink`, which the engine calls with each batch's outputs, and perhaps
-    `prefilled`, which it calls with how many of the prompt's tokens are computed; neither may block. The rest is the
-    engine's. Times are its clock's, in seconds; None until it happened.
+    The submitter sets `submitted` and `sink`, which the engine calls with each batch's outputs, and perhaps
+    `prefilled`, which it calls with how many of the prompt's tokens are computed. Neither may block. The engine sets
+    the rest. Times are in seconds of its clock, None until it happened.
     """
 
     request: Request
@@ -81,6 +82,12 @@ class EngineRequest:
     spared: KvSavings = NOTHING_SPARED
     unfinished: int = 0
     received: tuple[tuple[tuple[int, ...], bool], ...] | None = None
-    """Of a request that another engine began: each sample's tokens that its client has, and whether it has ended."""
+    """For a request that another engine began: the tokens of each sample that its client has, and whether the sample
+    has ended."""
     sequences: tuple[ScheduledSequence, ...] = ()
     constraints: tuple[Constraint, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """The request's id, unique for its engine."""
+        return self.request.id

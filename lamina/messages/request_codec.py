@@ -1,4 +1,4 @@
-"""Tickets and outputs as plain data and back: numbers, text, tuples and dicts. Knows no wire, and no engine."""
+"""Requests and outputs as plain data and back: numbers, text, tuples and dicts."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from lamina.scheduling.request import Request
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 Command: TypeAlias = tuple[Any, ...]
-"""("submit", fields of the request, fields of the params, seed) | ("resume", these, and per sample its tokens that were
-received and whether it has ended) | ("abort", id, sample, reason) | ("snapshot", number) | ("close",)."""
+"""("submit", fields of the request, fields of the params, seed) | ("resume", these, and for each sample the tokens that
+were received and whether it has ended) | ("abort", id, sample, reason) | ("snapshot", number) | ("close",)."""
 
 _ERRORS: dict[str, type[LaminaError]] = {"InvalidRequest": InvalidRequest, "EngineError": EngineError}
 
 
-def encode_resumed(ticket: EngineRequest, received: Sequence[tuple[Sequence[int], bool]]) -> Command:
-    """A submission that another engine has begun, as plain data."""
-    return ("resume", *encode_ticket(ticket)[1:], tuple((tuple(tokens), over) for tokens, over in received))
+def encode_resumed(request: EngineRequest, received: Sequence[tuple[Sequence[int], bool]]) -> Command:
+    """The command to go on with a request that another engine began."""
+    return ("resume", *encode_request(request)[1:], tuple((tuple(tokens), over) for tokens, over in received))
 
 
-def encode_ticket(ticket: EngineRequest) -> Command:
-    """A submission as plain data."""
-    request = {field.name: getattr(ticket.request, field.name) for field in dataclasses.fields(Request)}
-    params = {field.name: getattr(ticket.params, field.name) for field in dataclasses.fields(SamplingParams)}
-    request["stop_token_ids"] = tuple(request["stop_token_ids"])
+def encode_request(request: EngineRequest) -> Command:
+    """The command to submit a request."""
+    fields = {field.name: getattr(request.request, field.name) for field in dataclasses.fields(Request)}
+    params = {field.name: getattr(request.params, field.name) for field in dataclasses.fields(SamplingParams)}
+    fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
     params["logit_bias"] = dict(params["logit_bias"])
-    return ("submit", request, params, ticket.seed)
+    return ("submit", fields, params, request.seed)
 
 
-def decode_ticket(request: Mapping[str, Any], params: Mapping[str, Any], seed: int) -> EngineRequest:
-    """The ticket of `encode_ticket`'s fields, without a sink."""
-    fields = dict(request) | {"stop_token_ids": frozenset(request["stop_token_ids"])}
-    return EngineRequest(Request(**fields), SamplingParams(**params), seed)
+def decode_request(fields: Mapping[str, Any], params: Mapping[str, Any], seed: int) -> EngineRequest:
+    """The request of `encode_request`'s fields, without a sink."""
+    request = Request(**{**fields, "stop_token_ids": frozenset(fields["stop_token_ids"])})
+    return EngineRequest(request, SamplingParams(**params), seed)
 
 
 def encode_output(output: EngineOutput, start: float) -> tuple[Any, ...]:
@@ -47,7 +47,7 @@ def encode_output(output: EngineOutput, start: float) -> tuple[Any, ...]:
 
 
 def decode_output(fields: tuple[Any, ...], start: float) -> EngineOutput:
-    """The output of `encode_output`, on a clock on which its request was submitted at `start`."""
+    """The output of `encode_output`'s fields. `start` is when its request was submitted, on the receiver's clock."""
     sample, token, reason, logprobs, error, at = fields
     return EngineOutput(
         sample=sample,

@@ -1,6 +1,6 @@
-"""What an engine is doing at one moment, as numbers: for metrics and for people who look.
+"""What an engine is doing at one moment, as numbers: for metrics and status pages.
 
-Counters count since the engine started; times are in seconds, sizes in bytes. Importing it loads no torch.
+Counters count since the engine started. Times are in seconds, sizes in bytes. Importing it loads no torch.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ BATCH_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 @dataclass(frozen=True, slots=True)
 class HolderSnapshot:
-    """One holder of KV. `channel` is "in process", "local", "tcp" or "grpc". `local`: the holder is in a model worker's
-    process, and keeps prompts only where there are others that are not.
+    """One holder of KV. `channel` is "in process", "local", "tcp" or "grpc". A `local` holder is in a model worker's
+    process; it keeps only prompts if there are holders that are not local.
 
     Ranks that share a model have a holder each, "rank-1" and so on beside the engine's own, and a part of the pages of
     each attention worker. Bytes and exchanges are those of the engine's process alone.
 
     An exchange is one layer's query and its answer, from the moment the query is handed over until the answer has been
-    read; `exchange_counts` has how many took how long (see EXCHANGE_BUCKETS), `exchange_seconds` the sum of all.
-    Between the two the engine computes what it can, so an answer may have lain there: this is no shorter than the
-    exchange took, and with several lanes longer by up to what another lane computes without a pause.
+    read. `exchange_counts` has how many took how long (see EXCHANGE_BUCKETS), `exchange_seconds` the sum of all. The
+    engine computes between the two, so an answer may wait to be read: the time is an upper bound of the exchange, with
+    several lanes by up to what another lane computes without a pause.
 
-    `free_pages` is what the holder said last; a holder that is asked nothing says nothing.
+    `free_pages` is from the holder's last answer.
     """
 
     name: str
@@ -47,8 +47,8 @@ class HolderSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSnapshot:
-    """One sequence with KV: its request, the tokens it has, whether it still reads its prompt (or what was lost of its
-    KV), and its pages by the name of the holder that keeps them. Pages that sequences share are counted for each."""
+    """One sequence with KV. `tokens` is its length, `prefill` whether its prompt (or lost KV) is still being computed,
+    `pages` its pages by the name of the holder. Pages that sequences share are counted for each."""
 
     request: str
     sample: int
@@ -61,11 +61,11 @@ class SequenceSnapshot:
 class Snapshot:
     """One engine.
 
-    The time of the engine's one thread is cut in three, so no second is counted twice, however many batches are under
-    way: `idle_seconds` it waited for requests; `attention_seconds` it computed attention, handed q, k and v to the
-    holders, waited for their answers and merged them, or waited for them to accept a batch, less the time in which that
-    batch was suspended and another went on; `model_seconds` is the rest, dense layers above all. Together they are
-    `uptime`.
+    The time of the engine's one thread is cut in three, so no second is counted twice, even with several batches under
+    way. In `idle_seconds` it waited for requests. In `attention_seconds` it computed attention, handed q, k and v to
+    the holders, waited for their answers and merged them, or waited for them to accept a batch, without the time in
+    which that batch was suspended and another went on. `model_seconds` is the rest, dense layers above all. Together
+    they are `uptime`.
 
     `kv_read` and `kv_whole` are bytes of KV read in decode, and what reading everything would have taken; `missed_mass`
     and `missed_queries` sum the estimates of KV policies and the queries they are of. All four are 0 without a policy
@@ -126,5 +126,5 @@ class Snapshot:
 
 
 def _fields(noun: HolderSnapshot | SequenceSnapshot | Snapshot) -> dict[str, Any]:
-    """Not `dataclasses.asdict`, which copies what is frozen, and takes 3 ms for 256 sequences."""
+    """The fields by name. `dataclasses.asdict` would copy frozen values and take 3 ms for 256 sequences."""
     return {field.name: getattr(noun, field.name) for field in fields(noun)}

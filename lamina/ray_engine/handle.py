@@ -43,7 +43,7 @@ class ClusterRuntime:
     tokenizer: Tokenizer
     limits: SchedulerConfig
     possible: int
-    intake: InputProcessor
+    inputs: InputProcessor
     engine: RemoteEngine
     progress: Progress | None
     owner: EngineOwner
@@ -108,7 +108,7 @@ def _runtime(
         tokenizer=tokenizer,
         limits=facts["limits"],
         possible=facts["possible"],
-        intake=InputProcessor(
+        inputs=InputProcessor(
             tokenizer, facts["limits"].max_model_len, facts["possible"], model.vocab_size, generation_config
         ),
         engine=engine,

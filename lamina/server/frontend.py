@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol
 
-from lamina.client.call import Call, Item
+from lamina.client.async_outputs import AsyncOutputs
+from lamina.client.call import Call
 from lamina.client.input_processor import InputProcessor
-from lamina.client.interface import EngineClient
-from lamina.client.loop_queue import AsyncOutputs
+from lamina.client.interface import Delivery, EngineClient
 from lamina.completions import Completion, TokenEvent
 from lamina.errors import EngineError, LaminaError
 from lamina.messages.engine_request import EngineRequest
@@ -179,7 +179,8 @@ class Generation:
         self._streamed = streamed
         self._begun = time.monotonic()
         try:
-            self._job = Call(served, tickets, self._inbox, streamed)
+            self._call = Call(served, tickets)
+            self._call.submit(self._inbox.put, streamed)
         except BaseException:
             self._inbox.close()
             raise
@@ -195,9 +196,9 @@ class Generation:
     ) -> None:
         self._frontend.active -= sum(ticket.request.n for ticket in self._tickets)
         self._inbox.close()
-        self._job.abort()
+        self._call.abort()
         now = time.monotonic()
-        for index, (ticket, completion) in enumerate(zip(self._tickets, self._job.completions(), strict=True)):
+        for index, (ticket, completion) in enumerate(zip(self._tickets, self._call.completions(), strict=True)):
             if index in self._told:
                 continue
             if isinstance(error, LaminaError):
@@ -211,15 +212,15 @@ class Generation:
     async def __anext__(self) -> list[TokenEvent]:
         if self._failure is not None:
             raise self._failure
-        while not self._job.done:
+        while not self._call.done:
             try:
-                item: Item | None = await self._inbox.get()
+                item: Delivery | None = await self._inbox.get()
             except (TimeoutError, asyncio.TimeoutError):
                 raise DeadlineExceeded(f"the request took longer than its {self._of:g} seconds") from None
             events: list[TokenEvent] = []
             while item is not None:
                 try:
-                    events += self._job.take(item)
+                    events += self._call.take(item)
                 except LaminaError as error:
                     if not events:
                         raise
@@ -233,14 +234,14 @@ class Generation:
 
     def completions(self) -> list[Completion]:
         """What every prompt has given so far, in order."""
-        return self._job.completions()
+        return self._call.completions()
 
     def _observe(self, events: Sequence[TokenEvent]) -> None:
         observer, now = self._frontend.observer, time.monotonic()
         if self._streamed:
             self._observe_tokens(events, now)
         if any(event.finish_reason is not None for event in events):
-            for index, completion in enumerate(self._job.finished()):
+            for index, completion in enumerate(self._call.finished()):
                 if completion is not None and index not in self._told:
                     self._told.add(index)
                     if not self._streamed:  # what came when, as far as the engine's own times tell

@@ -105,7 +105,7 @@ class Replica:
         self._frontend = Frontend(metrics)
         self._app = create_app(self._frontend, settings, metrics)
         runtime = self._runtime = start_on_cluster(plan.model, plan.config)
-        self._frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.intake))
+        self._frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.inputs))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)

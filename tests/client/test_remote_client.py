@@ -16,7 +16,7 @@ from lamina.client.remote_client import RemoteEngine
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.messages.engine_request import EngineOutput, EngineRequest
-from lamina.messages.request_codec import decode_ticket, encode_ticket
+from lamina.messages.request_codec import decode_request, encode_request
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina_workers.decoder.logprobs import RowLogprobs
@@ -87,9 +87,9 @@ def test_a_ticket_survives_the_journey() -> None:
         min_tokens=2,
     )
     request = Request("7", (1, 2), 10, 2, frozenset({5, 9}), 2, -3, "a salt")
-    command = encode_ticket(EngineRequest(request, params, seed=2**63))
+    command = encode_request(EngineRequest(request, params, seed=2**63))
     check_plain(command)
-    ticket = decode_ticket(*command[1:])
+    ticket = decode_request(*command[1:])
     assert (ticket.request, ticket.params, ticket.seed) == (request, params, 2**63)
 
 
@@ -349,6 +349,6 @@ def test_times_go_on_where_they_were() -> None:
 
 
 def test_samples_that_were_received_must_be_those_of_the_request(pair: Pair) -> None:
-    command = encode_ticket(pair.submit())
+    command = encode_request(pair.submit())
     with pytest.raises(EngineError, match="2 samples were received of 1"):
         pair.wire._host.ask([("resume", *command[1:], (((), False), ((), False)))])

@@ -84,7 +84,7 @@ def rig(llm: LLM) -> Iterator[Rig]:
 
 def scripted(llm: LLM, script: Script) -> Frontend:
     frontend = Frontend()
-    frontend.ready(Served(script, llm._runtime.tokenizer, llm._runtime.intake))
+    frontend.ready(Served(script, llm._runtime.tokenizer, llm._runtime.inputs))
     return frontend
 
 
@@ -123,7 +123,7 @@ def test_a_client_that_leaves_ends_its_requests(rig: Rig, path: str, fields: dic
 def test_a_client_that_leaves_while_queued(llm: LLM) -> None:
     script = Script()
     with serving(llm, frontend=scripted(llm, script)) as rig:
-        rig.frontend.ready(Served(script, llm._runtime.tokenizer, llm._runtime.intake))
+        rig.frontend.ready(Served(script, llm._runtime.tokenizer, llm._runtime.inputs))
         for stream in (True, False):
             script.aborted.clear()
             with rig.open(CHAT, {"messages": MESSAGES, "stream": stream}):
@@ -240,7 +240,7 @@ def test_an_engine_that_is_loading_or_dead(llm: LLM) -> None:
         frontend.lost("it crashed")
         assert "it crashed" in rig.ask("/health").error["message"]
         runtime = llm._runtime
-        frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.intake))
+        frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.inputs))
         assert rig.ask("/health").json == {"status": "ok"}
         assert rig.ask("/health", method="HEAD").status == 200
         assert rig.complete().status == 200

@@ -504,7 +504,7 @@ def test_priority_reaches_the_scheduler(llm: LLM) -> None:
         def abort(self, *arguments: Any) -> None: ...
 
     frontend = Frontend()
-    frontend.ready(Served(Watching(), llm._runtime.tokenizer, llm._runtime.intake))  # type: ignore[arg-type]
+    frontend.ready(Served(Watching(), llm._runtime.tokenizer, llm._runtime.inputs))  # type: ignore[arg-type]
     with serving(None, frontend=frontend) as rig:
         rig.complete(priority=-3)
         rig.chat(priority=5)

@@ -133,7 +133,7 @@ def serving(
     frontend = frontend or Frontend()
     if llm is not None:
         runtime = llm._runtime
-        frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.intake))
+        frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.inputs))
     given = ServerSettings(**({"model": MODEL} | settings))
     config = uvicorn.Config(
         create_app(frontend, given, metrics),

@@ -18,7 +18,7 @@ from tokenizers import AddedToken
 
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
-from lamina.messages.request_codec import decode_ticket, encode_ticket
+from lamina.messages.request_codec import decode_request, encode_request
 from lamina.sampling_params import JSON_OBJECT, SamplingParams
 from lamina.text.structured_output import MAX_COLONS, MAX_CONTAINERS, Constraint, Grammars, check_json_schema
 from lamina_protocols.errors import ProtocolError
@@ -416,9 +416,9 @@ def test_what_is_asked_for_survives_the_way_to_an_engine_elsewhere(model) -> Non
         engine = Rig(model, grammars=GRAMMARS)
         params = SamplingParams(max_tokens=3, **asked).with_defaults({})
         ticket, inbox = engine.submit([1], params)
-        _, request, fields, seed = json.loads(json.dumps(encode_ticket(ticket)))
+        _, request, fields, seed = json.loads(json.dumps(encode_request(ticket)))
         request["prompt"] = tuple(request["prompt"])
-        assert decode_ticket(request, fields, seed).params == params
+        assert decode_request(request, fields, seed).params == params
         collect(inbox)
         engine.close()
 

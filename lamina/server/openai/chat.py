@@ -134,7 +134,7 @@ def _prepared(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> Cha
                 logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
                 structure=structure,
             )
-            (ticket,) = intake.tickets([ids], params, fields.priority or 0, salt)
+            (ticket,) = intake.requests([ids], params, fields.priority or 0, salt)
     except ContextTooLong as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
     hidden = None if use is None else tuple(end for eos in tokenizer.eos_ids if (end := tokenizer.token(eos)))

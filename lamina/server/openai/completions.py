@@ -90,7 +90,7 @@ def _prepared(fields: CompletionRequest, served: Served, salt: tuple[str, str]) 
             logprobs=fields.logprobs,
             structure=structured(fields.structured_outputs),
         )
-        tickets = intake.tickets(prompts, params, fields.priority or 0, salt)
+        tickets = intake.requests(prompts, params, fields.priority or 0, salt)
     prefixes = [""] * len(prompts)
     if fields.echo:
         whole = fields.truncate_prompt_tokens is None

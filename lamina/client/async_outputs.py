@@ -1,4 +1,4 @@
-"""Outputs of an engine's thread, handed to an asyncio event loop."""
+"""Outputs that an engine's thread hands to an asyncio event loop."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from contextlib import suppress
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
-from lamina.client.call import Item
+from lamina.client.interface import Delivery
 
 
 class AsyncOutputs:
     """A queue of the running event loop that other threads fill. One task takes from it.
 
-    `seconds`: from now on, after which `get` raises asyncio.TimeoutError; whoever gives them must `close` it.
+    `get` raises asyncio.TimeoutError once `seconds` have passed since the queue was made and it is empty. A queue with
+    `seconds` must be closed.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._waker = _Waker.of(self._loop)
-        self._items: deque[Item] = deque()
+        self._items: deque[Delivery] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._late = False
         self._timer = None if seconds is None else self._loop.call_later(max(0.0, seconds), self._expire)
 
-    def put(self, item: Item) -> None:
+    def put(self, item: Delivery) -> None:
         self._items.append(item)
-        self._waker.wake(self)
+        self._waker.wake_for(self)
 
-    async def get(self) -> Item:
+    async def get(self) -> Delivery:
         while not self._items and not self._late:
             self._waiting = self._loop.create_future()
             try:
@@ -41,21 +42,21 @@ class AsyncOutputs:
             raise asyncio.TimeoutError
         return self._items.popleft()
 
-    def get_nowait(self) -> Item | None:
+    def get_nowait(self) -> Delivery | None:
         return self._items.popleft() if self._items else None
 
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
-    def look(self) -> None:
-        """There may be something: wake who waits. For the event loop's thread."""
+    def wake(self) -> None:
+        """Wake the task that waits in `get`, if there is one. For the event loop's thread."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
     def _expire(self) -> None:
         self._late = True
-        self.look()
+        self.wake()
 
 
 class _Waker:
@@ -70,20 +71,21 @@ class _Waker:
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> _Waker:
-        """The one of that loop. For the loop's thread."""
+        """The waker of that loop. For the loop's thread."""
         waker = cls._known.get(loop)
         if waker is None:
             waker = cls._known[loop] = cls(loop)
         return waker
 
-    def wake(self, queue: AsyncOutputs) -> None:
+    def wake_for(self, queue: AsyncOutputs) -> None:
+        """Wake the loop because `queue` was filled. For any thread."""
         self._filled.append(queue)
         if not self._called and (loop := self._loop()) is not None:
             self._called = True
-            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop was closed, so no task waits
                 loop.call_soon_threadsafe(self._run)
 
     def _run(self) -> None:
-        self._called = False  # first, so that whoever fills one from now on calls again
+        self._called = False  # first, so that a thread that fills a queue from now on calls again
         while self._filled:
-            self._filled.popleft().look()
+            self._filled.popleft().wake()
