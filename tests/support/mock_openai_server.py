@@ -1,7 +1,7 @@
 """A server with OpenAI's API and no model: it streams words with known delays, or fails in a known way.
 
 For the benchmark's tests; and by itself, to see what the benchmark's client costs:
-`python tests/mock_openai_server.py --ttft 0.02 --itl 0.01`
+`python tests/support/mock_openai_server.py --ttft 0.02 --itl 0.01`
 """
 
 from __future__ import annotations
