@@ -32,7 +32,7 @@ SHARDS = {
 @pytest.fixture(scope="module", autouse=True)
 def _choosing_is_always_worth_it() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for cost in ("CALL", "LOOK", "SCATTERED"):
+        for cost in ("CALL", "SKETCH", "SCATTERED"):
             patch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
         yield
 

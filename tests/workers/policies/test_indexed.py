@@ -378,7 +378,7 @@ def together(bench: Bench, handles: list[int], target: int) -> list[torch.Tensor
 
 
 def test_sequences_with_and_without_an_index_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cost in ("CALL", "LOOK", "SCATTERED"):  # so that heads without an index are looked at, by scans
+    for cost in ("CALL", "SKETCH", "SCATTERED"):  # so that heads without an index are scanned
         monkeypatch.setattr(retrieval, cost, 0)
     bench = Bench(POLICY.format("graph").replace("sink", "every=1, sink"))  # other targets are asked for in each step
     handles = [bench.open() for _ in range(3)]

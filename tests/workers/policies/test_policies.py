@@ -39,7 +39,7 @@ LONG = 1120  # tokens, with which every policy has something to choose
 
 @pytest.fixture(autouse=True)
 def _choosing_is_always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cost in ("CALL", "LOOK", "SCATTERED"):  # choosing is always worth it
+    for cost in ("CALL", "SKETCH", "SCATTERED"):  # choosing is always worth it
         monkeypatch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
 
 
@@ -61,7 +61,7 @@ def test_with_an_unlimited_budget_it_is_full_attention(name: str) -> None:
         close(out, bench.dense(handle)[:, 0])
     usage = bench.usage(handle)
     assert usage.held == usage.kept
-    assert usage.read >= usage.whole  # sketches are read too, where a policy looks before it reads everything
+    assert usage.read >= usage.whole  # sketches are read too, where a policy scans before it reads everything
     assert usage.missed == pytest.approx(0, abs=1e-6)
 
 

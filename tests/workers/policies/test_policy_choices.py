@@ -37,7 +37,7 @@ LONG = 1120  # tokens, with which every policy has something to choose
 
 @pytest.fixture(autouse=True)
 def _choosing_is_always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cost in ("CALL", "LOOK", "SCATTERED"):  # choosing is always worth it
+    for cost in ("CALL", "SKETCH", "SCATTERED"):  # choosing is always worth it
         monkeypatch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
 
 
@@ -66,20 +66,20 @@ def test_page_top_k_reads_the_pages_of_the_highest_bounds() -> None:
     assert usage.whole == LAYERS * KV_HEADS * 481 * TOKEN_BYTES
 
 
-def test_recycled_looks_when_it_is_time_or_the_query_has_turned() -> None:
-    """`missed` is known in looks alone, so its count tells them."""
+def test_recycled_scans_when_it_is_time_or_the_query_has_turned() -> None:
+    """`missed` is known in full scans alone, so its count tells them."""
     bench = Bench(TIGHT["recycled"])
     handle = bench.open()
     bench.prefill(handle, LONG, **peaked(bench, handle, LONG, near=(17, 30)))
-    looked = []
+    scanned = []
     for step in range(48):
         direction = towards(0) if step < 27 else towards(1)  # a quarter turn
         bench.step(handle, q=direction.expand(LAYERS, 1, HEADS, D))
         queries = bench._usages[handle].queries
-        looked.append(queries)
-    steps = [i - 1 for i in range(1, 48) if looked[i] > looked[i - 1]]  # told with the next row
+        scanned.append(queries)
+    steps = [i - 1 for i in range(1, 48) if scanned[i] > scanned[i - 1]]  # told with the next row
     assert steps == [0, 20, 30]
-    assert looked[-1] == 3 * LAYERS * HEADS
+    assert scanned[-1] == 3 * LAYERS * HEADS
 
 
 def test_heavy_hitter_keeps_what_was_heavy_for_long() -> None:
@@ -226,7 +226,7 @@ def test_the_missed_mass_is_as_estimated(shape: str) -> None:
                 assert missed[number] <= 0.02 + 1e-6
 
 
-def test_what_a_scan_leaves_of_heads_that_do_not_look_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_scan_leaves_of_heads_that_do_not_scan_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     real = sketches.scan
 
     def scan(*args: Any) -> sketches.Choice:
@@ -247,7 +247,7 @@ def test_what_a_scan_leaves_of_heads_that_do_not_look_is_not_used(monkeypatch: p
     bench.prefill(handle, 500, k=k)
     for step in range(12):
         q = towards(1 + step % 2, 6.0).expand(LAYERS, 1, HEADS, D).clone()
-        q[:, :, :GROUP] = towards(0, 6.0)  # the first KV head keeps its choice, the others look in every step
+        q[:, :, :GROUP] = towards(0, 6.0)  # the first KV head keeps its choice, the others scan in every step
         assert bench.step(handle, q=q).isfinite().all()
     assert any(any(due) and not all(due) for due in seen), seen
     assert bench.usage(handle).missed >= 0

@@ -16,9 +16,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Float32, Holding, Int32, Items, everything
-from lamina_workers.policies.page_budget import Bounds, Ints, ScannedItems, best, lists, scanned
+from lamina_workers.policies.page_budget import Bounds, ScannedItems, best, lists, scanned
 from lamina_workers.policies.policy import LONGEST
 
 

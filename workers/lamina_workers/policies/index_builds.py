@@ -23,7 +23,7 @@ Build = Callable[[Floats, Floats, int], Segment]
 
 STRIDE = 2  # positions from one sampled query to the next
 PROMPT, LATER = 3072, 1024  # positions whose queries are kept: of prefill, and of decode for further segments
-PAUSE, LONGEST_PAUSE = 16, 1024  # steps in which looks choose for a head whose index misses too much
+PAUSE, LONGEST_PAUSE = 16, 1024  # steps in which full scans choose for a head whose index misses too much
 
 
 def _graph(keys: Floats, queries: Floats, lo: int) -> Segment:
@@ -74,7 +74,7 @@ class HeadIndex:
     shared: bool = False  # whether a fork has the same sample: then it is copied before anything is added
     index: KeyIndex | None = None
     top: int = 0  # keys that each query head asks for
-    pause: int = 0  # steps in which looks choose
+    pause: int = 0  # steps in which full scans choose
     next_pause: int = PAUSE
     failed: bool = False
 

@@ -5,8 +5,8 @@ Prefill's queries are sampled as they pass. When a part decodes and is long enou
 index for each layer and KV head, one after the other, from a copy of the keys; it never sees pages. Decode reads the
 pages of the best keys of every query head, exactly, and beside them the sinks, the most recent tokens and all that is
 not indexed yet. What that misses is estimated in every step from the sketches of some pages. A head that misses too
-much asks for twice as many keys in the next step, and for some steps is left to the looks of `retrieval` where that is
-not enough; so is every head that has no index: yet, for want of queries, or because its build failed.
+much asks for twice as many keys in the next step. Where that is not enough, the full scans of `retrieval` choose for it
+for some steps, as for every head that has no index: yet, for want of queries, or because its build failed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels.paged.pages import gather
+from lamina_kernels.paged.rows import Ints
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import LayerSpec
@@ -43,7 +44,6 @@ from lamina_workers.policies.index_builds import (
 )
 from lamina_workers.policies.page_budget import Bounds, bounds, lists
 
-Ints = npt.NDArray[np.int64]
 log = logging.getLogger(__name__)
 
 SAMPLED = 64  # pages from which the mass of what is not read is estimated
@@ -78,17 +78,17 @@ class _Plan:
     at: Bounds
     sampled: list[Ints]  # entries of each item that stand for those between its sinks and its last ones
     scan: Any = None  # the kernels' plan of sinks, sampled and last entries; None until an item has an index
-    looks: dict[tuple[int, ...], tuple[Items, Any]] = field(default_factory=dict)  # plans for some items, by these
+    scanning: dict[tuple[int, ...], tuple[Items, Any]] = field(default_factory=dict)  # plans for some items, by these
 
 
 class Indexed:
-    """The chooser. `looks` chooses for heads that have no index; `build` makes one segment."""
+    """The chooser. `scanning` chooses for heads that have no index; `build` makes one segment."""
 
-    def __init__(self, policy: IndexParameters, at: Holding, looks: Chooser, build: Build | None = None) -> None:
+    def __init__(self, policy: IndexParameters, at: Holding, scanning: Chooser, build: Build | None = None) -> None:
         faiss_host.module()  # that it is missing is told now, and it is not imported in a step
         self._policy = policy
         self._at = at
-        self._looks = looks
+        self._scanning = scanning
         self._build = build or BUILDS[policy.index]
         self._asked = ASKED[policy.index]
         self._parts: dict[int, PartIndexes] = {}
@@ -156,7 +156,7 @@ class Indexed:
         if self._building is not None and self._building[0] == handle:
             self._building[2].cancelled = True
         self._parts.pop(handle, None)
-        self._looks.forget(handle)
+        self._scanning.forget(handle)
 
     def _head(self, handle: int, layer: int, head: int) -> HeadIndex:
         heads = self._parts.setdefault(handle, PartIndexes()).heads
@@ -218,7 +218,7 @@ class Indexed:
     # Decode.
 
     def worth(self, tokens: Sequence[int]) -> bool:
-        return max(tokens) >= self._policy.least or self._looks.worth(tokens)
+        return max(tokens) >= self._policy.least or self._scanning.worth(tokens)
 
     def plan(self, items: Items) -> _Plan:
         at = bounds(self._policy, items, self._at.page_size)
@@ -239,9 +239,9 @@ class Indexed:
                 head.pause -= 1
             elif head.index is not None and head.index.hi <= plan.at.recent[i] * size:
                 asking[i] = head, head.index
-        looking = tuple(i for i in range(len(items)) if i not in asking)
+        others = tuple(i for i in range(len(items)) if i not in asking)
         if not asking:
-            return self._look(plan, looking, layer, spec, q)
+            return self._by_scan(plan, others, layer, spec, q)
         found = self._search([(index, queries[i], head.top) for i, (head, index) in asking.items()])
         log_mass, read = self._scan(plan, spec, q, list(asking))
         pages: list[Int32] = [np.empty(0, np.int32)] * len(items)
@@ -253,23 +253,23 @@ class Indexed:
             self._adapt(head, float(missed[i].max()), np.count_nonzero(chosen) / len(chosen))
             pages[i] = items.tables[i][spec.kv_layer][np.flatnonzero(chosen)]
             read += hits.distances * faiss_host.code_bytes(queries.shape[2], "bfloat16")
-        if not looking:
+        if not others:
             return Choice(*lists(pages), missed.reshape(-1), read)
-        of_group = (np.array(looking)[:, None] * items.group + np.arange(items.group)).reshape(-1)
+        of_group = (np.array(others)[:, None] * items.group + np.arange(items.group)).reshape(-1)
         vectors = torch.from_numpy(of_group)
-        looked = self._look(plan, looking, layer, spec, q[vectors])
-        for i, row, count in zip(looking, looked.pages, looked.counts.tolist(), strict=True):
+        scanned = self._by_scan(plan, others, layer, spec, q[vectors])
+        for i, row, count in zip(others, scanned.pages, scanned.counts.tolist(), strict=True):
             pages[i] = row[:count]
-        missed.reshape(-1)[of_group] = looked.missed
+        missed.reshape(-1)[of_group] = scanned.missed
         rest = None
-        if looked.rest is not None:
-            rest = Partial(torch.zeros(len(q), looked.rest.out.shape[1]), torch.full((len(q),), -torch.inf))
-            rest.out[vectors], rest.lse[vectors] = looked.rest
-        return Choice(*lists(pages), missed.reshape(-1), read + looked.read, rest)
+        if scanned.rest is not None:
+            rest = Partial(torch.zeros(len(q), scanned.rest.out.shape[1]), torch.full((len(q),), -torch.inf))
+            rest.out[vectors], rest.lse[vectors] = scanned.rest
+        return Choice(*lists(pages), missed.reshape(-1), read + scanned.read, rest)
 
-    def _look(self, plan: _Plan, those: tuple[int, ...], layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
-        """What looks choose for some of the items, whose queries q are."""
-        if those not in plan.looks:
+    def _by_scan(self, plan: _Plan, those: tuple[int, ...], layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+        """What full scans choose for some of the items, whose queries q are."""
+        if those not in plan.scanning:
             a, index = plan.items, list(those)
             some = Items(
                 [a.parts[i] for i in index],
@@ -279,10 +279,10 @@ class Indexed:
                 a.begins[index],
                 a.group,
             )
-            worth = self._looks.worth(some.tokens.tolist())
-            plan.looks[those] = some, self._looks.plan(some) if worth else None
-        some, looks = plan.looks[those]
-        return everything(some, spec.kv_layer) if looks is None else self._looks.choose(looks, layer, spec, q)
+            worth = self._scanning.worth(some.tokens.tolist())
+            plan.scanning[those] = some, self._scanning.plan(some) if worth else None
+        some, scan = plan.scanning[those]
+        return everything(some, spec.kv_layer) if scan is None else self._scanning.choose(scan, layer, spec, q)
 
     def _search(self, asked: Sequence[tuple[KeyIndex, Float32, int]]) -> list[Found]:
         """Of each index the best `top` keys of each query, `[group, d_k]`. Dealt out over the threads, this one among

@@ -1,60 +1,65 @@
-"""What the KV heads of a layer chose when they last looked, and how long they keep to it: arrays, and loops compiled by
-numba, because every head of every layer passes through in every step.
+"""What the KV heads of a layer chose at their last full scan, and how long they keep to it: arrays, and loops compiled
+by numba, because every head of every layer passes through in every step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba import boolean, float32, float64, int32, int64
+from numba import float32, from_dtype, int32, int64, void
+from numba.extending import register_jitable
 
 from lamina_kernels.cpu.intrinsics import pointer
+from lamina_kernels.paged.rows import Ints
+from lamina_kernels.sketches import sketches
 from lamina_workers.policies.chooser import Float32, Int32
 
-Ints = npt.NDArray[np.int64]
+LIMITS = np.dtype(
+    [
+        ("missed", "f8"),  # what a choice may leave out of a query's mass
+        ("budget", "f8"),  # the share of its pages above which a head reads all
+        ("every", "i8"),  # the most steps from one full scan to the next
+    ]
+)
+HEAD = np.dtype(
+    [
+        ("scanned", "i8"),  # entries that there were at its last full scan; 0: there was none
+        ("chosen", "i8"),  # entries of its list, all below `scanned`; whatever came since is read too
+        ("pause", "i8"),  # steps between full scans
+        ("left", "i8"),  # steps until the next
+        ("held", "i8"),  # entries that there are in this step,
+        ("sealed", "i8"),  # those of full pages among them,
+        ("due", "i8"),  # and whether a full scan is due
+        ("found", "i8"),  # entries that this step's full scan chose
+    ]
+)
+Records = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """`missed`: what a choice may leave out of a query's mass; `budget`: the share of its pages above which a head
-    reads all; `every`: the most steps from one look to the next."""
-
-    missed: float
-    budget: float
-    every: int
+def limits(missed: float, budget: float, every: int) -> Records:
+    """One record, as the compiled loop takes it."""
+    return np.array([(missed, budget, every)], LIMITS)
 
 
-@dataclass(slots=True)
 class LayerMemory:
-    """One entry a KV head of a part, in the order of `keys`.
+    """One entry a KV head of a part, in the order of `keys`. A step calls `begin`, `full_scan` if it is due, `read`.
 
-    lists: int32 `[n, capacity]`, the entries chosen, ascending, counts[i] of them, all below held[i]; whatever came
-    since is read too. missed: float32 `[n, group]`, what is expected to be left out. pause: steps between looks; left:
-    steps until the next.
+    keys: None where the part is closed. heads: HEAD `[n]`. lists: int32 `[n, capacity]`, the entries chosen, ascending.
+    missed: float32 `[n, group]`, the share of a query's mass that is expected to be left out.
     """
 
-    keys: list[tuple[int, int] | None]  # None: that part is closed
-    lists: Int32
-    counts: Ints
-    held: Ints
-    missed: Float32
-    pause: Ints
-    left: Ints
-
-    @classmethod
-    def empty(cls, keys: Sequence[tuple[int, int]], capacity: int, group: int) -> LayerMemory:
-        """Nothing is known yet: all must look."""
-        n = len(keys)
-        lists, missed = np.zeros((n, capacity), np.int32), np.zeros((n, group), np.float32)
-        counts, held, pause, left = np.zeros((4, n), np.int64)
-        return cls(list(keys), lists, counts, held, missed, pause, left)
+    def __init__(self, keys: Sequence[tuple[int, int]], capacity: int, group: int) -> None:
+        """Nothing is known yet: a full scan is due for all."""
+        self.keys: list[tuple[int, int] | None] = list(keys)
+        self.heads: Records = np.zeros(len(keys), HEAD)
+        self.lists: Int32 = np.zeros((len(keys), capacity), np.int32)
+        self.missed: Float32 = np.zeros((len(keys), group), np.float32)
 
     def take_over(self, other: LayerMemory) -> bool:
         """Know of the keys in common what the other does. Whether there are any."""
@@ -65,8 +70,7 @@ class LayerMemory:
         to, source = map(list, zip(*pairs, strict=True))
         width = min(self.lists.shape[1], other.lists.shape[1])
         self.lists[to, :width] = other.lists[source, :width]
-        for name in ("counts", "held", "missed", "pause", "left"):
-            getattr(self, name)[to] = getattr(other, name)[source]
+        self.heads[to], self.missed[to] = other.heads[source], other.missed[source]
         return True
 
     def forget(self, handle: int) -> bool:
@@ -74,51 +78,43 @@ class LayerMemory:
         self.keys = [key if key is not None and key[0] != handle else None for key in self.keys]
         return not any(self.keys)
 
-    def due(self, held: Ints) -> npt.NDArray[np.bool_]:
-        """Who has to look: those whose time has come, and those that know nothing, or of more than there is."""
-        who: npt.NDArray[np.bool_] = (self.left <= 0) | (self.held == 0) | (self.held > held)
-        return who
+    def begin(self, held: Ints, sealed: Ints) -> npt.NDArray[np.bool_]:
+        """A step in which heads hold that many entries, int64 `[n]`. Returns for which a full scan is due, `[n]`: their
+        pause is over, or they know nothing, or they know of more than there is."""
+        heads, scanned = self.heads, self.heads["scanned"]
+        due: npt.NDArray[np.bool_] = (heads["left"] <= 0) | (scanned == 0) | (scanned > held)
+        heads["held"], heads["sealed"], heads["due"] = held, sealed, due
+        return due
 
-    def look(
-        self,
-        limits: Limits,
-        due: npt.NDArray[np.bool_],
-        held: Ints,
-        sealed: Ints,
-        log_mass: Float32,
-        entries: Int32,
-        counts: Ints,
-        missed: Float32,
-        tail_lse: Float32,
-    ) -> None:
-        """Take over what those that are due have chosen, as `sketches.Choice` says it, and judge what they had."""
-        looked()(
-            due, held, sealed, log_mass, entries, counts, missed, tail_lse, self.lists, self.counts, self.held,
-            self.missed, self.pause, self.left, limits.missed, limits.budget, limits.every,
-        )  # fmt: skip
+    def full_scan(self, limits: Records, found: sketches.Choice) -> None:
+        """Take over what a full scan has found for the heads that are due, and judge by it what they had."""
+        self.heads["found"] = found.counts
+        arrays = found.log_mass, found.entries, found.missed, found.tail.lse
+        full_scan_kernel()(self.heads, self.lists, self.missed, *(x.numpy() for x in arrays), limits)
 
-    def read(self, held: Ints, tables: Ints) -> tuple[Int32, Ints]:
-        """The pages that each reads now, int32 `[n, most]` and how many; `tables` are addresses of int32 entries."""
-        counts = self.counts + held - self.held
+    def read(self, tables: Ints) -> tuple[Int32, Ints]:
+        """The pages that each reads now, int32 `[n, most]`, and how many; `tables` are addresses of int32 entries."""
+        heads = self.heads
+        counts: Ints = heads["chosen"] + heads["held"] - heads["scanned"]
         pages = np.empty((len(counts), int(counts.max())), np.int32)
-        listed()(pages, self.lists, self.counts, self.held, held, tables)
-        self.left -= 1
+        read_kernel()(heads, self.lists, tables, pages)
+        heads["left"] -= 1
         return pages, counts
 
 
 class Memories:
-    """Those of one layer: one for each set of heads that decode together, of which lanes make several."""
+    """The memories of one layer: one for each set of heads that decode together, of which lanes make several."""
 
     def __init__(self) -> None:
         self._all: list[LayerMemory] = []
 
     def of(self, keys: list[tuple[int, int]], capacity: int, group: int) -> LayerMemory:
-        """The memory for these keys, in this order, with room for lists of `capacity` entries. What others know of them
-        is taken over, and those are given up."""
+        """The memory for these keys, in this order, with room for lists of `capacity` entries. What other memories know
+        of these keys is taken over, and those are given up."""
         for memory in self._all:
             if memory.keys == keys and memory.lists.shape[1] >= capacity:
                 return memory
-        new = LayerMemory.empty(keys, 2 * capacity, group)
+        new = LayerMemory(keys, 2 * capacity, group)
         self._all = [memory for memory in self._all if not new.take_over(memory)]
         self._all.append(new)
         return new
@@ -129,78 +125,80 @@ class Memories:
 
 
 @cache
-def looked() -> Any:
-    """The compiled loop of `LayerMemory.look`."""
-    ints, floats = int64[::1], float32[:, ::1]
-    return numba.njit(
-        numba.void(
-            boolean[::1], ints, ints, float32[:, :, ::1], int32[:, ::1], ints, float32[::1], float32[::1],
-            int32[:, ::1], ints, ints, floats, ints, ints, float64, float64, int64,
-        ),
-        cache=True,
-    )(_look)  # fmt: skip
+def full_scan_kernel() -> Any:
+    """The compiled loop of `LayerMemory.full_scan`."""
+    heads, limits = from_dtype(HEAD)[::1], from_dtype(LIMITS)[::1]
+    entries, masses, vectors = int32[:, ::1], float32[:, ::1], float32[::1]
+    signature = void(heads, entries, masses, float32[:, :, ::1], entries, vectors, vectors, limits)
+    return numba.njit(signature, cache=True)(_full_scan)
 
 
-def _look(
-    due: Any, held: Any, sealed: Any, log_mass: Any, entries: Any, counts: Any, missed: Any, tail_lse: Any, lists: Any,
-    list_counts: Any, list_held: Any, expected: Any, pause: Any, left: Any, limit: float, budget: float, every: int,
-) -> None:  # fmt: skip
-    group = expected.shape[1]
-    for i in range(len(due)):
-        if not due[i]:
+def _full_scan(
+    heads: Any, lists: Any, expected: Any, log_mass: Any, entries: Any, missed: Any, tail_lse: Any, limits: Any
+) -> None:
+    limit, group = limits[0], expected.shape[1]
+    for item in range(len(heads)):
+        head = heads[item]
+        if not head.due:
             continue
-        knew, worst, known = 0 < list_held[i] <= held[i], 0.0, sealed[i]  # of pages that are not full nothing is known
-        for h in range(group):
-            stale, left_out = np.float32(0.0), missed[i * group + h]
-            if knew and known > 0:  # where no page is full everything is read
-                logs = log_mass[i, h]
-                if left_out > 0:  # of the mass of all sealed pages
-                    total = tail_lse[i * group + h] - math.log(left_out)
-                else:
-                    peak = logs[:known].max()
-                    total = peak + math.log(np.exp(logs[:known] - peak).sum())
-                kept = 0.0
-                for at in range(list_counts[i]):
-                    if lists[i, at] < known:
-                        kept += math.exp(logs[lists[i, at]] - total)
-                for entry in range(list_held[i], known):
-                    kept += math.exp(logs[entry] - total)
-                stale = np.float32(min(max(1.0 - kept, 0.0), 1.0))
+        knew, worst = 0 < head.scanned <= head.held, 0.0
+        for query in range(group):
+            vector, stale = item * group + query, np.float32(0.0)
+            if knew and head.sealed > 0:  # of pages that are not full nothing is known: they are read
+                stale = _left_out(head, lists[item], log_mass[item, query], missed[vector], tail_lse[vector])
             worst = max(worst, float(stale))
-            expected[i, h] = stale
+            expected[item, query] = stale
         if not knew:
-            pause[i] = 0
-        elif worst <= limit:
-            pause[i] = min(max(1, 2 * pause[i]), every - 1)
+            head.pause = 0
+        elif worst <= limit.missed:
+            head.pause = min(max(1, 2 * head.pause), limit.every - 1)
         else:
-            pause[i] //= 4
-        for h in range(group):  # of the steps until the next look the first sees this choice, the others an older one
-            now = missed[i * group + h]
-            expected[i, h] = max(expected[i, h], now) if pause[i] > 0 else now
-        left[i] = pause[i] + 1
-        list_held[i] = held[i]
-        if counts[i] > budget * held[i]:
-            list_counts[i] = held[i]
-            for at in range(held[i]):
-                lists[i, at] = at
-            expected[i, :] = 0
+            head.pause //= 4
+        for query in range(group):  # until the next full scan the first step reads this choice, the others an older one
+            now = missed[item * group + query]
+            expected[item, query] = max(expected[item, query], now) if head.pause > 0 else now
+        head.left = head.pause + 1
+        head.scanned = head.held
+        if head.found > limit.budget * head.held:
+            head.chosen = head.held
+            for entry in range(head.held):
+                lists[item, entry] = entry
+            expected[item, :] = 0
             continue
-        list_counts[i] = counts[i]
-        for at in range(counts[i]):
-            lists[i, at] = entries[i, at]
+        head.chosen = head.found
+        for place in range(head.found):
+            lists[item, place] = entries[item, place]
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def _left_out(head: Any, chosen: Any, logs: Any, missed: Any, tail_lse: Any) -> Any:
+    """The share of a query's mass that its head's list leaves out, of sealed pages of which `logs` are the masses."""
+    if missed > 0:  # of the mass of all sealed pages
+        total = tail_lse - math.log(missed)
+    else:
+        peak = logs[: head.sealed].max()
+        total = peak + math.log(np.exp(logs[: head.sealed] - peak).sum())
+    kept = 0.0
+    for place in range(head.chosen):
+        if chosen[place] < head.sealed:
+            kept += math.exp(logs[chosen[place]] - total)
+    for entry in range(head.scanned, head.sealed):
+        kept += math.exp(logs[entry] - total)
+    return np.float32(min(max(1.0 - kept, 0.0), 1.0))
 
 
 @cache
-def listed() -> Any:
+def read_kernel() -> Any:
     """The compiled loop of `LayerMemory.read`."""
-    ints = int64[::1]
-    return numba.njit(numba.void(int32[:, ::1], int32[:, ::1], ints, ints, ints, ints), cache=True)(_list)
+    entries = int32[:, ::1]
+    return numba.njit(void(from_dtype(HEAD)[::1], entries, int64[::1], entries), cache=True)(_read)
 
 
-def _list(pages: Any, lists: Any, list_counts: Any, list_held: Any, held: Any, tables: Any) -> None:
-    for i in range(len(held)):
-        table = numba.carray(pointer(tables[i]), (held[i],), np.int32)
-        for at in range(list_counts[i]):
-            pages[i, at] = table[lists[i, at]]
-        for at in range(held[i] - list_held[i]):
-            pages[i, list_counts[i] + at] = table[list_held[i] + at]
+def _read(heads: Any, lists: Any, tables: Any, pages: Any) -> None:
+    for item in range(len(heads)):
+        head = heads[item]
+        table = numba.carray(pointer(tables[item]), (head.held,), np.int32)
+        for place in range(head.chosen):
+            pages[item, place] = table[lists[item, place]]
+        for later in range(head.held - head.scanned):
+            pages[item, head.chosen + later] = table[head.scanned + later]

@@ -13,12 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lamina_kernels.paged.rows import Ints
 from lamina_kernels.sketches import sketches
 from lamina_kernels.sketches.sketches import Sketches
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.policies.chooser import Float32, Holding, Int32, Items
-
-Ints = npt.NDArray[np.int64]
 
 
 class Budgeted(Protocol):

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lamina_kernels.paged.rows import EVERYTHING
 from lamina_workers.errors import PolicyError
 
-EVERYTHING = 1 << 40  # a window that hides nothing
 LONGEST = 1 << 24  # tokens that a parameter may speak of
 MAX_TEXT = 200
 

@@ -1,9 +1,9 @@
-"""`recycled`: the pages that a full look found are read again in the steps after it (Recycled Attention, arXiv
+"""`recycled`: the pages that a full scan found are read again in the steps after it (Recycled Attention, arXiv
 2411.05787).
 
-A full look scans the sketches of all pages, which ranks them by the attention that they get, and reads the best; the
-means of the others' values stand for them. It happens every `every` steps, and every 5 steps where the query has turned
-away from that of the last look. In between the same pages are read, and those that are new. Nothing is let go.
+A full scan reads the sketches of all pages, which ranks them by the attention that they get. The best are read; the
+means of the others' values stand for them. One is made every `every` steps, and every 5 steps where the query has
+turned away from that of the last full scan. In between the same pages are read, and the new ones. Nothing is let go.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from lamina_kernels.paged.rows import Ints
 from lamina_kernels.partial import Partial, empty
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Float32, Holding, Int32, Items, everything
-from lamina_workers.policies.page_budget import Bounds, Ints, ScannedItems, best, lists, scanned
+from lamina_workers.policies.page_budget import Bounds, ScannedItems, best, lists, scanned
 from lamina_workers.policies.policy import LONGEST
 
-CHECK = 5  # steps after which the query is compared with that of the last look: the paper's
+CHECK = 5  # steps after which the query is compared with that of the last full scan: the paper's
 
 
 @dataclass(frozen=True)
 class Recycled(Adaptive):
-    """`sink` first and `recent` last tokens are always read, and of all pages the share `budget` beside them. A look is
-    taken every `every` steps, or where the cosine of the query and the last look's is below `turn`."""
+    """`sink` first and `recent` last tokens are always read, and of all pages the share `budget` beside them. A full
+    scan is made every `every` steps, or where the cosine of the query and that of the last one is below `turn`."""
 
     name: ClassVar[str] = "recycled"
     sink: int = 64
@@ -44,13 +45,13 @@ class Recycled(Adaptive):
         self.check("turn", -1, 1)
 
     def chooser(self, at: Holding) -> Chooser:
-        return _Looks(self, at)
+        return _Recycling(self, at)
 
 
 @dataclass(slots=True)
-class _Look:
-    """What one layer and KV head of a part found: `entries` of those below `upto`, at so many `tokens`, with the query
-    heads' q, float32 `[group, d_k]`."""
+class _FullScan:
+    """What the last one of a layer and KV head of a part found: `entries` of those below `upto`. The part had so many
+    `tokens`, and the query heads this `q`, float32 `[group, d_k]`."""
 
     entries: Ints
     upto: int
@@ -58,11 +59,11 @@ class _Look:
     q: Float32
 
 
-class _Looks:
+class _Recycling:
     def __init__(self, policy: Recycled, at: Holding) -> None:
         self._policy = policy
         self._at = at
-        self._looks: dict[int, dict[tuple[int, int], _Look]] = {}  # by part, then by layer and KV head
+        self._scans: dict[int, dict[tuple[int, int], _FullScan]] = {}  # by part, then by layer and KV head
 
     def worth(self, tokens: Sequence[int]) -> bool:
         return True
@@ -82,42 +83,42 @@ class _Looks:
         if None in known:
             log_mass, read = plan.masses(self._at.sketches, spec, q)
         pages: list[Int32] = []
-        for i, look in enumerate(known):
+        for i, scan in enumerate(known):
             table = items.tables[i][spec.kv_layer]
-            if look is None:
+            if scan is None:
                 of_item = log_mass[i, :, : int(at.sealed[i])]
-                look = self._look(at, i, of_item, int(items.tokens[i]), queries[i])
-                self._looks.setdefault(items.parts[i], {})[layer, items.heads[i]] = look
+                scan = self._full_scan(at, i, of_item, int(items.tokens[i]), queries[i])
+                self._scans.setdefault(items.parts[i], {})[layer, items.heads[i]] = scan
                 own = slice(i * items.group, (i + 1) * items.group)
-                missed[i] = self._rest(Partial(rest.out[own], rest.lse[own]), table, of_item, look)
-            pages.append(np.concatenate([table[look.entries], table[look.upto :]]))
+                missed[i] = self._rest(Partial(rest.out[own], rest.lse[own]), table, of_item, scan)
+            pages.append(np.concatenate([table[scan.entries], table[scan.upto :]]))
         return Choice(*lists(pages), missed.reshape(-1), read, rest if read else None)
 
-    def _known(self, items: Items, i: int, layer: int, q: Float32) -> _Look | None:
-        """The look that still holds for an item; None where it is time for another."""
-        look = self._looks.get(items.parts[i], {}).get((layer, items.heads[i]))
+    def _known(self, items: Items, i: int, layer: int, q: Float32) -> _FullScan | None:
+        """The full scan that still holds for an item; None where another is due."""
+        scan = self._scans.get(items.parts[i], {}).get((layer, items.heads[i]))
         tokens = int(items.tokens[i])
-        if look is None or not 0 < tokens - look.tokens < self._policy.every:  # or the part was cut back
+        if scan is None or not 0 < tokens - scan.tokens < self._policy.every:  # or the part was cut back
             return None
-        if (tokens - look.tokens) % CHECK == 0:
-            lengths = np.linalg.norm(q, axis=1) * np.linalg.norm(look.q, axis=1)
-            cosine = float(((q * look.q).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).mean())
+        if (tokens - scan.tokens) % CHECK == 0:
+            lengths = np.linalg.norm(q, axis=1) * np.linalg.norm(scan.q, axis=1)
+            cosine = float(((q * scan.q).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).mean())
             if not cosine >= self._policy.turn:
                 return None
-        return look
+        return scan
 
     @staticmethod
-    def _look(at: Bounds, i: int, log_mass: Float32, tokens: int, q: Float32) -> _Look:
+    def _full_scan(at: Bounds, i: int, log_mass: Float32, tokens: int, q: Float32) -> _FullScan:
         """The best entries by the largest share that any query head gives them; log_mass `[group, sealed]`."""
         sinks, recent = int(at.sinks[i]), int(at.recent[i])
         shares = log_mass - np.logaddexp.reduce(log_mass, axis=1, keepdims=True)
         chosen = best(shares.max(0)[sinks:recent], int(at.picks[i])) + sinks
-        return _Look(np.concatenate([np.arange(sinks), chosen]), recent, tokens, q.copy())
+        return _FullScan(np.concatenate([np.arange(sinks), chosen]), recent, tokens, q.copy())
 
-    def _rest(self, rest: Partial, pages: Int32, log_mass: Float32, look: _Look) -> Float32:
+    def _rest(self, rest: Partial, pages: Int32, log_mass: Float32, scan: _FullScan) -> Float32:
         """Fill in what stands for an item's pages that are not read. Returns their share of the mass, `[group]`."""
-        others = np.ones(look.upto, np.bool_)
-        others[look.entries] = False
+        others = np.ones(scan.upto, np.bool_)
+        others[scan.entries] = False
         left = np.flatnonzero(others)
         if not left.size:
             return np.zeros(len(log_mass), np.float32)
@@ -129,4 +130,4 @@ class _Looks:
         return share
 
     def forget(self, handle: int) -> None:
-        self._looks.pop(handle, None)
+        self._scans.pop(handle, None)

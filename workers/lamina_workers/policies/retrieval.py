@@ -1,10 +1,10 @@
 """`retrieval`: of each head's pages those that its queries attend to.
 
-RetrievalAttention (arXiv 2409.10516) with a budget that follows the query. A *look* scans sketches of all pages, which
-gives each page's share of the attention; pages are then read exactly until at most `missed` of it is left, and the
-means of their values stand for the others (as RetroInfer's estimation zone does). From one step to the next the choice
-often stays right: each look also measures what the choice before would have missed now, and while that is within the
-limit, looks become rarer, up to one in `every` steps; where it is not, the next step looks again.
+RetrievalAttention (arXiv 2409.10516) with a budget that follows the query. A *full scan* reads the sketches of all
+pages, which give each page's share of the attention. Pages are then read exactly until at most `missed` of it is left,
+and the means of their values stand for the others (as in RetroInfer's estimation zone). From one step to the next the
+choice often stays right. So each full scan also measures what the previous choice would have missed now: while that is
+within the limit, full scans become rarer, up to one in `every` steps; where it is not, the next step scans again.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lamina_kernels.paged.rows import Ints
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Items, everything
-from lamina_workers.policies.memory import Ints, Limits, Memories, listed, looked
+from lamina_workers.policies.memory import Memories, Records, full_scan_kernel, limits, read_kernel
 from lamina_workers.policies.policy import LONGEST
 
 # What choosing costs in a layer, in pages that could be read in order meanwhile; measured (docs/log.md).
 CALL = 1_100  # the calls
-LOOK = 0.34  # a page's sketch
+SKETCH = 0.34  # a page's sketch
 SCATTERED = 1.5  # a page that is read without its neighbours
 GUESS = 0.6  # all of that for each page, before anything is known
 REST = 64  # steps for which a layer is read whole that was not worth it
 INDEXES = ("scan", "graph", "ivf")
-MARGIN = 0.7  # of the limit, which a look may leave out: the rest is for the steps until the next
+MARGIN = 0.7  # of the limit, which a full scan may leave out: the rest is for the steps until the next
 
 
 @dataclass(frozen=True)
 class Retrieval(Adaptive):
     """`sink` first and `recent` last tokens are always read. `missed` of the attention mass may be left out of a
-    query, by estimate. A head that needs more than `budget` of its pages reads all until its next look.
+    query, by estimate. A head that needs more than `budget` of its pages reads all until its next full scan.
 
-    index: "scan" looks at all pages. With "graph" or "ivf" (see `indexed`) each query head reads the pages of its `top`
+    index: "scan" has no index. With "graph" or "ivf" (see `indexed`) each query head reads the pages of its `top`
     best keys instead; parts of `least` tokens or more are indexed, and again whenever `segment` tokens have come."""
 
     name: ClassVar[str] = "retrieval"
@@ -68,10 +69,10 @@ class Retrieval(Adaptive):
 
     def chooser(self, at: Holding) -> Chooser:
         if self.index == "scan":
-            return _Looks(self, at)
+            return _Retrieving(self, at)
         from lamina_workers.policies.indexed import Indexed  # which needs FAISS
 
-        return Indexed(self, at, _Looks(self, at))
+        return Indexed(self, at, _Retrieving(self, at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +87,18 @@ class _Plan:
 
 
 @dataclass(slots=True)
-class _Looks:
+class _Retrieving:
     """The chooser."""
 
     policy: Retrieval
     at: Holding
+    limits: Records = field(init=False)
     memories: dict[int, Memories] = field(default_factory=dict)  # by layer
     resting: dict[int, int] = field(default_factory=dict)  # steps for which a layer is still read whole
 
     def __post_init__(self) -> None:
-        looked(), listed()  # compiled now rather than in the first step
+        self.limits = limits(self.policy.missed, self.policy.budget, self.policy.every)
+        full_scan_kernel(), read_kernel()  # compiled now rather than in the first step
 
     def worth(self, tokens: Sequence[int]) -> bool:
         return CALL / (sum(tokens) / self.at.page_size) + GUESS < 1
@@ -113,27 +116,26 @@ class _Looks:
         return _Plan(items, keys, held, sealed, tables, strides, scan)
 
     def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
-        items, at, policy = plan.items, self.at.sketches, self.policy
+        items, at = plan.items, self.at.sketches
         if resting := self.resting.pop(layer, 0):
             if resting > 1:
                 self.resting[layer] = resting - 1
             return everything(items, spec.kv_layer)
         most = int(plan.held.max())
         memory = self.memories.setdefault(layer, Memories()).of(plan.keys, most, items.group)
-        due, rest, read = memory.due(plan.held), None, 0
+        due, rest, read = memory.begin(plan.held, plan.sealed), None, 0
         if due.any():
-            limit = MARGIN * policy.missed
+            limit = MARGIN * self.policy.missed
             found = sketches.scan(at, plan.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, limit, due)
-            chosen = [found.log_mass, found.entries, found.counts, found.missed, found.tail.lse]
-            limits = Limits(policy.missed, policy.budget, policy.every)
-            memory.look(limits, due, plan.held, plan.sealed, *(x.numpy() for x in chosen))
-            rest = _of(due & (memory.counts < plan.held), found.tail, items.group)
+            memory.full_scan(self.limits, found)
+            chosen = memory.heads["chosen"]
+            rest = _of(due & (chosen < plan.held), found.tail, items.group)
             read = int(plan.held[due].sum()) * at.layout.sketch_bytes
             every = plan.held.sum()
-            often = (plan.held / (1 + memory.pause)).sum()  # sketches read a step
-            if CALL + LOOK * often + SCATTERED * memory.counts.sum() > every:
+            often = (plan.held / (1 + memory.heads["pause"])).sum()  # sketches read a step
+            if CALL + SKETCH * often + SCATTERED * chosen.sum() > every:
                 self.resting[layer] = REST
-        pages, counts = memory.read(plan.held, plan.tables + spec.kv_layer * plan.strides)
+        pages, counts = memory.read(plan.tables + spec.kv_layer * plan.strides)
         return Choice(pages, counts, memory.missed.reshape(-1), read, rest)
 
     def forget(self, handle: int) -> None:
@@ -142,8 +144,8 @@ class _Looks:
 
 
 def _of(some: npt.NDArray[np.bool_], tail: Partial, group: int) -> Partial:
-    """The tail of those items alone. What is there of the others may be any bytes, which weigh nothing, but NaN times
-    nothing is NaN."""
+    """The tail of `some` items, bool `[items]`, alone. What the tail has of the others may be any bytes; its weight
+    is 0, but 0 times NaN is NaN."""
     if some.all():
         return tail
     others = torch.from_numpy(~np.repeat(some, group))
