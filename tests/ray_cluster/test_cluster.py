@@ -86,7 +86,6 @@ def test_workers_come_up_refuse_strangers_and_are_replaced(nodes: Namespaces) ->
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect
 from lamina.deploy.ray_attention import RayAttentionWorkers
-from lamina.deploy.worker_events import Member
 from lamina_protocols.channels import Credentials
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.service import WorkerClient

@@ -168,7 +168,7 @@ def test_pages_that_were_let_go_are_zeros(decoder):
 
 
 def test_pages_that_a_mean_stands_for_go_token_by_token(decoder, monkeypatch):
-    monkeypatch.setattr("lamina_workers.attention_worker.paged_reader.Reader.keeps_means", True)
+    monkeypatch.setattr("lamina_workers.attention_worker.paged_reader.PagedReader.keeps_means", True)
     monkeypatch.setattr("lamina_workers.model_worker.model_worker._FRAME", 1)
     windowed = (LAYERS[0], dataclasses.replace(LAYERS[1], window=20), LAYERS[2])
     holders = Holders(decoder, layers=windowed)
