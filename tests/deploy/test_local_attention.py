@@ -1,4 +1,4 @@
-"""Child processes as attention workers: real processes, most of them a few lines that stand in for a worker."""
+"""Child processes as attention workers. Most of them are a few lines of Python in the place of a worker."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cluster(
 
 
 class Changes:
-    """What `watch` was told."""
+    """The events that `watch` delivered."""
 
     def __init__(self, members: LocalAttentionWorkers | ListedWorkers) -> None:
         self._queue: queue.SimpleQueue[WorkerAddress | str] = queue.SimpleQueue()
@@ -126,7 +126,7 @@ def test_worker_that_the_engine_gave_up_is_replaced_without_a_leave_event() -> N
         assert isinstance(joined, WorkerAddress)
         assert joined.name == "attention-0.1"
         assert not is_alive(old)
-        members.lost("attention-0")  # of the one before: it concerns nobody who is there
+        members.lost("attention-0")  # the name of the previous process: no worker of this name is up
         assert changes.none_within(0.3)
 
 

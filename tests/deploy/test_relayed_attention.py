@@ -1,4 +1,4 @@
-"""Attention workers that another process tells of."""
+"""Attention workers whose membership another process relays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ A, B, C = (WorkerAddress(name, f"10.0.0.1:{port}") for port, name in enumerate("
 
 
 class Told:
-    """Members, and what was told of them."""
+    """Relayed workers, and the events that they delivered."""
 
     def __init__(self) -> None:
         self.lost: list[str] = []

@@ -55,7 +55,7 @@ def expected(model: Path) -> list[list[int]]:
 
 
 def gather(llm: LLM, after: Callable[[int], None]) -> list[list[int]]:
-    """The tokens of all prompts, streamed; `after(count)` is called when so many have come."""
+    """The tokens of all prompts, streamed; `after(count)` is called after each token."""
     tokens: list[list[int]] = [[] for _ in PROMPTS]
     for count, event in enumerate(llm.stream(PROMPTS, max_tokens=TOKENS, temperature=0), 1):
         tokens[event.prompt_index].append(event.token_id)
@@ -75,7 +75,7 @@ def processes(llm: LLM) -> list[int]:
 
 
 def strike(rng: random.Random, llm: LLM, events: int) -> Callable[[int], None]:
-    """Kill or stop a worker, or two at once, at so many moments of the run."""
+    """A callback that kills or stops a worker, or two at once, at `events` moments of the run."""
     moments = sorted(rng.sample(range(1, len(PROMPTS) * TOKENS), events))
     blows = [(moment, rng.choice((signal.SIGKILL, signal.SIGSTOP)), rng.random() < 0.3) for moment in moments]
     logger.warning("blows: %s", [(moment, blow.name, 1 + two) for moment, blow, two in blows])
@@ -125,7 +125,7 @@ def test_more_killed_and_stopped_workers_change_no_token(model, expected, seed):
 
 
 def test_a_stopped_worker_is_lost_in_time_and_fenced_when_it_returns(model, expected):
-    """It is not this engine's child: nobody ends it, it goes on after its stop, and is met as a new one."""
+    """The worker is no child of this engine: it goes on after its stop, and joins as a new one."""
     with contextlib.ExitStack() as stack:
         both = [stack.enter_context(worker_process()) for _ in range(2)]
         llm = stack.enter_context(
@@ -158,7 +158,7 @@ def test_a_stopped_worker_is_lost_in_time_and_fenced_when_it_returns(model, expe
 
 
 def test_with_nobody_left_requests_end_with_an_error_in_time(model):
-    """The only worker is somebody else's, and does not come back."""
+    """The only worker is no child of this engine, and does not come back."""
     with (
         worker_process() as worker,
         running(model, attention_workers=[worker.address], recovery_timeout=1.0) as llm,

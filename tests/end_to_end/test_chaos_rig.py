@@ -1,4 +1,4 @@
-"""A seed makes a scenario: whatever happens, requests end, no token differs, no page is lost.
+"""A seed makes a scenario of faults: requests end, no token differs, no page is lost.
 
 `LAMINA_CHAOS_SEED=n` runs that seed alone.
 """
@@ -48,7 +48,7 @@ def models(decoder, windowed):
 
 @pytest.fixture(scope="module")
 def expected(models):
-    """By model, prompt and sampling: the tokens of every sample, from one process that nothing happens to."""
+    """The tokens of every sample by model, prompt and sampling, from one process without faults."""
     answers = {}
     for name, model in models.items():
         rig = Rig(model)
@@ -78,7 +78,7 @@ def setup(rng: random.Random, model: str) -> Setup:
 
 
 def die(rng: random.Random) -> Callable[[World, Port | None], None]:
-    """The port in hand, or any, alone or with another."""
+    """The given port, or any, alone or with another."""
     two, here, noticed, told = rng.random() < 0.3, rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.2
     pick = rng.random()
 
@@ -123,7 +123,7 @@ def stall(rng: random.Random) -> Callable[[World, Port | None], None]:
 
 
 def happenings(rng: random.Random, shard: str | None) -> tuple[list[Happening], int]:
-    """What happens beside the requests, and how many messages break."""
+    """The faults of a scenario, and how many messages break."""
     when = lambda: rng.randrange(rng.choice((60, 300, 1000)))  # noqa: E731  # it is drawn anew each time
     made: list[Happening] = [(when(), stall(rng)) for _ in range(rng.randint(0, 12))]
     breaks = rng.choice((0, 0, 1, 2))
@@ -156,7 +156,7 @@ def run(seed: int, models: dict[str, Any], expected: dict[Any, Any]) -> World:
         things.append((at, lambda world, _, args=args: world.submit(*args)))
     world = World(models[name], made, rng, things)
     world.run()
-    assert len(world.engine.faults) <= breaks  # and nobody else breaks anything
+    assert len(world.engine.faults) <= breaks  # nothing else breaks
     check(world, [(expected[name, prompt, which], count) for prompt, which, count in asked])
     return world
 

@@ -1,4 +1,4 @@
-"""One model over attention workers in processes of their own: one text, wherever its KV is and however it travels."""
+"""One model over attention workers in processes of their own: the text depends on no shard, channel or lane."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def running(model: Path, **options: Any) -> Iterator[LLM]:
 def distributed(
     model: Path, workers: dict[bool, list[WorkerProcess]], secrets_folder: Path, count: int, **options: Any
 ) -> Iterator[LLM]:
-    """An engine over so many of the workers."""
+    """An engine over `count` of the workers."""
     tls = options.pop("tls", False)
     if tls:
         options |= {"tls_dir": secrets_folder, "token_file": secrets_folder / "token"}
@@ -173,7 +173,7 @@ def test_a_sequence_longer_than_any_workers_memory(model, workers, secrets_folde
 
 
 def decode_bytes(llm: LLM, rows: int, steps: int) -> int:
-    """Bytes of so many decode steps of `rows` sequences, both ways: what two runs of unlike length differ by."""
+    """Bytes of decode steps of `rows` sequences, both ways: the difference of two runs of unlike length."""
     totals = []
     for length in (8, 8 + steps):
         before = [(port.bytes_sent, port.bytes_received) for port in ports(llm)]
@@ -192,7 +192,7 @@ def test_bytes_on_the_wire(model, workers, secrets_folder, channel):
     with distributed(model, workers, secrets_folder, 1, **CHANNELS[channel]) as llm:
         few, many = decode_bytes(llm, 2, steps) / steps, decode_bytes(llm, 32, steps) / steps
     assert many == pytest.approx(32 * payload, rel=0.02)
-    a_row = (many - few) / 30 - payload  # its place in the announcement, which is there once for all layers
+    a_row = (many - few) / 30 - payload  # its row in the announcement, which all layers share
     messages = 2 * layers + 2
     assert (few - 2 * (payload + a_row)) / messages <= 64
 
@@ -200,7 +200,7 @@ def test_bytes_on_the_wire(model, workers, secrets_folder, channel):
 def test_who_stops_listening_leaves_nothing_behind(model, workers, secrets_folder, expected):
     with distributed(model, workers, secrets_folder, 2, shard="heads+sequence", lanes=2) as llm:
         slow = llm.stream(PROMPTS[2], max_tokens=24, temperature=0)
-        first = next(slow).token_id  # and nobody asks for more
+        first = next(slow).token_id  # no further token is asked for
         for _ in range(3):
             gone = llm.stream(PROMPTS, max_tokens=200, temperature=0)
             for _ in range(5):

@@ -53,7 +53,7 @@ def expected(model: Decoder) -> list[list[list[int]]]:
 
 
 def said(rig: Rig, prompts: list[list[int]] = PROMPTS, **sampling: int | float) -> list[list[list[int]]]:
-    """What an engine answers; then it is closed, and what it holds is checked."""
+    """The answers of an engine, which is then closed and checked."""
     texts = rig.generate(prompts, **{**GREEDY, **sampling})
     rig.close()
     return texts
@@ -66,8 +66,8 @@ def whole(texts: list[list[list[int]]], samples: int = 1, tokens: int = GREEDY["
 
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_chunks(policy, model, expected, chunk):
-    """A static text is the same to its end. A policy that chooses does so for a prompt's last token too where that
-    comes alone."""
+    """A static policy gives the same text to its end. A policy that chooses pages does so for the last token of a
+    prompt too, when that token is a chunk of its own."""
     got = said(Rig(model, max_batch_tokens=chunk))
     assert whole(got)
     if policy in STATIC:
@@ -80,7 +80,7 @@ MANY = [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in SHARDS if
 
 @pytest.mark.parametrize("placement", MANY)
 def test_shards(policy, model, expected, placement):
-    """Prompts are exact where a policy chooses, so their first token is the same."""
+    """A policy that chooses pages reads prompts exactly, so the first token is the same."""
     got = said(Rig(model, max_batch_tokens=64, **SHARDS[placement]))
     assert whole(got)
     if policy in STATIC:
@@ -89,7 +89,7 @@ def test_shards(policy, model, expected, placement):
 
 
 def test_samples_and_prefixes(policy, model):
-    """Samples fork off one prompt, the second request off the first one's answer."""
+    """Samples fork off one prompt, and the second request off the answer of the first."""
     rig = Rig(model, prefix_cache=True, max_batch_tokens=64)
     first = rig.generate([PROMPTS[2]], **GREEDY, n=1)
     again = rig.generate([PROMPTS[2] + first[0][0] + PROMPTS[1]], **GREEDY, n=1)
@@ -106,7 +106,7 @@ def test_samples_and_prefixes(policy, model):
 
 
 def test_preemption(policy, model):
-    """Room for the prompts of four, not for their answers."""
+    """The pages hold four prompts, and not their answers."""
     prompts = [[rng.randrange(101) for _ in range(60)] for _ in range(4)]
     rig = Rig(model, pages=9 * 20, max_batch_tokens=64)
     got = rig.generate(prompts, **GREEDY | {"max_tokens": 50})
@@ -120,7 +120,7 @@ def test_preemption(policy, model):
 @pytest.mark.parametrize("death", [90, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 61, 140))])
 @pytest.mark.parametrize("placement", MANY)
 def test_a_lost_holder(policy, model, expected, placement, death):
-    """What it kept is computed again by who takes over."""
+    """The holder that takes over computes the lost KV again."""
     seen = 0
     died: list[BytesPort] = []
 

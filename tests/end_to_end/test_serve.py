@@ -1,4 +1,4 @@
-"""`lamina serve` whole: real processes, a real model, HTTP from outside. What lives, what dies, what clients see."""
+"""The whole of `lamina serve`: real processes, a real model, HTTP from outside, and what clients see when one dies."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def text_of(events: str) -> str:
 
 
 def streams(url: str, count: int, meanwhile: Any = None, **body: Any) -> list[str]:
-    """The texts of so many streams at once; `meanwhile` is called once all have begun."""
+    """The texts of `count` streams at once; `meanwhile` is called once all have begun."""
 
     async def run() -> list[str]:
         timeout = aiohttp.ClientTimeout(total=300)
@@ -69,7 +69,7 @@ def streams(url: str, count: int, meanwhile: Any = None, **body: Any) -> list[st
 
 
 def quiet(server: Server) -> bool:
-    """Whether nothing is under way and only the prefix cache has pages."""
+    """Whether no request is open and only the prefix cache has pages."""
     snapshot = server.status()["engine"]
     return bool(snapshot["running"] == snapshot["waiting"] == 0 and not snapshot["sequences"])
 
@@ -163,7 +163,7 @@ def test_attention_workers_that_go_while_the_engine_starts_again_end_nothing(
         before = server.engine
         os.kill(before, signal.SIGKILL)
         until(lambda: server.children("engine_main") not in ([], [before]), server.log)
-        time.sleep(0.9)  # it loads, and has been told of its workers
+        time.sleep(0.9)  # the engine loads, and knows its workers
         os.kill(server.attention_workers[0], number)
         until(lambda: server.get("/health")[0] == 200, server.log)
         assert streams(server.url, 2, max_tokens=4, temperature=0)
@@ -271,7 +271,7 @@ def test_an_engine_that_cannot_start_again_ends_the_server(tmp_path: Any) -> Non
 
 
 async def leave_at_random(url: str, total: int, seed: int, idle: int = 0) -> dict[str, int]:
-    """Many short requests, half of which their client leaves at some moment; beside them connections that idle."""
+    """Many short requests, of which clients leave half, beside idle connections."""
     rng = random.Random(seed)
     counts = {"done": 0, "left": 0, "failed": 0}
     port = int(url.rpartition(":")[2])
@@ -309,7 +309,7 @@ def resources(pid: int) -> tuple[int, int, int]:
 
 
 def test_random_disconnects_and_idle_connections_leave_nothing_behind(server: Server) -> None:
-    """10,000 requests in all; the memory that the first 2,000 of them brought is what all of them may have."""
+    """10,000 requests: all of them together take no more memory than the first 2,000."""
     pids = [server.engine, server.http, *server.attention_workers]
     asyncio.run(leave_at_random(server.url, 2000, 1, idle=500))
     until(lambda: quiet(server), server.log, 10)

@@ -61,7 +61,7 @@ def reference(path):
 
 @pytest.fixture(scope="module")
 def expected(reference, prompts):
-    """64 greedy tokens a prompt, and the place where the two likeliest come within 1e-4 of each other, if any."""
+    """64 greedy tokens of each prompt, cut where the two likeliest logits first come within 1e-4 of each other."""
     answers = []
     for prompt in prompts:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One model over several ranks in processes of their own: one text, whoever holds the KV and whoever dies."""
+"""One model over several ranks in processes of their own: the text stays the same whichever process dies."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def workers(llm: LLM) -> TensorParallelWorkers:
 
 
 def met(llm: LLM) -> set[str]:
-    """The files by which ranks have met."""
+    """The files through which ranks have met."""
     ranks = llm._runtime.ranks  # type: ignore[union-attr]
     return {path.name for path in ranks._crew.folder.glob("group*")}  # type: ignore[union-attr]
 
@@ -230,7 +230,7 @@ def test_draining_moves_the_heads_of_all_ranks(alone: LLM, model: Path) -> None:
 
 
 class TlsMembers(LocalModelWorkers):
-    """Ranks that connect as those on other hosts do: over TCP with TLS, each showing a secret of its own."""
+    """Ranks that connect as ranks on other hosts do: over TCP with TLS, each with a secret of its own."""
 
     host = "127.0.0.1"
 
@@ -247,7 +247,7 @@ class TlsMembers(LocalModelWorkers):
 def test_ranks_over_tcp_with_tls_give_the_text_of_one(
     alone: LLM, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Crew and attention worker, as between hosts. Sums among ranks go in the clear, as `Meeting` says."""
+    """Peers and attention worker, as between hosts. Sums among ranks go in the clear, as `Meeting` says."""
     folder = tmp_path / "tls"
     credentials = make_credentials(folder, ["127.0.0.1"])
     flags = ["--tls-dir", str(folder), "--token-file", str(folder / "token"), "--no-local-channel"]

@@ -1,4 +1,4 @@
-"""The engine over a real decoder and a real attention worker: one text, however it is computed."""
+"""The engine over a real decoder and a real attention worker: the text does not depend on how it is computed."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_samples_of_one_prompt_share_its_kv(decoder):
 
 
 class Breaking:
-    """Breaks one exchange at a holder: the message that `wanted` picks never arrives."""
+    """Ports that lose one message: the first that `wanted` picks never arrives."""
 
     def __init__(self, wanted):
         self._wanted = wanted

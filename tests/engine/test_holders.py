@@ -1,4 +1,4 @@
-"""What holders are found to lack when a model worker comes back."""
+"""Parts of KV that a holder turns out to lack when a model worker comes back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARE = Share(1, (0,), 0, 100)
 
 
 def torn(outbox: list[Any], first: int, applied: int, held: dict[int, int], computed: int = 40) -> list[int]:
-    """Of holder 1, which should have part 7 of a sequence up to `computed`."""
+    """The torn sequences, where holder 1 should have part 7 of a sequence up to `computed`."""
     placement = SimpleNamespace(
         holders={1: Holder(10, outbox=outbox, first=first)}, kept_by=lambda number: {3: [Part(7, SHARE)]}
     )
@@ -37,7 +37,9 @@ def test_unsent_fork_holds_what_its_parent_holds(parent: int, expected: list[int
     fork = Fork(7, 6, 40)
     assert torn([Open(9, (0,), 0, 100), fork], 5, 5, {6: parent}) == expected
     assert torn([Open(9, (0,), 0, 100), fork], 5, 6, {6: parent, 9: 0}) == expected
-    assert torn([Open(9, (0,), 0, 100), fork], 5, 7, {6: parent, 9: 0, 7: 40}) == []  # it was applied, and not heard of
+    assert (
+        torn([Open(9, (0,), 0, 100), fork], 5, 7, {6: parent, 9: 0, 7: 40}) == []
+    )  # the fork was applied, and its answer was lost
 
 
 def test_unsent_fork_of_a_fork_holds_what_the_first_parent_holds() -> None:

@@ -1,4 +1,4 @@
-"""Sequences move between the tiers while they run, at any moment: the same text, and no page too many or too few."""
+"""Sequences move between the tiers while they run: the text stays the same, and every page is counted once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLACEMENTS = {
 
 
 class Restless(LocalShare):
-    """Wants another share every few batches."""
+    """A local share that changes every few batches."""
 
     def __init__(self, seed: int, often: float = 0.3) -> None:
         super().__init__(0.5)
@@ -105,7 +105,7 @@ def test_text_stays_the_same_when_moving_sequences_fork_abort_or_are_preempted(d
 
 
 class Fatal:
-    """Ports that die, or lose a message, at the so-many-th message of a kind that only moves have."""
+    """Ports of which one dies, or loses a message, at message number `at` of the kinds that only moves have."""
 
     def __init__(self, at: int, loses: bool) -> None:
         self._at, self._loses = at, loses
@@ -174,7 +174,7 @@ def test_last_worker_drains_to_the_local_holder(decoder):
 
 
 def test_long_sequence_waits_for_a_new_worker_when_the_local_holder_is_too_small(decoder):
-    """The others go on meanwhile."""
+    """The other sequences go on meanwhile."""
     rig = Rig(decoder, shard="heads", here=60, balance=LocalShare(0.0), hope=30.0, max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
@@ -204,14 +204,14 @@ def test_stranded_request_ends_with_an_error_and_others_go_on(decoder):
 
 
 class Pushed(LocalShare):
-    """Wants everything here, and later nothing."""
+    """A local share of 1 at first, and of 0 after the first batch."""
 
     def completed(self, batch: Batch, moving: bool = False) -> None:
         self.share = 0.0
 
 
 def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
-    """The room that newcomers may use is all that will be left, while a move is under way too."""
+    """New requests may use exactly the pages that will be left when the move is over."""
     rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
     mover, config = rig.engine._tiers._mover, rig.scheduler.config
     step, rooms = mover.step, []
@@ -236,8 +236,8 @@ def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
 
 
 def test_pages_of_a_move_are_counted_once(decoder):
-    """However many batches it takes, in which holders say what they have left: the first to arrive is asked for there
-    while the second is copied."""
+    """A move takes many batches, and with each of them holders report their free pages. The pages of the first sequence
+    are in use at its new place while the second is copied."""
     rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
     step, moved = rig.engine._tiers._mover.step, rig.scheduler.moved
     counts: list[tuple[int, int]] = []
@@ -255,7 +255,7 @@ def test_pages_of_a_move_are_counted_once(decoder):
 
 
 def test_stream_waits_for_at_most_one_chunk_of_a_move(decoder):
-    """However long the sequence that moves: between two tokens of another no more than one chunk is copied."""
+    """Between two tokens of a stream at most one chunk of a long sequence is copied."""
     rig = Rig(decoder, shard="heads", here=4000, pages=4000, balance=LocalShare(0.0), scratch=2000)
     mover = rig.engine._tiers._mover
     copied: list[int] = []

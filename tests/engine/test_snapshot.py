@@ -1,4 +1,4 @@
-"""What an engine says of itself adds up: pages, tokens, batches and seconds, beside it and behind a wire."""
+"""The snapshot of an engine adds up: pages, tokens, batches and seconds, in the same process and behind a wire."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def wait_until(engine: Any, condition: Callable[[Snapshot], bool]) -> Snapshot:
 
 
 def settled(engine: Any) -> Snapshot:
-    """Once everything has ended and the holders know it: then every page is free, or the prefix cache's."""
+    """The snapshot after all requests ended and the holders closed them: every page is free or the prefix cache's."""
 
     def over(seen: Snapshot) -> bool:
         taken = sum(holder.total_pages - holder.free_pages for holder in seen.holders)
@@ -108,7 +108,7 @@ def test_snapshot_pages_in_use_are_those_of_the_sequences(decoder: Decoder, shap
     for _, inbox in rest:
         collect(inbox)
 
-    def steady(seen: Snapshot) -> bool:  # those that have ended are closed with the next batch
+    def steady(seen: Snapshot) -> bool:  # ended sequences are closed with the next batch
         return seen.running == len(PROMPTS) and not any(each.prefill for each in seen.sequences) and seen.batches > 9
 
     seen = wait_until(rig.engine, steady)
@@ -151,7 +151,7 @@ def test_snapshot_counts_waiting_samples(decoder: Decoder) -> None:
 
 
 class Mortal(BytesPort):
-    """Is lost once it is told to be."""
+    """A port that is lost at the next exchange after `doomed` is set."""
 
     def __init__(self, worker: AttentionWorker) -> None:
         super().__init__(worker, self._check)
@@ -208,7 +208,7 @@ def test_snapshot_counts_preemptions(decoder: Decoder) -> None:
     rig.generate([[n] * 20 for n in range(6)], max_tokens=150, ignore_eos=True)
     seen = settled(rig.engine)
     assert seen.preemptions > 0
-    assert 6 * 20 < seen.prompt_tokens <= (6 + seen.preemptions) * 20  # what was generated before is no prompt
+    assert 6 * 20 < seen.prompt_tokens <= (6 + seen.preemptions) * 20  # tokens that were generated before are no prompt
     rig.close()
 
 
@@ -282,7 +282,7 @@ def test_idle_engine_answers_snapshots_after_a_sink_raised(decoder: Decoder, cap
     assert "could not take its snapshot" in caplog.text
     assert len(rig.generate([[1, 2]], max_tokens=3)[0][0]) == 3
     rig.close()
-    rig.engine.snapshot(refuse)  # and nobody answers any more
+    rig.engine.snapshot(refuse)  # no answer comes any more
 
 
 def test_snapshot_survives_json(decoder: Decoder) -> None:
@@ -407,7 +407,7 @@ def test_exchange_is_timed_for_each_batch_in_flight() -> None:
     port.send(Query(1, 2, 1, nothing))
     replies.expect(1, 3)
     assert not replies.ready(3)
-    assert sum(replies.link().counts) == 2  # nobody waited for it
+    assert sum(replies.link().counts) == 2  # no batch waited for it
     replies.asked(3)
     replies.expect(2, 4)
     assert not replies._asked

@@ -1,4 +1,4 @@
-"""The share that is attended beside the model, through `LLM` over a real worker process."""
+"""The share of KV that is attended in the engine's process, through `LLM` over a real worker process."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_local_memory_goes_to_prompts_when_there_is_too_little_for_both(model, w
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_text_stays_the_same_when_a_worker_is_killed_during_moves(model, expected, seed):
-    """Of two workers one goes at any moment; which share is wanted changes all the time."""
+    """One of two workers is killed at a random moment, while the wanted share changes all the time."""
     rng = random.Random(seed)
     with worker_process() as one, worker_process() as two:
         options = {"attention_workers": [one.address, two.address], "worker_timeout": 3.0}

@@ -1,4 +1,4 @@
-"""How long requests wait: each reason has its own time."""
+"""How long requests wait: each reason has a deadline of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_lost_model_worker_gets_its_full_wait_while_requests_are_stranded() -> N
     assert patience.left() == pytest.approx(50.0)
     fleet.halted = False
     assert patience.left() == 50.0
-    assert patience.look()  # those that were stranded before have waited long enough
+    assert patience.look()  # the sequence that was stranded before has waited long enough
 
 
 def test_wait_begun_for_a_model_worker_does_not_count_for_requests() -> None:
@@ -35,7 +35,7 @@ def test_wait_begun_for_a_model_worker_does_not_count_for_requests() -> None:
     fleet = SimpleNamespace(halted=False, missing=(), empty=False)
     scheduler, clients = SimpleNamespace(stranded=[]), SimpleNamespace(tickets={"a": None})
     patience = WaitDeadline(60.0, *cast(Any, (fleet, scheduler, clients)), lambda: now[0])
-    patience.miss()  # ranks lost each other, and all live
+    patience.miss()  # the ranks lost each other, and all of them live
     assert not patience.look()
     assert not patience.halted
     assert patience.left() is None

@@ -1,4 +1,4 @@
-"""Holders die, join and drain in the middle of everything: the same text, and no more computed again than was lost."""
+"""Holders die, join and drain while requests run: the text stays the same, and only lost KV is computed again."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def expected(model):
 
 
 class Mortal:
-    """Ports of which some die at a chosen message, counted over all of them together.
+    """Ports of which some die at chosen messages, counted over all ports together.
 
-    `deaths` are numbers of messages; the holder that was to get that message is gone before it comes.
+    `deaths` are numbers of messages; the holder dies before it gets that message.
     """
 
     def __init__(self, *deaths: int, kinds: tuple[type, ...] = (Announcement, Exchange, Fresh)) -> None:
@@ -53,7 +53,7 @@ class Mortal:
         self._kinds = kinds
         self.seen = 0
         self.died: list[BytesPort] = []
-        self.stored: dict[int, int] = {}  # tokens stored since the first death, by the port's place
+        self.stored: dict[int, int] = {}  # tokens stored since the first death, by port
 
     def __call__(self, worker: AttentionWorker) -> BytesPort:
         place = len(self.stored)
@@ -107,7 +107,7 @@ def test_surviving_holders_store_nothing_again(decoder, scratch):
     left = [stored for place, stored in mortal.stored.items() if rig.ports[place + 1] is not dead]
     generated_after = min(left)
     assert generated_after < 30  # the rerun of the dropped batch, and what came after it: one token a step
-    assert max(left) >= len(prompt) + generated_after  # whoever took over the lost heads
+    assert max(left) >= len(prompt) + generated_after  # the holder that took over the lost heads
     assert rig.scheduler.counters.rebuilt_tokens >= len(prompt)
     rig.close()
 

@@ -1,4 +1,4 @@
-"""The journal's file: what is written is read again, whatever is cut off; and what is wrong with it is said."""
+"""The file of the journal: it is read back after any cut, and an error names what is wrong with it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_journal_is_read_back_after_its_process_died(tmp_path: Path) -> None:
 
 
 def test_journal_cut_at_any_byte_keeps_its_whole_records(tmp_path: Path) -> None:
-    """A file that ends at any byte has the records that are whole, and no other."""
+    """A file that is cut at any byte has exactly its whole records."""
     whole = written(tmp_path / "whole", RECORDS)
     sizes = [len(written(tmp_path / f"first-{count}", RECORDS[:count])) for count in range(len(RECORDS) + 1)]
     expected = states(tmp_path)
@@ -109,7 +109,7 @@ def test_journal_names_the_byte_of_a_flipped_bit(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[at] ^= 0x40
         (tmp_path / "journal").write_bytes(damaged)
-        if at >= last + 8:  # as the death of a machine leaves it: the last record is cut
+        if at >= last + 8:  # the last record is dropped, as after the death of a machine
             journal = Journal(tmp_path, FACTS)
             assert journal.history.requests["a"].samples[0].tokens == [11, 12]
             journal.close()
@@ -155,7 +155,7 @@ def test_journal_of_another_model_is_refused(tmp_path: Path, facts: Facts, names
         Journal(tmp_path, facts)
     assert all(name in str(caught.value) for name in names)
     assert (tmp_path / "journal").read_bytes() == before
-    Journal(tmp_path, FACTS).close()  # the folder was let go
+    Journal(tmp_path, FACTS).close()  # the folder is free again
 
 
 def test_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_journal_drops_ended_requests_when_it_has_grown(tmp_path: Path, monkeypa
         sizes.append((tmp_path / "journal").stat().st_size)
         assert sizes[-1] == journal.size
     assert any(later < earlier for earlier, later in pairwise(sizes))
-    assert max(sizes) < 700_000  # about as much as is unfinished or has ended lately, four times
+    assert max(sizes) < 700_000  # four times what is unfinished or has ended lately
     assert len(journal.history.finished) == FINISHED
     before = state(journal)
     journal.close()
@@ -273,7 +273,7 @@ def test_full_disk_turns_the_journal_off(
     assert [record.getMessage().count("is off") for record in caplog.records] == [1]
     assert journal.history.requests["a"].samples[0].tokens == list(range(5))
     journal.close()
-    if fill is too_large:  # what is out of date is not gone on from, but workers know the next engine
+    if fill is too_large:  # an outdated journal resumes nothing, but workers know the next engine
         again = Journal(tmp_path, FACTS)
         assert (again.engine, again.history.requests) == (journal.engine, {})
         again.close()
@@ -291,7 +291,7 @@ def test_record_that_is_no_plain_data_turns_the_journal_off(tmp_path: Path, capl
 
 
 class Model:
-    """What a history must be, told the same things in other words."""
+    """What a history must say after the same records, kept in another form."""
 
     def __init__(self) -> None:
         self.samples: dict[str, list[tuple[list[int], str | None, int, Any]]] = {}
@@ -405,8 +405,8 @@ def held(handle: int, heads: tuple[int, ...], upto: int, floor: int = 0, hi: int
     ("at_a", "at_b", "computed", "gone"),
     [
         (held(1, (0, 1), 40), held(2, (2,), 40), 40, []),
-        (held(1, (0, 1), 41), held(2, (2,), 48), 40, []),  # a batch was under way
-        (held(1, (0, 1), 39), held(2, (2,), 40), 39, []),  # its last layer had not come
+        (held(1, (0, 1), 41), held(2, (2,), 48), 40, []),  # a batch was in flight
+        (held(1, (0, 1), 39), held(2, (2,), 40), 39, []),  # the last layer of a batch is missing
         (held(1, (0, 1), 40), {}, 40, [(2,)]),
         ({}, held(2, (2,), 40), 40, [(0, 1)]),
         ({}, {}, None, []),

@@ -1,5 +1,7 @@
-"""An engine dies at any moment and another goes on: the same tokens, none lost, none twice. In one process first, where
-every moment can be met; then with real processes."""
+"""An engine dies at any moment and another goes on: no token is lost, and none comes twice.
+
+In one process first, where every moment can be chosen; then with real processes.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ PAGES = 2000
 
 
 class Killed(BaseException):
-    """What no part of an engine catches."""
+    """An exception that no part of an engine catches."""
 
 
 class Fate:
@@ -61,7 +63,7 @@ class Fate:
 
 
 class Port(LocalAttention):
-    """To a holder that outlives the engine."""
+    """A port to a holder that outlives the engine."""
 
     channel_kind = "test"
     bytes_sent = bytes_received = 0
@@ -77,7 +79,7 @@ class Port(LocalAttention):
 
 
 class World:
-    """Holders that stay, and one engine after the other."""
+    """Holders that stay, and engines that follow each other."""
 
     def __init__(
         self, decoder: Decoder, folder: Path, *, shard: str = "heads", workers: int = 2, scratch: int = 0,
@@ -98,7 +100,7 @@ class World:
         self._last: Life | None = None
 
     def life(self, fate: Fate) -> Life:
-        """The one before is dead by now."""
+        """The next engine; the previous one is dead."""
         self.lives += 1
         if self._last is not None and self._last.journal is not None and self._last.journal._lock is not None:
             os.close(self._last.journal._lock)  # as the kernel does
@@ -320,8 +322,8 @@ def test_kv_that_holders_kept_is_not_computed_again(model: Decoder, tmp_path: Pa
 def test_tokens_stay_the_same_when_an_engine_dies_during_or_after_a_move(
     shard: str, model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
-    """The journal learns of a move with the next batch. Until then it names parts that may be closed already: the
-    survey does not find them, so they are computed again, and closes the new ones, which nobody knows."""
+    """A move is in the journal with the next batch. Until then the journal names parts that may be closed already. The
+    survey does not find those, so they are computed again; it closes the new parts, which the journal does not name."""
 
     def drained(folder: str, fate: Fate, after: int = 0) -> tuple[World, Client, int]:
         world, client = World(model, tmp_path / folder, shard=shard, workers=3), Client(ASKED)
@@ -373,7 +375,7 @@ def test_tokens_are_computed_again_without_a_journal(model: Decoder, expected: C
 def test_engine_believes_a_client_that_has_more_tokens_than_the_journal(
     model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
-    """The journal was off for a while: the disk was full."""
+    """The journal was off for a while, because the disk was full."""
     world, client = World(model, tmp_path), Client(ASKED)
     client.submit(life := world.life(Fate()), resumed=False)
     life.until(lambda: len(client.got["long"][0]) == 2)
@@ -449,7 +451,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Streams(Client):
-    """The same client, for an engine whose thread is elsewhere."""
+    """The same client, for an engine in another process."""
 
     def ask(self, remote: RemoteEngine) -> None:
         for name in self.asked:
@@ -509,7 +511,7 @@ def test_next_engine_process_goes_on_after_a_kill(
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_next_llm_resumes_what_a_killed_program_left(tiny: Path, tmp_path: Path) -> None:
-    """In-process: what an LLM had not finished the next one gives, whole, from where it was."""
+    """In one process: an `LLM` finishes the requests that the previous one left open, from where they were."""
     code = """
 import os, sys, threading
 from lamina import LLM

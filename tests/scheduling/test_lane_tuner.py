@@ -1,4 +1,4 @@
-"""Lanes: the number that was measured to yield most, looked at again when the load has changed."""
+"""The lane tuner keeps the count with the highest measured rate, and measures again when the load changes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_lane_tuner_measures_again_when_the_load_changes() -> None:
     now = run(lanes, {1: 100, 2: 150}, 3 * (WINDOW + 1))
     assert lanes.count == 2
     now = run(lanes, {1: 100, 2: 50}, HOLD // 2, start=now)
-    assert lanes.count == 2  # nothing has changed that it could see
+    assert lanes.count == 2  # the load has not changed
     run(lanes, {1: 100, 2: 50}, 3 * (WINDOW + 1), sequences=20, start=now)
     assert lanes.count == 1
 

@@ -1,4 +1,4 @@
-"""The share that moves, decided over simulated tiers: nearly the best, soon, and never offloading that does not pay."""
+"""The local share over simulated tiers: it is soon near the best, and slow remote attention is not used."""
 
 from __future__ import annotations
 

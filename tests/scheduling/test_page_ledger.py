@@ -123,6 +123,6 @@ def test_ledger_refuses_calls_out_of_order() -> None:
 def test_handles_of_the_previous_engine_are_not_given_again() -> None:
     ledger = PageLedger(CONFIG, pages(20))
     ledger.adopt(3, pages(2))
-    ledger.number_from(7)  # one that was not adopted has it in the journal
+    ledger.number_from(7)  # the journal names this handle, though it was not adopted
     ledger.number_from(5)
     assert ledger.open(LAYOUT) == 8

@@ -135,7 +135,7 @@ def test_operations_wait_for_the_holder_that_has_not_accepted_them() -> None:
     layout = (Share(1, (0, 1), 0, END), Share(2, (2, 3), 0, END))
     first = plan(0, (OpenSequence(10, layout),), row(10, 0, 1))
     told = placed.place(first)
-    placed.holders[1].accepted(told[1])  # and the other refuses
+    placed.holders[1].accepted(told[1])  # the other holder refuses
     told = placed.place(plan(0, (*first.operations, ForkSequence(11, 10, 1)), row(10, 0, 1)))
     assert (told[1].first, told[1].operations) == (1, (Fork(3, 1, 1),))
     assert (told[2].first, told[2].operations) == (0, (Open(2, (2, 3), 0, END), Fork(4, 2, 1)))

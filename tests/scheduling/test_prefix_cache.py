@@ -1,4 +1,4 @@
-"""The prefix tree: the longest match against brute force, who waits for whom, and what is evicted first."""
+"""The prefix cache: the longest match against brute force, waiting requests, and the order of eviction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lamina.scheduling.request import Request, ScheduledSequence
 
 
 class Keeper:
-    """A tree, and a record of what it asked of the holders: the tokens of each handle. A page of tokens is one page."""
+    """A cache, and the tokens of each handle that the holders keep for it. A page of tokens is one page of KV."""
 
     def __init__(self, page_size: int = 4) -> None:
         self.page_size = page_size
@@ -38,7 +38,7 @@ class Keeper:
         self.closed.append(self.held.pop(handle))
 
     def start(self, tokens: tuple[int, ...], match: Match | None = None, salt: str | None = None) -> ScheduledSequence:
-        """A sequence that has computed nothing yet, or what the match gives it."""
+        """A sequence whose computed tokens are those of the match, or none."""
         sequence = ScheduledSequence(Request("0", tokens, 1, salt=salt), 0, self.handles, list(tokens))
         sequence.handle = self.hold(tokens)
         self.running.append(sequence)
@@ -210,7 +210,7 @@ def test_pending_node_is_given_up_when_a_window_left_its_keys() -> None:
     keeper.compute(writer, 9)
     waiter = ScheduledSequence(Request("1", (1,) * 9, 1), 0, 1, [1] * 9)
     keeper.tree.wait(waiter, keeper.tree.match((1,) * 9))
-    writer.floor = 9  # its next row began there, and a window left what is below
+    writer.floor = 9  # its next row began at 9, and a window dropped the keys below
     keeper.compute(writer, 16)
     assert keeper.awake == [waiter]
     assert keeper.tree.match((1,) * 17) == Match()

@@ -30,7 +30,7 @@ from lamina_workers.policies.policy import Policy, within
 
 @dataclass
 class Page:
-    """What is stored at each position: the history that the KV was computed from, so that a wrong prefix shows."""
+    """A page of KV: at each position the history from which it was computed, so that a wrong prefix shows."""
 
     kv: dict[int, int] = field(default_factory=dict)
     owners: int = 1
@@ -77,7 +77,7 @@ def most(config: SchedulerConfig, length: int) -> int:
 class Holder:
     """Pages of one layer and head each, shared by forks, copied on write, freed behind windows; refuses when short.
 
-    It refuses before it touches its last `hidden` pages, of which the scheduler knows nothing.
+    It refuses before it touches its last `hidden` pages, which the scheduler does not count.
     """
 
     def __init__(self, config: SchedulerConfig, total_pages: int, hidden: int = 0) -> None:
@@ -312,7 +312,7 @@ class World:
         self.holder.check_integrity(self.total_pages)
 
     def check_end(self) -> None:
-        """Everybody has the tokens that the model gives alone, and no page is lost."""
+        """Every sample has the tokens that the model gives it alone, and no page is lost."""
         for sequence in self.samples:
             request = sequence.request
             assert sequence.finish_reason is not None
