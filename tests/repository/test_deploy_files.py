@@ -17,7 +17,9 @@ import pytest
 import typer
 import yaml
 
+import lamina
 from lamina.cli.main import app
+from lamina.deploy.ray_connection import ATTENTION, MODEL
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.http.api_keys import KEY_VARIABLE
@@ -28,6 +30,9 @@ from lamina.server.settings import ServerSettings
 ROOT = Path(__file__).parents[2]
 SERVE = (ROOT / "docs" / "serve.md").read_text()
 USAGE_ERROR = typer.BadParameter.__mro__[1]  # typer has a copy of click, or click itself
+NO_MODULES = {"lamina.bench.serve", "lamina.bench.decode"} | {  # names in results, in spans, and in a request's scope
+    f"lamina.{name}" for name in ("request", "request.id", "request_id", "preemptions", "tenant")
+}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -42,11 +47,19 @@ def parse(words: list[str]) -> Any:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The `lamina` commands of a text, without comments; a line that begins with one is one."""
+    """The `lamina` commands of a text, without comments: lines that begin with one, or have one after ` -- `."""
     for line in text.replace("\\\n", " ").splitlines():
-        bare = line.strip().lstrip("# ")
-        if re.match(r"lamina [a-z]", bare):
-            yield shlex.split(bare, comments=True)[1:]
+        if found := re.search(r"(?:^| -- [# ]*)(lamina [a-z].*)", line.strip().lstrip("# ")):
+            yield shlex.split(found[1], comments=True)[1:]
+
+
+def is_named_right(name: str) -> bool:
+    """Whether a dotted name is that of a module or package, or of something in a module."""
+    path = Path(*name.split("."))
+    for root in (ROOT, *(ROOT / folder for folder in ("workers", "kernels", "protocols"))):
+        if any((root / each).with_suffix(".py").is_file() for each in (path, path.parent)) or (root / path).is_dir():
+            return True
+    return name.removeprefix("lamina.") in dir(lamina)
 
 
 def paths() -> dict[str, set[str]]:
@@ -207,8 +220,15 @@ def test_services_together_share_a_profile_with_what_they_need() -> None:
 # docs/rayservice.yaml.
 
 
+def provided(group: dict[str, Any]) -> dict[str, int]:
+    """The Ray resources of one pod of a group."""
+    resources: dict[str, int] = json.loads(json.loads(group["rayStartParams"]["resources"]))
+    return resources
+
+
 def test_the_ray_service_names_what_exists() -> None:
     service, policy = load("docs/rayservice.yaml")
+    assert (service["kind"], policy["kind"]) == ("RayService", "NetworkPolicy")
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     [application] = config["applications"]
     module, _, name = application["import_path"].partition(":")
@@ -219,17 +239,27 @@ def test_the_ray_service_names_what_exists() -> None:
 
     cluster = service["spec"]["rayClusterConfig"]
     head, [workers] = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
-    has = json.loads(json.loads(head["rayStartParams"]["resources"]))
-    assert has["lamina_model"] == deployment["num_replicas"]
+    has = provided(head)
+    assert has[MODEL] == deployment["num_replicas"]
     assert deployment["ray_actor_options"]["resources"].items() <= has.items()
-    each = json.loads(json.loads(workers["rayStartParams"]["resources"]))["lamina_attention"]
-    assert each * workers["replicas"] == plan.config.attention_workers
+    assert provided(workers)[ATTENTION] * workers["replicas"] == plan.config.attention_workers
     pod = head["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > plan.drain_timeout
     assert pod["containers"][0]["env"][0]["name"] == KEY_VARIABLE
     assert policy["spec"]["ingress"][0]["ports"] == [{"port": config["http_options"]["port"]}]
     for template in (head["template"], workers["template"]):
         assert policy["spec"]["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+
+
+def test_the_ray_cluster_has_what_its_command_asks_for() -> None:
+    cluster, policy = load("docs/kuberay.yaml")
+    assert (cluster["apiVersion"], cluster["kind"], policy["kind"]) == ("ray.io/v1", "RayCluster", "NetworkPolicy")
+    [words] = commands((ROOT / "docs/kuberay.yaml").read_text())
+    head, [workers] = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    assert provided(head)[MODEL] == 1
+    total = provided(workers)[ATTENTION] * workers["replicas"]
+    assert parse(words).params["attention_workers"] == [str(total)]
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/cluster": cluster["metadata"]["name"]}
 
 
 @pytest.mark.slow
@@ -250,17 +280,36 @@ ServeDeploySchema.model_validate(yaml.safe_load(config["spec"]["serveConfigV2"])
     assert ran.returncode == 0, ran.stderr
 
 
-# docs/serve.md, and commands in all of these files.
+# docs/serve.md; commands, modules and files in all of these.
+
+MONITORING = "docs/monitoring/docker-compose.yml"
+DEPLOYED = ("Dockerfile", "compose.yaml", "docs/kuberay.yaml", "docs/rayservice.yaml", MONITORING)
+PAGES = ("docs/serve.md", "docs/deploy.md", "docs/metrics.md", "docs/bench.md", "docs/guidellm.md")
 
 
-@pytest.mark.parametrize(
-    "name", ["docs/serve.md", "docs/deploy.md", "docs/kuberay.yaml", "docs/rayservice.yaml", "compose.yaml"]
-)
+@pytest.mark.parametrize("name", [*DEPLOYED, *PAGES])
 def test_commands_exist(name: str) -> None:
     text = (ROOT / name).read_text()
     blocks = "\n".join(block for _, block in FENCE.findall(text)) if name.endswith(".md") else text
     for words in commands(blocks):
-        parse([word for word in words if word != "..."])
+        parse([word for word in words if word not in ("...", "&")])
+
+
+def test_the_command_of_monitoring_exists() -> None:
+    [compose] = load(MONITORING)
+    assert parse(compose["services"]["lamina"]["command"]).info_name == "serve"
+
+
+@pytest.mark.parametrize("name", [*DEPLOYED, *PAGES, "lamina", "workers", "kernels", "protocols", "scripts"])
+def test_modules_and_files_named_in_a_text_exist(name: str) -> None:
+    path = ROOT / name
+    for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+        text = file.read_text()
+        for module in re.findall(r"(?<![\w/])lamina(?:_workers|_kernels|_protocols)?(?:\.[a-z_]\w*)+\b(?!\()", text):
+            variable = file.suffix == ".py" and module.count(".") == 1  # an attribute of a variable `lamina`, perhaps
+            assert variable or module in NO_MODULES or is_named_right(module), f"{file}: {module}"
+        for named in re.findall(r"(?<![\w/.])(?:lamina|workers|kernels|protocols|scripts|tests)/[\w/-]+\.\w+", text):
+            assert (ROOT / named).exists(), f"{file}: {named}"
 
 
 def test_every_option_that_is_named_exists() -> None:
