@@ -1,7 +1,7 @@
-"""Attention workers as Ray actors: placed by `lamina_attention`, watched, started again by Ray.
+"""Attention workers as Ray actors: placed by the resource `lamina_attention`, started again by Ray.
 
-Each gets a certificate for its node's address and a token, made for this one run: they are all that Ray carries between
-engine and worker, tensors take the direct way. Knows actors; knows nothing of models and attention.
+Each gets a certificate for its node's address and a token, made for this one run. Ray carries nothing else between
+engine and worker; tensors take the direct way.
 """
 
 from __future__ import annotations
@@ -9,25 +9,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import queue
-import threading
-import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lamina.deploy.ray_connection import ATTENTION, NAMESPACE, TIMEOUT, explain, ray_module, require
-from lamina.deploy.worker_events import (
-    WAITING,
-    Backoff,
-    MembershipEvents,
-    OnJoined,
-    OnLeft,
-    State,
-    WorkerAddress,
-    WorkerStatus,
-    incarnation,
-)
-from lamina.errors import EngineError
+from lamina.deploy.restarts import Slot
+from lamina.deploy.supervision import AttentionSupervisor, Worker
+from lamina.deploy.worker_events import WAITING, WorkerAddress
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import share_cores
@@ -37,7 +26,7 @@ logger = logging.getLogger("lamina")
 
 _POLL = 0.5  # seconds
 _GRACE = 2.0  # seconds for workers to let go of their sessions
-_NOBODY = Credentials()
+_NONE = Credentials()
 
 
 class AttentionActor:
@@ -99,27 +88,20 @@ def _workers_here() -> int:
     return max(1, *(int(node["Resources"].get(ATTENTION, 1)) for node in nodes))
 
 
-@dataclass(eq=False)
-class _Place:
-    """One attention actor. `running` and `arriving` are calls that wait for its end and for where it listens."""
+@dataclass(eq=False, kw_only=True)
+class _RayAttentionWorker(Worker):
+    """One process of an attention actor. `running` and `arriving` are calls that wait for its end and for where it
+    listens."""
 
-    name: str
     actor: Any
-    backoff: Backoff = field(default_factory=Backoff)
-    member: WorkerAddress | None = None
     running: Any = None
     arriving: Any = None
     host: str = ""
     gpu: int = 0
-    credentials: Credentials = _NOBODY
-    process: int | None = None
-    restarts: int = 0
-    given_up: bool = False  # the engine does not want it any more: nobody is told of its end
-    dead: bool = False
-    why: str = ""  # it is dead
+    credentials: Credentials = _NONE
 
 
-class RayAttentionWorkers:
+class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
     """`count` attention workers as Ray actors, one for each `lamina_attention` of a node.
 
     `kv_memory` in bytes for each, None: half of its node's free memory, shared among the node's workers. `threads`
@@ -130,22 +112,26 @@ class RayAttentionWorkers:
     def __init__(
         self, count: int, *, kv_memory: int | None, threads: int | None, device: str = "cpu", engine: str = ""
     ) -> None:
+        super().__init__(count)
         self._device = device
         self._engine = engine
-        self._count = count
         self._kv_memory = kv_memory
         self._threads = threads
-        self._places: list[_Place] = []
-        self._news = MembershipEvents()
-        self._lost: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._closed = threading.Event()
-        self._lock = threading.RLock()  # held while they come up, and while they are ended
-        self._started = False  # who comes from now on is news
-        self._thread = threading.Thread(target=self._watch, name="lamina-members", daemon=True)
+        self._actors: dict[str, Any] = {}
 
     def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
-        require({ATTENTION: self._count})
-        ray = ray_module()
+        require({ATTENTION: len(self._slots)})
+        if progress is not None:
+            progress(WAITING, 0, len(self._slots))
+        return super().start(progress)
+
+    def _launch(self, slot: Slot[_RayAttentionWorker]) -> _RayAttentionWorker:
+        if slot.base not in self._actors:
+            self._actors[slot.base] = self._create(slot.base)
+        deadline = None if self._started.is_set() else self._clock() + TIMEOUT
+        return _RayAttentionWorker(actor=self._actors[slot.base], deadline=deadline)
+
+    def _create(self, name: str) -> Any:
         options: dict[str, Any] = {
             "resources": {ATTENTION: 1},
             "num_cpus": 0,
@@ -154,159 +140,96 @@ class RayAttentionWorkers:
             "scheduling_strategy": "SPREAD",
             "runtime_env": {"env_vars": environment(self._threads)},
         }
-        with self._lock:
-            try:
-                for index in range(self._count):
-                    name = f"attention-{index}"
-                    known = {"name": f"{self._engine}/{name}", "namespace": NAMESPACE} if self._engine else {}
-                    actor = ray.remote(AttentionActor).options(**options, **known)
-                    self._places.append(_Place(name, actor.remote(name, self._kv_memory, self._threads, self._device)))
-                self._await_all(progress)
-            except BaseException:
-                self.close()
-                raise
-            self._started = True
-            self._thread.start()
-            return tuple(place.member for place in self._places if place.member is not None)
-
-    def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
-        self._news.listen(on_joined, on_left)
-
-    def lost(self, name: str) -> None:
-        self._lost.put(name)
-
-    def status(self) -> tuple[WorkerStatus, ...]:
-        return tuple(status for _, status in self.described())
-
-    def described(self) -> tuple[tuple[WorkerAddress | None, WorkerStatus], ...]:
-        """The status of every place, and the worker that is there, if one is."""
-        described = []
-        for place in tuple(self._places):
-            member = place.member
-            name, address = (place.name, None) if member is None else (member.name, member.address)
-            described.append((member, WorkerStatus(name, address, _state(place), place.restarts, place.process)))
-        return tuple(described)
-
-    def close(self) -> None:
-        ray = ray_module()
-        self._closed.set()
-        with self._lock:
-            if self._thread.is_alive() and self._thread is not threading.current_thread():
-                self._thread.join()
-            if not ray.is_initialized():
-                return
-            stopping = [place.actor.stop.remote() for place in self._places if not place.dead]
-            if stopping:
-                ray.wait(stopping, num_returns=len(stopping), timeout=_GRACE)
-            for place in self._places:
-                ray.kill(place.actor)
-            self._places.clear()
-
-    def _await_all(self, progress: Progress | None) -> None:
-        deadline, told = time.monotonic() + TIMEOUT, -1
-        while (up := sum(place.member is not None for place in self._places)) < self._count:
-            if progress is not None and up != told:
-                progress(WAITING, up, self._count)
-                told = up
-            if time.monotonic() >= deadline:
-                missing = ", ".join(place.name for place in self._places if place.member is None)
-                raise EngineError(f"{missing} did not start within {TIMEOUT:g} s; see Ray's logs of workers")
-            if self._closed.is_set():
-                raise EngineError("closed while the attention workers were starting")
-            self._step()
-            if dead := [f"{place.name} cannot live: {place.why}" for place in self._places if place.dead]:
-                raise EngineError(dead[0])
-        if progress is not None:
-            progress(WAITING, self._count, self._count)
-
-    # The watching thread, after `start`.
+        if self._engine:
+            options |= {"name": f"{self._engine}/{name}", "namespace": NAMESPACE}
+        actor = ray_module().remote(AttentionActor).options(**options)
+        return actor.remote(name, self._kv_memory, self._threads, self._device)
 
     def _watch(self) -> None:
-        while not self._closed.is_set():
-            try:
-                while not self._lost.empty():
-                    self._end_lost(self._lost.get())
-                self._step()
-                self._news.deliver()
-            except Exception:  # Ray's own connection may be gone; the engine still serves with the workers it has
-                logger.exception("cannot watch the attention workers")
-                self._closed.wait(5.0)
+        try:
+            self._step()
+        except Exception:  # Ray's own connection may be gone; the engine still serves with the workers it has
+            if not self._started.is_set():
+                raise
+            logger.exception("cannot watch the attention workers")
+            self._closed.wait(5.0)
 
     def _step(self) -> None:
-        """Take what has happened within half a second."""
+        """Take what happens within half a second."""
         ray = ray_module()
-        for place in self._places:
-            if place.member is None and place.arriving is None and not place.dead:
-                place.host = ""
-                place.arriving = place.actor.host.remote()
-        waiting = [call for place in self._places for call in (place.running, place.arriving) if call is not None]
+        workers = [(slot, slot.worker) for slot in self._slots if slot.worker is not None]
+        for _, worker in workers:
+            if not worker.up and worker.arriving is None:
+                worker.host, worker.arriving = "", worker.actor.host.remote()
+        waiting = [call for _, worker in workers for call in (worker.running, worker.arriving) if call is not None]
         ready = set(ray.wait(waiting, timeout=_POLL)[0]) if waiting else set()
-        if not waiting:
-            self._closed.wait(_POLL)
-        for place in self._places:
-            if place.running in ready:
-                self._left(place)
-            elif place.arriving in ready:
-                self._arrive(place)
+        self._take(0.0 if waiting else _POLL)
+        for slot, worker in workers:
+            if worker.running in ready:
+                self._run_ended(slot, worker)
+            elif worker.arriving in ready:
+                self._arrive(slot, worker)
 
-    def _arrive(self, place: _Place) -> None:
+    def _arrive(self, slot: Slot[_RayAttentionWorker], worker: _RayAttentionWorker) -> None:
         """First it says where it is, then it gets credentials for that address and says where it listens."""
         ray = ray_module()
-        call, place.arriving = place.arriving, None
+        call, worker.arriving = worker.arriving, None
         try:
             answer = ray.get(call)
         except ray.exceptions.ActorUnavailableError:  # it is being started again
             self._closed.wait(_POLL)
             return
         except ray.exceptions.RayError as error:
-            place.dead, place.why = True, explain(error)
-            logger.error("%s cannot live: %s", place.name, place.why)
+            why = f"{slot.name} cannot live: {explain(error)}"
+            logger.error("%s", why)
+            slot.give_up()
+            self._fail(why)
             return
-        if not place.host:
-            taken = {other.gpu for other in self._places if other is not place and other.host == answer}
-            place.host, place.gpu = answer, next(gpu for gpu in range(self._count) if gpu not in taken)
-            place.credentials = create_credentials([answer])
-            place.arriving = place.actor.serve.remote(place.gpu, *dataclasses.astuple(place.credentials))
+        if not worker.host:
+            others = [each.worker for each in self._slots if each is not slot and each.worker is not None]
+            taken = {other.gpu for other in others if other.host == answer}
+            worker.host, worker.gpu = answer, next(gpu for gpu in range(len(self._slots)) if gpu not in taken)
+            worker.credentials = create_credentials([answer])
+            worker.arriving = worker.actor.serve.remote(worker.gpu, *dataclasses.astuple(worker.credentials))
             return
-        address, kv_memory, place.process = answer
-        client = Credentials(ca=place.credentials.ca, token=place.credentials.token)
-        place.member = WorkerAddress(incarnation(place.name, place.restarts), address, client, kv_memory)
-        place.running = place.actor.run.remote()
-        logger.info("%s: at %s", place.member.name, address)
-        if self._started:
-            self._news.joined(place.member)
+        address, kv_memory, worker.pid = answer
+        client = Credentials(ca=worker.credentials.ca, token=worker.credentials.token)
+        worker.running = worker.actor.run.remote()
+        self._joined(worker, WorkerAddress(slot.name, address, client, kv_memory))
 
-    def _left(self, place: _Place) -> None:
+    def _run_ended(self, slot: Slot[_RayAttentionWorker], worker: _RayAttentionWorker) -> None:
         ray = ray_module()
-        call, member = place.running, place.member
-        place.running = place.member = None
         try:
-            ray.get(call)
-            why = "its server stopped"
+            ray.get(worker.running)
+            how = "its server stopped"
         except ray.exceptions.RayError as error:
-            why = explain(error)
-        if member is not None and not place.given_up:
-            self._news.left(member.name)
-        place.given_up = False
-        place.restarts += 1
-        if place.backoff.delay(time.monotonic()) is None:
-            place.dead = True
-            ray.kill(place.actor)
-        then = "too often: it stays down" if place.dead else "Ray starts it again"
-        logger.warning("%s ended: %s; %s", place.name if member is None else member.name, why, then)
+            how = explain(error)
+        self._ended(slot, how)
 
-    def _end_lost(self, name: str) -> None:
+    def _vacate(self, slot: Slot[_RayAttentionWorker]) -> str:
+        then = super()._vacate(slot)
+        if slot.due is None:
+            ray_module().kill(self._actors[slot.base])
+            return then
+        slot.due = 0.0  # Ray starts it again by itself, at once
+        return "Ray starts it again"
+
+    def _overdue(self, slot: Slot[_RayAttentionWorker], worker: _RayAttentionWorker) -> None:
+        missing = ", ".join(each.name for each in self._slots if each.worker is None or not each.worker.up)
+        self._fail(f"{missing} did not start within {TIMEOUT:g} s; see Ray's logs of workers")
+
+    def _kill(self, worker: _RayAttentionWorker) -> None:
+        ray_module().kill(worker.actor, no_restart=False)
+
+    def _end(self, workers: Sequence[_RayAttentionWorker]) -> None:
         ray = ray_module()
-        for place in self._places:
-            if place.member is not None and place.member.name == name:
-                place.given_up = True
-                ray.kill(place.actor, no_restart=False)
-
-
-def _state(place: _Place) -> State:
-    if place.member is not None:
-        return "up"
-    return "given up" if place.dead else "starting"
+        if not ray.is_initialized():
+            return
+        stopping = [worker.actor.stop.remote() for worker in workers]
+        if stopping:
+            ray.wait(stopping, num_returns=len(stopping), timeout=_GRACE)
+        for actor in self._actors.values():
+            ray.kill(actor)
 
 
 def environment(threads: int | None) -> dict[str, str]:

@@ -13,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
-from lamina.deploy.worker_events import AttentionWorkers, ListedWorkers, WorkerAddress, answers
+from lamina.deploy.listed_attention import ListedWorkers, answers
+from lamina.deploy.worker_events import AttentionWorkers, WorkerAddress
 from lamina.engine.holders import seated
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
 from lamina.launch.kv_sizing import attention_devices

@@ -20,8 +20,8 @@ import torch
 
 from lamina.client.input_processor import InputProcessor
 from lamina.config import EngineConfig
-from lamina.deploy.local_models import LocalModelWorkers, ModelWorkerProcesses
-from lamina.deploy.worker_events import AttentionWorkers
+from lamina.deploy.local_models import LocalModelWorkers
+from lamina.deploy.worker_events import AttentionWorkers, ModelWorkerProcesses
 from lamina.engine.engine import Engine
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
 from lamina.journal.journal import Run

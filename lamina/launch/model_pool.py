@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
-from lamina.deploy.local_models import ModelWorkerProcesses
+from lamina.deploy.worker_events import ModelWorkerProcesses
 from lamina.errors import EngineError, InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError
 from lamina.system.progress import Progress
 from lamina_protocols.errors import LaminaError

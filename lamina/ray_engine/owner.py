@@ -28,7 +28,7 @@ from lamina.deploy.ray_connection import (
     require,
     shortage,
 )
-from lamina.deploy.worker_events import Backoff
+from lamina.deploy.restarts import Backoff
 from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
 from lamina.journal.journal import Run
 from lamina.ray_engine.actor import EngineActor

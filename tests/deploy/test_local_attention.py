@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from lamina.deploy.listed_attention import ListedWorkers, answers
 from lamina.deploy.local_attention import LocalAttentionWorkers, attention_command
-from lamina.deploy.worker_events import Backoff, ListedWorkers, WorkerAddress, answers
+from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
 from lamina_protocols.service import WorkerClient, WorkerRefused
 
@@ -174,14 +175,6 @@ def test_close_does_not_wait_forever_for_a_stopped_child(monkeypatch: pytest.Mon
         process = processes(members)[0]
         os.kill(process, signal.SIGSTOP)
     assert not is_alive(process)
-
-
-def test_restarts_slow_down_and_end() -> None:
-    backoff = Backoff()
-    delays = [backoff.delay(now=float(second)) for second in range(8)]
-    assert delays == [0.5, 1, 2, 4, 8, 16, None, None]
-    assert backoff.delay(now=61.5) == 8  # two of them are more than a minute ago
-    assert backoff.delay(now=1000) == 0.5
 
 
 def test_command_line_of_a_worker_names_attention() -> None:

@@ -278,8 +278,8 @@ def test_a_rank_that_keeps_ending_ends_the_engine(model: Path) -> None:
         return ["false"] if ends.is_set() else model_command(name, address, 1)
 
     members = LocalModelWorkers(2, threads=1, command=command)
-    for place in members._places:  # so that the test need not wait for the pauses between six starts
-        place.backoff.delay = _twice()  # type: ignore[method-assign]
+    for slot in members._slots:  # so that the test need not wait for the delays of six restarts
+        slot.backoff.first, slot.backoff.limit = 0.1, 2
     runtime = start(model, config, model_members=members)
     try:
         ends.set()
@@ -287,11 +287,6 @@ def test_a_rank_that_keeps_ending_ends_the_engine(model: Path) -> None:
         until(lambda: not runtime.engine.alive)
     finally:
         runtime.stop()
-
-
-def _twice() -> Any:
-    delays = iter([0.1, 0.1, None])
-    return lambda now: next(delays)
 
 
 @pytest.mark.parametrize(

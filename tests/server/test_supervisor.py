@@ -158,10 +158,8 @@ def test_an_engine_that_does_not_start_ends_the_server(world: World) -> None:
 
 
 @pytest.mark.parametrize("how", ["fails", "dies"])
-def test_a_restart_that_fails_ends_the_server(world: World, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "lamina.deploy.worker_events._FIRST_DELAY", 0.01
-    )  # six times, each twice as long as the one before
+def test_a_restart_that_fails_ends_the_server(world: World, how: str) -> None:
+    world.supervisor._engine.backoff.first = 0.01  # seconds; six delays, each twice as long as the previous one
     with pytest.raises(EngineError, match="again"):
         world.run(world.serving, world.behave("engine", how), world.kill("engine"))
     assert not alive(world.pid("http"))
@@ -184,7 +182,7 @@ def test_an_http_process_that_never_serves_ends_the_server(world: World, how: st
 def test_a_child_that_reads_nothing_holds_nobody_up(world: World) -> None:
     def stop() -> None:
         os.kill(world.pid("http"), signal.SIGSTOP)
-        child = world.supervisor._http.child
+        child = world.supervisor._http.worker
         assert child is not None
         for _ in range(3):
             child.say("x" * 100_000)  # more than a pipe holds

@@ -1,7 +1,7 @@
 """`lamina serve`: the engine, the HTTP process and the attention workers side by side, and started again when they die.
 
 The death of one leaves the others. The listening socket is the supervisor's, so a new HTTP process goes on where the
-old one ended. Loads no torch; knows processes and what they say; knows nothing of requests.
+old one ended. No torch is loaded here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import logging
 import os
 import queue
 import secrets
-import signal
 import socket
 import sys
 import tempfile
@@ -18,13 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from lamina.deploy.local_attention import LocalAttentionWorkers
-from lamina.deploy.worker_events import Backoff, WorkerAddress
+from lamina.deploy.restarts import Slot
+from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import (
     DiskFullError,
     EngineError,
@@ -36,6 +35,16 @@ from lamina.errors import (
     UnsupportedModelError,
 )
 from lamina.server.processes.child_protocol import LOG_LEVEL, line, parse
+from lamina.server.processes.events import (
+    ChildEnded,
+    Event,
+    LineReceived,
+    SignalReceived,
+    WorkerJoined,
+    WorkerLeft,
+    WorkersStarted,
+    signals,
+)
 from lamina.server.settings import ServerSettings
 from lamina.system.child_process import ChildProcess, end_all
 
@@ -47,41 +56,13 @@ _WORKERS_BACK = 10.0  # seconds that a restarted engine waits for all of its att
 _KINDS = {
     kind.__name__: kind
     for kind in (DiskFullError, InvalidRequest, JournalError, ModelFileError, PolicyError, UnsupportedModelError)
-}  # what an engine can say that it failed of; all else is an EngineError
+}  # errors that keep their type on the way from a child; all others become an EngineError
 _LONGEST_FOLDER = 80  # characters: a Unix socket's path has 108, its name included
 _FORCED = 5.0  # seconds beyond the time to drain after which the HTTP process is killed
 
 
-class _Heard(NamedTuple):
-    child: ChildProcess
-    said: list[Any]
-
-
-class _Ended(NamedTuple):
-    child: ChildProcess
-
-
-class _Signal(NamedTuple):
-    number: int
-
-
-class _Joined(NamedTuple):
-    member: WorkerAddress
-
-
-class _Left(NamedTuple):
-    name: str
-
-
-class _Started(NamedTuple):
-    members: tuple[WorkerAddress, ...] | EngineError
-
-
-_Event = _Heard | _Ended | _Signal | _Joined | _Left | _Started
-
-
 class Reporter(Protocol):
-    """Who tells people what happens."""
+    """Shows people what happens."""
 
     def progress(self, what: str, done: int, total: int | None) -> None: ...
 
@@ -106,16 +87,11 @@ class ServerPlan:
     log_level: str = "warning"
 
 
-@dataclass
-class _Role:
-    """One of the two processes: who has it now, and when it may be started again."""
+@dataclass(eq=False)
+class _Role(Slot[ChildProcess]):
+    """One of the two processes, "engine" or "http"."""
 
-    name: Literal["engine", "http"]
-    child: ChildProcess | None = None
-    due: float | None = None
     ready: bool = False
-    starts: int = 0
-    backoff: Backoff = field(default_factory=Backoff)
 
 
 class Supervisor:
@@ -125,15 +101,15 @@ class Supervisor:
         self._plan = plan
         self._report = report
         self._clock = clock
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._engine = _Role("engine", due=0.0)
-        self._http = _Role("http", due=0.0)
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._engine = _Role("engine")
+        self._http = _Role("http")
         self._secret = secrets.token_hex(32)
         self._folder = Path()
         self._socket: socket.socket | None = None
-        self._cluster: LocalAttentionWorkers | None = None
-        self._members: dict[str, WorkerAddress] = {}
-        self._members_due: float | None = None  # when the engine is told of the workers that are there
+        self._attention: LocalAttentionWorkers | None = None
+        self._workers: dict[str, WorkerAddress] = {}
+        self._workers_due: float | None = None  # when the engine gets the workers that are there
         self._facts: dict[str, Any] | None = None  # of the engine that is ready
         self._loading = ""
         self._announced = False
@@ -147,7 +123,7 @@ class Supervisor:
         with (
             tempfile.TemporaryDirectory(prefix="lamina-serve-") as folder,
             self._listening() as sock,
-            _signals(self._events),
+            signals(self._events),
         ):
             self._folder, self._socket = Path(folder), sock
             if len(folder) > _LONGEST_FOLDER:
@@ -159,7 +135,7 @@ class Supervisor:
                     try:
                         self._take(self._events.get(timeout=self._until_next()))
                     except queue.Empty:
-                        self._look_at_the_clock()
+                        self._check_deadlines()
             finally:
                 self._end()
         if self._failure is not None:
@@ -175,8 +151,8 @@ class Supervisor:
 
     @property
     def _engine_socket(self) -> str:
-        """Another one for each start, so that nobody reaches an engine by the name of the one before."""
-        return str(self._folder / f"engine-{self._engine.starts}.sock")
+        """A new one for each start, so that no client reaches an engine by the name of the previous one."""
+        return str(self._folder / f"{self._engine.name}.sock")
 
     @contextmanager
     def _listening(self) -> Iterator[socket.socket]:
@@ -204,64 +180,63 @@ class Supervisor:
         plan = self._plan
         if not plan.workers:
             return
-        cluster = self._cluster = LocalAttentionWorkers(plan.workers, kv_memory=plan.kv_memory, threads=plan.threads)
+        workers = self._attention = LocalAttentionWorkers(plan.workers, kv_memory=plan.kv_memory, threads=plan.threads)
 
         def start() -> None:
             try:
-                members: tuple[WorkerAddress, ...] | EngineError = cluster.start(self._report.progress)
+                result: tuple[WorkerAddress, ...] | EngineError = workers.start(self._report.progress)
             except EngineError as error:
-                members = error
-            self._events.put(_Started(members))
+                result = error
+            self._events.put(WorkersStarted(result))
 
         threading.Thread(target=start, name="lamina-workers", daemon=True).start()
 
     # The loop.
 
     def _over(self) -> bool:
-        gone = self._http.child is None and self._engine.child is None
-        return self._failure is not None or (self._stopping and (self._http.child is None or gone))
+        gone = self._http.worker is None and self._engine.worker is None
+        return self._failure is not None or (self._stopping and (self._http.worker is None or gone))
 
     def _start_due(self) -> None:
         if self._stopping:
             return
         now = self._clock()
         for role, start in ((self._engine, self._start_engine), (self._http, self._start_http)):
-            if role.child is None and role.due is not None and role.due <= now:
-                role.due, role.ready = None, False
-                role.starts += 1
+            if role.is_due(now):
+                role.ready = False
                 try:
                     start()
                 except OSError as error:  # out of processes or memory, say
-                    if role.starts == 1:
-                        raise EngineError(f"cannot start the {role.name} process: {error}") from error
-                    self._plan_restart(role, f"the {role.name} process cannot be started: {error}")
+                    if role.restarts == 0:
+                        raise EngineError(f"cannot start the {role.base} process: {error}") from error
+                    self._restart(role, f"the {role.base} process cannot be started: {error}")
 
     def _start_engine(self) -> None:
         plan = self._plan
-        self._engine.child = self._spawn(self._engine, ENGINE_MODULE)
+        self._engine.worker = self._spawn(self._engine, ENGINE_MODULE)
         own = {"journal": str(self._folder / "journal")} if plan.journal else {}
         engine = own | dict(plan.engine)
-        self._engine.child.say(
+        self._engine.worker.say(
             line("engine", plan.model, engine, self._engine_socket, self._secret, bool(plan.workers))
         )
-        if plan.workers and self._engine.starts > 1:
-            self._members_due = self._clock() + _WORKERS_BACK
-            self._introduce_members()
+        if plan.workers and self._engine.restarts:
+            self._workers_due = self._clock() + _WORKERS_BACK
+            self._introduce_workers()
 
     def _start_http(self) -> None:
         if self._socket is None:
             return
-        self._http.child = self._spawn(self._http, HTTP_MODULE, self._socket.fileno())
+        self._http.worker = self._spawn(self._http, HTTP_MODULE, self._socket.fileno())
         settings = asdict(self._plan.settings) | {"api_keys": list(self._plan.settings.api_keys)}
-        self._http.child.say(line("http", settings, self._socket.fileno(), self._secret))
-        self._tell_http()
+        self._http.worker.say(line("http", settings, self._socket.fileno(), self._secret))
+        self._notify_http()
 
     def _spawn(self, role: _Role, module: str, *descriptors: int) -> ChildProcess:
         return ChildProcess(
-            role.name,
+            role.base,
             [sys.executable, "-m", module],
             self._heard,
-            lambda child: self._events.put(_Ended(child)),
+            lambda child: self._events.put(ChildEnded(child)),
             pass_fds=descriptors,
             environment=os.environ | {"PYTHONUNBUFFERED": "1", LOG_LEVEL: self._plan.log_level},
         )
@@ -269,53 +244,53 @@ class Supervisor:
     def _heard(self, child: ChildProcess, text: str) -> None:
         """On a thread of the child's."""
         if (said := parse(text)) is not None:
-            self._events.put(_Heard(child, said))
+            self._events.put(LineReceived(child, said))
 
-    def _take(self, event: _Event) -> None:
+    def _take(self, event: Event) -> None:
         match event:
-            case _Heard(child, said):
+            case LineReceived(child, said):
                 self._hear(child, *said)
-            case _Ended(child):
+            case ChildEnded(child):
                 self._ended(child)
-            case _Signal():
+            case SignalReceived():
                 self._stop()
-            case _Started(members):
-                self._workers_started(members)
-            case _Joined(member):
-                self._members[member.name] = member
-                self._report.said(f"attention worker {member.name} is there")
-                self._say_engine("joined", _fields(member))
-            case _Left(name):
-                self._members.pop(name, None)
-                self._say_engine("left", name)
-        self._introduce_members()
+            case WorkersStarted(result):
+                self._workers_started(result)
+            case WorkerJoined(worker):
+                self._workers[worker.name] = worker
+                self._report.said(f"attention worker {worker.name} is there")
+                self._notify_engine("joined", _fields(worker))
+            case WorkerLeft(name):
+                self._workers.pop(name, None)
+                self._notify_engine("left", name)
+        self._introduce_workers()
 
     def _hear(self, child: ChildProcess, word: str, *items: Any) -> None:
         if word == "progress":
             self._report.progress(*items)
             what, done, total = items
-            if self._facts is None:  # one that is ready has progress too, when it computes lost KV again
+            if self._facts is None:  # a ready engine has progress too, when it computes lost KV again
                 self._loading = f"{what}, {done} of {total}" if total else f"{what}, {done}"
-                self._tell_http()
-        elif word == "ready" and child is self._engine.child:
+                self._notify_http()
+        elif word == "ready" and child is self._engine.worker:
             self._engine.ready = True
-            self._facts = items[0] | {"socket": self._engine_socket, "restarts": self._engine.starts - 1}
-            self._tell_http()
-        elif word == "failed" and child is self._engine.child:
+            self._facts = items[0] | {"socket": self._engine_socket, "restarts": self._engine.restarts}
+            self._notify_http()
+        elif word == "failed" and child is self._engine.worker:
             kind, why = items
-            if self._engine.starts == 1:
+            if self._engine.restarts == 0:
                 self._failure = _KINDS.get(kind, EngineError)(why)
             elif kind in _KINDS:  # it would fail in the same way again
                 self._failure = EngineError(f"the engine could not start again: {why}")
             else:
                 self._report.said(f"the engine could not start again: {why}")
-        elif word == "failed" and child is self._http.child:
+        elif word == "failed" and child is self._http.worker:
             kind, why = items
             self._failure = _KINDS.get(kind, EngineError)(why)
-        elif word == "lost" and self._cluster is not None:
-            self._members.pop(items[0], None)
-            self._cluster.lost(items[0])
-        elif word == "serving" and child is self._http.child:
+        elif word == "lost" and self._attention is not None:
+            self._workers.pop(items[0], None)
+            self._attention.lost(items[0])
+        elif word == "serving" and child is self._http.worker:
             self._http.ready = True
         elif word == "connected" and not self._announced:
             self._announced = True
@@ -326,115 +301,99 @@ class Supervisor:
             self._report.said("serving again")
 
     def _ended(self, child: ChildProcess) -> None:
-        role = self._engine if child is self._engine.child else self._http
-        role.child = None
+        role = self._engine if child is self._engine.worker else self._http
+        role.worker = None
         if self._stopping or self._failure:
             return
-        how = f"the {role.name} process ended, {child.how()}"
+        how = f"the {role.base} process ended, {child.how()}"
         was_ready, role.ready = role.ready, False
         if role is self._engine:
             self._facts = None
-            self._tell_http(how)
-        if not was_ready and role.starts == 1:
+            self._notify_http(how)
+        if not was_ready and role.restarts == 0:
             self._failure = EngineError(f"{how}, before it had started")
             return
-        self._plan_restart(role, how)
+        self._restart(role, how)
 
-    def _plan_restart(self, role: _Role, how: str) -> None:
-        delay = role.backoff.delay(self._clock())
-        if delay is None:
+    def _restart(self, role: _Role, how: str) -> None:
+        then = role.ended(self._clock())
+        if role.due is None:
             self._failure = EngineError(f"{how}, too often to start it again")
-            return
-        role.due = self._clock() + delay
-        self._report.said(f"{how}; it starts again in {delay:g} s")
+        else:
+            self._report.said(f"{how}; {then}")
 
     # Attention workers, and what the engine and the HTTP process know.
 
-    def _workers_started(self, members: tuple[WorkerAddress, ...] | EngineError) -> None:
-        if isinstance(members, EngineError):
-            self._failure = members
+    def _workers_started(self, result: tuple[WorkerAddress, ...] | EngineError) -> None:
+        if isinstance(result, EngineError):
+            self._failure = result
             return
-        self._members = {member.name: member for member in members}
-        self._members_due = self._clock() + _WORKERS_BACK
-        if self._cluster is not None:
-            self._cluster.watch(
-                lambda member: self._events.put(_Joined(member)), lambda name: self._events.put(_Left(name))
+        self._workers = {worker.name: worker for worker in result}
+        self._workers_due = self._clock() + _WORKERS_BACK
+        if self._attention is not None:
+            self._attention.watch(
+                lambda worker: self._events.put(WorkerJoined(worker)), lambda name: self._events.put(WorkerLeft(name))
             )
 
-    def _introduce_members(self) -> None:
-        """Tell a new engine who is there, once all are, or some after a while."""
-        if self._members_due is None or self._engine.child is None:
+    def _introduce_workers(self) -> None:
+        """Send a new engine the workers that are there: once all are, or some after a while."""
+        if self._workers_due is None or self._engine.worker is None:
             return
-        enough = len(self._members) >= self._plan.workers
-        if enough or (self._members and self._clock() >= self._members_due):
-            self._members_due = None
-            self._engine.child.say(line("members", [_fields(member) for member in self._members.values()]))
+        enough = len(self._workers) >= self._plan.workers
+        if enough or (self._workers and self._clock() >= self._workers_due):
+            self._workers_due = None
+            self._engine.worker.say(line("members", [_fields(worker) for worker in self._workers.values()]))
 
-    def _say_engine(self, word: str, *items: Any) -> None:
-        if self._engine.child is not None and self._members_due is None:
-            self._engine.child.say(line(word, *items))
+    def _notify_engine(self, word: str, *items: Any) -> None:
+        if self._engine.worker is not None and self._workers_due is None:
+            self._engine.worker.say(line(word, *items))
 
-    def _tell_http(self, dead: str = "") -> None:
-        if self._http.child is None:
+    def _notify_http(self, dead: str = "") -> None:
+        if self._http.worker is None:
             return
         if self._facts is not None:
-            self._http.child.say(line("ready", self._facts))
+            self._http.worker.say(line("ready", self._facts))
         elif dead:
-            self._http.child.say(line("dead", dead))
+            self._http.worker.say(line("dead", dead))
         else:
-            self._http.child.say(line("loading", self._loading))
+            self._http.worker.say(line("loading", self._loading))
 
     # Time, and the end.
 
     def _until_next(self) -> float | None:
-        times = [role.due for role in (self._engine, self._http) if role.child is None and not self._stopping]
-        times += [self._members_due, self._kill_at]
+        times = [role.next_start for role in (self._engine, self._http) if not self._stopping]
+        times += [self._workers_due, self._kill_at]
         due = [each for each in times if each is not None]
         return max(0.0, min(due) - self._clock()) if due else None
 
-    def _look_at_the_clock(self) -> None:
+    def _check_deadlines(self) -> None:
         now = self._clock()
-        if self._members_due is not None and now >= self._members_due:
-            self._introduce_members()
-            if self._members_due is not None:  # nobody is there: look again later
-                self._members_due = now + 1.0
-        if self._kill_at is not None and now >= self._kill_at and self._http.child is not None:
+        if self._workers_due is not None and now >= self._workers_due:
+            self._introduce_workers()
+            if self._workers_due is not None:  # no worker is there: look again later
+                self._workers_due = now + 1.0
+        if self._kill_at is not None and now >= self._kill_at and self._http.worker is not None:
             self._kill_at = None
-            self._http.child.kill()
+            self._http.worker.kill()
 
     def _stop(self) -> None:
         """The first signal lets requests end, the second does not."""
-        if self._stopping or self._http.child is None or not self._http.ready:
+        if self._stopping or self._http.worker is None or not self._http.ready:
             self._stopping = True
-            if self._http.child is not None:
-                self._http.child.kill()
+            if self._http.worker is not None:
+                self._http.worker.kill()
             return
         self._stopping = True
         self._report.said(f"ending once requests under way have ended, in {self._plan.drain:g} s at most")
-        self._http.child.say(line("drain", self._plan.drain))
+        self._http.worker.say(line("drain", self._plan.drain))
         self._kill_at = self._clock() + self._plan.drain + _FORCED
 
     def _end(self) -> None:
-        end_all(role.child for role in (self._http, self._engine) if role.child is not None)
-        if self._cluster is not None:
-            self._cluster.close()
+        end_all(role.worker for role in (self._http, self._engine) if role.worker is not None)
+        if self._attention is not None:
+            self._attention.close()
 
 
-def _fields(member: WorkerAddress) -> list[Any]:
-    token = member.credentials.token if member.credentials is not None else ""
-    return [member.name, member.address, token, member.capacity]
-
-
-@contextmanager
-def _signals(events: queue.SimpleQueue[_Event]) -> Iterator[None]:
-    """SIGTERM and SIGINT become events."""
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        events.put(_Signal(number))  # SimpleQueue.put may be called within itself
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _fields(worker: WorkerAddress) -> list[Any]:
+    token = worker.credentials.token if worker.credentials is not None else ""
+    return [worker.name, worker.address, token, worker.capacity]

@@ -1,0 +1,121 @@
+"""Attention workers at given addresses, started by other programs: awaited, and taken again when they answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from lamina.deploy.restarts import incarnation
+from lamina.deploy.worker_events import WAITING, MembershipEvents, OnJoined, OnLeft, WorkerAddress, WorkerStatus
+from lamina.errors import EngineError
+from lamina.system.progress import Progress
+from lamina_protocols.channels import Credentials
+
+
+class ListedWorkers:
+    """Workers that somebody else started, at given addresses ("host:port"). They are neither started nor ended here.
+
+    `answers(member)` says whether a worker takes connections there; it may take as long as `interval`, the seconds
+    between two tries. `clock` is in seconds.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        credentials: Credentials | None,
+        answers: Callable[[WorkerAddress], bool],
+        clock: Callable[[], float],
+        timeout: float = 30.0,
+        interval: float = 2.0,
+    ) -> None:
+        self._members = [WorkerAddress(address, address, credentials) for address in addresses]
+        self._restarts = [0] * len(addresses)
+        self._up = [False] * len(addresses)
+        self._answers = answers
+        self._clock = clock
+        self._timeout = timeout
+        self._interval = interval
+        self._news = MembershipEvents()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
+        deadline = self._clock() + self._timeout
+        while missing := self._try_missing():
+            if progress is not None:
+                progress(WAITING, len(self._up) - len(missing), len(self._up))
+            if self._clock() >= deadline:
+                raise EngineError(
+                    f"no attention worker answers at {', '.join(missing)} within {self._timeout:g} s; start one there "
+                    "with `lamina attention-worker --listen HOST:PORT`; one that speaks TLS answers nobody who does not"
+                )
+            if self._closed.wait(min(0.2, self._interval)):
+                raise EngineError("closed while waiting for the attention workers")
+        if progress is not None:
+            progress(WAITING, len(self._up), len(self._up))
+        self._thread = threading.Thread(target=self._watch, name="lamina-members", daemon=True)
+        self._thread.start()
+        return tuple(self._members)
+
+    def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
+        self._news.listen(on_joined, on_left)
+
+    def lost(self, name: str) -> None:
+        with self._lock:
+            for index, member in enumerate(self._members):
+                if member.name == name:
+                    self._up[index] = False
+
+    def status(self) -> tuple[WorkerStatus, ...]:
+        with self._lock:
+            return tuple(
+                WorkerStatus(member.name, member.address, "up" if up else "lost", restarts)
+                for member, up, restarts in zip(self._members, self._up, self._restarts, strict=True)
+            )
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _try_missing(self) -> list[str]:
+        """The addresses that still do not answer."""
+        missing = []
+        for index, member in enumerate(self._members):
+            if not self._up[index]:
+                self._up[index] = self._answers(member)
+                if not self._up[index]:
+                    missing.append(member.address)
+        return missing
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._interval):
+            for index in [index for index, up in enumerate(self._up) if not up]:
+                if self._answers(self._members[index]):
+                    self._news.joined(self._rejoined(index))
+            self._news.deliver()
+
+    def _rejoined(self, index: int) -> WorkerAddress:
+        old = self._members[index]
+        with self._lock:
+            self._restarts[index] += 1
+            name = incarnation(old.address, self._restarts[index])
+            self._members[index] = WorkerAddress(name, old.address, old.credentials)
+            self._up[index] = True
+            return self._members[index]
+
+
+def answers(member: WorkerAddress, timeout: float = 2.0) -> bool:
+    """Whether a worker is there within so many seconds. One that refuses is there: connecting to it will say why."""
+    from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable  # grpc, once it is needed
+
+    with WorkerClient(member.address, member.credentials) as client:
+        try:
+            client.status(timeout)
+        except WorkerUnreachable:
+            return False
+        except WorkerRefused:
+            return True
+    return True

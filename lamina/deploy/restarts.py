@@ -1,0 +1,82 @@
+"""When an ended worker starts again: the delay, the limit of restarts, and the name of each start.
+
+Pure: the caller passes the time of any steady clock, in seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+W = TypeVar("W")
+
+
+@dataclass(eq=False)
+class Backoff:
+    """How long one worker waits for its next start, so that a worker that always fails does not take the machine.
+
+    The first delay is `first` seconds. It doubles with each restart of the last `window` seconds, of which there are
+    `limit` at most.
+    """
+
+    first: float = 0.5
+    limit: int = 6
+    window: float = 60.0
+    _restarts: deque[float] = field(default_factory=deque)
+
+    def delay(self, now: float) -> float | None:
+        """Seconds from `now` to the next start, which is counted. None: there were too many."""
+        while self._restarts and self._restarts[0] <= now - self.window:
+            self._restarts.popleft()
+        if len(self._restarts) >= self.limit:
+            return None
+        seconds = self.first * 2.0 ** len(self._restarts)
+        self._restarts.append(now)
+        return seconds
+
+
+def incarnation(name: str, restarts: int) -> str:
+    """The name of a worker after so many restarts."""
+    return name if restarts == 0 else f"{name}.{restarts}"
+
+
+@dataclass(eq=False)
+class Slot(Generic[W]):
+    """Room for one worker: the worker, or the time of the next start.
+
+    A slot is started while `is_due`, has its worker until `ended`, and is due again after a delay, or never.
+    """
+
+    base: str  # the name of its first worker
+    number: int = 0
+    worker: W | None = None
+    due: float | None = 0.0  # when the next worker starts, while there is none; None: never
+    restarts: int = 0
+    backoff: Backoff = field(default_factory=Backoff)
+
+    @property
+    def name(self) -> str:
+        """Of the worker, or of the next one. No two workers of a slot have the same."""
+        return incarnation(self.base, self.restarts)
+
+    @property
+    def next_start(self) -> float | None:
+        """When a worker is to be started; None: there is one, or there will be none."""
+        return self.due if self.worker is None else None
+
+    def is_due(self, now: float) -> bool:
+        """Whether a worker is to be started."""
+        return self.next_start is not None and self.next_start <= now
+
+    def ended(self, now: float) -> str:
+        """The worker has ended, or could not be started: plan the next start. Says when that is, for people."""
+        delay = self.backoff.delay(now)
+        self.worker = None
+        self.restarts += 1
+        self.due = None if delay is None else now + delay
+        return "too often: it stays down" if delay is None else f"it starts again in {delay:g} s"
+
+    def give_up(self) -> None:
+        """No worker is started here any more."""
+        self.worker = self.due = None

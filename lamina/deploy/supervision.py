@@ -1,0 +1,276 @@
+"""The thread that starts, watches, restarts and ends the workers of one engine, one worker a slot.
+
+`SlotSupervisor` has the loop. `AttentionSupervisor` and `ModelSupervisor` add what their engine gets to know. What
+runs a worker, a child process or a Ray actor, is in the classes made from these two.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from lamina.deploy.restarts import Slot
+from lamina.deploy.worker_events import (
+    WAITING,
+    MembershipEvents,
+    OnEnded,
+    OnJoined,
+    OnLeft,
+    WorkerAddress,
+    WorkerStatus,
+)
+from lamina.errors import EngineError
+from lamina.system.progress import Progress
+from lamina_protocols.channels import Credentials
+
+logger = logging.getLogger("lamina")
+
+
+@dataclass(eq=False, kw_only=True)
+class Worker:
+    """What the supervisor knows of a worker; the classes made from it add what runs it."""
+
+    up: bool = False
+    deadline: float | None = None  # when it must be up
+    address: WorkerAddress | None = None  # of an attention worker that is up
+    pid: int | None = None
+    given_up: bool = False  # by the engine, which is not notified of its end
+
+
+W = TypeVar("W", bound=Worker)
+
+
+class SlotSupervisor(ABC, Generic[W]):
+    """`kind` workers ("attention", "model"), one for each of `numbers`. `clock` is in seconds.
+
+    One thread runs every method with an underscore; `_calls` is how other threads reach it.
+    """
+
+    def __init__(self, kind: str, numbers: Iterable[int], clock: Callable[[], float]) -> None:
+        self._kind = kind
+        self._clock = clock
+        self._slots: list[Slot[W]] = [Slot(f"{kind}-{number}", number) for number in numbers]
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name=f"lamina-{kind}-workers", daemon=True)
+
+    def lost(self, name: str) -> None:
+        self._calls.put(lambda: self._give_up(name))
+
+    def status(self) -> tuple[WorkerStatus, ...]:
+        return tuple(self._status(slot, slot.worker) for slot in self._slots)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._calls.put(lambda: None)  # wakes the thread
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @staticmethod
+    def _status(slot: Slot[W], worker: W | None) -> WorkerStatus:
+        if worker is None:
+            return WorkerStatus(slot.name, None, "given up" if slot.due is None else "lost", slot.restarts)
+        address = None if worker.address is None else worker.address.address
+        return WorkerStatus(slot.name, address, "up" if worker.up else "starting", slot.restarts, worker.pid)
+
+    # How a worker is run.
+
+    @abstractmethod
+    def _launch(self, slot: Slot[W]) -> W:
+        """Start a worker. Raises OSError where it cannot be started."""
+
+    @abstractmethod
+    def _kill(self, worker: W) -> None:
+        """End a worker at once; its end is noticed as any other."""
+
+    @abstractmethod
+    def _end(self, workers: Sequence[W]) -> None:
+        """End all workers that are there, politely."""
+
+    def _overdue(self, slot: Slot[W], worker: W) -> None:
+        """A worker is not up at its deadline."""
+        self._kill(worker)
+
+    @abstractmethod
+    def _broken(self, error: Exception) -> None:
+        """The workers are no longer watched."""
+
+    # The loop.
+
+    def _supervise(self) -> None:
+        try:
+            while not self._closed.is_set():
+                self._start_due()
+                self._watch()
+                self._check_deadlines()
+        except Exception as error:  # the workers must end, and a waiting thread must get the error
+            logger.exception("the %s workers are no longer watched", self._kind)
+            self._broken(error)
+        finally:
+            self._end([slot.worker for slot in self._slots if slot.worker is not None])
+            for slot in self._slots:
+                slot.give_up()
+
+    def _start_due(self) -> None:
+        now = self._clock()
+        for slot in self._slots:
+            if slot.is_due(now) and not self._closed.is_set():
+                try:
+                    slot.worker = self._launch(slot)
+                except OSError as error:
+                    self._not_launched(slot, error)
+
+    def _not_launched(self, slot: Slot[W], error: OSError) -> None:
+        self._ended(slot, f"it cannot be started: {error}")
+
+    def _watch(self) -> None:
+        """Take what happens until the next start or deadline."""
+        times = [slot.next_start if slot.worker is None else slot.worker.deadline for slot in self._slots]
+        due = [time for time in times if time is not None]
+        self._take(max(0.0, min(due) - self._clock()) if due else None)
+
+    def _take(self, seconds: float | None) -> None:
+        """Make the calls of other threads; wait so long for the first (None: without limit)."""
+        with suppress(queue.Empty):
+            self._calls.get(timeout=seconds)()
+            while not self._closed.is_set():
+                self._calls.get_nowait()()
+
+    def _check_deadlines(self) -> None:
+        now = self._clock()
+        for slot in self._slots:
+            worker = slot.worker
+            if worker is not None and worker.deadline is not None and worker.deadline <= now:
+                worker.deadline = None
+                self._overdue(slot, worker)
+
+    def _give_up(self, name: str) -> None:
+        for slot in self._slots:
+            if slot.worker is not None and slot.name == name:
+                slot.worker.given_up = True
+                self._kill(slot.worker)
+
+    def _ended(self, slot: Slot[W], how: str, last_lines: Sequence[str] = ()) -> None:
+        """A worker has ended, with these as its last lines of output, or it could not be started."""
+        name = slot.name
+        then = self._vacate(slot)
+        logger.warning("%s", "\n  ".join([f"{name} ended, {how}; {then}", *last_lines]))
+
+    def _vacate(self, slot: Slot[W]) -> str:
+        """Plan the next start. Says when that is, for people."""
+        return slot.ended(self._clock())
+
+
+class AttentionSupervisor(SlotSupervisor[W]):
+    """`count` attention workers: an `AttentionWorkers`.
+
+    A worker that ends before it was up ends the start of all.
+    """
+
+    def __init__(self, count: int, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__("attention", range(count), clock)
+        self._membership = MembershipEvents()
+        self._progress: Progress | None = None
+        self._started = threading.Event()  # all are up, or one has failed
+        self._failure: EngineError | None = None
+
+    def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
+        self._progress = progress
+        self._thread.start()
+        try:
+            self._started.wait()
+            if self._failure is not None:
+                raise self._failure
+        except BaseException:  # Ctrl-C included
+            self.close()
+            raise
+        return tuple(address for address, _ in self.described() if address is not None)
+
+    def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
+        self._membership.listen(on_joined, on_left)
+        self._calls.put(self._membership.deliver)
+
+    def described(self) -> tuple[tuple[WorkerAddress | None, WorkerStatus], ...]:
+        """The status of every slot, and the address of its worker, if one is up."""
+        workers = [(slot, slot.worker) for slot in self._slots]
+        return tuple(
+            (None if worker is None else worker.address, self._status(slot, worker)) for slot, worker in workers
+        )
+
+    def _supervise(self) -> None:
+        super()._supervise()
+        self._fail("closed while the attention workers were starting")
+
+    def _fail(self, why: str, cause: Exception | None = None) -> None:
+        """End the start of all; no effect after it."""
+        if not self._started.is_set():
+            self._failure = EngineError(why)
+            self._failure.__cause__ = cause
+            self._closed.set()
+            self._started.set()
+
+    def _broken(self, error: Exception) -> None:
+        self._fail(f"cannot run the attention workers: {error}", error)
+
+    def _not_launched(self, slot: Slot[W], error: OSError) -> None:
+        if self._started.is_set():
+            super()._not_launched(slot, error)
+        else:
+            self._fail(f"cannot start {slot.name}: {error}", error)
+
+    def _joined(self, worker: W, address: WorkerAddress) -> None:
+        """A worker is up. No effect the second time."""
+        if worker.up:
+            return
+        worker.up, worker.address, worker.deadline = True, address, None
+        logger.info("%s: process %s at %s", address.name, worker.pid, address.address)
+        if self._started.is_set():
+            self._membership.joined(address)
+            return
+        up = sum(slot.worker is not None and slot.worker.up for slot in self._slots)
+        if self._progress is not None:
+            self._progress(WAITING, up, len(self._slots))
+        if up == len(self._slots):
+            self._started.set()
+
+    def _ended(self, slot: Slot[W], how: str, last_lines: Sequence[str] = ()) -> None:
+        name, worker = slot.name, slot.worker
+        if not self._started.is_set() and (worker is None or not worker.up):
+            self._fail("\n  ".join([f"{name} did not start, {how}", *last_lines]))
+            return
+        super()._ended(slot, how, last_lines)
+        if not self._started.is_set():
+            if slot.due is None:
+                self._fail(f"{name} ended, {how}, too often to start it again")
+        elif worker is not None and worker.up and not worker.given_up:
+            self._membership.left(name)
+
+
+class ModelSupervisor(SlotSupervisor[W]):
+    """Model workers 1 to `count` - 1: a `ModelWorkerProcesses`."""
+
+    host: str | None = None
+    credentials: Credentials | None = None
+
+    def __init__(self, count: int, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__("model", range(1, count), clock)
+
+    def start(self, address: str, invite: Callable[[int, str], bytes], on_ended: OnEnded) -> None:
+        self._address, self._invite, self._on_ended = address, invite, on_ended
+        self._thread.start()
+
+    def _ended(self, slot: Slot[W], how: str, last_lines: Sequence[str] = ()) -> None:
+        name = slot.name
+        super()._ended(slot, how, last_lines)
+        self._on_ended(slot.number, name, "\n  ".join([how, *last_lines]), slot.due is None)
+
+    def _broken(self, error: Exception) -> None:
+        for slot in self._slots:
+            self._on_ended(slot.number, slot.name, f"it is no longer watched: {error}", True)

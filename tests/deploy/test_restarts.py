@@ -1,0 +1,299 @@
+"""When workers start again: the slot alone, and the supervising thread with workers that are no processes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina.deploy.restarts import Backoff, Slot, incarnation
+from lamina.deploy.supervision import AttentionSupervisor, ModelSupervisor, Worker
+from lamina.deploy.worker_events import WorkerAddress
+from lamina.errors import EngineError
+
+gaps = st.lists(st.floats(0, 100, allow_nan=False), max_size=60)  # seconds between one end and the next
+backoffs = st.builds(Backoff, st.floats(0.01, 2), st.integers(1, 8), st.floats(1, 100))
+
+
+def test_delays_double_until_there_are_too_many_and_shrink_with_time() -> None:
+    backoff = Backoff()
+    delays = [backoff.delay(now=float(second)) for second in range(8)]
+    assert delays == [0.5, 1, 2, 4, 8, 16, None, None]
+    assert backoff.delay(now=61.5) == 8  # two of them are more than a minute ago
+    assert backoff.delay(now=1000) == 0.5
+
+
+@given(backoffs, gaps)
+def test_a_delay_is_never_below_the_first_nor_above_the_last(backoff: Backoff, gaps: list[float]) -> None:
+    for now in accumulate(gaps):
+        delay = backoff.delay(now)
+        assert delay is None or backoff.first <= delay <= backoff.first * 2 ** (backoff.limit - 1)
+
+
+@given(backoffs, gaps)
+def test_no_window_has_more_restarts_than_the_limit(backoff: Backoff, gaps: list[float]) -> None:
+    counted = [now for now in accumulate(gaps) if backoff.delay(now) is not None]
+    for first in counted:
+        assert sum(first <= now < first + backoff.window for now in counted) <= backoff.limit
+
+
+@given(backoffs, gaps)
+def test_a_worker_is_given_up_only_after_the_limit_of_restarts_in_a_window(backoff: Backoff, gaps: list[float]) -> None:
+    counted: list[float] = []
+    for now in accumulate(gaps):
+        recent = sum(now - backoff.window < each for each in counted)
+        delay = backoff.delay(now)
+        assert (delay is None) == (recent >= backoff.limit)
+        if delay is not None:
+            counted.append(now)
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.booleans()), max_size=40))
+def test_a_slot_starts_no_worker_before_its_time_and_no_name_twice(steps: list[tuple[float, bool]]) -> None:
+    slot: Slot[str] = Slot("w", backoff=Backoff(limit=4, window=20))
+    names: list[str] = []
+    now, ended_at = 0.0, -1.0
+    for seconds, ends in steps:
+        now += seconds
+        if slot.is_due(now):
+            assert slot.worker is None
+            assert now >= ended_at + 0.5
+            slot.worker = slot.name
+            names.append(slot.name)
+        assert (slot.next_start is None) == (slot.worker is not None or slot.due is None)
+        if ends and slot.worker is not None:
+            slot.ended(now)
+            ended_at = now
+    assert len(set(names)) == len(names)
+    assert slot.restarts in (len(names) - 1, len(names)) or not names
+
+
+def test_a_slot_says_when_its_next_worker_starts_and_stays_down_after_too_many() -> None:
+    slot: Slot[str] = Slot("w", backoff=Backoff(limit=1), worker="w")
+    assert slot.ended(10.0) == "it starts again in 0.5 s"
+    assert (slot.name, slot.is_due(10.4), slot.is_due(10.5)) == ("w.1", False, True)
+    slot.worker = slot.name
+    assert slot.next_start is None
+    assert slot.ended(11.0) == "too often: it stays down"
+    assert not slot.is_due(1e9)
+
+
+def test_a_slot_that_is_given_up_is_never_due() -> None:
+    slot: Slot[str] = Slot("w")
+    slot.give_up()
+    assert not slot.is_due(1e9)
+
+
+def test_the_first_worker_of_a_name_has_no_number() -> None:
+    assert [incarnation("w", restarts) for restarts in range(3)] == ["w", "w.1", "w.2"]
+
+
+class Threads:
+    """What both kinds of fake pools share: workers that exist only in `launched`, and end when a test says so."""
+
+    def __init__(self) -> None:
+        self.launched: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.killed: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self.refuses = ""  # the name of a worker that cannot be started
+        self.breaks = False  # the next start is a bug
+
+    def launch(self, name: str, deadline: float | None) -> Worker:
+        if self.breaks:
+            raise RuntimeError("a bug")
+        if name == self.refuses:
+            raise OSError("no memory")
+        self.launched.put(name)
+        return Worker(deadline=deadline)
+
+
+class Attention(AttentionSupervisor[Worker]):
+    """Attention workers without processes; `auto`: they are up at once."""
+
+    def __init__(self, count: int, *, auto: bool = True, deadline: float | None = None) -> None:
+        super().__init__(count)
+        self.fake = Threads()
+        self.auto = auto
+        self.ended_at_close: list[Worker] = []
+        self._deadline = deadline
+        for slot in self._slots:
+            slot.backoff.first = 0.001
+
+    def _launch(self, slot: Slot[Worker]) -> Worker:
+        worker = self.fake.launch(slot.name, self._deadline and self._clock() + self._deadline)
+        if self.auto:
+            address = WorkerAddress(slot.name, "h:1")
+            self._calls.put(lambda: self._joined(worker, address))
+        return worker
+
+    def _kill(self, worker: Worker) -> None:
+        self.fake.killed.put(worker)
+        self.end(next(slot.number for slot in self._slots if slot.worker is worker), "killed")
+
+    def _end(self, workers: Sequence[Worker]) -> None:
+        self.ended_at_close.extend(workers)
+
+    def end(self, number: int, how: str = "exit status 1") -> None:
+        self._calls.put(lambda: self._ended(self._slots[number], how, ["last words"]))
+
+
+class Models(ModelSupervisor[Worker]):
+    """Model workers without processes."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.fake = Threads()
+        self.ended: queue.SimpleQueue[tuple[int, str, str, bool]] = queue.SimpleQueue()
+        for slot in self._slots:
+            slot.backoff.first, slot.backoff.limit = 0.001, 2
+
+    def begin(self) -> None:
+        self.start("address", lambda rank, name: b"", lambda *ended: self.ended.put(ended))
+
+    def _launch(self, slot: Slot[Worker]) -> Worker:
+        return self.fake.launch(slot.name, None)
+
+    def _kill(self, worker: Worker) -> None:
+        slot = next(slot for slot in self._slots if slot.worker is worker)
+        self._ended(slot, "killed")
+
+    def _end(self, workers: Sequence[Worker]) -> None:
+        pass
+
+    def end(self, rank: int) -> None:
+        self._calls.put(lambda: self._ended(self._slots[rank - 1], "exit status 1", ["last words"]))
+
+
+class Events:
+    def __init__(self, workers: Attention) -> None:
+        self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
+        workers.watch(lambda worker: self._queue.put(f"+{worker.name}"), lambda name: self._queue.put(f"-{name}"))
+
+    def next(self, count: int) -> list[str]:
+        return [self._queue.get(timeout=20) for _ in range(count)]
+
+
+def test_all_workers_are_up_when_start_returns_and_ended_at_close() -> None:
+    workers = Attention(3)
+    progress: list[tuple[str, int, int | None]] = []
+    started = workers.start(lambda *step: progress.append(step))
+    assert [worker.name for worker in started] == ["attention-0", "attention-1", "attention-2"]
+    assert progress == [("attention workers", up, 3) for up in (1, 2, 3)]
+    workers.close()
+    workers.close()
+    assert len(workers.ended_at_close) == 3
+
+
+def test_a_worker_that_ends_leaves_once_and_the_next_one_joins_under_another_name() -> None:
+    workers = Attention(2)
+    workers.start()
+    events = Events(workers)
+    for restarts in range(3):
+        workers.end(1)
+        assert events.next(2) == [f"-{incarnation('attention-1', restarts)}", f"+attention-1.{restarts + 1}"]
+    assert [(status.state, status.restarts) for status in workers.status()] == [("up", 0), ("up", 3)]
+    workers.close()
+
+
+def test_a_worker_that_the_engine_gave_up_is_killed_and_does_not_leave() -> None:
+    workers = Attention(1)
+    workers.start()
+    events = Events(workers)
+    workers.lost("attention-0")
+    assert events.next(1) == ["+attention-0.1"]
+    workers.lost("attention-0")  # the previous one: no effect
+    workers.end(0)
+    assert events.next(2) == ["-attention-0.1", "+attention-0.2"]
+    assert workers.fake.killed.qsize() == 1
+    workers.close()
+
+
+def test_a_worker_that_ends_too_often_stays_down_and_the_others_go_on() -> None:
+    workers = Attention(2)
+    workers.start()
+    events = Events(workers)
+    workers._slots[0].backoff.limit = 1
+    workers.end(0)
+    assert events.next(2) == ["-attention-0", "+attention-0.1"]
+    workers.end(0)
+    assert events.next(1) == ["-attention-0.1"]
+    workers.end(1)
+    assert events.next(2) == ["-attention-1", "+attention-1.1"]
+    assert [status.state for status in workers.status()] == ["given up", "up"]
+    workers.close()
+
+
+def test_a_start_fails_with_the_last_lines_of_a_worker_that_ends_before_it_is_up() -> None:
+    workers = Attention(2, auto=False)
+    workers.end(1)
+    with pytest.raises(EngineError, match=r"^attention-1 did not start, exit status 1\n  last words$"):
+        workers.start()
+    assert [status.state for status in workers.status()] == ["given up"] * 2
+
+
+def test_a_start_fails_with_its_cause_where_a_worker_cannot_be_started() -> None:
+    workers = Attention(3)
+    workers.fake.refuses = "attention-1"
+    with pytest.raises(EngineError, match="cannot start attention-1: no memory") as caught:
+        workers.start()
+    assert isinstance(caught.value.__cause__, OSError)
+    assert workers.fake.launched.qsize() == 1  # and none after it
+
+
+def test_a_start_fails_where_a_worker_is_not_up_at_its_deadline() -> None:
+    with pytest.raises(EngineError, match="attention-0 did not start, killed"):
+        Attention(1, auto=False, deadline=0.01).start()
+
+
+def test_a_start_fails_with_a_bug_as_its_cause_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    workers = Attention(1)
+    workers.fake.breaks = True
+    with pytest.raises(EngineError, match="cannot run the attention workers: a bug"):
+        workers.start()
+    assert "no longer watched" in caplog.text
+
+
+def test_a_close_on_another_thread_ends_a_start() -> None:
+    workers = Attention(1, auto=False)
+    closing = threading.Thread(target=lambda: (workers.fake.launched.get(timeout=20), workers.close()))
+    closing.start()
+    with pytest.raises(EngineError, match="closed while"):
+        workers.start()
+    closing.join()
+
+
+def test_an_engine_gets_each_end_of_a_model_worker_and_whether_it_stays_down() -> None:
+    models = Models(3)
+    models.begin()
+    assert [models.fake.launched.get(timeout=20) for _ in range(2)] == ["model-1", "model-2"]
+    names = ["model-2", "model-2.1", "model-2.2"]
+    for name, next_name in zip(names, [*names[1:], None], strict=True):
+        models.end(2)
+        assert models.ended.get(timeout=20) == (2, name, "exit status 1\n  last words", next_name is None)
+        assert next_name is None or models.fake.launched.get(timeout=20) == next_name
+    assert Counter(status.state for status in models.status()) == {"starting": 1, "given up": 1}
+    models.close()
+
+
+def test_a_model_worker_that_cannot_be_started_is_tried_again() -> None:
+    models = Models(2)
+    models.fake.refuses = "model-1"
+    models.begin()
+    assert models.ended.get(timeout=20) == (1, "model-1", "it cannot be started: no memory", False)
+    assert models.fake.launched.get(timeout=20) == "model-1.1"
+    models.close()
+
+
+def test_a_bug_in_the_watching_is_the_end_of_every_model_worker(caplog: pytest.LogCaptureFixture) -> None:
+    models = Models(3)
+    models.fake.breaks = True
+    models.begin()
+    ends = [models.ended.get(timeout=20) for _ in range(2)]
+    assert {(rank, stays_down) for rank, _, _, stays_down in ends} == {(1, True), (2, True)}
+    assert "no longer watched" in caplog.text
+    models.close()
