@@ -13,10 +13,10 @@ from lamina_protocols.channels import Credentials
 
 
 class ListedWorkers:
-    """Workers that somebody else started, at given addresses ("host:port"). They are neither started nor ended here.
+    """Workers at given addresses ("host:port"). They are neither started nor ended here.
 
-    `answers(member)` says whether a worker takes connections there; it may take as long as `interval`, the seconds
-    between two tries. `clock` is in seconds.
+    `answers(address)` says whether a worker takes connections there; it may take as long as `interval`, the seconds
+    between two attempts. All are to answer within `timeout` seconds. `clock` is in seconds.
     """
 
     def __init__(
@@ -29,14 +29,14 @@ class ListedWorkers:
         timeout: float = 30.0,
         interval: float = 2.0,
     ) -> None:
-        self._members = [WorkerAddress(address, address, credentials) for address in addresses]
+        self._addresses = [WorkerAddress(address, address, credentials) for address in addresses]
         self._restarts = [0] * len(addresses)
         self._up = [False] * len(addresses)
         self._answers = answers
         self._clock = clock
         self._timeout = timeout
         self._interval = interval
-        self._news = MembershipEvents()
+        self._membership = MembershipEvents()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -55,24 +55,24 @@ class ListedWorkers:
                 raise EngineError("closed while waiting for the attention workers")
         if progress is not None:
             progress(WAITING, len(self._up), len(self._up))
-        self._thread = threading.Thread(target=self._watch, name="lamina-members", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="lamina-attention-workers", daemon=True)
         self._thread.start()
-        return tuple(self._members)
+        return tuple(self._addresses)
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
-        self._news.listen(on_joined, on_left)
+        self._membership.listen(on_joined, on_left)
 
     def lost(self, name: str) -> None:
         with self._lock:
-            for index, member in enumerate(self._members):
-                if member.name == name:
+            for index, worker in enumerate(self._addresses):
+                if worker.name == name:
                     self._up[index] = False
 
     def status(self) -> tuple[WorkerStatus, ...]:
         with self._lock:
             return tuple(
-                WorkerStatus(member.name, member.address, "up" if up else "lost", restarts)
-                for member, up, restarts in zip(self._members, self._up, self._restarts, strict=True)
+                WorkerStatus(worker.name, worker.address, "up" if up else "lost", restarts)
+                for worker, up, restarts in zip(self._addresses, self._up, self._restarts, strict=True)
             )
 
     def close(self) -> None:
@@ -83,35 +83,35 @@ class ListedWorkers:
     def _try_missing(self) -> list[str]:
         """The addresses that still do not answer."""
         missing = []
-        for index, member in enumerate(self._members):
+        for index, worker in enumerate(self._addresses):
             if not self._up[index]:
-                self._up[index] = self._answers(member)
+                self._up[index] = self._answers(worker)
                 if not self._up[index]:
-                    missing.append(member.address)
+                    missing.append(worker.address)
         return missing
 
     def _watch(self) -> None:
         while not self._closed.wait(self._interval):
             for index in [index for index, up in enumerate(self._up) if not up]:
-                if self._answers(self._members[index]):
-                    self._news.joined(self._rejoined(index))
-            self._news.deliver()
+                if self._answers(self._addresses[index]):
+                    self._membership.joined(self._rejoined(index))
+            self._membership.deliver()
 
     def _rejoined(self, index: int) -> WorkerAddress:
-        old = self._members[index]
+        old = self._addresses[index]
         with self._lock:
             self._restarts[index] += 1
             name = incarnation(old.address, self._restarts[index])
-            self._members[index] = WorkerAddress(name, old.address, old.credentials)
+            self._addresses[index] = WorkerAddress(name, old.address, old.credentials)
             self._up[index] = True
-            return self._members[index]
+            return self._addresses[index]
 
 
-def answers(member: WorkerAddress, timeout: float = 2.0) -> bool:
-    """Whether a worker is there within so many seconds. One that refuses is there: connecting to it will say why."""
-    from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable  # grpc, once it is needed
+def answers(worker: WorkerAddress, timeout: float = 2.0) -> bool:
+    """Whether a worker answers within so many seconds. A refusal is an answer: connecting raises its reason."""
+    from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable  # loads grpc
 
-    with WorkerClient(member.address, member.credentials) as client:
+    with WorkerClient(worker.address, worker.credentials) as client:
         try:
             client.status(timeout)
         except WorkerUnreachable:

@@ -36,7 +36,7 @@ class LocalWorker(Worker):
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._takes = takes
         self.process = ChildProcess(
-            name, command, self._hear, lambda _: on_end(self), pass_fds=pass_fds, hears_errors=True
+            name, command, self._hear, lambda _: on_end(self), pass_fds=pass_fds, merge_stderr=True
         )
         self.pid = self.process.pid
 

@@ -30,7 +30,7 @@ _NONE = Credentials()
 
 
 class AttentionActor:
-    """The process of one attention worker. It serves once it has been given credentials for its node's address."""
+    """The process of one attention worker. It serves once it has credentials for its node's address."""
 
     def __init__(self, name: str, kv_memory: int | None, threads: int | None, device: str) -> None:
         self._name = name
@@ -46,8 +46,8 @@ class AttentionActor:
         return str(ray_module().util.get_node_ip_address())
 
     def serve(self, gpu: int, ca: bytes, cert: bytes, key: bytes, token: str) -> tuple[str, int, int]:
-        """Its "host:port", its KV memory in bytes, its process id. The second time nothing changes. `gpu` is its own
-        where the device is "cuda"."""
+        """Start its server. Returns its "host:port", its KV memory in bytes and its process id. No effect the second
+        time. `gpu` is the index of its GPU where the device is "cuda"."""
         from lamina.system.machine import this_machine
         from lamina_protocols.channels import Credentials
         from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
@@ -71,11 +71,11 @@ class AttentionActor:
         return self._address, self._kv_memory, os.getpid()
 
     def run(self) -> None:
-        """Until the server stops. This call fails when the process dies: that is how its end is noticed."""
+        """Returns when the server stops. The call fails when the process dies: this is how its end is noticed."""
         self._server.wait()
 
     def stop(self) -> None:
-        """Let go of the session politely."""
+        """Stop the server; the engine's session ends with a message."""
         if self._server is not None:
             self._server.stop(1.0)
 
@@ -104,9 +104,10 @@ class _RayAttentionWorker(Worker):
 class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
     """`count` attention workers as Ray actors, one for each `lamina_attention` of a node.
 
-    `kv_memory` in bytes for each, None: half of its node's free memory, shared among the node's workers. `threads`
-    None: one a core. `device` "cuda": a GPU each of its node's. Ray starts dead ones again, on another node where it
-    must, and ends all with this process. With `engine` each actor has a name: that of the engine, a slash, its own.
+    `kv_memory` is in bytes for each; None: half of its node's free memory, shared among the node's workers. `threads`
+    None: one a core. `device` "cuda": each worker has a GPU of its node. Ray starts dead actors again, on another node
+    if it must, and ends all with this process. With `engine` each actor has a name: that of the engine, a slash, its
+    own.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
                 self._arrive(slot, worker)
 
     def _arrive(self, slot: Slot[_RayAttentionWorker], worker: _RayAttentionWorker) -> None:
-        """First it says where it is, then it gets credentials for that address and says where it listens."""
+        """Take an answer: first the node's address, for which credentials are made, then where the worker listens."""
         ray = ray_module()
         call, worker.arriving = worker.arriving, None
         try:
@@ -233,6 +234,6 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """What a process of ours wants to be set before it starts: Ray must hide no GPU, and OpenMP has so many threads."""
+    """Variables of a Lamina process on Ray, set before it starts: Ray hides no GPU, OpenMP has so many threads."""
     shown = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     return shown if threads is None else shown | {"OMP_NUM_THREADS": str(threads)}

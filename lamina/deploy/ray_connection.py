@@ -1,7 +1,6 @@
 """The edge to Ray: the package, the connection to a cluster, what its nodes have, and which Lamina they run.
 
-The only file that imports ray, and only once a cluster is wanted. Knows nodes and resources; knows no model, no engine
-and no worker.
+Only this file imports ray, and only when a cluster is used.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ TIMEOUT = 60.0  # seconds for anything that Ray should do at once, the start of 
 
 _UNPRINTED = "RAY_DEDUP_LOGS_SKIP_REGEX"
 _OLDEST_RAY = (2, 54)
-_JOINING = 10.0  # seconds in which nodes may still join, and an engine before this one may still end
+_JOINING = 10.0  # seconds in which nodes may still join, and a previous engine may still end
 _REACHING = 5.0  # seconds until a head that does not answer counts as absent
 _POLL = 0.5  # seconds
 
@@ -50,9 +49,9 @@ def _import_ray() -> Any:
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
-    """Ray prints news of dead workers on stdout, where answers go; it is told once, at its import, what to leave out.
+    """Ray prints deaths of workers on stdout, where answers go; a variable that it reads at its import leaves them out.
 
-    Those of our workers come through the logger "lamina". A program that has imported ray itself has its own way.
+    The deaths of our workers are logged by "lamina". A program that imports ray itself keeps its own setting.
     """
     before = os.environ.get(_UNPRINTED)
     os.environ.setdefault(_UNPRINTED, ".")
@@ -65,9 +64,9 @@ def _quiet_import() -> Iterator[None]:
 
 @contextmanager
 def connection(address: str) -> Iterator[Any]:
-    """The ray package, connected to the cluster at `address`, "auto" for the one of this host.
+    """The ray package, connected to the cluster at `address`; "auto" is this host's.
 
-    A program that is connected already stays so, else the connection ends with the block.
+    The connection ends with the block, unless the program was connected before.
     """
     ray = ray_module()
     own = connect(address)
@@ -79,7 +78,8 @@ def connection(address: str) -> Iterator[Any]:
 
 
 def connect(address: str) -> bool:
-    """Connect this process to the cluster; whether it was not before. Raises InvalidRequest or EngineError."""
+    """Connect this process to the cluster. Returns False where it was connected before. Raises InvalidRequest for a
+    malformed address, EngineError where there is no cluster."""
     ray = ray_module()
     host, _, port = address.rpartition(":")
     if address != "auto" and (not host or not port.isdecimal() or "/" in host):
@@ -100,7 +100,7 @@ def connect(address: str) -> bool:
 
 
 def _check_reachable(host: str, port: int) -> None:
-    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    """Raise OSError where no process listens: Ray itself would try for minutes."""
     probe = http.client.HTTPConnection(host, port, timeout=_REACHING)
     try:
         probe.connect()  # a plain TCP connection; nothing is sent
@@ -110,7 +110,7 @@ def _check_reachable(host: str, port: int) -> None:
 
 def require(wanted: Mapping[str, int], seconds: float = _JOINING) -> None:
     """Wait until the cluster has so much of each resource free. Raises EngineError after `seconds`, naming what is
-    missing; also where a node that has one of them runs another version of Lamina than this process."""
+    missing, and where a node that has one of the resources runs another version of Lamina than this process."""
     ray = ray_module()
     deadline = time.monotonic() + seconds
     while short := [name for name, count in wanted.items() if ray.available_resources().get(name, 0) < count]:
@@ -121,7 +121,7 @@ def require(wanted: Mapping[str, int], seconds: float = _JOINING) -> None:
 
 
 def shortage(name: str, count: int) -> str:
-    """That the cluster has too little of a resource, how much, and what would bring more."""
+    """An error text: the cluster has too little of a resource, how much it has, and what would bring more."""
     ray = ray_module()
     there = ray.cluster_resources().get(name, 0)
     free = ray.available_resources().get(name, 0)
@@ -133,7 +133,7 @@ def shortage(name: str, count: int) -> str:
 
 
 def prefer(node: str) -> Any:
-    """A scheduling strategy: on that node, by its id, or on any where it is gone."""
+    """A scheduling strategy: on the node with this id, or on any other where that is gone."""
     ray_module()
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -177,6 +177,6 @@ def _versions(resources: Mapping[str, int]) -> dict[str, str | None]:
 
 
 def explain(error: Exception) -> str:
-    """What happened, in a line: Ray's errors go on for a page, and those of a call hold what it raised."""
+    """An error of Ray in one line: its own texts take a page, and the error of a call holds the call's exception."""
     cause = getattr(error, "cause", None)
     return f"{type(cause).__name__}: {cause}" if cause is not None else str(error).strip().partition("\n")[0]

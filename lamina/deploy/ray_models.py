@@ -35,8 +35,9 @@ class ModelActor:
         return os.getpid()
 
     def serve(self, model: str, connect: str, secret: bytes, name: str, threads: int | None, ca: bytes) -> None:
-        """Until model worker 0, which listens at `connect`, lets it go. This call fails when the process dies: that is
-        how its end is noticed. `model` is looked up on this node, `ca` the certificate that model worker 0 must show.
+        """Returns when model worker 0, which listens at `connect`, has no more use for it. The call fails when the
+        process dies: this is how its end is noticed. `model` is resolved on this node; `ca` is the certificate that
+        model worker 0 must show.
         """
         from lamina.models.resolve import resolve
         from lamina.system.machine import this_machine
@@ -67,8 +68,8 @@ class _RayModelWorker(Worker):
 class RayModelWorkers(ModelSupervisor[_RayModelWorker]):
     """Model workers 1 to `count` - 1 as actors, for an engine in an actor.
 
-    Model worker 0 is to listen at `host` with `credentials`. `model` is what it is called on each node, `threads` None
-    one a core.
+    Model worker 0 is to listen at `host` with `credentials`. `model` is the name to resolve on each node. `threads`
+    None: one a core.
     """
 
     def __init__(self, count: int, *, model: str, threads: int | None) -> None:
@@ -111,7 +112,7 @@ class RayModelWorkers(ModelSupervisor[_RayModelWorker]):
                 self._serving_ended(slot, worker)
             elif worker.asked in ready:
                 asked, worker.asked, worker.deadline = worker.asked, None, None
-                with contextlib.suppress(ray.exceptions.RayError):  # it has died: the other call says so
+                with contextlib.suppress(ray.exceptions.RayError):  # it has died, which the other call reports
                     worker.pid = ray.get(asked)
                     worker.up = True
 

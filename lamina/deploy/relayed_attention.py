@@ -1,4 +1,4 @@
-"""Attention workers that another process runs, and tells of. Knows names and addresses; knows not how it is told."""
+"""Attention workers that another process runs; their joins and ends are relayed to this one."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ _WORKERS_UP = 120.0  # seconds
 
 
 class RelayedWorkers:
-    """`members.Members` for an engine whose workers somebody else starts. `on_lost` gets the name of each that the
-    engine has given up. The methods that tell are for any thread."""
+    """An `AttentionWorkers` for an engine whose workers another process starts. `on_lost` gets the name of each worker
+    that the engine has given up. `there`, `joined` and `left` are for any thread."""
 
     def __init__(self, on_lost: Callable[[str], None]) -> None:
         self._on_lost = on_lost
         self._first: queue.SimpleQueue[tuple[WorkerAddress, ...] | None] = queue.SimpleQueue()
-        self._there: dict[str, WorkerAddress] | None = None  # None until the first are told
-        self._news = MembershipEvents()
+        self._there: dict[str, WorkerAddress] | None = None  # None before the first call of `there`
+        self._membership = MembershipEvents()
         self._lock = threading.Lock()
 
     def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
-        """Wait for the first. Raises WorkersUnavailable where nobody tells of any in time."""
+        """Wait for the first call of `there`. Raises WorkersUnavailable where none comes in time or has workers."""
         try:
-            members = self._first.get(timeout=_WORKERS_UP)
+            workers = self._first.get(timeout=_WORKERS_UP)
         except queue.Empty:
             raise WorkersUnavailable(f"no attention workers within {_WORKERS_UP:g} s") from None
-        if not members:
+        if not workers:
             raise WorkersUnavailable("no attention worker is up")
-        return members
+        return workers
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
-        self._news.listen(on_joined, on_left)
+        self._membership.listen(on_joined, on_left)
         with self._lock:
-            self._news.deliver()
+            self._membership.deliver()
 
     def lost(self, name: str) -> None:
         self._on_lost(name)
@@ -48,28 +48,27 @@ class RelayedWorkers:
     def close(self) -> None:
         self._first.put(None)
 
-    # What it is told.
+    # Calls of the relaying side.
 
-    def there(self, members: Iterable[WorkerAddress]) -> None:
-        """These are there now. The first time they are what `start` waits for; later whoever is new has joined, and
-        whoever is missing has left."""
-        now = {member.name: member for member in members}
+    def there(self, workers: Iterable[WorkerAddress]) -> None:
+        """These workers are there now. `start` waits for the first call; later a new worker has joined, and a missing
+        one has left."""
+        now = {worker.name: worker for worker in workers}
         with self._lock:
             before, self._there = self._there, now
             if before is None:
                 self._first.put(tuple(now.values()))
                 return
             for name in before.keys() - now.keys():
-                self._news.left(name)
+                self._membership.left(name)
             for name in now:
                 if name not in before:
-                    self._news.joined(now[name])
-            self._news.deliver()
+                    self._membership.joined(now[name])
 
-    def joined(self, member: WorkerAddress) -> None:
+    def joined(self, worker: WorkerAddress) -> None:
         """One more is there."""
-        self.there([*(self._there or {}).values(), member])
+        self.there([*(self._there or {}).values(), worker])
 
     def left(self, name: str) -> None:
         """One is gone."""
-        self.there([member for member in (self._there or {}).values() if member.name != name])
+        self.there([worker for worker in (self._there or {}).values() if worker.name != name])

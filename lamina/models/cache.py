@@ -1,7 +1,4 @@
-"""Folders of converted models: written once, whole or not at all, and recognised at the next start.
-
-Knows folders, locks and hashes. Knows nothing of what the files mean or where they come from.
-"""
+"""Folders of converted models: written once, whole or not at all, and recognised at the next start."""
 
 from __future__ import annotations
 
@@ -46,11 +43,11 @@ def folder_name(name: str, identity: str) -> str:
 
 
 def get_or_create(folder: Path, create: Callable[[Path], dict[str, FileRecord]]) -> Path:
-    """`folder`, if it is whole; else what `create` writes into an empty folder given to it, moved there at once.
+    """`folder`, if it is whole; else `create` writes its files to an empty folder, which is then moved there.
 
-    `create` returns a record of every file. They are read back and compared before the move, so that whoever
-    finds `folder` finds all of it. Of several processes one creates, the others wait for it. Raises DiskFullError
-    where there is no room, ModelFileError where the disk gives back something else or cannot be written.
+    `create` returns a record of every file. The files are read back and compared before the move, so `folder` is
+    never there in part. Of several processes one creates the folder, and the others wait for it. Raises DiskFullError
+    where there is no room, ModelFileError where the disk cannot be written or returns other bytes.
     """
     if is_whole(folder):
         return folder
@@ -69,7 +66,7 @@ def get_or_create(folder: Path, create: Callable[[Path], dict[str, FileRecord]])
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file that the manifest lists is there with its size. Reads no contents, so it takes no time."""
+    """Whether every file that the manifest lists is there with its size. Reads no contents, so it is fast."""
     try:
         return all((folder / name).stat().st_size == record.size for name, record in read_manifest(folder).items())
     except (OSError, ModelFileError):
@@ -95,7 +92,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 
 
 def write_file(path: Path, blocks: Iterator[bytes]) -> FileRecord:
-    """Write `blocks` to a new file and onto the disk. The record is of what was meant, not of what can be read back."""
+    """Write `blocks` to a new file and sync it to the disk. The record is made from `blocks`, not read back."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as stream:
         for block in blocks:
@@ -109,7 +106,7 @@ def write_file(path: Path, blocks: Iterator[bytes]) -> FileRecord:
 
 def _replace(folder: Path, create: Callable[[Path], dict[str, FileRecord]]) -> None:
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: whoever holds the lock owns it
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed; the lock is ours
     partial.mkdir()
     try:
         records = create(partial)

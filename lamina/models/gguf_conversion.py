@@ -1,7 +1,7 @@
 """A GGUF file becomes a folder that Hugging Face's loaders and ours read: config, bf16 weights, tokenizer.
 
-Knows what llama.cpp's converter calls things and what it does to them, for the families below. Knows nothing of
-caches, downloads or where the folder ends up. Memory is bounded by one block of rows, whatever the file's size.
+Names and layouts are those of llama.cpp's converter, for the families below. Memory is bounded by one block of rows,
+whatever the file's size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MAX_LAYERS = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """One tensor to write: its name and shape, the GGUF tensor it comes from, and how many heads stand permuted there
+    """One tensor to write: its name and shape, the GGUF tensor it comes from, and how many heads are permuted there
     (0: its rows are in order)."""
 
     name: str
@@ -59,9 +59,9 @@ class _Target:
 
 
 def convert(file: GgufFile, folder: Path, progress: Progress) -> dict[str, FileRecord]:
-    """Write `file` into the empty folder `folder`. Returns what was written, by file name.
+    """Write `file` into the empty folder `folder`. Returns a record of each file written, by name.
 
-    Raises UnsupportedModelError for what Lamina cannot represent, ModelFileError where the file contradicts
+    Raises UnsupportedModelError for a model that Lamina cannot represent, ModelFileError where the file contradicts
     itself, and OSError as it comes.
     """
     config = _config(file)
@@ -200,7 +200,7 @@ def _targets(file: GgufFile, config: Mapping[str, Any]) -> Iterator[_Target]:
 
 
 def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
-    """Where the rows of a Hugging Face q or k projection stand in a GGUF of the llama family. `[rows]`
+    """For each row of a Hugging Face q or k projection, its row in a GGUF of the llama family: int64 `[rows]`.
 
     Hugging Face rotates dimension i of a head with i + d/2, llama.cpp 2i with 2i + 1, so its converter
     (convert_hf_to_gguf.py, `permute`) interleaves the halves.

@@ -1,7 +1,7 @@
-"""The header of a GGUF file, checked before it is believed, and its tensors, dequantised a few rows at a time.
+"""The header of a GGUF file, checked before use, and its tensors, dequantised a few rows at a time.
 
-Knows the file format (github.com/ggml-org/ggml, docs/gguf.md). Knows nothing of models, tokenizers or where
-results go. The `gguf` package dequantises; it is never given a size that was not compared with the file's.
+The format is that of github.com/ggml-org/ggml, docs/gguf.md. The `gguf` package dequantises; every size that it gets
+was compared with the file's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class GgufFile:
     """A GGUF file of version 2 or 3, little-endian: `metadata` (key to value) and `tensors` (name to `GgufTensor`).
 
     Raises ModelFileError where the file is malformed or truncated, where a tensor leaves it or overlaps another.
-    The file stays mapped as long as this object, or a block that `rows` gave, lives.
+    The file stays mapped as long as this object or a block from `rows` exists.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,7 +56,7 @@ class GgufFile:
             raise ModelFileError(f"cannot read {self.path}: {error}") from error
         reader = _Reader(self.path, self._map)
         self.metadata, self.tensors = _read_header(reader)
-        _check_places(self.path, self.tensors, reader.position, len(self._map))
+        _check_offsets(self.path, self.tensors, reader.position, len(self._map))
 
     def rows(self, name: str, order: npt.NDArray[np.int64] | None = None) -> Iterator[npt.NDArray[np.float32]]:
         """The tensor `name` as float32 blocks `[some rows, last dimension]`, of 16 MiB or one row at most.
@@ -128,14 +128,14 @@ class _Reader:
 
 
 def _read_header(reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    """Metadata and tensors; offsets still count from where the header ends. Leaves the reader at that place."""
+    """Metadata and tensors. Leaves the reader at the end of the header, where the tensors' data begins."""
     if (magic := reader.take(4, "the magic")) != b"GGUF":
         raise reader.malformed(f"it starts with {magic!r}; a GGUF file starts with b'GGUF'")
     if (version := reader.scalar("I")) not in _VERSIONS:
         raise UnsupportedModelError(f"{reader.path} is GGUF version {version}; supported are {_VERSIONS}")
     tensor_count, key_count = reader.scalar("Q"), reader.scalar("Q")
     metadata: dict[str, Any] = {}
-    for _ in range(key_count):  # lying counts end at the end of the file
+    for _ in range(key_count):  # a wrong count fails at the end of the file
         key = reader.string()
         if key in metadata:
             raise reader.malformed(f"the key {key!r} appears twice")
@@ -172,7 +172,7 @@ def _read_tensor(reader: _Reader, name: str) -> GgufTensor:
     return GgufTensor(shape, kind, offset, math.prod(shape) // block * block_bytes)
 
 
-def _check_places(path: Path, tensors: dict[str, GgufTensor], start: int, size: int) -> None:
+def _check_offsets(path: Path, tensors: dict[str, GgufTensor], start: int, size: int) -> None:
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         place = f"{path}: tensor {name!r} has {tensor.nbytes} bytes at byte {tensor.offset}"

@@ -1,6 +1,6 @@
 """The tokenizer that a GGUF file's metadata describes, as Hugging Face's tokenizer.json and its companions.
 
-Knows llama.cpp's vocabulary types and pre-tokenizers, as far as listed here. Knows nothing of weights or folders.
+Supported are the vocabulary types and pre-tokenizers of llama.cpp that are listed here.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class _Vocabulary:
         return value
 
     def special(self, name: str) -> int | None:
-        """The id of the token that plays the part `name` (bos, eos, unknown ...), or None."""
+        """The id of the special token `name` (bos, eos, unknown ...), or None."""
         index = self.get(f"{name}_token_id", int, -1)
         if index == -1 or index == 0xFFFFFFFF:  # llama.cpp writes -1 for none
             return None

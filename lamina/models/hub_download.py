@@ -1,7 +1,6 @@
 """A model's folder from the Hugging Face hub, kept in the hub's own cache.
 
-Knows which files may be fetched. Knows nothing of what is in them. Endpoint, token and offline mode are the hub
-library's own configuration (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
+Endpoint, token and offline mode are the hub library's own configuration (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # never pick
 
 
 def download(hub_id: str, progress: Progress) -> Path:
-    """The folder of the model `hub_id`, such as org/name, with its newest files, or those of the cache when offline.
+    """The folder of the model `hub_id`, such as org/name, with its newest files, or the cached files when offline.
 
     Raises ModelFileError where the hub cannot be reached or has no such model, DiskFullError where there is no room.
     """
@@ -35,7 +34,7 @@ def download(hub_id: str, progress: Progress) -> Path:
 
 
 def _bar(hub_id: str, progress: Progress) -> Any:
-    """A class that looks like tqdm to the hub library and tells `progress` of bytes instead of drawing."""
+    """A class that looks like tqdm to the hub library and reports bytes to `progress` instead of drawing."""
     from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
     most = 0

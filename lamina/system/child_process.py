@@ -1,7 +1,7 @@
-"""A child process of this one, on whose lines somebody listens. Knows processes; knows nothing of what is said.
+"""Child processes whose lines of output are read here, and whose stdin takes lines.
 
-A child ends when this process does, however that dies: its stdin is a pipe that closes then, and a child of ours asks
-the system to kill it with the thread that started it, which is why one thread should start them all.
+A child ends when this process does, however this process dies: its stdin is a pipe that closes then. A Lamina child
+also asks the system to kill it with the thread that started it, so one thread should start all children.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-GRACE = 5.0  # seconds between the polite end and the other one
-_MAX_LINE = 1 << 20  # characters of a child's line that are looked at together
+GRACE = 5.0  # seconds between closing a child's stdin and killing it
+_MAX_LINE = 1 << 20  # characters; a longer line comes in parts
 
 
 class ChildProcess:
-    """One process. `on_line` gets each line it says, without the end, and then `on_end` is called once it has ended:
-    both on a thread of the child's. Raises OSError where it cannot be started.
+    """One process. `on_line` gets each line of its stdout, without the line break; `on_end` is called after the last
+    one, once the process has ended. Both are called on a thread of the child's.
 
-    What it says is its stdout, and with `hears_errors` its stderr too, which else is ours.
+    With `merge_stderr` the lines of its stderr come too; else its stderr is that of this process. Raises OSError where
+    it cannot be started.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class ChildProcess:
         *,
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
-        hears_errors: bool = False,
+        merge_stderr: bool = False,
     ) -> None:
         self.name = name
         self._process = subprocess.Popen(
@@ -43,7 +44,7 @@ class ChildProcess:
             env=environment,
             stdin=subprocess.PIPE,  # closes when this process ends
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if hears_errors else None,
+            stderr=subprocess.STDOUT if merge_stderr else None,
             text=True,
             encoding="utf-8",
             errors="replace",
@@ -63,7 +64,7 @@ class ChildProcess:
         return self._process.poll()
 
     def how(self) -> str:
-        """How it ended, for people."""
+        """How it ended, for people: "exit status 1", "killed by SIGKILL"."""
         code = self.status
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):  # a realtime signal has no name
@@ -72,11 +73,11 @@ class ChildProcess:
         return f"exit status {code}"
 
     def say(self, line: str) -> None:
-        """Have a line written to its stdin; nothing where it is gone. Waits for nobody: a child may not read."""
+        """Have a line written to its stdin; no effect once it has ended. Returns at once: a child may not read."""
         self._lines.put(line)
 
-    def hush(self) -> None:
-        """Have its stdin closed: to a child of ours that is as if this process had died, and it ends."""
+    def close_stdin(self) -> None:
+        """Have its stdin closed, which ends a Lamina child as the death of this process would."""
         self._lines.put(None)
 
     def _write(self) -> None:
@@ -101,7 +102,7 @@ class ChildProcess:
                 on_line(self, line.rstrip("\n"))
             stream.close()
         self._process.wait()
-        self.hush()
+        self.close_stdin()
         on_end(self)
 
     def wait(self, seconds: float) -> bool:
@@ -114,11 +115,11 @@ class ChildProcess:
 
 
 def end_all(children: Iterable[ChildProcess], grace: float | None = None) -> None:
-    """End children: politely, and after `grace` seconds (None: GRACE), for all together, otherwise. They are gone when
-    this returns."""
+    """End children: close their stdins, and kill those that are still there after `grace` seconds (None: GRACE) for
+    all together. All have ended when this returns."""
     ending = list(children)
     for child in ending:
-        child.hush()
+        child.close_stdin()
     deadline = time.monotonic() + (GRACE if grace is None else grace)
     for child in ending:
         if not child.wait(max(0.0, deadline - time.monotonic())):  # stopped, or stuck

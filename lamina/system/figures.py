@@ -1,7 +1,4 @@
-"""How pictures look, and how one gets into a file: by matplotlib of the extra `plots`, imported when one is drawn.
-
-Knows nothing of what is drawn.
-"""
+"""The style of pictures, and how one is written to a file: by matplotlib (the extra `plots`), imported when needed."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def needs_matplotlib() -> None:
-    """Raises InvalidRequest where there is none."""
+    """Raises InvalidRequest where matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -51,8 +48,8 @@ def needs_matplotlib() -> None:
 
 @contextmanager
 def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in inches, which is written as PNG when whoever draws is done. Raises InvalidRequest without
-    matplotlib, or for a path that cannot be written."""
+    """A figure of `width` by `height` inches, written to `path` as PNG when the block ends. Raises InvalidRequest
+    without matplotlib, or for a path that cannot be written."""
     needs_matplotlib()
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

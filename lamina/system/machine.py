@@ -1,4 +1,4 @@
-"""What this machine is: its processor, cores and memory, as the system tells. Knows no model; loads no torch."""
+"""This machine as the system describes it: processor, cores, memory. Loads no torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _KV_SHARE = 4  # of the available memory, one part in so many
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`cores` are those this process may run on; memory is in bytes, 0 where the system does not tell. A container's
-    limit counts as the machine's."""
+    """`cores` counts the cores that this process may run on. `memory` and `memory_available` are in bytes, 0 where
+    unknown; a container's limit counts as the machine's."""
 
     processor: str
     cores: int
@@ -38,7 +38,7 @@ def this_machine() -> Machine:
 
 
 def kv_share(machine: Machine, holders: int) -> int:
-    """Bytes of KV for each of so many holders on a machine, where nobody says: a quarter of what is available."""
+    """Default KV memory in bytes for each of `holders` on one machine: together a quarter of what is available."""
     return max(1 << 28, (machine.memory_available or 4 << 30) // (_KV_SHARE * holders))
 
 
@@ -48,7 +48,7 @@ def native_dtype(machine: Machine) -> tuple[str, str]:
     for flag in ("amx_bf16", "avx512_bf16", "bf16"):
         if flag in machine.flags:
             return "bfloat16", f"the processor has {flag}"
-    return "float32", "the processor has no bfloat16 instructions that the system tells of"
+    return "float32", "the processor has no bfloat16 instructions that the system reports"
 
 
 def parse_cpuinfo(text: str) -> tuple[str, frozenset[str]]:

@@ -41,7 +41,7 @@ def read_text(path: str | Path, limit: int = MAX_BYTES, error: type[LaminaError]
 
 
 def write_text(path: str | Path, text: str, error: type[LaminaError] = InvalidRequest) -> None:
-    """Put a UTF-8 file in the place of whatever is at `path`, in one step. Raises `error`."""
+    """Write a UTF-8 file to `path` in one step, in place of a file that is there. Raises `error`."""
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -58,7 +58,7 @@ def write_text(path: str | Path, text: str, error: type[LaminaError] = InvalidRe
 
 
 def read_toml(path: str | Path, limit: int = MAX_BYTES, error: type[LaminaError] = InvalidRequest) -> dict[str, Any]:
-    """What a TOML file of at most `limit` bytes says. Raises `error`, which does not name the file."""
+    """The content of a TOML file of at most `limit` bytes. Raises `error`, which does not name the file."""
     text = read_text(path, limit, error).removeprefix("\ufeff")
     try:
         return tomllib.loads(text)

@@ -1,8 +1,8 @@
 """Renders a model's chat template in a child process that may be killed.
 
-Knows processes. Knows nothing of Jinja (`template_child` does) or of tokens. A template comes with the model, so
-it is not trusted: a sandbox keeps it from the interpreter's insides, but within one process nothing stops
-`{{ 10 ** 10 ** 8 }}`. The child is kept between renderings: the first takes 0.1 s, later ones a millisecond.
+A template comes with the model, so it is not trusted. A sandbox keeps it from the interpreter's insides, but within
+one process nothing stops `{{ 10 ** 10 ** 8 }}`. The child is kept between renderings: the first takes 0.1 s, later
+ones a millisecond.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lamina.errors import InvalidRequest, ModelFileError
 
 
 class ChatTemplate:
-    """One template and the child process that renders it. Safe to use from several threads; `close` ends the child."""
+    """One template and the child process that renders it. Safe to use from several threads."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -28,7 +28,7 @@ class ChatTemplate:
         self._lock = threading.Lock()
 
     def uses(self, variable: str) -> bool:
-        """Whether the template has the word `variable` in it: without it a variable of that name changes nothing."""
+        """Whether the template contains the word `variable`; else a variable of that name has no effect."""
         return re.search(rf"\b{re.escape(variable)}\b", self._source) is not None
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
@@ -84,7 +84,7 @@ class ChatTemplate:
                 else f"well (status {status})"
             )
             raise ModelFileError(f"the model's chat template did not end {why}") from None
-        except BaseException:  # interrupted between question and answer: the next one must not read this answer
+        except BaseException:  # interrupted between request and answer: the next request must not read this answer
             self._kill()
             raise
 

@@ -1,7 +1,7 @@
 """The child process of `chat_template`: reads a template and its variables, answers with text, and limits itself.
 
-Knows Jinja and its sandbox. Knows nothing of who asks. Frames on stdin and stdout are 8 bytes of little-endian
-length, then JSON. The system kills this process when a rendering passes the time limit, whatever it is doing.
+Frames on stdin and stdout are 8 bytes of little-endian length, then JSON. The system kills this process when a
+rendering passes the time limit, whatever it is doing.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ OUTPUT_LIMIT = 4 << 20  # characters
 
 
 class Refused(Exception):
-    """The template called `raise_exception`: it does not take these messages."""
+    """The template called `raise_exception`: it does not accept these messages."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, but reaching for what it hides is an error instead of an empty text."""
+    """Jinja's sandbox, where access to a hidden attribute is an error instead of an empty text."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}, which is not allowed")
 
 
 class GenerationBlocks(Extension):
-    """`{% generation %}` marks what the assistant said, for training. Rendering passes its content through."""
+    """`{% generation %}` marks the assistant's text, for training. Rendering passes its content through."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
@@ -50,7 +50,7 @@ class GenerationBlocks(Extension):
 
 
 def render(source: str, variables: Mapping[str, Any]) -> dict[str, str]:
-    """`{"text": ...}`, or why there is none: `{"refused": ...}` by the template, or it is `{"broken": ...}`."""
+    """`{"text": ...}`, `{"refused": ...}` with the template's reason, or `{"broken": ...}` with its error."""
     pieces, length = [], 0
     try:
         for piece in compile_template(source).generate(**variables):

@@ -1,7 +1,7 @@
-"""Finds stop strings in text that arrives in pieces. Knows nothing of tokens.
+"""Finds stop strings in text that arrives in pieces.
 
 The text ends at the stop string that is complete first; of several complete at the same character, the longest
-counts. So how the text is cut into pieces changes nothing.
+counts. So the result does not depend on how the text is cut into pieces.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Constrained decoding: from a schema, regular expression, choice or grammar to the tokens that may come next.
 
-The only file that knows llguidance. Knows tokens and text; knows no torch, no engine and no model.
+llguidance compiles. Where the engine is in another process, that happens twice: first beside the caller, which gets
+the errors, then beside the engine, never on the thread of its step loop.
 
-What a caller asks for is compiled twice, where the engine is in another process: first beside the caller, which is
-told what is wrong with it, then beside the engine, never on the thread of its step loop. Compiling is bounded: texts
-by their size (`lamina.sampling_params`), and by how many parts they have, because llguidance's compiler recurses along
-chains of references, for which its thread gets a large stack (with 8 MiB a chain of 500 to 4,000 overflowed, which
-ends the process); the work by llguidance's own limits, which are deterministic, so both compilations end alike.
+Compiling is bounded. Texts are bounded by their size (`lamina.sampling_params`) and by how many parts they have:
+llguidance's compiler recurses along chains of references, and with a stack of 8 MiB a chain of 500 to 4,000 overflowed,
+which ends the process. So its thread gets a large stack. The work is bounded by llguidance's own limits, which are
+deterministic, so both compilations have the same result.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ MAX_CONTAINERS = 8192  # braces and brackets: levels that a chain of references 
 MAX_COLONS = 16384  # rules that a chain in a grammar can have, and keys of schemas
 _STACK = 256 << 20  # bytes, reserved but used only as far as a chain goes; 6 KB a level were measured
 _STACK_SIZE = threading.Lock()
-_KEPT = 4  # compiled constraints that may be asked for again; a hostile one takes some 100 MB
+_KEPT = 4  # compiled constraints; a hostile one takes some 100 MB
 _EXCERPT = re.compile(r"\s*(\d+ \| .*|\^*)$")
-_MAX_REASON = 300  # characters of what llguidance says
+_MAX_REASON = 300  # characters of an error of llguidance
 
-# At most one space, or a line break and its indentation: a model that could would write whitespace for ever.
+# At most one space, or a line break and its indentation: without a limit a model may write whitespace for ever.
 _WHITESPACE = {"whitespace_pattern": r"[ ]|\r?\n[ \t]{0,64}"}
 
-# What can only go on in one way is not looked at in advance: that took 6 ms a token for 16,000 letters, and a second
-# for a{4000000000}, where 10 us are enough.
+# llguidance does not look ahead for text that can go on in one way only: that took 6 ms a token for 16,000 letters,
+# and a second for a{4000000000}, where 10 us are enough.
 _NO_FORCING = '%llguidance {"no_forcing": true}'
 
 # Lower than llguidance's own where a hostile grammar took seconds for one token: "e: e e e | e e | /[a-z]/" now ends
@@ -59,8 +59,8 @@ _LIMITS = LLParserLimits(
 
 
 def check_json_schema(name: str, schema: str, lenient: bool = False) -> None:
-    """Whether a JSON Schema (as JSON) can be enforced, as far as that does not depend on the tokenizer. `lenient`
-    ignores keywords that cannot. Raises InvalidRequest that says so of `name`."""
+    """Check that a JSON Schema (as JSON) can be enforced, as far as that does not depend on the tokenizer. `lenient`
+    ignores keywords that cannot be enforced. Raises InvalidRequest, whose text names `name`."""
     try:
         definition = _definition("json_schema", schema, lenient)
         wrong, reasons = _on_deep_stack(
@@ -73,12 +73,12 @@ def check_json_schema(name: str, schema: str, lenient: bool = False) -> None:
 
 
 def json_options(lenient: bool = False) -> dict[str, Any]:
-    """What a schema within a grammar (`%json`) needs besides its own keys, to be treated like any other."""
+    """Keys that a schema within a grammar (`%json`) needs, to be treated like any other schema."""
     return {"x-guidance": {**_WHITESPACE, "lenient": lenient}}
 
 
 class Constraint:
-    """What one sample may say next: `allowed`, and whether it is `finished`, so that it has to end."""
+    """The tokens that may come next in one sample, `allowed`; `finished` says that the sample has to end."""
 
     def __init__(self, matcher: LLMatcher, shape: _Shape) -> None:
         self.finished = False
@@ -91,14 +91,13 @@ class Constraint:
         self._look()
 
     def advance(self, token: int) -> None:
-        """`token` was taken. Raises InvalidRequest where it was not allowed, or where going on takes too much."""
+        """Add a sampled token. Raises InvalidRequest where it was not allowed, or the next step costs too much."""
         if not self._matcher.consume_token(token):
             raise self._failure()
         self._look()
 
     def impossible(self, tokens: Sequence[int], ignore_eos: bool) -> tuple[int, ...]:
-        """Of the tokens that should not come, and those that end a text where they are to be ignored, all; but none
-        where nothing else is allowed."""
+        """`tokens` and, with `ignore_eos`, the end-of-text tokens; none of them where only they are allowed."""
         unwanted = (*tokens, *self._shape.eos_ids) if ignore_eos else tuple(tokens)
         if not unwanted:
             return ()
@@ -113,7 +112,7 @@ class Constraint:
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, shape.eos.nbytes)
         if matcher.is_error():
             raise self._failure()
-        if matcher.is_stopped():  # perhaps only now: some ends show when nothing is found that could follow
+        if matcher.is_stopped():  # perhaps since the mask: some ends show only when no token can follow
             mask[: len(shape.eos)] = shape.eos
             self.finished = True
         if shape.last:
@@ -128,8 +127,8 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What all constraints of a model share. `words` of a mask for the logits; a mask of only the end-of-text tokens,
-    int32 `[ceil(tokens / 32)]`; the bits of the last word that have a logit, 0 where all tokens have one."""
+    """What all constraints of a model share: the `words` of a mask for the logits; `eos`, a mask of the end-of-text
+    tokens, int32 `[ceil(tokens / 32)]`; `last`, the bits of the last word that have a logit, 0 where all have one."""
 
     words: int
     eos: NDArray[np.int32]
@@ -140,7 +139,7 @@ class _Shape:
 class Grammars:
     """Makes constraints for one model. Safe to use from several threads.
 
-    `tokenizer_json` gives the text of a tokenizer.json, once the first constraint is asked for. `vocab_size` is how
+    `tokenizer_json` returns the text of a tokenizer.json; it is called for the first constraint. `vocab_size` is how
     many logits a row has: tokens from there on are impossible, and so are logits beyond the tokenizer's last token.
     """
 
@@ -153,8 +152,8 @@ class Grammars:
         self._compiled: OrderedDict[tuple[str, object], LLMatcher] = OrderedDict()
 
     def constraints(self, params: SamplingParams, count: int) -> tuple[Constraint, ...]:
-        """One for each of `count` samples, none where `params` ask for nothing. Raises InvalidRequest where that
-        cannot be enforced. Takes a millisecond mostly, the first time a tokenizer's loading, and at worst a second."""
+        """One for each of `count` samples, none where `params` have no constraint. Raises InvalidRequest where it
+        cannot be enforced. Takes a millisecond mostly, a second at worst, and the first time a tokenizer's loading."""
         if not params.constrained:
             return ()
         asked = _asked(params)
@@ -190,7 +189,7 @@ class Grammars:
 
 
 def _asked(params: SamplingParams) -> tuple[str, object]:
-    """The name of the field that asks for something, and what it says."""
+    """The name and the value of the field that has a constraint."""
     names = ("json_schema", "regex", "choice", "grammar")
     return next((name, value) for name in names if (value := getattr(params, name)) is not None)
 
@@ -203,7 +202,7 @@ def _compile(tokenizer: LLTokenizer, name: str, value: Any) -> LLMatcher:
 
 
 def _definition(name: str, value: Any, lenient: bool = False) -> str:
-    """What llguidance compiles. Raises InvalidRequest where it has too many parts."""
+    """The grammar that llguidance compiles. Raises InvalidRequest where it has too many parts."""
     if name == "choice":
         text = "start: " + " | ".join(map(json.dumps, value))
     elif name == "regex":
@@ -225,15 +224,15 @@ def _definition(name: str, value: Any, lenient: bool = False) -> str:
 
 
 def _on_deep_stack(function: Callable[[], T]) -> T:
-    """What `function` returns or raises, on a thread with a large stack."""
+    """Call `function` on a thread with a large stack; returns or raises what it does."""
     done: Future[T] = Future()
 
     def run() -> None:
         try:
             done.set_result(function())
-        except Exception as error:  # noqa: BLE001  # it goes to whoever waits
+        except Exception as error:  # noqa: BLE001  # raised again by `result`
             done.set_exception(error)
-        except BaseException as error:  # noqa: BLE001  # how a panic of Rust's arrives
+        except BaseException as error:  # noqa: BLE001  # a panic in Rust
             done.set_exception(InvalidRequest(f"llguidance failed: {_short(str(error))}"))
 
     with _STACK_SIZE:  # it is a setting of the whole process, for threads that start from now on
@@ -254,7 +253,7 @@ def _unusable(name: str, reason: str) -> InvalidRequest:
 
 
 def _short(reason: str) -> str:
-    """What llguidance says, on one line of bounded length, without its excerpts of a grammar."""
+    """An error of llguidance on one line of bounded length, without its excerpts of a grammar."""
     kept = [line for line in reason.splitlines() if not _EXCERPT.match(line)]
     line = " ".join(" ".join(kept).replace("<non-verbose/>", "").split())
     line = line.rpartition("failed to compile JSON schema: ")[2]

@@ -1,7 +1,4 @@
-"""Text to token ids and back: the tokenizer and chat template of a model's folder.
-
-Knows tokenizer.json, special tokens and messages. Knows nothing of models or requests.
-"""
+"""Text to token ids and back: the tokenizer and chat template of a model's folder."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ _MAX_JSON_BYTES = 1 << 28
 _TEMPLATE_FILE = "chat_template.jinja"
 _MAX_DEPTH = 64  # of the arguments of a call
 _IGNORED = ("annotations", "audio", "parsed", "reasoning", "reasoning_content")
-"""What OpenAI's clients send back with an assistant's message or its parts, and no template shows."""
+"""Keys that OpenAI's clients send back with an assistant's message or its parts; templates do not show them."""
 _EMPTY = (*_IGNORED, "function_call", "refusal", "tool_calls")
-"""What they send with any message, empty."""
+"""Keys that these clients send with any message, empty."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -48,11 +45,11 @@ class Tokenizer:
         self._special = {name: _token_text(config.get(name)) for name in _SPECIAL_TOKENS}
         self._template = _find_template(folder, config)
         self.eos_ids: tuple[int, ...] = self._find_eos_ids(folder)
-        """The tokens that end a text, as generation_config.json, else config.json or the tokenizer itself says."""
+        """The tokens that end a text, from generation_config.json, else config.json, else the tokenizer itself."""
         self.special_ids: frozenset[int] = frozenset(
             index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
-        """The tokens that `decode` leaves out unless told otherwise."""
+        """The tokens that `decode` leaves out by default."""
         self.special_tokens: frozenset[str] = frozenset(filter(None, map(self.token, self.special_ids)))
         """How the vocabulary spells them."""
 
@@ -72,10 +69,10 @@ class Tokenizer:
         return self._template is not None and self._template.uses("tools")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`, with the special tokens that the model wants around it, unless told otherwise.
+        """The ids of `text`, by default with the special tokens that the model expects around it.
 
         Special tokens written out in the text are taken as such. Raises InvalidRequest where the text is no valid
-        Unicode, naming the place.
+        Unicode, naming the position.
         """
         _check_text("the prompt", text)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -104,8 +101,8 @@ class Tokenizer:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """`messages` as the text that the model was trained on; at its end the assistant's turn begins, if wanted, or
-        the last message is left open.
+        """`messages` as text in the form that the model was trained on. At its end the assistant's turn begins
+        (`add_generation_prompt`), or the last message is left open (`continue_final_message`).
 
         A message is {"role": one of ROLES, "content": text, or a list of {"type": "text", "text": text}}, perhaps with
         `name`; the assistant's with `tool_calls` (and then without content) or `refusal`, whose text counts as
@@ -135,7 +132,7 @@ class Tokenizer:
         return text[: text.rindex(content) + len(content)]
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of `render`'s text, to which nothing is added: templates write special tokens themselves."""
+        """The ids of `render`'s text. No special tokens are added: templates write them themselves."""
         return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
 
     def close(self) -> None:
@@ -157,20 +154,20 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes one token after another. The pieces together are what `decode` makes of all ids.
+    """Decodes one token after another. The pieces together are the text that `decode` makes of all ids.
 
     A piece never ends within a character: U+FFFD at the end of the text may be the beginning of one, and waits for
-    the rest. Each token costs the decoding of a short window: what waits, and some tokens before as context, because
-    the first token of a text may decode in another way than the same token later. (Vocabularies that spell unknown
-    characters in byte tokens decode a run of them as a whole; where a later byte makes a run invalid, what was given
-    out of it before is not taken back.)
+    the rest. Each token costs the decoding of a short window: the waiting tokens, and some tokens before them as
+    context, because the first token of a text may decode in another way than the same token later. (Vocabularies that
+    spell unknown characters in byte tokens decode a run of them as a whole. Where a later byte makes a run invalid,
+    text that was already returned for it is not taken back.)
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []
-        self._given = 0  # characters of the window's text that were given out
+        self._given = 0  # characters of the window's text that were returned
         self._waiting = 0  # tokens since the text last ended with a whole character
 
     def push(self, token_id: int) -> str:
@@ -182,14 +179,14 @@ class StreamDecoder:
         self._waiting = self._waiting + 1 if text.endswith(_REPLACEMENT) else 0
         if 0 < self._waiting < _MOST_BYTES:
             return ""
-        # After more tokens than a character has bytes some are invalid, but the last of them may still begin one.
+        # After more tokens than a character has bytes, some are invalid, but the last of them may still begin one.
         piece = self._take(text, len(text) - _open_end(text))
         if len(self._window) >= _WINDOW:
             self._shorten(text)
         return piece
 
     def finish(self) -> str:
-        """The text of what still waits; U+FFFD stands for bytes that never became a character."""
+        """The text of the tokens that still wait; U+FFFD stands for bytes that never became a character."""
         text = self._decode(self._window)
         return self._take(text, len(text))
 
@@ -198,10 +195,10 @@ class StreamDecoder:
         return text[begin:end]
 
     def _shorten(self, text: str) -> None:
-        """Drop tokens at the window's begin, where the rest decodes to the end of the same text.
+        """Drop tokens at the window's start, where the rest decodes to the end of the same text.
 
-        Such a place is between two characters, and within four tokens there is one: no character has more bytes.
-        At least one character that was given out stays, so that whatever a decoder does to a text's begin is done.
+        Such a cut is between two characters. Within four tokens there is one, as no character has more bytes. At
+        least one returned character stays, because a decoder may treat the start of a text in its own way.
         """
         newest = len(self._window) - _CONTEXT
         for begin in range(newest, newest - _MOST_BYTES, -1):
@@ -238,7 +235,7 @@ def _open_end(text: str) -> int:
 
 def check_messages(messages: object) -> list[dict[str, Any]]:
     """Messages as `Tokenizer.render` describes them, text parts joined, in the form that templates expect: `content` is
-    always text, and the arguments of calls are objects. Raises InvalidRequest, naming the place."""
+    always text, and the arguments of calls are objects. Raises InvalidRequest, which names the position."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise InvalidRequest(f"messages is {messages!r:.80}; allowed is a list of at least one message")
     return [_check_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
