@@ -252,7 +252,7 @@ def test_ranks_over_tcp_with_tls_give_the_text_of_one(
     credentials = make_credentials(folder, ["127.0.0.1"])
     flags = ["--tls-dir", str(folder), "--token-file", str(folder / "token"), "--no-local-channel"]
     members = TlsMembers(2, folder)
-    monkeypatch.setattr(lamina.llm, "_start", lambda *given: start(*given, model_members=members))
+    monkeypatch.setattr(lamina.llm, "_start_runtime", lambda *given: start(*given, model_members=members))
     with (
         worker_process(*flags, credentials=credentials) as worker,
         engine(
