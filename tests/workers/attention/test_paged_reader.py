@@ -1,0 +1,320 @@
+"""What a reader makes of a batch's rows, against attention by its definition: policies, parts, shards, odd shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina_kernels.paged.pages import Pages
+from lamina_kernels.partial import Partial, merge
+from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Operation, Row
+from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.attention_worker.kv_store import KVStore
+from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
+from lamina_workers.attention_worker.paged_reader import PagedReader
+from lamina_workers.errors import KVError
+from lamina_workers.policies.policy import Policy
+
+LAYERS, KV_HEADS, GROUP, D_K, D_V, SIZE = 2, 3, 2, 16, 32, 16
+TOKEN_BYTES = (D_K + D_V) * 4  # in one layer and KV head
+ALL = tuple(range(KV_HEADS))
+STATIC = ("full", "streaming(sink=9, recent=21)", "span(alpha=30, beta=0.3)", "sharded(block=8, local=2, stride=3)")
+WHOLE = "page_top_k(sink=0, recent=1, budget=1)"  # chooses every page
+TIGHT = "page_top_k(sink=16, recent=16, budget=0.1, least=1)"
+RAZOR = "razor(sink=16, recent=40, share=0.05)"
+
+
+class Rig:
+    """A reader over a store of its own, and the keys and values of its parts: k, v `[layers, tokens, heads, d]`, of
+    the positions from the part's first on."""
+
+    def __init__(self, *policies: str, window: int | None = None, soft_cap: float | None = None) -> None:
+        spec = LayerSpec(0, KV_HEADS * GROUP, KV_HEADS, D_K, D_V, 0.25, window, soft_cap, policies=policies)
+        layers = tuple(dataclasses.replace(spec, kv_layer=layer) for layer in range(LAYERS))
+        self.config = HolderConfig(layers, SIZE, "float32", 0)
+        self.policies = HeadPolicies.of(self.config)
+        self.kernels = attention_kernels()
+        self.pages = Pages.allocate(page_layout(self.config), 1500)
+        self.store = KVStore(self.config, self.policies, 1500)
+        self.reader = PagedReader(self.config, self.policies, self.kernels, self.pages, self.store, threads=2)
+        self.generator = torch.Generator().manual_seed(3)
+        self.k: dict[int, torch.Tensor] = {}
+        self.v: dict[int, torch.Tensor] = {}
+
+    def tell(self, *operations: Operation, rows: Sequence[Row] = (), of: int | None = None) -> None:
+        """What an announcement does, and the KV of its rows: random, or that of the part `of`."""
+        reservation = self.store.update(operations, rows)
+        for operation in operations:
+            if isinstance(operation, Fork):
+                self.reader.forked(operation)
+            elif isinstance(operation, Close):
+                self.reader.forget(operation.handle)
+        self.reader.absorb(reservation.absorbed)
+        if reservation.copies_from.size:
+            pairs = (reservation.copies_from, reservation.copies_to)
+            self.kernels.copy(self.pages, *(torch.from_numpy(x.astype(np.int64)) for x in pairs))
+        sealed = self.reader.sealed(rows)
+        for row in rows:
+            self._append(row, of)
+        for layer in range(LAYERS):
+            self.reader.seal(sealed, layer)
+
+    def _append(self, row: Row, of: int | None) -> None:
+        part = self.store.part(row.handle)
+        first, end = row.stored(part.lo, part.hi)
+        for stored, d in ((self.k, D_K), (self.v, D_V)):
+            before = stored.get(row.handle, torch.empty(LAYERS, 0, len(part.heads), d))[:, : first - part.lo]
+            new = torch.randn(LAYERS, end - first, len(part.heads), d, generator=self.generator)
+            if of is not None:
+                new = stored[of][:, first:end, list(part.heads)]
+            stored[row.handle] = torch.cat([before, new], 1)
+        slots = torch.from_numpy(self.store.slots(row).reshape(LAYERS, -1))
+        places = self.kernels.plan_append(self.pages, slots)
+        for layer in range(LAYERS):
+            k, v = (x[row.handle][layer, first - part.lo :].flatten(0, 1) for x in (self.k, self.v))
+            self.kernels.append(self.pages, places, layer, k, v)
+
+    def part(self, handle: int, tokens: int, heads: tuple[int, ...] = ALL, lo: int = 0, of: int | None = None) -> None:
+        """A part of `tokens` positions from `lo` on; of the sequence that part `of` has whole, where one is given."""
+        self.tell(Open(handle, heads, lo, 1 << 20), rows=[Row(handle, lo, tokens, None, store=True)], of=of)
+
+    def attend(self, rows: Sequence[Row]) -> list[list[Partial]]:
+        """By layer and row: what its vectors get. Every layer has queries of its own, kept as `q`, `[layers, n, d]`."""
+        self.counts = [row.count * len(self.store.part(row.handle).heads) * GROUP for row in rows]
+        self.q = torch.randn(LAYERS, sum(self.counts), D_K, generator=self.generator)
+        self.readings = self.reader.readings(rows)
+        found = []
+        for layer in range(LAYERS):
+            reading = self.readings[self.policies.reads[layer]]
+            out, lse = self.reader.attend(reading, layer, self.q[layer])
+            found.append([Partial(*x) for x in zip(out.split(self.counts), lse.split(self.counts), strict=True)])
+        return found
+
+    def dense(self, layer: int, row: Row, number: int) -> Partial:
+        """The same of one row, the `number`-th of the batch, in float64."""
+        part, spec = self.store.part(row.handle), self.config.layers[layer]
+        q = self.q[layer].split(self.counts)[number].double().view(row.count, len(part.heads), GROUP, D_K)
+        out = torch.empty(row.count, len(part.heads), GROUP, D_V, dtype=torch.float64)
+        lse = torch.empty(out.shape[:3], dtype=torch.float64)
+        for at, head in enumerate(part.heads):
+            k, v = (x[row.handle][layer, :, at].double() for x in (self.k, self.v))
+            logits = torch.einsum("tgd,kd->tgk", q[:, at], k) * spec.scale
+            if spec.soft_cap is not None:
+                logits = spec.soft_cap * torch.tanh(logits / spec.soft_cap)
+            visible = seen(self.policies.reads[layer][head], row, part.lo, len(k))
+            logits = logits.masked_fill(~visible[:, None], -torch.inf)
+            out[:, at] = torch.softmax(logits, -1).nan_to_num(0) @ v
+            lse[:, at] = torch.logsumexp(logits, -1)
+        return Partial(out.view(-1, D_V).float(), lse.view(-1).float())
+
+    def check(self, rows: Sequence[Row]) -> None:
+        for layer, of_layer in enumerate(self.attend(rows)):
+            for number, (row, found) in enumerate(zip(rows, of_layer, strict=True)):
+                close(found, self.dense(layer, row, number))
+
+
+def seen(policy: Policy, row: Row, lo: int, keys: int) -> torch.Tensor:
+    """Which of a part's keys each query of a row sees by position, bool `[count, keys]`; `lo` is the first's."""
+    assert row.read is not None
+    key = torch.arange(lo, lo + keys)
+    within = (key >= row.read[0]) & (key < row.read[1])
+    masks = []
+    for view in policy.views(row.start, row.count):
+        for p in range(view.start, view.start + view.count):
+            near = (p - key < view.window) | (key < view.sinks)
+            if view.listed is not None:
+                near = torch.isin(key, torch.as_tensor(list(view.listed)))
+            masks.append(within & (key <= p) & near)
+    return torch.stack(masks)
+
+
+def close(found: Partial, wanted: Partial) -> None:
+    torch.testing.assert_close(found.out, wanted.out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.lse, wanted.lse, rtol=1e-4, atol=1e-4)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[tuple[int, tuple[int, ...], int, int, int, bool]]:
+    """Parts, each with one row: lo, heads, tokens held, the row's start and count, and whether it is decode."""
+    made = []
+    for _ in range(draw(st.integers(1, 3))):
+        lo = SIZE * draw(st.integers(0, 4))
+        heads = draw(st.sampled_from([ALL, (1,), (2, 0)]))
+        held = draw(st.integers(1, 150))
+        start = lo + held - draw(st.integers(0, min(held - 1, 30)))  # some past is held that the row is before
+        decode = draw(st.booleans())
+        made.append((lo, heads, held, start, 1 if decode else draw(st.integers(1, 40)), decode))
+    return made
+
+
+@given(
+    batches(),
+    st.lists(st.sampled_from([*STATIC, WHOLE]), min_size=KV_HEADS, max_size=KV_HEADS),
+    st.sampled_from([None, 25]),
+    st.sampled_from([None, 3.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_reader_agrees_with_dense_attention_whatever_rows_and_policies_meet(
+    made: list[tuple[int, tuple[int, ...], int, int, int, bool]],
+    policies: list[str],
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    rig, rows = Rig(*policies, window=window, soft_cap=soft_cap), []
+    for handle, (lo, heads, held, start, count, decode) in enumerate(made):
+        rig.part(handle, held, heads, lo)
+        rows.append(Row(handle, start, count, (lo, start), store=False, chooses=decode))
+    rig.check(rows)
+
+
+@given(batches(), st.lists(st.sampled_from([*STATIC, WHOLE, TIGHT]), min_size=KV_HEADS, max_size=KV_HEADS))
+@settings(max_examples=60, deadline=None)
+def test_every_vector_is_planned_or_chosen_for_and_never_both(
+    made: list[tuple[int, tuple[int, ...], int, int, int, bool]], policies: list[str]
+) -> None:
+    rig, rows, n = Rig(*policies), [], 0
+    for handle, (lo, heads, held, start, count, decode) in enumerate(made):
+        rig.part(handle, held, heads, lo)
+        rows.append(Row(handle, start, count, (lo, start), store=False, chooses=decode))
+        n += count * len(heads) * GROUP
+    for reading in rig.reader.readings(rows).values():
+        planned = torch.arange(n) if reading.vectors is None else reading.vectors
+        chosen = [group.vectors for group in reading.groups]
+        assert torch.cat([planned, *chosen]).sort().values.tolist() == list(range(n))
+        assert (reading.plan is None) == (len(planned) == 0)
+
+
+@pytest.mark.parametrize("policy", [*STATIC, WHOLE])
+def test_shards_of_a_sequence_merge_to_the_whole_when_positions_and_heads_are_cut(policy: str) -> None:
+    """One holder has all of it; others have positions below and from 48 on, and of the later ones heads apart."""
+    rig, tokens, cut = Rig(*[policy] * KV_HEADS), 131, 48
+    rig.part(1, tokens)
+    shards = {2: (ALL, 0, cut), 3: ((0, 1), cut, tokens), 4: ((2,), cut, tokens)}
+    for handle, (heads, lo, hi) in shards.items():
+        rig.part(handle, hi - lo, heads, lo, of=1)
+    (whole,) = zip(*rig.attend([Row(1, tokens, 1, (0, tokens), store=False, chooses=True)]), strict=True)
+    q = rig.q.view(LAYERS, KV_HEADS, GROUP, D_K)
+    for layer in range(LAYERS):
+        pieces = []
+        for handle, (heads, lo, hi) in shards.items():
+            rows = [Row(handle, tokens, 1, (lo, hi), store=False, chooses=True)]
+            reading = rig.reader.readings(rows)[rig.policies.reads[layer]]
+            out, lse = rig.reader.attend(reading, layer, q[layer, list(heads)].reshape(-1, D_K))
+            piece = Partial(torch.zeros(KV_HEADS, GROUP, D_V), torch.full((KV_HEADS, GROUP), -torch.inf))
+            piece.out[list(heads)] = out.view(len(heads), GROUP, D_V)
+            piece.lse[list(heads)] = lse.view(len(heads), GROUP)
+            pieces.append(Partial(piece.out.view(-1, D_V), piece.lse.view(-1)))
+        close(merge(pieces), whole[layer])
+
+
+def test_choosing_heads_do_not_disturb_static_ones_when_both_are_in_a_row() -> None:
+    rig, tokens = Rig("full", TIGHT, "streaming(sink=9, recent=21)"), 400
+    rig.part(1, tokens)
+    rig.part(2, 77)
+    rows = [Row(2, 77, 5, (0, 77), store=False), Row(1, tokens, 1, (0, tokens), store=False, chooses=True)]
+    for layer, (prefill, decode) in enumerate(rig.attend(rows)):
+        close(prefill, rig.dense(layer, rows[0], 0))  # of prefill all is read
+        wanted = rig.dense(layer, rows[1], 1)
+        for head in (0, 2):
+            own = slice(head * GROUP, (head + 1) * GROUP)
+            close(Partial(decode.out[own], decode.lse[own]), Partial(wanted.out[own], wanted.lse[own]))
+        chosen = slice(GROUP, 2 * GROUP)
+        assert (decode.lse[chosen] < wanted.lse[chosen]).all()  # it has read some of the keys, and no other
+
+
+@pytest.mark.parametrize("heads", [ALL, (2,)])
+def test_mean_stands_for_what_was_let_go_when_a_compensated_head_decodes(heads: tuple[int, ...]) -> None:
+    rig, tokens = Rig("full", RAZOR, RAZOR), 300
+    rig.part(1, tokens, heads)
+    rig.part(2, 90, heads)  # short: nothing of it is let go yet
+    step = Row(1, tokens, 1, (0, tokens), store=True, chooses=True)
+    rig.tell(rows=[step])
+    rig.tell(Fork(3, 1, tokens))  # has let go the same
+    rig.k[3], rig.v[3] = rig.k[1][:, :tokens], rig.v[1][:, :tokens]
+    rows = [
+        Row(2, 90, 1, (0, 90), store=False, chooses=True),
+        dataclasses.replace(step, store=False),
+        Row(3, tokens, 1, (0, tokens), store=False, chooses=True),
+    ]
+    for layer, of_layer in enumerate(rig.attend(rows)):
+        close(of_layer[0], rig.dense(layer, rows[0], 0))
+        for number in (1, 2):
+            handle, q = rows[number].handle, rig.q[layer].split(rig.counts)[number].double()
+            for at, head in enumerate(heads):
+                gap = rig.store.gap(rig.store.part(handle), rig.policies.reads[layer][head])
+                first, end = (slot * SIZE for slot in gap) if head else (0, 0)
+                assert (end - first > 100) == (head > 0)
+                k, v = (x[handle][layer, :tokens, at].double() for x in (rig.k, rig.v))
+                kept = [*range(first), *range(end, tokens)]
+                logits = q[at * GROUP : (at + 1) * GROUP] @ k[kept].T * 0.25
+                values = v[kept]
+                if head:
+                    mean = q[at * GROUP : (at + 1) * GROUP] @ k[first:end].mean(0) * 0.25 + math.log(end - first)
+                    logits = torch.cat([logits, mean[:, None]], 1)
+                    values = torch.cat([values, v[first:end].mean(0)[None]])
+                wanted = Partial((torch.softmax(logits, -1) @ values).float(), torch.logsumexp(logits, -1).float())
+                own = slice(at * GROUP, (at + 1) * GROUP)
+                close(Partial(of_layer[number].out[own], of_layer[number].lse[own]), wanted)
+
+
+def test_usage_counts_the_keys_that_each_head_has_seen_when_a_batch_ends() -> None:
+    policies = STATIC[:KV_HEADS]
+    rig, tokens = Rig(*policies), 200
+    rig.part(1, tokens)
+    row = Row(1, tokens, 1, (0, tokens), store=False, chooses=True)
+    for _ in range(2):
+        rig.attend([row])
+        rig.reader.end(rig.readings.values())
+    read = sum(int(seen(policy, row, 0, tokens).sum()) for policy in rig.policies.reads[0])
+    usage = rig.reader.usage(1)
+    assert usage.read == 2 * LAYERS * read * TOKEN_BYTES
+    assert usage.whole == 2 * LAYERS * KV_HEADS * tokens * TOKEN_BYTES
+    rig.reader.forget(1)
+    assert rig.reader.usage(1).read == 0
+
+
+def test_usage_counts_a_mean_as_one_token_when_pages_were_let_go() -> None:
+    rig, tokens = Rig("full", RAZOR, RAZOR), 300
+    rig.part(1, tokens)
+    step = Row(1, tokens, 1, (0, tokens), store=True, chooses=True)
+    rig.tell(rows=[step])
+    rig.attend([dataclasses.replace(step, store=False)])
+    rig.reader.end(rig.readings.values())
+    first, end = rig.store.gap(rig.store.part(1), rig.policies.reads[0][1])
+    kept = tokens - (end - first) * SIZE + 1  # in float32, as tokens are stored here
+    assert rig.reader.usage(1).read == LAYERS * (tokens + 2 * kept) * TOKEN_BYTES
+
+
+def test_nothing_is_chosen_when_a_row_reads_less_than_its_part_has() -> None:
+    rig = Rig(TIGHT, "retrieval", "full")
+    rig.part(1, 400, lo=SIZE)
+    rows = [Row(1, 400, 1, (3 * SIZE, 390), store=False, chooses=True)]
+    rig.check(rows)
+    assert all(reading.groups == () for reading in rig.readings.values())
+
+
+def test_prefill_is_read_whole_and_not_counted_when_policies_choose() -> None:
+    rig = Rig(TIGHT, WHOLE, "retrieval")
+    rig.part(1, 333)
+    rig.check([Row(1, 333, 17, (0, 333), store=False)])
+    rig.reader.end(rig.readings.values())
+    assert rig.reader.usage(1).read == 0
+
+
+def test_reader_refuses_what_no_batch_can_have() -> None:
+    rig = Rig(*STATIC[:KV_HEADS])
+    assert rig.reader.readings([]) == {}
+    rig.part(1, 40)
+    row = Row(1, 40, 1, (0, 40), store=False)
+    with pytest.raises(KVError, match="no part has handle 7"):
+        rig.reader.readings([dataclasses.replace(row, handle=7)])
+    (reading,) = rig.reader.readings([row]).values()
+    with pytest.raises(ValueError, match="q must be"):
+        rig.reader.attend(reading, 0, torch.zeros(5, D_K))
