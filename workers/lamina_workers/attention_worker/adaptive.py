@@ -19,8 +19,7 @@ from lamina_kernels.partial import Partial
 from lamina_kernels.select import Kernels
 from lamina_protocols.messages import LayerSpec, Usage
 from lamina_workers.attention_worker.kv_store import Part
-from lamina_workers.policies.chooser import Adaptive, Chooser, Holding, Items, Watcher
-from lamina_workers.policies.policy import Policy
+from lamina_workers.policies.chooser import Adaptive, Chooser, Holding, Items, Observer
 
 
 class Cell(NamedTuple):
@@ -35,7 +34,7 @@ class Cell(NamedTuple):
 
 
 class ObservedQueries(NamedTuple):
-    """A row of prefill some of whose KV heads a chooser watches: `heads` by their numbers in the part. `first` is the
+    """A row of prefill of which a chooser is shown some KV heads: `heads` by their numbers in the part. `first` is the
     row's first vector in the flat q, of `tokens` tokens from position `start` of the part on, each with a group for
     every head of the part."""
 
@@ -140,32 +139,28 @@ class AdaptiveAttention:
         self._kernels = kernels
         self._threads = holding.threads
         self._choosers: Mapping[Adaptive, Chooser] = {policy: policy.chooser(holding) for policy in policies}
-        self._watchers = {policy: x for policy, x in self._choosers.items() if isinstance(x, Watcher)}
+        self._observers = {policy: x for policy, x in self._choosers.items() if isinstance(x, Observer)}
+        self.observing = frozenset(self._observers)  # the policies whose choosers are shown prefill's queries
         self._tallies = tallies
 
-    def watches(self, policy: Policy) -> bool:
-        """Whether that policy's chooser wants to see prefill's queries."""
-        return policy in self._watchers
-
-    def observe(self, watched: ObservedQueries, layer: int, q: torch.Tensor) -> None:
+    def observe(self, row: ObservedQueries, layer: int, q: torch.Tensor) -> None:
         """Show a chooser the queries of a row of prefill; q `[n, d_k]` of the whole batch, flat."""
-        heads = len(watched.part.heads)
-        rows = q[watched.first : watched.first + watched.tokens * heads * watched.group]
-        by_head = rows.reshape(watched.tokens, heads, watched.group, -1)
-        watcher = self._watchers[watched.policy]
-        for number in watched.heads:
+        heads = len(row.part.heads)
+        vectors = q[row.first : row.first + row.tokens * heads * row.group]
+        by_head = vectors.reshape(row.tokens, heads, row.group, -1)
+        for number in row.heads:
             of_head = by_head[:, number].float().numpy()
-            watcher.observe(watched.handle, layer, watched.part.heads[number], watched.start, of_head)
+            self._observers[row.policy].observe(row.handle, layer, row.part.heads[number], row.start, of_head)
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
         """A part is new, and has the first `tokens` of another."""
-        for watcher in self._watchers.values():
-            watcher.fork(handle, parent, tokens)
+        for observer in self._observers.values():
+            observer.fork(handle, parent, tokens)
 
     def written(self, handle: int, start: int) -> None:
         """A part's tokens from `start`, counted from its first, on are new."""
-        for watcher in self._watchers.values():
-            watcher.written(handle, start)
+        for observer in self._observers.values():
+            observer.written(handle, start)
 
     def forget(self, handle: int) -> None:
         """A part is closed."""

@@ -46,7 +46,8 @@ from lamina_protocols.messages import (
 from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
 from lamina_workers.attention_worker.kv_store import KVStore, Part
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, layout_name, page_count, page_layout
-from lamina_workers.attention_worker.paged_reader import PagedReader, Reading
+from lamina_workers.attention_worker.paged_reader import PagedReader
+from lamina_workers.attention_worker.reading import Reading
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError, PoolExhausted
 
@@ -206,7 +207,7 @@ class AttentionWorker:
         announced.update(operation.handle for operation in new)
         for number, batch in list(self._batches.items()):
             if message.epoch > self._epoch or batch.handles & announced:
-                self._reader.over(batch.readings.values())
+                self._reader.end(batch.readings.values())
                 del self._batches[number]
 
     def _stores(self, rows: Sequence[Row]) -> Iterator[Row]:
@@ -325,7 +326,7 @@ class AttentionWorker:
             of_k, of_v = (x.cpu() for x in gather(self._pages, pages, hi - lo + skip))
 
             gone = torch.from_numpy(np.repeat(table < 0, size)[: hi - lo + skip, None])
-            for_k, for_v = self._reader.stand_in(message.handle, spec.kv_layer, head)
+            for_k, for_v = self._reader.mean(message.handle, spec.kv_layer, head)
             k[:, head] = torch.where(gone, for_k.to(of_k.dtype), of_k)[skip:]
             v[:, head] = torch.where(gone, for_v.to(of_v.dtype), of_v)[skip:]
         flat_k, flat_v = k.view(-1, spec.d_k), v.view(-1, spec.d_v)
@@ -334,7 +335,7 @@ class AttentionWorker:
     def _survey(self, message: Survey) -> Surveyed:
         """Whoever sent the batches in flight is gone, or asks while none is."""
         for batch in self._batches.values():
-            self._reader.over(batch.readings.values())
+            self._reader.end(batch.readings.values())
         self._batches.clear()
         self._fence = max(self._fence, self._epoch, message.epoch)
         handles = sorted(handle for handle in self.store.handles() if handle >= message.first)

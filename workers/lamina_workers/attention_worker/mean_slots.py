@@ -31,10 +31,10 @@ class _Sums(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """What stands for the tokens that some vectors of a batch no longer find. vectors: int64 `[n]` of the flat q;
-    cells: int64 `[n]`, whose mean each of them reads; log_tokens: float32 `[layers, cells]`; k, v: the means, float32
-    `[layers, cells, d]`."""
+class MeanReading:
+    """Means, and the vectors of a batch that read them. vectors: int64 `[n]` of the flat q; cells: int64 `[n]`, the
+    mean that each of them reads; log_tokens: float32 `[layers, cells]`; k, v: the means, float32 `[layers, cells, d]`.
+    """
 
     vectors: torch.Tensor
     cells: torch.Tensor
@@ -100,17 +100,17 @@ class MeanSlots:
         tokens = sums.tokens[layer, head].clamp(min=1)
         return sums.k[layer, head] / tokens, sums.v[layer, head] / tokens
 
-    def standing(self, cells: list[tuple[int, int]], vectors: list[torch.Tensor]) -> Standing | None:
-        """For parts' heads, by handle and number in the part, the vectors that read what stands for what each has let
-        go; None where there are none."""
+    def reading(self, cells: list[tuple[int, int, torch.Tensor]]) -> MeanReading | None:
+        """Of parts' heads, by handle and number in the part, with the vectors that read the mean of each, int64; None
+        where there are none."""
         if not cells:
             return None
-        sums = [self._sums[handle] for handle, _ in cells]
-        heads = [head for _, head in cells]
-        tokens = torch.stack([of.tokens[:, head] for of, head in zip(sums, heads, strict=True)], 1)
-        k = torch.stack([of.k[:, head] for of, head in zip(sums, heads, strict=True)], 1)
-        v = torch.stack([of.v[:, head] for of, head in zip(sums, heads, strict=True)], 1)
+        sums = [(self._sums[handle], head) for handle, head, _ in cells]
+        tokens = torch.stack([of.tokens[:, head] for of, head in sums], 1)
+        k = torch.stack([of.k[:, head] for of, head in sums], 1)
+        v = torch.stack([of.v[:, head] for of, head in sums], 1)
         counts = tokens.float().clamp(min=1).unsqueeze(-1)
+        vectors = [of_cell for *_, of_cell in cells]
         numbers = torch.repeat_interleave(torch.arange(len(cells)), torch.tensor([len(x) for x in vectors]))
         made = torch.cat(vectors), numbers, tokens.float().log(), k / counts, v / counts
-        return Standing(*(x.to(self._pages.arena.device) for x in made))
+        return MeanReading(*(x.to(self._pages.arena.device) for x in made))

@@ -88,8 +88,8 @@ class Chooser(Protocol):
 
 
 @runtime_checkable
-class Watcher(Protocol):
-    """What a chooser has that is told more than decode's queries. Positions count from the part's first token."""
+class Observer(Protocol):
+    """A chooser that is shown more than decode's queries. Positions count from the part's first token."""
 
     def observe(self, handle: int, layer: int, head: int, first: int, q: Float32) -> None:
         """Prefill's queries of a part's KV head, float32 `[t, group, d_k]`, at positions first, first + 1, ..."""
