@@ -1,7 +1,4 @@
-"""From a config to the attention workers of an engine: who they are, a port to each, and news of them to the engine.
-
-Knows members and ports by their constructors; knows nothing of batches.
-"""
+"""The attention workers of an engine: where they are, a port to each, and their joining and leaving for the engine."""
 
 from __future__ import annotations
 
@@ -17,14 +14,16 @@ from lamina.deploy.listed_attention import ListedWorkers, answers
 from lamina.deploy.worker_events import AttentionWorkers, WorkerAddress
 from lamina.engine.holders import seated
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
-from lamina.launch.kv_sizing import attention_devices
+from lamina.launch.journal_setup import Identity
+from lamina.launch.kv_sizing import Sizes, attention_devices
+from lamina.launch.model_files import ModelFiles
 from lamina.scheduling.placement import Holder
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_protocols.service import WorkerUnreachable
-from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.errors import HolderFault
+from lamina_workers.parallel.tensor_parallel import seat
 from lamina_workers.ports.port import survey
 from lamina_workers.ports.remote import RemoteAttention, connect
 from lamina_workers.process.credentials import load_credentials
@@ -37,164 +36,147 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 LOCAL = 0  # the number of the holder in the engine's own process
-_WEIGHT_UNIT = 1 << 20  # bytes of KV memory that one unit of a holder's weight stands for
 
 
 class AttentionPool:
-    """The attention workers of one engine: `begin`, `ports`, `watch`, `close`, in this order."""
+    """The attention workers of one engine: `begin`, `ports` or `seats`, `watch`, `close`, in this order.
+
+    `holder` is what the holders of rank 0 are built from, `heads` how many KV heads each rank has, `model` the model's
+    fingerprint. `found` has what workers keep of the previous engine, by port; it is closed unless it is adopted.
+    """
 
     def __init__(
         self,
-        members: AttentionWorkers,
+        workers: AttentionWorkers,
         config: EngineConfig,
         holder: HolderConfig,
         model: str,
         compute_dtype: str,
-        engine: str | None = None,
+        identity: Identity,
         heads: Sequence[int] = (1,),
-        past: int = 0,
     ) -> None:
-        self.members = members
-        self.found: dict[str, Surveyed] = {}  # by port: what workers keep from before, which is closed unless adopted
-        self._engine = engine
-        self._past = past
+        self.workers = workers
+        self.found: dict[str, Surveyed] = {}
+        self._identity = identity
         self._share = (heads[0], sum(heads)) if len(heads) > 1 else (1, 1)
         self._credentials: dict[str, Credentials | None] = {}  # by port
         self._config = config
         self._holder = holder
-        self._page_bytes = page_cost(holder)
         self._model = model
         self._compute_dtype = compute_dtype
-        self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="lamina-connect")
+        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="lamina-connect")
         self._started: Future[tuple[WorkerAddress, ...]] | None = None
         self._ports: list[RemoteAttention] = []
 
     def begin(self, progress: Progress | None) -> None:
-        """Have the workers brought up, while the caller does something else."""
-        self._started = self._pool.submit(self.members.start, progress)
+        """Start the workers. Returns at once."""
+        self._started = self._threads.submit(self.workers.start, progress)
 
     def ports(self) -> Iterator[tuple[RemoteAttention, Holder]]:
-        """A connected port to each, once all are up; one that has gone again since is given up, while others are there.
-        Raises EngineError where they do not come up or refuse."""
+        """A connected port to each worker, once all are up, with its holder. A worker that is gone again is given up if
+        others are there. Raises EngineError where they do not start or refuse."""
         if self._started is None:
             raise EngineError("the attention workers were not begun")
         gone, connected = "none is up", False
-        futures = [(member, self._pool.submit(self._connect, member)) for member in self._started.result()]
-        for member, future in futures:
+        futures = [(worker, self._threads.submit(self._connect, worker)) for worker in self._started.result()]
+        for worker, future in futures:
             try:
                 port = future.result()
-            except WorkerUnreachable as error:
+                holder = self._as_holder(port)
+            except (WorkerUnreachable, HolderFault) as error:
                 gone = str(error)
-                logger.warning("attention worker %s cannot be used: %s", member.name, gone)
-                self.members.lost(member.name)
+                self._give_up(worker, error)
                 continue
             except LaminaError as error:
                 raise EngineError(f"an attention worker cannot be used: {error}") from error
-            try:
-                holder = self._as_holder(port)
-            except HolderFault as fault:
-                gone = str(fault)
-                logger.warning("attention worker %s cannot be used: %s", member.name, gone)
-                self.members.lost(member.name)
-                continue
             connected = True
             yield port, holder
         if not connected:
             raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
     def seats(self, workers: Workers[Peer], number: int) -> Iterator[tuple[int, str, Holder, Surveyed | None]]:
-        """Have `workers` join all of `ports`: the holders by number, from `number` on, those of one attention worker
-        together. With each its name, and what it keeps from before. Raises as `ports` does."""
+        """Join all of `ports` to the model workers. Gives the number of each holder, from `number` on, its worker's name,
+        the holder, and what it keeps of the previous engine; the holders of one attention worker follow one another.
+        Raises as `ports` does."""
         for port, holder in self.ports():
             try:
-                seats = workers.join(number, port, self._credentials[port.name])
+                others = workers.join(number, port, self._credentials[port.name])
             except HolderFault as error:
                 raise EngineError(str(error)) from error
             yield number, port.name, holder, self.found.get(port.name)
-            for at, seat in enumerate(seats, number + 1):
-                yield at, port.name, seated(seat), seat.kept
-            number += 1 + len(seats)
+            for at, other in enumerate(others, number + 1):
+                yield at, port.name, seated(other), other.kept
+            number += 1 + len(others)
 
     def watch(self, engine: Engine) -> None:
-        """Tell the engine from now on who joins and who leaves."""
+        """Notify the engine from now on of workers that join and leave."""
 
-        def joined(member: WorkerAddress) -> None:
+        def joined(worker: WorkerAddress) -> None:
             try:
-                port = self._connect(member)
+                port = self._connect(worker)
                 holder = self._as_holder(port)
             except LaminaError as error:
-                logger.warning("attention worker %s cannot be used: %s", member.name, error)
-                self.members.lost(member.name)
+                self._give_up(worker, error)
                 return
-            engine.join(port, holder, member.credentials)
+            engine.join(port, holder, worker.credentials)
 
-        self.members.watch(joined, engine.leave)
+        self.workers.watch(joined, engine.leave)
 
     def close(self) -> None:
-        """Let all workers go, and end those that were started here."""
-        self._pool.shutdown(cancel_futures=True)
+        """Close the ports to all workers, and end those workers that were started here."""
+        self._threads.shutdown(cancel_futures=True)
         try:
             closing = [thread for port in self._ports if (thread := _closing(port)) is not None]
             for thread in closing:
                 thread.join()
         finally:
-            self.members.close()
+            self.workers.close()
 
-    def _connect(self, member: WorkerAddress) -> RemoteAttention:
+    def _give_up(self, worker: WorkerAddress, error: LaminaError) -> None:
+        logger.warning("attention worker %s cannot be used: %s", worker.name, error)
+        self.workers.lost(worker.name)
+
+    def _connect(self, worker: WorkerAddress) -> RemoteAttention:
         port = connect(
-            member.address,
-            name=member.name,
+            worker.address,
+            name=worker.name,
             layers=self._holder.layers,
             page_size=self._holder.page_size,
             kv_dtype=self._holder.dtype,
             compute_dtype=self._compute_dtype,
             model=self._model,
-            credentials=member.credentials,
+            credentials=worker.credentials,
             local_channel=self._config.local_channel,
             data_channel=self._config.data_channel,
             lost_after=self._config.worker_timeout,
-            engine=self._engine,
+            engine=self._identity.engine,
             seat_share=self._share,
             linger=self._config.linger,
         )
-        self._credentials[port.name] = member.credentials
+        self._credentials[port.name] = worker.credentials
         self._ports = [*(known for known in self._ports if not known.closed), port]
         return port
 
     def _as_holder(self, port: RemoteAttention) -> Holder:
-        holder = Holder(port.capacity // self._page_bytes, weight=max(1, port.capacity // _WEIGHT_UNIT))
+        own = seat(0, port.capacity, self._holder)
         if port.resumed:
-            kept = self.found[port.name] = survey(port, self._config.worker_timeout, self._past)
-            holder.keeps(kept)
-        return holder
+            kept = self.found[port.name] = survey(port, self._config.worker_timeout, self._identity.past_epochs)
+            own = own._replace(kept=kept)
+        return seated(own)
 
 
 def connect_attention(
-    config: EngineConfig,
-    holder: HolderConfig,
-    model: str,
-    compute_dtype: str,
-    threads: int,
-    members: AttentionWorkers | None,
-    engine: str | None = None,
-    own: HolderConfig | None = None,
-    heads: Sequence[int] = (1,),
-    past: int = 0,
+    config: EngineConfig, files: ModelFiles, sizes: Sizes, identity: Identity, workers: AttentionWorkers | None
 ) -> AttentionPool | None:
-    """The attention workers that the config asks for, or `members`; None where attention is computed here.
-
-    `model` is the model's fingerprint, `engine` the id by which workers know an engine that may be gone on from. With
-    several ranks `heads` are the KV heads of each, and `own` is what rank 0's holders are built from. Epochs up to
-    `past` are those of an engine before, of which workers take nothing any more. Nothing is started or connected yet.
-    """
-    if members is None:
-        members = _members(config, holder, threads)
-    if members is None:
+    """The attention workers that the config asks for, or `workers`; None where attention is computed in this process.
+    Nothing is started or connected yet. Raises InvalidRequest, CredentialsError."""
+    workers = workers or _workers(config, sizes)
+    if workers is None:
         return None
-    return AttentionPool(members, config, own or holder, model, compute_dtype, engine, heads, past)
+    return AttentionPool(workers, config, sizes.ranks[0], files.fingerprint, sizes.dtype_name, identity, sizes.heads)
 
 
-def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> AttentionWorkers | None:
+def _workers(config: EngineConfig, sizes: Sizes) -> AttentionWorkers | None:
     workers = config.attention_workers
     if isinstance(workers, int):
         from lamina.deploy.local_attention import LocalAttentionWorkers
@@ -202,7 +184,8 @@ def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> Attent
         if not workers:
             return None
         devices = [str(device) for device in attention_devices(config)]
-        return LocalAttentionWorkers(workers, kv_memory=holder.kv_memory, threads=threads, devices=devices)
+        kv_memory = sizes.holder.kv_memory
+        return LocalAttentionWorkers(workers, kv_memory=kv_memory, threads=sizes.threads, devices=devices)
     credentials = load_credentials(config.tls_dir, config.token_file)
     for address in workers:
         guarded = credentials.ca and credentials.token
@@ -214,8 +197,8 @@ def _members(config: EngineConfig, holder: HolderConfig, threads: int) -> Attent
 
 
 def _closing(port: RemoteAttention) -> threading.Thread | None:
-    """A thread that closes the port, for one may not answer for seconds; None where that is done. A plain thread: when
-    Python ends there are no pools any more, nor, in some versions, threads."""
+    """A thread that closes the port, because a worker may not answer for seconds; None where it is closed already. A
+    plain thread: when Python ends there are no pools any more, and in some versions no new threads."""
     thread = threading.Thread(target=port.close, name="lamina-closing")
     try:
         thread.start()

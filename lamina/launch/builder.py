@@ -1,18 +1,16 @@
-"""Puts an engine together: a name becomes files, files a decoder, and around it the workers of this process.
-
-Knows every part by its constructor and no part's inside.
-"""
+"""From a model's name and a config to a running engine, in four steps: `load` the files, `size_kv`, `connect` the other
+workers, `assemble` the engine."""
 
 from __future__ import annotations
 
 import logging
-import math
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +21,31 @@ from lamina.config import EngineConfig
 from lamina.deploy.local_models import LocalModelWorkers
 from lamina.deploy.worker_events import AttentionWorkers, ModelWorkerProcesses
 from lamina.engine.engine import Engine
-from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
-from lamina.journal.journal import Run
+from lamina.errors import InvalidRequest
+from lamina.journal.journal import Journal, Run
 from lamina.journal.recorder import Recorder
 from lamina.launch.attention_pool import LOCAL, AttentionPool, connect_attention
-from lamina.launch.journal_setup import open_journal, past_epochs, recover
-from lamina.launch.kv_sizing import attention_devices, check_room, divided, holder_config, limits_of
-from lamina.launch.model_pool import ModelWorkerPool, begins, rank_holders
+from lamina.launch.journal_setup import Identity, identify, open_journal, recover
+from lamina.launch.kv_sizing import Sizes, check_room, divided, size_kv
+from lamina.launch.model_files import ModelFiles, load
+from lamina.launch.model_pool import ModelWorkerPool, begins
 from lamina.messages.engine_request import EngineRequest
-from lamina.models.resolve import resolve
-from lamina.sampling_params import SamplingParams
 from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.local_share import LocalShare
 from lamina.scheduling.placement import Holder, Placement
 from lamina.scheduling.request import SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
-from lamina.system.machine import Machine, native_dtype, this_machine
+from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
-from lamina.text.tokenizer import Tokenizer, read_json
-from lamina_protocols.messages import Surveyed
+from lamina.text.tokenizer import Tokenizer
+from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_workers.attention_worker.device_worker import attention_worker
-from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_count
-from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights, tensor_shapes
+from lamina_workers.decoder.decoder_weights import DecoderWeights
 from lamina_workers.decoder.graphs import sliced
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.shard import Shard, with_ranks
-from lamina_workers.devices.available import find_each, room_for
+from lamina_workers.decoder.shard import Shard
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.warmup import prepare_kernels
@@ -63,13 +57,47 @@ from lamina_workers.ports.port import AttentionPort, LocalAttention
 logger = logging.getLogger("lamina")
 
 HERE = 1  # the number of the holder that keeps whole sequences in the engine's process
-AUTO_LANES = 3  # that are tried: more share the weights' reading among too few sequences each
+AUTO_LANES = 3  # the most that are tried: with more, too few sequences share each reading of the weights
 _KV_PROJECTION = 2 << 20  # bytes of weights: 80 us at 25 GB/s. An estimate: no model at hand is large enough
 
 
 @dataclass(frozen=True, slots=True)
+class Pools:
+    """What an engine has outside its own objects: its journal and the workers in other processes. `early_query`: the
+    query leaves before k and v."""
+
+    journal: Journal | None
+    identity: Identity
+    attention: AttentionPool | None
+    models: ModelWorkerPool | None
+    early_query: bool
+
+    def begin(self, progress: Progress | None) -> None:
+        """Start the workers, which come up while the model loads."""
+        if self.models is not None:
+            self.models.begin(progress)
+        if self.attention is not None:
+            self.attention.begin(progress)
+
+    def watch(self, engine: Engine) -> None:
+        """Notify the engine from now on of workers that join, leave or are back."""
+        if self.attention is not None:
+            self.attention.watch(engine)
+        if self.models is not None:
+            self.models.watch(engine)
+
+    def close(self) -> None:
+        """Let the workers go, once the engine has stopped."""
+        if self.models is not None:
+            self.models.close()
+        if self.attention is not None:
+            self.attention.close()
+
+
+@dataclass(frozen=True, slots=True)
 class Runtime:
-    """A loaded model and the engine that runs it. `possible` is the most tokens of one sequence that can have KV."""
+    """A loaded model and the engine that runs it. `possible` is the most tokens of one sequence that can have KV,
+    `unfinished` the requests that the previous engine left in the journal."""
 
     model_path: Path
     model: ModelConfig
@@ -81,19 +109,15 @@ class Runtime:
     engine: Engine
     thread: threading.Thread
     progress: Progress | None
-    attachment: AttentionPool | None = None
-    unfinished: tuple[EngineRequest, ...] = ()  # of an engine before, by the journal
-    ranks: ModelWorkerPool | None = None
+    pools: Pools
+    unfinished: tuple[EngineRequest, ...] = ()
 
     def stop(self) -> None:
         """Stop the engine, and wait until its thread is gone: the interpreter must not end while it is in torch."""
         self.engine.close()
         if self.thread is not threading.current_thread():
             self.thread.join()
-        if self.ranks is not None:
-            self.ranks.close()
-        if self.attachment is not None:
-            self.attachment.close()
+        self.pools.close()
         self.tokenizer.close()
 
     def drain(self, worker: str) -> int:
@@ -108,47 +132,36 @@ def start(
     name: str | Path,
     config: EngineConfig,
     progress: Progress | None = None,
-    members: AttentionWorkers | None = None,
+    attention_workers: AttentionWorkers | None = None,
     run: Run | None = None,
-    model_members: ModelWorkerProcesses | None = None,
+    model_workers: ModelWorkerProcesses | None = None,
 ) -> Runtime:
     """Load a model by name and start its engine. Raises ModelFileError, UnsupportedModelError, InvalidRequest, or
-    EngineError where other workers do not come up. `members` are the attention workers, where the config does not say;
-    `run` is which engine this is, where its journal may be elsewhere; `model_members` has model workers started where
-    that is not on this machine.
+    EngineError where other workers do not start.
+
+    `attention_workers` replace those of the config, `model_workers` start processes elsewhere than on this machine, and
+    `run` says which engine this is where its journal may be on another machine.
 
     Loading and running share one thread, because OpenMP keeps a team of workers for each thread that ever computed:
     with a second team its workers count as too many for the cores, and sleep after each operation (measured on two
     cores: 22 ms a step instead of 16).
     """
     loaded: Future[Runtime] = Future()
-    thread = threading.Thread(
-        target=_live,
-        args=(loaded, name, config, progress, members, run, model_members),
-        name="lamina-engine",
-        daemon=True,
-    )
+    build = partial(_build, name, config, progress, attention_workers, run, model_workers)
+    thread = threading.Thread(target=_live, args=(loaded, build), name="lamina-engine", daemon=True)
     thread.start()
     try:
         return loaded.result()
-    except BaseException:  # Ctrl-C while it loads: nobody is there any more to stop the engine
+    except BaseException:  # Ctrl-C while it loads: no caller is left to stop the engine
         loaded.cancel()
         raise
 
 
-def _live(
-    loaded: Future[Runtime],
-    name: str | Path,
-    config: EngineConfig,
-    progress: Progress | None,
-    members: AttentionWorkers | None,
-    run: Run | None,
-    model_members: ModelWorkerProcesses | None,
-) -> None:
+def _live(loaded: Future[Runtime], build: Callable[[], Runtime]) -> None:
     """The life of the engine's thread."""
     try:
-        runtime = _build(name, config, progress, members, run, model_members)
-    except BaseException as error:  # noqa: BLE001  # it goes to whoever waits
+        runtime = build()
+    except BaseException as error:  # noqa: BLE001  # it is raised in the thread that waits
         if loaded.set_running_or_notify_cancel():
             loaded.set_exception(error)
         return
@@ -161,157 +174,167 @@ def _build(
     name: str | Path,
     config: EngineConfig,
     progress: Progress | None,
-    members: AttentionWorkers | None,
+    attention_workers: AttentionWorkers | None,
     run: Run | None,
-    model_members: ModelWorkerProcesses | None,
+    model_workers: ModelWorkerProcesses | None,
 ) -> Runtime:
-    path = resolve(name, progress)
-    tokenizer = Tokenizer(path)
-    model = with_ranks(rescaled(ModelConfig.from_folder(path), config.rope_scaling), config.ranks)
-    machine = this_machine()
-    threads = config.threads or machine.cores
-    own_threads = max(1, threads // config.model_workers) if config.cluster is None else threads
-    torch.set_num_threads(own_threads)
-    alike = config.cluster is not None and isinstance(config.device, str)  # each has that of its own node
-    devices = find_each("device", config.device, 1 if alike else config.model_workers)
-    devices *= config.model_workers if alike else 1
-    device, attention_device = devices[0], attention_devices(config)[0]
-    dtype = _dtype(config.dtype, device, machine)
-    dtype_name = str(dtype).removeprefix("torch.")
-    holder = holder_config(path, model, config, dtype, machine)
-    for each in attention_devices(config):
-        HeadPolicies.of(holder).check(each)
-    limits = limits_of(config, model, holder, machine)
-    own, *_ = rank_configs = rank_holders(holder, model, config.ranks)
-    heads = [config_of.layers[0].kv_heads for config_of in rank_configs]
-    generation_config = read_json(path / "generation_config.json")
-    SamplingParams().with_defaults(generation_config)  # what is wrong in it is said now, not at each request
-    journal = open_journal(config, fingerprint(path), holder, run)
-    known_as = journal.engine if journal is not None else secrets.token_hex(16) if config.model_workers > 1 else None
-    past = past_epochs(journal)
-    attachment: AttentionPool | None = None
-    ranks: ModelWorkerPool | None = None
-    try:
-        attachment = connect_attention(
-            config, holder, fingerprint(path), dtype_name, threads, members, known_as, own, heads, past
-        )
-        if attachment is None and config.replicas > 1:
-            raise InvalidRequest(
-                f"model_workers is {config.replicas} replicas without attention_workers; allowed are 1 or more, "
-                'which all replicas can reach, or model_parallel="tensor"'
-            )
-        early_query = attachment is not None and _query_goes_first(model, dtype)
-        if config.model_workers > 1:
-            beside = model_members or LocalModelWorkers(config.model_workers, threads=own_threads)
-            told = begins(
-                config,
-                rank_configs,
-                folder=str(path),
-                fingerprint=fingerprint(path),
-                dtype=dtype_name,
-                devices=[str(each) for each in devices],
-                attention_device=str(attention_device),
-                threads=own_threads,
-                early_query=early_query,
-                engine=known_as or "",
-                epoch=past + 1,
-            )
-            ranks = ModelWorkerPool(beside, told)
-            ranks.begin(progress)
-        if attachment is not None:
-            attachment.begin(progress)  # they come up while the model loads
-        prepare_kernels(own, dtype, (device, attention_device), progress)
-        weights = _load(model, path, dtype, device, progress, Shard(0, config.ranks))
-        # Prompts are read from the local holder while they fit; without attention workers it keeps everything.
-        own, rest = divided(config, own) if attachment is not None else (own, None)
-        ports: dict[int, AttentionPort] = {LOCAL: LocalAttention(attention_worker(own, own_threads, attention_device))}
-        holders = {
-            rank: Holder(page_count(config_of, attention_device), fused=True, rank=rank)
-            for rank, config_of in enumerate([own, *rank_configs[1:]])
-        }
-        if rest is not None:  # besides, a holder here that keeps whole sequences
-            ports[HERE] = LocalAttention(attention_worker(rest, own_threads, attention_device), "here")
-            holders[HERE] = Holder(page_count(rest, attention_device), fused=True)
-        group = None if ranks is None or config.replicas > 1 else ranks.group(device, config.worker_timeout)
-        with torch.inference_mode():
-            decoder = Decoder(model, weights, Shard(0, config.ranks), None if group is None else group.meet())
-        decoder = sliced(decoder, config.compile)
-        alone = ModelWorker(decoder, own, ports, own_threads, config.worker_timeout, early_query, epoch=past + 1)
-        worker: Workers[Peer] = alone
-        if group is not None:
-            worker = TensorParallelWorkers(
-                alone,
-                decoder,
-                group,
-                pools={rank: rank for rank in range(1, config.ranks)},
-                heads=heads,
-                config=own,
-            )
-        elif ranks is not None:
-            worker = PipelineReplicas(alone, ranks.mates(), here=ports, config=own, patience=config.worker_timeout)
-        names: dict[int, str] = {}
-        kept: dict[int, Surveyed] = {}
-        if attachment is not None:
-            for number, called, remote, had in attachment.seats(worker, 2 * config.ranks):
-                names[number], holders[number] = called, remote
-                if had is not None:
-                    kept[number] = had
-        scratch = () if attachment is None else tuple(range(config.ranks))
-        placement = Placement(
-            holders,
-            heads=heads,
-            page_size=config.page_size,
-            max_model_len=limits.max_model_len,
-            layers=len({spec.kv_layer for spec in holder.layers}),
-            shard=config.shard,
-            scratch=scratch,
-            here=() if rest is None else (HERE,),
-        )
-        scheduler = Scheduler(limits, placement)
-        possible = scheduler.longest_possible()
-        check_room(config, holder, possible)
-        prefix = "" if journal is None else f"{journal.starts}-"  # ids are never used again
-        inputs = InputProcessor(tokenizer, limits.max_model_len, possible, model.vocab_size, generation_config, prefix)
-        recorder = None if journal is None else Recorder(journal, placement, worker.address)
-        engine = Engine(
-            worker,
-            scheduler,
-            placement,
-            time.monotonic,
-            names=names,
-            scratch=scratch,
-            lanes=_lanes(config, attachment),
-            balance=LocalShare(None if config.local_share == "auto" else float(config.local_share)),
-            grammars=inputs.grammars,
-            hope=config.recovery_timeout,
-            recorder=recorder,
-            on_rebuilt=_rebuild_report(progress),
-            on_lost=None if attachment is None else attachment.members.lost,
-        )
-        unfinished: tuple[EngineRequest, ...] = ()
-        if journal is not None and recorder is not None:
-            unfinished = recover(journal, engine, recorder, worker, placement, kept)
-        if attachment is not None:
-            attachment.watch(engine)
-        if ranks is not None:
-            ranks.watch(engine)
-    except BaseException:
-        if ranks is not None:
-            ranks.close()
-        if attachment is not None:
-            attachment.close()
+    files = load(name, config, progress)
+    sizes = size_kv(files, config, this_machine())
+    torch.set_num_threads(sizes.own_threads)
+    with ExitStack() as undo:
+        journal = open_journal(config, files.fingerprint, sizes.holder, run)
         if journal is not None:
-            journal.close()
-        raise
-    logger.info("%s: %s on %s, KV %s for %d tokens, %d threads", name, dtype, device, holder.dtype, possible, threads)
+            undo.callback(journal.close)
+        pools = connect(files, sizes, config, journal, attention_workers, model_workers, undo)
+        pools.begin(progress)
+        runtime = assemble(files, sizes, pools, config, progress)
+        undo.pop_all()
+    logger.info(
+        "%s: %s on %s, KV %s for %d tokens, %d threads",
+        name, sizes.dtype, sizes.device, sizes.holder.dtype, runtime.possible, sizes.threads,
+    )  # fmt: skip
+    return runtime
+
+
+def connect(
+    files: ModelFiles,
+    sizes: Sizes,
+    config: EngineConfig,
+    journal: Journal | None,
+    attention_workers: AttentionWorkers | None,
+    model_workers: ModelWorkerProcesses | None,
+    undo: ExitStack,
+) -> Pools:
+    """The other workers of the engine, not started yet; `undo` closes them. Raises InvalidRequest where the config
+    leaves replicas without attention workers."""
+    identity = identify(config, journal)
+    attention = connect_attention(config, files, sizes, identity, attention_workers)
+    if attention is None and config.replicas > 1:
+        raise InvalidRequest(
+            f"model_workers is {config.replicas} replicas without attention_workers; allowed are 1 or more, "
+            'which all replicas can reach, or model_parallel="tensor"'
+        )
+    if attention is not None:
+        undo.callback(attention.close)
+    early_query = attention is not None and _query_goes_first(files.model, sizes.dtype)
+    models: ModelWorkerPool | None = None
+    if config.model_workers > 1:
+        processes = model_workers or LocalModelWorkers(config.model_workers, threads=sizes.own_threads)
+        models = ModelWorkerPool(processes, begins(config, files, sizes, identity, early_query))
+        undo.callback(models.close)
+    return Pools(journal, identity, attention, models, early_query)
+
+
+def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig, progress: Progress | None) -> Runtime:
+    """Load the model, join the workers and put the engine together; it runs once its thread calls `run`. Raises
+    EngineError where workers do not start, InvalidRequest where the KV memory is too small."""
+    prepare_kernels(sizes.ranks[0], sizes.dtype, (sizes.device, sizes.attention_device), progress)
+    weights = files.weights(sizes.dtype, sizes.device, Shard(0, config.ranks), progress)
+    fused = _fused_holders(sizes, config, pools.attention is not None)
+    worker = _model_workers(files, sizes, pools, config, fused, weights)
+    holders, names = dict(fused.holders), {}
+    kept: dict[int, Surveyed] = {}
+    scratch: tuple[int, ...] = ()
+    if pools.attention is not None:
+        scratch = tuple(range(config.ranks))
+        for number, name, holder, surveyed in pools.attention.seats(worker, 2 * config.ranks):
+            names[number], holders[number] = name, holder
+            if surveyed is not None:
+                kept[number] = surveyed
+    placement = Placement(
+        holders,
+        heads=sizes.heads,
+        page_size=config.page_size,
+        max_model_len=sizes.limits.max_model_len,
+        layers=len({spec.kv_layer for spec in sizes.holder.layers}),
+        shard=config.shard,
+        scratch=scratch,
+        here=(HERE,) if HERE in fused.ports else (),
+    )
+    scheduler = Scheduler(sizes.limits, placement)
+    possible = scheduler.longest_possible()
+    check_room(config, sizes.holder, possible)
+    prefix = "" if pools.journal is None else f"{pools.journal.starts}-"  # ids are never used again
+    inputs = InputProcessor(
+        files.tokenizer, sizes.limits.max_model_len, possible, files.model.vocab_size, files.generation_config, prefix
+    )
+    recorder = None if pools.journal is None else Recorder(pools.journal, placement, worker.address)
+    engine = Engine(
+        worker,
+        scheduler,
+        placement,
+        time.monotonic,
+        names=names,
+        scratch=scratch,
+        lanes=_lanes(config, pools.attention),
+        balance=LocalShare(None if config.local_share == "auto" else float(config.local_share)),
+        grammars=inputs.grammars,
+        hope=config.recovery_timeout,
+        recorder=recorder,
+        on_rebuilt=_rebuild_report(progress),
+        on_lost=None if pools.attention is None else pools.attention.workers.lost,
+    )
+    unfinished: tuple[EngineRequest, ...] = ()
+    if pools.journal is not None and recorder is not None:
+        unfinished = recover(pools.journal, engine, recorder, worker, placement, kept)
+    pools.watch(engine)
     return Runtime(
-        path, model, generation_config, tokenizer, limits, possible, inputs, engine, threading.current_thread(),
-        progress, attachment, unfinished, ranks,
+        files.path, files.model, files.generation_config, files.tokenizer, sizes.limits, possible, inputs, engine,
+        threading.current_thread(), progress, pools, unfinished,
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _FusedHolders:
+    """The holders in the processes of model workers, by number; `ports` are to those in this process. `config` is what
+    the prefill pool here is built from."""
+
+    config: HolderConfig
+    ports: Mapping[int, AttentionPort]
+    holders: Mapping[int, Holder]
+
+
+def _fused_holders(sizes: Sizes, config: EngineConfig, beside_others: bool) -> _FusedHolders:
+    """`beside_others`: there are attention workers. Prompts are then read from the local holder while they fit, and
+    another holder here may keep whole sequences; else the local holder keeps everything."""
+    device = sizes.attention_device
+    own, local = divided(config, sizes.ranks[0]) if beside_others else (sizes.ranks[0], None)
+    ports: dict[int, AttentionPort] = {LOCAL: LocalAttention(attention_worker(own, sizes.own_threads, device))}
+    holders = {
+        rank: Holder(page_count(holder, device), fused=True, rank=rank)
+        for rank, holder in enumerate([own, *sizes.ranks[1:]])
+    }
+    if local is not None:
+        ports[HERE] = LocalAttention(attention_worker(local, sizes.own_threads, device), "here")
+        holders[HERE] = Holder(page_count(local, device), fused=True)
+    return _FusedHolders(own, ports, holders)
+
+
+def _model_workers(
+    files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig, fused: _FusedHolders, weights: DecoderWeights
+) -> Workers[Peer]:
+    """All model workers as one, once those in other processes are ready."""
+    group = None
+    if pools.models is not None and config.replicas == 1:
+        group = pools.models.group(sizes.device, config.worker_timeout)
+    with torch.inference_mode():
+        decoder = Decoder(files.model, weights, Shard(0, config.ranks), None if group is None else group.meet())
+    decoder = sliced(decoder, config.compile)
+    epoch = pools.identity.past_epochs + 1
+    own = ModelWorker(
+        decoder, fused.config, fused.ports, sizes.own_threads, config.worker_timeout, pools.early_query, epoch=epoch
+    )
+    if group is not None:
+        others = {rank: rank for rank in range(1, config.ranks)}
+        return TensorParallelWorkers(own, decoder, group, pools=others, heads=sizes.heads, config=fused.config)
+    if pools.models is not None:
+        peers = pools.models.peers()
+        return PipelineReplicas(own, peers, here=fused.ports, config=fused.config, patience=config.worker_timeout)
+    return own
+
+
 def _query_goes_first(model: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether computing k and v takes so long that q should leave before: longer than three more calls a layer."""
+    """Whether q leaves before k and v are computed: whether that takes longer than three more calls in each layer."""
     kv_bytes = 2 * model.num_key_value_heads * model.head_dim * model.hidden_size * dtype.itemsize
     return kv_bytes > _KV_PROJECTION
 
@@ -324,40 +347,11 @@ def _rebuild_report(progress: Progress | None) -> Callable[[int, int], None]:
     return report
 
 
-def _lanes(config: EngineConfig, attachment: AttentionPool | None) -> LaneTuner:
+def _lanes(config: EngineConfig, attention: AttentionPool | None) -> LaneTuner:
     if config.ranks > 1:
         return LaneTuner(1)
     if isinstance(config.lanes, int):
         return LaneTuner(config.lanes)
     if config.replicas > 1:
         return LaneTuner.auto(config.replicas + 1, config.replicas)
-    return LaneTuner.auto(AUTO_LANES) if attachment is not None else LaneTuner(1)  # nobody to wait for
-
-
-def rescaled(model: ModelConfig, scaling: Mapping[str, Any] | None) -> ModelConfig:
-    """The model with another RoPE scaling, where one is given. Raises InvalidRequest."""
-    if scaling is None:
-        return model
-    try:
-        return model.with_rope_scaling(scaling)
-    except (ModelFileError, UnsupportedModelError) as error:
-        raise InvalidRequest(f"rope_scaling: {error}") from error
-
-
-def _load(
-    model: ModelConfig, path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None, shard: Shard
-) -> DecoderWeights:
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress("loading", done, total)
-
-    size = sum(map(math.prod, tensor_shapes(model).values())) * dtype.itemsize // shard.ranks
-    with room_for("the weights", size, device), Checkpoint(path) as checkpoint, torch.inference_mode():
-        return load_weights(model, checkpoint, dtype, device, report, shard)
-
-
-def _dtype(name: str, device: torch.device, machine: Machine) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else native_dtype(machine)[0]
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return LaneTuner(1) if attention is None else LaneTuner.auto(AUTO_LANES)  # nothing to wait for in this process

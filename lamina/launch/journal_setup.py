@@ -1,13 +1,12 @@
-"""A journal for an engine that is being put together, and what an engine before has left in it.
-
-Knows config, journal and engine by their constructors; what is done with records, `recorder` and `recovery` know.
-"""
+"""The journal of an engine that starts: which engine this is, and what the previous engine left unfinished."""
 
 from __future__ import annotations
 
 import json
 import logging
+import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from lamina.config import EngineConfig
 from lamina.engine.engine import Engine
@@ -21,11 +20,20 @@ from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
 
-_EPOCHS = 1 << 20  # between two starts: more than an engine has, so that a holder that comes late knows no newer one
+_EPOCHS = 1 << 20  # between two starts: more than an engine has, so that a holder that joins late knows no newer epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which engine this is for its workers. `engine` is the id by which they keep its KV, None where they need not.
+    Epochs up to `past_epochs` are those of previous engines; workers refuse them."""
+
+    engine: str | None = None
+    past_epochs: int = 0
 
 
 def open_journal(config: EngineConfig, model: str, holder: HolderConfig, run: Run | None = None) -> Journal | None:
-    """The journal that the config asks for. `model` is the model's fingerprint, `run` as for `Journal`. Raises
+    """The journal that the config asks for. `model` is the model's fingerprint, `run` is as in `Journal`. Raises
     JournalError."""
     if config.journal is None:
         return None
@@ -39,9 +47,16 @@ def open_journal(config: EngineConfig, model: str, holder: HolderConfig, run: Ru
     )
 
 
-def past_epochs(journal: Journal | None) -> int:
-    """The last epoch that an engine before can have had."""
-    return 0 if journal is None else (journal.starts - 1) * _EPOCHS
+def identify(config: EngineConfig, journal: Journal | None) -> Identity:
+    """The identity of the engine that starts with this journal."""
+    if journal is not None:
+        return Identity(journal.engine, _past_epochs(journal))
+    return Identity(secrets.token_hex(16) if config.model_workers > 1 else None)
+
+
+def _past_epochs(journal: Journal) -> int:
+    """The last epoch that a previous engine can have had."""
+    return (journal.starts - 1) * _EPOCHS
 
 
 def recover(
@@ -52,15 +67,15 @@ def recover(
     placement: Placement,
     surveys: Mapping[int, Surveyed],
 ) -> tuple[EngineRequest, ...]:
-    """Have a new engine go on with what the journal's engine before had not finished. `surveys` are what holders, by
-    number, keep. Returns the requests."""
+    """Have a new engine go on with the requests that the journal's previous engine left unfinished, and return them.
+    `surveys` is what holders keep, by number."""
     handles = [part.handle for surveyed in surveys.values() for part in surveyed.parts]
     known = [part[2] for each in journal.history.requests.values() for s in each.samples for part in s.parts]
-    placement.number_parts_from(max([*handles, *known, past_epochs(journal)]))
+    placement.number_parts_from(max([*handles, *known, _past_epochs(journal)]))
     epochs = [surveyed.last_epoch for surveyed in surveys.values()]
-    worker.begin_after(max([*epochs, past_epochs(journal)]))
+    worker.begin_after(max([*epochs, _past_epochs(journal)]))
     handles = [sample.handle for each in journal.history.requests.values() for sample in each.samples]
     unfinished = engine.recover(found(surveys, placement, worker.address), max(handles, default=0))
     if unfinished:
-        logger.warning("%d requests of an engine before go on", len(unfinished))
+        logger.warning("%d requests of the previous engine go on", len(unfinished))
     return unfinished

@@ -24,8 +24,8 @@ import torch
 from rich.progress import Progress
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
-from lamina.launch.builder import rescaled
 from lamina.launch.kv_sizing import holder_config
+from lamina.launch.model_files import rescaled
 from lamina.measure.evaluation.probe import Probe
 from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine

@@ -64,10 +64,10 @@ def gather(llm: LLM, after: Callable[[int], None]) -> list[list[int]]:
 
 
 def members(llm: LLM) -> tuple[WorkerStatus, ...]:
-    attachment = llm._runtime.attachment
-    if attachment is None:
+    pool = llm._runtime.pools.attention
+    if pool is None:
         raise RuntimeError("there are no attention workers")
-    return attachment.members.status()
+    return pool.workers.status()
 
 
 def processes(llm: LLM) -> list[int]:

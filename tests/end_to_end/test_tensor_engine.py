@@ -60,8 +60,8 @@ def alone(model: Path) -> Iterator[LLM]:
 
 def process(llm: LLM, rank: int = 1) -> int | None:
     """The process id of a rank, while it has one."""
-    ranks = llm._runtime.ranks  # type: ignore[union-attr]
-    status = ranks._members.status()[rank - 1]  # type: ignore[union-attr]
+    ranks = llm._runtime.pools.models  # type: ignore[union-attr]
+    status = ranks._processes.status()[rank - 1]  # type: ignore[union-attr]
     return status.process
 
 
@@ -74,8 +74,8 @@ def workers(llm: LLM) -> TensorParallelWorkers:
 
 def met(llm: LLM) -> set[str]:
     """The files through which ranks have met."""
-    ranks = llm._runtime.ranks  # type: ignore[union-attr]
-    return {path.name for path in ranks._crew.folder.glob("group*")}  # type: ignore[union-attr]
+    ranks = llm._runtime.pools.models  # type: ignore[union-attr]
+    return {path.name for path in ranks._listener.folder.glob("group*")}  # type: ignore[union-attr]
 
 
 def returned(llm: LLM) -> int:
@@ -183,7 +183,7 @@ def test_a_rank_killed_at_any_step_changes_no_text(
 def test_an_attention_worker_killed_under_two_ranks_changes_no_text(alone: LLM, model: Path, shard: str) -> None:
     expected = texts(alone, **LONG)
     with engine(model, model_workers=2, attention_workers=2, shard=shard) as llm:
-        members = llm._runtime.attachment.members  # type: ignore[union-attr]
+        members = llm._runtime.pools.attention.workers  # type: ignore[union-attr]
 
         def kill() -> None:
             time.sleep(0.5)
@@ -252,7 +252,7 @@ def test_ranks_over_tcp_with_tls_give_the_text_of_one(
     credentials = make_credentials(folder, ["127.0.0.1"])
     flags = ["--tls-dir", str(folder), "--token-file", str(folder / "token"), "--no-local-channel"]
     members = TlsMembers(2, folder)
-    monkeypatch.setattr(lamina.llm, "_start_runtime", lambda *given: start(*given, model_members=members))
+    monkeypatch.setattr(lamina.llm, "_start_runtime", lambda *given: start(*given, model_workers=members))
     with (
         worker_process(*flags, credentials=credentials) as worker,
         engine(
@@ -280,7 +280,7 @@ def test_a_rank_that_keeps_ending_ends_the_engine(model: Path) -> None:
     members = LocalModelWorkers(2, threads=1, command=command)
     for slot in members._slots:  # so that the test need not wait for the delays of six restarts
         slot.backoff.first, slot.backoff.limit = 0.1, 2
-    runtime = start(model, config, model_members=members)
+    runtime = start(model, config, model_workers=members)
     try:
         ends.set()
         os.kill(members.status()[0].process or 0, signal.SIGKILL)
@@ -313,4 +313,4 @@ def test_a_rank_that_dies_while_it_loads_is_named_with_what_it_said(model: Path)
     says = "import sys; print('the last words', file=sys.stderr); sys.exit(3)"
     members = LocalModelWorkers(2, threads=1, command=lambda name, address: ["python3", "-c", says])
     with pytest.raises(EngineError, match=r"model worker 1 did not start, exit status 3\n  the last words"):
-        start(model, config, model_members=members)
+        start(model, config, model_workers=members)

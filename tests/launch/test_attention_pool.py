@@ -9,17 +9,18 @@ import pytest
 
 from lamina.config import EngineConfig
 from lamina.launch.attention_pool import AttentionPool
+from lamina.launch.journal_setup import Identity
 from lamina_protocols.messages import HolderConfig, LayerSpec
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
 
 
-class Members:
+class Workers:
     def __init__(self, log: list[str]) -> None:
         self._log = log
 
     def close(self) -> None:
-        self._log.append("members")
+        self._log.append("workers")
 
 
 class Port:
@@ -40,11 +41,11 @@ class Port:
 
 def test_workers_that_do_not_answer_are_waited_for_together() -> None:
     log: list[str] = []
-    attachment = AttentionPool(cast(Any, Members(log)), EngineConfig(), HOLDER, "model", "float32")
+    pool = AttentionPool(cast(Any, Workers(log)), EngineConfig(), HOLDER, "model", "float32", Identity())
     all_there = threading.Barrier(3)
-    attachment._ports = cast(Any, [Port(all_there, log) for _ in range(3)])
-    attachment.close()
-    assert log == ["together"] * 3 + ["members"]
+    pool._ports = cast(Any, [Port(all_there, log) for _ in range(3)])
+    pool.close()
+    assert log == ["together"] * 3 + ["workers"]
 
 
 def test_where_no_thread_can_be_started_any_more_all_is_closed_even_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,7 @@ def test_where_no_thread_can_be_started_any_more_all_is_closed_even_so(monkeypat
 
     monkeypatch.setattr(threading.Thread, "start", ending)
     log: list[str] = []
-    attachment = AttentionPool(cast(Any, Members(log)), EngineConfig(), HOLDER, "model", "float32")
-    attachment._ports = cast(Any, [Port(threading.Barrier(1), log) for _ in range(2)])
-    attachment.close()
-    assert log == ["together"] * 2 + ["members"]
+    pool = AttentionPool(cast(Any, Workers(log)), EngineConfig(), HOLDER, "model", "float32", Identity())
+    pool._ports = cast(Any, [Port(threading.Barrier(1), log) for _ in range(2)])
+    pool.close()
+    assert log == ["together"] * 2 + ["workers"]

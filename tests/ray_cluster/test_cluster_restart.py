@@ -93,7 +93,7 @@ say(same=got == expected, lengths=[len(each) for each in got], killed=killed, fi
     assert len(set(engines)) == 3, "each kill wants another process"
     assert said["first"][1] == said["last"][1], "the attention workers were started again"
     assert not any("is lost" in message for message in said["told"])
-    assert sum("of an engine before go on" in message for message in said["told"]) == 2, said["told"]
+    assert sum("of the previous engine go on" in message for message in said["told"]) == 2, said["told"]
     assert all_end([said["last"][0], *said["last"][1]])
 
 
@@ -218,5 +218,5 @@ with on_cluster() as llm:
     assert said["lengths"] == [300] * 6
     assert said["same"], said["told"]
     assert said["here"]
-    assert not any("of an engine before go on" in message for message in said["told"]), "it had no journal"
+    assert not any("of the previous engine go on" in message for message in said["told"]), "it had no journal"
     assert said["workers"] == said["still"], "the attention workers were started again"

@@ -15,8 +15,8 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest, PolicyError
-from lamina.launch.builder import rescaled
 from lamina.launch.kv_sizing import holder_config
+from lamina.launch.model_files import rescaled
 from lamina.measure.calibration.data import TAIL, Corpus, corpus, passkeys
 from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Progress, gather
 from lamina.measure.calibration.quality import Quality, Reading, Target, compare, read

@@ -58,8 +58,8 @@ class Probe:
     @contextmanager
     def load(cls, name: str | Path, config: EngineConfig) -> Iterator[tuple[Probe, Tokenizer]]:
         """The model of that name, set up as `LLM(name, ...)` would, and its tokenizer."""
-        from lamina.launch.builder import rescaled
         from lamina.launch.kv_sizing import holder_config
+        from lamina.launch.model_files import rescaled
 
         path = resolve(name)
         machine = this_machine()

@@ -499,7 +499,9 @@ def connected(llm: LLM, replicas: int) -> bool:
 
 
 def replica_processes(llm: LLM) -> list[int]:
-    return [s.process for s in llm._runtime.ranks._members.status() if s.state == "up" and s.process is not None]
+    return [
+        s.process for s in llm._runtime.pools.models._processes.status() if s.state == "up" and s.process is not None
+    ]
 
 
 @pytest.fixture(scope="module")
