@@ -95,7 +95,7 @@ class AttentionPool:
             raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
     def seats(self, workers: Workers[Peer], number: int) -> Iterator[tuple[int, str, Holder, Surveyed | None]]:
-        """Join all of `ports` to the model workers. Gives the number of each holder, from `number` on, its worker's name,
+        """Join all of `ports` to the model workers. Gives each holder's number (from `number` on), its worker's name,
         the holder, and what it keeps of the previous engine; the holders of one attention worker follow one another.
         Raises as `ports` does."""
         for port, holder in self.ports():
