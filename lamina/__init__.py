@@ -1,6 +1,6 @@
-"""Lamina: LLM decode on unlike machines, cut at attention.
+"""Lamina: LLM decode on machines of different kinds, divided at attention.
 
-The names below load on first use: importing `lamina` loads neither torch nor ray.
+Importing it loads neither torch nor ray: names that need them are loaded at their first use.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""`generate`, `stream`, `close`: one call through an `LLM` that is kept between calls."""
+"""`generate`, `stream` and `close`: an `LLM` that is kept between calls."""
 
 from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lamina.client.input_processor import Prompt
+from lamina.client.input_processor import Prompts
 from lamina.completions import Completion, TokenEvent
 from lamina.config import DEFAULT_MODEL
 from lamina.llm import LLM
@@ -19,23 +19,15 @@ _kept: tuple[str, LLM] | None = None
 
 
 def generate(
-    prompts: Prompt | Sequence[Prompt],
-    params: SamplingParams | None = None,
-    *,
-    model: str | Path = DEFAULT_MODEL,
-    **sampling: Any,
+    prompts: Prompts, params: SamplingParams | None = None, *, model: str | Path = DEFAULT_MODEL, **sampling: Any
 ) -> Completion | list[Completion]:
-    """Complete prompts with a model: `LLM.generate` with default settings. The model stays loaded until `close()`,
-    or until another one is asked for."""
+    """Complete prompts with a model: `LLM.generate` with default settings. The model stays loaded until `close()` or a
+    call with another model."""
     return _llm(model).generate(prompts, params, **sampling)
 
 
 def stream(
-    prompts: Prompt | Sequence[Prompt],
-    params: SamplingParams | None = None,
-    *,
-    model: str | Path = DEFAULT_MODEL,
-    **sampling: Any,
+    prompts: Prompts, params: SamplingParams | None = None, *, model: str | Path = DEFAULT_MODEL, **sampling: Any
 ) -> Iterator[TokenEvent]:
     """Like `generate`, token by token. Stopping the iteration ends the request."""
     return _llm(model).stream(prompts, params, **sampling)

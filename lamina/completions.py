@@ -1,4 +1,4 @@
-"""What callers pass in and get back: frozen values, checked once. Knows no model, no tensor, no tokenizer."""
+"""What callers get back: completions, events, and why an interrupted call has only some of them. Frozen values."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
-"""Why a sample ended: a stop string or token, a full `max_tokens` or context, or an abort by its caller."""
+"""Why a sample ended: by a stop string or token, by `max_tokens` or the context's end, or by an abort of its caller."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens that one prompt took. `cached_tokens` of the prompt came from the prefix cache, not from a prefill;
+    """The tokens of one prompt. `cached_tokens` of the prompt came from the prefix cache instead of a prefill;
     `completion_tokens` counts all samples."""
 
     prompt_tokens: int
@@ -22,10 +22,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When things happened to one prompt, in seconds since it was submitted.
+    """Times of one prompt, in seconds since it was submitted.
 
-    `queued` until it was first scheduled, `first_token` until the first token of any sample, `total` until the
-    last token of all samples. `tokens` counts the tokens generated in that time, over all samples.
+    `queued` is when it was first scheduled, `first_token` when the first token of any sample came, `total` when the
+    last token of all samples came. `tokens` counts the tokens of all samples.
     """
 
     queued: float
@@ -41,8 +41,8 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and the natural logarithm of its probability under the model itself: softmax of the raw logits,
-    before temperature, penalties and filters. `top` has the likeliest tokens at this place, likeliest first."""
+    """A token and the natural logarithm of its probability: softmax of the model's raw logits, before temperature,
+    penalties and filters. `top` has the likeliest tokens at this position, likeliest first."""
 
     token_id: int
     text: str
@@ -52,9 +52,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One continuation of a prompt. `logprobs` has one entry a token, or is None where none were asked for.
+    """One continuation of a prompt. `logprobs` has one entry for each token, or is None if none were asked for.
 
-    `token_ids` holds every token generated, a stop token included; `text` ends at a stop string.
+    `token_ids` has all generated tokens, a stop token included; `text` ends at a stop string.
     """
 
     index: int
@@ -66,11 +66,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """All that one prompt gave: `n` samples, the first of which the plain properties show. `str()` is its text.
+    """The `n` samples of one prompt. `str()` and the properties such as `text` are those of the first sample.
 
-    `stats` counts what happened on the way, by name: preemptions, cached_tokens; and where a KV policy was at work,
-    of what reading and keeping everything would take in decode, `kv_read` (bytes) and `kv_held` (pages), and what it
-    estimates of the attention mass that it did not read, `missed_mass` and the worst query's `missed_mass_worst`.
+    `stats` has counts by name: `preemptions` and `cached_tokens`. If a KV policy saved something in decode, it also has
+    `kv_read` (bytes) and `kv_held` (pages) as shares of what reading and keeping everything would take, and if the
+    policy estimates the attention mass that was not read, `missed_mass` and the worst query's `missed_mass_worst`.
     """
 
     samples: tuple[Sample, ...]
@@ -95,7 +95,7 @@ class Completion:
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        """The first sample's log probabilities, one entry a token, or None where none were asked for."""
+        """The first sample's log probabilities, one entry for each token, or None if none were asked for."""
         return self.samples[0].logprobs
 
     def __str__(self) -> str:
@@ -104,9 +104,9 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token of a stream. `text` is what it adds to the sample's text: often nothing while a character or a
-    possible stop string is incomplete. `finish_reason` is set on a sample's last event only;
-    a sample that its caller aborts has no such event."""
+    """One token of a stream. `text` is what it adds to the sample's text, often nothing while a character or a possible
+    stop string is incomplete. `finish_reason` is set on a sample's last event only; a sample that its caller aborts has
+    no such event."""
 
     text: str
     token_id: int
@@ -117,7 +117,7 @@ class TokenEvent:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while prompts were under way. `completions` has those that were finished, None for the others."""
+    """Ctrl-C during a call. `completions` has those that were finished, None for the other prompts."""
 
     def __init__(self, completions: Sequence[Completion | None]) -> None:
         finished = sum(completion is not None for completion in completions)

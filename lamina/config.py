@@ -1,6 +1,6 @@
-"""How an engine is set up: frozen, checked once, every error naming the value and what is allowed.
+"""`EngineConfig`: the settings of an engine. Frozen, and checked once: errors name the value and what is allowed.
 
-Knows the choices; knows nothing of the machine (`runtime` fills in what is left to it).
+What a setting leaves to the machine, `lamina.launch.kv_sizing` decides.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DATA_CHANNELS = ("grpc", "tcp")
 MODEL_PARALLEL = ("tensor", "replicas")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "dtype": DTYPES, "kv_dtype": KV_DTYPES, "page_size": PAGE_SIZES, "shard": SHARDS, "model_parallel": MODEL_PARALLEL,
+    "data_channel": DATA_CHANNELS,
+}  # fmt: skip
+_SECONDS = (("worker_timeout", 0.1, 86400), ("recovery_timeout", 0.1, 86400), ("worker_linger", 0, 3600))
 MAX_WORKERS = 1024
 MAX_LANES = 8
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -29,94 +34,92 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What `LLM(...)` takes. None and "auto" leave a choice to the machine or the model."""
+    """The keywords of `LLM(...)`. None and "auto" leave a choice to the machine or the model."""
 
     dtype: str = "auto"
-    """Of weights and computing: bfloat16 where the device has it, else float32."""
+    """Of weights and computing; auto: bfloat16 where the device has it, else float32."""
     device: str | Sequence[str] = "auto"
-    """Of the dense layers: cpu, cuda (with several model workers one GPU each) or cuda:N, or a name for each model
-    worker; auto: cuda where there are GPUs enough, else cpu."""
+    """Of the dense layers: cpu, cuda (one GPU for each model worker) or cuda:N, or a name for each model worker; auto:
+    cuda if there are enough GPUs, else cpu."""
     attention_device: str | Sequence[str] = "auto"
-    """Where KV lies and attention is computed, by attention workers that are started here, or else by the engine: cpu,
-    cuda (one GPU a worker) or cuda:N, or a name for each worker; auto: cpu."""
+    """Where KV is kept and attention is computed, by attention workers that are started here, or else by the engine:
+    cpu, cuda (one GPU for each worker) or cuda:N, or a name for each worker; auto: cpu."""
     compile: bool = False
-    """Send what is computed between two attentions through torch.compile."""
+    """Compile the layers between two attentions with torch.compile."""
     max_model_len: int | None = None
-    """The longest sequence in tokens; None: the model's context, or what `kv_memory` holds if that is less."""
+    """The longest sequence in tokens; None: the model's context, or as many as `kv_memory` holds if that is less."""
     kv_memory: int | str | None = None
     """Bytes of KV for each holder, or text such as "2GiB"; None: a quarter of the memory that is available."""
     kv_dtype: str = "auto"
-    """What K and V are stored in; auto: as `dtype`. int8 and float8_e4m3fn keep a scale for each token and head;
-    the CPU kernels have no float8."""
+    """Of stored K and V; auto: as `dtype`. int8 and float8_e4m3fn have a scale for each token and head; the CPU kernels
+    have no float8."""
     page_size: int = 32
-    """Tokens a KV page."""
+    """Tokens of a KV page."""
     max_batch_tokens: int | None = None
-    """Tokens a batch, prefill chunks and decode steps together; None: 1024."""
+    """Tokens of a batch, of prefill chunks and decode together; None: 1024."""
     threads: int | None = None
-    """CPU threads of one step; None: one a core."""
+    """CPU threads of one step; None: one for each core."""
     prefix_cache: bool = True
     """Keep the KV of prompts and answers, so that shared prefixes are computed once."""
     policy: str | Path | None = None
-    """What each KV head reads and keeps: None or "full" for everything, "auto" for what matters, another policy for
-    all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
+    """What each KV head reads and keeps: None or "full" for everything, "auto" for the keys that matter, another policy
+    for all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
     rope_scaling: Mapping[str, Any] | None = None
     """Overrides the RoPE scaling of the model's config, for contexts longer than it allows."""
     model_workers: int = 1
-    """How many processes share the dense layers: this one, and others that are started beside it."""
+    """How many processes compute the dense layers: this one, and others that are started beside it."""
     model_parallel: str = "tensor"
-    """How they share: "tensor" cuts each layer among them, "replicas" gives each all of it, for batches in turn."""
+    """How they share the work: "tensor" cuts each layer among them, "replicas" gives each the whole model, and batches
+    go to them in turn."""
     attention_workers: int | Sequence[str] = 0
-    """How many attention workers to start, or the "host:port" of each that was started elsewhere. 0: attention is
-    computed in the engine's process."""
+    """How many attention workers to start, or the "host:port" of each one that runs elsewhere. 0: attention is computed
+    in the engine's process."""
     shard: str = "heads"
     """How attention workers share a sequence: "heads", "sequence" (ranges of positions) or "heads+sequence"."""
     local_share: str | float = "auto"
-    """With attention workers, how much of the KV that decoding reads is kept and attended in the engine's process, 0 to
-    1; auto: as much as makes steps shortest, as measured. Three quarters of the engine's `kv_memory` are for that."""
+    """With attention workers, the share (0 to 1) of the KV that decoding reads which is kept and attended in the
+    engine's process; auto: the share with the shortest steps, as measured. Three quarters of the engine's `kv_memory`
+    are for it."""
     cluster: str | None = None
-    """The address of a Ray cluster, or "auto", where engine and attention workers are placed; None: this machine."""
+    """The address of the Ray cluster, or "auto", on which engine and attention workers run; None: this machine."""
     lanes: int | str = "auto"
-    """Batches under way at a time, so that one computes while another waits for attention; auto: as measured. With
-    replicas at most one more than those; with several tensor-parallel model workers there is one: they add up their
-    parts of one batch at a time."""
+    """How many batches are under way at a time, so that one computes while another waits for attention; auto: as
+    measured. With replicas at most one more than there are; with tensor-parallel model workers one, because they add up
+    their parts of one batch at a time."""
     worker_timeout: float = 10.0
-    """Seconds without a sign of life, or beyond what its work should take, after which an attention worker is lost."""
+    """Seconds without a heartbeat, or beyond what its work should take, after which an attention worker is lost."""
     recovery_timeout: float = 60.0
-    """Seconds that requests wait for an attention worker to join where none is left."""
+    """Seconds that requests wait for an attention worker to join if none is left."""
     journal: str | Path | None = None
-    """A folder for the engine's journal: after the death of its process, another with the same folder goes on with what
-    was unfinished. None: nothing is kept."""
+    """A folder for the engine's journal. After the death of its process, another engine with the same folder goes on
+    with the unfinished requests. None: no journal."""
     worker_linger: float = 60.0
-    """Seconds that attention workers keep the KV of an engine that has a journal and is gone."""
+    """Seconds that attention workers keep the KV of an engine with a journal after it is gone."""
     local_channel: bool = True
     """Use a Unix socket to an attention worker on the same host."""
     data_channel: str = "grpc"
     """How batches travel to an attention worker on another host: grpc or tcp."""
     tls_dir: str | Path | None = None
-    """A folder with ca.pem, and cert.pem and key.pem where attention workers ask for a certificate."""
+    """A folder with ca.pem, and cert.pem and key.pem if attention workers ask for a certificate."""
     token_file: str | Path | None = None
     """A file with the token that attention workers ask for."""
     insecure: bool = False
     """Allow attention workers on other hosts without TLS and token."""
 
     def __post_init__(self) -> None:
-        _choice("dtype", self.dtype, DTYPES)
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed or isinstance(value, bool):
+                raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {', '.join(map(str, allowed))}")
         for name in ("device", "attention_device"):
             try:
                 object.__setattr__(self, name, check_names(name, getattr(self, name)))
             except DeviceError as error:
                 raise InvalidRequest(str(error)) from error
-        _choice("kv_dtype", self.kv_dtype, KV_DTYPES)
-        _choice("page_size", self.page_size, PAGE_SIZES)
-        _choice("shard", self.shard, SHARDS)
-        _choice("model_parallel", self.model_parallel, MODEL_PARALLEL)
-        _choice("data_channel", self.data_channel, DATA_CHANNELS)
-        for name in ("worker_timeout", "recovery_timeout"):
+        for name, low, most in _SECONDS:
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0.1 <= value <= 86400:
-                raise InvalidRequest(f"{name} is {value!r:.80}; allowed are 0.1 to 86400 seconds")
-        if type(self.worker_linger) not in (int, float) or not 0 <= self.worker_linger <= 3600:
-            raise InvalidRequest(f"worker_linger is {self.worker_linger!r:.80}; allowed are 0 to 3600 seconds")
+            if type(value) not in (int, float) or not low <= value <= most:
+                raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {low} to {most} seconds")
         if self.journal is not None and not (isinstance(self.journal, (str, Path)) and str(self.journal).strip()):
             raise InvalidRequest(f"journal is {self.journal!r:.80}; allowed is a folder, or None")
         self._check_workers()
@@ -148,12 +151,12 @@ class EngineConfig:
 
     @property
     def linger(self) -> float:
-        """Seconds that attention workers keep KV after its channel: 0 where nobody could come back for it."""
+        """Seconds that attention workers keep KV once its channel is closed: 0 if no engine could come back for it."""
         return self.worker_linger if self.journal is not None or self.ranks > 1 else 0.0
 
     @property
     def holders_here(self) -> int:
-        """How many holders of KV this machine has: the local one, and attention workers that are started here."""
+        """How many holders of KV this machine has: the engine's own, and attention workers that are started here."""
         return 1 + (self.attention_workers if isinstance(self.attention_workers, int) and not self.cluster else 0)
 
     def _check_workers(self) -> None:
@@ -208,8 +211,3 @@ def parse_size(name: str, value: object) -> int:
     if size is None or not 1 <= size <= 2**50:
         raise InvalidRequest(f'{name} is {value!r:.80}; allowed are 1 byte to 1 PiB, as an integer or text like "2GiB"')
     return int(size)
-
-
-def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed or isinstance(value, bool):
-        raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {', '.join(map(str, allowed))}")

@@ -8,7 +8,7 @@ LaminaError
 ├── UnsupportedModelError     the model is well formed, but Lamina does not implement it
 ├── PolicyError               a KV policy is unknown, contradicts itself, or is for another model
 ├── KernelsUnavailable        the attention kernels that LAMINA_KERNELS names cannot run here
-├── DeviceError               a device is called what none is, or is not there; a ValueError too
+├── DeviceError               a device's name is wrong, or there is no such device; a ValueError too
 ├── NotEnoughMemory           a device has too little memory for weights or KV
 ├── RanksError                a model cannot be cut among that many model workers; a ValueError too
 ├── EngineError               the engine stopped, or could not go on with this request
@@ -17,12 +17,12 @@ LaminaError
 ├── HolderFault               a holder could not go on with a batch (the engine runs it again)
 │   ├── HolderLost            a holder is gone (the engine rebuilds its KV elsewhere)
 │   └── RankLost              a model worker that shares the model is gone or silent (it is started again)
-├── KVError                   a holder was asked for something its parts do not allow
+├── KVError                   a holder got an operation that its parts do not allow
 │   └── PoolExhausted         a batch needs more pages than are free (the scheduler makes room)
 ├── WorkerUnreachable         no attention worker answers at an address; it may do so later
 ├── WorkerRefused             a worker refuses: another version, model or dtype, a wrong token, draining
-│   └── WorkerBusy            it has a session with somebody else
-├── ServerError               an attention worker cannot serve as it is configured, or not at that address
+│   └── WorkerBusy            it has a session with another engine
+├── ServerError               an attention worker cannot serve with its settings, or not at that address
 ├── CredentialsError          certificates or a token are missing, unreadable or wrong
 ├── ChannelClosed             the other side of a channel is gone
 ├── AddressError              an address is not HOST:PORT
@@ -56,7 +56,7 @@ class InvalidRequest(LaminaError, ValueError):
 
 
 class ContextTooLong(InvalidRequest):
-    """A prompt and its output make more tokens than a sequence can have. Clients of OpenAI's API know the wording."""
+    """A prompt and its output make more tokens than a sequence can have. The message is worded as OpenAI's."""
 
     def __init__(self, limit: int, prompt: int, max_tokens: int, why: str = "") -> None:
         limited = f"This model's maximum context length is {limit} tokens{f' ({why})' if why else ''}"
@@ -65,11 +65,11 @@ class ContextTooLong(InvalidRequest):
 
 
 class EngineError(LaminaError):
-    """The engine stopped, or could not go on with this request. What went wrong first is the `__cause__`."""
+    """The engine stopped, or could not go on with this request. The first error is its `__cause__`."""
 
 
 class WorkersUnavailable(EngineError):
-    """An engine cannot start: no attention worker can be reached, now."""
+    """An engine cannot start now: no attention worker can be reached."""
 
 
 class JournalError(LaminaError):

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 from lamina.client.call import Call
-from lamina.client.input_processor import Conversations, Prompts, is_conversation, is_one
+from lamina.client.input_processor import Conversations, Prepared, Prompts
 from lamina.completions import Completion, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
-from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.system.progress import Progress
 from lamina_workers.devices.openmp import share_cores
@@ -100,49 +99,49 @@ class LLM:
         self, prompts: Prompts, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Completion | list[Completion]:
         """Complete prompts: text or lists of token ids. Ctrl-C raises Interrupted, with what was finished."""
-        return self._prompts(prompts, params, priority, sampling).result()
+        return self._start(self._runtime.inputs.prompts(prompts), params, priority, sampling).result()
 
     def chat(
         self, messages: Conversations, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Completion | list[Completion]:
         """Answer a conversation, a list of {"role": ..., "content": ...}, or each of a list of conversations."""
-        return self._conversations(messages, params, priority, sampling).result()
+        return self._start(self._runtime.inputs.conversations(messages), params, priority, sampling).result()
 
     def stream(
         self, prompts: Prompts, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Iterator[TokenEvent]:
         """Like `generate`, token by token. Bad arguments raise here, not at the first token."""
-        return iter(self._prompts(prompts, params, priority, sampling))
+        return iter(self._start(self._runtime.inputs.prompts(prompts), params, priority, sampling))
 
     def stream_chat(
         self, messages: Conversations, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Iterator[TokenEvent]:
         """Like `chat`, token by token."""
-        return iter(self._conversations(messages, params, priority, sampling))
+        return iter(self._start(self._runtime.inputs.conversations(messages), params, priority, sampling))
 
     async def agenerate(
         self, prompts: Prompts, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Completion | list[Completion]:
         """`generate` for event loops."""
-        return await self._prompts(prompts, params, priority, sampling)
+        return await self._start(self._runtime.inputs.prompts(prompts), params, priority, sampling)
 
     async def achat(
         self, messages: Conversations, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> Completion | list[Completion]:
         """`chat` for event loops."""
-        return await self._conversations(messages, params, priority, sampling)
+        return await self._start(self._runtime.inputs.conversations(messages), params, priority, sampling)
 
     def astream(
         self, prompts: Prompts, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> AsyncIterator[TokenEvent]:
         """`stream` for event loops."""
-        return aiter(self._prompts(prompts, params, priority, sampling))
+        return aiter(self._start(self._runtime.inputs.prompts(prompts), params, priority, sampling))
 
     def astream_chat(
         self, messages: Conversations, params: SamplingParams | None = None, *, priority: int = 0, **sampling: Any
     ) -> AsyncIterator[TokenEvent]:
         """`stream_chat` for event loops."""
-        return aiter(self._conversations(messages, params, priority, sampling))
+        return aiter(self._start(self._runtime.inputs.conversations(messages), params, priority, sampling))
 
     @property
     def unfinished(self) -> int:
@@ -157,8 +156,8 @@ class LLM:
         """
         unfinished = self._runtime.unfinished if not self._resumed else ()
         self._resumed = True
-        nothing_received: tuple[tuple[int, ...], bool] = ((), False)
-        call = self._start([replace(each, received=(nothing_received,) * each.params.n) for each in unfinished])
+        again = [replace(request, received=(((), False),) * request.params.n) for request in unfinished]
+        call = Call(self._runtime, again)
         call.result()
         return call.completions()
 
@@ -184,31 +183,17 @@ class LLM:
             raise EngineError("this LLM is closed")
         return runtime
 
-    def _prompts(
-        self, prompts: Prompts, params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
+    def _start(
+        self, prepared: Prepared, params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
     ) -> Call:
-        token_ids = self._runtime.inputs.prompts(prompts)
-        return self._start(self._requests(token_ids, params, priority, sampling), is_one(prompts))
-
-    def _conversations(
-        self, messages: Conversations, params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
-    ) -> Call:
-        token_ids = self._runtime.inputs.conversations(messages)
-        return self._start(self._requests(token_ids, params, priority, sampling), is_conversation(messages))
-
-    def _requests(
-        self, prompts: list[list[int]], params: SamplingParams | None, priority: int, sampling: Mapping[str, Any]
-    ) -> list[EngineRequest]:
-        """One request for each prompt, checked but not submitted."""
+        """A call whose requests are checked. It submits them once it is waited for or iterated."""
         if params is not None and sampling:
             raise InvalidRequest(f"both params and {', '.join(sampling)} were given; allowed is one of the two")
         if params is not None and not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params is {params!r:.80}; allowed is a SamplingParams")
-        return self._runtime.inputs.requests(prompts, params or SamplingParams.from_keywords(**sampling), priority)
-
-    def _start(self, requests: Sequence[EngineRequest], one: bool = False) -> Call:
-        """A call, which submits the requests once it is waited for or iterated."""
-        return Call(self._runtime, requests, one, owner=self)
+        params = params or SamplingParams.from_keywords(**sampling)
+        requests = self._runtime.inputs.requests(prepared.prompts, params, priority)
+        return Call(self._runtime, requests, prepared.one, owner=self)
 
 
 def _start_runtime(model: str | Path, config: EngineConfig, progress: Progress | None) -> Runtime | ClusterRuntime:

@@ -1,14 +1,14 @@
-"""Policy files: which KV policy each layer and KV head of a model has, as TOML that a person can read and edit.
+"""Policy files: the KV policy of each layer and KV head of a model, as TOML that a person can read and edit.
 
     version = 1
-    model = "smollm2-135m"      # for people
+    model = "smollm2-135m"      # for readers
     fingerprint = "..."         # of `lamina_workers.decoder.checkpoint.fingerprint`; "": any model of this shape
-    [about]                     # whatever a reader wants: texts, numbers, true or false
-    [[layer]]                   # one a layer, in order
+    [about]                     # remarks for readers: texts, numbers, true or false
+    [[layer]]                   # one for each layer, in order
     heads = ["full", "streaming(sink=64, recent=256)"]
 
-Everything wrong is a PolicyError that names the file, the value and what is allowed. DuoAttention's published
-patterns become policy files here too.
+Every error is a PolicyError that names the file, the value and what is allowed. `import_duo` makes policy files from
+DuoAttention's published patterns.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 
 VERSION = 1
+AUTO = "retrieval"  # exact while that is as fast, else by sketches of pages: measured in docs/long_context.md
 MAX_BYTES = 4 << 20
 MAX_LAYERS, MAX_HEADS = 1024, 4096  # as `ModelConfig` allows
 _MAX_TEXT = 4000  # characters of a name or a remark
@@ -42,7 +43,7 @@ About = Mapping[str, str | int | float | bool]
 
 @dataclass(frozen=True, slots=True)
 class PolicyFile:
-    """What a policy file says. `heads` has, by layer, the policy of each KV head, as `parse` reads it."""
+    """The contents of a policy file. `heads` has the policy of each KV head by layer, as `parse` reads it."""
 
     model: str
     fingerprint: str
@@ -108,17 +109,17 @@ def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
 
 
 def write(path: str | Path, file: PolicyFile) -> None:
-    """Write a policy file: all of it, or nothing. Raises PolicyError where that cannot be done."""
+    """Write a policy file, whole or not at all. Raises PolicyError."""
     write_text(path, dumps(file))
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Put a UTF-8 file in the place of whatever is at `path`, in one step. Raises PolicyError."""
+    """Write a UTF-8 file to `path`, in place of an older one, in one step. Raises PolicyError."""
     text_files.write_text(path, text, PolicyError)
 
 
 def dumps(file: PolicyFile) -> str:
-    """The file's text: `read` gives back the same."""
+    """The file's text, from which `read` makes an equal file."""
     lines = [
         f"version = {VERSION}",
         f"model = {toml_value(file.model)}",
@@ -137,9 +138,9 @@ def dumps(file: PolicyFile) -> str:
 def import_duo(path: str | Path, sparsity: float, sink: int | None = None, recent: int | None = None) -> PolicyFile:
     """DuoAttention's full_attention_heads.tsv (arXiv 2410.10819) as a policy file for any model of that shape.
 
-    Of the KV heads the share `sparsity` with the smallest alpha becomes streaming, where alphas tie those of lower
-    layers first. Sizes that are not given come from config.json beside the file, else they are 64 and 256, as
-    published for use. Raises PolicyError.
+    The share `sparsity` of the KV heads with the smallest alpha becomes streaming; among equal alphas the lower layers
+    come first. Sizes that are not given come from config.json beside the file, else they are the published 64 and 256.
+    Raises PolicyError.
     """
     if not 0 <= sparsity <= 1:
         raise PolicyError(f"sparsity is {sparsity}; allowed is 0 to 1")
@@ -163,7 +164,7 @@ def import_duo(path: str | Path, sparsity: float, sink: int | None = None, recen
 def read_alphas(path: str | Path) -> tuple[tuple[float, ...], ...]:
     """Alpha of each layer (row) and KV head (column) of a full_attention_heads.tsv, clamped to [0, 1].
 
-    Raises PolicyError for what is ragged, empty, no number, or far outside.
+    Raises PolicyError if rows differ in length, or a value is missing, no number, or far outside.
     """
     try:
         rows = [line.split() for line in read_text(path).splitlines() if line.strip()]
@@ -190,7 +191,8 @@ def _alpha(row: int, word: str) -> float:
 
 
 def _duo_sizes(path: Path) -> tuple[int, int]:
-    """(sink, recent) of a DuoAttention config.json: those for use where it says so, else those of its training."""
+    """(sink, recent) of a DuoAttention config.json: the sizes for deployment if it has them, else those of its
+    training."""
     if not path.exists():
         return 64, 256
     try:
@@ -256,13 +258,10 @@ def _remark(name: str, value: Any) -> None:
         )
 
 
-AUTO = "retrieval"  # exact while that is as fast, else by sketches of pages: measured in docs/long_context.md
-
-
 def head_policies(
     policy: str | Path | None, model: ModelConfig, fingerprint: str
 ) -> tuple[tuple[str, ...], ...] | None:
-    """Per layer, for each KV head, how it is read and kept; None where that is everything.
+    """The policy of each KV head by layer; None if all heads read and keep everything.
 
     `fingerprint` is that of the model's files. Raises PolicyError for a policy that is unknown, contradicts itself, or
     is for another model.

@@ -1,4 +1,4 @@
-"""How tokens are chosen and when a sample ends: `SamplingParams`, frozen and checked once."""
+"""`SamplingParams`: how tokens are chosen and when a sample ends. Frozen, and checked once."""
 
 from __future__ import annotations
 
@@ -13,62 +13,34 @@ from typing import Any
 from lamina.errors import InvalidRequest, ModelFileError
 
 MAX_SAMPLES = 256
-
-
 MAX_LOGPROBS = 20
-
-
 MAX_STOP_STRINGS = 64
-
-
 MAX_STOP_LENGTH = 1024  # characters
-
-
 MAX_SCHEMA = 256 << 10  # characters of JSON
-
-
 MAX_SCHEMA_DEPTH = 64
-
-
 MAX_REGEX = 16 << 10  # characters
-
-
 MAX_CHOICES = 4096
-
-
-MAX_GRAMMAR = 512 << 10  # characters, of all choices together too
-
-
-JSON_OBJECT = '{"type":"object"}'
-"""The `json_schema` of any JSON object."""
-
-
+MAX_GRAMMAR = 512 << 10  # characters, also of all choices together
+JSON_OBJECT = '{"type":"object"}'  # the `json_schema` of any JSON object
 _CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 
-
-# The fields that a model's generation_config.json may set, and what they are where neither it nor the caller does.
-# Without a temperature sampling is at 1, but only where `do_sample` is true: decoding is greedy unless asked for.
-_MODEL_DEFAULTS: dict[str, float] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-}
+# What a model's generation_config.json may set, and the values if neither it nor the caller sets them. A temperature
+# that is not set is 1, but counts only with `do_sample`: decoding is greedy by default.
+_MODEL_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen, and when a sample ends. Raises `InvalidRequest` on any value that is not allowed.
 
-    `None` in one of the first five means the model's own default (`with_defaults`), else greedy and neutral.
-    Greedy is temperature 0. The filters apply in the order min_p, top_k, top_p, after the temperature.
+    `None` in one of the first five fields means the model's own default (`with_defaults`), else greedy and neutral.
+    Greedy is temperature 0. The filters apply after the temperature, in the order min_p, top_k, top_p.
     """
 
     temperature: float | None = None
     """0 to 100; 0, and anything below 1e-5, always takes the likeliest token."""
     top_p: float | None = None
-    """Above 0 to 1: keep the likeliest tokens that together reach this probability."""
+    """Above 0, up to 1: keep the likeliest tokens that together reach this probability."""
     top_k: int | None = None
     """Keep the k likeliest tokens; 0 (or -1) keeps all."""
     min_p: float | None = None
@@ -101,12 +73,11 @@ class SamplingParams:
     """How many of the likeliest tokens to report beside the chosen one, 0 to 20. None reports nothing."""
     json_schema: str | Mapping[str, Any] | None = None
     """The text is JSON that fits this JSON Schema: a mapping, or JSON of at most 256 Ki characters and 64 levels. Kept
-    as JSON. At most one of `json_schema`, `regex`, `choice` and `grammar` may be given. Each makes tokens impossible
-    with which the text could not be completed, whatever their logits; a sample whose text can only end does so, with
-    reason "stop", and where it must end, `min_tokens` and `ignore_eos` give way. Stop strings and `max_tokens` end a
-    sample as ever, complete or not."""
+    as JSON. At most one of `json_schema`, `regex`, `choice` and `grammar` may be given. A token after which the text
+    could not be completed is impossible. A sample whose text can only end ends, with reason "stop", even before
+    `min_tokens` or with `ignore_eos`. Stop strings and `max_tokens` end a sample although its text is incomplete."""
     regex: str | None = None
-    """The text matches this regular expression from its begin to its end: Rust's syntax, without look-around and
+    """The whole text matches this regular expression: Rust's syntax, without look-around and
     back-references, of 1 to 16384 characters."""
     choice: Sequence[str] | None = None
     """The text is one of these strings: 1 to 4096, none empty. Kept as a tuple."""
@@ -154,7 +125,7 @@ class SamplingParams:
 
     @property
     def constrained(self) -> bool:
-        """Whether only some texts are possible."""
+        """Whether a schema, regex, choice or grammar limits the text."""
         return any(getattr(self, name) is not None for name in _CONSTRAINTS)
 
     @classmethod
@@ -182,7 +153,7 @@ class SamplingParams:
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         try:
             return dataclasses.replace(self, **missing)
-        except InvalidRequest as error:  # the fields of self were checked before: only a default can be wrong
+        except InvalidRequest as error:  # the fields of self are checked already: only a default can be wrong
             raise ModelFileError(f"generation_config.json: {error}") from error
 
 
@@ -202,7 +173,7 @@ def _optional(check: Callable[..., Any], name: str, value: object, *limits: floa
 
 def _real(name: str, value: Any, low: float, high: float, *, above_low: bool = False) -> float:
     allowed = f"a number {'above' if above_low else 'from'} {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are Real, a bool is no number
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are Real
         raise _refused(name, value, allowed)
     number: Any = value
     if not low <= number <= high or (above_low and number == low):  # NaN compares false
@@ -270,7 +241,7 @@ def _choices(name: str, value: object) -> tuple[str, ...]:
 
 
 def _json_schema(name: str, value: object) -> str:
-    """A JSON Schema as JSON text; also what is wrong with it as JSON. What it says is looked at elsewhere."""
+    """A JSON Schema as JSON text. Only its form as JSON is checked here, not its meaning as a schema."""
     allowed = f"a JSON Schema of at most {MAX_SCHEMA} characters and {MAX_SCHEMA_DEPTH} levels: a mapping, or JSON"
     if not isinstance(value, str | Mapping):
         raise _refused(name, value, allowed)
@@ -299,7 +270,7 @@ def _no_json(literal: str) -> None:
 
 
 def json_depth(value: object, most: int) -> int:
-    """How many lists and mappings stand within each other in a JSON value; it is not looked further than `most` + 1."""
+    """How deep lists and mappings are nested in a JSON value, counted up to `most` + 1."""
     level, depth = [value], 0
     while level and depth <= most:
         nested = [item for item in level if isinstance(item, dict | list)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from lamina.errors import InvalidRequest
 from lamina.messages.engine_request import EngineRequest
@@ -20,6 +20,13 @@ Prompt: TypeAlias = str | Sequence[int]
 Prompts: TypeAlias = Prompt | Sequence[Prompt]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 Conversations: TypeAlias = Conversation | Sequence[Conversation]
+
+
+class Prepared(NamedTuple):
+    """The token ids of each prompt of a call, and whether the call gave one prompt instead of a list."""
+
+    prompts: list[list[int]]
+    one: bool
 
 
 class InputProcessor:
@@ -99,20 +106,21 @@ class InputProcessor:
             for prompt in prompts
         ]
 
-    def prompts(self, prompts: Prompts) -> list[list[int]]:
-        """The token ids of one prompt, or of each of several."""
+    def prompts(self, prompts: Prompts) -> Prepared:
+        """One prompt, or several."""
         if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, str | Sequence):
             raise InvalidRequest(
                 f"prompts is {prompts!r:.80}; allowed is text, a list of token ids, or a list of those"
             )
         if is_one(prompts):
-            return [self._prompt("the prompt", prompts)]
-        return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+            return Prepared([self._prompt("the prompt", prompts)], one=True)
+        return Prepared([self._prompt(f"prompts[{index}]", given) for index, given in enumerate(prompts)], one=False)
 
-    def conversations(self, messages: Conversations) -> list[list[int]]:
-        """The token ids of one conversation, or of each of several, as the model's chat template writes them."""
-        listed: Any = [messages] if is_conversation(messages) else messages
-        return [self.tokenizer.chat(conversation) for conversation in listed]
+    def conversations(self, messages: Conversations) -> Prepared:
+        """One conversation, or several, as the model's chat template writes them."""
+        one = not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], list | tuple)
+        listed: Any = [messages] if one else messages
+        return Prepared([self.tokenizer.chat(conversation) for conversation in listed], one)
 
     def _prompt(self, name: str, prompt: object) -> list[int]:
         if isinstance(prompt, str):
@@ -132,8 +140,3 @@ class InputProcessor:
 def is_one(prompts: object) -> bool:
     """Whether `prompts` is a single prompt: text, or a list that begins with a token id (or is empty)."""
     return isinstance(prompts, str) or (isinstance(prompts, Sequence) and (not prompts or isinstance(prompts[0], int)))
-
-
-def is_conversation(messages: object) -> bool:
-    """Whether `messages` is one conversation and not a list of them."""
-    return not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], list | tuple)

@@ -94,16 +94,12 @@ class RemoteEngine:
         with self._door:
             if not self.alive:
                 raise EngineError(self._why or self._parted)
-            if request.received is None:
-                self._open[request.id] = _Open(request, self._clock(), [[] for _ in range(request.params.n)])
-                if not self._parted:  # else `rejoin` submits it
-                    self._commands.put(encode_request(request))
-                return
-            tokens = [list(tokens) for tokens, _ in request.received]
-            ended = {sample for sample, (_, ended) in enumerate(request.received) if ended}
-            self._open[request.id] = entry = _Open(request, self._clock(), tokens, ended)
-            if not self._parted:
-                self._commands.put(encode_resumed(request, entry.received()))
+            received = request.received
+            known = (((), False),) * request.params.n if received is None else received
+            ended = {sample for sample, (_, over) in enumerate(known) if over}
+            self._open[request.id] = _Open(request, self._clock(), [list(tokens) for tokens, _ in known], ended)
+            if not self._parted:  # else `rejoin` submits it
+                self._commands.put(encode_request(request) if received is None else encode_resumed(request, received))
 
     def abort(self, request: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
         with self._door:

@@ -23,6 +23,7 @@ from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.messages import HolderConfig, Surveyed
 from lamina_protocols.service import WorkerUnreachable
 from lamina_workers.errors import HolderFault
+from lamina_workers.model_worker.interface import Seat
 from lamina_workers.parallel.tensor_parallel import seat
 from lamina_workers.ports.port import survey
 from lamina_workers.ports.remote import RemoteAttention, connect
@@ -39,10 +40,10 @@ LOCAL = 0  # the number of the holder in the engine's own process
 
 
 class AttentionPool:
-    """The attention workers of one engine: `begin`, `ports` or `seats`, `watch`, `close`, in this order.
+    """The attention workers of one engine: `begin`, `join`, `watch`, `close`, in this order.
 
     `holder` is what the holders of rank 0 are built from, `heads` how many KV heads each rank has, `model` the model's
-    fingerprint. `found` has what workers keep of the previous engine, by port; it is closed unless it is adopted.
+    fingerprint.
     """
 
     def __init__(
@@ -56,7 +57,6 @@ class AttentionPool:
         heads: Sequence[int] = (1,),
     ) -> None:
         self.workers = workers
-        self.found: dict[str, Surveyed] = {}
         self._identity = identity
         self._share = (heads[0], sum(heads)) if len(heads) > 1 else (1, 1)
         self._credentials: dict[str, Credentials | None] = {}  # by port
@@ -72,9 +72,13 @@ class AttentionPool:
         """Start the workers. Returns at once."""
         self._started = self._threads.submit(self.workers.start, progress)
 
-    def ports(self) -> Iterator[tuple[RemoteAttention, Holder]]:
-        """A connected port to each worker, once all are up, with its holder. A worker that is gone again is given up if
-        others are there. Raises EngineError where they do not start or refuse."""
+    def join(self, workers: Workers[Peer], number: int) -> Iterator[tuple[int, str, Holder, Surveyed | None]]:
+        """Join all attention workers to the model workers, once they are up. Gives each holder's number (from `number`
+        on), its worker's name, the holder, and what it keeps of the previous engine.
+
+        An attention worker that is gone again is given up if others are there. Raises EngineError where they do not
+        start or refuse.
+        """
         if self._started is None:
             raise EngineError("the attention workers were not begun")
         gone, connected = "none is up", False
@@ -82,7 +86,7 @@ class AttentionPool:
         for worker, future in futures:
             try:
                 port = future.result()
-                holder = self._as_holder(port)
+                own = self._seat(port)
             except (WorkerUnreachable, HolderFault) as error:
                 gone = str(error)
                 self._give_up(worker, error)
@@ -90,23 +94,15 @@ class AttentionPool:
             except LaminaError as error:
                 raise EngineError(f"an attention worker cannot be used: {error}") from error
             connected = True
-            yield port, holder
-        if not connected:
-            raise WorkersUnavailable(f"no attention worker can be used: {gone}")
-
-    def seats(self, workers: Workers[Peer], number: int) -> Iterator[tuple[int, str, Holder, Surveyed | None]]:
-        """Join all of `ports` to the model workers. Gives each holder's number (from `number` on), its worker's name,
-        the holder, and what it keeps of the previous engine; the holders of one attention worker follow one another.
-        Raises as `ports` does."""
-        for port, holder in self.ports():
             try:
                 others = workers.join(number, port, self._credentials[port.name])
             except HolderFault as error:
                 raise EngineError(str(error)) from error
-            yield number, port.name, holder, self.found.get(port.name)
-            for at, other in enumerate(others, number + 1):
-                yield at, port.name, seated(other), other.kept
-            number += 1 + len(others)
+            for each in (own, *others):
+                yield number, port.name, seated(each), each.kept
+                number += 1
+        if not connected:
+            raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
     def watch(self, engine: Engine) -> None:
         """Notify the engine from now on of workers that join and leave."""
@@ -114,11 +110,11 @@ class AttentionPool:
         def joined(worker: WorkerAddress) -> None:
             try:
                 port = self._connect(worker)
-                holder = self._as_holder(port)
+                own = self._seat(port)
             except LaminaError as error:
                 self._give_up(worker, error)
                 return
-            engine.join(port, holder, worker.credentials)
+            engine.join(port, seated(own), worker.credentials)
 
         self.workers.watch(joined, engine.leave)
 
@@ -157,12 +153,12 @@ class AttentionPool:
         self._ports = [*(known for known in self._ports if not known.closed), port]
         return port
 
-    def _as_holder(self, port: RemoteAttention) -> Holder:
+    def _seat(self, port: RemoteAttention) -> Seat:
+        """Rank 0's seat behind a port. Raises HolderFault where what it keeps cannot be listed."""
         own = seat(0, port.capacity, self._holder)
-        if port.resumed:
-            kept = self.found[port.name] = survey(port, self._config.worker_timeout, self._identity.past_epochs)
-            own = own._replace(kept=kept)
-        return seated(own)
+        if not port.resumed:
+            return own
+        return own._replace(kept=survey(port, self._config.worker_timeout, self._identity.past_epochs))
 
 
 def connect_attention(

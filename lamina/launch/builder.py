@@ -237,7 +237,7 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
     scratch: tuple[int, ...] = ()
     if pools.attention is not None:
         scratch = tuple(range(config.ranks))
-        for number, name, holder, surveyed in pools.attention.seats(worker, 2 * config.ranks):
+        for number, name, holder, surveyed in pools.attention.join(worker, 2 * config.ranks):
             names[number], holders[number] = name, holder
             if surveyed is not None:
                 kept[number] = surveyed

@@ -35,13 +35,18 @@ def requests(*prompts: list[int], inputs: InputProcessor | None = None, **params
     ],
 )
 def test_prompts_are_token_ids_of_one_or_of_each(given: Any, expected: list[list[int]]) -> None:
-    assert processor().prompts(given) == expected
+    assert processor().prompts(given).prompts == expected
 
 
 @pytest.mark.parametrize("given", [b"ab", 7, None, "", ["a", ""], [1.5], [[1, "a"]], ["a", 3], [True, "a"]])
 def test_prompts_are_refused_when_they_are_neither_text_nor_token_ids(given: Any) -> None:
     with pytest.raises(InvalidRequest):
         processor().prompts(given)
+
+
+@pytest.mark.parametrize(("given", "one"), [("ab", True), ([97], True), ([], True), (["ab"], False), ([[97]], False)])
+def test_prompts_say_whether_they_are_one_or_a_list(given: Any, one: bool) -> None:
+    assert processor().prompts(given).one == one
 
 
 def test_prompts_name_the_one_that_is_wrong() -> None:
@@ -52,8 +57,8 @@ def test_prompts_name_the_one_that_is_wrong() -> None:
 def test_conversations_are_written_by_the_template_one_or_each() -> None:
     talk, inputs = [{"role": "user", "content": "hi"}], processor()
     written = inputs.tokenizer.encode("user: hi\n")
-    assert inputs.conversations(talk) == [written]
-    assert inputs.conversations([talk, [*talk, *talk]]) == [written, written * 2]
+    assert inputs.conversations(talk) == ([written], True)
+    assert inputs.conversations([talk, [*talk, *talk]]) == ([written, written * 2], False)
 
 
 def test_requests_have_ids_of_their_own_with_the_prefix() -> None:
