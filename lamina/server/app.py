@@ -22,9 +22,9 @@ from lamina.server.http.errors import ApiError
 from lamina.server.http.gate import Gate, Metrics, NoMetrics, count_rejection
 from lamina.server.http.limits import ClientGone
 from lamina.server.openai import model_routes, response_schemas, schemas
-from lamina.server.openai.calls import Service
 from lamina.server.openai.chat import chat
 from lamina.server.openai.completions import completions
+from lamina.server.openai.service import Service
 from lamina.server.page.page import PUBLIC_PATHS, add_page
 from lamina.server.settings import ServerSettings
 from lamina.version import __version__

@@ -44,10 +44,10 @@ class Observer(Protocol):
     def next_tokens(self, seconds: float, count: int) -> None:
         """`count` further tokens of one sample came together, so long after the one before them."""
 
-    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
-        """A prompt has ended, so long after it was submitted; its samples say why. `ticket` says what was asked."""
+    def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
+        """A prompt has ended, so long after it was submitted; its samples say why. `request` says what was asked."""
 
-    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
+    def failed(self, request: EngineRequest, error: LaminaError) -> None:
         """A prompt ended with an error."""
 
 
@@ -58,9 +58,9 @@ class Unobserved:
 
     def next_tokens(self, seconds: float, count: int) -> None: ...
 
-    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None: ...
+    def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None: ...
 
-    def failed(self, ticket: EngineRequest, error: LaminaError) -> None: ...
+    def failed(self, request: EngineRequest, error: LaminaError) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Served:
 
     engine: EngineClient
     tokenizer: Tokenizer
-    intake: InputProcessor
+    inputs: InputProcessor
     progress: None = None
 
 
@@ -118,11 +118,11 @@ class Frontend:
         return served
 
     def begin(
-        self, tickets: Sequence[EngineRequest], timeout: float, streamed: bool = True, of: float | None = None
+        self, requests: Sequence[EngineRequest], timeout: float, streamed: bool = True, of: float | None = None
     ) -> Generation:
         """Submit requests that must end within so many seconds, which are what is left `of` so many. Unless they are
         streamed, events come only once a sample has ended, which wakes the event loop less. Raises EngineError."""
-        return Generation(self, self.served, tickets, timeout, streamed, of or timeout)
+        return Generation(self, self.served, requests, timeout, streamed, of or timeout)
 
     async def snapshot(self, timeout: float = 2.0) -> Snapshot | None:
         """What the engine is doing: the last that was seen where it does not answer in time, None where none was."""
@@ -166,27 +166,27 @@ class Generation:
         self,
         frontend: Frontend,
         served: Served,
-        tickets: Sequence[EngineRequest],
+        requests: Sequence[EngineRequest],
         timeout: float,
         streamed: bool,
         of: float,
     ) -> None:
         self._frontend = frontend
-        self._tickets = tickets
+        self._requests = requests
         self._of = of
-        self._inbox = AsyncOutputs(timeout)
+        self._outputs = AsyncOutputs(timeout)
         self._failure: LaminaError | None = None  # came together with events, which are given first
         self._streamed = streamed
         self._begun = time.monotonic()
         try:
-            self._call = Call(served, tickets)
-            self._call.submit(self._inbox.put, streamed)
+            self._call = Call(served, requests)
+            self._call.submit(self._outputs.put, streamed)
         except BaseException:
-            self._inbox.close()
+            self._outputs.close()
             raise
         self._last: dict[tuple[int, int], float] = {}  # by prompt and sample
-        self._told: set[int] = set()  # prompts whose end the observer knows of
-        frontend.active += sum(ticket.request.n for ticket in tickets)
+        self._reported: set[int] = set()  # prompts whose end the observer knows of
+        frontend.active += sum(request.request.n for request in requests)
 
     async def __aenter__(self) -> Generation:
         return self
@@ -194,17 +194,17 @@ class Generation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._frontend.active -= sum(ticket.request.n for ticket in self._tickets)
-        self._inbox.close()
+        self._frontend.active -= sum(request.request.n for request in self._requests)
+        self._outputs.close()
         self._call.abort()
         now = time.monotonic()
-        for index, (ticket, completion) in enumerate(zip(self._tickets, self._call.completions(), strict=True)):
-            if index in self._told:
+        for index, (request, completion) in enumerate(zip(self._requests, self._call.completions(), strict=True)):
+            if index in self._reported:
                 continue
             if isinstance(error, LaminaError):
-                self._frontend.observer.failed(ticket, error)
+                self._frontend.observer.failed(request, error)
             else:
-                self._frontend.observer.ended(ticket, completion, now - self._begun)
+                self._frontend.observer.ended(request, completion, now - self._begun)
 
     def __aiter__(self) -> Generation:
         return self
@@ -214,19 +214,19 @@ class Generation:
             raise self._failure
         while not self._call.done:
             try:
-                item: Delivery | None = await self._inbox.get()
+                delivery: Delivery | None = await self._outputs.get()
             except (TimeoutError, asyncio.TimeoutError):
                 raise DeadlineExceeded(f"the request took longer than its {self._of:g} seconds") from None
             events: list[TokenEvent] = []
-            while item is not None:
+            while delivery is not None:
                 try:
-                    events += self._call.take(item)
+                    events += self._call.take(delivery)
                 except LaminaError as error:
                     if not events:
                         raise
                     self._failure = error
                     break
-                item = self._inbox.get_nowait()
+                delivery = self._outputs.get_nowait()
             self._observe(events)
             if events:
                 return events
@@ -242,14 +242,14 @@ class Generation:
             self._observe_tokens(events, now)
         if any(event.finish_reason is not None for event in events):
             for index, completion in enumerate(self._call.finished()):
-                if completion is not None and index not in self._told:
-                    self._told.add(index)
+                if completion is not None and index not in self._reported:
+                    self._reported.add(index)
                     if not self._streamed:  # what came when, as far as the engine's own times tell
                         timing = completion.timing
                         observer.first_token(timing.first_token)
                         if timing.tokens > 1:
                             observer.next_tokens(timing.total - timing.first_token, timing.tokens - 1)
-                    observer.ended(self._tickets[index], completion, now - self._begun)
+                    observer.ended(self._requests[index], completion, now - self._begun)
 
     def _observe_tokens(self, events: Sequence[TokenEvent], now: float) -> None:
         observer = self._frontend.observer

@@ -521,9 +521,9 @@ def test_special_tokens_of_the_tokenizer(llm: LLM, tmp_path: Path) -> None:
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
         (tmp_path / name).write_bytes((runtime.model_path / name).read_bytes())
     tokenizer = Tokenizer(tmp_path)
-    intake = InputProcessor(tokenizer, runtime.limits.max_model_len, runtime.possible, runtime.model.vocab_size, {})
+    inputs = InputProcessor(tokenizer, runtime.limits.max_model_len, runtime.possible, runtime.model.vocab_size, {})
     frontend = Frontend()
-    frontend.ready(Served(runtime.engine, tokenizer, intake))
+    frontend.ready(Served(runtime.engine, tokenizer, inputs))
 
     def tokens(reply: Any) -> int:
         return int(reply.json["usage"]["prompt_tokens"])

@@ -91,7 +91,7 @@ class ServerMetrics:
         # Called for each token. Tokens that came together count as if they had come evenly.
         self._between.observe(seconds / count, count)
 
-    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
+    def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
         timing, usage = completion.timing, completion.usage
         for sample in completion.samples:
             self._finished[sample.finish_reason] = self._finished.get(sample.finish_reason, 0) + 1
@@ -100,9 +100,9 @@ class ServerMetrics:
         self._prompt.observe(usage.prompt_tokens)
         self._generated.observe(usage.completion_tokens)
         self._longest.observe(longest)
-        self._n.observe(ticket.request.n)
-        self._max_tokens.observe(ticket.request.max_tokens)
-        if ticket.scheduled is None:  # it ended in the queue
+        self._n.observe(request.request.n)
+        self._max_tokens.observe(request.request.max_tokens)
+        if request.scheduled is None:  # it ended in the queue
             return
         self._queue.observe(timing.queued)
         self._inference.observe(max(0.0, timing.total - timing.queued))
@@ -114,7 +114,7 @@ class ServerMetrics:
         if longest > 1:
             self._per_token.observe(decode / (longest - 1))
 
-    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
+    def failed(self, request: EngineRequest, error: LaminaError) -> None:
         self._finished["error"] += 1
         _count(self._failures, type(error).__name__)
 

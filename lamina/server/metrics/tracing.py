@@ -23,7 +23,7 @@ Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _OPERATIONS = {"/v1/chat/completions": "chat"}  # all others complete text
-_PATIENCE = 3.0  # seconds for the collector to take a batch of spans, retries included
+_EXPORT_TIMEOUT = 3.0  # seconds for the collector to take a batch of spans, retries included
 _MAX_STATE = 512  # characters of a tracestate that are passed on: what W3C asks for at least
 
 _request: ContextVar[tuple[str, Mapping[str, str]]] = ContextVar("lamina_traced_request", default=("", {}))
@@ -54,7 +54,7 @@ class Tracer:
             raise InvalidRequest(f"{message}pip install 'lamina[tracing]'") from error
         resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "lamina")})
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=_PATIENCE)))
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=_EXPORT_TIMEOUT)))
         return cls(provider, model)
 
     def middleware(self, app: App) -> App:
@@ -79,23 +79,23 @@ class Tracer:
         """Send what waits, and stop. Takes some seconds where nobody takes it."""
         self._provider.shutdown()
 
-    def completed(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
+    def completed(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
         """A span of a prompt that has just ended, so long after it was submitted."""
         end = time.time_ns()
         start = end - round(seconds * 1e9)
         timing, usage = completion.timing, completion.usage
-        span = self._begin(ticket, start)
+        span = self._begin(request, start)
         span.set_attributes(
             {
                 "gen_ai.usage.input_tokens": usage.prompt_tokens,
                 "gen_ai.usage.output_tokens": usage.completion_tokens,
-                "gen_ai.usage.cache_read.input_tokens": ticket.cached_tokens,
+                "gen_ai.usage.cache_read.input_tokens": request.cached_tokens,
                 "gen_ai.response.finish_reasons": tuple(sample.finish_reason for sample in completion.samples),
-                "lamina.preemptions": ticket.preemptions,
+                "lamina.preemptions": request.preemptions,
             }
         )
         span.add_event("queued", timestamp=start)
-        if ticket.scheduled is not None:
+        if request.scheduled is not None:
             span.set_attribute("gen_ai.latency.time_in_queue", timing.queued)
             span.add_event("scheduled", timestamp=start + round(timing.queued * 1e9))
         if usage.completion_tokens:
@@ -104,35 +104,35 @@ class Tracer:
             span.add_event("last token", timestamp=min(end, start + round(timing.total * 1e9)))
         span.end(end_time=end)
 
-    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
+    def failed(self, request: EngineRequest, error: LaminaError) -> None:
         """A span of a prompt that has just ended with an error."""
         from opentelemetry.trace import Status, StatusCode
 
         end = time.time_ns()
-        span = self._begin(ticket, end - round((time.monotonic() - ticket.submitted) * 1e9))
+        span = self._begin(request, end - round((time.monotonic() - request.submitted) * 1e9))
         span.set_attribute("error.type", type(error).__name__)
         span.set_status(Status(StatusCode.ERROR))
         span.end(end_time=end)
 
-    def _begin(self, ticket: EngineRequest, start: int) -> Any:
+    def _begin(self, request: EngineRequest, start: int) -> Any:
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         path, headers = _request.get()
-        operation, params = _OPERATIONS.get(path, "text_completion"), ticket.params
+        operation, params = _OPERATIONS.get(path, "text_completion"), request.params
         asked = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "lamina",
             "gen_ai.request.model": self._model,
             "gen_ai.response.model": self._model,
-            "gen_ai.request.max_tokens": ticket.request.max_tokens,
-            "gen_ai.request.choice.count": ticket.request.n,
+            "gen_ai.request.max_tokens": request.request.max_tokens,
+            "gen_ai.request.choice.count": request.request.n,
             "gen_ai.request.temperature": params.temperature,
             "gen_ai.request.top_p": params.top_p,
             "gen_ai.request.top_k": params.top_k,
             "gen_ai.request.frequency_penalty": params.frequency_penalty,
             "gen_ai.request.presence_penalty": params.presence_penalty,
-            "lamina.request.id": ticket.request.id,
+            "lamina.request.id": request.id,
         }
         return self._tracer.start_span(
             f"{operation} {self._model}",
@@ -152,10 +152,10 @@ class _Observing:
         self.first_token = observer.first_token
         self.next_tokens = observer.next_tokens
 
-    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
-        self._observer.ended(ticket, completion, seconds)
-        self._tracer.completed(ticket, completion, seconds)
+    def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
+        self._observer.ended(request, completion, seconds)
+        self._tracer.completed(request, completion, seconds)
 
-    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
-        self._observer.failed(ticket, error)
-        self._tracer.failed(ticket, error)
+    def failed(self, request: EngineRequest, error: LaminaError) -> None:
+        self._observer.failed(request, error)
+        self._tracer.failed(request, error)

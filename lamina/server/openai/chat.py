@@ -23,7 +23,6 @@ from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import responses
-from lamina.server.openai.calls import GRACE, Call, Service
 from lamina.server.openai.responses import Chunks, chat_logprob, dumps
 from lamina.server.openai.sampling_fields import (
     blaming,
@@ -36,6 +35,7 @@ from lamina.server.openai.sampling_fields import (
     truncated,
 )
 from lamina.server.openai.schemas import ChatRequest, TokenizeRequest
+from lamina.server.openai.service import GRACE, RequestContext, Service
 from lamina.server.openai.tool_parser import Delta, ToolParser
 from lamina.server.openai.tools import ToolUse, call_text, tags_are_special
 from lamina.text.tokenizer import Tokenizer, check_messages
@@ -47,14 +47,14 @@ class Chat:
     should see, None where there are no tools."""
 
     fields: ChatRequest
-    ticket: EngineRequest
+    request: EngineRequest
     eos_ids: tuple[int, ...]
     prefix: str
     hidden: tuple[str, ...] | None
 
     @property
     def params(self) -> SamplingParams:
-        return self.ticket.params
+        return self.request.params
 
     @property
     def as_ids(self) -> bool:
@@ -68,16 +68,16 @@ class Chat:
 
 async def chat(service: Service, request: Request) -> Response:
     """Answer one request."""
-    call = service.call(request)
-    fields = await service.read(request, ChatRequest, call)
+    context = service.context(request)
+    fields = await service.read(request, ChatRequest, context)
     served = service.served(1, fields.n or 1)
-    salt = service.salt(call, fields.cache_salt)
-    work = service.prepare(call, _prepared, fields, served, salt)
-    prepared = await while_connected(request.receive, work, call.timeout + GRACE)
-    named = responses.named("chatcmpl", fields.request_id or call.id, service.settings.model)
+    salt = service.salt(context, fields.cache_salt)
+    work = service.prepare(context, _prepared, fields, served, salt)
+    prepared = await while_connected(request.receive, work, context.timeout + GRACE)
+    named = responses.named("chatcmpl", fields.request_id or context.id, service.settings.model)
     if fields.stream:
-        return EventStream(_frames(service, prepared, call, named), call.timeout + GRACE, service.translate)
-    return await while_connected(request.receive, _whole(service, prepared, call, named), call.timeout + GRACE)
+        return EventStream(_frames(service, prepared, context, named), context.timeout + GRACE, service.translate)
+    return await while_connected(request.receive, _whole(service, prepared, context, named), context.timeout + GRACE)
 
 
 def prompt_text(
@@ -99,10 +99,10 @@ def prompt_text(
     )
 
 
-def checked_messages(messages: Any, intake: InputProcessor) -> list[dict[str, Any]]:
+def checked_messages(messages: Any, inputs: InputProcessor) -> list[dict[str, Any]]:
     """Messages in the form that templates expect. Raises InvalidRequest, ApiError where they are too long."""
     checked = check_messages(messages)
-    check_characters(sum(len(message["content"]) for message in checked), intake, "messages")
+    check_characters(sum(len(message["content"]) for message in checked), inputs, "messages")
     return checked
 
 
@@ -114,32 +114,32 @@ def new_call_id() -> str:
 def _prepared(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> Chat:
     """Everything that can be wrong with a request is found here, before anything is submitted."""
     _check(fields)
-    tokenizer, intake = served.tokenizer, served.intake
+    tokenizer, inputs = served.tokenizer, served.inputs
     special = tags_are_special(tokenizer.special_tokens)
     use = ToolUse.from_request(
         fields.tools, fields.tool_choice, fields.parallel_tool_calls, tokenizer.template_knows_tools, special
     )
-    messages = checked_messages(fields.messages, intake)
+    messages = checked_messages(fields.messages, inputs)
     text = prompt_text(fields, messages, tokenizer, use)
-    check_characters(len(text), intake, "messages")
+    check_characters(len(text), inputs, "messages")
     limit = _limit(fields)
-    ids = truncated(fields, tokenizer.encode(text, bool(fields.add_special_tokens)), intake, limit)
+    ids = truncated(fields, tokenizer.encode(text, bool(fields.add_special_tokens)), inputs, limit)
     way, structure = _structure(fields, use, special)
     try:
         with blaming(way):
             params = sampling(
                 fields,
-                intake,
-                max_tokens=max(1, intake.max_model_len - len(ids)) if limit is None else limit,
+                inputs,
+                max_tokens=max(1, inputs.max_model_len - len(ids)) if limit is None else limit,
                 logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
                 structure=structure,
             )
-            (ticket,) = intake.requests([ids], params, fields.priority or 0, salt)
+            (request,) = inputs.requests([ids], params, fields.priority or 0, salt)
     except ContextTooLong as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
     hidden = None if use is None else tuple(end for eos in tokenizer.eos_ids if (end := tokenizer.token(eos)))
     prefix = messages[-1]["content"] if fields.echo and messages[-1]["role"] == "assistant" else ""
-    return Chat(fields, ticket, tokenizer.eos_ids, prefix, hidden)
+    return Chat(fields, request, tokenizer.eos_ids, prefix, hidden)
 
 
 def _check(fields: ChatRequest) -> None:
@@ -199,13 +199,13 @@ def _in_words(messages: Sequence[Mapping[str, Any]], note: str | None) -> list[d
     return written
 
 
-async def _whole(service: Service, chat: Chat, call: Call, named: Mapping[str, Any]) -> Response:
-    async with service.begin([chat.ticket], call, streamed=False) as generation:
+async def _whole(service: Service, chat: Chat, context: RequestContext, named: Mapping[str, Any]) -> Response:
+    async with service.begin([chat.request], context, streamed=False) as generation:
         async for _ in generation:
             pass
         (completion,) = generation.completions()
     choices = [_choice(chat, sample) for sample in completion.samples]
-    used = responses.usage([chat.ticket], completion.usage.completion_tokens)
+    used = responses.usage([chat.request], completion.usage.completion_tokens)
     content = {**named, "object": "chat.completion", "choices": choices, "usage": used}
     return Response(dumps(content).encode(), media_type="application/json")
 
@@ -252,10 +252,12 @@ def _collected(deltas: Sequence[Delta]) -> tuple[str, list[dict[str, Any]]]:
     return "".join(content), calls
 
 
-async def _frames(service: Service, chat: Chat, call: Call, named: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
+async def _frames(
+    service: Service, chat: Chat, context: RequestContext, named: Mapping[str, Any]
+) -> AsyncGenerator[bytes, None]:
     """Whole frames, as they come."""
     writer = _Writer(chat, named)
-    async with service.begin([chat.ticket], call, streamed=True) as generation:
+    async with service.begin([chat.request], context, streamed=True) as generation:
         async for events in generation:
             if frames := writer.events(events):
                 yield frames
@@ -270,7 +272,7 @@ class _Writer:
         fields = chat.fields
         self._chat = chat
         self._chunks = Chunks(
-            {**named, "object": "chat.completion.chunk"}, [chat.ticket], fields.include_usage, fields.continuous_usage
+            {**named, "object": "chat.completion.chunk"}, [chat.request], fields.include_usage, fields.continuous_usage
         )
         n = chat.params.n
         self._parsers = [chat.parser() for _ in range(n)]

@@ -21,7 +21,6 @@ from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import responses
-from lamina.server.openai.calls import GRACE, Call, Service
 from lamina.server.openai.responses import Chunks, TextLogprobs, dumps
 from lamina.server.openai.sampling_fields import (
     blaming,
@@ -33,22 +32,23 @@ from lamina.server.openai.sampling_fields import (
     truncated,
 )
 from lamina.server.openai.schemas import CompletionRequest
+from lamina.server.openai.service import GRACE, RequestContext, Service
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Completions that can be submitted, a ticket a prompt. `prefixes`: what the texts of each prompt begin with."""
+    """Completions that can be submitted, a request a prompt. `prefixes`: what the texts of each prompt begin with."""
 
     fields: CompletionRequest
-    tickets: Sequence[EngineRequest]
+    requests: Sequence[EngineRequest]
     eos_ids: tuple[int, ...]
     prefixes: Sequence[str]
 
     @property
     def params(self) -> SamplingParams:
-        return self.tickets[0].params
+        return self.requests[0].params
 
     def logprobs(self, prompt: int) -> TextLogprobs:
         """For one sample of a prompt."""
@@ -57,40 +57,40 @@ class Texts:
 
 async def completions(service: Service, request: Request) -> Response:
     """Answer one request."""
-    call = service.call(request)
-    fields = await service.read(request, CompletionRequest, call)
+    context = service.context(request)
+    fields = await service.read(request, CompletionRequest, context)
     one = is_one(fields.prompt) or not isinstance(fields.prompt, list)
     served = service.served(1 if one else len(fields.prompt), fields.n or 1)
-    salt = service.salt(call, fields.cache_salt)
-    work = service.prepare(call, _prepared, fields, served, salt)
-    prepared = await while_connected(request.receive, work, call.timeout + GRACE)
-    named = responses.named("cmpl", fields.request_id or call.id, service.settings.model) | {
+    salt = service.salt(context, fields.cache_salt)
+    work = service.prepare(context, _prepared, fields, served, salt)
+    prepared = await while_connected(request.receive, work, context.timeout + GRACE)
+    named = responses.named("cmpl", fields.request_id or context.id, service.settings.model) | {
         "object": "text_completion"
     }
     if fields.stream:
-        return EventStream(_frames(service, prepared, call, named), call.timeout + GRACE, service.translate)
-    return await while_connected(request.receive, _whole(service, prepared, call, named), call.timeout + GRACE)
+        return EventStream(_frames(service, prepared, context, named), context.timeout + GRACE, service.translate)
+    return await while_connected(request.receive, _whole(service, prepared, context, named), context.timeout + GRACE)
 
 
 def _prepared(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> Texts:
     """Everything that can be wrong with a request is found here, before anything is submitted."""
     _check(fields)
-    tokenizer, intake = served.tokenizer, served.intake
+    tokenizer, inputs = served.tokenizer, served.inputs
     given = [fields.prompt] if is_one(fields.prompt) or not isinstance(fields.prompt, list) else fields.prompt
     names = ["prompt"] if given is not fields.prompt else [f"prompt[{index}]" for index in range(len(given))]
     prompts = [
-        truncated(fields, _tokens(name, prompt, fields, served), intake, fields.max_tokens)
+        truncated(fields, _tokens(name, prompt, fields, served), inputs, fields.max_tokens)
         for name, prompt in zip(names, given, strict=True)
     ]
     with blaming("structured_outputs"):
         params = sampling(
             fields,
-            intake,
+            inputs,
             max_tokens=fields.max_tokens or DEFAULT_MAX_TOKENS,
             logprobs=fields.logprobs,
             structure=structured(fields.structured_outputs),
         )
-        tickets = intake.requests(prompts, params, fields.priority or 0, salt)
+        requests = inputs.requests(prompts, params, fields.priority or 0, salt)
     prefixes = [""] * len(prompts)
     if fields.echo:
         whole = fields.truncate_prompt_tokens is None
@@ -98,7 +98,7 @@ def _prepared(fields: CompletionRequest, served: Served, salt: tuple[str, str]) 
             prompt if isinstance(prompt, str) and whole else tokenizer.decode(ids)
             for prompt, ids in zip(given, prompts, strict=True)
         ]
-    return Texts(fields, tickets, tokenizer.eos_ids, prefixes)
+    return Texts(fields, requests, tokenizer.eos_ids, prefixes)
 
 
 def _check(fields: CompletionRequest) -> None:
@@ -119,7 +119,7 @@ def _tokens(name: str, prompt: Any, fields: CompletionRequest, served: Served) -
     if isinstance(prompt, str):
         if not prompt:
             raise refused(name, prompt, "text of at least one character")
-        check_characters(len(prompt), served.intake, name)
+        check_characters(len(prompt), served.inputs, name)
         special = True if fields.add_special_tokens is None else fields.add_special_tokens
         return served.tokenizer.encode(prompt, special)
     if not isinstance(prompt, list) or not prompt or not all(type(token) is int for token in prompt):
@@ -127,15 +127,15 @@ def _tokens(name: str, prompt: Any, fields: CompletionRequest, served: Served) -
     return prompt
 
 
-async def _whole(service: Service, texts: Texts, call: Call, named: Mapping[str, Any]) -> Response:
-    async with service.begin(texts.tickets, call, streamed=False) as generation:
+async def _whole(service: Service, texts: Texts, context: RequestContext, named: Mapping[str, Any]) -> Response:
+    async with service.begin(texts.requests, context, streamed=False) as generation:
         async for _ in generation:
             pass
         ended = generation.completions()
     choices = [
         _choice(texts, prompt, sample) for prompt, completion in enumerate(ended) for sample in completion.samples
     ]
-    used = responses.usage(texts.tickets, sum(completion.usage.completion_tokens for completion in ended))
+    used = responses.usage(texts.requests, sum(completion.usage.completion_tokens for completion in ended))
     return Response(dumps({**named, "choices": choices, "usage": used}).encode(), media_type="application/json")
 
 
@@ -151,10 +151,12 @@ def _choice(texts: Texts, prompt: int, sample: Sample) -> dict[str, Any]:
     }
 
 
-async def _frames(service: Service, texts: Texts, call: Call, named: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
+async def _frames(
+    service: Service, texts: Texts, context: RequestContext, named: Mapping[str, Any]
+) -> AsyncGenerator[bytes, None]:
     """Whole frames, as they come."""
     writer = _Writer(texts, named)
-    async with service.begin(texts.tickets, call, streamed=True) as generation:
+    async with service.begin(texts.requests, context, streamed=True) as generation:
         async for events in generation:
             if frames := writer.events(events):
                 yield frames
@@ -168,9 +170,9 @@ class _Writer:
     def __init__(self, texts: Texts, named: Mapping[str, Any]) -> None:
         fields = texts.fields
         self._texts = texts
-        self._chunks = Chunks(named, texts.tickets, fields.include_usage, fields.continuous_usage)
+        self._chunks = Chunks(named, texts.requests, fields.include_usage, fields.continuous_usage)
         self._n = texts.params.n
-        count = self._n * len(texts.tickets)
+        count = self._n * len(texts.requests)
         self._logprobs = [texts.logprobs(index // self._n) for index in range(count)]
         self._prefixes = [texts.prefixes[index // self._n] for index in range(count)]  # empty once sent
         self._ended = [False] * count

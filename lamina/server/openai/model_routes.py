@@ -13,15 +13,15 @@ from starlette.responses import JSONResponse, Response
 
 from lamina.server.frontend import EngineUnavailable, Served
 from lamina.server.http.errors import ApiError, refused
-from lamina.server.openai.calls import Service
 from lamina.server.openai.chat import checked_messages, prompt_text
 from lamina.server.openai.sampling_fields import check_characters
 from lamina.server.openai.schemas import DetokenizeRequest, TokenizeRequest
+from lamina.server.openai.service import Service
 from lamina.server.openai.tools import ToolUse
 from lamina.version import __version__
 
 _STARTED = int(time.time())
-_PATIENCE = 1.0  # seconds for which /metrics waits for the engine
+_SNAPSHOT_TIMEOUT = 1.0  # seconds for which /metrics waits for the engine
 
 
 async def models(service: Service, request: Request) -> Response:
@@ -39,16 +39,16 @@ async def model(service: Service, request: Request) -> Response:
 
 async def tokenize(service: Service, request: Request) -> Response:
     """POST /tokenize."""
-    call = service.call(request)
-    fields = await service.read(request, TokenizeRequest, call)
-    return JSONResponse(await service.prepare(call, _tokenized, fields, service.frontend.served))
+    context = service.context(request)
+    fields = await service.read(request, TokenizeRequest, context)
+    return JSONResponse(await service.prepare(context, _tokenized, fields, service.frontend.served))
 
 
 async def detokenize(service: Service, request: Request) -> Response:
     """POST /detokenize."""
-    call = service.call(request)
-    fields = await service.read(request, DetokenizeRequest, call)
-    return JSONResponse(await service.prepare(call, _detokenized, fields, service.frontend.served))
+    context = service.context(request)
+    fields = await service.read(request, DetokenizeRequest, context)
+    return JSONResponse(await service.prepare(context, _detokenized, fields, service.frontend.served))
 
 
 async def health(service: Service, request: Request) -> Response:
@@ -70,7 +70,7 @@ async def version(service: Service, request: Request) -> Response:
 
 async def metrics(service: Service, request: Request) -> Response:
     """GET /metrics: Prometheus's text."""
-    snapshot = await service.frontend.snapshot(_PATIENCE)
+    snapshot = await service.frontend.snapshot(_SNAPSHOT_TIMEOUT)
     body, content_type = service.metrics.render(snapshot, service.frontend.state, service.frontend.restarts)
     return Response(body, headers={"Content-Type": content_type})
 
@@ -78,7 +78,7 @@ async def metrics(service: Service, request: Request) -> Response:
 def _card(service: Service) -> dict[str, Any]:
     name = service.settings.model
     try:
-        longest = service.frontend.served.intake.max_model_len
+        longest = service.frontend.served.inputs.max_model_len
     except EngineUnavailable:
         longest = None
     return {
@@ -93,7 +93,7 @@ def _card(service: Service) -> dict[str, Any]:
 
 
 def _tokenized(fields: TokenizeRequest, served: Served) -> dict[str, Any]:
-    tokenizer, intake = served.tokenizer, served.intake
+    tokenizer, inputs = served.tokenizer, served.inputs
     special = fields.add_special_tokens
     if (fields.prompt is None) == (fields.messages is None):
         raise ApiError(400, "prompt and messages: exactly one of them is needed", "prompt")
@@ -104,15 +104,15 @@ def _tokenized(fields: TokenizeRequest, served: Served) -> dict[str, Any]:
         text, special = fields.prompt, True if special is None else special
     else:
         use = ToolUse.from_request(fields.tools, None, None, tokenizer.template_knows_tools)
-        text = prompt_text(fields, checked_messages(fields.messages, intake), tokenizer, use)
-    check_characters(len(text), intake, "messages" if fields.prompt is None else "prompt")
+        text = prompt_text(fields, checked_messages(fields.messages, inputs), tokenizer, use)
+    check_characters(len(text), inputs, "messages" if fields.prompt is None else "prompt")
     ids = tokenizer.encode(text, bool(special))
     spelled = {"token_strs": [tokenizer.token(token) for token in ids]} if fields.return_token_strs else {}
-    return {"count": len(ids), "max_model_len": intake.max_model_len, "tokens": ids, **spelled}
+    return {"count": len(ids), "max_model_len": inputs.max_model_len, "tokens": ids, **spelled}
 
 
 def _detokenized(fields: DetokenizeRequest, served: Served) -> dict[str, Any]:
-    most = served.intake.vocab_size
+    most = served.inputs.vocab_size
     for index, token in enumerate(fields.tokens):
         if not 0 <= token < most:
             raise refused(f"tokens[{index}]", token, f"token ids from 0 to {most - 1}")

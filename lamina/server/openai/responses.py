@@ -1,6 +1,6 @@
 """What chats and completions have in common in their answers: names, usage, log probabilities, chunks of streams.
 
-Knows the fields of answers; knows nothing of requests but their tickets.
+Knows the fields of answers; knows nothing of requests but their requests.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def named(kind: str, request_id: str, model: str) -> dict[str, Any]:
     }
 
 
-def usage(tickets: Sequence[EngineRequest], completion_tokens: int) -> dict[str, Any]:
+def usage(requests: Sequence[EngineRequest], completion_tokens: int) -> dict[str, Any]:
     """Tokens of all prompts, and of all that was generated."""
-    prompt_tokens = sum(len(ticket.request.prompt) for ticket in tickets)
+    prompt_tokens = sum(len(request.request.prompt) for request in requests)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(ticket.cached_tokens for ticket in tickets)},
+        "prompt_tokens_details": {"cached_tokens": sum(request.cached_tokens for request in requests)},
     }
 
 
@@ -110,23 +110,23 @@ class Chunks:
     """
 
     def __init__(
-        self, fields: Mapping[str, Any], tickets: Sequence[EngineRequest], with_usage: bool, continuous: bool
+        self, fields: Mapping[str, Any], requests: Sequence[EngineRequest], with_usage: bool, continuous: bool
     ) -> None:
         self.tokens = 0  # generated so far; whoever writes chunks counts them
         self._head = f'data: {dumps(fields)[:-1]},"choices":['
         self._tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
-        self._tickets = tickets
+        self._requests = requests
         self._with_usage = with_usage
         self._continuous = continuous
 
     def chunk(self, choice: str) -> str:
         """A chunk with one choice, which is JSON."""
         if self._continuous:
-            return f'{self._head}{choice}],"usage":{dumps(usage(self._tickets, self.tokens))}}}\n\n'
+            return f'{self._head}{choice}],"usage":{dumps(usage(self._requests, self.tokens))}}}\n\n'
         return f"{self._head}{choice}]{self._tail}"
 
     def last(self) -> str:
         """The chunk with the usage, if one is wanted."""
         if not self._with_usage:
             return ""
-        return f'{self._head}],"usage":{dumps(usage(self._tickets, self.tokens))}}}\n\n'
+        return f'{self._head}],"usage":{dumps(usage(self._requests, self.tokens))}}}\n\n'

@@ -30,7 +30,7 @@ _LIFT = 100.0  # of logits, whose own differences are smaller
 
 def sampling(
     fields: GenerationRequest,
-    intake: InputProcessor,
+    inputs: InputProcessor,
     max_tokens: int,
     logprobs: int | None,
     structure: Mapping[str, Any],
@@ -41,7 +41,7 @@ def sampling(
     )
     if fields.seed is not None:
         keywords["seed"] = fields.seed % 2**64  # a negative one is read as the 64 bits that it has in memory
-    if bias := _bias(fields, intake):
+    if bias := _bias(fields, inputs):
         keywords["logit_bias"] = bias
     return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **keywords)
 
@@ -69,9 +69,9 @@ def check_stream_options(fields: GenerationRequest) -> None:
         raise ApiError(400, "stream_options is given, which is allowed only where stream is true", "stream_options")
 
 
-def check_characters(length: int, intake: InputProcessor, param: str) -> None:
+def check_characters(length: int, inputs: InputProcessor, param: str) -> None:
     """Raises ApiError where a text of so many characters cannot fit into the context, however it is tokenised."""
-    limit = intake.max_model_len
+    limit = inputs.max_model_len
     if length > CHARACTERS * limit:
         raise ApiError(
             400,
@@ -82,7 +82,7 @@ def check_characters(length: int, intake: InputProcessor, param: str) -> None:
         )
 
 
-def truncated(fields: GenerationRequest, ids: list[int], intake: InputProcessor, max_tokens: int | None) -> list[int]:
+def truncated(fields: GenerationRequest, ids: list[int], inputs: InputProcessor, max_tokens: int | None) -> list[int]:
     """The end of a prompt, where only that is wanted."""
     keep = fields.truncate_prompt_tokens
     if keep is None:
@@ -90,7 +90,7 @@ def truncated(fields: GenerationRequest, ids: list[int], intake: InputProcessor,
     if keep == 0:
         raise refused("truncate_prompt_tokens", keep, "-1, or 1 and more")
     if keep == -1:
-        keep = max(1, intake.max_model_len - (max_tokens or 1))
+        keep = max(1, inputs.max_model_len - (max_tokens or 1))
     return ids[-keep:]
 
 
@@ -143,13 +143,13 @@ def response_format(wanted: Any) -> dict[str, Any]:
     return {"json_schema": schema}
 
 
-def _bias(fields: GenerationRequest, intake: InputProcessor) -> dict[int, float]:
+def _bias(fields: GenerationRequest, inputs: InputProcessor) -> dict[int, float]:
     bias = _logit_bias(fields.logit_bias)
     if fields.allowed_token_ids is not None:
         if bias:
             raise ApiError(400, "allowed_token_ids is given beside logit_bias; allowed is one of them", "logit_bias")
-        bias = _allowed(fields.allowed_token_ids, intake.vocab_size)
-    for token in _bad_tokens(fields.bad_words or (), intake):
+        bias = _allowed(fields.allowed_token_ids, inputs.vocab_size)
+    for token in _bad_tokens(fields.bad_words or (), inputs):
         bias[token] = -_LIFT
     return bias
 
@@ -176,14 +176,14 @@ def _allowed(tokens: Sequence[int], vocab_size: int) -> dict[int, float]:
     return dict.fromkeys(tokens, _LIFT)
 
 
-def _bad_tokens(words: Sequence[str], intake: InputProcessor) -> set[int]:
+def _bad_tokens(words: Sequence[str], inputs: InputProcessor) -> set[int]:
     if len(words) > _MOST_BAD_WORDS:
         raise refused("bad_words", list(words), f"at most {_MOST_BAD_WORDS} words")
     tokens: set[int] = set()
     for index, word in enumerate(words):
         if not 0 < len(word) <= 256:
             raise refused(f"bad_words[{index}]", word, "a word of 1 to 256 characters")
-        spellings = [intake.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
+        spellings = [inputs.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
         single = {ids[0] for ids in spellings if len(ids) == 1}
         if not single:
             raise refused(f"bad_words[{index}]", word, "a word that is one token: longer ones cannot be held back")

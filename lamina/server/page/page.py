@@ -43,7 +43,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",  # another version of the server has other files
 }
 
-_PATIENCE = 1.0  # seconds for which a page waits for the engine
+_SNAPSHOT_TIMEOUT = 1.0  # seconds for which a page waits for the engine
 
 
 def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> None:
@@ -55,7 +55,7 @@ def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> None
     folder = resources.files("lamina.server.page") / "static"
 
     async def show_status(request: Request) -> Response:
-        snapshot = await frontend.snapshot(_PATIENCE)
+        snapshot = await frontend.snapshot(_SNAPSHOT_TIMEOUT)
         content = status(_server(frontend, settings, recent), snapshot, labels)
         return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
@@ -74,7 +74,7 @@ def _server(frontend: Frontend, settings: ServerSettings, recent: RecentLatencie
     first, following = recent.lately()
     message, longest = "", None
     try:
-        longest = frontend.served.intake.max_model_len
+        longest = frontend.served.inputs.max_model_len
         if frontend.state != "ready":
             message = "the engine has stopped"
     except EngineUnavailable as error:

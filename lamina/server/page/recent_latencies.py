@@ -36,11 +36,11 @@ class RecentLatencies:
         self._next.append((self._clock(), seconds / count))
         self._behind.next_tokens(seconds, count)
 
-    def ended(self, ticket: EngineRequest, completion: Completion, seconds: float) -> None:
-        self._behind.ended(ticket, completion, seconds)
+    def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
+        self._behind.ended(request, completion, seconds)
 
-    def failed(self, ticket: EngineRequest, error: LaminaError) -> None:
-        self._behind.failed(ticket, error)
+    def failed(self, request: EngineRequest, error: LaminaError) -> None:
+        self._behind.failed(request, error)
 
     def lately(self) -> tuple[list[float], list[float]]:
         """Seconds until first tokens, and a token between further ones, the oldest first."""

@@ -83,7 +83,7 @@ class EngineLink:
             return
         if self._engine is None or not self._engine.rejoin(self._wire):
             self._engine = RemoteEngine(self._wire, time.monotonic, patience=facts.get("patience", 0.0))
-        intake = InputProcessor(
+        inputs = InputProcessor(
             tokenizer,
             facts["context"],
             facts["possible"],
@@ -94,7 +94,7 @@ class EngineLink:
         self._linked = facts
         with self._lock:
             if self._facts is facts:  # else it died meanwhile, which the frontend knows
-                self._frontend.ready(Served(self._engine, tokenizer, intake), facts["restarts"])
+                self._frontend.ready(Served(self._engine, tokenizer, inputs), facts["restarts"])
                 self._connected()
 
     def _tell(self, facts: Mapping[str, Any], why: str) -> None:

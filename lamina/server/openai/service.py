@@ -34,7 +34,7 @@ _THREADS = 4  # that parse, render templates and tokenise
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RequestContext:
     """One request's circumstances. `end` is a time of the event loop's clock."""
 
     id: str
@@ -64,21 +64,21 @@ class Service:
         """End the threads, soon."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def call(self, request: Request) -> Call:
+    def context(self, request: Request) -> RequestContext:
         """What a request's headers say."""
         timeout = self.settings.request_timeout
         if (text := request.headers.get("x-request-timeout")) is not None:
             timeout = min(timeout, _seconds(text))
         end = asyncio.get_running_loop().time() + timeout
-        return Call(request.scope[REQUEST_ID], request.scope[TENANT], timeout, end)
+        return RequestContext(request.scope[REQUEST_ID], request.scope[TENANT], timeout, end)
 
-    async def read(self, request: Request, model: type[M], call: Call) -> M:
+    async def read(self, request: Request, model: type[M], context: RequestContext) -> M:
         """A request's body, checked as far as that needs no model."""
         check_media_type(request.headers.get("content-type", ""))
         body = await read_body(request.receive, request.headers, self.settings.max_body)
         if len(body) < _LARGE:
             return self._read(body, model)
-        return await self.prepare(call, self._read, body, model)
+        return await self.prepare(context, self._read, body, model)
 
     def _read(self, body: bytes, model: type[M]) -> M:
         fields = parse_object(body)
@@ -93,16 +93,16 @@ class Service:
             404, f"the model {shown(name)} is not served here; {self.settings.model!r} is", "model", "model_not_found"
         )
 
-    async def prepare(self, call: Call, work: Callable[..., T], *arguments: Any) -> T:
+    async def prepare(self, context: RequestContext, work: Callable[..., T], *arguments: Any) -> T:
         """What `work` makes of its arguments, beside the event loop and within the request's time."""
         if self._preparing >= self.settings.max_requests:
             raise overloaded(f"{self._preparing} requests are being read; come back in a moment")
         self._preparing += 1
         try:
             future = asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
-            return await asyncio.wait_for(future, call.left())
+            return await asyncio.wait_for(future, context.left())
         except (TimeoutError, asyncio.TimeoutError):
-            raise DeadlineExceeded(f"the request took longer than its {call.timeout:g} seconds") from None
+            raise DeadlineExceeded(f"the request took longer than its {context.timeout:g} seconds") from None
         finally:
             self._preparing -= 1
 
@@ -120,18 +120,18 @@ class Service:
             raise overloaded(f"{active} of {most} samples are under way; come back in a moment")
         return served
 
-    def begin(self, tickets: Sequence[EngineRequest], call: Call, streamed: bool) -> Generation:
+    def begin(self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool) -> Generation:
         """Submit, if there is still room. To be entered at once."""
-        self.served(len(tickets), tickets[0].request.n)
-        return self.frontend.begin(tickets, call.left(), streamed, call.timeout)
+        self.served(len(requests), requests[0].request.n)
+        return self.frontend.begin(requests, context.left(), streamed, context.timeout)
 
     def translate(self, error: LaminaError) -> ApiError:
         """What to tell a client of an error."""
         return translated(error, _FIELDS, self.frontend.state != "dead")
 
-    def salt(self, call: Call, cache_salt: str | None) -> tuple[str, str]:
+    def salt(self, context: RequestContext, cache_salt: str | None) -> tuple[str, str]:
         """Requests of unlike salts share no prefix."""
-        return (call.tenant, cache_salt or "")
+        return (context.tenant, cache_salt or "")
 
 
 def _seconds(text: str) -> float:
