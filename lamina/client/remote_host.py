@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,12 @@ from lamina.client.interface import EngineClient, Event
 from lamina.errors import EngineError, LaminaError
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import Command, decode_request, encode_output
+
+SWITCH_INTERVAL = 1e-4
+"""Seconds for `sys.setswitchinterval`. With the default, threads that talk to clients could keep the interpreter from
+the step loop for 5 ms at a time."""
+
+_CLAIM = 10.0  # seconds after an engine's start
 
 
 class EngineHost:
@@ -77,3 +84,10 @@ class EngineHost:
         self._events.put(
             ("outputs", request_id, encoded, scheduled, request.cached_tokens, request.preemptions, request.spared)
         )
+
+
+def disclaim_later(disclaim: Callable[[], None]) -> None:
+    """Call an engine's `disclaim` 10 s after its start: clients resume requests of the previous engine before that."""
+    timer = threading.Timer(_CLAIM, disclaim)
+    timer.daemon = True
+    timer.start()

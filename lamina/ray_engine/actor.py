@@ -19,6 +19,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lamina.client.remote_host import SWITCH_INTERVAL, EngineHost, disclaim_later
 from lamina.config import EngineConfig
 from lamina.deploy.ray_connection import ray_module
 from lamina.deploy.ray_models import RayModelWorkers
@@ -37,10 +38,6 @@ logger = logging.getLogger("lamina")
 
 _POLL = 0.5  # seconds
 _LEFT = 86400.0  # seconds after which the journal of a run that was killed is deleted
-_CLAIM = 10.0  # seconds after a start: who has not asked by then for a request of the engine before will not
-_SWITCH = (
-    1e-4  # seconds; by default Ray's threads could keep the step loop from the interpreter lock for 5 ms at a time
-)
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -69,7 +66,7 @@ class EngineActor:
         self._told = 0
         self._workers: tuple[tuple[WorkerAddress | None, WorkerStatus], ...] = ()
         share_cores()  # before anything imports torch
-        sys.setswitchinterval(_SWITCH)
+        sys.setswitchinterval(SWITCH_INTERVAL)
         logger.addHandler(_Forward(self._events))
         logger.setLevel(logging.INFO)
 
@@ -86,7 +83,6 @@ class EngineActor:
         `run` is which engine this is; what is unfinished of it goes on where its `journal` is on this node. Where the
         config names a folder, that is on every node, and the run's folder is in it; else it is a temporary one.
         """
-        from lamina.client.remote_host import EngineHost
         from lamina.launch.builder import start
 
         self._model = model
@@ -104,9 +100,7 @@ class EngineActor:
         if self._ended:
             self.stop()
             raise EngineError("the engine was ended while it started")
-        claim = threading.Timer(_CLAIM, self._runtime.engine.disclaim)
-        claim.daemon = True
-        claim.start()
+        disclaim_later(self._runtime.engine.disclaim)
         folder = self._runtime.model_path
         limits, possible = self._runtime.limits, self._runtime.possible
         return {"folder": str(folder), "files": file_hashes(folder), "limits": limits, "possible": possible}

@@ -1,7 +1,4 @@
-"""The server's routes, put together: an ASGI application around a `Frontend`.
-
-Knows which path leads where, and describes it (/openapi.json). What is done there is in the modules that it names.
-"""
+"""The server's ASGI application around a `Frontend`: its routes, its middleware, and /openapi.json."""
 
 from __future__ import annotations
 
@@ -54,7 +51,7 @@ _WORKING = (*_ERRORS,)
 
 
 def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | None = None) -> FastAPI:
-    """The application. The frontend's observer must be in its place; its engine may come later."""
+    """The application. The frontend's observer must be set before; its engine may come later."""
     counted = metrics or NoMetrics()
     service = Service(frontend, settings, counted)
 
@@ -66,7 +63,7 @@ def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | 
     app = FastAPI(
         title="Lamina",
         version=__version__,
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # that page would load scripts from another host
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
@@ -137,21 +134,22 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
 def _add_handlers(app: FastAPI, service: Service) -> None:
     async def failed(request: Request, error: Exception) -> Response:
-        told = service.translate(error) if isinstance(error, LaminaError) else ApiError(500, "the server failed")
-        return _told(told)
+        if isinstance(error, LaminaError):
+            return response(service.translate(error))
+        return response(ApiError(500, "the server failed"))
 
     async def unrouted(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         headers = error.headers if isinstance(error, HTTPException) else None
         what = {404: "there is no such path", 405: "that method is not allowed"}.get(status, "the request is refused")
-        return _told(ApiError(status, f"{what}: {request.method} {request.url.path[:200]}", headers=headers))
+        return response(ApiError(status, f"{what}: {request.method} {request.url.path[:200]}", headers=headers))
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)
 
-    def _told(told: ApiError) -> Response:
-        count_rejection(service.metrics, told)
-        return Response(told.body, told.status, told.headers, "application/json")
+    def response(error: ApiError) -> Response:
+        count_rejection(service.metrics, error)
+        return Response(error.body, error.status, error.headers, "application/json")
 
     app.add_exception_handler(LaminaError, failed)
     app.add_exception_handler(HTTPException, unrouted)
@@ -159,13 +157,13 @@ def _add_handlers(app: FastAPI, service: Service) -> None:
 
 
 def _document(app: FastAPI, keys: bool) -> dict[str, Any]:
-    """/openapi.json: FastAPI knows the answers, but not the requests, whose bodies are read elsewhere."""
+    """/openapi.json. FastAPI describes the responses; request bodies, which handlers read themselves, are added."""
     if app.openapi_schema:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     for path in document["paths"].values():
         for operation in path.values():
-            operation["responses"].pop("422", None)  # FastAPI's own validation, which is not used
+            operation["responses"].pop("422", None)  # of FastAPI's own validation, which is not used
     _, bodies = models_json_schema([(model, "validation") for model in _REQUESTS], ref_template=_REFERENCE)
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(bodies["$defs"])

@@ -1,7 +1,4 @@
-"""The engine as the HTTP process sees it: whether it is there, and requests under way.
-
-Knows requests, events and time; knows no HTTP, no JSON, and not where the engine is.
-"""
+"""The engine as the HTTP process sees it: its state, and the requests under way."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from lamina.text.tokenizer import Tokenizer
 
 State = Literal["loading", "ready", "draining", "dead"]
 
-_SNAPSHOT_AGE = 0.2  # seconds for which one is shared by all who ask
+_SNAPSHOT_AGE = 0.2  # seconds for which a snapshot is used again
 
 
 class EngineUnavailable(EngineError):
@@ -36,23 +33,23 @@ class DeadlineExceeded(LaminaError):
 
 
 class Observer(Protocol):
-    """Who counts what happens to requests. All times are in seconds, of this process's steady clock."""
+    """Is notified of what happens to requests. Times are in seconds, of this process's monotonic clock."""
 
     def first_token(self, seconds: float) -> None:
-        """A prompt's first token came so long after it was submitted."""
+        """The first token of a prompt came `seconds` after the prompt's submission."""
 
     def next_tokens(self, seconds: float, count: int) -> None:
-        """`count` further tokens of one sample came together, so long after the one before them."""
+        """`count` further tokens of one sample came together, `seconds` after the previous token."""
 
     def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
-        """A prompt has ended, so long after it was submitted; its samples say why. `request` says what was asked."""
+        """A prompt has ended, `seconds` after its submission. `completion` has the reasons, `request` the settings."""
 
     def failed(self, request: EngineRequest, error: LaminaError) -> None:
         """A prompt ended with an error."""
 
 
 class Unobserved:
-    """The observer of nobody."""
+    """An observer that does nothing."""
 
     def first_token(self, seconds: float) -> None: ...
 
@@ -65,7 +62,7 @@ class Unobserved:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A loaded model: its engine, wherever it is, and what text needs."""
+    """A loaded model: its engine, its tokenizer, and the processor of its inputs."""
 
     engine: EngineClient
     tokenizer: Tokenizer
@@ -74,28 +71,28 @@ class Served:
 
 
 class Frontend:
-    """One model and its engine, which may come and go. `ready` and `lost` are for any thread, the rest for the event
-    loop's."""
+    """One model and its engine, which may be lost and replaced. Any thread may call `ready` and `lost`; the rest is
+    for the event loop's thread."""
 
     def __init__(self, observer: Observer | None = None) -> None:
         self.observer: Observer = observer or Unobserved()
-        self.loading = ""  # what it is doing while it is not ready, for people
+        self.loading = ""  # how far the engine's start is, as text
         self.restarts = 0  # of the engine
-        self.draining = False  # the server is about to end: nothing new is taken
+        self.draining = False  # the server is about to end: new requests are refused
         self.active = 0  # samples under way or waiting
         self._served: Served | None = None
-        self._why = ""  # it is dead
+        self._why = ""  # the engine is dead; empty while it is loading
         self._snapshot: tuple[float, Snapshot] | None = None
         self._asking: asyncio.Future[Snapshot] | None = None
 
     def ready(self, served: Served, restarts: int = 0) -> None:
-        """There is an engine, which was started again so many times."""
+        """An engine is there, after `restarts` restarts."""
         self._served, self._why, self._asking = served, "", None
         self.restarts = restarts
 
     def lost(self, why: str) -> None:
-        """The engine is gone; another may come."""
-        self._served, self._why, self._asking = None, why, None  # what it was asked it may never answer
+        """The engine is gone; a new one may follow."""
+        self._served, self._why, self._asking = None, why, None  # the lost engine may never answer
 
     @property
     def state(self) -> State:
@@ -108,7 +105,7 @@ class Frontend:
 
     @property
     def served(self) -> Served:
-        """Raises EngineUnavailable where the engine is loading or dead."""
+        """The loaded model. Raises EngineUnavailable where the engine is loading or dead, or the server drains."""
         served = self._served
         if self.draining:
             raise EngineUnavailable("the server is about to end; try again later")
@@ -120,12 +117,12 @@ class Frontend:
     def begin(
         self, requests: Sequence[EngineRequest], timeout: float, streamed: bool = True, of: float | None = None
     ) -> Generation:
-        """Submit requests that must end within so many seconds, which are what is left `of` so many. Unless they are
-        streamed, events come only once a sample has ended, which wakes the event loop less. Raises EngineError."""
+        """Submit requests that must end within `timeout` seconds, what is left `of` their time limit. Unless they are
+        `streamed`, events come only once a sample has ended, which wakes the event loop less. Raises EngineError."""
         return Generation(self, self.served, requests, timeout, streamed, of or timeout)
 
     async def snapshot(self, timeout: float = 2.0) -> Snapshot | None:
-        """What the engine is doing: the last that was seen where it does not answer in time, None where none was."""
+        """The engine's snapshot. Where it does not answer within `timeout` seconds, the last one; None without one."""
         if self._snapshot is not None and time.monotonic() - self._snapshot[0] < _SNAPSHOT_AGE:
             return self._snapshot[1]
         try:
@@ -156,8 +153,8 @@ class Frontend:
 
 
 class Generation:
-    """Prompts under way: an asynchronous iterator over what comes, a list of events at a time. To be used in `async
-    with`, which ends what has not ended, however it is left.
+    """Prompts under way: an asynchronous iterator over lists of events. It is used in `async with`, which aborts what
+    has not ended, however it is left.
 
     Iterating raises the request's error where it failed, and DeadlineExceeded.
     """
@@ -175,7 +172,7 @@ class Generation:
         self._requests = requests
         self._of = of
         self._outputs = AsyncOutputs(timeout)
-        self._failure: LaminaError | None = None  # came together with events, which are given first
+        self._failure: LaminaError | None = None  # to be raised after the events that came with it
         self._streamed = streamed
         self._begun = time.monotonic()
         try:
@@ -185,7 +182,7 @@ class Generation:
             self._outputs.close()
             raise
         self._last: dict[tuple[int, int], float] = {}  # by prompt and sample
-        self._reported: set[int] = set()  # prompts whose end the observer knows of
+        self._reported: set[int] = set()  # prompts whose end the observer was notified of
         frontend.active += sum(request.request.n for request in requests)
 
     async def __aenter__(self) -> Generation:
@@ -233,7 +230,7 @@ class Generation:
         raise StopAsyncIteration
 
     def completions(self) -> list[Completion]:
-        """What every prompt has given so far, in order."""
+        """The completions of all prompts so far, in order."""
         return self._call.completions()
 
     def _observe(self, events: Sequence[TokenEvent]) -> None:
@@ -244,7 +241,7 @@ class Generation:
             for index, completion in enumerate(self._call.finished()):
                 if completion is not None and index not in self._reported:
                     self._reported.add(index)
-                    if not self._streamed:  # what came when, as far as the engine's own times tell
+                    if not self._streamed:  # no token was seen here, so the times are the engine's
                         timing = completion.timing
                         observer.first_token(timing.first_token)
                         if timing.tokens > 1:

@@ -1,7 +1,7 @@
 """The server as a Ray Serve application: `build_app` is the import path that Serve's configuration and KubeRay name.
 
-Serve's proxy listens, and its controller watches a replica, which has the HTTP side in its own process and starts the
-engine beside it on the cluster. Knows Serve; what requests mean, `app` knows.
+Serve's proxy listens, and Serve's controller watches a replica. The replica has the HTTP side in its own process, and
+starts the engine on the cluster.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEPLOYMENT = "Lamina"  # what Serve's configuration calls it
 _ENGINE = {
     field.name: str(field.type)
     for field in fields(EngineConfig)
-    if field.name not in ("cluster", "tls_dir", "token_file", "insecure")  # the cluster is the one that it runs in
+    if field.name not in ("cluster", "tls_dir", "token_file", "insecure")  # a replica uses the cluster it runs on
 }
 _SERVER = {field.name: str(field.type) for field in fields(ServerSettings) if field.name not in ("model", "api_keys")}
 _OWN = {
@@ -37,13 +37,13 @@ _OWN = {
     "drain_timeout": "float",
 }
 _ARGUMENTS = _OWN | _SERVER | _ENGINE
-_BESIDE = 64  # requests that Serve lets in beside those for which there is room: they are answered at once
-_ENDING = 25.0  # seconds for the engine and its workers to end, once requests have
+_BESIDE = 64  # requests that Serve accepts beyond `max_requests`, such as /health: they are answered at once
+_ENDING = 25.0  # seconds for the engine and its workers to end, after the last request
 
 
 @dataclass(frozen=True, slots=True)
 class ServePlan:
-    """What a replica starts. `settings` has no API keys: they are read where it runs, and Serve shows arguments."""
+    """What a replica starts. `settings` has no API keys, because Serve shows arguments: the replica reads them."""
 
     model: str
     config: EngineConfig
@@ -54,7 +54,7 @@ class ServePlan:
 
     @classmethod
     def read(cls, arguments: Mapping[str, Any]) -> ServePlan:
-        """Of the options of `lamina serve`, their names with underscores. Raises InvalidRequest naming the argument."""
+        """From options of `lamina serve`, named with underscores. Raises InvalidRequest, which names the argument."""
         if not isinstance(arguments, Mapping):
             raise InvalidRequest(f"args is {arguments!r:.80}; allowed is an object of {', '.join(_ARGUMENTS)}")
         for given_name in arguments:
@@ -92,7 +92,7 @@ class ServePlan:
 
 
 class Replica:
-    """An ASGI application with an engine of its own on the cluster. It is there once the model is loaded."""
+    """An ASGI application with an engine of its own on the cluster. It is constructed once the model is loaded."""
 
     def __init__(self, plan: ServePlan) -> None:
         from lamina.ray_engine.handle import start_on_cluster
@@ -140,7 +140,7 @@ def build_app(args: Mapping[str, Any]) -> Any:
 
     `args` are options of `lamina serve`: model, attention_workers, shard, kv_memory, served_model_name, max_requests
     and so on, and `open`. Text stands for numbers too, as in `serve run lamina.server.ray_serve:build_app model=NAME`.
-    Raises InvalidRequest for whatever `lamina serve` would refuse, EngineError where there is no Ray Serve.
+    Raises InvalidRequest for arguments that `lamina serve` would refuse, EngineError where Ray Serve is missing.
     """
     plan = ServePlan.read(args)
     serve = _serve_module()
@@ -156,7 +156,7 @@ def build_app(args: Mapping[str, Any]) -> Any:
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=plan.drain_timeout + _ENDING,
-        ray_actor_options={"num_cpus": 0},  # as the engine and its workers: Lamina is placed by its own resources
+        ray_actor_options={"num_cpus": 0},  # like the engine and its workers, which have resources of their own
     )
     return deployment(serve.ingress(application)(Ingress)).bind()
 
@@ -171,7 +171,7 @@ def _serve_module() -> Any:
 
 
 def _value(name: str, value: Any) -> Any:
-    """Text for what is no text, as JSON writes it: `serve run` has only text."""
+    """The value, parsed as JSON where it is text and the argument is not: `serve run` passes only text."""
     if not isinstance(value, str) or not any(kind in _ARGUMENTS[name] for kind in ("int", "float", "bool", "Mapping")):
         return value
     try:

@@ -1,4 +1,4 @@
-"""How the HTTP side of a server is set up: frozen, checked once, every error naming the value and what is allowed."""
+"""The settings of a server's HTTP side: frozen, checked once. Every error names the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class ServerSettings:
     model: str
     """The name under which the model is served: what requests say in `model`."""
     api_keys: Sequence[str] = ()
-    """Any of them lets a request in; none: everybody may come in."""
+    """Each request needs one of them; where there are none, no request needs a key."""
     host: str | None = None
     """The name by which clients reach the server, beside localhost and IP addresses: where there are no API keys,
     requests for other names are refused."""
     max_requests: int = 1024
-    """Samples under way or waiting; further requests are told to come back (429)."""
+    """The most samples under way or waiting; further requests get status 429."""
     request_timeout: float = 600.0
-    """Seconds that a request may take; a request may ask for less."""
+    """The most seconds that a request may take; a request may set a shorter time."""
     max_body: int = 16 << 20
-    """Bytes of a request's body."""
+    """The most bytes of a request's body."""
     otlp_traces_endpoint: str | None = None
     """Where OpenTelemetry traces go: an http or https URL. None: nowhere."""
 
@@ -52,11 +52,11 @@ class ServerSettings:
             raise InvalidRequest(f"otlp_traces_endpoint is {endpoint!r:.80}; allowed is an http or https URL, or None")
 
     def admits(self, shown: str) -> bool:
-        """Whether `shown` is one of the keys. Takes as long for a wrong one as for a right one."""
+        """Whether `shown` is one of the keys, or there are none. A wrong key takes as long as a right one."""
         found = [hmac.compare_digest(shown.encode("utf-8", "replace"), key.encode()) for key in self.api_keys]
         return not found or any(found)
 
     @staticmethod
     def tenant(key: str) -> str:
-        """What stands for a key where prefixes are shared: requests with different keys share none."""
+        """The tenant of an API key, a hash: requests share cached prefixes only within one tenant."""
         return hashlib.sha256(b"lamina tenant\0" + key.encode("utf-8", "replace")).hexdigest()[:32] if key else ""

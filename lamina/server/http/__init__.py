@@ -1,1 +1,1 @@
-"""What any HTTP request passes: bodies, limits, keys, server-sent events, errors."""
+"""What every HTTP request passes: limits, API keys, server-sent events, errors."""

@@ -1,7 +1,4 @@
-"""Where API keys come from: the environment and files, so that nobody sees them among a program's arguments.
-
-Knows places; who may come in, `ServerSettings` says.
-"""
+"""Reads API keys from the environment and from files, so that they do not appear among a program's arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ def keys_from_environment() -> list[str]:
 
 
 def keys_from_file(path: Path | None) -> list[str]:
-    """The keys of a file, one a line; none where there is no path. Raises InvalidRequest."""
+    """The keys of a file, one per line; none where there is no path. Raises InvalidRequest."""
     if path is None:
         return []
     try:

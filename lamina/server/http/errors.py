@@ -1,7 +1,4 @@
-"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, and which status stands for what.
-
-Knows the tree of errors and HTTP's statuses; knows no engine and no connection.
-"""
+"""Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}, with a status for each error class."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 from lamina.errors import ContextTooLong, EngineError, InvalidRequest, LaminaError, ModelFileError
 from lamina.server.frontend import DeadlineExceeded, EngineUnavailable
 
-RETRY_AFTER = 1  # seconds after which one that was told to come back may do so
+RETRY_AFTER = 1  # seconds after which a client may try again
 
 _TYPES = {
     401: "authentication_error",
@@ -39,7 +36,7 @@ _CODES = {
 
 
 class ApiError(LaminaError):
-    """What a client is told: a status, and what to say. `param` names the field that is wrong, if one is."""
+    """An error response: its HTTP status and its fields. `param` names the field that is wrong, if one is."""
 
     def __init__(
         self,
@@ -68,17 +65,17 @@ class ApiError(LaminaError):
 
 
 def overloaded(message: str) -> ApiError:
-    """The client may come back in a moment."""
+    """Status 429: the client may try again in a moment."""
     return ApiError(429, message, headers={"Retry-After": str(RETRY_AFTER)})
 
 
 def refused(param: str, value: object, allowed: str) -> ApiError:
-    """A field has a value that is not allowed."""
+    """Status 400: a field has a value that is not allowed."""
     return ApiError(400, f"{param} is {shown(value)}; allowed is {allowed}", param)
 
 
 def shown(value: object) -> str:
-    """A value as errors show it: never long, whatever it is."""
+    """A value as text for an error message, always short."""
     if isinstance(value, str):
         return repr(value) if len(value) <= 60 else f"{value[:60]!r}... ({len(value)} characters)"
     if isinstance(value, bool) or value is None:
@@ -93,8 +90,8 @@ def shown(value: object) -> str:
 
 
 def translated(error: LaminaError, fields: Collection[str] = (), ready: bool = True) -> ApiError:
-    """What to tell the client. `fields` are the names of the request's fields: the one that the message names first is
-    `param`. `ready`: whether the engine still serves others."""
+    """The response for an error. `fields` are the names of a request's fields; the first one that the message contains
+    becomes `param`. `ready`: whether the engine still serves requests."""
     message = str(error)
     match error:
         case ApiError():
@@ -103,7 +100,7 @@ def translated(error: LaminaError, fields: Collection[str] = (), ready: bool = T
             return ApiError(400, message, "prompt", "context_length_exceeded")
         case InvalidRequest():
             return ApiError(400, message, _named(message, fields))
-        case ModelFileError():  # of a chat template: what a client sent made it fail, or the model has none
+        case ModelFileError():  # of a chat template: the client's messages made it fail, or the model has none
             return ApiError(400, message, "messages", "chat_template_error")
         case DeadlineExceeded():
             return ApiError(504, message)
@@ -115,5 +112,5 @@ def translated(error: LaminaError, fields: Collection[str] = (), ready: bool = T
 
 
 def _named(message: str, fields: Collection[str]) -> str | None:
-    """The field that a message is about: the first that it names."""
+    """The first of the fields that a message contains."""
     return next((word for word in re.findall(r"[a-z_]+", message[:200]) if word in fields), None)

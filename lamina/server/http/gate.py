@@ -1,7 +1,5 @@
-"""What every request passes on its way in and out: web pages of elsewhere, API keys, request ids, a last word where
-something breaks, counts.
-
-Knows headers and statuses; knows no route and no body.
+"""ASGI middleware for every request: it refuses other origins and missing API keys, gives each request an id, counts
+responses, and answers unexpected errors with status 500.
 """
 
 from __future__ import annotations
@@ -30,25 +28,25 @@ TENANT = "lamina.tenant"
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(:[0-9]{0,5})?")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_COUNTED = frozenset({401, 413, 429, 503})  # as rejections, by their code
-_GONE = 499  # the status of a request whose client went away before there was one; nginx's
+_COUNTED = frozenset({401, 413, 429, 503})  # statuses counted as rejections, by the error's code
+_GONE = 499  # nginx's status for a request whose client disconnected before the response
 
 
 class Metrics(Protocol):
-    """Who counts requests, and tells the counts."""
+    """Counts requests, and renders the counts."""
 
     def render(self, snapshot: Snapshot | None, state: State, restarts: int = 0) -> tuple[bytes, str]:
         """The body and the content type of /metrics."""
 
     def rejected(self, reason: str) -> None:
-        """A request was refused for its key, its size, or because there is no room or no engine."""
+        """A request was refused: for its key or its size, or for lack of room or of an engine."""
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """A request was answered, streams to their end."""
+        """A response has ended, after `seconds`. `handler` is the path of its route."""
 
 
 class NoMetrics:
-    """The metrics of nobody."""
+    """Metrics that count nothing."""
 
     def render(self, snapshot: Snapshot | None, state: State, restarts: int = 0) -> tuple[bytes, str]:
         return b"", "text/plain; charset=utf-8"
@@ -59,8 +57,8 @@ class NoMetrics:
 
 
 class Gate:
-    """ASGI middleware. `public`: paths that need no key, and tell nothing; `probes`: those of them for whoever watches
-    the server, by any name. Leaves the request's id and tenant in its scope."""
+    """The middleware. `public`: paths that need no key, as they reveal nothing; `probes`: the public paths that answer
+    under any host name. It puts the request's id and tenant into its scope."""
 
     def __init__(
         self,
@@ -77,7 +75,7 @@ class Gate:
         self._probes = probes
         host = settings.host or "localhost"
         self._names = {"localhost", host.lower()}
-        # Who listens beyond loopback without keys has said that everybody may come in.
+        # A server that listens beyond loopback without keys was started with --open.
         self._any_name = bool(settings.api_keys) or (_is_address(host) and not is_loopback(host))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,7 +114,7 @@ class Gate:
             self._metrics.http(_handler(scope), method, status or _GONE, time.monotonic() - begun)
 
     def count(self, error: ApiError) -> None:
-        """Count a refusal, if it is of the counted kinds."""
+        """Count a refusal, if its status is counted."""
         count_rejection(self._metrics, error)
 
     def _refusal(self, scope: Scope, given_id: str | None) -> ApiError | None:
@@ -142,8 +140,8 @@ class Gate:
         return None
 
     def _elsewhere(self, scope: Scope) -> ApiError | None:
-        """Refuse what a web page of elsewhere has a browser on this network send: openly, or under a name of its own
-        that it has made to mean this host. What is not a browser may say what it likes here."""
+        """Refuse requests that a web page of another origin makes a browser on this network send: plain cross-site
+        requests, and DNS rebinding, where a name of the page's own points to this host. Only browsers are checked."""
         if _header(scope, b"sec-fetch-site") == "cross-site" and scope["path"] not in self._public:
             return ApiError(403, "Sec-Fetch-Site is cross-site; web pages of elsewhere are refused", code="cross_site")
         if self._any_name or scope["path"] in self._probes:
@@ -175,7 +173,7 @@ def _is_address(name: str) -> bool:
 
 
 def count_rejection(metrics: Metrics, error: ApiError) -> None:
-    """Count an error as a rejection, if it is of the kinds that are counted."""
+    """Count an error as a rejection, if its status is counted."""
     if error.status in _COUNTED and error.code is not None:
         metrics.rejected(error.code)
 
@@ -194,7 +192,7 @@ def _header(scope: Scope, name: bytes) -> str | None:
 
 
 def _handler(scope: Scope) -> str:
-    """The route that took it: never the path that a client made up."""
+    """The path of the route, never the path that a client made up."""
     route = scope.get("route")
     if route is not None:
         return str(route.path)

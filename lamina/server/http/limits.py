@@ -1,7 +1,4 @@
-"""How much one request may bring, checked before memory or time is spent on it: bytes, values, depth.
-
-Knows bodies and JSON; knows no field of any request.
-"""
+"""Limits of one request's body, checked before memory or time is spent on it: bytes, JSON values, depth."""
 
 from __future__ import annotations
 
@@ -15,22 +12,22 @@ from starlette.types import Receive
 
 from lamina.server.http.errors import ApiError, shown
 
-MAX_DEPTH = 100  # of lists and objects within each other
+MAX_DEPTH = 100  # of nested lists and objects
 MAX_VALUES = 1_000_000
 MAX_STRINGS = 500_000
-BODY_SECONDS = 60.0  # in which a body must have come
+BODY_SECONDS = 60.0  # in which a body must arrive
 
 _DRAIN_SECONDS = 1.0
 _BRACKETS = re.compile(rb"[\[\]{}]")
-_STRING = re.compile(rb'"[^"]*"?')  # once escapes are gone. No alternatives inside: they would take memory a character
+_STRING = re.compile(rb'"[^"]*"?')  # without escapes. No alternatives inside: they would take memory per character
 
 
 class ClientGone(Exception):
-    """The client has closed its connection: nobody waits for an answer."""
+    """The client has closed its connection, so no response is needed."""
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str], most: int, seconds: float = BODY_SECONDS) -> bytes:
-    """A request's body. Raises ApiError where it has more than `most` bytes or takes longer, ClientGone."""
+    """A request's body. Raises ApiError where it has more than `most` bytes or takes over `seconds`, ClientGone."""
     length = headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > most:
         if "expect" not in headers:
@@ -45,7 +42,7 @@ async def read_body(receive: Receive, headers: Mapping[str, str], most: int, sec
 
 
 def check_media_type(content_type: str) -> None:
-    """Raises ApiError unless it says JSON in UTF-8. Web pages of elsewhere cannot send that without asking first."""
+    """Raises ApiError unless it is JSON in UTF-8, which pages of other origins cannot send without a CORS preflight."""
     kind, _, parameters = content_type.lower().partition(";")
     charset = parameters.replace(" ", "").replace('"', "")
     if kind.strip() != "application/json" or charset not in ("", "charset=utf-8"):
@@ -54,7 +51,7 @@ def check_media_type(content_type: str) -> None:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The object that a body is. Raises ApiError for everything that is not plain JSON within the limits."""
+    """The JSON object in a body. Raises ApiError for anything but plain JSON within the limits."""
     if not body.strip():
         raise ApiError(400, "the body is empty; a JSON object is needed")
     if body.startswith(b"\xef\xbb\xbf"):
@@ -79,7 +76,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _check_structure(body: bytes) -> None:
-    """Refuse what has too many values, or nests them too deep, before any of them is made."""
+    """Refuse a body with too many values or too much depth, before any value is created."""
     if len(body) <= MAX_DEPTH:
         return
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH and body.count(b",") <= MAX_VALUES:
@@ -145,7 +142,7 @@ async def _read(receive: Receive, most: int) -> bytes:
 
 
 async def _drain(receive: Receive) -> None:
-    """Drop what still comes, for a moment: many clients read no answer before they have sent everything."""
+    """Discard what still arrives, for a moment: many clients read no response before they have sent everything."""
     loop = asyncio.get_running_loop()
     end = loop.time() + _DRAIN_SECONDS
     while (left := end - loop.time()) > 0:

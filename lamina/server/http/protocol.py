@@ -1,7 +1,5 @@
-"""uvicorn's HTTP protocol with what it lacks: limits on a request's head and trailers in bytes and seconds, answers
-that what follows their request does not cut short, and requests that would rather speak another protocol.
-
-Knows bytes and time of one connection; knows nothing of what is asked.
+"""uvicorn's HTTP protocol with three additions: limits on a request's head and trailers, in bytes and seconds; whole
+responses even if bytes that are no HTTP follow the request; normal answers to requests for a protocol upgrade.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD = 64 << 10  # bytes of request line and headers; of chunk headers and trailers between two pieces of a body
+MAX_HEAD = 64 << 10  # bytes of request line and headers; also of chunk headers and trailers around pieces of a body
 HEAD_TIMEOUT = 20.0  # seconds from the connection, or from a head's first byte, until its last
 BODY_TIMEOUT = 60.0  # seconds without a byte of a body that has begun
 
@@ -23,15 +21,15 @@ _OF_THE_UPGRADE = (b"upgrade", b"connection", b"http2-settings")
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """Answers a head that is too large with 431 and one that takes too long with 408, in OpenAI's shape, and closes.
+    """Answers a head that is too large with 431, and one that takes too long with 408, in OpenAI's shape, and closes.
 
-    Trailers are read and forgotten: taken for headers they would pass what looks at heads. Whoever asks for an upgrade
-    (as Java's and curl's clients do, to HTTP/2) is answered as if it had not.
+    Trailers are read and dropped: as headers they would bypass the checks of the head. A request for an upgrade, such
+    as Java's and curl's clients send for HTTP/2, is answered like one without it.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self._bare = 0  # bytes since the last piece of a body, or of the head that is arriving
+        self._bare = 0  # bytes of the head that is arriving, or since the last piece of a body
         self._in_body = False
         self._upgrading = False
         self._timer: asyncio.TimerHandle | None = None
@@ -46,12 +44,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._in_body and not self._bare:
-            data = data.lstrip(b"\r\n")  # RFC 9112, 2.2: what old clients send after a request
+            data = data.lstrip(b"\r\n")  # RFC 9112, 2.2: old clients send it after a request
             if not data:
                 return
         self._unset_keepalive_if_required()
         self._bare += len(data)
-        # A body may come with its head; a head may not be larger than what comes before its end is seen.
+        # A body may arrive together with its head, so only bytes without the end of a head count against the limit.
         if not self._in_body:
             if self._bare > MAX_HEAD and b"\r\n\r\n" not in data[: MAX_HEAD + 4]:
                 self._refuse(*_TOO_LARGE, f"the headers have more than {MAX_HEAD} bytes")
@@ -74,7 +72,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            self._upgrading = True  # the parser stops here, and takes the body for another protocol's
+            self._upgrading = True  # the parser stops here, and leaves the body unread
             return
         self._bare, self._in_body = 0, True
         self._arm(BODY_TIMEOUT)
@@ -94,11 +92,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @property
     def _answering(self) -> bool:
-        """Whether a request has come whole and its answer has not gone whole."""
+        """Whether a request has arrived completely and its response has not been sent completely."""
         return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
 
     def _go_on_without(self, rest: bytes) -> None:
-        """Read the head again, as if it had not asked for another protocol, and then what follows it."""
+        """Parse the head again without its request for an upgrade, and then what follows it."""
         self._upgrading, self._bare = False, 0
         kept = [name + b": " + value for name, value in self.headers if name not in _OF_THE_UPGRADE]
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
@@ -120,7 +118,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(*_TOO_SLOW, "the request took too long to arrive")
 
     def _refuse(self, status: str, code: str | None, message: str) -> None:
-        """Answer and close; where another answer is under way, read no more and close after it."""
+        """Answer and close. If another response is under way, read no more and close after it."""
         self._disarm()
         if self.transport.is_closing():
             return

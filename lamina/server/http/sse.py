@@ -1,7 +1,4 @@
-"""Server-sent events, and work that ends when its client goes away.
-
-Knows ASGI; knows no field of any answer.
-"""
+"""Server-sent events, and work that is cancelled when its client disconnects."""
 
 from __future__ import annotations
 
@@ -28,13 +25,13 @@ DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect events
+    (b"x-accel-buffering", b"no"),  # else nginx would buffer events
 ]
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], seconds: float) -> T:
-    """What `work` gives. It is cancelled where the client goes away, or takes nothing of what is sent to it for so
-    long that the seconds are over: ClientGone. To be called once the body was read."""
+    """The result of `work`. Where the client disconnects, or `seconds` are over because it reads too slowly, the work
+    is cancelled and ClientGone raised. To be called after the body was read."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(receive))
     try:
@@ -47,10 +44,10 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], second
         for each in unfinished:
             each.cancel()
         if unfinished:
-            await asyncio.wait(unfinished)  # what the work holds is given back before this returns
+            await asyncio.wait(unfinished)  # the work releases what it holds before this returns
         for each in (task, watch):
             if not each.cancelled():
-                each.exception()  # seen
+                each.exception()  # retrieved, else asyncio logs it
 
 
 async def _gone(receive: Receive) -> None:
@@ -59,8 +56,8 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come, each piece of bytes whole frames. The headers wait for the first of them: what fails
-    before has a status of its own; what fails later is told in an event. `seconds`: when to give up.
+    """Sends events as they come; each piece of bytes is whole frames. The headers are sent with the first piece: an
+    error before it has a status of its own, a later error becomes an event. The response may take `seconds`.
     """
 
     def __init__(
@@ -72,7 +69,7 @@ class EventStream(Response):
         self._translate = translate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        whole = scope.get("http_version") == "1.0"  # it knows no chunks, and servers disagree on what to do then
+        whole = scope.get("http_version") == "1.0"  # which has no chunks, and servers differ in what they do instead
         with suppress(ClientGone):
             await while_connected(receive, self._send_whole(send) if whole else self._send(send), self._seconds)
 
@@ -94,7 +91,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _to_the_end(self) -> AsyncGenerator[bytes, None]:
-        """The frames, and then that there are no more. An error is told in a frame, unless it is the first."""
+        """The frames, then the stream's end. An error becomes a frame, unless it comes first: then it is raised."""
         started = False
         async with aclosing(self._frames) as frames:
             try:
@@ -102,7 +99,7 @@ class EventStream(Response):
                     started = True
                     yield piece
                 last = DONE
-            except Exception as error:  # whatever it is, the client must be told that there is no more
+            except Exception as error:  # of any kind: the client needs an end of the stream
                 if not started:
                     raise
                 last = self._failed(error)
@@ -114,11 +111,11 @@ class EventStream(Response):
 
     def _failed(self, error: Exception) -> bytes:
         if isinstance(error, LaminaError):
-            told = self._translate(error)
+            response = self._translate(error)
         else:
             logger.error("a stream failed", exc_info=error)
-            told = ApiError(500, "the server could not go on with this request")
-        return event(told.content) + DONE
+            response = ApiError(500, "the server could not go on with this request")
+        return event(response.content) + DONE
 
 
 def event(content: Any) -> bytes:

@@ -1,7 +1,4 @@
-"""What an engine's snapshot says, as Prometheus metrics. Totals go on where an engine that is gone had left them.
-
-Knows the snapshot and the exposition's nouns; knows no HTTP, no request and no clock.
-"""
+"""An engine's snapshot as Prometheus metrics. Totals continue from those of the previous engine after a restart."""
 
 from __future__ import annotations
 
@@ -40,17 +37,17 @@ _SUMS = (*_COUNTERS, *_TIERS.values(), "batch_tokens")
 
 
 class EngineMetrics:
-    """The engine's part of a scrape. `see` a snapshot (or None where there is none), then `families`."""
+    """The engine's part of a scrape: first `see`, then `families`."""
 
     def __init__(self, model_name: str) -> None:
         self._values = (model_name, "0")
         self._latest: Snapshot | None = None
         self._alive = False
-        self._before = dict.fromkeys(_SUMS, 0.0)  # what engines that are gone had counted
+        self._before = dict.fromkeys(_SUMS, 0.0)  # the counts of previous engines
         self._batches_before = (0,) * (len(BATCH_BUCKETS) + 1)
 
     def see(self, snapshot: Snapshot | None, alive: bool) -> None:
-        """What the engine says, or said last, and whether it serves requests."""
+        """Take the engine's newest snapshot, None where there is none, and whether the engine serves requests."""
         latest = self._latest
         if snapshot is not None and latest is not None and snapshot.began != latest.began:
             self._batches_before = self._batches(latest)
@@ -58,7 +55,7 @@ class EngineMetrics:
         self._latest, self._alive = snapshot or latest, alive
 
     def families(self) -> Iterator[Metric]:
-        """Every metric, those without a value too."""
+        """Every metric, including those without a value."""
         latest = self._latest
         yield self._gauge("engine_up", "Whether the engine serves requests: 1 or 0.", self._alive)
         yield from self._totals(latest)
@@ -85,7 +82,7 @@ class EngineMetrics:
         return sizes
 
     def _now(self, latest: Snapshot | None) -> Iterator[Metric]:
-        """What is so at this moment, or on average since this engine began."""
+        """Gauges of the present state, and means since this engine began."""
         shown = latest if self._alive else None
         keepers = _keepers(shown)
         total = sum(holder.total_pages for holder in keepers)
@@ -156,7 +153,7 @@ class EngineMetrics:
 
 
 def cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
-    """A histogram's buckets as Prometheus has them: each with all that are below it."""
+    """A histogram's buckets in Prometheus's form: the count of each includes all lower ones."""
     return [
         (str(float(bound)) if bound != float("inf") else "+Inf", total)
         for bound, total in zip((*bounds, float("inf")), accumulate(counts), strict=True)
@@ -170,7 +167,7 @@ def _keepers(snapshot: Snapshot | None) -> Sequence[HolderSnapshot]:
 
 
 def _pages(holder: HolderSnapshot, snapshot: Snapshot | None) -> dict[str, int]:
-    """A holder's pages by state; together they are all."""
+    """A holder's pages by state; their sum is all of its pages."""
     taken = max(0, holder.total_pages - holder.free_pages)
     cached = min(taken, max(0, snapshot.cached_pages.get(holder.name, 0))) if snapshot else 0
     return {"used": taken - cached, "cached": cached, "free": holder.total_pages - taken}

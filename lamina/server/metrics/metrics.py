@@ -1,7 +1,6 @@
-"""What an operator's Prometheus reads: requests as clients see them, HTTP, and what the engine says of itself.
+"""The metrics for Prometheus: requests as clients see them, HTTP responses, and the engine's own numbers.
 
-Names and buckets are vLLM's where it has them, with `lamina:` as the prefix. Knows seconds, counts and reasons; knows
-no text of any request, and no sockets.
+Names and buckets are vLLM's where it has them, with `lamina:` as the prefix. No text of a request is in them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from lamina.server.frontend import State
 from lamina.server.metrics.engine_metrics import EngineMetrics, cumulative
 from lamina.version import __version__
 
-MAX_VALUES = 64  # different values of a label, when outsiders choose it; all others are "other"
+MAX_VALUES = 64  # different values of a label that clients can choose; all others become "other"
 
 _FIRST_TOKEN = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -42,7 +41,7 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Distribution:
-    """A histogram. The client library's own takes a lock for each number, and four times as long."""
+    """A histogram. The client library's own takes a lock per value, and four times as long."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -57,9 +56,9 @@ class Distribution:
 
 
 class ServerMetrics:
-    """Counts what happens to requests (an `Observer`) and to HTTP, and renders everything. For the event loop's thread.
+    """An `Observer` of requests that also counts HTTP responses, and renders all metrics. For the event loop's thread.
 
-    `model_name` is the name under which the model is served, a label of every metric of the model.
+    `model_name`, the name under which the model is served, is a label of every metric of the model.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -82,13 +81,13 @@ class ServerMetrics:
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    # What an Observer does.
+    # The methods of an Observer.
 
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
 
     def next_tokens(self, seconds: float, count: int) -> None:
-        # Called for each token. Tokens that came together count as if they had come evenly.
+        # Called for each token. Tokens that came together count as evenly spaced.
         self._between.observe(seconds / count, count)
 
     def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
@@ -118,14 +117,14 @@ class ServerMetrics:
         self._finished["error"] += 1
         _count(self._failures, type(error).__name__)
 
-    # What HTTP does.
+    # Of HTTP.
 
     def rejected(self, reason: str) -> None:
-        """A request was turned away before it reached the engine."""
+        """A request was refused before it reached the engine."""
         _count(self._rejections, reason)
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """A response has ended. `handler` is the route's template, not the path that was asked for."""
+        """A response has ended. `handler` is the route's template, not the path of the request."""
         method = method if method in _METHODS else "other"
         if (handler, method) not in self._durations and len(self._durations) >= MAX_VALUES:
             handler, method = "other", "other"
@@ -135,17 +134,17 @@ class ServerMetrics:
             self._durations[handler, method] = Distribution(_HTTP)
         self._durations[handler, method].observe(seconds)
 
-    # What Prometheus asks.
+    # For Prometheus.
 
     def render(self, snapshot: Snapshot | None, state: State, restarts: int = 0) -> tuple[bytes, str]:
-        """The text of a scrape, and its content type. `snapshot` is what the engine says, or said last; `restarts` is
-        how often it has come back (`Frontend.restarts`)."""
+        """The text of a scrape, and its content type. `snapshot` is the engine's newest; `restarts` counts the engine's
+        restarts (`Frontend.restarts`)."""
         self._engine.see(snapshot, state in ("ready", "draining"))
         self._restarts = max(self._restarts, restarts)
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
     def collect(self) -> Iterator[Metric]:
-        """For the registry."""
+        """All metrics; the registry calls this."""
         build = GaugeMetricFamily("lamina:build_info", "What runs here.", labels=("version", "python_version"))
         build.add_metric((__version__, platform.python_version()), 1)
         yield build
@@ -208,7 +207,7 @@ def _histogram(
 
 
 def _count(counts: dict[str, int], value: str) -> None:
-    """One more of `value`, or of "other" once there are too many different ones to have a series each."""
+    """Count `value` once more, or "other" once there are too many different values for a series each."""
     if value not in counts and len(counts) >= MAX_VALUES:
         value = "other"
     counts[value] = counts.get(value, 0) + 1

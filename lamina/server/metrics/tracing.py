@@ -1,7 +1,7 @@
-"""OpenTelemetry traces: one span a prompt, sent to a collector. Loads OpenTelemetry only once an endpoint is given.
+"""OpenTelemetry traces: one span per prompt, sent to a collector. OpenTelemetry is loaded once a `Tracer` is made.
 
-A span is made when its prompt has ended, from the times that were taken anyway, so tokens cost nothing. Attributes are
-those of the GenAI semantic conventions; of the text of prompts and answers nothing is in them.
+A span is made when its prompt has ended, from times that were measured anyway, so tokens cost nothing. Attributes are
+those of the GenAI semantic conventions, without any text of prompts or outputs.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_OPERATIONS = {"/v1/chat/completions": "chat"}  # all others complete text
-_EXPORT_TIMEOUT = 3.0  # seconds for the collector to take a batch of spans, retries included
-_MAX_STATE = 512  # characters of a tracestate that are passed on: what W3C asks for at least
+_OPERATIONS = {"/v1/chat/completions": "chat"}  # all other routes: "text_completion"
+_EXPORT_TIMEOUT = 3.0  # seconds to send a batch of spans to the collector, retries included
+_MAX_STATE = 512  # characters of a tracestate that is passed on: the least that W3C requires
 
 _request: ContextVar[tuple[str, Mapping[str, str]]] = ContextVar("lamina_traced_request", default=("", {}))
-"""The path and the trace headers of the HTTP request that the running task answers."""
+"""The path and the trace headers of the running task's HTTP request."""
 
 
 class Tracer:
-    """Where spans go. `provider` is an OpenTelemetry `TracerProvider`, `model` the name under which it is served."""
+    """Makes and sends spans. `provider` is an OpenTelemetry `TracerProvider`, `model` the served model's name."""
 
     def __init__(self, provider: Any, model: str) -> None:
         self._provider = provider
@@ -40,10 +40,10 @@ class Tracer:
 
     @classmethod
     def from_endpoint(cls, url: str, model: str) -> Tracer:
-        """Spans go to an OTLP collector over HTTP, such as http://localhost:4318/v1/traces, from a thread of their own.
-        Where it does not answer they are dropped. The variables OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES,
-        OTEL_TRACES_SAMPLER and OTEL_EXPORTER_OTLP_HEADERS mean what they always mean. Raises InvalidRequest where
-        OpenTelemetry is not installed."""
+        """A tracer that sends spans to an OTLP collector over HTTP, such as http://localhost:4318/v1/traces, on a
+        thread of its own, and drops them where it does not answer. The variables OTEL_SERVICE_NAME,
+        OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER and OTEL_EXPORTER_OTLP_HEADERS have their usual meaning. Raises
+        InvalidRequest where OpenTelemetry is not installed."""
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
@@ -58,7 +58,7 @@ class Tracer:
         return cls(provider, model)
 
     def middleware(self, app: App) -> App:
-        """`app`, whose requests' spans are children of those that their `traceparent` headers name."""
+        """`app`, with the spans of its requests as children of the spans in their `traceparent` headers."""
 
         async def traced(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
@@ -72,15 +72,15 @@ class Tracer:
         return traced
 
     def observing(self, observer: Observer) -> Observer:
-        """`observer`, and a span for each prompt that has ended."""
+        """An observer that passes every call on to `observer`, and makes a span for each prompt that has ended."""
         return _Observing(self, observer)
 
     def close(self) -> None:
-        """Send what waits, and stop. Takes some seconds where nobody takes it."""
+        """Send the waiting spans, and stop. Takes some seconds where the collector does not answer."""
         self._provider.shutdown()
 
     def completed(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
-        """A span of a prompt that has just ended, so long after it was submitted."""
+        """Make the span of a prompt that has just ended, `seconds` after its submission."""
         end = time.time_ns()
         start = end - round(seconds * 1e9)
         timing, usage = completion.timing, completion.usage
@@ -105,7 +105,7 @@ class Tracer:
         span.end(end_time=end)
 
     def failed(self, request: EngineRequest, error: LaminaError) -> None:
-        """A span of a prompt that has just ended with an error."""
+        """Make the span of a prompt that has just ended with an error."""
         from opentelemetry.trace import Status, StatusCode
 
         end = time.time_ns()
@@ -144,7 +144,7 @@ class Tracer:
 
 
 class _Observing:
-    """An observer that tells another, and a tracer. Tokens go to the other at once."""
+    """An observer before another one, and a tracer. Calls for tokens go to the other observer directly."""
 
     def __init__(self, tracer: Tracer, observer: Observer) -> None:
         self._tracer = tracer

@@ -1,1 +1,1 @@
-"""Routes, fields and answers as OpenAI and vLLM name them."""
+"""Routes, fields and responses as OpenAI and vLLM name them."""

@@ -1,6 +1,6 @@
-"""POST /v1/chat/completions: from messages to a generation, and from its events to answers.
+"""POST /v1/chat/completions: from messages to a generation, and from its events to a response.
 
-Knows the fields of chats; knows no engine. What both kinds of requests share is in `sampling` and `answers`.
+What chats and completions share is in `sampling_fields` and `responses`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from lamina.text.tokenizer import Tokenizer, check_messages
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A chat that can be submitted. `prefix` is what every answer begins with, `hidden` the texts that no tool's caller
-    should see, None where there are no tools."""
+    """A chat that can be submitted. Every answer begins with `prefix`. `hidden` are the texts to leave out where there
+    are tools, None where there are none."""
 
     fields: ChatRequest
     request: EngineRequest
@@ -62,7 +62,7 @@ class Chat:
         return bool(self.fields.return_tokens_as_token_ids)
 
     def parser(self) -> ToolParser | None:
-        """For one sample."""
+        """A parser for one sample; None without tools."""
         return None if self.hidden is None else ToolParser(new_call_id, self.hidden)
 
 
@@ -86,7 +86,8 @@ def prompt_text(
     tokenizer: Tokenizer,
     use: ToolUse | None,
 ) -> str:
-    """Checked messages and tools as the template writes them. A template that knows no tools gets them as text."""
+    """Checked messages and tools as the template renders them. A template without support for tools gets them as
+    text."""
     continued = bool(fields.continue_final_message)
     begun = fields.add_generation_prompt
     if not tokenizer.template_knows_tools:
@@ -107,12 +108,12 @@ def checked_messages(messages: Any, inputs: InputProcessor) -> list[dict[str, An
 
 
 def new_call_id() -> str:
-    """The id of a call of a tool."""
+    """A new id of a tool call."""
     return f"call_{secrets.token_hex(12)}"
 
 
 def _prepared(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> Chat:
-    """Everything that can be wrong with a request is found here, before anything is submitted."""
+    """The request with all checks done, before anything is submitted."""
     _check(fields)
     tokenizer, inputs = served.tokenizer, served.inputs
     special = tags_are_special(tokenizer.special_tokens)
@@ -165,7 +166,7 @@ def _limit(fields: ChatRequest) -> int | None:
 
 
 def _structure(fields: ChatRequest, use: ToolUse | None, special: bool) -> tuple[str, dict[str, Any]]:
-    """The field that structures the output, if one does, and what it means to `SamplingParams`."""
+    """The field that structures the output, "" without one, and its keywords for `SamplingParams`."""
     ways = {
         "response_format": response_format(fields.response_format),
         "structured_outputs": structured(fields.structured_outputs),
@@ -178,7 +179,7 @@ def _structure(fields: ChatRequest, use: ToolUse | None, special: bool) -> tuple
 
 
 def _in_words(messages: Sequence[Mapping[str, Any]], note: str | None) -> list[dict[str, Any]]:
-    """Messages for a template that knows no tools: calls, results and the note on tools as text."""
+    """Messages for a template without support for tools: calls, results and the note on tools as text."""
     written: list[dict[str, Any]] = []
     for message in messages:
         content = message["content"]
@@ -237,7 +238,7 @@ def _choice(chat: Chat, sample: Sample) -> dict[str, Any]:
 
 
 def _collected(deltas: Sequence[Delta]) -> tuple[str, list[dict[str, Any]]]:
-    """The content and the calls that deltas together are."""
+    """The content and the calls of all deltas together."""
     content: list[str] = []
     calls: list[dict[str, Any]] = []
     for delta in deltas:
@@ -255,7 +256,7 @@ def _collected(deltas: Sequence[Delta]) -> tuple[str, list[dict[str, Any]]]:
 async def _frames(
     service: Service, chat: Chat, context: RequestContext, named: Mapping[str, Any]
 ) -> AsyncGenerator[bytes, None]:
-    """Whole frames, as they come."""
+    """Whole frames of server-sent events, as they come."""
     writer = _Writer(chat, named)
     async with service.begin([chat.request], context, streamed=True) as generation:
         async for events in generation:
@@ -266,7 +267,7 @@ async def _frames(
 
 
 class _Writer:
-    """Writes a chat's chunks. What is done for each token is done here, so it is little."""
+    """Writes a chat's chunks. It runs for each token, so the common case is kept short."""
 
     def __init__(self, chat: Chat, named: Mapping[str, Any]) -> None:
         fields = chat.fields
@@ -302,7 +303,7 @@ class _Writer:
         return "".join(frames).encode()
 
     def end(self, completion: Completion) -> bytes:
-        """What is left to say once all have ended: of samples that ended without a last token, and the usage."""
+        """The last frames: the ends of samples without a last token, and the usage."""
         frames: list[str] = []
         for index, sample in enumerate(completion.samples):
             if not self._begun[index]:
@@ -313,7 +314,7 @@ class _Writer:
         return "".join(frames).encode()
 
     def _begin(self, index: int, frames: list[str]) -> None:
-        """With tools there may be no content: it is null, and `_finish` makes it text where nothing is called."""
+        """With tools there may be no content: it is null here, and `_finish` makes it text where no tool is called."""
         self._begun[index] = True
         content = self._chat.prefix or (None if self._parsers[index] is not None else "")
         self._add(index, {"role": "assistant", "content": content}, None, frames)
@@ -332,7 +333,7 @@ class _Writer:
         frames.append(self._chunks.chunk(dumps(choice)))
 
     def _parsed(self, index: int, text: str, last: bool) -> list[dict[str, Any]]:
-        """The deltas that further text gives."""
+        """The deltas of further text."""
         parser = self._parsers[index]
         if parser is None:
             return [{"content": text}] if text else []

@@ -1,6 +1,6 @@
-"""POST /v1/completions: from prompts to a generation, and from its events to answers.
+"""POST /v1/completions: from prompts to a generation, and from its events to a response.
 
-Knows the fields of completions; knows no engine. What both kinds of requests share is in `sampling` and `answers`.
+What chats and completions share is in `sampling_fields` and `responses`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Completions that can be submitted, a request a prompt. `prefixes`: what the texts of each prompt begin with."""
+    """Completions that can be submitted: one request, and the prefix of its texts, per prompt."""
 
     fields: CompletionRequest
     requests: Sequence[EngineRequest]
@@ -51,7 +51,7 @@ class Texts:
         return self.requests[0].params
 
     def logprobs(self, prompt: int) -> TextLogprobs:
-        """For one sample of a prompt."""
+        """Writes the log probabilities of one sample of a prompt."""
         return TextLogprobs(bool(self.fields.return_tokens_as_token_ids), len(self.prefixes[prompt]))
 
 
@@ -73,7 +73,7 @@ async def completions(service: Service, request: Request) -> Response:
 
 
 def _prepared(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> Texts:
-    """Everything that can be wrong with a request is found here, before anything is submitted."""
+    """The requests with all checks done, before anything is submitted."""
     _check(fields)
     tokenizer, inputs = served.tokenizer, served.inputs
     given = [fields.prompt] if is_one(fields.prompt) or not isinstance(fields.prompt, list) else fields.prompt
@@ -154,7 +154,7 @@ def _choice(texts: Texts, prompt: int, sample: Sample) -> dict[str, Any]:
 async def _frames(
     service: Service, texts: Texts, context: RequestContext, named: Mapping[str, Any]
 ) -> AsyncGenerator[bytes, None]:
-    """Whole frames, as they come."""
+    """Whole frames of server-sent events, as they come."""
     writer = _Writer(texts, named)
     async with service.begin(texts.requests, context, streamed=True) as generation:
         async for events in generation:
@@ -199,7 +199,7 @@ class _Writer:
         return "".join(frames).encode()
 
     def end(self, completions: Sequence[Completion]) -> bytes:
-        """What is left to say once all have ended: of samples that ended without a last token, and the usage."""
+        """The last frames: the ends of samples without a last token, and the usage."""
         frames: list[str] = []
         for index, ended in enumerate(self._ended):
             if not ended:

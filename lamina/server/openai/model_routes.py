@@ -1,7 +1,4 @@
-"""What needs no generation: models, tokens, health, version, metrics.
-
-Knows the frontend; knows no request under way.
-"""
+"""The routes that generate nothing: models, tokens, health, version, metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models of answers, for the OpenAPI document. Knows shapes alone; answers are written by hand (`answers`)."""
+"""The models of responses, only for the OpenAPI document: `responses` writes the JSON itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 class ErrorBody(BaseModel):
-    """What went wrong."""
+    """The fields of an error."""
 
     message: str
     type: str
@@ -17,13 +17,13 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every error."""
+    """The body of every error response."""
 
     error: ErrorBody
 
 
 class CompletionUsage(BaseModel):
-    """Tokens."""
+    """Numbers of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -47,7 +47,7 @@ class ToolCall(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """What the model said."""
+    """The model's message."""
 
     role: Literal["assistant"]
     content: str | None
@@ -56,7 +56,7 @@ class AssistantMessage(BaseModel):
 
 
 class Choice(BaseModel):
-    """One answer."""
+    """One choice of a response."""
 
     index: int
     finish_reason: Literal["stop", "length", "tool_calls", "abort"]
@@ -65,19 +65,19 @@ class Choice(BaseModel):
 
 
 class ChatChoice(Choice):
-    """One answer of a chat."""
+    """One choice of a chat."""
 
     message: AssistantMessage
 
 
 class TextChoice(Choice):
-    """One completion."""
+    """One choice of a completion."""
 
     text: str
 
 
 class ChatCompletion(BaseModel):
-    """The answer of /v1/chat/completions. A stream has its parts as chat.completion.chunk objects."""
+    """The response of /v1/chat/completions. A stream has its parts as chat.completion.chunk objects."""
 
     id: str
     object: Literal["chat.completion"]
@@ -89,7 +89,7 @@ class ChatCompletion(BaseModel):
 
 
 class TextCompletion(BaseModel):
-    """The answer of /v1/completions."""
+    """The response of /v1/completions."""
 
     id: str
     object: Literal["text_completion"]
@@ -120,7 +120,7 @@ class ModelList(BaseModel):
 
 
 class Tokens(BaseModel):
-    """The answer of /tokenize."""
+    """The response of /tokenize."""
 
     count: int
     max_model_len: int
@@ -129,18 +129,18 @@ class Tokens(BaseModel):
 
 
 class Detokenized(BaseModel):
-    """The answer of /detokenize."""
+    """The response of /detokenize."""
 
     prompt: str
 
 
 class Health(BaseModel):
-    """The answer of /health."""
+    """The response of /health."""
 
     status: Literal["ok"]
 
 
 class Version(BaseModel):
-    """The answer of /version."""
+    """The response of /version."""
 
     version: str

@@ -1,7 +1,4 @@
-"""What chats and completions have in common in their answers: names, usage, log probabilities, chunks of streams.
-
-Knows the fields of answers; knows nothing of requests but their requests.
-"""
+"""What the responses of chats and completions share: names, usage, log probabilities, chunks of streams."""
 
 from __future__ import annotations
 
@@ -15,16 +12,16 @@ from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.version import __version__
 
-_LEAST = -9999.0  # stands for minus infinity, which JSON has not
+_LEAST = -9999.0  # in place of minus infinity, which JSON does not have
 
 
 def dumps(value: Any) -> str:
-    """JSON on as little room as possible."""
+    """JSON without spaces."""
     return json.dumps(value, separators=(",", ":"))
 
 
 def named(kind: str, request_id: str, model: str) -> dict[str, Any]:
-    """The fields at the begin of every answer, without `object`."""
+    """The first fields of every response, without `object`."""
     return {
         "id": f"{kind}-{request_id}",
         "created": int(time.time()),
@@ -34,7 +31,7 @@ def named(kind: str, request_id: str, model: str) -> dict[str, Any]:
 
 
 def usage(requests: Sequence[EngineRequest], completion_tokens: int) -> dict[str, Any]:
-    """Tokens of all prompts, and of all that was generated."""
+    """The `usage` object: the tokens of all prompts, and those generated."""
     prompt_tokens = sum(len(request.request.prompt) for request in requests)
     return {
         "prompt_tokens": prompt_tokens,
@@ -47,8 +44,8 @@ def usage(requests: Sequence[EngineRequest], completion_tokens: int) -> dict[str
 def stop_reason(
     params: SamplingParams, eos_ids: Sequence[int], token: int | None, finish_reason: FinishReason | None
 ) -> str | int | None:
-    """vLLM's: the stop token or string that ended a sample; None for the model's own end, and where it could be
-    several strings."""
+    """vLLM's field: the stop token or string that ended a sample. None for the model's own end of text, and where
+    several strings are possible."""
     if finish_reason != "stop" or token is None:
         return None
     if token in params.stop_token_ids:
@@ -73,7 +70,7 @@ def _token(entry: TokenLogprob, as_ids: bool) -> dict[str, Any]:
 
 
 class TextLogprobs:
-    """A completion's `logprobs`: lists, one entry a token. `offset`: characters before the first of them."""
+    """A completion's `logprobs`: lists with one entry per token. `offset`: characters before the first token."""
 
     def __init__(self, as_ids: bool, offset: int = 0) -> None:
         self._as_ids = as_ids
@@ -104,15 +101,15 @@ class TextLogprobs:
 
 
 class Chunks:
-    """Writes the chunks of a stream: the parts that all have in common are written once.
+    """Writes the chunks of a stream. The parts that all chunks share are made once.
 
-    `with_usage`: chunks have the field `usage`; null, or `continuous`, what was used so far.
+    `with_usage`: chunks have the field `usage`, which is null, or with `continuous` the usage so far.
     """
 
     def __init__(
         self, fields: Mapping[str, Any], requests: Sequence[EngineRequest], with_usage: bool, continuous: bool
     ) -> None:
-        self.tokens = 0  # generated so far; whoever writes chunks counts them
+        self.tokens = 0  # generated so far; the caller counts them
         self._head = f'data: {dumps(fields)[:-1]},"choices":['
         self._tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
         self._requests = requests
@@ -120,13 +117,13 @@ class Chunks:
         self._continuous = continuous
 
     def chunk(self, choice: str) -> str:
-        """A chunk with one choice, which is JSON."""
+        """A chunk with one choice, given as JSON."""
         if self._continuous:
             return f'{self._head}{choice}],"usage":{dumps(usage(self._requests, self.tokens))}}}\n\n'
         return f"{self._head}{choice}]{self._tail}"
 
     def last(self) -> str:
-        """The chunk with the usage, if one is wanted."""
+        """The chunk with the usage; empty where none is wanted."""
         if not self._with_usage:
             return ""
         return f'{self._head}],"usage":{dumps(usage(self._requests, self.tokens))}}}\n\n'

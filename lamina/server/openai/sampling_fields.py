@@ -1,7 +1,6 @@
-"""From a request's fields to `SamplingParams`, and what may be asked of a prompt. Knows fields and the tokenizer; waits
-for nothing.
+"""From a request's fields to `SamplingParams`, and checks of prompts.
 
-Everything here may take a while for long prompts: it runs beside the event loop.
+Long prompts take a while, so this runs on a thread, not on the event loop.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from lamina.server.http.errors import ApiError, refused, shown
 from lamina.server.openai.schemas import GenerationRequest
 
 CHARACTERS = 64
-"""A token's most, on average over a prompt: what has more cannot fit into the context, and is not tokenised."""
+"""The most characters per token of the context: a text with more cannot fit, and is refused before it is tokenised."""
 
 _PLAIN = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -25,7 +24,7 @@ _PLAIN = (
 )  # fmt: skip
 _MOST_BAD_WORDS = 1000
 _STRUCTURES = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
-_LIFT = 100.0  # of logits, whose own differences are smaller
+_LIFT = 100.0  # added to logits; more than their own differences
 
 
 def sampling(
@@ -35,12 +34,12 @@ def sampling(
     logprobs: int | None,
     structure: Mapping[str, Any],
 ) -> SamplingParams:
-    """How to sample. `structure` has the keywords of `SamplingParams` for structured output, if any."""
+    """The sampling parameters. `structure` has the keywords of `SamplingParams` for structured output, if any."""
     keywords: dict[str, Any] = {name: value for name in _PLAIN if (value := getattr(fields, name)) is not None} | dict(
         structure
     )
     if fields.seed is not None:
-        keywords["seed"] = fields.seed % 2**64  # a negative one is read as the 64 bits that it has in memory
+        keywords["seed"] = fields.seed % 2**64  # a negative seed is read as unsigned 64 bits
     if bias := _bias(fields, inputs):
         keywords["logit_bias"] = bias
     return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **keywords)
@@ -48,7 +47,7 @@ def sampling(
 
 @contextmanager
 def blaming(way: str) -> Iterator[None]:
-    """Errors in what structures an output name the field that it came with."""
+    """Makes errors about structured output name the request's field `way`."""
     try:
         yield
     except InvalidRequest as error:
@@ -58,19 +57,19 @@ def blaming(way: str) -> Iterator[None]:
 
 
 def check_prompt_logprobs(fields: GenerationRequest) -> None:
-    """Raises ApiError where they are wanted."""
+    """Raises ApiError where log probabilities of prompts are wanted."""
     if fields.prompt_logprobs is not None:
         raise refused("prompt_logprobs", fields.prompt_logprobs, "null: no log probabilities of prompts are computed")
 
 
 def check_stream_options(fields: GenerationRequest) -> None:
-    """Raises ApiError where there are options of a stream, but no stream."""
+    """Raises ApiError where there are stream options without a stream."""
     if fields.stream_options is not None and not fields.stream:
         raise ApiError(400, "stream_options is given, which is allowed only where stream is true", "stream_options")
 
 
 def check_characters(length: int, inputs: InputProcessor, param: str) -> None:
-    """Raises ApiError where a text of so many characters cannot fit into the context, however it is tokenised."""
+    """Raises ApiError where a text of `length` characters cannot fit into the context, however it is tokenised."""
     limit = inputs.max_model_len
     if length > CHARACTERS * limit:
         raise ApiError(
@@ -83,7 +82,7 @@ def check_characters(length: int, inputs: InputProcessor, param: str) -> None:
 
 
 def truncated(fields: GenerationRequest, ids: list[int], inputs: InputProcessor, max_tokens: int | None) -> list[int]:
-    """The end of a prompt, where only that is wanted."""
+    """The last tokens of a prompt, where `truncate_prompt_tokens` is given; else all."""
     keep = fields.truncate_prompt_tokens
     if keep is None:
         return ids

@@ -1,7 +1,7 @@
-"""The fields of requests, as OpenAI and vLLM name them, with what Lamina makes of each, for the OpenAPI document
-(`answer_schemas` has answers). Those marked "Ignored" are accepted and change nothing; all others are refused by name.
+"""The fields of requests, as OpenAI and vLLM name them, for validation and for the OpenAPI document.
 
-Knows shapes and ranges; knows no model. What others check anyway (`SamplingParams`, `Tokenizer`) is only described.
+Fields marked "Ignored" are accepted and change nothing. Unknown fields are refused by name. What `SamplingParams` or
+`Tokenizer` check is only described here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PART = {
             "properties": {"type": {"const": kind}, kind: _TEXT, "cache_control": {}},
             "required": ["type", kind],
         }
-        for kind in ("text", "refusal")  # a refusal only of the assistant
+        for kind in ("text", "refusal")  # a refusal only from the assistant
     ]
 }
 _CALL = {
@@ -76,7 +76,7 @@ _TOOL = {
 
 
 def _described(*schemas: Mapping[str, Any]) -> Any:
-    """A type that validates nothing, because what uses the value does; the document shows these schemas."""
+    """A type with these schemas in the document. It validates nothing: the code that uses the value does."""
     return WithJsonSchema({"anyOf": [*schemas, {"type": "null"}]} if len(schemas) > 1 else dict(schemas[0]))
 
 
@@ -108,13 +108,13 @@ Ignored = Annotated[Any, _described({})]
 
 
 class Strict(BaseModel):
-    """Types are not converted, and unknown fields are errors."""
+    """The base of requests: types are not converted, and unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class StreamOptions(Strict):
-    """What a stream tells beside text."""
+    """What a stream sends beside text."""
 
     include_usage: bool | None = Field(None, description="A last chunk with `usage` and no choices.")
     continuous_usage_stats: bool | None = Field(None, description="With include_usage: `usage` so far in each chunk.")
@@ -271,8 +271,8 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read(model: type[M], fields: Mapping[str, Any]) -> M:
-    """A request of its fields; unknown ones that are null are left out. Raises ApiError naming the field, its value and
-    what is allowed."""
+    """A request from its fields; unknown fields that are null are dropped. Raises ApiError, which names the field, its
+    value and what is allowed."""
     known = model.model_fields
     fields = {name: value for name, value in fields.items() if value is not None or name in known}
     for name in fields:
@@ -287,7 +287,7 @@ def read(model: type[M], fields: Mapping[str, Any]) -> M:
 
 
 def _refused(model: type[BaseModel], fields: Mapping[str, Any], errors: Sequence[Any]) -> ApiError:
-    """The first error; where a value may be of several types, what each of them says."""
+    """The first error; where a value may be of several types, the messages of all of them."""
     first = errors[0]
     path, value = _place(fields, first["loc"])
     if first["type"] == "missing":
@@ -300,7 +300,7 @@ def _refused(model: type[BaseModel], fields: Mapping[str, Any], errors: Sequence
 
 
 def _range(model: type[BaseModel], path: str) -> str | None:
-    """What is allowed for a number."""
+    """The allowed range of a number."""
     field = model.model_fields.get(path)
     limits = {name: value for limit in (field.metadata if field else ()) for name, value in _limits(limit)}
     if "le" not in limits:
@@ -311,12 +311,12 @@ def _range(model: type[BaseModel], path: str) -> str | None:
 
 
 def _limits(limit: object) -> list[tuple[str, Any]]:
-    """The limits that one annotation of a field sets."""
+    """The limits in one annotation of a field."""
     return [(name, getattr(limit, name)) for name in ("gt", "ge", "le") if getattr(limit, name, None) is not None]
 
 
 def _place(fields: Mapping[str, Any], location: Sequence[int | str]) -> tuple[str, Any]:
-    """The field that an error is about, as a path, and its value."""
+    """The path of the field with an error, and its value."""
     path = ""
     value: Any = fields
     for part in location:

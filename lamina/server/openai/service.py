@@ -1,7 +1,4 @@
-"""What the routes share: how a request's body is read, how much of its time is left, and how it gets to the engine.
-
-Knows the frontend and the settings; knows no field but those that every request has.
-"""
+"""What the routes share: a request's body is read and checked, its time limit kept, and its prompts submitted."""
 
 from __future__ import annotations
 
@@ -26,16 +23,17 @@ from lamina.server.settings import ServerSettings
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-GRACE = 5.0  # seconds after a request's own in which it can tell its client that it took too long
+GRACE = 5.0  # seconds beyond a request's time limit, to send the error that it took too long
 
-_LARGE = 1 << 16  # bytes of a body that is parsed beside the event loop
+_LARGE = 1 << 16  # bytes from which a body is parsed on a thread, not on the event loop
 _FIELDS = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys() | TokenizeRequest.model_fields.keys()
-_THREADS = 4  # that parse, render templates and tokenise
+_THREADS = 4  # to parse, render templates and tokenise
 
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """One request's circumstances. `end` is a time of the event loop's clock."""
+    """The id, tenant and time limit of one HTTP request. `timeout` in seconds; `end` is a time of the event loop's
+    clock."""
 
     id: str
     tenant: str
@@ -43,7 +41,7 @@ class RequestContext:
     end: float
 
     def left(self) -> float:
-        """Seconds. Raises DeadlineExceeded where there are none."""
+        """The seconds left. Raises DeadlineExceeded where there are none."""
         left = self.end - asyncio.get_running_loop().time()
         if left <= 0:
             raise DeadlineExceeded(f"the request took longer than its {self.timeout:g} seconds")
@@ -51,7 +49,7 @@ class RequestContext:
 
 
 class Service:
-    """One server's parts. `close` ends its threads."""
+    """What the routes of one server work with. `close` ends its threads."""
 
     def __init__(self, frontend: Frontend, settings: ServerSettings, metrics: Metrics) -> None:
         self.frontend = frontend
@@ -61,11 +59,11 @@ class Service:
         self._preparing = 0
 
     def close(self) -> None:
-        """End the threads, soon."""
+        """Let the threads end, without waiting for them."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def context(self, request: Request) -> RequestContext:
-        """What a request's headers say."""
+        """The context of a request, from its headers."""
         timeout = self.settings.request_timeout
         if (text := request.headers.get("x-request-timeout")) is not None:
             timeout = min(timeout, _seconds(text))
@@ -73,7 +71,7 @@ class Service:
         return RequestContext(request.scope[REQUEST_ID], request.scope[TENANT], timeout, end)
 
     async def read(self, request: Request, model: type[M], context: RequestContext) -> M:
-        """A request's body, checked as far as that needs no model."""
+        """A request's fields, checked as far as possible without the model."""
         check_media_type(request.headers.get("content-type", ""))
         body = await read_body(request.receive, request.headers, self.settings.max_body)
         if len(body) < _LARGE:
@@ -88,13 +86,13 @@ class Service:
         return read(model, fields)
 
     def unknown_model(self, name: str) -> ApiError:
-        """There is no such model."""
+        """Status 404: there is no such model."""
         return ApiError(
             404, f"the model {shown(name)} is not served here; {self.settings.model!r} is", "model", "model_not_found"
         )
 
     async def prepare(self, context: RequestContext, work: Callable[..., T], *arguments: Any) -> T:
-        """What `work` makes of its arguments, beside the event loop and within the request's time."""
+        """The result of `work(*arguments)`, which runs on a thread and within the request's time limit."""
         if self._preparing >= self.settings.max_requests:
             raise overloaded(f"{self._preparing} requests are being read; come back in a moment")
         self._preparing += 1
@@ -107,7 +105,7 @@ class Service:
             self._preparing -= 1
 
     def served(self, prompts: int, n: int) -> Served:
-        """The model, if there is one, and room for `n` samples a prompt. Raises EngineUnavailable, ApiError."""
+        """The loaded model, if there is room for `n` samples per prompt. Raises EngineUnavailable, ApiError."""
         served = self.frontend.served
         most, active = self.settings.max_requests, self.frontend.active
         if prompts * n > most:
@@ -121,16 +119,16 @@ class Service:
         return served
 
     def begin(self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool) -> Generation:
-        """Submit, if there is still room. To be entered at once."""
+        """Submit requests, if there is still room. The result must be entered at once."""
         self.served(len(requests), requests[0].request.n)
         return self.frontend.begin(requests, context.left(), streamed, context.timeout)
 
     def translate(self, error: LaminaError) -> ApiError:
-        """What to tell a client of an error."""
+        """The response for an error."""
         return translated(error, _FIELDS, self.frontend.state != "dead")
 
     def salt(self, context: RequestContext, cache_salt: str | None) -> tuple[str, str]:
-        """Requests of unlike salts share no prefix."""
+        """The salt of a request: requests with different salts share no cached prefix."""
         return (context.tenant, cache_salt or "")
 
 

@@ -1,5 +1,5 @@
-"""The calls of tools in a model's text, as it comes: content and pieces of calls. Knows the Hermes form, which `tools`
-shows, and nothing of which tools there are.
+"""Finds tool calls in a model's text as it comes: pieces of content and of calls. `tools` shows the Hermes form of
+calls, which is parsed here.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Literal
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([a-zA-Z0-9_-]{1,64})"\s*,\s*"arguments"\s*:\s*(?=\{)')
-_LONGEST_HEAD = 256  # characters of a call before its arguments; the whitespace of a model that no grammar holds
+_LONGEST_HEAD = 256  # characters of a call before its arguments, with the whitespace of a model without a grammar
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """A piece of a sample: content, or of one tool call. Exactly one of `content` and `index` is set.
 
-    A call's first delta has `id` and `name`, and perhaps the beginning of `arguments`; later ones have `arguments`
-    only. The pieces together are the JSON text that the model wrote.
+    A call's first delta has `id` and `name`, and perhaps the start of `arguments`; later ones have only `arguments`.
+    The pieces joined are the JSON text that the model wrote.
     """
 
     content: str | None = None
@@ -34,8 +34,8 @@ class ToolParser:
     """Finds the calls in one sample's text, as it comes. `new_id` gives each call's id ("call_..."); `hidden` are
     texts of special tokens (end of text) that are left out.
 
-    Text that only looks like a call, which no grammar held, comes out as content at last: nothing is lost. Whitespace
-    around calls is left out.
+    Without a grammar, text may only look like a call: it then comes out as content, and nothing is lost. Whitespace
+    around calls is dropped.
     """
 
     def __init__(self, new_id: Callable[[], str], hidden: Sequence[str] = ()) -> None:
@@ -46,23 +46,23 @@ class ToolParser:
         self._mark = re.compile("|".join(re.escape(mark) for mark in self._marks))
         self._begins = {mark[0] for mark in self._marks}
         self._state: Literal["content", "head", "arguments", "tail"] = "content"
-        self._after_call = False  # and nothing but whitespace since
-        self._waiting = ""  # text that has not been given out
+        self._after_call = False  # with nothing but whitespace since
+        self._waiting = ""  # text held back
         self._depth = 0  # braces and brackets of the arguments that are open
         self._quoted = False  # within a string of the arguments
         self._escaped = False  # after a backslash in one
 
     def push(self, text: str) -> list[Delta]:
-        """What further text adds; nothing while it may be the beginning of a tag."""
+        """The deltas of further text. Text that may be the start of a tag is held back."""
         if not text:
             return []
         held = self._state != "content" or self._waiting or self._after_call or text[-1].isspace()
         if not held and self._begins.isdisjoint(text):
-            return [Delta(content=text)]  # what text mostly is
+            return [Delta(content=text)]  # the common case
         return self._take(self._waiting + text, ended=False)
 
     def finish(self) -> list[Delta]:
-        """What was held back, once the sample has ended."""
+        """The deltas of the text held back, once the sample has ended."""
         return self._take(self._waiting, ended=True)
 
     def _take(self, text: str, ended: bool) -> list[Delta]:
@@ -73,7 +73,7 @@ class ToolParser:
             left = getattr(self, f"_{self._state}")(left, ended, deltas)
         return deltas
 
-    # Each takes text in one state, and returns what is left for the next, None where nothing is.
+    # Each method takes text in one state, and returns the rest for the next state, None where there is no rest.
 
     def _content(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         if self._after_call:
@@ -134,7 +134,7 @@ class ToolParser:
             self._after_call = False
 
     def _begun(self, text: str) -> int:
-        """How many characters at the end may be the beginning of a mark."""
+        """How many characters at the end may be the start of a mark."""
         longest = max(map(len, self._marks)) - 1
         for start in range(max(0, len(text) - longest), len(text)):
             if text[start] in self._begins and any(mark.startswith(text[start:]) for mark in self._marks):

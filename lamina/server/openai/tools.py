@@ -1,5 +1,5 @@
-"""Tools (functions that a model may call): what a request says of them, and the grammar that makes calls valid.
-Knows OpenAI's fields and the Hermes form of calls, which `tool_parser` finds in text; knows no HTTP and no engine.
+"""Tools (functions that a model may call): the checks of a request's tools, and the grammar that makes calls valid.
+`tool_parser` finds the calls in text.
 
 In the Hermes form, on which Qwen, Hermes and others were trained, a call is
 
@@ -17,8 +17,8 @@ The caller's part:
     parser.push(event.text)  # deltas; parser.finish() has the last ones, once the sample has ended
     parser.calls  # more than 0: the finish reason "stop" becomes "tool_calls"
 
-Most vocabularies that hold the tags hold them as ordinary tokens. Where they are special ones, text must not leave out
-special tokens; what else of them is then in it that nobody should see (end of text) is named in `hidden`.
+In most vocabularies the tags are ordinary tokens. Where they are special tokens, the text must include special tokens;
+`hidden` names those that are then left out of it, such as the end of text.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class ToolUse:
     """What a request's tools mean for its samples.
 
     `grammar` is for `SamplingParams.grammar`: with it every call is of a known function, and its arguments fit that
-    function's parameters (keywords that cannot be enforced are ignored, unless the function is `strict`; other
-    arguments than the `properties` only where `additionalProperties` allows them in so many words). `system_note` is
-    the text to put at the end of the system message (or as one) where the model's template does not show tools
-    itself, else None. `tools` are the checked definitions, as templates expect them in their variable `tools`.
-    `required`: whether the text is calls only.
+    function's parameters. (Keywords that cannot be enforced are ignored, unless the function is `strict`. Arguments
+    beyond the `properties` are possible only with an explicit `additionalProperties`.) `system_note` is the text to
+    append to the system message, or to use as one, where the model's template does not show tools itself; else None.
+    `tools` are the checked definitions, as templates expect them in their variable `tools`. `required`: whether the
+    text is only calls.
     """
 
     tools: tuple[Mapping[str, Any], ...]
@@ -81,9 +81,9 @@ class ToolUse:
         template_knows_tools: bool,
         special_tags: bool = False,
     ) -> ToolUse | None:
-        """Of a request's fields as they came (None where one is missing); None where no tool may be called: no
-        `tools`, or `tool_choice` "none". Raises InvalidRequest naming the field, such as `tools[3].function.name`.
-        Takes up to a millisecond a tool: its schema is compiled."""
+        """From a request's unchecked fields, None where one is missing. Returns None where no tool may be called: no
+        `tools`, or `tool_choice` "none". Raises InvalidRequest, which names the field, such as
+        `tools[3].function.name`. Takes up to a millisecond per tool, to compile its schema."""
         if parallel_tool_calls is not None and not isinstance(parallel_tool_calls, bool):
             raise _refused("parallel_tool_calls", parallel_tool_calls, "true or false")
         checked = _check_tools(tools)
@@ -100,16 +100,16 @@ class ToolUse:
 
 
 def tags_are_special(special_tokens: Iterable[str]) -> bool:
-    """Whether a vocabulary whose special tokens these are has the tags of calls among them."""
+    """Whether the tags of calls are among a vocabulary's special tokens."""
     return OPEN in set(special_tokens)
 
 
 def call_text(name: str, arguments: str) -> str:
-    """A call as the model writes it, for the history of a conversation. `arguments` is JSON text."""
+    """A call in the model's form, for the history of a conversation. `arguments` is JSON text."""
     return f'{OPEN}\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n{CLOSE}'
 
 
-# What a request says.
+# The checks of a request.
 
 
 def _check_tools(tools: object) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ def _check_parameters(name: str, parameters: object, strict: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Whether tools are called, which may be, and whether only one may, once."""
+    """Whether tools are called, the names of those allowed, and whether exactly one call is made."""
 
     mode: Literal["none", "auto", "required"]
     names: Sequence[str] = ()
@@ -234,12 +234,12 @@ def _refused(name: str, value: object, allowed: str) -> InvalidRequest:
     return InvalidRequest(f"{name} is {value!r:.80}; allowed is {allowed:.400}")
 
 
-# What a model may write.
+# The grammar.
 
 
 def _grammar(tools: Sequence[Mapping[str, Any]], only_calls: bool, most: Literal["one", "many"], special: bool) -> str:
-    """In llguidance's Lark. A call begins where its tag does; what precedes the tag is as short as possible, so that
-    the tag cannot be passed over as text."""
+    """The grammar in llguidance's Lark. Text before a tag is matched as short as possible, so that a tag always begins
+    a call and cannot be text."""
     opening, closing = (OPEN, CLOSE) if special else (json.dumps(OPEN), json.dumps(CLOSE))
     rules = [f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}"]
     for index, tool in enumerate(tools):
@@ -260,7 +260,7 @@ def _grammar(tools: Sequence[Mapping[str, Any]], only_calls: bool, most: Literal
 
 
 def _schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as a schema that only says what is possible."""
+    """A function's parameters as a JSON schema without annotations."""
     schema = {"type": "object"} | {key: value for key, value in parameters.items() if key not in (*_NOTES, "$schema")}
     if schema.get("properties") is not None:
         schema.setdefault("additionalProperties", False)
@@ -268,13 +268,10 @@ def _schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(value: object) -> str:
-    """Raises InvalidRequest for what JSON or UTF-8 cannot hold."""
+    """JSON text. Raises InvalidRequest for values that JSON or UTF-8 cannot hold."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"tools hold something that is no JSON: {str(error)[:200]}") from error
     return text
-
-
-# What a model wrote.

@@ -1,1 +1,1 @@
-"""The built-in page and its data; its files are in `static/` beside this folder."""
+"""The built-in page and its data; its files are in `static/`."""

@@ -1,7 +1,7 @@
-"""The built-in page: its files, and the data it shows.
+"""The built-in page: its files, and the route of the data it shows.
 
-The page is plain HTML, CSS and JavaScript under a strict Content-Security-Policy; it asks only its own server. Knows
-the frontend; decides nothing.
+The page is plain HTML, CSS and JavaScript under a strict Content-Security-Policy. It sends requests only to its own
+server.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FILES = {
 }
 
 PUBLIC_PATHS = frozenset(_FILES)
-"""Paths that need no API key: the files of the page, which hold nothing of this server."""
+"""Paths that need no API key: the files of the page, which are the same on every server."""
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -47,8 +47,8 @@ _SNAPSHOT_TIMEOUT = 1.0  # seconds for which a page waits for the engine
 
 
 def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> None:
-    """Serve the page at `/`, its files below `/lamina/`, and `/lamina/status`, which needs the API key like everything
-    that is not in `PUBLIC_PATHS`. The frontend's observer is wrapped, so it has to be there before."""
+    """Serve the page at `/`, its files below `/lamina/`, and its data at `/lamina/status`, which needs an API key. The
+    frontend's observer is wrapped, so it must be set before."""
     recent = RecentLatencies(frontend.observer, time.monotonic)
     frontend.observer = recent
     labels = Labels()
@@ -78,7 +78,7 @@ def _server(frontend: Frontend, settings: ServerSettings, recent: RecentLatencie
         if frontend.state != "ready":
             message = "the engine has stopped"
     except EngineUnavailable as error:
-        message = str(error).removesuffix("; try again later")  # the page does, by itself
+        message = str(error).removesuffix("; try again later")  # the page tries again by itself
     return Server(
         model=settings.model,
         version=__version__,

@@ -1,7 +1,4 @@
-"""How long first and further tokens took lately, for the built-in page.
-
-Stands in front of the observer that a server has, and tells it everything. Knows seconds; knows no engine and no HTTP.
-"""
+"""The recent latencies of first and further tokens, for the built-in page."""
 
 from __future__ import annotations
 
@@ -14,13 +11,14 @@ from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import Observer
 
 SECONDS = 30.0
-"""What counts as lately."""
+"""The age up to which a latency counts as recent."""
 
-_MOST = 2048  # values of each kind that are kept
+_MOST = 2048  # values kept of each kind
 
 
 class RecentLatencies:
-    """An observer that keeps the newest latencies. `clock` gives seconds and never goes back."""
+    """An observer that keeps the newest latencies, and passes every call on to the observer `behind` it. `clock` is
+    monotonic, in seconds."""
 
     def __init__(self, behind: Observer, clock: Callable[[], float]) -> None:
         self._behind = behind
@@ -43,7 +41,7 @@ class RecentLatencies:
         self._behind.failed(request, error)
 
     def lately(self) -> tuple[list[float], list[float]]:
-        """Seconds until first tokens, and a token between further ones, the oldest first."""
+        """The seconds until first tokens, and the seconds per further token; the oldest first."""
         since = self._clock() - SECONDS
         return _newer(self._first, since), _newer(self._next, since)
 

@@ -1,7 +1,6 @@
-"""What the built-in page shows, as plain data for JSON: an engine's snapshot, with sequences under short labels.
+"""The data of the built-in page, as plain data for JSON: an engine's snapshot, with short labels for sequences.
 
-Knows the snapshot and what a page needs of it; knows no HTTP, no clock and no engine. Requests have ids that may say
-who asks: none of them is in the result.
+Request ids may identify a client, so none of them is in the data.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 
 MAX_SEQUENCES = 256
-"""Sequences that are shown one by one; the pages of further ones are summed."""
+"""The most sequences listed one by one; the pages of all others are summed."""
 
 _NUMBERS = (
     *("began", "uptime", "running", "waiting", "lanes", "page_size", "batches", "failed_batches", "corrupted"),
@@ -27,15 +26,14 @@ _NUMBERS = (
 
 
 class Labels:
-    """Numbers that stand for sequences, counted in the order in which they are first seen, each kept while its
-    sequence has KV."""
+    """Numbers for sequences, in the order of their first appearance. A sequence keeps its number while it has KV."""
 
     def __init__(self) -> None:
         self._numbers: dict[tuple[str, int], int] = {}
         self._last = 0
 
     def of(self, sequences: Sequence[SequenceSnapshot]) -> list[int]:
-        """The label of each; those of all others are forgotten."""
+        """The label of each sequence; the labels of all others are dropped."""
         kept: dict[tuple[str, int], int] = {}
         for sequence in sequences:
             key = (sequence.request, sequence.sample)
@@ -50,7 +48,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of `count` values in seconds: half of them are at most `p50`, 99 of 100 at most `p99`."""
+    """Of `count` values in seconds, half are at most `p50`, and 99 of 100 at most `p99`."""
 
     count: int
     p50: float
@@ -68,8 +66,8 @@ def percentiles(values: Sequence[float]) -> Percentiles | None:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What the HTTP side knows. `message` says in words what an engine that is not ready does, or why it is dead;
-    `max_model_len` is in tokens, None where no model is loaded; latencies are those of the last `seconds`."""
+    """The state of the HTTP side. `message` says why the engine is not ready; `max_model_len` is in tokens, None where
+    no model is loaded; latencies are of the last `seconds`."""
 
     model: str
     version: str
@@ -85,13 +83,13 @@ class Server:
 
 
 def status(server: Server, snapshot: Snapshot | None, labels: Labels) -> dict[str, Any]:
-    """Everything, as JSON can carry it. `engine` is null where nothing is known of it."""
+    """The whole data, as JSON can hold it. `engine` is None where there is no snapshot."""
     return {**dataclasses.asdict(server), "engine": None if snapshot is None else _engine(snapshot, labels)}
 
 
 def _engine(snapshot: Snapshot, labels: Labels) -> dict[str, Any]:
-    """Counters and sizes under the snapshot's names. `pages` of a holder has one number a sequence, in their order,
-    and `other_pages` is the sum of those that are not listed."""
+    """Counters and sizes under the snapshot's names. `pages` of a holder has one number per listed sequence, in their
+    order, and `other_pages` is the sum over the others."""
     labelled = sorted(zip(labels.of(snapshot.sequences), snapshot.sequences, strict=True), key=lambda pair: pair[0])
     listed, others = labelled[:MAX_SEQUENCES], labelled[MAX_SEQUENCES:]
     return {

@@ -1,6 +1,5 @@
-"""The HTTP process's link to the engine: made, watched and made again, as the supervisor says where an engine is.
-
-Knows the frontend and the wire; knows no HTTP. A thread of its own connects, so that news are heard meanwhile.
+"""The HTTP process's link to the engine. A thread of its own connects to the engine that the supervisor named last,
+and connects again when the link breaks.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from lamina.text.tokenizer import Tokenizer, read_json
 
 logger = logging.getLogger("lamina")
 
-_LOOK = 0.25  # seconds between two looks at whether the link stands, and between two tries to make it
+_INTERVAL = 0.25  # seconds between two checks of the link, and between two attempts to connect
 
 
 class EngineLink:
@@ -33,31 +32,31 @@ class EngineLink:
         self._secret = secret
         self._connected = connected
         self._lock = threading.Lock()
-        self._facts: Mapping[str, Any] | None = None  # of the engine that there should be a link to
-        self._linked: Mapping[str, Any] | None = None  # of the engine that there is one to
-        self._news = threading.Event()
+        self._facts: Mapping[str, Any] | None = None  # of the engine to connect to
+        self._linked: Mapping[str, Any] | None = None  # of the engine connected to
+        self._changed = threading.Event()
         self._wire: SocketWire | None = None
         self._engine: RemoteEngine | None = None
-        self._tokenizers: dict[str, Tokenizer] = {}  # by folder: an engine that comes back has the same
+        self._tokenizers: dict[str, Tokenizer] = {}  # by folder: a restarted engine has the same
         threading.Thread(target=self._keep, name="lamina-link", daemon=True).start()
 
     def ready(self, facts: Mapping[str, Any]) -> None:
-        """There is an engine."""
+        """An engine is ready. `facts` are those of the message "ready"."""
         with self._lock:
             self._facts = facts
-        self._news.set()
+        self._changed.set()
 
     def dead(self, why: str) -> None:
         """The engine is gone."""
         with self._lock:
             self._facts = None
         self._frontend.lost(why)
-        self._news.set()
+        self._changed.set()
 
     def _keep(self) -> None:
         while True:
-            self._news.wait(_LOOK)
-            self._news.clear()
+            self._changed.wait(_INTERVAL)
+            self._changed.clear()
             with self._lock:
                 facts = self._facts
             if facts is self._linked and (self._engine is None or self._engine.alive):
@@ -67,19 +66,19 @@ class EngineLink:
                 self._link(facts)
 
     def _cut(self) -> None:
-        """What is under way waits for the next engine, where that was agreed."""
+        """Close the link. Requests under way wait for the next engine, for as long as `recovery_timeout` allows."""
         if self._wire is not None:
             self._wire.close()
         self._wire, self._linked = None, None
 
     def _link(self, facts: Mapping[str, Any]) -> None:
-        """One try. What stands in the way is told, and tried again at the next look."""
+        """Try to connect once. An error goes to the frontend, and the next check tries again."""
         name = secrets.token_hex(8)
         try:
             tokenizer = self._tokenizer(facts["folder"])
             self._wire = SocketWire(facts["socket"], self._secret, name)
         except LaminaError as error:
-            self._tell(facts, str(error))
+            self._failed(facts, str(error))
             return
         if self._engine is None or not self._engine.rejoin(self._wire):
             self._engine = RemoteEngine(self._wire, time.monotonic, patience=facts.get("patience", 0.0))
@@ -93,11 +92,11 @@ class EngineLink:
         )
         self._linked = facts
         with self._lock:
-            if self._facts is facts:  # else it died meanwhile, which the frontend knows
+            if self._facts is facts:  # else the engine died meanwhile, and the frontend was notified
                 self._frontend.ready(Served(self._engine, tokenizer, inputs), facts["restarts"])
                 self._connected()
 
-    def _tell(self, facts: Mapping[str, Any], why: str) -> None:
+    def _failed(self, facts: Mapping[str, Any], why: str) -> None:
         with self._lock:
             if self._facts is facts:
                 logger.error("%s", why)

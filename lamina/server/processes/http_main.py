@@ -1,10 +1,11 @@
 """The HTTP side of a server as a process: `python -m lamina.server.processes.http_main`, started by the supervisor.
 
-Hears where to listen and how the engine is; says when it listens and when it has reached an engine. Loads no torch.
+It receives where to listen and the state of the engine; it sends that it listens, and that it has connected to an
+engine. It loads no torch.
 
-heard   ["http", settings, listening descriptor, secret]   ["loading", what]   ["ready", facts]
-        ["dead", why]   ["drain", seconds]
-said    ["serving"]   ["connected"]   ["failed", kind, why]
+received   ["http", settings, listening descriptor, secret]   ["loading", what]   ["ready", facts]
+           ["dead", why]   ["drain", seconds]
+sent       ["serving"]   ["connected"]   ["failed", kind, why]
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.http.protocol import LimitedProtocol
 from lamina.server.metrics.metrics import ServerMetrics
-from lamina.server.processes.child_protocol import Mouth, begin
+from lamina.server.processes.child_protocol import SupervisorPipe, begin
 from lamina.server.processes.engine_link import EngineLink
 from lamina.server.settings import ServerSettings
 
@@ -35,16 +36,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamina")
 
-KEEP_ALIVE = 75  # seconds that an idle connection stays, as nginx has it
-_NICE = 5  # to take a core from one of the engine's threads, which compute in step, stops all; work here is short
-_REST = 0.5  # seconds that /health says "draining" at least
+KEEP_ALIVE = 75  # seconds for which an idle connection stays open, nginx's default
+_NICE = 5  # the engine's threads compute in step, so a core taken from one stops all; work here is short
+_REST = 0.5  # the least seconds for which /health says "draining"
 
 
 def main() -> int:
     """The exit status: 0 once it has drained, or the supervisor is gone; 1 where it cannot serve."""
     os.nice(_NICE)
-    mouth, lines = begin("http")
-    first = next(lines, None)
+    supervisor, messages = begin("http")
+    first = next(messages, None)
     if first is None:
         return 0
     _, fields, descriptor, secret = first
@@ -57,7 +58,7 @@ def main() -> int:
     except Exception as error:
         if not isinstance(error, LaminaError):
             logger.exception("the server cannot be put together")
-        mouth.say("failed", type(error).__name__, " ".join(str(error).split()))
+        supervisor.send("failed", type(error).__name__, " ".join(str(error).split()))
         return 1
     config = uvicorn.Config(
         app if tracer is None else tracer.middleware(app),
@@ -70,11 +71,11 @@ def main() -> int:
         timeout_keep_alive=KEEP_ALIVE,
     )
     server = _Server(config)
-    link = EngineLink(frontend, bytes.fromhex(secret), lambda: mouth.say("connected"))
+    link = EngineLink(frontend, bytes.fromhex(secret), lambda: supervisor.send("connected"))
     threading.Thread(
-        target=_listen, args=(lines, link, frontend, server), name="lamina-supervisor", daemon=True
+        target=_listen, args=(messages, link, frontend, server), name="lamina-supervisor", daemon=True
     ).start()
-    threading.Thread(target=_say_when_serving, args=(server, mouth), name="lamina-start", daemon=True).start()
+    threading.Thread(target=_say_when_serving, args=(server, supervisor), name="lamina-start", daemon=True).start()
     server.run(sockets=[socket.socket(fileno=descriptor)])
     if tracer is not None:
         tracer.close()
@@ -91,7 +92,7 @@ class _Server(uvicorn.Server):
 
 
 def _tracer(settings: ServerSettings) -> Tracer | None:
-    """Where traces go, if anywhere: OpenTelemetry is imported only then. Raises InvalidRequest where it is missing."""
+    """The tracer, where traces are wanted: OpenTelemetry is imported only then. Raises InvalidRequest without it."""
     if settings.otlp_traces_endpoint is None:
         return None
     from lamina.server.metrics.tracing import Tracer
@@ -99,8 +100,8 @@ def _tracer(settings: ServerSettings) -> Tracer | None:
     return Tracer.from_endpoint(settings.otlp_traces_endpoint, settings.model)
 
 
-def _listen(lines: Iterator[list[Any]], link: EngineLink, frontend: Frontend, server: uvicorn.Server) -> None:
-    for word, *items in lines:
+def _listen(messages: Iterator[list[Any]], link: EngineLink, frontend: Frontend, server: uvicorn.Server) -> None:
+    for word, *items in messages:
         if word == "loading":
             frontend.loading = items[0]
         elif word == "ready":
@@ -112,14 +113,14 @@ def _listen(lines: Iterator[list[Any]], link: EngineLink, frontend: Frontend, se
     os._exit(0)  # the supervisor is gone
 
 
-def _say_when_serving(server: uvicorn.Server, mouth: Mouth) -> None:
+def _say_when_serving(server: uvicorn.Server, supervisor: SupervisorPipe) -> None:
     while not server.started:
         time.sleep(0.01)
-    mouth.say("serving")
+    supervisor.send("serving")
 
 
 def _drain(frontend: Frontend, server: uvicorn.Server, seconds: float) -> None:
-    """Take nothing more, let what is under way end for so many seconds, then leave."""
+    """Refuse new requests, give those under way so many seconds to end, then stop the server."""
     frontend.draining = True
     deadline = time.monotonic() + seconds
     time.sleep(min(_REST, seconds))

@@ -1,8 +1,8 @@
-"""Between the HTTP process and the engine's: commands one way, events the other, over a Unix socket of this host.
+"""The link between the HTTP process and the engine's: commands one way, events the other, over a Unix socket.
 
-A connection carries one way only, so each client has two, which begin with the same name. Frames are those of the data
-channels, with msgpack as payload. Whoever connects shows a secret; the socket is in a folder that only its owner can
-enter. Knows sockets and frames; what commands and events mean, `remote_engine` does.
+A connection carries one direction, so each client has two, whose first frames have the same client name. Frames are
+those of the data channels, with msgpack as payload. A client sends a secret first; the socket is in a folder that only
+its owner can enter.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from lamina_protocols.socket_channel import Listener, connect_unix, listen_unix
 logger = logging.getLogger("lamina")
 
 MAX_FRAME = 64 << 20  # bytes: 16 Mi tokens of prompts in one frame
-_TAG = 32767  # of a frame that is plain data
+_TAG = 32767  # of a frame with plain data
 _POLL = 0.5  # seconds
-_COLLECT = 0.0003  # seconds in which a batch's outputs, once the first is there, have all come
+_COLLECT = 0.0003  # seconds from the first of a batch's outputs until all have come
 _CONNECT = 3.0  # seconds
-_TOGETHER = 1 << 20  # bytes of commands that share a frame
-_PAIRING = 10.0  # seconds that the first connection of a client waits for the second
+_TOGETHER = 1 << 20  # bytes of commands in one frame
+_PAIRING = 10.0  # seconds for which the first connection of a client waits for the second
 
 
 def pack(value: Sequence[Any]) -> list[bytes | memoryview]:
-    """Plain data as the buffers of a frame."""
+    """A frame with plain data, as buffers."""
     payload: bytes = msgpack.packb(value)
     return [pack_prefix(Prefix(_TAG, 0, len(payload))), payload]
 
 
 def unpack(frame: memoryview) -> tuple[Any, ...]:
-    """The data of `pack`'s frame, tuples for all sequences. Raises ProtocolError."""
+    """The data of a frame from `pack`, with tuples for all sequences. Raises ProtocolError."""
     prefix = read_prefix(frame, MAX_FRAME)
     if prefix.tag != _TAG or prefix.header or prefix.frame != len(frame):
         raise ProtocolError(f"frame of {len(frame)} bytes with tag {prefix.tag} is no plain data")
@@ -57,7 +57,7 @@ def unpack(frame: memoryview) -> tuple[Any, ...]:
 
 
 def _parts(commands: Sequence[Command]) -> Iterator[list[bytes | memoryview]]:
-    """The frames of commands: small ones together, since one that is too large is not taken by the other side."""
+    """The frames of commands. Small commands share a frame, but no frame grows beyond what the other side accepts."""
     together: list[Command] = []
     size = 0
     for command in commands:
@@ -72,7 +72,7 @@ def _parts(commands: Sequence[Command]) -> Iterator[list[bytes | memoryview]]:
 
 
 class SocketWire:
-    """The way to an engine behind `EngineListener`: a `remote_engine.Wire`. Raises EngineError."""
+    """A connection to the engine behind an `EngineListener`: a `remote_client.Wire`. Raises EngineError."""
 
     def __init__(self, path: str, secret: bytes, client: str) -> None:
         self._channels: list[Channel] = []
@@ -105,8 +105,8 @@ class SocketWire:
 
 
 class EngineListener:
-    """Serves `engine` to whoever connects to the socket `path` with the secret. A client that is gone has all its
-    requests ended."""
+    """Serves `engine` to clients that connect to the socket `path` with the secret. The requests of a client that is
+    gone are ended."""
 
     def __init__(self, path: str, secret: bytes, engine: EngineClient, clock: Callable[[], float]) -> None:
         self._engine = engine
@@ -115,11 +115,11 @@ class EngineListener:
         self._lock = threading.Lock()
         self._waiting: dict[str, tuple[str, Channel, float]] = {}  # by client: the direction that came first, and when
         self._listener = Listener(
-            listen_unix(path), self._admit, lambda channel, _: self._welcome(channel), max_frame=MAX_FRAME
+            listen_unix(path), self._admit, lambda channel, _: self._accept(channel), max_frame=MAX_FRAME
         )
 
     def close(self) -> None:
-        """Take no further clients; those that are there stay until they leave, or the engine stops."""
+        """Accept no more clients. Connected clients stay until they leave, or the engine stops."""
         self._listener.close()
         with self._lock:
             for _, channel, _ in self._waiting.values():
@@ -129,8 +129,8 @@ class EngineListener:
     def _admit(self, secret: bytes) -> bool:
         return secret == self._secret
 
-    def _welcome(self, channel: Channel) -> None:
-        """A connection, on a thread of its own, which becomes that of its direction once the other is there."""
+    def _accept(self, channel: Channel) -> None:
+        """Take a connection, on a thread of its own. Its client is served once both of its connections are there."""
         try:
             direction, client = unpack(channel.receive(_PAIRING))
         except (LaminaError, TimeoutError, ValueError):
@@ -152,23 +152,23 @@ class EngineListener:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         host = EngineHost(self._engine, events, self._clock)
         gone = threading.Event()
-        for serve, args in ((self._hear, (pair["commands"], host)), (self._tell, (pair["events"], events))):
+        for serve, args in ((self._receive, (pair["commands"], host)), (self._send, (pair["events"], events))):
             threading.Thread(target=serve, args=(*args, gone), name="lamina-link", daemon=True).start()
 
-    def _hear(self, channel: Channel, host: EngineHost, gone: threading.Event) -> None:
+    def _receive(self, channel: Channel, host: EngineHost, gone: threading.Event) -> None:
         try:
             while not gone.is_set():
                 host.ask(unpack(channel.receive()))
         except LaminaError as error:
             logger.info("a client of the engine is gone: %s", error)
-        except Exception:  # a malformed command: this client is not listened to any more
+        except Exception:  # a malformed command: this client is not served any more
             logger.exception("a client of the engine sent what it must not")
         finally:
             gone.set()
             host.abandon()
             channel.close()
 
-    def _tell(self, channel: Channel, events: queue.SimpleQueue[Event], gone: threading.Event) -> None:
+    def _send(self, channel: Channel, events: queue.SimpleQueue[Event], gone: threading.Event) -> None:
         try:
             while not gone.is_set():
                 if fetched := fetch(events, _POLL, _COLLECT):
@@ -176,7 +176,7 @@ class EngineListener:
                 elif not self._engine.alive:
                     channel.send(pack([("stopped", "the engine has stopped")]))
                     return
-        except LaminaError:  # the other thread sees it too
+        except LaminaError:  # the thread that takes commands notices it too
             gone.set()
         finally:
             channel.close()
