@@ -104,15 +104,30 @@ class Frontend:
         return "dead" if self._why else "loading"
 
     @property
-    def served(self) -> Served:
-        """The loaded model. Raises EngineUnavailable where the engine is loading or dead, or the server drains."""
-        served = self._served
+    def unavailable(self) -> str:
+        """Why there is no model to serve: the engine is loading or dead, or the server drains. Empty where there is."""
         if self.draining:
-            raise EngineUnavailable("the server is about to end; try again later")
-        if served is None:
-            what = f"dead: {self._why}" if self._why else f"not ready yet{f': {self.loading}' if self.loading else ''}"
-            raise EngineUnavailable(f"the engine is {what}; try again later")
+            return "the server is about to end"
+        if self._served is not None:
+            return ""
+        what = f"dead: {self._why}" if self._why else f"not ready yet{f': {self.loading}' if self.loading else ''}"
+        return f"the engine is {what}"
+
+    @property
+    def served(self) -> Served:
+        """The loaded model. Raises EngineUnavailable where there is none to serve."""
+        served = self._served  # another thread may call `lost` meanwhile
+        if served is None or self.draining:
+            raise EngineUnavailable(f"{self.unavailable}; try again later")
         return served
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The most tokens of a prompt with its output; None where there is no model to serve."""
+        try:
+            return self.served.inputs.max_model_len
+        except EngineUnavailable:
+            return None
 
     def begin(
         self, requests: Sequence[EngineRequest], timeout: float, streamed: bool = True, of: float | None = None

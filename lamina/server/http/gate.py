@@ -100,7 +100,7 @@ class Gate:
 
         try:
             if (refusal := self._refusal(scope, given)) is not None:
-                self.count(refusal)
+                count_rejection(self._metrics, refusal)
                 await respond(refusal, send_on)
             else:
                 await self._app(scope, receive, send_on)
@@ -112,10 +112,6 @@ class Gate:
         finally:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.http(_handler(scope), method, status or _GONE, time.monotonic() - begun)
-
-    def count(self, error: ApiError) -> None:
-        """Count a refusal, if its status is counted."""
-        count_rejection(self._metrics, error)
 
     def _refusal(self, scope: Scope, given_id: str | None) -> ApiError | None:
         if given_id is not None and given_id != scope[REQUEST_ID]:

@@ -5,18 +5,18 @@ responses even if bytes that are no HTTP follow the request; normal answers to r
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from lamina.server.http.errors import ApiError
+
 MAX_HEAD = 64 << 10  # bytes of request line and headers; also of chunk headers and trailers around pieces of a body
 HEAD_TIMEOUT = 20.0  # seconds from the connection, or from a head's first byte, until its last
 BODY_TIMEOUT = 60.0  # seconds without a byte of a body that has begun
 
-_TOO_LARGE = ("431 Request Header Fields Too Large", None)
-_TOO_SLOW = ("408 Request Timeout", "timeout")
-_MALFORMED = ("400 Bad Request", None)
 _OF_THE_UPGRADE = (b"upgrade", b"connection", b"http2-settings")
 
 
@@ -52,7 +52,7 @@ class LimitedProtocol(HttpToolsProtocol):
         # A body may arrive together with its head, so only bytes without the end of a head count against the limit.
         if not self._in_body:
             if self._bare > MAX_HEAD and b"\r\n\r\n" not in data[: MAX_HEAD + 4]:
-                self._refuse(*_TOO_LARGE, f"the headers have more than {MAX_HEAD} bytes")
+                self._refuse(431, f"the headers have more than {MAX_HEAD} bytes")
                 return
             if self._timer is None and not self._answering:
                 self._arm(HEAD_TIMEOUT)
@@ -61,10 +61,10 @@ class LimitedProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._go_on_without(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            self._refuse(*_MALFORMED, "this is no HTTP request")
+            self._refuse(400, "this is no HTTP request")
         else:
             if self._in_body and self._bare > MAX_HEAD:
-                self._refuse(*_TOO_LARGE, f"there are more than {MAX_HEAD} bytes between two pieces of the body")
+                self._refuse(431, f"there are more than {MAX_HEAD} bytes between two pieces of the body")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_body:
@@ -115,9 +115,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _late(self) -> None:
         self._timer = None
-        self._refuse(*_TOO_SLOW, "the request took too long to arrive")
+        self._refuse(408, "the request took too long to arrive")
 
-    def _refuse(self, status: str, code: str | None, message: str) -> None:
+    def _refuse(self, status: int, message: str) -> None:
         """Answer and close. If another response is under way, read no more and close after it."""
         self._disarm()
         if self.transport.is_closing():
@@ -127,9 +127,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            said = f'"code":{f"{chr(34)}{code}{chr(34)}" if code else "null"}'
-            kind = "timeout_error" if code else "invalid_request_error"
-            body = f'{{"error":{{"message":"{message}","type":"{kind}","param":null,{said}}}}}'
-            head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            self.transport.write(f"{head}connection: close\r\n\r\n{body}".encode())
+            body = ApiError(status, message).body
+            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lamina.completions import Completion
 from lamina.errors import InvalidRequest, LaminaError
 from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import Observer
-
-Scope: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _OPERATIONS = {"/v1/chat/completions": "chat"}  # all other routes: "text_completion"
 _EXPORT_TIMEOUT = 3.0  # seconds to send a batch of spans to the collector, retries included
@@ -57,7 +54,7 @@ class Tracer:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=_EXPORT_TIMEOUT)))
         return cls(provider, model)
 
-    def middleware(self, app: App) -> App:
+    def middleware(self, app: ASGIApp) -> ASGIApp:
         """`app`, with the spans of its requests as children of the spans in their `traceparent` headers."""
 
         async def traced(scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lamina.server.frontend import EngineUnavailable, Served
+from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.openai.chat import checked_messages, prompt_text
 from lamina.server.openai.sampling_fields import check_characters
@@ -52,10 +52,8 @@ async def health(service: Service, request: Request) -> Response:
     """GET or HEAD /health: 200 where the engine serves, else 503."""
     state = service.frontend.state
     if state != "ready":
-        try:
-            message = "the engine has stopped" if service.frontend.served else ""
-        except EngineUnavailable as error:
-            message = str(error)
+        why = service.frontend.unavailable
+        message = f"{why}; try again later" if why else "the engine has stopped"
         raise ApiError(503, message, code=f"engine_{state}")
     return JSONResponse({"status": "ok"})
 
@@ -74,10 +72,6 @@ async def metrics(service: Service, request: Request) -> Response:
 
 def _card(service: Service) -> dict[str, Any]:
     name = service.settings.model
-    try:
-        longest = service.frontend.served.inputs.max_model_len
-    except EngineUnavailable:
-        longest = None
     return {
         "id": name,
         "object": "model",
@@ -85,7 +79,7 @@ def _card(service: Service) -> dict[str, Any]:
         "owned_by": "lamina",
         "root": name,
         "parent": None,
-        "max_model_len": longest,
+        "max_model_len": service.frontend.max_model_len,
     }
 
 

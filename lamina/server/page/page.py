@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lamina.server.frontend import EngineUnavailable, Frontend
+from lamina.server.frontend import Frontend
 from lamina.server.page.recent_latencies import SECONDS, RecentLatencies
 from lamina.server.page.status import Labels, Server, percentiles, status
 from lamina.server.settings import ServerSettings
@@ -72,22 +72,16 @@ def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> None
 
 def _server(frontend: Frontend, settings: ServerSettings, recent: RecentLatencies) -> Server:
     first, following = recent.lately()
-    message, longest = "", None
-    try:
-        longest = frontend.served.inputs.max_model_len
-        if frontend.state != "ready":
-            message = "the engine has stopped"
-    except EngineUnavailable as error:
-        message = str(error).removesuffix("; try again later")  # the page tries again by itself
+    why = frontend.unavailable
     return Server(
         model=settings.model,
         version=__version__,
         state=frontend.state,
-        message=message,
+        message=why or ("" if frontend.state == "ready" else "the engine has stopped"),
         restarts=max(0, frontend.restarts),
         active=frontend.active,
         max_requests=settings.max_requests,
-        max_model_len=longest,
+        max_model_len=frontend.max_model_len,
         seconds=SECONDS,
         first_token=percentiles(first),
         next_token=percentiles(following),
