@@ -413,10 +413,10 @@ def test_sequences_at_holders_grow_by_a_token_a_step(decoder, remote):
             assert min(taken) > 0
     for number, worker in workers.items():
         ports[number].settle()
-        assert [part.held for part in worker.store.parts()] == [42, 42, 42]
-        assert {part.heads for part in worker.store.parts()} == {heads[number]}
+        assert [part.held for part in worker.store.parts().values()] == [42, 42, 42]
+        assert {part.heads for part in worker.store.parts().values()} == {heads[number]}
     held.fill(1, 5)
-    assert all([part.held for part in worker.store.parts()] == [5] for worker in workers.values())
+    assert all([part.held for part in worker.store.parts().values()] == [5] for worker in workers.values())
     held.drop()
     for worker in workers.values():
         worker.store.check_integrity()

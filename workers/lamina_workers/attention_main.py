@@ -1,4 +1,4 @@
-"""An attention worker as a process: `python -m lamina_workers.attention_main`. Knows flags, signals and its parent.
+"""An attention worker as a process: `python -m lamina_workers.attention_main`. Its flags, signals and parent.
 
 Prints `listening HOST:PORT` when it serves. torch is imported only after the environment that OpenMP reads is set.
 """
@@ -20,14 +20,14 @@ from lamina_workers.process.exit import die_with_parent, leave
 if TYPE_CHECKING:
     from lamina_workers.attention_server.attention_server import AttentionServer
 
-_GRACE_S = 5.0  # that a session is given after SIGTERM, to move its KV
+_GRACE_S = 5.0  # seconds that a session has after SIGTERM, to move its KV
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM, SIGINT or the parent's end. The exit status: 0, or 1 where it could not serve."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else a stranger fills the log, a line a try
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else a stranger's connections fill the log
     share_cores()
     from lamina_protocols.errors import LaminaError
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaminaError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  # this is a command
         return 1
-    print(f"listening {address}", flush=True)  # noqa: T201  # whoever started this reads the port here
+    print(f"listening {address}", flush=True)  # noqa: T201  # the parent reads the port here
     ended.wait()
     grace = 0.0 if parent_gone.is_set() else _GRACE_S
     threading.Thread(target=_leave_anyway, args=(grace + 5.0,), daemon=True).start()
@@ -97,7 +97,7 @@ def _server(args: argparse.Namespace) -> AttentionServer:
 
 
 def _slow_down(delay: float) -> None:
-    """For experiments. It is on at first; each SIGUSR1 changes that."""
+    """Make reads slow, for experiments. Each SIGUSR1 switches that off or on again."""
     from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
     AttentionWorker.read_delay = delay
@@ -109,8 +109,8 @@ def _slow_down(delay: float) -> None:
 
 
 def _follow_parent(descriptor: int, ended: threading.Event, parent_gone: threading.Event) -> None:
-    """Set both events when the pipe closes, which it does however the parent dies. The kernel's own signal helps where
-    this process is stopped by then; it follows the parent's thread that started this one."""
+    """Set both events when the pipe closes, which it does however the parent dies. The kernel's signal also ends a
+    process that is stopped; it comes when the parent's thread that started this one ends."""
     die_with_parent()
 
     def read() -> None:

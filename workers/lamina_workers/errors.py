@@ -22,11 +22,11 @@ class KernelsUnavailable(LaminaError):
 
 
 class DeviceError(LaminaError, ValueError):
-    """A device is called what none is, or is not there."""
+    """A device's name is malformed, or there is no such device."""
 
 
 class NotEnoughMemory(LaminaError):
-    """A device has too little memory for weights or KV. What could not be taken is the cause."""
+    """A device has too little memory for weights or KV. The failed allocation is the cause."""
 
 
 class RanksError(LaminaError, ValueError):

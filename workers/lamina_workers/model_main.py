@@ -1,6 +1,6 @@
-"""A model worker beyond 0 as a process: `python -m lamina_workers.model_main`. Knows flags, signals and its parent.
+"""A model worker beyond 0 as a process: `python -m lamina_workers.model_main`. Its flags, signals and parent.
 
-Connects to model worker 0 and does what that says, see `crew_worker`. The secret of the connection is the first line of
+Connects to model worker 0 and serves it, see `parallel.peer_worker`. The secret of the connection is the first line of
 its stdin. torch is imported only after the environment that OpenMP reads is set.
 """
 
@@ -63,7 +63,7 @@ def serve(
     address: str = "127.0.0.1",
     tls_dir: str | None = None,
 ) -> None:
-    """Be a model worker in this process until model worker 0 is gone or lets it go, which is no error.
+    """Be a model worker in this process until model worker 0 is gone or dismisses it, which is no error.
 
     `connect` is unix:PATH or HOST:PORT, where `secret` is taken once; `threads` will compute. Call it before anything
     imports torch. `folder` and `address` as for `PeerWorker`. Raises LaminaError where it cannot begin.
@@ -98,14 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="that compute")
     add("--folder", metavar="DIR", help="with the model's files, where they are elsewhere than at model worker 0")
     add("--address", default="127.0.0.1", metavar="HOST", help="of this host, for the other model workers")
-    add("--tls-dir", metavar="DIR", help="with ca.pem, where model worker 0 speaks TLS")
+    add("--tls-dir", metavar="DIR", help="with ca.pem, where model worker 0 uses TLS")
     add("--die-with-parent", action="store_true", help="end when stdin closes or the parent's thread ends")
     return parser
 
 
 def _follow_parent() -> None:
-    """End when stdin closes, which it does however the parent dies, whatever this process is doing then: it keeps
-    nothing that anybody else could not make again."""
+    """End at once when stdin closes, which it does however the parent dies. All that this process keeps can be made
+    again."""
     try:
         while os.read(0, 4096):
             pass

@@ -1,7 +1,7 @@
-"""An attention worker that others reach: handshake, sessions, channels. Knows no model and no engine.
+"""An attention worker that engines elsewhere reach: handshake, sessions, channels.
 
-One engine at a time, with one session or several. One thread makes every torch call of the server's life, a
-`ComputeLoop`. It reads socket channels itself; a gRPC stream is read for it.
+It serves one engine at a time, with one session or several. One thread, that of a `ComputeLoop`, makes every torch
+call. It reads socket channels itself; a thread of gRPC reads a gRPC stream for it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _MAX_CALLS = MAX_SESSIONS + 32
 _MAX_LINGER = 86_400.0  # seconds
 _MAX_SHARES = 1 << 16
 _ENGINE_ID = re.compile(r"[0-9a-f]{16,64}")
-_MAX_PATH = 96  # bytes of a Unix socket's folder; its path may take 104 at least
+_MAX_PATH = 96  # bytes of a Unix socket's folder; every system allows 104 for the path
 
 _NONE = Credentials()
 
@@ -58,7 +58,7 @@ class ServerError(LaminaError):
 class ServerConfig:
     """`kv_memory` in bytes, `lease` in seconds; `listen` is host:port, port 0 any free one; `device` is where KV lies.
 
-    `model`, `compute_dtype`, `kv_dtype` and `page_size`, where given, are all that a handshake may ask for.
+    Where `model`, `compute_dtype`, `kv_dtype` or `page_size` is given, a handshake may ask for nothing else.
     """
 
     name: str
@@ -84,7 +84,7 @@ class ServerConfig:
         return split_address(self.listen)[0]
 
     def check(self) -> None:
-        """Raise ServerError for what would be open to strangers, or cannot be."""
+        """Raise ServerError for a server that would be open to strangers, or contradicts itself."""
         made = self.credentials
         if bool(made.cert) != bool(made.key):
             raise ServerError("a certificate needs its key, and a key its certificate")
@@ -111,7 +111,7 @@ class AttentionServer:
         self._seats = Leases(config.name, config.kv_memory, config.threads, device, config.lease, clock, self._over.put)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._locals: dict[str, tuple[Listener, str]] = {}  # by session: who listens for it, and the socket's folder
+        self._locals: dict[str, tuple[Listener, str]] = {}  # by session: its Unix socket, and the folder of that
         self._tcp: Listener | None = None
         self._health = health.HealthServicer()
         self._grpc: grpc.Server | None = None
@@ -121,7 +121,7 @@ class AttentionServer:
         ]
 
     def start(self) -> str:
-        """Listen and serve. The address, with the port that was taken. Raises ServerError where it cannot be had."""
+        """Listen and serve. Returns the address, with its port. Raises ServerError where it cannot be listened on."""
         config, made = self.config, self.config.credentials
         interceptors = (TokenInterceptor(made.token),) if made.token else ()
         pool = ThreadPoolExecutor(_GRPC_THREADS, thread_name_prefix="lamina-grpc")
@@ -148,7 +148,7 @@ class AttentionServer:
         return f"{host}:{port}"
 
     def stop(self, grace: float = 1.0) -> None:
-        """Take no new session, give those under way `grace` seconds, then end them and free everything."""
+        """Take no new session, wait up to `grace` seconds for the live ones, then end them and free everything."""
         self._set_health(False)
         self._seats.draining = True
         deadline = self._clock() + grace
@@ -166,13 +166,13 @@ class AttentionServer:
                 thread.join()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the server is stopped; whether it is."""
+        """Wait until the server is stopped. Returns whether it is."""
         return self._stopped.wait(timeout)
 
-    # What the service calls, on gRPC's threads.
+    # Called by the service, on gRPC's threads.
 
     def hello(self, hello: control.Hello, remaining: float) -> control.Welcome:
-        """Open a session, or refuse naming what differs."""
+        """Open a session. Raises ProtocolError, which names what differs."""
         self._check(hello)
         secret = secrets.token_bytes(SECRET_SIZE)
         session, resumed = self._seats.admit(hello, secret)
@@ -254,7 +254,7 @@ class AttentionServer:
     # The server's own threads.
 
     def _watch(self) -> None:
-        """Close the channels of sessions that are over, which can take a while; and see who is over."""
+        """Close the channels of ended sessions, which can take a while, and end the sessions that are overdue."""
         while True:
             try:
                 session = self._over.get(timeout=self._seats.tend())
@@ -287,7 +287,7 @@ class AttentionServer:
         )
 
     def _open_local(self, session: Session) -> str:
-        """A Unix socket for the session's data, in a folder of its own; its path, or nothing where it cannot be had."""
+        """The path of a Unix socket for the session's data, in a folder of its own; "" where the system has none."""
         try:
             folder = tempfile.mkdtemp(prefix="lamina-")  # mode 0700
             if len(os.fsencode(folder)) > _MAX_PATH:
@@ -305,7 +305,7 @@ class AttentionServer:
         return path
 
     def _close_local(self, session: Session) -> None:
-        """Nobody connects to the session's Unix socket any more. What is connected stays."""
+        """Close the session's Unix socket to new connections. What is connected stays."""
         with self._lock:
             local = self._locals.pop(session.id, None)
         if local is not None:

@@ -1,6 +1,6 @@
-"""Who is served by an attention worker: one engine at a time, its seats, their sessions, and how long KV is kept.
+"""The engine that an attention worker serves, one at a time: its seats, their sessions, and how long KV is kept.
 
-Any thread may call. Knows what a handshake asks for, but no channel's kind, and computes nothing: a `ComputeLoop` does.
+Any thread may call. All computing is left to a `ComputeLoop`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MAX_SESSIONS = 64
 
 
 class Leases:
-    """`kv_memory` in bytes is shared by the seats; a session lives for `lease` seconds without a sign of life.
+    """The seats share `kv_memory` bytes; a session lives for `lease` seconds without a sign of life.
 
-    `closing` is given each session that is over, to close its channel; it must not wait.
+    `closing` gets each session that has ended, to close its channel; it must not wait.
     """
 
     def __init__(
@@ -60,9 +60,10 @@ class Leases:
         self._traffic = Traffic()
 
     def admit(self, hello: control.Hello, secret: bytes) -> tuple[Session, bool]:
-        """A session at the seat that is asked for, and whether the seat was there already.
+        """A session at the seat that `hello` asks for, and whether the seat was there already.
 
-        Raises Busy for another engine, ProtocolError for what does not fit what is there.
+        Raises Busy for another engine, ProtocolError for a seat that does not fit the worker or differs from the one
+        that is there.
         """
         with self._lock:
             ours = hello.engine == self._engine
@@ -84,7 +85,7 @@ class Leases:
         return session, resumed
 
     def attach(self, session: Session, channel: Channel, kind: str) -> None:
-        """Serve the session over that channel. Raises ProtocolError where it has one, or is over."""
+        """Serve the session over that channel. Raises ProtocolError where it has one, or has ended."""
         with self._lock:
             session.attach(channel, kind)
         logger.info("session %.8s: seat %d over %s", session.id, session.seat.number, kind)
@@ -104,8 +105,8 @@ class Leases:
         return bool(self._sessions)
 
     def end(self, session: Session, reason: str, in_order: bool = False) -> None:
-        """End the session, whoever finds first that it is over. With a seat's last session its KV is let go where the
-        engine left `in_order`, or did not ask for it to be kept."""
+        """End the session; a second call does nothing. With a seat's last session its KV is freed where the engine left
+        `in_order`, or did not ask for it to be kept."""
         seat = session.seat
         with self._lock:
             if session.ended:
@@ -121,7 +122,7 @@ class Leases:
         self._closing(session)
 
     def goodbye(self, goodbye: control.Goodbye) -> None:
-        """An engine ends a session in order, or lets go what is kept of a seat that has none any more."""
+        """An engine ends a session in order, or frees what is kept of a seat without sessions."""
         with self._lock:
             seat = self._seats.get(goodbye.seat) if goodbye.engine == self._engine else None
             if seat is None:
@@ -133,13 +134,13 @@ class Leases:
                 self._end_seat(seat, "the engine has left")
 
     def end_all(self, reason: str) -> None:
-        """End every session, and let all KV go."""
+        """End every session, and free all KV."""
         with self._lock:
             for seat in list(self._seats.values()):
                 self._end_seat(seat, reason)
 
     def tend(self) -> float:
-        """End sessions that are overdue and seats that nobody came back to. Seconds until it is worth looking again."""
+        """End overdue sessions, and seats to which no engine has come back. Returns the seconds until the next call."""
         pause = min(1.0, self._lease / 10)
         with self._lock:
             for session in list(self._sessions.values()):
@@ -154,7 +155,7 @@ class Leases:
         return pause
 
     def status(self, version: str, uptime: float) -> control.WorkerStatus:
-        """What is there, and what was done since the start."""
+        """What the worker holds, and what it has done since the start."""
         with self._lock:
             seats, sessions, lingering = list(self._seats.values()), list(self._sessions.values()), self._lingering()
             counters = [self._totals, *(seat.counters for seat in seats)]
@@ -162,7 +163,7 @@ class Leases:
             for some in (self._traffic, *(x.traffic for x in seats), *(x.traffic for x in sessions)):
                 traffic.add(some)
             stores = [seat.worker.store for seat in seats if seat.worker is not None]
-            parts = [part for store in stores for part in store.parts()]
+            parts = [part for store in stores for part in store.parts().values()]
             now = self._clock()
             return control.WorkerStatus(
                 name=self._name,
@@ -236,7 +237,7 @@ class Leases:
             f"for {max(0.0, left):.1f} seconds more"
         )
 
-    # What the loop reports.
+    # Called by the loop.
 
     def _fail(self, seat: EngineSeat, reason: str) -> None:
         with self._lock:

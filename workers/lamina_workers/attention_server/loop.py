@@ -1,7 +1,7 @@
 """The one thread of an attention worker's process that computes: it builds seats, and serves all their channels.
 
-OpenMP keeps a team for each thread that ever computed, so there is one. Channels that have something take turns, a
-message each; none is waited for, neither to send nor to read. Knows no handshake.
+OpenMP keeps a team for each thread that ever computed, so there is one. Channels with a message take turns, a message
+each. The thread waits for no channel, neither to send nor to read.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ logger = logging.getLogger("lamina")
 
 
 class ComputeLoop:
-    """`run` belongs to its thread; the rest may be called from any, and is done in the order of the calls.
+    """`run` belongs to its thread; the rest may be called from any thread, and is done in the order of the calls.
 
-    `over(session, why)` is told that a session cannot go on, `failed(seat, why)` that a seat cannot, `freed(seat)` that
-    it is gone; all on the loop's thread.
+    Callbacks, all on the loop's thread: `over(session, why)` when a session cannot go on, `failed(seat, why)` when a
+    seat cannot, `freed(seat)` when it is gone.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ComputeLoop:
         self._waiter.close()
 
     def build(self, seat: EngineSeat) -> None:
-        """Make its worker, and tell `seat.built`."""
+        """Make its worker, and complete `seat.built`."""
         self._do(lambda: self._build(seat))
 
     def serve(self, session: Session) -> None:
@@ -95,7 +95,7 @@ class ComputeLoop:
         except LaminaError as error:
             self._farewell(session, channel, str(error))
             self._over(session, str(error))
-        except Exception as error:  # the engine learns its kind, the log the rest
+        except Exception as error:  # the engine gets its kind, the log the rest
             logger.exception("session %.8s failed", session.id)
             self._farewell(session, channel, type(error).__name__)
             self._failed(session.seat, type(error).__name__)
@@ -112,7 +112,7 @@ class ComputeLoop:
             return
         try:
             seat.build(self._threads, self._name, self._device)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the engine is told and the server lives on
+        except Exception as error:  # noqa: BLE001  # any error goes to the engine, and the server lives on
             self._failed(seat, f"no worker could be made: {error}")
             seat.built.set_exception(error)
         else:
@@ -134,4 +134,4 @@ class ComputeLoop:
     def _free(self, seat: EngineSeat) -> None:
         seat.free()
         self._freed(seat)
-        gc.collect()  # KV is large, and whatever keeps it in a cycle must not outlive its seat
+        gc.collect()  # KV is large: a cycle that holds it must not outlive the seat

@@ -1,7 +1,7 @@
 """An engine's seats at an attention worker, and the sessions by which it reaches them.
 
 A seat has an attention worker of its own, which outlives its sessions where the engine asked for that. A session is one
-data channel, from its handshake on. Knows messages and channels, but no thread, neither gRPC nor sockets.
+data channel, from its handshake on.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Traffic:
 
 
 class EngineSeat:
-    """One attention worker of an engine: what it was asked for, and what it holds once `build` has made it.
+    """One attention worker of an engine: what the handshake asked for, and the worker once `build` has made it.
 
-    `built` is done when the worker stands, or could not be made. `build`, `handle` and `free` belong to one thread.
+    `built` is done when the worker was made, or could not be. `build`, `handle` and `free` belong to one thread.
     """
 
     def __init__(self, hello: control.Hello, kv_memory: int, clock: Callable[[], float]) -> None:
@@ -66,28 +66,28 @@ class EngineSeat:
         self.linger = hello.linger
         self.config = HolderConfig(hello.layers, hello.page_size, hello.kv_dtype, kv_memory)
         self.built: Future[None] = Future()
-        self.sessions: dict[str, Session] = {}  # that live
-        self.away_since = clock()  # the time of the last session's end, where there is none
+        self.sessions: dict[str, Session] = {}  # the live ones
+        self.away_since = clock()  # while there is no session: the end of the last one
         self.ended = ""  # why
         self.counters = Counters()
-        self.traffic = Traffic()  # of sessions that are over
+        self.traffic = Traffic()  # of sessions that have ended
         self._compute_dtype = hello.compute_dtype
         self._worker: AttentionWorker | None = None
         self._port: LocalAttention | None = None
 
     @property
     def worker(self) -> AttentionWorker | None:
-        """The worker, while it stands. For reading counts only."""
+        """The worker, while there is one. For reading counts only."""
         return self._worker
 
     @property
     def page_layout(self) -> str:
-        """How the worker's pages are laid out, "" where none stands."""
+        """How the worker's pages are laid out, "" without a worker."""
         worker = self._worker
         return worker.page_layout if worker else ""
 
     def check(self, hello: control.Hello) -> None:
-        """Raise ProtocolError for a channel that asks for anything else than this seat is."""
+        """Raise ProtocolError for a handshake that asks for another kind of seat than this one."""
         here = f"of seat {self.number}"
         control.check(f"model {here}", hello.model, self.model)
         control.check(f"compute dtype {here}", hello.compute_dtype, self._compute_dtype)
@@ -100,13 +100,13 @@ class EngineSeat:
                 control.check(f"{name} of layer {number} {here}", getattr(theirs, name), getattr(ours, name))
 
     def build(self, threads: int, name: str, device: torch.device) -> None:
-        """Make the worker. Raises what that raises."""
+        """Make the worker. Raises as `AttentionWorker` does."""
         self._worker = attention_worker(self.config, threads, device)
         self._port = LocalAttention(self._worker, name)
         self.counters = self._worker.counters
 
     def handle(self, frame: memoryview, reply: Callable[[list[bytes | memoryview]], None]) -> None:
-        """One message: handle, `reply`, and only then do what was put off. Raises ProtocolError for what is none."""
+        """Handle one message, `reply`, and only then `settle`. Raises ProtocolError for a frame that is no request."""
         port = self._port
         if port is None:
             raise ProtocolError(f"seat {self.number} is gone")
@@ -119,7 +119,7 @@ class EngineSeat:
         port.settle()
 
     def free(self) -> None:
-        """Let the worker go, and its KV with it."""
+        """Free the worker, and its KV with it."""
         self._worker = self._port = None
 
 
@@ -150,11 +150,11 @@ class Session:
         return self._clock() - self._heard_at > self._lease
 
     def admits(self, secret: bytes) -> bool:
-        """Whether the secret is this session's, which has no channel yet."""
+        """Whether the secret is that of this session, and it has no channel yet."""
         return hmac.compare_digest(secret, self._secret) and self.channel is None and not self.ended
 
     def attach(self, channel: Channel, kind: str) -> None:
-        """Take the data channel. Raises ProtocolError where there is one already, or the session is over."""
+        """Take the data channel. Raises ProtocolError where there is one already, or the session has ended."""
         if self.channel is not None or self.ended:
             raise ProtocolError(f"session {self.id:.8} " + (self.ended or "has a data channel already"))
         self.channel, self.channel_kind = channel, kind

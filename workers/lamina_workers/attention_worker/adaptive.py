@@ -1,7 +1,6 @@
 """Attention of the decode queries whose policy chooses what they read.
 
-Asks the choosers, has the kernels attend what they chose, merges what stands for the rest, and counts. Knows parts
-and pages; knows no policy by name.
+Choosers choose the pages, kernels attend them, what stands for the rest is merged, and all of it is counted.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from lamina_workers.policies.chooser import Adaptive, Chooser, Holding, Items, O
 
 
 class Cell(NamedTuple):
-    """A KV head of a part, by its number in the part, that is asked one query; `first` is its first vector in the
-    flat q, of which it has a group. `tokens` of the part are read."""
+    """One query to a KV head of a part; `head` is its number in the part. Its group of vectors of the flat q begins
+    with `first`. It may read `tokens` tokens."""
 
     handle: int
     part: Part
@@ -61,7 +60,7 @@ class _Tally:
 
 @dataclass(slots=True)
 class Tallies:
-    """What was read for each part in decode. `token_bytes` are of one token's K and V in one layer and KV head."""
+    """What was read for each part in decode. `token_bytes`: those of one token's K and V in one layer and KV head."""
 
     token_bytes: float
     _by_handle: dict[int, _Tally] = field(default_factory=dict)
@@ -73,7 +72,8 @@ class Tallies:
         tally.whole += whole * self.token_bytes
 
     def miss(self, handle: int, missed: float, queries: int, worst: float) -> None:
-        """So much of the mass of some queries was not read, by estimate: their sum, and the worst of them."""
+        """How much of the attention mass of some queries was not read, by estimate: `missed` is the sum over them,
+        `worst` the largest."""
         tally = self._of(handle)
         tally.missed += missed
         tally.queries += queries
@@ -87,13 +87,13 @@ class Tallies:
         self._by_handle.pop(handle, None)
 
     def usage(self, handle: int, held: int, kept: int) -> Usage:
-        """All of one part, which holds that many pages of those that keeping everything would take."""
+        """The usage of one part, which holds `held` pages where keeping everything would take `kept`."""
         t = self._by_handle.get(handle, _Tally())
         return Usage(round(t.read), round(t.whole), t.missed, t.queries, t.worst, held, kept)
 
 
 class _Counts:
-    """What the layers of a batch have read for some cells: in arrays, since every layer adds to it."""
+    """What the layers of a batch have read for some cells, in arrays, since every layer adds to it."""
 
     def __init__(self, cells: int) -> None:
         self.read = np.zeros(cells)  # tokens
@@ -117,15 +117,15 @@ class _Counts:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The cells of one policy in a batch. vectors: int64 `[cells * group]`, theirs of the flat q; `plan` is the
-    chooser's."""
+    """The cells of one policy in a batch. vectors: int64 `[cells * group]`, those of the flat q that are theirs;
+    `plan` is the chooser's, `lists` the kernels'."""
 
     policy: Adaptive
     cells: tuple[Cell, ...]
     vectors: torch.Tensor
     plan: Any
-    lists: Any  # the kernels' plan
-    lacking: npt.NDArray[np.int64]  # of each cell: what its last page has not got
+    lists: Any
+    lacking: npt.NDArray[np.int64]  # of each cell: tokens that its last page lacks
     counts: _Counts
 
 
@@ -168,7 +168,7 @@ class AdaptiveAttention:
             chooser.forget(handle)
 
     def worth(self, policy: Adaptive, tokens: Sequence[int]) -> bool:
-        """Whether a policy would rather choose than read everything, for cells of so many tokens each."""
+        """Whether choosing is cheaper than reading everything, for cells of so many tokens each."""
         return self._choosers[policy].worth(tokens)
 
     def group(self, policy: Adaptive, cells: Sequence[Cell], group: int) -> Group:
@@ -202,7 +202,7 @@ class AdaptiveAttention:
         return whole
 
     def tally(self, group: Group) -> None:
-        """The batch is over, or given up: what it has read belongs to the parts."""
+        """The batch is complete, or given up: what it has read is counted for its parts."""
         counts = group.counts
         columns = (counts.read, counts.missed, counts.queries, counts.worst)
         for cell, (read, missed, queries, worst) in zip(

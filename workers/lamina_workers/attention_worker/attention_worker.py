@@ -1,9 +1,9 @@
-"""One KV shard: append, attend, free. Built from a `HolderConfig` alone; knows no sockets, no model, no engine.
+"""One KV shard: append, attend, free. Built from a `HolderConfig` alone.
 
 A batch is announced once; then, per layer, its `Fresh` is stored and its `Query` answered, in the order in which
-they come. What an `Exchange` brings is stored after its answer was given, so that nobody waits for it: by `settle`,
-or before the next message. A batch's state is dropped when one of its handles is announced again or a new epoch
-comes, so a late message of a dropped batch is refused instead of touching pages that are now someone else's.
+they come. What an `Exchange` brings is stored after its answer was given, so that the engine need not wait for it: by
+`settle`, or before the next message. A batch's state is dropped when one of its handles is announced again or a new
+epoch comes: a late message of a dropped batch is refused, and never touches pages that belong to another part by then.
 """
 
 from __future__ import annotations
@@ -80,12 +80,11 @@ class _Batch:
 class AttentionWorker:
     """Holds the KV of its parts and attends it. Every method runs on the caller's thread.
 
-    Its pages lie on `device`, and so must the tensors of messages (`device_worker` takes them there).
+    Its pages lie on `device`, and so must the tensors of messages (`device_worker` copies them there).
     Raises UnsupportedModelError for layers that its pages cannot keep, KVError for too little memory or a wrong dtype,
-    NotEnoughMemory where the device lacks it, PolicyError for what its device cannot do.
+    NotEnoughMemory where the device lacks it, PolicyError for a policy that its device cannot serve.
 
-    `read_delay` makes it slow, for experiments: so many seconds for each million positions that are read in a layer
-    are slept besides.
+    `read_delay` makes it slow, for experiments: seconds of sleep for each million positions that a layer reads.
     """
 
     read_delay = 0.0
@@ -108,7 +107,7 @@ class AttentionWorker:
         self._epoch = 0
         self._last_batch = 0
         self._next_operation = 0
-        self._fence = -1  # the last epoch that a survey has ended: those that sent until then are refused
+        self._fence = -1  # the last epoch that a survey has ended: its messages and older ones are refused
         self._batches: dict[int, _Batch] = {}
         self._kv_layers = {spec.kv_layer for spec in config.layers}
         self._torn: dict[int, int] = {}  # by handle: from where on KV has not come in every layer
@@ -186,7 +185,7 @@ class AttentionWorker:
                 if operation.parent in self._torn:
                     self._torn[operation.handle] = self._torn[operation.parent]
         self._reader.absorb(reservation.absorbed)
-        # They are applied, whatever goes wrong from here on; the batch exists only once all has gone right.
+        # The operations are applied, even if an error follows; the batch exists only once nothing has failed.
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
         if reservation.copies_from.size:
             source, target = map(_indices, (reservation.copies_from, reservation.copies_to))
@@ -202,7 +201,7 @@ class AttentionWorker:
 
     def _drop_superseded(self, message: Announcement) -> None:
         announced = {row.handle for row in message.rows}
-        # Those applied already came again because their first reply was still on its way: their batch is under way.
+        # Operations that were applied before came again because their reply was under way: so is their batch.
         new = message.operations[self._next_operation - message.first :]
         announced.update(operation.handle for operation in new)
         for number, batch in list(self._batches.items()):
@@ -219,7 +218,7 @@ class AttentionWorker:
     def _prepare(self, rows: Sequence[Row], stores: tuple[Row, ...]) -> _Batch:
         try:
             readings = self._reader.readings([row for row in rows if row.read is not None])
-            # Planned now, while nobody waits for it. Rows that only store may come as whole pages, which need no plan.
+            # Planned now, before the first layer. Rows that only store may come as whole pages, which need no plan.
             places = self._plan(stores) if stores and readings else None
         except ValueError as error:
             raise ProtocolError(f"rows that no batch can have: {error}") from error
@@ -268,7 +267,7 @@ class AttentionWorker:
         self.counters.vectors_stored += vectors
 
     def _stored(self, batch: _Batch, layer: int) -> None:
-        """All that a batch keeps of a layer has come."""
+        """All K and V that a batch stores in a layer have come."""
         self._reader.seal(batch.sealed, layer)
         batch.missing.discard(layer)
         if not batch.missing:
@@ -300,7 +299,7 @@ class AttentionWorker:
         return FetchedPages(message.epoch, message.batch, message.layer, pages)
 
     def _held(self, message: Fetch | FetchPages) -> Part:
-        """The part that is asked for, which holds what is asked for."""
+        """The part of a request. Raises KVError unless it holds the positions that are asked for."""
         part, lo, hi = self.store.part(message.handle), message.lo, message.hi
         if not part.lo <= lo <= hi <= part.held:
             raise KVError(f"[{lo}, {hi}) of part {message.handle} asked for, it holds [{part.lo}, {part.held})")
@@ -333,12 +332,12 @@ class AttentionWorker:
         return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
 
     def _survey(self, message: Survey) -> Surveyed:
-        """Whoever sent the batches in flight is gone, or asks while none is."""
+        """The batches in flight end: their engine is gone, or has none in flight while it asks."""
         for batch in self._batches.values():
             self._reader.end(batch.readings.values())
         self._batches.clear()
         self._fence = max(self._fence, self._epoch, message.epoch)
-        handles = sorted(handle for handle in self.store.handles() if handle >= message.first)
+        handles = sorted(handle for handle in self.store.parts() if handle >= message.first)
         parts: list[PartHeld] = []
         numbers = 0
         for handle in handles[:MAX_PARTS]:

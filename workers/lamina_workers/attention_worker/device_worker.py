@@ -1,7 +1,7 @@
 """An attention worker whose pages lie on a device: what comes from the host is staged to it, answers are staged back.
 
-Everything that touches pages is put on one stream, whoever's lane it serves, so pages are read and written in the order
-of the messages. Knows messages and staging; what they ask for, `attention_worker` knows.
+All work on pages is put on one stream, whichever lane it serves, so pages are read and written in the order of the
+messages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def attention_worker(config: HolderConfig, threads: int = 1, device: torch.devic
 
 
 class DeviceWorker(AttentionWorker):
-    """What comes from the device stays there, and its answer too; what comes from the host is answered there.
+    """Tensors that come from the device are answered on the device, those from the host on the host.
 
     A batch under way has buffers of its own. An answer may be read until the second message of its batch after it.
     """

@@ -1,6 +1,6 @@
-"""The policies of a holder's KV heads: the texts of a `HolderConfig`, parsed once for all that read or keep by them.
+"""The policies of a holder's KV heads: the texts of a `HolderConfig`, parsed once for reading and for keeping.
 
-Promises that the keepers of a stored layer keep all that any layer which reads it can see.
+Promises that a stored layer keeps all that any layer which reads it can see.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lamina_protocols.messages import HolderConfig, LayerSpec
@@ -53,16 +55,16 @@ class HeadPolicies:
 
     @property
     def releasing(self) -> tuple[Policy, ...]:
-        """Of the keepers the policies by which pages are let go.
+        """Of the keepers, the policies by which pages are freed while their part lives.
 
-        A compensated one is not among them where a layer with another policy reads the same KV: that layer still reads
-        what a mean would stand for."""
+        A compensated one is left out where a layer with another policy reads the same KV: that layer still reads what a
+        mean would stand for."""
         every = tuple(dict.fromkeys(policy for layer in self.keepers for policy in layer))
         shared = {policy for keeper in every if isinstance(keeper, _Together) for policy in keeper.policies}
         return tuple(p for p in every if p.kept_from(LONGEST) > 0 and not (p.compensated and p in shared))
 
     def check(self, device: torch.device) -> None:
-        """Raise PolicyError for a policy that a holder on that device cannot serve: what chooses runs on CPUs alone."""
+        """Raise PolicyError for a policy that a holder on that device cannot serve: choosers run on CPUs alone."""
         choosing = [policy for policy in self.distinct if policy.adaptive or policy.sketched]
         if choosing and device.type != "cpu":
             raise PolicyError(
@@ -95,3 +97,37 @@ def _parsed(spec: LayerSpec) -> LayerPolicies:
     if spec.policies and len(spec.policies) != spec.kv_heads:
         raise PolicyError(f"{len(spec.policies)} policies for a layer of {spec.kv_heads} KV heads")
     return tuple(within(parse(text), spec.window) for text in spec.policies or ("full",) * spec.kv_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The cells, bool `[layers, heads]`, of a part that are kept by this policy."""
+
+    policy: Policy
+    cells: npt.NDArray[np.bool_]
+
+
+class Retention:
+    """Which cells of a holder's parts are kept by which policy, for policies by which anything is freed at all."""
+
+    def __init__(self, policies: HeadPolicies) -> None:
+        self._keepers = policies.keepers
+        self._releasing = policies.releasing
+        self._by_heads: dict[tuple[int, ...], tuple[Group, ...]] = {}
+
+    def groups(self, heads: tuple[int, ...]) -> tuple[Group, ...]:
+        """The groups of a part of those heads, in their order."""
+        found = self._by_heads.get(heads)
+        if found is None:
+            groups = [
+                Group(policy, np.array([[layer[head] == policy for head in heads] for layer in self._keepers]))
+                for policy in self._releasing
+            ]
+            found = self._by_heads[heads] = tuple(group for group in groups if group.cells.any())
+        return found
+
+
+@lru_cache(maxsize=1 << 14)
+def returns_to(policy: Policy, position: int) -> int:
+    """`policy.returns_to(position)`, cached, since each batch asks for it again."""
+    return policy.returns_to(position)

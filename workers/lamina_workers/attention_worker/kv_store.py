@@ -1,4 +1,4 @@
-"""Pages of KV: allocate, fork, cut, free, account. Knows no attention, no message but its operations and rows.
+"""Pages of KV: allocate, fork, cut, free, account.
 
 A page is `page_size` tokens of one layer and one KV head. A part's table `[layer, head, slot]` names the page that
 holds its positions `lo + slot * page_size ...`; -1 where none is held. Forks share pages by reference count, and a
@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages import Close, Fork, HolderConfig, Open, Operation, Row
-from lamina_workers.attention_worker.head_policies import HeadPolicies
-from lamina_workers.attention_worker.retention import Group, Retention, returns_to
+from lamina_workers.attention_worker.head_policies import Group, HeadPolicies, Retention, returns_to
 from lamina_workers.errors import KVError, PoolExhausted
 from lamina_workers.policies.policy import Policy
 
 Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
 
 NO_PAGE = -1
 ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a mean begins to stand in one step
@@ -42,9 +41,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Absorbed:
-    """Pages that a part, which begins at position `lo`, has let go and that a mean stands for from now on: they must be
-    read before anything is written. cells: bool `[layers, heads]`; pages: int32 `[cells, slots]`, in the order of the
-    cells that are set."""
+    """Pages that a part, which begins at position `lo`, has freed and for which a mean stands from now on: they must be
+    read before anything is written. cells: bool `[layers, heads]`; pages: int32 `[cells, slots]`, in their order."""
 
     handle: int
     lo: int
@@ -63,7 +61,7 @@ class Reservation:
 
 
 class KVStore:
-    """The tables and the page pool of one holder. Page contents lie elsewhere: here are numbers only."""
+    """The tables and the page pool of one holder: numbers of pages, not their contents."""
 
     def __init__(self, config: HolderConfig, policies: HeadPolicies, n_pages: int) -> None:
         if n_pages < 1:
@@ -81,19 +79,15 @@ class KVStore:
 
     @property
     def free_pages(self) -> int:
-        """Pages that no part holds."""
+        """How many pages no part holds."""
         return self._n_free
 
-    def parts(self) -> tuple[Part, ...]:
-        """All parts, as they are now."""
-        return tuple(self._parts.values())
-
-    def handles(self) -> tuple[int, ...]:
-        """Of all parts."""
-        return tuple(self._parts)
+    def parts(self) -> dict[int, Part]:
+        """All parts by handle, as they are now. May be called from any thread."""
+        return dict(self._parts)
 
     def part(self, handle: int) -> Part:
-        """The part of that handle. Raises KVError where there is none."""
+        """The part of a handle. Raises KVError where there is none."""
         try:
             return self._parts[handle]
         except KeyError:
@@ -125,7 +119,7 @@ class KVStore:
         finally:
             self._undo = []
 
-    def slots(self, row: Row) -> Int64:
+    def slots(self, row: Row) -> Ints:
         """Where a storing row's tokens go: `[layers, stored tokens, heads]`, each page * page_size + offset."""
         part = self._parts[row.handle]
         size = self.config.page_size
@@ -168,7 +162,7 @@ class KVStore:
         if self._n_free + np.count_nonzero(self._references) != self.n_pages:
             raise KVError(f"{self._n_free} pages free, {np.count_nonzero(self._references)} used, of {self.n_pages}")
 
-    # The operations. Each leaves in the journal how to undo it.
+    # The operations. Each appends to `_undo` what takes it back.
 
     def _apply(self, operation: Operation) -> None:
         if not isinstance(operation, Close) and operation.handle in self._parts:
@@ -231,7 +225,7 @@ class KVStore:
                 raise KVError(f"row reads [{lo}, {hi}) of part {row.handle}, allowed: within [{part.lo}, {reach}]")
 
     def _cut(self, part: Part, row: Row) -> None:
-        """Cut back to the row's start, then free what no query there or later can see, or what a mean stands for."""
+        """Cut back to the row's start, then free what no query from there on can see, or a mean stands for."""
         start = row.start
         before, part.held = part.held, max(part.lo, min(part.held, start))
         self._undo.append(lambda: setattr(part, "held", before))
@@ -249,8 +243,8 @@ class KVStore:
                 self._absorbed.append(Absorbed(row.handle, part.lo, group.cells, pages))
 
     def _absorbs_to(self, part: Part, group: Group, position: int) -> int:
-        """Up to where pages below `position` are let go in this step. Reading them takes time, so a long prompt's are
-        let go in several."""
+        """Up to where pages below `position` are freed in this step. The mean takes time, so a long prompt's pages are
+        freed in several steps."""
         held = max(int(part.freed[group.cells].max()), self._sinks_of(part, group))
         return min(position, part.lo + (held + ABSORBED_AT_ONCE) * self.config.page_size)
 
@@ -267,7 +261,7 @@ class KVStore:
         return self._drop(view, group.cells[..., None] & (slots >= before[..., None]) & (view != NO_PAGE))
 
     def _drop(self, view: Int32, where: npt.NDArray[np.bool_]) -> Int32:
-        """Let go of the pages that `view`, a part of a table, names there, and return them."""
+        """Free the pages that `view`, a slice of a table, names there, and return them."""
         pages: Int32 = view[where]
         if pages.size:
             view[where] = NO_PAGE
@@ -309,7 +303,7 @@ class KVStore:
         return self._layers * len(part.heads) * (self._slots(end) - self._slots(first))
 
     def _own(self, part: Part, first: int, end: int) -> tuple[Int32, Int32]:
-        """Replace shared pages that will be written by fresh ones; gives which to copy, and where to."""
+        """Replace shared pages that will be written. Returns the pages to copy from, and those to copy to."""
         shared = self._shared(part, first, end)
         if not shared.any():
             return _NO_PAGES, _NO_PAGES
@@ -358,7 +352,7 @@ class KVStore:
         return lowest
 
     def _sinks_of(self, part: Part, group: Group) -> int:
-        """The part's slots that hold sinks, which stay."""
+        """How many of the part's slots hold sinks, which are kept."""
         return self._slots(max(0, group.policy.sinks - part.lo))
 
     def _sink_slots(self, part: Part) -> Int32:

@@ -1,7 +1,6 @@
-"""What stands for the tokens that compensated policies have let go: their mean key and mean value, as one slot more.
+"""The mean key and mean value of the tokens that compensated policies have freed, attended as one slot more.
 
-Sums are kept in float32 for each part, layer and KV head; a fork begins with those of its parent. Knows pages and
-handles; knows no position and no policy.
+Sums are kept in float32 for each part, layer and KV head; a fork begins with those of its parent.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ AT_ONCE = 256  # pages that are read at a time, so that little memory is taken
 
 
 class _Sums(NamedTuple):
-    """Of one part, which begins at position `lo`. tokens: int64 `[layers, heads]`; k, v: float32 `[layers, heads, d]`.
-    Shared by forks, so never written."""
+    """The sums of one part, which begins at position `lo`. tokens: int64 `[layers, heads]`; k, v: float32
+    `[layers, heads, d]`. Forks share them, so they are never written."""
 
     lo: int
     tokens: torch.Tensor
@@ -43,7 +42,7 @@ class MeanReading:
     v: torch.Tensor
 
     def attend(self, spec: LayerSpec, q: torch.Tensor) -> Partial:
-        """The slots' part of the attention of `vectors`, of the flat q `[m, d_k]` of a layer: out in q's dtype."""
+        """The partial of the means for `vectors`, of the flat q `[m, d_k]` of a layer; out in q's dtype."""
         layer = spec.kv_layer
         logits = (q[self.vectors].float() * self.k[layer, self.cells]).sum(-1) * spec.scale
         if spec.soft_cap is not None:
@@ -60,7 +59,7 @@ class MeanSlots:
         self._sums: dict[int, _Sums] = {}
 
     def fork(self, handle: int, parent: int, length: int) -> None:
-        """A part begins as another's first `length` tokens, and with what that has let go of them, if anything."""
+        """A part begins as the first `length` tokens of another, and with its sums, if it has any."""
         sums = self._sums.get(parent)
         if sums is not None and sums.lo < length:
             self._sums[handle] = sums
@@ -70,7 +69,7 @@ class MeanSlots:
         self._sums.pop(handle, None)
 
     def absorb(self, absorbed: Absorbed) -> None:
-        """Add up pages that were let go, before anything is written to them."""
+        """Add up pages that were freed. Nothing may have been written to them yet."""
         at = self._pages.layout
         cells = torch.from_numpy(absorbed.cells)
         old = self._sums.get(absorbed.handle)
@@ -92,8 +91,8 @@ class MeanSlots:
         self._sums[absorbed.handle] = _Sums(absorbed.lo, tokens, k, v)
 
     def mean(self, handle: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean k `[d_k]` and v `[d_v]`, float32, of what a part's head has let go: so many tokens that are all like
-        it are attended as it is. Zeros where nothing was."""
+        """The mean k `[d_k]` and v `[d_v]`, float32, of what a part's head has freed; zeros where that is nothing. As
+        many tokens that are all equal to the mean are attended as the mean is."""
         sums = self._sums.get(handle)
         if sums is None:
             return torch.zeros(self._pages.layout.d_k), torch.zeros(self._pages.layout.d_v)

@@ -45,14 +45,14 @@ def page_layout(config: HolderConfig, device: torch.device = CPU) -> PageLayout:
 
 
 def layout_name(layout: PageLayout) -> str:
-    """The same for holders whose pages mean the same byte by byte, and for no others."""
+    """Equal for holders whose pages mean the same byte by byte, and for no others."""
     dtype = str(layout.dtype).removeprefix("torch.")
     numbers = (layout.page_size, layout.d_k, layout.d_v, layout.k_pack, layout.v_pack, layout.page_bytes)
     return f"{dtype} {layout.order.value} {' '.join(map(str, numbers))}"
 
 
 def page_bytes(config: HolderConfig) -> int:
-    """Of a page of such holders, wherever they are."""
+    """Bytes of a page of such holders, on any device."""
     spec = config.layers[0]
     return PageLayout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype], Order.TOKENS).page_bytes
 

@@ -1,7 +1,7 @@
 """What a batch reads at one worker: each KV head by its policy, by positions or by choice.
 
 Plans once a batch what static policies see. In each layer it attends that, and adaptive policies choose the rest. It
-keeps the sketches that those read, and the means that stand for pages which were let go.
+keeps the sketches by which they choose, and the means that stand for freed pages.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class PagedReader:
         return self._adaptive
 
     def sealed(self, rows: Sequence[Row]) -> torch.Tensor | None:
-        """int64 `[layers, n]`: the pages that are full once those rows have stored, where sketches are kept. What
-        choosers know of tokens that the rows replace ends here."""
+        """int64 `[layers, n]`: the pages that are full once those rows have stored, where sketches are kept. Choosers
+        forget here what they know of tokens that the rows replace."""
         if self._sketches is None:
             return None
         size, pages = self._pages.layout.page_size, []
@@ -169,18 +169,18 @@ class PagedReader:
             self._adaptive.fork(fork.handle, fork.parent, fork.length - part.lo)
 
     def absorb(self, absorbed: Sequence[Absorbed]) -> None:
-        """Pages have been let go for which a mean stands from now on. Nothing may have been written to them yet."""
+        """Pages have been freed for which a mean stands from now on. Nothing may have been written to them yet."""
         for pages in absorbed:
             if self._means is not None:
                 self._means.absorb(pages)
 
     @property
     def keeps_means(self) -> bool:
-        """Whether a mean may stand for pages that were let go."""
+        """Whether a mean may stand for pages that were freed."""
         return self._means is not None
 
     def mean(self, handle: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A key `[d_k]` and a value `[d_v]` for the tokens that a part's head has let go, where it is to be moved."""
+        """A key `[d_k]` and a value `[d_v]` in the place of each token that a part's head has freed, to move it."""
         return (self._means or MeanSlots(self._pages)).mean(handle, layer, head)
 
     def forget(self, handle: int) -> None:

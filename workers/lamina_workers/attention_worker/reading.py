@@ -1,6 +1,6 @@
 """What the rows of a batch read in layers whose heads have the same policies: collected row by row, once a batch.
 
-Promises that each vector of the flat q is read by positions, by the plan of the kernels, or by choice, in one cell.
+Promises that each vector of the flat q is either in the kernels' plan or in one cell of an adaptive policy.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Reading:
     vectors: torch.Tensor | None
     groups: tuple[Group, ...]
     counts: tuple[tuple[int, float, int], ...]  # of decode rows: handle, tokens read by static heads, tokens they have
-    means: MeanReading | None = None  # what stands for the pages that compensated policies have let go
+    means: MeanReading | None = None  # what stands for the pages that compensated policies have freed
     observed: tuple[ObservedQueries, ...] = ()  # rows of prefill whose queries a chooser is shown
     layers: int = 0  # that have been attended so
 
@@ -139,8 +139,8 @@ class ReadingBuilder:
         self.counts.append((row.handle, _keys_seen(policies, row) - saved, (hi - lo) * static))
 
     def _saved(self, part: Part, gap: tuple[int, int], hi: int) -> float:
-        """How many of the keys below `hi` a head does not read where slots were let go. The mean that it reads for
-        them, in float32, counts by its bytes."""
+        """How many of the keys below `hi` a head does not read because their slots were freed. The mean that it reads
+        for them, in float32, counts by its bytes."""
         at = self._layout
         first, end = (min(part.lo + slot * at.page_size, hi) for slot in gap)
         return end - first - 4 * (at.d_k + at.d_v) * at.page_size / at.page_bytes

@@ -1,7 +1,7 @@
 """From policies to the rows that kernels take: which vectors of q see which keys of a page table.
 
-Pure arithmetic on numbers. The same for the past at a holder and for the present at the model worker, which is why
-static policies give the same text however a prompt is cut and sharded.
+Pure arithmetic on numbers. It serves the past at a holder and the fresh tokens at the model worker alike, so static
+policies give the same text however a prompt is cut and sharded.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class RowBuilder:
         self._tables: list[Table] = []
 
     def add(self, asked: Asked, policies: Sequence[Policy | None], gaps: Gaps = _NO_GAPS) -> None:
-        """Rows for what each KV head's policy lets it see. None: this head is attended elsewhere, and its vectors are
-        not there. `gaps`: entries [first, end) of the table that a policy has let go, behind which all queries are;
-        they are left out."""
+        """Rows for what each KV head's policy lets it see. None: this head is attended elsewhere, and has no vectors
+        here. `gaps`: entries [first, end) of the table that a policy has freed, and leaves out; all queries are behind
+        them."""
         stride = sum(policy is not None for policy in policies) * asked.group
         before = 0
         for policy, heads in runs(policies):
@@ -60,7 +60,7 @@ class RowBuilder:
             before += (heads.stop - heads.start) * asked.group
 
     def _closed(self, asked: Asked, view: View, gap: tuple[int, int]) -> tuple[Asked, View]:
-        """The same without the entries of a gap: what lies behind moves up to it, the queries too."""
+        """Keys and queries without the entries of a gap: what lies behind it moves up."""
         first, end = gap
         if first >= end:
             return asked, view

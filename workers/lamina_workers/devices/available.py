@@ -1,7 +1,4 @@
-"""Devices by name: which names there are, whether torch finds what they name, and what memory is left there.
-
-Knows CPUs and GPUs. Knows nothing of what is computed on them; what is a name, `device_names` says.
-"""
+"""Devices by name: whether torch finds the one that a name means, and what memory is left there."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ def gpu_count() -> int:
 
 def find(what: str, name: str, prefer_gpu: bool = True) -> torch.device:
     """The device of that name. "auto" is the first GPU, where one is preferred and there is one, else the CPU; "cuda"
-    is the first GPU. Raises DeviceError for a name that is none, and for a GPU that torch does not find."""
+    is the first GPU. Raises DeviceError for a malformed name, and for a GPU that torch does not find."""
     return find_each(what, name, 1, prefer_gpu)[0]
 
 
@@ -69,7 +66,7 @@ def _there(gpus: int) -> str:
 
 
 def memory_available(device: torch.device) -> int | None:
-    """Bytes that can still be taken there; None where the system does not tell."""
+    """Bytes that can still be taken there; None where the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
@@ -83,7 +80,8 @@ def memory_available(device: torch.device) -> int | None:
 
 @contextmanager
 def room_for(what: str, wanted: int, device: torch.device) -> Iterator[None]:
-    """While `wanted` bytes are taken for `what`: raises NotEnoughMemory, naming all three, where they are not there."""
+    """For code that takes `wanted` bytes for `what`: raises NotEnoughMemory, which names all three, where it fails for
+    want of memory."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -97,7 +95,7 @@ def room_for(what: str, wanted: int, device: torch.device) -> Iterator[None]:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Whether memory was lacking: of a GPU, or of the host, where torch has no error of its own for it."""
+    """Whether a GPU or the host lacked memory; torch has no error type for the host."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):

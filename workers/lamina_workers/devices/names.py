@@ -1,4 +1,4 @@
-"""What devices are called. Plain text: knows nothing of what there is; loading this file loads no torch."""
+"""How names of devices are written. Importing this file imports no torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NAME = re.compile(r"auto|cpu|cuda(?::(\d{1,2}))?")
 
 
 def check_name(what: str, name: object) -> None:
-    """Raise DeviceError unless `name` is written as a device is; whether there is one, `find` says. `what` is what the
-    error calls it."""
+    """Raise DeviceError unless `name` is written as a device is; `available.find` says whether there is one. The error
+    calls it `what`."""
     match = _NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None or int(match[1] or 0) >= MAX_GPUS:
         raise DeviceError(f"{what} is {name!r:.80}; allowed are {ALLOWED}, N from 0 to {MAX_GPUS - 1}")

@@ -1,8 +1,8 @@
 """How tensors cross between a device and the memory of its host, for one run at a time.
 
-Where both ends are on one device nothing is copied (`Direct`). Elsewhere (`Staged`) they pass through page-locked
+Where both ends are on one device nothing is copied (`Direct`). Elsewhere (`Staged`) tensors pass through page-locked
 buffers that are used again: copies are asynchronous on the run's own stream, and only events are waited for, never a
-whole device. Knows tensors and streams; knows nothing of layers, messages or holders.
+whole device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-MOST = 64 << 20  # bytes of a buffer that is kept: what is larger is copied plainly, which waits, and takes memory
+MOST = 64 << 20  # bytes of a buffer that is kept: a larger tensor is copied plainly, which waits, and takes memory
 LEAST = 1 << 12  # bytes that a buffer begins with
 
 Y = TypeVar("Y")
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 class Runtime(Protocol):
-    """What of an accelerator is used here. Streams and events are its own."""
+    """The operations of an accelerator that staging needs. Streams and events are its own."""
 
     device: torch.device
 
@@ -38,8 +38,7 @@ class Runtime(Protocol):
         """Whether x is on the device."""
 
     def keep(self, x: torch.Tensor) -> None:
-        """Do not give away the memory of x, which was made on another stream, before the current one is done with
-        it."""
+        """Keep the memory of x, which was made on another stream, until the current one is done with it."""
 
     def stream(self) -> Any:
         """A new stream."""
@@ -51,13 +50,13 @@ class Runtime(Protocol):
         """Put work on that stream meanwhile."""
 
     def follow(self, stream: Any, other: Any) -> None:
-        """What is put on `stream` from now on runs after all that is on `other`. Does not wait for either."""
+        """Work put on `stream` from now on runs after all work on `other`. Does not wait for either."""
 
     def event(self) -> Any:
         """Something to `record` and `wait` for."""
 
     def record(self, event: Any) -> None:
-        """The event happens once all is done that is on the current stream."""
+        """The event happens once all work on the current stream is done."""
 
     def wait(self, event: Any) -> None:
         """Have this thread wait until the event has happened."""
@@ -108,20 +107,20 @@ class Cuda:
 
 
 class Staging(Protocol):
-    """The way of one run's tensors. What it gives is good until the second `turn` after it."""
+    """Moves the tensors of one run. A tensor that it returns may be used until the second `turn` after it."""
 
     def turn(self) -> None:
-        """What was given before the last turn is not needed any more."""
+        """Tensors from before the last turn are not needed any more."""
 
     def index(self, index: torch.Tensor | None) -> torch.Tensor | None:
-        """An index, int64 `[n]` on the host, where `down` and kernels read it."""
+        """An index, int64 `[n]` on the host, on the side where `down` and kernels read it."""
 
     def down(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-        """The vectors of x `[..., d]`, all or those that `index` picks, as flat `[n, d]` on the way's other side. To be
+        """The vectors of x `[..., d]`, all of them or the ones that `index` picks, as flat `[n, d]` on the host. To be
         read once `landed`."""
 
     def landed(self) -> None:
-        """Wait until all that is on its way down has come."""
+        """Wait until all tensors on their way down have come."""
 
     def up(self, x: torch.Tensor) -> torch.Tensor:
         """x on the device. x may change as soon as this returns."""
@@ -154,14 +153,14 @@ class Direct:
 
 
 class _Buffer:
-    """Memory that is used again, and doubled until what is asked for fits."""
+    """Memory that is used again, and doubled until the largest tensor fits."""
 
     def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
         self._allocate = allocate
         self._bytes: torch.Tensor | None = None
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
-        """A tensor in it, whatever it held; None where that is more than `MOST`."""
+        """A tensor in it, of any content; None where it would take more than `MOST`."""
         wanted = dtype.itemsize
         for size in shape:
             wanted *= size
@@ -184,7 +183,7 @@ class _Set:
         self._recorded = False
 
     def begin(self) -> None:
-        """All its buffers are wanted again."""
+        """Wait until its buffers are free, and take them again from the first."""
         self.wait()
         self._hosts = self._memories = 0
 
@@ -211,8 +210,8 @@ class _Set:
 
 
 class Staged:
-    """Over page-locked buffers, two sets in turn: a holder in this process may read the last turn's until it is told
-    the next. Once each has seen the largest tensors, nothing allocates."""
+    """Over page-locked buffers, two sets in turn: a holder in this process may read those of one turn until the next
+    reaches it. Once each set has seen the largest tensors, nothing allocates."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -270,7 +269,7 @@ DIRECT = Direct()
 
 
 def staging_for(device: torch.device) -> Callable[[], Staging]:
-    """Makes the way between a device and its host, for one run more."""
+    """Makes the staging between a device and its host for one more run."""
     if device.type == "cpu":
         return lambda: DIRECT
     runtime = Cuda(device)

@@ -1,8 +1,8 @@
 """FAISS: exact neighbours, a graph that was made elsewhere, inverted lists. The only file that imports it.
 
-FAISS is imported when something of it is asked for, so that all else works without it. Everything here takes and
-returns numpy arrays. What FAISS counts (keys whose inner products were computed) it counts in one place for all threads
-and without a lock: a count is exact only while one thread searches.
+FAISS is imported at the first call, so that all else works without it. Everything here takes and returns numpy arrays.
+FAISS counts the keys whose inner products were computed in one place for all threads and without a lock: a count is
+exact only while one thread searches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def module() -> Any:
 
 
 def set_threads(threads: int) -> None:
-    """How many threads FAISS uses for what this thread asks of it. Other threads keep their own number."""
+    """Set how many threads FAISS uses for calls of this thread. Other threads keep their own number."""
     module().omp_set_num_threads(threads)
 
 
@@ -79,7 +79,7 @@ def graph(keys: Floats, neighbours: npt.NDArray[np.int32], entry: int, storage: 
 
 
 def plain_graph(keys: Floats, links: int, storage: Storage) -> Any:
-    """FAISS's own HNSW over the keys, which knows nothing of queries: what the other graph is compared with."""
+    """FAISS's own HNSW over the keys, built without queries: what the other graph is compared with."""
     faiss = module()
     index = faiss.IndexHNSW(_storage(np.empty((0, keys.shape[1]), np.float32), storage, keys), links)
     index.hnsw.efConstruction = 4 * links
@@ -116,8 +116,8 @@ def lists_effort(effort: int) -> Any:
 def search(index: Any, q: Floats, k: int, params: Any) -> tuple[npt.NDArray[np.int64], Floats]:
     """Indices `[group, k]`, -1 where fewer were found, and inner products. q: contiguous float32 `[group, d]`.
 
-    Query by query: FAISS then opens no team of OpenMP threads. It lets other Python threads run meanwhile. This goes
-    past FAISS's own wrapper, which costs some 10 us a call and more where threads wait for each other.
+    Query by query: FAISS then opens no team of OpenMP threads. Other Python threads run meanwhile. FAISS's own wrapper,
+    which is left out, costs some 10 us a call, and more where threads wait for each other.
     """
     pointer = module().swig_ptr
     indices, scores = np.empty((len(q), k), np.int64), np.empty((len(q), k), np.float32)
@@ -132,7 +132,7 @@ def graph_distances() -> int:
 
 
 def lists_distances() -> int:
-    """The same of inverted lists, without those with the centroids."""
+    """The same for inverted lists, without inner products with centroids."""
     return int(_statistics().indexIVF_stats.ndis)
 
 
@@ -158,5 +158,5 @@ def _storage(keys: Floats, storage: Storage, sample: Floats | None = None) -> An
 
 
 def code_bytes(d: int, storage: Storage) -> int:
-    """Of one key in `storage`."""
+    """Bytes of one key in `storage`."""
     return d * {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[storage]

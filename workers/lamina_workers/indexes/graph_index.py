@@ -18,7 +18,7 @@ from lamina_workers.indexes.faiss_host import Storage
 from lamina_workers.indexes.graph_links import Links, connect, link, reachable
 from lamina_workers.indexes.key_index import LARGEST, Floats, Found, ascending, check_keys, check_queries
 
-_WANTED_BY = 4096  # of how many queries the best is looked for that leads to a key which no list holds
+_WANTED_BY = 4096  # queries among which the best one is searched for a key that no list holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +76,8 @@ def build_graph(keys: Floats, queries: Floats, lo: int = 0, config: GraphConfig 
     keys: float32 `[n, d]`, rotated. queries: float32 `[m, d]`, those of all query heads that share the KV head, sampled
     from the prefill (`QuerySample`), rotated; each ranks all keys, later ones too, as every decode query will: with
     causal lists the last keys, which are asked for most, are hardly linked. Queries that are not finite are left out.
-    Uses as many threads as `faiss_host.set_threads` told FAISS, and no torch. Raises ValueError for keys or queries
-    that cannot be, KernelsUnavailable without FAISS.
+    Uses as many threads as `faiss_host.set_threads` has set. Raises ValueError for keys or queries of a wrong shape,
+    dtype or size, KernelsUnavailable without FAISS.
     """
     begun = time.perf_counter()
     config = config or GraphConfig()

@@ -1,7 +1,4 @@
-"""From lists of the keys that sampled queries rank best to a graph over the keys. Compiled, without the GIL.
-
-Knows indices, not positions; knows nothing of FAISS.
-"""
+"""From lists of the keys that sampled queries rank best to a graph over the keys. Compiled, without the GIL."""
 
 from __future__ import annotations
 
@@ -13,13 +10,13 @@ from lamina_workers.indexes.key_index import Floats
 
 Links = npt.NDArray[np.int32]
 Lists = npt.NDArray[np.int32]
-_CANDIDATES = 32  # times the degree: how many of a key's candidates pruning looks at, the most asked for first. With 4,
-# the links of a key stay among those that are always asked for together, and recall stalls (docs/log.md).
+_CANDIDATES = 32  # times the degree: how many of a key's candidates pruning considers, the most asked for first. With 4
+# a key is linked only to keys that are always asked for together, and recall stalls (docs/log.md).
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
 def _ends(lists: Lists, jumps: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.int64]:
-    """Where each key's candidates end in one array that holds those of all, int64 `[n + 1]`."""
+    """Where each key's candidates end in the one array of all candidates, int64 `[n + 1]`."""
     ends = np.zeros(n + 1, np.int64)
     k = lists.shape[1]
     for i in range(lists.shape[0]):
@@ -34,7 +31,7 @@ def _ends(lists: Lists, jumps: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
 def _candidates(lists: Lists, jumps: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Links:
-    """What each key meets in the lists, once for each time: int32 `[ends[n]]`."""
+    """The keys that each key meets in the lists, as often as it meets them: int32 `[ends[n]]`."""
     met = np.empty(ends[-1], np.int32)
     at = ends[:-1].copy()
     k = lists.shape[1]
@@ -91,7 +88,7 @@ def _prune(keys: Floats, met: Links, ends: npt.NDArray[np.int64], slots: int, de
             if hidden[j] == 0:
                 kept[count] = other
                 count += 1
-        for j in range(len(order)):  # slots that are left go to those that were hidden, the most asked for first
+        for j in range(len(order)):  # slots that are left go to hidden keys, the most asked for first
             if count == degree:
                 break
             if hidden[j] == 1:
@@ -105,9 +102,9 @@ def link(keys: Floats, lists: Lists, slots: int, degree: int) -> Links:
     """Links between keys that the same queries ask for: int32 `[n, slots]`, -1 ends a list, at most `degree` used.
 
     keys: float32 `[n, d]`. lists: int32 `[m, k]`, of each query its best keys, best first.
-    Each list becomes a small world: a key meets those 1, 2, 4, ... ranks above and below it. Of what a key meets, the
-    most frequent come first, and one that is nearer (L2) to a key already linked than to this key waits until all
-    others were looked at: occlusion pruning as in RoarGraph (arXiv:2408.08933, section 4). That keeps one query's list
+    Each list becomes a small world: a key meets the keys 1, 2, 4, ... ranks above and below it. Of the keys that it
+    meets, the most frequent come first. One that is nearer (L2) to a linked key than to this key waits until all others
+    were considered: occlusion pruning as in RoarGraph (arXiv:2408.08933, section 4). RoarGraph keeps one query's list
     for each best key; attention's queries share their best keys, so here all lists are merged.
     """
     jumps = 2 ** np.arange(max(1, int(lists.shape[1] - 1).bit_length() - 1), dtype=np.int64)
@@ -118,7 +115,7 @@ def link(keys: Floats, lists: Lists, slots: int, degree: int) -> Links:
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
 def _spread(links: Links, reached: npt.NDArray[np.bool_], start: int, stack: Links) -> None:
-    """Mark all that can be reached from `start`."""
+    """Mark all keys that can be reached from `start`."""
     reached[start] = True
     stack[0] = start
     depth = 1
@@ -135,7 +132,7 @@ def _spread(links: Links, reached: npt.NDArray[np.bool_], start: int, stack: Lin
 
 
 def reachable(links: Links, entry: int) -> npt.NDArray[np.bool_]:
-    """Which keys a walk from `entry` can come to, bool `[n]`."""
+    """Which keys a walk from `entry` can reach, bool `[n]`."""
     reached = np.zeros(len(links), np.bool_)
     _spread(links, reached, entry, np.empty(len(links), np.int32))
     return reached
@@ -176,9 +173,9 @@ def _connect(links: Links, reached: npt.NDArray[np.bool_], entry: int, lonely: L
 def connect(links: Links, entry: int, lonely: Links, hosts: Lists) -> None:
     """Link every key of `lonely`, so that all of them can be reached from `entry`. Changes `links`.
 
-    Each key must have two unused slots or more. lonely: int32 `[u]`, all that cannot be reached. hosts: int32
+    Each key must have two unused slots or more. lonely: int32 `[u]`, all keys that cannot be reached. hosts: int32
     `[u, h]`, the list of a query that also wants the lonely key: the last key there that has room is linked to it, as a
-    search comes from the best keys down; where none has, the key that was connected last, which always has room.
+    search comes from the best keys down. Where none has room it is the key that was connected last, which always has.
     """
     if (links[:, -2] >= 0).any():
         raise ValueError(f"links use {links.shape[1] - 1} slots or more; allowed are at most {links.shape[1] - 2}")

@@ -1,4 +1,4 @@
-"""Inverted lists over keys (FAISS IVF): cheap to build, blind to what queries ask for. An option, and a peer."""
+"""Inverted lists over keys (FAISS IVF): cheap to build, and independent of queries."""
 
 from __future__ import annotations
 

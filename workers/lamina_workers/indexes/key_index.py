@@ -1,14 +1,11 @@
-"""What an index over keys is: immutable segments that follow each other, searched one by one, their hits merged.
+"""An index over the keys of one layer and KV head: immutable segments that follow each other, searched one by one,
+their hits merged.
 
-Knows positions, keys and queries of one layer and KV head as numpy arrays. Knows no torch, no pages and no policy:
-which keys are indexed, and when a segment is built, is decided elsewhere. Keys at positions beyond `KeyIndex.hi` are no
-part of it; whoever attends reads them all until a segment of them is added.
+Keys at positions from `KeyIndex.hi` on are not in the index: attention reads them all until a segment of them is added.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +19,7 @@ LARGEST = 1e15  # of a key's or query's numbers: inner products then stay finite
 
 
 class Found(NamedTuple):
-    """Of each query the keys that were found, in ascending order of position, none twice.
+    """The keys that were found for each query, in ascending order of position, none twice.
 
     positions: int64 `[group, k']`. scores: float32 `[group, k']`, their inner products with the query, not scaled, as
     exact as the segment's copy of the keys. distances: how many keys' inner products were computed, all queries
@@ -45,30 +42,19 @@ class Segment(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of what was built, keys included where it holds a copy of them."""
+        """Bytes of what was built, keys included where it holds a copy of them."""
         ...
 
     @property
     def build_seconds(self) -> float: ...
 
     def search(self, q: Floats, k: int, effort: int | None = None) -> Found:
-        """The `min(k, hi - lo)` keys of each query that look best. q: float32 `[group, d]`.
+        """The `min(k, hi - lo)` keys that seem best for each query. q: float32 `[group, d]`.
 
         `effort` is what the kind of segment spends on a search, in its own unit; None: what it was built with.
-        Raises ValueError for a q or k that cannot be.
+        Raises ValueError for a wrong q or k.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What an index has done since it was made. Seconds are those of the threads that searched or built, added up."""
-
-    searches: int = 0
-    queries: int = 0
-    distances: int = 0
-    search_seconds: float = 0.0
-    build_seconds: float = 0.0
 
 
 class KeyIndex:
@@ -80,7 +66,6 @@ class KeyIndex:
         self._lo = lo
         # Replaced as a whole and never changed, so that a search on another thread needs no lock.
         self._segments: tuple[Segment, ...] = ()
-        self.counts = Counts()
 
     @property
     def lo(self) -> int:
@@ -106,48 +91,12 @@ class KeyIndex:
                 f"a segment of [{segment.lo}, {segment.hi}) was given; it must begin at {self.hi} and hold keys"
             )
         self._segments = (*self._segments, segment)
-        self._count(build_seconds=segment.build_seconds)
-
-    def replace(self, segment: Segment) -> None:
-        """Put `segment` in the place of those that it covers. Raises KVError if it covers one only in part."""
-        before = tuple(s for s in self._segments if s.hi <= segment.lo)
-        after = tuple(s for s in self._segments if s.lo >= segment.hi)
-        covered = self._segments[len(before) : len(self._segments) - len(after)]
-        if not covered or (covered[0].lo, covered[-1].hi) != (segment.lo, segment.hi):
-            held = [(s.lo, s.hi) for s in self._segments]
-            raise KVError(f"a segment of [{segment.lo}, {segment.hi}) was given; it must cover whole ones of {held}")
-        self._segments = (*before, segment, *after)
-        self._count(build_seconds=segment.build_seconds)
 
     def search(self, q: Floats, k: int, effort: int | None = None) -> Found:
         """As `Segment.search`, over all segments: `min(k, hi - lo)` positions of each query."""
-        begun = time.perf_counter()
         found = [segment.search(q, k, effort) for segment in self._segments]
-        merged = (
-            merge(found, k) if found else Found(np.empty((len(q), 0), np.int64), np.empty((len(q), 0), np.float32), 0)
-        )
-        spent = time.perf_counter() - begun
-        self._count(searches=1, queries=len(q), distances=merged.distances, search_seconds=spent)
-        return merged
-
-    def _count(
-        self,
-        searches: int = 0,
-        queries: int = 0,
-        distances: int = 0,
-        search_seconds: float = 0.0,
-        build_seconds: float = 0.0,
-    ) -> None:
-        # Searches that end at the same time on two threads may lose one's counts: they are for people, and a lock
-        # would stand in the way of every search.
-        c = self.counts
-        self.counts = Counts(
-            c.searches + searches,
-            c.queries + queries,
-            c.distances + distances,
-            c.search_seconds + search_seconds,
-            c.build_seconds + build_seconds,
-        )
+        nothing = Found(np.empty((len(q), 0), np.int64), np.empty((len(q), 0), np.float32), 0)
+        return merge(found, k) if found else nothing
 
 
 def merge(found: list[Found], k: int) -> Found:

@@ -1,7 +1,7 @@
 """Which of a prefill's queries an index is built from: a bounded number, the later the denser.
 
-Decode queries come after all of the prompt and mostly ask as its last queries do, so those are kept densest: about half
-as many of the keys that decode queries ask for go unlinked as with positions drawn evenly.
+Decode queries come after the prompt and mostly ask as its last queries do, so the last ones are kept densest: about
+half as many of the keys that decode queries ask for go unlinked as with positions drawn evenly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class QuerySample:
     """Queries of all heads that share a KV head, taken at a number of positions of at most `capacity`.
 
     A sixteenth of the context's positions was measured to be enough; each takes `group * d * 4` bytes.
-    Where it is full, every second of the older three quarters is dropped, so density falls as 1 / age.
+    When it is full, every second of the older three quarters is dropped, so density falls as 1 / age.
     """
 
     def __init__(self, group: int, d: int, capacity: int = 2048, stride: int = 2) -> None:
@@ -38,13 +38,13 @@ class QuerySample:
 
     @property
     def queries(self) -> Floats:
-        """A copy of what was kept, float32 `[n * group, d]`, by position."""
+        """A copy of the kept queries, float32 `[n * group, d]`, by position."""
         return self._queries[: self._n].reshape(-1, self._queries.shape[2]).copy()
 
     def offer(self, first: int, q: Floats) -> None:
         """Keep some of the queries at positions first, first + 1, ... q: any float dtype `[t, group, d]`.
 
-        Positions must come in ascending order; those that are not above the last one kept are passed over.
+        Positions must come in ascending order; one that is not above the last one kept is skipped.
         """
         if q.ndim != 3 or q.shape[1:] != self._queries.shape[1:]:
             raise ValueError(f"q is {list(q.shape)}; allowed is [t, {', '.join(map(str, self._queries.shape[1:]))}]")

@@ -1,6 +1,5 @@
-"""All keys, read once for the whole query group in 8 bits, and the best again exactly. What every index must beat.
-
-Knows no FAISS: numba and numpy only. Nothing is built but the codes.
+"""A scan of all keys in 8 bits, once for the whole query group; the best are read again exactly. The baseline of every
+index, with numba and numpy only. Nothing is built but the codes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from numba import njit
 from lamina_workers.indexes.key_index import Floats, Found, ascending, check_keys, check_queries
 
 _BLOCK = 128  # keys that are scored together: enough that the compiler makes vectors, few enough for the cache
-_WORST = np.float32(-3e38)  # a score below all; finite, as fast arithmetic knows no infinity
+_WORST = np.float32(-3e38)  # a score below all; finite, as fastmath excludes infinities
 _PART = 32  # keys of which the best score is kept, to find the others that are as good
 Codes = npt.NDArray[np.int8]
 
@@ -86,7 +85,7 @@ class ScanSegment:
         computed = n * len(q)
         wanted = min(n, max(k + k // 2, effort or 0))
         for g in range(len(q)):
-            # As many parts as keys are wanted have a key this good, so no fewer keys than that are above it.
+            # As many parts as wanted keys have a key this good, so at least that many keys are above the limit.
             limit = -np.inf if wanted >= parts else np.partition(best[g], parts - wanted)[parts - wanted]
             chosen = _above(scores[g], best[g], limit, n)
             products = self._keys[chosen] @ q[g]

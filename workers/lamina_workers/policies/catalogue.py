@@ -31,8 +31,8 @@ _PARAMETER = re.compile(r"\s*([a-z_0-9]+)\s*=\s*([-+0-9.eE]+|[a-z]+)\s*")
 
 @lru_cache(maxsize=4096)  # texts come from files and from the wire
 def parse(text: str) -> Policy:
-    """The policy that is written so; parameters left out have their defaults. Raises PolicyError, which names what is
-    wrong and what is allowed."""
+    """The policy of a text; parameters left out have their defaults. Raises PolicyError, which names what is wrong and
+    what is allowed."""
     form = _FORM.fullmatch(text) if len(text) <= MAX_TEXT else None
     if form is None:
         raise PolicyError(f"a policy is written {text!r:.80}; allowed is name or name(parameter=number, ...)")

@@ -26,8 +26,7 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What choosers share: the sketches of the worker's pages, which are of full pages, how many threads they may use,
-    and the pages."""
+    """What choosers share: the worker's pages, the sketches of the full ones, and how many threads they may use."""
 
     sketches: Sketches
     page_size: int
@@ -37,7 +36,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What a decode step asks of one policy in some layers: one query each of some parts' KV heads.
+    """What a decode step asks of one policy in some layers: one query to each of some parts' KV heads.
 
     `parts` and `heads` name them. `tables` are int32 views `[layers, entries]`: entry e is the page of the part's
     tokens e * page_size ...; every page is held, and all are full but perhaps the last. `tokens` of each are read. The
@@ -59,7 +58,7 @@ class Choice(NamedTuple):
     """Per item the pages to read exactly: of int32 `[items, most]`, contiguous, the first counts[i], in the order of
     their tokens, the table's last one always. counts: int64 `[items]`.
 
-    `missed`, float32 `[items * group]`, estimates the attention mass of what is not read; NaN where nobody knows.
+    `missed`, float32 `[items * group]`, estimates the attention mass of what is not read; NaN where it is unknown.
     `rest`, where given, stands for it: a partial of all items' vectors, which is merged into what was read. `read`
     counts the bytes that were read to choose.
     """
@@ -72,19 +71,19 @@ class Choice(NamedTuple):
 
 
 class Chooser(Protocol):
-    """The adaptive part of a policy. Called by the worker's one thread."""
+    """Chooses for one adaptive policy. Called by the worker's one thread."""
 
     def worth(self, tokens: Sequence[int]) -> bool:
         """Whether to choose at all in layers where items read so many tokens each; else everything is read."""
 
     def plan(self, items: Items) -> Any:
-        """What can be settled for all layers of a decode step."""
+        """What is the same for all layers of a decode step."""
 
     def choose(self, plan: Any, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
         """What the queries q of that layer, `[items * group, d_k]`, item by item, need to read."""
 
     def forget(self, handle: int) -> None:
-        """That part is closed."""
+        """A part is closed."""
 
 
 @runtime_checkable
@@ -98,7 +97,7 @@ class Observer(Protocol):
         """A part is new, and has the first `tokens` of another."""
 
     def written(self, handle: int, start: int) -> None:
-        """A part's tokens from `start` on are new, or other ones than before."""
+        """A part's tokens from `start` on are new, or differ from before."""
 
 
 class Adaptive(Policy):

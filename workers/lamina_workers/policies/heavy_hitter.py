@@ -2,9 +2,9 @@
 
 H2O adds up the attention that each key gets from all queries and evicts the least. Here pages are counted, by their
 sketches, from the first decode step on: every `every`-th step scans all of them, and each page's share of a query
-head's attention is added to its sum. Sums are divided by how many of these steps could see the page, since old pages
-had more of them to gather in (as SinkLoRA, arXiv 2406.05678, normalises). Nothing is let go, so a page that becomes
-heavy late is read again, which H2O cannot do; memory is not saved.
+head's attention is added to its sum. Sums are divided by how many of these steps could see the page, since an old page
+was seen by more of them (as SinkLoRA, arXiv 2406.05678, normalises). Nothing is freed, so a page that becomes heavy
+late is read again, which H2O cannot do; memory is not saved.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class HeavyHitter(Adaptive):
 
 @dataclass(slots=True)
 class _Count:
-    """Of one layer and KV head of a part: what its pages have got in the steps that were counted, and how many of
-    these there were for each, both float32 `[pages]`; `tokens` there were at the last. Read are the `entries`, and all
+    """The count of one layer and KV head of a part: what its pages have `got` in the counted `steps`, and how many of
+    these could see each, both float32 `[pages]`. There were `tokens` at the last one. Read are the `entries`, and all
     from `upto` on."""
 
     got: Float32 = field(default_factory=lambda: np.empty(0, np.float32))
@@ -57,7 +57,7 @@ class _Count:
 
     def add(self, shares: Float32, tokens: int) -> None:
         """Count a step in which pages got `shares`, float32 `[pages]`. Where the part was cut back there are fewer
-        than before, and those of then are dropped; the last that is left may have another content now."""
+        pages than before, and the others are dropped; the last one that is left may have new content."""
         kept = min(len(self.got), len(shares))
         got, steps = shares.copy(), np.ones(len(shares), np.float32)
         got[:kept] += self.got[:kept]
@@ -65,7 +65,7 @@ class _Count:
         self.got, self.steps, self.tokens = got, steps, tokens
 
     def choose(self, sinks: int, recent: int, picks: int) -> None:
-        """Read from now on the `picks` pages of [sinks, recent) that have got the most, and those around."""
+        """Read from now on the `picks` pages of [sinks, recent) that have got the most, and all outside it."""
         chosen = best((self.got / self.steps)[sinks:recent], picks) + sinks
         self.entries, self.upto = np.concatenate([np.arange(sinks), chosen]), recent
 
@@ -107,8 +107,8 @@ class _Counting:
         return count
 
     def _counted(self, items: Items, at: Bounds, i: int, layer: int, log_mass: Float32) -> tuple[_Count, Float32]:
-        """Count a step in which an item's pages got so much, float32 `[group, sealed]`, and choose anew. Returns also
-        the share of each head's attention that goes to what is not read, `[group]`."""
+        """Count a step in which an item's pages got `log_mass`, float32 `[group, sealed]`, and choose anew. Returns
+        also the share of each head's attention that goes to what is not read, `[group]`."""
         with np.errstate(invalid="ignore"):  # of queries that are no numbers nothing is counted
             shares = np.nan_to_num(np.exp(log_mass - np.logaddexp.reduce(log_mass, axis=1, keepdims=True)))
         counts = self._counts.setdefault(items.parts[i], {})

@@ -1,7 +1,6 @@
 """The indexes over the keys of parts' heads: what is known of each, and how one is built beside decode.
 
 A build runs on a background thread that has copies of keys and queries, and computes with numpy, numba and FAISS alone.
-Knows positions, keys and queries; knows no pages and no torch.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ASKED = {"graph": 64, "ivf": 0}  # sampled positions without which there is no b
 
 
 class Job:
-    """One build, on a thread of its own that ends with it. It holds copies alone, so nobody needs to wait for it."""
+    """One build, on a thread of its own that ends with it. It holds copies alone, so it need not be waited for."""
 
     def __init__(self, build: Build, keys: Floats, queries: Floats, lo: int) -> None:
         self.lo, self.hi = lo, lo + len(keys)
@@ -58,7 +57,7 @@ class Job:
         try:
             faiss_host.set_threads(1)
             self.segment = build(keys, queries, lo)
-        except BaseException as error:  # noqa: BLE001  # whatever it is, the head goes on without
+        except BaseException as error:  # noqa: BLE001  # after any error the head goes on without an index
             self.error = error
 
     @property
@@ -93,7 +92,7 @@ class HeadIndex:
         self.sample.offer(first, q)
 
     def cut(self, tokens: int) -> None:
-        """Only the first `tokens` stay what they were."""
+        """All but the first `tokens` tokens may change: segments beyond them are dropped."""
         if self.index is not None:
             self.index = made([segment for segment in self.index.segments if segment.hi <= tokens])
 
@@ -111,4 +110,4 @@ def made(segments: Sequence[Segment]) -> KeyIndex | None:
 @dataclass(slots=True)
 class PartIndexes:
     heads: dict[tuple[int, int], HeadIndex] = field(default_factory=dict)  # by layer and KV head
-    reach: int = 0  # of the tokens from here on no index, no build and no sample of a prefill knows
+    reach: int = 0  # no index, build or sample of a prefill covers a token from here on

@@ -1,4 +1,4 @@
-"""`retrieval(index=graph)`, `retrieval(index=ivf)`: an index over keys finds those that a query asks for, instead of a
+"""`retrieval(index=graph)`, `retrieval(index=ivf)`: an index over keys finds what a query asks for, in the place of a
 scan of all pages' sketches (RetrievalAttention, arXiv 2409.10516).
 
 Prefill's queries are sampled as they pass. When a part decodes and is long enough, one background thread builds an
@@ -85,7 +85,7 @@ class Indexed:
     """The chooser. `scanning` chooses for heads that have no index; `build` makes one segment."""
 
     def __init__(self, policy: IndexParameters, at: Holding, scanning: Chooser, build: Build | None = None) -> None:
-        faiss_host.module()  # that it is missing is told now, and it is not imported in a step
+        faiss_host.module()  # imported, or found missing, now rather than in a step
         self._policy = policy
         self._at = at
         self._scanning = scanning
@@ -117,7 +117,7 @@ class Indexed:
 
     def observe(self, handle: int, layer: int, head: int, first: int, q: Float32) -> None:
         """Prefill's queries, float32 `[t, group, d_k]`, of a part's head, at positions first, first + 1, ... of it."""
-        # Most parts never get long enough: of those nothing is kept. Queries that early tell little of decode's.
+        # Most parts never get long enough: nothing is kept for them. Early queries say little about decode's.
         if not self._asked or first + len(q) <= self._policy.least // 2:
             return
         known = self._head(handle, layer, head)
@@ -127,8 +127,8 @@ class Indexed:
             part.reach = max(part.reach, first + len(q))
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
-        """A part is new, and has the first `tokens` of another: it shares the segments that end there, and the sampled
-        queries where none is of a later token."""
+        """A part is new, and has the first `tokens` of another. It shares the segments that end within them, and the
+        sampled queries where none is of a later token."""
         source = self._parts.get(parent)
         if source is None:
             return
@@ -140,7 +140,7 @@ class Indexed:
                 head.sample, head.shared, known.shared = known.sample, True, True
 
     def written(self, handle: int, start: int) -> None:
-        """A part's tokens from `start` on are new, or other ones than before."""
+        """A part's tokens from `start` on are new, or differ from before."""
         part = self._parts.get(handle)
         if part is None or start >= part.reach:
             return
@@ -148,7 +148,7 @@ class Indexed:
             self._building[2].cancelled = True
         for head in part.heads.values():
             head.cut(start)
-            if start < part.reach // 2:  # most of what was asked was asked of something else
+            if start < part.reach // 2:  # most sampled queries were of tokens that are replaced now
                 head.sample, head.shared = None, False
         part.reach = start
 
@@ -165,7 +165,7 @@ class Indexed:
     # Building.
 
     def _collect(self) -> None:
-        """Take over what the last build has made."""
+        """Take over the segment of the last build."""
         if self._building is None or not self._building[2].done:
             return
         (handle, key, job), self._building = self._building, None
@@ -191,8 +191,8 @@ class Indexed:
         head.index = made([*kept, job.segment])
 
     def _build_next(self, plan: _Plan, i: int, layer: int, spec: LayerSpec, head: HeadIndex, q: Float32) -> None:
-        """Keep a decode query q `[group, d_k]` where that helps, and begin with what an item lacks, if nothing else is
-        being built. Keys are copied here, so that the thread never reads pages."""
+        """Keep a decode query q `[group, d_k]` where that helps, and start the build that an item lacks, unless another
+        one runs. Keys are copied here, so that the build's thread never reads pages."""
         items, policy, size = plan.items, self._policy, self._at.page_size
         tokens, handle = int(items.tokens[i]), items.parts[i]
         if head.failed or tokens < policy.least:
@@ -286,7 +286,7 @@ class Indexed:
 
     def _search(self, asked: Sequence[tuple[KeyIndex, Float32, int]]) -> list[Found]:
         """Of each index the best `top` keys of each query, `[group, d_k]`. Dealt out over the threads, this one among
-        them: a search lets go of the GIL."""
+        them: a search releases the GIL."""
         begun = time.perf_counter()
 
         def of(share: Sequence[tuple[KeyIndex, Float32, int]]) -> list[Found]:
@@ -325,8 +325,8 @@ class Indexed:
         return found.log_mass.numpy(), int(plan.scan.items.held[active].sum()) * kernel.layout.sketch_bytes
 
     def _adapt(self, head: HeadIndex, missed: float, share: float) -> None:
-        """How many keys a head asks for in the next step, given what it missed and the share of its pages it reads. NaN
-        changes nothing."""
+        """Set how many keys a head asks for in the next step, by what it missed and the share of its pages that it
+        reads. NaN changes nothing."""
         policy = self._policy
         if missed > policy.missed:
             if head.top >= WIDEST * policy.top or share > policy.budget:
@@ -371,10 +371,10 @@ def _missed(
 ) -> Float32:
     """The share of item i's mass, float32 `[group]`, that the chosen entries leave out, by estimate.
 
-    What is left out is as many times the mean mass of the sampled pages that are left out as there are such pages. What
-    is read is at least what the keys that were found get (logits `[group, k]`), the sinks, the last pages, and, by the
-    sampled pages among them, what is not indexed yet: so the share is rather too large. NaN where no page that is left
-    out is sampled. log_mass: of sinks, sampled and last pages, `[group, pages or more]`.
+    The mass that is left out is the number of such pages times the mean mass of the sampled ones among them. The mass
+    that is read is at least that of the keys that were found (logits `[group, k]`), of the sinks, of the last pages,
+    and, estimated by the sampled pages among them, of what is not indexed yet: so the share is rather too large. NaN
+    where no page that is left out is sampled. log_mass: of sinks, sampled and last pages, `[group, pages or more]`.
     """
     at, entries = plan.at, plan.sampled[i]
     left_out = len(chosen) - np.count_nonzero(chosen)

@@ -21,7 +21,7 @@ from lamina_workers.policies.chooser import Float32, Holding, Int32, Items
 
 
 class Budgeted(Protocol):
-    """The parameters of such a policy."""
+    """The parameters of a policy with a budget."""
 
     @property
     def sink(self) -> int:
@@ -39,7 +39,7 @@ class Budgeted(Protocol):
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """By item, int64 `[items]`: there are `held` entries, of which [0, sealed) have sketches; [0, sinks) and
-    [recent, held) are always read, and so many `picks` of those in between."""
+    [recent, held) are always read, and `picks` of those in between."""
 
     held: Ints
     sealed: Ints
@@ -54,7 +54,7 @@ class Bounds:
 
 
 def bounds(policy: Budgeted, items: Items, page_size: int) -> Bounds:
-    """Those of a decode step."""
+    """The bounds of a decode step's items."""
     held = -(-items.tokens // page_size)
     sealed = items.tokens // page_size
     recent = np.minimum(np.maximum(0, items.tokens - policy.recent) // page_size, sealed)
@@ -71,13 +71,13 @@ class ScannedItems:
     scan: Any
 
     def masses(self, of: Sketches, spec: LayerSpec, q: torch.Tensor) -> tuple[Float32, int]:
-        """What a layer's scan says of every page, `[items, group, entries]` as in `sketches.Choice`, and bytes read."""
+        """The log-masses of a layer's pages, `[items, group, entries]` as in `sketches.Choice`, and the bytes read."""
         found = sketches.scan(of, self.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 0.0)
         return found.log_mass.numpy(), int(self.at.held.sum()) * of.layout.sketch_bytes
 
 
 def scanned(policy: Budgeted, holding: Holding, items: Items) -> ScannedItems:
-    """The items of a policy that may scan."""
+    """The items of a decode step, planned for a policy that may scan."""
     at = bounds(policy, items, holding.page_size)
     if at.whole:
         return ScannedItems(items, at, None)
@@ -86,7 +86,7 @@ def scanned(policy: Budgeted, holding: Holding, items: Items) -> ScannedItems:
 
 
 def best(scores: npt.NDArray[np.float32], number: int) -> Ints:
-    """Where the `number` highest scores, float32 `[n]`, stand: int64, ascending."""
+    """The indices of the `number` highest scores, float32 `[n]`: int64, ascending."""
     if number >= len(scores):
         return np.arange(len(scores))
     if number <= 0:
@@ -96,7 +96,7 @@ def best(scores: npt.NDArray[np.float32], number: int) -> Ints:
 
 
 def lists(pages: Sequence[Int32]) -> tuple[Int32, Ints]:
-    """The pages of items, int32 `[n]` each, as a `Choice` has them: int32 `[items, most]`, and how many each has."""
+    """The pages of items, int32 `[n]` each, as a `Choice` has them: int32 `[items, most]`, and the count of each."""
     counts = np.array([len(of_item) for of_item in pages], np.int64)
     together = np.zeros((len(pages), int(counts.max(initial=0))), np.int32)
     for row, of_item in zip(together, pages, strict=True):

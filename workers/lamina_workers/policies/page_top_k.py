@@ -2,7 +2,7 @@
 
 No key of a page has a larger inner product with q than sum over channels of max(q_c * low_c, q_c * high_c), where low
 and high are the channel's least and largest value in the page. Pages are ranked by that bound, the largest over the
-query heads that share the KV head. Nothing stands for what is not read, and nothing is let go.
+query heads that share the KV head. Nothing stands for what is not read, and nothing is freed.
 """
 
 from __future__ import annotations
@@ -67,25 +67,24 @@ class _Bounding:
             return everything(items, spec.kv_layer)
         queries = q.float().view(len(items), items.group, -1)
         chosen: list[Int32] = []
-        looked_at = 0
+        bounded = 0  # pages
         missed = np.zeros((len(items), items.group), np.float32)
         for i, table in enumerate(items.tables):
             pages, sinks, recent, picks = table[spec.kv_layer], int(at.sinks[i]), int(at.recent[i]), int(at.picks[i])
             if picks >= recent - sinks:
                 chosen.append(pages)
                 continue
-            looked_at += recent - sinks
+            bounded += recent - sinks
             missed[i] = np.nan
             found = best(self._bounds(queries[i], pages[sinks:recent]), picks) + sinks
             chosen.append(np.concatenate([pages[:sinks], pages[found], pages[recent:]]))
         layout = self._at.sketches.layout
-        return Choice(
-            *lists(chosen), missed.reshape(-1), looked_at * 4 * layout.padded
-        )  # lows and steps, two bytes each
+        read = bounded * 4 * layout.padded  # lows and steps, two bytes each
+        return Choice(*lists(chosen), missed.reshape(-1), read)
 
     def _bounds(self, q: torch.Tensor, pages: Int32) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        """q float32 `[group, d_k]`: of each page the bound of what q.k can be, float32 `[pages]`, the highest of all
-        heads. max(q * low, q * high) is q * middle + |q| * half the width."""
+        """For q, float32 `[group, d_k]`: of each page the bound of what q.k can be, float32 `[pages]`, the highest of
+        all heads. max(q * low, q * high) is q * middle + |q| * half the width."""
         index = torch.from_numpy(pages.astype(np.int64))
         half = self._at.sketches.steps[index].float() * (LEVELS / 2)
         middle = self._at.sketches.lows[index].float() + half

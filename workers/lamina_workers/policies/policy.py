@@ -1,8 +1,8 @@
 """What a policy is, and how one is written: `streaming(sink=64, recent=256)`. Pure arithmetic on positions.
 
 A policy belongs to one layer and one KV head. A *static* one says which keys a query sees by their positions alone, so
-past and present, any chunks and any shards agree. An *adaptive* one reads less in decode, as `choosers` choose from the
-queries; prefill and rebuilding read everything. No policy computes attention: kernels do.
+past and fresh tokens, any chunks and any shards agree. An *adaptive* one reads less in decode: a `chooser.Chooser`
+chooses by the queries. Prefill and rebuilding read everything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar
 from lamina_kernels.paged.rows import EVERYTHING
 from lamina_workers.errors import PolicyError
 
-LONGEST = 1 << 24  # tokens that a parameter may speak of
+LONGEST = 1 << 24  # tokens that a parameter may be
 MAX_TEXT = 200
 
 
@@ -37,17 +37,17 @@ class View:
 class Policy:
     """The base, which sees and keeps everything. A policy is a frozen dataclass whose fields are its parameters.
 
-    `seen_from` never falls as `start` grows: what lies behind it, but for the first `sinks` tokens, is let go.
+    `seen_from` never falls as `start` grows: what lies behind it, but for the first `sinks` tokens, is freed.
     """
 
     name: ClassVar[str]
-    adaptive: ClassVar[bool] = False  # whether it has a chooser in `choosers`
-    sketched: ClassVar[bool] = False  # whether that reads sketches of pages
-    compensated: ClassVar[bool] = False  # whether a mean stands for the pages that decode has let go
+    adaptive: ClassVar[bool] = False  # whether it has a chooser
+    sketched: ClassVar[bool] = False  # whether its chooser reads sketches of pages
+    compensated: ClassVar[bool] = False  # whether a mean stands for the pages that decode has freed
 
     @property
     def sinks(self) -> int:
-        """How many of the first tokens stay visible, and are kept."""
+        """How many of the first tokens stay visible and are kept."""
         return 0
 
     def seen_from(self, start: int) -> int:
@@ -60,12 +60,12 @@ class Policy:
         return self.seen_from(start)
 
     def views(self, start: int, count: int) -> Iterator[View]:
-        """What `count` queries from `start` on see, in order, as few views as it takes."""
+        """What `count` queries from `start` on see, in order, in as few views as possible."""
         yield View(start, count)
 
     def returns_to(self, position: int) -> int:
-        """The lowest start whose queries see nothing of [sinks, position): so far back a part can go that has let
-        go what lies below `position`."""
+        """The lowest start whose queries see nothing of [sinks, position): a part that has freed what lies below
+        `position` can return to it."""
         low, high = 0, 2 * LONGEST
         while low < high:
             middle = (low + high) // 2

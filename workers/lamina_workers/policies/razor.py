@@ -1,8 +1,8 @@
 """`razor`: the first tokens, the recent ones, and one key and value that stand for all between (RazorAttention, arXiv
 2407.15891, for the heads that retrieve nothing).
 
-What stands for n tokens that were let go is the mean of their keys and the mean of their values, its logit raised by
-ln n. Prompts are read whole, so a page is let go only in decode. The paper's window is a constant, or a share of the
+The mean of the keys and the mean of the values stand for n freed tokens, with ln n added to the logit. Prompts are read
+whole, so a page is freed only in decode. The paper's window is a constant, or a share of the
 prompt; here the share follows the context.
 """
 

@@ -3,7 +3,7 @@
 
 A full scan reads the sketches of all pages, which ranks them by the attention that they get. The best are read; the
 means of the others' values stand for them. One is made every `every` steps, and every 5 steps where the query has
-turned away from that of the last full scan. In between the same pages are read, and the new ones. Nothing is let go.
+turned away from that of the last full scan. In between the same pages are read, and the new ones. Nothing is freed.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class _Recycling:
         return _FullScan(np.concatenate([np.arange(sinks), chosen]), recent, tokens, q.copy())
 
     def _rest(self, rest: Partial, pages: Int32, log_mass: Float32, scan: _FullScan) -> Float32:
-        """Fill in what stands for an item's pages that are not read. Returns their share of the mass, `[group]`."""
+        """Fill `rest` with what stands for an item's pages that are not read. Returns their share of the mass,
+        `[group]`."""
         others = np.ones(scan.upto, np.bool_)
         others[scan.entries] = False
         left = np.flatnonzero(others)

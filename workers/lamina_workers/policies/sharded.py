@@ -1,5 +1,5 @@
 """`sharded`: blocks near the query, and every stride-th block before (S2-Attention's heterogeneous context sharding,
-arXiv 2407.17678). Only for checkpoints that were trained with it: nothing is let go, and little is read.
+arXiv 2407.17678). Only for checkpoints that were trained with it: nothing is freed, and little is read.
 """
 
 from __future__ import annotations

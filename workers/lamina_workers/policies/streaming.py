@@ -1,6 +1,6 @@
 """`streaming`: the first tokens and the most recent ones (StreamingLLM; DuoAttention's streaming heads).
 
-Keys keep the positions that RoPE gave them. What is in between is let go.
+Keys keep the positions that RoPE gave them. What is in between is freed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Certificates and tokens: read from files, or made for a set of hosts. Knows no channel and no service.
+"""Certificates and tokens: read from files, or made for a set of hosts.
 
 A TLS folder has `ca.pem`, `cert.pem` and `key.pem`; a token file has one line.
 """
@@ -32,7 +32,7 @@ class CredentialsError(LaminaError):
 def load_credentials(
     tls_dir: str | Path | None = None, token_file: str | Path | None = None, server: bool = False
 ) -> Credentials:
-    """What the folder and the file hold. A server needs all three files; a client `ca.pem`, and the pair if TLS is
+    """The credentials of a folder and a file. A server needs all three files; a client `ca.pem`, and the pair if TLS is
     mutual. Raises CredentialsError."""
     ca = cert = key = b""
     if tls_dir is not None:
@@ -53,7 +53,7 @@ def create_credentials(hosts: Sequence[str], now: datetime.datetime | None = Non
 
     The certificate serves both ends, so mutual TLS needs nothing more. Raises CredentialsError without a host.
     """
-    from cryptography import x509  # it takes a while to load, and only who makes certificates needs it
+    from cryptography import x509  # it takes a while to load, and only making certificates needs it
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID

@@ -1,4 +1,4 @@
-"""How a worker's process ends once all that must be closed was. Knows nothing of its work."""
+"""How a worker's process ends: at once when it has closed what it must, or with its parent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import NoReturn
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once: the interpreter would take half a second to free, object by object, what torch is made
-    of, and threads of torch and gRPC may be anywhere meanwhile."""
+    """End this process at once. The interpreter would take half a second to free torch's objects one by one, while
+    threads of torch and gRPC still run."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody may read them any more
+        with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             stream.flush()
     os._exit(status)
 
@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask the system to kill this process once the parent's thread that started it has ended, whatever it is doing
-    then, also while it is stopped. Where the system cannot (not Linux), the pipe that closes must do."""
+    """Ask the system to kill this process, even a stopped one, when the parent's thread that started it ends. Only
+    Linux can; elsewhere the closing of a pipe ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
