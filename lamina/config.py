@@ -120,13 +120,11 @@ class EngineConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not low <= value <= most:
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {low} to {most} seconds")
-        if self.journal is not None and not (isinstance(self.journal, (str, Path)) and str(self.journal).strip()):
-            raise InvalidRequest(f"journal is {self.journal!r:.80}; allowed is a folder, or None")
+        for name, what in (("journal", "a folder, or None"), ("policy", '"auto", a policy, or a file ending in .toml')):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (str, Path)) and str(value).strip()):
+                raise InvalidRequest(f"{name} is {value!r:.80}; allowed is {what}")
         self._check_workers()
-        if self.policy is not None and not (isinstance(self.policy, (str, Path)) and str(self.policy).strip()):
-            raise InvalidRequest(
-                f'policy is {self.policy!r:.80}; allowed is "auto", a policy, or a file ending in .toml'
-            )
         for name, high in (("max_model_len", 2**24), ("max_batch_tokens", 2**20), ("threads", 1024)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):

@@ -207,20 +207,12 @@ def _stop_strings(value: object) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else _sequence("stop", value, "a string or a list of strings")
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidRequest(f"stop has {len(strings)} strings; allowed are at most {MAX_STOP_STRINGS}")
-    return tuple(_stop_string(string) for string in strings)
+    return tuple(_text("stop", string, 1, MAX_STOP_LENGTH, "a string") for string in strings)
 
 
-def _stop_string(value: object) -> str:
-    if not isinstance(value, str) or not 1 <= len(value) <= MAX_STOP_LENGTH:
-        raise _refused("stop", value, f"a string of 1 to {MAX_STOP_LENGTH} characters")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _refused("stop", value, "valid Unicode, without half of a surrogate pair")
-    return value
-
-
-def _text(name: str, value: object, low: float, high: float) -> str:
+def _text(name: str, value: object, low: float, high: float, kind: str = "text") -> str:
     if not isinstance(value, str) or not low <= len(value) <= high:
-        raise _refused(name, value, f"text of {low} to {high} characters")
+        raise _refused(name, value, f"{kind} of {low} to {high} characters")
     if not _is_unicode(value):
         raise _refused(name, value, "valid Unicode, without half of a surrogate pair")
     return value

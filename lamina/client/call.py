@@ -87,28 +87,26 @@ class Call:
         finally:
             self.abort()
 
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self._events(streamed=True)
+
+    def __await__(self) -> Generator[Any, None, Completion | list[Completion]]:
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> Completion | list[Completion]:
+        async for _ in self._events(streamed=False):
+            pass
+        return self._result()
+
+    async def _events(self, streamed: bool) -> AsyncIterator[TokenEvent]:
         outputs = AsyncOutputs()
-        self.submit(outputs.put, streamed=True)
+        self.submit(outputs.put, streamed)
         try:
             while not self.done:
                 for event in self.take(await outputs.get()):
                     yield event
         finally:
             self.abort()
-
-    def __await__(self) -> Generator[Any, None, Completion | list[Completion]]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> Completion | list[Completion]:
-        outputs = AsyncOutputs()
-        self.submit(outputs.put, streamed=False)
-        try:
-            while not self.done:
-                self.take(await outputs.get())
-        finally:
-            self.abort()
-        return self._result()
 
     def _result(self) -> Completion | list[Completion]:
         return self.completions()[0] if self._one else self.completions()

@@ -9,6 +9,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+WORKERS_BACK = 10.0  # seconds that a restarted engine waits for all attention workers; then some are enough
+
 W = TypeVar("W")
 
 

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ from lamina.launch.journal_setup import Identity, identify, open_journal, recove
 from lamina.launch.kv_sizing import Sizes, check_room, divided, size_kv
 from lamina.launch.model_files import ModelFiles, load
 from lamina.launch.model_pool import ModelWorkerPool, begins
-from lamina.messages.engine_request import EngineRequest
+from lamina.messages.engine_request import EngineRequest, unwatched
 from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.local_share import LocalShare
 from lamina.scheduling.placement import Holder, Placement
@@ -74,24 +73,22 @@ class Pools:
 
     def begin(self, progress: Progress | None) -> None:
         """Start the workers, which come up while the model loads."""
-        if self.models is not None:
-            self.models.begin(progress)
-        if self.attention is not None:
-            self.attention.begin(progress)
+        for pool in self._both:
+            pool.begin(progress)
 
     def watch(self, engine: Engine) -> None:
         """Notify the engine from now on of workers that join, leave or are back."""
-        if self.attention is not None:
-            self.attention.watch(engine)
-        if self.models is not None:
-            self.models.watch(engine)
+        for pool in self._both:
+            pool.watch(engine)
 
     def close(self) -> None:
         """Let the workers go, once the engine has stopped."""
-        if self.models is not None:
-            self.models.close()
-        if self.attention is not None:
-            self.attention.close()
+        for pool in self._both:
+            pool.close()
+
+    @property
+    def _both(self) -> list[ModelWorkerPool | AttentionPool]:
+        return [pool for pool in (self.models, self.attention) if pool is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +98,6 @@ class Runtime:
 
     model_path: Path
     model: ModelConfig
-    generation_config: Mapping[str, Any]
     tokenizer: Tokenizer
     limits: SchedulerConfig
     possible: int
@@ -271,7 +267,7 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
         grammars=inputs.grammars,
         hope=config.recovery_timeout,
         recorder=recorder,
-        on_rebuilt=_rebuild_report(progress),
+        on_rebuilt=unwatched if progress is None else partial(progress, "rebuilding lost KV"),
         on_lost=None if pools.attention is None else pools.attention.workers.lost,
     )
     unfinished: tuple[EngineRequest, ...] = ()
@@ -279,7 +275,7 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
         unfinished = recover(pools.journal, engine, recorder, worker, placement, kept)
     pools.watch(engine)
     return Runtime(
-        files.path, files.model, files.generation_config, files.tokenizer, sizes.limits, possible, inputs, engine,
+        files.path, files.model, files.tokenizer, sizes.limits, possible, inputs, engine,
         threading.current_thread(), progress, pools, unfinished,
     )  # fmt: skip
 
@@ -337,14 +333,6 @@ def _query_goes_first(model: ModelConfig, dtype: torch.dtype) -> bool:
     """Whether q leaves before k and v are computed: whether that takes longer than three more calls in each layer."""
     kv_bytes = 2 * model.num_key_value_heads * model.head_dim * model.hidden_size * dtype.itemsize
     return kv_bytes > _KV_PROJECTION
-
-
-def _rebuild_report(progress: Progress | None) -> Callable[[int, int], None]:
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress("rebuilding lost KV", done, total)
-
-    return report
 
 
 def _lanes(config: EngineConfig, attention: AttentionPool | None) -> LaneTuner:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest, ModelFileError, UnsupportedModelError
+from lamina.messages.engine_request import unwatched
 from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
 from lamina.system.progress import Progress
@@ -37,11 +39,7 @@ class ModelFiles:
         self, dtype: torch.dtype, device: torch.device, shard: Shard, progress: Progress | None
     ) -> DecoderWeights:
         """The weights of one rank. Raises ModelFileError, NotEnoughMemory."""
-
-        def report(done: int, total: int) -> None:
-            if progress is not None:
-                progress("loading", done, total)
-
+        report = unwatched if progress is None else partial(progress, "loading")
         size = sum(map(math.prod, tensor_shapes(self.model).values())) * dtype.itemsize // shard.ranks
         with room_for("the weights", size, device), Checkpoint(self.path) as checkpoint, torch.inference_mode():
             return load_weights(self.model, checkpoint, dtype, device, report, shard)

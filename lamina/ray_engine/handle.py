@@ -39,7 +39,6 @@ class ClusterRuntime:
 
     model_path: Path
     model: ModelConfig
-    generation_config: Mapping[str, Any]
     tokenizer: Tokenizer
     limits: SchedulerConfig
     possible: int
@@ -104,7 +103,6 @@ def _runtime(
     return ClusterRuntime(
         model_path=folder,
         model=model,
-        generation_config=generation_config,
         tokenizer=tokenizer,
         limits=facts["limits"],
         possible=facts["possible"],

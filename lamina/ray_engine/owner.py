@@ -28,7 +28,7 @@ from lamina.deploy.ray_connection import (
     require,
     shortage,
 )
-from lamina.deploy.restarts import Backoff
+from lamina.deploy.restarts import WORKERS_BACK, Backoff
 from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
 from lamina.journal.journal import Run
 from lamina.ray_engine.actor import EngineActor
@@ -43,7 +43,6 @@ logger = logging.getLogger("lamina")
 
 STOPPING = 10.0  # seconds for the engine's last batch
 _POLL = 0.5  # seconds
-_WORKERS_BACK = 10.0  # seconds that a new engine waits for all attention workers, before some will do
 _NAME_FREE = 10.0  # seconds until Ray has forgotten a dead actor's name
 
 
@@ -276,7 +275,7 @@ class EngineOwner:
             self._changed.clear()
             now = actor, places, _ = self._actor, workers.described(), frozenset(self._drained)
             there = sum(member is not None for member, _ in places)
-            wanted = 1 if time.monotonic() > self._born + _WORKERS_BACK else len(places)
+            wanted = 1 if time.monotonic() > self._born + WORKERS_BACK else len(places)
             if actor is None or now == told or (actor is not told[0] and there < wanted):
                 continue
             number, told = number + 1, now

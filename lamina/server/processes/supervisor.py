@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lamina.deploy.local_attention import LocalAttentionWorkers
-from lamina.deploy.restarts import Slot
+from lamina.deploy.restarts import WORKERS_BACK, Slot
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import (
     DiskFullError,
@@ -52,7 +52,6 @@ logger = logging.getLogger("lamina")
 
 ENGINE_MODULE = "lamina.server.processes.engine_main"
 HTTP_MODULE = "lamina.server.processes.http_main"
-_WORKERS_BACK = 10.0  # seconds that a restarted engine waits for all of its attention workers, before some will do
 _KINDS = {
     kind.__name__: kind
     for kind in (DiskFullError, InvalidRequest, JournalError, ModelFileError, PolicyError, UnsupportedModelError)
@@ -220,7 +219,7 @@ class Supervisor:
             line("engine", plan.model, engine, self._engine_socket, self._secret, bool(plan.workers))
         )
         if plan.workers and self._engine.restarts:
-            self._workers_due = self._clock() + _WORKERS_BACK
+            self._workers_due = self._clock() + WORKERS_BACK
             self._introduce_workers()
 
     def _start_http(self) -> None:
@@ -329,7 +328,7 @@ class Supervisor:
             self._failure = result
             return
         self._workers = {worker.name: worker for worker in result}
-        self._workers_due = self._clock() + _WORKERS_BACK
+        self._workers_due = self._clock() + WORKERS_BACK
         if self._attention is not None:
             self._attention.watch(
                 lambda worker: self._events.put(WorkerJoined(worker)), lambda name: self._events.put(WorkerLeft(name))

@@ -14,7 +14,7 @@ from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError
 
 CPU = torch.device("cpu")
-KV_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def attention_kernels(device: torch.device = CPU) -> Kernels:
@@ -34,12 +34,12 @@ def page_layout(config: HolderConfig, device: torch.device = CPU) -> PageLayout:
     shapes = {(spec.kind, spec.kv_heads, spec.group, spec.d_k, spec.d_v) for spec in config.layers}
     if len(shapes) != 1 or config.layers[0].kind != "attention":
         raise UnsupportedModelError(f"layers of unlike KV shapes in one pool: {sorted(shapes)}")
-    if config.dtype not in KV_DTYPES:
-        raise KVError(f"KV dtype {config.dtype!r}, allowed: {', '.join(KV_DTYPES)}")
+    if config.dtype not in _DTYPES:
+        raise KVError(f"KV dtype {config.dtype!r}, allowed: {', '.join(_DTYPES)}")
     spec = config.layers[0]
     chosen = attention_kernels(device)
     try:
-        return chosen.layout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype])
+        return chosen.layout(config.page_size, spec.d_k, spec.d_v, _DTYPES[config.dtype])
     except ValueError as error:
         raise UnsupportedModelError(f"the kernels of this process cannot keep such KV: {error}") from error
 
@@ -54,7 +54,7 @@ def layout_name(layout: PageLayout) -> str:
 def page_bytes(config: HolderConfig) -> int:
     """Bytes of a page of such holders, on any device."""
     spec = config.layers[0]
-    return PageLayout(config.page_size, spec.d_k, spec.d_v, KV_DTYPES[config.dtype], Order.TOKENS).page_bytes
+    return PageLayout(config.page_size, spec.d_k, spec.d_v, _DTYPES[config.dtype], Order.TOKENS).page_bytes
 
 
 def page_cost(config: HolderConfig, device: torch.device = CPU) -> int:
