@@ -102,14 +102,11 @@ def test_greedy_tokens_equal_transformers_one_by_one_and_together(path, prompts,
 
 @pytest.mark.timeout(900)
 def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, reference, prompts):
-    from lamina_protocols.messages import Announcement, HolderConfig, Open, Row
-    from lamina_protocols.routes import Route, Span
-    from lamina_workers.attention_worker.attention_worker import AttentionWorker
+    from lamina.measure.evaluation.probe import Probe
+    from lamina_protocols.messages import HolderConfig
     from lamina_workers.decoder.checkpoint import Checkpoint
     from lamina_workers.decoder.config import ModelConfig
-    from lamina_workers.decoder.model import Batch, Decoder
-    from lamina_workers.model_worker.attention_merge import AttentionMerge
-    from lamina_workers.ports.port import LocalAttention, Replies
+    from lamina_workers.decoder.model import Decoder
 
     prompt = prompts[-1]
     half = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
@@ -119,24 +116,9 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, refere
     model = ModelConfig.from_folder(path)
     with Checkpoint(path) as checkpoint, torch.inference_mode():
         decoder = Decoder.load(model, checkpoint, torch.bfloat16)
-        config = HolderConfig(model.layer_specs(), 32, "bfloat16", 1 << 28)
-        port = LocalAttention(AttentionWorker(config))
-        replies, resolver = Replies(port), AttentionMerge(config)
-        ours = []
-        for batch, start in enumerate(range(0, len(prompt), 100)):
-            chunk = prompt[start : start + 100]
-            end = start + len(chunk)
-            row = Row(1, start, len(chunk), (0, end), True)
-            operations = (Open(1, (0, 1, 2), 0, 4096),) if start == 0 else ()
-            port.send(Announcement(1, batch + 1, min(batch, 1), operations, (row,)))
-            port.receive()
-            tokens = Batch(torch.tensor(chunk), torch.arange(start, end), torch.arange(len(chunk)))
-            routes = {replies: [Route(0, (0, 1, 2), row, (start, end))]}
-            replies.expect(1, batch + 1)
-            run = resolver.run(decoder.forward(tokens), 1, batch + 1, [Span(start, len(chunk))], routes, suspends=False)
-            with pytest.raises(StopIteration) as stop:
-                next(run)
-            ours.append(stop.value.value.argmax(-1))
+        probe = Probe(model, decoder, HolderConfig(model.layer_specs(), 32, "bfloat16", 1 << 28))
+        handle = probe.open()
+        ours = [probe.read(handle, prompt[at : at + 100]).argmax(-1) for at in range(0, len(prompt), 100)]
     agreement, their_agreement = ((x == exact).float().mean().item() for x in (torch.cat(ours), theirs))
     assert agreement >= their_agreement - 0.005
 

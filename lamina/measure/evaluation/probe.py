@@ -1,7 +1,7 @@
-"""A model that is given its tokens instead of choosing them: for measuring, not for serving.
+"""A model whose tokens are given instead of sampled: for measuring, not for serving.
 
-It drives the same decoder, resolver and attention workers as the engine does, one batch at a time, so what is measured
-here (logits, what was read and kept, queries and keys) is what a request would see. Knows nothing of sampling.
+It drives the same decoder, attention merge and attention workers as the engine, one batch at a time. Measurements
+(logits, what was read and kept, queries and keys) are therefore those of a real request.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
+from lamina.measure.batch_driver import BatchDriver
 from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
-from lamina_protocols.messages import Announced, Announcement, Close, HolderConfig, Open, Operation, Row, Usage
+from lamina_protocols.messages import Close, HolderConfig, Open, Operation, Row, Usage
 from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
-from lamina_workers.model_worker.attention_merge import AttentionMerge
-from lamina_workers.ports.port import LocalAttention, Replies
+from lamina_workers.ports.port import LocalAttention
+
+_HOLDER = 0
 
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Is shown each layer's q `[T, heads, d]`, k and v `[T, kv_heads, d]` before they are attended. It must not keep them
-without a copy."""
+"""Gets each layer's number, q `[T, heads, d]`, k and v `[T, kv_heads, d]` before attention. To keep them it must copy
+them."""
 
 Outcome = Callable[[int, torch.Tensor], None]
-"""Is shown what attention returned in each layer, `[T, heads * d_v]`. It must not keep that without a copy."""
+"""Gets each layer's number and attention output `[T, heads * d_v]`. To keep it, it must copy it."""
 
 
 class Probe:
@@ -44,12 +46,9 @@ class Probe:
         self.model = model
         self.holder = holder
         self._decoder = decoder
-        self._resolver = AttentionMerge(holder, threads, device=decoder.device)
         self.worker = AttentionWorker(holder, threads)
-        self._replies = Replies(LocalAttention(self.worker))
-        self._batch = 0
+        self._driver = BatchDriver(holder, {_HOLDER: LocalAttention(self.worker)}, threads, decoder.device)
         self._operations: list[Operation] = []
-        self._told = 0
         self._lengths: dict[int, int] = {}
         self._usages: dict[int, Usage] = {}
         self._handle = 0
@@ -91,11 +90,11 @@ class Probe:
         self._operations.append(Close(handle))
 
     def length(self, handle: int) -> int:
-        """How many tokens of it have been fed."""
+        """The number of tokens of a sequence so far."""
         return self._lengths[handle]
 
     def usage(self, handle: int) -> Usage | None:
-        """What was read of it and kept up to the last batch; None where no head has a policy: then all of it."""
+        """What was read and kept of a sequence up to the last batch. None where no head has a policy."""
         return self._usages.get(handle)
 
     def prefill(self, handle: int, token_ids: Sequence[int], chunk: int = 1024, tap: Tap | None = None) -> torch.Tensor:
@@ -128,7 +127,6 @@ class Probe:
         outcome: Outcome | None = None,
         decode: bool = False,
     ) -> torch.Tensor:
-        self._batch += 1
         spans = [Span(self._lengths[handle], len(ids)) for handle, ids in pieces]
         heads = tuple(range(self.model.num_key_value_heads))
         routes = []
@@ -137,14 +135,11 @@ class Probe:
             row = Row(handle, span.start, span.count, (0, end), True, chooses=decode)
             routes.append(Route(source, heads, row, (span.start, end)))
         operations, self._operations = tuple(self._operations), []
-        self._replies.expect(1, self._batch)
-        rows = tuple(route.row for route in routes)
-        self._replies.port.send(Announcement(1, self._batch, self._told, operations, rows))
-        answer = self._replies.take(Announced, self._batch)
+        answer = self._driver.announce({_HOLDER: operations}, {_HOLDER: routes})[_HOLDER]
         if not answer.accepted:
             raise InvalidRequest(f"kv_memory is too small: {answer.reason}")
-        self._told += len(operations)
-        self._usages.update({row.handle: usage for row, usage in zip(rows, answer.usages, strict=False)})
+        for route, usage in zip(routes, answer.usages, strict=False):
+            self._usages[route.row.handle] = usage
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
         dynamic = self.model.rope.kind == "dynamic"
         forward = self._decoder.forward(
@@ -157,20 +152,14 @@ class Probe:
         )
         if tap or outcome:
             forward = _tapped(forward, tap, outcome)
-        run = self._resolver.run(forward, 1, self._batch, spans, {self._replies: routes}, suspends=False)
-        for (handle, ids), _ in zip(pieces, spans, strict=True):
+        logits = self._driver.drive_batch(forward, spans, {_HOLDER: routes})
+        for handle, ids in pieces:
             self._lengths[handle] += len(ids)
-        while True:
-            try:
-                next(run)
-            except StopIteration as stop:
-                self._replies.forget(self._batch)
-                logits: torch.Tensor = stop.value
-                return logits
+        return logits
 
 
 def _tapped(forward: Forward, tap: Tap | None, outcome: Outcome | None) -> Forward:
-    """`forward`, with `tap` and `outcome` shown what passes."""
+    """`forward`, with q, k, v given to `tap` and attention outputs to `outcome`."""
     event = next(forward)
     while True:
         if not isinstance(event, QueryReady):

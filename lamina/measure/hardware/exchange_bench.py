@@ -14,7 +14,8 @@ import torch
 from lamina.deploy.local_attention import LocalAttentionWorkers
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
-from lamina.measure.hardware.held import PATIENCE, Held
+from lamina.measure.batch_driver import PATIENCE
+from lamina.measure.hardware.held import Held
 from lamina.measure.hardware.loaded import Loaded, decode_batch, load
 from lamina.scheduling.kv_layouts import apportion
 from lamina_protocols.messages import Announced, Announcement, Fault, Query, Request
