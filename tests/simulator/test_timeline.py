@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from lamina.simulator.costs.timeline import (
     LINK_BACK,
     LINK_OUT,
     Event,
+    LayerTimes,
     busy,
     chrome_trace,
     makespan,
@@ -24,18 +26,17 @@ from lamina.simulator.costs.timeline import (
 )
 
 SECONDS = st.sampled_from([0.0, 1e-6, 17e-6, 0.25e-3, 1e-3, 3.1e-3])
+TIMES = st.tuples(
+    *[SECONDS] * 5, st.floats(0, 1), SECONDS
+).map(  # kv_seconds are a share of the model's
+    lambda drawn: LayerTimes(*drawn[:5], kv_seconds=drawn[5] * drawn[0], latency=drawn[6])
+)
 CASES = st.fixed_dictionaries(
     {
-        "model_seconds_per_layer": SECONDS,
-        "attention_seconds_per_layer": SECONDS,
-        "send_q": SECONDS,
-        "send_kv": SECONDS,
-        "receive": SECONDS,
         "layers": st.integers(1, 7),
         "lanes": st.integers(1, 5),
         "overlap": st.booleans(),
         "replicas": st.integers(1, 4),
-        "latency": SECONDS,
         "steps": st.integers(1, 3),
     }
 )
@@ -47,13 +48,12 @@ def named(events: tuple[Event, ...], name: str) -> dict[tuple[int, int, int], Ev
     return found
 
 
-@given(CASES, st.floats(0, 1))
+@given(TIMES, CASES)
 @settings(max_examples=150)
-def test_invariants(case: dict[str, float], share: float) -> None:
-    kv_seconds = share * case["model_seconds_per_layer"]
-    events = step_timeline(**case, kv_seconds=kv_seconds)
-    layers, lanes, replicas, steps = (int(case[key]) for key in ("layers", "lanes", "replicas", "steps"))
-    latency, tiny = case["latency"], 1e-12
+def test_invariants(times: LayerTimes, case: dict[str, int]) -> None:
+    events = step_timeline(times, **case)
+    layers, lanes, replicas, steps = (case[key] for key in ("layers", "lanes", "replicas", "steps"))
+    latency, tiny = times.latency, 1e-12
 
     for resource in resources(events):  # one thing at a time
         mine = sorted((e.start, e.end) for e in events if e.resource == resource)
@@ -73,7 +73,7 @@ def test_invariants(case: dict[str, float], share: float) -> None:
     for key in every:
         lane, step, layer = key
         assert slices[key].resource == f"model {(lane + step * layers + layer) % replicas}"
-        early = kv_seconds if case["overlap"] else 0.0
+        early = times.kv_seconds if case["overlap"] else 0.0
         assert sends[key].start >= slices[key].end - early - tiny
         assert keys[key].start >= slices[key].end - tiny
         assert attention[key].start >= sends[key].end + latency - tiny
@@ -87,7 +87,7 @@ def test_invariants(case: dict[str, float], share: float) -> None:
 
 
 def test_one_lane_is_the_sum_of_its_parts() -> None:
-    events = step_timeline(3e-3, 2e-3, 1e-4, 2e-4, 5e-5, layers=7, lanes=1, overlap=False, latency=1e-5)
+    events = step_timeline(LayerTimes(3e-3, 2e-3, 1e-4, 2e-4, 5e-5, latency=1e-5), layers=7, lanes=1, overlap=False)
     # the last result is on its way when the link has done its work
     assert makespan(events) == pytest.approx(7 * (3e-3 + 2e-3 + 1e-4 + 2e-4 + 5e-5 + 2 * 1e-5) - 1e-5)
     assert busy(events) == pytest.approx(
@@ -96,14 +96,15 @@ def test_one_lane_is_the_sum_of_its_parts() -> None:
 
 
 def test_overlap_hides_projecting_and_sending_k_and_v() -> None:
-    parts = {"layers": 5, "lanes": 1, "kv_seconds": 4e-4}
-    hidden = step_timeline(3e-3, 2e-3, 1e-4, 2e-4, 5e-5, overlap=True, **parts)
-    plain = step_timeline(3e-3, 2e-3, 1e-4, 2e-4, 5e-5, overlap=False, **parts)
+    times = LayerTimes(3e-3, 2e-3, 1e-4, 2e-4, 5e-5, kv_seconds=4e-4)
+    hidden = step_timeline(times, 5, 1, overlap=True)
+    plain = step_timeline(times, 5, 1, overlap=False)
     assert makespan(plain) - makespan(hidden) == pytest.approx(5 * (4e-4 + 2e-4))
     # attention that is over before k and v have come waits for them
-    quick = step_timeline(3e-3, 1e-5, 1e-4, 2e-4, 5e-5, overlap=True, **parts)
+    short = replace(times, attention_seconds=1e-5)
+    quick = step_timeline(short, 5, 1, overlap=True)
     assert makespan(quick) == pytest.approx(5 * (3e-3 + 2e-4 + 5e-5))
-    assert busy(quick) == pytest.approx(busy(step_timeline(3e-3, 1e-5, 1e-4, 2e-4, 5e-5, overlap=False, **parts)))
+    assert busy(quick) == pytest.approx(busy(step_timeline(short, 5, 1, overlap=False)))
 
 
 @pytest.mark.parametrize(("lanes", "replicas"), [(1, 1), (2, 1), (3, 2), (4, 3), (4, 1), (3, 3)])
@@ -112,12 +113,10 @@ def test_overlap_hides_projecting_and_sending_k_and_v() -> None:
 def test_cycle_in_steady_state(lanes: int, replicas: int, attention: float, network: float) -> None:
     """offload.md 1.7 for one layer: the slowest of the model replicas, of attention, and of a lane's own way."""
     layers, model = 6, 1.0
-    send_q, send_kv, receive = network / 3, network / 3, network / 3
+    times = LayerTimes(model, attention, send_q=network / 3, send_kv=network / 3, receive=network / 3)
 
     def until(steps: int) -> float:
-        return makespan(
-            step_timeline(model, attention, send_q, send_kv, receive, layers, lanes, False, replicas, steps=steps)
-        )
+        return makespan(step_timeline(times, layers, lanes, False, replicas, steps))
 
     cycle = (until(60) - until(20)) / 40 / layers
     assert cycle == pytest.approx(
@@ -128,7 +127,7 @@ def test_cycle_in_steady_state(lanes: int, replicas: int, attention: float, netw
 def test_the_papers_schedule_leaves_nobody_idle() -> None:
     """n lanes, n - 1 replicas, t_a = t_m / (n - 1), nothing for the network: all are busy but for the first rounds."""
     lanes, layers = 4, 300
-    events = step_timeline(3e-3, 1e-3, 0, 0, 0, layers, lanes, True, replicas=lanes - 1)
+    events = step_timeline(LayerTimes(3e-3, 1e-3, 0, 0, 0), layers, lanes, True, replicas=lanes - 1)
     for resource, seconds in busy(events).items():
         if not resource.startswith("link"):
             assert seconds / makespan(events) > 0.98
@@ -138,20 +137,20 @@ def test_the_papers_schedule_leaves_nobody_idle() -> None:
 def test_more_time_is_never_faster() -> None:
     base = {"layers": 6, "lanes": 3, "overlap": True, "replicas": 2, "steps": 4}
     times = [1e-3, 5e-4, 1e-4, 1e-4, 1e-4]
-    before = makespan(step_timeline(*times, **base))
+    before = makespan(step_timeline(LayerTimes(*times), **base))
     for place in range(5):
         slower = [value * (2 if at == place else 1) for at, value in enumerate(times)]
-        assert makespan(step_timeline(*slower, **base)) >= before
+        assert makespan(step_timeline(LayerTimes(*slower), **base)) >= before
 
 
 def test_nothing_is_nothing() -> None:
     assert makespan(()) == 0.0
     assert busy(()) == {}
-    assert makespan(step_timeline(0, 0, 0, 0, 0, 3, 2, True)) == 0.0
+    assert makespan(step_timeline(LayerTimes(0, 0, 0, 0, 0), 3, 2, True)) == 0.0
 
 
 def test_chrome_trace() -> None:
-    events = step_timeline(1e-3, 4e-4, 1e-5, 2e-5, 1e-5, 3, 2, True, replicas=2, steps=2)
+    events = step_timeline(LayerTimes(1e-3, 4e-4, 1e-5, 2e-5, 1e-5), 3, 2, True, replicas=2, steps=2)
     text = chrome_trace(events, 2)
     trace = json.loads(text)
     assert text == chrome_trace(events, 2)
@@ -177,30 +176,32 @@ def test_chrome_trace() -> None:
     [
         ({"send_q": -1e-9}, "send_q"),
         ({"receive": math.nan}, "receive is nan"),
-        ({"attention_seconds_per_layer": math.inf}, "attention_seconds_per_layer is inf"),
+        ({"attention_seconds": math.inf}, "attention_seconds is inf"),
+        ({"kv_seconds": 1.0}, "kv_seconds is 1.0"),
+    ],
+)
+def test_times_are_refused_when_they_are_out_of_bounds(change: dict[str, float], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        LayerTimes(
+            **({"model_seconds": 1e-3, "attention_seconds": 1e-3, "send_q": 0, "send_kv": 0, "receive": 0} | change)
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
         ({"layers": 0}, "layers is 0"),
         ({"lanes": -1}, "lanes is -1"),
         ({"replicas": 0}, "replicas is 0"),
         ({"steps": 10**9}, "steps is 1000000000"),
         ({"layers": 1000, "lanes": 1000}, "1000000; allowed are 200000"),
-        ({"kv_seconds": 1.0}, "kv_seconds is 1.0"),
     ],
 )
-def test_what_is_refused(change: dict[str, float], said: str) -> None:
-    given_: dict[str, float] = {
-        "model_seconds_per_layer": 1e-3,
-        "attention_seconds_per_layer": 1e-3,
-        "send_q": 0,
-        "send_kv": 0,
-        "receive": 0,
-        "layers": 2,
-        "lanes": 2,
-        "overlap": True,
-    }
+def test_counts_are_refused_when_they_are_out_of_bounds(change: dict[str, int], said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):
-        step_timeline(**(given_ | change))
+        step_timeline(LayerTimes(1e-3, 1e-3, 0, 0, 0), **({"layers": 2, "lanes": 2, "overlap": True} | change))
 
 
 def test_a_trace_of_fewer_lanes_than_there_are() -> None:
     with pytest.raises(InvalidRequest, match="lane 1; allowed are 0 to 0"):
-        chrome_trace(step_timeline(1e-3, 1e-3, 0, 0, 0, 2, 2, True), 1)
+        chrome_trace(step_timeline(LayerTimes(1e-3, 1e-3, 0, 0, 0), 2, 2, True), 1)

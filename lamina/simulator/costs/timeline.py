@@ -1,6 +1,6 @@
 """One decode step layer by layer, as events on the machines that take part: staggered lanes, rotation, overlap.
 
-Pure: it is given seconds and moves nothing. Each resource does one thing at a time, first come first served. After
+Pure: seconds in, events out. Each resource does one thing at a time, first come first served. After
 Lamina (arXiv 2405.01814v2), "rotational staggered pipelining" and its overlap of attention with sending k and v.
 """
 
@@ -10,7 +10,7 @@ import heapq
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lamina.errors import InvalidRequest
@@ -23,8 +23,8 @@ _SLICE, _SEND, _SEND_KV, _ATTEND, _RETURN = range(5)
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that `resource` ("model 0" and on, "link out", "attention", "link back") does, for `seconds` from
-    `start`, for one layer of one lane."""
+    """Work of `resource` ("model 0" and on, "link out", "attention", "link back") for one layer of one lane, from
+    `start` on, in seconds."""
 
     resource: str
     name: str
@@ -39,92 +39,75 @@ class Event:
         return self.start + self.seconds
 
 
-def step_timeline(
-    model_seconds_per_layer: float,
-    attention_seconds_per_layer: float,
-    send_q: float,
-    send_kv: float,
-    receive: float,
-    layers: int,
-    lanes: int,
-    overlap: bool,
-    replicas: int = 1,
-    *,
-    kv_seconds: float = 0.0,
-    latency: float = 0.0,
-    steps: int = 1,
-) -> tuple[Event, ...]:
-    """`steps` decode steps of every lane, by rising start. All times are seconds, of one layer of one lane.
+@dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """Seconds of one layer of one lane. Raises InvalidRequest for a time that is negative or not finite.
 
-    `send_q`, `send_kv` and `receive` occupy the link; `latency`, one way, occupies nothing. `kv_seconds` are those of
-    the model's seconds that project k and v, last of all. Without `overlap`, q, k and v go as one message when all
-    are ready, and attention waits for it. With it q goes first, attention over the previous tokens starts when q is
-    there, and its result goes back when k and v have come too; the new token's own share of attention is part of
-    `attention_seconds_per_layer`.
+    `send_q`, `send_kv` and `receive` occupy the link; `latency`, one way, occupies nothing. `kv_seconds` are the part
+    of `model_seconds` that projects k and v, last of all.
+    """
+
+    model_seconds: float
+    attention_seconds: float
+    send_q: float
+    send_kv: float
+    receive: float
+    kv_seconds: float = 0.0
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise InvalidRequest(f"{name} is {value!r}; allowed are seconds of 0 or more")
+        if self.kv_seconds > self.model_seconds:
+            raise InvalidRequest(
+                f"kv_seconds is {self.kv_seconds!r}; allowed are up to the model's seconds a layer, "
+                f"{self.model_seconds!r}"
+            )
+
+
+def step_timeline(
+    times: LayerTimes, layers: int, lanes: int, overlap: bool, replicas: int = 1, steps: int = 1
+) -> tuple[Event, ...]:
+    """`steps` decode steps of every lane, by rising start.
+
+    Without `overlap`, q, k and v go as one message when all are ready, and attention waits for it. With it q goes
+    first, attention over the previous tokens starts when q is there, and its result goes back when k and v have come
+    too; the new token's own share of attention is part of `attention_seconds`.
 
     Lane j begins j t_m / `replicas` late, and its k-th slice runs on replica (j + k) mod `replicas`: the paper's
     (j + k) mod (n - 1) + 1 counted from 0, where n lanes share n - 1 replicas. k runs on through the steps. What the
     paper calls slice 0 and slice n (before the first attention, after the last) are one slice here, and moving a
     lane's context between replicas is not counted.
 
-    Raises InvalidRequest for a time that is negative or not finite, and for a count out of its bounds.
+    Raises InvalidRequest for a count out of its bounds.
     """
-    times = {
-        "model_seconds_per_layer": model_seconds_per_layer,
-        "attention_seconds_per_layer": attention_seconds_per_layer,
-        "send_q": send_q,
-        "send_kv": send_kv,
-        "receive": receive,
-        "kv_seconds": kv_seconds,
-        "latency": latency,
-    }
-    for name, value in times.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise InvalidRequest(f"{name} is {value!r}; allowed are seconds of 0 or more")
-    for name, count in {"layers": layers, "lanes": lanes, "replicas": replicas, "steps": steps}.items():
-        if not 1 <= count <= MAX_SLICES:
-            raise InvalidRequest(f"{name} is {count}; allowed are 1 to {MAX_SLICES}")
-    if layers * lanes * steps > MAX_SLICES:
-        raise InvalidRequest(
-            f"{layers} layers x {lanes} lanes x {steps} steps are {layers * lanes * steps}; allowed are {MAX_SLICES}"
-        )
-    if kv_seconds > model_seconds_per_layer:
-        raise InvalidRequest(
-            f"kv_seconds is {kv_seconds!r}; allowed are up to the model's seconds a layer, {model_seconds_per_layer!r}"
-        )
-
+    _check_counts(layers=layers, lanes=lanes, replicas=replicas, steps=steps)
     events: list[Event] = []
     free: dict[str, float] = {}  # when each resource has done what it took on
     arrived: dict[tuple[int, int], float] = {}  # of the two that a lane's result waits for, when the first was done
     # (ready, lane, slice, part). Nothing is ready before what it follows, so they come out in the order of readiness
-    waiting = [(lane * model_seconds_per_layer / replicas, lane, 0, _SLICE) for lane in range(lanes)]
-    sending = ("send q", send_q) if overlap else ("send q, k, v", send_q + send_kv)
-    parts = {
-        _SEND: (LINK_OUT, *sending),
-        _SEND_KV: (LINK_OUT, "send k, v", send_kv),
-        _ATTEND: (ATTENTION, "attention", attention_seconds_per_layer),
-        _RETURN: (LINK_BACK, "return", receive),
-    }
+    waiting = [(lane * times.model_seconds / replicas, lane, 0, _SLICE) for lane in range(lanes)]
+    parts = _parts(times, overlap)
     while waiting:
         ready, lane, index, part = heapq.heappop(waiting)
+        resource, name, seconds = parts[part]
         if part == _SLICE:
-            resource, name, seconds = f"model {(lane + index) % replicas}", "slice", model_seconds_per_layer
-        else:
-            resource, name, seconds = parts[part]
+            resource = f"model {(lane + index) % replicas}"
         start = max(ready, free.get(resource, 0.0))
         end = free[resource] = start + seconds
         events.append(Event(resource, name, lane, index % layers, start, seconds, index // layers))
         follows: list[tuple[float, int]] = []
         if part == _SLICE and overlap:
-            follows = [(max(start, end - kv_seconds), _SEND), (end, _SEND_KV)]
+            follows = [(max(start, end - times.kv_seconds), _SEND), (end, _SEND_KV)]
         elif part == _SLICE:
             follows = [(end, _SEND)]
         elif part == _SEND:
-            follows = [(end + latency, _ATTEND)]
+            follows = [(end + times.latency, _ATTEND)]
         elif part == _RETURN and index + 1 < layers * steps:
-            heapq.heappush(waiting, (end + latency, lane, index + 1, _SLICE))
+            heapq.heappush(waiting, (end + times.latency, lane, index + 1, _SLICE))
         elif part in (_ATTEND, _SEND_KV):
-            done = end if part == _ATTEND else end + latency
+            done = end if part == _ATTEND else end + times.latency
             if not overlap:
                 follows = [(done, _RETURN)]
             elif (lane, index) in arrived:
@@ -134,6 +117,29 @@ def step_timeline(
         for when, following in follows:
             heapq.heappush(waiting, (when, lane, index, following))
     return tuple(sorted(events, key=lambda event: (event.start, event.lane, event.step, event.layer)))
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not 1 <= count <= MAX_SLICES:
+            raise InvalidRequest(f"{name} is {count}; allowed are 1 to {MAX_SLICES}")
+    layers, lanes, steps = counts["layers"], counts["lanes"], counts["steps"]
+    if layers * lanes * steps > MAX_SLICES:
+        raise InvalidRequest(
+            f"{layers} layers x {lanes} lanes x {steps} steps are {layers * lanes * steps}; allowed are {MAX_SLICES}"
+        )
+
+
+def _parts(times: LayerTimes, overlap: bool) -> dict[int, tuple[str, str, float]]:
+    """The resource, the name and the seconds of each part of a layer."""
+    sending = ("send q", times.send_q) if overlap else ("send q, k, v", times.send_q + times.send_kv)
+    return {
+        _SLICE: ("model", "slice", times.model_seconds),
+        _SEND: (LINK_OUT, *sending),
+        _SEND_KV: (LINK_OUT, "send k, v", times.send_kv),
+        _ATTEND: (ATTENTION, "attention", times.attention_seconds),
+        _RETURN: (LINK_BACK, "return", times.receive),
+    }
 
 
 def makespan(events: Iterable[Event]) -> float:
@@ -152,7 +158,7 @@ def busy(events: Iterable[Event]) -> dict[str, float]:
 
 
 def resources(events: Iterable[Event]) -> tuple[str, ...]:
-    """Those that occur, in the order that a token passes them: model workers by number, out, attention, back."""
+    """The resources of these events, in the order of a token's way: model workers by number, out, attention, back."""
     fixed = (LINK_OUT, ATTENTION, LINK_BACK)
     seen = {event.resource for event in events}
     models = sorted(seen.difference(fixed), key=lambda name: (len(name), name))
@@ -194,5 +200,5 @@ def chrome_trace(events: Iterable[Event], lanes: int) -> str:
 
 
 def _microseconds(seconds: float) -> float:
-    """Rounded to nanoseconds, start and end alike, so that neighbours still meet."""
+    """Rounded to nanoseconds, start and end alike, so that neighbouring events still meet."""
     return round(seconds * 1e6, 3)

@@ -12,7 +12,7 @@ from lamina.simulator.costs.cost_model import FULL, KvPolicy, Load, kv_heads, kv
 from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.costs.timeline import chrome_trace, step_timeline
+from lamina.simulator.costs.timeline import LayerTimes, chrome_trace, step_timeline
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import DEGREES
@@ -125,19 +125,16 @@ def step_trace(system: Offloaded, batch: float, context: float) -> str:
     rows = load.divided(min(system.lanes, int(load.decode)))
     lane = system.lane(rows)
     kv_seconds = kv_projection_time(system.model, system.model_device, system.model_count, rows)
-    events = step_timeline(
+    times = LayerTimes(
         lane.dense / layers,
         lane.attention / layers,
         lane.exchange.queries / layers,
         lane.exchange.keys / layers,
         lane.exchange.outputs / layers,
-        layers,
-        system.lanes,
-        system.overlap,
-        system.model_replicas,
         kv_seconds=min(lane.dense, kv_seconds) / layers,
         latency=lane.exchange.waiting / layers / 2,
     )
+    events = step_timeline(times, layers, system.lanes, system.overlap, system.model_replicas)
     return chrome_trace(events, system.lanes)
 
 
