@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lamina.measure.bench.measures import METRICS, Spread
+from lamina.measure.bench.measures import METRICS, Outcome, Spread
 from lamina.measure.bench.serve import Result
 from lamina.system.machine import Machine
 
@@ -113,24 +113,26 @@ def record(result: Result, machine: Machine, *, date: str, version: str, detaile
     for name, spread in found.spreads.items():
         fields |= _named(name, spread)
     if detailed:
-        fields["requests"] = [
-            {
-                "due": each.due,
-                "sent": each.sent,
-                "ended": each.ended,
-                "chunks": list(each.chunks),
-                "planned_prompt": each.planned,
-                "asked": each.asked,
-                "prompt_tokens": each.prompt,
-                "output_tokens": each.output,
-                "cached_tokens": each.cached,
-                "finish_reason": each.finish,
-                "error": each.error,
-                "detail": each.detail,
-            }
-            for each in result.run.outcomes
-        ]
+        fields["requests"] = [_request(each) for each in result.run.outcomes]
     return fields
+
+
+def _request(outcome: Outcome) -> dict[str, Any]:
+    """One request, in seconds and tokens."""
+    return {
+        "due": outcome.due,
+        "sent": outcome.sent,
+        "ended": outcome.ended,
+        "chunks": list(outcome.chunks),
+        "planned_prompt": outcome.planned,
+        "asked": outcome.asked,
+        "prompt_tokens": outcome.prompt,
+        "output_tokens": outcome.output,
+        "cached_tokens": outcome.cached,
+        "finish_reason": outcome.finish,
+        "error": outcome.error,
+        "detail": outcome.detail,
+    }
 
 
 def _named(name: str, spread: Spread) -> Mapping[str, float]:

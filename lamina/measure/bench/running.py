@@ -60,42 +60,46 @@ async def run(
             shown = now
             progress(what, len(outcomes), len(due))
 
-    async def every() -> None:
-        tasks: set[asyncio.Task[None]] = set()
-        faults: list[BaseException] = []
-
-        def ended(task: asyncio.Task[None]) -> None:
-            tasks.discard(task)
-            if not task.cancelled() and (fault := task.exception()) is not None:
-                faults.append(fault)
-
-        try:
-            for number, at in enumerate(due):
-                if (wait := at - clock()) > 0:
-                    await asyncio.sleep(wait)
-                if room is not None:
-                    await room.acquire()
-                task = asyncio.ensure_future(one(number))
-                tasks.add(task)
-                task.add_done_callback(ended)
-            await asyncio.gather(*tasks)
-            if faults:
-                raise faults[0]
-        finally:
-            left = list(tasks)
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-
     if progress is not None:
         progress(what, 0, len(due))
-    await _until(every(), stop)
+    await _until(_send_all(due, one, clock, room), stop)
     return Run(
         tuple(outcomes),
         max((outcome.ended for outcome in outcomes), default=clock()),
         time.process_time() - cpu,
         len(due) - len(outcomes),
     )
+
+
+async def _send_all(
+    due: Sequence[float], one: Callable[[int], Coroutine[Any, Any, None]], clock: Clock, room: asyncio.Semaphore | None
+) -> None:
+    """Start `one` for each request when it is due and has room, and wait for all. Raises the first error of one."""
+    tasks: set[asyncio.Task[None]] = set()
+    faults: list[BaseException] = []
+
+    def ended(task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            faults.append(fault)
+
+    try:
+        for number, at in enumerate(due):
+            if (wait := at - clock()) > 0:
+                await asyncio.sleep(wait)
+            if room is not None:
+                await room.acquire()
+            task = asyncio.ensure_future(one(number))
+            tasks.add(task)
+            task.add_done_callback(ended)
+        await asyncio.gather(*tasks)
+        if faults:
+            raise faults[0]
+    finally:
+        left = list(tasks)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 async def _until(work: Coroutine[Any, Any, None], stop: asyncio.Event | None) -> None:

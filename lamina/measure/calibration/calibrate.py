@@ -18,7 +18,7 @@ from lamina.errors import InvalidRequest, PolicyError
 from lamina.launch.kv_sizing import holder_config
 from lamina.launch.model_files import rescaled
 from lamina.measure.calibration.data import TAIL, Corpus, corpus, passkeys
-from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Progress, gather
+from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Progress, Subject, gather
 from lamina.measure.calibration.quality import Quality, Reading, Target, compare, read
 from lamina.measure.calibration.selection import Trial, by_evidence, candidates, choose, options
 from lamina.measure.calibration.torch_path import TorchPath
@@ -214,19 +214,9 @@ def _evidence(
     if settings.scores is not None and settings.scores.exists():
         return Evidence.load(settings.scores, mark, allowed)
     with Checkpoint(bench.path) as checkpoint:
-        path = TorchPath(bench.model, checkpoint)
-    evidence = gather(
-        bench.probe(context),
-        path,
-        bench.tokenizer,
-        texts,
-        context,
-        allowed,
-        Streaming(settings.sink, settings.recent),
-        settings.steps,
-        settings.seed,
-        progress,
-    )
+        subject = Subject(bench.probe(context), TorchPath(bench.model, checkpoint), bench.tokenizer, texts)
+    streaming = Streaming(settings.sink, settings.recent)
+    evidence = gather(subject, context, allowed, streaming, settings.steps, settings.seed, progress)
     if settings.scores is not None:
         evidence.save(settings.scores, mark, allowed)
     return evidence

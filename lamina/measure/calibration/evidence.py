@@ -75,11 +75,18 @@ class Evidence:
         return scores
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model that is calibrated, as a probe and in torch, and the texts that it reads."""
+
+    probe: Probe
+    path: TorchPath
+    tokenizer: Tokenizer
+    corpus: Corpus
+
+
 def gather(
-    probe: Probe,
-    path: TorchPath,
-    tokenizer: Tokenizer,
-    corpus: Corpus,
+    subject: Subject,
     context: int,
     policies: Sequence[Policy],
     streaming: Streaming,
@@ -87,8 +94,9 @@ def gather(
     seed: int,
     progress: Progress,
 ) -> Evidence:
-    """Run all of it. `context` is the length in tokens that the policies are for; `policies` are the options that
-    influence is measured of, and `streaming` what gates choose against."""
+    """Measure everything. `context` is the length in tokens that the policies are for. Influence is measured for each
+    of `policies`, and gates choose between full and `streaming` in `steps` steps."""
+    probe, path, tokenizer, corpus = subject.probe, subject.path, subject.tokenizer, subject.corpus
     config, generator = probe.model, random.Random(seed)
     unit = min(_LONGEST_UNIT, (context - 1) // REPEATS)
     ids = repeated(config.vocab_size, unit, REPEATS, config.bos_token_id, generator)

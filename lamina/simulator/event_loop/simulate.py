@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Disaggregated, System, power, price
@@ -38,6 +38,16 @@ class Slo:
         return (self.ttft is None or ttft <= self.ttft) and (self.tpot is None or tpot <= self.tpot)
 
 
+@dataclass(slots=True)
+class _Records:
+    """What the instances of a run count, and the requests that they served."""
+
+    totals: Totals = field(default_factory=Totals)
+    gaps: Gaps = field(default_factory=Gaps)
+    samples: Samples = field(default_factory=Samples)
+    lives: list[Life] = field(default_factory=list)
+
+
 def simulate(
     system: System,
     trace: Trace,
@@ -59,7 +69,7 @@ def simulate(
         raise InvalidRequest(f"replicas is {replicas!r:.80}; allowed are 1 to {len(trace.arrivals)}, one a request")
     if type(seed) is not int:
         raise InvalidRequest(f"seed is {seed!r:.80}; allowed is a whole number")
-    totals, gaps, samples, lives = Totals(), Gaps(), Samples(), list[Life]()
+    records = _Records()
     done = 0
 
     def report(finished: int) -> None:
@@ -69,13 +79,14 @@ def simulate(
     with _without_collector():
         for part in split(trace, replicas):
             if isinstance(system, Disaggregated):
-                served = _disaggregated(system, part, prefill, prefix_cache, totals, gaps, samples, report)
+                served = _disaggregated(system, part, prefill, prefix_cache, records, report)
             else:
+                totals, gaps, samples = records.totals, records.gaps, records.samples
                 served = Instance(system, part, prefill, prefix_cache, totals, gaps, samples).run(report)
-            lives += served
+            records.lives += served
             done += len(part.arrivals)
             report(0)
-    return _result(system, trace, replicas, seed, slo or Slo(), totals, gaps, samples, lives)
+    return _result(system, trace, replicas, seed, slo or Slo(), records)
 
 
 def _disaggregated(
@@ -83,9 +94,7 @@ def _disaggregated(
     trace: Trace,
     prefill: bool,
     prefix_cache: bool,
-    totals: Totals,
-    gaps: Gaps,
-    samples: Samples,
+    records: _Records,
     report: Callable[[int], None],
 ) -> list[Life]:
     """Prompts to their first token on one instance, then decode on the other as their KV arrives, one after another.
@@ -112,28 +121,20 @@ def _disaggregated(
             moved[len(arrived)] = life
             arrived.append(Arrival(free_at + system.link.round_trip, prompt, output))
     if arrived:
-        decode = Instance(system.decode, Trace(trace.name, tuple(arrived)), False, False, after, gaps, samples, moved)
+        rest, gaps, samples = Trace(trace.name, tuple(arrived)), records.gaps, records.samples
+        decode = Instance(system.decode, rest, False, False, after, gaps, samples, moved)
         finished += decode.run(report)
     after.busy = [sum(before.busy), after.busy[0] + after.busy[1], after.busy[2]]
     if prefill:
         after.prompt_tokens, after.reused = before.prompt_tokens, before.reused
     after.rejected += before.rejected
     after.preemptions += before.preemptions
-    totals.add(after)
+    records.totals.add(after)
     return finished
 
 
-def _result(
-    system: System,
-    trace: Trace,
-    replicas: int,
-    seed: int,
-    slo: Slo,
-    totals: Totals,
-    gaps: Gaps,
-    samples: Samples,
-    lives: list[Life],
-) -> RunResult:
+def _result(system: System, trace: Trace, replicas: int, seed: int, slo: Slo, records: _Records) -> RunResult:
+    totals, lives = records.totals, records.lives
     start = trace.arrivals[0].at
     seconds = max((life.last for life in lives), default=start) - start
     ttft = [life.first - life.arrival.at for life in lives]
@@ -162,7 +163,7 @@ def _result(
         peak_batch=totals.peak,
         ttft=distribution(ttft),
         tpot=distribution(tpot),
-        tbt=gaps.distribution(),
+        tbt=records.gaps.distribution(),
         goodput=met / seconds if seconds else 0.0,
         slo_share=met / len(trace.arrivals),
         model_utilisation=model,
@@ -174,7 +175,7 @@ def _result(
         saturated_seconds=totals.saturated_seconds / replicas,
         saturated_tokens=totals.saturated_tokens,
         saturated_batch=totals.saturated_rows / totals.saturated_seconds if totals.saturated_seconds else 0.0,
-        samples=samples.kept(),
+        samples=records.samples.kept(),
     )
 
 
