@@ -1,6 +1,6 @@
 """What this machine has, what Lamina will use of it, and why: findings, to print or to send as JSON.
 
-Knows the same choices that a model is loaded with, by asking those who make them; loads no model.
+The choices come from the functions that load a model use. No model is loaded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From the events of a stream to what is printed: text as it comes, text as it finishes, or JSON lines.
 
-Answers go to stdout, one line of statistics after text goes to stderr. Knows nothing about where events come from.
+Answers go to stdout, one line of statistics after text goes to stderr.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def parse_rate(words: str) -> float | None:
 
 
 def parse_efficiency(name: str) -> bool:
-    """Whether devices that nobody measured reach their best. Raises InvalidRequest."""
+    """Whether devices without measurements reach their best ("roofline"). Raises InvalidRequest."""
     if name not in ("roofline", "typical"):
         raise InvalidRequest(f"efficiency is {name!r:.80}; allowed are roofline, typical")
     return name == "roofline"

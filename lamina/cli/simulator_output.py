@@ -1,6 +1,6 @@
 """What the simulator's commands show and write: tables, sentences, JSON, and the files of a folder.
 
-Knows words and columns; what is computed, `lamina.simulator` knows, and is imported when it is there to be shown.
+`lamina.simulator` is imported when there is a result to show.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROWS = 10
 
 
 def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunResult], slo: Slo) -> None:
-    """Everything that a comparison can be looked at with, in one folder."""
+    """Write a comparison to one folder: tables, JSON, CSV, charts, a report and step timelines."""
     from lamina.simulator.costs.systems import Offloaded
     from lamina.simulator.planning.comparison import step_trace
     from lamina.simulator.reports.plots import save_comparison, save_timeline
@@ -76,7 +76,7 @@ def plan_page(found: Planned, title: str) -> str:
 
 
 def _row(ranked: Ranked) -> dict[str, Any]:
-    """One candidate for people: what the closed form says, and the event loop where it was asked."""
+    """One candidate as a row: results of the closed form, and of the event loop where it ran."""
     found = ranked.estimate
     row: dict[str, Any] = {
         "system": ranked.name,
@@ -179,5 +179,5 @@ def plan_record(found: Planned) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """None for a number that JSON has no word for."""
+    """`value`, or None for a number that is not finite: JSON has none."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

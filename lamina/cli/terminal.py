@@ -1,7 +1,4 @@
-"""What a person sees while waiting, and how text comes in: progress bars on stderr, prompts from files and stdin.
-
-Knows nothing about models or requests: it is given names, counts and bytes.
-"""
+"""What a person sees while waiting, and how text comes in: progress bars on stderr, prompts from files and stdin."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a mix of machines costs and yields. Knows no running engine, and measures nothing."""
+"""What a mix of machines costs and yields. Pure."""

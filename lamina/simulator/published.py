@@ -1,4 +1,4 @@
-"""What papers printed, beside what the formulas here give for it: the simulator's own test, and its documentation.
+"""Figures of papers beside what the formulas give: the simulator's own test, and its documentation.
 
 Each `Row` has one published number. Lamina is arXiv 2405.01814v2, Step-3 is arXiv 2507.19427. Numbers that the papers
 do not print, but that follow from theirs by arithmetic, say "derived".

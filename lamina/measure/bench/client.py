@@ -1,7 +1,6 @@
 """The HTTP side of a benchmark: one server with OpenAI's API, requests, and when the parts of their answers came.
 
-The only file here that knows sockets, by aiohttp. Nothing the server sends is trusted: lines, bodies and times are
-bounded, redirects are not followed.
+It uses aiohttp. The server is not trusted: lines, bodies and times are bounded, redirects are not followed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _IDLE = 2.0  # seconds that a connection is kept: less than servers do, so that 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that the server has; its context in tokens where the server says it."""
+    """A model of the server, and its context in tokens where the server reports it."""
 
     name: str
     context: int | None
@@ -224,7 +223,7 @@ async def _bounded(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _said(body: bytes) -> str:
-    """The words of an answer that says what went wrong."""
+    """The message of an error answer."""
     try:
         return message(json.loads(body))
     except (ValueError, RecursionError):

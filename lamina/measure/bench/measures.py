@@ -1,4 +1,4 @@
-"""From when things happened to what a benchmark says: latencies, rates, goodput. Pure arithmetic on seconds.
+"""From the times of requests to latencies, rates and goodput. Pure arithmetic on seconds.
 
 TTFT: from sending a request to its first text. TPOT: (E2EL - TTFT) / (output tokens - 1), of answers with two tokens or
 more. ITL: between two chunks with text. E2EL: from sending to the last event. As in vLLM's benchmark.
@@ -29,8 +29,8 @@ class Outcome:
     """One request. Times are seconds after the start of the run: when it was `due`, `sent`, and `ended`, and when each
     of its chunks with text came. `error` names the kind of a failure, "" for none; `detail` has its words.
 
-    Counts are tokens: `prompt`, `output` and `cached` as the server says, None where it does not; `planned` and `asked`
-    are the lengths of prompt and output that the workload has."""
+    Counts are tokens: `prompt`, `output` and `cached` as the server reports them, else None; `planned` and `asked` are
+    the lengths of prompt and output that the workload has."""
 
     due: float
     sent: float
@@ -55,12 +55,12 @@ class Outcome:
 
     @property
     def output_tokens(self) -> int:
-        """As the server says, else one for each chunk."""
+        """As the server reports it, else one for each chunk."""
         return len(self.chunks) if self.output is None else self.output
 
     @property
     def prompt_tokens(self) -> int:
-        """As the server says, else as planned."""
+        """As the server reports it, else as planned."""
         return self.planned if self.prompt is None else self.prompt
 
     @property
@@ -99,9 +99,9 @@ class Summary:
     spreads: Mapping[str, Spread]
     chunks: int
     counted: int
-    """Answers whose tokens the server did not say, so that chunks were counted."""
+    """Answers without a token count of the server: their chunks were counted."""
     cached_said: int
-    """Answers for which the server said how many tokens it found in its cache."""
+    """Answers with the server's count of cached tokens."""
     cached_tokens: int
     short: int
     """Answers with fewer tokens than were asked for."""
@@ -113,7 +113,8 @@ def summary(
     percentiles: Sequence[float] = (90, 99),
     slo: Mapping[str, float] | None = None,
 ) -> Summary:
-    """What these outcomes of a run of `seconds` say. `slo`: milliseconds at most by metric, of `SLO_METRICS`."""
+    """The figures of a run of `seconds` with these outcomes. `slo`: milliseconds at most by metric, of
+    `SLO_METRICS`."""
     every = list(outcomes)
     good = [outcome for outcome in every if not outcome.error]
     seconds = max(seconds, 1e-9)

@@ -1,7 +1,7 @@
 """Prompts of a wanted number of tokens, made of words that are one token each in the served model's vocabulary.
 
-Which words those are is found by asking someone who counts tokens: a tokenizer here, the server's /tokenize, or the
-usage that it reports. Knows no socket; the same nonce gives the same prompts.
+Those words are found with a token counter: a tokenizer here, the server's /tokenize, or the usage that it reports. The
+same nonce gives the same prompts.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _WORDS = tuple(_TEXT.split())
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What prompts are made of. `tokens` is how many each word has in the mean, 1 where that was checked; `source` says
-    who counted."""
+    """What prompts are made of. `tokens` is the mean number of tokens a word, 1 where that was checked; `source` names
+    the token counter."""
 
     words: Sequence[str]
     tokens: float = 1.0
@@ -53,8 +53,8 @@ class Words:
 
 
 async def find_words(count: Count, source: str, candidates: Sequence[str] = _WORDS) -> Words:
-    """The words that are one token each with a space before them, as `count` says; where those are few, all words and
-    their mean number of tokens. Raises what `count` raises."""
+    """The words that are one token each with a space before them, by `count`; where these are few, all words and their
+    mean number of tokens. Raises what `count` raises."""
     whole = await count(_text(candidates))
     around = max(0, 2 * whole - await count(_text(candidates) * 2))  # special tokens, or a chat template's
     if whole - around == len(candidates):
@@ -77,7 +77,7 @@ async def find_words(count: Count, source: str, candidates: Sequence[str] = _WOR
 
 
 def guessed_words() -> Words:
-    """Without anyone who counts: common English words have about 1.1 tokens."""
+    """Without a token counter: common English words have about 1.1 tokens."""
     return Words(_WORDS, 1.1, "a guess")
 
 

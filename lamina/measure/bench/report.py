@@ -66,8 +66,8 @@ def text(result: Result) -> str:
 
 
 def record(result: Result, machine: Machine, *, date: str, version: str, detailed: bool = False) -> dict[str, Any]:
-    """The result as JSON has it. Names are those of vLLM's where it has the same; times are milliseconds but for
-    `duration`, and in `requests`, which are seconds."""
+    """The result for JSON. Names are vLLM's where it has the same figure; times are milliseconds but for `duration`,
+    and in `requests`, which are seconds."""
     found = result.summary
     settings = {name: value for name, value in asdict(result.settings).items() if name != "api_key"}
     settings |= {"trace_dir": str(settings["trace_dir"]) if settings["trace_dir"] else None}

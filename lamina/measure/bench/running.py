@@ -1,6 +1,6 @@
 """A run: requests sent when they are due, as many at once as allowed, until all have ended or Ctrl-C.
 
-Knows the clock and the event loop; knows no HTTP (it is given what sends) and draws nothing.
+The caller gives the function that sends a request.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A serving benchmark from its settings to its result: find the model, write the prompts, warm up, run, sum up.
-
-Knows the order of these steps and what is worth saying about them; each is done elsewhere.
-"""
+"""A serving benchmark from its settings to its result: find the model, write the prompts, warm up, run, sum up."""
 
 from __future__ import annotations
 
@@ -80,7 +77,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A run's outcomes and what they say. `notes` are lines for people: how prompts were made, what may mislead."""
+    """A run's outcomes and figures. `notes` are lines for people: how prompts were made, what may mislead."""
 
     settings: Settings
     model: str
@@ -91,7 +88,7 @@ class Result:
     summary: Summary
     notes: tuple[str, ...]
     details: Mapping[str, str]
-    """Of each kind of failure, the first one's words."""
+    """Of each kind of failure, the first message."""
     load: float = 0.0
     """This machine's load average before the run."""
 
@@ -223,7 +220,7 @@ def remarks(settings: Settings, done: Run, found: Summary, nonce: int) -> list[s
 
 
 async def _model(client: Client, settings: Settings) -> tuple[str, int | None]:
-    """The model's name, and its context where anybody says it."""
+    """The model's name, and its context where the settings or the server give it."""
     try:
         served = await client.models()
     except EngineError:
@@ -238,7 +235,8 @@ async def _model(client: Client, settings: Settings) -> tuple[str, int | None]:
 
 
 async def _words(client: Client, settings: Settings, model: str) -> Words:
-    """From whoever counts best: the tokenizer that was named, the server's /tokenize, the usage that it reports."""
+    """The words of prompts, by the best token counter: the tokenizer of the settings, the server's /tokenize, or the
+    usage that it reports."""
     if settings.tokenizer is not None:
         from lamina.models.resolve import resolve
         from lamina.text.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
-"""Server-sent events out of bytes as they come, and what one of them says. Pure: knows no socket and no clock.
+"""Server-sent events out of bytes as they come, and the content of an event. Pure.
 
 A client that measures shares its cores with the server it measures, so a chunk that is plainly a piece of text is never
-parsed: four searches in its bytes say so. Whatever else comes is parsed as JSON.
+parsed: four searches in its bytes recognise it. Any other chunk is parsed as JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class EventStream:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the server counted, in tokens; None where it did not say."""
+    """Token counts of the server; None where it reports none."""
 
     prompt: int | None = None
     output: int | None = None
@@ -58,8 +58,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one event of a stream says. `text`: it carries a piece of an answer; `output`: it belongs to an answer, with
-    or without text; `error`: the server's words for what went wrong."""
+    """The content of one event of a stream. `text`: it carries a piece of an answer; `output`: it belongs to an answer,
+    with or without text; `error`: the server's message."""
 
     text: bool = False
     output: bool = False
@@ -100,7 +100,8 @@ def plainly_text(payload: bytes) -> bool:
 
 
 def parse(payload: bytes) -> Chunk:
-    """What a payload says. Raises ProtocolError where it is no JSON object, or not one of a stream of completions."""
+    """The event of a payload. Raises ProtocolError where it is no JSON object, or not one of a stream of
+    completions."""
     try:
         fields = json.loads(payload)
     except (ValueError, RecursionError) as fault:

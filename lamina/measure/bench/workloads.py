@@ -1,7 +1,8 @@
-"""What a run asks for: when, and how many tokens of prompt and output. Pure: drawn from a seed, knows no text.
+"""The requests of a run: when they are sent, and how many tokens of prompt and output they have. Pure: drawn from a
+seed.
 
 A prompt is a list of parts, each a name and a number of tokens: parts of one name begin with the same tokens, all
-others differ. What the tokens are, `prompts` says.
+others differ. `prompts` makes the tokens.
 """
 
 from __future__ import annotations

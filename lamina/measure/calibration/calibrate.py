@@ -147,7 +147,7 @@ def calibrate(
     """Find which policy each KV head of a model can do with. Raises InvalidRequest, PolicyError, ModelFileError, and
     UnsupportedModelError for mixtures of experts.
 
-    `engine` says in what dtype and with how many threads the model runs, and how its RoPE is scaled.
+    `engine` gives the model's dtype, its threads and the scaling of its RoPE.
     """
     with Workbench.open(name, engine) as bench:
         context = bench.context(settings.context)

@@ -1,6 +1,6 @@
 """What calibration reads: a text in two halves, documents with hidden passkeys, and random tokens that repeat.
 
-Knows a tokenizer and a seed. Knows nothing of models.
+The same seed gives the same tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All that calibration finds out about a model's heads before it chooses: gathered once, kept in a file."""
+"""What calibration measures of a model's heads before it chooses: gathered once, kept in a file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Scores of KV heads that need no gradients: echo and induction, and where the mean query looks.
 
-A high score says that a head looks far back for what matters, so it should see everything. A KV head's score is the
-largest of its query heads'. All are float64 `[layers, kv_heads]`.
+A head with a high score looks far back for what matters, so it should see everything. A KV head's score is the largest
+of its query heads'. All are float64 `[layers, kv_heads]`.
 """
 
 from __future__ import annotations

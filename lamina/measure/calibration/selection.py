@@ -1,6 +1,6 @@
 """From evidence to a choice: candidates in order of what they keep, and the least that is measured to be good enough.
 
-Knows scores and policies. Measuring is somebody else's: it is passed in.
+The caller gives the function that measures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The model in plain torch, differentiable with respect to what attention gives: for calibration, not for serving.
 
-Knows a checkpoint's weights and one sequence at a time. The weights are frozen; gradients flow to whatever an
-`Attention` puts into the layers.
+It computes one sequence at a time. The weights are frozen; gradients flow to the outputs of the `Attention`.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class TorchPath:
     def hidden(self, token_ids: torch.Tensor, attention: Attention, start: int = 0) -> torch.Tensor:
         """The normed final hidden states, `[T, hidden_size]`, of tokens `[T]` at positions start, start + 1, ...
 
-        What lies before them, `attention` knows.
+        `attention` has the tokens before them.
         """
         hidden = F.embedding(token_ids, self._embedding)
         end = start + len(token_ids)

@@ -24,7 +24,7 @@ class Fidelity:
     """Means over steps, float32 `[layers, heads]`, of query heads.
 
     `cosine` and `error` (relative, L2) are of the head's output; `mass` is the attention mass of the keys that it saw,
-    NaN where only the holder knows which those were (adaptive policies).
+    NaN for adaptive policies: only the holder has their choice of keys.
     """
 
     cosine: torch.Tensor
@@ -50,8 +50,8 @@ def read_heads(
 
 
 def seen(policy: Policy, keys: int, page_size: int) -> torch.Tensor | None:
-    """Which of `keys` keys the query of the last one sees in decode, bool `[keys]`; None where positions alone do not
-    say. Keys that a mean stands for, in whole pages, are not seen."""
+    """Which of `keys` keys the query of the last one sees in decode, bool `[keys]`; None where that depends on more
+    than positions. Keys that a mean stands for, in whole pages, are not seen."""
     if policy.adaptive:
         return None
     (view,) = policy.views(keys - 1, 1)

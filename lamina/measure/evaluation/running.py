@@ -1,7 +1,7 @@
 """Texts and tasks through a `Probe`, in batches: what the model predicts, what it answers, what that read and kept.
 
-Knows no policy: the probe has one. All that is measured here is measured in decode, one token a step, where policies
-choose what they read; a prompt is prefilled in chunks before.
+The probe has the policy. Everything is measured in decode, one token a step, where policies choose what they read; a
+prompt is prefilled in chunks before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lamina.measure.evaluation.tasks import Item
 from lamina_protocols.messages import Usage
 
 Progress = Callable[[int], None]
-"""Is told how many more tokens have been fed."""
+"""Gets the number of tokens fed since its last call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Total:
     kept: int = 0
 
     def add(self, usage: Usage | None) -> None:
-        """None: a sequence that was read and kept whole, which nobody counts."""
+        """None: a sequence that was read and kept whole; it is not counted."""
         if usage is None:
             return
         for name in ("read", "whole", "missed", "queries", "held", "kept"):
@@ -51,17 +51,17 @@ class Total:
 
     @property
     def read_share(self) -> float:
-        """Bytes read in decode, of those that reading everything would have taken."""
+        """Bytes read in decode, as a share of reading everything."""
         return self.read / self.whole if self.whole else 1.0
 
     @property
     def held_share(self) -> float:
-        """Pages held at the end, of those that keeping everything would have taken."""
+        """Pages held at the end, as a share of keeping everything."""
         return self.held / self.kept if self.kept else 1.0
 
     @property
     def missed_share(self) -> float:
-        """The mean attention mass that a query did not read, as estimated by who left it out."""
+        """The mean attention mass that a query did not read, as the policies estimate it."""
         return self.missed / self.queries if self.queries else 0.0
 
 

@@ -28,8 +28,8 @@ from lamina.measure.evaluation.tasks import Ids, Item
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """What is asked of every policy. `texts` by source; the last `steps` tokens of each text are predicted.
-    `heads` is the text whose heads are looked at, in its last `head_steps` tokens; empty: none is."""
+    """The texts and tasks that every policy is measured on. `texts` by source; the last `steps` tokens of each text are
+    predicted. `heads` is the text whose heads are looked at, in its last `head_steps` tokens; empty: none is."""
 
     texts: Mapping[str, Sequence[Ids]]
     items: Sequence[Item]
@@ -70,7 +70,7 @@ class Run:
 
 
 def run(probe: Probe, suite: Suite, limits: Limits, progress: Progress = lambda tokens: None) -> Run:
-    """The whole suite through a probe, whose policy it is."""
+    """Run the whole suite on a probe. The probe has the policy."""
     done = Run()
     for source, texts in suite.texts.items():
         total = done.usage.setdefault("texts", Total())

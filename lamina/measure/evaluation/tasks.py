@@ -1,4 +1,4 @@
-"""Makers of prompts whose right answer lies far back. Deterministic by seed; they know token ids and no model.
+"""Makers of prompts whose right answer lies far back. Deterministic by seed; prompts are token ids.
 
 An `encode` turns text into ids without the special tokens around it; `begin` is the special tokens that a prompt
 starts with. `haystack` is ids of a real text. A context counts prompt and answer together.
@@ -105,7 +105,7 @@ def _hidden(
 def copying(
     begin: Sequence[int], haystack: Sequence[int], context: int, count: int, scored: int, seed: int
 ) -> list[Item]:
-    """Random tokens, of those that the haystack uses, all said twice: the last `scored` of the second time.
+    """Random tokens of the haystack, all of them twice: the last `scored` of the second time.
 
     One token more is fed than scored, so that the first one scored is predicted in decode too.
     """

@@ -1,4 +1,4 @@
-"""How much of this machine's cores others use, while this process and its children wait. Knows /proc/stat."""
+"""How much of this machine's cores others use, while this process and its children wait. Read from /proc/stat."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _IDLE, _WAITING, _COUNTED = 3, 4, 8  # fields of /proc/stat's first line: idle, 
 def busy(
     seconds: float = 0.2, read: Callable[[], str] | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> float:
-    """The share of all cores that was used over that time, 0 to 1; 0 where the system doesn't tell."""
+    """The share of all cores that was used over that time, 0 to 1; 0 where the system does not report it."""
     read = read or _stat
     before = _jiffies(read())
     sleep(seconds)

@@ -1,4 +1,4 @@
-"""A measuring process: started here, asked by one line of JSON, answering with one. Knows processes alone.
+"""A measuring process: started here, one line of JSON for each request and one for each answer.
 
 Each is a process of its own, because OpenMP reads its settings once, keeps a team for each thread that ever computed,
 and lets idle ones sleep where there are more than cores: two measurements in one process would disturb each other.
@@ -19,13 +19,13 @@ from lamina.errors import EngineError
 
 _MODULE = "lamina.measure.hardware.children"
 _GRACE = 15.0  # seconds to end in order, attention workers included
-_TAIL = 2000  # bytes of what a child said that an error shows
+_TAIL = 2000  # bytes of a child's output that an error shows
 
 
 class Child:
     """One process that measures. Use it as a context manager, or `close` it; it ends with this process, too.
 
-    `kind` is one that `children` knows, `options` what it takes. Raises EngineError where it doesn't come up.
+    `kind` is one of `children`, with its `options`. Raises EngineError where it doesn't come up.
     """
 
     def __init__(self, kind: str, options: Mapping[str, Any]) -> None:

@@ -70,8 +70,8 @@ KINDS: Mapping[str, Callable[..., Answers]] = {
 
 
 def serve(make: Callable[[], Answers], lines: Iterable[str], out: TextIO) -> None:
-    """Make what answers, say so, and answer line by line; at the end close what can be closed. What goes wrong in
-    between is an answer too."""
+    """Make the object that answers, report that it is ready, and answer line by line; close it at the end. An error is
+    an answer too."""
 
     def say(**answer: Any) -> None:
         out.write(json.dumps(answer) + "\n")
@@ -99,4 +99,4 @@ if __name__ == "__main__":
     given, sys.stdout = sys.stdout, sys.stderr  # whatever is printed on the way is no answer
     serve(lambda: KINDS[sys.argv[1]](**json.loads(sys.argv[2])), sys.stdin, given)
     given.flush()
-    os._exit(0)  # nobody waits for threads that are still idle
+    os._exit(0)  # do not wait for threads that are still idle

@@ -1,6 +1,7 @@
 """What asking attention workers costs: bare messages, and the model's layers with every attention asked elsewhere.
 
-Real attention workers, each a process, on this machine. They share its cores, as do those that an engine starts here.
+Real attention workers, each a process, on this machine. They share its cores, as the workers of an engine on this
+machine do.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class ExchangeBench:
 
     def messages(self, channel: str, sizes: list[int], times: int) -> dict[str, list[float]]:
         """Of small messages there and back ("0"), and of queries of so many bytes that the worker turns down, so that
-        it reads them and says no more than that."""
+        it reads them and does nothing else."""
         port = self._connect(self._members[-1], channel)
         try:
             if port.channel_kind != channel:

@@ -27,12 +27,12 @@ from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated
 
 DRIFT = 0.15
-"""Of the bandwidth, from before a group of measurements until after it: beyond, the result says so."""
+"""Of the bandwidth, from before a group of measurements until after it: beyond it, the result has a remark."""
 BUSY = 0.05
-"""Share of the cores that others may use before the result says so."""
+"""Share of the cores that others may use before the result has a remark."""
 _LEAST_SHARE, _MOST_SHARE = 1e-3, 1.5  # that a curve may have
 _SHORTEST = 1e-12  # seconds that an error is relative to
-_STREAMS = 0.5  # of a call's time must be reading, for the call to tell at what rate it reads
+_STREAMS = 0.5  # of a call's time must be reading, for the call to show its rate of reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def fit_attention(
 
 
 def fit_step(system: Colocated, cells: Sequence[Cell]) -> tuple[float, float]:
-    """What a step, and a sequence in it, cost beside what `system` knows of: from cells of unlike batches. Neither is
+    """What a step, and a sequence in it, cost beside the parts of `system`: from cells of unlike batches. Neither is
     below 0: what the parts alone took longer than together stays with them."""
     rest = [cell.seconds - system.step(Load(cell.batch, cell.context)).seconds for cell in cells]
     step, row = solve([(1.0, float(cell.batch)) for cell in cells], rest, [cell.seconds for cell in cells])

@@ -1,5 +1,5 @@
-"""One calibration of this machine, from the first measurement to the file. Knows what is measured when; the arithmetic
-is `fitting`'s, the measuring the children's.
+"""One calibration of this machine, from the first measurement to the file. `fitting` does the arithmetic, the children
+measure.
 
 Everything is measured once a round, and the medians over all rounds count, so that a slow minute of the machine meets
 all of it. Its bandwidth is read before and after each group of a round.
@@ -66,8 +66,8 @@ QUICK = Amount(
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was measured, as the simulator takes it. `about` says of what and when, `fitted` which decode cells two of
-    the numbers come from, `drifts` how steady the machine was, `raw` what else the fits started from, in words."""
+    """What was measured, as the simulator takes it. `about`: of what and when; `fitted`: the decode cells that two of
+    the numbers come from; `drifts`: how steady the machine was; `raw`: the other inputs of the fits, in words."""
 
     devices: tuple[Device, ...]
     links: tuple[Link, ...]
@@ -79,7 +79,7 @@ class Calibration:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader should know before trusting the numbers."""
+        """What may make the numbers wrong, one sentence each."""
         return tuple(said for said in (_drifted(self.drifts), _wandered(self.drifts), _disturbed(self.drifts)) if said)
 
     def dumps(self) -> str:
@@ -115,7 +115,7 @@ def calibrate(
     measured.
     """
     amount = amount or (QUICK if quick else FULL)
-    Device(NAME, "cpu", 1.0, 1.0, 1.0, price=price, power=power)  # says now what is wrong with them
+    Device(NAME, "cpu", 1.0, 1.0, 1.0, price=price, power=power)  # raises for wrong values before anything is measured
     folder = str(resolve(model, progress))
     cells = [list(cell) for cell in (*amount.attention, *amount.exchange)]
     rounds = _Rounds(amount, progress)
@@ -263,7 +263,7 @@ class _Sources:
         return f"measured here, {when}{about['processor']}, {about['threads']} threads, {about['dtype']}"
 
     def device(self, name: str, kind: str, shape: ModelShape, about: Mapping[str, Any], timings: Timings) -> Device:
-        """All that the timings tell of a device."""
+        """The device as the timings give it."""
         said = self.said(about)
         fastest = max(about["rates"], key=lambda way: about["rates"][way])
         cells = " and ".join(f"{batch}x{context}" for batch, context in self.amount.fitted)

@@ -1,6 +1,6 @@
 """A model as the engine loads it, for measuring its parts: files, weights, decoder, what its holders are built from.
 
-Knows where an engine gets these from; measures nothing.
+They come from where an engine gets them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS = 256
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """`threads` are those of a step; `dtype` is that of weights, queries and KV."""
+    """`threads`: of a step; `dtype`: of weights, queries and KV."""
 
     config: ModelConfig
     weights: DecoderWeights

@@ -1,7 +1,7 @@
 """Decode steps of an engine that runs here, measured, and beside them what the cost model predicts of a plan.
 
-A step is the median gap between two tokens of a sequence while all sequences decode and none is in prefill. Knows the
-clock and `LLM`; which cells are worth measuring for a plan, and how times become a step, are pure functions.
+A step is the median gap between two tokens of a sequence while all sequences decode and none is in prefill. The choice
+of cells and the step of a list of times are pure functions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rate at which this machine reads memory: the fastest of several loops, measured. Knows no kernel of ours.
+"""The rate at which this machine reads memory: the fastest of several loops, measured.
 
 On a CPU these are compiled loops of vector loads on torch's own team; on a GPU torch's reductions (never run on one).
 """
@@ -25,7 +25,7 @@ from lamina_kernels.cpu.intrinsics import literals, take
 from lamina_kernels.cpu.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
 from lamina_kernels.paged import memory
 
-SETTLE = 0.3  # seconds after which threads of whoever computed before no longer spin
+SETTLE = 0.3  # seconds after which the threads of an earlier computation no longer spin
 SLICE = 1 << 28  # bytes of one timing of the bandwidth: many times what caches keep
 LINE, UNROLL = 64, 8  # bytes; lines that an iteration of the loop reads
 _READ = np.dtype([*HEADER, ("address", "i8"), ("size", "i8"), ("ahead", "i8"), ("sink", "i8")])
@@ -83,7 +83,7 @@ class Bandwidth:
         return self._rate(self.best)
 
     def settled(self, times: int = 3) -> float:
-        """Bytes a second once nobody's threads spin any more: the median of a few readings."""
+        """Bytes a second, once no thread spins any more: the median of a few readings."""
         time.sleep(SETTLE)
         return statistics.median(self() for _ in range(times)) * 1e9
 

@@ -219,7 +219,7 @@ class Exchange:
     outputs: float
     """Of the partial outputs'."""
     stored: float
-    """Of the KV of prefill rows, which nobody waits for."""
+    """Of the KV of prefill rows, which no token waits for."""
     waiting: float
     """Round trips, and what each worker and row takes beside its bytes."""
     nbytes: float
@@ -241,7 +241,7 @@ def exchange_time(
     """Queries, keys and values out, partial outputs back, layer by layer, over `wire` bytes a second in all.
 
     `copies`: how many workers each query goes to, and a partial output of its width comes back from: 1 where they share
-    heads, all where they share ranges. `workers`: those that one machine is shared by.
+    heads, all where they share ranges. `workers`: how many share one machine.
     """
     element, rows = model.element, load.decode + load.prefix_tokens
     asked = rows * copies * sum(group.layers * group.query_elements for group in model.groups) * element

@@ -212,7 +212,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Devices and links by name, in lower case. `typical`: an efficiency for devices that nobody measured."""
+    """Devices and links by name, in lower case. `typical`: an efficiency for devices without measurements."""
 
     devices: Mapping[str, Device]
     links: Mapping[str, Link]
@@ -247,7 +247,7 @@ def load(path: str | Path | None = None) -> Catalogue:
 
 
 def loads(text: str) -> Catalogue:
-    """A catalogue of what this TOML says, and nothing else. Raises InvalidRequest."""
+    """The catalogue of this TOML alone. Raises InvalidRequest."""
     return _catalogue(*_parse(text))
 
 

@@ -26,7 +26,7 @@ _MAX_LAYERS = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How a model_type differs from Llama, where its config does not say. `defaults` stand in for keys left out."""
+    """How a model_type differs from Llama, where its config leaves that out. `defaults` stand in for keys left out."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     norms: int = 2  # of the hidden size, in a layer

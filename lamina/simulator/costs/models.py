@@ -100,4 +100,4 @@ PRESETS: Mapping[str, ModelShape] = {
         _published("smollm2-1.7b", 24, 2048, 32, 32, 8192, 49152, 8192, more=_TIED),
     )
 }
-"""Models whose published configs are known here, by name."""
+"""Models with published configs, by name."""

@@ -1,4 +1,4 @@
-"""What of a model decides its cost, as numbers: parameters, KV bytes and FLOPs, layer by layer. Knows no files."""
+"""The numbers of a model that decide its cost: parameters, KV bytes and FLOPs, layer by layer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 class LayerGroup:
     """`layers` layers that are alike. Parameters and elements are for one of them.
 
-    `projections` are the parameters of q, k, v and o (`kv_projections` of them, those of k and v); `mlp` those that
-    every token uses. With `experts`, each token uses `top_k` of them besides, with `expert` parameters each; the router
-    and shared experts are part of `mlp`. `vectors`: norms and biases, which are stored and read but not multiplied.
-    `kv_elements`: what the cache keeps of a token; `query_elements`, `output_elements`: what attention is sent of it,
-    and sends back. `score_flops`: FLOPs of one token with one key, both products. `window`: None reads everything.
-    `prompt_score_flops`: the same in prefill, where it differs.
+    `projections` are the parameters of q, k, v and o (`kv_projections` of them, those of k and v); `mlp`: parameters
+    that every token uses. With `experts`, each token uses `top_k` of them besides, with `expert` parameters each; the
+    router and shared experts are part of `mlp`. `vectors`: norms and biases, which are stored and read but not
+    multiplied. `kv_elements`: what the cache keeps of a token; `query_elements`, `output_elements`: what attention is
+    sent of it, and sends back. `score_flops`: FLOPs of one token with one key, both products. `window`: None reads
+    everything. `prompt_score_flops`: the same in prefill, where it differs.
 
     MLA is counted as it decodes, in the absorbed form: there is one KV head, of the latent and its rotary part; queries
     and outputs are of the latent's width; and `kv_projections` makes the latent alone, since what made k and v of it
@@ -74,7 +74,7 @@ class ModelShape:
     max_context: int
     element: float = 2.0
     published_weight_bytes: float | None = None
-    """What a paper says that the weights take, where it differs from the count; it is used then."""
+    """The weights' bytes as a paper prints them, where they differ from the count; they are used then."""
     vectors: int = 0
 
     @property
@@ -87,24 +87,13 @@ class ModelShape:
         return layers + self.embedding + self.vectors + (0 if self.tied else self.head)
 
     @property
-    def active_parameters(self) -> int:
-        """What one token uses, the input table included, as models' names count ("A22B")."""
-        idle = sum(group.layers * (group.experts - group.top_k) * group.expert for group in self.groups)
-        return self.parameters - idle
-
-    @property
-    def multiplied_parameters(self) -> int:
-        """What one token is multiplied with, from the first layer to its logits."""
-        return sum(group.layers * group.multiplied for group in self.groups) + self.head
-
-    @property
     def weight_bytes(self) -> float:
         """What the weights take in memory."""
         return self.parameters * self._stored
 
     def weights_read(self, tokens: float) -> float:
-        """Bytes of weights that a batch of `tokens` tokens reads: all but the input table, and of experts those that
-        are expected to be used by any."""
+        """Bytes of weights that a batch of `tokens` tokens reads: all but the input table, and of the experts as many
+        as the batch is expected to use."""
         if tokens <= 0:
             return 0.0
         read = float(self.head + self.vectors)
@@ -136,7 +125,7 @@ class ModelShape:
         return self._kv_elements * element
 
     def kv_bytes_read(self, context: float, element: float = 2.0) -> float:
-        """Bytes of KV that one token reads over all layers, no more than the window of those that have one."""
+        """Bytes of KV that one token reads over all layers, in layers with a window no more than that."""
         return sum(group.layers * group.kv_elements * group.read(context) for group in self.groups) * element
 
     def exchange_bytes(self, element: float = 2.0) -> float:

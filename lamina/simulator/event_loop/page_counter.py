@@ -1,7 +1,7 @@
 """A holder of KV that keeps count instead of KV: what an attention worker would fork, copy, let go, refuse, have free.
 
-It is told what real ones are told, operations and rows, and answers for its pages as `KVStore` does: a page is of one
-layer and one KV head, and shared by reference count. Heads that a part has, and layers that keep alike, go together.
+It gets the operations and rows of a real holder, and counts pages as `KVStore` does: a page is of one layer and one KV
+head, and shared by reference count. Heads that a part has, and layers that keep alike, go together.
 """
 
 from __future__ import annotations

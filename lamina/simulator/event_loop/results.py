@@ -1,4 +1,4 @@
-"""What a run of the simulator found. Nouns only, and the percentiles that everybody asks for."""
+"""The results of a run of the simulator."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class RunResult:
     rejected: int = 0
     """Requests that could never have fitted."""
     saturated_seconds: float = 0.0
-    """While somebody waited for room: the steady state of a full system, without its beginning and its end."""
+    """While a request waited for room: the steady state of a full system, without its beginning and its end."""
     saturated_tokens: int = 0
     saturated_batch: float = 0.0
     assumptions: dict[str, str] = field(default_factory=dict)

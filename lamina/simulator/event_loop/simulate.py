@@ -1,5 +1,6 @@
 """A trace through the real `Scheduler` and `Placement`, with the seconds of each batch from the cost model and pages
-from counters: who is admitted, cut into chunks, preempted, and shares a prefix is decided by the engine's own code.
+from counters: the engine's own code decides which requests are admitted, cut into chunks, preempted, and share a
+prefix.
 
 A system's seconds advance a clock of its own, so a run is a function of its arguments.
 """

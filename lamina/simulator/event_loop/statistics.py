@@ -1,4 +1,4 @@
-"""Percentiles of latencies, and a fair sample of a run's steps. Knows numbers only."""
+"""Percentiles of latencies, and a fair sample of a run's steps."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _FORM = f"{', '.join(SYSTEMS)}, or one with its devices such as chunked:h100x4 o
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What systems are built of. `lanes` and `links` are those of offloaded ones."""
+    """What systems are built of. `lanes` and `links` are for offloaded ones."""
 
     model: ModelShape
     catalogue: Catalogue
@@ -41,7 +41,7 @@ class Choice:
 
 
 def with_efficiency(catalogue: Catalogue, efficiency: Efficiency | None = None) -> Catalogue:
-    """The catalogue with an efficiency for devices that nobody measured: the typical one unless another is given."""
+    """The catalogue with an efficiency for devices without measurements: the typical one unless another is given."""
     used = catalogue.typical if efficiency is None else efficiency
     devices = {
         name: replace(device, efficiency=used) if device.efficiency == ROOFLINE else device
@@ -85,7 +85,7 @@ def compare(
     assumptions: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> list[RunResult]:
-    """Each of the systems on the trace, in their order. `assumptions` are added to what the results say of theirs."""
+    """Each of the systems on the trace, in their order. `assumptions` are added to those of the results."""
     results = []
     for number, system in enumerate(systems):
 
@@ -162,7 +162,7 @@ def _built(kind: str, devices: Sequence[tuple[Device, int]], choice: Choice) -> 
 
 
 def _sized(kind: str, choice: Choice) -> list[tuple[Device, int]]:
-    """As many devices as `build` says."""
+    """The devices that `build` takes by default."""
     dense = choice.catalogue.device(MODEL_DEVICE)
     whole = _smallest(choice.model, dense, _ROOM)
     if kind in ("colocated", "chunked"):

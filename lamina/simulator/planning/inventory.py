@@ -84,7 +84,7 @@ def default(catalogue: Catalogue) -> Inventory:
 
 
 def with_efficiency(inventory: Inventory, efficiency: Efficiency) -> Inventory:
-    """The inventory with that efficiency for devices that nobody measured."""
+    """The inventory with that efficiency for devices without measurements."""
     return replace(
         inventory,
         have=tuple(

@@ -43,7 +43,7 @@ ENGINE_KEYS = (
     "dtype", "kv_memory", "kv_dtype", "page_size", "max_model_len", "max_batch_tokens", "threads", "prefix_cache",
     "policy", "attention_workers", "shard", "cluster", "lanes", "local_share", "model_workers", "model_parallel",
 )  # fmt: skip
-"""Keywords that a plan may set. Credentials and channels are the business of who deploys it."""
+"""Keywords that a plan may set. Credentials and channels belong to the deployment."""
 _TABLES = ("predicted", "trace", "slo", "engine", "system", "shape", "device", "link")
 _KEYS = ("version", "model", "replicas", *_TABLES)
 
@@ -53,7 +53,7 @@ class Prediction:
     """What all replicas together are predicted to yield: rates a second, times in seconds, prices in dollars."""
 
     source: str
-    """Which part of the simulator says so."""
+    """The part of the simulator that predicts."""
     requests_per_second: float
     tokens_per_second: float
     """Of output."""

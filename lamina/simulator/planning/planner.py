@@ -1,6 +1,6 @@
 """Which of many systems gives most for a dollar: all by the closed form, the best few through the event loop.
 
-`candidates` enumerates, `rank` estimates and sorts, `verify` simulates. Why one wins, `reasons` says. Pure.
+`candidates` enumerates, `rank` estimates and sorts, `verify` simulates. `reasons` explains why one wins. Pure.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lamina.simulator.traces.demand import Demand
 __all__ = ["Candidate", "Ranked", "best", "candidates", "limited", "mixes", "rank", "rivals", "top", "verify"]
 
 CLOSER = 50
-"""How many of those that are best under a steady load are looked at part by part, at least: the others follow, by a
-steady load, once none of them can be the best."""
+"""How many candidates are estimated part by part, at least, the best under a steady load first. The others follow by
+their steady load, once none of them can be the best."""
 TOP = 5
 """How many the event loop checks."""
 REQUESTS = 2000
@@ -36,8 +36,8 @@ TRIES, SLOWER = 3, 0.8
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A candidate, what the closed form says of it and, where it was checked, the event loop's run at `rate` requests a
-    second: the one that the closed form has it take, or the next lower one tried that kept the SLO."""
+    """A candidate, its estimate by the closed form and, where it was checked, the event loop's run at `rate` requests a
+    second: the rate of the closed form, or the next lower one tried that kept the SLO."""
 
     candidate: Candidate
     estimate: Estimate
@@ -51,8 +51,8 @@ class Ranked:
 
     @property
     def goodput(self) -> float:
-        """Requests a second within the SLO: of all that arrive, the share that the event loop serves in time; else what
-        the closed form says."""
+        """Requests a second within the SLO: of all that arrive, the share that the event loop serves in time; else the
+        closed form's."""
         if self.result is None:
             return self.estimate.goodput
         passing = self.result.finished / self.result.seconds if self.result.seconds else 0.0
@@ -75,7 +75,7 @@ class Ranked:
 
 
 def described(system: System, replicas: int = 1) -> str:
-    """A system in words that tell it from every other candidate."""
+    """A system in words, unique among the candidates."""
     words = [system.name]
     if isinstance(system, Offloaded) and system.attention_count > 1:
         words.append(f"by {system.shard}")
@@ -97,7 +97,8 @@ def rank(
     prefill: bool = True,
     progress: Progress | None = None,
 ) -> list[Ranked]:
-    """The candidates by what they give for a dollar, best first: those that serve the whole demand before others.
+    """The candidates by what they give for a dollar, best first. Candidates that serve the whole demand come before
+    others.
 
     Raises InvalidRequest where none gets a single request through within the SLO: naming the link where a faster one
     would help, with what it has and what it needs.
@@ -155,8 +156,8 @@ def top(ranked: Sequence[Ranked], count: int = TOP) -> list[Ranked]:
 
 
 def rivals(ranked: Sequence[Ranked]) -> list[Ranked]:
-    """Those that the first has to fear: the best of each other kind of system, and of its own with other devices; of
-    those that were checked where it was."""
+    """The rivals of the first: the best of each other kind of system, and of its own kind with other devices. Where the
+    first was checked, they are checked too."""
     first, found = ranked[0], dict[type, Ranked]()
     for each in mixes(ranked)[1:]:
         system = each.candidate.system
@@ -184,8 +185,8 @@ def verify(
     requests: int = REQUESTS,
     progress: Progress | None = None,
 ) -> list[Ranked]:
-    """Simulate each at the rate that it would take, and sort by goodput for a dollar: those that serve all with
-    `ATTAINMENT` of it within the SLO first. One that doesn't keep it is tried at lower rates, `SLOWER` times each.
+    """Simulate each at the rate that it would take, and sort by goodput for a dollar. Candidates that serve all with
+    `ATTAINMENT` of it within the SLO come first. One that doesn't keep it is tried at lower rates, `SLOWER` times each.
 
     Of the trace it takes `requests`, or more where more are in decode at a time: up to `MOST_REQUESTS`.
     """

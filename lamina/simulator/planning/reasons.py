@@ -112,8 +112,8 @@ def sensitivity(
     winner: Ranked, rivals: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = True
 ) -> list[Sensitivity]:
     """How far each price, each link and the prompts' length must change until one of the rivals gives more for a
-    dollar: one thing at a time, by the closed form, times what the event loop says of each over what that said. A
-    rival that the closed form lets serve all and the event loop doesn't, stays one that doesn't."""
+    dollar: one thing at a time, by the closed form, corrected by the ratio of the event loop's goodput to the closed
+    form's. A rival that serves all by the closed form but not by the event loop counts as one that does not."""
     every = [winner, *rivals]
     devices = {device.name: device for each in every for device, _ in each.candidate.system.devices}
     links = {link.name: link for each in every for link in _links(each.candidate.system)}
@@ -165,7 +165,7 @@ def changed(
     link: Callable[[Link], Link] = lambda link: link,
     only: str | None = None,
 ) -> System:
-    """The system with its devices and links changed, or those of one name."""
+    """The system with its devices and links changed, all or those of one name."""
     return _changed(system, device, link, only)  # type: ignore[no-any-return]
 
 
@@ -235,7 +235,7 @@ def _gain(winner: Ranked, other: Ranked) -> tuple[float, str]:
 
 
 def _by(ranked: Ranked) -> str:
-    """The rest of what is known of it, and who says so."""
+    """Its other figures, and their source."""
     found, result = ranked.estimate, ranked.result
     if result is None:
         return (

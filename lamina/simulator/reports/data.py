@@ -1,6 +1,5 @@
-"""What tables and pictures of runs show, before anybody writes or draws: columns, names, means over time, the frontier.
-
-Pure; knows neither HTML nor matplotlib. Names come from files: they are made printable here and escaped by who draws.
+"""What tables and pictures of runs show: columns, names, means over time, the frontier. Pure. Names come from files:
+they are made printable here, and the drawing code escapes them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Point = tuple[str, float, float, bool]
 Line = tuple[tuple[float, float], ...]
 UNKNOWN = "–"
 X_LABEL, Y_LABEL = "output tokens a dollar", "tok/s per user"
-"""Of a Pareto plot, where the caller says nothing else."""
+"""Default axis labels of a Pareto plot."""
 MAX_POINTS = 20_000
 TIERS: tuple[tuple[str, Callable[[Sampled], float]], ...] = (
     ("model", lambda sample: sample.model_share),
@@ -72,12 +71,12 @@ COLUMNS = (
 
 
 def mostly_full(run: RunResult) -> bool:
-    """Whether somebody waited for most of the run: less is a short queue, not a steady state."""
+    """Whether requests waited for most of the run: less is a short queue, not a steady state."""
     return run.saturated_seconds > run.seconds / 2
 
 
 def saturated_rate(run: RunResult) -> float:
-    """Output tokens a second while somebody waited for room; 0 where nobody ever did."""
+    """Output tokens a second while requests waited for room; 0 where none ever did."""
     return run.saturated_tokens / run.saturated_seconds if run.saturated_seconds else 0.0
 
 
@@ -90,12 +89,12 @@ def checked(results: Iterable[RunResult]) -> tuple[RunResult, ...]:
 
 
 def columns(results: Sequence[RunResult]) -> tuple[Column, ...]:
-    """Those of `COLUMNS` that are known of any result."""
+    """The `COLUMNS` with a value in any result."""
     return tuple(column for column in COLUMNS if any(column.known(run) is not None for run in results))
 
 
 def best_of(results: Sequence[RunResult]) -> tuple[frozenset[int], ...]:
-    """For each of `columns(results)` the places of those that show its best value; none where all are alike."""
+    """For each of `columns(results)` the places of its best value; none where all are alike."""
     marked: list[frozenset[int]] = []
     for column in columns(results):
         values = {place: value for place, run in enumerate(results) if (value := column.known(run)) is not None}
@@ -131,7 +130,7 @@ def labels(results: Sequence[RunResult]) -> tuple[str, ...]:
 
 
 def finite(values: Iterable[float]) -> list[float]:
-    """The values, 0 for those that are not finite."""
+    """The values, 0 for one that is not finite."""
     return [value if math.isfinite(value) else 0.0 for value in values]
 
 

@@ -305,7 +305,7 @@ def _sections(given: Mapping[str, Any]) -> str:
 
 
 def _tree(given: Any, depth: int = 0) -> str:
-    """Whatever a plan says, as lists and tables; below four levels as Python writes it."""
+    """The content of a plan, as lists and tables; below four levels as Python writes it."""
     if isinstance(given, Mapping) and depth < 4:
         rows = "".join(f"<dt>{_text(key)}</dt><dd>{_tree(value, depth + 1)}</dd>" for key, value in given.items())
         return f"<dl>{rows}</dl>"

@@ -1,7 +1,7 @@
 """Runs of the simulator for people and for programs: a table, JSON, CSV, and (`html`) a page that needs nothing else.
 
-Pure: texts come back, and whoever called writes them. The same runs give the same bytes. Numbers that are not known
-(a power that nobody published, a latency of no request) are a dash for people, null in JSON, and empty in CSV.
+Pure: returns texts. The same runs give the same bytes. Numbers that are not known (a power that is not published, a
+latency of no request) are a dash for people, null in JSON, and empty in CSV.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Charts as inline SVG, drawn by hand: text in, text out. Knows charts, and nothing of runs.
+"""Charts as inline SVG, drawn by hand: text in, text out.
 
-Colours are CSS variables of the page (`STYLE`), so that light and dark need one drawing. Every text is escaped here.
-A chart is as wide as its column; `<title>`s show what a pointer rests on, and nothing is told by colour alone.
+Colours are CSS variables of the page (`STYLE`), so that light and dark need one drawing. Every text is escaped here. A
+chart is as wide as its column; `<title>`s show what a pointer rests on, and no information is in colour alone.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def panel(
     others: Sequence[Line] = (),
     percent: bool = False,
 ) -> str:
-    """Lines over 0 to `seconds`, from 0 to about `high`; `others` are those of the neighbours, grey."""
+    """Lines over 0 to `seconds`, from 0 to about `high`; `others` are the neighbours' lines, grey."""
     left, right, top, bottom = 42.0, WIDTH - 8.0, 40.0, 150.0
     marks = (0.0, 0.5, 1.0) if percent else ticks(high, 4)
     unit, name = time_unit(seconds)

@@ -60,7 +60,7 @@ class Estimate:
     """Sequences that fit into the KV."""
     tpot: float
     ttft: float
-    """Without waiting for a place, where nobody asks for it."""
+    """Without waiting for a place, where no rate is asked for."""
     share: float
     """Of the requests taken that are within the SLO."""
     taken: float

@@ -1,4 +1,4 @@
-"""Requests over time, and what makes one trace of another. Knows no file, draws nothing, and serves nothing."""
+"""Requests over time, and functions from one trace to another. Pure."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def head(trace: Trace, count: int) -> Trace:
 
 
 def split(trace: Trace, replicas: int) -> tuple[Trace, ...]:
-    """The requests dealt out in turn, as a router does that knows nothing. Times stay. Raises InvalidRequest unless
-    each replica gets one."""
+    """The requests dealt out in turn, as a round-robin router does. Times stay. Raises InvalidRequest unless each
+    replica gets one."""
     if type(replicas) is not int or not 1 <= replicas <= len(trace.arrivals):
         raise InvalidRequest(f"replicas is {replicas!r}; allowed is 1 to {len(trace.arrivals)}, as {trace.name} has")
     if replicas == 1:

@@ -17,7 +17,7 @@ PARTS = 6
 _MOMENT = 1e-6
 """Seconds in which all requests come at once."""
 _FEWEST = 50
-"""Requests of a part: what fewer say of a load is chance."""
+"""Requests of a part at least: fewer are chance."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,8 +86,8 @@ class Figures:
     """A trace in numbers. Lengths are tokens, times seconds; correlations are Spearman's.
 
     Where more than half of the gaps between arrivals are 0, times were rounded to multiples of `step`: then there are
-    no `gaps`, as those tell of nothing but the rounding, and `step_cv` is the coefficient of variation of the gaps of
-    a renewal process that has as unequal counts of arrivals a step (the root of variance / mean).
+    no `gaps`, as they would show only the rounding, and `step_cv` is the coefficient of variation of the gaps of a
+    renewal process that has as unequal counts of arrivals a step (the root of variance / mean).
     """
 
     name: str

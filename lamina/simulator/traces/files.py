@@ -1,8 +1,8 @@
 """Traces in the two formats that are published: the Azure LLM inference trace's CSV, and Mooncake's JSON lines.
 
-Which one a file has is told by its first line, whatever its name. Whatever is wrong is an InvalidRequest that names the
-file, the line and the value. A request without prompt or output is wrong too: the published traces have none, and to
-leave it out would change the load unseen.
+The first line decides which one a file has, not its name. Any error is an InvalidRequest that names the file, the line
+and the value. A request without prompt or output is wrong too: the published traces have none, and to leave it out
+would change the load unseen.
 """
 
 from __future__ import annotations
