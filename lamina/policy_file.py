@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import PolicyError
-from lamina.system import text_files
-from lamina.system.text_files import toml_value
+from lamina.system.text_files import read_text, read_toml, toml_value, write_text
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 
 VERSION = 1
 AUTO = "retrieval"  # exact while that is as fast, else by sketches of pages: measured in docs/long_context.md
-MAX_BYTES = 4 << 20
 MAX_LAYERS, MAX_HEADS = 1024, 4096  # as `ModelConfig` allows
 _MAX_TEXT = 4000  # characters of a name or a remark
 _KEYS = ("version", "model", "fingerprint", "about", "layer")
@@ -98,24 +96,14 @@ def kept_share(heads: Sequence[Sequence[str]], length: int) -> float:
 def read(path: str | Path) -> PolicyFile:
     """The policy file at `path`, checked. Raises PolicyError."""
     try:
-        return _from_toml(text_files.read_toml(path, MAX_BYTES, PolicyError))
+        return _from_toml(read_toml(path, error=PolicyError))
     except PolicyError as error:
         raise PolicyError(f"{path}: {error}") from error
 
 
-def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
-    """A UTF-8 file of at most `limit` bytes. Raises PolicyError, which does not name the file."""
-    return text_files.read_text(path, limit, PolicyError)
-
-
 def write(path: str | Path, file: PolicyFile) -> None:
     """Write a policy file, whole or not at all. Raises PolicyError."""
-    write_text(path, dumps(file))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file to `path`, in place of an older one, in one step. Raises PolicyError."""
-    text_files.write_text(path, text, PolicyError)
+    write_text(path, dumps(file), PolicyError)
 
 
 def dumps(file: PolicyFile) -> str:
@@ -167,7 +155,7 @@ def read_alphas(path: str | Path) -> tuple[tuple[float, ...], ...]:
     Raises PolicyError if rows differ in length, or a value is missing, no number, or far outside.
     """
     try:
-        rows = [line.split() for line in read_text(path).splitlines() if line.strip()]
+        rows = [line.split() for line in read_text(path, error=PolicyError).splitlines() if line.strip()]
         if not 1 <= len(rows) <= MAX_LAYERS or not 1 <= len(rows[0]) <= MAX_HEADS:
             shape = f"{len(rows)} rows of {len(rows[0]) if rows else 0} numbers"
             raise PolicyError(f"it has {shape}; allowed are 1 to {MAX_LAYERS} rows of 1 to {MAX_HEADS}")
@@ -197,7 +185,7 @@ def _duo_sizes(path: Path) -> tuple[int, int]:
         return 64, 256
     try:
         try:
-            config = json.loads(read_text(path))
+            config = json.loads(read_text(path, error=PolicyError))
         except (ValueError, RecursionError) as error:
             raise PolicyError(f"it is not JSON: {error}") from error
         if not isinstance(config, dict):

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from lamina.cli.policy import policy_app
 from lamina.errors import InvalidRequest, PolicyError
-from lamina.policy_file import MAX_BYTES, PolicyFile, dumps, import_duo, kept, kept_share, read, read_alphas, write
+from lamina.policy_file import PolicyFile, dumps, import_duo, kept, kept_share, read, read_alphas, write
+from lamina.system.text_files import MAX_BYTES
 from lamina_workers.decoder.config import ModelConfig
 
 GOOD = 'version = 1\nmodel = "tiny"\nfingerprint = ""\n[[layer]]\nheads = ["full", "streaming"]\n'

@@ -19,7 +19,7 @@ from lamina.measure.calibration.influence import influences
 from lamina.measure.calibration.scores import Scores, echo_and_induction, mean_attention, ranks
 from lamina.measure.calibration.torch_path import TorchPath
 from lamina.measure.evaluation.probe import Probe
-from lamina.policy_file import read_text
+from lamina.system.text_files import read_text
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.streaming import Streaming
@@ -65,7 +65,7 @@ class Evidence:
         """What `save` kept. Raises PolicyError for a file that is of another model or of other policies, or none."""
         wanted = [fingerprint, *map(str, policies)]
         try:
-            kept = json.loads(read_text(path))
+            kept = json.loads(read_text(path, error=PolicyError))
             found = kept["of"]
             scores = cls(**{field.name: np.array(kept[field.name], np.float64) for field in fields(cls)})
         except (OSError, PolicyError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -17,7 +17,8 @@ from lamina.errors import PolicyError
 from lamina.measure.calibration.calibrate import Calibration
 from lamina.measure.calibration.quality import Quality, Target
 from lamina.measure.calibration.scores import Scores
-from lamina.policy_file import Heads, dumps, kept, kept_share, write_text
+from lamina.policy_file import Heads, dumps, kept, kept_share
+from lamina.system.text_files import write_text
 
 NO_PLOTS = "the heat map needs matplotlib; install it with: pip install 'lamina[plots]'"
 _MEASURES = {
@@ -91,7 +92,7 @@ def write_report(path: Path, found: Calibration, target: Target) -> bool:
             path.with_suffix(".png").write_bytes(picture)
         except OSError as error:
             raise PolicyError(f"{path.with_suffix('.png')} cannot be written: {error}") from error
-    write_text(path.with_suffix(".html"), page(found, target, of, picture))
+    write_text(path.with_suffix(".html"), page(found, target, of, picture), PolicyError)
     return picture is not None
 
 

@@ -1,0 +1,57 @@
+"""The settings of an engine: what is refused, and that lists of choices agree with what carries them out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lamina.config import DTYPES, KV_DTYPES, EngineConfig, parse_size
+from lamina.errors import InvalidRequest
+from lamina_kernels.paged import pages
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("dtype", "int8", "auto, float32"),
+        ("kv_dtype", "int4", "float8_e4m3fn"),
+        ("page_size", 17, "16, 32"),
+        ("page_size", True, "16, 32"),
+        ("shard", "layers", "heads"),
+        ("model_parallel", "pipeline", "tensor, replicas"),
+        ("data_channel", "udp", "grpc, tcp"),
+        ("worker_timeout", 0.05, "0.1 to 86400 seconds"),
+        ("recovery_timeout", "1", "0.1 to 86400 seconds"),
+        ("worker_linger", -1, "0 to 3600 seconds"),
+        ("worker_linger", True, "0 to 3600 seconds"),
+        ("journal", " ", "a folder, or None"),
+        ("policy", 3, "a file ending in .toml"),
+        ("device", "tpu", "cpu"),
+        ("threads", 0, "from 1 to 1024"),
+        ("compile", 1, "True or False"),
+        ("rope_scaling", "yarn", "a mapping"),
+        ("kv_memory", "2 parsecs", "1 byte to 1 PiB"),
+        ("model_workers", 0, "1 to 1024"),
+        ("attention_workers", ["a"], '"host:port"'),
+        ("attention_workers", ["a:1", "a:1"], "different"),
+        ("lanes", 9, "1 to 8"),
+        ("local_share", 1.5, "0 to 1"),
+        ("cluster", "", '"host:port" or None'),
+    ],
+)
+def test_a_setting_is_refused_with_its_name_and_what_is_allowed(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        EngineConfig(**{name: value})
+    assert name in str(refused.value)
+    assert allowed in str(refused.value)
+
+
+def test_kv_can_be_kept_in_the_dtypes_that_kernels_have() -> None:
+    assert {*KV_DTYPES} - {"auto"} == {str(dtype).removeprefix("torch.") for dtype in pages.DTYPES}
+    assert {*DTYPES} < {*KV_DTYPES}
+
+
+@pytest.mark.parametrize(("text", "size"), [(7, 7), ("500 MB", 500 * 10**6), ("2GiB", 2**31), (" 1.5kib ", 1536)])
+def test_sizes_are_bytes_or_text_with_a_unit(text: Any, size: int) -> None:
+    assert parse_size("kv_memory", text) == size
