@@ -32,20 +32,20 @@ class FakeEngine:
         self.aborted: queue.SimpleQueue[tuple[str, int | None, FinishReason]] = queue.SimpleQueue()
         self.refuse: LaminaError | None = None
 
-    def submit(self, ticket: EngineRequest) -> None:
+    def submit(self, request: EngineRequest) -> None:
         if self.refuse is not None:
             raise self.refuse
-        self.submitted.put(ticket)
+        self.submitted.put(request)
 
-    def abort(self, ticket: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
-        self.aborted.put((ticket.request.id, sample, reason))
+    def abort(self, request: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
+        self.aborted.put((request.id, sample, reason))
 
     def close(self) -> None:
         self.alive = False
 
 
 class Pair:
-    """A remote engine in front of a fake one, and a ticket's sink."""
+    """A remote engine in front of a fake one, and a request's sink."""
 
     def __init__(self) -> None:
         self.engine = FakeEngine()
@@ -56,15 +56,15 @@ class Pair:
 
     def submit(self, request_id: str = "0", **params: Any) -> EngineRequest:
         sampling = SamplingParams(**params)
-        ticket = EngineRequest(
+        request = EngineRequest(
             Request(request_id, (1, 2, 3), sampling.max_tokens, stop_token_ids=frozenset({5, 6}), n=sampling.n),
             sampling,
             seed=2**64 - 1,
-            sink=lambda _ticket, outputs: self.got.put(outputs),
+            sink=lambda _request, outputs: self.got.put(outputs),
             submitted=time.monotonic(),
         )
-        self.remote.submit(ticket)
-        return ticket
+        self.remote.submit(request)
+        return request
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def pair() -> Iterator[Pair]:
     assert made.remote.join(5)
 
 
-def test_a_ticket_survives_the_journey() -> None:
+def test_a_request_survives_the_journey() -> None:
     params = SamplingParams(
         temperature=0.7,
         logit_bias={3: 1.5},
@@ -86,47 +86,47 @@ def test_a_ticket_survives_the_journey() -> None:
         seed=1,
         min_tokens=2,
     )
-    request = Request("7", (1, 2), 10, 2, frozenset({5, 9}), 2, -3, "a salt")
-    command = encode_request(EngineRequest(request, params, seed=2**63))
+    core = Request("7", (1, 2), 10, 2, frozenset({5, 9}), 2, -3, "a salt")
+    command = encode_request(EngineRequest(core, params, seed=2**63))
     check_plain(command)
-    ticket = decode_request(*command[1:])
-    assert (ticket.request, ticket.params, ticket.seed) == (request, params, 2**63)
+    request = decode_request(*command[1:])
+    assert (request.request, request.params, request.seed) == (core, params, 2**63)
 
 
 def test_outputs_come_back_whole_on_the_callers_clock(pair: Pair) -> None:
     before = time.monotonic()
-    ticket = pair.submit(n=2, logprobs=1)
+    request = pair.submit(n=2, logprobs=1)
     far = pair.engine.submitted.get(timeout=5)
-    assert (far.request, far.seed) == (ticket.request, ticket.seed)
+    assert (far.request, far.seed) == (request.request, request.seed)
     far.scheduled, far.cached_tokens = far.submitted + 0.25, 17
     first = [EngineOutput(1, 42, None, RowLogprobs(-0.5, ((42, -0.5), (7, -1.25))), at=far.submitted + 0.5)]
     far.sink(far, first)
     [output] = pair.got.get(timeout=5)
     assert (output.sample, output.token, output.logprobs) == (1, 42, first[0].logprobs)
     assert before + 0.5 <= output.at <= time.monotonic() + 0.5
-    assert ticket.scheduled is not None
-    assert ticket.scheduled == pytest.approx(output.at - 0.25)
-    assert ticket.cached_tokens == 17
+    assert request.scheduled is not None
+    assert request.scheduled == pytest.approx(output.at - 0.25)
+    assert request.cached_tokens == 17
     far.preemptions = 3
     far.sink(far, [EngineOutput(0, 1, "stop"), EngineOutput(1, 2, "length")])
     assert [(o.sample, o.token, o.finish_reason) for o in pair.got.get(timeout=5)] == [(0, 1, "stop"), (1, 2, "length")]
-    assert ticket.preemptions == 3
+    assert request.preemptions == 3
 
 
 def test_an_abort_never_overtakes_its_request(pair: Pair) -> None:
     for index in range(200):
-        ticket = pair.submit(str(index))
-        pair.remote.abort(ticket, 0, "stop")
+        request = pair.submit(str(index))
+        pair.remote.abort(request, 0, "stop")
     for index in range(200):
         assert pair.engine.aborted.get(timeout=5) == (str(index), 0, "stop")
 
 
 def test_an_abort_of_what_has_ended_stays_here(pair: Pair) -> None:
-    ticket = pair.submit()
+    request = pair.submit()
     far = pair.engine.submitted.get(timeout=5)
     far.sink(far, [EngineOutput(0, 1, "stop")])
     pair.got.get(timeout=5)
-    pair.remote.abort(ticket)
+    pair.remote.abort(request)
     pair.submit("1")
     pair.engine.submitted.get(timeout=5)
     assert pair.engine.aborted.empty()
@@ -155,13 +155,13 @@ def test_when_the_wire_is_cut_every_request_ends_and_no_new_one_is_taken(pair: P
 
 
 def test_a_client_that_cannot_take_its_outputs_ends_alone(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
-    ticket = pair.submit("bad")
+    request = pair.submit("bad")
     bad = pair.engine.submitted.get(timeout=5)
 
-    def refuse(_ticket: EngineRequest, _outputs: list[EngineOutput]) -> None:
+    def refuse(_request: EngineRequest, _outputs: list[EngineOutput]) -> None:
         raise ValueError("no")
 
-    ticket.sink = refuse
+    request.sink = refuse
     bad.sink(bad, [EngineOutput(0, 1)])
     assert pair.engine.aborted.get(timeout=5) == ("bad", None, "abort")
     assert "what the engine sent it" in caplog.text
@@ -173,8 +173,8 @@ def test_a_client_that_cannot_take_its_outputs_ends_alone(pair: Pair, caplog: py
 
 def test_prefill_and_progress_are_told(pair: Pair) -> None:
     told: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-    ticket = pair.submit()
-    ticket.prefilled = lambda done, total: told.put((done, total))
+    request = pair.submit()
+    request.prefilled = lambda done, total: told.put((done, total))
     pair.engine.submitted.get(timeout=5).prefilled(2, 3)
     assert told.get(timeout=5) == (2, 3)
     pair.wire.put(("progress", "loading", 5, None))
@@ -236,7 +236,7 @@ def tokens(inbox: queue.SimpleQueue[list[EngineOutput]], count: int) -> list[tup
 
 def test_requests_wait_for_the_next_engine_and_say_what_they_have() -> None:
     pair = Waiting()
-    ticket = pair.submit(n=2, max_tokens=9)
+    request = pair.submit(n=2, max_tokens=9)
     far = pair.engine.submitted.get(timeout=5)
     assert far.received is None
     far.sink(far, [EngineOutput(0, 7), EngineOutput(1, 8), EngineOutput(0, 9)])
@@ -247,7 +247,7 @@ def test_requests_wait_for_the_next_engine_and_say_what_they_have() -> None:
         pair.submit("late")
     engine = pair.come_back()
     again = engine.submitted.get(timeout=5)
-    assert (again.request, again.params, again.seed) == (ticket.request, ticket.params, ticket.seed)
+    assert (again.request, again.params, again.seed) == (request.request, request.params, request.seed)
     assert again.received == (((7, 9), False), ((8, 10), True))
     again.sink(again, [EngineOutput(0, 11), EngineOutput(0, 12, "length")])
     assert tokens(pair.got, 2) == [(0, 11, None), (0, 12, "length")]
@@ -332,19 +332,19 @@ def test_where_new_requests_are_held_nobody_notices_the_gap() -> None:
 
 def test_times_go_on_where_they_were() -> None:
     pair = Waiting()
-    ticket = pair.submit(max_tokens=9)
+    request = pair.submit(max_tokens=9)
     far = pair.engine.submitted.get(timeout=5)
     far.scheduled, far.cached_tokens = far.submitted + 0.001, 17
     far.sink(far, [EngineOutput(0, 7, at=far.submitted + 0.002)])
     first = pair.got.get(timeout=5)[0].at
-    scheduled = ticket.scheduled
+    scheduled = request.scheduled
     pair.die()
     again = pair.come_back().submitted.get(timeout=5)
     again.scheduled = again.submitted + 0.01
     again.sink(again, [EngineOutput(0, 8, "stop", at=again.submitted + 0.02)])
     last = pair.got.get(timeout=5)[0].at
     assert first < last < time.monotonic() + 0.05
-    assert (ticket.scheduled, ticket.cached_tokens) == (scheduled, 17)
+    assert (request.scheduled, request.cached_tokens) == (scheduled, 17)
     pair.remote.close()
 
 
