@@ -49,7 +49,7 @@ class ListedWorkers:
             if self._clock() >= deadline:
                 raise EngineError(
                     f"no attention worker answers at {', '.join(missing)} within {self._timeout:g} s; start one there "
-                    "with `lamina attention-worker --listen HOST:PORT`; one that speaks TLS answers nobody who does not"
+                    "with `lamina attention-worker --listen HOST:PORT`; a worker with TLS answers no client without it"
                 )
             if self._closed.wait(min(0.2, self._interval)):
                 raise EngineError("closed while waiting for the attention workers")

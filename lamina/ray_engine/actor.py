@@ -1,7 +1,6 @@
-"""The engine of a cluster: the process of model worker 0 as a Ray actor. What it does is asked for through Ray.
+"""The engine of a cluster: the process of model worker 0 as a Ray actor.
 
-The attention workers belong to whoever started this actor and outlive it: it is told which are there. Knows models and
-engines by their constructors; knows not who placed it, nor when it is started again.
+The attention workers belong to the process that started this actor, and outlive it; that process sends their addresses.
 """
 
 from __future__ import annotations
@@ -44,26 +43,26 @@ MODEL_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-)  # all that text needs of a model
+)  # the files of a model that text needs
 
 
 class EngineActor:
     """The process of model worker 0, where the engine lives. Each method is one call through Ray.
 
-    Among its events are, beside those of `remote_engine`, ("lost", worker) and ("drained", worker).
+    Its events are those of `client.interface`, and ("lost", worker) and ("drained", worker).
     """
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._members: RelayedWorkers | None = None
-        self._others: RayModelWorkers | None = None  # model workers beyond this one
+        self._attention: RelayedWorkers | None = None
+        self._model_workers: RayModelWorkers | None = None  # beyond this one
         self._runtime: Any = None
         self._host: Any = None
         self._model = ""
         self._journal = Path()
-        self._ended = False  # somebody wants it to end
-        self._telling = threading.Lock()
-        self._told = 0
+        self._ended = False  # it has been asked to end
+        self._update = threading.Lock()
+        self._last_update = 0
         self._workers: tuple[tuple[WorkerAddress | None, WorkerStatus], ...] = ()
         share_cores()  # before anything imports torch
         sys.setswitchinterval(SWITCH_INTERVAL)
@@ -76,12 +75,12 @@ class EngineActor:
         return ray.get_runtime_context().get_node_id(), str(ray.util.get_node_ip_address()), os.getpid()
 
     def start(self, model: str, config: EngineConfig, workers: bool, run: Run, journal: str) -> dict[str, Any]:
-        """Load the model and, with `workers`, connect to the attention workers, once `there` has told of some. The
-        model's folder, the SHA-256 of its small files, the scheduler's limits, and the longest sequence that they
-        leave room for.
+        """Load the model and, with `workers`, connect to the attention workers once `update_workers` has brought some.
+        Returns the model's folder, the SHA-256 of its small files, the scheduler's limits, and the longest sequence
+        that there is room for.
 
-        `run` is which engine this is; what is unfinished of it goes on where its `journal` is on this node. Where the
-        config names a folder, that is on every node, and the run's folder is in it; else it is a temporary one.
+        `run` identifies the engine; its unfinished requests go on where its `journal` is on this node. The run's folder
+        is in the folder that the config names, which is on every node, else in a temporary one.
         """
         from lamina.launch.builder import start
 
@@ -90,12 +89,12 @@ class EngineActor:
         sweep(parent, time.time() - _LEFT)
         self._journal = run_folder(parent, journal)
         config = dataclasses.replace(config, journal=self._journal)
-        with self._telling:
-            if workers and self._members is None:
-                self._members = self._make_members()
+        with self._update:
+            if workers and self._attention is None:
+                self._attention = self._relayed_workers()
         if config.model_workers > 1:
-            self._others = RayModelWorkers(config.model_workers, model=model, threads=config.threads)
-        self._runtime = start(model, config, self._report, self._members, run, self._others)
+            self._model_workers = RayModelWorkers(config.model_workers, model=model, threads=config.threads)
+        self._runtime = start(model, config, self._report, self._attention, run, self._model_workers)
         self._host = EngineHost(self._runtime.engine, self._events, time.monotonic)
         if self._ended:
             self.stop()
@@ -105,18 +104,18 @@ class EngineActor:
         limits, possible = self._runtime.limits, self._runtime.possible
         return {"folder": str(folder), "files": file_hashes(folder), "limits": limits, "possible": possible}
 
-    def there(
+    def update_workers(
         self, number: int, workers: Sequence[tuple[WorkerAddress | None, WorkerStatus]], drained: Collection[str]
     ) -> None:
-        """The places for attention workers and who is there now; drained ones are used no more, by no engine. Calls may
-        overtake one another: an older `number` than the last changes nothing."""
-        with self._telling:
-            if number <= self._told:
+        """Set the slots for attention workers and the workers that are there; no engine uses `drained` ones any more.
+        Calls may overtake one another: an older `number` than the last has no effect."""
+        with self._update:
+            if number <= self._last_update:
                 return
-            self._told, self._workers = number, tuple(workers)
-            self._members = self._members or self._make_members()
-            members = [member for member, _ in workers if member is not None]
-            self._members.there([member for member in members if member.name not in drained])
+            self._last_update, self._workers = number, tuple(workers)
+            self._attention = self._attention or self._relayed_workers()
+            there = [worker for worker, _ in workers if worker is not None]
+            self._attention.there([worker for worker in there if worker.name not in drained])
 
     def files(self) -> dict[str, bytes]:
         """The model's small files by name."""
@@ -135,28 +134,28 @@ class EngineActor:
         return fetched
 
     def status(self) -> dict[str, Any]:
-        """The model, this process, whether its engine is alive, the other model workers, and every attention worker:
-        where it is, what it says itself."""
+        """The model, this process, whether its engine is alive, the other model workers, and every attention worker
+        with its own status."""
         from lamina_protocols.service import WorkerClient
 
-        workers = []
-        for member, status in self._workers:
+        rows = []
+        for worker, status in self._workers:
             row = dataclasses.asdict(status)
-            if member is not None:
+            if worker is not None:
                 try:
-                    with WorkerClient(member.address, member.credentials) as client:
+                    with WorkerClient(worker.address, worker.credentials) as client:
                         row |= {"worker": dataclasses.asdict(client.status())}
                 except LaminaError as error:
                     row |= {"error": str(error)}
-            workers.append(row)
+            rows.append(row)
         alive = self._runtime is not None and self._runtime.engine.alive
-        others = () if self._others is None else self._others.status()
+        model_workers = () if self._model_workers is None else self._model_workers.status()
         return {
             "model": self._model,
             "process": os.getpid(),
             "alive": alive,
-            "model_workers": [dataclasses.asdict(status) for status in others],
-            "workers": workers,
+            "model_workers": [dataclasses.asdict(status) for status in model_workers],
+            "workers": rows,
         }
 
     def drain(self, worker: str) -> None:
@@ -171,7 +170,7 @@ class EngineActor:
             self._runtime.stop()
             shutil.rmtree(self._journal, ignore_errors=True)
 
-    def _make_members(self) -> RelayedWorkers:
+    def _relayed_workers(self) -> RelayedWorkers:
         return RelayedWorkers(lambda name: self._events.put(("lost", name)))
 
     def _report(self, what: str, done: int, total: int | None) -> None:
@@ -179,7 +178,7 @@ class EngineActor:
 
 
 class _Forward(logging.Handler):
-    """Sends what is logged here to whoever uses the engine."""
+    """Sends log records to the process that uses the engine."""
 
     def __init__(self, events: queue.SimpleQueue[Event]) -> None:
         super().__init__(logging.INFO)

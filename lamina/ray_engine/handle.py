@@ -1,7 +1,6 @@
-"""An engine on a Ray cluster as its users see it: started, used, and ended by the process that asked for it.
+"""An engine on a Ray cluster for the process that starts, uses and ends it.
 
-Only plain data crosses: requests, tokens, small files of the model. Everything that is started here ends with the
-process that started it. Knows actors; knows nothing of models and attention.
+Only plain data crosses: requests, tokens, small files of the model. All actors end with the process that started them.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
     from lamina_workers.decoder.config import ModelConfig
 
 _POLL = 0.2  # seconds
-_PATIENCE = 86400.0  # seconds that requests wait for another engine; its owner says before if there will be none
+_PATIENCE = 86400.0  # seconds that requests wait for another engine; its owner ends them where there will be none
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterRuntime:
-    """What `lamina.launch.builder.Runtime` is, for an engine on a cluster."""
+    """The `lamina.launch.builder.Runtime` of an engine on a cluster."""
 
     model_path: Path
     model: ModelConfig
@@ -51,7 +50,7 @@ class ClusterRuntime:
     unfinished: tuple[EngineRequest, ...] = ()
 
     def stop(self) -> None:
-        """End the engine, its actors and, where it was made for them, the connection to the cluster."""
+        """End the engine, its actors and, where it was made here, the connection to the cluster."""
         self.engine.close()
         self.engine.join(STOPPING)
         _end(self.owner, self.own_connection)
@@ -64,8 +63,9 @@ class ClusterRuntime:
 def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress | None = None) -> ClusterRuntime:
     """Start an engine and its attention workers on the cluster `config.cluster`, and load a model there.
 
-    The model's weights are fetched where the engine runs, not here. Raises what `lamina.launch.builder.start` raises,
-    and EngineError where the cluster is not there, has too little, or runs another version.
+    The model's weights are fetched where the engine runs, not here. Raises the errors of
+    `lamina.launch.builder.start`, and EngineError where there is no cluster, or it has too few resources or runs
+    another version.
     """
     from lamina.client.remote_client import RemoteEngine
 
@@ -74,9 +74,9 @@ def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress 
     engine = None
     try:
         engine = RemoteEngine(owner.place(), time.monotonic, progress, _PATIENCE, holds=True)
-        owner.uses(engine)
+        owner.attach(engine)
         return _runtime(owner, engine, owner.load(progress), progress, own)
-    except BaseException:  # Ctrl-C too: nobody is there any more to end them
+    except BaseException:  # Ctrl-C included: no caller will end them
         _end(owner, own)
         if engine is not None:
             engine.give_up("the engine did not start")
@@ -86,7 +86,7 @@ def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress 
 def _runtime(
     owner: EngineOwner, engine: RemoteEngine, facts: Mapping[str, Any], progress: Progress | None, own: bool
 ) -> ClusterRuntime:
-    """Everything that text needs, from the engine's folder where this process finds the same one, else from copies."""
+    """A runtime with the files that text needs: the engine's own where this process has the same, else copies."""
     from lamina.text.tokenizer import Tokenizer, read_json
     from lamina_workers.decoder.config import ModelConfig
 
@@ -138,9 +138,9 @@ def engine_status(ray: Any) -> dict[str, dict[str, Any]]:
 
 
 def end_engines(ray: Any) -> list[str]:
-    """End every engine, with its workers. Their names.
+    """End every engine, with its workers. Returns the names of the engines.
 
-    Each is asked to stop, and the process that owns it ends the rest; where that does not, it is done here.
+    Each is asked to stop, and the process that owns it ends the rest; what is left after a while is killed here.
     """
     ended = engines(ray)
     for actor in ended.values():
@@ -156,7 +156,8 @@ def end_engines(ray: Any) -> list[str]:
 
 
 def drain(ray: Any, worker: str) -> str:
-    """Have the engine that uses this worker move its KV away. The engine's name; raises InvalidRequest."""
+    """Have the engine that uses this worker move its KV away. Returns the engine's name. Raises InvalidRequest where
+    no engine has the worker, or several have one of that name."""
     engine, _, name = worker.rpartition("/")
     known = {
         engine_name: [row["name"] for row in status["workers"]] for engine_name, status in engine_status(ray).items()
@@ -170,6 +171,6 @@ def drain(ray: Any, worker: str) -> str:
 
 
 def _names(ray: Any) -> list[str]:
-    """Of the actors of all engines, those of their workers after theirs."""
+    """The names of all actors: each engine's before those of its workers."""
     named = ray.util.list_named_actors(all_namespaces=True)
     return sorted(entry["name"] for entry in named if entry["namespace"] == NAMESPACE)

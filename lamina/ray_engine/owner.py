@@ -1,8 +1,7 @@
-"""Who asked for an engine on a Ray cluster: starts its actor and its attention workers, and ends them.
+"""The process that asked for an engine on a Ray cluster: starts its actor and its attention workers, and ends them.
 
-The workers are this process's and not the engine's, so they keep their KV when the engine's actor dies: another one is
-started, anywhere on the cluster, and told who is there. Everything ends with this process. Knows actors; knows nothing
-of models and attention.
+The workers belong to this process and not to the engine, so they keep their KV when the engine's actor dies. Another
+actor is started, anywhere on the cluster, and gets their addresses. All actors end with this process.
 """
 
 from __future__ import annotations
@@ -47,36 +46,39 @@ _NAME_FREE = 10.0  # seconds until Ray has forgotten a dead actor's name
 
 
 class EngineOwner:
-    """The actors of one engine: `place`, `uses`, `load`, and in the end `stop`.
+    """The actors of one engine: `place`, `attach`, `load`, and in the end `stop`.
 
-    When the engine's actor dies it is started again, a few times a minute, and whoever uses it gets another wire.
+    When the engine's actor dies it is started again, a few times a minute, and the attached `RemoteEngine` gets
+    another wire.
     """
 
     def __init__(self, model: str, config: EngineConfig) -> None:
         self.name = f"engine-{secrets.token_hex(2)}"
-        self._run = secrets.token_hex(16)  # by which attention workers know it through all its starts
+        self._run = secrets.token_hex(16)  # the id by which attention workers know it through all its starts
         self._starts = 0
         self._node = ""  # where it is, or was
-        self._nodes = 0  # it has been on, one after the other: each has a journal of its own
+        self._nodes = 0  # how many it has been on: each has a journal of its own
         self._model = model
         self._config = config
         self._user: RemoteEngine | None = None
-        self._count = config.attention_workers if isinstance(config.attention_workers, int) else 0  # it refuses both
+        self._count = (
+            config.attention_workers if isinstance(config.attention_workers, int) else 0
+        )  # a list is refused
         self._workers: RayAttentionWorkers | None = None
         self._failure: LaminaError | None = None  # why the attention workers did not come up
         self._actor: Any = None
         self._serves = False  # it has started once
-        self._died: tuple[Any, str] | None = None  # before that
+        self._died: tuple[Any, str] | None = None  # an actor that died before that, and why
         self._born = 0.0  # when the actor was placed
         self._drained: set[str] = set()
         self._progress: Progress | None = None
-        self._changed = threading.Event()  # among the attention workers, or the actor is another one
+        self._changed = threading.Event()  # the attention workers, or the actor
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._ending = threading.Lock()
         self._backoff = Backoff()
         self._restarter: threading.Thread | None = None
-        self._teller = threading.Thread(target=self._tell, name="lamina-owner", daemon=True)
+        self._relay = threading.Thread(target=self._relay_workers, name="lamina-owner", daemon=True)
 
     def place(self) -> RayWire:
         """Start the engine's actor. Raises EngineError where the cluster has too little."""
@@ -84,13 +86,13 @@ class EngineOwner:
         require(wanted)
         return self._place()
 
-    def uses(self, engine: RemoteEngine) -> None:
-        """Whose requests the engine has: it is told when there is another wire, or none any more."""
+    def attach(self, engine: RemoteEngine) -> None:
+        """The client of the engine, which gets another wire after a restart, or the error where there is none."""
         self._user = engine
 
     def load(self, progress: Progress | None) -> dict[str, Any]:
-        """Start the attention workers, and have the engine load its model meanwhile: what `EngineActor.start` tells.
-        Raises what went wrong there."""
+        """Start the attention workers, and have the engine load its model meanwhile. Returns what `EngineActor.start`
+        returns. Raises the errors of both."""
         if self._count:
             memory = None if self._config.kv_memory is None else parse_size("kv_memory", self._config.kv_memory)
             device = self._config.attention_device
@@ -98,16 +100,16 @@ class EngineOwner:
                 self._count,
                 kv_memory=memory,
                 threads=self._config.threads,
-                device="cpu" if device == "auto" else str(device),  # a name for each: the engine refuses that
+                device="cpu" if device == "auto" else str(device),  # the engine refuses a name for each
                 engine=self.name,
             )
             self._progress = progress
-            self._teller.start()
+            self._relay.start()
         facts = self._load()
         with self._lock:
             self._serves, died = True, self._died
         if died is not None:
-            self.died(*died)
+            self.actor_died(*died)
         return facts
 
     def files(self) -> dict[str, bytes]:
@@ -121,7 +123,7 @@ class EngineOwner:
         self._ended.set()
         self._changed.set()
         with self._ending:
-            if not ray.is_initialized():  # Python is ending, and Ray went first: the cluster ends what was ours
+            if not ray.is_initialized():  # Python is ending, and Ray ended first: the cluster ends our actors
                 return
             if self._actor is not None:
                 with contextlib.suppress(ray.exceptions.RayError):
@@ -130,14 +132,14 @@ class EngineOwner:
                 self._actor = None
             if self._workers is not None:
                 self._workers.close()
-        for thread in (self._teller, self._restarter):  # they must not ask Ray for anything once it is gone
+        for thread in (self._relay, self._restarter):  # they must not call Ray once it is gone
             if thread is not None and thread.is_alive() and thread is not threading.current_thread():
                 thread.join(STOPPING)
 
-    # What the wire tells.
+    # Calls of the wire.
 
-    def died(self, actor: Any, why: str) -> None:
-        """This actor does not answer: have it started again."""
+    def actor_died(self, actor: Any, why: str) -> None:
+        """An actor does not answer: have it started again."""
         with self._lock:
             if actor is not self._actor or self._ended.is_set():
                 return
@@ -150,14 +152,14 @@ class EngineOwner:
             )
             self._restarter.start()
 
-    def heard(self, kind: str, *fields: Any) -> bool:
-        """Whether that was for the owner: what the engine's actor says beside the events of an engine."""
+    def take_event(self, kind: str, *fields: Any) -> bool:
+        """Whether an event of the engine's actor was for the owner, and not for the client of the engine."""
         if kind == "lost" and self._workers is not None:
             self._workers.lost(*fields)
         elif kind == "drained":
             self._drained.update(fields)
             self._changed.set()
-        elif kind == "stopped":  # whoever wanted that: nobody is left to serve
+        elif kind == "stopped":  # there is no engine left to serve
             threading.Thread(target=self.stop, name="lamina-stop", daemon=True).start()
             return False
         else:
@@ -190,7 +192,7 @@ class EngineOwner:
             "resources": {MODEL: 1},
             "num_cpus": 0,
             "max_concurrency": 16,
-            "enable_task_events": False,  # one for each batch of outputs, which nobody reads
+            "enable_task_events": False,  # there would be one for each batch of outputs, and they are not read
             "runtime_env": {"env_vars": environment(self._config.threads)},
         }
         if self._node:  # its journal is there
@@ -199,7 +201,7 @@ class EngineOwner:
         while True:
             try:
                 return ray.remote(EngineActor).options(**options).remote()
-            except ValueError as error:  # the one before is still known by the name
+            except ValueError as error:  # the previous actor still has the name
                 if time.monotonic() >= deadline or self._ended.wait(_POLL):
                     raise EngineError(f"{self.name} cannot be started again: {explain(error)}") from error
 
@@ -216,11 +218,11 @@ class EngineOwner:
         return facts
 
     def _restart(self, actor: Any, why: str) -> None:
-        """On a thread of its own, which ends with an engine that serves, or without any."""
+        """On a thread of its own, which ends with an engine that serves, or with no engine."""
         user = self._user
         try:
             wire = self._another(actor, why)
-        except Exception as error:  # whatever it is, nobody may wait for ever
+        except Exception as error:  # any error: requests must not wait for ever
             if not isinstance(error, LaminaError):
                 logger.exception("the engine could not start again")
             if user is not None:
@@ -231,7 +233,7 @@ class EngineOwner:
             logger.warning("%s serves again", self.name)
 
     def _another(self, actor: Any, why: str) -> RayWire:
-        """A new actor that serves in the place of that one. Raises EngineError where that cannot be."""
+        """A new actor that serves in place of `actor`. Raises EngineError where there can be none."""
         ray = ray_module()
         while True:
             delay = self._backoff.delay(time.monotonic())
@@ -245,18 +247,18 @@ class EngineOwner:
                 wire = self._place()
                 self._load()
                 return wire
-            except (WorkersUnavailable, _Died) as error:  # the first are being started again, too
+            except (WorkersUnavailable, _Died) as error:  # the workers are being started again, too
                 actor, why = self._actor or actor, str(error)
-            except JournalError as error:  # it goes on without: clients say what they have received
+            except JournalError as error:  # it goes on without a journal: clients send what they have received
                 self._nodes += 1
                 actor, why = self._actor or actor, str(error)
             except LaminaError as error:
                 raise EngineError(f"the engine could not start again: {error}") from error
 
-    # The attention workers, on a thread that tells the engine's actor of them.
+    # The attention workers, on a thread that sends their addresses to the engine's actor.
 
-    def _tell(self) -> None:
-        told: tuple[Any, Any, Any] = (None, None, None)
+    def _relay_workers(self) -> None:
+        sent: tuple[Any, Any, Any] = (None, None, None)
         workers, number = self._workers, 0
         if workers is None:
             return
@@ -265,7 +267,7 @@ class EngineOwner:
         except LaminaError as error:
             self._failure = error
             return
-        except Exception as error:  # whatever it is, the engine would wait for them
+        except Exception as error:  # any error: the engine would wait for them
             logger.exception("cannot start the attention workers")
             self._failure = EngineError(f"cannot start the attention workers: {error}")
             return
@@ -273,21 +275,21 @@ class EngineOwner:
         while not self._ended.is_set():
             self._changed.wait(_POLL)
             self._changed.clear()
-            now = actor, places, _ = self._actor, workers.described(), frozenset(self._drained)
-            there = sum(member is not None for member, _ in places)
-            wanted = 1 if time.monotonic() > self._born + WORKERS_BACK else len(places)
-            if actor is None or now == told or (actor is not told[0] and there < wanted):
+            now = actor, slots, _ = self._actor, workers.described(), frozenset(self._drained)
+            there = sum(worker is not None for worker, _ in slots)
+            wanted = 1 if time.monotonic() > self._born + WORKERS_BACK else len(slots)
+            if actor is None or now == sent or (actor is not sent[0] and there < wanted):
                 continue
-            number, told = number + 1, now
+            number, sent = number + 1, now
             try:
-                actor.there.remote(number, *now[1:])
+                actor.update_workers.remote(number, *now[1:])
             except Exception:  # Ray's connection may be gone; the engine goes on with the workers it has
-                logger.exception("cannot tell the engine of its attention workers")
+                logger.exception("cannot send the engine its attention workers")
                 return
 
 
 class RayWire:
-    """The way to one engine's actor: a `remote_engine.Wire`."""
+    """The way to one engine's actor: a `client.interface.Wire`."""
 
     def __init__(self, owner: EngineOwner, actor: Any) -> None:
         self._owner = owner
@@ -298,7 +300,7 @@ class RayWire:
 
     def events(self) -> Sequence[Event]:
         fetched: Sequence[Event] = self._call(self._actor.events)
-        return [event for event in fetched if not self._owner.heard(*event)]
+        return [event for event in fetched if not self._owner.take_event(*event)]
 
     def _call(self, method: Any, *arguments: Any) -> Any:
         ray = ray_module()
@@ -310,7 +312,7 @@ class RayWire:
             raise EngineError(f"the engine's process did not understand: {explain(error)}") from error
         except ray.exceptions.RayError as error:
             why = f"the engine's process is gone: {explain(error)}"
-            self._owner.died(self._actor, why)
+            self._owner.actor_died(self._actor, why)
             raise EngineError(why) from error
 
 
@@ -319,7 +321,7 @@ class _Died(EngineError):
 
 
 def result(call: Any) -> Any:
-    """What a call to the engine's actor returns. Raises what it raised there, or EngineError."""
+    """The result of a call to the engine's actor. Raises the LaminaError that it raised there, else EngineError."""
     ray = ray_module()
     try:
         return ray.get(call)
