@@ -46,9 +46,9 @@ def cluster(
 class Changes:
     """The events that `watch` delivered."""
 
-    def __init__(self, members: LocalAttentionWorkers | ListedWorkers) -> None:
+    def __init__(self, workers: LocalAttentionWorkers | ListedWorkers) -> None:
         self._queue: queue.SimpleQueue[WorkerAddress | str] = queue.SimpleQueue()
-        members.watch(self._queue.put, self._queue.put)
+        workers.watch(self._queue.put, self._queue.put)
 
     def next(self) -> WorkerAddress | str:
         return self._queue.get(timeout=20)
@@ -74,42 +74,42 @@ def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
     return condition()
 
 
-def processes(members: LocalAttentionWorkers) -> list[int]:
-    return [status.process for status in members.status() if status.process is not None]
+def processes(workers: LocalAttentionWorkers) -> list[int]:
+    return [status.process for status in workers.status() if status.process is not None]
 
 
 def test_workers_are_up_after_start_and_gone_after_close() -> None:
-    told: list[tuple[str, int, int | None]] = []
-    with cluster(3) as members:
-        started = members.start(lambda *progress: told.append(progress))
-        assert [member.name for member in started] == ["attention-0", "attention-1", "attention-2"]
-        assert {member.address.partition(":")[0] for member in started} == {"127.0.0.1"}
-        assert {member.capacity for member in started} == {1 << 20}
-        assert [status.state for status in members.status()] == ["up"] * 3
-        running = processes(members)
+    steps: list[tuple[str, int, int | None]] = []
+    with cluster(3) as workers:
+        started = workers.start(lambda *step: steps.append(step))
+        assert [worker.name for worker in started] == ["attention-0", "attention-1", "attention-2"]
+        assert {worker.address.partition(":")[0] for worker in started} == {"127.0.0.1"}
+        assert {worker.capacity for worker in started} == {1 << 20}
+        assert [status.state for status in workers.status()] == ["up"] * 3
+        running = processes(workers)
         assert len(set(running)) == 3
-    assert [done for _, done, _ in told] == [1, 2, 3]
+    assert [done for _, done, _ in steps] == [1, 2, 3]
     assert not any(map(is_alive, running))
 
 
 def test_killed_worker_leaves_and_another_joins_under_a_new_name() -> None:
-    with cluster(2) as members:
-        members.start()
-        changes = Changes(members)
-        os.kill(processes(members)[1], signal.SIGKILL)
+    with cluster(2) as workers:
+        workers.start()
+        changes = Changes(workers)
+        os.kill(processes(workers)[1], signal.SIGKILL)
         assert changes.next() == "attention-1"
         joined = changes.next()
         assert isinstance(joined, WorkerAddress)
         assert joined.name == "attention-1.1"
-        assert [(s.name, s.restarts) for s in members.status()] == [("attention-0", 0), ("attention-1.1", 1)]
+        assert [(s.name, s.restarts) for s in workers.status()] == [("attention-0", 0), ("attention-1.1", 1)]
 
 
 def test_events_before_watch_are_delivered_first() -> None:
-    with cluster(1) as members:
-        members.start()
-        os.kill(processes(members)[0], signal.SIGKILL)
-        assert wait_until(lambda: members.status()[0].name == "attention-0.1" and members.status()[0].state == "up")
-        changes = Changes(members)
+    with cluster(1) as workers:
+        workers.start()
+        os.kill(processes(workers)[0], signal.SIGKILL)
+        assert wait_until(lambda: workers.status()[0].name == "attention-0.1" and workers.status()[0].state == "up")
+        changes = Changes(workers)
         assert changes.next() == "attention-0"
         joined = changes.next()
         assert isinstance(joined, WorkerAddress)
@@ -117,62 +117,62 @@ def test_events_before_watch_are_delivered_first() -> None:
 
 
 def test_worker_that_the_engine_gave_up_is_replaced_without_a_leave_event() -> None:
-    with cluster(1) as members:
-        members.start()
-        changes = Changes(members)
-        old = processes(members)[0]
+    with cluster(1) as workers:
+        workers.start()
+        changes = Changes(workers)
+        old = processes(workers)[0]
         os.kill(old, signal.SIGSTOP)  # a stopped process must go too
-        members.lost("attention-0")
+        workers.lost("attention-0")
         joined = changes.next()
         assert isinstance(joined, WorkerAddress)
         assert joined.name == "attention-0.1"
         assert not is_alive(old)
-        members.lost("attention-0")  # the name of the previous process: no worker of this name is up
+        workers.lost("attention-0")  # the name of the previous process: no worker of this name is up
         assert changes.none_within(0.3)
 
 
 def test_supervision_goes_on_when_a_listener_raises(caplog: pytest.LogCaptureFixture) -> None:
-    with cluster(1) as members:
-        members.start()
+    with cluster(1) as workers:
+        workers.start()
         joined: queue.SimpleQueue[WorkerAddress] = queue.SimpleQueue()
 
         def fail(name: str) -> None:
             raise RuntimeError(name)
 
-        members.watch(joined.put, fail)
-        os.kill(processes(members)[0], signal.SIGKILL)
+        workers.watch(joined.put, fail)
+        os.kill(processes(workers)[0], signal.SIGKILL)
         assert joined.get(timeout=20).name == "attention-0.1"
         assert "could not be taken" in caplog.text
 
 
 def test_start_shows_the_output_of_a_worker_that_dies_at_once() -> None:
-    with cluster(2, lambda name: [sys.executable, "-c", "import sys; sys.exit('no memory here')"]) as members:
+    with cluster(2, lambda name: [sys.executable, "-c", "import sys; sys.exit('no memory here')"]) as workers:
         with pytest.raises(EngineError, match=r"attention-\d did not start, exit status 1\s+no memory here"):
-            members.start()
-        assert wait_until(lambda: not processes(members))
+            workers.start()
+        assert wait_until(lambda: not processes(workers))
 
 
 def test_start_ends_a_silent_worker_at_the_deadline() -> None:
     silent = [sys.executable, "-c", "import time; print('still loading', flush=True); time.sleep(60)"]
     with (
-        cluster(1, lambda name: silent, timeout=0.5) as members,
+        cluster(1, lambda name: silent, timeout=0.5) as workers,
         pytest.raises(EngineError, match=r"killed by SIGKILL\s+still loading\s+.*within 0.5 s"),
     ):
-        members.start()
+        workers.start()
 
 
 def test_start_fails_with_the_cause_when_the_command_is_missing() -> None:
-    with cluster(1, lambda name: ["/no/such/program"]) as members:
+    with cluster(1, lambda name: ["/no/such/program"]) as workers:
         with pytest.raises(EngineError, match="cannot start attention-0") as caught:
-            members.start()
+            workers.start()
         assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
 def test_close_does_not_wait_forever_for_a_stopped_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.system.child_process.GRACE", 0.2)
-    with cluster(1) as members:
-        members.start()
-        process = processes(members)[0]
+    with cluster(1) as workers:
+        workers.start()
+        process = processes(workers)[0]
         os.kill(process, signal.SIGSTOP)
     assert not is_alive(process)
 
@@ -228,17 +228,17 @@ def test_real_workers_end_when_their_parent_is_killed() -> None:
 
 @pytest.mark.slow
 def test_real_workers_answer_their_parent_and_refuse_others() -> None:
-    members = LocalAttentionWorkers(1, kv_memory=1 << 24, threads=1)
+    workers = LocalAttentionWorkers(1, kv_memory=1 << 24, threads=1)
     try:
-        [member] = members.start()
-        assert answers(member)
-        with WorkerClient(member.address, member.credentials) as client:
+        [worker] = workers.start()
+        assert answers(worker)
+        with WorkerClient(worker.address, worker.credentials) as client:
             assert client.status().name == "attention-0"
-        with WorkerClient(member.address) as stranger, pytest.raises(WorkerRefused, match="token"):
+        with WorkerClient(worker.address) as stranger, pytest.raises(WorkerRefused, match="token"):
             stranger.status()
     finally:
-        members.close()
-    assert not answers(member, 0.5)
+        workers.close()
+    assert not answers(worker, 0.5)
 
 
 class Hosts:
@@ -247,11 +247,11 @@ class Hosts:
     def __init__(self, *up: str) -> None:
         self.up = set(up)
 
-    def __call__(self, member: WorkerAddress) -> bool:
-        return member.address in self.up
+    def __call__(self, worker: WorkerAddress) -> bool:
+        return worker.address in self.up
 
 
-def fixed(hosts: Hosts, *addresses: str, timeout: float = 0.3) -> ListedWorkers:
+def listed(hosts: Hosts, *addresses: str, timeout: float = 0.3) -> ListedWorkers:
     return ListedWorkers(
         addresses, credentials=None, answers=hosts, clock=time.monotonic, timeout=timeout, interval=0.02
     )
@@ -259,21 +259,21 @@ def fixed(hosts: Hosts, *addresses: str, timeout: float = 0.3) -> ListedWorkers:
 
 def test_start_fails_when_a_listed_address_does_not_answer() -> None:
     with pytest.raises(EngineError, match=r"no attention worker answers at b:2 within 0\.3 s"):
-        fixed(Hosts("a:1"), "a:1", "b:2").start()
+        listed(Hosts("a:1"), "a:1", "b:2").start()
 
 
 def test_listed_address_joins_again_when_it_answers() -> None:
     hosts = Hosts("a:1", "b:2")
-    members = fixed(hosts, "a:1", "b:2")
-    assert [member.address for member in members.start()] == ["a:1", "b:2"]
+    workers = listed(hosts, "a:1", "b:2")
+    assert [worker.address for worker in workers.start()] == ["a:1", "b:2"]
     try:
-        changes = Changes(members)
+        changes = Changes(workers)
         hosts.up.remove("b:2")
-        members.lost("b:2")
+        workers.lost("b:2")
         assert changes.none_within(0.1)
-        assert [status.state for status in members.status()] == ["up", "lost"]
+        assert [status.state for status in workers.status()] == ["up", "lost"]
         hosts.up.add("b:2")
         assert changes.next() == WorkerAddress("b:2.1", "b:2")
-        assert [status.state for status in members.status()] == ["up", "up"]
+        assert [status.state for status in workers.status()] == ["up", "up"]
     finally:
-        members.close()
+        workers.close()

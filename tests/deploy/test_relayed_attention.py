@@ -14,53 +14,53 @@ from lamina.errors import WorkersUnavailable
 A, B, C = (WorkerAddress(name, f"10.0.0.1:{port}") for port, name in enumerate("abc", 1))
 
 
-class Told:
+class Relayed:
     """Relayed workers, and the events that they delivered."""
 
     def __init__(self) -> None:
         self.lost: list[str] = []
-        self.heard: list[str] = []
-        self.members = RelayedWorkers(self.lost.append)
+        self.events: list[str] = []
+        self.workers = RelayedWorkers(self.lost.append)
 
     def watch(self) -> None:
-        self.members.watch(
-            lambda member: self.heard.append(f"+{member.name}"), lambda name: self.heard.append(f"-{name}")
+        self.workers.watch(
+            lambda worker: self.events.append(f"+{worker.name}"), lambda name: self.events.append(f"-{name}")
         )
 
 
 def test_start_waits_for_the_first_relayed_workers() -> None:
-    told = Told()
-    threading.Timer(0.05, told.members.there, [[A, B]]).start()
-    assert told.members.start() == (A, B)
-    told.watch()
-    assert told.heard == []
+    relayed = Relayed()
+    threading.Timer(0.05, relayed.workers.there, [[A, B]]).start()
+    assert relayed.workers.start() == (A, B)
+    relayed.watch()
+    assert relayed.events == []
 
 
 def test_changes_are_events_that_wait_for_a_listener() -> None:
-    told = Told()
-    told.members.there([A, B])
-    told.members.start()
-    told.members.there([B, C])
-    told.members.joined(A)
-    told.members.there([B, C, A])
-    told.members.left("b")
-    told.members.left("nobody")
-    assert told.heard == []
-    told.watch()
-    assert told.heard == ["-a", "+c", "+a", "-b"]
+    relayed = Relayed()
+    relayed.workers.there([A, B])
+    relayed.workers.start()
+    relayed.workers.there([B, C])
+    relayed.workers.joined(A)
+    relayed.workers.there([B, C, A])
+    relayed.workers.left("b")
+    relayed.workers.left("unknown")
+    assert relayed.events == []
+    relayed.watch()
+    assert relayed.events == ["-a", "+c", "+a", "-b"]
 
 
 def test_lost_worker_is_reported_to_the_other_side() -> None:
-    told = Told()
-    told.members.lost("a")
-    assert told.lost == ["a"]
+    relayed = Relayed()
+    relayed.workers.lost("a")
+    assert relayed.lost == ["a"]
 
 
 def test_start_fails_in_time_when_no_worker_is_relayed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relayed_attention, "_WORKERS_UP", 0.05)
     with pytest.raises(WorkersUnavailable, match=r"within 0\.05 s"):
-        Told().members.start()
-    closed = Told()
-    closed.members.close()
+        Relayed().workers.start()
+    closed = Relayed()
+    closed.workers.close()
     with pytest.raises(WorkersUnavailable, match="no attention worker is up"):
-        closed.members.start()
+        closed.workers.start()

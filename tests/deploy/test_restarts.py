@@ -1,4 +1,4 @@
-"""When workers start again: the slot alone, and the supervising thread with workers that are no processes."""
+"""Restarts: the slot alone, and the supervising threads with fake workers that are not processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ gaps = st.lists(st.floats(0, 100, allow_nan=False), max_size=60)  # seconds betw
 backoffs = st.builds(Backoff, st.floats(0.01, 2), st.integers(1, 8), st.floats(1, 100))
 
 
-def test_delays_double_until_there_are_too_many_and_shrink_with_time() -> None:
+def test_backoff_doubles_until_there_are_too_many_restarts_and_shrinks_with_time() -> None:
     backoff = Backoff()
     delays = [backoff.delay(now=float(second)) for second in range(8)]
     assert delays == [0.5, 1, 2, 4, 8, 16, None, None]
@@ -30,21 +30,21 @@ def test_delays_double_until_there_are_too_many_and_shrink_with_time() -> None:
 
 
 @given(backoffs, gaps)
-def test_a_delay_is_never_below_the_first_nor_above_the_last(backoff: Backoff, gaps: list[float]) -> None:
+def test_backoff_stays_between_its_first_and_its_last_delay(backoff: Backoff, gaps: list[float]) -> None:
     for now in accumulate(gaps):
         delay = backoff.delay(now)
         assert delay is None or backoff.first <= delay <= backoff.first * 2 ** (backoff.limit - 1)
 
 
 @given(backoffs, gaps)
-def test_no_window_has_more_restarts_than_the_limit(backoff: Backoff, gaps: list[float]) -> None:
+def test_backoff_counts_no_more_restarts_in_a_window_than_the_limit(backoff: Backoff, gaps: list[float]) -> None:
     counted = [now for now in accumulate(gaps) if backoff.delay(now) is not None]
     for first in counted:
         assert sum(first <= now < first + backoff.window for now in counted) <= backoff.limit
 
 
 @given(backoffs, gaps)
-def test_a_worker_is_given_up_only_after_the_limit_of_restarts_in_a_window(backoff: Backoff, gaps: list[float]) -> None:
+def test_backoff_gives_up_only_when_a_window_is_full(backoff: Backoff, gaps: list[float]) -> None:
     counted: list[float] = []
     for now in accumulate(gaps):
         recent = sum(now - backoff.window < each for each in counted)
@@ -55,7 +55,7 @@ def test_a_worker_is_given_up_only_after_the_limit_of_restarts_in_a_window(backo
 
 
 @given(st.lists(st.tuples(st.floats(0, 30), st.booleans()), max_size=40))
-def test_a_slot_starts_no_worker_before_its_time_and_no_name_twice(steps: list[tuple[float, bool]]) -> None:
+def test_slot_is_not_due_before_its_time_and_repeats_no_name(steps: list[tuple[float, bool]]) -> None:
     slot: Slot[str] = Slot("w", backoff=Backoff(limit=4, window=20))
     names: list[str] = []
     now, ended_at = 0.0, -1.0
@@ -74,7 +74,7 @@ def test_a_slot_starts_no_worker_before_its_time_and_no_name_twice(steps: list[t
     assert slot.restarts in (len(names) - 1, len(names)) or not names
 
 
-def test_a_slot_says_when_its_next_worker_starts_and_stays_down_after_too_many() -> None:
+def test_slot_stays_down_after_too_many_restarts() -> None:
     slot: Slot[str] = Slot("w", backoff=Backoff(limit=1), worker="w")
     assert slot.ended(10.0) == "it starts again in 0.5 s"
     assert (slot.name, slot.is_due(10.4), slot.is_due(10.5)) == ("w.1", False, True)
@@ -84,18 +84,18 @@ def test_a_slot_says_when_its_next_worker_starts_and_stays_down_after_too_many()
     assert not slot.is_due(1e9)
 
 
-def test_a_slot_that_is_given_up_is_never_due() -> None:
+def test_slot_is_never_due_when_given_up() -> None:
     slot: Slot[str] = Slot("w")
     slot.give_up()
     assert not slot.is_due(1e9)
 
 
-def test_the_first_worker_of_a_name_has_no_number() -> None:
+def test_incarnation_has_no_number_before_the_first_restart() -> None:
     assert [incarnation("w", restarts) for restarts in range(3)] == ["w", "w.1", "w.2"]
 
 
-class Threads:
-    """What both kinds of fake pools share: workers that exist only in `launched`, and end when a test says so."""
+class Launcher:
+    """Starts fake workers for both kinds of pools; a test ends them."""
 
     def __init__(self) -> None:
         self.launched: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -117,7 +117,7 @@ class Attention(AttentionSupervisor[Worker]):
 
     def __init__(self, count: int, *, auto: bool = True, deadline: float | None = None) -> None:
         super().__init__(count)
-        self.fake = Threads()
+        self.fake = Launcher()
         self.auto = auto
         self.ended_at_close: list[Worker] = []
         self._deadline = deadline
@@ -147,7 +147,7 @@ class Models(ModelSupervisor[Worker]):
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
-        self.fake = Threads()
+        self.fake = Launcher()
         self.ended: queue.SimpleQueue[tuple[int, str, str, bool]] = queue.SimpleQueue()
         for slot in self._slots:
             slot.backoff.first, slot.backoff.limit = 0.001, 2
@@ -178,7 +178,7 @@ class Events:
         return [self._queue.get(timeout=20) for _ in range(count)]
 
 
-def test_all_workers_are_up_when_start_returns_and_ended_at_close() -> None:
+def test_attention_workers_are_up_after_start_and_ended_by_close() -> None:
     workers = Attention(3)
     progress: list[tuple[str, int, int | None]] = []
     started = workers.start(lambda *step: progress.append(step))
@@ -189,7 +189,7 @@ def test_all_workers_are_up_when_start_returns_and_ended_at_close() -> None:
     assert len(workers.ended_at_close) == 3
 
 
-def test_a_worker_that_ends_leaves_once_and_the_next_one_joins_under_another_name() -> None:
+def test_ended_worker_leaves_and_the_next_joins_under_another_name() -> None:
     workers = Attention(2)
     workers.start()
     events = Events(workers)
@@ -200,7 +200,7 @@ def test_a_worker_that_ends_leaves_once_and_the_next_one_joins_under_another_nam
     workers.close()
 
 
-def test_a_worker_that_the_engine_gave_up_is_killed_and_does_not_leave() -> None:
+def test_lost_worker_is_killed_and_replaced_without_a_leave_event() -> None:
     workers = Attention(1)
     workers.start()
     events = Events(workers)
@@ -213,7 +213,7 @@ def test_a_worker_that_the_engine_gave_up_is_killed_and_does_not_leave() -> None
     workers.close()
 
 
-def test_a_worker_that_ends_too_often_stays_down_and_the_others_go_on() -> None:
+def test_worker_stays_down_when_it_ends_too_often_and_the_others_go_on() -> None:
     workers = Attention(2)
     workers.start()
     events = Events(workers)
@@ -228,7 +228,7 @@ def test_a_worker_that_ends_too_often_stays_down_and_the_others_go_on() -> None:
     workers.close()
 
 
-def test_a_start_fails_with_the_last_lines_of_a_worker_that_ends_before_it_is_up() -> None:
+def test_start_shows_the_last_lines_when_a_worker_ends_before_it_is_up() -> None:
     workers = Attention(2, auto=False)
     workers.end(1)
     with pytest.raises(EngineError, match=r"^attention-1 did not start, exit status 1\n  last words$"):
@@ -236,7 +236,7 @@ def test_a_start_fails_with_the_last_lines_of_a_worker_that_ends_before_it_is_up
     assert [status.state for status in workers.status()] == ["given up"] * 2
 
 
-def test_a_start_fails_with_its_cause_where_a_worker_cannot_be_started() -> None:
+def test_start_has_the_cause_when_a_worker_cannot_be_started() -> None:
     workers = Attention(3)
     workers.fake.refuses = "attention-1"
     with pytest.raises(EngineError, match="cannot start attention-1: no memory") as caught:
@@ -245,12 +245,12 @@ def test_a_start_fails_with_its_cause_where_a_worker_cannot_be_started() -> None
     assert workers.fake.launched.qsize() == 1  # and none after it
 
 
-def test_a_start_fails_where_a_worker_is_not_up_at_its_deadline() -> None:
+def test_start_fails_when_a_worker_is_not_up_at_its_deadline() -> None:
     with pytest.raises(EngineError, match="attention-0 did not start, killed"):
         Attention(1, auto=False, deadline=0.01).start()
 
 
-def test_a_start_fails_with_a_bug_as_its_cause_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_start_fails_and_logs_when_the_supervisor_has_a_bug(caplog: pytest.LogCaptureFixture) -> None:
     workers = Attention(1)
     workers.fake.breaks = True
     with pytest.raises(EngineError, match="cannot run the attention workers: a bug"):
@@ -258,7 +258,7 @@ def test_a_start_fails_with_a_bug_as_its_cause_and_is_logged(caplog: pytest.LogC
     assert "no longer watched" in caplog.text
 
 
-def test_a_close_on_another_thread_ends_a_start() -> None:
+def test_start_ends_when_another_thread_closes() -> None:
     workers = Attention(1, auto=False)
     closing = threading.Thread(target=lambda: (workers.fake.launched.get(timeout=20), workers.close()))
     closing.start()
@@ -267,7 +267,7 @@ def test_a_close_on_another_thread_ends_a_start() -> None:
     closing.join()
 
 
-def test_an_engine_gets_each_end_of_a_model_worker_and_whether_it_stays_down() -> None:
+def test_model_worker_end_is_reported_each_time_with_whether_it_stays_down() -> None:
     models = Models(3)
     models.begin()
     assert [models.fake.launched.get(timeout=20) for _ in range(2)] == ["model-1", "model-2"]
@@ -280,7 +280,7 @@ def test_an_engine_gets_each_end_of_a_model_worker_and_whether_it_stays_down() -
     models.close()
 
 
-def test_a_model_worker_that_cannot_be_started_is_tried_again() -> None:
+def test_model_worker_is_tried_again_when_it_cannot_be_started() -> None:
     models = Models(2)
     models.fake.refuses = "model-1"
     models.begin()
@@ -289,7 +289,7 @@ def test_a_model_worker_that_cannot_be_started_is_tried_again() -> None:
     models.close()
 
 
-def test_a_bug_in_the_watching_is_the_end_of_every_model_worker(caplog: pytest.LogCaptureFixture) -> None:
+def test_model_workers_are_reported_as_down_when_the_supervisor_has_a_bug(caplog: pytest.LogCaptureFixture) -> None:
     models = Models(3)
     models.fake.breaks = True
     models.begin()
