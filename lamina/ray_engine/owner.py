@@ -61,9 +61,7 @@ class EngineOwner:
         self._model = model
         self._config = config
         self._user: RemoteEngine | None = None
-        self._count = (
-            config.attention_workers if isinstance(config.attention_workers, int) else 0
-        )  # a list is refused
+        self._count = config.attention_workers if isinstance(config.attention_workers, int) else 0  # a list is refused
         self._workers: RayAttentionWorkers | None = None
         self._failure: LaminaError | None = None  # why the attention workers did not come up
         self._actor: Any = None

@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -35,16 +36,6 @@ from lamina.errors import (
     UnsupportedModelError,
 )
 from lamina.server.processes.child_protocol import LOG_LEVEL, line, parse
-from lamina.server.processes.events import (
-    ChildEnded,
-    Event,
-    LineReceived,
-    SignalReceived,
-    WorkerJoined,
-    WorkerLeft,
-    WorkersStarted,
-    signals,
-)
 from lamina.server.settings import ServerSettings
 from lamina.system.child_process import ChildProcess, end_all
 
@@ -100,7 +91,7 @@ class Supervisor:
         self._plan = plan
         self._report = report
         self._clock = clock
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # events, for the main thread
         self._engine = _Role("engine")
         self._http = _Role("http")
         self._secret = secrets.token_hex(32)
@@ -122,7 +113,7 @@ class Supervisor:
         with (
             tempfile.TemporaryDirectory(prefix="lamina-serve-") as folder,
             self._listening() as sock,
-            signals(self._events),
+            _signals(lambda: self._calls.put(self._stop)),
         ):
             self._folder, self._socket = Path(folder), sock
             if len(folder) > _LONGEST_FOLDER:
@@ -131,10 +122,7 @@ class Supervisor:
                 self._begin_workers()
                 while not self._over():
                     self._start_due()
-                    try:
-                        self._take(self._events.get(timeout=self._until_next()))
-                    except queue.Empty:
-                        self._check_deadlines()
+                    self._take()
             finally:
                 self._end()
         if self._failure is not None:
@@ -186,7 +174,7 @@ class Supervisor:
                 result: tuple[WorkerAddress, ...] | EngineError = workers.start(self._report.progress)
             except EngineError as error:
                 result = error
-            self._events.put(WorkersStarted(result))
+            self._calls.put(lambda: self._workers_started(result))
 
         threading.Thread(target=start, name="lamina-workers", daemon=True).start()
 
@@ -235,7 +223,7 @@ class Supervisor:
             role.base,
             [sys.executable, "-m", module],
             self._heard,
-            lambda child: self._events.put(ChildEnded(child)),
+            lambda child: self._calls.put(lambda: self._ended(child)),
             pass_fds=descriptors,
             environment=os.environ | {"PYTHONUNBUFFERED": "1", LOG_LEVEL: self._plan.log_level},
         )
@@ -243,26 +231,17 @@ class Supervisor:
     def _heard(self, child: ChildProcess, text: str) -> None:
         """On a thread of the child's."""
         if (said := parse(text)) is not None:
-            self._events.put(LineReceived(child, said))
+            self._calls.put(lambda: self._hear(child, *said))
 
-    def _take(self, event: Event) -> None:
-        match event:
-            case LineReceived(child, said):
-                self._hear(child, *said)
-            case ChildEnded(child):
-                self._ended(child)
-            case SignalReceived():
-                self._stop()
-            case WorkersStarted(result):
-                self._workers_started(result)
-            case WorkerJoined(worker):
-                self._workers[worker.name] = worker
-                self._report.said(f"attention worker {worker.name} is there")
-                self._notify_engine("joined", _fields(worker))
-            case WorkerLeft(name):
-                self._workers.pop(name, None)
-                self._notify_engine("left", name)
-        self._introduce_workers()
+    def _take(self) -> None:
+        """Take the next event, or what is due before it."""
+        try:
+            call = self._calls.get(timeout=self._until_next())
+        except queue.Empty:
+            self._check_deadlines()
+        else:
+            call()
+            self._introduce_workers()
 
     def _hear(self, child: ChildProcess, word: str, *items: Any) -> None:
         if word == "progress":
@@ -331,8 +310,18 @@ class Supervisor:
         self._workers_due = self._clock() + WORKERS_BACK
         if self._attention is not None:
             self._attention.watch(
-                lambda worker: self._events.put(WorkerJoined(worker)), lambda name: self._events.put(WorkerLeft(name))
+                lambda worker: self._calls.put(lambda: self._joined(worker)),
+                lambda name: self._calls.put(lambda: self._left(name)),
             )
+
+    def _joined(self, worker: WorkerAddress) -> None:
+        self._workers[worker.name] = worker
+        self._report.said(f"attention worker {worker.name} is there")
+        self._notify_engine("joined", _fields(worker))
+
+    def _left(self, name: str) -> None:
+        self._workers.pop(name, None)
+        self._notify_engine("left", name)
 
     def _introduce_workers(self) -> None:
         """Send a new engine the workers that are there: once all are, or some after a while."""
@@ -396,3 +385,14 @@ class Supervisor:
 def _fields(worker: WorkerAddress) -> list[Any]:
     token = worker.credentials.token if worker.credentials is not None else ""
     return [worker.name, worker.address, token, worker.capacity]
+
+
+@contextmanager
+def _signals(on_signal: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `on_signal`, which may be interrupted by itself."""
+    before = {number: signal.signal(number, lambda *_: on_signal()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
