@@ -1,5 +1,7 @@
-"""Stands in for a server's engine or HTTP process, in tests of the supervisor: says what it hears into a file, and does
-what that file's folder asks for. `python -m fake_server_child`."""
+"""Stands in for a server's engine or HTTP process in tests of the supervisor: `python -m fake_server_child`.
+
+It writes what it receives to a file, and behaves as a file beside it says.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from lamina.server.processes.child_protocol import Mouth, hear
+from lamina.server.processes.child_protocol import SupervisorPipe, receive
 from lamina_workers.process.exit import die_with_parent
 
 FOLDER = Path(os.environ["FAKE_CHILD_FOLDER"])
@@ -19,34 +21,34 @@ FOLDER = Path(os.environ["FAKE_CHILD_FOLDER"])
 
 def main() -> None:
     die_with_parent()
-    mouth = Mouth()
+    pipe = SupervisorPipe()
     print("something that prints")  # noqa: T201  # it must not be taken for what is said
-    lines = hear()
+    lines = receive()
     first = next(lines)
     role = first[0]
     note(role, first)
     (FOLDER / f"{role}.pid").write_text(str(os.getpid()))
     behaviour = (FOLDER / f"{role}.txt").read_text() if (FOLDER / f"{role}.txt").exists() else ""
     if behaviour == "fails":
-        mouth.say("failed", "InvalidRequest", "no such model")
+        pipe.send("failed", "InvalidRequest", "no such model")
         sys.exit(1)
     if behaviour == "dies":
         sys.exit(3)
     if behaviour == "has no workers":
         (FOLDER / f"{role}.txt").unlink()
-        mouth.say("failed", "WorkersUnavailable", "no attention worker can be used")
+        pipe.send("failed", "WorkersUnavailable", "no attention worker can be used")
         sys.exit(1)
     if role == "engine":
-        mouth.say("progress", "loading", 1, 2)
-        mouth.say("ready", {"folder": "somewhere", "context": 100, "possible": 50})
-        mouth.say("progress", "rebuilding lost KV", 1, 2)
+        pipe.send("progress", "loading", 1, 2)
+        pipe.send("ready", {"folder": "somewhere", "context": 100, "possible": 50})
+        pipe.send("progress", "rebuilding lost KV", 1, 2)
     else:
-        mouth.say("serving")
-    for said in lines:
-        note(role, said)
-        if said[0] == "ready":
-            mouth.say("connected")
-        if said[0] == "drain" and behaviour != "drains for ever":
+        pipe.send("serving")
+    for message in lines:
+        note(role, message)
+        if message[0] == "ready":
+            pipe.send("connected")
+        if message[0] == "drain" and behaviour != "drains for ever":
             threading.Thread(target=leave, daemon=True).start()
 
 
@@ -55,9 +57,9 @@ def leave() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def note(role: str, said: list[object]) -> None:
+def note(role: str, message: list[object]) -> None:
     with (FOLDER / f"{role}.log").open("a") as file:
-        file.write(json.dumps(said) + "\n")
+        file.write(json.dumps(message) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ It receives the model to load and the attention workers to use; it sends the pro
 ends when its stdin closes, and when the engine stops. torch is imported after the environment that OpenMP reads is set.
 
 received   ["engine", model, config, socket, secret, waits for workers]
-           ["members", [[name, address, token, capacity]]]   ["joined", worker]   ["left", name]
+           ["workers", [[name, address, token, capacity]]]   ["joined", worker]   ["left", name]
 sent       ["progress", what, done, total]   ["ready", facts]   ["failed", kind, why]   ["lost", name]
 """
 
@@ -61,7 +61,7 @@ def _listen(messages: Any, workers: RelayedWorkers | None, ended: queue.SimpleQu
     for word, *items in messages:
         if workers is None:
             continue
-        if word == "members":
+        if word == "workers":
             workers.there([_worker(fields) for fields in items[0]])
         elif word == "joined":
             workers.joined(_worker(items[0]))

@@ -222,16 +222,16 @@ class Supervisor:
         return ChildProcess(
             role.base,
             [sys.executable, "-m", module],
-            self._heard,
+            self._received,
             lambda child: self._calls.put(lambda: self._ended(child)),
             pass_fds=descriptors,
             environment=os.environ | {"PYTHONUNBUFFERED": "1", LOG_LEVEL: self._plan.log_level},
         )
 
-    def _heard(self, child: ChildProcess, text: str) -> None:
+    def _received(self, child: ChildProcess, text: str) -> None:
         """On a thread of the child's."""
-        if (said := parse(text)) is not None:
-            self._calls.put(lambda: self._hear(child, *said))
+        if (message := parse(text)) is not None:
+            self._calls.put(lambda: self._take_message(child, *message))
 
     def _take(self) -> None:
         """Take the next event, or what is due before it."""
@@ -243,7 +243,7 @@ class Supervisor:
             call()
             self._introduce_workers()
 
-    def _hear(self, child: ChildProcess, word: str, *items: Any) -> None:
+    def _take_message(self, child: ChildProcess, word: str, *items: Any) -> None:
         if word == "progress":
             self._report.progress(*items)
             what, done, total = items
@@ -330,7 +330,7 @@ class Supervisor:
         enough = len(self._workers) >= self._plan.workers
         if enough or (self._workers and self._clock() >= self._workers_due):
             self._workers_due = None
-            self._engine.worker.say(line("members", [_fields(worker) for worker in self._workers.values()]))
+            self._engine.worker.say(line("workers", [_fields(worker) for worker in self._workers.values()]))
 
     def _notify_engine(self, word: str, *items: Any) -> None:
         if self._engine.worker is not None and self._workers_due is None:
