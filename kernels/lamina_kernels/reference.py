@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 
 from lamina_kernels.cpu.merge import check_merge
-from lamina_kernels.paged.page_lists import ListPlan, attend_as_rows
+from lamina_kernels.paged.page_lists import ListPlan, through_rows
 from lamina_kernels.paged.pages import (
     AppendPlan,
     Order,
@@ -120,7 +119,7 @@ def attend(
         keys = torch.arange(int(rows.lo[row]), max(int(rows.lo[row]), int(rows.hi[row])))
         age = (int(rows.start[row]) + torch.arange(count)).unsqueeze(1) - keys
         visible = (age >= 0) & ((age < int(rows.window[row])) | (keys < int(rows.sinks[row])))
-        seen = visible.any(0)  # what nobody sees may lie in pages that are freed
+        seen = visible.any(0)  # a key that no query sees may lie in a freed page
         keys, visible = keys[seen] - int(rows.base[row]), visible[:, seen]
         for head in range(heads if len(keys) else 0):
             k, v = _read(pages, table[layer, head], keys, bool(rows.listed[row]))
@@ -168,4 +167,4 @@ def plan_lists(pages: Pages, items: int, group: int, threads: int = 1) -> ListPl
     return ListPlan(pages, items, group, threads)
 
 
-attend_lists = partial(attend_as_rows, plan, attend)
+attend_lists = through_rows(plan, attend)

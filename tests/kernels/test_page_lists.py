@@ -10,7 +10,7 @@ import torch
 
 from lamina_kernels import reference
 from lamina_kernels.cpu import decode as cpu_decode
-from lamina_kernels.paged.page_lists import attend_as_rows
+from lamina_kernels.paged.page_lists import through_rows
 from lamina_kernels.paged.pages import Pages
 
 PAGES = 40
@@ -40,7 +40,7 @@ def test_lists_are_attended_as_rows_are(dtype, threads, lengths):
     for _ in range(2):  # a plan is used again, with other lists
         found = cpu_decode.attend_lists(pages, plan, lists, asked, q, 0.3)
         plain = reference.plan_lists(pages, len(lengths), group, threads)
-        wanted = attend_as_rows(cpu_decode.plan, cpu_decode.attend, pages, plain, lists, asked, q, 0.3)
+        wanted = through_rows(cpu_decode.plan, cpu_decode.attend)(pages, plain, lists, asked, q, 0.3)
         torch.testing.assert_close(found.out, wanted.out, atol=2e-3 if dtype is torch.bfloat16 else 3e-5, rtol=1e-3)
         torch.testing.assert_close(found.lse, wanted.lse, atol=1e-4, rtol=1e-5)
         assert (found.lse[torch.from_numpy(np.repeat(asked == 0, group))] == -torch.inf).all()

@@ -1,7 +1,7 @@
 """Paged attention on a CPU, at the speed at which memory is read.
 
 `plan` checks a batch and deals its work to threads, once for all layers; `attend` then only fills in a block of
-arguments and launches the compiled loops. Knows pages and rows; knows no policy and no sequence.
+arguments and launches the compiled loops.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _assemble(
 
 
 def _describe(pages: Pages) -> dict[str, int]:
-    """What every block of arguments says of the pages."""
+    """The fields of the pages in every block of arguments."""
     at = pages.layout
     return {
         "arena": pages.arena.data_ptr(),
@@ -220,7 +220,7 @@ def attend_lists(
     scale: float,
     soft_cap: float | None = None,
 ) -> Partial:
-    """As `page_lists.attend_as_rows`, in a tenth of the time that planning would take."""
+    """As `page_lists.through_rows`, in a tenth of the time that planning would take."""
     check_lists(pages, plan, lists, lengths, q)
     bad = deal_lists(plan.pieces, plan.starts, lists, lengths, plan.group, pages.layout.page_size, pages.n_pages)
     if bad >= 0:

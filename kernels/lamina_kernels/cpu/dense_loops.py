@@ -1,7 +1,7 @@
 """The small operations of dense layers, compiled for the CPU: each passes over its rows once.
 
 Numbers in memory are float32 or bfloat16; arithmetic is float32, rounded to nearest, ties to even. A row is computed
-the same way whatever rows stand beside it and however many threads share them. Knows no layer and no model.
+the same way whatever rows stand beside it and however many threads share them.
 The functions at the end take tensors, and check that a kernel may read and write where they are.
 """
 
@@ -218,24 +218,15 @@ def _run(
     x: torch.Tensor,
     rows: int,
     width: int,
-    out: torch.Tensor,
-    second: int = 0,
-    third: int = 0,
-    y: int = 0,
-    weight: int = 0,
-    k_weight: int = 0,
-    cos: int = 0,
-    sin: int = 0,
-    heads: int = 0,
-    kv_heads: int = 0,
+    addresses: tuple[int, int, int, int, int, int, int, int],
+    heads: tuple[int, int] = (0, 0),
     eps: float = 0.0,
 ) -> None:
-    """Run a kernel on x; the rest are its fields in _ARGUMENTS, addresses where they are not sizes."""
+    """Run a kernel on x. addresses: of _ADDRESSES, the ones after x, 0 where there is none; heads: query and KV."""
     address, call = load_kernel(x.dtype == torch.bfloat16)
     threads = 1 if x.numel() < _PARALLEL else min(torch.get_num_threads(), rows)
-    sizes = (operation, x.element_size(), rows, width, heads, kv_heads)
-    addresses = (x.data_ptr(), y, out.data_ptr(), second, third, weight, k_weight, cos, sin)
-    _LAYOUT.pack_into(_block.buffer, 0, 0, 0, threads, *sizes, *addresses, eps)
+    sizes = (operation, x.element_size(), rows, width)
+    _LAYOUT.pack_into(_block.buffer, 0, 0, 0, threads, *sizes, *heads, x.data_ptr(), *addresses, eps)
     if threads == 1:
         call(_block.address)
     else:
@@ -257,7 +248,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.contiguous()
     rows, width = x.shape
     out = torch.empty_like(x)
-    _run(_NORM, x, rows, width, out, weight=_address("weight", weight, x.dtype, width), eps=eps)
+    scale = _address("weight", weight, x.dtype, width)
+    _run(_NORM, x, rows, width, (0, out.data_ptr(), 0, 0, scale, 0, 0, 0), eps=eps)
     return out
 
 
@@ -269,7 +261,7 @@ def add_rms_norm(
     rows, width = x.shape
     y, scale = _address("residual", residual, x.dtype, rows, width), _address("weight", weight, x.dtype, width)
     out, total = torch.empty_like(x), torch.empty_like(x)
-    _run(_NORM, x, rows, width, out, second=total.data_ptr(), y=y, weight=scale, eps=eps)
+    _run(_NORM, x, rows, width, (y, out.data_ptr(), total.data_ptr(), 0, scale, 0, 0, 0), eps=eps)
     return out, total
 
 
@@ -294,22 +286,8 @@ def split_heads(
         weight, k_weight = (_address("norm", x, dtype, width) for x in norms)
     q = torch.empty(n, heads, width, dtype=dtype)
     k, v = torch.empty(n, kv_heads, width, dtype=dtype), torch.empty(n, kv_heads, width, dtype=dtype)
-    _run(
-        _SPLIT,
-        qkv,
-        n,
-        width,
-        q,
-        second=k.data_ptr(),
-        third=v.data_ptr(),
-        weight=weight,
-        k_weight=k_weight,
-        cos=cos,
-        sin=sin,
-        heads=heads,
-        kv_heads=kv_heads,
-        eps=eps,
-    )
+    addresses = (0, q.data_ptr(), k.data_ptr(), v.data_ptr(), weight, k_weight, cos, sin)
+    _run(_SPLIT, qkv, n, width, addresses, (heads, kv_heads), eps)
     return q, k, v
 
 
@@ -319,5 +297,5 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     _address("gate_up", gate_up, gate_up.dtype, rows, 2 * width)
     out = torch.empty(rows, width, dtype=gate_up.dtype)
-    _run(_SILU, gate_up, rows, width, out)
+    _run(_SILU, gate_up, rows, width, (0, out.data_ptr(), 0, 0, 0, 0, 0, 0))
     return out

@@ -1,12 +1,15 @@
 """Small operations of compiled code that numba has no name for, over addresses and vectors of 16 floats.
 
-Each intrinsic is called from compiled code and emitted in place. Knows nothing of attention or of layers.
+Each intrinsic is called from compiled code and emitted in place. One with many operands takes them as a named tuple,
+which `unpack` takes apart again.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NewType, TypeVar, get_type_hints
 
+import numpy as np
 from numba.core import cgutils, types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
@@ -14,6 +17,9 @@ from numba.extending import intrinsic
 from lamina_kernels.cpu.emitter import I64, VF, VI, VS, Emitter, Value
 
 LOG2E = 1.4426950408889634
+Address = NewType("Address", int)  # of memory: a field of this type is unpacked to a pointer
+
+T = TypeVar("T", bound=NamedTuple)
 
 
 def literals(*values: Any) -> list[int]:
@@ -22,6 +28,21 @@ def literals(*values: Any) -> list[int]:
         if not isinstance(value, types.IntegerLiteral):
             raise RequireLiteralValue(f"{value} must be a compile-time constant")
     return [value.literal_value for value in values]
+
+
+def signature_of(literals: Sequence[Any], integers: int, floats: int = 0) -> Any:
+    """The numba signature of an intrinsic without a result: constants, then int64, then float32."""
+    return types.void(*literals, *[types.int64] * integers, *[types.float32] * floats)
+
+
+def unpack(cls: type[T], context: Any, e: Emitter, kind: Any, operands: Value) -> T:
+    """The operands that an intrinsic got as a `cls` of numba type `kind`: an int64, a float32 or a pointer a field."""
+    values = []
+    for i, declared in enumerate(get_type_hints(cls).values()):
+        to = types.float32 if declared is np.float32 else types.int64
+        value = context.cast(e.b, e.b.extract_value(operands, i), kind.types[i], to)
+        values.append(e.pointer(value) if declared is Address else value)
+    return cls(*values)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

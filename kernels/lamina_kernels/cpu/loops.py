@@ -2,8 +2,8 @@
 
 A piece's keys stream through in blocks with an online softmax. Every block is read once for all heads of its group
 and all queries of the piece, while the block after it is fetched: without that the loops would wait for memory most
-of the time. Whoever finishes the last share merges the outputs that were cut. Nothing here is checked: addresses and
-sizes come from `cpu_decode`.
+of the time. The thread that finishes the last share merges the outputs that were cut. Nothing here is checked:
+addresses and sizes come from `decode`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -25,7 +25,7 @@ from lamina_kernels.cpu import moves as cpu_moves
 from lamina_kernels.cpu.emitter import Kind
 from lamina_kernels.cpu.intrinsics import LOG2E, pointer
 from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprint
-from lamina_kernels.cpu.microkernels import BLOCK, ROW, TILE
+from lamina_kernels.cpu.microkernels import BLOCK, ROW, TILE, Accumulate, Dot
 from lamina_kernels.cpu.moves import PAGES, move, value_offset
 from lamina_kernels.paged import schedule
 from lamina_kernels.paged.schedule import PIECE
@@ -179,14 +179,19 @@ def _finish(a: Any, piece: Any, sums: int, totals: int, peaks: Any) -> None:
         _floats(lse, vector + 1)[vector] = -np.inf if empty else peaks[row] / LOG2E + math.log(total)
 
 
-@njit  # type: ignore[untyped-decorator]
-def _attend_block(
-    kind: int, unit: int, a: Any, piece: Any, begin: int, end: int, row: int, near: Any, far: Any, shift: int
-) -> None:
-    """TILE query vectors from `row` on against the block of keys from slot `begin` to `end`.
+class _Keys(NamedTuple):
+    """A block of keys."""
 
-    near: addresses of the block's strips of K, then of V; far: of strips to fetch meanwhile.
-    """
+    begin: int  # its first slot
+    end: int
+    near: Any  # addresses of its strips of K, then of V
+    far: Any  # those of strips to fetch meanwhile
+
+
+@njit  # type: ignore[untyped-decorator]
+def _attend_block(kind: int, unit: int, a: Any, piece: Any, row: int, keys: _Keys, shift: int) -> None:
+    """TILE query vectors from `row` on against a block of keys."""
+    begin, end, near, far = keys
     width = 16 * unit
     rows = min(TILE, piece.rows - row)
     first = piece.position + row // piece.group  # of the tile's queries
@@ -202,7 +207,8 @@ def _attend_block(
     of_q, of_k = a.scales + shift + row * 4, a.slots + shift
     for strip in range(strips):
         at = strip * width * 4
-        micro.dot(kind, unit, rows, panel, near[strip], far[strip], logits + at, steps, stride, of_q, of_k + at, scale)
+        place = logits + at
+        micro.dot(kind, unit, Dot(rows, panel, near[strip], far[strip], place, steps, stride, of_q, of_k + at, scale))
     edge = begin < max(piece.lo, last - piece.window + 1) or begin + strips * width > min(piece.hi, first + 1)
     sums, totals = a.sums + shift + row * a.d_v * 4, a.totals + shift + row * 64
     peaks, decays = a.peaks + shift + row * 4, a.decays + shift
@@ -223,7 +229,7 @@ def _attend_block(
         at = sums + r * a.d_v * 4
         values, ahead = near.ctypes.data + 8 * STRIPS, (near if r else far).ctypes.data + 8 * STRIPS
         count, weights = min(tile, rows - r), logits + r * ROW
-        micro.accumulate(kind, unit, count, weights, values, ahead, strips, at, a.d_v, decays + r * 4)
+        micro.accumulate(kind, unit, Accumulate(count, weights, values, ahead, strips, at, a.d_v, decays + r * 4))
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -311,7 +317,8 @@ def _attend_piece(kind: int, unit: int, a: Any, piece: Any, following: Any, shif
         if piece.bias:
             _collect_biases(a, piece, begin, shift)
         for row in range(0, piece.rows, TILE):
-            _attend_block(kind, unit, a, piece, begin, begin + block, row, near, far if row == 0 else near, shift)
+            keys = _Keys(begin, begin + block, near, far if row == 0 else near)
+            _attend_block(kind, unit, a, piece, row, keys, shift)
         begin += block
     _finish(a, piece, a.sums + shift, a.totals + shift, peaks)
 

@@ -1,21 +1,21 @@
 """The inner loops of attention on a CPU, written as LLVM IR over vectors of 16 floats.
 
 Each public function is a numba intrinsic: called from compiled code, it is emitted in place. Addresses and sizes are
-int64, `kind` and `unit` compile-time constants. Knows registers and blocks of memory; knows nothing of pages, masks,
-rows or threads.
+int64, `kind` and `unit` compile-time constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from lamina_kernels.cpu.emitter import F32, I32, I64, LANES, VF, VH, VI, VS, VY, Emitter, Kind, Value
-from lamina_kernels.cpu.intrinsics import LOG2E, literals, to_half
+from lamina_kernels.cpu.intrinsics import LOG2E, Address, literals, signature_of, to_half, unpack
 
 TILE = 8  # query vectors computed together: 8 x 2 registers of logits
 BLOCK = 128  # keys between two updates of the softmax, at most
@@ -33,10 +33,6 @@ def packs(code: int) -> tuple[int, int]:
     if code == Kind.INT8:
         return 2, 4
     return (2, 2) if code in (Kind.BFLOAT16, Kind.BFLOAT16_DOT) else (1, 1)
-
-
-def _signature(literals: Sequence[Any], integers: int, floats: int = 0) -> Any:
-    return types.void(*literals, *[types.int64] * integers, *[types.float32] * floats)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -75,37 +71,31 @@ def quantise(context: Any, source: Any, target: Any, words: Any, stride: Any) ->
     return types.float32(*[types.int64] * 4), emit
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def dot(
-    context: Any,
-    kind: Any,
-    unit: Any,
-    rows: Any,
-    panel: Any,
-    keys: Any,
-    ahead: Any,
-    logits: Any,
-    steps: Any,
-    stride: Any,
-    of_q: Any,
-    of_k: Any,
-    scale: Any,
-) -> Any:
-    """Logits of up to TILE query vectors against 16 * unit keys: scale * sum over d of q[d] k[d].
+class Dot(NamedTuple):
+    """The operands of `dot`."""
 
-    panel: the queries `[steps, TILE]`, each one channel's float, or pair's; keys: `[steps, stride bytes]`, each step
-    one channel, or pair, of all keys; ahead: keys to fetch meanwhile, of the same shape; logits: float32
-    `[TILE, BLOCK]`, of which rows x 16 * unit are written; of_q, of_k: float32, for INT8 alone, what a unit of each
-    query and of each key is worth.
-    """
+    rows: int  # query vectors, at most TILE
+    panel: Address  # the queries `[steps, TILE]`, each one channel's float, or pair's
+    keys: Address  # `[steps, stride bytes]`, each step one channel, or pair, of all keys
+    ahead: Address  # keys to fetch meanwhile, of the same shape
+    logits: Address  # float32 `[TILE, BLOCK]`, of which rows x 16 * unit are written
+    steps: int
+    stride: int
+    of_q: Address  # float32 `[rows]`, for INT8 alone: what a unit of each query is worth
+    of_k: Address  # float32 `[16 * unit]`, likewise of each key
+    scale: np.float32
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def dot(context: Any, kind: Any, unit: Any, operands: Any) -> Any:
+    """Logits of some query vectors against 16 * unit keys: scale * sum over d of q[d] k[d]. operands: `Dot`."""
     code, width = literals(kind, unit)
     words = Kind(code).words[1]  # of the panel a step
     size = stored_bytes(code, packs(code)[0])
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
-        rows, panel, keys, ahead, logits, steps, stride, of_q, of_k, scale = args[2:]
-        panel, keys, ahead, logits, of_q, of_k = (e.pointer(a) for a in (panel, keys, ahead, logits, of_q, of_k))
+        o = unpack(Dot, context, e, signature.args[2], args[2])
 
         def tile(count: int) -> None:
             def step(i: Value, q: Value, k: Value, far: Value, *sums: Value) -> list[Value]:
@@ -113,23 +103,23 @@ def dot(
                     e.fetch(e.at(far, line))
                 stored = [e.at(k, size * u) for u in range(width)]
                 new = e.multiply_stored(code, stored, [e.at(q, 4 * words * r) for r in range(count)], sums)
-                return [e.at(q, 4 * words * TILE), e.at(k, stride), e.at(far, stride), *new]
+                return [e.at(q, 4 * words * TILE), e.at(k, o.stride), e.at(far, o.stride), *new]
 
-            sums = e.loop(steps, [panel, keys, ahead] + [e.zero(code)] * (count * width), step)[3:]
-            factors = [e.splat(scale)] * width
+            sums = e.loop(o.steps, [o.panel, o.keys, o.ahead] + [e.zero(code)] * (count * width), step)[3:]
+            factors = [e.splat(o.scale)] * width
             if code == Kind.INT8:
-                factors = [builder.fmul(e.load(e.at(of_k, 64 * u), VF), factors[u]) for u in range(width)]
+                factors = [builder.fmul(e.load(e.at(o.of_k, 64 * u), VF), factors[u]) for u in range(width)]
             for i, total in enumerate(sums):
                 factor = factors[i % width]
                 if code == Kind.INT8:
                     total = builder.sitofp(total, VF)
-                    factor = builder.fmul(e.splat(e.load(e.at(of_q, i // width * 4), F32)), factor)
-                e.store(builder.fmul(total, factor), e.at(logits, i // width * ROW + i % width * 64))
+                    factor = builder.fmul(e.splat(e.load(e.at(o.of_q, i // width * 4), F32)), factor)
+                e.store(builder.fmul(total, factor), e.at(o.logits, i // width * ROW + i % width * 64))
 
-        e.choose(rows, (2, 3, 4, TILE), tile)  # one is computed as two: for one alone, fetches come too fast
+        e.choose(o.rows, (2, 3, 4, TILE), tile)  # one is computed as two: for one alone, fetches come too fast
         return context.get_dummy_value()
 
-    return _signature([kind, unit], 9, 1), emit
+    return types.void(kind, unit, operands), emit
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -163,7 +153,7 @@ def cap(context: Any, logits: Any, vectors: Any, soft_cap: Any) -> Any:
         e.loop(args[1], [], step)
         return context.get_dummy_value()
 
-    return _signature([], 2, 1), emit
+    return signature_of([], 2, 1), emit
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -183,7 +173,7 @@ def shift(context: Any, logits: Any, vectors: Any, biases: Any) -> Any:
         e.loop(args[1], [], step)
         return context.get_dummy_value()
 
-    return _signature([], 3), emit
+    return signature_of([], 3), emit
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -205,7 +195,7 @@ def mask(context: Any, logits: Any, vectors: Any, begin: Any, end: Any) -> Any:
         e.loop(args[1], [lanes], step)
         return context.get_dummy_value()
 
-    return _signature([], 4), emit
+    return signature_of([], 4), emit
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -252,7 +242,7 @@ def weigh(context: Any, kind: Any, logits: Any, vectors: Any, peak: Any, total: 
             _make_integers(e, logits, vectors, largest[0], largest[1], e.at(decay, WORTH))
         return context.get_dummy_value()
 
-    return _signature([kind], 6), emit
+    return signature_of([kind], 6), emit
 
 
 def _make_integers(e: Emitter, weights: Value, vectors: Value, largest: Value, sums: Value, worth: Value) -> None:
@@ -273,98 +263,104 @@ def _make_integers(e: Emitter, weights: Value, vectors: Value, largest: Value, s
     e.loop(vectors, [], step)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def accumulate(
-    context: Any,
-    kind: Any,
-    unit: Any,
-    rows: Any,
-    weights: Any,
-    values: Any,
-    ahead: Any,
-    strips: Any,
-    sums: Any,
-    d: Any,
-    decay: Any,
-) -> Any:
-    """sums <- decay * sums + weights @ values, for 1 to 4 query vectors, or TILE.
+class Accumulate(NamedTuple):
+    """The operands of `accumulate`."""
 
-    weights: as `weigh` leaves them, ROW bytes a query vector; values: addresses of `strips` strips of 16 * unit
-    values, each `[tokens / v_pack, d, v_pack]`; ahead: those of strips to fetch meanwhile; sums: float32
-    `[rows, d]`; decay: float32 `[rows]` as `weigh` leaves them.
-    """
+    rows: int  # query vectors: 1 to 4, or TILE
+    weights: Address  # as `weigh` leaves them, ROW bytes a query vector
+    values: Address  # int64 `[strips]`: addresses of 16 * unit values each, `[tokens / v_pack, d, v_pack]`
+    ahead: Address  # int64 `[strips]`: those of strips to fetch meanwhile
+    strips: int
+    sums: Address  # float32 `[rows, d]`
+    d: int
+    decay: Address  # float32 `[rows]`, as `weigh` leaves it
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def accumulate(context: Any, kind: Any, unit: Any, operands: Any) -> Any:
+    """sums <- decay * sums + weights @ values. operands: `Accumulate`."""
     code, width = literals(kind, unit)
-    pack = packs(code)[1]
-    steps = LANES * width // pack  # of a strip
-    size = stored_bytes(code, pack)
-    exact = code == Kind.INT8
-    advance = 8 if exact or code == Kind.BFLOAT16 else 4  # bytes of weights a step
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, e = builder, Emitter(builder)
-        rows, weights, values, ahead, strips, sums, d, decay = args[2:]
-        weights, values, ahead, sums, decay = (e.pointer(a) for a in (weights, values, ahead, sums, decay))
-        stride = b.mul(d, I64(size // LANES))
-        row_bytes = b.shl(d, I64(2))
-
-        def columns(count: int, chunks: int, first: Value) -> list[Value]:
-            """`count` query vectors, `chunks` registers of channels from number `first` on."""
-            places = [
-                e.at(sums, b.add(b.mul(row_bytes, I64(r)), b.shl(b.add(first, I64(c)), I64(6))))
-                for r in range(count)
-                for c in range(chunks)
-            ]
-            fades = [e.splat(e.load(e.at(decay, 4 * r), F32)) for r in range(count)]
-
-            def faded() -> list[Value]:
-                return [b.fmul(e.load(p, VF), fades[i // chunks]) for i, p in enumerate(places)]
-
-            # Of INT8 this block is summed in whole numbers, high and low bytes apart, then added to the earlier ones.
-            start = [e.zero(code)] * len(places) * 2 if exact else faded()
-
-            def strip(i: Value, w: Value, *totals: Value) -> list[Value]:
-                near, far = (
-                    e.at(e.pointer(e.load(e.at(x, b.shl(i, I64(3))), I64, 8)), b.mul(first, I64(size)))
-                    for x in (values, ahead)
-                )
-
-                def step(i: Value, w: Value, v: Value, far: Value, *totals: Value) -> list[Value]:
-                    for line in range(0, size * chunks, 64):
-                        e.fetch(e.at(far, line))
-                    stored, new = [e.at(v, size * c) for c in range(chunks)], []
-                    for half in range(len(totals) // len(places)):
-                        factors = [e.at(w, ROW * r + 4 * half) for r in range(count)]
-                        own = totals[half * len(places) : (half + 1) * len(places)]
-                        new += e.multiply_stored(code, stored, factors, own, pack)
-                    return [e.at(w, advance), e.at(v, stride), e.at(far, stride), *new]
-
-                new = e.loop(steps, [w, near, far, *totals], step)
-                return [new[0], *new[3:]]
-
-            totals = e.loop(strips, [weights, *start], strip)[1:]
-            if exact:
-                worth = [e.splat(e.load(e.at(decay, WORTH + 4 * r), F32)) for r in range(count)]
-                highs, lows = totals[: len(places)], totals[len(places) :]
-                whole = [b.add(b.shl(high, e.bits(8)), low) for high, low in zip(highs, lows, strict=True)]
-                terms = zip(whole, faded(), strict=True)
-                totals = [e.fma(b.sitofp(t, VF), worth[i // chunks], old) for i, (t, old) in enumerate(terms)]
-            for place, total in zip(places, totals, strict=True):
-                e.store(total, place)
-            return []
-
-        def tile(count: int) -> None:
-            registers, log = b.lshr(d, I64(4)), (1 if count == TILE else 2) - exact  # 16 registers of sums at most
-            whole = b.lshr(registers, I64(log))
-            with b.if_then(b.icmp_signed(">", whole, I64(0))):
-                e.loop(whole, [], lambda i: columns(count, 1 << log, b.shl(i, I64(log))))
-            left = b.and_(registers, I64((1 << log) - 1))
-            with b.if_then(b.icmp_signed(">", left, I64(0))):
-                e.loop(left, [], lambda i: columns(count, 1, b.add(b.shl(whole, I64(log)), i)))
-
-        e.choose(rows, (1, 2, 3, 4, TILE), tile)
+        e = Emitter(builder)
+        _Accumulation(e, code, width, unpack(Accumulate, context, e, signature.args[2], args[2])).emit()
         return context.get_dummy_value()
 
-    return _signature([kind, unit], 8), emit
+    return types.void(kind, unit, operands), emit
+
+
+class _Accumulation:
+    """What `accumulate` emits."""
+
+    def __init__(self, e: Emitter, code: int, width: int, operands: Accumulate) -> None:
+        self.e, self.b, self.o, self.code = e, e.b, operands, code
+        self.exact = code == Kind.INT8
+        self.pack = packs(code)[1]
+        self.steps = LANES * width // self.pack  # of a strip
+        self.size = stored_bytes(code, self.pack)
+        self.advance = 8 if self.exact or code == Kind.BFLOAT16 else 4  # bytes of weights a step
+        self.stride = self.b.mul(operands.d, I64(self.size // LANES))
+        self.row_bytes = self.b.shl(operands.d, I64(2))
+
+    def emit(self) -> None:
+        self.e.choose(self.o.rows, (1, 2, 3, 4, TILE), self.tile)
+
+    def tile(self, count: int) -> None:
+        b = self.b
+        registers, log = b.lshr(self.o.d, I64(4)), (1 if count == TILE else 2) - self.exact  # 16 of sums at most
+        whole = b.lshr(registers, I64(log))
+        with b.if_then(b.icmp_signed(">", whole, I64(0))):
+            self.e.loop(whole, [], lambda i: self.columns(count, 1 << log, b.shl(i, I64(log))))
+        left = b.and_(registers, I64((1 << log) - 1))
+        with b.if_then(b.icmp_signed(">", left, I64(0))):
+            self.e.loop(left, [], lambda i: self.columns(count, 1, b.add(b.shl(whole, I64(log)), i)))
+
+    def columns(self, count: int, chunks: int, first: Value) -> list[Value]:
+        """`count` query vectors, `chunks` registers of channels from number `first` on."""
+        e, b, o = self.e, self.b, self.o
+        places = [
+            e.at(o.sums, b.add(b.mul(self.row_bytes, I64(r)), b.shl(b.add(first, I64(c)), I64(6))))
+            for r in range(count)
+            for c in range(chunks)
+        ]
+        fades = [e.splat(e.load(e.at(o.decay, 4 * r), F32)) for r in range(count)]
+
+        def faded() -> list[Value]:
+            return [b.fmul(e.load(p, VF), fades[i // chunks]) for i, p in enumerate(places)]
+
+        # Of INT8 this block is summed in whole numbers, high and low bytes apart, then added to the earlier ones.
+        start = [e.zero(self.code)] * len(places) * 2 if self.exact else faded()
+        totals = e.loop(o.strips, [o.weights, *start], partial(self.strip, count, chunks, first))[1:]
+        if self.exact:
+            worth = [e.splat(e.load(e.at(o.decay, WORTH + 4 * r), F32)) for r in range(count)]
+            highs, lows = totals[: len(places)], totals[len(places) :]
+            whole = [b.add(b.shl(high, e.bits(8)), low) for high, low in zip(highs, lows, strict=True)]
+            terms = zip(whole, faded(), strict=True)
+            totals = [e.fma(b.sitofp(t, VF), worth[i // chunks], old) for i, (t, old) in enumerate(terms)]
+        for place, total in zip(places, totals, strict=True):
+            e.store(total, place)
+        return []
+
+    def strip(self, count: int, chunks: int, first: Value, i: Value, weights: Value, *totals: Value) -> list[Value]:
+        """Add strip i to the sums of `columns`."""
+        e, b, o, size = self.e, self.b, self.o, self.size
+        near, far = (
+            e.at(e.pointer(e.load(e.at(x, b.shl(i, I64(3))), I64, 8)), b.mul(first, I64(size)))
+            for x in (o.values, o.ahead)
+        )
+        sums = count * chunks
+
+        def step(i: Value, w: Value, v: Value, far: Value, *totals: Value) -> list[Value]:
+            for line in range(0, size * chunks, 64):
+                e.fetch(e.at(far, line))
+            stored, new = [e.at(v, size * c) for c in range(chunks)], []
+            for half in range(len(totals) // sums):
+                factors = [e.at(w, ROW * r + 4 * half) for r in range(count)]
+                new += e.multiply_stored(self.code, stored, factors, totals[half * sums : (half + 1) * sums], self.pack)
+            return [e.at(w, self.advance), e.at(v, self.stride), e.at(far, self.stride), *new]
+
+        new = e.loop(self.steps, [weights, near, far, *totals], step)
+        return [new[0], *new[3:]]
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -392,7 +388,7 @@ def settle(context: Any, dtype: Any, sums: Any, out: Any, vectors: Any, factor: 
         e.choose(dtype, (0, 1, 2), convert)
         return context.get_dummy_value()
 
-    return _signature([], 4, 1), emit
+    return signature_of([], 4, 1), emit
 
 
 def halves(e: Emitter, numbers: Value) -> Value:

@@ -2,8 +2,8 @@
 
 `plan` checks a batch, cuts its work and copies what the kernels need to the device, once for all layers; `attend`
 then only launches. Pieces of few query vectors, which decoding asks, and pieces of many, of prompts, get tiles of
-their own. Each kind is attended split-KV (`paged_decode`) where its pieces are about equally long, and stream-K
-(`lean_decode`) where they are not. Knows pages and rows; knows no policy and no sequence.
+their own. Each kind is attended split-KV (`split_kv`) where its pieces are about equally long, and stream-K
+(`stream_k`) where they are not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from lamina_kernels.gpu.merge_partials import OUTPUT, merge_into, merge_outputs
 from lamina_kernels.gpu.split_kv import records, split, split_kernel
 from lamina_kernels.gpu.stream_k import lean_kernel
 from lamina_kernels.gpu.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
-from lamina_kernels.paged.page_lists import ListPlan, attend_as_rows
+from lamina_kernels.paged.page_lists import ListPlan, through_rows
 from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order, copy, gather
 from lamina_kernels.paged.rows import Rows, check_attend, check_rows
 from lamina_kernels.paged.schedule import Pieces, cut, deal
@@ -49,7 +48,7 @@ EVEN = 0.75  # pieces whose mean length is below this share of the longest are r
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel, its grid, and what it is told apart from `Plan.arguments`."""
+    """A kernel, its grid, and its arguments besides `Plan.arguments`."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -65,7 +64,7 @@ class Plan:
     layers: int
     missing: frozenset[int]  # layers that lack an entry which the rows read
     launches: tuple[Launch, ...]
-    arguments: dict[str, Any]  # what every launch is told
+    arguments: dict[str, Any]  # of every launch
     outputs: torch.Tensor  # those that are cut, int64 [n, len(OUTPUT)]
     most_rows: int  # query vectors of the largest of them
     partials: Partial  # of their parts: scratch, float32
@@ -97,29 +96,14 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     bias, biases = _joined(rows.bias, np.dtype(np.float32))
     whole = cut(dataclasses.replace(rows, tables=tables, bias=biases))
     few = whole["rows"] <= FEW_ROWS
-    launches, outputs, partials, at_once = [], [], 0, programs(device, threads)
+    launches, outputs, partials = [], [], 0
     for pieces in (whole[few], whole[~few]):
-        if not len(pieces):
-            continue
-        tile = tuning_for(device).tile(at, int(pieces["rows"].max()))
-        pieces = narrowed(pieces, tile.rows)
-        rows_of_tile = max(tile.rows, int(triton.next_power_of_2(int(pieces["rows"].max()))))
-        told: dict[str, Any] = {"ROWS": rows_of_tile, "KEYS": tile.keys}
-        told |= {"num_warps": tile.warps, "num_stages": tile.stages}
-        if is_ragged(pieces):
-            pieces, starts = deal(pieces, at_once)
-            splits, kernel = 1, lean_kernel
-            grid: tuple[int, ...] = (at_once,)
-            told["starts"] = torch.from_numpy(starts).to(device)
-        else:
-            pieces, splits = split(pieces, at_once, tile.keys)
-            kernel, grid = split_kernel, (len(pieces), splits)
-        inner = pieces["partial"] >= 0
-        pieces["partial"][inner] += partials
-        partials += int(pieces["rows"][inner].sum()) * splits
-        told["pieces"] = records(pieces, table.ctypes.data, bias.ctypes.data, device)
-        launches.append(Launch(kernel, grid, told))
-        outputs.append(pieces[pieces["parts"] > 1])
+        if len(pieces):
+            each, pieces, used = _launch(pages, pieces, programs(device, threads), partials)
+            each.arguments["pieces"] = records(pieces, table.ctypes.data, bias.ctypes.data, device)
+            launches.append(each)
+            outputs.append(pieces[pieces["parts"] > 1])
+            partials += used
     cut_ones = np.concatenate([*outputs, whole[:0]])
     arguments = {
         "partial_out": torch.empty(partials, at.d_v, device=device),
@@ -144,6 +128,28 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         most_rows=int(cut_ones["rows"].max(initial=0)),
         partials=Partial(arguments["partial_out"], arguments["partial_lse"]),
     )
+
+
+def _launch(pages: Pages, pieces: Pieces, at_once: int, partials: int) -> tuple[Launch, Pieces, int]:
+    """The launch for pieces that share a tile, without its records; the pieces as it cuts them, their partials from
+    number `partials` on, and how many of those there are."""
+    device = pages.arena.device
+    tile = tuning_for(device).tile(pages.layout, int(pieces["rows"].max()))
+    pieces = narrowed(pieces, tile.rows)
+    rows_of_tile = max(tile.rows, int(triton.next_power_of_2(int(pieces["rows"].max()))))
+    arguments: dict[str, Any] = {"ROWS": rows_of_tile, "KEYS": tile.keys}
+    arguments |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    if is_ragged(pieces):
+        pieces, starts = deal(pieces, at_once)
+        splits, kernel = 1, lean_kernel
+        grid: tuple[int, ...] = (at_once,)
+        arguments["starts"] = torch.from_numpy(starts).to(device)
+    else:
+        pieces, splits = split(pieces, at_once, tile.keys)
+        kernel, grid = split_kernel, (len(pieces), splits)
+    inner = pieces["partial"] >= 0
+    pieces["partial"][inner] += partials
+    return Launch(kernel, grid, arguments), pieces, int(pieces["rows"][inner].sum()) * splits
 
 
 def narrowed(pieces: Pieces, most_rows: int) -> Pieces:
@@ -225,4 +231,4 @@ def plan_lists(pages: Pages, items: int, group: int, threads: int = 1) -> ListPl
     return ListPlan(pages, items, group, threads)
 
 
-attend_lists = partial(attend_as_rows, plan, attend)
+attend_lists = through_rows(plan, attend)

@@ -1,6 +1,6 @@
 """Stores K and V in pages of `Order.TOKENS`, in Triton, and says how stored numbers are read back.
 
-Knows pages and slots; knows nothing of sequences or of attention. Codes are those of `pages.quantise`.
+Codes are those of `pages.quantise`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch
 
 
 def describe(pages: Pages) -> dict[str, Any]:
-    """What every kernel is told of the pages. Offsets count numbers of the arena's dtype, those of scales float32."""
+    """What every kernel gets of the pages. Offsets count numbers of the arena's dtype, those of scales float32."""
     at = pages.layout
     kind, stored = _KINDS.get(at.dtype, (PLAIN, at.dtype))
     return {
@@ -93,14 +93,13 @@ def append_kernel(
     slot = tl.load(slots + vector, mask=held, other=0)
     page, offset = slot // PAGE, slot % PAGE
     block, scale = arena + page * PAGE_NUMBERS, scales + page * PAGE_SCALES + SCALES_AT + offset
-    _store(k, vector, held, block + offset * D_K, scale, D_K, KIND, WIDTH_K, PEAK)
-    _store(v, vector, held, block + V_AT + offset * D_V, scale + PAGE, D_V, KIND, WIDTH_V, PEAK)
+    _store(k + vector * D_K, held, block + offset * D_K, scale, D_K, KIND, WIDTH_K, PEAK)
+    _store(v + vector * D_V, held, block + V_AT + offset * D_V, scale + PAGE, D_V, KIND, WIDTH_V, PEAK)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _store(
     x: tl.tensor,
-    vector: tl.tensor,
     held: tl.tensor,
     place: tl.tensor,
     scale_place: tl.tensor,
@@ -111,7 +110,7 @@ def _store(
 ) -> None:
     column = tl.arange(0, WIDTH)
     mask = held[:, None] & (column < D)[None, :]
-    numbers = tl.load(x + vector[:, None] * D + column[None, :], mask=mask, other=0.0)
+    numbers = tl.load(x[:, None] + column[None, :], mask=mask, other=0.0)
     if KIND == PLAIN:
         tl.store(place[:, None] + column[None, :], numbers, mask=mask)
     else:

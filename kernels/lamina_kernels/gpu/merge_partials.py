@@ -1,7 +1,6 @@
 """Merges partials in Triton: the pieces of outputs that were cut, and a partial into some vectors of another.
 
 The formula is that of `lamina_kernels.partial`, with exp2 in place of exp; sums are float32, rounded once at the end.
-Knows nothing of pages, rows or holders.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Paged attention in Triton, split-KV: every piece's keys are cut into the same number of chunks, a program each.
 
-The schedule of FlashDecoding, right where pieces are about equally long; `lean_decode` is for others and shares the
+The schedule of FlashDecoding, right where pieces are about equally long; `stream_k` is for others and shares the
 attention of a chunk, which is here. The query heads of a KV head fill the rows of one tile, so K and V are read once.
-Knows pages and pieces; knows no rows, no policy and no sequence.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from lamina_kernels.gpu.merge_partials import LN2, LOG2E, finite, higher, settle
 from lamina_kernels.paged.rows import Ints
 from lamina_kernels.paged.schedule import Pieces
 
-# What the kernels are told of a piece, int64 each. As in schedule.PIECE, but table and bias are numbers of entries in
+# What the kernels read of a piece, int64 each. As in schedule.PIECE, but table and bias are numbers of entries in
 # the device's copy of all tables and biases.
 RECORD = (
     "q",
@@ -99,141 +98,57 @@ def records(pieces: Pieces, table: int, bias: int, device: torch.device) -> torc
 @triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
 def split_kernel(
     pieces: tl.tensor,
-    q: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    partial_out: tl.tensor,
-    partial_lse: tl.tensor,
-    table: tl.tensor,
-    bias: tl.tensor,
-    layer: tl.tensor,
-    scale: tl.tensor,
-    soft_cap: tl.tensor,
-    arena: tl.tensor,
-    scales: tl.tensor,
-    PAGE: tl.constexpr,
-    PAGE_NUMBERS: tl.constexpr,
-    PAGE_SCALES: tl.constexpr,
-    V_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    D_K: tl.constexpr,
-    D_V: tl.constexpr,
-    KIND: tl.constexpr,
-    DOT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    LISTED: tl.constexpr,
-    BIASED: tl.constexpr,
-    WIDTH_K: tl.constexpr,
-    WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-) -> None:
+    q: tl.tensor, out: tl.tensor, lse: tl.tensor, partial_out: tl.tensor, partial_lse: tl.tensor,
+    table: tl.tensor, bias: tl.tensor, layer: tl.tensor, scale: tl.tensor, soft_cap: tl.tensor,
+    arena: tl.tensor, scales: tl.tensor,
+    PAGE: tl.constexpr, PAGE_NUMBERS: tl.constexpr, PAGE_SCALES: tl.constexpr, V_AT: tl.constexpr,
+    SCALES_AT: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr,
+    CAPPED: tl.constexpr, LISTED: tl.constexpr, BIASED: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+) -> None:  # fmt: skip
     """One chunk of one piece."""
     piece, chunk = pieces + tl.program_id(0).to(tl.int64) * FIELDS, tl.program_id(1)
     lo, hi = tl.load(piece + LO).to(tl.int32), tl.load(piece + HI).to(tl.int32)
     length = tl.cdiv(tl.cdiv(hi - lo, tl.num_programs(1)), KEYS) * KEYS
     begin, partial = lo + chunk * length, tl.load(piece + PARTIAL)
+    partial = tl.where(partial < 0, partial, partial + chunk * tl.load(piece + ROWS_OF))
     attend_chunk(
-        piece,
-        begin,
-        tl.minimum(begin + length, hi),
-        tl.where(partial < 0, partial, partial + chunk * tl.load(piece + ROWS_OF)),
-        q,
-        out,
-        lse,
-        partial_out,
-        partial_lse,
-        table,
-        bias,
-        layer,
-        scale,
-        soft_cap,
-        arena,
-        scales,
-        PAGE,
-        PAGE_NUMBERS,
-        PAGE_SCALES,
-        V_AT,
-        SCALES_AT,
-        D_K,
-        D_V,
-        KIND,
-        DOT,
-        CAPPED,
-        LISTED,
-        BIASED,
-        WIDTH_K,
-        WIDTH_V,
-        ROWS,
-        KEYS,
-    )
+        piece, begin, tl.minimum(begin + length, hi), partial,
+        q, out, lse, partial_out, partial_lse, table, bias, layer, scale, soft_cap, arena, scales,
+        PAGE, PAGE_NUMBERS, PAGE_SCALES, V_AT, SCALES_AT, D_K, D_V, KIND, DOT, CAPPED, LISTED, BIASED,
+        WIDTH_K, WIDTH_V, ROWS, KEYS,
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def attend_chunk(
-    piece: tl.tensor,
-    lo: tl.tensor,
-    hi: tl.tensor,
-    partial: tl.tensor,
-    q: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    partial_out: tl.tensor,
-    partial_lse: tl.tensor,
-    table: tl.tensor,
-    bias: tl.tensor,
-    layer: tl.tensor,
-    scale: tl.tensor,
-    soft_cap: tl.tensor,
-    arena: tl.tensor,
-    scales: tl.tensor,
-    PAGE: tl.constexpr,
-    PAGE_NUMBERS: tl.constexpr,
-    PAGE_SCALES: tl.constexpr,
-    V_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    D_K: tl.constexpr,
-    D_V: tl.constexpr,
-    KIND: tl.constexpr,
-    DOT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    LISTED: tl.constexpr,
-    BIASED: tl.constexpr,
-    WIDTH_K: tl.constexpr,
-    WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-) -> None:
+    piece: tl.tensor, lo: tl.tensor, hi: tl.tensor, partial: tl.tensor,
+    q: tl.tensor, out: tl.tensor, lse: tl.tensor, partial_out: tl.tensor, partial_lse: tl.tensor,
+    table: tl.tensor, bias: tl.tensor, layer: tl.tensor, scale: tl.tensor, soft_cap: tl.tensor,
+    arena: tl.tensor, scales: tl.tensor,
+    PAGE: tl.constexpr, PAGE_NUMBERS: tl.constexpr, PAGE_SCALES: tl.constexpr, V_AT: tl.constexpr,
+    SCALES_AT: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr,
+    CAPPED: tl.constexpr, LISTED: tl.constexpr, BIASED: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+) -> None:  # fmt: skip
     """Attention of a piece's queries over its keys [lo, hi): into out and lse, or from partial number `partial` on.
 
     The online softmax of FlashAttention, in powers of two: weights are 2 ** (logit - top), logits times log2(e).
     """
-    first, rows = tl.load(piece + _Q), tl.load(piece + ROWS_OF).to(tl.int32)
-    group, stride = tl.load(piece + _GROUP).to(tl.int32), tl.load(piece + _STRIDE)
-    window = tl.load(piece + _WINDOW).to(tl.int32)
-    entries = table + tl.load(piece + _TABLE) + tl.load(piece + _LAYER_STRIDE) * layer
-
+    rows, group = tl.load(piece + ROWS_OF).to(tl.int32), tl.load(piece + _GROUP).to(tl.int32)
     row, column_k, column_v = tl.arange(0, ROWS), tl.arange(0, WIDTH_K), tl.arange(0, WIDTH_V)
     held, mask_k, mask_v = row < rows, column_k < D_K, column_v < D_V
-    vector = first + row // group * stride + row % group
-    position = tl.load(piece + _POSITION).to(tl.int32) + row // group
+    vector = tl.load(piece + _Q) + row // group * tl.load(piece + _STRIDE) + row % group
+    position, window = tl.load(piece + _POSITION).to(tl.int32) + row // group, tl.load(piece + _WINDOW).to(tl.int32)
     query_place = q + vector[:, None] * D_K + column_k[None, :]
     query = tl.load(query_place, mask=held[:, None] & mask_k[None, :], other=0.0).to(DOT)
 
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH_V], tl.float32)
     for begin in range(lo, hi, KEYS):
         key = begin + tl.arange(0, KEYS)
         inside = key < hi
-        if LISTED:
-            listed = tl.load(piece + _LISTED) > 0
-            entry = tl.load(entries + tl.where(listed, key, key // PAGE), mask=inside, other=0)
-            page = tl.where(listed, entry // PAGE, entry).to(tl.int64)
-            offset = tl.where(listed, entry % PAGE, key % PAGE)
-        else:
-            page = tl.load(entries + key // PAGE, mask=inside, other=0).to(tl.int64)
-            offset = key % PAGE
+        page, offset = located(piece, table, layer, key, inside, PAGE, LISTED)
         block, scale_place = arena + page * PAGE_NUMBERS, scales + page * PAGE_SCALES + SCALES_AT + offset
 
         k_place = (block + offset * D_K)[None, :] + column_k[:, None]
@@ -245,24 +160,17 @@ def attend_chunk(
             logits = capped(logits, soft_cap)
         logits *= LOG2E
         if BIASED:
-            at = tl.load(piece + _BIAS)
-            own = bias + at + tl.load(piece + _BIAS_STRIDE) * layer
-            biased = key < tl.where(at < 0, lo, hi)  # none of them where the row has no bias
-            logits += (tl.load(own + key, mask=biased, other=0.0) * LOG2E)[None, :]
+            logits += (biases(piece, bias, layer, key, lo, hi) * LOG2E)[None, :]
         age = position[:, None] - key[None, :]
         logits = tl.where(inside[None, :] & (age >= 0) & (age < window), logits, float("-inf"))
 
-        peak = higher(top, tl.max(tl.where(logits == logits, logits, float("-inf")), 1))
-        shift = finite(peak)
-        weight = tl.exp2(logits - shift[:, None])
-        decay = tl.exp2(top - shift)
+        weight, decay, top = weighed(logits, top)
         total = total * decay + tl.sum(weight, 1)
         if KIND != PLAIN:
             weight *= tl.load(scale_place + PAGE, mask=inside, other=0.0)[None, :]
         v_place = (block + V_AT + offset * D_V)[:, None] + column_v[None, :]
         v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
         sums = tl.dot(weight.to(DOT), widened(v, KIND, DOT), sums * decay[:, None], input_precision="ieee")
-        top = peak
 
     mask = held[:, None] & mask_v[None, :]
     if partial < 0:
@@ -271,6 +179,42 @@ def attend_chunk(
         number = partial + row
         place = partial_out + number[:, None] * D_V + column_v[None, :]
         settle(sums, top * LN2, total, place, partial_lse + number, mask, held)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def located(
+    piece: tl.tensor, table: tl.tensor, layer: tl.tensor, key: tl.tensor, inside: tl.tensor,
+    PAGE: tl.constexpr, LISTED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The page of each key of a piece, int64, and the key's place in it."""
+    entries = table + tl.load(piece + _TABLE) + tl.load(piece + _LAYER_STRIDE) * layer
+    if LISTED:
+        listed = tl.load(piece + _LISTED) > 0
+        entry = tl.load(entries + tl.where(listed, key, key // PAGE), mask=inside, other=0)
+        page = tl.where(listed, entry // PAGE, entry).to(tl.int64)
+        offset = tl.where(listed, entry % PAGE, key % PAGE)
+    else:
+        page = tl.load(entries + key // PAGE, mask=inside, other=0).to(tl.int64)
+        offset = key % PAGE
+    return page, offset
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def biases(
+    piece: tl.tensor, bias: tl.tensor, layer: tl.tensor, key: tl.tensor, lo: tl.tensor, hi: tl.tensor
+) -> tl.tensor:
+    """The bias of each key of a piece, 0 outside [lo, hi) and where the row has none."""
+    at = tl.load(piece + _BIAS)
+    own = bias + at + tl.load(piece + _BIAS_STRIDE) * layer
+    return tl.load(own + key, mask=key < tl.where(at < 0, lo, hi), other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def weighed(logits: tl.tensor, top: tl.tensor) -> tl.tensor:
+    """One step of the online softmax: the weights, what earlier sums must be multiplied with, and the new top."""
+    peak = higher(top, tl.max(tl.where(logits == logits, logits, float("-inf")), 1))
+    shift = finite(peak)
+    return tl.exp2(logits - shift[:, None]), tl.exp2(top - shift), peak
 
 
 @triton.jit  # type: ignore[untyped-decorator]

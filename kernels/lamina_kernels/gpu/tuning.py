@@ -1,7 +1,4 @@
-"""What the Triton kernels are launched with: tile sizes, warps and pipeline stages by GPU, and how a launch is made.
-
-Knows GPUs and the shape of a page; knows nothing of what a kernel computes.
-"""
+"""What the Triton kernels are launched with: tile sizes, warps and pipeline stages by GPU, and how a launch is made."""
 
 from __future__ import annotations
 

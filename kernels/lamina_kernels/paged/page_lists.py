@@ -1,7 +1,7 @@
 """Decode over lists of pages: one query for each list, all of whose tokens it sees.
 
-What a policy chose anew in a layer is attended so: the lists change with every call, the plan does not. Here is what
-the implementations share, and the plain way through `plan` and `attend`.
+What a policy chooses anew in a layer is attended so: the lists change with every call, the plan does not. Here are the
+parts that the implementations share, and the plain way through `plan` and `attend`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from lamina_kernels.paged.pages import Pages, check_made_for, check_vectors
 from lamina_kernels.paged.rows import Ints, Rows, Table
 from lamina_kernels.partial import Partial
+
+Attend = Callable[..., Partial]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +50,32 @@ def check_lists(pages: Pages, plan: ListPlan, lists: Table, lengths: Ints, q: to
         raise ValueError(f"lengths has {bad}, allowed: 0 to {most}")
 
 
-def attend_as_rows(
-    plan_rows: Callable[[Pages, Rows, int], Any],
-    attend: Callable[..., Partial],
-    pages: Pages,
-    plan: ListPlan,
-    lists: Table,
-    lengths: Ints,
-    q: torch.Tensor,
-    scale: float,
-    soft_cap: float | None = None,
-) -> Partial:
-    """By an implementation's `plan` and `attend`."""
-    check_lists(pages, plan, lists, lengths, q)
-    n, size = plan.items, pages.layout.page_size
-    ones, nothing = np.ones(n, np.int64), np.zeros(n, np.int64)
-    rows = Rows(
-        first=np.arange(n) * plan.group,
-        count=ones,
-        start=lengths,
-        kv_heads=ones,
-        group=ones * plan.group,
-        lo=nothing,
-        hi=lengths,
-        base=nothing,
-        tables=[lists[i : i + 1, None, : -(-int(length) // size)] for i, length in enumerate(lengths)],
-    )
-    return attend(pages, plan_rows(pages, rows, plan.threads), 0, q, scale, soft_cap)
+def through_rows(plan_rows: Callable[[Pages, Rows, int], Any], attend: Attend) -> Attend:
+    """The `attend_lists` of an implementation, by its `plan` and `attend`."""
+
+    def attend_lists(
+        pages: Pages,
+        plan: ListPlan,
+        lists: Table,
+        lengths: Ints,
+        q: torch.Tensor,
+        scale: float,
+        soft_cap: float | None = None,
+    ) -> Partial:
+        check_lists(pages, plan, lists, lengths, q)
+        n, size = plan.items, pages.layout.page_size
+        ones, nothing = np.ones(n, np.int64), np.zeros(n, np.int64)
+        rows = Rows(
+            first=np.arange(n) * plan.group,
+            count=ones,
+            start=lengths,
+            kv_heads=ones,
+            group=ones * plan.group,
+            lo=nothing,
+            hi=lengths,
+            base=nothing,
+            tables=[lists[i : i + 1, None, : -(-int(length) // size)] for i, length in enumerate(lengths)],
+        )
+        return attend(pages, plan_rows(pages, rows, plan.threads), 0, q, scale, soft_cap)
+
+    return attend_lists

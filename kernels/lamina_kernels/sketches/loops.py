@@ -1,7 +1,7 @@
 """The compiled loops over page sketches: making them, judging pages by them, and choosing pages.
 
-A scan is cut into tasks, ranges of entries of one item, which threads take one after the other; whoever finishes the
-last task of an item chooses its pages. Nothing here is checked: addresses and sizes come from `sketches`.
+A scan is cut into tasks, ranges of entries of one item, which threads take one after the other; the thread that
+finishes the last task of an item chooses its pages. Nothing here is checked: addresses and sizes come from `sketches`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprin
 from lamina_kernels.cpu.moves import PAGES
 from lamina_kernels.cpu.trees import LINE
 from lamina_kernels.sketches import choice_micro, micro, seal_micro
-from lamina_kernels.sketches.choice_micro import AHEAD, FEW
-from lamina_kernels.sketches.micro import HEADS
+from lamina_kernels.sketches.choice_micro import AHEAD, FEW, BlendMeans
+from lamina_kernels.sketches.micro import HEADS, Bound, Judge
+from lamina_kernels.sketches.seal_micro import SealKeys
 
 logger = logging.getLogger("lamina")
 
@@ -86,7 +87,8 @@ def _seal_shares(kind: int, unit: int, block: Any) -> None:
             page, sketch = a.arena + ids[i] * a.page_bytes, a.sketches + ids[i] * a.sketch_bytes
             scales = page + a.kv_bytes
             steps, lows = sketch + a.steps_at, sketch + a.lows_at
-            seal_micro.seal_keys(kind, unit, page, scales, a.page_size, a.d_k, sketch, steps, lows, scratch)
+            keys = SealKeys(page, scales, a.page_size, a.d_k, sketch, steps, lows, scratch)
+            seal_micro.seal_keys(kind, unit, keys)
             scales += a.page_size * 4
             seal_micro.seal_values(kind, page + a.k_bytes, scales, a.page_size, a.d_v, sketch + a.mean_at)
         share = take(block, TAKEN)
@@ -123,7 +125,7 @@ def _scan_block(unit: int, a: Any, item: Any, number: int, first: int, pages: in
     for row in range(0, a.group, HEADS):
         rows, at, place = min(HEADS, a.group - row), shift + row * a.padded * 2, shift + row * LANES * LINE
         bounds, halves, tops, dots = a.bounds + at, a.halves + at, a.tops + place, a.dots + place
-        micro.bound(rows, pages, places, a.steps_at, a.padded // 32, bounds, halves, tops, dots)
+        micro.bound(Bound(rows, pages, places, a.steps_at, a.padded // 32, bounds, halves, tops, dots))
     nothing = _floats(a.nothing + shift, a.group)
     scale = np.float32(a.scale if a.soft_cap else a.scale * LOG2E)
     strips, size = a.page_size // (LANES * unit), a.page_size * 4
@@ -133,24 +135,24 @@ def _scan_block(unit: int, a: Any, item: Any, number: int, first: int, pages: in
         micro.settle_bounds(a.tops + place, a.dots + place, inverses, factors, bases, nothing[row], scale)
     for row in range(0, a.group, HEADS):
         rows, at, place = min(HEADS, a.group - row), shift + row * LANES * 4, shift + row * LANES * LINE
-        micro.judge(
-            unit,
-            rows,
-            pages,
-            places,
-            ahead if row == 0 else places,
-            a.sketch_bytes,
-            a.steps_at,
-            strips,
-            a.d_k,
-            a.floats + shift + row * a.d_k * 4,
-            a.panel + shift,
-            a.inverses + at,
-            a.factors + at,
-            a.bases + at,
-            a.logits + shift + row * LANES * size,
-            a.tops + place,
+        judged = Judge(
+            rows=rows,
+            pages=pages,
+            places=places,
+            ahead=ahead if row == 0 else places,
+            sketch_bytes=a.sketch_bytes,
+            steps_at=a.steps_at,
+            strips=strips,
+            d=a.d_k,
+            floats=a.floats + shift + row * a.d_k * 4,
+            panel=a.panel + shift,
+            inverses=a.inverses + at,
+            factors=a.factors + at,
+            bases=a.bases + at,
+            logits=a.logits + shift + row * LANES * size,
+            tops=a.tops + place,
         )
+        micro.judge(unit, judged)
     for row in range(a.group):
         tops, logits, at = a.tops + shift + row * LANES * LINE, a.logits + shift + row * LANES * size, row * LANES * 4
         if a.soft_cap:
@@ -260,7 +262,9 @@ def _choose(a: Any, item: Any, number: int, shift: int) -> None:
     for row in range(0, a.group, FEW):
         rows, weights, totals = min(FEW, a.group - row), shares + row * stride, a.missing + (number * a.group + row) * 4
         sums, others = tail + row * a.d_v * 4, a.others + shift
-        choice_micro.blend_means(rows, left, others, table, means, a.sketch_bytes, a.d_v, weights, stride, sums, totals)
+        choice_micro.blend_means(
+            BlendMeans(rows, left, others, table, means, a.sketch_bytes, a.d_v, weights, stride, sums, totals)
+        )
     for row in range(a.group):
         nothing = missing[row] < LEAST  # not so where it is NaN: that must be seen
         tail_lse[row] = -np.inf if nothing else lse[row] + math.log(missing[row])

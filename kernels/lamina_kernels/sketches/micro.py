@@ -1,8 +1,7 @@
 """The inner loops over page sketches, written as LLVM IR over vectors of 16 floats.
 
 Each public function is a numba intrinsic: called from compiled code, it is emitted in place. Addresses and sizes are
-int64, `kind` and `unit` compile-time constants. Knows how a sketch is laid out (`sketches.SketchLayout`); knows nothing
-of tables, items or threads.
+int64, `kind` and `unit` compile-time constants. How a sketch is laid out, `SketchLayout` says.
 
 What is computed for up to LANES pages at once stands in *rows* of 64 bytes: that of query head r and page p is number
 LANES * r + p, so that one tree of shuffles reduces the rows of a head's pages to a register.
@@ -10,15 +9,15 @@ LANES * r + p, so that one tree of shuffles reduces the rows of a head's pages t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from lamina_kernels.cpu.emitter import F32, I32, I64, LANES, V16, VB, VF, VI, VS, VY, Emitter, Value, cpu_has
-from lamina_kernels.cpu.intrinsics import LOG2E, from_half, literals, to_half
+from lamina_kernels.cpu.intrinsics import LOG2E, Address, from_half, literals, signature_of, to_half, unpack
 from lamina_kernels.cpu.trees import LINE, tree
 
 HEADS = 8  # query heads computed together
@@ -28,10 +27,6 @@ MAGIC = 1.5 * 2**23  # added to a small float, it leaves the nearest integer in 
 BIAS = 127 << 7  # of the exponent, in the bits of a bfloat16
 LEAST = BIAS - (90 << 7)  # the bits of 2^-90, below which a product of a step and a query is taken for that
 SLACK = 1.126  # the sum of two floats' bits is the bits of their product, or of up to 9/8 less (Mitchell)
-
-
-def _signature(literals: Sequence[Any], integers: int, floats: int = 0) -> Any:
-    return types.void(*literals, *[types.int64] * integers, *[types.float32] * floats)
 
 
 def _larger_bits(e: Emitter, a: Value, b: Value) -> Value:
@@ -73,35 +68,32 @@ def spread(context: Any, query: Any, d: Any, padded: Any, floats: Any, halves: A
     return types.float32(*[types.int64] * 6), emit
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def bound(
-    context: Any,
-    rows: Any,
-    pages: Any,
-    places: Any,
-    steps_at: Any,
-    chunks: Any,
-    bounds: Any,
-    halves: Any,
-    tops: Any,
-    dots: Any,
-) -> Any:
-    """Of some pages and up to HEADS query vectors: a bound of |q| * step over the channels, and q . low.
+class Bound(NamedTuple):
+    """The operands of `bound`."""
 
-    places: int64 `[pages]`, where sketches are; steps_at: bytes to the steps, bfloat16 `[32 * chunks]`, behind which
-    the lows stand; bounds, halves: those of `spread`, a query vector after the other; tops: to the rows of the first
-    query vector and page, bits of the products; dots: to rows likewise, summands of q . low.
-    """
+    rows: int  # query vectors, at most HEADS
+    pages: int  # at most LANES
+    places: Address  # int64 `[pages]`, where the sketches are
+    steps_at: int  # bytes to the steps, bfloat16 `[32 * chunks]`, behind which the lows stand
+    chunks: int
+    bounds: Address  # as `spread` leaves them, a query vector after the other
+    halves: Address  # likewise
+    tops: Address  # written: rows of the first query vector and page, bits of the products
+    dots: Address  # written: rows likewise, summands of q . low
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def bound(context: Any, operands: Any) -> Any:
+    """Of some pages and query vectors: a bound of |q| * step over the channels, and q . low. operands: `Bound`."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, e = builder, Emitter(builder)
-        rows, pages, steps_at, chunks = args[0], args[1], args[3], args[4]
-        places, bounds, halves, tops, dots = (e.pointer(args[i]) for i in (2, 5, 6, 7, 8))
-        size = b.shl(chunks, I64(6))
+        o = unpack(Bound, context, e, signature.args[0], args[0])
+        size = b.shl(o.chunks, I64(6))
 
         def tile(count: int) -> None:
             def page(p: Value) -> list[Value]:
-                steps = e.pointer(b.add(e.load(e.at(places, b.shl(p, I64(3))), I64, 8), steps_at))
+                steps = e.pointer(b.add(e.load(e.at(o.places, b.shl(p, I64(3))), I64, 8), o.steps_at))
                 lows, row = e.at(steps, size), b.shl(p, I64(6))
 
                 def chunk(i: Value, *found: Value) -> list[Value]:
@@ -109,27 +101,27 @@ def bound(
                     step, low = e.load(e.at(steps, at), V16), e.load(e.at(lows, at), VI)
                     new = []
                     for r in range(count):
-                        product = b.add(step, e.load(e.at(bounds, b.add(at, b.mul(size, I64(r)))), V16))
+                        product = b.add(step, e.load(e.at(o.bounds, b.add(at, b.mul(size, I64(r)))), V16))
                         new.append(_larger_bits(e, product, found[r]))
                     for r in range(count):
-                        half = e.load(e.at(halves, b.add(at, b.mul(size, I64(r)))), VI)
+                        half = e.load(e.at(o.halves, b.add(at, b.mul(size, I64(r)))), VI)
                         new.append(_add_halves(e, half, low, found[count + r]))
                     return new
 
-                found = e.loop(chunks, [_half_words(0)] * count + [e.number(0.0)] * count, chunk)
+                found = e.loop(o.chunks, [_half_words(0)] * count + [e.number(0.0)] * count, chunk)
                 for r in range(count):
                     top, at = b.bitcast(found[r], VI), b.add(row, I64(LINE * LANES * r))
                     top = _larger_bits(e, b.lshr(top, e.bits(16)), b.and_(top, e.bits(0xFFFF)))
-                    e.store(top, e.at(tops, at))
-                    e.store(found[count + r], e.at(dots, at))
+                    e.store(top, e.at(o.tops, at))
+                    e.store(found[count + r], e.at(o.dots, at))
                 return []
 
-            e.loop(pages, [], page)
+            e.loop(o.pages, [], page)
 
-        e.choose(rows, CASES, tile)
+        e.choose(o.rows, CASES, tile)
         return context.get_dummy_value()
 
-    return _signature([], 9), emit
+    return types.void(operands), emit
 
 
 def _add_halves(e: Emitter, a: Value, b: Value, total: Value) -> Value:
@@ -164,117 +156,125 @@ def settle_bounds(
         e.store(b.fadd(b.fmul(tree(e, dots, VF, b.fadd), scale), nothing), bases)
         return context.get_dummy_value()
 
-    return _signature([], 5, 2), emit
+    return signature_of([], 5, 2), emit
+
+
+class Judge(NamedTuple):
+    """The operands of `judge`."""
+
+    rows: int  # query vectors, at most HEADS
+    pages: int  # at most LANES
+    places: Address  # int64 `[pages]`, where the sketches are
+    ahead: Address  # int64 `[pages]`, those to fetch meanwhile
+    sketch_bytes: int
+    steps_at: int  # bytes to the steps of a sketch
+    strips: int  # of 16 * unit tokens
+    d: int
+    floats: Address  # float32 `[rows, d]`
+    panel: Address  # scratch, int8 `[rows, d]`: the queries times steps and inverses, in whole numbers
+    inverses: Address  # as `settle_bounds` leaves them, of the first query vector and page
+    factors: Address  # likewise
+    bases: Address  # likewise
+    logits: Address  # written: float32 `[rows, LANES, 16 * unit * strips]`
+    tops: Address  # written: a row with the largest logit in each lane
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def judge(
-    context: Any,
-    unit: Any,
-    rows: Any,
-    pages: Any,
-    places: Any,
-    ahead: Any,
-    sketch_bytes: Any,
-    steps_at: Any,
-    strips: Any,
-    d: Any,
-    floats: Any,
-    panel: Any,
-    inverses: Any,
-    factors: Any,
-    bases: Any,
-    logits: Any,
-    tops: Any,
-) -> Any:
-    """Logits of up to HEADS query vectors against the keys of some pages, from their codes.
-
-    places, ahead: int64 `[pages]`, where the sketches are, and those to fetch meanwhile, in `strips` strips of
-    16 * unit tokens; floats: float32 `[rows, d]`; panel: scratch, int8 `[rows, d]`: the queries times steps and
-    inverses, in whole numbers. inverses, factors, bases: those of `settle_bounds` for the first query vector and page;
-    logits: float32 `[rows, LANES, 16 * unit * strips]`, of the largest of which, in each lane, there is a row in tops.
-    """
+def judge(context: Any, unit: Any, operands: Any) -> Any:
+    """Logits of some query vectors against the keys of some pages, from their codes. operands: `Judge`."""
     (width,) = literals(unit)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, e = builder, Emitter(builder)
-        rows, pages, sketch_bytes, steps_at, strips, d = (args[i] for i in (1, 2, 5, 6, 7, 8))
-        places, ahead, floats, panel, inverses, factors, bases, logits, tops = (
-            e.pointer(args[i]) for i in (3, 4, 9, 10, 11, 12, 13, 14, 15)
-        )
-        low, high = e.bits(0x0F0F0F0F), e.bits(0xF0F0F0F0)
-        lines = b.lshr(d, I64(2 if width == 2 else 3))
-        size = b.mul(strips, I64(width * LINE))  # of a page's logits
-        others = b.lshr(b.sub(sketch_bytes, steps_at), I64(6))  # lines of a sketch that have no codes, all but parts
-
-        def make_panel(count: int, steps: Value, at: Value) -> None:
-            own = [e.splat(e.load(e.at(inverses, b.add(at, I64(4 * LANES * r))), F32)) for r in range(count)]
-
-            def chunk(i: Value) -> list[Value]:
-                step = from_half(e, e.load(e.at(steps, b.shl(i, I64(5))), VS, 2))
-                for r in range(count):
-                    place = b.add(b.shl(i, I64(4)), b.mul(d, I64(r)))
-                    x = b.fmul(step, e.load(e.at(floats, b.shl(place, I64(2))), VF))
-                    x = b.bitcast(e.fma(x, own[r], e.number(MAGIC)), VI)
-                    e.store(b.trunc(x, VY), e.at(panel, place), 1)
-                return []
-
-            e.loop(b.lshr(d, I64(4)), [], chunk)
-
-        def tile(count: int) -> None:
-            def line(j: Value, near: Value, far: Value, place: Value, *sums: Value) -> list[Value]:
-                e.fetch(far)
-                stored, new = e.load(near, VI), list(sums)
-                parts = [b.and_(stored, low), b.and_(stored, high)]
-                if width == 1:
-                    parts[1] = b.lshr(parts[1], e.bits(4))
-                for r in range(count):
-                    at = e.at(place, b.mul(d, I64(r)))
-                    for half in range(2):
-                        word = e.splat(e.load(at if width == 2 or half == 0 else e.at(at, 4), I32))
-                        slot = width * r + (half if width == 2 else 0)
-                        new[slot] = e.add_fours(new[slot], parts[half], word)
-                return [e.at(near, LINE), e.at(far, LINE), e.at(place, 8 // width), *new]
-
-            def page(p: Value) -> list[Value]:
-                at = b.shl(p, I64(2))
-                near, far = (e.pointer(e.load(e.at(x, b.shl(p, I64(3))), I64, 8)) for x in (places, ahead))
-                make_panel(count, e.at(near, steps_at), at)
-                own = [e.splat(e.load(e.at(factors, b.add(at, I64(4 * LANES * r))), F32)) for r in range(count)]
-                base = [e.splat(e.load(e.at(bases, b.add(at, I64(4 * LANES * r))), F32)) for r in range(count)]
-                worth = [[f, b.fmul(f, e.number(1 / 16))] for f in own]
-                target = e.at(logits, b.mul(p, size))
-
-                def strip(i: Value, near: Value, far: Value, *found: Value) -> list[Value]:
-                    near, far, _, *sums = e.loop(lines, [near, far, panel] + [e.bits(0)] * (width * count), line)
-                    start, new = b.mul(i, I64(width * LINE)), []
-                    for r in range(count):
-                        top, own = found[r], b.add(start, b.mul(size, I64(LANES * r)))
-                        for u in range(width):
-                            x = e.fma(b.sitofp(sums[width * r + u], VF), worth[r][u], base[r])
-                            e.store(x, e.at(target, b.add(own, I64(LINE * u))))
-                            top = e.larger(x, top)
-                        new.append(top)
-                    return [near, far, *new]
-
-                start = [near, far] + [e.number(float("-inf"))] * count
-                _, far, *found = e.loop(strips, start, strip)
-
-                def rest(i: Value, far: Value) -> list[Value]:
-                    e.fetch(far)
-                    return [e.at(far, LINE)]
-
-                e.loop(others, [far], rest)
-                for r in range(count):
-                    e.store(found[r], e.at(tops, b.add(b.shl(p, I64(6)), I64(LINE * LANES * r))))
-                return []
-
-            e.loop(pages, [], page)
-
-        e.choose(rows, CASES, tile)
+        e = Emitter(builder)
+        _Judgement(e, width, unpack(Judge, context, e, signature.args[1], args[1])).emit()
         return context.get_dummy_value()
 
-    return _signature([unit], 15), emit
+    return types.void(unit, operands), emit
+
+
+class _Judgement:
+    """What `judge` emits."""
+
+    def __init__(self, e: Emitter, width: int, operands: Judge) -> None:
+        self.e, self.b, self.o, self.width = e, e.b, operands, width
+        o, b = operands, e.b
+        self.lines = b.lshr(o.d, I64(2 if width == 2 else 3))
+        self.size = b.mul(o.strips, I64(width * LINE))  # of a page's logits
+        self.others = b.lshr(b.sub(o.sketch_bytes, o.steps_at), I64(6))  # lines without codes, all but parts of one
+
+    def emit(self) -> None:
+        self.e.choose(self.o.rows, CASES, self.tile)
+
+    def tile(self, count: int) -> None:
+        self.e.loop(self.o.pages, [], partial(self.page, count))
+
+    def page(self, count: int, p: Value) -> list[Value]:
+        e, b, o = self.e, self.b, self.o
+        at = b.shl(p, I64(2))
+        near, far = (e.pointer(e.load(e.at(x, b.shl(p, I64(3))), I64, 8)) for x in (o.places, o.ahead))
+        self.make_panel(count, e.at(near, o.steps_at), at)
+        factors, bases = self.splats(count, o.factors, at), self.splats(count, o.bases, at)
+        worth = [[f, b.fmul(f, e.number(1 / 16))] for f in factors]
+        target = e.at(o.logits, b.mul(p, self.size))
+
+        def strip(i: Value, near: Value, far: Value, *found: Value) -> list[Value]:
+            carried = [near, far, o.panel] + [e.bits(0)] * (self.width * count)
+            near, far, _, *sums = e.loop(self.lines, carried, partial(self.line, count))
+            start, new = b.mul(i, I64(self.width * LINE)), []
+            for r in range(count):
+                top, own = found[r], b.add(start, b.mul(self.size, I64(LANES * r)))
+                for u in range(self.width):
+                    x = e.fma(b.sitofp(sums[self.width * r + u], VF), worth[r][u], bases[r])
+                    e.store(x, e.at(target, b.add(own, I64(LINE * u))))
+                    top = e.larger(x, top)
+                new.append(top)
+            return [near, far, *new]
+
+        def fetch(i: Value, far: Value) -> list[Value]:
+            e.fetch(far)
+            return [e.at(far, LINE)]
+
+        _, far, *found = e.loop(o.strips, [near, far] + [e.number(float("-inf"))] * count, strip)
+        e.loop(self.others, [far], fetch)
+        for r in range(count):
+            e.store(found[r], e.at(o.tops, b.add(b.shl(p, I64(6)), I64(LINE * LANES * r))))
+        return []
+
+    def splats(self, count: int, numbers: Value, at: Value) -> list[Value]:
+        """Of each query vector its float32 for the page that stands `at` bytes on."""
+        e, b = self.e, self.b
+        return [e.splat(e.load(e.at(numbers, b.add(at, I64(4 * LANES * r))), F32)) for r in range(count)]
+
+    def make_panel(self, count: int, steps: Value, at: Value) -> None:
+        e, b, o = self.e, self.b, self.o
+        inverses = self.splats(count, o.inverses, at)
+
+        def chunk(i: Value) -> list[Value]:
+            step = from_half(e, e.load(e.at(steps, b.shl(i, I64(5))), VS, 2))
+            for r in range(count):
+                place = b.add(b.shl(i, I64(4)), b.mul(o.d, I64(r)))
+                x = b.fmul(step, e.load(e.at(o.floats, b.shl(place, I64(2))), VF))
+                x = b.bitcast(e.fma(x, inverses[r], e.number(MAGIC)), VI)
+                e.store(b.trunc(x, VY), e.at(o.panel, place), 1)
+            return []
+
+        e.loop(b.lshr(o.d, I64(4)), [], chunk)
+
+    def line(self, count: int, j: Value, near: Value, far: Value, place: Value, *sums: Value) -> list[Value]:
+        """Line j of a strip's codes: add its products with the panel to the sums."""
+        e, b, width = self.e, self.b, self.width
+        e.fetch(far)
+        stored, new = e.load(near, VI), list(sums)
+        parts = [b.and_(stored, e.bits(0x0F0F0F0F)), b.and_(stored, e.bits(0xF0F0F0F0))]
+        if width == 1:
+            parts[1] = b.lshr(parts[1], e.bits(4))
+        for r in range(count):
+            at = e.at(place, b.mul(self.o.d, I64(r)))
+            for half in range(2):
+                word = e.splat(e.load(at if width == 2 or half == 0 else e.at(at, 4), I32))
+                slot = width * r + (half if width == 2 else 0)
+                new[slot] = e.add_fours(new[slot], parts[half], word)
+        return [e.at(near, LINE), e.at(far, LINE), e.at(place, 8 // width), *new]
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -292,7 +292,7 @@ def crest(context: Any, numbers: Any, vectors: Any, top: Any) -> Any:
         e.store(top, e.pointer(args[2]))
         return context.get_dummy_value()
 
-    return _signature([], 3), emit
+    return signature_of([], 3), emit
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -329,7 +329,7 @@ def masses(context: Any, unit: Any, tops: Any, logits: Any, pages: Any, strips: 
         e.store(e.fma(log, e.number(1 / LOG2E), nothing), out)
         return context.get_dummy_value()
 
-    return _signature([unit], 6), emit
+    return signature_of([unit], 6), emit
 
 
 def _exp2(e: Emitter, x: Value) -> Value:

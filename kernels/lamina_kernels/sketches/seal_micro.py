@@ -1,137 +1,158 @@
 """The inner loops that make sketches of pages, as LLVM IR over vectors of 16 floats.
 
 Each public function is a numba intrinsic over int64 addresses and sizes; `kind` and `unit` are compile-time constants.
-Knows how blocks of K and V are stored and how a sketch is laid out (`sketches.SketchLayout`); knows no threads.
+How a sketch is laid out, `SketchLayout` says.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from lamina_kernels.cpu.emitter import F32, I64, LANES, VF, VH, VI, VS, Emitter, Kind, Value
-from lamina_kernels.cpu.intrinsics import from_half, literals, to_half
+from lamina_kernels.cpu.intrinsics import Address, from_half, literals, to_half, unpack
 from lamina_kernels.cpu.trees import LINE, tree
-
-
-def _load_keys(
-    e: Emitter, code: int, keys: Value, pair: Value, token: Value, size: Value, scales: Value
-) -> list[Value]:
-    """Channels 2 * pair and 2 * pair + 1 of 16 tokens from `token` on, of a K block of `size` tokens, as floats."""
-    b = e.b
-    if code in (Kind.FLOAT32, Kind.FLOAT16):
-        width, kind = (4, VF) if code == Kind.FLOAT32 else (2, VH)
-        first = b.add(b.mul(b.shl(pair, I64(1)), size), token)
-        places = [e.at(keys, b.mul(x, I64(width))) for x in (first, b.add(first, size))]
-        loaded = [e.load(p, kind, width) for p in places]
-        return loaded if code == Kind.FLOAT32 else [b.fpext(x, VF) for x in loaded]
-    place = b.add(b.mul(pair, size), token)
-    if code == Kind.INT8:
-        pairs = e.load(e.at(keys, b.shl(place, I64(1))), VS, 2)
-        byte = ir.Constant(VS, [ir.Constant(ir.IntType(16), 8)] * LANES)
-        factor = e.load(e.at(scales, b.shl(token, I64(2))), VF)
-        both = b.ashr(b.shl(pairs, byte), byte), b.ashr(pairs, byte)
-        return [b.fmul(b.sitofp(b.sext(x, VI), VF), factor) for x in both]
-    pairs = e.load(e.at(keys, b.shl(place, I64(2))), VI)
-    return [b.bitcast(b.shl(pairs, e.bits(16)), VF), b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF)]
 
 
 def _smaller(e: Emitter, a: Value, b: Value) -> Value:
     return e.b.select(e.b.fcmp_ordered("<", a, b), a, b)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def seal_keys(
-    context: Any,
-    kind: Any,
-    unit: Any,
-    keys: Any,
-    scales: Any,
-    size: Any,
-    d: Any,
-    codes: Any,
-    steps: Any,
-    lows: Any,
-    scratch: Any,
-) -> Any:
-    """The 4-bit codes of a K block of `size` tokens and d channels, and bfloat16 step and low of each channel.
+class SealKeys(NamedTuple):
+    """The operands of `seal_keys`."""
 
-    scales: float32 `[size]`, read for INT8 alone; scratch: 34 rows. code = round((k - low) / step), from 0 to 15,
-    where step = (high - low) / 15, with both as they are stored. Where a number is not finite, low is NaN for the 16
-    channels about it: that must be seen.
+    keys: Address  # a K block
+    scales: Address  # float32 `[size]`, read for INT8 alone
+    size: int  # tokens of the block
+    d: int  # channels
+    codes: Address  # written, as `SketchLayout` says
+    steps: Address  # written: bfloat16 `[d]`
+    lows: Address  # written: bfloat16 `[d]`
+    scratch: Address  # 34 rows
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def seal_keys(context: Any, kind: Any, unit: Any, operands: Any) -> Any:
+    """The 4-bit codes of a K block, and step and low of each channel. operands: `SealKeys`.
+
+    code = round((k - low) / step), from 0 to 15, where step = (high - low) / 15, with both as they are stored. Where a
+    number is not finite, low is NaN for the 16 channels about it: that must be seen.
     """
     code, width = literals(kind, unit)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, e = builder, Emitter(builder)
-        keys, scales, codes, steps, lows, scratch = (e.pointer(args[i]) for i in (2, 3, 6, 7, 8, 9))
-        size, d = args[4], args[5]
-        least, most = scratch, e.at(scratch, LINE * LANES)
-        inverse, low_floats = e.at(scratch, 2 * LINE * LANES), e.at(scratch, 2 * LINE * LANES + LINE)
-        vectors, low_start, high_start = b.lshr(size, I64(4)), e.number(float("inf")), e.number(float("-inf"))
-
-        def channels(group: Value) -> list[Value]:
-            first = b.shl(group, I64(3))  # pair of channels
-            nothing = e.number(0.0)  # NaN where a number is not finite
-            for j in range(LANES // 2):
-                pair = b.add(first, I64(j))
-
-                def tokens(i: Value, *found: Value, pair: Value = pair) -> list[Value]:
-                    both = _load_keys(e, code, keys, pair, b.shl(i, I64(4)), size, scales)
-                    new = [_smaller(e, x, low) for x, low in zip(both, found[:2], strict=True)]
-                    new += [e.larger(x, high) for x, high in zip(both, found[2:4], strict=True)]
-                    return [*new, e.fma(both[1], e.number(0.0), e.fma(both[0], e.number(0.0), found[4]))]
-
-                *found, nothing = e.loop(vectors, [low_start] * 2 + [high_start] * 2 + [nothing], tokens)
-                for half in range(2):
-                    e.store(found[half], e.at(least, LINE * (2 * j + half)))
-                    e.store(found[2 + half], e.at(most, LINE * (2 * j + half)))
-            nothing = e.splat(e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), nothing))
-            low = to_half(e, b.fadd(tree(e, least, VF, lambda x, y: _smaller(e, x, y)), nothing))
-            low_float = from_half(e, low)
-            step = b.fmul(b.fsub(tree(e, most, VF, e.larger), low_float), e.number(1 / 15))
-            step = e.larger(step, e.number(0.0))  # low may have been rounded up, above all there is
-            step_half = to_half(e, step)
-            step = from_half(e, step_half)
-            usable = b.fcmp_ordered(">", step, e.number(1e-37))
-            e.store(b.select(usable, b.fdiv(e.number(1.0), step), e.number(0.0)), inverse)
-            e.store(low_float, low_floats)
-            at = b.shl(group, I64(5))
-            e.store(step_half, e.at(steps, at), 2)
-            e.store(low, e.at(lows, at), 2)
-
-            def strip(i: Value) -> list[Value]:
-                begin = b.mul(i, I64(16 * width))
-                place = b.mul(begin, b.lshr(d, I64(1)))  # of the strip's codes: half a byte a number
-                place = e.at(codes, b.add(place, b.shl(group, I64(8 if width == 2 else 7))))
-                for line in range(4 if width == 2 else 2):
-                    word = e.bits(0)
-                    for half in range(2):  # low and high half of the bytes: other tokens, or other channels
-                        quad = line if width == 2 else 2 * line + half
-                        token = b.add(begin, I64(16 * half if width == 2 else 0))
-                        for couple in range(2):
-                            pair = b.add(first, I64(2 * quad + couple))
-                            both = _load_keys(e, code, keys, pair, token, size, scales)
-                            for k, x in enumerate(both):
-                                channel = 4 * quad + 2 * couple + k
-                                own = e.splat(e.load(e.at(low_floats, 4 * channel), F32))
-                                x = b.fmul(b.fsub(x, own), e.splat(e.load(e.at(inverse, 4 * channel), F32)))
-                                x = _smaller(e, e.larger(x, e.number(0.0)), e.number(15.0))
-                                shift = 8 * (2 * couple + k) + 4 * half
-                                word = b.or_(word, b.shl(e.nearest(x), e.bits(shift)))
-                    e.store(word, e.at(place, LINE * line))
-                return []
-
-            e.loop(b.udiv(size, I64(16 * width)), [], strip)
-            return []
-
-        e.loop(b.lshr(d, I64(4)), [], channels)
+        e = Emitter(builder)
+        _KeySeal(e, code, width, unpack(SealKeys, context, e, signature.args[2], args[2])).emit()
         return context.get_dummy_value()
 
-    return types.void(kind, unit, *[types.int64] * 8), emit
+    return types.void(kind, unit, operands), emit
+
+
+class _KeySeal:
+    """What `seal_keys` emits."""
+
+    def __init__(self, e: Emitter, code: int, width: int, operands: SealKeys) -> None:
+        self.e, self.b, self.o, self.code, self.width = e, e.b, operands, code, width
+        scratch = operands.scratch
+        self.least, self.most = scratch, e.at(scratch, LINE * LANES)
+        self.inverse, self.low_floats = e.at(scratch, 2 * LINE * LANES), e.at(scratch, 2 * LINE * LANES + LINE)
+        self.vectors = self.b.lshr(operands.size, I64(4))
+
+    def emit(self) -> None:
+        self.e.loop(self.b.lshr(self.o.d, I64(4)), [], self.channels)
+
+    def channels(self, group: Value) -> list[Value]:
+        """16 channels: their range, from that step and low, then the codes."""
+        first = self.b.shl(group, I64(3))  # pair of channels
+        self.store_steps(group, self.find_range(first))
+        strips = self.b.udiv(self.o.size, I64(16 * self.width))
+        self.e.loop(strips, [], partial(self.strip, group, first))
+        return []
+
+    def find_range(self, first: Value) -> Value:
+        """Leave the least and the most of each channel in each lane, and return 0, or NaN if one is not finite."""
+        e, b = self.e, self.b
+        low_start, high_start = e.number(float("inf")), e.number(float("-inf"))
+        nothing = e.number(0.0)
+        for j in range(LANES // 2):
+            pair = b.add(first, I64(j))
+
+            def tokens(i: Value, *found: Value, pair: Value = pair) -> list[Value]:
+                both = self.load_keys(pair, b.shl(i, I64(4)))
+                new = [_smaller(e, x, low) for x, low in zip(both, found[:2], strict=True)]
+                new += [e.larger(x, high) for x, high in zip(both, found[2:4], strict=True)]
+                return [*new, e.fma(both[1], e.number(0.0), e.fma(both[0], e.number(0.0), found[4]))]
+
+            *found, nothing = e.loop(self.vectors, [low_start] * 2 + [high_start] * 2 + [nothing], tokens)
+            for half in range(2):
+                e.store(found[half], e.at(self.least, LINE * (2 * j + half)))
+                e.store(found[2 + half], e.at(self.most, LINE * (2 * j + half)))
+        return e.splat(e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), nothing))
+
+    def store_steps(self, group: Value, nothing: Value) -> None:
+        e, b = self.e, self.b
+        low = to_half(e, b.fadd(tree(e, self.least, VF, lambda x, y: _smaller(e, x, y)), nothing))
+        low_float = from_half(e, low)
+        step = b.fmul(b.fsub(tree(e, self.most, VF, e.larger), low_float), e.number(1 / 15))
+        step = e.larger(step, e.number(0.0))  # low may have been rounded up, above all there is
+        step_half = to_half(e, step)
+        step = from_half(e, step_half)
+        usable = b.fcmp_ordered(">", step, e.number(1e-37))
+        e.store(b.select(usable, b.fdiv(e.number(1.0), step), e.number(0.0)), self.inverse)
+        e.store(low_float, self.low_floats)
+        at = b.shl(group, I64(5))
+        e.store(step_half, e.at(self.o.steps, at), 2)
+        e.store(low, e.at(self.o.lows, at), 2)
+
+    def strip(self, group: Value, first: Value, i: Value) -> list[Value]:
+        """The codes of 16 channels of strip i."""
+        e, b, width = self.e, self.b, self.width
+        begin = b.mul(i, I64(16 * width))
+        place = b.mul(begin, b.lshr(self.o.d, I64(1)))  # of the strip's codes: half a byte a number
+        place = e.at(self.o.codes, b.add(place, b.shl(group, I64(8 if width == 2 else 7))))
+        for line in range(4 if width == 2 else 2):
+            word = e.bits(0)
+            for half in range(2):  # low and high half of the bytes: other tokens, or other channels
+                quad = line if width == 2 else 2 * line + half
+                token = b.add(begin, I64(16 * half if width == 2 else 0))
+                for couple in range(2):
+                    both = self.load_keys(b.add(first, I64(2 * quad + couple)), token)
+                    for k, x in enumerate(both):
+                        code = self.code_of(x, 4 * quad + 2 * couple + k)
+                        word = b.or_(word, b.shl(code, e.bits(8 * (2 * couple + k) + 4 * half)))
+            e.store(word, e.at(place, LINE * line))
+        return []
+
+    def code_of(self, x: Value, channel: int) -> Value:
+        """The codes of 16 numbers of one of the 16 channels."""
+        e, b = self.e, self.b
+        own = e.splat(e.load(e.at(self.low_floats, 4 * channel), F32))
+        x = b.fmul(b.fsub(x, own), e.splat(e.load(e.at(self.inverse, 4 * channel), F32)))
+        return e.nearest(_smaller(e, e.larger(x, e.number(0.0)), e.number(15.0)))
+
+    def load_keys(self, pair: Value, token: Value) -> list[Value]:
+        """Channels 2 * pair and 2 * pair + 1 of 16 tokens from `token` on, as floats."""
+        e, b, code = self.e, self.b, self.code
+        keys, size = self.o.keys, self.o.size
+        if code in (Kind.FLOAT32, Kind.FLOAT16):
+            width, kind = (4, VF) if code == Kind.FLOAT32 else (2, VH)
+            first = b.add(b.mul(b.shl(pair, I64(1)), size), token)
+            places = [e.at(keys, b.mul(x, I64(width))) for x in (first, b.add(first, size))]
+            loaded = [e.load(p, kind, width) for p in places]
+            return loaded if code == Kind.FLOAT32 else [b.fpext(x, VF) for x in loaded]
+        place = b.add(b.mul(pair, size), token)
+        if code == Kind.INT8:
+            pairs = e.load(e.at(keys, b.shl(place, I64(1))), VS, 2)
+            byte = ir.Constant(VS, [ir.Constant(ir.IntType(16), 8)] * LANES)
+            factor = e.load(e.at(self.o.scales, b.shl(token, I64(2))), VF)
+            both = b.ashr(b.shl(pairs, byte), byte), b.ashr(pairs, byte)
+            return [b.fmul(b.sitofp(b.sext(x, VI), VF), factor) for x in both]
+        pairs = e.load(e.at(keys, b.shl(place, I64(2))), VI)
+        return [b.bitcast(b.shl(pairs, e.bits(16)), VF), b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF)]
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

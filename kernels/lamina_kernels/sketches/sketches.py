@@ -2,8 +2,7 @@
 
 A sketch is made once of a full page of one layer and KV head: its keys in 4 bits, asymmetric per channel (KIVI, arXiv
 2402.02750), and the mean of its values. `scan` reads the sketches of all pages of a sequence, estimates how much of the
-attention each page gets, and chooses pages so that little is missed. Knows pages and items; knows no policy and no
-sequence.
+attention each page gets, and chooses pages so that little is missed.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def seal(pages: Pages, sketches: Sketches, page_ids: torch.Tensor) -> None:
 
 
 def _describe(sketches: Sketches) -> dict[str, int]:
-    """What every block of arguments says of the sketches."""
+    """The fields of the sketches in every block of arguments."""
     at = sketches.layout
     return {
         "sketches": sketches.arena.data_ptr(),
@@ -135,30 +134,7 @@ def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1, mo
     capacity = max(-(-int(items.held.max(initial=1)) // LANES) * LANES, LANES)
     width = max(-(-int(items.sealed.max(initial=1)) // LANES) * LANES, LANES)
     described, tasks = _cut(items, threads)
-    rows = group * LANES
-    sizes = {
-        "floats": group * at.pages.d_k * 4,
-        "halves": group * at.padded * 2,
-        "bounds": group * at.padded * 2,
-        "nothing": group * 4,
-        "tops": rows * 64,
-        "dots": rows * 64,
-        "inverses": rows * 4,
-        "factors": rows * 4,
-        "bases": rows * 4,
-        "panel": group * at.pages.d_k,
-        "logits": rows * at.pages.page_size * 4,
-    }
-    # Few query heads are computed as up to 8: what is read and written of the others lies behind the group's own.
-    sizes = {name: size + size // group * HEADS for name, size in sizes.items()}
-    sizes |= {
-        "places": LANES * 8,
-        "ahead": LANES * 8,
-        "limits": 3 * 4,
-        "parts": group * width * 4,
-        "scores": width * 4,
-        "others": (width + AHEAD) * 4,
-    }
+    sizes = _scratch_bytes(at, group, width)
     ends = list(accumulate(-(-sizes[name] // 64) * 64 for name in SCRATCH))
     scratch = torch.zeros(threads * ends[-1] + 64, dtype=torch.uint8)
     base = scratch.data_ptr() + -scratch.data_ptr() % 64
@@ -197,6 +173,34 @@ def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1, mo
         **_describe(sketches),
     )
     return ScanPlan(sketches, items, group, threads, missing, a, result, (described, tasks, done, scratch))
+
+
+def _scratch_bytes(at: SketchLayout, group: int, width: int) -> dict[str, int]:
+    """Bytes of each part of a thread's scratch; width: entries of the longest item, a multiple of LANES."""
+    rows = group * LANES
+    sizes = {
+        "floats": group * at.pages.d_k * 4,
+        "halves": group * at.padded * 2,
+        "bounds": group * at.padded * 2,
+        "nothing": group * 4,
+        "tops": rows * 64,
+        "dots": rows * 64,
+        "inverses": rows * 4,
+        "factors": rows * 4,
+        "bases": rows * 4,
+        "panel": group * at.pages.d_k,
+        "logits": rows * at.pages.page_size * 4,
+    }
+    # Few query heads are computed as up to 8: what is read and written of the others lies behind the group's own.
+    sizes = {name: size + size // group * HEADS for name, size in sizes.items()}
+    return sizes | {
+        "places": LANES * 8,
+        "ahead": LANES * 8,
+        "limits": 3 * 4,
+        "parts": group * width * 4,
+        "scores": width * 4,
+        "others": (width + AHEAD) * 4,
+    }
 
 
 def _cut(items: Items, threads: int) -> tuple[Any, Any]:
