@@ -24,7 +24,8 @@ from lamina_protocols.messages import Announced, HolderConfig
 from lamina_protocols.routes import HolderBatch
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, RankLost
-from lamina_workers.model_worker.attention_merge import SLOWEST, Waiting
+from lamina_workers.model_worker.attention_merge import Waiting
+from lamina_workers.model_worker.holder_traffic import SLOWEST
 from lamina_workers.model_worker.interface import BatchWork, Returned, Seat
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, chosen, plain_rows, rotates, rotation

@@ -1,0 +1,343 @@
+"""Attention of a batch over holders that keep dense K and V, against attention by its definition."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+
+import pytest
+import torch
+
+from lamina_protocols.messages import (
+    Attended,
+    Exchange,
+    Fault,
+    Fresh,
+    HolderConfig,
+    LayerSpec,
+    Query,
+    Reply,
+    Request,
+    Row,
+)
+from lamina_protocols.routes import Route, Span
+from lamina_workers.decoder.model import KeyValueReady, QueryReady
+from lamina_workers.errors import HolderFault, HolderLost
+from lamina_workers.model_worker.attention_merge import AttentionMerge, Waiting, result
+from lamina_workers.ports.port import Replies
+
+LAYERS, HEADS, KV_HEADS, D = 2, 6, 2, 16
+GROUP, SCALE = HEADS // KV_HEADS, 0.25
+CONFIG = HolderConfig(
+    tuple(LayerSpec(layer, HEADS, KV_HEADS, D, D, SCALE) for layer in range(LAYERS)), 16, "float32", 1 << 20
+)
+BOTH = tuple(range(KV_HEADS))
+
+
+class Model:
+    """Sequences of random vectors: `spans` of them are the batch, the tokens before are in the past.
+
+    q `[layers, T, heads, D]`, k and v `[layers, tokens, kv_heads, D]` of each sequence, the past included.
+    """
+
+    def __init__(self, spans: Sequence[Span], seed: int = 1) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.spans = list(spans)
+        self.q = torch.randn(LAYERS, sum(span.count for span in spans), HEADS, D, generator=draw)
+        lengths = [span.start + span.count for span in spans]
+        self.k, self.v = ([torch.randn(LAYERS, n, KV_HEADS, D, generator=draw) for n in lengths] for _ in range(2))
+
+    def forward(self) -> Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]:
+        """What a decoder yields. Returns the attention of all layers, `[layers, T, heads * D]`."""
+        attended = []
+        for layer in range(LAYERS):
+            yield QueryReady(layer, self.q[layer])
+            k, v = (
+                torch.cat([x[layer, span.start :] for x, span in zip(of, self.spans, strict=True)])
+                for of in (self.k, self.v)
+            )
+            answer = yield KeyValueReady(layer, k, v)
+            assert answer is not None
+            attended.append(answer)
+        return torch.stack(attended)
+
+    def dense(self) -> torch.Tensor:
+        """The same by the definition."""
+        first, parts = 0, []
+        for source, span in enumerate(self.spans):
+            q = self.q[:, first : first + span.count]
+            out = [
+                attend(q[layer], self.k[source][layer], self.v[source][layer], span.start, (0, span.start + span.count))
+                for layer in range(LAYERS)
+            ]
+            parts.append(torch.stack([o for o, _ in out]))
+            first += span.count
+        return torch.cat(parts, 1).flatten(2)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, read: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of q `[n, heads, D]` at positions from `start` on over keys [lo, hi): out and lse."""
+    keys = torch.arange(*read)
+    seen = keys <= start + torch.arange(len(q))[:, None]
+    group = q.shape[1] // k.shape[1]
+    logits = torch.einsum("nhd,khd->nhk", q, k[keys].repeat_interleave(group, 1)) * SCALE
+    logits = logits.masked_fill(~seen[:, None], -torch.inf)
+    out = torch.einsum("nhk,khd->nhd", logits.softmax(-1), v[keys].repeat_interleave(group, 1))
+    return out, logits.logsumexp(-1)
+
+
+class Holder:
+    """A port: the holder behind it has the past of its own heads, and anything else only once it was stored."""
+
+    page_layout = ""
+
+    def __init__(self, model: Model, routes: Sequence[Route], name: str = "a", seconds: float = 0.0) -> None:
+        self.name = name
+        self.routes = list(routes)
+        self.seconds = seconds
+        self.sent: list[Request] = []
+        self.replies: deque[Reply] = deque()
+        self.silent = False  # answers are kept back
+        self.closed = False
+        self.bend: Callable[[Attended], Reply] = lambda reply: reply
+        self._k, self._v = ([self._past(model, x, source) for source, x in enumerate(of)] for of in (model.k, model.v))
+
+    def _past(self, model: Model, x: torch.Tensor, source: int) -> torch.Tensor:
+        kept, start = torch.full_like(x, torch.nan), model.spans[source].start
+        for route in self.routes:
+            if route.source == source:
+                kept[:, :start, list(route.heads)] = x[:, :start, list(route.heads)]
+        return kept
+
+    def send(self, request: Request) -> None:
+        self.sent.append(request)
+        if isinstance(request, Query | Exchange):
+            self.replies.append(self.bend(self._attend(request)))
+        if isinstance(request, Fresh | Exchange):
+            self._store(request)
+
+    def receive(self, timeout: float | None = None) -> Reply:
+        return self.replies.popleft()
+
+    def ready(self) -> bool:
+        return bool(self.replies) and not self.silent
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _attend(self, request: Query | Exchange) -> Attended:
+        outs, lses, first = [], [], 0
+        for route in self.routes:
+            row, heads = route.row, list(route.heads)
+            if row.read is None:
+                continue
+            n = row.count * len(heads) * GROUP
+            q = request.q[first : first + n].view(row.count, -1, D)
+            k, v = (x[route.source][request.layer][:, heads] for x in (self._k, self._v))
+            out, lse = attend(q, k, v, row.start, row.read)
+            outs.append(out.reshape(-1, D))
+            lses.append(lse.reshape(-1))
+            first += n
+        assert first == len(request.q)
+        return Attended(request.epoch, request.batch, request.layer, torch.cat(outs), torch.cat(lses), self.seconds)
+
+    def _store(self, request: Fresh | Exchange) -> None:
+        first = 0
+        for route in self.routes:
+            (lo, hi), heads = route.stored, list(route.heads)
+            n = max(hi - lo, 0) * len(heads)
+            for new, kept in ((request.k, self._k), (request.v, self._v)):
+                kept[route.source][request.layer, lo:hi, heads] = new[first : first + n].view(-1, len(heads), D)
+            first += n
+        assert first == len(request.k) == len(request.v)
+
+    def holds(self, model: Model) -> bool:
+        """Whether the tokens of the batch that its rows store are there as the model computed them."""
+        return all(
+            torch.equal(kept[route.source][:, slice(*route.stored), list(route.heads)],
+                        of[route.source][:, slice(*route.stored), list(route.heads)])
+            for route in self.routes for kept, of in ((self._k, model.k), (self._v, model.v))
+        )  # fmt: skip
+
+
+def route(
+    source: int, span: Span, heads: Sequence[int] = BOTH, read: tuple[int, int] | None = None, stores: bool = True
+) -> Route:
+    """A row of that span, which stores all of its tokens or none."""
+    end = span.start + span.count
+    row = Row(source, span.start, span.count, read, stores)
+    return Route(source, tuple(heads), row, (span.start, end) if stores else (0, 0))
+
+
+def run_of(
+    merge: AttentionMerge, model: Model, holders: Sequence[Holder], batch: int = 1, suspends: bool = True
+) -> Generator[Waiting, None, torch.Tensor]:
+    routes = {Replies(holder): holder.routes for holder in holders}
+    for replies in routes:
+        replies.expect(1, batch)
+    return merge.run(model.forward(), 1, batch, model.spans, routes, suspends)
+
+
+SPANS = (Span(20, 1), Span(7, 3), Span(0, 5), Span(33, 1))
+
+
+def whole(span: Span) -> tuple[int, int] | None:
+    return (0, span.start) if span.start else None
+
+
+def one_holder(spans: Sequence[Span]) -> list[list[Route]]:
+    return [[route(i, span, read=whole(span)) for i, span in enumerate(spans)]]
+
+
+def by_heads(spans: Sequence[Span]) -> list[list[Route]]:
+    return [[route(i, span, [head], whole(span)) for i, span in enumerate(spans)] for head in BOTH]
+
+
+def by_ranges(spans: Sequence[Span]) -> list[list[Route]]:
+    """The first holder has the first 5 tokens, the second the rest, and the new ones."""
+    return [
+        [route(i, span, read=(0, 5), stores=False) for i, span in enumerate(spans) if span.start > 5],
+        [route(i, span, read=(5, span.start) if span.start > 5 else whole(span)) for i, span in enumerate(spans)],
+    ]
+
+
+def in_parts(spans: Sequence[Span]) -> list[list[Route]]:
+    """One holder, with two parts of each sequence: it answers the same queries twice."""
+    first, second = by_ranges(spans)
+    return [first + second]
+
+
+def fused(spans: Sequence[Span]) -> list[list[Route]]:
+    return [[route(i, span, read=(0, span.start + span.count)) for i, span in enumerate(spans)]]
+
+
+def partly_fused(spans: Sequence[Span]) -> list[list[Route]]:
+    """Every second span is attended whole by the first holder, the others by the second one and here."""
+    (all_fused,), (plain,) = fused(spans), one_holder(spans)
+    return [all_fused[::2], plain[1::2]]
+
+
+CUTS = (one_holder, by_heads, by_ranges, in_parts, fused, partly_fused)
+
+
+@pytest.mark.parametrize("early_query", [False, True])
+@pytest.mark.parametrize("cut", CUTS)
+def test_it_is_dense_attention_however_kv_is_cut(
+    cut: Callable[[Sequence[Span]], list[list[Route]]], early_query: bool
+) -> None:
+    model = Model(SPANS)
+    holders = [Holder(model, routes) for routes in cut(SPANS)]
+    merge = AttentionMerge(CONFIG, early_query=early_query)
+    torch.testing.assert_close(result(run_of(merge, model, holders)), model.dense(), atol=2e-5, rtol=1e-5)
+    assert all(holder.holds(model) for holder in holders)
+
+
+def test_a_batch_without_a_past_asks_nothing() -> None:
+    spans = (Span(0, 4), Span(0, 1))
+    model = Model(spans)
+    holder = Holder(model, one_holder(spans)[0])
+    torch.testing.assert_close(result(run_of(AttentionMerge(CONFIG), model, [holder])), model.dense())
+    assert {type(request) for request in holder.sent} == {Fresh}
+
+
+def test_q_k_and_v_travel_together_unless_q_is_sent_early_or_rows_are_fused() -> None:
+    def sent(routes: list[Route], early_query: bool) -> list[type]:
+        model = Model(SPANS)
+        holder = Holder(model, routes)
+        result(run_of(AttentionMerge(CONFIG, early_query=early_query), model, [holder]))
+        return [type(request) for request in holder.sent]
+
+    (plain,), (whole_rows,) = one_holder(SPANS), fused(SPANS)
+    assert sent(plain, early_query=False) == [Exchange] * LAYERS
+    assert sent(plain, early_query=True) == [Query, Fresh] * LAYERS
+    assert sent(whole_rows, early_query=False) == [Fresh, Query] * LAYERS
+    assert sent(whole_rows, early_query=True) == [Fresh, Query] * LAYERS
+
+
+def test_a_run_is_suspended_until_the_answer_is_there() -> None:
+    model = Model(SPANS)
+    holder = Holder(model, one_holder(SPANS)[0])
+    holder.silent = True
+    run = run_of(AttentionMerge(CONFIG), model, [holder])
+    waiting = next(run)
+    assert not waiting.over()
+    holder.silent = False
+    assert waiting.over()
+    torch.testing.assert_close(result(run), model.dense(), atol=2e-5, rtol=1e-5)
+
+
+def test_a_run_waits_itself_when_it_must_not_suspend() -> None:
+    model = Model(SPANS)
+    holder = Holder(model, one_holder(SPANS)[0])
+    holder.silent = True
+    run = run_of(AttentionMerge(CONFIG), model, [holder], suspends=False)
+    with pytest.raises(StopIteration) as end:
+        next(run)
+    torch.testing.assert_close(end.value.value, model.dense(), atol=2e-5, rtol=1e-5)
+
+
+def test_runs_that_take_turns_do_not_mix() -> None:
+    merge, models = AttentionMerge(CONFIG), [Model(SPANS, seed) for seed in (1, 2)]
+    holders = [Holder(model, one_holder(SPANS)[0]) for model in models]
+    for holder in holders:
+        holder.silent = True
+    runs = [
+        run_of(merge, model, [holder], batch) for batch, (model, holder) in enumerate(zip(models, holders, strict=True))
+    ]
+    for run in runs:
+        next(run)
+    for run in runs:  # each is resumed between two layers of the other
+        next(run)
+    for model, run in zip(models, runs, strict=True):
+        torch.testing.assert_close(result(run), model.dense(), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bend", "error", "message"),
+    [
+        (lambda reply: Fault(reply.epoch, reply.batch, "no such part"), HolderFault, "b: no such part"),
+        (lambda reply: Attended(1, 1, reply.layer, reply.out[1:], reply.lse[1:]), HolderFault, "b: "),
+        (lambda reply: Attended(1, 1, reply.layer + 1, reply.out, reply.lse), HolderLost, "b: Attended of layer 0"),
+    ],
+    ids=["a fault", "too few vectors", "another layer"],
+)
+def test_a_bad_answer_blames_its_holder_and_the_batch_can_run_again(
+    bend: Callable[[Attended], Reply], error: type[Exception], message: str
+) -> None:
+    model, merge = Model(SPANS), AttentionMerge(CONFIG)
+    holders = [Holder(model, routes, name) for routes, name in zip(by_heads(SPANS), "ab", strict=True)]
+    holders[1].bend = bend
+    with pytest.raises(error, match=message):
+        result(run_of(merge, model, holders))
+    assert holders[1].closed == (error is HolderLost)
+    assert not holders[0].closed
+    again = [Holder(model, routes) for routes in by_heads(SPANS)]
+    torch.testing.assert_close(result(run_of(merge, model, again)), model.dense(), atol=2e-5, rtol=1e-5)
+
+
+def test_a_fused_holder_counts_as_local_and_of_the_others_the_slowest() -> None:
+    model, merge = Model(SPANS), AttentionMerge(CONFIG)
+    own, remote = partly_fused(SPANS)
+    holders = [Holder(model, own, seconds=0.5), Holder(model, remote, seconds=2.0)]
+    result(run_of(merge, model, holders))
+    assert (merge.times.local, merge.times.remote) == (0.5 * LAYERS, 2.0 * LAYERS)
+    holders = [Holder(model, routes, seconds=s) for routes, s in zip(by_heads(SPANS), (3.0, 4.0), strict=True)]
+    result(run_of(merge, model, holders))
+    assert (merge.times.local, merge.times.remote) == (0.0, 4.0 * LAYERS)
+
+
+def test_a_batch_that_no_one_attends_fails() -> None:
+    model = Model(SPANS)
+    with pytest.raises(HolderFault, match="nobody attends layer 0"):
+        result(AttentionMerge(CONFIG).run(model.forward(), 1, 1, [], {}))
+
+
+def test_a_model_that_skips_its_query_is_an_error() -> None:
+    def forward() -> Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]:
+        yield KeyValueReady(0, torch.empty(0), torch.empty(0))
+        return torch.empty(0)
+
+    with pytest.raises(TypeError, match="QueryReady first"):
+        result(AttentionMerge(CONFIG).run(forward(), 1, 1, SPANS, {}))
