@@ -26,7 +26,7 @@ from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Seat
 from lamina_workers.parallel.tensor_parallel import seat
 from lamina_workers.ports.port import survey
-from lamina_workers.ports.remote import RemoteAttention, connect
+from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, SeatOptions, connect
 from lamina_workers.process.credentials import load_credentials
 
 if TYPE_CHECKING:
@@ -135,19 +135,17 @@ class AttentionPool:
     def _connect(self, worker: WorkerAddress) -> RemoteAttention:
         port = connect(
             worker.address,
-            name=worker.name,
-            layers=self._holder.layers,
-            page_size=self._holder.page_size,
-            kv_dtype=self._holder.dtype,
-            compute_dtype=self._compute_dtype,
-            model=self._model,
-            credentials=worker.credentials,
-            local_channel=self._config.local_channel,
-            data_channel=self._config.data_channel,
-            lost_after=self._config.worker_timeout,
-            engine=self._identity.engine,
-            seat_share=self._share,
-            linger=self._config.linger,
+            worker.name,
+            self._holder,
+            self._compute_dtype,
+            self._model,
+            SeatOptions(self._identity.engine, seat_share=self._share, linger=self._config.linger),
+            ChannelOptions(
+                credentials=worker.credentials,
+                local_channel=self._config.local_channel,
+                data_channel=self._config.data_channel,
+                lost_after=self._config.worker_timeout,
+            ),
         )
         self._credentials[port.name] = worker.credentials
         self._ports = [*(known for known in self._ports if not known.closed), port]

@@ -19,12 +19,13 @@ from lamina_protocols.messages import (
     Attended,
     Exchange,
     Fresh,
+    HolderConfig,
     LayerSpec,
     Open,
     Row,
 )
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
-from lamina_workers.ports.remote import RemoteAttention, connect
+from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, SeatOptions, connect
 
 FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 
@@ -49,6 +50,16 @@ ASKED: dict[str, Any] = {
 }
 
 
+def open_port(address: str, **asked: Any) -> RemoteAttention:
+    """A port to the worker there, by names of `ASKED` and of the fields of `SeatOptions` and `ChannelOptions`."""
+    seat, channel = (
+        cls(**{each.name: asked.pop(each.name) for each in dataclasses.fields(cls) if each.name in asked})
+        for cls in (SeatOptions, ChannelOptions)
+    )
+    holder = HolderConfig(asked.pop("layers"), asked.pop("page_size"), asked.pop("kv_dtype"), kv_memory=0)
+    return connect(address, **asked, holder=holder, seat=seat, channel=channel)
+
+
 WAYS = {
     "local": {},
     "grpc": {"local_channel": False},
@@ -70,7 +81,7 @@ def running(**changes: Any) -> Iterator[tuple[AttentionServer, str]]:
 
 @contextlib.contextmanager
 def connected(address: str, **changes: Any) -> Iterator[RemoteAttention]:
-    port = connect(address, **{**ASKED, **changes})
+    port = open_port(address, **{**ASKED, **changes})
     try:
         yield port
     finally:

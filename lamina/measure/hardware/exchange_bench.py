@@ -20,7 +20,7 @@ from lamina.measure.hardware.held import Held
 from lamina.measure.hardware.loaded import Loaded, decode_batch, load
 from lamina.scheduling.kv_layouts import apportion
 from lamina_protocols.messages import Announced, Announcement, Fault, Query, Request
-from lamina_workers.ports.remote import RemoteAttention, connect
+from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, connect
 
 CHANNELS = ("local", "grpc")
 _NO_BATCH = 1 << 30  # a number that no batch has
@@ -108,12 +108,9 @@ def connected(loaded: Loaded, member: WorkerAddress, channel: str) -> RemoteAtte
     """A port to a worker over one of `CHANNELS`, as an engine would open it."""
     return connect(
         member.address,
-        name=member.name,
-        layers=loaded.holder.layers,
-        page_size=loaded.holder.page_size,
-        kv_dtype=loaded.holder.dtype,
-        compute_dtype=str(loaded.dtype).removeprefix("torch."),
-        model=loaded.fingerprint,
-        credentials=member.credentials,
-        local_channel=channel == "local",
+        member.name,
+        loaded.holder,
+        str(loaded.dtype).removeprefix("torch."),
+        loaded.fingerprint,
+        channel=ChannelOptions(credentials=member.credentials, local_channel=channel == "local"),
     )

@@ -16,7 +16,20 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from attention_servers import ASKED, FULL, KV_MEMORY, LAYERS, PAGES, WAYS, connected, one_batch, process, running, until
+from attention_servers import (
+    ASKED,
+    FULL,
+    KV_MEMORY,
+    LAYERS,
+    PAGES,
+    WAYS,
+    connected,
+    one_batch,
+    open_port,
+    process,
+    running,
+    until,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transports import made_credentials
 
@@ -37,7 +50,6 @@ from lamina_workers.attention_server import session
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost
-from lamina_workers.ports.remote import connect
 from lamina_workers.process.credentials import create_credentials, make_credentials
 
 
@@ -88,7 +100,7 @@ def test_a_fault_ends_a_batch_and_nothing_else():
 def test_what_differs_is_refused_naming_both(pin, said):
     with running(**pin) as (_, address):
         with pytest.raises(WorkerRefused, match=said):
-            connect(address, **ASKED)
+            open_port(address, **ASKED)
         with connected(address, **pin) as port:
             assert port.status().session
 
@@ -147,7 +159,7 @@ def test_tokens_and_certificates_of_others_are_refused_and_the_worker_lives():
             (Credentials(token=made.token), WorkerUnreachable, "Hello at"),
         ):
             with pytest.raises(kind, match=said):
-                connect(address, **{**ASKED, "timeout": 3.0}, credentials=credentials)
+                open_port(address, **{**ASKED, "timeout": 3.0}, credentials=credentials)
         for way in WAYS.values():
             with connected(address, credentials=made, **way) as port:
                 one_batch(port)
@@ -178,7 +190,7 @@ def test_one_session_at_a_time():
             connected(address),
             pytest.raises(WorkerRefused, match=r"busy with engine [0-9a-f]{8}, served for \d+\.\d seconds"),
         ):
-            connect(address, **ASKED | {"timeout": 0.3})
+            open_port(address, **ASKED | {"timeout": 0.3})
         with connected(address) as port:
             one_batch(port)
 
@@ -213,7 +225,7 @@ def test_the_lease_frees_a_vanished_engine_and_not_a_silent_one():
             client.hello(hello(session="t" * 32), 10)  # and never a channel, nor a heartbeat
             assert server.status().session
             with pytest.raises(WorkerRefused, match="busy"):
-                connect(address, **ASKED | {"timeout": 0.3})
+                open_port(address, **ASKED | {"timeout": 0.3})
             until(lambda: not server.status().session, 3)
             assert client.heartbeat("t" * 32, 5).state == "ended"
             welcome = client.hello(hello(session="u" * 32), 10)
@@ -290,7 +302,7 @@ def test_draining_takes_no_new_session_and_tells_the_one_there():
             assert health(address) == "NOT_SERVING"
             one_batch(port)
         with pytest.raises(WorkerRefused, match="draining"):
-            connect(address, **ASKED)
+            open_port(address, **ASKED)
 
 
 def health(address: str, credentials: Credentials | None = None) -> str:
@@ -393,4 +405,4 @@ def test_port_of_a_plain_socket_is_no_worker():
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         with pytest.raises(WorkerUnreachable, match="Hello at"):
-            connect(f"127.0.0.1:{deaf.getsockname()[1]}", **{**ASKED, "timeout": 0.5})
+            open_port(f"127.0.0.1:{deaf.getsockname()[1]}", **{**ASKED, "timeout": 0.5})

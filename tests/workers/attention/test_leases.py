@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_servers import ASKED, FULL, KV_MEMORY, LAYERS, PAGES, WAYS, connected, process, running, until
+from attention_servers import ASKED, FULL, KV_MEMORY, LAYERS, PAGES, WAYS, connected, open_port, process, running, until
 from transports import pair
 
 from lamina_protocols import codec, control
@@ -46,7 +46,7 @@ from lamina_workers.attention_server.session import EngineSeat, Session
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
-from lamina_workers.ports.remote import RemoteAttention, connect
+from lamina_workers.ports.remote import RemoteAttention
 
 PATHS = [
     str(Path(__file__).parent),
@@ -208,7 +208,7 @@ def test_what_had_no_answer_is_told_where_its_batch_goes_on_or_to_the_next_annou
 @pytest.mark.parametrize("way", WAYS)
 def test_kv_outlives_a_vanished_engine_and_the_next_goes_on_where_it_was(way):
     with running() as (server, address):
-        port = connect(address, **ASKED, **KEPT, **WAYS[way])
+        port = open_port(address, **ASKED, **KEPT, **WAYS[way])
         sender = Sender(port, 5)
         sender.step(20)
         sender.step()
@@ -231,7 +231,7 @@ def test_kv_outlives_a_vanished_engine_and_the_next_goes_on_where_it_was(way):
 
 def test_what_a_dying_engine_did_not_store_in_every_layer_is_not_held():
     with running() as (server, address):
-        port = connect(address, **ASKED, **KEPT)
+        port = open_port(address, **ASKED, **KEPT)
         sender = Sender(port, 6)
         sender.step(7)
         sender.announce(3)
@@ -274,7 +274,7 @@ def _announced(port: AttentionPort, announcement: Announcement) -> Any:
 
 def test_the_linger_ends_and_the_pages_are_free_for_another():
     with running() as (server, address):
-        port = connect(address, **ASKED, engine=ENGINE, linger=0.4)
+        port = open_port(address, **ASKED, engine=ENGINE, linger=0.4)
         Sender(port, 7).step(5)
         broken(port)
         until(lambda: server.status().lingering == 1)
@@ -282,7 +282,7 @@ def test_the_linger_ends_and_the_pages_are_free_for_another():
             WorkerBusy,
             match=r"it keeps the KV of engine 01234567, which has been away for \d\.\d seconds, for 0\.\d seconds more",
         ):
-            connect(address, **{**ASKED, "timeout": 0.05})
+            open_port(address, **{**ASKED, "timeout": 0.05})
         until(lambda: not server.status().session)
         status = server.status()
         assert (status.parts, status.total_pages, status.engine, status.seats) == (0, 0, "", 0)
@@ -293,7 +293,7 @@ def test_the_linger_ends_and_the_pages_are_free_for_another():
 
 def test_a_seat_lives_while_one_channel_does():
     with running() as (server, address):
-        one, two = (connect(address, **ASKED, engine=ENGINE) for _ in range(2))
+        one, two = (open_port(address, **ASKED, engine=ENGINE) for _ in range(2))
         sender = Sender(one, 9)
         sender.step(3)
         one.close()
@@ -308,7 +308,7 @@ def test_a_seat_lives_while_one_channel_does():
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_goodbye_frees_at_once_what_would_linger(lost):
     with running() as (server, address):
-        port = connect(address, **ASKED, **KEPT)
+        port = open_port(address, **ASKED, **KEPT)
         Sender(port, 10).step(3)
         if lost:
             port._channel.close()
@@ -323,19 +323,19 @@ def test_a_goodbye_frees_at_once_what_would_linger(lost):
 
 def test_one_goodbye_of_two_leaves_the_seat_to_the_other_channel():
     with running() as (server, address):
-        one, two = (connect(address, **ASKED, **KEPT) for _ in range(2))
+        one, two = (open_port(address, **ASKED, **KEPT) for _ in range(2))
         one.close()
         until(lambda: server.status().channels == 1)
         broken(two)
         until(lambda: server.status().lingering == 1)
-        connect(address, **ASKED, **KEPT).close()
+        open_port(address, **ASKED, **KEPT).close()
         assert not server.status().session
 
 
 def test_another_engine_is_told_whom_the_worker_serves():
     said = r"busy with engine 01234567, served for \d+\.\d seconds"
     with running() as (_, address), connected(address, engine=ENGINE), pytest.raises(WorkerBusy, match=said):
-        connect(address, **{**ASKED, "timeout": 0.2}, engine="f" * 32)
+        open_port(address, **{**ASKED, "timeout": 0.2}, engine="f" * 32)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_another_engine_is_told_whom_the_worker_serves():
 def test_a_channel_that_asks_for_another_seat_than_is_there_is_refused_naming_both(changes, said):
     with running() as (server, address), connected(address, **HALF) as port:
         with pytest.raises(WorkerRefused, match=said):
-            connect(address, **{**ASKED, **HALF, **changes})
+            open_port(address, **{**ASKED, **HALF, **changes})
         until(lambda: server.status().channels == 1)
         Sender(port, 12).step(2)
 
@@ -381,7 +381,7 @@ def test_a_channel_that_asks_for_another_seat_than_is_there_is_refused_naming_bo
 def test_what_no_seat_can_be_is_refused_and_the_others_go_on(changes, said):
     with running() as (server, address), connected(address, **HALF) as port:
         with pytest.raises(WorkerRefused, match=said):
-            connect(address, **{**ASKED, **changes})
+            open_port(address, **{**ASKED, **changes})
         assert server.status().seats == 1
         Sender(port, 13).step(2)
 
@@ -390,7 +390,7 @@ def test_a_draining_worker_takes_no_new_seat_but_the_engine_back_that_it_serves(
     with running() as (_, address), connected(address, **HALF) as port:
         port.drain()
         with pytest.raises(WorkerRefused, match="draining"):
-            connect(address, **ASKED, **HALF, seat=1)
+            open_port(address, **ASKED, **HALF, seat=1)
         with connected(address, **HALF) as again:
             assert again.resumed
 
@@ -648,8 +648,8 @@ def test_what_is_posted_waits_for_no_reader_and_arrives_whole(transport):
 CLIENT = """
 import sys, time, torch
 sys.path[:0] = {path!r}
-from test_leases import ASKED, KEPT, Sender, connect
-port = connect({address!r}, **ASKED, **KEPT)
+from test_leases import ASKED, KEPT, Sender, open_port
+port = open_port({address!r}, **ASKED, **KEPT)
 sender = Sender(port, 21)
 sender.step(30)
 for _ in range({steps}):
@@ -703,7 +703,7 @@ def test_a_stopped_client_of_one_seat_holds_up_no_other():
         try:
             assert child.stdout.readline() == "stored\n"
             child.send_signal(signal.SIGSTOP)
-            port = connect(address, **half, seat=1)
+            port = open_port(address, **half, seat=1)
             sender = Sender(port, 22)
             sender.step(3)
             for _ in range(20):

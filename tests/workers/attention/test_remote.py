@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from attention_servers import ASKED, WAYS, connected, one_batch, process, running, until
+from attention_servers import ASKED, WAYS, connected, one_batch, open_port, process, running, until
 from transports import OneStream, serving
 
 from lamina_protocols import codec, control
@@ -18,7 +18,6 @@ from lamina_protocols.channels import AddressError
 from lamina_protocols.messages import Announced, Announcement, Fresh
 from lamina_protocols.service import WorkerRefused
 from lamina_workers.errors import HolderLost
-from lamina_workers.ports.remote import connect
 
 ANNOUNCEMENT = Announcement(1, 1, 0, (), ())
 
@@ -121,7 +120,7 @@ def test_a_local_channel_that_cannot_be_reached_falls_back_to_grpc(tmp_path):
 @pytest.mark.parametrize("address", ["", "host", "host:", "host:99999", ":1", "host:-1"])
 def test_what_is_no_address(address):
     with pytest.raises(AddressError, match="expected HOST:PORT"):
-        connect(address, **ASKED)
+        open_port(address, **ASKED)
 
 
 @pytest.mark.slow

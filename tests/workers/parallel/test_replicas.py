@@ -53,7 +53,7 @@ from lamina_workers.parallel.peer_worker import PeerWorker
 from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
 from lamina_workers.parallel.replicas import PipelineReplicas
 from lamina_workers.ports.port import AttentionPort
-from lamina_workers.ports.remote import RemoteAttention, connect
+from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
 from lamina_workers.ports.timing import Stopwatch
 
 ENGINE = "5eed" * 8
@@ -289,9 +289,13 @@ class Rotating:
         self._stack.callback(server.stop, 0.0)
         self.servers.append(server)
         port = connect(
-            address, name=f"worker-{len(self.servers)}", layers=config.layers, page_size=config.page_size,
-            kv_dtype=config.dtype, compute_dtype="float32", model=fingerprint(self._model), engine=ENGINE,
-        )  # fmt: skip
+            address,
+            f"worker-{len(self.servers)}",
+            config,
+            "float32",
+            fingerprint(self._model),
+            SeatOptions(ENGINE),
+        )
         self._stack.callback(port.close)
         return port
 

@@ -36,7 +36,7 @@ from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.warmup import prepare_kernels
 from lamina_workers.parallel import collectives, peer_codec, peer_messages
 from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
-from lamina_workers.ports.remote import RemoteAttention, connect
+from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, SeatOptions, connect
 
 logger = logging.getLogger("lamina")
 
@@ -265,20 +265,17 @@ class PeerWorker:
         begin = self._begin
         return connect(
             place.address,
-            name=place.name,
-            layers=begin.holder.layers,
-            page_size=begin.holder.page_size,
-            kv_dtype=begin.holder.dtype,
-            compute_dtype=begin.dtype,
-            model=begin.model,
-            credentials=Credentials(place.ca, place.cert, place.key, place.token),
-            local_channel=begin.local_channel,
-            data_channel=begin.data_channel,
-            lost_after=begin.lost_after,
-            engine=begin.engine,
-            seat=place.seat,
-            seat_share=(place.part, place.of),
-            linger=begin.linger,
+            place.name,
+            begin.holder,
+            begin.dtype,
+            begin.model,
+            SeatOptions(begin.engine, place.seat, (place.part, place.of), begin.linger),
+            ChannelOptions(
+                credentials=Credentials(place.ca, place.cert, place.key, place.token),
+                local_channel=begin.local_channel,
+                data_channel=begin.data_channel,
+                lost_after=begin.lost_after,
+            ),
         )
 
     def _leave(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""The port to an attention worker elsewhere: handshake, data channel, heartbeat. Knows no batch and no model.
+"""The port to an attention worker elsewhere: handshake, data channel, heartbeat.
 
 The data channel is a Unix socket where both ends share a host, else the gRPC stream, or TCP where that was asked for.
 """
@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 import time
+from dataclasses import dataclass
 
 from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel, ChannelClosed, Credentials, is_loopback, split_address
@@ -22,7 +23,7 @@ from lamina_protocols.messages import (
     Fault,
     Fetched,
     FetchedPages,
-    LayerSpec,
+    HolderConfig,
     Reply,
     Request,
     Surveyed,
@@ -39,13 +40,49 @@ _GOODBYE_S = 2.0
 _REPLIES = (Announced, Attended, Fetched, FetchedPages, Surveyed, Fault)
 
 
+@dataclass(frozen=True, slots=True)
+class SeatOptions:
+    """Which seat at a worker. A worker serves one engine at a time; each seat of it has an attention worker of its own.
+
+    engine: its id, 16 to 64 hexadecimal characters, None: a fresh one. `seat_share`: the part of the worker's memory
+    (part, of). `linger`: seconds that the KV stays after the last channel is gone; the longest of all channels counts.
+    """
+
+    engine: str | None = None
+    seat: int = 0
+    seat_share: tuple[int, int] = (1, 1)
+    linger: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelOptions:
+    """The way to a worker, in seconds where it is time.
+
+    `local_channel`: a Unix socket where both ends share a host. `data_channel`: "grpc" or "tcp". `checksum`: on each
+    frame; None: where nothing else vouches for frames, which is on the way to another host without TLS. `timeout`
+    bounds each step of the handshake (a worker that has never run compiles its kernels first). Without an answer to
+    heartbeats for `lost_after` seconds the port is lost.
+    """
+
+    credentials: Credentials | None = None
+    local_channel: bool = True
+    data_channel: str = "grpc"
+    checksum: bool | None = None
+    timeout: float = 30.0
+    lost_after: float = 10.0
+
+    @property
+    def shown(self) -> Credentials:
+        """The credentials, empty where there are none."""
+        return self.credentials or Credentials()
+
+
 class RemoteAttention:
     """An `AttentionPort` over a channel. Made by `connect`; once lost or closed it stays so.
 
     `capacity` is the KV memory of its seat in bytes, `channel_kind` "local", "tcp" or "grpc", `page_layout` what the
-    holder says of its pages. `resumed`: the seat was there already, and keeps what it held: ask by
-    `attention_port.survey`. One thread sends and receives; `close` may
-    come from any.
+    holder says of its pages. `resumed`: the seat was there already, and keeps what it held: ask by `port.survey`. One
+    thread sends and receives; `close` may come from any.
     """
 
     def __init__(
@@ -128,10 +165,10 @@ class RemoteAttention:
         kept it for a lost engine. A `receive` that waits raises HolderLost."""
         goodbye, self._goodbye = self._goodbye, None
         if goodbye is not None:
-            with contextlib.suppress(LaminaError):  # whoever does not hear it keeps the KV a while
+            with contextlib.suppress(LaminaError):  # a worker that does not hear it keeps the KV a while
                 self._client.goodbye(goodbye, _GOODBYE_S)
         self._end("closed on this side")
-        self._client.close()  # so that a heartbeat to whom answers no more is not waited for
+        self._client.close()  # so that a heartbeat without an answer is not waited for
         if self._heart is not threading.current_thread():
             self._heart.join()
 
@@ -153,7 +190,7 @@ class RemoteAttention:
         self._channel.close()
 
     def _beat(self, interval: float) -> None:
-        """Tell the worker that this side lives, and end the port when the worker does not say the same for too long."""
+        """Send heartbeats, and end the port when the worker has not answered one for too long."""
         deadline = min(interval, self._lost_after / 2)
         answered_at = time.monotonic()
         while not self._closed.wait(min(interval, self._lost_after / 4)):
@@ -172,62 +209,42 @@ class RemoteAttention:
 
 def connect(
     address: str,
-    *,
     name: str,
-    layers: tuple[LayerSpec, ...],
-    page_size: int,
-    kv_dtype: str,
+    holder: HolderConfig,
     compute_dtype: str,
     model: str,
-    credentials: Credentials | None = None,
-    local_channel: bool = True,
-    data_channel: str = "grpc",
-    checksum: bool | None = None,
-    timeout: float = 30.0,
-    lost_after: float = 10.0,
-    engine: str | None = None,
-    seat: int = 0,
-    seat_share: tuple[int, int] = (1, 1),
-    linger: float = 0.0,
+    seat: SeatOptions = SeatOptions(),
+    channel: ChannelOptions = ChannelOptions(),
 ) -> RemoteAttention:
     """Open a channel to a seat at the worker that listens at `address`.
 
-    A worker serves one engine at a time, named by `engine`: 16 to 64 hexadecimal characters, None: a fresh id. An
-    engine has seats there, each with an attention worker of its own that gets `seat_share` (part, of) of the memory.
-    Who connects to a seat that exists adds a channel to it, or takes it up again where its last channel is gone: its
-    KV stays for `linger` seconds after that, the longest that its channels asked for, unless they were closed in order.
-    Only one channel may announce. Frames of two channels come in any order, so who stores over another lets its last
-    `Fresh` of a batch be followed by a request that is answered, such as a `Fetch` of nothing, before the next batch.
+    A channel to a seat that exists is added to it, or takes it up again where its last channel is gone: its KV stays
+    for `seat.linger` seconds after that, unless the channels were closed in order. Only one channel may announce.
+    Frames of two channels come in any order. A channel that stores over another one's keys lets its last `Fresh` of a
+    batch be followed by a request that is answered, such as a `Fetch` of nothing, before the next batch.
 
-    `model` is the fingerprint of the model; `timeout` bounds each step of the handshake (a worker that
-    has never run compiles its kernels first), and without an answer to
-    heartbeats for `lost_after` seconds the port is lost. Frames carry a checksum, unless `checksum` says otherwise,
-    where nothing else vouches for them: on the way to another host without TLS.
-
-    Raises WorkerUnreachable where nobody answers, WorkerRefused
-    where the worker does not want this session.
+    `holder` describes the KV; its `kv_memory` does not count, a worker has its own. `model` is the model's fingerprint.
+    Raises WorkerUnreachable where nothing answers, WorkerRefused where the worker does not want this session.
     """
     session = secrets.token_hex(16)
     hello = control.Hello(
-        PROTOCOL_VERSION, control.package_version(), session, model, compute_dtype, kv_dtype, page_size, layers,
-        local_channel, data_channel, secrets.token_hex(16) if engine is None else engine, seat, seat_share, linger,
+        PROTOCOL_VERSION, control.package_version(), session, model, compute_dtype, holder.dtype, holder.page_size,
+        holder.layers, channel.local_channel, channel.data_channel,
+        secrets.token_hex(16) if seat.engine is None else seat.engine, seat.seat, seat.seat_share, seat.linger,
     )  # fmt: skip
-    credentials = credentials or Credentials()
-    if checksum is None:
-        checksum = not credentials.ca and not is_loopback(split_address(address)[0])
-    client = WorkerClient(address, credentials)
+    client = WorkerClient(address, channel.shown)
     try:
-        welcome = _greet(client, hello, timeout)
-        channel, kind = _open_channel(client, welcome, session, credentials, data_channel, checksum, timeout)
+        welcome = _greet(client, hello, channel.timeout)
+        opened, kind = _open_channel(client, welcome, session, channel)
     except BaseException:
         client.close()
         raise
     logger.info("attention worker %s at %s (%s): data over %s", name, address, welcome.name, kind)
-    return RemoteAttention(name, client, hello, welcome, channel, kind, lost_after)
+    return RemoteAttention(name, client, hello, welcome, opened, kind, channel.lost_after)
 
 
 def _greet(client: WorkerClient, hello: control.Hello, timeout: float) -> control.Welcome:
-    """Whoever had the worker before may be about to leave: ask again for a while."""
+    """Say hello; again for a while where the worker is busy, since the previous engine may be about to leave."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -239,25 +256,22 @@ def _greet(client: WorkerClient, hello: control.Hello, timeout: float) -> contro
 
 
 def _open_channel(
-    client: WorkerClient,
-    welcome: control.Welcome,
-    session: str,
-    credentials: Credentials,
-    data_channel: str,
-    checksum: bool,
-    timeout: float,
+    client: WorkerClient, welcome: control.Welcome, session: str, options: ChannelOptions
 ) -> tuple[Channel, str]:
+    timeout, checksum = options.timeout, options.checksum
+    if checksum is None:
+        checksum = not options.shown.ca and not is_loopback(split_address(client.address)[0])
     if welcome.local is not None:
         try:
             return connect_unix(welcome.local.path, welcome.local.secret, timeout, welcome.max_frame), "local"
         except ChannelClosed as error:  # another host, or a container of its own
             logger.debug("%s", error)
-    if data_channel != "tcp":
+    if options.data_channel != "tcp":
         return client.stream(session, welcome.max_frame, checksum), "grpc"
     if welcome.tcp is None:
         raise WorkerRefused(f"the worker at {client.address} offers no TCP data channel")
     host, _ = split_address(client.address)
-    tls = client_context(credentials) if credentials.ca else None
+    tls = client_context(options.shown) if options.shown.ca else None
     try:
         offer = welcome.tcp
         channel = connect_tcp(host, offer.port, offer.secret, timeout, tls, welcome.max_frame, checksum)
