@@ -131,9 +131,9 @@ class Engine:
         """A model worker beyond this one is known to be gone, and comes back unless it `stays` away."""
         self._inbox.tell(partial(self._losses.rank_gone, rank, why, stays))
 
-    def rank_back(self, mate: Peer) -> None:
+    def rank_back(self, peer: Peer) -> None:
         """A model worker that was gone is there again."""
-        self._inbox.tell(partial(self._losses.rank_back, mate))
+        self._inbox.tell(partial(self._losses.rank_back, peer))
 
     def drain(self, name: str) -> Future[int]:
         """Let an attention worker go once its KV has moved to the others; the result is how many tokens moved. Raises

@@ -206,11 +206,11 @@ class Failures:
         self._abandon()
         self._patience.miss()
 
-    def rank_back(self, mate: Peer) -> None:
+    def rank_back(self, peer: Peer) -> None:
         """A rank is there again. Its seats at attention workers have what they had."""
         self._abandon()
         try:
-            back = self._worker.returned(mate)
+            back = self._worker.returned(peer)
         except RankLost as loss:
             logger.warning("%s", loss)
             return

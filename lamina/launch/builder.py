@@ -314,7 +314,7 @@ def _model_workers(
     if pools.models is not None and config.replicas == 1:
         group = pools.models.group(sizes.device, config.worker_timeout)
     with torch.inference_mode():
-        decoder = Decoder(files.model, weights, Shard(0, config.ranks), None if group is None else group.meet())
+        decoder = Decoder(files.model, weights, Shard(0, config.ranks), None if group is None else group.form())
     decoder = sliced(decoder, config.compile)
     epoch = pools.identity.past_epochs + 1
     own = ModelWorker(

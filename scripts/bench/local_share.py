@@ -120,7 +120,7 @@ def delays(llm: Any, worker: Any, args: argparse.Namespace) -> tuple[float, floa
     """What makes reading `SLOWER` times as slow: seconds for each million positions in a layer, here and there."""
     rig = Rig(llm, worker, 0.0)
     stream = Stream(llm, args.sequences, args.tokens, 0)
-    layers = len(llm._runtime.engine._worker._resolver._config.layers)
+    layers = len(llm._runtime.engine._worker._merge._config.layers)
     _, here = rig.measure(1.0, args.steps)
     _, there = rig.measure(0.0, args.steps)
     stream.end()

@@ -138,7 +138,7 @@ def main() -> None:
     found: dict[str, list[tuple[float, float, float, float, float]]] = {"to the worker": [], "from the worker": []}
     with lamina.LLM(args.model, local_share=1.0, **options) as llm:
         engine = llm._runtime.engine  # type: ignore[union-attr]  # a benchmark may look inside
-        holder = engine._worker._resolver._config
+        holder = engine._worker._merge._config
         token = sum(spec.kv_heads * (spec.d_k + spec.d_v) for spec in holder.layers)
         token *= 2 if holder.dtype in ("bfloat16", "float16") else 4
         layers = len(holder.layers)

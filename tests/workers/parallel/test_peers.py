@@ -159,7 +159,7 @@ def test_a_cut_frame_is_refused(good: bytearray, data: st.DataObject) -> None:
 
 
 class Rig:
-    """A crew, and processes of it that a test plays."""
+    """A listener, and processes of it that a test plays."""
 
     def __init__(self) -> None:
         self.ready: queue.SimpleQueue[Peer] = queue.SimpleQueue()
@@ -167,7 +167,7 @@ class Rig:
         self.given_up: list[str] = []
         self.progress: list[tuple[int, str, int, int]] = []
         self.channels: list[Channel] = []
-        self.crew = PeerListener(
+        self.listener = PeerListener(
             lambda rank: dataclasses.replace(BEGIN, rank=rank),
             self.ready.put,
             lambda rank, said: self.failed.put((rank, said)),
@@ -176,13 +176,13 @@ class Rig:
         )
 
     def connect(self, secret: bytes) -> Channel:
-        channel = connect_unix(self.crew.address.removeprefix(UNIX), secret, 5.0)
+        channel = connect_unix(self.listener.address.removeprefix(UNIX), secret, 5.0)
         self.channels.append(channel)
         return channel
 
-    def mate(self, rank: int = 1, name: str = "model-1") -> tuple[Peer, Channel]:
+    def peer(self, rank: int = 1, name: str = "model-1") -> tuple[Peer, Channel]:
         """One that is ready, and its own end."""
-        channel = self.connect(self.crew.invite(rank, name))
+        channel = self.connect(self.listener.invite(rank, name))
         greet(channel, name)
         assert peer_codec.receive(channel, 5.0) == dataclasses.replace(BEGIN, rank=rank)
         peer_codec.send(channel, peer_messages.Ready("cpu"))
@@ -199,32 +199,32 @@ def rig() -> Iterator[Rig]:
     yield rig
     for channel in rig.channels:
         channel.close()
-    rig.crew.close()
+    rig.listener.close()
 
 
 def test_who_is_invited_loads_and_becomes_ready(rig: Rig) -> None:
-    channel = rig.connect(rig.crew.invite(3, "model-3"))
+    channel = rig.connect(rig.listener.invite(3, "model-3"))
     greet(channel, "model-3")
     begin = peer_codec.receive(channel, 5.0)
     assert isinstance(begin, peer_messages.Begin)
     assert begin.rank == 3
     peer_codec.send(channel, peer_messages.Progress("loading", 1, 2))
     peer_codec.send(channel, peer_messages.Ready("cuda:3"))
-    mate = rig.ready.get(timeout=5.0)
-    assert (mate.rank, mate.name, mate.said.device, mate.closed) == (3, "model-3", "cuda:3", False)
+    peer = rig.ready.get(timeout=5.0)
+    assert (peer.rank, peer.name, peer.said.device, peer.closed) == (3, "model-3", "cuda:3", False)
     assert rig.progress == [(3, "loading", 1, 2)]
 
 
 def test_a_secret_is_good_once_and_only_the_right_one(rig: Rig) -> None:
-    secret = rig.crew.invite(1, "model-1")
+    secret = rig.listener.invite(1, "model-1")
     with pytest.raises(ChannelClosed):
         rig.connect(bytes(32))
     greet(rig.connect(secret), "model-1")
     time.sleep(0.1)
     with pytest.raises(ChannelClosed):
         rig.connect(secret)
-    revoked = rig.crew.invite(1, "model-1.1")
-    rig.crew.revoke("model-1.1")
+    revoked = rig.listener.invite(1, "model-1.1")
+    rig.listener.revoke("model-1.1")
     with pytest.raises(ChannelClosed):
         rig.connect(revoked)
 
@@ -238,7 +238,7 @@ def test_a_secret_is_good_once_and_only_the_right_one(rig: Rig) -> None:
     ],
 )
 def test_who_is_somebody_else_does_not_begin(rig: Rig, hello: tuple[Any, ...], why: str) -> None:
-    channel = rig.connect(rig.crew.invite(1, "model-1"))
+    channel = rig.connect(rig.listener.invite(1, "model-1"))
     greet(channel, *hello)
     rank, said = rig.failed.get(timeout=5.0)
     assert rank == 1
@@ -248,12 +248,12 @@ def test_who_is_somebody_else_does_not_begin(rig: Rig, hello: tuple[Any, ...], w
 
 
 def test_who_cannot_load_says_why_and_who_ends_says_nothing(rig: Rig) -> None:
-    channel = rig.connect(rig.crew.invite(1, "model-1"))
+    channel = rig.connect(rig.listener.invite(1, "model-1"))
     greet(channel, "model-1")
     peer_codec.receive(channel, 5.0)
     peer_codec.send(channel, peer_messages.Failed("DeviceError", "device is 'cuda:7'"))
     assert rig.failed.get(timeout=5.0) == (1, peer_messages.Failed("DeviceError", "device is 'cuda:7'"))
-    again = rig.connect(rig.crew.invite(1, "model-1.1"))
+    again = rig.connect(rig.listener.invite(1, "model-1.1"))
     greet(again, "model-1.1")
     peer_codec.receive(again, 5.0)
     again.close()
@@ -262,34 +262,34 @@ def test_who_cannot_load_says_why_and_who_ends_says_nothing(rig: Rig) -> None:
 
 
 def test_reports_are_sorted_by_batch(rig: Rig) -> None:
-    mate, channel = rig.mate()
+    peer, channel = rig.peer()
     for batch in (1, 2):
-        mate.expect(batch)
+        peer.expect(batch)
     peer_codec.send(channel, peer_messages.Copied(2, True))
     peer_codec.send(channel, peer_messages.Copied(7, True))  # nobody waits for that
     peer_codec.send(channel, peer_messages.Answers(1, {}))
-    assert mate.take(peer_messages.Answers, 1, 5.0) == peer_messages.Answers(1, {})
-    assert mate.ready(2)
-    assert mate.take(peer_messages.Copied, 2, 5.0).room
+    assert peer.take(peer_messages.Answers, 1, 5.0) == peer_messages.Answers(1, {})
+    assert peer.ready(2)
+    assert peer.take(peer_messages.Copied, 2, 5.0).room
 
 
 def test_a_fault_names_its_batch(rig: Rig) -> None:
-    mate, channel = rig.mate()
-    mate.expect(1)
+    peer, channel = rig.peer()
+    peer.expect(1)
     peer_codec.send(channel, peer_messages.BatchFailed(1, "no such part", ()))
     with pytest.raises(HolderFault, match="model worker 1: no such part"):
-        mate.take(peer_messages.Answers, 1, 5.0)
+        peer.take(peer_messages.Answers, 1, 5.0)
     peer_codec.send(channel, peer_messages.BatchFailed(1, "attention-0 is lost", (4,)))
     with pytest.raises(HolderLost):
-        mate.take(peer_messages.Answers, 1, 5.0)
-    assert mate.lost == {4}
-    mate.forget()
+        peer.take(peer_messages.Answers, 1, 5.0)
+    assert peer.lost == {4}
+    peer.forget()
     peer_codec.send(channel, peer_messages.BatchFailed(1, "the keys of an older batch", ()))
     peer_codec.send(channel, peer_messages.BatchFailed(1, "other ranks", (), alone=True))
     peer_codec.send(channel, peer_messages.LeftGroup())
-    assert mate.ask(peer_messages.LeaveGroup(), peer_messages.LeftGroup, 5.0) == peer_messages.LeftGroup()
-    assert mate.unheard == "the keys of an older batch"
-    assert not mate.closed
+    assert peer.ask(peer_messages.LeaveGroup(), peer_messages.LeftGroup, 5.0) == peer_messages.LeftGroup()
+    assert peer.unheard == "the keys of an older batch"
+    assert not peer.closed
 
 
 @pytest.mark.parametrize(
@@ -303,28 +303,28 @@ def test_a_fault_names_its_batch(rig: Rig) -> None:
     ids=["closes", "answers something else", "no frame", "nothing"],
 )
 def test_who_does_not_answer_is_given_up(rig: Rig, says: Callable[[Channel], None]) -> None:
-    mate, channel = rig.mate()
-    mate.expect(1)
+    peer, channel = rig.peer()
+    peer.expect(1)
     says(channel)
     with pytest.raises(RankLost, match=r"model worker 1 \(model-1\) is lost"):
-        mate.take(peer_messages.Answers, 1, 0.3)
-    assert mate.closed
+        peer.take(peer_messages.Answers, 1, 0.3)
+    assert peer.closed
     assert rig.given_up == ["model-1"]
     with pytest.raises(RankLost):
-        mate.tell(peer_messages.Stop())
+        peer.tell(peer_messages.Stop())
     assert rig.given_up == ["model-1"]
 
 
 def test_whose_process_has_ended_is_lost_and_does_not_hold_up_who_waits(rig: Rig) -> None:
-    mate, _ = rig.mate()
-    mate.expect(1)
-    threading.Timer(0.1, rig.crew.revoke, ["model-1"]).start()
+    peer, _ = rig.peer()
+    peer.expect(1)
+    threading.Timer(0.1, rig.listener.revoke, ["model-1"]).start()
     with pytest.raises(RankLost, match="its process has ended"):
-        mate.take(peer_messages.Answers, 1, 10.0)
+        peer.take(peer_messages.Answers, 1, 10.0)
 
 
 def test_close_tells_all_to_stop_and_waits_for_them(rig: Rig) -> None:
-    _, channel = rig.mate()
+    _, channel = rig.peer()
     heard: list[Any] = []
 
     def play() -> None:
@@ -333,10 +333,10 @@ def test_close_tells_all_to_stop_and_waits_for_them(rig: Rig) -> None:
 
     thread = threading.Thread(target=play)
     thread.start()
-    rig.crew.close()
+    rig.listener.close()
     thread.join()
     assert heard == [peer_messages.Stop()]
-    assert not rig.crew.folder.exists()
+    assert not rig.listener.folder.exists()
 
 
 class Holder:

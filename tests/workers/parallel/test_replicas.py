@@ -64,20 +64,20 @@ PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 19, 40, 90)]
 # What is pure.
 
 
-def test_slice_k_of_batch_j_is_at_place_j_plus_k() -> None:
+def test_slice_k_of_batch_j_is_at_replica_j_plus_k() -> None:
     assert rotation(1, 5, 3) == [1, 2, 0, 1, 2, 0]
     assert rotation(0, 3, 1) == [0, 0, 0, 0]
     for turn in range(7):
-        for places in range(1, 6):
-            order = rotation(turn, 30, places)
+        for replicas in range(1, 6):
+            order = rotation(turn, 30, replicas)
             assert len(order) == 31  # before the first attention, between two, behind the last
-            assert all(place == (turn + k) % places for k, place in enumerate(order))
+            assert all(place == (turn + k) % replicas for k, place in enumerate(order))
 
 
 def test_batches_begin_at_different_places_and_share_the_work() -> None:
-    for places in (2, 3, 4):
-        assert {rotation(turn, 30, places)[0] for turn in range(places)} == set(range(places))
-        load = Counter(place for turn in range(places) for place in rotation(turn, 30, places))
+    for replicas in (2, 3, 4):
+        assert {rotation(turn, 30, replicas)[0] for turn in range(replicas)} == set(range(replicas))
+        load = Counter(place for turn in range(replicas) for place in rotation(turn, 30, replicas))
         assert set(load.values()) == {31}
 
 
@@ -132,7 +132,7 @@ def test_tokens_are_chosen_where_the_logits_are_unless_more_is_wanted() -> None:
 def test_commands_of_slices_cross_as_they_are() -> None:
     work = BatchWork((Span(4, 2), Span(9, 1)), [5, 6, 7], [6, 6, 12], (1, 2), (RowSampling(), RowSampling()))
     shares = {3: replace(share((9, (0, 9), True)), operations=(Close(7),)), 4: HolderBatch(2, (Close(8),), ())}
-    command = peer_codec.enter(8, work, shares, (0,), suspends=True)
+    command = peer_codec.start_batch(8, work, shares, (0,), suspends=True)
     told = crossed(command)
     assert (told.batch, told.suspends, told.plain) == (8, True, (0,))
     assert told.shares == {3: share((9, (0, 9), True))}  # operations were announced, and are nobody else's business
@@ -269,7 +269,7 @@ class Rotating:
 
     def __init__(self, stack: contextlib.ExitStack, model: Path, replicas: int, count: int, **options: Any) -> None:
         self.servers: list[AttentionServer] = []
-        self.mates: list[Peer] = []
+        self.peers: list[Peer] = []
         self._stack, self._model = stack, model
         self._channels: list[Any] = []
         self.rig = Rig(
@@ -300,9 +300,9 @@ class Rotating:
         return port
 
     def _around(self, own: ModelWorker, ports: dict[int, AttentionPort], replicas: int) -> PipelineReplicas:
-        self.holder = HolderConfig(own._resolver._layers, 16, "float32", 1)
-        self.mates = [self.replica(rank, self.holder) for rank in range(1, replicas)]
-        workers = PipelineReplicas(own, self.mates, here=(0,), config=self.holder)
+        self.holder = HolderConfig(own._merge._layers, 16, "float32", 1)
+        self.peers = [self.replica(rank, self.holder) for rank in range(1, replicas)]
+        workers = PipelineReplicas(own, self.peers, here=(0,), config=self.holder)
         for number, port in ports.items():
             workers.join(number, port)
         return workers
@@ -316,11 +316,11 @@ class Rotating:
         )  # fmt: skip
         ready: list[Peer] = []
         failed: list[Any] = []
-        crew = PeerListener(
+        listener = PeerListener(
             lambda rank: begin, ready.append, lambda *why: failed.append(why), lambda name: None, lambda *progress: None
         )
-        self._stack.callback(crew.close)
-        channel = connect_unix(crew.address.removeprefix(UNIX), crew.invite(rank, f"model-{rank}"), 10.0)
+        self._stack.callback(listener.close)
+        channel = connect_unix(listener.address.removeprefix(UNIX), listener.invite(rank, f"model-{rank}"), 10.0)
         self._channels.append(channel)
         thread = threading.Thread(target=self._serve, args=(channel, f"model-{rank}"), daemon=True)
         thread.start()
@@ -336,7 +336,7 @@ class Rotating:
 
     def all_connected(self) -> bool:
         """Whether every replica has a channel to every attention worker."""
-        return all(server.status().channels == 1 + len(self.mates) for server in self.servers)
+        return all(server.status().channels == 1 + len(self.peers) for server in self.servers)
 
 
 @pytest.fixture(scope="module")
@@ -414,12 +414,12 @@ def test_a_replica_that_goes_takes_nothing_along(model, expected, lanes) -> None
         for _ in range(2):
             inboxes = [rig.submit(prompt, SamplingParams(max_tokens=12).with_defaults({})) for prompt in PROMPTS]
             until(lambda: workers.slices[1] > 8)
-            rotating.mates[0].close("killed")
+            rotating.peers[0].close("killed")
             assert [collect(inbox) for _, inbox in inboxes] == expected["greedy"]
             assert workers.replicas == 1
             until(lambda: all(server.status().channels == 1 for server in rotating.servers))
-            rotating.mates = [rotating.replica(1, rotating.holder)]
-            rig.engine.rank_back(rotating.mates[0])
+            rotating.peers = [rotating.replica(1, rotating.holder)]
+            rig.engine.rank_back(rotating.peers[0])
             until(rotating.all_connected)
             workers.slices[1] = 0
             assert rig.generate(PROMPTS, max_tokens=12) == expected["greedy"]
@@ -432,7 +432,7 @@ def test_a_replica_that_goes_takes_nothing_along(model, expected, lanes) -> None
 def test_a_replica_that_stays_away_is_not_missed(model, expected) -> None:
     with contextlib.ExitStack() as stack:
         rotating = Rotating(stack, model, 2, 1, lanes=2)
-        rotating.mates[0].close("killed")
+        rotating.peers[0].close("killed")
         rotating.rig.engine.rank_gone(1, "killed", stays=True)
         assert rotating.rig.generate(PROMPTS, max_tokens=12) == expected["greedy"]
         assert rotating.workers.slices == {0: 0, 1: 0}

@@ -15,7 +15,7 @@ from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
 
 
-class Mate:
+class FakePeer:
     """Rank 1: it takes up its seat, and cannot tell what is kept there."""
 
     rank, closed, unheard = 1, False, ""
@@ -58,25 +58,25 @@ class Own:
         return [number for number, port in self.ports.items() if port.closed]
 
 
-def workers(mate: Mate, own: Own) -> TensorParallelWorkers:
-    group = SimpleNamespace(mates={1: mate}, missing=(), timeout=1.0)
+def workers(peer: FakePeer, own: Own) -> TensorParallelWorkers:
+    group = SimpleNamespace(peers={1: peer}, missing=(), timeout=1.0)
     return TensorParallelWorkers(*cast(Any, (own, SimpleNamespace(), group)), pools={}, heads=(1, 1), config=HOLDER)
 
 
 def test_a_holder_that_a_rank_cannot_look_at_does_not_join() -> None:
-    mate, own, port = Mate(), Own(), Port()
-    ranks = workers(mate, own)
+    peer, own, port = FakePeer(), Own(), Port()
+    ranks = workers(peer, own)
     with pytest.raises(HolderLost, match="attention worker a is lost"):
         ranks.join(4, cast(Any, port))
     assert port.closed
     assert ranks.lost() == []
-    assert any(isinstance(command, peer_messages.Leave) and command.number == 5 for command in mate.told)
+    assert any(isinstance(command, peer_messages.Leave) and command.number == 5 for command in peer.told)
 
 
 def test_a_holder_that_a_rank_which_is_back_cannot_look_at_is_gone() -> None:
-    mate, own = Mate(), Own()
-    ranks = workers(mate, own)
-    ranks._owner[5], ranks._places[5] = 1, peer_messages.Join(5, "a", "x:1", 1, 1, 2, b"", b"", b"", "")
-    back = ranks.returned(cast(Any, mate))
+    peer, own = FakePeer(), Own()
+    ranks = workers(peer, own)
+    ranks._owner[5], ranks._joins[5] = 1, peer_messages.Join(5, "a", "x:1", 1, 1, 2, b"", b"", b"", "")
+    back = ranks.returned(cast(Any, peer))
     assert back.gone == [5]
     assert back.kept == {}

@@ -1,8 +1,7 @@
-"""A batch that is computed from one attention to the next, here and elsewhere in turn: what one worker computes of it.
+"""A batch that several workers compute in turn, from one attention to the next: the slices of one worker.
 
-Only the residual stream and the attention's output come in and go out. What a batch needs once (indices, plans, pages
-for the present) is made once, and kept until the worker has done its last slice. Knows that layers are cut at
-attention; knows nothing of who does the rest.
+Only the residual stream and the attention's output come in and go out. Indices, plans and pages for the present are
+made once a batch, and kept until the worker has done its last slice.
 """
 
 from __future__ import annotations
@@ -24,30 +23,29 @@ from lamina_workers.ports.timing import Stopwatch
 
 
 class Context(NamedTuple):
-    """All that a slice leaves to the next one: `hidden`, `[T, hidden_size]`, the residual stream that entered the last
+    """The state between two slices: `hidden`, `[T, hidden_size]`, the residual stream that entered the last
     layer, and `attended`, `[T, heads * d_v]`, the attention of that layer."""
 
     hidden: torch.Tensor
     attended: torch.Tensor
 
 
-def rotation(turn: int, layers: int, places: int) -> list[int]:
-    """Where the slices of batch number `turn` are computed: slice k of batch j is at place (j + k) mod places.
+def rotation(turn: int, layers: int, replicas: int) -> list[int]:
+    """The replica of each slice of batch number `turn`: slice k of batch j is at replica (j + k) mod replicas.
 
-    Slices are cut at attention: slice k begins behind that of layer k - 1 and ends with that of layer k, so there is
-    one more than layers, and whoever has waited for attention is not kept by what follows it. Batches of successive
-    numbers begin at different places.
+    Slices are cut at attention: slice k begins behind the attention of layer k - 1 and ends with that of layer k. So
+    there is one slice more than layers, and a replica that has waited for attention is free at once for another batch.
+    Batches of successive numbers begin at different replicas.
     """
-    return [(turn + k) % places for k in range(layers + 1)]
+    return [(turn + k) % replicas for k in range(layers + 1)]
 
 
 def rotates(shares: Mapping[int, HolderBatch], here: Iterable[int] = ()) -> bool:
     """Whether a batch may be computed by several workers in turn, each with a channel of its own to every holder.
 
-    For that every store must be answered: keys that travel without a query are not, and the next announcement, which
-    comes over another channel, could overtake them. So each holder that stores must read too, and store after it has
-    answered, which one that attends a row's own tokens does not. None may be one of those `here`, which no other
-    process reaches.
+    For that every store must be answered. Keys that travel without a query are not, and the next announcement, which
+    comes over another channel, could overtake them. So each holder that stores must read too, and store after its
+    answer, which a holder that fuses does not. No holder may be one of `here`: other processes cannot reach those.
     """
     routed = {number: share.routes for number, share in shares.items() if share.routes}
     if routed.keys() & set(here):
@@ -61,7 +59,7 @@ def rotates(shares: Mapping[int, HolderBatch], here: Iterable[int] = ()) -> bool
 
 
 def plain_rows(sampling: Sequence[RowSampling]) -> tuple[int, ...]:
-    """The rows whose token is the likeliest, and of which nothing else is wanted: whoever has the logits knows it."""
+    """The rows that need nothing but their likeliest token, which the worker with the logits can choose."""
     return tuple(i for i, row in enumerate(sampling) if row.plain and row.logprobs is None)
 
 
@@ -76,7 +74,7 @@ def likeliest(logits: torch.Tensor, plain: Sequence[int]) -> tuple[tuple[int, ..
 
 
 def chosen(sampling: Sequence[RowSampling], tokens: Sequence[int], logits: torch.Tensor) -> Sampled:
-    """What `likeliest` has left of rows that are sampled so: the others are sampled here."""
+    """The tokens of all rows: the plain ones as `likeliest` chose them, the others sampled here."""
     plain = plain_rows(sampling)
     rest = [i for i in range(len(sampling)) if i not in set(plain)]
     if len(tokens) != len(plain) or len(logits) != len(rest):
@@ -93,8 +91,7 @@ def chosen(sampling: Sequence[RowSampling], tokens: Sequence[int], logits: torch
 class SlicedBatch:
     """One batch at one worker. `drive` makes a run of a forward pass; `watch` and `clock` are the worker's.
 
-    `model_seconds` is what its last slice has computed outside of attention, `attention_seconds` what that has taken
-    besides.
+    `model_seconds` is the time of its last slice outside of attention, `attention_seconds` the rest of it.
     """
 
     channel: Channel | None = None  # slices are fed in this process
@@ -117,9 +114,9 @@ class SlicedBatch:
         self._run = drive(self._forward())
 
     def slice(self, number: int, context: Context | None) -> Generator[Waiting, None, Context | torch.Tensor]:
-        """Compute slice `number` from what the one before has left, None for the first. Returns what it leaves, on the
-        host, and behind the last attention the logits, float32 `[S, vocab]`, where the model is. Raises as
-        `Resolver.run` does."""
+        """Compute slice `number` from the context of the one before, None for the first. Returns its own context, on
+        the host, or behind the last attention the logits, float32 `[S, vocab]`, where the model is. Raises as
+        `AttentionMerge.run` does."""
         self._wanted = number, context
         self._left = None
         self.model_seconds = 0.0
@@ -139,7 +136,7 @@ class SlicedBatch:
         return logits if self._left is None else self._left
 
     def close(self) -> None:
-        """There is no more of it here."""
+        """The batch goes no further here."""
         self._run.close()
 
     def ready(self, batch: int) -> bool:
@@ -173,14 +170,14 @@ class SlicedBatch:
 
 
 class Waits:
-    """Lets one thread that drives several runs wait for whichever can go on first."""
+    """Lets one thread that drives several runs wait until any of them can go on."""
 
     def __init__(self) -> None:
         self._waiter = Waiter()
 
     def until_any(self, waitings: Iterable[Waiting], timeout: float, beside: Sequence[Channel] = ()) -> bool:
-        """Wait until something comes for one of the runs, over the channels that they wait for or those `beside` them.
-        False where nothing has for `timeout` seconds, or a run waits for what comes over no channel."""
+        """Wait until something comes over a channel of one of the runs, or one `beside` them. False where nothing has
+        for `timeout` seconds, or a run waits for something that comes over no channel."""
         channels = set(beside)
         for waiting in waitings:
             if waiting.replies.channel is None:

@@ -67,7 +67,7 @@ class ModelWorker:
         self._watch = Stopwatch(clock)
         self._replies = {number: Replies(port, clock) for number, port in ports.items()}
         early_query = early_query and decoder.compute_query_first()
-        self._resolver = AttentionMerge(holder, threads, early_query, patience, self._watch, decoder.device)
+        self._merge = AttentionMerge(holder, threads, early_query, patience, self._watch, decoder.device)
         self._holder = holder
         self._patience = patience
         self._epoch = epoch
@@ -161,7 +161,7 @@ class ModelWorker:
         routes = {self._replies[number]: share.routes for number, share in shares.items()}
         try:
             forward = self._decoder.forward(self._to_device(work))
-            logits = yield from self._resolver.run(forward, self._epoch, batch, work.spans, routes, suspends)
+            logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
         finally:
             self.forget(batch, shares)
         return logits
@@ -187,7 +187,7 @@ class ModelWorker:
         for replies in routes:
             replies.expect(self._epoch, batch)
         try:
-            logits = yield from self._resolver.run(forward, self._epoch, batch, work.spans, routes, suspends)
+            logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
         finally:
             self.forget(batch, shares)
         return logits
@@ -263,7 +263,7 @@ class ModelWorker:
     @property
     def times(self) -> Times:
         """What attention took in the batch that was executed last."""
-        return self._resolver.times
+        return self._merge.times
 
     @property
     def attention_seconds(self) -> float:

@@ -62,7 +62,7 @@ def execute(batch: int, work: BatchWork, wanted: bool, suspends: bool) -> Execut
     )
 
 
-def enter(
+def start_batch(
     batch: int, work: BatchWork, shares: Mapping[int, HolderBatch], plain: Sequence[int], suspends: bool
 ) -> StartBatch:
     """The command to take part in `work`, whose sampling stays here but for the `plain` rows."""
@@ -127,7 +127,7 @@ def _by_number(rec: Record) -> Field:
 
 
 _SHARES = _by_number(_SHARE)
-_PLACE = {"number": INT, "name": TEXT, "address": TEXT, "seat": INT, "part": INT, "of": INT}
+_JOIN = {"number": INT, "name": TEXT, "address": TEXT, "seat": INT, "part": INT, "of": INT}
 _SECONDS = {"batch": INT, "model_seconds": FLOAT, "attention_seconds": FLOAT}
 _CREDENTIALS = {"ca": BYTES, "cert": BYTES, "key": BYTES, "token": TEXT}
 _BEGIN: dict[str, Field] = {
@@ -169,7 +169,7 @@ _CODEC = Codec(
         114: Layout(Chosen, _SECONDS | {"tokens": INTS}, ("logits",)),
         111: Layout(BatchFailed, {"batch": INT, "reason": TEXT, "lost": INTS, "alone": BOOL}),
         121: Layout(Begin, _BEGIN),
-        122: Layout(Join, _PLACE | _CREDENTIALS),
+        122: Layout(Join, _JOIN | _CREDENTIALS),
         123: Layout(Leave, {"number": INT}),
         124: Layout(Announce, {"batch": INT, "runs": BOOL, "shares": _SHARES}),
         125: Layout(

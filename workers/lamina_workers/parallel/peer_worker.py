@@ -59,33 +59,33 @@ class PeerWorker:
         self._address = address
         self._runs: dict[int, tuple[_Run, Waiting | None]] = {}  # batches under way, and what each waits for
         self._waits = Waits()
-        self._entered: dict[int, tuple[SlicedBatch, tuple[int, ...]]] = {}  # and which rows need no logits
+        self._started: dict[int, tuple[SlicedBatch, tuple[int, ...]]] = {}  # and which rows need no logits
         self._batches: dict[int, tuple[int, Mapping[int, HolderBatch]]] = {}  # announced: own number, and the shares
 
     def serve(self) -> None:
         """Raises ChannelClosed where model worker 0 is gone, LaminaError where the model cannot be loaded, which
         model worker 0 has been told then."""
-        self._say(peer_messages.Hello(self._name, PROTOCOL_VERSION, control.package_version()))
-        begin = self._hear()
+        self._send(peer_messages.Hello(self._name, PROTOCOL_VERSION, control.package_version()))
+        begin = self._receive()
         if not isinstance(begin, peer_messages.Begin):
             raise ProtocolError(f"expected Begin, got {type(begin).__name__}")
         try:
             parts = _Parts(begin, self._folder or begin.folder, self._report)
         except LaminaError as error:
-            self._say(peer_messages.Failed(type(error).__name__, str(error)))
+            self._send(peer_messages.Failed(type(error).__name__, str(error)))
             raise
         self._begin, self._parts, self._epoch = begin, parts, begin.epoch
         self._worker: ModelWorker | None = None  # a rank's decoder needs its group first
         self._ports: dict[int, AttentionPort] = {}
         if begin.ranks == 1:
             self._worker = parts.worker(None, self._ports, begin.epoch)
-        self._say(peer_messages.Ready(str(parts.device)))
+        self._send(peer_messages.Ready(str(parts.device)))
         try:
             while True:
                 if self._runs and not self._channel.ready():
                     self._go_on(self._channel)
                     continue
-                command = self._hear()
+                command = self._receive()
                 if isinstance(command, peer_messages.Stop):
                     return
                 self._obey(command)
@@ -93,14 +93,14 @@ class PeerWorker:
             for port in self._ports.values():
                 port.close()
 
-    def _hear(self) -> peer_messages.Command | peer_messages.Report:
+    def _receive(self) -> peer_messages.Command | peer_messages.Report:
         return peer_codec.receive(self._channel)
 
-    def _say(self, report: peer_messages.Report) -> None:
+    def _send(self, report: peer_messages.Report) -> None:
         peer_codec.send(self._channel, report)
 
     def _report(self, what: str, done: int, total: int) -> None:
-        self._say(peer_messages.Progress(what, done, total))
+        self._send(peer_messages.Progress(what, done, total))
 
     def _obey(self, command: peer_messages.Command | peer_messages.Report) -> None:
         match command:
@@ -110,7 +110,7 @@ class PeerWorker:
                 self._start(command.batch, self._execute(command))
             case peer_messages.StartBatch(batch):
                 entered = self._standing.enter(peer_codec.work_of(command), batch, command.shares, command.suspends)
-                self._entered[batch] = entered, command.plain
+                self._started[batch] = entered, command.plain
             case peer_messages.Slice(batch):
                 self._start(batch, self._slice(command))
             case peer_messages.Drop(batch):
@@ -122,7 +122,7 @@ class PeerWorker:
                     run.close()
                 self._runs.clear()
                 self._batches.clear()
-                for batch in list(self._entered):
+                for batch in list(self._started):
                     self._leave_batch(batch)
                 self._epoch = epoch
                 if self._worker is not None:
@@ -134,14 +134,14 @@ class PeerWorker:
             case peer_messages.Copy():
                 self._copy(command)
             case peer_messages.SurveySeat(number):
-                self._look(number)
+                self._survey(number)
             case peer_messages.LeaveGroup():
                 while self._runs:  # the next command may be there: it has to wait
                     self._go_on()
                 self._parts.leave_group()
-                self._say(peer_messages.LeftGroup())
+                self._send(peer_messages.LeftGroup())
             case peer_messages.JoinGroup():
-                self._meet(command)
+                self._join_group(command)
             case _:
                 raise ProtocolError(f"{type(command).__name__} is not a command that a model worker expects now")
 
@@ -182,7 +182,7 @@ class PeerWorker:
             return
         if command.runs:
             self._batches[command.batch] = own, command.shares
-        self._say(peer_messages.Answers(command.batch, answers))
+        self._send(peer_messages.Answers(command.batch, answers))
 
     def _execute(self, command: peer_messages.Execute) -> _Run:
         work = peer_codec.work_of(command)
@@ -196,14 +196,14 @@ class PeerWorker:
             self._faulted(command.batch, fault)
             return
         if command.wanted:
-            self._say(peer_messages.Executed(command.batch, logits.float().cpu()))
+            self._send(peer_messages.Executed(command.batch, logits.float().cpu()))
 
     @torch.inference_mode()
     def _slice(self, command: peer_messages.Slice) -> _Run:
         batch = command.batch
-        if batch not in self._entered:
+        if batch not in self._started:
             raise ProtocolError(f"a slice of batch {batch} is wanted, which was not entered")
-        entered, plain = self._entered[batch]
+        entered, plain = self._started[batch]
         layers = len(self._begin.holder.layers)
         if command.number > layers:
             raise ProtocolError(f"slice {command.number} is wanted, of {layers + 1}")
@@ -216,16 +216,16 @@ class PeerWorker:
             return
         seconds = entered.model_seconds, entered.attention_seconds
         if isinstance(left, Context):
-            self._say(peer_messages.Sliced(batch, *seconds, *left))
+            self._send(peer_messages.Sliced(batch, *seconds, *left))
             return
         self._leave_batch(batch)
         tokens, rest = likeliest(left, plain)
-        self._say(peer_messages.Chosen(batch, *seconds, tokens, rest))
+        self._send(peer_messages.Chosen(batch, *seconds, tokens, rest))
 
     def _leave_batch(self, batch: int) -> None:
-        if batch not in self._entered:
+        if batch not in self._started:
             return
-        entered, _ = self._entered.pop(batch)
+        entered, _ = self._started.pop(batch)
         if batch in self._runs:
             run, _ = self._runs.pop(batch)
             run.close()
@@ -237,41 +237,41 @@ class PeerWorker:
         except HolderFault as fault:
             self._faulted(command.batch, fault)
             return
-        self._say(peer_messages.Copied(command.batch, room))
+        self._send(peer_messages.Copied(command.batch, room))
 
     def _faulted(self, batch: int, fault: HolderFault) -> None:
         lost = self._standing.lost()
-        self._say(peer_messages.BatchFailed(batch, str(fault)[:4096], tuple(lost), isinstance(fault, RankLost)))
+        self._send(peer_messages.BatchFailed(batch, str(fault)[:4096], tuple(lost), isinstance(fault, RankLost)))
 
     # Holders.
 
-    def _join(self, place: peer_messages.Join) -> None:
+    def _join(self, join: peer_messages.Join) -> None:
         try:
-            port = self._connect(place)
+            port = self._connect(join)
         except LaminaError as error:
-            self._say(peer_messages.Failed(type(error).__name__, str(error)))
+            self._send(peer_messages.Failed(type(error).__name__, str(error)))
             return
-        self._ports[place.number] = port
+        self._ports[join.number] = port
         if self._worker is not None:
-            self._worker.join(place.number, port)
+            self._worker.join(join.number, port)
         if isinstance(port, RemoteAttention):
-            self._say(peer_messages.Joined(place.number, port.capacity, port.resumed))
+            self._send(peer_messages.Joined(join.number, port.capacity, port.resumed))
         else:
-            self._say(peer_messages.Joined(place.number, self._begin.holder.kv_memory, False))
+            self._send(peer_messages.Joined(join.number, self._begin.holder.kv_memory, False))
 
-    def _connect(self, place: peer_messages.Join) -> AttentionPort:
-        if not place.address:
-            return self._parts.pool(place)
+    def _connect(self, join: peer_messages.Join) -> AttentionPort:
+        if not join.address:
+            return self._parts.pool(join)
         begin = self._begin
         return connect(
-            place.address,
-            place.name,
+            join.address,
+            join.name,
             begin.holder,
             begin.dtype,
             begin.model,
-            SeatOptions(begin.engine, place.seat, (place.part, place.of), begin.linger),
+            SeatOptions(begin.engine, join.seat, (join.part, join.of), begin.linger),
             ChannelOptions(
-                credentials=Credentials(place.ca, place.cert, place.key, place.token),
+                credentials=Credentials(join.ca, join.cert, join.key, join.token),
                 local_channel=begin.local_channel,
                 data_channel=begin.data_channel,
                 lost_after=begin.lost_after,
@@ -287,31 +287,31 @@ class PeerWorker:
         else:
             port.close()
 
-    def _look(self, number: int) -> None:
+    def _survey(self, number: int) -> None:
         port = self._ports.get(number)
         try:
             if port is None:
                 raise HolderFault(f"there is no holder {number}")
-            self._say(peer_messages.SeatSurveyed(number, survey(port, self._begin.patience, self._epoch - 1)))
+            self._send(peer_messages.SeatSurveyed(number, survey(port, self._begin.patience, self._epoch - 1)))
         except HolderFault as fault:
-            self._say(peer_messages.Failed(type(fault).__name__, str(fault)))
+            self._send(peer_messages.Failed(type(fault).__name__, str(fault)))
 
     # The other ranks.
 
-    def _meet(self, command: peer_messages.JoinGroup) -> None:
+    def _join_group(self, command: peer_messages.JoinGroup) -> None:
         self._parts.leave_group()
         meeting = collectives.Meeting(command.generation, command.path, command.host, command.port, self._address)
         begin = self._begin
         try:
             group = collectives.join(begin.rank, begin.ranks, meeting, command.timeout, self._parts.device)
         except RankLost as error:
-            self._say(peer_messages.JoinedGroup(command.generation, str(error)))
+            self._send(peer_messages.JoinedGroup(command.generation, str(error)))
             return
         if self._worker is None:
             self._worker = self._parts.worker(group, self._ports, self._epoch)
         else:
             self._parts.enter_group(group)
-        self._say(peer_messages.JoinedGroup(command.generation, ""))
+        self._send(peer_messages.JoinedGroup(command.generation, ""))
 
 
 class _Parts:
@@ -340,10 +340,10 @@ class _Parts:
                 self._config, checkpoint, dtype, self.device, lambda *done: progress("loading", *done), self._shard
             )
 
-    def pool(self, place: peer_messages.Join) -> LocalAttention:
+    def pool(self, join: peer_messages.Join) -> LocalAttention:
         """A port to a new pool in this process."""
         holder = self._begin.holder
-        holder = replace(holder, kv_memory=holder.kv_memory * place.part // max(1, place.of))
+        holder = replace(holder, kv_memory=holder.kv_memory * join.part // max(1, join.of))
         return LocalAttention(attention_worker(holder, self._begin.threads, self._attention_device))
 
     def worker(self, group: Collective | None, ports: Mapping[int, AttentionPort], epoch: int) -> ModelWorker:

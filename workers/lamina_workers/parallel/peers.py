@@ -109,7 +109,7 @@ class Peer:
             try:
                 if not self._channel.ready():
                     return False
-                self._hear(0)
+                self._receive(0)
             except RankLost:
                 return True  # and `take` says so
         return True
@@ -126,7 +126,7 @@ class Peer:
         """
         said = self._waiting[batch]
         while not said:
-            self._hear(timeout)
+            self._receive(timeout)
         report = said.popleft()
         if isinstance(report, peer_messages.BatchFailed):
             raise (HolderLost if report.lost else HolderFault)(f"model worker {self.rank}: {report.reason}")
@@ -137,7 +137,7 @@ class Peer:
     def answer(self, kind: type[R], timeout: float | None = None) -> R | peer_messages.Failed:
         """The answer to the oldest command that names no batch and was not answered yet. Raises as `take` does."""
         while not self._answers:
-            self._hear(timeout)
+            self._receive(timeout)
         report = self._answers.popleft()
         if not isinstance(report, (kind, peer_messages.Failed)):
             raise self.give_up(f"{kind.__name__} was due, got {type(report).__name__}")
@@ -149,7 +149,7 @@ class Peer:
             try:
                 if not self._channel.ready():
                     return False
-                self._hear(0)
+                self._receive(0)
             except RankLost:
                 return True
         return True
@@ -161,7 +161,7 @@ class Peer:
         self.tell(command)
         return self.answer(kind, timeout)
 
-    def _hear(self, timeout: float | None) -> None:
+    def _receive(self, timeout: float | None) -> None:
         try:
             report: Any = peer_codec.receive(self._channel, timeout)
         except TimeoutError as error:
@@ -225,11 +225,11 @@ class PeerListener:
         self._progress = progress
         self._lock = threading.Lock()
         self._invited: dict[str, tuple[int, bytes]] = {}  # rank and secret, by name
-        self._mates: dict[int, Peer] = {}
+        self._peers: dict[int, Peer] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="lamina-"))  # of mode 0700
         tls = server_context(credentials, mutual=False) if credentials is not None and credentials.cert else None
         if host is None:
-            path = str(self.folder / "crew")
+            path = str(self.folder / "peers")
             self._listener = Listener(listen_unix(path), self._admits, self._arrived, tls)
             self.address = f"{UNIX}{path}"
         else:
@@ -247,19 +247,19 @@ class PeerListener:
         """The process of that name has ended: it will not come any more, and who came is lost."""
         with self._lock:
             self._invited.pop(name, None)
-            gone = [mate for mate in self._mates.values() if mate.name == name]
-        for mate in gone:
-            mate.close("its process has ended")
+            gone = [peer for peer in self._peers.values() if peer.name == name]
+        for peer in gone:
+            peer.close("its process has ended")
 
     def close(self) -> None:
-        """Let all go, and wait a while until they have let go of their holders. Nobody may use a mate any more."""
+        """Let all go, and wait a while until they have let go of their holders. Nobody may use a peer any more."""
         self._listener.close()
-        for mate in self._mates.values():
+        for peer in self._peers.values():
             with contextlib.suppress(RankLost):
-                mate.tell(peer_messages.Stop())
+                peer.tell(peer_messages.Stop())
         deadline = time.monotonic() + _GOODBYE_S
-        for mate in self._mates.values():
-            mate.see_off(deadline - time.monotonic())
+        for peer in self._peers.values():
+            peer.see_off(deadline - time.monotonic())
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # On threads of the listener.
@@ -297,10 +297,10 @@ class PeerListener:
             channel.close()
             self._on_failed(rank, said)
             return
-        mate = Peer(rank, name, channel, said, self._on_given_up)
+        peer = Peer(rank, name, channel, said, self._on_given_up)
         with self._lock:
-            self._mates[rank] = mate
-        self._on_ready(mate)
+            self._peers[rank] = peer
+        self._on_ready(peer)
 
     def _load(self, rank: int, name: str, channel: Channel) -> peer_messages.Ready | peer_messages.Failed:
         hello = peer_codec.receive(channel, _LOADING_S)

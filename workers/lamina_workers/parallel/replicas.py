@@ -2,8 +2,7 @@
 
 Replica 0 is in this process, the others have processes, each with its own channel to every attention worker: queries,
 keys and values never pass through here, only the residual stream and the attention's output between two slices. While
-one batch waits for attention, its replica computes another's slice. Knows the commands and which batches may rotate;
-knows nothing of processes, of requests, or of why a batch is what it is.
+one batch waits for attention, its replica computes another's slice.
 
 Rotational staggered pipelining: slice k of batch j runs on replica (j + k) mod a. So batches under way begin at
 different replicas and follow each other around; how far apart they run comes from queueing at the replicas.
@@ -37,7 +36,7 @@ from lamina_workers.ports.timing import Link, Times
 
 logger = logging.getLogger("lamina")
 
-_SLACK = 30.0  # seconds that a replica may take for a slice beyond what its holders may
+_SLACK = 30.0  # seconds for a slice beyond the time of its holders
 
 _NOTHING = Context(torch.empty(0), torch.empty(0))
 
@@ -45,23 +44,23 @@ R = TypeVar("R")
 
 
 class _Replica:
-    """A replica in another process. `holders` are those that it has a channel to."""
+    """A replica in another process. `holders`: the numbers of the holders that it has a channel to."""
 
-    def __init__(self, mate: Peer) -> None:
-        self.mate = mate
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
         self.holders: set[int] = set()
-        self.asked: deque[int] = deque()  # holders that it was told to connect to, and has not answered for
+        self.asked: deque[int] = deque()  # holders of `Join` commands without an answer yet
 
 
 class PipelineReplicas:
-    """All replicas as the engine sees them: see `model_worker.Workers`, which this is.
+    """All replicas as the engine sees them: the `Workers` of an engine with several replicas.
 
-    `own` is replica 0, `mates` the others. `here` are the holders in this process. `config` is what holders are built
-    from, `patience` as for `ModelWorker`.
+    `own` is replica 0, `peers` the others. `here` are the holders in this process. `config` is the one that holders are
+    built from, `patience` as for `ModelWorker`.
 
-    A batch rotates where every holder that stores of it answers (see `slices.rotates`). Others run whole on replica 0:
-    prompts that this process attends, those at a first token, whatever has no other replica to go to. Replicas that are
-    gone are left out until they are back; nothing needs them, so none is ever `missing`.
+    A batch rotates where every holder that stores some of it answers (see `layer_slices.rotates`). Other batches run
+    whole on replica 0: prompts that this process attends, rows at a first token, and all batches where there is no
+    other replica. A replica that is gone is left out until it is back; nothing needs it, so none is ever `missing`.
     """
 
     missing: tuple[int, ...] = ()
@@ -69,7 +68,7 @@ class PipelineReplicas:
     def __init__(
         self,
         own: ModelWorker,
-        mates: Iterable[Peer] = (),
+        peers: Iterable[Peer] = (),
         *,
         here: Iterable[int],
         config: HolderConfig,
@@ -80,7 +79,7 @@ class PipelineReplicas:
         self._config = config
         self._patience = patience
         self._replicas: dict[int, _Replica] = {}
-        self._places: dict[int, peer_messages.Join] = {}  # where each holder at an attention worker is
+        self._joins: dict[int, peer_messages.Join] = {}  # where each holder at an attention worker is
         self._waits = Waits()
         self._suspended: dict[int, Waiting] = {}  # what each run waits for
         self._runs = 0
@@ -88,12 +87,12 @@ class PipelineReplicas:
         self._replica_attention = 0.0
         self.slices: dict[int, int] = {0: 0}
         """How many slices each replica has computed."""
-        for mate in mates:
-            self.returned(mate)
+        for peer in peers:
+            self.returned(peer)
 
     @property
     def attention_seconds(self) -> float:
-        """As `Workers` says, and how long slices at other replicas have waited for attention, or computed it. Where
+        """As `Workers` says, plus the time in which slices at other replicas waited for attention or computed it. Where
         several wait at the same time that is more than the time that has passed."""
         return self._own.attention_seconds + self._replica_attention
 
@@ -104,7 +103,7 @@ class PipelineReplicas:
     @property
     def replicas(self) -> int:
         """How many there are now, with the one in this process."""
-        return 1 + sum(not replica.mate.closed for replica in self._replicas.values())
+        return 1 + sum(not replica.peer.closed for replica in self._replicas.values())
 
     # Batches.
 
@@ -117,12 +116,12 @@ class PipelineReplicas:
     def execute(
         self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> Generator[Waiting, None, Sampled]:
-        """As `Workers.execute` says. Raises RankLost where a replica is gone that has a part in it; the others go on
-        with what is announced next."""
-        places = self._able(shares)
-        if len(places) == 1:
+        """As `Workers.execute` says. Raises RankLost where a replica is gone that has a part in it; the next batch runs
+        on the others."""
+        replicas = self._able(shares)
+        if len(replicas) == 1:
             return self._patiently(self._own.execute(work, batch, shares, suspends))
-        return self._patiently(self._rotate(places, work, batch, shares, suspends))
+        return self._patiently(self._rotate(replicas, work, batch, shares, suspends))
 
     def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
         return self._own.copy(moves, shares)
@@ -143,17 +142,17 @@ class PipelineReplicas:
         self._own.join(number, port)
         if isinstance(port, Transported):
             shown = credentials or Credentials()
-            place = peer_messages.Join(
+            join = peer_messages.Join(
                 number, port.name, port.address, 0, 1, 1, shown.ca, shown.cert, shown.key, shown.token
             )
-            self._places[number] = place
+            self._joins[number] = join
             for replica in self._replicas.values():
-                self._connect(replica, place)
+                self._connect(replica, join)
         return ()
 
     def leave(self, number: int) -> None:
         self._own.leave(number)
-        self._places.pop(number, None)
+        self._joins.pop(number, None)
         for replica in self._replicas.values():
             self._disconnect(replica, number)
 
@@ -173,62 +172,62 @@ class PipelineReplicas:
         replica = self._replicas[peer.rank] = _Replica(peer)
         self.slices.setdefault(peer.rank, 0)
         self._tell(replica, peer_messages.BeginEpoch(self._own.epoch))
-        for place in self._places.values():
-            self._connect(replica, place)
+        for join in self._joins.values():
+            self._connect(replica, join)
         return Returned([], [], {})
 
     def _able(self, shares: Mapping[int, HolderBatch]) -> list[_Replica | None]:
-        """Who computes a batch, in the order of the rotation; None is this process."""
+        """The replicas that compute a batch, in the order of the rotation; None is this process."""
         if not rotates(shares, self._here):
             return [None]
         numbers = {number for number, share in shares.items() if share.routes}
         able: list[_Replica | None] = [None]
         for _, replica in sorted(self._replicas.items()):
-            self._hear(replica)
-            if not replica.mate.closed and numbers <= replica.holders:
+            self._read_joined(replica)
+            if not replica.peer.closed and numbers <= replica.holders:
                 able.append(replica)
         return able
 
     def _rotate(
         self,
-        places: Sequence[_Replica | None],
+        replicas: Sequence[_Replica | None],
         work: BatchWork,
         batch: int,
         shares: Mapping[int, HolderBatch],
         suspends: bool,
     ) -> Generator[Waiting, None, Sampled]:
-        order = rotation(self._turn, len(self._config.layers), len(places))
+        order = rotation(self._turn, len(self._config.layers), len(replicas))
         self._turn += 1
-        taking = [places[at] for at in dict.fromkeys(order)]
-        entered = [replica for replica in taking if replica is not None]
+        taking = [replicas[at] for at in dict.fromkeys(order)]
+        started = [replica for replica in taking if replica is not None]
         own: SlicedBatch | None = None
         plain = plain_rows(work.sampling)
         allowed = self._allowed(shares)
         left: Context | torch.Tensor | None = None
         try:
-            command = peer_codec.enter(batch, work, shares, plain, suspends)
-            for replica in entered:  # they prepare while the first slice is computed
-                replica.mate.expect(batch)
-                replica.mate.tell(command)
+            command = peer_codec.start_batch(batch, work, shares, plain, suspends)
+            for each in started:  # they prepare while the first slice is computed
+                each.peer.expect(batch)
+                each.peer.tell(command)
             for number, at in enumerate(order):
                 context = left if isinstance(left, Context) else None
-                place = places[at]
-                if place is None:
+                replica = replicas[at]
+                if replica is None:
                     own = own or self._own.enter(work, batch, shares, suspends)
                     left = yield from own.slice(number, context)
                     self.slices[0] += 1
                     continue
-                mate = place.mate
-                mate.tell(peer_messages.Slice(batch, number, *(context or _NOTHING)))
-                if not mate.ready(batch):
-                    yield Waiting(mate, batch)
+                peer = replica.peer
+                peer.tell(peer_messages.Slice(batch, number, *(context or _NOTHING)))
+                if not peer.ready(batch):
+                    yield Waiting(peer, batch)
                 said = self._take(
-                    place, peer_messages.Sliced if number < len(order) - 1 else peer_messages.Chosen, batch, allowed
+                    replica, peer_messages.Sliced if number < len(order) - 1 else peer_messages.Chosen, batch, allowed
                 )
-                self.slices[mate.rank] += 1
+                self.slices[peer.rank] += 1
                 if isinstance(said, peer_messages.Chosen):
-                    entered.remove(place)  # it has nothing left of this batch
-                    mate.forget(batch)
+                    started.remove(replica)  # it has nothing left of this batch
+                    peer.forget(batch)
                     with torch.inference_mode():
                         return chosen(work.sampling, said.tokens, said.logits)
                 left = Context(said.hidden, said.attended)
@@ -236,9 +235,9 @@ class PipelineReplicas:
             if own is not None:
                 own.close()
             self._own.forget(batch, shares)
-            for replica in entered:
-                replica.mate.forget(batch)
-                self._tell(replica, peer_messages.Drop(batch))
+            for each in started:
+                each.peer.forget(batch)
+                self._tell(each, peer_messages.Drop(batch))
         if not isinstance(left, torch.Tensor):
             raise HolderFault(f"batch {batch} has come to its end without logits")
         with torch.inference_mode():
@@ -251,20 +250,20 @@ class PipelineReplicas:
         batch: int,
         timeout: float,
     ) -> peer_messages.Sliced | peer_messages.Chosen:
-        mate = replica.mate
+        peer = replica.peer
         try:
-            said = mate.take(kind, batch, timeout)
+            said = peer.take(kind, batch, timeout)
         except HolderFault:
-            for number in sorted(mate.lost):  # this replica's channel: ours may be well
+            for number in sorted(peer.lost):  # only this replica's channel is lost for certain
                 self._disconnect(replica, number)
-                if number in self._places:
-                    self._connect(replica, self._places[number])
+                if number in self._joins:
+                    self._connect(replica, self._joins[number])
             raise
         self._replica_attention += said.attention_seconds
         return said
 
     def _allowed(self, shares: Mapping[int, HolderBatch]) -> float:
-        """Seconds that a replica may take for a slice: what its holders may, for each batch that is under way."""
+        """Seconds that a replica may take for a slice: the time of its holders, for each batch that is under way."""
         spec = self._config.layers[0]
         most = max(
             sum(
@@ -278,7 +277,7 @@ class PipelineReplicas:
         return _SLACK + seconds * (1 + len(self._suspended))
 
     def _patiently(self, run: Generator[Waiting, None, R]) -> Generator[Waiting, None, R]:
-        """The run; where it is resumed too early, whichever of all runs can go on first is waited for, not this one."""
+        """The run. Where it is resumed too early, it waits until any of all suspended runs can go on."""
         self._runs += 1
         key = self._runs
         try:
@@ -298,37 +297,37 @@ class PipelineReplicas:
             self._suspended.pop(key, None)
             run.close()
 
-    # What a replica is told beside batches. One that is gone is found out by whoever needs it.
+    # Commands beside batches. A replica that is gone shows when a batch needs it.
 
     def _tell(self, replica: _Replica, command: peer_messages.Command) -> None:
         with contextlib.suppress(RankLost):
-            replica.mate.tell(command)
+            replica.peer.tell(command)
 
     def _tell_epoch(self) -> None:
         for replica in self._replicas.values():
-            replica.mate.forget()
+            replica.peer.forget()
             self._tell(replica, peer_messages.BeginEpoch(self._own.epoch))
 
-    def _connect(self, replica: _Replica, place: peer_messages.Join) -> None:
-        if not replica.mate.closed:
-            self._tell(replica, place)
-            replica.asked.append(place.number)
+    def _connect(self, replica: _Replica, join: peer_messages.Join) -> None:
+        if not replica.peer.closed:
+            self._tell(replica, join)
+            replica.asked.append(join.number)
 
     def _disconnect(self, replica: _Replica, number: int) -> None:
         replica.holders.discard(number)
-        replica.mate.lost.discard(number)
+        replica.peer.lost.discard(number)
         self._tell(replica, peer_messages.Leave(number))
 
-    def _hear(self, replica: _Replica) -> None:
-        """What has come of the holders that it was told to connect to."""
-        mate = replica.mate
+    def _read_joined(self, replica: _Replica) -> None:
+        """Read its answers to `Join`: which holders it has a channel to now."""
+        peer = replica.peer
         try:
-            while replica.asked and mate.answered():
-                said = mate.answer(peer_messages.Joined, 0.0)
+            while replica.asked and peer.answered():
+                said = peer.answer(peer_messages.Joined, 0.0)
                 number = replica.asked.popleft()
                 if isinstance(said, peer_messages.Failed):
-                    logger.warning("model worker %d cannot use holder %d: %s", mate.rank, number, said.reason)
-                elif number in self._places and number not in replica.asked:
+                    logger.warning("model worker %d cannot use holder %d: %s", peer.rank, number, said.reason)
+                elif number in self._joins and number not in replica.asked:
                     replica.holders.add(number)
         except RankLost as error:
             logger.warning("%s", error)

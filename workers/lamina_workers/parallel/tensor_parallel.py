@@ -63,18 +63,18 @@ class TensorParallelWorkers:
         self._own = own
         self._decoder = decoder
         self._group = group
-        self._mates = group.mates
+        self._peers = group.peers
         self._heads = tuple(heads)
         self._config = config
         self._owner = dict(pools)  # the rank beyond 0 that has a holder, by the holder's number
-        self._places: dict[int, peer_messages.Join] = {}  # where each holder at an attention worker is
+        self._joins: dict[int, peer_messages.Join] = {}  # where each holder at an attention worker is
         self._batch = 0
         self._apart = False  # the ranks have left their group
         self._under_way: tuple[int, int, dict[int, HolderBatch]] | None = None
         """A batch that all have accepted: its number, and rank 0's own, and rank 0's shares."""
         self._unheard = ""  # a fault that another one hid: it may have told of lost keys
         for number, rank in pools.items():
-            said = self._mates[rank].ask(peer_messages.Join(number), peer_messages.Joined, self._wait)
+            said = self._peers[rank].ask(peer_messages.Join(number), peer_messages.Joined, self._wait)
             if isinstance(said, peer_messages.Failed):
                 raise RankLost(f"model worker {rank} has no pool: {said.reason}")
 
@@ -96,16 +96,16 @@ class TensorParallelWorkers:
         self._require_all()
         self._forget()
         if self._apart:
-            self._decoder.collective = self._group.meet()
+            self._decoder.collective = self._group.form()
             self._apart = False
         self._batch += 1
         batch, runs = self._batch, any(share.routes for share in shares.values())
         told: dict[int, dict[int, HolderBatch]] = {}
-        for rank, mate in self._mates.items():
+        for rank, peer in self._peers.items():
             concerned = self._of(rank, shares)
             if runs or concerned:
-                mate.expect(batch)
-                mate.tell(peer_messages.Announce(batch, runs, concerned))
+                peer.expect(batch)
+                peer.tell(peer_messages.Announce(batch, runs, concerned))
                 told[rank] = concerned
         answers: dict[int, Announced] = {}
         faults: list[HolderFault] = []
@@ -116,7 +116,7 @@ class TensorParallelWorkers:
             faults.append(fault)
         for rank, concerned in told.items():
             try:
-                answers |= self._answers(self._mates[rank], batch, concerned)
+                answers |= self._answers(self._peers[rank], batch, concerned)
             except HolderFault as fault:
                 faults.append(fault)
         faults += self._late_faults()
@@ -126,9 +126,9 @@ class TensorParallelWorkers:
             if faults or refused:
                 self._forget()
         if faults:
-            worst = max(faults, key=_graveness)
-            if _graveness(worst):  # what tells of lost keys must not go unheard
-                self._unheard = next((str(fault) for fault in faults if not _graveness(fault)), "")
+            worst = max(faults, key=_severity)
+            if _severity(worst):  # what tells of lost keys must not go unheard
+                self._unheard = next((str(fault) for fault in faults if not _severity(fault)), "")
             raise worst
         return batch, {number: answers[number] for number in shares}
 
@@ -144,15 +144,15 @@ class TensorParallelWorkers:
         (_, own, its), self._under_way = self._under_way, None
         command = peer_codec.execute(batch, work, wanted=False, suspends=False)
         try:
-            for mate in self._mates.values():
-                mate.expect(batch)
-                mate.tell(command)
+            for peer in self._peers.values():
+                peer.expect(batch)
+                peer.tell(command)
             logits = yield from self._own.compute(work, own, its, False)
         except HolderFault as fault:
-            self._part(fault, batch)
+            self._leave_group(fault, batch)
         finally:
-            for mate in self._mates.values():
-                mate.forget(batch)
+            for peer in self._peers.values():
+                peer.forget(batch)
         with torch.inference_mode():
             return sample(logits, work.sampling)
 
@@ -165,25 +165,25 @@ class TensorParallelWorkers:
         if rank == 0:
             return self._own.copy(moves, shares)
         self._batch += 1
-        mate = self._mates[rank]
-        mate.expect(self._batch)
+        peer = self._peers[rank]
+        peer.expect(self._batch)
         try:
-            mate.tell(peer_messages.Copy(self._batch, tuple(moves), shares))
-            return mate.take(peer_messages.Copied, self._batch, self._wait).room
+            peer.tell(peer_messages.Copy(self._batch, tuple(moves), shares))
+            return peer.take(peer_messages.Copied, self._batch, self._wait).room
         finally:
-            mate.forget(self._batch)
+            peer.forget(self._batch)
 
     def next_epoch(self) -> None:
         self._own.next_epoch()
         self._under_way = None
-        for mate in self._mates.values():
-            mate.forget()
-            self._try_to_tell(mate, peer_messages.BeginEpoch(self._own.epoch))
+        for peer in self._peers.values():
+            peer.forget()
+            self._try_to_tell(peer, peer_messages.BeginEpoch(self._own.epoch))
 
     def begin_after(self, epoch: int) -> None:
         self._own.begin_after(epoch)
-        for mate in self._mates.values():
-            self._try_to_tell(mate, peer_messages.BeginEpoch(self._own.epoch))
+        for peer in self._peers.values():
+            self._try_to_tell(peer, peer_messages.BeginEpoch(self._own.epoch))
 
     # Holders.
 
@@ -192,51 +192,51 @@ class TensorParallelWorkers:
         if not isinstance(port, Transported):
             raise HolderLost(f"{port.name} is no attention worker that other ranks could reach")
         shown = credentials or Credentials()
-        places = [
+        joins = [
             peer_messages.Join(
                 number + rank, port.name, port.address, rank, self._heads[rank], sum(self._heads),
                 shown.ca, shown.cert, shown.key, shown.token,
             )
-            for rank in self._mates
+            for rank in self._peers
         ]  # fmt: skip
         seats, resumed, failed = list[Seat](), list[bool](), ""
-        for place in places:
-            self._mates[place.seat].tell(place)
-        for place in places:  # all are heard before one is blamed
-            said = self._mates[place.seat].answer(peer_messages.Joined, self._wait)
+        for join in joins:
+            self._peers[join.seat].tell(join)
+        for join in joins:  # all are heard before one is blamed
+            said = self._peers[join.seat].answer(peer_messages.Joined, self._wait)
             if isinstance(said, peer_messages.Failed):
-                failed = failed or f"model worker {place.seat} cannot use attention worker {place.name}: {said.reason}"
+                failed = failed or f"model worker {join.seat} cannot use attention worker {join.name}: {said.reason}"
             else:
-                seats.append(seat(place.seat, said.capacity, self._config))
+                seats.append(seat(join.seat, said.capacity, self._config))
                 resumed.append(said.resumed)
         try:
             if any(resumed) and not failed:
-                seats = [at._replace(kept=self._look(at.rank, number + at.rank)) for at in seats]
+                seats = [at._replace(kept=self._survey(at.rank, number + at.rank)) for at in seats]
         except RankLost:
             raise
         except HolderFault as fault:
             failed = str(fault)
         if failed:
-            for place in places:
-                self._try_to_tell(self._mates[place.seat], peer_messages.Leave(place.number))
+            for join in joins:
+                self._try_to_tell(self._peers[join.seat], peer_messages.Leave(join.number))
             port.close()
             raise HolderLost(failed)
         self._own.join(number, port)
-        for place in places:
-            self._owner[place.number], self._places[place.number] = place.seat, place
+        for join in joins:
+            self._owner[join.number], self._joins[join.number] = join.seat, join
         return tuple(seats)
 
     def leave(self, number: int) -> None:
         rank = self._owner.pop(number, 0)
-        self._places.pop(number, None)
+        self._joins.pop(number, None)
         if rank == 0:
             self._own.leave(number)
             return
-        self._mates[rank].lost.discard(number)
-        self._try_to_tell(self._mates[rank], peer_messages.Leave(number))
+        self._peers[rank].lost.discard(number)
+        self._try_to_tell(self._peers[rank], peer_messages.Leave(number))
 
     def lost(self) -> list[int]:
-        told = [number for mate in self._mates.values() for number in sorted(mate.lost) if number in self._owner]
+        told = [number for peer in self._peers.values() for number in sorted(peer.lost) if number in self._owner]
         return self._own.lost() + told
 
     def links(self) -> dict[int, Link]:
@@ -245,13 +245,13 @@ class TensorParallelWorkers:
     def address(self, number: int) -> str:
         if number not in self._owner:
             return self._own.address(number)
-        place = self._places.get(number)
-        return place.address if place is not None else f"rank {self._owner[number]}"
+        join = self._joins.get(number)
+        return join.address if join is not None else f"rank {self._owner[number]}"
 
-    def _look(self, rank: int, number: int) -> Surveyed:
+    def _survey(self, rank: int, number: int) -> Surveyed:
         """What a holder of another rank keeps; nothing may be under way. What was announced to it before this epoch
         is over. Raises HolderFault."""
-        said = self._mates[rank].ask(peer_messages.SurveySeat(number), peer_messages.SeatSurveyed, self._wait)
+        said = self._peers[rank].ask(peer_messages.SurveySeat(number), peer_messages.SeatSurveyed, self._wait)
         if isinstance(said, peer_messages.Failed):
             raise HolderFault(f"model worker {rank}: {said.reason}")
         return said.held
@@ -265,23 +265,23 @@ class TensorParallelWorkers:
         Raises RankLost where it is gone already.
         """
         rank = peer.rank
-        self._mates[rank] = peer
+        self._peers[rank] = peer
         self._apart = True
         peer.tell(peer_messages.BeginEpoch(self._own.epoch))
         back = Returned([], [], {})
         for number in [number for number, owner in self._owner.items() if owner == rank]:
-            place = self._places.get(number)
-            said = peer.ask(place or peer_messages.Join(number), peer_messages.Joined, self._wait)
-            if place is None and isinstance(said, peer_messages.Joined):
+            join = self._joins.get(number)
+            said = peer.ask(join or peer_messages.Join(number), peer_messages.Joined, self._wait)
+            if join is None and isinstance(said, peer_messages.Joined):
                 back.pools.append(number)
             elif isinstance(said, peer_messages.Failed) or not said.resumed:
                 why = said.reason if isinstance(said, peer_messages.Failed) else "it has let go of the KV"
-                name = "its own pool" if place is None else place.name
+                name = "its own pool" if join is None else join.name
                 logger.warning("model worker %d cannot take up %s: %s", rank, name, why)
                 back.gone.append(number)
             else:
                 try:
-                    back.kept[number] = self._look(rank, number)
+                    back.kept[number] = self._survey(rank, number)
                 except RankLost:
                     raise
                 except HolderFault as fault:
@@ -289,38 +289,38 @@ class TensorParallelWorkers:
                     back.gone.append(number)
         return back
 
-    def _part(self, fault: HolderFault, batch: int) -> None:
+    def _leave_group(self, fault: HolderFault, batch: int) -> None:
         """A batch failed at rank 0, perhaps because another rank has left the group: have all leave it, hear what each
         has to say, and raise what is to blame."""
         self._group.leave()  # others that wait for rank 0 are woken
         self._apart = True
-        self._group.part(self._wait)
+        self._group.disband(self._wait)
         if not isinstance(fault, RankLost):
             raise fault
-        for mate in self._mates.values():
-            for said in mate.faults(batch):
+        for peer in self._peers.values():
+            for said in peer.faults(batch):
                 if not said.alone:
-                    raise (HolderLost if said.lost else HolderFault)(f"model worker {mate.rank}: {said.reason}")
+                    raise (HolderLost if said.lost else HolderFault)(f"model worker {peer.rank}: {said.reason}")
         raise HolderFault(f"the ranks lost each other: {fault}")
 
     def _late_faults(self) -> list[HolderFault]:
         """What was told of batches that nobody waited for any more."""
-        told = [self._unheard, *(mate.unheard for mate in self._mates.values())]
+        told = [self._unheard, *(peer.unheard for peer in self._peers.values())]
         self._unheard = ""
-        for mate in self._mates.values():
-            mate.unheard = ""
+        for peer in self._peers.values():
+            peer.unheard = ""
         faults = [HolderFault(reason) for reason in told if reason]
-        if gone := [number for mate in self._mates.values() for number in mate.lost if number in self._owner]:
+        if gone := [number for peer in self._peers.values() for number in peer.lost if number in self._owner]:
             faults.append(HolderLost(f"holders {gone} are gone"))
         return faults
 
-    def _answers(self, mate: Peer, batch: int, shares: Mapping[int, HolderBatch]) -> Mapping[int, Announced]:
+    def _answers(self, peer: Peer, batch: int, shares: Mapping[int, HolderBatch]) -> Mapping[int, Announced]:
         try:
-            answers = mate.take(peer_messages.Answers, batch, self._wait).answers
+            answers = peer.take(peer_messages.Answers, batch, self._wait).answers
         finally:
-            mate.forget(batch)
+            peer.forget(batch)
         if answers.keys() != shares.keys():
-            raise mate.give_up(f"it answered for the holders {sorted(answers)}, asked were {sorted(shares)}")
+            raise peer.give_up(f"it answered for the holders {sorted(answers)}, asked were {sorted(shares)}")
         return answers
 
     def _forget(self) -> None:
@@ -328,8 +328,8 @@ class TensorParallelWorkers:
         if self._under_way is not None:
             (batch, own, its), self._under_way = self._under_way, None
             self._own.forget(own, its)
-            for mate in self._mates.values():
-                mate.tell(peer_messages.Drop(batch))
+            for peer in self._peers.values():
+                peer.tell(peer_messages.Drop(batch))
 
     def _of(self, rank: int, shares: Mapping[int, HolderBatch]) -> dict[int, HolderBatch]:
         return {number: share for number, share in shares.items() if self._owner.get(number, 0) == rank}
@@ -344,11 +344,11 @@ class TensorParallelWorkers:
         return self._group.timeout + SLACK
 
     @staticmethod
-    def _try_to_tell(mate: Peer, command: peer_messages.Command) -> None:
+    def _try_to_tell(peer: Peer, command: peer_messages.Command) -> None:
         with contextlib.suppress(RankLost):  # it is missing, which is found out by whoever needs it
-            mate.tell(command)
+            peer.tell(command)
 
 
-def _graveness(fault: HolderFault) -> int:
+def _severity(fault: HolderFault) -> int:
     """What else is lost besides a batch: 0 nothing for certain, 1 a holder, 2 a rank, without which nobody is asked."""
     return 2 if isinstance(fault, RankLost) else int(isinstance(fault, HolderLost))

@@ -232,10 +232,13 @@ def connect(
         holder.layers, channel.local_channel, channel.data_channel,
         secrets.token_hex(16) if seat.engine is None else seat.engine, seat.seat, seat.seat_share, seat.linger,
     )  # fmt: skip
+    checksum = channel.checksum
+    if checksum is None:
+        checksum = not channel.shown.ca and not is_loopback(split_address(address)[0])
     client = WorkerClient(address, channel.shown)
     try:
         welcome = _greet(client, hello, channel.timeout)
-        opened, kind = _open_channel(client, welcome, session, channel)
+        opened, kind = _open_channel(client, welcome, session, channel, checksum)
     except BaseException:
         client.close()
         raise
@@ -256,11 +259,9 @@ def _greet(client: WorkerClient, hello: control.Hello, timeout: float) -> contro
 
 
 def _open_channel(
-    client: WorkerClient, welcome: control.Welcome, session: str, options: ChannelOptions
+    client: WorkerClient, welcome: control.Welcome, session: str, options: ChannelOptions, checksum: bool
 ) -> tuple[Channel, str]:
-    timeout, checksum = options.timeout, options.checksum
-    if checksum is None:
-        checksum = not options.shown.ca and not is_loopback(split_address(client.address)[0])
+    timeout = options.timeout
     if welcome.local is not None:
         try:
             return connect_unix(welcome.local.path, welcome.local.secret, timeout, welcome.max_frame), "local"
