@@ -30,7 +30,7 @@ class BatchWork:
 
 class Seat(NamedTuple):
     """A holder of one rank at an attention worker: its pool in pages, its weight among the holders of the rank, and
-    what it keeps from an engine before."""
+    the parts that it keeps from the previous engine."""
 
     rank: int
     pages: int
@@ -39,8 +39,8 @@ class Seat(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """What a model worker that is there again has: its own `pools`, which are empty now; the seats at attention workers
-    that are `gone`, with what they kept; and what each of its other seats has `kept`. All by holder number."""
+    """The holders of a model worker that is there again, by number: its own `pools`, which are empty now; the seats at
+    attention workers that are `gone` with their KV; and the parts that each of its other seats has `kept`."""
 
     pools: list[int]
     gone: list[int]
@@ -48,7 +48,7 @@ class Returned(NamedTuple):
 
 
 class ReturnedPeer(Protocol):
-    """A model worker that is there again. What else is asked of it, the implementations of `Workers` know."""
+    """A model worker that is there again. Each implementation of `Workers` has its own kind."""
 
     @property
     def rank(self) -> int:
@@ -61,9 +61,9 @@ P = TypeVar("P", bound=ReturnedPeer, contravariant=True)
 class Workers(Protocol[P]):
     """All model workers of an engine, as it sees them: one `ModelWorker`, or several processes that act as one.
 
-    For one thread. Holders go by number, whichever worker they belong to. Besides what is said below, every method
-    raises RankLost where a model worker is gone: then it is among the `missing`, nothing of the batches under way
-    counts, and until it is back nothing can be announced.
+    For one thread. Holders go by number, whatever worker they belong to. Besides the errors below, every method raises
+    RankLost where a model worker is gone: then it is among the `missing`, nothing of the batches under way counts, and
+    until it is back nothing can be announced.
     """
 
     @property
@@ -79,7 +79,7 @@ class Workers(Protocol[P]):
         """How long this thread has computed attention, or waited for it or for holders to accept a batch."""
 
     def begin_after(self, epoch: int) -> None:
-        """The holders know epochs up to this one from an engine before."""
+        """The holders know epochs up to this one from the previous engine."""
 
     def address(self, number: int) -> str:
         """Of a holder's process; "" for this one."""
@@ -115,7 +115,7 @@ class Workers(Protocol[P]):
         """The holders that are found to be gone, and have not left."""
 
     def links(self) -> dict[int, Link]:
-        """What has crossed the way to each holder of rank 0 so far."""
+        """The traffic with each holder of rank 0 so far."""
 
     def next_epoch(self) -> None:
         """Whatever is under way is given up: holders drop it, and late replies to it are not heard."""

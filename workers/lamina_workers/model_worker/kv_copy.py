@@ -1,7 +1,4 @@
-"""How KV goes from the parts of one holder to those of another: what is asked for, and what becomes of the answers.
-
-Knows tensors and who wants which of them; knows no port and no batch.
-"""
+"""How KV goes from the parts of one holder to those of another: what is asked for, and where the answers go."""
 
 from __future__ import annotations
 
@@ -35,9 +32,9 @@ class Move(NamedTuple):
 
 
 class Copy:
-    """What several moves ask of their origins, and how the answers become what their targets store. Each range of a
-    part is asked for once, whatever becomes of its heads. `heads`: how many a source has, by holder and part; `paged`:
-    whether whole pages can be taken."""
+    """Several moves: the ranges to ask for, and the vectors or pages that their targets store. Each range of a part is
+    asked for once, for all of its heads. `heads`: how many a source has, by holder and part; `paged`: whether whole
+    pages can be taken."""
 
     def __init__(self, moves: Sequence[Move]) -> None:
         self.sources = list(dict.fromkeys((move.origin, move.source, move.lo, move.hi) for move in moves))
@@ -45,7 +42,7 @@ class Copy:
         self.paged = all(move.paged for move in moves)
         self.origins = {move.origin for move in moves}
         at = {source: index for index, source in enumerate(self.sources)}
-        self._targets: dict[tuple[int, int], list[tuple[int, Move]]] = {}  # by holder and part: which answers go there
+        self._targets: dict[tuple[int, int], list[tuple[int, Move]]] = {}  # answers, by holder and part
         for move in moves:
             asked = at[move.origin, move.source, move.lo, move.hi]
             self._targets.setdefault((move.to, move.target), []).append((asked, move))

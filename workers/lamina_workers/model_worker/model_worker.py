@@ -1,8 +1,8 @@
 """The dense side of the cut: announces a batch to the holders, runs the decoder over it, samples.
 
-Owns the decoder, the resolver, the ports to the holders, and the numbering of epochs and batches. Knows nothing of
-requests, of queues, or of why a row is in a batch: whoever plans hands it spans of tokens and the routes of their rows.
-Announcing and executing are generators, suspended while they wait for a holder.
+Owns the decoder, the attention merge, the ports to the holders, and the numbering of epochs and batches. A plan comes
+as spans of tokens and the routes of their rows. Announcing and executing are generators, suspended while they wait for
+a holder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lamina_workers.ports.timing import Link, Stopwatch, Times
 
 _AHEAD = 8  # layers that are asked for before the first of them has come
 _FRAME = 2 << 20  # bytes of pages that are asked for at a time, about: each costs 0.1 ms besides what it carries
-_FRAMES_AHEAD = 8  # of them are asked for before the first has come, where somebody else makes them meanwhile
+_FRAMES_AHEAD = 8  # of them are asked for before the first has come, where another process makes them meanwhile
 
 
 class ModelWorker:
@@ -83,7 +83,7 @@ class ModelWorker:
         self._replies.pop(number).port.close()
 
     def begin_after(self, epoch: int) -> None:
-        """The holders know epochs up to this one from an engine before."""
+        """The holders know epochs up to this one from the previous engine."""
         self._epoch = max(self._epoch, epoch + 1)
 
     def address(self, number: int) -> str:
@@ -114,15 +114,15 @@ class ModelWorker:
         batch = self._batch
         answers: dict[int, Announced] = {}
         faults: dict[int, HolderFault] = {}
-        told = []
+        asked = []
         for number, share in shares.items():
             self._replies[number].expect(self._epoch, batch)
             try:
                 self._send(number, Announcement(self._epoch, batch, share.first, share.operations, share.rows))
-                told.append(number)
+                asked.append(number)
             except HolderFault as fault:
                 faults[number] = fault
-        for number in told:  # all are heard before one is blamed
+        for number in asked:  # all answers are read before one is blamed
             try:
                 answers[number] = yield from self._answer(number, batch)
                 self._check(answers[number], shares[number], self._replies[number].port.name)
@@ -131,7 +131,7 @@ class ModelWorker:
         if faults:
             self.forget(batch, shares)
             worst = max(faults, key=lambda number: isinstance(faults[number], HolderLost))
-            for number in faults.keys() - {worst}:  # what tells of lost keys must not go unheard
+            for number in faults.keys() - {worst}:  # a fault with lost keys must not go unheard
                 self._replies[number].unheard = str(faults[number])
             raise faults[worst]
         if not any(share.routes for share in shares.values()) or not all(reply.accepted for reply in answers.values()):
@@ -147,7 +147,7 @@ class ModelWorker:
     ) -> Generator[Waiting, None, Sampled]:
         """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done.
 
-        It is suspended while it waits, unless told that there is nothing else to go on with.
+        It is suspended while it waits, where `suspends`: there is something else to go on with.
         """
         logits = yield from self.compute(work, batch, shares, suspends)
         with torch.inference_mode():
@@ -169,8 +169,8 @@ class ModelWorker:
     def enter(
         self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> SlicedBatch:
-        """Take part in a batch that every holder has accepted, which this or another worker has announced to them in
-        this epoch: compute slices of it as they are asked for."""
+        """Take part in a batch of this epoch that every holder has accepted, whichever worker has announced it: its
+        slices are computed one at a time."""
         return SlicedBatch(
             self._decoder,
             self._to_device(work),
@@ -193,8 +193,8 @@ class ModelWorker:
         return logits
 
     def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
-        """Copy KV between holders. `shares` open the parts and announce rows that store what is moved, in this order
-        at each target; together the moves fill all heads of each of these rows. No holder is both origin and target.
+        """Copy KV between holders. `shares` open the parts and announce the rows that store it, in this order at each
+        target; together the moves fill all heads of each of these rows. No holder is both origin and target.
         Blocks until all is sent. Returns whether every target had room; where one has not, nothing counts as done.
 
         Whole pages go as they lie where they begin alike and all these holders lay them out alike."""
@@ -230,7 +230,7 @@ class ModelWorker:
                 self._send(target, Fresh(self._epoch, batch, layer, k, v))
 
     def _copy_pages(self, copy: Copy, batch: int) -> set[int]:
-        """Copy all layers with KV page by page. Returns those of which an origin has not all pages."""
+        """Copy all layers with KV page by page. Returns the layers of which an origin has not all pages."""
         size, count = self._holder.page_size, 1 + max(spec.kv_layer for spec in self._holder.layers)
         of_page = page_bytes(self._holder)
         pages = [copy.heads[origin, handle] * -(-(hi - lo) // size) for origin, handle, lo, hi in copy.sources]
@@ -272,7 +272,7 @@ class ModelWorker:
         return self._watch.seconds
 
     def links(self) -> dict[int, Link]:
-        """What has crossed the way to each holder so far."""
+        """The traffic with each holder so far."""
         return {number: replies.link() for number, replies in self._replies.items()}
 
     def lost(self) -> list[int]:

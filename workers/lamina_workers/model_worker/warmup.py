@@ -1,4 +1,4 @@
-"""Loads the kernels that a model worker needs before its first batch. Knows which, and nothing of what they compute."""
+"""Loads the kernels that a model worker needs before its first batch."""
 
 from __future__ import annotations
 

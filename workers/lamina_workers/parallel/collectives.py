@@ -1,12 +1,11 @@
 """What the ranks of one model do together: add up their parts, and bring the logits to rank 0.
 
-Knows ranks, tensors and torch.distributed, in this file alone. Knows no layers and no engine. On CPUs the ranks are
-connected by gloo, on GPUs by NCCL. No group is global: one whose member died is closed and another one made in its
-place, in the same process, under the next generation.
+torch.distributed is used in this file alone: gloo on CPUs, NCCL on GPUs. No group is global: a group whose member died
+is closed, and another one made in its place, in the same process, under the next generation.
 
 On a CPU the parts travel in the model's dtype and are added in float32 in the order of the ranks, so each rank gets the
-same bits, whatever else is in the batch. Those of a decode step, some kilobytes, go over direct `lines`, and more over
-gloo.
+same bits, whatever else is in the batch. Parts of a decode step, some kilobytes, go over direct sockets
+(`rank_sockets`), larger ones over gloo.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ _SUM, _GATHER, _READY = 1, 2, 3  # tags: what a message is for
 class Meeting:
     """Where the ranks of a group find each other.
 
-    On one host `path`, the beginning of a file's name in a folder that no one else can write to; else `host`:`port`,
-    where rank 0 listens as long as the group lives. `address` is this rank's own, at which the others reach it; nothing
-    listens anywhere else. Whoever reaches these addresses is trusted, so they belong on a private network.
+    On one host `path`, the beginning of a file's name in a private folder; else `host`:`port`, where rank 0 listens as
+    long as the group lives. `address` is this rank's own, at which the others reach it; nothing listens anywhere else.
+    Every connection to these addresses is trusted, so they belong on a private network.
     `generation` counts the groups that were made at the same place.
     """
 
@@ -55,7 +54,7 @@ class Meeting:
 
     @property
     def file(self) -> Path | None:
-        """By which the ranks meet where that is on one host."""
+        """The file by which ranks on one host meet."""
         return Path(f"{self.path}.{self.generation}") if self.path else None
 
     def over(self) -> None:
@@ -77,7 +76,7 @@ def join(rank: int, ranks: int, meeting: Meeting, timeout: float, device: torch.
 
 
 class _Group(ABC):
-    """What groups have in common, however they are connected: see `Collective`, which they are."""
+    """The common part of groups, however they are connected: a `Collective`."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
@@ -105,7 +104,7 @@ class _Group(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave, so that the others learn of it. Closing again does nothing."""
+        """Leave; the others notice. Closing again does nothing."""
 
     @abstractmethod
     def _add_up(self, x: torch.Tensor) -> None:
@@ -206,8 +205,8 @@ class CpuGroup(_Group):
         self._run(receives + [(self._send, x, other, tag) for x, other in zip(out, self._others, strict=True)])
 
     def _run(self, messages: Sequence[tuple[Any, torch.Tensor, int, int]]) -> None:
-        """Begin all of `messages` and wait until they are through, those that were begun last first: sending is
-        quick, and what is received is then mostly there."""
+        """Begin all of `messages` and wait for them in reverse order: sends are quick, and by then most of what is
+        received is there."""
         if self._group is None:
             raise RankLost(f"rank {self.rank} has left its group")
         works: list[Any] = []
@@ -235,7 +234,7 @@ class CpuGroup(_Group):
 
 class GpuGroup(_Group):
     """A rank's end of a group over NCCL, each rank on a GPU of its own. Nothing here waits for the GPU, so a rank that
-    died shows as a RankLost of a later call, or not before `close` is called by whoever learns of it."""
+    died shows as a RankLost of a later call, or not before the owner of the group calls `close`."""
 
     def __init__(self, rank: int, ranks: int, meeting: Meeting, timeout: float, device: torch.device) -> None:
         super().__init__(rank, ranks)

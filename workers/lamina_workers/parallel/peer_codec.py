@@ -1,6 +1,6 @@
 """The messages between model worker 0 and the model workers beyond it as frames, and the way over a channel.
 
-The frames are those of `codec`, under tags of their own, and as strict. What is said, `crew_messages` knows.
+The frames are those of `codec`, under tags of their own, and as strict.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ _BEGIN: dict[str, Field] = {
 }
 
 _CODEC = Codec(
-    {  # the tags are none of `codec`'s: whoever connects to the wrong socket is told so by the first frame
+    {  # the tags are none of `codec`'s: a connection to the wrong socket shows in the first frame
         101: Layout(Hello, {"name": TEXT, "protocol": INT, "version": TEXT}),
         102: Layout(Progress, {"what": TEXT, "done": INT, "total": INT}),
         103: Layout(Ready, {"device": TEXT}),

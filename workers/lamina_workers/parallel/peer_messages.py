@@ -1,12 +1,11 @@
-"""What model worker 0 and the model workers beyond it say to each other: one frozen dataclass a message.
+"""The messages between model worker 0 and the model workers beyond it: one frozen dataclass a message.
 
-A worker connects, says `Hello`, is told by `Begin` what to load, and says `Progress` and `Ready`, or `Failed`. From
+A worker connects, sends `Hello`, gets `Begin` with what to load, and sends `Progress` and `Ready`, or `Failed`. From
 then on model worker 0 commands. `Join`, `Announce`, `Copy`, `SurveySeat`, `LeaveGroup` and `JoinGroup` have one answer
-each, in order; so has `Execute` where its logits are wanted. What goes wrong with a command that names a batch comes as
-a `BatchFailed` of that batch: in the place of the answer where there is one, else by itself. The others have no
-answer.
+each, in order; so has `Execute` where its logits are wanted. A failure of a command that names a batch comes as a
+`BatchFailed` of that batch: in the place of the answer where there is one, else by itself. The others have no answer.
 
-A batch is numbered by model worker 0, and the numbers grow. Knows nothing of bytes: `peer_codec` does.
+Model worker 0 numbers the batches, and the numbers grow.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lamina_workers.model_worker.kv_copy import Move
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first words of a process: the name that it was given, and what it is, so that unlike ones never meet."""
+    """The first message of a process: the name that it was given, and its versions, so that unlike ones never meet."""
 
     name: str
     protocol: int
@@ -34,7 +33,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How loading goes: `done` of `total` of what `what` says."""
+    """How loading goes: `done` of `total` steps of `what`."""
 
     what: str
     done: int
@@ -43,14 +42,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The model is loaded and every command is obeyed from now on. `device` is what it computes on."""
+    """The model is loaded on `device`, and every command is obeyed from now on."""
 
     device: str
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """It cannot do what `Begin` or the last `Join` said, and has not. `kind` is the error's name."""
+    """It could not do the last `Begin`, `Join` or `SurveySeat`. `kind` is the error's name."""
 
     kind: str
     reason: str
@@ -58,7 +57,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The port to holder `number` stands. `capacity` in bytes; `resumed`: what this seat kept before is there."""
+    """The port to holder `number` stands. `capacity` in bytes; `resumed`: the seat still has its KV."""
 
     number: int
     capacity: int
@@ -67,7 +66,7 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What the holders said to the announcement of a batch, refusals included, by number."""
+    """The holders' answers to the announcement of a batch, refusals included, by number."""
 
     batch: int
     answers: Mapping[int, Announced]
@@ -83,8 +82,8 @@ class Executed:
 
 @dataclass(frozen=True, slots=True)
 class Sliced:
-    """A slice is computed, and leaves this, as `slices.Context`. `model_seconds` is what that has computed outside of
-    attention, `attention_seconds` what it has taken besides."""
+    """A slice is computed, and leaves this `layer_slices.Context`. `model_seconds` is its time outside of attention,
+    `attention_seconds` the rest of it."""
 
     batch: int
     model_seconds: float
@@ -107,7 +106,7 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What was to be copied is sent, or not one part of it where `room` lacked."""
+    """The copy is sent; without `room` at a target nothing of it is."""
 
     batch: int
     room: bool
@@ -115,7 +114,7 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class SeatSurveyed:
-    """What the seat that is holder `number` keeps."""
+    """The parts that the seat of holder `number` keeps."""
 
     number: int
     held: Surveyed
@@ -123,7 +122,7 @@ class SeatSurveyed:
 
 @dataclass(frozen=True, slots=True)
 class LeftGroup:
-    """It has left the group, and waits for commands: of what was told before, nothing is under way."""
+    """It has left the group, and waits for commands: nothing of the earlier ones is under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +149,13 @@ class BatchFailed:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """What to be and to load.
+    """The first command: what the worker is, and what it loads.
 
     `rank` of `ranks`: with several the worker is a tensor-parallel rank, whose heads `holder` has; with one it is a
     whole replica. `folder` has the model's files, whose fingerprint is `model`; `rope_scaling` is JSON, or empty.
-    `holder` is what its holders are built from, as it sees them; its `kv_memory` is that of a pool in this process,
-    which is on `attention_device`. `compile` as in `captured.sliced`. `engine` and `linger` are for its seats (see
-    `remote_attention.connect`), and so are the three that follow; `epoch` is that of the engine.
+    `holder` is the config of its holders, with the heads of this rank; its `kv_memory` is that of a pool in the
+    worker's process, which is on `attention_device`. `compile` as in `graphs.sliced`. `engine`, `linger` and the three
+    fields that follow are for its seats (see `remote.SeatOptions`, `ChannelOptions`); `epoch` is that of the engine.
     """
 
     rank: int
@@ -217,8 +216,8 @@ class Announce:
 
 @dataclass(frozen=True, slots=True)
 class Execute:
-    """Run the batch that every holder has accepted. `wanted`: the logits are to be sent here; else another rank has
-    them. `suspends`: other batches may go on while this one waits.
+    """Run the batch that every holder has accepted. `wanted`: the logits are the answer; else another rank has them.
+    `suspends`: other batches may go on while this one waits.
 
     spans: starts, then counts. token_ids, rope_lengths: int64 `[T]`, sampled: int64 `[S]`, as int8 `[n, 8]` each.
     """
@@ -234,9 +233,9 @@ class Execute:
 
 @dataclass(frozen=True, slots=True)
 class StartBatch:
-    """Take part in a batch that model worker 0 has announced, under this number: its slices will be asked for, until
-    the last one, or `Drop`. `shares` are those of its rows, without operations. `plain` are the entries of `sampled`
-    whose token is the likeliest, of which nothing else is wanted. The rest as in `Execute`."""
+    """Take part in a batch that model worker 0 has announced under this number: `Slice` commands follow, until the last
+    one or `Drop`. `shares` are those of its rows, without operations. `plain` are the entries of `sampled` that need
+    nothing but the likeliest token. The rest as in `Execute`."""
 
     batch: int
     suspends: bool
@@ -250,8 +249,8 @@ class StartBatch:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Compute slice `number` of a batch that was entered, from what the one before has left, which is empty for the
-    first; `Sliced` is the answer, or behind the last attention `Chosen`."""
+    """Compute slice `number` of a started batch from the context of the slice before, which is empty for the first.
+    `Sliced` is the answer, or behind the last attention `Chosen`."""
 
     batch: int
     number: int
@@ -261,7 +260,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A batch that was announced or entered goes no further here: somebody else has refused it, or does the rest."""
+    """A batch that was announced or started goes no further here: a holder has refused it, or others do the rest."""
 
     batch: int
 
@@ -284,7 +283,7 @@ class BeginEpoch:
 
 @dataclass(frozen=True, slots=True)
 class SurveySeat:
-    """Ask what the seat that is holder `number` keeps. Nothing may be under way."""
+    """Ask for the parts that the seat of holder `number` keeps. Nothing may be under way."""
 
     number: int
 

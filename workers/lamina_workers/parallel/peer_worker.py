@@ -1,7 +1,6 @@
-"""A model worker beyond 0: does what model worker 0 commands over a channel, with a decoder and ports of its own.
+"""A model worker beyond 0: obeys the commands of model worker 0 over a channel, with a decoder and ports of its own.
 
-Knows the commands, and how a rank or a replica is put together. Knows nothing of requests, of processes, or of why it
-is told what it is told. One thread loads and computes everything.
+One thread loads and computes everything.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ _Run = Generator[Waiting, None, None]
 class PeerWorker:
     """Serves one channel until it closes or `Stop` comes.
 
-    `name` is the one that model worker 0 expects. `folder` has the model's files, where they lie elsewhere than there;
-    `address` is this host's, at which the other ranks reach it.
+    `name` is the one that model worker 0 expects. `folder` has the model's files, where it is not the one that `Begin`
+    names; `address` is this host's, at which the other ranks reach it.
     """
 
     def __init__(
@@ -59,12 +58,12 @@ class PeerWorker:
         self._address = address
         self._runs: dict[int, tuple[_Run, Waiting | None]] = {}  # batches under way, and what each waits for
         self._waits = Waits()
-        self._started: dict[int, tuple[SlicedBatch, tuple[int, ...]]] = {}  # and which rows need no logits
-        self._batches: dict[int, tuple[int, Mapping[int, HolderBatch]]] = {}  # announced: own number, and the shares
+        self._started: dict[int, tuple[SlicedBatch, tuple[int, ...]]] = {}  # and the rows without logits
+        self._batches: dict[int, tuple[int, Mapping[int, HolderBatch]]] = {}  # announced: own number, shares
 
     def serve(self) -> None:
-        """Raises ChannelClosed where model worker 0 is gone, LaminaError where the model cannot be loaded, which
-        model worker 0 has been told then."""
+        """Raises ChannelClosed where model worker 0 is gone, LaminaError where the model cannot be loaded; model worker
+        0 has then got `Failed`."""
         self._send(peer_messages.Hello(self._name, PROTOCOL_VERSION, control.package_version()))
         begin = self._receive()
         if not isinstance(begin, peer_messages.Begin):
@@ -158,8 +157,8 @@ class PeerWorker:
         self._advance(batch)
 
     def _go_on(self, *beside: Channel) -> None:
-        """Go on with a batch whose reply has come; where none has, wait for one, or for what comes over a channel
-        `beside`. Where nothing comes in time, the one that has waited longest says what is wrong."""
+        """Go on with a batch whose reply has come; where none has, wait for one, or for a message over a channel
+        `beside`. Where nothing comes in time, the batch that has waited longest goes on, and finds what is wrong."""
         over = (batch for batch, (_, waiting) in self._runs.items() if waiting is None or waiting.over())
         batch = next(over, None)
         if batch is None:
@@ -192,7 +191,7 @@ class PeerWorker:
         try:
             logits = yield from self._standing.compute(work, own, shares, command.suspends)
         except HolderFault as fault:
-            self._parts.leave_group()  # whoever waits for this rank's part wakes
+            self._parts.leave_group()  # it wakes the ranks that wait for this one's part
             self._faulted(command.batch, fault)
             return
         if command.wanted:
@@ -315,7 +314,7 @@ class PeerWorker:
 
 
 class _Parts:
-    """What a model worker is made of, loaded as `begin` says from `folder`. Raises LaminaError."""
+    """The decoder and its holders, loaded from `folder` as `begin` says. Raises LaminaError."""
 
     def __init__(
         self, begin: peer_messages.Begin, folder: str | Path, progress: Callable[[str, int, int], None]
@@ -360,6 +359,6 @@ class _Parts:
             self._decoder.collective = group
 
     def leave_group(self) -> None:
-        """Others that wait for this rank are woken."""
+        """It wakes the ranks that wait for this one."""
         if self._decoder is not None and self._decoder.collective is not None:
             self._decoder.collective.close()

@@ -1,7 +1,7 @@
-"""Model worker 0's end of the channels to the model workers beyond it: who connects, what they load, what they answer.
+"""Model worker 0's end of the channels to the model workers beyond it: admits their processes, has them load, and sorts
+their reports.
 
-Knows channels and the commands. Knows no process (whoever starts one invites it here), and nothing of batches: what is
-in a command, `TensorParallelWorkers` and its like know.
+A process connects once, with a secret that it got when it was invited.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ R = TypeVar("R", bound=peer_messages.Report)
 class Peer:
     """One model worker beyond 0 that is ready. For one thread; `close` may come from any.
 
-    `rank` is its number, `name` that of its process, `ready` what it said of itself. `on_given_up` is told when this
-    side gives it up: its process may be stuck. Once closed it stays so.
+    `rank` is its number, `name` that of its process, `ready` its own report. `on_given_up` is called with the name when
+    this side gives it up: its process may be stuck. Once closed it stays so.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Peer:
 
     @property
     def channel(self) -> Channel:
-        """What it is told by, and answers over."""
+        """The channel of commands and reports."""
         return self._channel
 
     def close(self, reason: str = "closed on this side") -> None:
@@ -93,11 +93,11 @@ class Peer:
             raise self.give_up(str(error)) from error
 
     def expect(self, batch: int) -> None:
-        """Keep what it says of this batch until `forget`."""
+        """Keep its reports on this batch until `forget`."""
         self._waiting.setdefault(batch, deque())
 
     def forget(self, batch: int | None = None) -> None:
-        """Drop what it still says of this batch, None: of any."""
+        """Drop its further reports on this batch, None: on any."""
         if batch is None:
             self._waiting.clear()
         else:
@@ -115,14 +115,14 @@ class Peer:
         return True
 
     def faults(self, batch: int) -> list[peer_messages.BatchFailed]:
-        """What it has said by now to have gone wrong with a batch that is expected."""
+        """The failures of an expected batch that it has reported by now."""
         return [report for report in self._waiting.get(batch, ()) if isinstance(report, peer_messages.BatchFailed)]
 
     def take(self, kind: type[R], batch: int, timeout: float | None = None) -> R:
-        """What it says next of a batch that is expected; waits for it.
+        """Its next report on a batch that is expected; waits for it.
 
         Raises HolderFault where the batch failed at one of its holders, HolderLost where one of those is gone,
-        RankLost where this worker is, where it says anything else, or nothing for `timeout` seconds.
+        RankLost where this worker is, where its report is of another kind, or after `timeout` seconds without one.
         """
         said = self._waiting[batch]
         while not said:
@@ -157,7 +157,7 @@ class Peer:
     def ask(
         self, command: peer_messages.Command, kind: type[R], timeout: float | None = None
     ) -> R | peer_messages.Failed:
-        """Tell it, and wait for the answer."""
+        """Send a command, and wait for the answer."""
         self.tell(command)
         return self.answer(kind, timeout)
 
@@ -199,10 +199,10 @@ class Peer:
 class PeerListener:
     """Where the processes of model workers connect: at `address`, each with a secret of its own, once.
 
-    `begin(rank)` says what the worker of that number loads. Who is ready is told to `on_ready`; for one that does not
-    become so `on_failed` is told its rank and what it said, a `kind` of "" where it could not even say that. `progress`
-    hears rank, what, done and total while they load. These are called on threads of the crew's. `on_given_up` hears the
-    names of those that must be ended, from whichever thread finds that out.
+    `begin(rank)` gives what the worker of that number loads. `on_ready` gets each worker that is ready; `on_failed` the
+    rank of one that does not become so and its report, whose `kind` is "" where there was none. `progress` gets rank,
+    what, done and total while they load. These are called on threads of the listener. `on_given_up` gets the names of
+    the processes that must be ended, on the thread that finds it out.
 
     On one host it listens at a Unix socket in a private folder. With `host` it listens at a TCP port there, with TLS
     where `credentials` has a certificate.
@@ -244,7 +244,7 @@ class PeerListener:
         return secret
 
     def revoke(self, name: str) -> None:
-        """The process of that name has ended: it will not come any more, and who came is lost."""
+        """The process of that name has ended: it may not connect any more, and its worker is lost."""
         with self._lock:
             self._invited.pop(name, None)
             gone = [peer for peer in self._peers.values() if peer.name == name]
@@ -252,7 +252,7 @@ class PeerListener:
             peer.close("its process has ended")
 
     def close(self) -> None:
-        """Let all go, and wait a while until they have let go of their holders. Nobody may use a peer any more."""
+        """Let all go, and wait a while until they have let go of their holders. No peer may be used any more."""
         self._listener.close()
         for peer in self._peers.values():
             with contextlib.suppress(RankLost):
@@ -268,7 +268,7 @@ class PeerListener:
         return self._invited_by(secret) is not None
 
     def _invited_by(self, secret: bytes) -> tuple[int, str] | None:
-        """The rank and name of whoever has that secret and has not come yet."""
+        """The rank and name that were invited with that secret, where its process has not come yet."""
         with self._lock:
             for name, (rank, known) in self._invited.items():
                 if hmac.compare_digest(secret, known):

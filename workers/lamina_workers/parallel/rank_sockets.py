@@ -1,7 +1,7 @@
-"""Direct lines among the ranks of a model: a socket for each pair, for messages of some kilobytes, 60 and more a step.
+"""Direct sockets among the ranks of a model, one for each pair: for messages of some kilobytes, 60 and more a step.
 
-Knows ranks, sockets and bytes. Knows no tensors. A rank sends to all and reads from all in its own thread: gloo hands
-each message from thread to thread twice, and where every core computes, each of those waits for a core.
+A rank sends to all and reads from all in its own thread: gloo hands each message from thread to thread twice, and where
+every core computes, each of those waits for a core.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Lines:
             each.close()
 
     def _connect(self, cards: Mapping[int, tuple[str, int, str]]) -> None:
-        """To those before this rank. They need not listen yet with open ears: the system keeps who comes."""
+        """Connect to the ranks before this one. They need not accept yet: the system queues connections."""
         for other in range(self._rank):
             host, port, token = cards[other]
             line = socket.create_connection((host, port), self._timeout)
@@ -79,12 +79,12 @@ class Lines:
             line.sendall(bytes.fromhex(token) + self._rank.to_bytes(4, "little"))
 
     def _accept(self, listening: socket.socket, token: bytes) -> None:
-        """Those after this rank. Whoever else comes is turned away, and not waited for where it says nothing."""
+        """Accept the ranks after this one. Strangers are turned away, and silent connections are not waited for."""
         deadline = time.monotonic() + self._timeout
         listening.setblocking(False)
         poll = select.poll()
         poll.register(listening, select.POLLIN)
-        greeted: dict[int, tuple[socket.socket, bytearray]] = {}  # who has come, and said so much, by descriptor
+        greeted: dict[int, tuple[socket.socket, bytearray]] = {}  # with their bytes so far, by descriptor
         try:
             while len(self._sockets) < self._ranks - 1:
                 left = deadline - time.monotonic()
@@ -106,7 +106,7 @@ class Lines:
                 line.close()
 
     def _heard(self, line: socket.socket, said: bytearray, token: bytes) -> bool:
-        """Whether it is known now who has come over a line: another rank, or a stranger, who is turned away."""
+        """Whether a connection is identified now: another rank, or a stranger, which is turned away."""
         try:
             part = line.recv(_TOKEN_BYTES + 4 - len(said))
         except BlockingIOError:

@@ -1,8 +1,7 @@
 """The ranks of one model as one worker: rank 0 in this process, the others over their channels.
 
-Tells each rank what concerns the holders of its heads, runs every batch on all ranks at the same time, and finds out
-who is to blame where that fails. One batch at a time: all ranks must come to the same sums in the same order. Knows the
-commands; knows nothing of processes, of requests, or of how heads were cut.
+Every batch runs on all ranks at the same time, each with the holders of its own heads. One batch at a time: all ranks
+must come to the same sums in the same order. A failure is blamed on the rank or holder that caused it.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ def seat(rank: int, capacity: int, config: HolderConfig) -> Seat:
 
 
 class TensorParallelWorkers:
-    """All ranks as the engine sees them: see `model_worker.Workers`, which this is.
+    """All ranks as the engine sees them: the `Workers` of an engine with tensor parallelism.
 
-    `own` is rank 0, `decoder` its decoder, `group` the other ranks. `pools` says which holders are in the processes of
-    which ranks beyond 0. `heads` are the KV heads of each rank, by which seats at attention workers share
-    memory; `config` is what rank 0's holders are built from.
+    `own` is rank 0, `decoder` its decoder, `group` the other ranks. `pools`: of each holder in the process of a rank
+    beyond 0, by its number, the rank. `heads` are the KV heads of each rank, by which seats at attention workers share
+    memory; `config` is the config of rank 0's holders.
 
     There is one batch under way at a time, so an engine over this has one lane.
     """
@@ -71,8 +70,8 @@ class TensorParallelWorkers:
         self._batch = 0
         self._apart = False  # the ranks have left their group
         self._under_way: tuple[int, int, dict[int, HolderBatch]] | None = None
-        """A batch that all have accepted: its number, and rank 0's own, and rank 0's shares."""
-        self._unheard = ""  # a fault that another one hid: it may have told of lost keys
+        """A batch that all have accepted: its number, the number at rank 0, and rank 0's shares."""
+        self._unheard = ""  # a fault that was hidden by a worse one; keys may be lost with it
         for number, rank in pools.items():
             said = self._peers[rank].ask(peer_messages.Join(number), peer_messages.Joined, self._wait)
             if isinstance(said, peer_messages.Failed):
@@ -100,13 +99,13 @@ class TensorParallelWorkers:
             self._apart = False
         self._batch += 1
         batch, runs = self._batch, any(share.routes for share in shares.values())
-        told: dict[int, dict[int, HolderBatch]] = {}
+        asked: dict[int, dict[int, HolderBatch]] = {}
         for rank, peer in self._peers.items():
             concerned = self._of(rank, shares)
             if runs or concerned:
                 peer.expect(batch)
                 peer.tell(peer_messages.Announce(batch, runs, concerned))
-                told[rank] = concerned
+                asked[rank] = concerned
         answers: dict[int, Announced] = {}
         faults: list[HolderFault] = []
         own, its = 0, self._of(0, shares)
@@ -114,7 +113,7 @@ class TensorParallelWorkers:
             own, answers = yield from self._own.announce(its)
         except HolderFault as fault:
             faults.append(fault)
-        for rank, concerned in told.items():
+        for rank, concerned in asked.items():
             try:
                 answers |= self._answers(self._peers[rank], batch, concerned)
             except HolderFault as fault:
@@ -127,7 +126,7 @@ class TensorParallelWorkers:
                 self._forget()
         if faults:
             worst = max(faults, key=_severity)
-            if _severity(worst):  # what tells of lost keys must not go unheard
+            if _severity(worst):  # a fault with lost keys must not go unheard
                 self._unheard = next((str(fault) for fault in faults if not _severity(fault)), "")
             raise worst
         return batch, {number: answers[number] for number in shares}
@@ -202,7 +201,7 @@ class TensorParallelWorkers:
         seats, resumed, failed = list[Seat](), list[bool](), ""
         for join in joins:
             self._peers[join.seat].tell(join)
-        for join in joins:  # all are heard before one is blamed
+        for join in joins:  # all answers are read before one is blamed
             said = self._peers[join.seat].answer(peer_messages.Joined, self._wait)
             if isinstance(said, peer_messages.Failed):
                 failed = failed or f"model worker {join.seat} cannot use attention worker {join.name}: {said.reason}"
@@ -249,8 +248,8 @@ class TensorParallelWorkers:
         return join.address if join is not None else f"rank {self._owner[number]}"
 
     def _survey(self, rank: int, number: int) -> Surveyed:
-        """What a holder of another rank keeps; nothing may be under way. What was announced to it before this epoch
-        is over. Raises HolderFault."""
+        """The parts that a holder of another rank keeps; nothing may be under way. Earlier epochs are over there.
+        Raises HolderFault."""
         said = self._peers[rank].ask(peer_messages.SurveySeat(number), peer_messages.SeatSurveyed, self._wait)
         if isinstance(said, peer_messages.Failed):
             raise HolderFault(f"model worker {rank}: {said.reason}")
@@ -259,8 +258,8 @@ class TensorParallelWorkers:
     # Ranks.
 
     def returned(self, peer: Peer) -> Returned:
-        """A rank that was missing is there again, as another process that has loaded the same. It takes up its seats
-        at attention workers.
+        """A rank that was missing is there again, as another process with the same model. It takes up its seats at
+        attention workers.
 
         Raises RankLost where it is gone already.
         """
@@ -290,9 +289,9 @@ class TensorParallelWorkers:
         return back
 
     def _leave_group(self, fault: HolderFault, batch: int) -> None:
-        """A batch failed at rank 0, perhaps because another rank has left the group: have all leave it, hear what each
-        has to say, and raise what is to blame."""
-        self._group.leave()  # others that wait for rank 0 are woken
+        """A batch failed at rank 0, perhaps because another rank has left the group: have all leave it, read their
+        reports, and raise the fault that is to blame."""
+        self._group.leave()  # it wakes the ranks that wait for rank 0
         self._apart = True
         self._group.disband(self._wait)
         if not isinstance(fault, RankLost):
@@ -304,7 +303,7 @@ class TensorParallelWorkers:
         raise HolderFault(f"the ranks lost each other: {fault}")
 
     def _late_faults(self) -> list[HolderFault]:
-        """What was told of batches that nobody waited for any more."""
+        """Faults of batches that were not waited for any more."""
         told = [self._unheard, *(peer.unheard for peer in self._peers.values())]
         self._unheard = ""
         for peer in self._peers.values():
@@ -345,10 +344,10 @@ class TensorParallelWorkers:
 
     @staticmethod
     def _try_to_tell(peer: Peer, command: peer_messages.Command) -> None:
-        with contextlib.suppress(RankLost):  # it is missing, which is found out by whoever needs it
+        with contextlib.suppress(RankLost):  # it is missing, which the next batch finds
             peer.tell(command)
 
 
 def _severity(fault: HolderFault) -> int:
-    """What else is lost besides a batch: 0 nothing for certain, 1 a holder, 2 a rank, without which nobody is asked."""
+    """What is lost besides a batch: 0 nothing for certain, 1 a holder, 2 a rank, without which no batch can run."""
     return 2 if isinstance(fault, RankLost) else int(isinstance(fault, HolderLost))

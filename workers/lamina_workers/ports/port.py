@@ -1,7 +1,7 @@
-"""The seam to one holder: messages go in, replies come out, in order. Knows nothing of what is in them.
+"""The seam to one holder: messages go in, replies come out, in order.
 
 `LocalAttention` calls an attention worker in this process and copies nothing. A port over a transport has the same
-verbs, so the model worker cannot tell which it has. `Replies` sorts a port's replies by the batch that waits for them.
+methods, so the model worker cannot tell which it has. `Replies` sorts a port's replies by batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lamina_workers.ports.timing import Exchanges, Link
 if TYPE_CHECKING:
     import torch
 
-_FAILURES = 64  # batches of which something went wrong that was not told yet
+_FAILURES = 64  # batches with a failure that is not reported yet
 
 R = TypeVar("R", Announced, Attended, Fetched, FetchedPages, Surveyed)
 
@@ -58,7 +58,7 @@ class AttentionPort(Protocol):
         """
 
     def receive(self, timeout: float | None = None) -> Reply:
-        """The next reply. Whatever went wrong at the holder since the last one comes as a `Fault` in its place.
+        """The next reply. A failure at the holder since the last one comes as a `Fault` in its place.
 
         Raises HolderLost where the holder is gone, or no reply came for `timeout` seconds: then it counts as gone.
         """
@@ -72,7 +72,7 @@ class AttentionPort(Protocol):
 
 @runtime_checkable
 class Transported(Protocol):
-    """What a port has besides where there is a transport. `bytes_sent` and `bytes_received` count whole frames."""
+    """A port over a transport. `bytes_sent` and `bytes_received` count whole frames."""
 
     address: str
     channel_kind: str
@@ -85,7 +85,7 @@ class Transported(Protocol):
 
 @runtime_checkable
 class Channelled(Protocol):
-    """What a port has besides where its replies come over a channel that can be waited for."""
+    """A port whose replies come over a channel that can be waited for."""
 
     @property
     def channel(self) -> Channel: ...
@@ -113,8 +113,7 @@ def survey(port: AttentionPort, timeout: float | None = None, past: int = 0) -> 
 
 @runtime_checkable
 class InProcess(Protocol):
-    """What a port has besides where the holder is in this process: tensors on its device are handed over as they
-    are."""
+    """A port to a holder in this process: tensors on its device are handed over as they are."""
 
     @property
     def device(self) -> torch.device: ...
@@ -123,7 +122,7 @@ class InProcess(Protocol):
 class Replies:
     """The replies of one port, sorted by batch: several batches may be under way, each taking its own.
 
-    What belongs to a batch that nobody waits for any more is dropped; but a fault is told to the next announcement.
+    A reply to a batch that is not expected any more is dropped; a fault of it is raised at the next announcement.
     Exchanges are measured from `asked` until the answer has been read, by `clock`, in seconds.
     """
 
@@ -131,14 +130,14 @@ class Replies:
         self.port = port
         self._clock = clock
         self._exchanges = Exchanges()
-        self._asked: dict[int, float] = {}  # when, by batch; each has one query under way at a time
+        self._asked: dict[int, float] = {}  # seconds, by batch; each has one query under way at a time
         self._waiting: dict[int, deque[Reply]] = {}  # by batch under way
         self._epoch = 0
-        self.unheard = ""  # a fault that nobody waited for: it may have told of lost keys
+        self.unheard = ""  # a fault of a batch that was not expected any more; keys may be lost with it
 
     @property
     def channel(self) -> Channel | None:
-        """What replies come over; None where the holder is in this process."""
+        """The channel of the replies; None where the holder is in this process."""
         return self.port.channel if isinstance(self.port, Channelled) else None
 
     def expect(self, epoch: int, batch: int) -> None:
@@ -154,7 +153,7 @@ class Replies:
         self._asked[batch] = self._clock()
 
     def link(self) -> Link:
-        """What has crossed it so far."""
+        """The traffic so far."""
         port, seconds, counts = self.port, self._exchanges.seconds, tuple(self._exchanges.counts)
         if not isinstance(port, Transported):
             return Link(port.name, "", "in process", True, 0, 0, seconds, counts)
@@ -163,7 +162,7 @@ class Replies:
         )
 
     def forget(self, batch: int) -> None:
-        """Drop what still comes for this batch."""
+        """Drop further replies to this batch."""
         self._waiting.pop(batch, None)
         self._asked.pop(batch, None)
 
@@ -230,8 +229,8 @@ class LocalAttention:
     def send(self, request: Request) -> None:
         """Let the worker handle the message; keep its reply, or its error as a `Fault`.
 
-        What went wrong with a message that has no reply is told in the next reply of its batch, or to the next
-        announcement. Batches' messages may come interleaved.
+        The failure of a message without a reply comes as the next reply of its batch, or to the next announcement.
+        Messages of several batches may be interleaved.
         """
         self.settle()
         reply: Reply | None = None
@@ -246,13 +245,13 @@ class LocalAttention:
         if isinstance(request, Announcement | Survey) and self._failures:
             if isinstance(request, Announcement):
                 reason = reason or next(iter(self._failures.values()))
-            self._failures.clear()  # a survey tells itself what is not held
+            self._failures.clear()  # a survey says itself what is not held
         if reason or reply is None:
             reply = Fault(request.epoch, request.batch, reason or "an earlier message went wrong")
         self._replies.append(reply)
 
     def settle(self) -> None:
-        """Let the worker do what it put off until its last reply was on its way."""
+        """Let the worker do the work that it has put off until after its last reply."""
         batch = self._worker.unsettled
         try:
             self._worker.settle()
@@ -274,4 +273,4 @@ class LocalAttention:
         return bool(self._replies)
 
     def close(self) -> None:
-        """Nothing to do: the worker goes with whoever holds it."""
+        """Nothing to do: the worker ends with its owner."""

@@ -1,6 +1,6 @@
-"""How long exchanges with a holder take, and how long a thread spends on attention. Plain numbers: knows no message.
+"""How long exchanges with a holder take, and how long a thread spends on attention.
 
-Both are told the time by a clock that is passed in; loading this file loads no torch.
+The clock is passed in; loading this file loads no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ EXCHANGE_BUCKETS = (0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01, 0
 
 
 class Link(NamedTuple):
-    """The way to one holder, and what has crossed it: bytes, and exchanges of a layer by how many seconds they took."""
+    """The way to one holder and its traffic: bytes, and a histogram of the seconds that exchanges of a layer took."""
 
     name: str
     address: str
