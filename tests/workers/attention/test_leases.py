@@ -466,7 +466,7 @@ def test_an_error_that_nobody_foresaw_ends_that_seat_and_no_other(monkeypatch):
         def fails(*_: object) -> None:
             raise RuntimeError("an inside matter")
 
-        monkeypatch.setattr(server._seats._seats[0].worker, "handle", fails)
+        monkeypatch.setattr(server._leases._seats[0].worker, "handle", fails)
         bad.send(Announcement(1, 1, 0, (), ()))
         with pytest.raises(HolderLost, match="RuntimeError"):
             bad.receive(10)

@@ -397,7 +397,7 @@ def test_each_replica_asks_the_attention_workers_itself(model) -> None:
         rotating.rig.generate(PROMPTS, max_tokens=24)
         slices = rotating.workers.slices
         for server in rotating.servers:
-            traffic = [session.traffic for session in server._seats._sessions.values()]
+            traffic = [session.traffic for session in server._leases._sessions.values()]
             assert len(traffic) == 3
             assert max(t.bytes_out for t in traffic) < 3 * min(t.bytes_out for t in traffic)
             assert server.status().queries > 0
@@ -446,8 +446,8 @@ def test_a_replica_that_cannot_reach_an_attention_worker_is_left_out_and_tries_a
         until(rotating.all_connected)
         inboxes = [rig.submit(prompt, SamplingParams(max_tokens=12).with_defaults({})) for prompt in PROMPTS]
         until(lambda: workers.slices[2] > 8)
-        session = list(server._seats._sessions.values())[-1]
-        server._seats.end(session, "a test")
+        session = list(server._leases._sessions.values())[-1]
+        server._leases.end(session, "a test")
         assert [collect(inbox) for _, inbox in inboxes] == expected["greedy"]
         until(rotating.all_connected)
         assert rig.generate(PROMPTS, max_tokens=12) == expected["greedy"]

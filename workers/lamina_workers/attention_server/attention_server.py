@@ -108,7 +108,9 @@ class AttentionServer:
         self._clock = clock
         self._started_at = clock()
         self._over: SimpleQueue[Session | None] = SimpleQueue()  # sessions whose channels are to be closed
-        self._seats = Leases(config.name, config.kv_memory, config.threads, device, config.lease, clock, self._over.put)
+        self._leases = Leases(
+            config.name, config.kv_memory, config.threads, device, config.lease, clock, self._over.put
+        )
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._locals: dict[str, tuple[Listener, str]] = {}  # by session: its Unix socket, and the folder of that
@@ -116,7 +118,7 @@ class AttentionServer:
         self._health = health.HealthServicer()
         self._grpc: grpc.Server | None = None
         self._threads = [
-            threading.Thread(target=self._seats.loop.run, name="lamina-attention", daemon=True),
+            threading.Thread(target=self._leases.loop.run, name="lamina-attention", daemon=True),
             threading.Thread(target=self._watch, name="lamina-lease", daemon=True),
         ]
 
@@ -150,13 +152,13 @@ class AttentionServer:
     def stop(self, grace: float = 1.0) -> None:
         """Take no new session, wait up to `grace` seconds for the live ones, then end them and free everything."""
         self._set_health(False)
-        self._seats.draining = True
+        self._leases.draining = True
         deadline = self._clock() + grace
-        while self._seats.live() and self._clock() < deadline:
+        while self._leases.live() and self._clock() < deadline:
             time.sleep(0.02)
-        self._seats.end_all("the worker was stopped")
+        self._leases.end_all("the worker was stopped")
         self._stopped.set()
-        self._seats.loop.stop()
+        self._leases.loop.stop()
         self._over.put(None)
         if self._grpc is not None:
             self._grpc.stop(1.0).wait()
@@ -175,12 +177,12 @@ class AttentionServer:
         """Open a session. Raises ProtocolError, which names what differs."""
         self._check(hello)
         secret = secrets.token_bytes(SECRET_SIZE)
-        session, resumed = self._seats.admit(hello, secret)
+        session, resumed = self._leases.admit(hello, secret)
         seat = session.seat
         try:
             seat.built.result(remaining)
         except FutureTimeout as error:
-            self._seats.end(session, "the handshake took too long")
+            self._leases.end(session, "the handshake took too long")
             raise ProtocolError(f"the worker was not ready within {remaining:.1f} seconds") from error
         except MemoryError as error:
             raise ProtocolError(f"no memory for {seat.config.kv_memory} bytes of KV") from error
@@ -197,29 +199,29 @@ class AttentionServer:
         )
 
     def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive:
-        session = self._seats.session(heartbeat.session)
+        session = self._leases.session(heartbeat.session)
         if session is None:
             return control.Alive("ended")
         session.heard()
-        return control.Alive("draining" if self._seats.draining else "serving")
+        return control.Alive("draining" if self._leases.draining else "serving")
 
     def goodbye(self, goodbye: control.Goodbye) -> control.Alive:
-        self._seats.goodbye(goodbye)
+        self._leases.goodbye(goodbye)
         return control.Alive("ended")
 
     def drain(self) -> control.WorkerStatus:
-        self._seats.draining = True
+        self._leases.draining = True
         self._set_health(False)
         return self.status()
 
     def status(self) -> control.WorkerStatus:
-        return self._seats.status(control.package_version(), self._clock() - self._started_at)
+        return self._leases.status(control.package_version(), self._clock() - self._started_at)
 
     def attach(self, session: str, channel: GrpcChannel) -> None:
-        found = self._seats.session(session)
+        found = self._leases.session(session)
         if found is None:
             raise ProtocolError("no such session at this worker")
-        self._seats.attach(found, channel, "grpc")
+        self._leases.attach(found, channel, "grpc")
         self._close_local(found)
 
     def _check(self, hello: control.Hello) -> None:
@@ -257,7 +259,7 @@ class AttentionServer:
         """Close the channels of ended sessions, which can take a while, and end the sessions that are overdue."""
         while True:
             try:
-                session = self._over.get(timeout=self._seats.tend())
+                session = self._over.get(timeout=self._leases.tend())
             except Empty:
                 continue
             if session is None:
@@ -318,15 +320,15 @@ class AttentionServer:
             self._tcp.close()
 
     def _admit(self, secret: bytes) -> bool:
-        return self._seats.opened_by(secret) is not None
+        return self._leases.opened_by(secret) is not None
 
     def _deliver(self, kind: str) -> Callable[[SocketChannel, bytes], None]:
         def deliver(channel: SocketChannel, secret: bytes) -> None:
-            session = self._seats.opened_by(secret)
+            session = self._leases.opened_by(secret)
             try:
                 if session is None:
                     raise ProtocolError("the session is over")
-                self._seats.attach(session, channel, kind)
+                self._leases.attach(session, channel, kind)
             except ProtocolError:
                 channel.close()
             if session is not None:

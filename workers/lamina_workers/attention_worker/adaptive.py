@@ -60,7 +60,7 @@ class _Tally:
 
 @dataclass(slots=True)
 class Tallies:
-    """What was read for each part in decode. `token_bytes`: those of one token's K and V in one layer and KV head."""
+    """What was read for each part in decode. `token_bytes`: of one token's K and V in a layer and KV head."""
 
     token_bytes: float
     _by_handle: dict[int, _Tally] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class _Counts:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The cells of one policy in a batch. vectors: int64 `[cells * group]`, those of the flat q that are theirs;
+    """The cells of one policy in a batch. vectors: int64 `[cells * group]`, the numbers of theirs in the flat q;
     `plan` is the chooser's, `lists` the kernels'."""
 
     policy: Adaptive

@@ -69,7 +69,7 @@ class _Batch:
 
     handles: frozenset[int]
     fused: bool  # whether a row attends its own tokens
-    stores: tuple[Row, ...]  # of the rows, those that store something
+    stores: tuple[Row, ...]  # the rows that store something
     missing: set[int]  # layers whose KV has not come yet
     places: Any  # the kernels' plan of where K and V go, None until there are some
     sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them

@@ -1,6 +1,6 @@
 """The mean key and mean value of the tokens that compensated policies have freed, attended as one slot more.
 
-Sums are kept in float32 for each part, layer and KV head; a fork begins with those of its parent.
+Sums are kept in float32 for each part, layer and KV head; a fork begins with its parent's.
 """
 
 from __future__ import annotations

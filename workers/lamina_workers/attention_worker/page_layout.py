@@ -18,7 +18,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def attention_kernels(device: torch.device = CPU) -> Kernels:
-    """The kernels that attend on a device. Raises KernelsUnavailable where those asked for cannot run here."""
+    """The kernels that attend on a device. Raises KernelsUnavailable where the chosen ones cannot run here."""
     try:
         return kernels(torch.device(device.type))  # GPUs share theirs
     except (ValueError, ImportError) as error:

@@ -59,8 +59,8 @@ class PagedReader:
             self._adaptive = AdaptiveAttention(pages, kernels, holding, adaptive, self.tallies or Tallies(token_bytes))
 
     def readings(self, rows: Sequence[Row]) -> dict[LayerPolicies, Reading]:
-        """How those rows, all of which read, are attended, by the policies of a layer's heads. Raises ValueError for
-        rows that no batch can have."""
+        """How a batch's rows that read are attended, by the policies of a layer's heads. Raises ValueError for rows
+        that no batch can have."""
         if not rows:
             return {}
         return {policies: self._reading(policies, rows) for policies in self._policies}
@@ -82,7 +82,7 @@ class PagedReader:
         )
 
     def _choosing(self, policies: LayerPolicies, rows: Sequence[Row]) -> set[Adaptive]:
-        """The policies that choose in this batch: those for which it is worth it."""
+        """The policies that choose in this batch, where that is cheaper than reading everything."""
         tokens: dict[Adaptive, list[int]] = {}
         for row in rows:
             part = self._store.part(row.handle)

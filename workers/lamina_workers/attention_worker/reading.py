@@ -6,7 +6,7 @@ Promises that each vector of the flat q is either in the kernels' plan or in one
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,93 +44,90 @@ class Reading:
     layers: int = 0  # that have been attended so
 
 
+@dataclass(slots=True)
 class ReadingBuilder:
-    """Collects the rows of a batch, in their order. Heads have `policies`, of which those in `choosing` choose what
-    the rows `reads_whole` read, and those in `observing` are shown the queries of prefill. `group`: query heads to a
-    KV head; `counting`: whether decode rows are counted."""
+    """Collects the rows of a batch, in their order. Heads have `policies`. Policies in `choosing` choose in rows that
+    read their part whole; policies in `observing` are shown the queries of prefill. `group`: query heads to a KV head;
+    `counting`: whether decode rows are counted."""
 
-    def __init__(
-        self,
-        store: KVStore,
-        layout: PageLayout,
-        group: int,
-        policies: LayerPolicies,
-        choosing: Collection[Policy],
-        observing: Collection[Policy],
-        counting: bool,
-    ) -> None:
-        self._store, self._layout, self._group = store, layout, group
-        self._policies, self._choosing, self._observing = policies, choosing, observing
-        self._counting = counting
-        self._compensated = any(policy.compensated for policy in policies)
-        self._vectors: list[Ints] = []  # of the flat q, those of static heads, where some heads choose
-        self._first = 0  # of the flat q, the next row's first vector
-        self.planned = 0  # vectors of static heads so far
-        self.rows = RowBuilder(layout.page_size)
-        self.cells: dict[Adaptive, list[Cell]] = {}
-        self.observed: list[ObservedQueries] = []
-        self.means: list[tuple[int, int, torch.Tensor]] = []  # a part's handle and head, the vectors that read its mean
-        self.counts: list[tuple[int, float, int]] = []
+    store: KVStore
+    layout: PageLayout
+    group: int
+    policies: LayerPolicies
+    choosing: Collection[Policy]
+    observing: Collection[Policy]
+    counting: bool
+    rows: RowBuilder = field(init=False)  # what static heads read
+    planned: int = 0  # vectors of static heads so far
+    cells: dict[Adaptive, list[Cell]] = field(default_factory=dict)
+    observed: list[ObservedQueries] = field(default_factory=list)
+    means: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)  # handle, head, the vectors that read it
+    counts: list[tuple[int, float, int]] = field(default_factory=list)
+    _first: int = 0  # of the flat q, the next row's first vector
+    _vectors: list[Ints] = field(default_factory=list)  # of static heads, where some heads choose
+
+    def __post_init__(self) -> None:
+        self.rows = RowBuilder(self.layout.page_size)
 
     def add(self, row: Row) -> None:
         """A row that reads. Raises ValueError for one that no batch can have."""
-        part = self._store.part(row.handle)
-        policies: PartPolicies = [self._policies[head] for head in part.heads]
-        if row.chooses and self._choosing and reads_whole(row, part):
+        part = self.store.part(row.handle)
+        policies: PartPolicies = [self.policies[head] for head in part.heads]
+        if row.chooses and self.choosing and reads_whole(row, part):
             self._choose(row, part, policies)
-        elif not row.chooses and self._observing:
+        elif not row.chooses and self.observing:
             self._observe(row, part, policies)
-        gaps = self._gaps(part, policies) if self._compensated else {}
+        gaps = self._gaps(part, policies)
         static = [number for number, policy in enumerate(policies) if policy is not None]
         self._plan(row, part, policies, gaps, static)
         for number in static if gaps else ():
             if policies[number] in gaps:
                 self.means.append((row.handle, number, torch.from_numpy(self._vectors_of(row, part, [number]))))
-        if row.chooses and self._counting:
+        if row.chooses and self.counting:
             self._count(row, part, policies, gaps, len(static))
-        self._first += row.count * len(policies) * self._group
+        self._first += row.count * len(policies) * self.group
 
     def vectors(self) -> torch.Tensor | None:
-        """Those of the flat q, int64, that the plan attends; None for all of them."""
+        """The numbers in the flat q, int64, of what the plan attends; None for all of it."""
         return torch.from_numpy(np.concatenate(self._vectors)) if self.planned < self._first else None
 
     def _choose(self, row: Row, part: Part, policies: PartPolicies) -> None:
         """The heads that choose become cells, and None among the policies."""
         lo, hi = row.read or (0, 0)
         for number, policy in enumerate(policies):
-            if isinstance(policy, Adaptive) and policy in self._choosing:
+            if isinstance(policy, Adaptive) and policy in self.choosing:
                 policies[number] = None
-                cell = Cell(row.handle, part, number, self._first + number * self._group, hi - lo)
+                cell = Cell(row.handle, part, number, self._first + number * self.group, hi - lo)
                 self.cells.setdefault(policy, []).append(cell)
 
     def _observe(self, row: Row, part: Part, policies: PartPolicies) -> None:
         lo, hi = row.read or (0, 0)
         for policy in dict.fromkeys(policies) if lo < hi else ():
-            if isinstance(policy, Adaptive) and policy in self._observing:
+            if isinstance(policy, Adaptive) and policy in self.observing:
                 heads = tuple(number for number, of_head in enumerate(policies) if of_head == policy)
                 start = row.start - part.lo
                 self.observed.append(
-                    ObservedQueries(policy, row.handle, part, heads, self._first, row.count, start, self._group)
+                    ObservedQueries(policy, row.handle, part, heads, self._first, row.count, start, self.group)
                 )
 
     def _gaps(self, part: Part, policies: PartPolicies) -> Gaps:
         """Of compensated policies: the slots for which a mean stands, where there are any."""
-        found = {p: self._store.gap(part, p) for p in dict.fromkeys(policies) if p is not None and p.compensated}
+        found = {p: self.store.gap(part, p) for p in dict.fromkeys(policies) if p is not None and p.compensated}
         return {policy: (first, end) for policy, (first, end) in found.items() if first < end}
 
     def _plan(self, row: Row, part: Part, policies: PartPolicies, gaps: Gaps, static: Sequence[int]) -> None:
         if static:
             lo, hi = row.read or (0, 0)
-            asked = Asked(self.planned, row.start, row.count, self._group, lo, hi, part.lo, part.table)
+            asked = Asked(self.planned, row.start, row.count, self.group, lo, hi, part.lo, part.table)
             self.rows.add(asked, policies, gaps)
-            self.planned += row.count * len(static) * self._group
-        if self._choosing:
+            self.planned += row.count * len(static) * self.group
+        if self.choosing:
             self._vectors.append(self._vectors_of(row, part, static))
 
     def _vectors_of(self, row: Row, part: Part, heads: Sequence[int]) -> Ints:
         """A row's vectors of some heads, by their numbers in the part, token by token."""
-        tokens = np.arange(row.count)[:, None, None] * (len(part.heads) * self._group)
-        inside = np.array(heads, np.int64)[:, None] * self._group + np.arange(self._group)
+        tokens = np.arange(row.count)[:, None, None] * (len(part.heads) * self.group)
+        inside = np.array(heads, np.int64)[:, None] * self.group + np.arange(self.group)
         return (self._first + tokens + inside).reshape(-1)
 
     def _count(self, row: Row, part: Part, policies: PartPolicies, gaps: Gaps, static: int) -> None:
@@ -141,7 +138,7 @@ class ReadingBuilder:
     def _saved(self, part: Part, gap: tuple[int, int], hi: int) -> float:
         """How many of the keys below `hi` a head does not read because their slots were freed. The mean that it reads
         for them, in float32, counts by its bytes."""
-        at = self._layout
+        at = self.layout
         first, end = (min(part.lo + slot * at.page_size, hi) for slot in gap)
         return end - first - 4 * (at.d_k + at.d_v) * at.page_size / at.page_bytes
 

@@ -76,7 +76,7 @@ class IndexParameters(Protocol):
 class _Plan:
     items: Items
     at: Bounds
-    sampled: list[Ints]  # entries of each item that stand for those between its sinks and its last ones
+    sampled: list[Ints]  # entries of each item that stand for all between its sinks and its last ones
     scan: Any = None  # the kernels' plan of sinks, sampled and last entries; None until an item has an index
     scanning: dict[tuple[int, ...], tuple[Items, Any]] = field(default_factory=dict)  # plans for some items, by these
 
@@ -358,7 +358,7 @@ def _capped(logits: Float32, soft_cap: float | None) -> Float32:
 
 
 def _chosen(at: Bounds, i: int, indexed: int, found: Ints) -> npt.NDArray[np.bool_]:
-    """Which entries item i reads, bool `[held]`: those found, its sinks, and all from `indexed` on."""
+    """Which entries item i reads, bool `[held]`: the found ones, its sinks, and all from `indexed` on."""
     chosen = np.zeros(int(at.held[i]), np.bool_)
     chosen[found.reshape(-1)] = True
     chosen[: int(at.sinks[i])] = True

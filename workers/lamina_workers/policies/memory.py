@@ -33,10 +33,10 @@ HEAD = np.dtype(
         ("chosen", "i8"),  # entries of its list, all below `scanned`; whatever came since is read too
         ("pause", "i8"),  # steps between full scans
         ("left", "i8"),  # steps until the next
-        ("held", "i8"),  # entries that there are in this step,
-        ("sealed", "i8"),  # those of full pages among them,
-        ("due", "i8"),  # and whether a full scan is due
-        ("found", "i8"),  # entries that this step's full scan chose
+        ("held", "i8"),  # entries that there are in this step
+        ("sealed", "i8"),  # entries of full pages among them
+        ("due", "i8"),  # whether a full scan is due in this step
+        ("found", "i8"),  # entries that it has chosen
     ]
 )
 Records = npt.NDArray[Any]
@@ -110,7 +110,7 @@ class Memories:
 
     def of(self, keys: list[tuple[int, int]], capacity: int, group: int) -> LayerMemory:
         """The memory for these keys, in this order, with room for lists of `capacity` entries. What other memories know
-        of these keys is taken over, and those are given up."""
+        of these keys is taken over, and these memories are given up."""
         for memory in self._all:
             if memory.keys == keys and memory.lists.shape[1] >= capacity:
                 return memory

@@ -23,7 +23,7 @@ MAX_TEXT = 200
 class View:
     """How the queries at positions start, ..., start + count - 1 see: key k <= p where p - k < window or k < sinks.
 
-    With `listed`, ascending positions, only those of them.
+    With `listed`, ascending positions, it sees only the keys of the list.
     """
 
     start: int

@@ -1,4 +1,4 @@
-"""`retrieval`: of each head's pages those that its queries attend to.
+"""`retrieval`: the pages of each head that its queries attend to.
 
 RetrievalAttention (arXiv 2409.10516) with a budget that follows the query. A *full scan* reads the sketches of all
 pages, which give each page's share of the attention. Pages are then read exactly until at most `missed` of it is left,

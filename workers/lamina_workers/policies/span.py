@@ -31,8 +31,8 @@ class Span(Policy):
         return BLOCK
 
     def seen_from(self, start: int) -> int:
-        # Where the next block begins the window jumps by 64 * beta <= 64, that is less than the queries have moved on
-        # since this block began; but not less than since `start`. So the next block's first query is looked at too.
+        # Where the next block begins the window grows by 64 * beta <= 64: less than the queries have moved on since
+        # this block began, but perhaps more than since `start`. So the first query of the next block counts too.
         after = (start // BLOCK + 1) * BLOCK
         return max(0, min(start - self._window(start) + 1, after - self._window(after) + 1))
 
