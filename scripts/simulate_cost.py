@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What a token costs: over contexts, for ways to serve a model; and the costs that papers printed, beside ours.
+"""What a token costs: over contexts, for ways to serve a model; and the costs that papers print, beside ours.
 
 usage: scripts/simulate_cost.py [--model M] [--trace T] [--system S,S] [--hardware FILE] [--efficiency typical|roofline]
                                 [--seed N] [--json] [--out DIR]
 
-Each system is full of sequences of one length, in decode alone: as many as its KV has room for, or as many as still
-get a token within --tpot. With --trace the lengths are the trace's mean instead of 1K to 128K. Step-3's table 6 and
-what Lamina's paper says of prices, bytes and bandwidth are printed below, computed anew (simulator/published.py). --out
-writes cost.json and cost.png.
+Each system is full of sequences of one length, in decode alone: as many as its KV has room for, or as many as still get
+a token within --tpot. With --trace the lengths are the trace's mean instead of 1K to 128K. Step-3's table 6 and the
+prices, bytes and bandwidths of Lamina's paper are printed below, computed anew (simulator/published.py). --out writes
+cost.json and cost.png.
 """
 
 from __future__ import annotations

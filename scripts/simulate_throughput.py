@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Which way to serve yields how much, on one trace; and Lamina's own evaluation, beside what the paper printed.
+"""Throughput of ways to serve on one trace; and the evaluation of Lamina's paper, beside the paper's figures.
 
 usage: scripts/simulate_throughput.py [--model M] [--trace T] [--system S,S] [--hardware FILE] [--seed N] [--json]
                                       [--out DIR] ...

@@ -15,7 +15,7 @@ vLLM's CPU build, `--llama-python` one with llama-cpp-python, which runs a GGUF 
 sampling.
 
 `--attention-workers N` measures Lamina in one process beside itself with N attention workers on this host, over each
-channel, and says what a layer of a decode step costs more.
+channel, and prints what a layer of a decode step costs more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -31,11 +30,10 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 STEPS = 32
-WORKERS, LANES = "BENCH_ATTENTION_WORKERS", "BENCH_LANES"  # how the children learn them
+WORKERS, LANES = "BENCH_ATTENTION_WORKERS", "BENCH_LANES"  # environment variables of the children
 SHAPES = ["1x64", "8x512", "1x2048", "8x2048"]
 Times = list[list[float]]  # of each prompt: when each of its tokens came
 Run = Callable[[list[list[int]], int], Times]  # prompts, and how many tokens each
@@ -246,14 +244,9 @@ def step(times: Times) -> float:
     return statistics.median(together)
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
+    from lamina.system.machine import this_machine  # a peer's Python, which runs `serve`, may not have lamina
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="BATCHxCONTEXT")
     parser.add_argument("--engines", default=None, help="comma separated; default lamina,hf and with a peer vllm")
@@ -282,7 +275,8 @@ def main() -> None:
         os.environ[WORKERS] = str(args.attention_workers)
     names = (args.engines or default).split(",")
     layers = config["num_hidden_layers"]
-    print(f"{processor()}, {cores()} cores; {args.model} in bfloat16")
+    machine = this_machine()
+    print(f"{machine.processor}, {machine.cores} cores; {args.model} in bfloat16")
     print(f"{weights / 1e6:.0f} MB of weights, {kv_bytes} bytes of KV a token")
     if args.llama_python and "llamacpp" not in names:
         names.append("llamacpp")

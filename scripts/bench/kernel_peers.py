@@ -1,7 +1,7 @@
 """What paged attention is measured against: the machine, the rate at which it reads memory, other implementations.
 
-A peer attends one decode step of one layer over dense K and V; which layer, how often, and how long that takes is the
-caller's. Knows nothing of our attention, of our pages, or of rows.
+A peer attends one decode step of one layer over dense K and V; the caller chooses the layer and how often, and takes
+the time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def huge_pages() -> float:
-    """GiB that this process has in huge pages; 0 where the system does not say."""
+    """GiB that this process has in huge pages; 0 where the system does not report it."""
     return sum(int(line.split()[1]) for line in _lines("/proc/self/smaps_rollup", "AnonHugePages")) / 2**20
 
 
@@ -120,7 +120,7 @@ def sdpa_prefill(
 ) -> Callable[[], object]:
     """torch's causal attention of the last `count` tokens over dense K and V, each head with its own.
 
-    After a past it takes a mask, made beforehand; torch knows no other way on a CPU.
+    After a past it takes a mask, made beforehand; torch has no other way on a CPU.
     """
     k, v = torch.randn(2, 1, heads, past + count, d, device=device).to(dtype)
     q = torch.randn(1, heads, count, d, device=device).to(dtype)

@@ -8,11 +8,11 @@ grid      every KV dtype, head size and group at a context of 16384
 peers     two shapes beside torch, FlexAttention and, on a GPU, FlashInfer and FlashAttention where installed
 plot      the share over context, batch and raggedness, drawn into docs/kernels.png
 
-KV bytes are counted once, however many query heads read them; int8 counts codes and scales. A row alternates between
-a few calls and a reading of the bandwidth, since the machine's bandwidth drifts; its share is the median over these
+KV bytes are counted once, however many query heads read them; int8 counts codes and scales. A row alternates between a
+few calls and a reading of the bandwidth, since the machine's bandwidth drifts; its share is the median over these
 rounds, each against the bandwidth right before and after it. Calls go through layers that make up --gib GiB, and the
 bandwidth through as much of its own, so that no cache answers. A row costs --seconds; a run takes some 3.5 times --gib.
-Where one row is said to be so many times as fast as another, the two were called in turns.
+Where the speed of one row is given relative to another, the two were called in turns.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Bench:
         return row
 
     def decode(self, case: Case, title: str = "") -> Row | None:
-        """Our row of a case; None, and a line that says why, where these kernels do not do it."""
+        """Our row of a case; None, and a line with the reason, where these kernels do not support it."""
         try:
             call = self.paged(case)
         except ValueError as e:
@@ -341,7 +341,7 @@ def plot(bench: Bench) -> None:
 
 def draw(pyplot: Any, panels: dict[tuple[str, torch.dtype | None], dict[float, Row]], where: str) -> None:
     """A panel for each label; hollow marks where memory was much faster than at its slowest, as shared machines do."""
-    # Colours of Okabe and Ito: told apart by every kind of sight; the markers do so in print.
+    # Colours of Okabe and Ito: distinct also for colour-blind readers; the markers are distinct in print.
     styles = {BF16: ("#0072B2", "o"), F32: ("#D55E00", "s"), INT8: ("#009E73", "^"), None: ("#000000", "D")}
     slow = min(row.bandwidth for rows in panels.values() for row in rows.values())
     labels = list(dict.fromkeys(label for label, _ in panels))

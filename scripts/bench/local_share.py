@@ -32,7 +32,7 @@ SLOWER = 3.0
 
 
 class Watched(LocalShare):
-    """A balance that remembers what it was told, and what it wanted after that."""
+    """A `LocalShare` that records the batches it gets, and its share after each."""
 
     def __init__(self, share: float | None) -> None:
         super().__init__(share)
@@ -50,7 +50,7 @@ class Watched(LocalShare):
 
 @dataclass
 class Rig:
-    """An engine, its worker's process, and who is slowed now."""
+    """An engine, its worker's process, and the tiers that are slowed now."""
 
     llm: Any
     worker: Any
@@ -62,7 +62,7 @@ class Rig:
         return self.llm._runtime.engine._tiers  # a benchmark may look inside
 
     def slow(self, who: set[str]) -> None:
-        """Let exactly those of "worker" and "local" be slow."""
+        """Slow exactly these of "worker" and "local"."""
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
         if ("worker" in who) != ("worker" in self.slowed):
@@ -91,7 +91,7 @@ def step(batches: list[Batch]) -> float:
 
 
 class Stream:
-    """Sequences that decode until they are told to end."""
+    """Sequences that decode until `end`."""
 
     def __init__(self, llm: Any, sequences: int, tokens: int, seed: int) -> None:
         rng = random.Random(seed)

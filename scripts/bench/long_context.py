@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from decode import cores, processor
+from lamina.system.machine import this_machine
 
 
 def serve(policy: str, model: str, batch: int, context: int, text: str) -> None:
@@ -108,7 +108,8 @@ def main() -> None:
         text = args.text.read_text() if args.text else "\n\n".join(pydoc_data.topics.topics.values())
         serve(args.serve, args.model, batch, context, text)
         return
-    print(f"{processor()}, {cores()} cores; {args.model}, {args.shape}")
+    machine = this_machine()
+    print(f"{machine.processor}, {machine.cores} cores; {args.model}, {args.shape}")
     children = []
     for policy in args.policies:
         children.append(Child(policy, args, batch, context))

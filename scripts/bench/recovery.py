@@ -22,7 +22,7 @@ import time
 
 
 class Moments(logging.Handler):
-    """When the engine said what."""
+    """The engine's log messages, with their times."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)

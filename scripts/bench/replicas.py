@@ -17,7 +17,7 @@ import statistics
 import time
 from typing import Any
 
-from decode import cores, processor
+from lamina.system.machine import this_machine
 
 KINDS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -60,7 +60,10 @@ def main() -> None:
         for name in names[number % len(names) :] + names[: number % len(names)]:
             prompts = [[rng.randint(10, 40000) for _ in range(args.tokens)] for _ in range(args.sequences)]
             found[name].append(measure(KINDS[name], prompts, args))
-    print(f"{processor()}, {cores()} cores; {args.model}, {args.sequences} sequences of {args.tokens} tokens")
+    machine = this_machine()
+    print(
+        f"{machine.processor}, {machine.cores} cores; {args.model}, {args.sequences} sequences of {args.tokens} tokens"
+    )
     for name, rounds in found.items():
         speed = statistics.median(one[0] for one in rounds)
         ratio = statistics.median(one[0] / base[0] for one, base in zip(rounds, found["one"], strict=True))

@@ -3,11 +3,11 @@
 
 usage: scripts/bench/restart.py [--sequences 8] [--tokens 2000] [--rounds 3] [--model smollm2-135m]
 
-The engine is the process that `lamina serve` runs, with one attention worker beside it that nobody ends. Each round
-starts the engine without anything to go on from (that is "start"), reads prompts that were never seen, lets each
-sequence decode, then ends the engine with SIGKILL and starts another at once. Times are from the kill to the next token
-of each stream, once with a journal, once without: then clients send what they have, and all of it is computed again.
-Last comes what the journal costs a step.
+The engine is the process that `lamina serve` runs, with one attention worker beside it that stays. Each round starts
+the engine without anything to go on from (that is "start"), reads prompts that were never seen, lets each sequence
+decode, then ends the engine with SIGKILL and starts another at once. Times are from the kill to the next token of each
+stream, once with a journal, once without: then clients send what they have, and all of it is computed again. Last comes
+what the journal costs a step.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Clients:
     def __init__(self, count: int, tokens: int, seed: int) -> None:
         rng = random.Random(seed)
         self.times: list[list[float]] = [[] for _ in range(count)]
-        self.over = False  # nobody looks any more
+        self.over = False  # later tokens are not recorded
         self.tickets = []
         for at in range(count):
             params = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0.0).with_defaults({})

@@ -124,7 +124,7 @@ def engine_child(args: argparse.Namespace, how: str) -> Iterator[Callable[[int],
 
 
 def direct(args: argparse.Namespace) -> None:
-    """Read a round's number, say its tokens/s."""
+    """Read a round's number, print its tokens/s."""
     from lamina import LLM, SamplingParams
 
     with LLM(MODEL, kv_memory=KV_MEMORY) as llm:

@@ -6,8 +6,8 @@ usage: scripts/bench/sketches.py [--rounds 40] [--layers 4] [--json FILE] [ITEMS
 An item is one KV head of one sequence, an entry a page of 32 tokens. A round calls, in turns, the exact kernel, the
 scan with the choice of pages, and the choice alone, each once for every layer: layers are more than the caches hold. A
 column is the median over the rounds, the ratio the median of each round's. Pages have directions of their own, so that
-their masses are as unlike as those of long prompts are; what share of them is chosen is said. GB/s: of the bytes that
-each has to read once, the sketches but for the means of chosen pages. Then what it costs to make a sketch.
+their masses are as unlike as those of long prompts are; the share of them that is chosen is printed. GB/s: of the bytes
+that each has to read once, the sketches but for the means of chosen pages. Then what it costs to make a sketch.
 """
 
 from __future__ import annotations

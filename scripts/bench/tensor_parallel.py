@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from decode import cores, processor
+from lamina.system.machine import native_dtype, this_machine
 
 TIMEOUT = 60.0  # seconds for a message between ranks
 WARM_UP = 3  # steps that do not count
@@ -38,7 +38,6 @@ class Rank:
         import torch
 
         from lamina.measure.hardware.held import Held
-        from lamina.system.machine import native_dtype, this_machine
         from lamina_kernels import dense
         from lamina_protocols.messages import HolderConfig
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -50,9 +49,10 @@ class Rank:
         from lamina_workers.parallel.collectives import Meeting, join
         from lamina_workers.ports.port import LocalAttention
 
-        self.threads = max(1, cores() // ranks)
+        machine = this_machine()
+        self.threads = max(1, machine.cores // ranks)
         torch.set_num_threads(self.threads)
-        self._dtype: Any = getattr(torch, native_dtype(this_machine())[0])
+        self._dtype: Any = getattr(torch, native_dtype(machine)[0])
         self._collectives = {"lamina": join(rank, ranks, Meeting(0, path=f"{place}/lamina"), TIMEOUT)}
         if ranks > 1:
             self._collectives["gloo"] = BareGloo(rank, ranks, f"{place}/gloo")
@@ -156,7 +156,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 class Team:
-    """The processes of one model; rank 0 tells what they measured."""
+    """The processes of one model; rank 0 reports the measurements."""
 
     def __init__(self, model: str, ranks: int, place: str, cell: str, steps: int) -> None:
         command = [sys.executable, __file__, "--serve", "--model", model, "--ranks", str(ranks), "--place", place]
@@ -247,12 +247,12 @@ def main() -> None:
         serve(args)
         return
     from lamina.models.resolve import resolve
-    from lamina.system.machine import native_dtype, this_machine
 
     if args.ranks < 2:
         raise SystemExit(f"--ranks is {args.ranks}, allowed are 2 and more")
     folder = resolve(args.model)
-    print(f"{processor()}, {cores()} cores; {args.model} in {native_dtype(this_machine())[0]}", flush=True)
+    machine = this_machine()
+    print(f"{machine.processor}, {machine.cores} cores; {args.model} in {native_dtype(machine)[0]}", flush=True)
     for cell in args.shapes:
         measure(str(folder), args.ranks, cell, args.rounds, args.steps)
 

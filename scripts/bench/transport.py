@@ -2,9 +2,9 @@
 
     python scripts/bench/transport.py [--exchanges 600]
 
-Two processes on this host. The bare echo knows nothing of frames; "frames" sends the same bytes through a channel;
-"messages" makes them of a `Query` on one side, and an `Attended` of the same size on the other, with the codec at all
-four ends. They are measured in turns, so that whatever else the machine does falls on all.
+Two processes on this host. The bare echo has no frames; "frames" sends the same bytes through a channel; "messages"
+makes them of a `Query` on one side, and an `Attended` of the same size on the other, with the codec at all four ends.
+They are measured in turns, so that other work of the machine falls on all.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 import grpc
 import torch
 
+from lamina.system.machine import this_machine
 from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.frames import Prefix, pack_prefix, read_prefix
@@ -269,13 +270,6 @@ def codecs() -> None:
     print(f"256 MiB through the codec and one copy: {taken['memcpy'] / taken['codec']:.2f} of memcpy")
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown processor"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exchanges", type=int, default=600, help="of each kind and size")
@@ -285,7 +279,8 @@ def main() -> None:
     if args.serve is not None:
         serve(args.serve)
         return
-    print(f"{processor()}, {os.cpu_count()} cores, grpcio {grpc.__version__}")
+    machine = this_machine()
+    print(f"{machine.processor}, {machine.cores} cores, grpcio {grpc.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         exchanges(Path(folder), args.exchanges)
     codecs()

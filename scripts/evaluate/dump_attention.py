@@ -3,9 +3,9 @@
     scripts/evaluate/dump_attention.py --tokens 32768 --out dump/
 
 The text is read from a file; RoPE is scaled to the length (YaRN). In the folder: q[layer].npy float16 [tokens, heads,
-d], k[layer].npy and v[layer].npy float16 [tokens, kv_heads, d], all rotated as the model rotates them; dump.json says
-of what, and how long the prefill took. Layers above the last one asked for change nothing below them and are left out
-with --stop.
+d], k[layer].npy and v[layer].npy float16 [tokens, kv_heads, d], all rotated as the model rotates them; dump.json has
+the model, the text and the seconds of the prefill. Layers above the last one asked for change nothing below them and
+are left out with --stop.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def load(name: str, config: EngineConfig, layers: int) -> Iterator[tuple[Probe, 
         with Checkpoint(path) as checkpoint, torch.inference_mode():
             weights = load_weights(whole, checkpoint, dtype, torch.device("cpu"))
             decoder = Decoder(model, dataclasses.replace(weights, layers=weights.layers[:layers]))
-        yield Probe(model, decoder, holder_config(model, config, dtype, machine), threads), tokenizer
+        yield Probe(model, decoder, holder_config(path, model, config, dtype, machine), threads), tokenizer
     finally:
         tokenizer.close()
 

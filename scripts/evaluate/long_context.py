@@ -4,11 +4,11 @@
     scripts/evaluate/long_context.py --context 8192 --policies "streaming(sink=64, recent=256)" auto --out eval/
 
 - text: a text's prompt is prefilled, then its next tokens are fed one decode step at a time, so that policies choose as
-  they do when serving. Change of NLL, KL(full || policy), top-1 agreement with full.
-- passkey, needle: five digits at several depths, continued greedily, right if all five are; copying: random tokens said
-  twice; recall: `The key is value.` for eight pairs (MQAR), asked for in another order.
-- heads: each head's output beside exact attention in float32 over the same queries, keys and values: cosine, and the
-  attention mass of the keys that it saw, where positions alone say which.
+they do when serving. Change of NLL, KL(full || policy), top-1 agreement with full. - passkey, needle: five digits at
+several depths, continued greedily, right if all five are; copying: random tokens twice; recall: `The key is value.` for
+eight pairs (MQAR), asked for in another order. - heads: each head's output beside exact attention in float32 over the
+same queries, keys and values: cosine, and the attention mass of the keys that it saw, where these depend on positions
+alone.
 
 Only answers that the full cache gives are counted, and a task of which it gives less than --gate is not counted at all.
 The first row is full once more with its prompts cut into other chunks: the noise floor of the dtype. Read and held are
@@ -103,7 +103,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
     print_of = fingerprint(path)
     policies = [policy for policy in dict.fromkeys(args.policies) if policy != "full"]
     for policy in policies:
-        head_policies(policy, model, print_of)  # what is wrong with one is said before the first has run
+        head_policies(policy, model, print_of)  # a wrong one fails before the first has run
     args.out.mkdir(parents=True, exist_ok=True)
     scaling = yarn(model, args.context)
     said = about(args, path, print_of, scaling)

@@ -55,7 +55,7 @@ READ = 1 << 28  # bytes of a reading of the bandwidth
 
 @dataclass(frozen=True)
 class Cell:
-    """`workers`: attention workers, 0 for one process. `counts`: whether the calibration knows nothing of it."""
+    """`workers`: attention workers, 0 for one process. `counts`: whether the calibration is not fitted to it."""
 
     workers: int
     batch: int
