@@ -35,7 +35,7 @@ _REQUESTS = (schemas.ChatRequest, schemas.CompletionRequest, schemas.TokenizeReq
 _ERRORS = {
     400: "The request is wrong; `param` names the field.",
     401: "The API key is missing or wrong.",
-    403: "A web page of elsewhere sent it, or it is for a host that is not allowed.",
+    403: "It comes from a web page of another origin, or is for a host that is not allowed.",
     404: "There is no such model.",
     405: "Not with that method.",
     408: "The body did not come in time.",

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from lamina.deploy.worker_events import WorkerAddress
+from lamina_protocols.channels import Credentials
 from lamina_workers.process.exit import die_with_parent
 
 LOG_LEVEL = "LAMINA_LOG_LEVEL"  # the variable with the log level of children
@@ -60,6 +62,18 @@ def parse(text: str) -> list[Any] | None:
     except ValueError:
         return None
     return message if isinstance(message, list) and message and isinstance(message[0], str) else None
+
+
+def pack_worker(worker: WorkerAddress) -> list[Any]:
+    """An attention worker as an item of a message."""
+    token = worker.credentials.token if worker.credentials is not None else ""
+    return [worker.name, worker.address, token, worker.capacity]
+
+
+def unpack_worker(item: list[Any]) -> WorkerAddress:
+    """The attention worker in an item of a message."""
+    name, address, token, capacity = item
+    return WorkerAddress(name, address, Credentials(token=token), capacity)
 
 
 def receive() -> Iterator[list[Any]]:

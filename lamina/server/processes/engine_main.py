@@ -16,17 +16,15 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lamina.client.remote_host import SWITCH_INTERVAL, disclaim_later
 from lamina.config import EngineConfig
 from lamina.deploy.relayed_attention import RelayedWorkers
-from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import LaminaError
-from lamina.server.processes.child_protocol import SupervisorPipe, begin
+from lamina.server.processes.child_protocol import SupervisorPipe, begin, unpack_worker
 from lamina.system.progress import Progress
-from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
 
 if TYPE_CHECKING:
@@ -34,11 +32,6 @@ if TYPE_CHECKING:
     from lamina.ray_engine.handle import ClusterRuntime
 
 logger = logging.getLogger("lamina")
-
-
-def _worker(fields: Sequence[Any]) -> WorkerAddress:
-    name, address, token, capacity = fields
-    return WorkerAddress(name, address, Credentials(token=token), capacity)
 
 
 def main() -> int:
@@ -62,9 +55,9 @@ def _listen(messages: Any, workers: RelayedWorkers | None, ended: queue.SimpleQu
         if workers is None:
             continue
         if word == "workers":
-            workers.there([_worker(fields) for fields in items[0]])
+            workers.there([unpack_worker(fields) for fields in items[0]])
         elif word == "joined":
-            workers.joined(_worker(items[0]))
+            workers.joined(unpack_worker(items[0]))
         elif word == "left":
             workers.left(items[0])
     ended.put(0)

@@ -35,7 +35,7 @@ from lamina.errors import (
     PolicyError,
     UnsupportedModelError,
 )
-from lamina.server.processes.child_protocol import LOG_LEVEL, line, parse
+from lamina.server.processes.child_protocol import LOG_LEVEL, line, pack_worker, parse
 from lamina.server.settings import ServerSettings
 from lamina.system.child_process import ChildProcess, end_all
 
@@ -317,7 +317,7 @@ class Supervisor:
     def _joined(self, worker: WorkerAddress) -> None:
         self._workers[worker.name] = worker
         self._report.said(f"attention worker {worker.name} is there")
-        self._notify_engine("joined", _fields(worker))
+        self._notify_engine("joined", pack_worker(worker))
 
     def _left(self, name: str) -> None:
         self._workers.pop(name, None)
@@ -330,7 +330,7 @@ class Supervisor:
         enough = len(self._workers) >= self._plan.workers
         if enough or (self._workers and self._clock() >= self._workers_due):
             self._workers_due = None
-            self._engine.worker.say(line("workers", [_fields(worker) for worker in self._workers.values()]))
+            self._engine.worker.say(line("workers", [pack_worker(worker) for worker in self._workers.values()]))
 
     def _notify_engine(self, word: str, *items: Any) -> None:
         if self._engine.worker is not None and self._workers_due is None:
@@ -380,11 +380,6 @@ class Supervisor:
         end_all(role.worker for role in (self._http, self._engine) if role.worker is not None)
         if self._attention is not None:
             self._attention.close()
-
-
-def _fields(worker: WorkerAddress) -> list[Any]:
-    token = worker.credentials.token if worker.credentials is not None else ""
-    return [worker.name, worker.address, token, worker.capacity]
 
 
 @contextmanager
