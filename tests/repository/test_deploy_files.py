@@ -285,6 +285,10 @@ ServeDeploySchema.model_validate(yaml.safe_load(config["spec"]["serveConfigV2"])
 MONITORING = "docs/monitoring/docker-compose.yml"
 DEPLOYED = ("Dockerfile", "compose.yaml", "docs/kuberay.yaml", "docs/rayservice.yaml", MONITORING)
 PAGES = ("docs/serve.md", "docs/deploy.md", "docs/metrics.md", "docs/bench.md", "docs/guidellm.md")
+OTHER_PAGES = (
+    *("README.md", "CONTRIBUTING.md", "docs/calibration.md", "docs/evaluation.md", "docs/long_context.md"),
+    *("docs/model_workers.md", "docs/performance.md", "docs/simulator.md"),
+)
 
 
 @pytest.mark.parametrize("name", [*DEPLOYED, *PAGES])
@@ -300,7 +304,9 @@ def test_the_command_of_monitoring_exists() -> None:
     assert parse(compose["services"]["lamina"]["command"]).info_name == "serve"
 
 
-@pytest.mark.parametrize("name", [*DEPLOYED, *PAGES, "lamina", "workers", "kernels", "protocols", "scripts"])
+@pytest.mark.parametrize(
+    "name", [*DEPLOYED, *PAGES, *OTHER_PAGES, "lamina", "workers", "kernels", "protocols", "scripts"]
+)
 def test_modules_and_files_named_in_a_text_exist(name: str) -> None:
     path = ROOT / name
     for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
