@@ -1,4 +1,5 @@
-"""One streamed answer as its bytes come: when its chunks came, how it ended or failed. Pure: it is given the times."""
+"""One streamed answer as its bytes come: when its chunks came, how it ended or failed. Pure: the caller gives the
+times."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ MAX_CHUNKS = 1 << 22
 
 class Answer:
     """`chunks`: when each chunk with text came; `ended`: when the last event did. `error` names a failure, `detail` has
-    its words. After `done` nothing is looked at any more."""
+    its words. After `done` further bytes are ignored."""
 
     def __init__(self, sent: float) -> None:
         self.chunks = array("d")
@@ -44,7 +45,7 @@ class Answer:
                 return
 
     def close(self) -> None:
-        """There is no more to come."""
+        """The stream has ended."""
         if self.error:
             return
         if not self.done and not self.finish:

@@ -1,7 +1,8 @@
 """Decode steps of an engine in this process: how long, how many tokens and bytes a second, beside what memory gives.
 
-How a step is measured is `plan_check`'s, what it must read `simulator.models`'. The rate at which memory can be read is
-measured in the same run, by another process that is idle while the engine computes, and between all its measurements.
+`plan_check` measures a step, `simulator.costs.models` gives the bytes that it must read. The rate at which memory can
+be read is measured in the same run, by another process that is idle while the engine computes, and between all its
+measurements.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calibration from one end to the other: a model's name and a target in, a policy file and what led to it out.
+"""Calibration as a whole: a model's name and a target in, a policy file and its evidence out.
 
 Everything happens on the caller's thread, as torch wants it.
 """
@@ -66,7 +66,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was chosen. `chosen` None: nothing but the full cache was good enough, and `file` says full everywhere."""
+    """The result. `chosen` None: only the full cache was good enough, and `file` is full everywhere."""
 
     file: PolicyFile
     evidence: Evidence

@@ -1,6 +1,6 @@
 """From timings to a `Device` and `Link`s: pure arithmetic, with few coefficients, each for a physical reason.
 
-A decode step is, as `simulator.cost_model` has it,
+A decode step is, as in `simulator.costs.cost_model`,
 
     step_overhead + rows * row_overhead                                   the engine, from two decode cells
     + dense(rows) / share of the roofline + layers * layer_overhead       the forward pass with attention left out
@@ -117,7 +117,7 @@ def fit_device(device: Device, model: ModelShape, kv_element: float, timings: Ti
 
 
 def kv_bytes(model: ModelShape, batch: int, context: float, element: float) -> float:
-    """That one layer reads in a step."""
+    """Bytes that one layer reads in a step."""
     return batch * model.kv_bytes_read(context, element) / model.layers
 
 

@@ -1,4 +1,4 @@
-"""The ways to serve a model that are compared: what machines each has, what of the KV fits, and what a batch takes.
+"""Ways to serve a model: the machines of each, the KV that fits, and the seconds of a batch.
 
 Every one of them is a frozen description; `step` is pure. A system is one instance: several of them behind a load
 balancer are `replicas` of `simulate`.
@@ -27,13 +27,13 @@ from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.models import ModelShape
 
 MEMORY_SHARE = 0.9
-"""Of a device's memory that weights and KV may take; the rest is for activations. vLLM's default, too."""
+"""The share of a device's memory for weights and KV; the rest is for activations. vLLM's default, too."""
 MOST = 1 << 24
-"""Devices of a kind, lanes, tokens of a batch."""
+"""Bounds of devices of a kind, of lanes, and of tokens of a batch."""
 PAGE_SIZE = 16
 """Tokens of a KV page: vLLM's default."""
 IDLE_POWER = 0.3
-"""Of a device's power, what it draws while it waits. Assumed: no vendor publishes it."""
+"""The share of a device's power that it draws while it waits. Assumed: no vendor publishes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class StepCost:
 
 
 class System(Protocol):
-    """What the event loop and the planner ask of a way to serve."""
+    """A way to serve, as the event loop and the planner use it."""
 
     @property
     def name(self) -> str: ...
@@ -205,12 +205,12 @@ class Disaggregated:
         return self.decode.step(load)
 
     def transfer_bytes(self, prompt: int) -> float:
-        """That cross the link for a prompt's KV."""
+        """Bytes that cross the link for a prompt's KV."""
         return self.policy.tokens_held(prompt) * self.model.kv_bytes_per_token(self.decode.kv_element)
 
     @property
     def wire(self) -> float:
-        """Bytes a second between the two."""
+        """Bytes a second between the two instances."""
         cards = min(self.prefill.tensor_parallel, self.decode.tensor_parallel)
         return cards * _wire(self.link, self.prefill.device, self.decode.device)
 
@@ -223,7 +223,7 @@ class Lane:
     attention: float
     exchange: Exchange
     hidden: float
-    """Of attention, what overlap hides: it begins when q arrives."""
+    """The seconds of attention that overlap hides: attention begins when q arrives."""
 
     @property
     def alone(self) -> float:

@@ -1,4 +1,4 @@
-"""A holder of KV that keeps count instead of KV: what an attention worker would fork, copy, let go, refuse, have free.
+"""A holder that counts pages instead of keeping KV: those an attention worker would fork, copy, free and refuse.
 
 It gets the operations and rows of a real holder, and counts pages as `KVStore` does: a page is of one layer and one KV
 head, and shared by reference count. Heads that a part has, and layers that keep alike, go together.
@@ -16,7 +16,7 @@ from lamina_protocols.routes import HolderBatch
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What is kept where layers, or a policy, see the last `tokens` alone: a `request.Retention`."""
+    """What layers, or a policy, with a window of the last `tokens` keep: a `Retention` of `scheduling.request`."""
 
     tokens: int
 
@@ -46,7 +46,7 @@ class PageCounter:
         self._groups = groups
         self._lets_go = any(window is not None for _, window in groups)
         self._uses: list[int] = []  # by number, of sets of pages that go together
-        self._spare: list[int] = []  # numbers to use again
+        self._spare: list[int] = []  # numbers that are free again
         self._applied = 0
         self._parts: dict[int, _Part] = {}
 

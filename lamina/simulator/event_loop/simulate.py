@@ -63,7 +63,7 @@ def simulate(
     """Serve a trace by `replicas` instances of a system, which take requests in turn.
 
     Without `prefill` a prompt's KV is there as soon as it is admitted, at no cost: the paper's evaluation, which is of
-    decode alone. With `prefix_cache` prompts whose blocks are named share them through the real prefix tree. `seed`
+    decode alone. With `prefix_cache` prompts whose blocks are named share them through the real prefix cache. `seed`
     is kept in the result alone: nothing here is drawn by chance. Raises InvalidRequest where the model fits nowhere.
     """
     if type(replicas) is not int or not 1 <= replicas <= len(trace.arrivals):

@@ -1,1 +1,1 @@
-"""The same costs in closed form."""
+"""The yield of a system in closed form."""

@@ -9,7 +9,7 @@ L requests a second:
   beyond the batch limit c they wait, with the ratio L / m(c): processor sharing with rates that depend on n, exact for
   Poisson arrivals and any lengths (Cohen 1979). Other arrivals spread n by their peakedness z = (1 + ca^2) / 2:
   p(n)^(1/z).
-- Prefill is a G/G/1 queue with a request's work at M tokens a batch for service (`queues`).
+- Prefill is a G/G/1 queue with a request's work at M tokens a batch for service (`steady`).
 - TTFT is both waits, the batches that the prompt takes, and half of one that runs when it arrives. Where prompts have
   instances of their own, the wait for decode and the way there come after the first token: TPOT has them.
 
@@ -62,9 +62,9 @@ class Estimate:
     ttft: float
     """Without waiting for a place, where no rate is asked for."""
     share: float
-    """Of the requests taken that are within the SLO."""
+    """The share of the requests taken that is within the SLO."""
     taken: float
-    """Of the demand's rate, what is served; what is beyond has to go elsewhere."""
+    """The part of the demand's rate that is served; the rest has to go elsewhere."""
     capacity: float
     """The most that could be taken with `TARGET` of them within the SLO, or, where that can't be, with the most."""
     tokens_per_second: float
@@ -83,12 +83,12 @@ class Estimate:
 
     @property
     def dollars_per_million(self) -> float:
-        """Of output tokens."""
+        """Dollars for a million output tokens."""
         return self.price / (self.tokens_per_second * 3600) * 1e6 if self.tokens_per_second else math.inf
 
     @property
     def serves(self) -> bool:
-        """Whether all that is asked for is served, `TARGET` of it within the SLO."""
+        """Whether the whole demand is served, `TARGET` of it within the SLO."""
         return self.share >= TARGET and (math.isinf(self.demanded) or self.taken >= self.demanded * (1 - 1e-9))
 
 

@@ -1,4 +1,4 @@
-"""Why systems can't do what is asked of them, in words that name what they have and what they need. Pure."""
+"""Why systems cannot serve a demand: messages with what they have and what they need. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lamina.simulator.traces.demand import Demand
 
 
 def none_meets(tried: Sequence[tuple[str, System, Estimate]], demand: Demand, slo: Slo, prefill: bool = True) -> str:
-    """Why none of these, by name, gets a request through within the SLO, in words."""
+    """The reason why none of these, by name, gets a request through within the SLO."""
     asked = ", ".join(
         f"{name} {seconds * 1000:g} ms" for name, seconds in (("ttft", slo.ttft), ("tpot", slo.tpot)) if seconds
     )
@@ -36,7 +36,7 @@ def none_meets(tried: Sequence[tuple[str, System, Estimate]], demand: Demand, sl
 
 
 def slow_link(system: Offloaded, demand: Demand, slo: Slo, prefill: bool = True) -> str:
-    """What is wrong with a system's link, in words: "" where a faster one would not help."""
+    """The reason why a system's link is too slow; "" where a faster one would not help."""
     ideal = replace(system, link=replace(system.link, bandwidth=1e16, round_trip=0.0))
     if (
         estimate(system, 1, demand, slo, prefill).goodput

@@ -1,6 +1,6 @@
 """One replica of a system in the steady state: what a batch takes, how many requests pass, how long they wait.
 
-The formulas are `closed_form`'s, which asks this of one rate after another.
+`closed_form` has the formulas, and calls this with one rate after another.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def largest(most: int, passes: Callable[[int], bool]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Long:
-    """Shares of all prompts' tokens, and of their pairs, that some of them have."""
+    """A part of all prompts: its shares of their tokens, and of their query-key pairs."""
 
     tokens: float
     pairs: float
@@ -192,7 +192,7 @@ class Replica:
         return Load(batch, self._demand.context, tokens, pairs - elsewhere, keys, long.tokens * tokens, elsewhere)
 
     def _too_long(self) -> _Long:
-        """What of all prompts is of those whose past doesn't fit beside the dense layers."""
+        """The part of all prompts whose past does not fit beside the dense layers."""
         prompts = self._demand.prompts
         long = [prompt for prompt in prompts if prompt > self._system.prompt_tokens]
         pairs = sum(prompt**2 for prompt in long) / sum(prompt**2 for prompt in prompts)

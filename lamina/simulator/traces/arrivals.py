@@ -85,7 +85,7 @@ def split(trace: Trace, replicas: int) -> tuple[Trace, ...]:
 
 
 def tokens(arrival: Arrival, salt: int) -> tuple[int, ...]:
-    """The prompt as token ids for a prefix tree: those of two prompts are equal as far as their blocks are.
+    """The prompt as token ids for a prefix cache: those of two prompts are equal as far as their blocks are.
 
     All tokens of block b are 2b, and all that are in no block 2 `salt` + 1: `salt` is the request's own number, 0 or
     more. So a prompt is made of a few shared ints, and takes 8 bytes a token.
