@@ -1,0 +1,93 @@
+"""README.md, CONTRIBUTING.md and docs/*.md against the tree: files, folders, headings and import order that they name
+exist. docs/log.md keeps the names of its time."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lamina.system.text_files import read_toml
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("lamina", "workers/lamina_workers", "kernels/lamina_kernels", "protocols/lamina_protocols")
+TOP = ("lamina", "workers", "kernels", "protocols", "scripts", "tests", "docs")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS += [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "log.md"]
+NAMED = [
+    re.compile(rf"(?<![\w/.-])(?:{'|'.join(TOP)})/[\w./-]*[\w/]"),  # from the top: files and folders
+    re.compile(r"(?<![\w/.-])[\w/-]+\.py\b"),  # beside what was named before: the end of a file's path
+]
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@cache
+def existing() -> frozenset[str]:
+    """Every file and folder of the repository's own folders, without a slash at the end: the whole path, and each part
+    of it that ends it."""
+    paths = [(top,) for top in TOP]
+    for top in TOP:
+        paths += [p.relative_to(ROOT).parts for p in (ROOT / top).rglob("*") if "__pycache__" not in p.parts]
+    return frozenset("/".join(parts[at:]) for parts in paths for at in range(len(parts)))
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub names them."""
+    lines = FENCE.sub("", path.read_text()).splitlines()
+    texts = [line.lstrip("#").strip().lower() for line in lines if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", text).replace(" ", "-") for text in texts}
+
+
+def section(text: str, heading: str) -> str:
+    """The first code block under a heading."""
+    block = FENCE.search(text, text.index(f"\n## {heading}\n"))
+    assert block is not None
+    return block[1]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_document_names_files_that_exist(document: Path) -> None:
+    named = {name.rstrip("/.") for pattern in NAMED for name in pattern.findall(document.read_text())}
+    assert sorted(named - existing()) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_document_links_to_files_and_headings_that_exist(document: Path) -> None:
+    for target, heading in LINK.findall(document.read_text()):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        path = document.parent / target if target else document
+        assert path.exists(), f"{document.name} links to {target}"
+        if heading:
+            assert heading in headings(path), f"{document.name} links to {target}#{heading}"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
+def test_readme_lists_every_room_once() -> None:
+    folders: list[str] = []
+    stack: list[tuple[int, str]] = []  # indentation and path of the folders around a line
+    for line in section((ROOT / "README.md").read_text(), "The rooms").splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0].rstrip("/")
+        stack = [around for around in stack if around[0] < indent]
+        stack.append((indent, f"{stack[-1][1]}/{name}" if stack else name))
+        folders.append(stack[-1][1])
+    listed = [folder for folder in folders if folder.startswith(tuple(f"{package}/" for package in PACKAGES))]
+    rooms = [init.parent for package in PACKAGES for init in (ROOT / package).rglob("*/__init__.py")]
+    assert sorted(listed) == sorted(room.relative_to(ROOT).as_posix() for room in rooms)
+
+
+def test_design_shows_the_import_order_of_the_contracts() -> None:
+    contracts = read_toml(ROOT / "scripts" / "layers.toml")["tool"]["importlinter"]["contracts"]
+    expected = {c.get("containers", ["packages"])[0]: c["layers"] for c in contracts if c["type"] == "layers"}
+    shown: dict[str, str] = {}
+    for line in filter(str.strip, section((ROOT / "docs" / "design.md").read_text(), "Import order").splitlines()):
+        name, order = ("", line) if line.startswith(" ") else line.split(maxsplit=1)
+        name = name or list(shown)[-1]
+        shown[name] = f"{shown.get(name, '')} {order.strip()}"
+    assert {name: [layer.strip() for layer in order.split(">")] for name, order in shown.items()} == expected
