@@ -1,0 +1,201 @@
+"""The model worker over holders that keep dense K and V: announcements, batches, epochs, and what fails in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from dense_holders import CONFIG, Holder, Model, route
+
+from lamina_protocols.messages import Announced, Announcement, Exchange, Fault, Open, Reply
+from lamina_protocols.routes import HolderBatch, Span
+from lamina_workers.decoder.model import Batch, Forward
+from lamina_workers.decoder.sampler import RowSampling
+from lamina_workers.errors import HolderFault, HolderLost, RankLost
+from lamina_workers.model_worker.attention_merge import result
+from lamina_workers.model_worker.interface import BatchWork
+from lamina_workers.model_worker.model_worker import ModelWorker
+
+SPAN = Span(5, 1)
+WORK = BatchWork((SPAN,), [3], [6], (0,), (RowSampling(),))
+
+
+class FakeDecoder:
+    """Its logits are the attention output of the last layer."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(rope=SimpleNamespace(kind="default"))
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.batches: list[Batch] = []
+
+    def forward(self, batch: Batch) -> Forward:
+        self.batches.append(batch)
+
+        def run() -> Generator[Any, Any, torch.Tensor]:
+            attended = yield from self._model.forward()
+            return attended[-1, batch.sampled]
+
+        return run()
+
+
+class Rig:
+    """A model worker and two holders, each with one KV head of one sequence."""
+
+    def __init__(self) -> None:
+        self.model = Model([SPAN])
+        self.routes = [route(0, SPAN, [head], (0, SPAN.start)) for head in (0, 1)]
+        self.holders = [Holder(self.model, [own], name) for own, name in zip(self.routes, "ab", strict=True)]
+        self.decoder = FakeDecoder(self.model)
+        self.worker = ModelWorker(cast(Any, self.decoder), CONFIG, dict(enumerate(cast(Any, self.holders))))
+        self.shares = {
+            number: HolderBatch(number, (Open(0, (number,), 0, 9),), (own,)) for number, own in enumerate(self.routes)
+        }
+
+    def expected(self) -> int:
+        return int(self.model.dense()[-1, 0].argmax())
+
+    def announced(self, number: int) -> list[Announcement]:
+        return [request for request in self.holders[number].sent if isinstance(request, Announcement)]
+
+
+def refusal(reply: Announced) -> Reply:
+    return Announced(reply.epoch, reply.batch, False, 0, (), "no pages")
+
+
+def fault(reply: Announced) -> Reply:
+    return Fault(reply.epoch, reply.batch, "keys are gone")
+
+
+def test_each_holder_gets_its_share_and_batches_are_numbered() -> None:
+    rig = Rig()
+    first, answers = rig.worker.announce_now(rig.shares)
+    second, _ = rig.worker.announce_now({1: rig.shares[1]})
+    assert (first, second) == (1, 2)
+    assert sorted(answers) == [0, 1]
+    for number, share in rig.shares.items():
+        assert rig.announced(number)[0] == Announcement(1, 1, share.first, share.operations, share.rows)
+    assert [request.batch for request in rig.announced(1)] == [1, 2]
+
+
+def test_an_announcement_is_suspended_until_every_answer_is_there() -> None:
+    rig = Rig()
+    rig.holders[1].silent = True
+    run = rig.worker.announce(rig.shares)
+    assert not next(run).over()
+    assert all(len(rig.announced(number)) == 1 for number in (0, 1))
+    rig.holders[1].silent = False
+    assert sorted(result(run)[1]) == [0, 1]
+
+
+def test_a_refusal_is_returned_with_the_other_answers() -> None:
+    rig = Rig()
+    rig.holders[1].bend = refusal
+    _, answers = rig.worker.announce_now(rig.shares)
+    assert [answers[number].accepted for number in (0, 1)] == [True, False]
+    assert answers[1].reason == "no pages"
+
+
+def test_a_batch_that_all_accept_gives_the_likeliest_token() -> None:
+    rig = Rig()
+    batch, _ = rig.worker.announce_now(rig.shares)
+    sampled = result(rig.worker.execute(WORK, batch, rig.shares))
+    assert sampled.tokens == [rig.expected()]
+    (given,) = rig.decoder.batches
+    assert (given.token_ids.tolist(), given.positions.tolist(), given.rope_lengths) == ([3], [SPAN.start], None)
+    assert all(holder.holds(rig.model) for holder in rig.holders)
+
+
+def test_a_batch_that_failed_can_be_announced_and_run_again() -> None:
+    rig = Rig()
+    batch, _ = rig.worker.announce_now(rig.shares)
+    rig.holders[0].bend = fault
+    with pytest.raises(HolderFault, match="a: keys are gone"):
+        result(rig.worker.execute(WORK, batch, rig.shares))
+    rig.holders[0].bend = lambda reply: reply
+    again, _ = rig.worker.announce_now(rig.shares)
+    assert result(rig.worker.execute(WORK, again, rig.shares)).tokens == [rig.expected()]
+
+
+@pytest.mark.parametrize(
+    ("bend", "message"),
+    [
+        (fault, "b: keys are gone"),
+        (lambda reply: Announced(reply.epoch, reply.batch, True, 9, ()), "b: floors and usages"),
+    ],
+    ids=["a fault", "an answer without floors"],
+)
+def test_a_bad_answer_to_an_announcement_blames_its_holder(bend: Callable[[Any], Reply], message: str) -> None:
+    rig = Rig()
+    rig.holders[1].bend = bend
+    with pytest.raises(HolderFault, match=message):
+        rig.worker.announce_now(rig.shares)
+    assert not rig.holders[1].closed
+
+
+def test_a_lost_holder_is_raised_before_a_fault_which_follows_at_the_next_announcement() -> None:
+    rig = Rig()
+
+    def lose() -> Reply:
+        rig.holders[1].close()
+        raise HolderLost("b is lost")
+
+    rig.holders[0].bend = fault
+    rig.holders[1].receive = lambda timeout=None: lose()  # type: ignore[method-assign]
+    with pytest.raises(HolderLost, match="b is lost"):
+        rig.worker.announce_now(rig.shares)
+    assert rig.worker.lost() == [1]
+    rig.worker.leave(1)
+    rig.holders[0].bend = lambda reply: reply
+    with pytest.raises(HolderFault, match="a: a: keys are gone"):
+        rig.worker.announce_now({0: rig.shares[0]})
+    _, answers = rig.worker.announce_now({0: rig.shares[0]})
+    assert answers[0].accepted
+
+
+def test_answers_of_an_older_epoch_are_dropped() -> None:
+    rig = Rig()
+    batch, _ = rig.worker.announce_now(rig.shares)
+    for holder in rig.holders:
+        holder.silent = True
+    run = rig.worker.execute(WORK, batch, rig.shares)
+    next(run)
+    run.close()
+    rig.worker.next_epoch()
+    for holder in rig.holders:  # the answers to the old epoch come now
+        holder.silent = False
+    again, _ = rig.worker.announce_now(rig.shares)
+    assert rig.worker.epoch == 2
+    assert rig.announced(0)[-1].epoch == 2
+    assert result(rig.worker.execute(WORK, again, rig.shares)).tokens == [rig.expected()]
+    assert {(r.epoch, r.batch) for r in rig.holders[0].sent if isinstance(r, Exchange)} == {(1, batch), (2, again)}
+
+
+def test_epochs_begin_after_those_of_the_previous_engine() -> None:
+    rig = Rig()
+    rig.worker.begin_after(7)
+    rig.worker.begin_after(3)
+    assert rig.worker.epoch == 8
+    rig.worker.next_epoch()
+    assert rig.worker.epoch == 9
+
+
+def test_a_holder_joins_and_leaves() -> None:
+    rig = Rig()
+    port = Holder(rig.model, rig.routes[:1], "c")
+    assert rig.worker.join(2, cast(Any, port)) == ()
+    assert [link.name for link in rig.worker.links().values()] == ["a", "b", "c"]
+    _, answers = rig.worker.announce_now({2: rig.shares[0]})
+    assert answers[2].accepted
+    rig.worker.leave(2)
+    assert port.closed
+    assert sorted(rig.worker.links()) == [0, 1]
+
+
+def test_no_other_rank_can_return() -> None:
+    with pytest.raises(RankLost, match="model worker 3 is not one of this engine"):
+        Rig().worker.returned(SimpleNamespace(rank=3))
