@@ -79,6 +79,21 @@ def test_it_is_dense_attention_however_kv_is_cut(
     assert all(holder.holds(model) for holder in holders)
 
 
+def test_vectors_that_are_answered_twice_are_merged_one_after_the_other() -> None:
+    spans = (Span(20, 1),)  # so few that one pass of the kernel has both answers
+    model = Model(spans)
+    holder = Holder(model, in_parts(spans)[0])
+    torch.testing.assert_close(result(run_of(AttentionMerge(CONFIG), model, [holder])), model.dense())
+
+
+def test_holders_that_fuse_are_asked_last() -> None:
+    model = Model(SPANS)
+    own, other = (Holder(model, routes) for routes in partly_fused(SPANS))
+    own.sent = other.sent
+    result(run_of(AttentionMerge(CONFIG), model, [own, other]))
+    assert [type(request) for request in own.sent] == [Exchange, Fresh, Query] * LAYERS
+
+
 def test_a_batch_without_a_past_asks_nothing() -> None:
     spans = (Span(0, 4), Span(0, 1))
     model = Model(spans)
@@ -168,7 +183,7 @@ def test_a_fused_holder_counts_as_local_and_of_the_others_the_slowest() -> None:
     holders = [Holder(model, own, seconds=0.5), Holder(model, remote, seconds=2.0)]
     result(run_of(merge, model, holders))
     assert (merge.times.local, merge.times.remote) == (0.5 * LAYERS, 2.0 * LAYERS)
-    holders = [Holder(model, routes, seconds=s) for routes, s in zip(by_heads(SPANS), (3.0, 4.0), strict=True)]
+    holders = [Holder(model, routes, seconds=s) for routes, s in zip(by_heads(SPANS), (4.0, 3.0), strict=True)]
     result(run_of(merge, model, holders))
     assert (merge.times.local, merge.times.remote) == (0.0, 4.0 * LAYERS)
 
