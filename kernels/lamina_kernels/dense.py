@@ -1,8 +1,7 @@
-"""What dense layers are made of: linear maps, norms, rotation, gating. One place each, so that one can be replaced.
+"""The operations of dense layers: linear maps, norms, rotation, gating. One function each, so that one can be replaced.
 
-Knows tensors and the machine's best way to multiply them. Knows no layer, no model, no attention.
-What stands here in torch serves every device and dtype, and torch.compile; on CPUs `dense_cpu` does the same in one
-pass over memory.
+The torch code here serves every device and dtype, and torch.compile; on CPUs `dense_loops` does the same in one pass
+over memory.
 """
 
 from __future__ import annotations

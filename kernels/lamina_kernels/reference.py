@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What of a batch does not change from layer to layer."""
+    """The part of a batch's work that is the same in all layers."""
 
     pages: Pages
     rows: Rows

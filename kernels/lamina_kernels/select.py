@@ -1,4 +1,4 @@
-"""Which implementation of the kernels this process uses: chosen once per device, and said in the log."""
+"""The implementation of the kernels that this process uses: chosen once per device, and logged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("lamina")
 
 
 class Kernels(Protocol):
-    """What a module of kernels offers. A plan is made once for the rows of a batch, and read by `attend` alone."""
+    """The functions of a module of kernels. A plan is made once for the rows of a batch, and read by `attend` alone."""
 
     def layout(self, page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
         """How these kernels lay out a page. Raises ValueError for what they cannot keep."""
@@ -83,7 +83,7 @@ class Kernels(Protocol):
         memory; index: int64 `[n]`, all distinct; without it n is N. Either out is float32, bfloat16 or float16.
         As `partial.merge`: sums in float32, rounded once to the dtype of into; only empties merge to the empty one.
         Raises ValueError, and changes nothing, on other shapes and dtypes and on an index outside [0, N); of an index
-        on a GPU, which nobody waits for, it skips what is outside.
+        on a GPU, which the host does not wait for, it skips what is outside.
         """
 
 

@@ -69,7 +69,7 @@ class Plan:
     query: torch.dtype  # in which the kernel takes queries
     kernel: int  # address of the compiled loops
     arguments: Any  # their block of arguments
-    keep: tuple[Any, ...]  # what addresses in it point to
+    keep: tuple[Any, ...]  # the memory that addresses in it point to
 
 
 def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:

@@ -1,7 +1,7 @@
 """LLVM IR for vectors of 16 floats: the operations that the micro-kernels are made of.
 
 LLVM fits the vectors to what the CPU has (AVX-512, AVX2, NEON); only `Kind.BFLOAT16_DOT` asks for an instruction by
-name. Knows how each storage dtype is multiplied; knows nothing of attention.
+name.
 """
 
 from __future__ import annotations

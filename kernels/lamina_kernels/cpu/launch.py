@@ -1,8 +1,7 @@
 """Runs a compiled kernel on several threads: on the team that torch keeps, where torch's OpenMP lets us.
 
 A kernel is a numba `cfunc` of `void(void*)`. Its argument points to a block that begins with HEADER: every thread
-takes share numbers from `taken` until none is left, so the result is the same whatever threads come. Knows nothing of
-what a kernel computes.
+takes share numbers from `taken` until none is left, so the result is the same whatever threads come.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-HEADER = [("taken", "i8"), ("finished", "i8"), ("shares", "i8")]  # what every argument block begins with
+HEADER = [("taken", "i8"), ("finished", "i8"), ("shares", "i8")]  # the first fields of every argument block
 TAKEN, FINISHED = 0, 1  # which int64 of the block they are
 Launch = Callable[[int, int, int], None]
 
@@ -33,12 +32,12 @@ def block_type(fields: npt.DTypeLike) -> Any:
 
 
 def source_fingerprint(*modules: ModuleType) -> int:
-    """What is compiled into a kernel from other files than its own. Closed over, it is a part of numba's cache key."""
+    """A hash of other files whose code is compiled into a kernel. Closed over, it is a part of numba's cache key."""
     return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)) or 1
 
 
 def load_each(loads: Sequence[Callable[[], object]]) -> Iterator[tuple[int, int]]:
-    """Call each, and say before the first and after each how many of how many are done."""
+    """Call each, and yield before the first and after each how many of how many are done."""
     yield 0, len(loads)
     for done, load in enumerate(loads, 1):
         load()

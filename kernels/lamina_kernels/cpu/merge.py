@@ -2,8 +2,7 @@
 
 The formula is that of `lamina_kernels.partial`, for two: where low <= top are their lse and w = exp(low - top),
 out = (out_top + w * out_low) / (1 + w) and lse = top + log(1 + w). Arithmetic is float32, rounded once at the end. A
-vector comes out the same whatever stands beside it and however many threads share the work. Knows nothing of pages,
-rows or holders.
+vector comes out the same whatever stands beside it and however many threads share the work.
 """
 
 from __future__ import annotations
@@ -237,7 +236,7 @@ def _log1p(e: Emitter, w: Value) -> Value:
 def _blend(
     context: Any, into_dtype: Any, past_dtype: Any, into: Any, past: Any, width: Any, mine: Any, other: Any
 ) -> Any:
-    """into <- mine * into + other * past over `width` numbers at two addresses; the dtypes as _CODES numbers them."""
+    """into <- mine * into + other * past over `width` numbers at two addresses; the dtypes as in `FLOATS`."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, e = builder, Emitter(builder)

@@ -14,7 +14,7 @@ from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu.intrinsics import pointer, take
 from lamina_kernels.cpu.launch import HEADER, TAKEN, source_fingerprint
 
-# What every block of arguments says of the pages. Sizes in bytes.
+# The fields of the pages in every block of arguments. Sizes in bytes.
 _SIZES = ("page_size", "page_bytes", "k_bytes", "kv_bytes", "itemsize", "k_pack", "v_pack", "scaled", "d_k", "d_v")
 PAGES = [(name, "i8") for name in ("arena", *_SIZES)]
 APPEND = np.dtype([*HEADER, *PAGES, *((name, "i8") for name in ("n", "slots", "k", "v", "codes"))])

@@ -1,4 +1,4 @@
-"""Sixteen vectors of 16 lanes reduced to one by a tree of shuffles: LLVM IR. Knows no meaning of the numbers."""
+"""Sixteen vectors of 16 lanes reduced to one by a tree of shuffles: LLVM IR."""
 
 from __future__ import annotations
 

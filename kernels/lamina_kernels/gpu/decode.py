@@ -65,7 +65,7 @@ class Plan:
     missing: frozenset[int]  # layers that lack an entry which the rows read
     launches: tuple[Launch, ...]
     arguments: dict[str, Any]  # of every launch
-    outputs: torch.Tensor  # those that are cut, int64 [n, len(OUTPUT)]
+    outputs: torch.Tensor  # the ones that are cut, int64 [n, len(OUTPUT)]
     most_rows: int  # query vectors of the largest of them
     partials: Partial  # of their parts: scratch, float32
 

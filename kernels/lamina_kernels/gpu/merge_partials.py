@@ -16,7 +16,7 @@ from lamina_kernels.partial import Partial
 
 BLOCK = 16  # vectors of a program: estimate, unmeasured
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-OUTPUT = ("q", "stride", "group", "rows", "partial", "parts")  # what is said of an output, int64 each
+OUTPUT = ("q", "stride", "group", "rows", "partial", "parts")  # the fields of an output, int64 each
 
 _Q, _STRIDE, _GROUP, _ROWS, _PARTIAL, _PARTS = (tl.constexpr(i) for i in range(len(OUTPUT)))
 _FIELDS = tl.constexpr(len(OUTPUT))
@@ -165,7 +165,7 @@ def settle(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def higher(top: tl.tensor, x: tl.tensor) -> tl.tensor:
-    """The higher of two, or top where x is NaN: what a maximum does with NaN differs from device to device."""
+    """The higher of two, or top where x is NaN: a maximum treats NaN differently from device to device."""
     return tl.maximum(top, tl.where(x == x, x, float("-inf")))
 
 

@@ -1,4 +1,4 @@
-"""Memory for what is streamed: taken when touched, in huge pages where the system has them. Knows no content."""
+"""Memory for what is streamed: taken when touched, in huge pages where the system has them."""
 
 from __future__ import annotations
 

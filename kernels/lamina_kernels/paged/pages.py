@@ -2,7 +2,7 @@
 
 A page is `page_size` tokens of one layer and one KV head: its K block, then its V block, then, for dtypes that have
 them, a scale per token for K and another for V; nothing else. Inside a block the order is that of the kernels which
-read it. Knows nothing of who owns a page, of sequences, or of layers.
+read it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a batch asks of a holder's pages: which keys each query reads. Arithmetic on numbers; touches no page.
+"""The rows of a batch: the keys of a holder's pages that each query reads. Arithmetic on numbers; touches no page.
 
-Knows no policy: a policy's choice arrives as a window and sinks, as a list of pages or tokens, as a bias.
+A policy's choice arrives as a window and sinks, as a list of pages or tokens, as a bias.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Table = npt.NDArray[np.int32]
 Bias = npt.NDArray[np.float32]
 EVERYTHING = 1 << 40  # a window that hides nothing
 
-_UNSET = np.empty(0, np.int64)  # told by identity, since no rows at all have the same shape
+_UNSET = np.empty(0, np.int64)  # recognised by identity, since no rows at all have the same shape
 _LEAST = {"count": 1, "kv_heads": 1, "group": 1, "stride": 1, "window": 1}  # of the others 0
 
 
@@ -132,11 +132,11 @@ def visible(first: Ints, last: Ints, lo: Ints, hi: Ints, window: Ints, sinks: In
 
 
 class Planned(Protocol):
-    """What every implementation's plan says of itself."""
+    """The common fields of every implementation's plan."""
 
     @property
     def pages(self) -> Pages:
-        """What it was made for."""
+        """The pages that it was made for."""
 
     @property
     def n(self) -> int:

@@ -2,7 +2,7 @@
 
 The LeanAttention schedule (stream-K, arXiv 2405.10480): the work of all rows and heads is laid end to end and cut
 into equal shares, so a share may begin in the middle of one output and end in another. A cut output has several
-pieces, whose partials are merged. Knows nothing of pages' contents or of how a piece is computed.
+pieces, whose partials are merged.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Sketches of pages: what a page's keys are like, in a sixth of their bytes."""
+"""Sketches of pages: an estimate of a page's keys in a sixth of their bytes."""

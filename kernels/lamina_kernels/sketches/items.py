@@ -1,4 +1,4 @@
-"""What a scan of sketches is asked and what it answers, and the checks of both. Knows no sketch's contents."""
+"""The question and the answer of a scan of sketches, and the checks of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lamina_kernels.sketches.layout import Sketches
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What a decode step asks of sketches: an item is one KV head of one sequence, with its query heads.
+    """The question of a decode step to sketches: an item is one KV head of one sequence, with its query heads.
 
     tables: of each item, int32 `[layers, entries]`, contiguous along the entries: entry e is the page of the tokens
     from e * page_size on. The others are int64 `[items]`: entries [0, sealed) have sketches; entries [0, sinks) and
@@ -52,7 +52,7 @@ class Items:
 
 
 class Choice(NamedTuple):
-    """What `scan` found. It belongs to the plan, and is overwritten by the plan's next scan.
+    """The answer of `scan`. It belongs to the plan, and is overwritten by the plan's next scan.
 
     log_mass: float32 `[items, group, capacity]`, the natural log of the sum of exp(logit) over a page's keys as the
     sketch has them, -inf from `sealed` on up to a multiple of 16, and anything behind; pages, entries: int32
@@ -70,15 +70,15 @@ class Choice(NamedTuple):
 
 
 class PlannedScan(Protocol):
-    """What every implementation's plan says of itself."""
+    """The common fields of every implementation's plan."""
 
     @property
     def sketches(self) -> Sketches:
-        """What it was made for."""
+        """The sketches that it was made for."""
 
     @property
     def items(self) -> Items:
-        """What it scans."""
+        """The items that it scans."""
 
     @property
     def group(self) -> int:

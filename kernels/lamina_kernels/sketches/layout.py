@@ -1,4 +1,4 @@
-"""Where sketches lie: an arena of them, under the numbers of their pages. Knows no page's contents, item or policy."""
+"""Where sketches lie: an arena of them, under the numbers of their pages."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ ROUNDS = 14  # of halving the range in which a threshold is
 RANGE = 64.0  # octaves of that range
 LEAST = np.float32(1e-30)  # the smallest share of a head's mass that is not nothing: one over it is still a number
 
-# What a block of arguments says of the sketches, in bytes.
+# The fields of the sketches in a block of arguments, in bytes.
 _SKETCHES = [(name, "i8") for name in ("sketches", "sketch_bytes", "steps_at", "lows_at", "mean_at")]
 SEAL = np.dtype([*HEADER, *PAGES, *_SKETCHES, *((name, "i8") for name in ("n", "ids", "scratch"))])
 ITEM = np.dtype(

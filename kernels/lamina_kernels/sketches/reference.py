@@ -15,7 +15,7 @@ from lamina_kernels.sketches.sketches import MISSED
 
 @dataclass(frozen=True, slots=True)
 class ScanPlan:
-    """What of a batch does not change from layer to layer."""
+    """The part of a batch's work that is the same in all layers."""
 
     sketches: Sketches
     items: Items

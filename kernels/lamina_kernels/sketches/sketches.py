@@ -61,7 +61,7 @@ class ScanPlan:
     missing: frozenset[int]  # layers that lack a page which the items read
     arguments: Any  # the kernel's block
     result: Choice
-    keep: tuple[Any, ...]  # what addresses in it point to
+    keep: tuple[Any, ...]  # the memory that addresses in it point to
 
 
 def prepare(page_layout: PageLayout) -> Iterator[tuple[int, int]]:
@@ -232,9 +232,9 @@ def scan(
     missed: float = MISSED,
     active: npt.NDArray[np.bool_] | None = None,
 ) -> Choice:
-    """Estimate the mass of every sealed page of a layer, and choose pages of each item: as `sketch_reference.scan`.
+    """Estimate the mass of every sealed page of a layer, and choose pages of each item: as `reference.scan`.
 
-    With `active`, bool `[items]`, of those items only: what the plan's choice says of the others is not to be read.
+    With `active`, bool `[items]`, of those items only: the plan's choice has no meaning for the others.
     q: `[items * group, d_k]`, a float dtype, item by item. Chosen are so many pages that of the estimated mass of the
     sealed ones no query head misses more than `missed`, and few more; or the plan's `most` that matter most.
     """

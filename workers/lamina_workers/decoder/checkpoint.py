@@ -1,8 +1,7 @@
 """A checkpoint's tensors as views of memory-mapped safetensors files.
 
-Knows names, shapes, dtypes and pages of memory. Knows nothing of models or of what the tensors mean.
-A tensor's bytes come into memory when they are first read and leave it with `release`, so whoever repacks
-the weights one by one never holds them twice.
+A tensor's bytes come into memory when they are first read and leave it with `release`, so code that repacks the weights
+one by one never holds them twice.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ class Checkpoint:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """What tells one model from another without reading all of it: a hash of its config, of every tensor's name,
+    """A name for a model that takes no reading of all of it: a hash of its config, of every tensor's name,
     dtype and shape, and of the beginning of its largest tensors. 32 hexadecimal digits.
 
     Raises ModelFileError as `Checkpoint` does.

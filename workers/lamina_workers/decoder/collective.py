@@ -1,4 +1,4 @@
-"""What the ranks of one model compute together, as the decoder sees it."""
+"""The operations that the ranks of one model do together, as the decoder sees them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Collective(Protocol):
     """One rank's end of a group. All ranks call the same in the same order, with the same shapes.
 
     `seconds`: time spent here since the beginning. Raises RankLost where another rank is gone or silent; then the group
-    is closed, which the others learn in turn.
+    is closed, which the others notice in turn.
     """
 
     rank: int

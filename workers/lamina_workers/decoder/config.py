@@ -1,7 +1,6 @@
-"""What a model is: the facts of its config.json, checked once.
+"""The facts of a model's config.json, checked once, with the defaults of each supported family.
 
-Knows the supported families and their defaults. Knows nothing of weights, devices or RoPE's formulas.
-Every number is bounded here, so that nothing later takes memory on the word of a file.
+Every number is bounded here, so that a file cannot make later code take memory without limit.
 """
 
 from __future__ import annotations
@@ -197,7 +196,7 @@ class ModelConfig:
         return replace(self, rope=rope, max_position_embeddings=rope.context)
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
-        """What holders must know of each layer."""
+        """The specification of each layer for holders."""
         return tuple(
             LayerSpec(
                 kv_layer=layer,

@@ -1,4 +1,4 @@
-"""Typed, bounded reads of a JSON object that nobody vouches for. Knows what a value may be, not what it means."""
+"""Typed, bounded reads of a JSON object that is not trusted."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A decoder's weights: under which names a checkpoint has them, their shapes, which part of each a rank keeps, and how.
-
-Knows names, shapes, dtypes and devices. Knows nothing of files' formats, and computes nothing.
+"""A decoder's weights: their names in a checkpoint, their shapes, and the part of each that a rank keeps.
 
 Maps whose outputs are split among ranks (q, k, v; gate and up; the head) are cut by rows, those whose inputs are
 (attention's output, down) by columns, and the ranks' products are summed. The bias of such a sum belongs to rank 0
@@ -56,7 +54,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """All layers, and what stands around them, of one rank or of the whole model.
+    """All layers, the embedding, the last norm and the head, of one rank or of the whole model.
 
     embedding: `[vocab, hidden]`, perhaps in another dtype than the rest; or only the rank's part of the vocabulary.
     """

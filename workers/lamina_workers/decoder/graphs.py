@@ -1,8 +1,7 @@
-"""What a decoder computes between two attentions, recorded once as graphs or compiled: wrapped around it from outside.
+"""A decoder's work between two attentions, recorded once as graphs or compiled: wrapped around it from outside.
 
 A graph is launched at once where its kernels would be launched one by one. It is made for a number of tokens, so a
-small batch, as decoding makes them, is padded to the next bucket; a larger one runs as it always did. Knows the two
-plain functions of a layer; knows nothing of attention, of sequences or of what the padding holds.
+small batch, as in decoding, is padded to the next bucket; a larger one runs as without graphs.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def bucket(tokens: int, buckets: Sequence[int] = BUCKETS) -> int | None:
 
 
 class Recorder(Protocol):
-    """Makes graphs of one run at a time, which share memory: they are launched in the order of layers."""
+    """Makes the graphs of one run at a time. They share memory, and are launched in the order of layers."""
 
     def record(self, work: Work) -> tuple[Callable[[], None], Tensors]:
         """Run `work`, which only reads and writes tensors that stay where they are, and record it. What launches it
@@ -90,12 +89,12 @@ class _Graph:
 
 
 class _Around(Decoder):
-    """A decoder that stands for another one, and does some of what that does in its own way."""
+    """A decoder around another one: it does some steps in its own way."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.__dict__.update(vars(decoder))
         self._plain = decoder
-        self._halves = []  # it may have been told to compute q first, which is not done around it
+        self._halves = []  # the other one may compute q first, which is not done around it
 
     @property
     def _collective(self) -> Collective | None:
@@ -106,8 +105,8 @@ class _Around(Decoder):
         self._plain._collective = collective
 
     def _settled(self, index: int) -> bool:
-        """Whether what follows the attention of a layer is the same whatever the tokens are, and whoever is there.
-        Which experts have work, the host must know; and a graph would go on calling a group that was replaced."""
+        """Whether the work after the attention of a layer is the same for all tokens, without other ranks. With experts
+        the host must see which have work; and a graph would go on calling a group that was replaced."""
         return self._collective is None and not isinstance(self._weights.layers[index].mlp, Experts)
 
 
@@ -199,8 +198,8 @@ class _Run(_Around):
 class Captured(_Around):
     """A decoder whose slices are recorded as graphs, for each number of tokens in `buckets` when it first occurs.
 
-    Forward passes that are under way at the same time, in several lanes, have graphs each. `recorder` makes what
-    records for one of them.
+    Forward passes that are under way at the same time, in several lanes, have graphs each. `recorder` makes the
+    recorder of one of them.
     """
 
     def __init__(

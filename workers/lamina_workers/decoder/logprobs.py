@@ -1,4 +1,4 @@
-"""What is reported of one row's probabilities. A noun of its own, so that who only passes it on loads no torch."""
+"""The report on one row's probabilities. It has a file of its own, so that code which passes it on loads no torch."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
 """The decoder: a forward pass that is a coroutine, cut at attention.
 
-Knows tokens, positions and weights. Knows nothing of sequences, KV caches, holders or messages: it yields
-queries, keys and values, and whoever drives it sends back what attention made of them.
+It yields queries, keys and values, and its driver sends back the attention output.
 
 Between two yields stands one plain function of tensors: `_before_attention`, or `_after_attention`.
-A rank of several has a decoder of its own heads, columns, experts and tokens; its driver attends those heads only, and
-what the ranks must add up is added up inside `_after_attention`. All ranks run the same batches in the same order.
+A rank of several has a decoder of its own heads, columns, experts and tokens. Its driver attends those heads only, and
+the sums over ranks are made inside `_after_attention`. All ranks run the same batches in the same order.
 """
 
 from __future__ import annotations

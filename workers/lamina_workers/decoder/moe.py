@@ -1,7 +1,4 @@
-"""Mixture of experts: a router, and of many MLPs the few that each token takes.
-
-Knows tokens and weights. Knows nothing of layers, and which experts run where.
-"""
+"""Mixture of experts: a router, and of many MLPs the few that each token takes."""
 
 from __future__ import annotations
 
@@ -28,8 +25,7 @@ class Experts:
 
     `normalize` divides the weights by their sum. Weights and the sum over experts are float32; a token's experts are
     summed in their order, so the sum does not depend on which other tokens are in the batch.
-    `experts` may be some of those that the router knows, from number `first` on, or none: then the result is their part
-    of the sum.
+    `experts` may be some of the router's, from number `first` on, or none: then the result is their part of the sum.
     """
 
     def __init__(self, router: Linear, experts: Sequence[Mlp], top_k: int, normalize: bool, first: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Rotary position embeddings: frequencies of every supported scaling, and cos and sin of a batch's positions.
 
-Knows positions, and for `dynamic` the length that each token's frequencies are made for. Knows nothing of
-sequences or layers. The formulas are those of transformers' `modeling_rope_utils`, in the same float32 arithmetic.
+For `dynamic`, each token has the length that its frequencies are made for. The formulas are those of transformers'
+`modeling_rope_utils`, in the same float32 arithmetic.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Which safetensors files a folder has, and what their headers say, checked before it is believed.
+"""The safetensors files of a folder and their headers, checked before use.
 
-Knows the file format and where files may lie. Knows nothing of torch, models or memory maps.
 Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without a gap
 (github.com/huggingface/safetensors).
 """

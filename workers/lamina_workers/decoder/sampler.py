@@ -1,4 +1,4 @@
-"""The next token of every row of a batch, from its logits. Knows no model, no request, no clock and no randomness.
+"""The next token of every row of a batch, from its logits.
 
 A row's token depends on that row alone: on its logits, its `RowSampling`, and the random number that hashing
 (seed, sample_index, position) gives. So neither the rest of the batch nor a rerun or a preemption changes it.
@@ -34,9 +34,9 @@ _OPEN = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0, -np.inf).astype
 
 
 class TokenHistory:
-    """The distinct tokens of one sequence, and how often each was generated: all that the penalties need.
+    """The distinct tokens of one sequence, and how often each was generated: the input of the penalties.
 
-    Kept by whoever owns the token ids, who appends each recorded token; so a step costs no walk over the context.
+    The owner of the token ids keeps it and appends each recorded token, so a step costs no walk over the context.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:

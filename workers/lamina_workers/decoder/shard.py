@@ -1,6 +1,6 @@
-"""How a model is cut among ranks, each of which is a model worker: whose heads, columns, experts and tokens are whose.
+"""How a model is cut among ranks, each of which is a model worker: the heads, columns, experts and tokens of each.
 
-Knows numbers only: no tensors, no files, no processes. A rank owns KV heads with the query heads that read them,
+A rank owns KV heads with the query heads that read them,
 columns of the MLP's intermediate dimension or whole experts, and rows of the vocabulary; all contiguous, and uneven
 where they do not divide. For whatever holds or attends KV a rank is a model with fewer heads, numbered from 0.
 """
@@ -46,7 +46,7 @@ def with_ranks(config: ModelConfig, ranks: int) -> ModelConfig:
     """The model as `ranks` ranks can share it: `config` itself, or with KV heads repeated so that each rank has one.
 
     Each head stands as often as the smallest number that divides the query heads of a group and gives at least `ranks`
-    heads; `kv_copies` remembers it, for whoever loads the checkpoint. It computes the same, and keeps more KV.
+    heads; `kv_copies` keeps it, for the code that loads the checkpoint. It computes the same, and keeps more KV.
     Raises RanksError where there are more ranks than query heads, or than another dimension that is cut.
     """
     limits = {"query heads": config.num_attention_heads, "tokens in its vocabulary": config.vocab_size}
