@@ -1,4 +1,4 @@
-"""From a plan to what the model worker computes: tokens, positions, and how each row samples. Decides nothing."""
+"""From a plan to what the model worker computes: tokens, positions, and how each row samples."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from lamina.text.structured_output import Constraint
 
 
-def work(
+def batch_work(
     plan: Plan,
-    tickets: Mapping[ScheduledSequence, EngineRequest],
+    requests: Mapping[ScheduledSequence, EngineRequest],
     histories: Mapping[ScheduledSequence, TokenHistory],
     constraints: Mapping[ScheduledSequence, Constraint],
 ) -> BatchWork:
-    """The tokens of a plan's rows. `tickets` has one for each row's sequence, `histories` those that penalties need,
-    `constraints` those whose text is held to something."""
+    """The tokens of a plan's rows. `requests` has one for each row's sequence, `histories` one for each sequence with
+    penalties, `constraints` one for each whose text is constrained."""
     token_ids: list[int] = []
     rope_lengths: list[int] = []
     sampled, sampling = [], []
@@ -34,17 +34,17 @@ def work(
         if row.sample:
             sampled.append(len(token_ids) - 1)
             sequence = row.sequence
-            sampling.append(_sampling(sequence, tickets[sequence], histories.get(sequence), constraints.get(sequence)))
+            sampling.append(_sampling(sequence, requests[sequence], histories.get(sequence), constraints.get(sequence)))
     spans = tuple(Span(row.start, row.count) for row in plan.rows)
     return BatchWork(spans, token_ids, rope_lengths, tuple(sampled), tuple(sampling))
 
 
 def _sampling(
-    sequence: ScheduledSequence, ticket: EngineRequest, history: TokenHistory | None, constraint: Constraint | None
+    sequence: ScheduledSequence, request: EngineRequest, history: TokenHistory | None, constraint: Constraint | None
 ) -> RowSampling:
-    params = ticket.params
-    position = len(sequence.tokens) - len(ticket.request.prompt)
-    suppressed = tuple(ticket.request.stop_token_ids) if position < params.min_tokens else ()
+    params = request.params
+    position = len(sequence.tokens) - len(request.request.prompt)
+    suppressed = tuple(request.request.stop_token_ids) if position < params.min_tokens else ()
     if constraint is not None:  # it wins over what else is asked for
         suppressed = constraint.impossible(suppressed, params.ignore_eos)
     return RowSampling(
@@ -59,7 +59,7 @@ def _sampling(
         logit_bias=params.logit_bias,
         suppressed=suppressed,
         allowed=None if constraint is None else constraint.allowed,
-        seed=ticket.seed,
+        seed=request.seed,
         sample_index=sequence.sample,
         position=position,
         logprobs=params.logprobs,

@@ -1,45 +1,40 @@
-"""The step loop: schedule, announce, execute, record, publish. One batch on one screen.
+"""The step loop: plan, announce, execute, record, publish. One batch on one screen.
 
 One thread owns the loop and every torch call. Several batches can be under way, one a lane: while one waits for a
-holder another computes. Requests, aborts and news of holders come through an inbox that is drained between batches;
-outputs leave once a batch and client, through a sink that never blocks. Knows tokens; knows nothing of text, nor of
-what becomes of a batch that fails: that is `Failures`.
+holder another computes. Requests, aborts and news of holders come through a mailbox that is emptied between batches;
+outputs leave once a batch and client, through a sink that never blocks.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lamina.completions import FinishReason
-from lamina.engine.batch_input import work
-from lamina.engine.failures import Failures, WaitDeadline
-from lamina.engine.holder_answers import floors_of, spared_of
+from lamina.engine.batch_input import batch_work
+from lamina.engine.failures import FailureReports, Failures, WaitDeadline
 from lamina.engine.holders import Holders
-from lamina.engine.in_flight import Answered, InFlight, Lane
+from lamina.engine.in_flight import InFlight, Lane
 from lamina.engine.kv_migration import KvMigration
 from lamina.engine.mailbox import Mailbox
 from lamina.engine.observer import observe
+from lamina.engine.observers import BatchDone, BatchObserver
 from lamina.engine.request_registry import RequestRegistry
-from lamina.engine.stats import EngineStats
+from lamina.engine.stats import EngineStats, savings
 from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, InvalidRequest
 from lamina.journal.history import KvLocation, RecoveredRequest
-from lamina.messages.engine_request import EngineRequest, unwatched
+from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
-from lamina.scheduling.kv_shares import Pages
-from lamina.scheduling.lane_tuner import LaneTuner
-from lamina.scheduling.local_share import LocalShare
-from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.control_plane import ControlPlane, Step, refusal
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.request import Plan, ScheduledSequence
-from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
-from lamina_protocols.routes import HolderBatch
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.attention_merge import Waiting
@@ -55,105 +50,100 @@ logger = logging.getLogger("lamina")
 
 
 class Engine:
-    """Requests in, outputs out. Somebody's thread must `run` it; the other public methods are for any thread.
+    """Requests in, outputs out. A thread of the caller must `run` it; the other public methods are for any thread.
 
-    Without any holder requests wait for one to join, `hope` seconds at most. `on_lost` is told the name of each that
-    was given up, `on_rebuilt` how many of how many lost tokens have been computed again. Neither may block.
+    Attention workers are the holders of `control` that have a name. Where none is left, requests wait for one to join,
+    `wait` seconds at most. `clock`: seconds. With a `recorder` the engine keeps a journal.
     """
 
     def __init__(
         self,
         worker: Workers[Peer],
-        scheduler: Scheduler,
-        placement: Placement,
+        control: ControlPlane,
         clock: Callable[[], float],
         *,
-        names: Mapping[int, str] | None = None,
-        scratch: Collection[int] = (),
-        lanes: LaneTuner | None = None,
-        balance: LocalShare | None = None,
         grammars: Grammars | None = None,
-        hope: float = 60.0,
         recorder: Recorder | None = None,
-        on_lost: Callable[[str], None] | None = None,
-        on_rebuilt: Callable[[int, int], None] = unwatched,
+        wait: float = 60.0,
+        reports: FailureReports | None = None,
     ) -> None:
         self._worker = worker
-        self._scheduler = scheduler
-        self._placement = placement
-        self._scratch = frozenset(scratch)  # holders of which the scheduler knows nothing
+        self._control = control
+        self._scheduler = control.scheduler
         self._clock = clock
-        self._lane_count = lanes or LaneTuner(1)
         self._grammars = grammars
-        self._inbox = Mailbox()
-        self._tally = EngineStats(clock())
-        self._clients = RequestRegistry(scheduler, clock, grammars, recorder)
-        self._batches = InFlight(worker, scheduler, self._tally)
-        mover = KvMigration(worker, scheduler, placement, clock)
-        self._fleet = Holders(worker, scheduler, placement, dict(names or {}), self._scratch, mover)
-        self._tiers = TierController(balance or LocalShare(), mover, scheduler, placement, clock)
-        self._patience = WaitDeadline(hope, self._fleet, scheduler, self._clients, clock)
-        self._losses = Failures(
-            worker, scheduler, self._fleet, self._tiers, self._batches, self._clients, self._patience, self._tally,
-            on_lost, on_rebuilt,
+        self._mailbox = Mailbox()
+        self._stats = EngineStats(clock())
+        self._registry = RequestRegistry(self._scheduler, clock, grammars, recorder)
+        self._in_flight = InFlight(worker, control, self._stats)
+        migration = KvMigration(worker, control, clock)
+        names = {number: holder.name for number, holder in control.placement.holders.items() if holder.name}
+        self._holders = Holders(worker, control, names, migration)
+        self._tiering = TierController(control, migration, clock)
+        self._deadline = WaitDeadline(wait, self._holders, self._scheduler, self._registry, clock)
+        self._failures = Failures(
+            worker, self._scheduler, self._holders, self._tiering, self._in_flight, self._registry, self._deadline,
+            reports or FailureReports(),
         )  # fmt: skip
+        self._holders.listeners = (self._stats, self._tiering, self._failures)
+        self._observers: tuple[BatchObserver, ...] = (self._failures, self._stats, self._tiering)
 
     # Any thread.
 
     @property
     def alive(self) -> bool:
         """Whether requests are served, now or as soon as the loop runs."""
-        return not self._inbox.is_shut
+        return not self._mailbox.is_shut
 
-    def submit(self, ticket: EngineRequest) -> None:
+    def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises EngineError where the engine has stopped, and InvalidRequest where its text cannot
         be held to what it asks for: that is compiled here, not on the engine's thread."""
-        if ticket.params.constrained:
+        if request.params.constrained:
             if self._grammars is None:
                 raise InvalidRequest("this engine has no tokenizer; it can hold no text to a schema or grammar")
-            ticket.constraints = self._grammars.constraints(ticket.params, ticket.request.n)
-        self._inbox.ask(partial(self._clients.add, ticket), partial(self._clients.refuse, ticket))
+            request.constraints = self._grammars.constraints(request.params, request.request.n)
+        self._mailbox.request(partial(self._registry.add, request), partial(self._registry.refuse, request))
 
-    def abort(self, ticket: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
+    def abort(self, request: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
         """End a request, or one sample of it. Harmless where it has ended; what is under way is thrown away."""
-        self._inbox.tell(partial(self._clients.end, ticket, sample, reason))
+        self._mailbox.post(partial(self._registry.end, request, sample, reason))
 
     def join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None = None) -> None:
         """One attention worker more, by the name of its port. New sequences use it. With several ranks `holder` is that
         of rank 0, and the others connect with `credentials`."""
-        self._inbox.tell(partial(self._losses.join, port, holder, credentials))
+        self._mailbox.post(partial(self._failures.join, port, holder, credentials))
 
     def leave(self, name: str) -> None:
         """An attention worker is known to be gone. Harmless where that was noticed already."""
-        self._inbox.tell(partial(self._losses.leave, name))
+        self._mailbox.post(partial(self._failures.leave, name))
 
     def rank_gone(self, rank: int, why: str, stays: bool) -> None:
         """A model worker beyond this one is known to be gone, and comes back unless it `stays` away."""
-        self._inbox.tell(partial(self._losses.rank_gone, rank, why, stays))
+        self._mailbox.post(partial(self._failures.rank_gone, rank, why, stays))
 
     def rank_back(self, peer: Peer) -> None:
         """A model worker that was gone is there again."""
-        self._inbox.tell(partial(self._losses.rank_back, peer))
+        self._mailbox.post(partial(self._rank_back, peer))
 
     def drain(self, name: str) -> Future[int]:
         """Let an attention worker go once its KV has moved to the others; the result is how many tokens moved. Raises
         EngineError where the engine has stopped."""
         done: Future[int] = Future()
-        self._inbox.ask(partial(self._drain, name, done), partial(_refuse, done))
+        self._mailbox.request(partial(self._drain, name, done), partial(_refuse, done))
         return done
 
     def disclaim(self) -> None:
-        """Whoever has not come back by now for a request that an engine before began will not: those are ended."""
-        self._inbox.tell(self._clients.disclaim)
+        """End the requests of the previous engine whose clients have not come back by now."""
+        self._mailbox.post(self._registry.disclaim)
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
-        """Have `sink` told, by the engine's thread and between two batches, what the engine is doing; never where it
-        has stopped."""
-        self._inbox.tell(partial(self._look, sink))
+        """Have the engine's thread call `sink` between two batches with what the engine is doing; never where it has
+        stopped."""
+        self._mailbox.post(partial(self._snapshot, sink))
 
     def close(self) -> None:
         """Stop after the batches under way; unfinished requests end with an EngineError."""
-        self._inbox.end()
+        self._mailbox.end()
 
     # The engine's thread.
 
@@ -163,68 +153,71 @@ class Engine:
         What is shared among sequences is unknown here, and would be counted for each: so holders that have something
         are asked how much room they have, before anything is planned by it.
         """
-        self._scheduler.number_handles_from(last_handle)
-        tickets = self._clients.recover(found)
-        if tickets:
-            self._fleet.ask_for_room(each.number for each in found.values())
-            self._clients.rebuild()
-        return tickets
+        self._scheduler.ledger.number_from(last_handle)
+        requests = self._registry.recover(found)
+        if requests:
+            self._holders.ask_for_room(each.number for each in found.values())
+            self._registry.rebuild()
+        return requests
 
     def run(self) -> None:
         """Serve requests until `close`. Every torch call is made here."""
-        self._tally.began = self._clock()
+        self._stats.began = self._clock()
         cause: BaseException | None = None
         try:
-            while self._drain_inbox():
+            while self._read_mail():
                 self.step()
-        except BaseException as error:  # whatever it is, nobody may wait for ever
+        except BaseException as error:  # whatever it is, no caller may wait for ever
             logger.exception("the engine stopped")
             cause = error
-        self._inbox.shut(cause)
-        self._batches.close()
-        self._clients.stopped(self._inbox.error)
+        self._mailbox.shut(cause)
+        self._in_flight.close()
+        self._registry.stopped(self._mailbox.error)
 
-    def _drain_inbox(self) -> bool:
+    def _read_mail(self) -> bool:
         """Do what was asked since the last batch; wait only where there is nothing else to do. False: stop."""
         while True:
-            if self._patience.look():
-                self._batches.full = False
-            work = self._scheduler.has_work or self._placement.pending or self._tiers.busy
-            waits = self._batches.full and (self._fleet.halted or bool(self._scheduler.stranded))
-            idle = not self._batches and (not work or waits)
+            if self._deadline.check():
+                self._in_flight.full = False
+            work = self._control.has_work or self._tiering.busy
+            waits = self._in_flight.full and (self._holders.halted or bool(self._scheduler.admission.stranded))
+            idle = not self._in_flight and (not work or waits)
             since = self._clock() if idle else 0.0
             try:
-                do = self._inbox.get(self._patience.left() if idle else 0.0)
+                do = self._mailbox.get(self._deadline.left() if idle else 0.0)
             except queue.Empty:
                 if idle:
-                    self._patience.despair()
-                    self._batches.full = False
+                    self._deadline.expire()
+                    self._in_flight.full = False
                 return True
             finally:
                 if idle:
-                    self._tally.idle_seconds += self._clock() - since
+                    self._stats.idle_seconds += self._clock() - since
             if do is None:
                 return False
-            self._batches.full = False
+            self._in_flight.full = False
             do()
 
     def _drain(self, name: str, done: Future[int]) -> None:
         if not done.set_running_or_notify_cancel():
             return
         try:
-            while self._batches:
-                self._advance(self._batches.next())
-            self._losses.drain(name, done)
-        except BaseException as error:  # the engine stops, and nobody may wait for ever
+            while self._in_flight:
+                self._advance(self._in_flight.next())
+            self._failures.drain(name, done)
+        except BaseException as error:  # the engine stops, and no caller may wait for ever
             if not done.done():
                 done.set_exception(error)
             raise
 
-    def _look(self, sink: Callable[[Snapshot], None]) -> None:
-        self._tally.lanes, self._tally.attention_seconds = self._lane_count.count, self._worker.attention_seconds
-        self._tally.local_share = self._tiers.local_share
-        links, names = self._worker.links(), self._fleet.names
-        taken = observe(self._tally, self._scheduler, self._placement, links, names, self._scratch, self._clock())
+    def _rank_back(self, peer: Peer) -> None:
+        self._stats.returned += self._failures.rank_back(peer)
+
+    def _snapshot(self, sink: Callable[[Snapshot], None]) -> None:
+        taken = observe(
+            self._stats, self._control, self._worker.links(), self._holders.names, self._worker.attention_seconds,
+            self._tiering.local_share, self._clock(),
+        )  # fmt: skip
         try:
             sink(taken)
         except Exception:  # it may be anything
@@ -233,117 +226,112 @@ class Engine:
     # A batch.
 
     def step(self) -> None:
-        """Begin batches where lanes are free, and go on with one whose reply has come: with the one that has waited
-        longest where none has."""
+        """Begin batches where lanes are free, and go on with one whose reply has come, or with the one that has waited
+        longest."""
         if self._worker.missing:
-            self._batches.full = True
+            self._in_flight.full = True
             return
         self._move()
-        while len(self._batches) < self._lane_count.count and not self._batches.full:
-            plan = self._scheduler.plan(self._lane_count.count)
-            if plan is None and (self._batches or not self._placement.pending):
-                self._batches.full = True
+        while len(self._in_flight) < self._control.lanes.count and not self._in_flight.full:
+            step = self._control.plan(alone=not self._in_flight)
+            if step is None:
+                self._in_flight.full = True
                 break
-            self._batches.add(self._begin(plan))
-        if self._batches:
-            self._advance(self._batches.next())
+            self._in_flight.add(self._begin(step))
+        if self._in_flight:
+            self._advance(self._in_flight.next())
 
     def _move(self) -> None:
-        """Let sequences change their place, between batches."""
-        if self._tiers.busy:
-            self._batches.full = False  # what has moved away leaves room
+        """Let sequences move between holders, between batches."""
+        if self._tiering.busy:
+            self._in_flight.full = False  # what has moved away leaves room
         try:
-            self._tiers.step()
+            self._tiering.step()
         except HolderFault as fault:
             logger.warning("moving sequences failed: %s", fault)
-            self._losses.failed_outside()
+            self._failures.failed_outside()
 
-    def _begin(self, plan: Plan | None) -> Lane:
-        rows = plan.rows if plan is not None else ()
-        # Looked up now: the batch goes on for those that end meanwhile.
-        tickets = {row.sequence: self._clients.tickets[row.sequence.request.id] for row in rows}
-        histories = {s: history for s in tickets if (history := self._clients.histories.get(s)) is not None}
-        answered = Answered()
-        return Lane(plan, self._batch(plan, tickets, histories, answered), answered)
+    def _begin(self, step: Step) -> Lane:
+        # Looked up now: the batch goes on for requests that end meanwhile.
+        requests = {row.sequence: self._registry.requests[row.sequence.request.id] for row in step.rows}
+        histories = {s: history for s in requests if (history := self._registry.histories.get(s)) is not None}
+        lane = Lane(step)
+        lane.run = self._batch(lane, requests, histories)
+        return lane
 
     def _advance(self, lane: Lane) -> None:
         """Go on with a batch until it is over, or until it waits while there are others to go on with."""
         try:
             lane.waiting = next(lane.run)
-            while len(self._batches) == 1 == self._lane_count.count:
+            while len(self._in_flight) == 1 == self._control.lanes.count:
                 lane.waiting = next(lane.run)
         except StopIteration:
-            self._batches.over(lane)
+            self._in_flight.over(lane)
         except HolderFault as fault:
-            self._losses.failed(lane, fault)
+            self._failures.failed(lane, fault)
 
     def _batch(
         self,
-        plan: Plan | None,
-        tickets: Mapping[ScheduledSequence, EngineRequest],
+        lane: Lane,
+        requests: Mapping[ScheduledSequence, EngineRequest],
         histories: Mapping[ScheduledSequence, TokenHistory],
-        answered: Answered,
     ) -> Generator[Waiting, None, None]:
-        """One batch: from the scheduler's plan to the outputs that its clients get."""
-        shares = self._placement.place(plan) if plan is not None else self._placement.outgoing()
-        batch, answers = yield from self._worker.announce(shares)
-        answered.up = True
-        free = self._fleet.answered(shares, answers)
-        self._tally.scratch_free |= {n: answer.free_pages for n, answer in answers.items() if n in self._scratch}
-        if plan is None:
-            self._scheduler.told(free)
-            return
-        if self._agreed(plan, free, shares, answers) and plan.rows:
-            self._clients.scheduled(tickets)
-            lanes = self._lane_count
-            sampled = yield from self._worker.execute(
-                work(plan, tickets, histories, self._clients.constraints), batch, shares, lanes.count > 1
-            )
-            self._tiers.completed(plan, self._worker.times, lanes.count, lanes.trying)
-            self._record(plan, sampled)
-        self._losses.went_well()
+        """One batch: from the control plane's step to the outputs that its clients get."""
+        step = lane.step
+        batch, answers = yield from self._worker.announce(step.batches)
+        lane.answered = True
+        if self._agreed(step, answers) and step.plan is not None and step.rows:
+            self._registry.scheduled(requests)
+            work = batch_work(step.plan, requests, histories, self._registry.constraints)
+            sampled = yield from self._worker.execute(work, batch, step.batches, self._control.lanes.count > 1)
+            self._record(step.plan, sampled)
+        if step.plan is not None:
+            self._failures.went_well()
 
-    def _agreed(
-        self, plan: Plan, free: Pages, shares: Mapping[int, HolderBatch], answers: Mapping[int, Announced]
-    ) -> bool:
+    def _agreed(self, step: Step, answers: Mapping[int, Announced]) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
-        if refusal := next((answer for answer in answers.values() if not answer.accepted), None):
-            self._tiers.abandon()  # what moves must not keep from others what they cannot do without
-            for sequence in self._scheduler.refused(plan, free):
-                if ticket := self._clients.of(sequence):
-                    self._clients.fail(ticket, EngineError(f"the holders have no room: {refusal.reason}"))
+        if (why := refusal(answers)) is not None and step.plan is not None:
+            self._tiering.abandon()  # what moves must not keep from others what they cannot do without
+            for sequence in self._control.refused(step, answers):
+                if request := self._registry.of(sequence):
+                    self._registry.fail(request, EngineError(f"the holders have no room: {why}"))
             return False
-        kept = {number: answer for number, answer in answers.items() if number not in self._scratch}
-        self._scheduler.accepted(plan, free, floors_of(plan, shares, kept))
-        for request_id, spared in spared_of(plan, shares, kept).items():
-            if ticket := self._clients.tickets.get(request_id):
-                self._tally.spared(ticket.spared, spared)
-                ticket.spared = spared
+        self._control.accepted(step, answers)
+        for request_id, spared in savings(step, self._control.kept(answers)).items():
+            if known := self._registry.requests.get(request_id):
+                self._stats.spared(known.spared, spared)
+                known.spared = spared
         return True
 
     def _record(self, plan: Plan, sampled: Sampled) -> None:
+        """A batch is computed: its tokens go to the control plane, what follows from it to the observers, and the
+        outputs to the clients."""
+        now, running = self._clock(), len(self._scheduler.running)
+        local, remote = self._control.tokens_read(plan)
         rows = [row for row in plan.rows if row.sample]
         for row, token in zip(rows, sampled.tokens, strict=True):
             if token is None:
-                self._tally.corrupted += 1
-                self._scheduler.end(row.sequence, "abort", keep=False)
-                self._clients.forget(row.sequence)
-                if ticket := self._clients.of(row.sequence):
-                    self._clients.fail(ticket, EngineError("the model's logits are not finite for this request"))
-        prompt_tokens = self._clients.follow_prefill(plan)
+                self._corrupted(row.sequence)
+        prompt_tokens = self._registry.follow_prefill(plan)
         reports = dict(zip((row.sequence for row in rows), sampled.logprobs, strict=True))
-        now = self._clock()
-        outcomes = self._scheduler.record(plan, [token or 0 for token in sampled.tokens])
-        self._placement.recorded(plan)
-        self._losses.report_rebuilt()
-        prefill = any(row.count > 1 for row in plan.rows)
-        self._tally.complete(sum(row.count for row in plan.rows), prompt_tokens, len(outcomes))
-        if self._tiers.all_local:
-            self._lane_count.alone()
-        else:
-            mixed, attended = prefill or not self._tiers.settled, self._worker.attention_seconds
-            self._lane_count.completed(len(outcomes), len(self._clients.tickets), mixed, now, attended)
-        self._clients.record(plan, outcomes, reports)
+        requests = len(self._registry.requests)
+        outcomes = self._control.recorded(plan, [token or 0 for token in sampled.tokens])
+        outputs = self._registry.outputs(outcomes, reports, now)
+        done = BatchDone(
+            plan, outputs.by_request, prompt_tokens, len(outcomes), requests, running, local, remote,
+            self._worker.times, self._worker.attention_seconds, now,
+        )  # fmt: skip
+        for observer in self._observers:
+            observer.batch_done(done)
+        self._registry.publish(plan, outputs)
+
+    def _corrupted(self, sequence: ScheduledSequence) -> None:
+        """The logits of a sequence are not finite: its request ends, and nothing of its KV is kept for others."""
+        self._stats.corrupted += 1
+        self._scheduler.end(sequence, "abort", keep=False)
+        self._registry.forget(sequence)
+        if request := self._registry.of(sequence):
+            self._registry.fail(request, EngineError("the model's logits are not finite for this request"))
 
 
 def _refuse(done: Future[int], error: EngineError) -> None:

@@ -1,7 +1,6 @@
-"""What goes wrong with holders and model workers, and who of them comes and goes, while batches are under way.
+"""What goes wrong with holders and model workers while batches are under way, and how long requests wait for help.
 
-Gives up the batches and moves that cannot go on, has `Holders` do what is to be done about KV, and those told who want
-to know. Knows nothing of what a batch does.
+Batches and moves that cannot go on are given up, and lost holders leave the register.
 """
 
 from __future__ import annotations
@@ -9,15 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lamina.engine.holders import Holders
+from lamina.engine.holders import HolderChange, Holders
 from lamina.engine.in_flight import InFlight, Lane
 from lamina.engine.request_registry import RequestRegistry
-from lamina.engine.stats import EngineStats
 from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, LaminaError
-from lamina.scheduling.placement import Holder
+from lamina.messages.engine_request import unwatched
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.channels import Credentials
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
@@ -25,11 +25,25 @@ from lamina_workers.model_worker.interface import Workers
 from lamina_workers.ports.port import AttentionPort
 
 if TYPE_CHECKING:
+    from lamina.engine.observers import BatchDone
     from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
 
 MAX_FAULTS = 3  # batches in a row that may fail at a holder before their requests do
+
+
+def unlost(name: str) -> None:
+    """The `lost` of an engine without attention workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailureReports:
+    """Callbacks of an engine's owner; neither may block. `lost` gets the name of each attention worker that was given
+    up, `rebuilt` how many of how many lost tokens have been computed again."""
+
+    lost: Callable[[str], None] = unlost
+    rebuilt: Callable[[int, int], None] = unwatched
 
 
 class _Late(NamedTuple):
@@ -41,35 +55,27 @@ class _Late(NamedTuple):
 
 
 class Failures:
-    """For one engine; everything is called between two steps of its batches.
-
-    `on_lost` is told the name of each attention worker that was given up, `on_rebuilt` how many of how many lost tokens
-    have been computed again.
-    """
+    """The failures of one engine. Everything is called between two steps of its batches."""
 
     def __init__(
         self,
         worker: Workers[Peer],
         scheduler: Scheduler,
-        fleet: Holders,
-        tiers: TierController,
-        batches: InFlight,
-        clients: RequestRegistry,
-        patience: WaitDeadline,
-        tally: EngineStats,
-        on_lost: Callable[[str], None] | None,
-        on_rebuilt: Callable[[int, int], None],
+        holders: Holders,
+        tiering: TierController,
+        in_flight: InFlight,
+        registry: RequestRegistry,
+        deadline: WaitDeadline,
+        reports: FailureReports,
     ) -> None:
         self._worker = worker
         self._scheduler = scheduler
-        self._fleet = fleet
-        self._tiers = tiers
-        self._batches = batches
-        self._clients = clients
-        self._patience = patience
-        self._tally = tally
-        self._on_lost = on_lost
-        self._on_rebuilt = on_rebuilt
+        self._holders = holders
+        self._tiering = tiering
+        self._in_flight = in_flight
+        self._registry = registry
+        self._deadline = deadline
+        self._reports = reports
         self._faults = 0  # since a batch went well
         self._rebuild: tuple[int, int] | None = None  # tokens computed again before the last loss, and due since
         self._late: list[_Late] = []
@@ -80,14 +86,14 @@ class Failures:
         """No holder has failed in a batch."""
         self._faults = 0
 
-    def report_rebuilt(self) -> None:
-        """A batch is recorded: perhaps some of its tokens were lost ones."""
+    def batch_done(self, done: BatchDone) -> None:
+        """Report how many lost tokens have been computed again: perhaps this batch had some."""
         if self._rebuild is None:
             return
         before, due = self._rebuild
-        done = self._scheduler.counters.rebuilt_tokens - before
-        self._on_rebuilt(min(done, due), due)
-        if done >= due:
+        rebuilt = self._scheduler.counters.rebuilt_tokens - before
+        self._reports.rebuilt(min(rebuilt, due), due)
+        if rebuilt >= due:
             logger.info("%d tokens of lost KV are computed again", due)
             self._rebuild = None
 
@@ -102,33 +108,32 @@ class Failures:
         elif isinstance(fault, HolderLost) and (gone := self._worker.lost()):
             logger.warning("%s", fault)
             self._lose(gone)
-        else:  # also where it is the local one, which cannot be lost
+        else:  # also where it is the one in this process, which cannot be lost
             self.run_again(lane, fault)
 
     def run_again(self, lane: Lane, fault: HolderFault) -> None:
-        """Plan the batch again; where that keeps failing give up its requests, and at last everything."""
+        """Plan the batch again; where that keeps failing end its requests, and at last the engine."""
         self._faults += 1
-        self._tally.failed_batches += lane.answered.up
         logger.warning("a batch failed and runs again: %s", fault)
-        if lane.answered.up:
-            self._batches.drop(lane)
-        else:  # something that had no reply of its own was lost: perhaps stored keys
+        if lane.answered:
+            self._in_flight.drop(lane)
+        else:  # a message that had no reply of its own was lost: perhaps stored keys
             self._abandon()
-        if self._faults % MAX_FAULTS == 0 and lane.plan is not None:
-            for request_id in {row.sequence.request.id for row in lane.plan.rows}:
+        if self._faults % MAX_FAULTS == 0:
+            for request_id in {row.sequence.request.id for row in lane.step.rows}:
                 error = EngineError(f"a holder failed {MAX_FAULTS} times in a row: {fault}")
-                if ticket := self._clients.tickets.get(request_id):
-                    self._clients.fail(ticket, error, fault)
+                if request := self._registry.requests.get(request_id):
+                    self._registry.fail(request, error, fault)
         if self._faults >= 3 * MAX_FAULTS:
             raise EngineError(f"a holder failed {self._faults} times in a row: {fault}") from fault
-        if not lane.answered.up:
+        if not lane.answered:
             self._scheduler.recompute()
 
     def failed_outside(self) -> None:
         """A holder failed outside of any batch. Where it is not lost, it may have lost what it was to store."""
         self._abandon()
         if self._worker.missing:
-            self._patience.miss()
+            self._deadline.start()
         elif gone := self._worker.lost():
             self._lose(gone)
         else:
@@ -136,59 +141,54 @@ class Failures:
 
     def _abandon(self) -> None:
         """Give up every batch under way, and every move."""
-        self._tiers.abandon()
-        self._batches.abandon()
+        self._tiering.abandon()
+        self._in_flight.abandon()
 
     # Holders.
 
     def join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None) -> None:
         """One attention worker more; see `Engine.join`."""
-        if self._worker.missing:  # who could not use it yet
+        if self._worker.missing:  # a missing rank could not use it yet
             self._late.append(_Late(port, holder, credentials))
             return
         try:
-            self._fleet.join(port, holder, credentials)
+            self._holders.join(port, holder, credentials)
         except HolderFault as fault:  # another rank cannot use it
             logger.warning("%s", fault)
             port.close()
-            if self._on_lost is not None:
-                self._on_lost(port.name)
-            return
-        self._tally.joined()
-        self._tiers.changed()
+            self._reports.lost(port.name)
 
     def leave(self, name: str) -> None:
         """An attention worker is known to be gone. Harmless where that was noticed already."""
-        if numbers := [number for number, known in self._fleet.names.items() if known == name]:
+        if numbers := self._holders.numbers(name):
             self._lose(numbers)
 
     def _lose(self, numbers: list[int]) -> None:
         """Holders are gone, and their attention workers with them: what those kept is rebuilt elsewhere, and the
         batches under way run again."""
         self._abandon()
-        numbers = self._fleet.companions(numbers)
-        names = list(dict.fromkeys(self._fleet.names[number] for number in numbers))
-        self._tally.lost(names)
-        due = self._fleet.lose(numbers)
-        self._rebuild = (self._scheduler.counters.rebuilt_tokens, due) if due else None
-        if self._on_lost is not None:
-            for name in names:
-                self._on_lost(name)
-        self._tiers.changed()
-        if self._fleet.empty:
-            self._patience.miss()
+        self._holders.lose(self._holders.companions(numbers))
 
     def drain(self, name: str, done: Future[int]) -> None:
         """Let an attention worker go once its KV has moved to the others. No batch may be under way."""
-        self._tiers.abandon()
+        self._tiering.abandon()
         try:
-            done.set_result(self._fleet.drain(name))
-            self._tiers.changed()
+            done.set_result(self._holders.drain(name))
         except HolderFault as fault:
             done.set_exception(EngineError(f"{name} could not be drained: {fault}"))
             self.failed_outside()
         except LaminaError as error:
             done.set_exception(error)
+
+    def holders_changed(self, change: HolderChange) -> None:
+        """After a loss: count what is rebuilt, report the names, and start the deadline where no holder is left."""
+        if change.kind != "lost":
+            return
+        self._rebuild = (self._scheduler.counters.rebuilt_tokens, change.rebuilt) if change.rebuilt else None
+        for name in change.names:
+            self._reports.lost(name)
+        if self._holders.empty:
+            self._deadline.start()
 
     # Model workers.
 
@@ -198,84 +198,93 @@ class Failures:
             return
         if stays:
             raise EngineError(f"model worker {rank} is gone and stays away: {why}")
-        if not self._patience.halted:
+        if not self._deadline.started:
             self._halt()
 
     def _halt(self) -> None:
         """A rank is gone: nothing can be computed before it is back."""
         self._abandon()
-        self._patience.miss()
+        self._deadline.start()
 
-    def rank_back(self, peer: Peer) -> None:
-        """A rank is there again. Its seats at attention workers have what they had."""
+    def rank_back(self, peer: Peer) -> bool:
+        """A rank is there again. Its seats at attention workers have what they had. False where it is gone already."""
         self._abandon()
         try:
             back = self._worker.returned(peer)
         except RankLost as loss:
             logger.warning("%s", loss)
-            return
-        self._fleet.emptied(back.pools)
-        if gone := [*back.gone, *self._fleet.torn(back.kept)]:
+            return False
+        self._holders.emptied(back.pools)
+        if gone := [*back.gone, *self._holders.torn(back.kept)]:
             self._lose(gone)
-        self._tally.returned += 1
         late, self._late = self._late, []
         for each in late:
             self.join(*each)
+        return True
 
 
 class WaitDeadline:
-    """`hope` seconds at most, of the clock, from when it was missed; then they end with an error."""
+    """How long requests wait where nothing can go on with them: `timeout` seconds of the clock at most. Then they end
+    with an error.
+
+    Two waits are timed. The engine is halted while no holder is left or a model worker is missing: `start` begins that.
+    While it goes on, single requests may be stranded, which no holder can keep; `check` sees that.
+    """
 
     def __init__(
-        self, hope: float, fleet: Holders, scheduler: Scheduler, clients: RequestRegistry, clock: Callable[[], float]
+        self,
+        timeout: float,
+        holders: Holders,
+        scheduler: Scheduler,
+        registry: RequestRegistry,
+        clock: Callable[[], float],
     ) -> None:
-        self._hope = hope
-        self._fleet = fleet
+        self._timeout = timeout
+        self._holders = holders
         self._scheduler = scheduler
-        self._clients = clients
+        self._registry = registry
         self._clock = clock
-        self._halted: float | None = None  # since when nobody can go on
+        self._halted: float | None = None  # since when nothing can go on
         self._stranded: float | None = None  # since when some are stranded, while others go on
 
     @property
-    def halted(self) -> bool:
-        """Whether it is known that nobody can go on."""
+    def started(self) -> bool:
+        """Whether it is known that nothing can go on."""
         return self._halted is not None
 
-    def miss(self) -> None:
-        """From now on nobody can go on. It has all its time, however long some were stranded before."""
+    def start(self) -> None:
+        """From now on nothing can go on. The wait has all its time, however long some were stranded before."""
         self._halted = self._clock()
 
     def left(self) -> float | None:
-        """Seconds that requests may still wait; None where they wait for nobody, or there are none."""
+        """Seconds that requests may still wait; None where they wait for nothing, or there are none."""
         since = self._stranded if self._halted is None else self._halted
-        if since is None or not self._clients.tickets:
+        if since is None or not self._registry.requests:
             return None
-        return max(0.0, since + self._hope - self._clock())
+        return max(0.0, since + self._timeout - self._clock())
 
-    def look(self) -> bool:
-        """To be called between batches. Those whom no holder can keep any more wait for one that can, while others go
-        on. Whether that was too long, so that they have been given up."""
-        if self._fleet.halted:
+    def check(self) -> bool:
+        """Between two batches: whether requests were stranded for too long, so that they have ended."""
+        if self._holders.halted:
             return False
         self._halted = None
-        if not self._scheduler.stranded:
+        if not self._scheduler.admission.stranded:
             self._stranded = None
         elif self._stranded is None:
             self._stranded = self._clock()
-        elif self._clock() > self._stranded + self._hope:
-            self.despair()
+        elif self._clock() > self._stranded + self._timeout:
+            self.expire()
             return True
         return False
 
-    def despair(self) -> None:
-        """Nobody has come in time: whoever waits for that is told."""
-        stranded = {sequence.request.id for sequence in self._scheduler.stranded}
-        for ticket in [t for t in self._clients.tickets.values() if self._fleet.halted or t.request.id in stranded]:
-            self._clients.fail(ticket, EngineError(self._why()))
+    def expire(self) -> None:
+        """The time is over: the requests that wait end."""
+        stranded = {sequence.request.id for sequence in self._scheduler.admission.stranded}
+        for request in [r for r in self._registry.requests.values() if self._holders.halted or r.id in stranded]:
+            self._registry.fail(request, EngineError(self._why()))
 
     def _why(self) -> str:
-        if missing := self._fleet.missing:
-            return f"model worker {', '.join(map(str, missing))} has not come back for {self._hope:g} s"
-        left = "no attention worker is left" if self._fleet.empty else "no holder that is left has room for this"
-        return f"{left}, and none has joined for {self._hope:g} s; start an attention worker and try again"
+        if missing := self._holders.missing:
+            return f"model worker {', '.join(map(str, missing))} has not come back for {self._timeout:g} s"
+        left = "no attention worker is left" if self._holders.empty else "no holder that is left has room for this"
+        return f"{left}, and none has joined for {self._timeout:g} s; start an attention worker and try again"

@@ -1,45 +1,38 @@
-"""The batches under way, one a lane: whose turn it is, and how they are given up. Knows nothing of what they do."""
+"""The batches under way, one a lane: which goes on next, and how they are given up."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lamina.engine.stats import EngineStats
-from lamina.scheduling.request import Plan
-from lamina.scheduling.scheduler import Scheduler
+from lamina.scheduling.control_plane import ControlPlane, Step
 from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.parallel.peers import Peer
 
 
-@dataclass(slots=True)
-class Answered:
-    """Whether every holder has answered a batch's announcement: from then on all replies are its own."""
-
-    up: bool = False
-
-
 @dataclass(eq=False, slots=True)
 class Lane:
-    """A batch under way. `plan` is None where it only carries operations that the scheduler does not know of."""
+    """A batch under way. `answered`: every holder has answered its announcement, so that all further replies are its
+    own. `run` is the batch as a generator, suspended on `waiting`."""
 
-    plan: Plan | None
-    run: Generator[Waiting, None, None]
-    answered: Answered
+    step: Step
+    run: Generator[Waiting, None, None] = field(init=False)
+    answered: bool = False
     waiting: Waiting | None = None
 
 
 class InFlight:
     """`full` is set while nothing more can be planned until something happens."""
 
-    def __init__(self, worker: Workers[Peer], scheduler: Scheduler, tally: EngineStats) -> None:
+    def __init__(self, worker: Workers[Peer], control: ControlPlane, stats: EngineStats) -> None:
         self.full = False
         self._worker = worker
-        self._scheduler = scheduler
-        self._tally = tally
-        self._lanes: deque[Lane] = deque()  # whoever went on last stands at the end
+        self._control = control
+        self._stats = stats
+        self._lanes: deque[Lane] = deque()  # the one that went on last stands at the end
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -49,7 +42,7 @@ class InFlight:
         self._lanes.append(lane)
 
     def next(self) -> Lane:
-        """The one to go on with: the first whose reply has come, or that has waited longest where none has."""
+        """The batch to go on with: the first whose reply has come, or the one that has waited longest."""
         lane = next((lane for lane in self._lanes if lane.waiting is None or lane.waiting.over()), self._lanes[0])
         self._lanes.remove(lane)
         self._lanes.append(lane)
@@ -62,22 +55,21 @@ class InFlight:
 
     def drop(self, lane: Lane) -> None:
         """A batch has failed. Nothing of it counts; it is planned again."""
+        self._stats.failed_batches += 1
         self.over(lane)
-        if lane.plan is not None:
-            self._scheduler.drop(lane.plan)
+        self._control.dropped(lane.step)
 
     def abandon(self) -> None:
-        """Give up every one. Nothing of them counts; they are planned again."""
-        self._tally.failed_batches += len(self._lanes)
+        """Give up every batch. Nothing of them counts; they are planned again."""
+        self._stats.failed_batches += len(self._lanes)
         self.close()
         for lane in self._lanes:
-            if lane.plan is not None:
-                self._scheduler.drop(lane.plan)
+            self._control.dropped(lane.step)
         self._lanes.clear()
         self.full = False
         self._worker.next_epoch()
 
     def close(self) -> None:
-        """End them where they are; the scheduler is not told."""
+        """End them where they are; the scheduler is not notified."""
         for lane in self._lanes:
             lane.run.close()

@@ -1,8 +1,7 @@
-"""Takes the KV of sequences from one place to another, page by page, while they go on. The one way to move.
+"""Moves the KV of sequences from some holders to others, page by page, while the sequences go on. The one way to move.
 
 A sequence decodes where it is until all that it had is at the new place too; then it is switched over while it is idle.
-Knows worker, scheduler and placement; knows nothing of requests and clients, nor of why something moves. Whoever calls
-is between two batches.
+Everything is called between two batches.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.kv_shares import NO_PAGES, Layout
-from lamina.scheduling.placement import Part, Placement
+from lamina.scheduling.placement import Part
 from lamina.scheduling.request import ScheduledSequence
-from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.messages import Row
 from lamina_protocols.routes import HolderBatch, Route
 from lamina_workers.errors import HolderFault
@@ -28,7 +27,7 @@ _FIRST_CHUNK = 128  # before it is known how long copying takes
 
 @dataclass(eq=False, slots=True)
 class _Migrating:
-    """One sequence on its way: `old` parts give way to `new` ones, which have its tokens below `at`."""
+    """One sequence that moves: `old` parts give way to `new` ones, which have its tokens below `at`."""
 
     sequence: ScheduledSequence
     handle: int
@@ -46,18 +45,15 @@ class _Migrating:
 class KvMigration:
     """Moves sequences, one after the other. `tokens` and `seconds` count what was copied so far and how long it took.
 
-    What goes wrong at a holder comes as HolderFault; then all that was under way has been given up, and everything is
-    where it was.
+    A failure of a holder comes as HolderFault; then every move has been given up, and everything is where it was.
     """
 
-    def __init__(
-        self, worker: Workers[Peer], scheduler: Scheduler, placement: Placement, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, worker: Workers[Peer], control: ControlPlane, clock: Callable[[], float]) -> None:
         self.tokens = self.sequences = 0
         self.seconds = 0.0
         self._worker = worker
-        self._scheduler = scheduler
-        self._placement = placement
+        self._placement = control.placement
+        self._scheduler = control.scheduler
         self._clock = clock
         self._queue: deque[_Migrating] = deque()
         self._rate = 0.0  # tokens a second, as last measured
@@ -65,16 +61,16 @@ class KvMigration:
     @property
     def under_way(self) -> Mapping[ScheduledSequence, Layout]:
         """The sequences that are moving, and where to."""
-        return {journey.sequence: journey.layout for journey in self._queue}
+        return {moving.sequence: moving.layout for moving in self._queue}
 
     def begin(self, sequence: ScheduledSequence, layout: Layout) -> bool:
         """Have a sequence that is whole move to another layout. False where there is no room for it."""
-        if sequence.handle is None or not self._scheduler.movable(sequence):
+        if sequence.handle is None or not self._scheduler.running.movable(sequence):
             return False
         config, length = self._scheduler.config, len(sequence.tokens)
         fresh = tuple(share for share in layout if share not in sequence.layout)
         needed = config.pages_for(fresh, length) + config.page_set(fresh, length)
-        if not self._scheduler.room().covers(needed):
+        if not self._scheduler.ledger.unpromised().covers(needed):
             return False
         old = tuple(part for part in self._placement.parts(sequence.handle) if part.share not in layout)
         new = self._placement.open_beside(fresh)
@@ -83,18 +79,18 @@ class KvMigration:
         return True
 
     def step(self, seconds: float) -> None:
-        """Copy for about so many seconds, and switch over who has everything and is idle."""
+        """Copy for about so many seconds, and switch over the sequences that have everything and are idle."""
         allowance = int(self._rate * seconds) if self._rate else _FIRST_CHUNK
         allowance = max(allowance, self._scheduler.config.page_size)  # a page at least, however slow
         for _ in range(len(self._queue)):
-            journey = self._queue[0]
-            before = journey.at
-            if self._advance(journey, allowance, self._clock() + seconds):
+            moving = self._queue[0]
+            before = moving.at
+            if self._advance(moving, allowance, self._clock() + seconds):
                 self._queue.popleft()
                 self._promise()
             else:
                 self._queue.rotate(-1)
-            allowance -= journey.at - before
+            allowance -= moving.at - before
             if allowance <= 0:
                 return
 
@@ -110,87 +106,87 @@ class KvMigration:
 
     def abandon(self) -> None:
         """Give up all moves: the sequences stay where they are."""
-        for journey in self._queue:
-            self._placement.give_up(journey.new)
+        for moving in self._queue:
+            self._placement.give_up(moving.new)
         self._queue.clear()
         self._promise()
 
-    def _advance(self, journey: _Migrating, most: int, deadline: float = float("inf")) -> bool:
-        """Copy up to so many tokens more, and begin nothing after the deadline. Whether the journey has ended, well or
+    def _advance(self, moving: _Migrating, most: int, deadline: float = float("inf")) -> bool:
+        """Copy up to so many tokens more, and begin nothing after the deadline. Whether the move has ended, well or
         not."""
-        sequence = journey.sequence
-        if not journey.stands:
-            self._placement.give_up(journey.new)
+        sequence = moving.sequence
+        if not moving.stands:
+            self._placement.give_up(moving.new)
             return True
-        due = end = min(sequence.computed, max(part.share.hi for part in journey.new))
+        due = end = min(sequence.computed, max(part.share.hi for part in moving.new))
         if sequence.in_flight:  # its last page is being written
             end -= end % self._scheduler.config.page_size
-        if end - journey.at > most:  # whole pages go faster
-            end = journey.at + most
+        if end - moving.at > most:  # whole pages go faster
+            end = moving.at + most
             end -= end % self._scheduler.config.page_size
-        while journey.at < end:
-            stop = self._edge(journey, min(end, journey.at + CHUNK))
+        while moving.at < end:
+            stop = self._edge(moving, min(end, moving.at + CHUNK))
             begun = self._clock()
             try:
-                fits = self._copy(journey, journey.at, stop)
+                fits = self._copy(moving, moving.at, stop)
             except HolderFault:
                 self.abandon()
                 raise
             if not fits:
-                self._placement.give_up(journey.new)
+                self._placement.give_up(moving.new)
                 return True
             took = self._clock() - begun
-            self._rate = (stop - journey.at) / max(took, 1e-9)
-            self.tokens, self.seconds = self.tokens + stop - journey.at, self.seconds + took
-            journey.at = stop
+            self._rate = (stop - moving.at) / max(took, 1e-9)
+            self.tokens, self.seconds = self.tokens + stop - moving.at, self.seconds + took
+            moving.at = stop
             self._promise()
             if self._clock() > deadline:
                 break
-        if journey.at < due or sequence.in_flight or not self._scheduler.movable(sequence):
+        if moving.at < due or sequence.in_flight or not self._scheduler.running.movable(sequence):
             return False
-        self._placement.moved(journey.handle, journey.old, journey.new)
-        self._scheduler.moved(sequence, journey.layout)
+        self._placement.moved(moving.handle, moving.old, moving.new)
+        self._scheduler.running.moved(sequence, moving.layout)
         self.sequences += 1
         return True
 
     @staticmethod
-    def _edge(journey: _Migrating, stop: int) -> int:
+    def _edge(moving: _Migrating, stop: int) -> int:
         """`stop`, or where a part ends or begins before: no copy reaches over that."""
-        edges = [edge for part in (*journey.old, *journey.new) for edge in (part.share.lo, part.share.hi)]
-        return min([stop, *(edge for edge in edges if edge > journey.at)])
+        edges = [edge for part in (*moving.old, *moving.new) for edge in (part.share.lo, part.share.hi)]
+        return min([stop, *(edge for edge in edges if edge > moving.at)])
 
-    def _copy(self, journey: _Migrating, lo: int, hi: int) -> bool:
+    def _copy(self, moving: _Migrating, lo: int, hi: int) -> bool:
         """Whether there was room for positions [lo, hi)."""
         size = self._scheduler.config.page_size
-        moves = list(_moves(journey.old, journey.new, lo, hi, size))
+        moves = list(_moves(moving.old, moving.new, lo, hi, size))
         ranks: dict[int, list[Move]] = {}
         for move in moves:
             ranks.setdefault(self._placement.holders[move.to].rank, []).append(move)
-        for those in ranks.values():
+        for of_rank in ranks.values():
             routes: dict[int, list[Route]] = {}
-            for part in journey.new:
-                if any(move.target == part.handle for move in those):
+            for part in moving.new:
+                if any(move.target == part.handle for move in of_rank):
                     row = Row(part.handle, lo, hi - lo, None, True)
                     routes.setdefault(part.share.holder, []).append(Route(0, part.share.heads, row, (lo, hi)))
             shares: dict[int, HolderBatch] = {
                 number: self._placement.holders[number].outgoing(tuple(rows)) for number, rows in routes.items()
             }
-            if not self._worker.copy(those, shares):
+            if not self._worker.copy(of_rank, shares):
                 return False
             for number, share in shares.items():
                 self._placement.holders[number].accepted(share)
-        fresh = tuple(part.share for part in journey.new)
-        self._scheduler.took(self._scheduler.config.held(fresh, lo, hi, journey.sequence.floor))
+        fresh = tuple(part.share for part in moving.new)
+        self._scheduler.ledger.took(self._scheduler.config.held(fresh, lo, hi, moving.sequence.floor))
         return True
 
     def _promise(self) -> None:
         """Let the scheduler know what is still going to be taken."""
         config, promised = self._scheduler.config, NO_PAGES
-        for journey in self._queue:
-            fresh = tuple(part.share for part in journey.new)
-            promised += config.pages_for(fresh, len(journey.sequence.tokens))
-            promised -= config.held(fresh, 0, journey.at, journey.sequence.floor)
-        self._scheduler.promise(promised)
+        for moving in self._queue:
+            fresh = tuple(part.share for part in moving.new)
+            promised += config.pages_for(fresh, len(moving.sequence.tokens))
+            promised -= config.held(fresh, 0, moving.at, moving.sequence.floor)
+        self._scheduler.ledger.promised = promised
 
 
 def _moves(old: Iterable[Part], new: Iterable[Part], lo: int, hi: int, page_size: int) -> Iterable[Move]:
@@ -203,16 +199,16 @@ def _moves(old: Iterable[Part], new: Iterable[Part], lo: int, hi: int, page_size
             heads = [head for head in source.share.heads if head in target.share.heads]
             if heads:
                 yield Move(
-                    source.share.holder,
-                    source.handle,
-                    target.share.holder,
-                    target.handle,
-                    lo,
-                    hi,
-                    len(heads),
-                    len(source.share.heads),
-                    source.share.heads.index(heads[0]),
-                    len(target.share.heads),
-                    target.share.heads.index(heads[0]),
-                    (lo - source.share.lo) % page_size == (lo - target.share.lo) % page_size == 0,
+                    origin=source.share.holder,
+                    source=source.handle,
+                    to=target.share.holder,
+                    target=target.handle,
+                    lo=lo,
+                    hi=hi,
+                    heads=len(heads),
+                    source_heads=len(source.share.heads),
+                    source_first=source.share.heads.index(heads[0]),
+                    target_heads=len(target.share.heads),
+                    target_first=target.share.heads.index(heads[0]),
+                    paged=(lo - source.share.lo) % page_size == (lo - target.share.lo) % page_size == 0,
                 )

@@ -1,13 +1,13 @@
-"""Who wants what of an engine: tickets, what sampling must know of each sample, and what its clients are told.
+"""The requests of an engine that have not ended: what sampling must know of each sample, and the way to their clients.
 
-For the engine's thread. Knows the scheduler and the journal; knows nothing of batches' messages, holders or lanes.
+For the engine's thread.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 
+class Outputs(NamedTuple):
+    """What a batch gives its requests, by id, and those whose text has left its constraint."""
+
+    by_request: dict[str, list[EngineOutput]]
+    strayed: list[tuple[EngineRequest, InvalidRequest]]
+
+
 class RequestRegistry:
-    """The requests that have not ended. With a `recorder` all is in the journal before anybody is told of it."""
+    """`requests` by id, and for each sample that needs it a `history` of tokens and a constraint. With a `recorder`
+    everything is in the journal before a client gets it."""
 
     def __init__(
         self,
@@ -36,49 +44,48 @@ class RequestRegistry:
         grammars: Grammars | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        self.tickets: dict[str, EngineRequest] = {}
+        self.requests: dict[str, EngineRequest] = {}
         self.histories: dict[ScheduledSequence, TokenHistory] = {}
         self.constraints: dict[ScheduledSequence, Constraint] = {}
         self._scheduler = scheduler
         self._clock = clock
         self._recorder = recorder
-        self._returning = Resumption(recorder, scheduler, grammars)
+        self._resumption = Resumption(recorder, scheduler, grammars)
 
     def of(self, sample: ScheduledSequence) -> EngineRequest | None:
-        """Who asked for it, unless that has ended."""
-        return self.tickets.get(sample.request.id)
+        """The request of a sample, unless it has ended."""
+        return self.requests.get(sample.request.id)
 
     def disclaim(self) -> None:
-        """Whoever has not come back by now for what an engine before began will not: those requests end."""
-        for ticket in self._returning.disclaim():
-            self.end(ticket, None, "abort")
+        """End the requests of the previous engine whose clients have not come back."""
+        for request in self._resumption.disclaim():
+            self.end(request, None, "abort")
 
     def stopped(self, error: Callable[[], EngineError]) -> None:
-        """The engine has stopped: everybody is told. The scheduler is not touched: perhaps it is what broke."""
-        for ticket in self.tickets.values():
-            if self._recorder is not None and ticket not in self._returning:
-                self._recorder.failed(ticket)
-            self._deliver(ticket, [EngineOutput(0, None, error=error())])
+        """The engine has stopped: every client gets an error. The scheduler is not touched: it may be what broke."""
+        for request in self.requests.values():
+            if self._recorder is not None and request not in self._resumption:
+                self._recorder.failed(request)
+            self._deliver(request, [EngineOutput(0, None, error=error())])
         if self._recorder is not None:
             self._recorder.close()
 
-    def refuse(self, ticket: EngineRequest, error: EngineError) -> None:
+    def refuse(self, request: EngineRequest, error: EngineError) -> None:
         """A request came too late."""
-        self._deliver(ticket, [EngineOutput(0, None, error=error)])
+        self._deliver(request, [EngineOutput(0, None, error=error)])
 
-    def scheduled(self, tickets: Mapping[ScheduledSequence, EngineRequest]) -> None:
+    def scheduled(self, requests: Mapping[ScheduledSequence, EngineRequest]) -> None:
         """These are in a batch that every holder has accepted."""
-        for sequence, ticket in tickets.items():
-            if ticket.scheduled is None:
-                ticket.scheduled, ticket.cached_tokens = self._clock(), sequence.reused
+        for sequence, request in requests.items():
+            if request.scheduled is None:
+                request.scheduled, request.cached_tokens = self._clock(), sequence.reused
 
-    def record(
-        self, plan: Plan, outcomes: Sequence[Outcome], reports: Mapping[ScheduledSequence, RowLogprobs | None]
-    ) -> None:
-        """Tell of a batch that is complete; `reports` are the log probabilities of those who sampled."""
-        outputs: dict[str, list[EngineOutput]] = {}
-        strayed: list[tuple[EngineRequest, InvalidRequest]] = []
-        now = self._clock()
+    def outputs(
+        self, outcomes: Sequence[Outcome], reports: Mapping[ScheduledSequence, RowLogprobs | None], now: float
+    ) -> Outputs:
+        """What the requests of a complete batch get; `reports` are the log probabilities of the sequences that sampled.
+        Samples that their constraint ends have ended with this."""
+        batch = Outputs({}, [])
         for outcome in outcomes:
             sequence = outcome.sequence
             if sequence in self.histories:
@@ -88,91 +95,95 @@ class RequestRegistry:
                 try:
                     reason = self._follow(sequence, outcome.token) or reason
                 except InvalidRequest as error:
-                    strayed.append((self.tickets[sequence.request.id], error))
+                    batch.strayed.append((self.requests[sequence.request.id], error))
             output = EngineOutput(sequence.sample, outcome.token, reason, reports[sequence], at=now)
-            outputs.setdefault(sequence.request.id, []).append(output)
+            batch.by_request.setdefault(sequence.request.id, []).append(output)
             if reason is not None:
                 self.forget(sequence)
-        if self._recorder is not None:  # before anybody is told
-            self._recorder.batch(plan, outputs)
-        for request_id, batch in outputs.items():
-            self._publish(self.tickets[request_id], batch)
-        for ticket, why in strayed:
-            if ticket.request.id in self.tickets:
-                self.fail(ticket, why)
+        return batch
 
-    def add(self, ticket: EngineRequest) -> None:
+    def publish(self, plan: Plan, outputs: Outputs) -> None:
+        """Write a complete batch to the journal, then send its outputs to the clients."""
+        if self._recorder is not None:
+            self._recorder.batch(plan, outputs.by_request)
+        for request_id, batch in outputs.by_request.items():
+            self._publish(self.requests[request_id], batch)
+        for request, why in outputs.strayed:
+            if request.id in self.requests:
+                self.fail(request, why)
+
+    def add(self, request: EngineRequest) -> None:
         """A request comes, or a client comes back for one."""
-        if ticket.received is None:
-            self._begin_request(ticket)
+        if request.received is None:
+            self._begin_request(request)
         else:
-            self._take_up(ticket)
+            self._take_up(request)
 
     def _begin_request(
         self,
-        ticket: EngineRequest,
+        request: EngineRequest,
         known: Mapping[int, Sequence[int]] | None = None,
         kept: Mapping[int, RetainedKv] | None = None,
         recorded: bool = False,
     ) -> None:
         """Queue it. `known` and `kept` are the scheduler's; `recorded`: the journal has it already."""
-        ticket.unfinished = ticket.request.n if known is None else len(known)
-        self.tickets[ticket.request.id] = ticket
+        request.unfinished = request.request.n if known is None else len(known)
+        self.requests[request.id] = request
         try:
-            ticket.sequences = self._scheduler.add(ticket.request, known, kept)
-            for sequence in ticket.sequences:
-                self._follow_from(ticket, sequence)
+            request.sequences = self._scheduler.add(request.request, known, kept)
+            for sequence in request.sequences:
+                self._follow_from(request, sequence)
         except LaminaError as error:
-            self.fail(ticket, error)
+            self.fail(request, error)
             return
         if self._recorder is not None and not recorded:
-            self._recorder.begun(ticket, known)
+            self._recorder.begun(request, known)
 
-    def _follow_from(self, ticket: EngineRequest, sequence: ScheduledSequence) -> None:
+    def _follow_from(self, request: EngineRequest, sequence: ScheduledSequence) -> None:
         """What sampling needs to know of the tokens so far."""
-        params, prompt = ticket.params, ticket.request.prompt
+        params, prompt = request.params, request.request.prompt
         tokens = sequence.tokens[len(prompt) :]
         if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
             self.histories[sequence] = history = TokenHistory(prompt)
             for token in tokens:
                 history.append(token)
-        if ticket.constraints:
-            self.constraints[sequence] = constraint = ticket.constraints[sequence.sample]
+        if request.constraints:
+            self.constraints[sequence] = constraint = request.constraints[sequence.sample]
             for token in tokens:
                 constraint.advance(token)
 
-    def _take_up(self, ticket: EngineRequest) -> None:
+    def _take_up(self, request: EngineRequest) -> None:
         """Have a client that comes back get what it has not got, and what comes then."""
-        old = self.tickets.get(ticket.request.id)
-        missing = self._returning.claim(ticket, old)
+        old = self.requests.get(request.id)
+        missing = self._resumption.claim(request, old)
         if missing is None:
             if old is not None:
                 self.end(old, None, "abort")
-            self._begin_request(ticket, self._returning.anew(ticket))
+            self._begin_request(request, self._resumption.anew(request))
             return
         if old is not None:
-            self.tickets[ticket.request.id] = ticket
-        if missing and not self._deliver(ticket, missing):
-            self.end(ticket, None, "abort")
+            self.requests[request.id] = request
+        if missing and not self._deliver(request, missing):
+            self.end(request, None, "abort")
 
     def recover(self, found: Mapping[KvLocation, RecoveredRequest]) -> tuple[EngineRequest, ...]:
         """Before `run`: go on with what an engine before had not finished, with the KV that was found. Returns its
         requests: whoever wants the outputs of one submits it again, with what it has received."""
-        tickets = []
-        for ticket, known, kept in self._returning.unfinished(found):
-            tickets.append(ticket)
-            self._begin_request(ticket, known, kept, recorded=True)
-        return tuple(tickets)
+        requests = []
+        for request, known, kept in self._resumption.unfinished(found):
+            requests.append(request)
+            self._begin_request(request, known, kept, recorded=True)
+        return tuple(requests)
 
     def rebuild(self) -> None:
         """After `recover`, once holders have said how much room they have: what is gone is computed again."""
-        self._returning.rebuild()
+        self._resumption.rebuild()
 
-    def end(self, ticket: EngineRequest, sample: int | None, reason: FinishReason) -> None:
+    def end(self, request: EngineRequest, sample: int | None, reason: FinishReason) -> None:
         """End a request, or one sample of it. Harmless where it has ended."""
-        if self.tickets.get(ticket.request.id) is not ticket:
+        if self.requests.get(request.id) is not request:
             return
-        ended = [s for s in ticket.sequences if s.finish_reason is None and sample in (None, s.sample)]
+        ended = [s for s in request.sequences if s.finish_reason is None and sample in (None, s.sample)]
         for sequence in ended:
             self._scheduler.end(sequence, reason)
         for sequence in ended:
@@ -181,25 +192,25 @@ class RequestRegistry:
             now = self._clock()
             if self._recorder is not None:
                 self._recorder.ended(ended, reason)
-            self._publish(ticket, [EngineOutput(sequence.sample, None, reason, at=now) for sequence in ended])
+            self._publish(request, [EngineOutput(sequence.sample, None, reason, at=now) for sequence in ended])
 
-    def fail(self, ticket: EngineRequest, error: LaminaError, cause: BaseException | None = None) -> None:
+    def fail(self, request: EngineRequest, error: LaminaError, cause: BaseException | None = None) -> None:
         """End a request with an error."""
-        for sequence in self._scheduler.abort(ticket.request.id):
+        for sequence in self._scheduler.abort(request.id):
             self.forget(sequence)
-        self.tickets.pop(ticket.request.id, None)
+        self.requests.pop(request.id, None)
         if self._recorder is not None:
-            self._recorder.failed(ticket)
+            self._recorder.failed(request)
         error.__cause__ = cause or error.__cause__
-        self._deliver(ticket, [EngineOutput(0, None, error=error)])
+        self._deliver(request, [EngineOutput(0, None, error=error)])
 
     def forget(self, sequence: ScheduledSequence) -> None:
         """A sample has ended."""
         self.histories.pop(sequence, None)
         self.constraints.pop(sequence, None)
-        ticket = self.tickets.get(sequence.request.id)
-        if ticket is not None:
-            ticket.preemptions += sequence.preemptions
+        request = self.requests.get(sequence.request.id)
+        if request is not None:
+            request.preemptions += sequence.preemptions
 
     def follow_prefill(self, plan: Plan) -> int:
         """Tell clients how far their prompts are computed. Returns how many tokens of prompts the batch had."""
@@ -209,14 +220,14 @@ class RequestRegistry:
             if row.start >= prompt or row.rebuild:
                 continue
             computed += min(row.count, prompt - row.start)
-            ticket = self.tickets.get(row.sequence.request.id)
-            if ticket is None:
+            request = self.requests.get(row.sequence.request.id)
+            if request is None:
                 continue
             try:
-                ticket.prefilled(min(row.start + row.count, prompt), prompt)
+                request.prefilled(min(row.start + row.count, prompt), prompt)
             except Exception:  # it may be anything
                 logger.exception("a client could not follow its prefill")
-                ticket.prefilled = unwatched
+                request.prefilled = unwatched
         return computed
 
     def _follow(self, sequence: ScheduledSequence, token: int) -> FinishReason | None:
@@ -228,19 +239,19 @@ class RequestRegistry:
         self._scheduler.end(sequence, "stop")
         return "stop"
 
-    def _publish(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
-        ticket.unfinished -= sum(output.finish_reason is not None for output in outputs)
-        if ticket.unfinished <= 0:
-            self.tickets.pop(ticket.request.id, None)
-        if not self._deliver(ticket, outputs):
-            self.end(ticket, None, "abort")
+    def _publish(self, request: EngineRequest, outputs: list[EngineOutput]) -> None:
+        request.unfinished -= sum(output.finish_reason is not None for output in outputs)
+        if request.unfinished <= 0:
+            self.requests.pop(request.id, None)
+        if not self._deliver(request, outputs):
+            self.end(request, None, "abort")
 
-    def _deliver(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> bool:
+    def _deliver(self, request: EngineRequest, outputs: list[EngineOutput]) -> bool:
         """Whether the client took them: what it does wrong is no reason to stop for the others."""
         try:
-            ticket.sink(ticket, outputs)
+            request.sink(request, outputs)
         except Exception:  # it may be anything
             logger.exception("a client could not take its outputs")
-            ticket.sink = nobody
+            request.sink = nobody
             return False
         return True

@@ -1,24 +1,26 @@
-"""What the engine counts, and how a snapshot is made of it and of the scheduler's and the holders' own numbers.
-
-Pure: told the time; knows no tensor and no message.
-"""
+"""What the engine counts."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lamina.messages.engine_request import NOTHING_SPARED, KvSavings
 from lamina.messages.snapshot import BATCH_BUCKETS
-from lamina_workers.ports.timing import EXCHANGE_BUCKETS
+from lamina_protocols.messages import Announced, Usage
 
-_NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)
+if TYPE_CHECKING:
+    from lamina.engine.holders import HolderChange
+    from lamina.engine.observers import BatchDone
+    from lamina.scheduling.control_plane import Step
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters of one engine since `began`, which is a time of its clock. The engine's thread adds to them."""
+    """Counters of one engine since `began`, a time of its clock. Seconds are of that clock. The engine's thread adds to
+    them."""
 
     began: float
     idle_seconds: float = 0.0
@@ -37,30 +39,24 @@ class EngineStats:
     kv_whole: float = 0.0
     missed_mass: float = 0.0
     missed_queries: float = 0.0
-    attention_seconds: float = 0.0  # this, `lanes` and `local_share` are set when a snapshot is taken
-    lanes: int = 1
-    local_share: float = 1.0
-    scratch_free: dict[int, int] = field(default_factory=dict)  # pages of holders that keep prompts only, once told
 
-    def complete(self, tokens: int, prompt_tokens: int, sampled: int) -> None:
-        """A batch of so many tokens is complete: so many of prompts, computed for the first time or after a
-        preemption, and so many sampled."""
+    def batch_done(self, done: BatchDone) -> None:
+        """Count a batch."""
+        tokens = sum(row.count for row in done.plan.rows)
         self.batches += 1
         self.batch_tokens += tokens
         self.batch_counts[bisect_left(BATCH_BUCKETS, tokens)] += 1
-        self.prompt_tokens += prompt_tokens
-        self.generation_tokens += sampled
+        self.prompt_tokens += done.prompt_tokens
+        self.generation_tokens += done.sampled
 
-    def lost(self, names: Iterable[str]) -> None:
-        """Holders are gone that nobody let go."""
-        for name in names:
-            self.lost_holders += 1
-            self.missing.append(name)
-
-    def joined(self) -> None:
-        """There is one holder more: it takes the place of one that is missing, if any is."""
-        self.joined_holders += 1
-        del self.missing[:1]
+    def holders_changed(self, change: HolderChange) -> None:
+        """Count attention workers. One that joins takes the place of one that is missing, if any is."""
+        if change.kind == "lost":
+            self.lost_holders += len(change.names)
+            self.missing += change.names
+        elif change.kind == "joined":
+            self.joined_holders += 1
+            del self.missing[:1]
 
     def spared(self, before: KvSavings, now: KvSavings) -> None:
         """A request's policies have spared so much by now. Where its KV was lost they have begun from nothing again."""
@@ -70,3 +66,19 @@ class EngineStats:
         self.kv_whole += now.whole - before.whole
         self.missed_mass += max(0.0, now.missed - before.missed)
         self.missed_queries += now.queries - before.queries
+
+
+def savings(step: Step, answers: Mapping[int, Announced]) -> dict[str, KvSavings]:
+    """What policies have spared each request of a step so far, by the parts whose holders say so."""
+    usages: dict[str, list[Usage]] = {}
+    for number, answer in answers.items():
+        routes = step.batches[number].routes
+        if len(answer.usages) == len(routes):
+            for route, usage in zip(routes, answer.usages, strict=True):
+                usages.setdefault(step.rows[route.source].sequence.request.id, []).append(usage)
+    return {request_id: _sum(each) for request_id, each in usages.items()}
+
+
+def _sum(usages: list[Usage]) -> KvSavings:
+    columns = [[getattr(usage, name) for usage in usages] for name in KvSavings._fields]
+    return KvSavings(*map(sum, columns))._replace(worst=max(columns[KvSavings._fields.index("worst")]))

@@ -1,7 +1,7 @@
-"""From the journal's records to what an engine had not finished: requests, their tokens, and who kept what of them.
+"""From the journal's records to what an engine had not finished: requests, their tokens, and where their KV was.
 
 Pure: the same records give the same state. The engine that runs applies each record that it writes, too, so that what
-a new engine would know is always at hand. Knows no file, no checksum, and no running engine.
+a new engine would know is always at hand.
 """
 
 from __future__ import annotations
@@ -9,18 +9,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
+from lamina.journal.records import (
+    BatchRecord,
+    BatchRow,
+    DropRecord,
+    EndRecord,
+    HeldPart,
+    KeptRecord,
+    Record,
+    RequestRecord,
+    SampleRecord,
+)
 from lamina.scheduling.kv_shares import Share
 from lamina.scheduling.placement import Part
 from lamina.scheduling.request import RetainedKv
 from lamina_protocols.messages import PartHeld
-
-Record: TypeAlias = tuple[Any, ...]
-"""("request", fields of the request, of the params, seed) | ("known", id, sample, tokens, logprobs, reason, handle,
-computed, parts): a sample as it stands | ("batch", rows of (id, sample, handle, computed, token, reason, logprobs)) |
-("kept", id, sample, parts of (address, rank, handle, heads, lo, hi)) | ("end", id, ((sample, reason), ...)) |
-("drop", id). Plain data: numbers, text, tuples and dicts."""
 
 FINISHED = 256  # requests whose outputs are kept after their end, for clients that may have missed the last of them
 GONE = -1  # the number of the holder that has what nobody has any more
@@ -37,14 +42,14 @@ class KvLocation(NamedTuple):
 @dataclass(slots=True)
 class KnownSample:
     """One sample: its tokens after the prompt and what was reported of each; how many of all its tokens had KV under
-    `handle` (0: none), and in which parts. A part is (address, rank, handle, heads, lo, hi)."""
+    `handle` (0: none), and in which parts."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     reason: str | None = None
     handle: int = 0
     computed: int = 0
-    parts: tuple[tuple[Any, ...], ...] = ()
+    parts: tuple[HeldPart, ...] = ()
 
 
 @dataclass(slots=True)
@@ -99,45 +104,41 @@ class History:
     def apply(self, record: Record) -> None:
         """Raises ValueError, KeyError, IndexError or TypeError for a record that does not follow those before it."""
         match record:
-            case ("batch", rows):
-                for request_id, sample, handle, computed, token, reason, logprobs in rows:
-                    self._row(request_id, sample, handle, computed, token, reason, logprobs)
-            case ("kept", request_id, sample, parts):
+            case BatchRecord(rows):
+                for row in rows:
+                    self._row(row)
+            case KeptRecord(request_id, sample, parts):
                 self.requests[request_id].samples[sample].parts = parts
-            case ("request", request, params, seed):
+            case RequestRecord(request, params, seed):
                 if request["id"] in self.requests:
                     raise ValueError(f"request {request['id']!r} begins twice")
                 self.finished.pop(request["id"], None)
                 samples = [KnownSample() for _ in range(request["n"])]
                 self.requests[request["id"]] = KnownRequest(request, params, seed, samples)
-            case ("known", request_id, at, tokens, logprobs, reason, handle, computed, parts):
+            case SampleRecord(request_id, at, tokens, logprobs, reason, handle, computed, parts):
                 if len(tokens) != len(logprobs):
                     raise ValueError(f"{len(tokens)} tokens with {len(logprobs)} reports")
                 self.requests[request_id].samples[at] = KnownSample(
                     list(tokens), list(logprobs), reason, handle, computed, parts
                 )
                 self._ended(request_id)
-            case ("end", request_id, ends):
+            case EndRecord(request_id, ends):
                 for at, reason in ends:
                     self.requests[request_id].samples[at].reason = reason
                 self._ended(request_id)
-            case ("drop", request_id):
+            case DropRecord(request_id):
                 self.requests.pop(request_id, None)
                 self.finished.pop(request_id, None)
-            case _:
-                raise ValueError(f"a record of an unknown kind: {record!r:.80}")
 
-    def _row(
-        self, request_id: str, at: int, handle: int, computed: int, token: int | None, reason: str | None, logprobs: Any
-    ) -> None:
-        sample = self.requests[request_id].samples[at]
-        sample.handle, sample.computed = handle, computed
-        if token is not None:
-            sample.tokens.append(token)
-            sample.logprobs.append(logprobs)
-        if reason is not None:
-            sample.reason = reason
-            self._ended(request_id)
+    def _row(self, row: BatchRow) -> None:
+        sample = self.requests[row.request_id].samples[row.sample]
+        sample.handle, sample.computed = row.handle, row.computed
+        if row.token is not None:
+            sample.tokens.append(row.token)
+            sample.logprobs.append(row.logprobs)
+        if row.reason is not None:
+            sample.reason = row.reason
+            self._ended(row.request_id)
 
     def _ended(self, request_id: str) -> None:
         """Where all samples have ended the request has; nobody comes back for one that was given up."""
@@ -161,13 +162,12 @@ class History:
     def records(self) -> Iterator[Record]:
         """The fewest records that give this state."""
         for request_id, known in [*self.finished.items(), *self.requests.items()]:
-            yield ("request", known.request, known.params, known.seed)
+            yield RequestRecord(known.request, known.params, known.seed)
             for at, s in enumerate(known.samples):
                 if s != KnownSample():
-                    yield (
-                        "known", request_id, at, tuple(s.tokens), tuple(s.logprobs), s.reason, s.handle, s.computed,
-                        s.parts,
-                    )  # fmt: skip
+                    yield SampleRecord(
+                        request_id, at, tuple(s.tokens), tuple(s.logprobs), s.reason, s.handle, s.computed, s.parts
+                    )
 
 
 @dataclass(frozen=True, slots=True)

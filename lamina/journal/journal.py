@@ -2,8 +2,8 @@
 
 Records are appended, one write a batch. They are not flushed to the disk: they survive the death of the process, not of
 the machine. Each record is its length, a checksum of that, a checksum of the content, and the content in msgpack. What
-a death left of the last write is cut; damage anywhere else is an error. Knows files, locks and checksums; what the
-records mean, `recovery` knows.
+a death left of the last write is cut; damage anywhere else is an error. `records` has the records, `history` their
+meaning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any, BinaryIO, NamedTuple
 import msgpack
 
 from lamina.errors import JournalError
-from lamina.journal.history import History, Record
+from lamina.journal.history import History
+from lamina.journal.records import Record, from_plain, to_plain
 from lamina_protocols.control import package_version
 
 logger = logging.getLogger("lamina")
@@ -103,7 +104,7 @@ class Journal:
         if self._file is None:
             return
         try:
-            self._buffer.append(_packed(record))
+            self._buffer.append(_packed(to_plain(record)))
         except (TypeError, ValueError, OverflowError) as error:
             self._give_up(f"a record cannot be written: {error}")
 
@@ -152,7 +153,7 @@ class Journal:
         try:
             size = _write(file, _MAGIC + self._header())
             for record in self.history.records():
-                size += _write(file, _packed(record))
+                size += _write(file, _packed(to_plain(record)))
             os.rename(scratch, self._path)
         except BaseException:
             os.close(file)
@@ -172,13 +173,13 @@ class Journal:
                 return
             offset, header = first
             self._check(header, offset)
-            for offset, record in records:
+            for offset, plain in records:
                 try:
-                    self.history.apply(record)
+                    self.history.apply(from_plain(plain))
                 except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                     raise _damaged(self._path, offset, f"a record that does not fit: {error}") from error
 
-    def _check(self, header: Record, offset: int) -> None:
+    def _check(self, header: tuple[Any, ...], offset: int) -> None:
         match header:
             case ("journal", int(form), str(), dict(facts), str(engine), str(starts)) if starts.isdecimal():
                 if form != FORMAT:
@@ -234,8 +235,8 @@ def sweep(parent: Path, before: float) -> None:
             os.close(lock)
 
 
-def _packed(record: Record) -> bytes:
-    content: bytes = msgpack.packb(record)
+def _packed(plain: tuple[Any, ...]) -> bytes:
+    content: bytes = msgpack.packb(plain)
     if len(content) > MAX_RECORD:
         raise ValueError(f"a record has {len(content)} bytes; allowed are {MAX_RECORD}")
     return _head(content) + content
@@ -253,7 +254,7 @@ def _write(file: int, data: bytes) -> int:
     return len(data)
 
 
-def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, Record]]:
+def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Every whole record, and where it begins."""
     size = os.fstat(file.fileno()).st_size
     magic = file.read(len(_MAGIC))
@@ -286,14 +287,14 @@ def _is_blank(file: BinaryIO, offset: int) -> bool:
     return not any(any(block) for block in iter(lambda: file.read(1 << 16), b""))
 
 
-def _unpacked(content: bytes, path: Path, offset: int) -> Record:
+def _unpacked(content: bytes, path: Path, offset: int) -> tuple[Any, ...]:
     try:
-        record: Any = msgpack.unpackb(content, use_list=False, strict_map_key=False)
+        plain: Any = msgpack.unpackb(content, use_list=False, strict_map_key=False)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, offset, f"a record is malformed: {error}") from error
-    if not isinstance(record, tuple):
-        raise _damaged(path, offset, f"a record is a {type(record).__name__}")
-    return record
+    if not isinstance(plain, tuple):
+        raise _damaged(path, offset, f"a record is a {type(plain).__name__}")
+    return plain
 
 
 def _damaged(path: Path, offset: int, what: str) -> JournalError:

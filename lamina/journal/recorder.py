@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lamina.completions import FinishReason
-from lamina.journal.history import Adoption, History, KnownRequest, KvLocation, Record, RecoveredRequest, adoption
+from lamina.journal.history import Adoption, History, KnownRequest, KvLocation, RecoveredRequest, adoption
+from lamina.journal.records import (
+    BatchRecord,
+    BatchRow,
+    DropRecord,
+    EndRecord,
+    HeldPart,
+    KeptRecord,
+    Record,
+    RequestRecord,
+    SampleRecord,
+)
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import decode_request, encode_request
 from lamina_workers.decoder.logprobs import RowLogprobs
@@ -49,13 +60,13 @@ class Recorder:
     def begun(self, ticket: EngineRequest, known: Mapping[int, Sequence[int]] | None) -> None:
         """A request is taken; of its samples those in `known` go on from these tokens, the others have ended."""
         _, request, params, seed = encode_request(ticket)
-        self._journal.append(("request", request, params, seed))
+        self._journal.append(RequestRecord(request, params, seed))
         if known is None or ticket.received is None:
             return
         for at, (tokens, _) in enumerate(ticket.received):
             reason = None if at in known else "stop"  # its client knows which
             reports = (None,) * len(tokens)
-            self._journal.append(("known", ticket.request.id, at, tuple(tokens), reports, reason, 0, 0, ()))
+            self._journal.append(SampleRecord(ticket.request.id, at, tuple(tokens), reports, reason, 0, 0, ()))
 
     def batch(self, plan: Plan, outputs: Mapping[str, Sequence[EngineOutput]]) -> None:
         """A batch is complete: written before anybody is told of it."""
@@ -75,9 +86,10 @@ class Recorder:
             else:
                 self._parts.pop(sequence, None)
             token, reason, logprobs = (None, None, None) if output is None else _told(output)
-            rows.append((request_id, sequence.sample, row.handle, row.start + row.count, token, reason, logprobs))
+            end = row.start + row.count
+            rows.append(BatchRow(request_id, sequence.sample, row.handle, end, token, reason, logprobs))
         if rows:
-            self._journal.append(("batch", tuple(rows)))
+            self._journal.append(BatchRecord(tuple(rows)))
         self._journal.commit()
 
     def _keep(self, sequence: ScheduledSequence, handle: int) -> None:
@@ -85,11 +97,11 @@ class Recorder:
         if self._parts.get(sequence) == parts:
             return
         self._parts[sequence] = parts
-        plain = tuple(
-            (*self._place(part.share.holder), part.handle, part.share.heads, part.share.lo, part.share.hi)
+        held = tuple(
+            HeldPart(*self._place(part.share.holder), part.handle, part.share.heads, part.share.lo, part.share.hi)
             for part in parts
         )
-        self._journal.append(("kept", sequence.request.id, sequence.sample, plain))
+        self._journal.append(KeptRecord(sequence.request.id, sequence.sample, held))
 
     def _place(self, number: int) -> tuple[str, int]:
         place = self._places.get(number)
@@ -105,14 +117,14 @@ class Recorder:
             ends.setdefault(sequence.request.id, []).append((sequence.sample, reason))
         for request_id, samples in ends.items():
             if request_id in self._journal.history.requests:
-                self._journal.append(("end", request_id, tuple(samples)))
+                self._journal.append(EndRecord(request_id, tuple(samples)))
         self._journal.commit()
 
     def failed(self, ticket: EngineRequest) -> None:
         """A request has ended with an error, of which its client is told."""
         for sequence in ticket.sequences:
             self._parts.pop(sequence, None)
-        self._journal.append(("drop", ticket.request.id))
+        self._journal.append(DropRecord(ticket.request.id))
         self._journal.commit()
 
     def close(self) -> None:
@@ -139,7 +151,7 @@ class Recorder:
     def drop(self, request_id: str) -> None:
         """Nobody wants to know of it any more."""
         self.claimed(request_id)
-        self._journal.append(("drop", request_id))
+        self._journal.append(DropRecord(request_id))
 
     def unfinished(self) -> list[tuple[EngineRequest, KnownRequest]]:
         """The requests that an engine before had not ended, in the order in which they came."""

@@ -17,7 +17,7 @@ from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnava
 from lamina.launch.journal_setup import Identity
 from lamina.launch.kv_sizing import Sizes, attention_devices
 from lamina.launch.model_files import ModelFiles
-from lamina.scheduling.placement import Holder
+from lamina.scheduling.holder import Holder
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.messages import HolderConfig, Surveyed

@@ -20,6 +20,7 @@ from lamina.config import EngineConfig
 from lamina.deploy.local_models import LocalModelWorkers
 from lamina.deploy.worker_events import AttentionWorkers, ModelWorkerProcesses
 from lamina.engine.engine import Engine
+from lamina.engine.failures import FailureReports, unlost
 from lamina.errors import InvalidRequest
 from lamina.journal.journal import Journal, Run
 from lamina.journal.recorder import Recorder
@@ -29,11 +30,12 @@ from lamina.launch.kv_sizing import Sizes, check_room, divided, size_kv
 from lamina.launch.model_files import ModelFiles, load
 from lamina.launch.model_pool import ModelWorkerPool, begins
 from lamina.messages.engine_request import EngineRequest, unwatched
+from lamina.scheduling.control_plane import ControlPlane
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.local_share import LocalShare
-from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SchedulerConfig
-from lamina.scheduling.scheduler import Scheduler
 from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer
@@ -228,13 +230,11 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
     weights = files.weights(sizes.dtype, sizes.device, Shard(0, config.ranks), progress)
     fused = _fused_holders(sizes, config, pools.attention is not None)
     worker = _model_workers(files, sizes, pools, config, fused, weights)
-    holders, names = dict(fused.holders), {}
+    holders = dict(fused.holders)
     kept: dict[int, Surveyed] = {}
-    scratch: tuple[int, ...] = ()
     if pools.attention is not None:
-        scratch = tuple(range(config.ranks))
         for number, name, holder, surveyed in pools.attention.join(worker, 2 * config.ranks):
-            names[number], holders[number] = name, holder
+            holder.name, holders[number] = name, holder
             if surveyed is not None:
                 kept[number] = surveyed
     placement = Placement(
@@ -244,11 +244,12 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
         max_model_len=sizes.limits.max_model_len,
         layers=len({spec.kv_layer for spec in sizes.holder.layers}),
         shard=config.shard,
-        scratch=scratch,
-        here=(HERE,) if HERE in fused.ports else (),
+        prefill_pools=() if pools.attention is None else tuple(range(config.ranks)),
+        local_pools=(HERE,) if HERE in fused.ports else (),
     )
-    scheduler = Scheduler(sizes.limits, placement)
-    possible = scheduler.longest_possible()
+    share = LocalShare(None if config.local_share == "auto" else float(config.local_share))
+    control = ControlPlane(sizes.limits, placement, _lanes(config, pools.attention), share)
+    possible = control.scheduler.admission.longest_possible()
     check_room(config, sizes.holder, possible)
     prefix = "" if pools.journal is None else f"{pools.journal.starts}-"  # ids are never used again
     inputs = InputProcessor(
@@ -257,18 +258,15 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
     recorder = None if pools.journal is None else Recorder(pools.journal, placement, worker.address)
     engine = Engine(
         worker,
-        scheduler,
-        placement,
+        control,
         time.monotonic,
-        names=names,
-        scratch=scratch,
-        lanes=_lanes(config, pools.attention),
-        balance=LocalShare(None if config.local_share == "auto" else float(config.local_share)),
         grammars=inputs.grammars,
-        hope=config.recovery_timeout,
         recorder=recorder,
-        on_rebuilt=unwatched if progress is None else partial(progress, "rebuilding lost KV"),
-        on_lost=None if pools.attention is None else pools.attention.workers.lost,
+        wait=config.recovery_timeout,
+        reports=FailureReports(
+            lost=unlost if pools.attention is None else pools.attention.workers.lost,
+            rebuilt=unwatched if progress is None else partial(progress, "rebuilding lost KV"),
+        ),
     )
     unfinished: tuple[EngineRequest, ...] = ()
     if pools.journal is not None and recorder is not None:

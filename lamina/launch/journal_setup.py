@@ -70,7 +70,7 @@ def recover(
     """Have a new engine go on with the requests that the journal's previous engine left unfinished, and return them.
     `surveys` is what holders keep, by number."""
     handles = [part.handle for surveyed in surveys.values() for part in surveyed.parts]
-    known = [part[2] for each in journal.history.requests.values() for s in each.samples for part in s.parts]
+    known = [part.handle for each in journal.history.requests.values() for s in each.samples for part in s.parts]
     placement.number_parts_from(max([*handles, *known, _past_epochs(journal)]))
     epochs = [surveyed.last_epoch for surveyed in surveys.values()]
     worker.begin_after(max([*epochs, _past_epochs(journal)]))

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import Layout, Layouts, Pages, Share
 from lamina.scheduling.page_ledger import PageLedger
-from lamina.scheduling.prefix_cache import common_length
+from lamina.scheduling.prefix_nodes import common_length
 from lamina.scheduling.request import Rebuild, ScheduledSequence, SchedulerConfig
 
 

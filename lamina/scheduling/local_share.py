@@ -75,6 +75,21 @@ class Batch(NamedTuple):
         return self.local_tokens / max(1, self.tokens)
 
 
+def whole_step(parts: Sequence[Batch]) -> Batch:
+    """The step of all lanes together, of the batches that it is made of."""
+    return Batch(
+        sum(part.local_tokens for part in parts),
+        sum(part.remote_tokens for part in parts),
+        sum(part.local_seconds for part in parts),
+        sum(part.remote_seconds for part in parts),
+        sum(part.answered for part in parts),
+        sum(part.waited for part in parts),
+        sum(part.seconds for part in parts),
+        parts[-1].sequences,
+        parts[-1].lanes,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Alone:
     """What the remote tier took for `tokens` of KV with nobody beside it: `seconds` as it said itself, and `fixed` ones

@@ -95,6 +95,10 @@ class PageLedger:
             room -= pages
         return room
 
+    def unpromised(self) -> Pages:
+        """Pages that every holder has left, at least, once all operations are done and all moves have ended."""
+        return self.room() - self.promised
+
     def affordable(self, sequence: ScheduledSequence, want: int) -> int:
         """How many of its next `want` tokens fit into its last page and the room there is."""
         tail = -sequence.computed % self._config.page_size

@@ -7,52 +7,17 @@ several parts of one sequence after a loss. Operations wait in one outbox a hold
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 from lamina.errors import EngineError
 from lamina.scheduling import kv_layouts
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_shares import Layout, Pages, Share
 from lamina.scheduling.local_share import prefers_local
 from lamina.scheduling.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, ReplaceShares
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row, Surveyed
+from lamina_protocols.messages import Close, Fork, Open, Operation, Row
 from lamina_protocols.routes import HolderBatch, Route
-
-
-@dataclass(slots=True)
-class Holder:
-    """One holder as placement sees it: a pool of KV that belongs to one model worker, its `rank`, and has heads of
-    that rank only. `pages` is its whole memory; a larger `weight` gets more of each sequence.
-
-    A `fused` holder attends the rows' own tokens too. One that is `draining` gets nothing new.
-    """
-
-    pages: int
-    weight: int = 1
-    fused: bool = False
-    rank: int = 0
-    draining: bool = False
-    outbox: list[Operation] = field(default_factory=list)
-    first: int = 0  # the number of the first operation in the outbox
-
-    def outgoing(self, routes: tuple[Route, ...] = ()) -> HolderBatch:
-        """All that waits, and routes."""
-        return HolderBatch(self.first, tuple(self.outbox), routes)
-
-    def waiting(self, applied: int) -> list[Operation]:
-        """What waits, for a holder that is known to have applied the operations below number `applied`."""
-        return self.outbox[max(0, applied - self.first) :]
-
-    def keeps(self, kept: Surveyed) -> None:
-        """It has this from an engine before, which is closed unless it is adopted."""
-        self.first = kept.next_operation
-        self.outbox = [Close(part.handle) for part in kept.parts]
-
-    def accepted(self, share: HolderBatch) -> None:
-        """It has applied the share's operations."""
-        done = max(0, share.first + len(share.operations) - self.first)
-        del self.outbox[:done]
-        self.first += done
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +29,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class _Scratch:
+class _PrefillParts:
     """Parts at the scratch holders, by number, for as long as a prompt (or a rebuild) is being computed: positions from
     `lo` on."""
 
@@ -93,10 +58,10 @@ class Placement:
         max_model_len: int,
         layers: int,
         shard: str = "heads",
-        scratch: Sequence[int] = (),
-        here: Sequence[int] = (),
+        prefill_pools: Sequence[int] = (),
+        local_pools: Sequence[int] = (),
     ) -> None:
-        self.local_share = 1.0 if here else 0.0
+        self.local_share = 1.0 if local_pools else 0.0
         self.holders = dict(holders)
         self._page_size = page_size
         self._end = max_model_len
@@ -104,15 +69,15 @@ class Placement:
         self._heads = [tuple(range(first, first + count)) for first, count in zip(firsts, heads, strict=False)]
         self._layers = layers
         self._shard = shard
-        self._scratch_holders = tuple(scratch)
-        self._here = tuple(here)
+        self.prefill_pools = tuple(prefill_pools)
+        self.local_pools = tuple(local_pools)
         self._turn = 0
         self._last_part = 0
         self._translated = 0  # operations of plans so far
         self._layouts: dict[Layout, Layout] = {}  # by heads: one of each kind, so that sequences are seen to be alike
         self._parts: dict[int, list[Part]] = {}  # by the sequence's handle
-        self._scratch: dict[int, _Scratch] = {}
-        self._scratch_used = Pages()
+        self._prefills: dict[int, _PrefillParts] = {}
+        self._prefill_used = Pages()
 
     # Layouts.
 
@@ -124,15 +89,15 @@ class Placement:
     @property
     def tiers(self) -> bool:
         """Whether there are holders here, and others, to choose from."""
-        return bool(self._here) and any(not self.is_here(number) for number, _ in self._taking())
+        return bool(self.local_pools) and any(not self.in_local_pool(number) for number, _ in self._taking())
 
-    def is_here(self, number: int) -> bool:
+    def in_local_pool(self, number: int) -> bool:
         """Whether a holder is one of those that keep whole sequences beside the model."""
-        return number in self._here
+        return number in self.local_pools
 
     def is_local(self, layout: Layout) -> bool:
         """Whether that layout is here."""
-        return bool(layout) and layout[0].holder in self._here
+        return bool(layout) and layout[0].holder in self.local_pools
 
     def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
         """What a new sequence of `tokens` tokens, and up to `length`, could be cut into: first where it brings the
@@ -155,7 +120,9 @@ class Placement:
         self._turn += 1
         layout: Layout = ()
         for rank, heads in enumerate(self._heads):
-            taking = [(number, holder.weight) for number, holder in self._taking(rank) if not self.is_here(number)]
+            taking = [
+                (number, holder.weight) for number, holder in self._taking(rank) if not self.in_local_pool(number)
+            ]
             if not taking:
                 return ()
             turn = self._turn % len(taking)
@@ -165,17 +132,17 @@ class Placement:
         return self._layouts.setdefault(layout, layout) if self._shard == "heads" else layout
 
     def _local_layout(self) -> Layout:
-        layout = tuple(Share(number, self._heads_at(number), 0, self._end) for number in self._here)
+        layout = tuple(Share(number, self._heads_at(number), 0, self._end) for number in self.local_pools)
         return self._layouts.setdefault(layout, layout)
 
     def reads_locally(self, length: int) -> bool:
         """Whether the scratch holders have room for a prompt of so many tokens now."""
-        left = Pages({number: self.holders[number].pages for number in self._scratch_holders}) - self._scratch_used
-        return bool(self._scratch_holders) and left.covers(self._scratch_cost(length))
+        left = Pages({number: self.holders[number].pages for number in self.prefill_pools}) - self._prefill_used
+        return bool(self.prefill_pools) and left.covers(self._prefill_cost(length))
 
-    def _scratch_cost(self, length: int) -> Pages:
+    def _prefill_cost(self, length: int) -> Pages:
         pages = self._layers * (-(-length // self._page_size) + 1)
-        return Pages({number: pages * len(self._heads_at(number)) for number in self._scratch_holders})
+        return Pages({number: pages * len(self._heads_at(number)) for number in self.prefill_pools})
 
     def _heads_at(self, number: int) -> tuple[int, ...]:
         """The KV heads that a holder can have."""
@@ -187,7 +154,7 @@ class Placement:
         numbers = [
             number
             for number, _ in self._taking()
-            if not self.is_here(number) and share.heads[0] in self._heads_at(number)
+            if not self.in_local_pool(number) and share.heads[0] in self._heads_at(number)
         ]
         if not numbers:
             return None
@@ -196,7 +163,7 @@ class Placement:
 
     def _taking(self, rank: int | None = None) -> list[tuple[int, Holder]]:
         """Who takes sequences, of one rank or of all."""
-        barred = self._scratch_holders
+        barred = self.prefill_pools
         return [
             (n, holder)
             for n, holder in self.holders.items()
@@ -218,8 +185,8 @@ class Placement:
     def emptied(self, number: int) -> None:
         """A holder has lost all that it had and was told, and goes on under its number. Prompts that were read from the
         scratch holders are read from where they are stored."""
-        for handle in list(self._scratch):
-            self._drop_scratch(handle)
+        for handle in list(self._prefills):
+            self._drop_prefill(handle)
         for handle, parts in self._parts.items():
             self._parts[handle] = [part for part in parts if part.share.holder != number]
         holder = self.holders[number]
@@ -303,7 +270,7 @@ class Placement:
         for row in plan.rows:
             rebuilt = row.rebuild and row.sequence.rebuild is None
             if row.sample or rebuilt:
-                self._drop_scratch(row.handle)
+                self._drop_prefill(row.handle)
 
     def _translate(self, operation: OpenSequence | ForkSequence | CloseSequence | ReplaceShares) -> None:
         match operation:
@@ -312,7 +279,7 @@ class Placement:
             case ForkSequence(handle, parent, length):
                 self._parts[handle] = self._fork(self._parts[parent], length)
             case CloseSequence(handle):
-                self._drop_scratch(handle)
+                self._drop_prefill(handle)
                 for part in self._parts.pop(handle):
                     self._close(part)
             case ReplaceShares(handle, lost, shares, source, length):
@@ -355,8 +322,8 @@ class Placement:
         """Every part that reads or stores the row. For each head, what is read is [0, start), or [0, end) where a
         fused part attends the row's own tokens too."""
         start, end = row.start, row.start + row.count
-        scratch = self._scratch_for(row)
-        below = scratch.lo if scratch else start
+        prefill = self._prefill_of(row)
+        below = prefill.lo if prefill else start
         chooses = row.count == 1 and row.sample  # decode; rebuilds and prompts, but for a last token alone, read all
         missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
         routes = []
@@ -370,34 +337,34 @@ class Placement:
                 told = Row(part.handle, start, row.count, read, store, chooses)
                 heads = self._told(share.holder, share.heads)
                 routes.append((share.holder, Route(source, heads, told, told.stored(share.lo, share.hi))))
-        if scratch is not None:
-            for number, handle in scratch.handles.items():
-                told = Row(handle, start, row.count, (scratch.lo, end), True)
+        if prefill is not None:
+            for number, handle in prefill.handles.items():
+                told = Row(handle, start, row.count, (prefill.lo, end), True)
                 routes.append((number, Route(source, self._told(number, self._heads_at(number)), told, (start, end))))
         return routes
 
-    def _scratch_for(self, row: PlannedRow) -> _Scratch | None:
+    def _prefill_of(self, row: PlannedRow) -> _PrefillParts | None:
         """The scratch parts that the row reads, opened where the row begins a prompt or a rebuild that fits."""
-        if not self._scratch_holders or all(self.is_here(part.share.holder) for part in self._parts[row.handle]):
+        if not self.prefill_pools or all(self.in_local_pool(part.share.holder) for part in self._parts[row.handle]):
             return None  # who keeps it here attends its own tokens too
-        scratch = self._scratch.get(row.handle)
-        if scratch is not None and scratch.lo <= row.start:
-            return scratch
-        self._drop_scratch(row.handle)
+        prefill = self._prefills.get(row.handle)
+        if prefill is not None and prefill.lo <= row.start:
+            return prefill
+        self._drop_prefill(row.handle)
         left = row.sequence.left
         if left == 1 or not self.reads_locally(left):
             return None
-        scratch = _Scratch({number: self._next() for number in self._scratch_holders}, row.start, left)
-        for number, handle in scratch.handles.items():
+        prefill = _PrefillParts({number: self._next() for number in self.prefill_pools}, row.start, left)
+        for number, handle in prefill.handles.items():
             heads = self._told(number, self._heads_at(number))
             self._tell(number, Open(handle, heads, row.start, self._end))
-        self._scratch[row.handle] = scratch
-        self._scratch_used += self._scratch_cost(left)
-        return scratch
+        self._prefills[row.handle] = prefill
+        self._prefill_used += self._prefill_cost(left)
+        return prefill
 
-    def _drop_scratch(self, handle: int) -> None:
-        scratch = self._scratch.pop(handle, None)
-        if scratch is not None:
-            self._scratch_used -= self._scratch_cost(scratch.length)
-            for number, part in scratch.handles.items():
+    def _drop_prefill(self, handle: int) -> None:
+        prefill = self._prefills.pop(handle, None)
+        if prefill is not None:
+            self._prefill_used -= self._prefill_cost(prefill.length)
+            for number, part in prefill.handles.items():
                 self._tell(number, Close(part))

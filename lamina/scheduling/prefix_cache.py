@@ -7,41 +7,16 @@ costs: it is given how to weigh pages, fork, close and wake.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import pairwise
 from typing import NamedTuple
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages
+from lamina.scheduling.prefix_nodes import Node, closest_child, path_up, pending_down_to, place_of
 from lamina.scheduling.request import ScheduledSequence
-
-
-@dataclass(eq=False, slots=True)
-class Node:
-    """The first `length` tokens of a path; `tokens` are those that its parent has not. Whole pages, both.
-
-    Pending while it has a `writer`; then `handle` names it in the holders, until it is evicted. The children's
-    first pages differ, so each edge is found by its place in the order of tokens.
-    """
-
-    tokens: tuple[int, ...]
-    length: int
-    parent: Node | None
-    writer: ScheduledSequence | None = None
-    handle: int | None = None
-    floor: int = 0  # the lowest length at which it can be forked
-    layout: Layout = ()  # who keeps it
-    pages: Pages = field(default_factory=Pages)  # what its eviction frees: its pages that the parent has not
-    users: int = 0  # running sequences that share pages with it or with a node below
-    tick: int = 0  # when it was last used
-    queued: bool = False  # whether the heap of unused leaves has it
-    salt: Hashable = None  # a root's own
-    children: list[Node] = field(default_factory=list)
-    waiters: list[ScheduledSequence] = field(default_factory=list)
 
 
 class Match(NamedTuple):
@@ -88,7 +63,7 @@ class PrefixCache:
         node, at = self._roots.get(salt), 0
         source, length, pending, promised = None, 0, None, 0
         while node is not None and at < len(tokens) - 1:
-            child, same = _closest(node, tokens[at:-1])
+            child, same = closest_child(node, tokens[at:-1])
             if child is None:
                 break
             reach = at + same
@@ -125,7 +100,7 @@ class PrefixCache:
     def advance(self, writer: ScheduledSequence) -> None:
         """Fork those of its pending nodes off `writer` that it has computed by now. It must not be in flight."""
         deepest, last = None, self._pending.get(writer)
-        for node in _pending_down_to(last):
+        for node in pending_down_to(last):
             if node.length > writer.computed:
                 break
             if node.length < writer.floor:  # a sliding window has moved past: split off too late
@@ -141,7 +116,7 @@ class PrefixCache:
 
     def discard(self, writer: ScheduledSequence) -> None:
         """Forget the writer's pending nodes; those who wait for them must see for themselves."""
-        nodes = list(_pending_down_to(self._pending.pop(writer, None)))
+        nodes = list(pending_down_to(self._pending.pop(writer, None)))
         for node in nodes:
             node.writer = None
             self._wake_waiters(node)
@@ -153,7 +128,7 @@ class PrefixCache:
         self.discard(sequence)
         tokens = self._whole_pages(sequence, sequence.computed)
         node = self._branch(tokens, sequence.request.salt) if len(tokens) >= sequence.floor else None
-        pending = list(_pending_down_to(node))
+        pending = list(pending_down_to(node))
         if node is None or (pending and pending[0].length < sequence.floor):
             return
         for promised in pending:  # it was faster than their writer
@@ -168,7 +143,7 @@ class PrefixCache:
             node = node.parent
         self._held[sequence] = node
         self._tick += 1
-        for held in _path(node):
+        for held in path_up(node):
             if held.users == 0:
                 self.evictable -= held.pages
             held.users += 1
@@ -179,7 +154,7 @@ class PrefixCache:
         held = self._held.pop(sequence, None)
         if held is None:
             return
-        for node in _path(held):
+        for node in path_up(held):
             node.users -= 1
             if node.users == 0 and node.handle is not None:
                 self.evictable += node.pages
@@ -196,7 +171,7 @@ class PrefixCache:
     def unused_pages(self, node: Node) -> Pages:
         """The evictable pages that would no longer be so if `node` were held."""
         unused = NO_PAGES
-        for held in _path(node):
+        for held in path_up(node):
             if held.users == 0:
                 unused += held.pages
         return unused
@@ -245,7 +220,7 @@ class PrefixCache:
             return None
         node = self._roots.setdefault(salt, Node(tokens=(), length=0, parent=None, salt=salt))
         while node.length < len(tokens):
-            child, same = _closest(node, tokens[node.length :])
+            child, same = closest_child(node, tokens[node.length :])
             same -= same % self._page_size
             if child is None or same == 0:
                 break
@@ -257,7 +232,7 @@ class PrefixCache:
 
     def _add(self, parent: Node, tokens: tuple[int, ...]) -> Node:
         node = Node(tokens[parent.length :], len(tokens), parent)
-        parent.children.insert(_place(parent, node.tokens), node)
+        parent.children.insert(place_of(parent, node.tokens), node)
         return node
 
     def _split(self, node: Node, length: int) -> Node | None:
@@ -265,7 +240,7 @@ class PrefixCache:
         parent = node.parent
         if parent is None or (node.handle is not None and length < node.floor):
             return None
-        at = _place(parent, node.tokens)
+        at = place_of(parent, node.tokens)
         same = length - parent.length
         upper = Node(
             node.tokens[:same], length, parent, node.writer, floor=node.floor, users=node.users, tick=node.tick
@@ -318,7 +293,7 @@ class PrefixCache:
         parent = node.parent
         if parent is None:
             return
-        del parent.children[_place(parent, node.tokens)]
+        del parent.children[place_of(parent, node.tokens)]
         self._queue(parent)
         if parent.parent is None and not parent.children:
             del self._roots[parent.salt]
@@ -337,7 +312,7 @@ class PrefixCache:
         if strangers := (self._held.keys() | self._pending.keys()) - alive:
             names = sorted(sequence.request.id for sequence in strangers)
             raise EngineError(f"the prefix tree knows requests that are not running: {names}")
-        users = Counter(node for held in self._held.values() for node in _path(held))
+        users = Counter(node for held in self._held.values() for node in path_up(held))
         handles, evictable = [], NO_PAGES
         for node in self._nodes():
             parent = node.parent
@@ -348,7 +323,7 @@ class PrefixCache:
                 wrong = "it is no whole number of pages"
             elif (node.handle is None) != (node.writer is not None):
                 wrong = "it must have a handle or a writer, and not both"
-            elif node.writer is not None and node not in _pending_down_to(self._pending.get(node.writer)):
+            elif node.writer is not None and node not in pending_down_to(self._pending.get(node.writer)):
                 wrong = "its writer does not write it"
             elif node.writer is None and parent.writer is not None:
                 wrong = "its parent is pending"
@@ -368,56 +343,3 @@ class PrefixCache:
         if evictable != self.evictable:
             raise EngineError(f"the prefix tree counts {self.evictable} evictable pages, its nodes have {evictable}")
         return handles
-
-
-def _edge(node: Node) -> tuple[int, ...]:
-    return node.tokens
-
-
-def _place(parent: Node, tokens: tuple[int, ...]) -> int:
-    """The index among the children of the edge `tokens`, or where it would go."""
-    return bisect_left(parent.children, tokens, key=_edge)
-
-
-def _closest(node: Node, tokens: tuple[int, ...]) -> tuple[Node | None, int]:
-    """The child that shares the most tokens, and how many. In order of edges it stands beside where `tokens` would."""
-    best, most = None, 0
-    at = _place(node, tokens)
-    for child in node.children[max(at - 1, 0) : at + 1]:
-        same = common_length(child.tokens, tokens)
-        if same > most:
-            best, most = child, same
-    return best, most
-
-
-def common_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens a and b have in common at their beginning. Compares slices: a loop would take 1 ms on 12,000."""
-    shorter = min(len(a), len(b))
-    low, high = 0, 64
-    while high < shorter and a[low:high] == b[low:high]:
-        low, high = high, 2 * high
-    high = min(high, shorter) + 1
-    while high - low > 1:  # the first `low` are equal, the first `high` are not
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _path(node: Node) -> Iterator[Node]:
-    """The node and those above it, without the root."""
-    at: Node | None = node
-    while at is not None and at.parent is not None:
-        yield at
-        at = at.parent
-
-
-def _pending_down_to(node: Node | None) -> Iterator[Node]:
-    """The pending nodes of the path that ends in `node`, from the top. They have one writer."""
-    pending = []
-    while node is not None and node.writer is not None:
-        pending.append(node)
-        node = node.parent
-    return reversed(pending)

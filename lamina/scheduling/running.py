@@ -1,18 +1,19 @@
-"""The sequences with KV: what they take, what they may still grow to, and what the prefix tree shares of them.
+"""The sequences with KV: the pages they take, the pages they may still need, and what the prefix cache shares of them.
 
-Opens and closes them in the ledger. Knows nothing of who waits, of plans, or of why a sequence comes or goes.
+They are opened and closed in the ledger here.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages
 from lamina.scheduling.page_ledger import PageLedger
-from lamina.scheduling.prefix_cache import Match, Node, PrefixCache
+from lamina.scheduling.prefix_cache import Match, PrefixCache
+from lamina.scheduling.prefix_nodes import Node
 from lamina.scheduling.request import RetainedKv, ScheduledSequence, SchedulerConfig
 
 Order = tuple[int, int, int]
@@ -34,8 +35,8 @@ class Counters:
 
 
 class RunningSequences:
-    """`sequences` are those with KV, by order; only this changes the list. `wake` is told of each sequence that waited
-    for a prefix, and need not any more."""
+    """`sequences` are the sequences with KV, by order; only this class changes the list. `wake` is called with each
+    sequence that waited for a prefix and need not wait any more."""
 
     def __init__(self, config: SchedulerConfig, ledger: PageLedger, wake: Callable[[ScheduledSequence], None]) -> None:
         self.sequences: list[ScheduledSequence] = []
@@ -46,7 +47,13 @@ class RunningSequences:
         if config.prefix_cache:
             self.tree = PrefixCache(config.page_size, config.held, ledger.fork, self._evicted, wake)
 
-    # They come and go.
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __iter__(self) -> Iterator[ScheduledSequence]:
+        return iter(self.sequences)
+
+    # Opening and closing.
 
     def open(
         self,
@@ -147,7 +154,7 @@ class RunningSequences:
     def spare(self) -> Pages:
         """Pages left for newcomers: without what these need for their known tokens and a page set for each."""
         config = self._config
-        spare = self._ledger.room() - self._ledger.promised
+        spare = self._ledger.unpromised()
         if self.tree is not None:
             spare += self.tree.evictable
         alike: dict[int, list[ScheduledSequence]] = {}  # by layout, which placement makes only once of each kind

@@ -1,8 +1,7 @@
-"""Who computes what in the next batch: requests in, plans out, tokens back. The owner of the truth.
+"""Which sequences are computed in the next batch: requests in, plans out, tokens back. The truth about sequences.
 
-The life of a plan: `plan`, then `accepted` or `refused` as the holders say; once its batch is complete `record`, or
-`drop` where it failed. Several may be in flight, with disjoint sequences. Knows nothing of holders beyond how many
-pages they have left, and nothing of tensors, text or time: the same calls give the same plans.
+The life of a plan: `plan`, then `accepted` or `refused` as the holders answer; once its batch is complete `record`, or
+`drop` where it failed. Several plans may be in flight, with disjoint sequences. The same calls give the same plans.
 """
 
 from __future__ import annotations
@@ -14,84 +13,46 @@ from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.admission import Admission
 from lamina.scheduling.kv_rebuild import KvRebuild
-from lamina.scheduling.kv_shares import Layout, Layouts, Pages
+from lamina.scheduling.kv_shares import Layouts, Pages
 from lamina.scheduling.page_ledger import PageLedger
 from lamina.scheduling.request import Outcome, Plan, PlannedRow, Request, RetainedKv, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.running import RunningSequences
 
 
 class Scheduler:
-    """First come, first served within a priority; everything goes by `ScheduledSequence.order`. For one thread.
+    """First come, first served within a priority: everything goes by `ScheduledSequence.order`. For one thread.
 
-    Its parts: `PageLedger` counts pages and what the holders are told, `RunningSequences` are the sequences with KV,
-    `Admission` those that wait for some, `KvRebuild` has lost KV computed again. This forms batches of them, and ends
-    requests.
+    Its parts are members: `ledger` counts pages and holds the operations that wait, `running` has the sequences with
+    KV, `admission` those that wait for some. The scheduler forms batches of them, and ends requests.
     """
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
         self.config = config
+        self.ledger = PageLedger(config, layouts.capacity)
+        self.running = RunningSequences(config, self.ledger, self._wake)
+        self.admission = Admission(config, layouts, self.running)
+        self.counters = self.running.counters
         self._layouts = layouts
-        self._ledger = PageLedger(config, layouts.capacity)
-        self._residents = RunningSequences(config, self._ledger, self._wake)
-        self._admission = Admission(config, layouts, self._residents)
-        self._rebuilder = KvRebuild(config, layouts, self._ledger)
-        self.counters = self._residents.counters
-        self.tree = self._residents.tree
+        self._rebuilds = KvRebuild(config, layouts, self.ledger)
         self._requests: dict[str, list[ScheduledSequence]] = {}  # unfinished ones
-        self._running = self._residents.sequences
         self._in_flight: set[Plan] = set()
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
-        self._refused = False  # the last answer: nobody else is admitted on a count of pages that was wrong
+        self._refused = False  # the last answer: nothing is admitted on a count of pages that was wrong
         self._stalled = False  # no room can be made before a batch in flight is over
         self._arrivals = 0
 
     def _wake(self, sequence: ScheduledSequence) -> None:
-        self._admission.queue(sequence)
-
-    # What there is.
+        self.admission.queue(sequence)
 
     @property
     def has_work(self) -> bool:
         """Whether a sequence is unfinished, a plan in flight, or an operation not accepted yet."""
-        return bool(self._requests or self._in_flight or self._ledger.operations)
-
-    @property
-    def running(self) -> int:
-        """How many sequences have KV."""
-        return len(self._running)
+        return bool(self._requests or self._in_flight or self.ledger.operations)
 
     @property
     def waiting(self) -> int:
-        """How many unfinished sequences have none, those included that wait for a prefix or for their sibling."""
+        """How many unfinished sequences have no KV, including those that wait for a prefix or for their sibling."""
         return sum(sequence.handle is None for samples in self._requests.values() for sequence in samples)
-
-    @property
-    def sequences(self) -> tuple[ScheduledSequence, ...]:
-        """Those with KV, by order."""
-        return tuple(self._running)
-
-    @property
-    def stranded(self) -> tuple[ScheduledSequence, ...]:
-        """Those that wait for a holder to join, since those there are can never keep them."""
-        return self._admission.stranded
-
-    @property
-    def free(self) -> Pages:
-        """Pages that every holder has free, as it said last."""
-        return self._ledger.free
-
-    @property
-    def cached(self) -> Pages:
-        """Pages that only the prefix tree keeps, at least."""
-        return self._residents.cached
-
-    def kept(self, sequence: ScheduledSequence) -> Pages:
-        """Pages that a sequence has, those included that it shares with others."""
-        return self._residents.pages(sequence)
-
-    def longest_possible(self) -> int:
-        """The most tokens of one sequence that the context and the holders' memory can ever hold."""
-        return self._admission.longest_possible()
 
     # Requests.
 
@@ -123,14 +84,14 @@ class Scheduler:
             first.siblings = [each for each in others if not known[each.sample] and each.sample not in kept]
         for sequence in samples:
             if sequence.sample in kept:
-                self._residents.adopt(sequence, kept[sequence.sample], self._layouts.capacity)
+                self.running.adopt(sequence, kept[sequence.sample], self._layouts.capacity)
             elif sequence not in first.siblings:
-                self._admission.queue(sequence)
+                self.admission.queue(sequence)
         return tuple(samples)
 
     def validate(self, request: Request) -> None:
         """Raise `InvalidRequest` where a request can never run."""
-        self.config.validate(len(request.prompt), request.max_tokens, self.longest_possible())
+        self.config.validate(len(request.prompt), request.max_tokens, self.admission.longest_possible())
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
 
@@ -148,7 +109,7 @@ class Scheduler:
         there stays. That holds for a sample that has ended before, too.
         """
         if not keep:
-            self._residents.distrust(sequence)
+            self.running.distrust(sequence)
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
@@ -157,10 +118,10 @@ class Scheduler:
         if not samples:
             del self._requests[sequence.request.id]
         for sibling in sequence.siblings:
-            self._admission.queue(sibling)
+            self.admission.queue(sibling)
         sequence.siblings = []
         if sequence.handle is not None and not sequence.in_flight:
-            self._residents.retire(sequence)
+            self.running.retire(sequence)
 
     # Plans.
 
@@ -174,25 +135,25 @@ class Scheduler:
         if self._stalled:
             return None
         rows = self._rows(lanes)
-        if not rows and (self._in_flight or not self._ledger.operations):
+        if not rows and (self._in_flight or not self.ledger.operations):
             return None
         rows.sort(key=_is_prefill)
-        plan = self._ledger.plan(rows)
+        plan = self.ledger.plan(rows)
         self._in_flight.add(plan)
         return plan
 
     def _rows(self, lanes: int) -> list[PlannedRow]:
         """Rows for the idle sequences by order, then for those that can be admitted."""
         rows: list[PlannedRow] = []
-        idle = deque(sequence for sequence in self._running if not sequence.in_flight)
+        idle = deque(sequence for sequence in self.running if not sequence.in_flight)
         budget = self._batch_tokens
         prefill = max(1, budget - sum(sequence.left == 1 for sequence in idle))
         short = False  # of pages for somebody
         while budget:
             younger = idle
-            if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self._running))):
+            if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self.running))):
                 sequence = idle.popleft()
-                if not self._rebuilder.ready(sequence):
+                if not self._rebuilds.ready(sequence):
                     continue
             elif prefill and not short and (admitted := self._admit()):
                 # Its lane's share may be full already: were it not admitted then, nobody would be while all lanes are.
@@ -207,13 +168,13 @@ class Scheduler:
             if count == 0:
                 short = True
                 continue
-            rows.append(self._ledger.reserve(sequence, count))
+            rows.append(self.ledger.reserve(sequence, count))
             budget -= count
             prefill -= count if left > 1 else 0
         return rows
 
     def _admit(self) -> ScheduledSequence | None:
-        return None if self._refused and self._running else self._admission.admit()
+        return None if self._refused and self.running.sequences else self.admission.admit()
 
     def _make_room(self, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
         """How many of `want` tokens the pages allow, after making room: 0 if it must wait for those in flight.
@@ -221,16 +182,16 @@ class Scheduler:
         Cached prefixes go first. The youngest of the `younger` idle sequences is preempted only where not one token
         fits, and a sequence that is alone always gets one: the holders decide.
         """
-        while (count := self._ledger.affordable(sequence, want)) < want:
-            if self._residents.evict():
+        while (count := self.ledger.affordable(sequence, want)) < want:
+            if self.running.evict():
                 continue
             if count:
                 break
             if younger:
                 self.preempt(younger.pop())
-            elif len(self._running) > 1:
+            elif len(self.running) > 1:
                 break
-            elif not self._residents.evict_used():
+            elif not self.running.evict_used():
                 return 1
         return count
 
@@ -238,13 +199,13 @@ class Scheduler:
         """Take an idle sequence's KV away; it waits until it fits whole, and computes what it had again."""
         sequence.preemptions += 1
         self.counters.preempted += 1
-        self._admission.give_back(sequence)
+        self.admission.give_back(sequence)
 
     def plan_operations(self) -> Plan | None:
         """A plan of the operations that wait, without rows; None where none does."""
-        if not self._ledger.operations:
+        if not self.ledger.operations:
             return None
-        plan = self._ledger.plan([])
+        plan = self.ledger.plan([])
         self._in_flight.add(plan)
         return plan
 
@@ -253,7 +214,7 @@ class Scheduler:
         highest of all holders. A plan without rows is over with this."""
         if len(floors) != len(plan.rows):
             raise EngineError(f"{len(floors)} floors for {len(plan.rows)} rows")
-        self._ledger.accepted(plan, free)
+        self.ledger.accepted(plan, free)
         self._batch_tokens, self._refused = self.config.max_batch_tokens, False
         for row, floor in zip(plan.rows, floors, strict=True):
             if row.rebuild:  # survivors may have let go more than those that store have
@@ -271,24 +232,24 @@ class Scheduler:
         Returns the sequences that can never go on, normally none: where one token of the only running sequence is
         refused with nothing left to give up, it has been ended, with reason "abort".
         """
-        self._ledger.refused(plan, free)
+        self.ledger.refused(plan, free)
         self._refused = True
         self._raise_floors(plan)
         self._undo(plan)
-        if not self._running or self._residents.evict():
+        if not self.running.sequences or self.running.evict():
             return ()
         tokens = sum(row.count for row in plan.rows)
-        youngest = next((sequence for sequence in reversed(self._running[1:]) if not sequence.in_flight), None)
+        youngest = next((sequence for sequence in reversed(self.running.sequences[1:]) if not sequence.in_flight), None)
         if youngest is not None:
             self.preempt(youngest)
         elif self._in_flight:
             self._stalled = True
-        elif self._residents.evict_used():
+        elif self.running.evict_used():
             return ()
         elif tokens > 1:
             self._batch_tokens = tokens // 2
         else:
-            hopeless = self._running[0]
+            hopeless = self.running.sequences[0]
             self.end(hopeless, "abort")
             return (hopeless,)
         return ()
@@ -301,7 +262,7 @@ class Scheduler:
         sampled = sum(row.sample for row in plan.rows)
         if len(tokens) != sampled:
             raise EngineError(f"{len(tokens)} tokens for {sampled} rows that sample")
-        if self._ledger.awaits(plan):
+        if self.ledger.awaits(plan):
             raise EngineError("a plan was recorded before it was accepted")
         self._land(plan)
         outcomes = []
@@ -310,18 +271,18 @@ class Scheduler:
             sequence = row.sequence
             if row.rebuild:
                 self.counters.rebuilt_tokens += row.count
-                self._rebuilder.recorded(sequence)
+                self._rebuilds.recorded(sequence)
                 if sequence.finish_reason is not None:
-                    self._residents.retire(sequence)
+                    self.running.retire(sequence)
                 continue
             sequence.computed = sequence.planned
             token = next(drawn) if row.sample else None
-            self._residents.advanced(sequence)
+            self.running.advanced(sequence)
             if sequence.finish_reason is not None:
-                self._residents.retire(sequence)
+                self.running.retire(sequence)
                 continue
             if sequence.siblings and sequence.computed >= len(sequence.request.prompt):
-                self._admission.admit_siblings(sequence)
+                self.admission.admit_siblings(sequence)
             if token is not None:
                 sequence.tokens.append(token)
                 reason = _finish_reason(sequence, token)
@@ -332,7 +293,7 @@ class Scheduler:
 
     def drop(self, plan: Plan) -> None:
         """The batch failed. Nothing of it counts; its rows will be planned again."""
-        if self._ledger.forget(plan):
+        if self.ledger.forget(plan):
             self._raise_floors(plan)
         self._undo(plan)
 
@@ -355,55 +316,15 @@ class Scheduler:
             if row.sequence.rebuild is not None:
                 row.sequence.rebuild.planned = row.sequence.rebuild.at
             if row.sequence.finish_reason is not None:
-                self._residents.retire(row.sequence)
+                self.running.retire(row.sequence)
 
-    # Holders come, go, and hand over what they keep.
-
-    def promise(self, pages: Pages) -> None:
-        """Moves under way will still take so many pages, in all: newcomers must leave them."""
-        self._ledger.promised = pages
-
-    def room(self) -> Pages:
-        """Pages that every holder has left, at least, once all it was told is done and all that moves has moved."""
-        return self._ledger.room() - self._ledger.promised
-
-    def told(self, free: Pages) -> None:
-        """Holders that were asked something else than a plan have so many pages free."""
-        self._ledger.told(free)
-
-    def took(self, pages: Pages) -> None:
-        """What moves has taken so many pages; the next reply of these holders counts them too."""
-        self._ledger.took(pages)
-
-    def number_handles_from(self, last: int) -> None:
-        """No handle up to this one is given to a sequence that comes."""
-        self._ledger.number_from(last)
-
-    def forget_prefixes(self) -> None:
-        """Give up all cached prefixes."""
-        self._residents.forget_prefixes()
-
-    def kept_by(self, holder: int) -> list[ScheduledSequence]:
-        """The sequences of which a holder keeps a share."""
-        return self._residents.kept_by(holder)
-
-    def movable(self, sequence: ScheduledSequence) -> bool:
-        """Whether its KV is whole, and all that is to be done about it has been said to the holders."""
-        return self._residents.movable(sequence)
-
-    def moved(self, sequence: ScheduledSequence, layout: Layout) -> None:
-        """The KV of a movable, idle sequence is now kept in this layout; what changed shares no pages any more."""
-        self._residents.moved(sequence, layout)
+    # Holders join and leave.
 
     def joined(self, holder: int, pages: int) -> None:
         """There is one holder more, which the layouts know already."""
-        self._ledger.joined(holder, pages)
+        self.ledger.joined(holder, pages)
         self._stalled = False
-        self._admission.joined()
-
-    def left(self, holder: int) -> None:
-        """A holder that keeps nothing any more is gone."""
-        self._ledger.left(holder)
+        self.admission.joined()
 
     def lost(self, holder: int) -> tuple[int, int]:
         """A holder is gone, and the layouts know it. What it had is opened elsewhere, to be computed again.
@@ -412,26 +333,26 @@ class Scheduler:
         sequences that cannot be rebuilt in part: they wait, and are computed again from their start.
         """
         self._require_idle()
-        self._ledger.left(holder)
-        self._residents.forget_prefixes()
-        self._admission.look_again()
-        rebuilt, whole = self._rebuilder.lost(holder, self._residents.kept_by(holder), self._residents.spare())
+        self.ledger.left(holder)
+        self.running.forget_prefixes()
+        self.admission.look_again()
+        rebuilt, whole = self._rebuilds.lost(holder, self.running.kept_by(holder), self.running.spare())
         return rebuilt, self._begin_anew(whole)
 
     def emptied(self, holder: int, pages: int) -> int:
         """A holder has lost all that it kept, and has all its pages free: what concerns it is computed again, from the
         start. Nothing may be in flight. Returns how many tokens that is."""
         self._require_idle()
-        self._residents.forget_prefixes()
-        whole = self._begin_anew(self._residents.kept_by(holder))
-        self._ledger.told(Pages({holder: pages}))
+        self.running.forget_prefixes()
+        whole = self._begin_anew(self.running.kept_by(holder))
+        self.ledger.told(Pages({holder: pages}))
         return whole
 
     def recompute(self) -> None:
         """The holders may have lost KV: compute all of it again. Nothing may be in flight."""
         self._require_idle()
-        self._begin_anew(self.sequences)
-        self._residents.forget_prefixes()
+        self._begin_anew(tuple(self.running.sequences))
+        self.running.forget_prefixes()
 
     def _require_idle(self) -> None:
         if self._in_flight:
@@ -442,15 +363,15 @@ class Scheduler:
         tokens = 0
         for sequence in sequences:
             tokens += sequence.computed
-            self._admission.give_back(sequence)
+            self.admission.give_back(sequence)
         return tokens
 
     def check_integrity(self) -> None:
         """Raise `EngineError` if handles, lengths, tree, queues and pending operations contradict each other."""
-        self._residents.check_integrity()
-        self._admission.check_integrity()
+        self.running.check_integrity()
+        self.admission.check_integrity()
         flying = {row.sequence: row.start + row.count for plan in self._in_flight for row in plan.rows}
-        for sequence in self._running:
+        for sequence in self.running:
             planned = sequence.planned if sequence.rebuild is None else sequence.rebuild.planned
             if planned != flying.pop(sequence, sequence.next):
                 name = f"sample {sequence.sample} of request {sequence.request.id}"

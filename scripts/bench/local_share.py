@@ -58,8 +58,8 @@ class Rig:
     slowed: set[str] = field(default_factory=set)
 
     @property
-    def tiers(self) -> Any:
-        return self.llm._runtime.engine._tiers  # a benchmark may look inside
+    def control(self) -> Any:
+        return self.llm._runtime.engine._control  # a benchmark may look inside
 
     def slow(self, who: set[str]) -> None:
         """Slow exactly these of "worker" and "local"."""
@@ -72,7 +72,7 @@ class Rig:
 
     def measure(self, share: float | None, steps: int, most: int = 400) -> tuple[Watched, list[Batch]]:
         """Want that share (None: auto) until `steps` batches have run there, undisturbed."""
-        balance = self.tiers.balance = Watched(share)
+        balance = self.control.local_share = Watched(share)
         until(lambda: (balance.settled and len(balance.quiet()) >= steps) or len(balance.seen) >= most)
         return balance, balance.quiet()[-steps:]
 

@@ -65,7 +65,7 @@ def setup(rng: random.Random, model: str) -> Setup:
     return Setup(
         shard=shard,
         weights=tuple(rng.choice((1, 1, 2, 3)) for _ in range(holders)),
-        scratch=0 if shard is None else rng.choice((0, 60, 500)),
+        prefill_pool=0 if shard is None else rng.choice((0, 60, 500)),
         pages=rng.choice((1000, PAGES_OF_LONGEST, PAGES_OF_LONGEST + rng.randint(0, 60))),
         max_batch_tokens=rng.choice((5, 16, 64, 512)),
         prefix_cache=rng.random() < 0.5,
@@ -178,7 +178,7 @@ def check(world: World, wanted: list[tuple[list[list[int]], int]]) -> None:
     world.local.store.check_integrity()
     assert world.local.store.free_pages == world.local.store.n_pages
     if world.alive():
-        assert world.scheduler.room() == world.placement.capacity
+        assert world.scheduler.ledger.unpromised() == world.placement.capacity
     for port, done in world.drained:
         assert done.done()
         if done.exception() is None and not port.dead:

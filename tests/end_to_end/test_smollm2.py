@@ -154,7 +154,7 @@ def llm(path):
 def test_a_page_of_kv_takes_exactly_its_keys_and_values(llm):
     layers, heads, d, size = 30, 3, 64, 32
     runtime = llm._runtime
-    assert runtime.engine._placement.capacity == {0: (256 << 20) // (size * d * 2 * 2)}
+    assert runtime.engine._control.placement.capacity == {0: (256 << 20) // (size * d * 2 * 2)}
     assert 2 * d * 2 * layers * heads == 23_040
     every = (Share(0, (0, 1, 2), 0, 4096),)
     assert runtime.limits.pages_for(every, 1) == runtime.limits.pages_for(every, size) == {0: layers * heads}
@@ -187,13 +187,13 @@ def test_stopping_the_iteration_aborts(llm):
     next(events)
     events.close()
     llm.generate("x", max_tokens=1)
-    assert not llm._runtime.engine._clients.tickets
+    assert not llm._runtime.engine._registry.requests
 
 
 def test_a_stream_that_is_never_started_computes_nothing(llm):
     events = llm.stream("Once", max_tokens=900, ignore_eos=True)
     llm.generate("x", max_tokens=1)
-    assert not llm._runtime.engine._clients.tickets
+    assert not llm._runtime.engine._registry.requests
     events.close()
 
 

@@ -38,5 +38,5 @@ def test_memory_pages_and_threads_stay_as_they_are():
                 sizes[count], threads = resident(), threads or threading.active_count()
         llm.generate("x", max_tokens=1)
         assert threading.active_count() == threads
-        assert not llm._runtime.engine._clients.tickets
+        assert not llm._runtime.engine._registry.requests
     assert sizes[2000] <= sizes[200] * 1.02, sizes

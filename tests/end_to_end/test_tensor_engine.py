@@ -79,7 +79,7 @@ def met(llm: LLM) -> set[str]:
 
 
 def returned(llm: LLM) -> int:
-    return llm._runtime.engine._tally.returned  # type: ignore[union-attr]
+    return llm._runtime.engine._stats.returned  # type: ignore[union-attr]
 
 
 def test_two_ranks_give_the_text_of_one_and_survive_a_death(alone: LLM, model: Path) -> None:
@@ -101,7 +101,7 @@ def test_two_ranks_give_the_text_of_one_and_survive_a_death(alone: LLM, model: P
 def test_two_ranks_over_an_attention_worker_give_the_text_of_one(alone: LLM, model: Path) -> None:
     with engine(model, model_workers=2, attention_workers=1) as llm:
         assert texts(llm) == texts(alone)
-        names = llm._runtime.engine._fleet.names  # type: ignore[union-attr]
+        names = llm._runtime.engine._holders.names  # type: ignore[union-attr]
         assert names == {4: "attention-0", 5: "attention-0"}  # a seat for each rank
         with pytest.raises(InvalidRequest, match="only attention worker"):
             llm._runtime.drain("attention-0")  # type: ignore[union-attr]
@@ -194,7 +194,7 @@ def test_an_attention_worker_killed_under_two_ranks_changes_no_text(alone: LLM, 
         got = texts(llm, **LONG)
         killer.join()
         assert got == expected
-        fleet = llm._runtime.engine._fleet  # type: ignore[union-attr]
+        fleet = llm._runtime.engine._holders  # type: ignore[union-attr]
         until(lambda: sorted(fleet.names.values()) == ["attention-0.1"] * 2 + ["attention-1"] * 2, 30.0)
         assert texts(llm) == texts(alone)
 
@@ -226,7 +226,7 @@ def test_draining_moves_the_heads_of_all_ranks(alone: LLM, model: Path) -> None:
         thread.join()
         assert got == expected
         assert drained[0] > 0
-        assert set(llm._runtime.engine._fleet.names.values()) == {"attention-1"}  # type: ignore[union-attr]
+        assert set(llm._runtime.engine._holders.names.values()) == {"attention-1"}  # type: ignore[union-attr]
 
 
 class TlsMembers(LocalModelWorkers):

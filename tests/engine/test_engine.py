@@ -18,13 +18,13 @@ PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 2, 15, 16, 17, 33
 SPLIT = {"shard": "heads"}
 PLACEMENTS = {
     "one holder": SPLIT,
-    "one holder and a local one": {"shard": "heads", "scratch": 500},
+    "one holder and a local one": {"shard": "heads", "prefill_pool": 500},
     "heads on two, fused": {"weights": (1, 1)},
     "heads on two": {"shard": "heads", "weights": (1, 1)},
-    "heads on three, prompts local": {"shard": "heads", "weights": (2, 1, 1), "scratch": 60},
+    "heads on three, prompts local": {"shard": "heads", "weights": (2, 1, 1), "prefill_pool": 60},
     "ranges on three": {"shard": "sequence", "weights": (1, 1, 1)},
-    "ranges on unlike two, prompts local": {"shard": "sequence", "weights": (1, 3), "scratch": 500},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "scratch": 60},
+    "ranges on unlike two, prompts local": {"shard": "sequence", "weights": (1, 3), "prefill_pool": 500},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "prefill_pool": 60},
 }
 SAMPLINGS = {"greedy": {}, "seeded": {"temperature": 0.9, "top_p": 0.9, "seed": 11}}
 
@@ -69,11 +69,13 @@ def test_text_stays_the_same_at_any_placement_of_heads_and_ranges(model, samplin
     assert answers(model, sampling, max_batch_tokens=64, lanes=lanes, **placement) == expected
 
 
-@pytest.mark.parametrize("scratch", [0, 60])
-def test_early_query_changes_no_token(sampling, scratch):
+@pytest.mark.parametrize("prefill_pool", [0, 60])
+def test_early_query_changes_no_token(sampling, prefill_pool):
     model = tiny_decoder()  # it is changed
     expected = answers(model, sampling)
-    assert answers(model, sampling, shard="heads", weights=(1, 1), scratch=scratch, early_query=True) == expected
+    assert (
+        answers(model, sampling, shard="heads", weights=(1, 1), prefill_pool=prefill_pool, early_query=True) == expected
+    )
     assert answers(model, sampling) == expected
 
 

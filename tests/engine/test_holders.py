@@ -8,8 +8,9 @@ from typing import Any, cast
 import pytest
 
 from lamina.engine.holders import Holders
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_shares import Share
-from lamina.scheduling.placement import Holder, Part
+from lamina.scheduling.placement import Part
 from lamina_protocols.messages import Fork, Open, PartHeld, Surveyed
 
 SHARE = Share(1, (0,), 0, 100)
@@ -20,10 +21,11 @@ def torn(outbox: list[Any], first: int, applied: int, held: dict[int, int], comp
     placement = SimpleNamespace(
         holders={1: Holder(10, outbox=outbox, first=first)}, kept_by=lambda number: {3: [Part(7, SHARE)]}
     )
-    scheduler = SimpleNamespace(sequences=[SimpleNamespace(handle=3, rebuild=None, computed=computed)])
-    fleet = Holders(*cast(Any, (None, scheduler, placement, {1: "a"}, frozenset(), None)))
+    running = [SimpleNamespace(handle=3, rebuild=None, computed=computed)]
+    control = SimpleNamespace(placement=placement, scheduler=SimpleNamespace(running=running))
+    holders = Holders(*cast(Any, (None, control, {1: "a"}, None)))
     parts = tuple(PartHeld(handle, (0,), 0, 100, upto, 0) for handle, upto in held.items())
-    return fleet.torn({1: Surveyed(1, 1, 1, applied, parts, 0)})
+    return holders.torn({1: Surveyed(1, 1, 1, applied, parts, 0)})
 
 
 def test_part_is_torn_when_it_lacks_tokens() -> None:

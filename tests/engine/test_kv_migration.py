@@ -9,8 +9,8 @@ import pytest
 from engine_rig import HERE, BytesPort, Rig, collect
 
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.local_share import Batch, LocalShare
-from lamina.scheduling.placement import Holder
 from lamina_protocols.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError
@@ -20,10 +20,10 @@ rng = random.Random(5)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
 GREEDY = {"max_tokens": 60}
 PLACEMENTS = {
-    "one worker": {"shard": "heads", "weights": (1,), "scratch": 500},
-    "heads on two": {"shard": "heads", "weights": (1, 1), "scratch": 500},
+    "one worker": {"shard": "heads", "weights": (1,), "prefill_pool": 500},
+    "heads on two": {"shard": "heads", "weights": (1, 1), "prefill_pool": 500},
     "ranges on three": {"shard": "sequence", "weights": (1, 1, 2)},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "scratch": 60},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "prefill_pool": 60},
 }
 
 
@@ -58,14 +58,14 @@ def plain(decoder):
 
 
 def moved(rig: Rig) -> int:
-    return rig.engine._tiers._mover.sequences
+    return rig.engine._tiering._migration.sequences
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_text_stays_the_same_while_sequences_move(model, expected, placement, lanes):
     rig = Rig(
-        model, here=1000, balance=Restless(lanes), max_batch_tokens=64, lanes=lanes, prefix_cache=True,
+        model, local_pool=1000, local_share=Restless(lanes), max_batch_tokens=64, lanes=lanes, prefix_cache=True,
         port=BytesPort, **PLACEMENTS[placement],
     )  # fmt: skip
     assert rig.generate(PROMPTS, **GREEDY) == expected
@@ -80,8 +80,8 @@ def test_text_stays_the_same_when_moving_sequences_fork_abort_or_are_preempted(d
     """Little memory on both sides, siblings, aborts at any moment."""
     chance = random.Random(seed)
     rig = Rig(
-        decoder, shard="heads", weights=(1, 1), scratch=200, here=220, pages=160, balance=Restless(seed, 0.6),
-        max_batch_tokens=48, lanes=1 + seed % 2, prefix_cache=seed % 3 > 0,
+        decoder, shard="heads", weights=(1, 1), prefill_pool=200, local_pool=220, pages=160,
+        local_share=Restless(seed, 0.6), max_batch_tokens=48, lanes=1 + seed % 2, prefix_cache=seed % 3 > 0,
     )  # fmt: skip
     reference = Rig(decoder, pages=4000)
     params = SamplingParams(max_tokens=50, n=2).with_defaults({})
@@ -132,8 +132,8 @@ def test_text_stays_the_same_when_a_holder_is_lost_during_a_move(decoder, at, lo
     monkeypatch.setattr("lamina_workers.model_worker.model_worker._FRAME", 1)  # a layer each
     fatal = Fatal(at, loses)
     rig = Rig(
-        decoder, shard="heads", weights=(1, 1), here=1500, balance=Restless(at, 0.6), max_batch_tokens=64, lanes=lanes,
-        port=fatal,
+        decoder, shard="heads", weights=(1, 1), local_pool=1500, local_share=Restless(at, 0.6), max_batch_tokens=64,
+        lanes=lanes, port=fatal,
     )  # fmt: skip
     assert rig.generate(PROMPTS, **GREEDY) == plain(decoder)
     assert fatal.struck
@@ -144,7 +144,7 @@ def test_text_stays_the_same_when_a_holder_is_lost_during_a_move(decoder, at, lo
 
 
 def test_local_holder_takes_over_when_the_last_worker_leaves(decoder):
-    rig = Rig(decoder, shard="heads", here=2000, balance=LocalShare(0.0), max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", local_pool=2000, local_share=LocalShare(0.0), max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
     first = [inbox.get(timeout=60) for inbox in submitted]
@@ -159,7 +159,9 @@ def test_local_holder_takes_over_when_the_last_worker_leaves(decoder):
 
 
 def test_last_worker_drains_to_the_local_holder(decoder):
-    rig = Rig(decoder, shard="heads", here=2000, scratch=500, balance=LocalShare(0.0), max_batch_tokens=64)
+    rig = Rig(
+        decoder, shard="heads", local_pool=2000, prefill_pool=500, local_share=LocalShare(0.0), max_batch_tokens=64
+    )
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
     first = [inbox.get(timeout=60) for inbox in submitted]
@@ -175,7 +177,7 @@ def test_last_worker_drains_to_the_local_holder(decoder):
 
 def test_long_sequence_waits_for_a_new_worker_when_the_local_holder_is_too_small(decoder):
     """The other sequences go on meanwhile."""
-    rig = Rig(decoder, shard="heads", here=60, balance=LocalShare(0.0), hope=30.0, max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", local_pool=60, local_share=LocalShare(0.0), wait=30.0, max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
     begun = [output.token for output in long.get(timeout=60)]
@@ -192,7 +194,7 @@ def test_long_sequence_waits_for_a_new_worker_when_the_local_holder_is_too_small
 def test_stranded_request_ends_with_an_error_and_others_go_on(decoder):
     from lamina.errors import EngineError
 
-    rig = Rig(decoder, shard="heads", here=60, balance=LocalShare(0.0), hope=0.2, max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", local_pool=60, local_share=LocalShare(0.0), wait=0.2, max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
     long.get(timeout=60)
@@ -212,13 +214,13 @@ class Pushed(LocalShare):
 
 def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
     """New requests may use exactly the pages that will be left when the move is over."""
-    rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
-    mover, config = rig.engine._tiers._mover, rig.scheduler.config
+    rig = Rig(decoder, shard="heads", local_pool=1000, local_share=Pushed(1.0), max_batch_tokens=64)
+    mover, config = rig.engine._tiering._migration, rig.scheduler.config
     step, rooms = mover.step, []
 
     def look(seconds):
         step(1e-9)
-        if rig.engine._batches or not mover._queue:
+        if rig.engine._in_flight or not mover._queue:
             return
         left = {number: worker.store.free_pages for number, worker in rig.workers.items()}
         for journey in mover._queue:
@@ -226,7 +228,7 @@ def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
             due = config.pages_for(fresh, len(journey.sequence.tokens))
             for number, pages in (due - config.held(fresh, 0, journey.at, journey.sequence.floor)).items():
                 left[number] -= pages
-        rooms.extend((left[number], pages) for number, pages in rig.scheduler.room().items())
+        rooms.extend((left[number], pages) for number, pages in rig.scheduler.ledger.unpromised().items())
 
     mover.step = look
     rig.generate([prompt * 3 for prompt in PROMPTS[2:]], **GREEDY)
@@ -238,16 +240,16 @@ def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
 def test_pages_of_a_move_are_counted_once(decoder):
     """A move takes many batches, and with each of them holders report their free pages. The pages of the first sequence
     are in use at its new place while the second is copied."""
-    rig = Rig(decoder, shard="heads", here=1000, balance=Pushed(1.0), max_batch_tokens=64)
-    step, moved = rig.engine._tiers._mover.step, rig.scheduler.moved
+    rig = Rig(decoder, shard="heads", local_pool=1000, local_share=Pushed(1.0), max_batch_tokens=64)
+    step, moved = rig.engine._tiering._migration.step, rig.scheduler.running.moved
     counts: list[tuple[int, int]] = []
 
     def look(sequence, layout):
         moved(sequence, layout)
-        counts.extend((rig.scheduler.free[at.holder], rig.workers[at.holder].store.free_pages) for at in layout)
+        counts.extend((rig.scheduler.ledger.free[at.holder], rig.workers[at.holder].store.free_pages) for at in layout)
 
-    rig.engine._tiers._mover.step = lambda seconds: step(1e-9)  # a page a time
-    rig.scheduler.moved = look
+    rig.engine._tiering._migration.step = lambda seconds: step(1e-9)  # a page a time
+    rig.scheduler.running.moved = look
     assert rig.generate(PROMPTS[2:], **GREEDY) == plain(decoder)[2:]
     assert len(counts) == 2
     assert all(counted == there < rig.pages for counted, there in counts)
@@ -256,8 +258,8 @@ def test_pages_of_a_move_are_counted_once(decoder):
 
 def test_stream_waits_for_at_most_one_chunk_of_a_move(decoder):
     """Between two tokens of a stream at most one chunk of a long sequence is copied."""
-    rig = Rig(decoder, shard="heads", here=4000, pages=4000, balance=LocalShare(0.0), scratch=2000)
-    mover = rig.engine._tiers._mover
+    rig = Rig(decoder, shard="heads", local_pool=4000, pages=4000, local_share=LocalShare(0.0), prefill_pool=2000)
+    mover = rig.engine._tiering._migration
     copied: list[int] = []
     advance = mover.step
 
@@ -271,7 +273,7 @@ def test_stream_waits_for_at_most_one_chunk_of_a_move(decoder):
     params = SamplingParams(max_tokens=150).with_defaults({})
     _, inbox = rig.submit(long, params)
     inbox.get(timeout=60)
-    rig.engine._tiers.balance.share = 1.0
+    rig.engine._control.local_share.share = 1.0
     text = collect(inbox)[0]
     assert len(text) == 149
     assert sum(copied) >= 1200

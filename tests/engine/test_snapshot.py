@@ -7,7 +7,8 @@ import queue
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from engine_rig import BytesPort, Rig, collect
@@ -15,20 +16,23 @@ from looped_wire import Loop
 from policy_bench import TIGHT, under
 
 from lamina.client.remote_client import RemoteEngine
+from lamina.engine.holders import HolderChange
 from lamina.engine.observer import observe
+from lamina.engine.observers import BatchDone
 from lamina.engine.stats import EngineStats
 from lamina.errors import EngineError
 from lamina.messages.engine_request import KvSavings
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.placement import Holder, Placement
-from lamina.scheduling.scheduler import Scheduler
+from lamina.scheduling.control_plane import ControlPlane
+from lamina.scheduling.holder import Holder
+from lamina.scheduling.placement import Placement
 from lamina_protocols.messages import Attended, Exchange, Query, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.port import LocalAttention, Replies
-from lamina_workers.ports.timing import Exchanges, Stopwatch
+from lamina_workers.ports.timing import Exchanges, Stopwatch, Times
 
 rng = random.Random(3)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
@@ -36,7 +40,7 @@ LAYERS = 3
 SHAPES: dict[str, dict[str, Any]] = {
     "alone": {},
     "heads": {"shard": "heads", "weights": (1, 1)},
-    "heads, prompts local": {"shard": "heads", "weights": (1, 1, 1), "scratch": 500},
+    "heads, prompts local": {"shard": "heads", "weights": (1, 1, 1), "prefill_pool": 500},
     "ranges, two lanes": {"shard": "sequence", "weights": (1, 2), "lanes": 2},
 }
 
@@ -126,7 +130,7 @@ def test_snapshot_pages_in_use_are_those_of_the_sequences(decoder: Decoder, shap
 
 
 def test_snapshot_counts_pages_of_a_prompt_at_the_local_holder_during_prefill(decoder: Decoder) -> None:
-    rig = Rig(decoder, **SHAPES["heads, prompts local"] | {"scratch": 3000}, max_batch_tokens=16)
+    rig = Rig(decoder, **SHAPES["heads, prompts local"] | {"prefill_pool": 3000}, max_batch_tokens=16)
     ticket, _ = rig.submit([5] * 1800, greedy(2))
     seen = wait_until(rig.engine, lambda seen: any(each.tokens == 1800 for each in seen.sequences))
     assert seen.sequences[0].prefill
@@ -224,43 +228,48 @@ def test_snapshot_sums_what_policies_save(decoder: Decoder, monkeypatch: pytest.
 
 
 def test_stats_never_fall_when_the_savings_of_a_part_restart() -> None:
-    tally = EngineStats(0.0)
-    tally.spared(KvSavings(), KvSavings(read=10, whole=40, missed=0.5, queries=10))
-    tally.spared(
+    stats = EngineStats(0.0)
+    stats.spared(KvSavings(), KvSavings(read=10, whole=40, missed=0.5, queries=10))
+    stats.spared(
         KvSavings(read=10, whole=40, missed=0.5, queries=10), KvSavings(read=3, whole=8, missed=0.1, queries=2)
     )
-    assert (tally.kv_read, tally.kv_whole, tally.missed_queries) == (13, 48, 12)
-    assert tally.missed_mass == pytest.approx(0.6)
+    assert (stats.kv_read, stats.kv_whole, stats.missed_queries) == (13, 48, 12)
+    assert stats.missed_mass == pytest.approx(0.6)
+
+
+def batch_done(tokens: int) -> BatchDone:
+    plan = cast(Any, SimpleNamespace(rows=(SimpleNamespace(count=tokens),)))
+    return BatchDone(plan, {}, 0, 1, 1, 1, 0, 0, Times(), 0.0, 0.0)
 
 
 def test_stats_count_batches_by_their_tokens() -> None:
-    tally = EngineStats(0.0)
+    stats = EngineStats(0.0)
     for tokens in (1, 8, 9, 10**6):
-        tally.complete(tokens, 0, 1)
-    assert tally.batch_counts[:3] == [1, 1, 1]
-    assert tally.batch_counts[-1] == 1
-    assert len(tally.batch_counts) == len(BATCH_BUCKETS) + 1
+        stats.batch_done(batch_done(tokens))
+    assert stats.batch_counts[:3] == [1, 1, 1]
+    assert stats.batch_counts[-1] == 1
+    assert len(stats.batch_counts) == len(BATCH_BUCKETS) + 1
 
 
 def test_stats_count_lost_and_joined_holders() -> None:
-    tally = EngineStats(0.0)
-    tally.lost(["a", "b"])
-    tally.joined()
-    tally.joined()
-    tally.joined()
-    assert (tally.lost_holders, tally.joined_holders, tally.missing) == (2, 3, [])
+    stats = EngineStats(0.0)
+    stats.holders_changed(HolderChange("lost", ("a", "b")))
+    stats.holders_changed(HolderChange("drained", ("c",)))
+    for name in ("d", "e", "f"):
+        stats.holders_changed(HolderChange("joined", (name,)))
+    assert (stats.lost_holders, stats.joined_holders, stats.missing) == (2, 3, [])
 
 
 def test_snapshot_sums_the_holders_of_one_worker_over_ranks(decoder: Decoder) -> None:
     rig = Rig(decoder)
     placement = Placement(
         {0: Holder(50), 1: Holder(40, rank=1), 2: Holder(20), 3: Holder(30, rank=1)},
-        heads=(2, 1), page_size=16, max_model_len=100, layers=3, scratch=(0, 1),
+        heads=(2, 1), page_size=16, max_model_len=100, layers=3, prefill_pools=(0, 1),
     )  # fmt: skip
     links = rig.engine._worker.links()
     links = {0: links[1], 2: links[1]._replace(in_process=False, channel="tcp")}
-    scheduler = Scheduler(rig.scheduler.config, placement)
-    seen = observe(EngineStats(0.0, returned=2), scheduler, placement, links, {2: "a", 3: "a"}, (0, 1), 1.0)
+    control = ControlPlane(rig.scheduler.config, placement)
+    seen = observe(EngineStats(0.0, returned=2), control, links, {2: "a", 3: "a"}, 0.0, 1.0, 1.0)
     rig.close()
     assert seen.returned_workers == 2
     shown = {holder.name: (holder.local, holder.channel, holder.total_pages) for holder in seen.holders}

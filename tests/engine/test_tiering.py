@@ -117,7 +117,7 @@ def test_text_stays_the_same_when_a_worker_is_killed_during_moves(model, expecte
 
             def change() -> None:
                 while not over.wait(rng.random() * 0.02):
-                    engine._tiers.balance.share = rng.choice((0.0, 0.5, 1.0))
+                    engine._control.local_share.share = rng.choice((0.0, 0.5, 1.0))
 
             changing = threading.Thread(target=change)
             changing.start()

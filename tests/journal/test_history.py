@@ -11,7 +11,7 @@ from engine_rig import BytesPort, Rig, collect
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.placement import Holder
+from lamina.scheduling.holder import Holder
 from lamina_protocols.messages import Announcement, Exchange, Fresh
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost
@@ -22,10 +22,10 @@ PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
 GREEDY = {"max_tokens": 40}
 PLACEMENTS = {
     "heads on three": {"shard": "heads", "weights": (1, 1, 1)},
-    "heads on two, prompts local": {"shard": "heads", "weights": (1, 1), "scratch": 500},
+    "heads on two, prompts local": {"shard": "heads", "weights": (1, 1), "prefill_pool": 500},
     "ranges on three": {"shard": "sequence", "weights": (1, 1, 1)},
-    "ranges on two, prompts local": {"shard": "sequence", "weights": (1, 2), "scratch": 500},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "scratch": 60},
+    "ranges on two, prompts local": {"shard": "sequence", "weights": (1, 2), "prefill_pool": 500},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "prefill_pool": 60},
 }
 
 
@@ -87,21 +87,23 @@ def test_holder_death_at_any_message_changes_no_token(model, expected, placement
 @pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
 def test_several_holder_deaths_change_no_token(model, expected, shard, deaths):
     mortal = Mortal(*deaths)
-    rig = Rig(model, port=mortal, max_batch_tokens=64, shard=shard, weights=(1,) * 4, scratch=500, prefix_cache=True)
+    rig = Rig(
+        model, port=mortal, max_batch_tokens=64, shard=shard, weights=(1,) * 4, prefill_pool=500, prefix_cache=True
+    )
     assert rig.generate(PROMPTS, **GREEDY) == expected
     assert len(mortal.died) == len(deaths)
     rig.close()
 
 
-@pytest.mark.parametrize("scratch", [500, 0])
-def test_surviving_holders_store_nothing_again(decoder, scratch):
+@pytest.mark.parametrize("prefill_pool", [500, 0])
+def test_surviving_holders_store_nothing_again(decoder, prefill_pool):
     """By heads: the forward pass repeats, but only the lost heads' keys are sent and stored."""
     prompt = PROMPTS[3]
     alone = Rig(decoder)
     expected = alone.generate([prompt], max_tokens=30)
     alone.close()
     mortal = Mortal(150)
-    rig = Rig(decoder, port=mortal, shard="heads", weights=(1, 1, 1), scratch=scratch)
+    rig = Rig(decoder, port=mortal, shard="heads", weights=(1, 1, 1), prefill_pool=prefill_pool)
     assert rig.generate([prompt], max_tokens=30) == expected
     (dead,) = mortal.died
     left = [stored for place, stored in mortal.stored.items() if rig.ports[place + 1] is not dead]
@@ -117,7 +119,7 @@ def test_only_the_lost_range_of_positions_is_computed_again(decoder):
     alone = Rig(decoder)
     expected = alone.generate([prompt], max_tokens=30)
     alone.close()
-    rig = Rig(decoder, port=BytesPort, shard="sequence", weights=(1, 1, 1), scratch=500)
+    rig = Rig(decoder, port=BytesPort, shard="sequence", weights=(1, 1, 1), prefill_pool=500)
     params = SamplingParams(max_tokens=30).with_defaults({})
     ticket, inbox = rig.submit(prompt, params)
     first = inbox.get(timeout=60)
@@ -132,7 +134,7 @@ def test_only_the_lost_range_of_positions_is_computed_again(decoder):
 
 
 def test_requests_end_with_an_error_when_no_holder_is_left(decoder):
-    rig = Rig(decoder, port=Mortal(40), shard="heads", hope=0.3)
+    rig = Rig(decoder, port=Mortal(40), shard="heads", wait=0.3)
     with pytest.raises(EngineError, match=r"no attention worker is left, and none has joined for 0\.3 s"):
         rig.generate(PROMPTS, **GREEDY)
     with pytest.raises(EngineError, match="no attention worker is left"):
@@ -175,7 +177,9 @@ def test_new_holder_gets_new_sequences(decoder, expected_full):
 @pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_drained_holder_hands_its_kv_over(model, expected, shard, lanes):
-    rig = Rig(model, shard=shard, weights=(1, 1, 1), scratch=500, max_batch_tokens=64, lanes=lanes, prefix_cache=True)
+    rig = Rig(
+        model, shard=shard, weights=(1, 1, 1), prefill_pool=500, max_batch_tokens=64, lanes=lanes, prefix_cache=True
+    )
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params) for prompt in PROMPTS]
     begun = [inbox.get(timeout=60) for _, inbox in submitted]
@@ -208,7 +212,7 @@ def test_drain_raises_the_error_that_stopped_the_engine(decoder):
     def broken(name):
         raise RuntimeError("a fault of our own")
 
-    rig.engine._fleet.drain = broken
+    rig.engine._holders.drain = broken
     with pytest.raises(RuntimeError, match="of our own"):
         rig.engine.drain("worker-2").result(timeout=60)
     rig.close()
@@ -233,7 +237,7 @@ def test_cancelled_drain_does_no_harm(decoder, stops):
 
 
 def test_holders_keep_no_page_after_all_requests_ended(decoder):
-    rig = Rig(decoder, shard="sequence", weights=(1, 2), scratch=500, port=Mortal(100))
+    rig = Rig(decoder, shard="sequence", weights=(1, 2), prefill_pool=500, port=Mortal(100))
     rig.generate(PROMPTS, **GREEDY)
     rig.generate([[1]], max_tokens=1)
     rig.close()
@@ -247,7 +251,7 @@ def test_shared_kv_is_rebuilt_once(decoder):
     alone = Rig(decoder)
     expected = alone.generate([prompt], n=4, temperature=1.0, seed=3, max_tokens=30)
     alone.close()
-    rig = Rig(decoder, port=Mortal(150), shard="heads", weights=(1, 1, 1), scratch=500)
+    rig = Rig(decoder, port=Mortal(150), shard="heads", weights=(1, 1, 1), prefill_pool=500)
     assert rig.generate([prompt], n=4, temperature=1.0, seed=3, max_tokens=30) == expected
     assert len(prompt) <= rig.scheduler.counters.rebuilt_tokens < 2 * len(prompt)
     rig.close()

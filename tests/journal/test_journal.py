@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lamina.errors import JournalError
 from lamina.journal.history import FINISHED, GONE, History, KnownSample, KvLocation, Record, RecoveredRequest, adoption
 from lamina.journal.journal import Facts, Journal, Run, run_folder, sweep
+from lamina.journal.records import from_plain
 from lamina_protocols.messages import PartHeld
 
 FACTS = Facts("m" * 8, 16, "float32", 2)
@@ -27,21 +28,21 @@ PART = ("127.0.0.1:1", 0, 7, (0, 1), 0, 64)
 
 def request(name: str = "a", n: int = 1, prompt: tuple[int, ...] = (1, 2, 3)) -> Record:
     fields = {"id": name, "prompt": prompt, "max_tokens": 9, "n": n, "salt": ("tenant", "")}
-    return ("request", fields, {"temperature": 0.5, "logit_bias": {3: 1.5}}, 2**64 - 1)
+    return from_plain(("request", fields, {"temperature": 0.5, "logit_bias": {3: 1.5}}, 2**64 - 1))
 
 
 def token(value: int, name: str = "a", sample: int = 0, computed: int = 3, reason: str | None = None) -> Record:
-    return ("batch", ((name, sample, 4, computed, value, reason, (-0.5, ((value, -0.5),))),))
+    return from_plain(("batch", ((name, sample, 4, computed, value, reason, (-0.5, ((value, -0.5),))),)))
 
 
 RECORDS: list[Record] = [
     request(),
-    ("kept", "a", 0, (PART,)),
+    from_plain(("kept", "a", 0, (PART,))),
     token(11),
     request("b", n=2),
-    ("batch", (("a", 0, 4, 4, 12, None, None), ("b", 0, 5, 3, None, None, None))),
-    ("known", "b", 1, (8, 9), (None, None), None, 6, 2, (PART,)),
-    ("end", "b", ((0, "stop"),)),
+    from_plain(("batch", (("a", 0, 4, 4, 12, None, None), ("b", 0, 5, 3, None, None, None)))),
+    from_plain(("known", "b", 1, (8, 9), (None, None), None, 6, 2, (PART,))),
+    from_plain(("end", "b", ((0, "stop"),))),
     token(13, computed=5),
 ]
 
@@ -281,7 +282,7 @@ def test_full_disk_turns_the_journal_off(
 
 def test_record_that_is_no_plain_data_turns_the_journal_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = Journal(tmp_path, FACTS)
-    journal.append(("request", {"id": "x", "n": 1, "salt": object()}, {}, 0))
+    journal.append(from_plain(("request", {"id": "x", "n": 1, "salt": object()}, {}, 0)))
     assert not journal.on
     assert "cannot be written" in caplog.text
     journal.close()
@@ -328,18 +329,18 @@ def test_history_gives_the_unfinished_requests_of_any_records(data: st.DataObjec
                 reason = None if value is None else data.draw(st.sampled_from([None, None, "stop", "length"]))
                 rows.append((name, at, 5, step, value, reason, None))
                 model.samples[name][at] = (tokens + ([] if value is None else [value]), reason, step, parts)
-            history.apply(("batch", tuple(rows)))
+            history.apply(from_plain(("batch", tuple(rows))))
         elif kind == "kept":
             moved = (("there", 0, step, (0,), 0, 64),)
             model.samples[name][at] = (tokens, None, computed, moved)
-            history.apply(("kept", name, at, moved))
+            history.apply(from_plain(("kept", name, at, moved)))
         elif kind == "end":
             reason = data.draw(st.sampled_from(["abort", "stop"]))
             model.samples[name][at] = (tokens, reason, computed, parts)
-            history.apply(("end", name, ((at, reason),)))
+            history.apply(from_plain(("end", name, ((at, reason),))))
         else:
             model.over.add(name)
-            history.apply(("drop", name))
+            history.apply(from_plain(("drop", name)))
     again = History()
     for record in history.records():
         again.apply(record)
@@ -372,7 +373,7 @@ def test_history_gives_the_unfinished_requests_of_any_records(data: st.DataObjec
 def test_resumption_gives_what_a_client_has_not_received(received: Any, missing: Any) -> None:
     history = History()
     history.apply(request())
-    history.apply(("known", "a", 0, (5, 6, 7), ("x", "y", "z"), "stop", 0, 0, ()))
+    history.apply(from_plain(("known", "a", 0, (5, 6, 7), ("x", "y", "z"), "stop", 0, 0, ())))
     known = history.find("a")
     assert known is not None
     if missing is None:
@@ -387,7 +388,7 @@ def test_history_keeps_ended_requests_until_a_client_claims_them() -> None:
     history.unclaimed.add("0")
     for at in range(FINISHED + 5):
         history.apply(request(str(at)))
-        history.apply(("end", str(at), ((0, "stop"),)))
+        history.apply(from_plain(("end", str(at), ((0, "stop"),))))
     assert history.find("0")
     assert not history.find("1")
     assert len(history.finished) == FINISHED + 1

@@ -31,10 +31,11 @@ from lamina.launch.journal_setup import recover
 from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling.control_plane import ControlPlane
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.lane_tuner import LaneTuner
-from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request, SchedulerConfig
-from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.messages import Close, Surveyed
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
@@ -82,12 +83,12 @@ class World:
     """Holders that stay, and engines that follow each other."""
 
     def __init__(
-        self, decoder: Decoder, folder: Path, *, shard: str = "heads", workers: int = 2, scratch: int = 0,
+        self, decoder: Decoder, folder: Path, *, shard: str = "heads", workers: int = 2, prefill_pool: int = 0,
         lanes: int = 1, prefix_cache: bool = False, max_batch_tokens: int = 64, pages: int = PAGES,
         journal: bool = True,
     ) -> None:  # fmt: skip
         self.decoder, self.folder = decoder, folder
-        self.shard, self.scratch, self.lanes = shard, scratch, lanes
+        self.shard, self.prefill_pool, self.lanes = shard, prefill_pool, lanes
         self.journal = journal
         self.pages = pages
         self.holder = holder_config(decoder, pages, 16)
@@ -122,25 +123,23 @@ class Life:
         holders, surveys = {}, dict[int, Surveyed]()
         for number, port in ports.items():
             surveys[number] = survey(port)
-            holders[number] = Holder(world.pages, first=surveys[number].next_operation)
+            holders[number] = Holder(world.pages, name=port.name, first=surveys[number].next_operation)
             holders[number].outbox = [Close(part.handle) for part in surveys[number].parts]
         everybody: dict[int, LocalAttention] = dict(ports)
-        if world.scratch:
-            holders[0] = Holder(world.scratch, fused=True)
-            everybody[0] = LocalAttention(AttentionWorker(holder_config(world.decoder, world.scratch, 16)))
+        if world.prefill_pool:
+            holders[0] = Holder(world.prefill_pool, fused=True)
+            everybody[0] = LocalAttention(AttentionWorker(holder_config(world.decoder, world.prefill_pool, 16)))
         placement = Placement(
             holders, heads=(world.decoder.config.num_key_value_heads,), page_size=16, max_model_len=2048,
-            layers=world.decoder.config.num_hidden_layers, shard=world.shard, scratch=(0,) if world.scratch else (),
+            layers=world.decoder.config.num_hidden_layers, shard=world.shard,
+            prefill_pools=(0,) if world.prefill_pool else (),
         )  # fmt: skip
-        self.scheduler = Scheduler(world.limits, placement)
+        control = ControlPlane(world.limits, placement, LaneTuner(world.lanes))
+        self.scheduler = control.scheduler
         worker = ModelWorker(world.decoder, world.holder, everybody)
         self.journal = Journal(world.folder, FACTS) if world.journal else None
         recorder = None if self.journal is None else Recorder(self.journal, placement, worker.address)
-        self.engine = Engine(
-            worker, self.scheduler, placement, time.monotonic,
-            names={number: port.name for number, port in ports.items()}, scratch=(0,) if world.scratch else (),
-            lanes=LaneTuner(world.lanes), grammars=GRAMMARS, recorder=recorder,
-        )  # fmt: skip
+        self.engine = Engine(worker, control, time.monotonic, grammars=GRAMMARS, recorder=recorder)
         self.unfinished: tuple[EngineRequest, ...] = ()
         if self.journal is not None and recorder is not None:
             self.unfinished = recover(self.journal, self.engine, recorder, worker, placement, surveys)
@@ -151,7 +150,7 @@ class Life:
         """Run until then. Raises Killed where that comes first; what the engine had in memory is lost then."""
         try:
             while not done():
-                self.engine._drain_inbox()
+                self.engine._read_mail()
                 self.engine.step()
                 self.scheduler.check_integrity()
         finally:
@@ -159,7 +158,7 @@ class Life:
 
     @property
     def computed(self) -> int:
-        return self.engine._tally.batch_tokens
+        return self.engine._stats.batch_tokens
 
 
 class Client:
@@ -233,8 +232,8 @@ ASKED: dict[str, tuple[list[int], dict[str, Any]]] = {
 }
 WORLDS: dict[str, dict[str, Any]] = {
     "heads": {},
-    "ranges, prompts local": {"shard": "sequence", "scratch": 500},
-    "lanes, heads and ranges": {"shard": "heads+sequence", "workers": 4, "lanes": 3, "scratch": 60},
+    "ranges, prompts local": {"shard": "sequence", "prefill_pool": 500},
+    "lanes, heads and ranges": {"shard": "heads+sequence", "workers": 4, "lanes": 3, "prefill_pool": 60},
     "prefixes": {"prefix_cache": True},
 }
 
@@ -292,12 +291,12 @@ def test_tokens_stay_the_same_when_an_engine_dies_at_any_moment(
 def test_engine_finishes_recovered_requests_before_a_client_returns(
     model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
-    world, client = World(model, tmp_path, scratch=500), Client(ASKED)
+    world, client = World(model, tmp_path, prefill_pool=500), Client(ASKED)
     with pytest.raises(Killed):
-        client.run(world.life(Fate(steps(model, tmp_path / "whole", scratch=500) // 2)))
+        client.run(world.life(Fate(steps(model, tmp_path / "whole", prefill_pool=500) // 2)))
     life = world.life(Fate())
     assert [ticket.request.id for ticket in life.unfinished] == client.open
-    life.until(lambda: not life.engine._clients.tickets)
+    life.until(lambda: not life.engine._registry.requests)
     client.run(life, resumed=True)  # all of it is in the journal by now
     same(client, expected)
 
@@ -314,7 +313,7 @@ def test_kv_that_holders_kept_is_not_computed_again(model: Decoder, tmp_path: Pa
     assert third.unfinished == ()
     client = Client({"b": ([1], {"max_tokens": 2})})
     client.run(third)  # what was left over is closed with the first batch
-    third.until(lambda: not third.engine._placement.pending and not third.scheduler.has_work)
+    third.until(lambda: not third.engine._control.has_work)
     assert all(worker.store.free_pages == PAGES for worker in world.workers.values())
 
 
@@ -342,7 +341,7 @@ def test_tokens_stay_the_same_when_an_engine_dies_during_or_after_a_move(
         life = world.life(Fate())
         client.run(life, resumed=True)
         same(client, expected)
-        life.until(lambda life=life: not life.engine._placement.pending and not life.scheduler.has_work)  # type: ignore[misc]
+        life.until(lambda life=life: not life.engine._control.has_work)  # type: ignore[misc]
         assert all(worker.store.free_pages == PAGES for worker in world.workers.values())
 
 
@@ -350,7 +349,7 @@ def test_tokens_stay_the_same_when_an_engine_dies_during_or_after_a_move(
 def test_kv_is_rebuilt_when_a_holder_lost_it_between_two_engines(
     shard: str, model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
-    options = {"shard": shard, "workers": 3, "scratch": 500}
+    options = {"shard": shard, "workers": 3, "prefill_pool": 500}
     total = steps(model, tmp_path / "whole", **options)
     for part in (3, 2):
         world, client = World(model, tmp_path / str(part), **options), Client(ASKED)
@@ -399,7 +398,7 @@ def test_requests_without_a_client_end_and_free_their_kv(model: Decoder, tmp_pat
     wanted.got["greedy"] = client.got["greedy"]
     wanted.submit(life, resumed=True)
     life.engine.disclaim()
-    life.until(lambda: not wanted.open and not life.scheduler.has_work and not life.engine._placement.pending)
+    life.until(lambda: not wanted.open and not life.engine._control.has_work)
     assert all(worker.store.free_pages == PAGES for worker in world.workers.values())
     assert world.life(Fate()).unfinished == ()
 
@@ -532,7 +531,7 @@ for event in llm.stream(prompts, max_tokens=400, ignore_eos=True, temperature=0.
             found = llm.resume()
             assert llm.unfinished == 0
             assert llm.resume() == []
-            batches = llm._runtime.engine._tally.batch_tokens  # type: ignore[union-attr]
+            batches = llm._runtime.engine._stats.batch_tokens  # type: ignore[union-attr]
             assert batches < 800  # the prompts are not read again
             expected = llm.generate([[1, 2, 3], list(range(60))], max_tokens=400, ignore_eos=True, temperature=0.0)
         assert isinstance(expected, list)

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import EngineError
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina.scheduling.kv_shares import Pages, Share
-from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import (
     CloseSequence,
     ForkSequence,
@@ -30,13 +31,21 @@ LOCAL = 0
 END = 96
 
 
-def placement(weights: tuple[int, ...], *, scratch: int = 0, fused: bool = False, shard: str = "heads") -> Placement:
+def placement(
+    weights: tuple[int, ...], *, prefill_pool: int = 0, fused: bool = False, shard: str = "heads"
+) -> Placement:
     """Holders 1, 2, ... of these weights, and a local one of so many pages, for a model of 4 heads and one layer."""
     holders = {number: Holder(100, weight, fused) for number, weight in enumerate(weights, 1)}
-    if scratch:
-        holders[LOCAL] = Holder(scratch, fused=True)
+    if prefill_pool:
+        holders[LOCAL] = Holder(prefill_pool, fused=True)
     return Placement(
-        holders, heads=(4,), page_size=8, max_model_len=END, layers=1, shard=shard, scratch=(LOCAL,) if scratch else ()
+        holders,
+        heads=(4,),
+        page_size=8,
+        max_model_len=END,
+        layers=1,
+        shard=shard,
+        prefill_pools=(LOCAL,) if prefill_pool else (),
     )
 
 
@@ -79,14 +88,14 @@ def test_holder_without_fusing_reads_only_the_past() -> None:
     shard=st.sampled_from(SHARDS),
     weights=st.lists(st.integers(1, 3), min_size=1, max_size=5).map(tuple),
     length=st.integers(1, END),
-    scratch=st.sampled_from([0, 20, 500]),
+    prefill_pool=st.sampled_from([0, 20, 500]),
     cuts=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     prompt=st.integers(1, 60),
 )
 def test_reads_partition_the_past_and_every_token_is_stored_once(
-    shard: str, weights: tuple[int, ...], length: int, scratch: int, cuts: list[int], prompt: int
+    shard: str, weights: tuple[int, ...], length: int, prefill_pool: int, cuts: list[int], prompt: int
 ) -> None:
-    placed = placement(weights, scratch=scratch, shard=shard)
+    placed = placement(weights, prefill_pool=prefill_pool, shard=shard)
     operations = (OpenSequence(10, placed.layout(length)),)
     one = sequence(10, prompt, 0)
     for count in cuts:
@@ -118,7 +127,7 @@ def test_reads_partition_the_past_and_every_token_is_stored_once(
 
 
 def test_prompts_are_read_locally_while_they_fit() -> None:
-    placed = placement((1, 1), scratch=4 * 3)
+    placed = placement((1, 1), prefill_pool=4 * 3)
     share = (Share(1, (0, 1), 0, END), Share(2, (2, 3), 0, END))
     told = placed.place(plan(0, (OpenSequence(10, share),), row(10, 0, 9, sample=True)))
     assert told[LOCAL].operations == (Open(3, (0, 1, 2, 3), 0, END),)
@@ -168,13 +177,15 @@ def test_holder_is_refused_when_it_joins_twice() -> None:
         placed.joined(1, Holder(5))
 
 
-@given(shard=st.sampled_from(SHARDS), length=st.integers(1, END), start=st.integers(0, END - 1), scratch=st.booleans())
-def test_holders_of_each_rank_number_its_heads_from_0(shard: str, length: int, start: int, scratch: bool) -> None:
-    # Ranks of 2 and 1 heads, two places with a pool for each rank, and a scratch holder each.
+@given(
+    shard=st.sampled_from(SHARDS), length=st.integers(1, END), start=st.integers(0, END - 1), prefill_pool=st.booleans()
+)
+def test_holders_of_each_rank_number_its_heads_from_0(shard: str, length: int, start: int, prefill_pool: bool) -> None:
+    # Ranks of 2 and 1 heads, two places with a pool for each rank, and a prefill pool each.
     holders = {10: Holder(100), 11: Holder(100, rank=1), 20: Holder(100), 21: Holder(100, rank=1)}
-    local = {0: Holder(50, fused=True), 1: Holder(50, fused=True, rank=1)} if scratch else {}
+    local = {0: Holder(50, fused=True), 1: Holder(50, fused=True, rank=1)} if prefill_pool else {}
     placed = Placement(
-        local | holders, heads=(2, 1), page_size=8, max_model_len=END, layers=1, shard=shard, scratch=tuple(local)
+        local | holders, heads=(2, 1), page_size=8, max_model_len=END, layers=1, shard=shard, prefill_pools=tuple(local)
     )
     layout = placed.layout(length)
     for head in range(3):

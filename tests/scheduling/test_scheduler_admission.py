@@ -86,7 +86,7 @@ def test_stop_token_ends_a_sample_only_after_min_tokens() -> None:
 def test_longest_possible_request_fits_when_it_runs_alone(groups: Groups, page_size: int, total_pages: int) -> None:
     small = config(page_groups=groups, page_size=page_size, max_batch_tokens=9)
     world = World(small, total_pages)
-    longest = world.scheduler.longest_possible()
+    longest = world.scheduler.admission.longest_possible()
     assert longest == 64 or most(small, longest) <= total_pages < most(small, longest + 1)
     for length in (longest - 3, 1):
         world.add(prompt(length, length), max_tokens=min(64, longest + 1) - length)

@@ -88,9 +88,9 @@ def test_a_client_that_is_gone_leaves_nothing_behind(rig: Rig, path: str, connec
     inbox.get(timeout=30)
     wire.close()
     deadline = time.monotonic() + 5
-    while rig.engine._clients.tickets and time.monotonic() < deadline:
+    while rig.engine._registry.requests and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not rig.engine._clients.tickets
+    assert not rig.engine._registry.requests
     with pytest.raises(EngineError):
         collect(inbox)
     assert not engine.alive

@@ -20,11 +20,12 @@ from lamina.engine.in_flight import Lane
 from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling.control_plane import ControlPlane
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.lane_tuner import LaneTuner
-from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
-from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, Message, Reply, Request
@@ -44,13 +45,13 @@ class StuckError(Exception):
 
 @dataclass
 class Setup:
-    """What is built before anything goes wrong. `pages` of each holder, `scratch` of the local one (0: there is none).
-    `lazy` holders handle a message when its reply is asked for; `as_bytes` lets only bytes cross the cut. Whoever was
-    the last holder is followed by somebody new, unless there is to be `despair`."""
+    """What is built before anything goes wrong. `pages` are those of each holder, `prefill_pool` those of the local one
+    (0: there is none). `lazy` holders handle a message when its reply is asked for; `as_bytes` lets only bytes cross the
+    cut. After the last holder a new one joins, unless there is to be `despair`."""
 
     shard: str | None
     weights: tuple[int, ...]
-    scratch: int
+    prefill_pool: int
     pages: int
     max_batch_tokens: int
     prefix_cache: bool
@@ -59,7 +60,7 @@ class Setup:
     lazy: bool
     as_bytes: bool
     despair: bool
-    hope: float = 0.02
+    wait: float = 0.02
 
 
 class BreakingWorker:
@@ -191,32 +192,32 @@ class SteppedEngine(Engine):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.faults: list[HolderFault] = []
-        run_again, left = self._losses.run_again, self._patience.left
+        run_again, left = self._failures.run_again, self._deadline.left
 
         def noted(lane: Lane, fault: HolderFault) -> None:
             if "below the floor" not in str(fault):  # a rebuild that found the local holder full after all; begins anew
                 self.faults.append(fault)
             run_again(lane, fault)
 
-        self._losses.run_again = noted  # type: ignore[method-assign]
-        self._patience.left = lambda: left() or 0.0  # type: ignore[method-assign]  # nobody else brings any news
+        self._failures.run_again = noted  # type: ignore[method-assign]
+        self._deadline.left = lambda: left() or 0.0  # type: ignore[method-assign]  # nobody else brings any news
 
     def drive(self, more: Callable[[], bool], after_step: Callable[[], None]) -> None:
         """Do all there is to do; where there is nothing left ask for `more`, and end where there is none."""
         for _ in range(MOST_STEPS):
-            while self._inbox.empty and self._at_rest() and more():
+            while self._mailbox.empty and self._at_rest() and more():
                 pass
-            if self._inbox.empty and self._at_rest() and not (self._fleet.empty and self._clients.tickets):
+            if self._mailbox.empty and self._at_rest() and not (self._holders.empty and self._registry.requests):
                 return
-            self._drain_inbox()
+            self._read_mail()
             self.step()
             after_step()
         raise StuckError(f"after {MOST_STEPS} steps there is still work")
 
     def _at_rest(self) -> bool:
         """Whether nothing goes on by itself; with nobody to keep KV requests wait for somebody to join."""
-        waits = self._scheduler.has_work or self._placement.pending
-        return not self._batches and (self._fleet.empty or not waits)
+        waits = self._control.has_work
+        return not self._in_flight and (self._holders.empty or not waits)
 
 
 @dataclass
@@ -270,11 +271,11 @@ class World:
         for number, weight in enumerate(setup.weights, 1):
             holders[number] = Holder(setup.pages, weight, fused=setup.shard is None)
             self.ports[number] = Port(self, number, AttentionWorker(self.config))
+            holders[number].name = self.ports[number].name
         ports: dict[int, Any] = dict(self.ports)
-        self.local = AttentionWorker(holder_config(self.decoder, setup.scratch or 9, PAGE_SIZE))
-        if setup.scratch:
-            holders[0], ports[0] = Holder(setup.scratch, fused=True), LocalAttention(self.local)
-        scratch = (0,) if setup.scratch else ()
+        self.local = AttentionWorker(holder_config(self.decoder, setup.prefill_pool or 9, PAGE_SIZE))
+        if setup.prefill_pool:
+            holders[0], ports[0] = Holder(setup.prefill_pool, fused=True), LocalAttention(self.local)
         self.placement = Placement(
             holders,
             heads=(self.decoder.config.num_key_value_heads,),
@@ -282,18 +283,15 @@ class World:
             max_model_len=512,
             layers=self.decoder.config.num_hidden_layers,
             shard=setup.shard or "heads",
-            scratch=scratch,
+            prefill_pools=(0,) if setup.prefill_pool else (),
         )
-        self.scheduler = Scheduler(limits, self.placement)
+        control = ControlPlane(limits, self.placement, LaneTuner(setup.lanes))
+        self.scheduler = control.scheduler
         self.engine = SteppedEngine(
             ModelWorker(self.decoder, self.config, ports, early_query=setup.early_query),
-            self.scheduler,
-            self.placement,
+            control,
             self._clock,
-            names={number: port.name for number, port in self.ports.items()},
-            scratch=scratch,
-            lanes=LaneTuner(setup.lanes),
-            hope=setup.hope,
+            wait=setup.wait,
         )
 
     # What can happen.
@@ -344,7 +342,7 @@ class World:
         self.engine.drive(self._more, self._after_step)
         for port in self.ports.values():
             port.settle()
-        self.scheduler.forget_prefixes()
+        self.scheduler.running.forget_prefixes()
         self.engine.leave("nobody")  # wakes it
         self.engine.drive(lambda: False, self._after_step)
 

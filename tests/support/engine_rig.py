@@ -20,12 +20,13 @@ from lamina.engine.engine import Engine
 from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling.control_plane import ControlPlane
+from lamina.scheduling.holder import Holder
 from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.local_share import LocalShare
-from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
-from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, HolderConfig, Message, Reply, Request, answered
@@ -152,7 +153,7 @@ class Rig:
     """An engine around a tiny decoder: answers prompts with token ids.
 
     `shard=None` is one holder that fuses, as in one process. Otherwise there are holders without fusing, one for each
-    number in `weights`, and where `scratch` gives pages a local one beside them (number 0) for prompts. `here` gives
+    number in `weights`, and where `prefill_pool` gives pages a local one (number 0) for prompts. `local_pool` gives
     pages to one beside the model that keeps whole sequences.
     """
 
@@ -162,16 +163,16 @@ class Rig:
         *,
         shard: str | None = None,
         weights: Sequence[int] = (1,),
-        scratch: int = 0,
-        here: int = 0,
-        balance: LocalShare | None = None,
+        prefill_pool: int = 0,
+        local_pool: int = 0,
+        local_share: LocalShare | None = None,
         pages: int = 2000,
         page_size: int = 16,
         max_batch_tokens: int = 512,
         prefix_cache: bool = False,
         max_model_len: int = 2048,
         lanes: int = 1,
-        hope: float = 60.0,
+        wait: float = 60.0,
         early_query: bool = False,
         grammars: Grammars | None = None,
         port: Callable[[AttentionWorker], AttentionPort] = LocalAttention,
@@ -187,20 +188,23 @@ class Rig:
             page_groups=page_groups(self.holder),
             prefix_cache=prefix_cache,
         )
-        holders = {number: Holder(pages, weight, fused=shard is None) for number, weight in enumerate(weights, 1)}
+        holders = {
+            number: Holder(pages, weight, fused=shard is None, name=f"worker-{number}")
+            for number, weight in enumerate(weights, 1)
+        }
         where = torch.device(
             "cpu" if HeadPolicies.of(self.holder).sketched else DEVICE
         )  # what chooses runs on CPUs alone
         self.workers = {number: attention_worker(self.holder, device=where) for number in holders}
         self.ports = {number: port(worker) for number, worker in self.workers.items()}
         ports = dict(self.ports)
-        if scratch:
-            holders[0] = Holder(scratch, fused=True)
-            self.workers[0] = attention_worker(holder_config(decoder, scratch, page_size), device=where)
+        if prefill_pool:
+            holders[0] = Holder(prefill_pool, fused=True)
+            self.workers[0] = attention_worker(holder_config(decoder, prefill_pool, page_size), device=where)
             ports[0] = LocalAttention(self.workers[0])
-        if here:
-            holders[HERE] = Holder(here, fused=True)
-            self.workers[HERE] = attention_worker(holder_config(decoder, here, page_size), device=where)
+        if local_pool:
+            holders[HERE] = Holder(local_pool, fused=True)
+            self.workers[HERE] = attention_worker(holder_config(decoder, local_pool, page_size), device=where)
             ports[HERE] = LocalAttention(self.workers[HERE], "here")
         self.placement = Placement(
             holders,
@@ -209,23 +213,19 @@ class Rig:
             max_model_len=max_model_len,
             layers=decoder.config.num_hidden_layers,
             shard=shard or "heads",
-            scratch=(0,) if scratch else (),
-            here=(HERE,) if here else (),
+            prefill_pools=(0,) if prefill_pool else (),
+            local_pools=(HERE,) if local_pool else (),
         )
-        self.scheduler = Scheduler(limits, self.placement)
+        control = ControlPlane(limits, self.placement, LaneTuner(lanes), local_share)
+        self.scheduler = control.scheduler
         decoder = copy.copy(decoder)  # an early query changes it, and other tests have the same
         worker = around(ModelWorker(decoder, self.holder, ports, early_query=early_query), self.ports)
         self.engine = Engine(
             worker,
-            self.scheduler,
-            self.placement,
+            control,
             time.monotonic,
-            names={number: f"worker-{number}" for number in self.ports},
-            scratch=(0,) if scratch else (),
-            lanes=LaneTuner(lanes),
-            balance=balance,
             grammars=grammars,
-            hope=hope,
+            wait=wait,
         )
         self._thread = threading.Thread(target=self.engine.run, daemon=True)
         self._thread.start()

@@ -327,8 +327,8 @@ class World:
             else:
                 assert sequence.tokens == tokens
                 assert sequence.finish_reason == (reason or "length")
-        if self.scheduler.tree is not None:
-            while self.scheduler.tree.evict():
+        if self.scheduler.running.tree is not None:
+            while self.scheduler.running.tree.evict():
                 pass
             self.finish()
         assert not self.holder.parts

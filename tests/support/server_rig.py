@@ -67,7 +67,7 @@ class Rig:
     @property
     def tickets(self) -> int:
         assert self.llm is not None
-        return len(self.llm._runtime.engine._clients.tickets)
+        return len(self.llm._runtime.engine._registry.requests)
 
     def ask(self, path: str, fields: Any = None, method: str | None = None, **headers: str) -> Reply:
         """One request: GET, or POST where there are fields (bytes are sent as they are)."""

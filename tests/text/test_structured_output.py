@@ -399,8 +399,8 @@ def test_nothing_is_kept_of_what_has_ended(model) -> None:
     engine.engine.abort(ticket)
     collect(inbox, 2)
     engine.close()
-    assert not engine.engine._clients.constraints
-    assert not engine.engine._clients.histories
+    assert not engine.engine._registry.constraints
+    assert not engine.engine._registry.histories
 
 
 def test_an_engine_without_a_tokenizer_says_so(model) -> None:

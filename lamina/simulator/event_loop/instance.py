@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.scheduling.kv_shares import Pages
-from lamina.scheduling.placement import Holder, Placement
+from lamina.scheduling.control_plane import ControlPlane, Step, refusal
+from lamina.scheduling.holder import Holder
+from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import PageGroup, Plan, Request, ScheduledSequence, SchedulerConfig
-from lamina.scheduling.scheduler import Scheduler
 from lamina.simulator.costs.cost_model import Load, kv_heads
 from lamina.simulator.costs.systems import PAGE_SIZE, StepCost, System
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina.simulator.event_loop.results import Sampled
 from lamina.simulator.event_loop.statistics import Gaps, Samples
 from lamina.simulator.traces.catalogue import Arrival, Trace, tokens
+from lamina_protocols.messages import Announced
 
 BACKLOG, BACKLOG_TOKENS = 64, 1 << 22
 """Requests, and tokens of their prompts, that the scheduler is given ahead of those it has admitted; the others wait in
@@ -100,7 +101,7 @@ class Instance:
         pages = system.kv_tokens // PAGE_SIZE * heads * layers // holders
         self._counters = {number: PageCounter(pages, PAGE_SIZE, groups) for number in range(holders)}
         self._pages = pages * holders
-        self._placement = Placement(
+        placement = Placement(
             {number: Holder(pages) for number in range(holders)},
             heads=(heads,), page_size=PAGE_SIZE, max_model_len=longest, layers=layers,
         )  # fmt: skip
@@ -109,7 +110,8 @@ class Instance:
             max_sequences=system.max_sequences, max_model_len=longest, page_size=PAGE_SIZE,
             page_groups=tuple(PageGroup(*group) for group in groups), prefix_cache=self._named,
         )  # fmt: skip
-        self._scheduler = Scheduler(config, self._placement)
+        self._control = ControlPlane(config, placement)
+        self._scheduler = self._control.scheduler
         self._lives: dict[ScheduledSequence, Life] = {}
         self._ended: list[Life] = []
         self._now = 0.0
@@ -121,16 +123,16 @@ class Instance:
             self._feed()
             if self._fed == len(arrivals) and not scheduler.has_work:
                 break
-            plan = scheduler.plan()
-            if plan is None:
+            step = self._control.plan(alone=False)
+            if step is None or step.plan is None:
                 if self._fed == len(arrivals):
                     raise EngineError(f"system {self._system.name!r} cannot go on, with {self._pages} pages")
                 self._now = max(self._now, arrivals[self._fed].at)
                 continue
-            if self._accept(plan) and plan.rows:
+            if self._accept(step) and step.rows:
                 before = self._now
-                self._advance(plan)
-                self._record(plan, before)
+                self._advance(step.plan)
+                self._record(step.plan, before)
                 if self._totals.steps % 64 == 0:
                     report(len(self._ended))
         self._totals.reused += scheduler.counters.reused_tokens
@@ -143,7 +145,7 @@ class Instance:
         while self._fed < len(arrivals) and arrivals[self._fed].at <= self._now:
             number, arrival = self._fed, arrivals[self._fed]
             many = self._ahead and self._ahead + arrival.prompt > BACKLOG_TOKENS
-            if many or len(self._lives) - scheduler.running >= BACKLOG:
+            if many or len(self._lives) - len(scheduler.running) >= BACKLOG:
                 return
             self._fed += 1
             prompt = tokens(arrival, number) if self._named else self._blank[: arrival.prompt]
@@ -156,24 +158,17 @@ class Instance:
             self._ahead += arrival.prompt
             self._totals.prompt_tokens += arrival.prompt
 
-    def _accept(self, plan: Plan) -> bool:
-        """Tell the holders, and the scheduler what they said."""
-        shares = self._placement.place(plan)
-        taken = {number: self._counters[number].take(share) for number, share in shares.items()}
-        floors = [0] * len(plan.rows)
-        for number, share in shares.items():
-            told = taken[number]
-            if told is None:
-                continue
-            self._placement.holders[number].accepted(share)
-            if any(told):
-                for route, floor in zip(share.routes, told, strict=True):
-                    floors[route.source] = max(floors[route.source], floor)
-        free = Pages({number: self._counters[number].free for number in shares})
-        if None not in taken.values():
-            self._scheduler.accepted(plan, free, floors)
+    def _accept(self, step: Step) -> bool:
+        """Announce the step to the holders. Whether all accept."""
+        answers: dict[int, Announced] = {}
+        for number, batch in step.batches.items():
+            counter = self._counters[number]
+            floors = counter.take(batch)
+            answers[number] = Announced(0, 0, floors is not None, counter.free, tuple(floors or ()))
+        if refusal(answers) is None:
+            self._control.accepted(step, answers)
             return True
-        for hopeless in self._scheduler.refused(plan, free):
+        for hopeless in self._control.refused(step, answers):
             del self._lives[hopeless]
             self._ahead -= len(hopeless.request.prompt)
             self._totals.rejected += 1
@@ -209,7 +204,7 @@ class Instance:
         self._now += cost.seconds
 
     def _count(self, cost: StepCost, decode: int, prefill: int) -> None:
-        totals, seconds, running = self._totals, cost.seconds, self._scheduler.running
+        totals, seconds, running = self._totals, cost.seconds, len(self._scheduler.running)
         waiting = len(self._lives) - running + bisect_right(self._times, self._now) - self._fed
         totals.steps += 1
         for tier, busy in enumerate((cost.model, cost.attention, cost.network)):
@@ -234,9 +229,8 @@ class Instance:
         """Every row that samples has a token now."""
         now, lives, gaps = self._now, self._lives, self._gaps
         sampled = [-1 - row.sequence.arrival for row in plan.rows if row.sample]
-        self._placement.recorded(plan)
         usual = 0
-        for sequence, _, reason in self._scheduler.record(plan, sampled):
+        for sequence, _, reason in self._control.recorded(plan, sampled):
             life = lives[sequence]
             if len(sequence.tokens) == len(sequence.request.prompt) + 1:
                 self._ahead -= len(sequence.request.prompt)

@@ -379,7 +379,9 @@ def test_one_text_in_every_way(model, expected, replicas, lanes, count, shard):
 
 def check_one_text(model, expected, replicas, lanes, count, shard):
     with contextlib.ExitStack() as stack:
-        rotating = Rotating(stack, model, replicas, count, lanes=lanes, shard=shard, max_batch_tokens=32, scratch=200)
+        rotating = Rotating(
+            stack, model, replicas, count, lanes=lanes, shard=shard, max_batch_tokens=32, prefill_pool=200
+        )
         until(rotating.all_connected)
         for name, sampling in SAMPLINGS.items():
             assert rotating.rig.generate(PROMPTS, **sampling) == expected[name], name
@@ -474,7 +476,7 @@ def test_a_fault_at_a_replica_runs_the_batch_again(model, expected, monkeypatch)
         monkeypatch.setattr(AttentionWorker, "handle", fails)
         assert rotating.rig.generate(PROMPTS, max_tokens=12) == expected["greedy"]
         assert max(left) < 0
-        assert rotating.rig.engine._tally.failed_batches == 3
+        assert rotating.rig.engine._stats.failed_batches == 3
         assert rotating.workers.replicas == 2
 
 
@@ -564,8 +566,8 @@ def test_killed_replicas_cost_no_token(model, seed) -> None:
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(llm.generate, prompts, max_tokens=250, temperature=0, ignore_eos=True)
             for _ in range(3):
-                before = engine._tally.generation_tokens + chance.randrange(20, 200)
-                until(lambda at=before: engine._tally.generation_tokens > at or running.done(), 60)
+                before = engine._stats.generation_tokens + chance.randrange(20, 200)
+                until(lambda at=before: engine._stats.generation_tokens > at or running.done(), 60)
                 if up := replica_processes(llm):
                     os.kill(chance.choice(up), signal.SIGKILL)
             got = [c.token_ids for c in running.result(100)]

@@ -170,8 +170,10 @@ class KVStore:
         match operation:
             case Open(handle, heads, lo, hi):
                 self._check_open(operation)
-                freed = np.zeros((self._layers, len(heads)), np.int32)
-                self._insert(handle, Part(heads, lo, hi, lo, self._table(len(heads), 0), freed))
+                part = Part(
+                    heads, lo, hi, lo, self._table(len(heads), 0), np.zeros((self._layers, len(heads)), np.int32)
+                )
+                self._insert(handle, part)
             case Fork(handle, parent, length):
                 self._insert(handle, self._forked(self.part(parent), parent, length))
             case Close(handle):

@@ -1,0 +1,47 @@
+"""What the parts of an engine learn after each batch: one value, and the interface of those that want it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lamina.messages.engine_request import EngineOutput
+from lamina.scheduling.request import Plan
+from lamina_workers.ports.timing import Times
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDone:
+    """A batch that is complete and recorded; its outputs have not left yet.
+
+    `outputs` are those of each request, by its id. `prompt_tokens` counts tokens of prompts that were computed,
+    `sampled` tokens that were sampled. `requests` and `running` are the unfinished requests and the sequences with KV
+    before the batch was recorded, `local_tokens` and `remote_tokens` the KV that it read on either tier (0 where there
+    is one). `times` is what its attention took, `attended` the seconds of attention of all batches so far, `now` when
+    it was computed, by the engine's clock.
+    """
+
+    plan: Plan
+    outputs: Mapping[str, Sequence[EngineOutput]]
+    prompt_tokens: int
+    sampled: int
+    requests: int
+    running: int
+    local_tokens: int
+    remote_tokens: int
+    times: Times
+    attended: float
+    now: float
+
+    @property
+    def prefill(self) -> bool:
+        """Whether a row has more than one token."""
+        return any(row.count > 1 for row in self.plan.rows)
+
+
+class BatchObserver(Protocol):
+    """A part of the engine that learns from batches."""
+
+    def batch_done(self, done: BatchDone) -> None:
+        """Called on the engine's thread, before the outputs leave."""

@@ -1,0 +1,112 @@
+"""The records of a journal: what is written of requests, in the order of what happened. Plain data, as msgpack has it.
+
+On disk a record is a tuple: the name of its kind, then its fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+
+class HeldPart(NamedTuple):
+    """A part of a sequence at a holder: the address of the holder's process ("" in the engine's own), the model worker
+    it serves, the part's handle there, its KV heads among those of all ranks, and its range of positions."""
+
+    address: str
+    rank: int
+    handle: int
+    heads: tuple[int, ...]
+    lo: int
+    hi: int
+
+
+class RequestRecord(NamedTuple):
+    """A request has begun: the fields of the request and of its sampling parameters, and its seed."""
+
+    request: Mapping[str, Any]
+    params: Mapping[str, Any]
+    seed: int
+
+
+class SampleRecord(NamedTuple):
+    """One sample as it stands: see `history.KnownSample`."""
+
+    request_id: str
+    sample: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[Any, ...]
+    reason: str | None
+    handle: int
+    computed: int
+    parts: tuple[HeldPart, ...]
+
+
+class BatchRow(NamedTuple):
+    """What a batch has done for one sample: `computed` of its tokens have KV under `handle`, and what it sampled."""
+
+    request_id: str
+    sample: int
+    handle: int
+    computed: int
+    token: int | None
+    reason: str | None
+    logprobs: Any
+
+
+class BatchRecord(NamedTuple):
+    """A batch is complete."""
+
+    rows: tuple[BatchRow, ...]
+
+
+class KeptRecord(NamedTuple):
+    """Where a sample's KV is from now on."""
+
+    request_id: str
+    sample: int
+    parts: tuple[HeldPart, ...]
+
+
+class EndRecord(NamedTuple):
+    """Samples of a request have ended, each with a reason."""
+
+    request_id: str
+    ends: tuple[tuple[int, str], ...]
+
+
+class DropRecord(NamedTuple):
+    """A request is given up: it is not taken up again."""
+
+    request_id: str
+
+
+Record: TypeAlias = RequestRecord | SampleRecord | BatchRecord | KeptRecord | EndRecord | DropRecord
+
+_NAMES: dict[type[Record], str] = {
+    RequestRecord: "request",
+    SampleRecord: "known",
+    BatchRecord: "batch",
+    KeptRecord: "kept",
+    EndRecord: "end",
+    DropRecord: "drop",
+}
+_KINDS = {name: kind for kind, name in _NAMES.items()}
+
+
+def to_plain(record: Record) -> tuple[Any, ...]:
+    """The tuple that is written."""
+    return (_NAMES[type(record)], *record)
+
+
+def from_plain(plain: tuple[Any, ...]) -> Record:
+    """The record of a tuple that was read. Raises ValueError or TypeError for anything else."""
+    kind = _KINDS.get(plain[0]) if plain and isinstance(plain[0], str) else None
+    if kind is None:
+        raise ValueError(f"a record of an unknown kind: {plain!r:.80}")
+    record = kind(*plain[1:])
+    if isinstance(record, BatchRecord):
+        return BatchRecord(tuple(BatchRow(*row) for row in record.rows))
+    if isinstance(record, SampleRecord | KeptRecord):
+        return record._replace(parts=tuple(HeldPart(*part) for part in record.parts))
+    return record

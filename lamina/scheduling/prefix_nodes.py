@@ -1,0 +1,87 @@
+"""The nodes of the prefix cache: a radix tree over token ids."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+from lamina.scheduling.kv_shares import Layout, Pages
+from lamina.scheduling.request import ScheduledSequence
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """The first `length` tokens of a path; `tokens` are those that its parent has not. Whole pages, both.
+
+    Pending while it has a `writer`; then `handle` names it in the holders, until it is evicted. The children's
+    first pages differ, so each edge is found by its place in the order of tokens.
+    """
+
+    tokens: tuple[int, ...]
+    length: int
+    parent: Node | None
+    writer: ScheduledSequence | None = None
+    handle: int | None = None
+    floor: int = 0  # the lowest length at which it can be forked
+    layout: Layout = ()  # who keeps it
+    pages: Pages = field(default_factory=Pages)  # what its eviction frees: its pages that the parent has not
+    users: int = 0  # running sequences that share pages with it or with a node below
+    tick: int = 0  # when it was last used
+    queued: bool = False  # whether the heap of unused leaves has it
+    salt: Hashable = None  # a root's own
+    children: list[Node] = field(default_factory=list)
+    waiters: list[ScheduledSequence] = field(default_factory=list)
+
+
+def _edge(node: Node) -> tuple[int, ...]:
+    return node.tokens
+
+
+def place_of(parent: Node, tokens: tuple[int, ...]) -> int:
+    """The index among the children of the edge `tokens`, or where it would go."""
+    return bisect_left(parent.children, tokens, key=_edge)
+
+
+def closest_child(node: Node, tokens: tuple[int, ...]) -> tuple[Node | None, int]:
+    """The child that shares the most tokens, and how many. In order of edges it stands beside where `tokens` would."""
+    best, most = None, 0
+    at = place_of(node, tokens)
+    for child in node.children[max(at - 1, 0) : at + 1]:
+        same = common_length(child.tokens, tokens)
+        if same > most:
+            best, most = child, same
+    return best, most
+
+
+def common_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many tokens a and b have in common at their beginning. Compares slices: a loop would take 1 ms on 12,000."""
+    shorter = min(len(a), len(b))
+    low, high = 0, 64
+    while high < shorter and a[low:high] == b[low:high]:
+        low, high = high, 2 * high
+    high = min(high, shorter) + 1
+    while high - low > 1:  # the first `low` are equal, the first `high` are not
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def path_up(node: Node) -> Iterator[Node]:
+    """The node and those above it, without the root."""
+    at: Node | None = node
+    while at is not None and at.parent is not None:
+        yield at
+        at = at.parent
+
+
+def pending_down_to(node: Node | None) -> Iterator[Node]:
+    """The pending nodes of the path that ends in `node`, from the top. They have one writer."""
+    pending = []
+    while node is not None and node.writer is not None:
+        pending.append(node)
+        node = node.parent
+    return reversed(pending)
