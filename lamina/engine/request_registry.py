@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.journal.resumption import Resumption
-from lamina.messages.engine_request import EngineOutput, EngineRequest, nobody, unwatched
+from lamina.messages.engine_request import EngineOutput, EngineRequest, ignore_outputs, unwatched
 from lamina.scheduling.request import Outcome, Plan, RetainedKv, ScheduledSequence
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory
@@ -252,6 +252,6 @@ class RequestRegistry:
             request.sink(request, outputs)
         except Exception:  # it may be anything
             logger.exception("a client could not take its outputs")
-            request.sink = nobody
+            request.sink = ignore_outputs
             return False
         return True

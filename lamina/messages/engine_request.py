@@ -53,7 +53,7 @@ class KvSavings(NamedTuple):
 NOTHING_SPARED = KvSavings()
 
 
-def nobody(request: EngineRequest, outputs: list[EngineOutput]) -> None:
+def ignore_outputs(request: EngineRequest, outputs: list[EngineOutput]) -> None:
     """The sink of a request that was not submitted."""
 
 
@@ -73,7 +73,7 @@ class EngineRequest:
     request: Request
     params: SamplingParams
     seed: int
-    sink: Callable[[EngineRequest, list[EngineOutput]], None] = nobody
+    sink: Callable[[EngineRequest, list[EngineOutput]], None] = ignore_outputs
     prefilled: Callable[[int, int], None] = unwatched
     submitted: float = 0.0
     scheduled: float | None = None

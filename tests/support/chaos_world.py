@@ -46,8 +46,8 @@ class StuckError(Exception):
 @dataclass
 class Setup:
     """What is built before anything goes wrong. `pages` are those of each holder, `prefill_pool` those of the local one
-    (0: there is none). `lazy` holders handle a message when its reply is asked for; `as_bytes` lets only bytes cross the
-    cut. After the last holder a new one joins, unless there is to be `despair`."""
+    (0: there is none). `lazy` holders handle a message when its reply is asked for; `as_bytes` lets only bytes cross
+    the cut. After the last holder a new one joins, unless there is to be `despair`."""
 
     shard: str | None
     weights: tuple[int, ...]
