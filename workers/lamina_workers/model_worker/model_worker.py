@@ -294,9 +294,9 @@ class ModelWorker:
 
     @staticmethod
     def _check(answer: Announced, share: HolderBatch, name: str) -> None:
-        told = (len(answer.floors), len(answer.usages) or len(share.rows))
-        if answer.accepted and told != (len(share.rows), len(share.rows)):
-            raise HolderFault(f"{name}: floors and usages of {told} rows, {len(share.rows)} were announced")
+        found = (len(answer.floors), len(answer.usages) or len(share.rows))
+        if answer.accepted and found != (len(share.rows), len(share.rows)):
+            raise HolderFault(f"{name}: floors and usages of {found} rows, {len(share.rows)} were announced")
 
     def forget(self, batch: int, shares: Mapping[int, HolderBatch]) -> None:
         """A batch that was announced will not be executed."""

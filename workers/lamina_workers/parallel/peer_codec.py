@@ -66,9 +66,9 @@ def start_batch(
     batch: int, work: BatchWork, shares: Mapping[int, HolderBatch], plain: Sequence[int], suspends: bool
 ) -> StartBatch:
     """The command to take part in `work`, whose sampling stays here but for the `plain` rows."""
-    told = {number: HolderBatch(share.first, (), share.routes) for number, share in shares.items() if share.routes}
+    given = {number: HolderBatch(share.first, (), share.routes) for number, share in shares.items() if share.routes}
     same = execute(batch, work, wanted=True, suspends=suspends)
-    return StartBatch(batch, suspends, told, tuple(plain), same.spans, same.token_ids, same.rope_lengths, same.sampled)
+    return StartBatch(batch, suspends, given, tuple(plain), same.spans, same.token_ids, same.rope_lengths, same.sampled)
 
 
 def work_of(command: Execute | StartBatch) -> BatchWork:

@@ -56,7 +56,7 @@ class Peer:
         self.name = name
         self.said = ready
         self.lost: set[int] = set()  # holders of this worker that are gone
-        self.unheard = ""  # a fault of a batch that nobody waited for: it may have told of lost keys
+        self.unheard = ""  # a fault of a batch that was not expected any more; keys may be lost with it
         self._channel = channel
         self._on_given_up = on_given_up
         self._gone = ""  # why

@@ -235,8 +235,8 @@ class TensorParallelWorkers:
         self._try_to_tell(self._peers[rank], peer_messages.Leave(number))
 
     def lost(self) -> list[int]:
-        told = [number for peer in self._peers.values() for number in sorted(peer.lost) if number in self._owner]
-        return self._own.lost() + told
+        lost = [number for peer in self._peers.values() for number in sorted(peer.lost) if number in self._owner]
+        return self._own.lost() + lost
 
     def links(self) -> dict[int, Link]:
         return self._own.links()
@@ -304,11 +304,11 @@ class TensorParallelWorkers:
 
     def _late_faults(self) -> list[HolderFault]:
         """Faults of batches that were not waited for any more."""
-        told = [self._unheard, *(peer.unheard for peer in self._peers.values())]
+        reasons = [self._unheard, *(peer.unheard for peer in self._peers.values())]
         self._unheard = ""
         for peer in self._peers.values():
             peer.unheard = ""
-        faults = [HolderFault(reason) for reason in told if reason]
+        faults = [HolderFault(reason) for reason in reasons if reason]
         if gone := [number for peer in self._peers.values() for number in peer.lost if number in self._owner]:
             faults.append(HolderLost(f"holders {gone} are gone"))
         return faults

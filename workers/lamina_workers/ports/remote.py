@@ -80,8 +80,8 @@ class ChannelOptions:
 class RemoteAttention:
     """An `AttentionPort` over a channel. Made by `connect`; once lost or closed it stays so.
 
-    `capacity` is the KV memory of its seat in bytes, `channel_kind` "local", "tcp" or "grpc", `page_layout` what the
-    holder says of its pages. `resumed`: the seat was there already, and keeps what it held: ask by `port.survey`. One
+    `capacity` is the KV memory of its seat in bytes, `channel_kind` "local", "tcp" or "grpc", `page_layout` the
+    name of its pages' layout. `resumed`: the seat was there already and keeps its KV, which `port.survey` lists. One
     thread sends and receives; `close` may come from any.
     """
 
