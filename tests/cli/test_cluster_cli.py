@@ -128,7 +128,7 @@ def test_a_worker_that_does_not_answer_says_why() -> None:
     assert row == ("attention-0", "-", "starting", *["-"] * 6, "nobody there")
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_no_cluster_is_one_line_and_an_exit_code() -> None:
     code = "from lamina.cli.main import main; main()"
     for command in ("status", "down", "drain"):

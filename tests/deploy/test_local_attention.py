@@ -214,7 +214,7 @@ def test_children_end_when_their_parent_is_killed(how: signal.Signals) -> None:
     assert wait_until(lambda: not any(map(is_alive, children)))
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_real_workers_end_when_their_parent_is_killed() -> None:
     parent, children = children_of_a_parent("options = {}")
     with parent:
@@ -226,7 +226,7 @@ def test_real_workers_end_when_their_parent_is_killed() -> None:
     assert wait_until(lambda: not any(map(is_alive, children)))
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_real_workers_answer_their_parent_and_refuse_others() -> None:
     workers = LocalAttentionWorkers(1, kv_memory=1 << 24, threads=1)
     try:

@@ -118,7 +118,7 @@ def test_killed_and_stopped_workers_change_no_token(model, expected, seed):
     survive(model, expected, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", MORE)
 def test_more_killed_and_stopped_workers_change_no_token(model, expected, seed):
     survive(model, expected, seed)
@@ -248,7 +248,7 @@ def test_what_the_network_does_changes_no_token(model, expected, workers, folder
     through_proxies(model, expected, workers, folder, toxic, True, int(ONE or 1))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", [int(ONE)] if ONE else [2, 3, 4])
 @pytest.mark.parametrize("tls", [True, False])
 @pytest.mark.parametrize("toxic", TOXICS)

@@ -191,7 +191,7 @@ def test_whatever_happens(models, expected, seed):
     run(seed, models, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", MORE)
 def test_whatever_else_happens(models, expected, seed):

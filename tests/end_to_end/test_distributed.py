@@ -126,7 +126,7 @@ def test_one_text(model, workers, secrets_folder, expected, shard, count, channe
     check_one_text(model, workers, secrets_folder, expected, shard, count, channel, lanes, sampling)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(("shard", "count", "channel", "lanes", "sampling"), [c for c in EVERY if c not in FEW])
 def test_one_text_in_every_way(model, workers, secrets_folder, expected, shard, count, channel, lanes, sampling):
     check_one_text(model, workers, secrets_folder, expected, shard, count, channel, lanes, sampling)
@@ -212,8 +212,8 @@ def test_who_stops_listening_leaves_nothing_behind(model, workers, secrets_folde
 
 
 @pytest.mark.parametrize("shard", SHARDS, ids=SHARDS)
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 3))])
+@pytest.mark.real
 @pytest.mark.data
 @pytest.mark.timeout(900)
 def test_the_real_model_says_the_same(shard, count, real_text):
@@ -231,7 +231,7 @@ def real_text():
         return prompts, [c.text for c in llm.generate(prompts, max_tokens=40, temperature=0)]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.data
 @pytest.mark.timeout(1800)
 def test_two_workers_of_4000_tokens_serve_6000():

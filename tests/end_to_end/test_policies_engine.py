@@ -75,7 +75,7 @@ def test_chunks(policy, model, expected, chunk):
 
 
 FEW = ["heads", "heads and ranges"]
-MANY = [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in SHARDS if name not in FEW)]
+MANY = [*FEW, *(pytest.param(name, marks=pytest.mark.soak) for name in SHARDS if name not in FEW)]
 
 
 @pytest.mark.parametrize("placement", MANY)
@@ -117,7 +117,7 @@ def test_preemption(policy, model):
         assert got == said(Rig(model), prompts, max_tokens=50)
 
 
-@pytest.mark.parametrize("death", [90, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 61, 140))])
+@pytest.mark.parametrize("death", [90, *(pytest.param(n, marks=pytest.mark.soak) for n in (12, 61, 140))])
 @pytest.mark.parametrize("placement", MANY)
 def test_a_lost_holder(policy, model, expected, placement, death):
     """The holder that takes over computes the lost KV again."""

@@ -21,7 +21,7 @@ from serving import Server, ask, serving, until
 
 from lamina import LLM
 
-pytestmark = [pytest.mark.data, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.data, pytest.mark.real, pytest.mark.timeout(600)]
 
 ENGINE = ("--threads", "1", "--kv-memory", "256MiB", "--dtype", "float32")  # so that no near tie depends on the batch
 ASKED = [{"role": "user", "content": "Name a king and a river, as JSON."}]
@@ -97,7 +97,7 @@ def test_a_killed_attention_worker_changes_no_text() -> None:
         assert streams(server.url, 16, **body) == reference
 
 
-@pytest.mark.parametrize("options", [(), ("--no-journal",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--no-journal",), marks=pytest.mark.soak)])
 def test_streams_outlive_a_killed_engine(options: tuple[str, ...]) -> None:
     body = {"max_tokens": 150, "temperature": 0, "ignore_eos": True, "logprobs": 1}
     with serving(*ENGINE, "--attention-workers", "1", *options) as server:
@@ -155,7 +155,14 @@ def test_a_killed_engine_is_told_and_comes_back() -> None:
         assert 'lamina:engine_restarts_total{engine="0",model_name="smollm2-135m"} 1.0' in server.get("/metrics")[1]
 
 
-@pytest.mark.parametrize(("workers", "number"), [(2, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("workers", "number"),
+    [
+        (2, signal.SIGKILL),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.soak),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.soak),
+    ],
+)
 def test_attention_workers_that_go_while_the_engine_starts_again_end_nothing(
     workers: int, number: signal.Signals
 ) -> None:
@@ -170,6 +177,7 @@ def test_attention_workers_that_go_while_the_engine_starts_again_end_nothing(
         assert server.process.poll() is None
 
 
+@pytest.mark.soak
 def test_a_signal_to_every_process_of_the_service_lets_streams_end() -> None:
     with serving(*ENGINE) as server:
 
@@ -182,6 +190,7 @@ def test_a_signal_to_every_process_of_the_service_lets_streams_end() -> None:
         assert server.process.wait(60) == 0
 
 
+@pytest.mark.soak
 def test_a_paused_engine_is_reached_again_by_a_new_http_process() -> None:
     with serving(*ENGINE) as server:
         os.kill(server.engine, signal.SIGSTOP)
@@ -218,7 +227,7 @@ def connects(url: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_signal_lets_streams_end_and_refuses_new_ones(number: signal.Signals) -> None:
     with serving(*ENGINE) as server:
         refused: list[int] = []
@@ -256,6 +265,7 @@ def test_a_model_that_is_not_there_ends_it_with_an_error() -> None:
     server.close()
 
 
+@pytest.mark.soak
 def test_an_engine_that_cannot_start_again_ends_the_server(tmp_path: Any) -> None:
     from shutil import copytree
 
@@ -308,6 +318,7 @@ def resources(pid: int) -> tuple[int, int, int]:
     return len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]), int(status["VmRSS"].split()[0])
 
 
+@pytest.mark.soak
 def test_random_disconnects_and_idle_connections_leave_nothing_behind(server: Server) -> None:
     """10,000 requests: all of them together take no more memory than the first 2,000."""
     pids = [server.engine, server.http, *server.attention_workers]

@@ -17,7 +17,7 @@ from lamina import LLM, EngineError, InvalidRequest, SamplingParams
 from lamina.models.resolve import resolve
 from lamina.scheduling.kv_shares import Share
 
-pytestmark = [pytest.mark.data, pytest.mark.slow]
+pytestmark = [pytest.mark.data, pytest.mark.real]
 
 WORDS = [
     "The capital of France is",

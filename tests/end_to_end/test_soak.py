@@ -10,7 +10,7 @@ import pytest
 
 from lamina import LLM
 
-pytestmark = [pytest.mark.data, pytest.mark.slow]
+pytestmark = [pytest.mark.data, pytest.mark.soak]
 
 
 def resident() -> int:

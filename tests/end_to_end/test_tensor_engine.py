@@ -107,7 +107,7 @@ def test_two_ranks_over_an_attention_worker_give_the_text_of_one(alone: LLM, mod
             llm._runtime.drain("attention-0")  # type: ignore[union-attr]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("ranks", "shard", "attention"),
     [*itertools.product([2], SHARDS, [1, 2, 3]), (3, "heads", 2), (3, "sequence", 3), (3, "heads+sequence", 2)],
@@ -119,7 +119,7 @@ def test_ranks_over_attention_workers_give_the_text_of_one(
         assert texts(llm) == texts(alone)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_three_ranks_and_repeated_heads_give_the_text_of_one(model: Path, tmp_path: Path) -> None:
     few = write_tiny_model(tmp_path / "few", num_key_value_heads=1)
     for folder in (model, few):
@@ -129,7 +129,7 @@ def test_three_ranks_and_repeated_heads_give_the_text_of_one(model: Path, tmp_pa
             assert texts(llm) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("attention", [0, 1])
 def test_prefixes_and_preemption_with_two_ranks(alone: LLM, model: Path, attention: int) -> None:
     prompts = [SHARED + [at] * (at + 1) for at in range(6)]
@@ -144,9 +144,11 @@ def test_prefixes_and_preemption_with_two_ranks(alone: LLM, model: Path, attenti
         assert counters.reused_tokens > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("attention", "shard"), [(0, "heads"), (1, "heads"), (2, "sequence")])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("attention", "shard"), [(0, "heads"), pytest.param(1, "heads", marks=pytest.mark.soak), (2, "sequence")]
+)
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_rank_killed_at_any_step_changes_no_text(
     alone: LLM, model: Path, attention: int, shard: str, seed: int
 ) -> None:
@@ -178,8 +180,8 @@ def test_a_rank_killed_at_any_step_changes_no_text(
             assert (computed.rebuilt_tokens, computed.admitted) == (0, len(PROMPTS))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", ["heads", "sequence"])
+@pytest.mark.real
+@pytest.mark.parametrize("shard", ["heads", pytest.param("sequence", marks=pytest.mark.soak)])
 def test_an_attention_worker_killed_under_two_ranks_changes_no_text(alone: LLM, model: Path, shard: str) -> None:
     expected = texts(alone, **LONG)
     with engine(model, model_workers=2, attention_workers=2, shard=shard) as llm:
@@ -199,7 +201,7 @@ def test_an_attention_worker_killed_under_two_ranks_changes_no_text(alone: LLM, 
         assert texts(llm) == texts(alone)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_rank_that_is_stopped_is_replaced(alone: LLM, model: Path) -> None:
     expected = texts(alone, **LONG)
     with engine(model, model_workers=2, attention_workers=1, worker_timeout=1.0) as llm:
@@ -210,7 +212,7 @@ def test_a_rank_that_is_stopped_is_replaced(alone: LLM, model: Path) -> None:
         assert process(llm) != stopped
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_draining_moves_the_heads_of_all_ranks(alone: LLM, model: Path) -> None:
     expected = texts(alone, **LONG)
     with engine(model, model_workers=2, attention_workers=2) as llm:
@@ -269,7 +271,7 @@ def test_ranks_over_tcp_with_tls_give_the_text_of_one(
             connect_tcp("127.0.0.1", split_address(members.addresses[0])[1], bytes(32), 5.0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_rank_that_keeps_ending_ends_the_engine(model: Path) -> None:
     config = EngineConfig(dtype="float32", kv_memory="16MiB", max_model_len=1024, model_workers=2)
     ends = threading.Event()

@@ -104,8 +104,8 @@ def test_local_memory_goes_to_prompts_when_there_is_too_little_for_both(model, w
         assert "here" not in [holder.name for holder in look(llm).holders]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.real
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 6))])
 def test_text_stays_the_same_when_a_worker_is_killed_during_moves(model, expected, seed):
     """One of two workers is killed at a random moment, while the wanted share changes all the time."""
     rng = random.Random(seed)

@@ -271,7 +271,7 @@ def steps(model: Decoder, folder: Path, **options: Any) -> int:
     return fate.seen
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(12, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", WORLDS)
 def test_tokens_stay_the_same_when_an_engine_dies_at_any_moment(
     name: str, times: int, model: Decoder, expected: Client, tmp_path: Path
@@ -472,10 +472,20 @@ def real(asked: dict[str, tuple[list[int], dict[str, Any]]]) -> dict[str, tuple[
     return longer | {"reading": ([n % 90 for n in range(1500)], {"max_tokens": 60, "logprobs": 1})}
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("options", [{}, {"shard": "sequence"}, {"lanes": 2, "prefix_cache": False}])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "seed"),
+    [
+        ({}, 1),
+        *(
+            pytest.param(options, seed, marks=pytest.mark.soak)
+            for options in ({}, {"shard": "sequence"}, {"lanes": 2, "prefix_cache": False})
+            for seed in (1, 2)
+            if options or seed == 2
+        ),
+    ],
+)
 def test_next_engine_process_goes_on_after_a_kill(
     tiny: Path, options: dict[str, Any], seed: int, tmp_path: Path
 ) -> None:
@@ -507,7 +517,7 @@ def test_next_engine_process_goes_on_after_a_kill(
         engine.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.timeout(400)
 def test_next_llm_resumes_what_a_killed_program_left(tiny: Path, tmp_path: Path) -> None:
     """In one process: an `LLM` finishes the requests that the previous one left open, from where they were."""
@@ -540,7 +550,7 @@ for event in llm.stream(prompts, max_tokens=400, ignore_eos=True, temperature=0.
             assert llm.unfinished == 0
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_second_engine_and_foreign_journal_are_refused(tiny: Path, tmp_path: Path) -> None:
     with worker_process() as worker:
         settings = {"attention_workers": [worker.address], "local_share": 0, "dtype": "float32", "threads": 1}

@@ -112,7 +112,7 @@ def test_a_prompt_in_many_query_blocks_beside_decode_rows(layout: PageLayout) ->
     assert max(errors(cpu_decode, build(cpu_decode, layout, [*RAGGED, *prompts], 1, 5), 3)) <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "row",
     [
@@ -522,7 +522,7 @@ if not max(map(max, found)) <= 1:
 AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse2,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi2,+cx16"}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @every_dtype
 @pytest.mark.parametrize("cpu", [{}, AVX2], ids=["this", "avx2"])
 def test_a_second_process_compiles_nothing(cpu: dict[str, str], dtype: torch.dtype, tmp_path) -> None:

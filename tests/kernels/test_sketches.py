@@ -431,7 +431,7 @@ for dtype, page_size in ((BF16, 32), (I8, 16)):
 AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse2,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi2,+cx16"}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)  # it compiles five kernels
 def test_a_cpu_with_fewer_instructions_finds_the_same(tmp_path: Path) -> None:
     if os.uname().machine != "x86_64":

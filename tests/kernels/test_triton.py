@@ -74,7 +74,7 @@ class TestAttend:
         assert of_out <= 1
         assert of_lse <= 1
 
-    @pytest.mark.slow
+    @pytest.mark.soak
     @pytest.mark.timeout(600)
     @pytest.mark.parametrize(
         ("dtype", "d_k", "d_v"),
@@ -519,7 +519,7 @@ for ragged in (False, True):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("capability", ["80", "89", "90"])
 @pytest.mark.parametrize(
@@ -546,7 +546,7 @@ with LLM(sys.argv[1], dtype="float32", max_model_len=64, kv_memory="48MiB") as l
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.data
 @pytest.mark.timeout(900)
 def test_smollm2_generates_the_same_tokens_as_on_the_cpus_kernels() -> None:

@@ -546,7 +546,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("method", ["windows", "streaming"])
 def test_the_commands(tmp_path: Path, folder: Path, method: str) -> None:
     """A model's folder in; a policy file that fits it, its report and its scores out; and measured again, the same."""

@@ -461,7 +461,7 @@ def test_suites_that_cannot_be_run_are_refused() -> None:
         Suite(texts={}, items=[], heads=ids(10), head_steps=10)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.data
 @pytest.mark.timeout(600)
 def test_the_script_on_the_real_model(tmp_path: Path) -> None:

@@ -423,7 +423,7 @@ def test_sequences_at_holders_grow_by_a_token_a_step(decoder, remote):
         assert worker.store.free_pages == worker.store.n_pages
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_quick_calibration_measures_everything(tmp_path):
     folder = write_tiny_model(tmp_path / "m")
     told = []

@@ -32,7 +32,7 @@ def test_an_error_of_ray_is_told_in_one_line() -> None:
     assert explain(error) == "ValueError: what was raised there"
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_too_few_nodes_are_an_error_that_says_what_to_start(nodes: Namespaces) -> None:
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect, require
@@ -49,7 +49,7 @@ except EngineError as error:
     assert said["seconds"] < 10
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_no_cluster_is_an_error_that_says_what_to_start(nodes: Namespaces) -> None:
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect
@@ -63,7 +63,7 @@ except EngineError as error:
     assert "ray start --head" in said["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_node_with_another_version_is_refused_before_anything_starts(nodes: Namespaces, tmp_path: Path) -> None:
     info = tmp_path / "lamina-9.9.9.dist-info"
     info.mkdir()
@@ -81,7 +81,7 @@ except EngineError as error:
     assert f"node {OTHER} has Lamina 9.9.9" in said["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_workers_come_up_refuse_strangers_and_are_replaced(nodes: Namespaces) -> None:
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect
@@ -138,7 +138,7 @@ say(addresses=addresses, answers=answers, killed=killed, given_up=given_up, stat
     assert all_end(said["processes"])
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_workers_end_with_the_program_that_started_them(nodes: Namespaces) -> None:
     with nodes.program("""
 from lamina.deploy.ray_connection import connect
@@ -156,7 +156,7 @@ time.sleep(60)
     assert all_end(processes)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_model_on_the_cluster_gives_the_same_tokens(nodes: Namespaces, model: Path) -> None:
     code = """
 sampling = {"max_tokens": 24, "temperature": 1.0, "seed": 5, "ignore_eos": True, "n": 2}
@@ -186,7 +186,7 @@ say(same=got == expected, progress=sorted(progress), streamed=streamed, whole=wh
     assert "1000000" in said["refused"]
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_model_that_is_not_there_is_the_same_error_as_beside_it(nodes: Namespaces) -> None:
     said = nodes.run("""
 import lamina
@@ -198,7 +198,7 @@ except lamina.InvalidRequest as error:
     assert "no model 'no-such-model'" in said["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_the_command_line_sees_drains_and_ends_an_engine(nodes: Namespaces, model: Path) -> None:
     code = """
 llm = on_cluster()
@@ -236,7 +236,7 @@ except lamina.EngineError as error:
     assert nodes.lamina("cluster", "status").stdout == "no engine runs on this cluster\n"
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_an_engine_and_its_workers_end_with_the_program_that_started_them(nodes: Namespaces, model: Path) -> None:
     code = """
 llm = on_cluster()
@@ -250,7 +250,7 @@ time.sleep(60)
     assert all_end([report["process"], *(row["process"] for row in report["workers"])])
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_server_on_the_cluster_answers_comes_back_and_leaves_nothing(nodes: Namespaces, model: Path) -> None:
     said = nodes.run(
         f"MODEL = {str(model)!r}\n"
@@ -307,7 +307,7 @@ say(**facts)
     assert (said["engines"], said["status"], said["left"]) == (1, 0, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_node_that_dies_under_load_costs_no_token(nodes: Namespaces, model: Path) -> None:
     """The last one: the second node is gone afterwards."""
     code = """

@@ -65,7 +65,7 @@ def where(process):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.timeout(300)
 def test_the_engines_process_dies_under_streams_and_no_token_is_lost_or_repeated(two: Namespaces, model: Path) -> None:
     code = """
@@ -97,7 +97,7 @@ say(same=got == expected, lengths=[len(each) for each in got], killed=killed, fi
     assert all_end([said["last"][0], *said["last"][1]])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_an_engine_that_cannot_live_ends_with_an_error_and_takes_its_workers_along(
     two: Namespaces, model: Path
@@ -143,7 +143,7 @@ def actor(name):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.timeout(300)
 def test_two_tensor_ranks_as_actors_give_the_same_tokens_and_one_of_them_may_die(two: Namespaces, model: Path) -> None:
     code = """
@@ -176,7 +176,7 @@ say(whole=whole == [each[:100] for each in expected], same=got == expected, leng
     assert all_end([said["other"], said["last"][0], *said["last"][1]])
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.timeout(300)
 def test_the_engines_node_dies_and_it_goes_on_at_another(two: Namespaces, model: Path) -> None:
     """The last one: the second node is gone afterwards."""

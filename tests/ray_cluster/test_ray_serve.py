@@ -164,7 +164,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
         yield made
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.data
 @pytest.mark.timeout(300)
 def test_a_replica_answers_streams_aborts_and_is_replaced(node: Namespaces) -> None:

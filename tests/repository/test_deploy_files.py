@@ -262,7 +262,7 @@ def test_the_ray_cluster_has_what_its_command_asks_for() -> None:
     assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/cluster": cluster["metadata"]["name"]}
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_serve_understands_the_configuration_of_the_ray_service() -> None:
     pytest.importorskip("ray")
     code = f"""

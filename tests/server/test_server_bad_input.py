@@ -213,7 +213,7 @@ def test_chats(rig: Rig, fields: dict[str, Any], param: str | None, says: str) -
     refused(rig, rig.chat(**fields), 400, param, says)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_pattern_that_is_hard_elsewhere(rig: Rig) -> None:
     """What backtracking would never end is no work here; whether it is refused or not, others are served."""
     for pattern in ("(a+)+" * 2000, "(a|a)*" * 500 + "$", "(.*){1,50}" * 3):

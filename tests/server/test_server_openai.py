@@ -142,7 +142,7 @@ def test_log_probabilities_of_a_completion(client: openai.OpenAI, stream: bool) 
     assert [len(top) for top in tops] == [3] * 8
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_prompts_of_every_kind(rig: Rig, client: openai.OpenAI) -> None:
     ids = rig.ask("/tokenize", {"prompt": PROMPT}, Authorization="Bearer key").json["tokens"]
     other = "Water boils at"
@@ -182,7 +182,7 @@ def test_exactly_at_the_limit(client: openai.OpenAI) -> None:
         complete(client, prompt=ids, max_tokens=3)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_chat_s_default_length_is_what_is_left(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Say hi."}])
     assert answer.choices[0].finish_reason == "stop"
@@ -193,7 +193,7 @@ def test_a_chat_s_default_length_is_what_is_left(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == 16
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:
     message = chat(client).choices[0].message
     more = [*MESSAGES, message, {"role": "user", "content": "More."}]
@@ -300,7 +300,7 @@ def telling(body: bytes) -> str:
     return text.replace('"cached_tokens":32', '"cached_tokens":0')
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", CHAT_EXTRA)
 def test_a_chat_s_fields_change_answers(rig: Rig, name: str) -> None:
     changed, plain = CHAT_EXTRA[name]
@@ -313,7 +313,7 @@ def test_a_chat_s_fields_change_answers(rig: Rig, name: str) -> None:
     assert telling(replies[0].body) != telling(replies[1].body)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", TEXT_EXTRA)
 def test_a_completion_s_fields_change_answers(rig: Rig, name: str) -> None:
     changed, plain = TEXT_EXTRA[name]
@@ -332,7 +332,7 @@ def test_ignored_fields_change_nothing(rig: Rig) -> None:
         assert telling(reply.body) == telling(plain.body)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_same_request_is_answered_the_same(rig: Rig) -> None:
     """Else the tests of fields above would prove nothing."""
     for fields in ({}, {"temperature": 1.5, "seed": 3}, {"stream": True}):
@@ -372,7 +372,7 @@ class Weather(pydantic.BaseModel):
     city: Literal["Oslo", "Rome"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the SDK's, of its own `parsed`
 def test_a_parsed_answer_can_be_sent_back(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"model": MODEL, "response_format": Colour, "max_tokens": 40}
@@ -428,7 +428,7 @@ def test_only_allowed_tools_are_in_the_grammar() -> None:
     assert "weather" in (use.system_note or "")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_tools_that_are_allowed(client: openai.OpenAI) -> None:
     for name in ("weather", "forecast"):
         tool = {"type": "function", "function": {"name": name}}
@@ -467,7 +467,7 @@ def test_a_tool_is_called(client: openai.OpenAI) -> None:
     assert chat(client, messages=history).choices[0].message.content
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_one_call_where_several_are_not_wanted(client: openai.OpenAI) -> None:
     choice = chat(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=60).choices[0]
     assert len(choice.message.tool_calls) == 1
@@ -554,7 +554,7 @@ def test_tokenize_and_detokenize(rig: Rig) -> None:
     assert closed["count"] < open_end["count"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_continuous_usage(rig: Rig) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     for ask in (rig.chat, rig.complete):

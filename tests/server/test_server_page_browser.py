@@ -28,7 +28,7 @@ from lamina.server.settings import ServerSettings
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")]
+pytestmark = [pytest.mark.real, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")]
 
 ANSWER = ["Force", "is", "<b>mass</b>", "times", "acceleration", "<img", "src=x", "onerror=alert(1)>", "says", "Newton"]
 

@@ -15,7 +15,7 @@ from server_rig import MODEL, Rig, serving
 
 from lamina import LLM
 
-pytestmark = [pytest.mark.data, pytest.mark.slow]
+pytestmark = [pytest.mark.data, pytest.mark.soak]
 
 EXAMPLES = 40  # an operation
 CHECKS = [

@@ -256,7 +256,7 @@ def test_content_and_arguments_come_as_soon_as_they_can() -> None:
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.real
 def test_the_real_model_calls_what_exists() -> None:
     with LLM("smollm2-135m", threads=1, kv_memory=256 << 20) as llm:
         for choice, seed in itertools.product(("required", NAMED, "auto"), range(3)):

@@ -468,7 +468,7 @@ def llm():
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.parametrize("schema", SCHEMAS, ids=["person", "numbers", "days"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_real_model_fits_its_schema(llm, schema: dict[str, Any], temperature: float) -> None:
@@ -481,7 +481,7 @@ def test_the_real_model_fits_its_schema(llm, schema: dict[str, Any], temperature
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.real
 def test_the_real_model_with_all_that_goes_along(llm) -> None:
     completion = llm.generate("The answer is", choice=["yes", "no", "perhaps"], logprobs=2)
     assert completion.text in ("yes", "no", "perhaps")

@@ -215,7 +215,7 @@ def test_kv_is_freed_when_the_stream_ends(monkeypatch):
         until(lambda: server.status().queries == 6 * len(WAYS))
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_the_lease_frees_a_vanished_engine_and_not_a_silent_one():
     with running(lease=0.6) as (server, address):
         with connected(address) as port:  # its heartbeats come every 0.1 s
@@ -356,7 +356,7 @@ def test_all_torch_calls_are_made_by_one_thread(monkeypatch):
 # The process.
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_worker_process_serves_and_leaves_at_sigterm():
     with process("--name", "p") as child:
         word, address = child.stdout.readline().split()
@@ -369,7 +369,7 @@ def test_a_worker_process_serves_and_leaves_at_sigterm():
         assert child.wait(10) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_worker_process_ends_with_its_parents_pipe():
     with process("--die-with-parent") as child:
         address = child.stdout.readline().split()[1]
@@ -381,7 +381,7 @@ def test_a_worker_process_ends_with_its_parents_pipe():
                 port.receive(5)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_worker_process_that_cannot_serve_says_why():
     with process("--listen", "0.0.0.0:0") as child:
         _, said = child.communicate(timeout=30)
@@ -390,7 +390,7 @@ def test_a_worker_process_that_cannot_serve_says_why():
         assert "Traceback" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_worker_process_reads_its_credentials_from_files(tmp_path):
     made = make_credentials(tmp_path / "tls", ["127.0.0.1"])
     flags = ("--tls-dir", str(tmp_path / "tls"), "--token-file", str(tmp_path / "tls/token"), "--mutual-tls")

@@ -672,7 +672,7 @@ def client(address: str, steps: int) -> Iterator[subprocess.Popen[str]]:
         child.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_killed_engine_is_followed_by_another_that_goes_on():
     with process() as worker:
         address = worker.stdout.readline().split()[1]
@@ -692,7 +692,7 @@ def test_a_killed_engine_is_followed_by_another_that_goes_on():
                 twin.step()
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_stopped_client_of_one_seat_holds_up_no_other():
     with process("--lease", "30") as worker:
         address = worker.stdout.readline().split()[1]

@@ -123,7 +123,7 @@ def test_what_is_no_address(address):
         open_port(address, **ASKED)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.parametrize("way", ["local", "grpc", "tcp"])
 def test_a_killed_worker_is_lost_at_once(way):
     with process() as child:
@@ -137,7 +137,7 @@ def test_a_killed_worker_is_lost_at_once(way):
             assert time.monotonic() - began < 2
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_closing_does_not_wait_for_the_heartbeat_of_a_stopped_worker():
     with process() as child:
         address = child.stdout.readline().split()[1]
@@ -153,7 +153,7 @@ def test_closing_does_not_wait_for_the_heartbeat_of_a_stopped_worker():
                 os.kill(child.pid, signal.SIGCONT)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_stopped_worker_is_lost_and_finds_its_session_over_when_it_returns():
     with process("--lease", "1.2") as child:
         address = child.stdout.readline().split()[1]

@@ -230,7 +230,7 @@ class TestCompiled:
         decoder = tiny_decoder(**MOE)
         check(logits(Compiled(decoder, backend="eager"), batch(5)), logits(decoder, batch(5)))
 
-    @pytest.mark.slow
+    @pytest.mark.soak
     @pytest.mark.timeout(600)
     def test_logits_agree_once_torch_has_made_code(self, decoder: Decoder) -> None:
         torch.compiler.reset()

@@ -371,7 +371,7 @@ EVERY = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(("replicas", "lanes", "count", "shard"), EVERY)
 def test_one_text_in_every_way(model, expected, replicas, lanes, count, shard):
     check_one_text(model, expected, replicas, lanes, count, shard)
@@ -531,13 +531,13 @@ def answers(llm: LLM, sampling: dict[str, Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.parametrize(
     ("replicas", "options"),
     [
-        (2, {"lanes": 3, "attention_workers": 2}),
+        pytest.param(2, {"lanes": 3, "attention_workers": 2}, marks=pytest.mark.soak),
         (3, {"lanes": "auto", "shard": "sequence"}),
-        (2, {"lanes": 2, "local_channel": False}),
+        pytest.param(2, {"lanes": 2, "local_channel": False}, marks=pytest.mark.soak),
         (2, {"lanes": 2, "local_channel": False, "data_channel": "tcp"}),
     ],
 )
@@ -550,8 +550,8 @@ def test_processes_give_one_text(model, told, replicas, options) -> None:
         assert len(slices) == replicas
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.real
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 2, 3))])
 def test_killed_replicas_cost_no_token(model, seed) -> None:
     """SIGKILL at random steps, of replicas and once of an attention worker: every stream goes on, with the same text,
     and what is computed again is what the attention worker took along."""

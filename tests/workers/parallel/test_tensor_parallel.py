@@ -140,12 +140,12 @@ def check_reads(root: Path, ranks: int, read: list[dict[str, int]]) -> None:
         assert sum(of[name] for of in read) == expected, name
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_rank_that_dies_is_noticed_at_once_and_replaced(tmp_path: Path) -> None:
     check_lost(tmp_path, "kill", 0.0, 10.0)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_a_rank_that_hangs_is_noticed_when_the_deadline_passes(tmp_path: Path) -> None:
     check_lost(tmp_path, "stop", 1.5, 10.0)
 
@@ -351,7 +351,7 @@ def test_one_file_alone_knows_how_ranks_talk() -> None:
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.real
 def test_greedy_tokens_of_a_real_model_are_those_of_one_process(tmp_path: Path) -> None:
     from lamina.models.resolve import resolve
     from lamina.text.tokenizer import Tokenizer
