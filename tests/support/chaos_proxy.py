@@ -1,6 +1,6 @@
-"""A TCP proxy that spoils what passes through it, both ways, as it is told while it runs. Knows bytes only.
+"""A TCP proxy that spoils bytes in both directions; tests switch its faults on and off while it runs.
 
-It runs on an event loop in a thread of its own. What it does is drawn from a seed; when the bytes come is not.
+It runs on an event loop in a thread of its own. Its faults are drawn from a seed; the times of the bytes are not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A device that is none: CPU tensors stand for it, but what is copied from it arrives only once that was waited for.
+"""A fake device: CPU tensors stand for it, and a copy from it arrives only after its event was waited for.
 
-What was copied to it is checked when its event happens: nobody may have written to the host's buffer meanwhile.
+A copy to it is checked when its event happens: the host's buffer must not have been written meanwhile.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class World:
         return dataclasses.replace(self, rows=self.rows.within(window))
 
     def reordered(self, order: Sequence[int]) -> World:
-        """The same rows and queries, told in another order."""
+        """The same rows and queries in another order."""
         return dataclasses.replace(self, rows=take(self.rows, order), keys=[self.keys[i] for i in order])
 
 

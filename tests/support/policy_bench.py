@@ -59,7 +59,7 @@ LOOSE = {
     "heavy_hitter": "heavy_hitter(sink=0, recent=1, budget=1)",
     "razor": "razor(sink=0, recent=10000)",
 }
-STATIC = {  # whether the query at p sees key k <= p, told once more
+STATIC = {  # whether the query at p sees key k <= p, written down a second time
     "full": lambda p, k: k >= 0,
     "streaming": lambda p, k: (k < 16) | (p - k < 40),
     "span": lambda p, k: (k < 64) | (p - k < 40 + (0.1 * (p // 64 * 64)).long()),
@@ -101,7 +101,7 @@ class Bench:
         self._announce(())
 
     def take_back(self) -> None:
-        """What was to be told was refused."""
+        """The worker refused the last announcement."""
         self._operations.clear()
 
     def _new(self, operation: Any, parent: int | None, length: int) -> int:
@@ -159,7 +159,7 @@ class Bench:
         self.worker.store.check_integrity()
 
     def usage(self, handle: int) -> Usage:
-        """What a part has read up to now: told with its next row, so one that repeats the last token is fed."""
+        """What a part has read up to now. Usage comes with the next row, so the last token is fed again."""
         self.feed(handle, self.k[handle].shape[1] - 1, 1)
         return self._usages[handle]
 

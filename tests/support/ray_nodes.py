@@ -20,14 +20,14 @@ import pytest
 
 
 class Program:
-    """A running program, which says things."""
+    """A running program that prints lines of JSON."""
 
     def __init__(self, process: subprocess.Popen[str], errors: Path) -> None:
         self.process = process
         self._errors = errors
 
     def hear(self) -> Any:
-        """The next thing that it says."""
+        """Its next line."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self._errors.read_text()[-4000:]
@@ -75,7 +75,7 @@ class Namespaces:
 
     @contextlib.contextmanager
     def program(self, code: str, seconds: float = 100) -> Iterator[Program]:
-        """A program in the head's namespace, which is killed in the end, or then, if it is still there."""
+        """A program in the head's namespace. It is killed at the end of the block, or after `seconds`."""
         errors = self.folder / "errors"
         with errors.open("w") as stderr:
             process = subprocess.Popen(
@@ -93,7 +93,7 @@ class Namespaces:
                 process.kill()
 
     def run(self, code: str, seconds: float = 100) -> Any:
-        """What a program says first."""
+        """The first line of a program."""
         with self.program(code, seconds) as program:
             return program.hear()
 

@@ -1,4 +1,4 @@
-"""`lamina serve` as people start it, for tests: its address, its processes, and what becomes of them."""
+"""`lamina serve` as people start it, for tests: its address, its processes and its log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATIENCE = 120.0  # seconds
 
 
 class Server:
-    """One server. `log` is what it and its children said."""
+    """One server. `log` is the output of it and of its children."""
 
     def __init__(self, *arguments: str, model: str = "smollm2-135m", environment: dict[str, str] | None = None) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by `close`
