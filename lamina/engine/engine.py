@@ -21,9 +21,9 @@ from lamina.engine.holders import Holders
 from lamina.engine.in_flight import InFlight, Lane
 from lamina.engine.kv_migration import KvMigration
 from lamina.engine.mailbox import Mailbox
-from lamina.engine.observer import observe
 from lamina.engine.observers import BatchDone, BatchObserver
 from lamina.engine.request_registry import RequestRegistry
+from lamina.engine.snapshots import take_snapshot
 from lamina.engine.stats import EngineStats, savings
 from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, InvalidRequest
@@ -214,7 +214,7 @@ class Engine:
         self._stats.returned += self._failures.rank_back(peer)
 
     def _snapshot(self, sink: Callable[[Snapshot], None]) -> None:
-        taken = observe(
+        taken = take_snapshot(
             self._stats, self._control, self._worker.links(), self._holders.names, self._worker.attention_seconds,
             self._tiering.local_share, self._clock(),
         )  # fmt: skip

@@ -177,7 +177,9 @@ class ControlPlane:
         tokens = 0
         for number in numbers:
             self.placement.emptied(number)
-            if number not in self.placement.prefill_pools:
+            if number in self.placement.prefill_pools:
+                self.prefill_free.pop(number, None)
+            else:
                 tokens += self.scheduler.emptied(number, self.placement.holders[number].pages)
         return tokens
 

@@ -15,7 +15,7 @@ from lamina_workers.ports.timing import Link
 _NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)
 
 
-def observe(
+def take_snapshot(
     stats: EngineStats,
     control: ControlPlane,
     links: Mapping[int, Link],

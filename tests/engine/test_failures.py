@@ -1,0 +1,327 @@
+"""What an engine does when batches fail, and when holders and model workers come and go: over parts that only note."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from lamina.engine.failures import MAX_FAULTS, FailureReports, Failures
+from lamina.engine.holders import HolderChange
+from lamina.engine.in_flight import Lane
+from lamina.errors import EngineError, InvalidRequest
+from lamina.scheduling.control_plane import Step
+from lamina.scheduling.holder import Holder
+from lamina_workers.errors import HolderFault, HolderLost, RankLost
+from lamina_workers.model_worker.interface import Returned
+
+
+class Worker:
+    """Model workers of which `missing` are gone. `gone` are the holders that are found to be."""
+
+    def __init__(self) -> None:
+        self.missing: tuple[int, ...] = ()
+        self.gone: list[int] = []
+        self.back: Returned | Exception = Returned([], [], {})
+
+    def lost(self) -> list[int]:
+        return self.gone
+
+    def returned(self, peer: object) -> Returned:
+        self.missing = ()
+        return _or_raise(self.back)
+
+
+class Holders:
+    """Attention worker "one" with holder 1, and "two" with holders 2 and 3."""
+
+    def __init__(self, note: Callable[..., None]) -> None:
+        self.empty = False
+        self.refuses: Exception | None = None  # the answer to `join`
+        self.drained: int | Exception = 7
+        self.torn_holders: list[int] = []
+        self.lose, self.emptied, self._note = partial(note, "lose"), partial(note, "emptied"), note
+
+    def numbers(self, name: str) -> list[int]:
+        return {"one": [1], "two": [2, 3]}.get(name, [])
+
+    def companions(self, numbers: Sequence[int]) -> list[int]:
+        return sorted({*numbers, *([2, 3] if {2, 3} & set(numbers) else [])})
+
+    def join(self, port: Port, holder: Holder, credentials: None) -> None:
+        _or_raise(self.refuses)
+        self._note("join", port.name)
+
+    def drain(self, name: str) -> int:
+        return _or_raise(self.drained)
+
+    def torn(self, kept: object) -> list[int]:
+        return self.torn_holders
+
+
+class Parts:
+    """Every part around `Failures`. `calls` has what was asked of them, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.requests = {"a": SimpleNamespace(id="a"), "b": SimpleNamespace(id="b")}
+        self.errors: dict[str, Exception] = {}
+        self.reported: list[tuple[object, ...]] = []
+        self.counters = SimpleNamespace(rebuilt_tokens=0)
+        self.worker, self.holders = Worker(), Holders(self.note)
+        self.deadline = SimpleNamespace(started=False, start=self._start)
+        tiering = SimpleNamespace(abandon=partial(self.note, "abandon moves"))
+        in_flight = SimpleNamespace(drop=partial(self.note, "drop"), abandon=partial(self.note, "abandon batches"))
+        scheduler = SimpleNamespace(counters=self.counters, recompute=partial(self.note, "recompute"))
+        registry = SimpleNamespace(requests=self.requests, fail=self._fail)
+        parts = self.worker, scheduler, self.holders, tiering, in_flight, registry, self.deadline
+        reports = FailureReports(lambda name: self.reported.append((name,)), lambda *n: self.reported.append(n))
+        self.failures = Failures(*cast(Any, parts), reports)
+
+    def note(self, *call: object) -> None:
+        self.calls.append(call)
+
+    def _start(self) -> None:
+        self.deadline.started = True
+        self.note("wait")
+
+    def _fail(self, request: Any, error: Exception, cause: BaseException | None = None) -> None:
+        del self.requests[request.id]
+        self.errors[request.id] = error
+
+    def taken(self) -> list[object]:
+        """The names of what was asked since the last time."""
+        names = [call[0] for call in self.calls]
+        self.calls.clear()
+        return names
+
+
+def _or_raise(value: Any) -> Any:
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+class Port:
+    def __init__(self, name: str) -> None:
+        self.name, self.closed = name, False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def lane(*requests: str, answered: bool = True) -> Lane:
+    rows = tuple(SimpleNamespace(sequence=SimpleNamespace(request=SimpleNamespace(id=name))) for name in requests)
+    made = Lane(Step(cast(Any, SimpleNamespace(rows=rows)), {}))
+    made.answered = answered
+    return made
+
+
+ABANDON = ["abandon moves", "abandon batches"]
+FAULT = HolderFault("no room for a page")
+
+
+def test_batch_alone_is_planned_again_when_it_fails_after_its_answers() -> None:
+    parts = Parts()
+    failed = lane("a")
+    parts.failures.failed(failed, FAULT)
+    assert parts.calls == [("drop", failed)]
+    assert not parts.errors
+
+
+def test_everything_is_computed_again_when_a_batch_fails_before_its_answers() -> None:
+    parts = Parts()
+    parts.failures.failed(lane("a", answered=False), FAULT)
+    assert parts.taken() == [*ABANDON, "recompute"]
+
+
+def test_requests_of_a_batch_end_with_an_error_when_it_keeps_failing() -> None:
+    parts = Parts()
+    for _ in range(MAX_FAULTS - 1):
+        parts.failures.failed(lane("a"), FAULT)
+    assert not parts.errors
+    parts.failures.failed(lane("a", "a", "gone"), FAULT)
+    assert list(parts.errors) == ["a"]
+    assert str(parts.errors["a"]) == f"a holder failed {MAX_FAULTS} times in a row: {FAULT}"
+    assert list(parts.requests) == ["b"]
+
+
+@pytest.mark.parametrize("fault", [FAULT, RankLost("model worker 1 is silent")])
+def test_engine_ends_with_an_error_when_batches_keep_failing(fault: HolderFault) -> None:
+    parts = Parts()
+    for _ in range(3 * MAX_FAULTS - 1):
+        parts.failures.failed(lane("a"), fault)
+    with pytest.raises(EngineError, match=f"failed {3 * MAX_FAULTS} times in a row") as raised:
+        parts.failures.failed(lane("a"), fault)
+    assert raised.value.__cause__ is fault
+
+
+def test_faults_count_from_the_last_batch_that_went_well() -> None:
+    parts = Parts()
+    for _ in range(2 * MAX_FAULTS):
+        parts.failures.failed(lane("a"), FAULT)
+        parts.failures.went_well()
+    assert not parts.errors
+
+
+def test_engine_waits_for_a_model_worker_when_a_batch_fails_for_the_lack_of_it() -> None:
+    parts = Parts()
+    parts.worker.missing = (1,)
+    for _ in range(4 * MAX_FAULTS):
+        parts.failures.failed(lane("a"), RankLost("model worker 1 is gone"))
+    assert parts.taken()[:3] == [*ABANDON, "wait"]
+    assert not parts.errors
+
+
+def test_holders_that_are_gone_leave_with_their_attention_workers_when_a_batch_finds_one() -> None:
+    parts = Parts()
+    parts.worker.gone = [2]
+    parts.failures.failed(lane("a"), HolderLost("two is gone"))
+    assert parts.calls[-1] == ("lose", [2, 3])
+    assert parts.taken() == [*ABANDON, "lose"]
+    assert not parts.errors
+
+
+def test_batch_runs_again_when_its_holder_is_in_this_process() -> None:
+    parts = Parts()
+    parts.failures.failed(lane("a"), HolderLost("the pool is closed"))
+    assert parts.taken() == ["drop"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "gone", "then"),
+    [((), [], ["recompute"]), ((), [1], [*ABANDON, "lose"]), ((1,), [1], ["wait"]), ((1,), [], ["wait"])],
+)
+def test_everything_is_given_up_when_a_holder_fails_outside_of_a_batch(
+    missing: tuple[int, ...], gone: list[int], then: list[str]
+) -> None:
+    parts = Parts()
+    parts.worker.missing, parts.worker.gone = missing, gone
+    parts.failures.failed_outside()
+    assert parts.taken() == [*ABANDON, *then]
+
+
+def test_holder_that_leaves_is_lost_once() -> None:
+    parts = Parts()
+    parts.failures.leave("two")
+    assert parts.calls[-1] == ("lose", [2, 3])
+    parts.calls.clear()
+    parts.failures.leave("unknown")
+    assert not parts.calls
+
+
+def test_loss_is_reported_and_the_wait_begins_only_when_no_holder_is_left() -> None:
+    parts = Parts()
+    parts.failures.holders_changed(HolderChange("lost", ("one",)))
+    assert (parts.reported, parts.deadline.started) == ([("one",)], False)
+    parts.holders.empty = True
+    parts.failures.holders_changed(HolderChange("drained", ("two",)))
+    assert (parts.reported, parts.deadline.started) == ([("one",)], False)
+    parts.failures.holders_changed(HolderChange("lost", ("two", "three")))
+    assert (parts.reported[1:], parts.deadline.started) == ([("two",), ("three",)], True)
+
+
+def test_rebuilt_tokens_are_reported_until_all_are_there() -> None:
+    parts = Parts()
+    done = cast(Any, None)
+    parts.failures.batch_done(done)
+    parts.counters.rebuilt_tokens = 100
+    parts.failures.holders_changed(HolderChange("lost", (), rebuilt=30))
+    for rebuilt in (110, 110, 125, 140, 150):
+        parts.counters.rebuilt_tokens = rebuilt
+        parts.failures.batch_done(done)
+    assert parts.reported == [(10, 30), (10, 30), (25, 30), (30, 30)]
+
+
+def test_second_loss_begins_the_report_of_rebuilt_tokens_anew() -> None:
+    parts = Parts()
+    parts.failures.holders_changed(HolderChange("lost", (), rebuilt=30))
+    parts.counters.rebuilt_tokens = 20
+    parts.failures.holders_changed(HolderChange("lost", (), rebuilt=15))
+    parts.failures.batch_done(cast(Any, None))
+    parts.failures.holders_changed(HolderChange("lost", ()))
+    parts.failures.batch_done(cast(Any, None))
+    assert parts.reported == [(0, 15)]
+
+
+def test_worker_that_cannot_join_is_closed_and_reported() -> None:
+    parts = Parts()
+    parts.holders.refuses = HolderLost("rank 1 cannot reach it")
+    port = Port("three")
+    parts.failures.join(cast(Any, port), Holder(1), None)
+    assert port.closed
+    assert parts.reported == [("three",)]
+
+
+def test_workers_that_join_while_a_rank_is_missing_join_once_it_is_back() -> None:
+    parts = Parts()
+    parts.worker.missing = (1,)
+    for name in ("three", "four"):
+        parts.failures.join(cast(Any, Port(name)), Holder(1), None)
+    assert not parts.calls
+    parts.worker.back = RankLost("it is gone again")
+    assert not parts.failures.rank_back(cast(Any, None))
+    parts.worker.back, parts.worker.missing = Returned([0], [], {}), (1,)
+    parts.calls.clear()
+    assert parts.failures.rank_back(cast(Any, None))
+    assert parts.calls[2:] == [("emptied", [0]), ("join", "three"), ("join", "four")]
+    parts.calls.clear()
+    assert parts.failures.rank_back(cast(Any, None))
+    assert ("join", "three") not in parts.calls
+
+
+def test_seats_that_are_gone_or_torn_are_lost_when_a_rank_is_back() -> None:
+    parts = Parts()
+    parts.worker.back, parts.holders.torn_holders = Returned([], [1], {}), [3]
+    assert parts.failures.rank_back(cast(Any, None))
+    assert parts.calls[-1] == ("lose", [1, 2, 3])
+
+
+def test_engine_halts_once_when_a_rank_that_it_needs_is_gone() -> None:
+    parts = Parts()
+    parts.failures.rank_gone(1, "killed", False)  # a replica is not missed
+    assert not parts.calls
+    parts.worker.missing = (1,)
+    parts.failures.rank_gone(1, "killed", False)
+    parts.failures.rank_gone(1, "killed", False)
+    assert parts.taken() == [*ABANDON, "wait"]
+
+
+def test_engine_ends_when_a_rank_that_it_needs_stays_away() -> None:
+    parts = Parts()
+    parts.failures.rank_gone(1, "no such file", True)
+    parts.worker.missing = (1,)
+    with pytest.raises(EngineError, match="model worker 1 is gone and stays away: no such file"):
+        parts.failures.rank_gone(1, "no such file", True)
+
+
+def test_drain_returns_how_many_tokens_moved() -> None:
+    parts = Parts()
+    done: Future[int] = Future()
+    parts.failures.drain("one", done)
+    assert done.result(0) == 7
+    assert parts.taken() == ["abandon moves"]
+
+
+def test_drain_that_a_holder_breaks_is_an_error_and_its_loss_is_handled() -> None:
+    parts = Parts()
+    parts.holders.drained, parts.worker.gone = HolderLost("two is gone"), [2]
+    done: Future[int] = Future()
+    parts.failures.drain("one", done)
+    with pytest.raises(EngineError, match="one could not be drained: two is gone"):
+        done.result(0)
+    assert parts.calls[-1] == ("lose", [2, 3])
+
+
+def test_drain_that_is_refused_changes_nothing() -> None:
+    parts = Parts()
+    parts.holders.drained = InvalidRequest("it is the only one")
+    done: Future[int] = Future()
+    parts.failures.drain("one", done)
+    with pytest.raises(InvalidRequest, match="it is the only one"):
+        done.result(0)
+    assert parts.taken() == ["abandon moves"]

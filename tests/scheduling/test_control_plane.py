@@ -1,0 +1,314 @@
+"""The control plane over real scheduling and placement: what is believed of holders is what they have answered."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pools import LAYERS, LOCAL, PREFILL, Pool, World
+
+from lamina.errors import EngineError
+from lamina.scheduling.control_plane import Step
+from lamina.scheduling.holder import Holder
+from lamina.scheduling.kv_layouts import SHARDS
+from lamina_protocols.messages import Announced
+
+
+def prompt(length: int, salt: int = 0) -> list[int]:
+    return [100 * salt + at for at in range(length)]
+
+
+def planned(world: World) -> Step:
+    step = world.control.plan()
+    assert step is not None
+    return step
+
+
+def accepted(world: World, step: Step, floors: dict[int, tuple[int, ...]]) -> None:
+    """Every pool accepts, with these floors."""
+    answers = {
+        number: Announced(0, 0, True, answer.free_pages, floors.get(number, answer.floors))
+        for number, answer in world.announce(step).items()
+    }
+    world.control.accepted(step, answers)
+
+
+def test_recorded_step_gives_the_outcomes_of_its_samples() -> None:
+    world = World()
+    (sequence,) = world.add(prompt(6), max_tokens=1)
+    step = planned(world)
+    assert [(row.start, row.count) for row in step.rows] == [(0, 6)]
+    assert world.control.plan(alone=False) is None
+    world.control.accepted(step, world.announce(step))
+    world.in_flight.append(step)
+    (outcome,) = world.finish()
+    assert (outcome.sequence, outcome.finish_reason) == (sequence, "length")
+
+
+def test_operations_alone_are_a_step_that_is_over_once_accepted() -> None:
+    world = World()
+    world.add(prompt(6), max_tokens=1)
+    world.begin()
+    world.finish()
+    step = planned(world)
+    assert not step.rows
+    world.control.accepted(step, world.announce(step))
+    assert not world.control.has_work
+    assert not world.pools[1].parts
+
+
+def test_holder_of_an_accepted_part_gets_its_operations_once_when_another_refuses() -> None:
+    world = World((400, 400))
+    world.add(prompt(6))
+    world.pools[2].refuses = True
+    assert world.begin()
+    assert not world.plans
+    assert (world.pools[1].applied, world.pools[2].applied) == (1, 0)
+    step = planned(world)
+    assert {number: len(batch.operations) for number, batch in step.batches.items()} == {1: 0, 2: 1}
+    world.control.dropped(step)
+    world.run()
+    world.check_end()
+
+
+def test_rows_are_planned_again_after_their_step_is_dropped() -> None:
+    world = World()
+    world.add(prompt(6))
+    step = planned(world)
+    world.control.dropped(step)  # its answers never came
+    again = planned(world)
+    assert [(row.start, row.count) for row in again.rows] == [(row.start, row.count) for row in step.rows]
+    world.control.accepted(again, world.announce(again))
+    world.control.dropped(again)  # its batch failed
+    world.run()
+    world.check_end()
+
+
+def test_sequence_that_can_never_go_on_is_returned_by_the_refusal_that_ends_it() -> None:
+    world = World()
+    (sequence,) = world.add(prompt(6), max_tokens=1)
+    ended: tuple[object, ...] = ()
+    while not ended:
+        world.pools[1].refuses = True
+        step = planned(world)
+        ended = world.control.refused(step, world.announce(step))
+    assert ended == (sequence,)
+    assert sequence.finish_reason == "abort"
+
+
+def test_pages_of_prefill_pools_are_not_counted_by_the_scheduler() -> None:
+    world = World((400,), prefill=80)
+    assert PREFILL not in world.control.scheduler.ledger.free
+    world.add(prompt(7))
+    world.begin()
+    assert world.control.prefill_free == {PREFILL: 80 - 2 * LAYERS * 4}
+    assert world.control.scheduler.ledger.free == {1: 400 - 2 * LAYERS * 4}
+    world.run()
+    assert world.control.prefill_free == {PREFILL: 80}
+    world.check()
+
+
+def test_floor_of_a_row_is_the_highest_of_its_parts() -> None:
+    world = World((400, 400))
+    (sequence,) = world.add(prompt(6))
+    accepted(world, planned(world), {1: (3,), 2: (5,)})
+    assert sequence.floor == 5
+
+
+def test_floors_of_prefill_pools_do_not_count() -> None:
+    world = World((400,), prefill=80)
+    (sequence,) = world.add(prompt(6))
+    accepted(world, planned(world), {1: (2,), PREFILL: (6,)})
+    assert sequence.floor == 2
+
+
+def test_floor_stays_while_a_part_is_not_asked() -> None:
+    world = World((400, 400), prefill=400, shard="sequence", batch=16)
+    (sequence,) = world.add(prompt(40), max_tokens=2)
+    while sequence.computed < 32:
+        world.begin()
+        world.finish()
+    sequence.floor = 7
+    step = planned(world)
+    assert sum(number != PREFILL for number in step.batches) == 1 < len(sequence.layout)
+    accepted(world, step, {})
+    assert sequence.floor == 7
+
+
+@pytest.mark.parametrize(("local", "expected"), [(400, (7, 0)), (0, (0, 0))])
+def test_tokens_read_are_counted_for_each_tier_where_there_are_two_tiers(local: int, expected: tuple[int, int]) -> None:
+    world = World((400,), local=local)
+    world.add(prompt(6))
+    world.begin()
+    world.finish()
+    step = planned(world)
+    assert step.plan is not None
+    assert world.control.tokens_read(step.plan) == expected
+
+
+def test_holder_that_joins_takes_new_sequences_and_one_that_left_takes_none() -> None:
+    world = World((400,))
+    world.pools[2], world.said[2] = Pool(400), 400
+    world.control.joined(2, Holder(400))
+    world.check()
+    (sequence,) = world.add(prompt(6))
+    world.begin()
+    assert {share.holder for share in sequence.layout} == {1, 2}
+    world.finish()
+    world.run()
+    world.check_end()
+    del world.pools[2], world.said[2]
+    world.control.left(2)
+    world.check()
+    (sequence,) = world.add(prompt(6))
+    world.begin()
+    assert {share.holder for share in sequence.layout} == {1}
+
+
+def test_number_of_a_holder_is_refused_twice() -> None:
+    with pytest.raises(EngineError, match="holder 1 joined twice"):
+        World().control.joined(1, Holder(5))
+
+
+def test_lost_part_is_computed_again_and_the_rest_is_kept() -> None:
+    world = World((400, 400))
+    (sequence,) = world.add(prompt(10))
+    world.begin()
+    world.finish()
+    assert world.lose(2) == (10, 0)
+    assert sequence.computed == 10
+    world.run()
+    assert world.control.scheduler.counters.rebuilt_tokens == 10
+    world.check_end()
+
+
+def test_sequence_begins_anew_when_every_part_of_it_is_lost() -> None:
+    world = World((400, 400))
+    world.control.placement.holders[2].draining = True
+    (sequence,) = world.add(prompt(10))
+    world.begin()
+    world.finish()
+    world.control.placement.holders[2].draining = False
+    assert world.lose(1) == (0, 10)
+    assert sequence.computed == 0
+    world.run()
+    world.check_end()
+
+
+def test_nothing_is_lost_while_a_step_is_in_flight() -> None:
+    world = World((400, 400))
+    world.add(prompt(10))
+    world.begin()
+    with pytest.raises(EngineError, match="in flight"):
+        world.lose(2)
+
+
+def test_emptied_local_pool_has_its_sequences_computed_again() -> None:
+    world = World((400,), local=400)
+    (sequence,) = world.add(prompt(10))
+    world.begin()
+    world.finish()
+    assert {share.holder for share in sequence.layout} == {LOCAL}
+    assert world.empty(LOCAL) == 10
+    world.check()
+    world.run()
+    world.check_end()
+
+
+def test_emptied_prefill_pool_costs_no_tokens() -> None:
+    world = World((400,), prefill=400, batch=4)
+    world.add(prompt(10))
+    world.begin()
+    world.finish()
+    assert world.empty(PREFILL) == 0
+    world.run()
+    world.check_end()
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests, steps, refusals, failures and losses in any order."""
+
+    @initialize(
+        shard=st.sampled_from(SHARDS),
+        pools=st.integers(1, 4),
+        pages=st.sampled_from([160, 300]),
+        beside=st.sampled_from([(0, 0), (200, 0), (0, 256), (200, 256)]),
+        lanes=st.integers(1, 2),
+        batch=st.sampled_from([1, 5, 16]),
+        prefix_cache=st.booleans(),
+    )
+    def start(
+        self, shard: str, pools: int, pages: int, beside: tuple[int, int], lanes: int, batch: int, prefix_cache: bool
+    ) -> None:
+        prefill, local = beside
+        self.world = World(
+            (pages,) * pools, prefill=prefill, local=local, shard=shard, lanes=lanes, batch=batch,
+            prefix_cache=prefix_cache,
+        )  # fmt: skip
+        self.last = pools
+
+    @rule(shared=st.integers(0, 14), tail=st.integers(1, 6), salt=st.integers(1, 3), max_tokens=st.integers(1, 8),
+          n=st.integers(1, 2))  # fmt: skip
+    def add(self, shared: int, tail: int, salt: int, max_tokens: int, n: int) -> None:
+        self.world.add(prompt(shared) + prompt(tail, salt), max_tokens, n)
+
+    @rule()
+    def begin(self) -> None:
+        self.world.begin()
+
+    @precondition(lambda self: self.world.in_flight)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.world.finish(data.draw(st.integers(0, len(self.world.in_flight) - 1)))
+
+    @precondition(lambda self: self.world.in_flight)
+    @rule()
+    def fail(self) -> None:
+        self.world.control.dropped(self.world.in_flight.pop())
+
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        self.world.pools[data.draw(st.sampled_from(sorted(self.world.pools)))].refuses = True
+        self.world.begin()
+
+    @precondition(lambda self: not self.world.in_flight)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        numbers = [number for number in self.world.pools if number not in (PREFILL, LOCAL)]
+        if len(numbers) > 1:
+            self.world.lose(data.draw(st.sampled_from(numbers)))
+
+    @precondition(lambda self: not self.world.in_flight)
+    @rule(data=st.data())
+    def empty(self, data: st.DataObject) -> None:
+        if beside := [number for number in self.world.pools if number in (PREFILL, LOCAL)]:
+            self.world.empty(data.draw(st.sampled_from(beside)))
+
+    @rule()
+    def join(self) -> None:
+        self.last += 1
+        self.last += self.last in (PREFILL, LOCAL)
+        self.world.pools[self.last], self.world.said[self.last] = Pool(300), 300
+        self.world.control.joined(self.last, Holder(300))
+
+    @precondition(lambda self: self.world.samples)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.world.control.scheduler.abort(data.draw(st.sampled_from(self.world.samples)).request.id)
+
+    @invariant()
+    def believes_what_was_said(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            while self.world.in_flight:
+                self.world.finish()
+            self.world.run()
+            self.world.check_end()
+
+
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyOrder = Machine.TestCase
