@@ -6,7 +6,7 @@ usage: scripts/simulate_cost.py [--model M] [--trace T] [--system S,S] [--hardwa
 
 Each system is full of sequences of one length, in decode alone: as many as its KV has room for, or as many as still get
 a token within --tpot. With --trace the lengths are the trace's mean instead of 1K to 128K. Step-3's table 6 and the
-prices, bytes and bandwidths of Lamina's paper are printed below, computed anew (simulator/published.py). --out writes
+prices, bytes and bandwidths of Lamina's paper are printed below, computed anew (simulate/published.py). --out writes
 cost.json and cost.png.
 """
 
@@ -19,13 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from simulate.published import lamina_rows, mean_context, step3_rows
+
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import System, price
 from lamina.simulator.planning.comparison import Choice, build, with_efficiency
-from lamina.simulator.published import lamina_rows, mean_context, step3_rows
 from lamina.simulator.traces.catalogue import trace
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)

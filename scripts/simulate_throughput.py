@@ -19,11 +19,7 @@ import json
 import sys
 from pathlib import Path
 
-from lamina.cli.main import app
-from lamina.cli.terminal import ProgressBars
-from lamina.errors import InvalidRequest
-from lamina.simulator.costs.hardware import Efficiency, load
-from lamina.simulator.published import (
+from simulate.published import (
     BATCH_GAIN,
     GAINS,
     Cell,
@@ -33,6 +29,11 @@ from lamina.simulator.published import (
     mean_context,
     overlap_rows,
 )
+
+from lamina.cli.main import app
+from lamina.cli.terminal import ProgressBars
+from lamina.errors import InvalidRequest
+from lamina.simulator.costs.hardware import Efficiency, load
 from lamina.simulator.traces.catalogue import FILES, trace
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from index_baselines import ScanSegment, plain_graph
 
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import Rows
@@ -38,7 +39,6 @@ from lamina_workers.indexes.graph_index import GraphConfig, build_graph
 from lamina_workers.indexes.ivf_index import build_ivf
 from lamina_workers.indexes.key_index import Found, KeyIndex, ascending
 from lamina_workers.indexes.query_sample import QuerySample
-from lamina_workers.indexes.scan_index import ScanSegment
 
 SINKS, RECENT, ASKED, TOP = 128, 512, 256, 100
 EFFORTS = (100, 130, 170, 220, 300, 400, 550, 800, 1200)
@@ -129,7 +129,7 @@ def curve(kind: str, head: Head, segment: int | None = None) -> Curve:
     begun = time.process_time()
     n, search, efforts = len(head.keys), None, EFFORTS
     if kind == "hnsw":
-        index = faiss_host.plain_graph(head.keys, HNSW_LINKS, "bfloat16")
+        index = plain_graph(head.keys, HNSW_LINKS)
         bytes_per_key = head.keys.shape[1] * 2 + HNSW_LINKS * 8 * 1.03  # few keys have links on a second level
 
         def search(q: np.ndarray, effort: int) -> Found:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from lamina.errors import InvalidRequest
-from lamina.simulator.costs.hardware import load
-from lamina.simulator.published import (
+from simulate.published import (
     BATCH_GAIN,
     COMPUTE_BOUND,
     EQUAL_COST,
@@ -21,6 +18,9 @@ from lamina.simulator.published import (
     step3_rows,
     uniform,
 )
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.costs.hardware import load
 from lamina.simulator.traces.catalogue import Arrival, Trace, published, synthetic
 
 HARDWARE = load()

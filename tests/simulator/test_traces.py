@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulate import trace_figures
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.traces import files as trace_files
@@ -79,15 +79,9 @@ def test_published_traces_are_those_of_the_papers(
 
 @needs_data
 def test_figures_are_what_the_script_derives() -> None:
-    path = ROOT / "scripts" / "scripts/simulate/trace_figures.py"
-    spec = importlib.util.spec_from_file_location("trace_figures_script", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    committed = ROOT / "lamina" / "simulator" / "trace_figures.toml"
-    assert script.derive(DATA) == committed.read_text("utf-8")
-    for name, (source, licence) in script.SOURCES.items():
+    committed = ROOT / "lamina" / "simulator" / "traces" / "trace_figures.toml"
+    assert trace_figures.derive(DATA) == committed.read_text("utf-8")
+    for name, (source, licence) in trace_figures.SOURCES.items():
         assert published()[name] == measure(trace(name, folder=DATA), source, licence)
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from bench.index_baselines import ScanSegment
 from policy_bench import GROUP, HEADS, KV_HEADS, LAYERS, PAGE, Bench, D
 
 from lamina_protocols.messages import Attended, Fresh, Query, Row
 from lamina_workers.errors import KernelsUnavailable, PolicyError
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Floats, Segment
-from lamina_workers.indexes.scan_index import ScanSegment
 from lamina_workers.policies import index_builds, indexed, retrieval
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.indexed import Indexed

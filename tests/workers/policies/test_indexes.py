@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from bench.index_baselines import ScanSegment, plain_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from lamina_workers.indexes.graph_links import connect, link, reachable
 from lamina_workers.indexes.ivf_index import build_ivf
 from lamina_workers.indexes.key_index import Found, KeyIndex, Segment, ascending, merge
 from lamina_workers.indexes.query_sample import QuerySample
-from lamina_workers.indexes.scan_index import ScanSegment
 
 GROUP, D, TOP = 3, 32, 50
 
@@ -159,7 +159,7 @@ class TestGraph:
         sample = QuerySample(GROUP, D, capacity=1024, stride=1)
         sample.offer(0, ask(1024, 3))
         built = build_graph(keys, sample.queries, 0, GraphConfig(listed=64))
-        plain = faiss_host.plain_graph(keys, 16, "bfloat16")
+        plain = plain_graph(keys, 16)
         q = ask(40, 4)
         truth = [exact(keys, x, TOP) for x in q]
         found = [built.search(x, TOP, 80) for x in q]

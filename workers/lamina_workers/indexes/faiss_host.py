@@ -78,15 +78,6 @@ def graph(keys: Floats, neighbours: npt.NDArray[np.int32], entry: int, storage: 
     return index
 
 
-def plain_graph(keys: Floats, links: int, storage: Storage) -> Any:
-    """FAISS's own HNSW over the keys, built without queries: what the other graph is compared with."""
-    faiss = module()
-    index = faiss.IndexHNSW(_storage(np.empty((0, keys.shape[1]), np.float32), storage, keys), links)
-    index.hnsw.efConstruction = 4 * links
-    index.add(keys)
-    return index
-
-
 def inverted_lists(keys: Floats, lists: int, storage: Storage) -> Any:
     """An IVF over the keys with `lists` lists, whose centroids FAISS trains as unit vectors under inner products."""
     faiss = module()
@@ -141,8 +132,8 @@ def _statistics() -> Any:
     return module().cvar
 
 
-def _storage(keys: Floats, storage: Storage, sample: Floats | None = None) -> Any:
-    """Keys in `storage`, trained on `sample` where it needs training (without: on the keys)."""
+def _storage(keys: Floats, storage: Storage) -> Any:
+    """Keys in `storage`, trained on them where it needs training."""
     faiss = module()
     d = keys.shape[1]
     if storage == "float32":
@@ -151,9 +142,8 @@ def _storage(keys: Floats, storage: Storage, sample: Floats | None = None) -> An
         kept = faiss.IndexScalarQuantizer(
             d, getattr(faiss.ScalarQuantizer, _CODES[storage]), faiss.METRIC_INNER_PRODUCT
         )
-        kept.train(keys if sample is None else sample)
-    if len(keys):
-        kept.add(keys)
+        kept.train(keys)
+    kept.add(keys)
     return kept
 
 

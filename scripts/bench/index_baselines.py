@@ -1,15 +1,19 @@
-"""A scan of all keys in 8 bits, once for the whole query group; the best are read again exactly. The baseline of every
-index, with numba and numpy only. Nothing is built but the codes.
+"""What indexes are compared with: a scan of all keys, and FAISS's own HNSW.
+
+The scan reads all keys in 8 bits, once for the whole query group, and then the best again exactly. It has numba and
+numpy only, and nothing is built but the codes.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Floats, Found, ascending, check_keys, check_queries
 
 _BLOCK = 128  # keys that are scored together: enough that the compiler makes vectors, few enough for the cache
@@ -93,3 +97,12 @@ class ScanSegment:
             positions[g], exact[g] = chosen[order] + self.lo, products[order]
             computed += len(chosen)
         return ascending(positions, exact, computed)
+
+
+def plain_graph(keys: Floats, links: int) -> Any:
+    """FAISS's own HNSW over the keys in bfloat16, built without queries."""
+    faiss = faiss_host.module()
+    index = faiss.IndexHNSWSQ(keys.shape[1], faiss.ScalarQuantizer.QT_bf16, links, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = 4 * links
+    index.add(keys)
+    return index
