@@ -22,7 +22,7 @@ from lamina.system.text_files import write_text
 if TYPE_CHECKING:
     from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
-    from lamina.simulator.traces.catalogue import Trace
+    from lamina.simulator.traces.arrivals import Trace
 
 DEFAULT_MODEL, DEFAULT_TRACE, DEFAULT_SLO = "llama-3-70b", "azure-conv", "tpot=100ms,ttft=2s"
 DEFAULT_SYSTEMS = "chunked,colocated,disaggregated,lamina,lamina-cpu"
@@ -162,7 +162,8 @@ def simulate(asked: SimulateOptions) -> None:
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.planning.comparison import Choice, assumed, build, compare, with_efficiency
     from lamina.simulator.reports.report import table, to_csv, to_json
-    from lamina.simulator.traces.catalogue import all_at_once, at_rate
+    from lamina.simulator.traces.arrivals import all_at_once
+    from lamina.simulator.traces.catalogue import at_rate
 
     catalogue = catalogues.load(asked.hardware)
     known = catalogue if roofline else with_efficiency(catalogue)

@@ -16,7 +16,7 @@ from lamina.simulator.costs.models import ModelShape, model
 from lamina.simulator.costs.systems import Colocated, Offloaded, price
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, simulate
-from lamina.simulator.traces.catalogue import Trace, all_at_once
+from lamina.simulator.traces.arrivals import Trace, all_at_once
 
 EQUAL_COST = (("llama-33b", 1, 2, 2), ("llama-65b", 2, 4, 4), ("llama-3-70b", 2, 4, 4))
 """Lamina's table 5: a model, its DOP(a, b) of H100 and H20, and how many H100 vLLM has for about as much."""

@@ -9,13 +9,19 @@ FOLDER has their files, named as in `lamina.simulator.traces.catalogue.FILES`. T
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.traces.arrivals import Trace, blocks_of
 from lamina.simulator.traces.catalogue import FILES, trace
-from lamina.simulator.traces.figures import LEVELS, Quantiles, measure
+from lamina.simulator.traces.figures import LEVELS, Figures, Floats, Quantiles, Sharing
 
 AZURE = "Azure LLM inference trace 2023 (Splitwise, ISCA 2024), github.com/Azure/AzurePublicDataset"
 MOONCAKE = "Mooncake, FAST'25 release, conversation trace, github.com/kvcache-ai/Mooncake"
@@ -44,6 +50,103 @@ def derive(folder: Path) -> str:
         if figures.sharing:
             lines += ["", f"[{name}.sharing]", *table(figures.sharing)]
     return "\n".join(lines) + "\n"
+
+
+def measure(trace: Trace, source: str, licence: str) -> Figures:
+    """The figures of a trace, to 6 digits. Raises InvalidRequest where it is too short for them."""
+    if len(trace.arrivals) < 2 or not trace.seconds:
+        raise InvalidRequest(f"{trace.name} has one moment; figures need requests at different times")
+    prompt, output, gaps = lengths_of(trace, "prompt"), lengths_of(trace, "output"), gaps_of(trace)
+    step = step_cv = 0.0
+    if np.mean(gaps == 0) > 0.5:
+        step = float(np.median(gaps[gaps > 0]))
+        step_cv = step_variation(trace, step)
+    return Figures(
+        name=trace.name,
+        source=source,
+        licence=licence,
+        count=len(trace.arrivals),
+        seconds=rounded(trace.seconds),
+        prompt_mean=rounded(prompt.mean()),
+        output_mean=rounded(output.mean()),
+        prompt=quantiles_of(prompt),
+        output=quantiles_of(output),
+        rank_correlation=rounded(rank_correlation(prompt, output)),
+        gap_cv=rounded(variation(gaps)),
+        gaps=None if step else quantiles_of(gaps),
+        step=rounded(step),
+        step_cv=rounded(step_cv),
+        sharing=sharing_of(trace, prompt) if all(arrival.blocks for arrival in trace.arrivals) else None,
+    )
+
+
+def rank_correlation(x: Floats, y: Floats) -> float:
+    """Spearman's: of ranks, where equal values share their mean rank. 0 where either is constant."""
+    ranks = [ranks_of(values) for values in (x, y)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if all(rank.std() for rank in ranks) else 0.0
+
+
+def ranks_of(values: Floats) -> Floats:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+def sharing_of(trace: Trace, prompt: Floats) -> Sharing:
+    shared, lags = shared_blocks(trace)
+    columns = zip(*(arrival.blocks for arrival in trace.arrivals), strict=False)
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    blocks = np.array([blocks_of(arrival.prompt) for arrival in trace.arrivals])
+    beyond = np.maximum(np.array(shared) - common, 0)
+    depth = beyond / np.maximum(blocks - common, 1)
+    return Sharing(
+        common=common,
+        depth=quantiles_of(depth),
+        correlation=rounded(rank_correlation(prompt, depth)),
+        lag=quantiles_of(np.array(lags)[beyond > 0] if beyond.any() else np.zeros(1)),
+        reused=rounded(sum(shared) / int(blocks.sum())),
+    )
+
+
+def shared_blocks(trace: Trace) -> tuple[list[int], list[float]]:
+    """Of each prompt, how many of its first blocks earlier prompts had, and how many seconds ago the last one came
+    that had them all (0 where none did)."""
+    last: dict[int, float] = {}
+    shared, lags = [], []
+    for arrival in trace.arrivals:
+        count = next((n for n, block in enumerate(arrival.blocks) if block not in last), len(arrival.blocks))
+        shared.append(count)
+        lags.append(arrival.at - last[arrival.blocks[count - 1]] if count else 0.0)
+        last.update(dict.fromkeys(arrival.blocks, arrival.at))
+    return shared, lags
+
+
+def lengths_of(trace: Trace, name: str) -> Floats:
+    return np.array([getattr(arrival, name) for arrival in trace.arrivals], np.float64)
+
+
+def gaps_of(trace: Trace) -> Floats:
+    return np.diff(np.array([arrival.at for arrival in trace.arrivals], np.float64))
+
+
+def step_variation(trace: Trace, step: float) -> float:
+    """The root of variance / mean of how many arrive in each step, with those in which none does."""
+    times = np.array([arrival.at for arrival in trace.arrivals]) - trace.arrivals[0].at
+    _, counts = np.unique(np.rint(times / step), return_counts=True)
+    mean = len(times) / (np.rint(times[-1] / step) + 1)
+    return math.sqrt(max(0.0, float(np.sum(counts.astype(np.float64) ** 2) / len(times) - mean)))
+
+
+def variation(gaps: Floats) -> float:
+    return float(gaps.std() / gaps.mean()) if gaps.size and gaps.mean() else 0.0
+
+
+def quantiles_of(values: Floats) -> Quantiles:
+    return Quantiles(LEVELS, tuple(rounded(value) for value in np.quantile(values, LEVELS)))
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def table(figures: Any) -> list[str]:

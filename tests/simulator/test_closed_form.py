@@ -19,7 +19,8 @@ from lamina.simulator.planning.reasons import changed
 from lamina.simulator.steady_state.closed_form import TARGET, estimate, sequences
 from lamina.simulator.steady_state.steady import Wait, in_time, largest, queue
 from lamina.simulator.traces import catalogue as traces
-from lamina.simulator.traces.catalogue import Arrival, Trace, at_rate, windows
+from lamina.simulator.traces.arrivals import Arrival, Trace
+from lamina.simulator.traces.catalogue import at_rate, windows
 from lamina.simulator.traces.demand import demand, mean_and_variation
 
 

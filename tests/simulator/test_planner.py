@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from drawn_traces import poisson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning import BIG, EPYC, H20, H100, SLO, SMALL, STEADY, dop, there_are, together
@@ -177,7 +178,7 @@ def test_the_best_five_differ_and_have_both_kinds() -> None:
 
 
 def test_the_event_loop_ranks_again() -> None:
-    trace = traces.gamma(4.0, 1.0, 300, 500, 60, seed=1)
+    trace = poisson(4.0, 300, 500, 60, seed=1)
     asked = demand(trace)
     found = rank([Candidate(together(4), 1), Candidate(dop(2, 2), 1)], asked, SLO)
     checked = verify(found, trace, SLO, requests=200)
@@ -192,7 +193,7 @@ def test_the_event_loop_ranks_again() -> None:
 
 
 def test_who_does_not_keep_the_slo_is_tried_slower() -> None:
-    trace = traces.gamma(4.0, 1.0, 300, 500, 60, seed=1)
+    trace = poisson(4.0, 300, 500, 60, seed=1)
     (found,) = rank([Candidate(together(4), 1)], demand(trace).at_rate(math.inf), SLO)
     (checked,) = verify([replace(found, estimate=replace(found.estimate, taken=found.estimate.taken * 2))], trace, SLO)
     assert checked.rate < 2 * found.estimate.taken

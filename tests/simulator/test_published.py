@@ -21,7 +21,9 @@ from simulate.published import (
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import load
-from lamina.simulator.traces.catalogue import Arrival, Trace, published, synthetic
+from lamina.simulator.traces.arrivals import Arrival, Trace
+from lamina.simulator.traces.figures import published
+from lamina.simulator.traces.synthetic import synthetic
 
 HARDWARE = load()
 CONTEXTS = {"azure-conv": 1227.0, "azure-code": 2131.0, "mooncake-conversation": 13126.0}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from drawn_traces import poisson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,9 @@ from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.event_loop.statistics import MOST_SAMPLES, Gaps, Samples, distribution, weighted_distribution
-from lamina.simulator.traces.catalogue import Arrival, Trace, all_at_once, poisson, published, scaled, synthetic
+from lamina.simulator.traces.arrivals import Arrival, Trace, all_at_once, scaled
+from lamina.simulator.traces.figures import published
+from lamina.simulator.traces.synthetic import synthetic
 
 HARDWARE = load()
 H100, H20 = HARDWARE.device("h100"), HARDWARE.device("h20")

@@ -122,12 +122,8 @@ def items_of(settings: Settings) -> tuple[list[Item], str]:
 
 
 def _of_trace(settings: Settings, seed: int) -> tuple[list[Item], str]:
-    from lamina.simulator.traces.catalogue import (
-        all_at_once,
-        at_rate,  # numpy, which other workloads do without
-        scaled,
-        trace,
-    )
+    from lamina.simulator.traces.arrivals import all_at_once, scaled
+    from lamina.simulator.traces.catalogue import at_rate, trace  # numpy, which other workloads do without
 
     found = trace(settings.trace, settings.num_prompts, seed, settings.trace_dir)
     if settings.request_rate is None:

@@ -18,7 +18,7 @@ from lamina.simulator.costs.systems import PAGE_SIZE, StepCost, System
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina.simulator.event_loop.results import Sampled
 from lamina.simulator.event_loop.statistics import Gaps, Samples
-from lamina.simulator.traces.catalogue import Arrival, Trace, tokens
+from lamina.simulator.traces.arrivals import Arrival, Trace, tokens
 from lamina_protocols.messages import Announced
 
 BACKLOG, BACKLOG_TOKENS = 64, 1 << 22

@@ -18,7 +18,7 @@ from lamina.simulator.costs.systems import Disaggregated, System, power, price
 from lamina.simulator.event_loop.instance import Instance, Life, Totals
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.statistics import Gaps, Samples, distribution
-from lamina.simulator.traces.catalogue import Arrival, Trace, split
+from lamina.simulator.traces.arrivals import Arrival, Trace, split
 
 Progress = Callable[[str, int, int], None]
 

@@ -17,7 +17,7 @@ from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import DEGREES
 from lamina.simulator.planning.inventory import SYSTEMS
-from lamina.simulator.traces.catalogue import Trace
+from lamina.simulator.traces.arrivals import Trace
 
 MODEL_DEVICE, ATTENTION_DEVICE, CPU_DEVICE = "h100", "h20", "epyc-genoa"
 LINK, CPU_LINK = "fhbn-400g", "ethernet-25g"

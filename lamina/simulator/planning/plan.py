@@ -14,7 +14,7 @@ from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, 
 from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, rivals, top, verify
 from lamina.simulator.planning.reasons import Sensitivity
 from lamina.simulator.reports.data import Point
-from lamina.simulator.traces.catalogue import Trace
+from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.demand import Demand, demand
 
 X_LABEL, Y_LABEL = "output tokens a dollar, by the closed form", "tokens a second of each user"

@@ -16,7 +16,8 @@ from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.steady_state.closed_form import ATTAINMENT, TARGET, Estimate, estimate
 from lamina.simulator.steady_state.misfits import none_meets
-from lamina.simulator.traces.catalogue import Trace, at_rate, windows
+from lamina.simulator.traces.arrivals import Trace
+from lamina.simulator.traces.catalogue import at_rate, windows
 from lamina.simulator.traces.demand import Demand
 
 __all__ = ["Candidate", "Ranked", "best", "candidates", "limited", "mixes", "rank", "rivals", "top", "verify"]

@@ -1,7 +1,4 @@
-"""Requests over time, by name: a published trace where its file is, else one that is drawn like it.
-
-Everything about traces that others use is named here.
-"""
+"""Requests over time, by name: a published trace where its file is, else one that is drawn like it."""
 
 from __future__ import annotations
 
@@ -10,46 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.traces.arrivals import (
-    BLOCK,
-    MAX_REQUESTS,
-    MAX_TOKENS,
-    Arrival,
-    Trace,
-    all_at_once,
-    head,
-    scaled,
-    split,
-    tokens,
-)
-from lamina.simulator.traces.figures import Figures, Quantiles, published, summary, uniform
+from lamina.simulator.traces.arrivals import Arrival, Trace, head, scaled
+from lamina.simulator.traces.figures import published
 from lamina.simulator.traces.files import FORMATS, read
-from lamina.simulator.traces.synthetic import Lengths, gamma, poisson, synthetic
-
-__all__ = [
-    "BLOCK",
-    "FILES",
-    "MAX_REQUESTS",
-    "MAX_TOKENS",
-    "Arrival",
-    "Figures",
-    "Lengths",
-    "Quantiles",
-    "Trace",
-    "all_at_once",
-    "gamma",
-    "head",
-    "poisson",
-    "published",
-    "read",
-    "scaled",
-    "split",
-    "summary",
-    "synthetic",
-    "tokens",
-    "trace",
-    "uniform",
-]
+from lamina.simulator.traces.synthetic import synthetic
 
 FILES = {
     "azure-conv": ("azure_conv_2023.csv", "AzureLLMInferenceTrace_conv.csv"),

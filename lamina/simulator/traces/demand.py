@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.traces.catalogue import Arrival, Trace
+from lamina.simulator.traces.arrivals import Arrival, Trace
 
 QUANTILES = 16
 """Equally likely prompt lengths that stand for all of them."""

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.traces.arrivals import Trace, blocks_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,11 +56,6 @@ class Quantiles:
     def at(self, shares: Floats) -> Floats:
         """The values below which these shares lie."""
         return np.interp(shares, self.levels, self.values)
-
-
-def uniform(low: float, high: float) -> Quantiles:
-    """Every value from low to high is as likely."""
-    return Quantiles((0.0, 1.0), (low, high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,68 +105,11 @@ class Figures:
         return (self.count - 1) / self.seconds
 
 
-def summary(trace: Trace) -> dict[str, float]:
-    """For people: counts, tokens, seconds, requests a second. Shares and correlations are 0 where there are none."""
-    arrivals = trace.arrivals
-    rate = (len(arrivals) - 1) / trace.seconds if trace.seconds else 0.0
-    found = {"requests": float(len(arrivals)), "seconds": trace.seconds, "rate": rate, "gap_cv": _cv(_gaps(trace))}
-    lengths = {"prompt": _lengths(trace, "prompt"), "output": _lengths(trace, "output")}
-    for name, values in lengths.items():
-        found[f"{name}_mean"] = float(values.mean())
-        for percent in (50, 90, 99, 100):
-            found[f"{name}_p{percent}"] = float(np.percentile(values, percent))
-    found["rank_correlation"] = rank_correlation(lengths["prompt"], lengths["output"])
-    shared, _ = _shared(trace)
-    blocks = sum(len(arrival.blocks) for arrival in arrivals)
-    found["reused_share"] = sum(shared) / blocks if blocks else 0.0
-    return found
-
-
-def measure(trace: Trace, source: str, licence: str) -> Figures:
-    """The figures of a trace, to 6 digits. Raises InvalidRequest where it is too short for them."""
-    if len(trace.arrivals) < 2 or not trace.seconds:
-        raise InvalidRequest(f"{trace.name} has one moment; figures need requests at different times")
-    prompt, output, gaps = _lengths(trace, "prompt"), _lengths(trace, "output"), _gaps(trace)
-    step = step_cv = 0.0
-    if np.mean(gaps == 0) > 0.5:
-        step = float(np.median(gaps[gaps > 0]))
-        step_cv = _step_cv(trace, step)
-    return Figures(
-        name=trace.name,
-        source=source,
-        licence=licence,
-        count=len(trace.arrivals),
-        seconds=_rounded(trace.seconds),
-        prompt_mean=_rounded(prompt.mean()),
-        output_mean=_rounded(output.mean()),
-        prompt=_quantiles(prompt),
-        output=_quantiles(output),
-        rank_correlation=_rounded(rank_correlation(prompt, output)),
-        gap_cv=_rounded(_cv(gaps)),
-        gaps=None if step else _quantiles(gaps),
-        step=_rounded(step),
-        step_cv=_rounded(step_cv),
-        sharing=_sharing(trace, prompt) if all(arrival.blocks for arrival in trace.arrivals) else None,
-    )
-
-
 @functools.cache
 def published() -> Mapping[str, Figures]:
     """The committed figures, by the trace's name."""
     text = resources.files("lamina.simulator.traces").joinpath("trace_figures.toml").read_text("utf-8")
     return MappingProxyType({name: _from_toml(name, table) for name, table in tomllib.loads(text).items()})
-
-
-def rank_correlation(x: Floats, y: Floats) -> float:
-    """Spearman's: of ranks, where equal values share their mean rank. 0 where either is constant."""
-    ranks = [_ranks(values) for values in (x, y)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if all(rank.std() for rank in ranks) else 0.0
-
-
-def _ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
 
 
 def _from_toml(name: str, table: dict[str, Any]) -> Figures:
@@ -189,60 +125,3 @@ def _from_toml(name: str, table: dict[str, Any]) -> Figures:
             **{**sharing, "depth": quantiles(sharing["depth"]), "lag": quantiles(sharing["lag"])}
         )
     return Figures(name=name, **fields)
-
-
-def _sharing(trace: Trace, prompt: Floats) -> Sharing:
-    shared, lags = _shared(trace)
-    columns = zip(*(arrival.blocks for arrival in trace.arrivals), strict=False)
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    blocks = np.array([blocks_of(arrival.prompt) for arrival in trace.arrivals])
-    beyond = np.maximum(np.array(shared) - common, 0)
-    depth = beyond / np.maximum(blocks - common, 1)
-    return Sharing(
-        common=common,
-        depth=_quantiles(depth),
-        correlation=_rounded(rank_correlation(prompt, depth)),
-        lag=_quantiles(np.array(lags)[beyond > 0] if beyond.any() else np.zeros(1)),
-        reused=_rounded(sum(shared) / int(blocks.sum())),
-    )
-
-
-def _shared(trace: Trace) -> tuple[list[int], list[float]]:
-    """Of each prompt, how many of its first blocks earlier prompts had, and how many seconds ago the last one came
-    that had them all (0 where none did)."""
-    last: dict[int, float] = {}
-    shared, lags = [], []
-    for arrival in trace.arrivals:
-        count = next((n for n, block in enumerate(arrival.blocks) if block not in last), len(arrival.blocks))
-        shared.append(count)
-        lags.append(arrival.at - last[arrival.blocks[count - 1]] if count else 0.0)
-        last.update(dict.fromkeys(arrival.blocks, arrival.at))
-    return shared, lags
-
-
-def _lengths(trace: Trace, name: str) -> Floats:
-    return np.array([getattr(arrival, name) for arrival in trace.arrivals], np.float64)
-
-
-def _gaps(trace: Trace) -> Floats:
-    return np.diff(np.array([arrival.at for arrival in trace.arrivals], np.float64))
-
-
-def _step_cv(trace: Trace, step: float) -> float:
-    """The root of variance / mean of how many arrive in each step, with those in which none does."""
-    times = np.array([arrival.at for arrival in trace.arrivals]) - trace.arrivals[0].at
-    _, counts = np.unique(np.rint(times / step), return_counts=True)
-    mean = len(times) / (np.rint(times[-1] / step) + 1)
-    return math.sqrt(max(0.0, float(np.sum(counts.astype(np.float64) ** 2) / len(times) - mean)))
-
-
-def _cv(gaps: Floats) -> float:
-    return float(gaps.std() / gaps.mean()) if gaps.size and gaps.mean() else 0.0
-
-
-def _quantiles(values: Floats) -> Quantiles:
-    return Quantiles(LEVELS, tuple(_rounded(value) for value in np.quantile(values, LEVELS)))
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")

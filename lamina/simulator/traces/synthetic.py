@@ -1,49 +1,23 @@
-"""Traces that are drawn: by a rate and lengths, or like a published one by its figures. The same seed, the same trace.
-
-Every generator is made here from the seed it is given.
-"""
+"""Traces that are drawn like a published one, by its figures. The same seed, the same trace."""
 
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.traces.arrivals import BLOCK, MAX_REQUESTS, MAX_TOKENS, Arrival, Trace, blocks_of
+from lamina.simulator.traces.arrivals import BLOCK, MAX_REQUESTS, Arrival, Trace, blocks_of
 from lamina.simulator.traces.figures import Figures, Floats, Quantiles, Sharing
 
-Lengths: TypeAlias = int | Quantiles
-"""Tokens: the same for all requests, or drawn."""
-Integers: TypeAlias = NDArray[np.int64]
+Integers = NDArray[np.int64]
 
-_RATES = (1e-6, 1e6)  # requests a second
-_MAX_CV = 100.0
 _CANDIDATES = 64  # earlier requests that one which goes on chooses from; by trial, see `synthetic`
 
 
-def poisson(rate: float, count: int, prompt: Lengths, output: Lengths, seed: int = 0) -> Trace:
-    """`count` requests that come independently, `rate` a second. Raises InvalidRequest."""
-    return Trace(f"poisson {rate:g}/s", gamma(rate, 1.0, count, prompt, output, seed).arrivals)
-
-
-def gamma(rate: float, cv: float, count: int, prompt: Lengths, output: Lengths, seed: int = 0) -> Trace:
-    """`count` requests, `rate` a second, whose gaps are gamma distributed with the coefficient of variation `cv`.
-
-    0: regular, 1: Poisson, above: bursts. Lengths are drawn independently. Raises InvalidRequest.
-    """
-    rng = _generator(count, rate, seed)
-    if not 0 <= cv <= _MAX_CV:
-        raise InvalidRequest(f"cv is {cv!r}; allowed is 0 to {_MAX_CV:g}")
-    at = _times(_gamma_gaps(rng, cv, count - 1) / rate)
-    drawn = [_lengths(length, rng.random(count)) for length in (prompt, output)]
-    return _trace(f"gamma {rate:g}/s cv {cv:g}", at, drawn[0], drawn[1])
-
-
-def synthetic(figures: Figures, count: int | None = None, rate: float | None = None, seed: int = 0) -> Trace:
-    """`count` requests, `rate` a second, like those of a trace with these figures; its own count and rate by default.
+def synthetic(figures: Figures, count: int | None = None, seed: int = 0) -> Trace:
+    """`count` requests like those of a trace with these figures, at its rate; by default as many as it has.
 
     Lengths have its quantiles and, by a Gaussian copula (r = 2 sin(π ρ / 6) for Spearman's ρ), its rank correlation.
     One is drawn from each 1 / count of the distribution, so that the mean is no matter of luck. Arrivals are a renewal
@@ -59,8 +33,7 @@ def synthetic(figures: Figures, count: int | None = None, rate: float | None = N
     Raises InvalidRequest.
     """
     count = figures.count if count is None else count
-    rate = figures.rate if rate is None else rate
-    rng = _generator(count, rate, seed)
+    rng = _generator(count, seed)
     normal = rng.standard_normal((3, count))
     prompt = _lengths(figures.prompt, _stratified(rng, normal[0]))
     output = _lengths(figures.output, _stratified(rng, _correlated(normal[0], normal[1], figures.rank_correlation)))
@@ -69,7 +42,7 @@ def synthetic(figures: Figures, count: int | None = None, rate: float | None = N
     else:
         gaps = figures.gaps.at(_stratified(rng, rng.random(count - 1)))
     if gaps.any():
-        gaps *= (count - 1) / rate / gaps.sum()
+        gaps *= (count - 1) / figures.rate / gaps.sum()
     exact = _times(gaps)
     at = np.floor(exact / figures.step) * figures.step if figures.step else exact
     blocks: list[tuple[int, ...]] = []
@@ -109,12 +82,9 @@ def _conversations(
     return blocks
 
 
-def _generator(count: int, rate: float, seed: int) -> np.random.Generator:
+def _generator(count: int, seed: int) -> np.random.Generator:
     if type(count) is not int or not 1 <= count <= MAX_REQUESTS:
         raise InvalidRequest(f"count is {count!r}; allowed is 1 to {MAX_REQUESTS}")
-    low, high = _RATES
-    if not low <= rate <= high:
-        raise InvalidRequest(f"rate is {rate!r}; allowed is {low:g} to {high:g} requests a second")
     if type(seed) is not int or seed < 0:
         raise InvalidRequest(f"seed is {seed!r}; allowed are whole numbers from 0 on")
     return np.random.default_rng(seed)
@@ -142,15 +112,9 @@ def _stratified(rng: np.random.Generator, values: Floats) -> Floats:
     return (ranks + rng.random(len(values))) / max(len(values), 1)
 
 
-def _lengths(lengths: Lengths, shares: Floats) -> Integers:
+def _lengths(lengths: Quantiles, shares: Floats) -> Integers:
     """Whole numbers of tokens, at least 1."""
-    if isinstance(lengths, Quantiles):
-        drawn = lengths.at(shares)
-    elif type(lengths) is int and 1 <= lengths <= MAX_TOKENS:
-        drawn = np.full(len(shares), float(lengths))
-    else:
-        raise InvalidRequest(f"lengths are {lengths!r}; allowed are 1 to {MAX_TOKENS} tokens, or Quantiles of them")
-    return np.maximum(np.rint(drawn), 1).astype(np.int64)
+    return np.maximum(np.rint(lengths.at(shares)), 1).astype(np.int64)
 
 
 def _trace(
