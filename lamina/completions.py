@@ -117,7 +117,7 @@ class TokenEvent:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a call. `completions` has those that were finished, None for the other prompts."""
+    """Ctrl-C during a call. `completions` has a completion for each finished prompt, and None for the others."""
 
     def __init__(self, completions: Sequence[Completion | None]) -> None:
         finished = sum(completion is not None for completion in completions)

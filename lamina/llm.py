@@ -145,7 +145,7 @@ class LLM:
 
     @property
     def unfinished(self) -> int:
-        """How many requests `resume` would complete: those that the previous engine with the same `journal` left."""
+        """How many requests `resume` would complete: the previous engine with the same `journal` left them."""
         return len(self._runtime.unfinished) if not self._resumed else 0
 
     def resume(self) -> list[Completion]:

@@ -61,7 +61,7 @@ class Linear:
 
 
 def prepare(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Load the kernels of dense layers, compiling those that numba's cache on disk lacks: how many of how many."""
+    """Load the kernels of dense layers, and compile what numba's cache on disk lacks: how many of how many."""
     loads: list[Callable[[], object]] = []
     if device.type == "cpu" and dtype in dense_loops.DTYPES:
         loads.append(lambda: dense_loops.load_kernel(dtype is torch.bfloat16))

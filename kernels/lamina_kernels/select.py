@@ -89,7 +89,7 @@ class Kernels(Protocol):
 
 @cache
 def kernels(device: torch.device) -> Kernels:
-    """The kernels for `device`: of those that it has, the first, or the one that `LAMINA_KERNELS` names.
+    """The kernels for `device`: the first choice for its type, or the one that `LAMINA_KERNELS` names.
 
     Raises ValueError for another name or device, and on a CPU for triton without its interpreter; ImportError where
     the package triton is missing.

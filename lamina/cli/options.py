@@ -139,7 +139,7 @@ class EngineOptions:
     ] = None
     attention_workers: Annotated[
         list[str] | None,
-        _worker_option(help="How many to start, or HOST:PORT of those that run: repeated, or with commas."),
+        _worker_option(help="How many to start, or HOST:PORT of running ones: repeated, or with commas."),
     ] = None
     shard: Annotated[str | None, _worker_option(help="heads, sequence or heads+sequence.")] = None
     cluster: Annotated[str | None, _worker_option(help="Run on a Ray cluster: auto, or its address.")] = None

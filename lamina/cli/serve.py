@@ -41,7 +41,7 @@ class ServerOptions:
     api_key_file: Annotated[Path | None, _server_option("A file with one API key a line.")] = None
     open_to_all: Annotated[bool, _server_option("Listen beyond this host without an API key.", "--open")] = False
     served_model_name: Annotated[str | None, _server_option("What requests call the model; MODEL by default.")] = None
-    max_requests: Annotated[int, _server_option("Samples under way or waiting; more are told to come back.")] = 1024
+    max_requests: Annotated[int, _server_option("Samples under way or waiting; more are refused for now.")] = 1024
     request_timeout: Annotated[float, _server_option("Seconds that a request may take.")] = 600.0
     drain_timeout: Annotated[float, _server_option("Seconds for requests under way after SIGTERM or Ctrl-C.")] = 30.0
     journal: Annotated[

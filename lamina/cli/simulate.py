@@ -38,7 +38,7 @@ Rate = Annotated[str, typer.Option(help="Requests a second: trace (as it has the
 Hardware = Annotated[Path | None, typer.Option(help="A TOML file with more devices and links.")]
 Prefill = Annotated[bool, typer.Option("--prefill/--no-prefill", help="Prompts are computed here, or elsewhere.")]
 EfficiencyName = Annotated[
-    str, typer.Option(help="Of devices that nobody measured: roofline (their best), or typical (see hardware.toml).")
+    str, typer.Option(help="Of devices without measurements: roofline (their best), or typical (see hardware.toml).")
 ]
 Seed = Annotated[int, typer.Option(help="For traces that are drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -125,10 +125,10 @@ def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, p
     typer.echo("\nAssumed")
     if roofline:
         typer.echo(
-            "  Devices that nobody measured reach their best, all the time: an upper bound (--efficiency typical)."
+            "  Devices without measurements reach their best, all the time: an upper bound (--efficiency typical)."
         )
     else:
-        typer.echo("  Devices that nobody measured reach what is typical: [typical] in hardware.toml has the sources.")
+        typer.echo("  Devices without measurements reach what is typical: [typical] in hardware.toml has the sources.")
     if not prefill:
         typer.echo("  Prompts are computed elsewhere, at no cost here.")
     for remark in found.plan.remarks():

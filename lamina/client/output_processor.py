@@ -56,7 +56,7 @@ class OutputProcessor:
             yield TokenEvent(text, output.token, self._index, output.sample, sample.finish_reason, logprob)
 
     def completion(self) -> Completion:
-        """All samples as they stand; those that have not ended count as aborted."""
+        """All samples as they stand. Samples that have not ended count as aborted."""
         request, since = self._request, self._request.submitted
         tokens = sum(len(sample.token_ids) for sample in self._samples)
         return Completion(

@@ -45,8 +45,8 @@ class RemoteEngine:
     """The client of an engine in another process. `progress` and the logger "lamina" get the engine's progress and log.
 
     One thread sends, so that an abort never overtakes its request; another receives, and calls the sinks. Once the wire
-    is broken, new requests are refused, and those that have not ended wait `patience` seconds for `rejoin` before they
-    fail. With `holds` new requests are taken, and wait too.
+    is broken, new requests are refused, and the running ones wait `patience` seconds for `rejoin` before they fail.
+    With `holds` new requests are taken, and wait too.
     """
 
     def __init__(

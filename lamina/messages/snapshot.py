@@ -104,7 +104,7 @@ class Snapshot:
     missing: tuple[str, ...] = ()  # holders that were lost and have not been replaced
     began: float = 0.0  # a reading of the engine's clock, which tells two engines apart
     returned_workers: int = 0  # model workers that were gone and came back
-    local_share: float = 1.0  # of the tokens of sequences with KV, those whose KV is in the engine's process
+    local_share: float = 1.0  # of the tokens of sequences with KV: the share whose KV is in the engine's process
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for `from_dict` and for JSON."""

@@ -115,7 +115,7 @@ class ChildProcess:
 
 
 def end_all(children: Iterable[ChildProcess], grace: float | None = None) -> None:
-    """End children: close their stdins, and kill those that are still there after `grace` seconds (None: GRACE) for
+    """End children: close their stdins, and kill what still runs after `grace` seconds (None: GRACE) for
     all together. All have ended when this returns."""
     ending = list(children)
     for child in ending:

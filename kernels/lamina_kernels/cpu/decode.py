@@ -78,7 +78,7 @@ def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout
 
 
 def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
-    """Load the kernels for such pages, compiling those that numba's cache on disk lacks: how many of how many."""
+    """Load the kernels for such pages, and compile what numba's cache on disk lacks: how many of how many."""
     return load_each((lambda: _attend_kernel(layout), append_kernel, merge_kernel, deal_lists_kernel))
 
 

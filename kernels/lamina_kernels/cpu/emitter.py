@@ -170,7 +170,7 @@ class Emitter:
     def _exp2_by_instructions(self, x: Value) -> Value:
         """Half the work: one instruction takes the fraction, one multiplies by 2 ** floor(x).
 
-        The polynomial is the minimax one of relative error (8e-8) on [0, 1) among those that are 1 at 0.
+        The polynomial is the minimax one of relative error (8e-8) on [0, 1) among the polynomials that are 1 at 0.
         """
         every, as_is, floor = ir.IntType(16)(-1), I32(4), I32(1)
         fraction = self.call("llvm.x86.avx512.mask.reduce.ps.512", VF, x, floor, x, every, as_is)

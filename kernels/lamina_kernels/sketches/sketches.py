@@ -65,7 +65,7 @@ class ScanPlan:
 
 
 def prepare(page_layout: PageLayout) -> Iterator[tuple[int, int]]:
-    """Load the kernels for such pages, compiling those that numba's cache on disk lacks: how many of how many."""
+    """Load the kernels for such pages, and compile what numba's cache on disk lacks: how many of how many."""
     layout = SketchLayout(page_layout)
     return load_each((lambda: _seal_kernel(layout), lambda: scan_kernel(layout.unit)))
 

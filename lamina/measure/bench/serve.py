@@ -21,7 +21,7 @@ from lamina.system.machine import this_machine
 
 DATASETS = ("random", "shared-prefix", "trace")
 _MARGIN = {"chat": 64, "completions": 8}  # tokens of a context that are left to a template and special tokens
-_MOST_WORDS = 3  # of failures that are told in full
+_MOST_WORDS = 3  # of failures that are listed in full
 _LATE = 0.005  # seconds after which a request counts as sent late
 
 

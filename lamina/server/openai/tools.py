@@ -18,7 +18,7 @@ The caller's part:
     parser.calls  # more than 0: the finish reason "stop" becomes "tool_calls"
 
 In most vocabularies the tags are ordinary tokens. Where they are special tokens, the text must include special tokens;
-`hidden` names those that are then left out of it, such as the end of text.
+`hidden` names the special tokens that are then left out of it, such as the end of text.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ ALPHA = 0.2
 
 @dataclass(frozen=True, slots=True)
 class KvPolicy:
-    """What a KV policy spares, as shares of everything: of the bytes that decode reads, and of those that are held.
+    """What remains under a KV policy, as shares of everything: of the bytes that decode reads, and of the bytes held.
     With a `window`, no more than so many tokens are read and held of a sequence."""
 
     name: str = "full"

@@ -10,7 +10,7 @@ Numbers with their sources are in `hardware.toml` beside this file; users add th
     [device.efficiency.sources]
     [[link]]                    # see `Link`
     [link.sources]
-    [typical]                   # an Efficiency for devices that nobody measured
+    [typical]                   # an Efficiency for devices without measurements
 
 All units are SI: bytes, seconds, FLOP, watts; prices are US dollars an hour. What is wrong is an InvalidRequest that
 names the file, the entry, the value and what is allowed.

@@ -90,7 +90,7 @@ class Instance:
         self._begun = begun or {}  # by the number of its arrival
         self._times = [arrival.at for arrival in trace.arrivals]
         self._fed = 0  # arrivals that the scheduler was given
-        self._ahead = 0  # tokens of their prompts, of those that have no token yet
+        self._ahead = 0  # prompt tokens of the arrivals that have no token yet
         self._named = prefix_cache and any(arrival.blocks for arrival in trace.arrivals)
         longest = max(arrival.prompt + arrival.output for arrival in trace.arrivals)
         self._blank = (0,) * 0 if self._named else (0,) * max(arrival.prompt for arrival in trace.arrivals)
@@ -140,7 +140,7 @@ class Instance:
         return self._ended
 
     def _feed(self) -> None:
-        """Give the scheduler those who have arrived, as far ahead as it looks."""
+        """Give the scheduler the requests that have arrived, as far ahead as it looks."""
         arrivals, scheduler = self._trace.arrivals, self._scheduler
         while self._fed < len(arrivals) and arrivals[self._fed].at <= self._now:
             number, arrival = self._fed, arrivals[self._fed]

@@ -40,7 +40,7 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What was found. `ranked` has all candidates; those that the event loop checked come first, in its order."""
+    """What was found. `ranked` has all candidates. The ones checked by the event loop come first, in its order."""
 
     demand: Demand
     ranked: tuple[Ranked, ...]

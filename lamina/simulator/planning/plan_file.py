@@ -9,7 +9,7 @@
     [engine]                    # keywords of `EngineConfig`, for one replica
     [system]                    # `lamina.simulator.costs.systems`, by kind
     [shape]                     # the model's, as the simulator sees it
-    [[device]]                  # and [[link]]: those that the system names, as in `hardware.toml`
+    [[device]]                  # and [[link]]: what the system names, as in `hardware.toml`
 
 The file stands alone: nothing in it refers to another, unless the model is a path. Everything wrong is an
 InvalidRequest that names the file, the value and what is allowed; nothing in a file is run.

@@ -67,7 +67,7 @@ _TERMS = """<h2>Terms</h2><dl>
 <dt>TBT</dt><dd>time between two tokens of a request</dd>
 <dt>p50, p90, p99</dt><dd>half, nine tenths, 99 of 100 are at most that</dd>
 <dt>goodput</dt><dd>requests a second that met the SLO; all of them where none was set</dd>
-<dt>when full</dt><dd>output while somebody waited for room, without a run's beginning and end</dd>
+<dt>when full</dt><dd>output while a request waited for room, without a run's beginning and end</dd>
 <dt>busy</dt><dd>share of the run's seconds that a tier worked</dd>
 <dt>1.21×</dt><dd>against the first system</dd></dl>"""
 

@@ -14,7 +14,7 @@ L requests a second:
   instances of their own, the wait for decode and the way there come after the first token: TPOT has them.
 
 A trace's load changes over hours, so each of its parts has a steady state of its own, and shares and times are means
-over them: the pointwise stationary approximation (Green and Kolesar 1991). Where nobody asks for a TTFT, what is late
+over them: the pointwise stationary approximation (Green and Kolesar 1991). Where no TTFT is asked for, what is late
 in one part is served in another, and the whole trace is one.
 
 Left out, and in the event loop: prefixes that requests share, and preemption.

@@ -141,7 +141,7 @@ class Replica:
         return self._prefill and self._apart is None
 
     def _grid(self, most: int) -> tuple[_Floats, _Floats, _Floats]:
-        """For 1 to `most` in decode: how many, seconds of a batch without prefill, and those that a prompt adds."""
+        """For 1 to `most` in decode: how many, seconds of a batch without prefill, and seconds that a prompt adds."""
         if most not in self._grids:
             count = np.arange(1, most + 1, dtype=np.float64)
             anchors = sorted({max(1, round(most ** (part / (_ANCHORS - 1)))) for part in range(_ANCHORS)})

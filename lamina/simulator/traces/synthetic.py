@@ -28,7 +28,8 @@ def synthetic(figures: Figures, count: int | None = None, seed: int = 0) -> Trac
     Shared prefixes are those of a simple model, as its figures say: each prompt begins with the common blocks; how
     deep it shares beyond is drawn like a third length; and the blocks are those of an earlier prompt, taken as one turn
     of a conversation that goes on. It is, of 64 that came lags ago as drawn, the one with the fewest whole blocks that
-    still has enough (else with the most), and nobody goes on from it again. What is lost: documents that many share.
+    still has enough (else with the most), and no other request goes on from it. What is lost: documents that many
+    requests share.
 
     Raises InvalidRequest.
     """

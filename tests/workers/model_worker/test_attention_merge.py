@@ -190,7 +190,7 @@ def test_a_fused_holder_counts_as_local_and_of_the_others_the_slowest() -> None:
 
 def test_a_batch_that_no_one_attends_fails() -> None:
     model = Model(SPANS)
-    with pytest.raises(HolderFault, match="nobody attends layer 0"):
+    with pytest.raises(HolderFault, match="nothing attends layer 0"):
         result(AttentionMerge(CONFIG).run(model.forward(), 1, 1, [], {}))
 
 

@@ -1,6 +1,6 @@
 """A decoder's weights: their names in a checkpoint, their shapes, and the part of each that a rank keeps.
 
-Maps whose outputs are split among ranks (q, k, v; gate and up; the head) are cut by rows, those whose inputs are
+Maps whose outputs are split among ranks (q, k, v; gate and up; the head) are cut by rows, maps whose inputs are
 (attention's output, down) by columns, and the ranks' products are summed. The bias of such a sum belongs to rank 0
 alone: a share of it on each rank would be rounded once a rank. Norms and routers are whole on every rank.
 """

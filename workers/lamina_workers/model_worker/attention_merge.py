@@ -259,7 +259,7 @@ class AttentionMerge:
             except ValueError as error:
                 raise HolderFault(f"{holder.replies.port.name}: {error}") from error
         if whole is None:
-            raise HolderFault(f"nobody attends layer {exchange.layer}: no holder fuses and no present was computed")
+            raise HolderFault(f"nothing attends layer {exchange.layer}: no holder fuses and no present was computed")
         exchange.finish()
         return whole.out.view(len(q), -1)
 

@@ -147,7 +147,7 @@ class PeerWorker:
     @property
     def _standing(self) -> ModelWorker:
         if self._worker is None:
-            raise ProtocolError("a rank is told to work before it has met the others")
+            raise ProtocolError("a rank got work before it has met the others")
         return self._worker
 
     # Batches. A run does all of one command and answers by itself.

@@ -28,7 +28,7 @@ function above(value) { // the next of 1, 2, 5, 10, 20, ...
 const ago = (seconds) => `−${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
 
 export class Strips {
-  // `spoken` is told what the cursor shows when it is moved by keys.
+  // `spoken` gets what the cursor shows when keys move it.
   constructor(canvas, spoken) {
     this.canvas = canvas;
     this.window = WINDOWS[0];

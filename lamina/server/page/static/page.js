@@ -16,7 +16,7 @@ let status = null; // the last that came
 let samples = []; // engines of the last seconds, [{ at, engine }], oldest first; one life of one engine
 let timer = 0;
 let polling = null; // the poll under way
-let changing = false; // the key, because somebody wants to rather than because the server asked
+let changing = false; // the key is typed anew at the reader's wish, not because the server asked
 
 const clock = () => performance.now() / 1000;
 
