@@ -16,6 +16,7 @@ from lamina_kernels.paged.pages import (
     PageLayout,
     Pages,
     check_append,
+    check_range,
     check_slots,
     copy,
     gather,
@@ -154,9 +155,7 @@ def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None
         return
     if index is None:
         index = torch.arange(total)
-    low, high = (int(x) for x in index.aminmax())
-    if low < 0 or high >= total:
-        raise ValueError(f"index must be from 0 to {total - 1}, got {low if low < 0 else high}")
+    check_range("index", index, total)
     mine = Partial(into.out[index].float(), into.lse[index])
     out, into.lse[index] = merge((mine, Partial(past.out.float(), past.lse)))
     into.out[index] = out.to(into.out.dtype)

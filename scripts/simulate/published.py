@@ -142,7 +142,8 @@ def step3_attention(device: Device, context: int) -> float:
     shape = model("qwen3-32b")
     byte, flop = step3_units(device)
     core = max(shape.kv_bytes_read(context, 1.0) * byte, shape.attention_flops(context) * flop)
-    return 1e6 * (core + shape.projection_flops * flop)
+    projections = 2.0 * sum(group.layers * group.projections for group in shape.groups)
+    return 1e6 * (core + projections * flop)
 
 
 def step3_ffn(device: Device) -> float:

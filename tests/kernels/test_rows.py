@@ -51,17 +51,6 @@ def test_the_two_ranges_are_what_some_query_sees(first, more, lo, hi, window, si
     assert ranges[0] | ranges[1] == union
 
 
-def test_within_narrows_windows_and_keeps_sinks() -> None:
-    rows = build(reference, LAYOUT, [Row(90, 1, 0, 90, window=9, sinks=3), Row(50, 1, 0, 50)]).rows
-    assert rows.within(None) is rows
-    narrow = rows.within(30)
-    assert narrow.window.tolist() == [9, 30]
-    assert narrow.sinks.tolist() == [3, 0]
-    for window in (0, -3):
-        with pytest.raises(ValueError, match=f"window must be at least 1 or None, got {window}"):
-            rows.within(window)
-
-
 def test_what_is_left_out_is_the_plain_case() -> None:
     zero, table = np.zeros(2, np.int64), np.zeros((1, 2, 3), np.int32)
     rows = Rows(ints(0, 6), ints(1, 2), ints(9, 9), ints(2, 2), ints(3, 3), zero, ints(9, 9), zero, [table, table])

@@ -83,15 +83,13 @@ def test_a_paper_s_weights_stand_for_the_count() -> None:
 def test_exchange_of_grouped_queries_is_the_paper_s_formula() -> None:
     shape = model("llama-3-70b")
     assert shape.exchange_bytes() == (2 + 2 / 8) * 2 * 8192 * 80 == 2_949_120
-    assert shape.kv_exchange_bytes() == shape.kv_bytes_per_token()
     assert shape.attention_flops(1000) == 4 * 8192 * 80 * 1000
     assert shape.kv_bytes_read(1000, 1.0) == shape.kv_bytes_per_token(1.0) * 1000
 
 
 def test_projections() -> None:
     shape = model("llama-65b")
-    assert shape.projection_flops == 2 * 80 * 4 * 8192 * 8192
-    assert shape.kv_projection_flops(3) == 3 * shape.projection_flops / 2
+    assert shape.kv_projection_flops(3) == 3 * 80 * 4 * 8192 * 8192
     multiplied = sum(group.layers * group.multiplied for group in shape.groups) + shape.head
     assert shape.dense_flops(7) == 14 * multiplied
     assert shape.dense_flops(7, sampled=1) == shape.dense_flops(7) - 12 * shape.head

@@ -18,7 +18,6 @@ from lamina.simulator.costs.timeline import (
     LINK_OUT,
     Event,
     LayerTimes,
-    busy,
     chrome_trace,
     makespan,
     resources,
@@ -46,6 +45,11 @@ def named(events: tuple[Event, ...], name: str) -> dict[tuple[int, int, int], Ev
     found = {(event.lane, event.step, event.layer): event for event in events if event.name == name}
     assert len(found) == sum(event.name == name for event in events)
     return found
+
+
+def busy(events: tuple[Event, ...]) -> dict[str, float]:
+    """Seconds that each resource works."""
+    return {name: math.fsum(e.seconds for e in events if e.resource == name) for name in resources(events)}
 
 
 @given(TIMES, CASES)
@@ -145,7 +149,6 @@ def test_more_time_is_never_faster() -> None:
 
 def test_nothing_is_nothing() -> None:
     assert makespan(()) == 0.0
-    assert busy(()) == {}
     assert makespan(step_timeline(LayerTimes(0, 0, 0, 0, 0), 3, 2, True)) == 0.0
 
 

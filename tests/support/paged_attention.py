@@ -98,8 +98,11 @@ class World:
         return Partial(out, lse)
 
     def within(self, window: int | None) -> World:
-        """The same world, no row of which sees further back than `window`."""
-        return dataclasses.replace(self, rows=self.rows.within(window))
+        """The same world, no row of which sees further back than `window`. Sinks stay visible."""
+        if window is None:
+            return self
+        rows = dataclasses.replace(self.rows, window=np.minimum(self.rows.window, window))
+        return dataclasses.replace(self, rows=rows)
 
     def reordered(self, order: Sequence[int]) -> World:
         """The same rows and queries in another order."""

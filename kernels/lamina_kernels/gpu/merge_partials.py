@@ -12,6 +12,7 @@ import triton.language as tl
 from lamina_kernels.cpu.merge import check_merge
 from lamina_kernels.gpu.kv_append import rounded
 from lamina_kernels.gpu.tuning import launch, padded
+from lamina_kernels.paged.pages import check_range
 from lamina_kernels.partial import Partial
 
 BLOCK = 16  # vectors of a program: estimate, unmeasured
@@ -50,9 +51,7 @@ def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None
         return
     if index is not None:
         if looked_at(index):
-            low, high = (int(x) for x in index.aminmax())
-            if low < 0 or high >= total:
-                raise ValueError(f"index must be from 0 to {total - 1}, got {low if low < 0 else high}")
+            check_range("index", index, total)
         index = index.contiguous()
     arguments = {
         "out": into.out,

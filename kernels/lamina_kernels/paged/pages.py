@@ -99,11 +99,7 @@ class Pages:
     arena: torch.Tensor
 
     def __post_init__(self) -> None:
-        arena, wanted = self.arena, self.layout.page_bytes
-        if arena.dtype != torch.uint8 or arena.ndim != 2 or arena.shape[1] != wanted:
-            raise ValueError(f"arena must be uint8 [n_pages, {wanted}], got {arena.dtype} {list(arena.shape)}")
-        if not arena.is_contiguous() or arena.data_ptr() % 64:
-            raise ValueError("arena must be contiguous and 64-byte aligned")
+        check_arena(self.arena, self.layout.page_bytes)
 
     @classmethod
     def allocate(cls, layout: PageLayout, n_pages: int, device: torch.device | str = "cpu") -> Pages:
@@ -180,7 +176,7 @@ def check_slots(pages: Pages, slots: torch.Tensor) -> None:
     """Raise ValueError unless slots is int64 `[layers, n]`, and every slot exists."""
     if slots.dtype != torch.int64 or slots.ndim != 2:
         raise ValueError(f"slots must be int64 [layers, n], got {slots.dtype} {list(slots.shape)}")
-    _check_range("slots", slots, pages.slots)
+    check_range("slots", slots, pages.slots)
 
 
 def check_append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -208,7 +204,16 @@ def check_vectors(name: str, x: torch.Tensor, n: int, d: int, device: torch.devi
         )
 
 
-def _check_range(name: str, numbers: torch.Tensor, end: int) -> None:
+def check_arena(arena: torch.Tensor, width: int) -> None:
+    """Raise ValueError unless arena is uint8 `[n_pages, width]`, contiguous and 64-byte aligned."""
+    if arena.dtype != torch.uint8 or arena.ndim != 2 or arena.shape[1] != width:
+        raise ValueError(f"arena must be uint8 [n_pages, {width}], got {arena.dtype} {list(arena.shape)}")
+    if not arena.is_contiguous() or arena.data_ptr() % 64:
+        raise ValueError("arena must be contiguous and 64-byte aligned")
+
+
+def check_range(name: str, numbers: torch.Tensor, end: int) -> None:
+    """Raise ValueError unless all numbers are from 0 to end - 1."""
     if not numbers.numel():
         return
     low, high = (int(x) for x in numbers.aminmax())
@@ -225,7 +230,7 @@ def gather(pages: Pages, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor
     if not 0 <= tokens <= len(table) * at.page_size:
         raise ValueError(f"tokens must be from 0 to {len(table) * at.page_size}, got {tokens}")
     index = table[: -(-tokens // at.page_size)].long()
-    _check_range("table", index, pages.n_pages)
+    check_range("table", index, pages.n_pages)
     k, v = pages.k[index].reshape(-1, at.d_k)[:tokens], pages.v[index].reshape(-1, at.d_v)[:tokens]
     if at.scaled:
         of_k, of_v = pages.scales[index].transpose(0, 1).reshape(2, -1, 1)[:, :tokens]
@@ -238,7 +243,7 @@ def gather_heads(pages: Pages, tables: torch.Tensor) -> tuple[torch.Tensor, torc
     v `[tokens, heads, d_v]`. Whole pages are copied as they are, and put in order then: ten times as fast."""
     at = pages.layout
     heads, count = tables.shape
-    _check_range("tables", tables, pages.n_pages)
+    check_range("tables", tables, pages.n_pages)
     if not count:
         k, v = (pages.arena.new_empty((0, heads, d), dtype=at.loaded) for d in (at.d_k, at.d_v))
         return k, v
@@ -279,7 +284,7 @@ def store_whole(pages: Pages, index: torch.Tensor, content: torch.Tensor) -> Non
     wanted = (len(index), pages.layout.page_bytes)
     if content.dtype != torch.uint8 or content.shape != wanted:
         raise ValueError(f"pages must be uint8 {list(wanted)}, got {content.dtype} {list(content.shape)}")
-    _check_range("index", index, pages.n_pages)
+    check_range("index", index, pages.n_pages)
     if pages.arena.is_cuda:
         pages.arena[index] = content
     else:
@@ -291,5 +296,5 @@ def copy(pages: Pages, src: torch.Tensor, dst: torch.Tensor) -> None:
     for name, index in (("src", src), ("dst", dst)):
         if index.dtype != torch.int64 or index.shape != (len(src),):
             raise ValueError(f"{name} must be int64 [{len(src)}], got {index.dtype} {list(index.shape)}")
-        _check_range(name, index, pages.n_pages)
+        check_range(name, index, pages.n_pages)
     pages.arena[dst] = pages.arena[src]

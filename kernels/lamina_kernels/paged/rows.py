@@ -102,14 +102,6 @@ class Rows:
     def layers(self) -> int:
         return self.tables[0].shape[0] if self.tables else 0
 
-    def within(self, window: int | None) -> Rows:
-        """The same rows, none of which sees further back than `window`. Sinks stay visible."""
-        if window is None:
-            return self
-        if window < 1:
-            raise ValueError(f"window must be at least 1 or None, got {window}")
-        return dataclasses.replace(self, window=np.minimum(self.window, window))
-
 
 class Visible(NamedTuple):
     """What a block of queries sees: keys [lo, end), all of them, and keys [begin, hi) within `window`. Either range

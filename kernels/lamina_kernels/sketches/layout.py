@@ -8,7 +8,7 @@ import torch
 
 from lamina_kernels.cpu.emitter import LANES
 from lamina_kernels.paged import memory
-from lamina_kernels.paged.pages import Order, PageLayout, Pages
+from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_arena, check_range
 
 LEVELS = 15  # the largest code
 
@@ -66,11 +66,7 @@ class Sketches:
     arena: torch.Tensor
 
     def __post_init__(self) -> None:
-        arena, wanted = self.arena, self.layout.sketch_bytes
-        if arena.dtype != torch.uint8 or arena.ndim != 2 or arena.shape[1] != wanted:
-            raise ValueError(f"arena must be uint8 [n_pages, {wanted}], got {arena.dtype} {list(arena.shape)}")
-        if not arena.is_contiguous() or arena.data_ptr() % 64:
-            raise ValueError("arena must be contiguous and 64-byte aligned")
+        check_arena(self.arena, self.layout.sketch_bytes)
 
     @classmethod
     def allocate(cls, page_layout: PageLayout, n_pages: int) -> Sketches:
@@ -131,7 +127,4 @@ def check_ids(name: str, ids: torch.Tensor, end: int) -> None:
     """Raise ValueError unless ids is int64 `[n]`, from 0 to end - 1."""
     if ids.dtype != torch.int64 or ids.ndim != 1:
         raise ValueError(f"{name} must be int64 [n], got {ids.dtype} {list(ids.shape)}")
-    if ids.numel():
-        low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= end:
-            raise ValueError(f"{name} must be from 0 to {end - 1}, got {low if low < 0 else high}")
+    check_range(name, ids, end)

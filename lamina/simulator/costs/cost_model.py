@@ -246,7 +246,7 @@ def exchange_time(
     element, rows = model.element, load.decode + load.prefix_tokens
     asked = rows * copies * sum(group.layers * group.query_elements for group in model.groups) * element
     answered = rows * copies * sum(group.layers * group.output_elements for group in model.groups) * element
-    kept, stored = (model.kv_exchange_bytes(element) * count for count in (load.decode, load.prefill_tokens))
+    kept, stored = (model.kv_bytes_per_token(element) * count for count in (load.decode, load.prefill_tokens))
     a_layer = link.round_trip + (workers - 1) * link.worker_time + rows * workers * link.row_time
     return Exchange(
         queries=asked / wire,

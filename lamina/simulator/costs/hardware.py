@@ -95,7 +95,7 @@ def _check(entry: Efficiency | Device | Link, where: str) -> None:
     names = [item.name for item in fields(entry)]
     for name in names:
         if name in _LIMITS:
-            _number(f"{where}: {name}", getattr(entry, name), *_LIMITS[name])
+            number_within(f"{where}: {name}", getattr(entry, name), *_LIMITS[name])
     if not isinstance(entry.sources, Mapping):
         raise InvalidRequest(f"{where}: sources is {entry.sources!r:.80}; allowed is a table of texts")
     _known(entry.sources, [name for name in names if name not in ("name", "sources")], f"{where}: sources")
@@ -106,7 +106,8 @@ def _check(entry: Efficiency | Device | Link, where: str) -> None:
             )
 
 
-def _number(what: str, value: Any, low: float, high: float) -> float:
+def number_within(what: str, value: Any, low: float, high: float) -> float:
+    """The value, if it is a number in [low, high]. Raises InvalidRequest."""
     # NaN compares false with everything, and true and false are no numbers.
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidRequest(f"{what} is {value!r:.80}; allowed is a number from {low:g} to {high:g}")
@@ -120,7 +121,9 @@ def _curve(what: str, points: Any) -> Curve:
     for point in points:
         if not isinstance(point, (list, tuple)) or len(point) != 2:
             raise InvalidRequest(f"{what} has the point {point!r:.80}; allowed is [x, y]")
-        curve.append((_number(f"{what}: x", point[0], 1e-6, 1e18), _number(f"{what}: y", point[1], *_SHARE)))
+        curve.append(
+            (number_within(f"{what}: x", point[0], 1e-6, 1e18), number_within(f"{what}: y", point[1], *_SHARE))
+        )
     for (left, _), (right, _) in pairwise(curve):
         if right <= left:
             raise InvalidRequest(f"{what} has x = {right:g} after {left:g}; allowed are points by rising x")
@@ -302,25 +305,26 @@ def _entries(data: Mapping[str, Any]) -> _Entries:
     if not data:
         raise InvalidRequest("it is empty; allowed are [[device]], [[link]] and [typical]")
     devices: dict[str, Device] = {}
-    for table in _tables(data, "device"):
+    for table in tables_of(data, "device"):
         where = _entry("device", table, devices)
         given = _arguments(Device, table, where)
         if "efficiency" in given:
             given["efficiency"] = _read_efficiency(given["efficiency"], where)
         devices[given["name"].lower()] = Device(**given)
     links: dict[str, Link] = {}
-    for table in _tables(data, "link"):
+    for table in tables_of(data, "link"):
         given = _arguments(Link, table, _entry("link", table, links))
         links[given["name"].lower()] = Link(**given)
     return devices, links, _read_efficiency(data["typical"], "typical") if "typical" in data else None
 
 
-def _tables(data: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+def tables_of(data: Mapping[str, Any], kind: str, most: int = _MAX_ENTRIES) -> list[dict[str, Any]]:
+    """The tables [[kind]] of a TOML file, at most so many. Raises InvalidRequest."""
     tables = data.get(kind, [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise InvalidRequest(f"{kind} is {tables!r:.80}; allowed are tables, written [[{kind}]]")
-    if len(tables) > _MAX_ENTRIES:
-        raise InvalidRequest(f"there are {len(tables)} tables [[{kind}]]; allowed are {_MAX_ENTRIES}")
+    if len(tables) > most:
+        raise InvalidRequest(f"there are {len(tables)} tables [[{kind}]]; allowed are {most}")
     return tables
 
 

@@ -131,19 +131,10 @@ class ModelShape:
     def exchange_bytes(self, element: float = 2.0) -> float:
         """Bytes of q, k, v and attention's output that one token sends and gets back over all layers.
 
-        For GQA this is (2 + 2/G) e d L (Lamina, arXiv 2405.01814v2).
+        For GQA this is (2 + 2/G) e d L (Lamina, arXiv 2405.01814v2). k and v are `kv_bytes_per_token` of it.
         """
         there = sum(group.layers * (group.query_elements + group.output_elements) for group in self.groups)
         return (there + self._kv_elements) * element
-
-    def kv_exchange_bytes(self, element: float = 2.0) -> float:
-        """The part of `exchange_bytes` that k and v are."""
-        return self.kv_bytes_per_token(element)
-
-    @property
-    def projection_flops(self) -> float:
-        """FLOPs of q, k, v and o for one token over all layers."""
-        return 2.0 * sum(group.layers * group.projections for group in self.groups)
 
     @property
     def kv_projection_bytes(self) -> float:

@@ -23,7 +23,7 @@ from lamina.simulator.costs.cost_model import (
     kv_projection_time,
     prefill_attention_time,
 )
-from lamina.simulator.costs.hardware import Device, Link
+from lamina.simulator.costs.hardware import Device, Link, number_within
 from lamina.simulator.costs.models import ModelShape
 
 MEMORY_SHARE = 0.9
@@ -103,8 +103,8 @@ class Colocated:
 
     def __post_init__(self) -> None:
         _whole(self, "tensor_parallel", "batch_tokens", "max_sequences")
-        _between("kv_element", self.kv_element, 0.25, 8)
-        _between("memory_share", self.memory_share, 0.01, 1)
+        number_within("kv_element", self.kv_element, 0.25, 8)
+        number_within("memory_share", self.memory_share, 0.01, 1)
 
     @property
     def name(self) -> str:
@@ -261,8 +261,8 @@ class Offloaded:
         _whole(self, "model_count", "attention_count", "model_replicas", "lanes", "batch_tokens", "max_sequences")
         if self.workers is not None:
             _whole(self, "workers")
-        _between("kv_element", self.kv_element, 0.25, 8)
-        _between("memory_share", self.memory_share, 0.01, 1)
+        number_within("kv_element", self.kv_element, 0.25, 8)
+        number_within("memory_share", self.memory_share, 0.01, 1)
         if self.shard not in ("heads", "sequence"):
             raise InvalidRequest(f"shard is {self.shard!r}; allowed are heads, sequence")
 
@@ -370,9 +370,3 @@ def _whole(system: object, *names: str) -> None:
         value = getattr(system, name)
         if type(value) is not int or not 1 <= value <= MOST:
             raise InvalidRequest(f"{name} is {value!r:.80}; allowed is a whole number from 1 to {MOST}")
-
-
-def _between(name: str, value: object, low: float, high: float) -> None:
-    # NaN compares false with everything.
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidRequest(f"{name} is {value!r:.80}; allowed is a number from {low:g} to {high:g}")

@@ -86,10 +86,10 @@ def _read(hint: Any, value: Any, where: str, catalogue: Catalogue, given: Mappin
     return whole(where, value) if hint is int else number(where, value)
 
 
-def text(where: str, value: Any) -> str:
+def text(where: str, value: Any, most: int = _MAX_TEXT) -> str:
     """The value, if it is a text of a bounded length. Raises InvalidRequest."""
-    if not isinstance(value, str) or len(value) > _MAX_TEXT:
-        raise InvalidRequest(f"{where} is {value!r:.80}; allowed is a text of up to {_MAX_TEXT} characters")
+    if not isinstance(value, str) or len(value) > most:
+        raise InvalidRequest(f"{where} is {value!r:.80}; allowed is a text of up to {most} characters")
     return value
 
 

@@ -148,15 +148,6 @@ def makespan(events: Iterable[Event]) -> float:
     return max(event.end for event in events) - min(event.start for event in events) if events else 0.0
 
 
-def busy(events: Iterable[Event]) -> dict[str, float]:
-    """Seconds that each resource works, in the order of `resources`."""
-    events = tuple(events)
-    return {
-        resource: math.fsum(event.seconds for event in events if event.resource == resource)
-        for resource in resources(events)
-    }
-
-
 def resources(events: Iterable[Event]) -> tuple[str, ...]:
     """The resources of these events, in the order of a token's way: model workers by number, out, attention, back."""
     fixed = (LINK_OUT, ATTENTION, LINK_BACK)

@@ -26,6 +26,7 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import FULL, KvPolicy
 from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency, Link
+from lamina.simulator.costs.tables import text, whole
 from lamina.system.text_files import read_toml
 
 SYSTEMS = ("colocated", "chunked", "disaggregated", "lamina", "lamina-cpu")
@@ -62,7 +63,7 @@ class Inventory:
             if not 1 <= len(given) <= MAX_ENTRIES:
                 raise InvalidRequest(f"{name} has {len(given)} entries; allowed are 1 to {MAX_ENTRIES}")
         for have in self.have:
-            _whole(f"count of {have.device.name}", have.count, MAX_COUNT)
+            whole(f"count of {have.device.name}", have.count, 1, MAX_COUNT)
         _unequal("have", [have.device.name.lower() for have in self.have])
         _unequal("policy", [policy.name for policy in self.policies])
         if wrong := [system for system in self.systems if system not in SYSTEMS]:
@@ -111,15 +112,15 @@ def from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
     """The inventory that a TOML file's tables describe. Raises InvalidRequest."""
     _known(data, _KEYS, "the file")
     known = extended(catalogue, data)
-    have = tuple(_have(table, known) for table in _tables(data, "have"))
+    have = tuple(_have(table, known) for table in hardware.tables_of(data, "have", MAX_ENTRIES))
     if not have:
         raise InvalidRequest("it has no [[have]]; needed is at least one, with device and count")
     policies, sources = [], {}
-    for table in _tables(data, "policy"):
+    for table in hardware.tables_of(data, "policy", MAX_ENTRIES):
         _known(table, ("name", "read", "held", "window", "source"), "[[policy]]")
         policy = _policy(table)
         policies.append(policy)
-        sources[policy.name] = _text(f"source of policy {policy.name!r}", table.get("source", ""))
+        sources[policy.name] = text(f"source of policy {policy.name!r}", table.get("source", ""), _MAX_TEXT)
     names = _texts(data, "links")
     _unequal("links", [name.lower() for name in names])
     return Inventory(
@@ -142,14 +143,14 @@ def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
 
 def _have(table: Mapping[str, Any], known: Catalogue) -> Have:
     _known(table, ("device", "count", "price"), "[[have]]")
-    device = known.device(_text("device of [[have]]", table.get("device")))
+    device = known.device(text("device of [[have]]", table.get("device"), _MAX_TEXT))
     if "price" in table:
         device = replace(device, price=table["price"])  # which checks it
-    return Have(device, _whole(f"count of {device.name}", table.get("count"), MAX_COUNT))
+    return Have(device, whole(f"count of {device.name}", table.get("count"), 1, MAX_COUNT))
 
 
 def _policy(table: Mapping[str, Any]) -> KvPolicy:
-    name = _text("name of [[policy]]", table.get("name"))
+    name = text("name of [[policy]]", table.get("name"), _MAX_TEXT)
     shares = {}
     for key in ("read", "held"):
         value = table.get(key, 1.0)
@@ -158,17 +159,8 @@ def _policy(table: Mapping[str, Any]) -> KvPolicy:
         shares[key] = float(value)
     window = table.get("window")
     if window is not None:
-        _whole(f"window of policy {name!r}", window, 1 << 24)
+        whole(f"window of policy {name!r}", window, 1, 1 << 24)
     return KvPolicy(name, shares["read"], shares["held"], window)
-
-
-def _tables(data: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
-    tables = data.get(kind, [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise InvalidRequest(f"{kind} is {tables!r:.80}; allowed are tables, written [[{kind}]]")
-    if len(tables) > MAX_ENTRIES:
-        raise InvalidRequest(f"there are {len(tables)} tables [[{kind}]]; allowed are {MAX_ENTRIES}")
-    return tables
 
 
 def _texts(data: Mapping[str, Any], key: str) -> list[str]:
@@ -178,18 +170,6 @@ def _texts(data: Mapping[str, Any], key: str) -> list[str]:
     if not isinstance(names, list) or len(names) > MAX_ENTRIES or not all(isinstance(name, str) for name in names):
         raise InvalidRequest(f"{key} is {given!r:.80}; allowed are up to {MAX_ENTRIES} names in a list")
     return names
-
-
-def _text(what: str, value: Any) -> str:
-    if not isinstance(value, str) or len(value) > _MAX_TEXT:
-        raise InvalidRequest(f"{what} is {value!r:.80}; allowed is a text of up to {_MAX_TEXT} characters")
-    return value
-
-
-def _whole(what: str, value: Any, most: int) -> int:
-    if type(value) is not int or not 1 <= value <= most:
-        raise InvalidRequest(f"{what} is {value!r:.80}; allowed are whole numbers from 1 to {most}")
-    return value
 
 
 def _known(table: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
