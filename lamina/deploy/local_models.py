@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 from lamina.deploy.local_worker import LocalWorker
@@ -15,8 +14,8 @@ from lamina.system.child_process import end_all
 class LocalModelWorkers(ModelSupervisor[LocalWorker]):
     """Model workers 1 to `count` - 1 in child processes, each with so many threads.
 
-    `command(name, address)` is what runs one; it reads its secret, in hex, from its first line of input. `clock` is in
-    seconds. One thread starts them all (`child_process` says why).
+    `command(name, address)` is what runs one; it reads its secret, in hex, from its first line of input. One thread
+    starts them all (`child_process` says why).
     """
 
     def __init__(
@@ -25,9 +24,8 @@ class LocalModelWorkers(ModelSupervisor[LocalWorker]):
         *,
         threads: int,
         command: Callable[[str, str], Sequence[str]] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(count, clock)
+        super().__init__(count)
         self._command = command or (lambda name, address: model_command(name, address, threads))
 
     def _launch(self, slot: Slot[LocalWorker]) -> LocalWorker:

@@ -114,13 +114,13 @@ class ChildProcess:
         return True
 
 
-def end_all(children: Iterable[ChildProcess], grace: float | None = None) -> None:
-    """End children: close their stdins, and kill what still runs after `grace` seconds (None: GRACE) for
-    all together. All have ended when this returns."""
+def end_all(children: Iterable[ChildProcess]) -> None:
+    """End children: close their stdins, and kill what still runs after `GRACE` seconds for all together. All have ended
+    when this returns."""
     ending = list(children)
     for child in ending:
         child.close_stdin()
-    deadline = time.monotonic() + (GRACE if grace is None else grace)
+    deadline = time.monotonic() + GRACE
     for child in ending:
         if not child.wait(max(0.0, deadline - time.monotonic())):  # stopped, or stuck
             child.kill()

@@ -24,7 +24,6 @@ from lamina.simulator.reports.data import (
     log_ticks,
     over_time,
     printable,
-    saturated_rate,
     ticks,
     words,
 )
@@ -133,7 +132,7 @@ def test_columns_and_the_best() -> None:
                 value is None or (value - (values[place] or 0)) * column.best <= 0.005 * abs(value) for value in values
             )
         assert column.best or not best
-    assert saturated_rate(run(saturated_seconds=2.0, saturated_tokens=10)) == 5.0
+    assert run(saturated_seconds=2.0, saturated_tokens=10).saturated_tokens_per_second == 5.0
 
 
 def test_points_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,17 +68,16 @@ class Lengths:
 
 
 def drawn(
-    count: int, lengths: Lengths, *, rate: float = math.inf, burstiness: float = 1.0, seed: int = 0, name: str = "r"
+    count: int, lengths: Lengths, *, rate: float = math.inf, burstiness: float = 1.0, seed: int = 0
 ) -> list[Item]:
-    """`count` requests of these lengths, `rate` a second. `name` sets their prompts apart from those of other calls.
-    Raises InvalidRequest."""
+    """`count` requests of these lengths, `rate` a second. Raises InvalidRequest."""
     if type(count) is not int or not 0 <= count <= MAX_REQUESTS:
         raise InvalidRequest(f"num-prompts is {count!r:.80}; allowed are 1 to {MAX_REQUESTS}")
-    rng = random.Random(f"{seed} {name}")
+    rng = random.Random(f"{seed} r")
     items = []
     for number, at in enumerate(arrivals(count, rate, burstiness, seed)):
         prompt, output = (_between(rng, length, lengths.ratio) for length in (lengths.prompt, lengths.output))
-        own: Part = (f"{name}{number}", prompt)
+        own: Part = (f"r{number}", prompt)
         shared: Part = (f"p{rng.randrange(lengths.prefixes)}", lengths.prefix) if lengths.prefixes else ("", 0)
         items.append(Item(at, (shared, own) if lengths.prefixes else (own,), output))
     return _bounded(items)
@@ -103,7 +102,7 @@ def arrivals(count: int, rate: float, burstiness: float = 1.0, seed: int = 0) ->
     return [0.0, *accumulate(gap * scale for gap in gaps)]
 
 
-def of_trace(trace: Trace, name: str = "t") -> list[Item]:
+def of_trace(trace: Trace) -> list[Item]:
     """A trace's requests: its times, lengths, and shared blocks where it names them. Raises InvalidRequest."""
     items = []
     for number, arrival in enumerate(trace.arrivals):
@@ -112,7 +111,7 @@ def of_trace(trace: Trace, name: str = "t") -> list[Item]:
             parts.append((f"b{block}", min(BLOCK, left)))
             left -= BLOCK
         if left > 0:
-            parts.append((f"{name}{number}", left))
+            parts.append((f"t{number}", left))
         items.append(Item(arrival.at - trace.arrivals[0].at, tuple(parts), arrival.output))
     return _bounded(items)
 

@@ -42,22 +42,21 @@ class _Layer:
 
 
 class TorchPath:
-    """A decoder as one function of token ids and of an `Attention`.
+    """A decoder in float32 as one function of token ids and of an `Attention`.
 
     Raises UnsupportedModelError for mixtures of experts, ModelFileError where `source` is not this config's.
     """
 
-    def __init__(self, config: ModelConfig, source: TensorSource, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, source: TensorSource) -> None:
         if config.moe is not None:
             raise UnsupportedModelError("gating and spans need a model without experts; this one has them")
         head = "lm_head.weight"
         check_tensors(source, tensor_shapes(config), ignored={head} if config.tie_word_embeddings else set())
         self.config = config
         self.specs = config.layer_specs()
-        self.dtype = dtype
 
         def take(name: str) -> torch.Tensor:
-            tensor = source.tensor(name).to(dtype)
+            tensor = source.tensor(name).to(torch.float32)
             source.release(name)
             return tensor
 

@@ -22,7 +22,6 @@ from lamina.scheduling.kv_layouts import apportion
 from lamina_protocols.messages import Announced, Announcement, Fault, Query, Request
 from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, connect
 
-CHANNELS = ("local", "grpc")
 _NO_BATCH = 1 << 30  # a number that no batch has
 
 
@@ -105,7 +104,7 @@ class ExchangeBench:
 
 
 def connected(loaded: Loaded, member: WorkerAddress, channel: str) -> RemoteAttention:
-    """A port to a worker over one of `CHANNELS`, as an engine would open it."""
+    """A port to a worker over the channel "local" or "grpc", as an engine would open it."""
     return connect(
         member.address,
         member.name,

@@ -6,7 +6,6 @@ old one ended. No torch is loaded here.
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import secrets
@@ -38,8 +37,6 @@ from lamina.errors import (
 from lamina.server.processes.child_protocol import LOG_LEVEL, line, pack_worker, parse
 from lamina.server.settings import ServerSettings
 from lamina.system.child_process import ChildProcess, end_all
-
-logger = logging.getLogger("lamina")
 
 ENGINE_MODULE = "lamina.server.processes.engine_main"
 HTTP_MODULE = "lamina.server.processes.http_main"
@@ -87,10 +84,9 @@ class _Role(Slot[ChildProcess]):
 class Supervisor:
     """Runs one server until a signal, or until it cannot go on. For the main thread, which starts every child."""
 
-    def __init__(self, plan: ServerPlan, report: Reporter, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, plan: ServerPlan, report: Reporter) -> None:
         self._plan = plan
         self._report = report
-        self._clock = clock
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # events, for the main thread
         self._engine = _Role("engine")
         self._http = _Role("http")
@@ -187,7 +183,7 @@ class Supervisor:
     def _start_due(self) -> None:
         if self._stopping:
             return
-        now = self._clock()
+        now = time.monotonic()
         for role, start in ((self._engine, self._start_engine), (self._http, self._start_http)):
             if role.is_due(now):
                 role.ready = False
@@ -207,7 +203,7 @@ class Supervisor:
             line("engine", plan.model, engine, self._engine_socket, self._secret, bool(plan.workers))
         )
         if plan.workers and self._engine.restarts:
-            self._workers_due = self._clock() + WORKERS_BACK
+            self._workers_due = time.monotonic() + WORKERS_BACK
             self._introduce_workers()
 
     def _start_http(self) -> None:
@@ -294,7 +290,7 @@ class Supervisor:
         self._restart(role, how)
 
     def _restart(self, role: _Role, how: str) -> None:
-        then = role.ended(self._clock())
+        then = role.ended(time.monotonic())
         if role.due is None:
             self._failure = EngineError(f"{how}, too often to start it again")
         else:
@@ -307,7 +303,7 @@ class Supervisor:
             self._failure = result
             return
         self._workers = {worker.name: worker for worker in result}
-        self._workers_due = self._clock() + WORKERS_BACK
+        self._workers_due = time.monotonic() + WORKERS_BACK
         if self._attention is not None:
             self._attention.watch(
                 lambda worker: self._calls.put(lambda: self._joined(worker)),
@@ -328,7 +324,7 @@ class Supervisor:
         if self._workers_due is None or self._engine.worker is None:
             return
         enough = len(self._workers) >= self._plan.workers
-        if enough or (self._workers and self._clock() >= self._workers_due):
+        if enough or (self._workers and time.monotonic() >= self._workers_due):
             self._workers_due = None
             self._engine.worker.say(line("workers", [pack_worker(worker) for worker in self._workers.values()]))
 
@@ -352,10 +348,10 @@ class Supervisor:
         times = [role.next_start for role in (self._engine, self._http) if not self._stopping]
         times += [self._workers_due, self._kill_at]
         due = [each for each in times if each is not None]
-        return max(0.0, min(due) - self._clock()) if due else None
+        return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _check_deadlines(self) -> None:
-        now = self._clock()
+        now = time.monotonic()
         if self._workers_due is not None and now >= self._workers_due:
             self._introduce_workers()
             if self._workers_due is not None:  # no worker is there: look again later
@@ -374,7 +370,7 @@ class Supervisor:
         self._stopping = True
         self._report.said(f"ending once requests under way have ended, in {self._plan.drain:g} s at most")
         self._http.worker.say(line("drain", self._plan.drain))
-        self._kill_at = self._clock() + self._plan.drain + _FORCED
+        self._kill_at = time.monotonic() + self._plan.drain + _FORCED
 
     def _end(self) -> None:
         end_all(role.worker for role in (self._http, self._engine) if role.worker is not None)

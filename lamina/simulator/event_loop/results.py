@@ -84,6 +84,7 @@ class RunResult:
 
     @property
     def saturated_tokens_per_second(self) -> float:
+        """Of output, while requests waited for room; 0 where none ever did."""
         return self.saturated_tokens / self.saturated_seconds if self.saturated_seconds else 0.0
 
     @property

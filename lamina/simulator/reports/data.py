@@ -51,7 +51,9 @@ class Column:
 
 COLUMNS = (
     Column("output", "tok/s", lambda run: run.tokens_per_second, +1),
-    Column("when full", "tok/s", lambda run: saturated_rate(run) if mostly_full(run) else 0.0, +1, zero=False),
+    Column(
+        "when full", "tok/s", lambda run: run.saturated_tokens_per_second if mostly_full(run) else 0.0, +1, zero=False
+    ),
     Column("price", "$/h", lambda run: run.price, zero=False, form=",.2f"),
     Column("cost", "$/M tok", lambda run: run.dollars_per_million, -1, zero=False),
     Column("energy", "tok/J", lambda run: run.tokens_per_joule, +1, zero=False),
@@ -73,11 +75,6 @@ COLUMNS = (
 def mostly_full(run: RunResult) -> bool:
     """Whether requests waited for most of the run: less is a short queue, not a steady state."""
     return run.saturated_seconds > run.seconds / 2
-
-
-def saturated_rate(run: RunResult) -> float:
-    """Output tokens a second while requests waited for room; 0 where none ever did."""
-    return run.saturated_tokens / run.saturated_seconds if run.saturated_seconds else 0.0
 
 
 def checked(results: Iterable[RunResult]) -> tuple[RunResult, ...]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
-from lamina.simulator.reports.data import UNKNOWN, best_of, checked, columns, labels, printable, saturated_rate
+from lamina.simulator.reports.data import UNKNOWN, best_of, checked, columns, labels, printable
 from lamina.simulator.reports.page import html
 
 __all__ = ["html", "samples_csv", "table", "to_csv", "to_json"]
@@ -27,7 +27,7 @@ DERIVED: dict[str, Callable[[RunResult], float]] = {
     "tokens_per_dollar": lambda run: run.tokens_per_dollar,
     "dollars_per_million": lambda run: run.dollars_per_million,
     "tokens_per_joule": lambda run: run.tokens_per_joule,
-    "saturated_tokens_per_second": saturated_rate,
+    "saturated_tokens_per_second": lambda run: run.saturated_tokens_per_second,
     "requests_per_second": lambda run: run.finished / run.seconds if run.seconds else 0.0,
     "link_bytes_per_second": lambda run: run.link_bytes / run.seconds if run.seconds else 0.0,
 }

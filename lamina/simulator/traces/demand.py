@@ -77,16 +77,16 @@ class Demand:
         return max(0.0, self.context - outputs) / self.prompt
 
 
-def demand(trace: Trace, parts: int = PARTS) -> Demand:
+def demand(trace: Trace) -> Demand:
     """The moments of a trace, and of its parts. Raises InvalidRequest where it has no requests."""
     whole = _demand(trace.name, trace.arrivals)
-    length = len(trace.arrivals) // parts
+    length = len(trace.arrivals) // PARTS
     if length < _FEWEST or math.isinf(whole.rate):
         return whole
-    cut = [_demand(trace.name, trace.arrivals[part * length : (part + 1) * length]) for part in range(parts)]
+    cut = [_demand(trace.name, trace.arrivals[part * length : (part + 1) * length]) for part in range(PARTS)]
     if any(math.isinf(part.rate) for part in cut):
         return whole
-    mean = parts / sum(1 / part.rate for part in cut)  # equally many requests each
+    mean = PARTS / sum(1 / part.rate for part in cut)  # equally many requests each
     relative = [part.rate / mean for part in cut]
     return replace(
         whole,

@@ -35,17 +35,15 @@ class IvfSegment:
         return ascending(indices + self.lo, scores, faiss_host.lists_distances() - before + centroids)
 
 
-def build_ivf(
-    keys: Floats, lo: int = 0, lists: int | None = None, effort: int = 32, storage: Storage = "bfloat16"
-) -> IvfSegment:
+def build_ivf(keys: Floats, lo: int = 0, effort: int = 32, storage: Storage = "bfloat16") -> IvfSegment:
     """Inverted lists over the keys at positions lo, lo + 1, ...: float32 `[n, d]`.
 
-    lists: how many; None: 4 sqrt(n), FAISS's advice for so many keys. Raises as `build_graph` does.
+    There are 4 sqrt(n) lists, FAISS's advice for so many keys. Raises as `build_graph` does.
     """
     begun = time.perf_counter()
     check_keys(keys, lo, faiss_host.LIMITS.get(storage, LARGEST))
-    lists = min(len(keys), lists or max(1, round(4 * len(keys) ** 0.5)))
-    if effort < 1 or lists < 1:
-        raise ValueError(f"lists and effort are {lists} and {effort}; allowed are 1 or more")
+    if effort < 1:
+        raise ValueError(f"effort is {effort}; allowed is 1 or more")
+    lists = min(len(keys), max(1, round(4 * len(keys) ** 0.5)))
     index = faiss_host.inverted_lists(np.ascontiguousarray(keys), lists, storage)
     return IvfSegment(index, lo, lists, storage, effort, time.perf_counter() - begun)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +35,6 @@ from lamina_workers.model_worker.warmup import prepare_kernels
 from lamina_workers.parallel import collectives, peer_codec, peer_messages
 from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
 from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, SeatOptions, connect
-
-logger = logging.getLogger("lamina")
 
 _Run = Generator[Waiting, None, None]
 

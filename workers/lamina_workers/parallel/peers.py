@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import logging
 import secrets
 import shutil
 import tempfile
@@ -27,8 +26,6 @@ from lamina_protocols.socket_channel import SECRET_SIZE, Listener, listen_tcp, l
 from lamina_protocols.tls import server_context
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.parallel import peer_codec, peer_messages
-
-logger = logging.getLogger("lamina")
 
 UNIX = "unix:"
 _LOADING_S = 600.0  # without a word

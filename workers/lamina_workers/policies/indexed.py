@@ -36,7 +36,6 @@ from lamina_workers.policies.index_builds import (
     LONGEST_PAUSE,
     PAUSE,
     STRIDE,
-    Build,
     HeadIndex,
     Job,
     PartIndexes,
@@ -82,14 +81,14 @@ class _Plan:
 
 
 class Indexed:
-    """The chooser. `scanning` chooses for heads that have no index; `build` makes one segment."""
+    """The chooser. `scanning` chooses for heads that have no index."""
 
-    def __init__(self, policy: IndexParameters, at: Holding, scanning: Chooser, build: Build | None = None) -> None:
+    def __init__(self, policy: IndexParameters, at: Holding, scanning: Chooser) -> None:
         faiss_host.module()  # imported, or found missing, now rather than in a step
         self._policy = policy
         self._at = at
         self._scanning = scanning
-        self._build = build or BUILDS[policy.index]
+        self._build = BUILDS[policy.index]
         self._asked = ASKED[policy.index]
         self._parts: dict[int, PartIndexes] = {}
         self._building: tuple[int, tuple[int, int], Job] | None = None  # a part's handle, its layer and head, the job

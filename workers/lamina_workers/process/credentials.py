@@ -48,7 +48,7 @@ def load_credentials(
     return Credentials(ca, cert, key, token)
 
 
-def create_credentials(hosts: Sequence[str], now: datetime.datetime | None = None) -> Credentials:
+def create_credentials(hosts: Sequence[str]) -> Credentials:
     """A fresh CA, a certificate of it for these host names and IP addresses, and a token. The CA's key is forgotten.
 
     The certificate serves both ends, so mutual TLS needs nothing more. Raises CredentialsError without a host.
@@ -60,7 +60,7 @@ def create_credentials(hosts: Sequence[str], now: datetime.datetime | None = Non
 
     if not hosts:
         raise CredentialsError("a certificate needs at least one host name or IP address")
-    now = now or datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.timezone.utc)
     ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     ca_name, name = (
         x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in ("Lamina CA", "Lamina worker")
