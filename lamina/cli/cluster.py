@@ -107,7 +107,7 @@ def show_ranges(numbers: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWorkerOptions:
-    """Where an attention worker listens, what it may use, and who may call it."""
+    """Where an attention worker listens, what it may use, and what a caller must show."""
 
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Port 0 takes a free one.")] = "127.0.0.1:0"
     data_port: Annotated[int, typer.Option(help="Port for --data-channel tcp; 0 takes a free one.")] = 0

@@ -30,13 +30,15 @@ def _server_option(help: str, *names: str, **more: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """Where a server listens, who may call it, and how long it waits. Times are seconds."""
+    """Where a server listens, what a caller must show, and how long it waits. Times are seconds."""
 
     host: Annotated[str, _server_option("Where to listen; 0.0.0.0 is everywhere, and wants an API key.")] = "127.0.0.1"
     port: Annotated[int, _server_option("0 takes a free one.")] = 8000
     api_key: Annotated[
         list[str] | None,
-        _server_option(f"Let in who shows it; repeatable. Better in ${KEY_VARIABLE}, or a file: others see options."),
+        _server_option(
+            f"Let in requests that show it; repeatable. Better in ${KEY_VARIABLE}, or a file: others see options."
+        ),
     ] = field(default=None, repr=False)
     api_key_file: Annotated[Path | None, _server_option("A file with one API key a line.")] = None
     open_to_all: Annotated[bool, _server_option("Listen beyond this host without an API key.", "--open")] = False

@@ -110,7 +110,7 @@ class MembershipEvents:
         self._listeners: tuple[OnJoined, OnLeft] | None = None
 
     def listen(self, on_joined: OnJoined, on_left: OnLeft) -> None:
-        """Have all events go to these two. Those that were kept go with the next event, or with `deliver`."""
+        """Have all events go to these two. Kept events go with the next event, or with `deliver`."""
         with self._lock:
             self._listeners = (on_joined, on_left)
 

@@ -171,7 +171,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Accept no new session; the current one learns of it by its heartbeat."""
+    """Accept no new session; the current one sees it in the answer to its heartbeat."""
 
 
 LAYER = Record(

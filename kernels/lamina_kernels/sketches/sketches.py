@@ -1,4 +1,4 @@
-"""Sketches of pages, and what decode attention learns from them: which pages matter, and what the others add up to.
+"""Sketches of pages, and what they say for decode attention: which pages matter, and what the others add up to.
 
 A sketch is made once of a full page of one layer and KV head: its keys in 4 bits, asymmetric per channel (KIVI, arXiv
 2402.02750), and the mean of its values. `scan` reads the sketches of all pages of a sequence, estimates how much of the

@@ -93,7 +93,7 @@ class Calibration:
             *self.raw,
             f"Bandwidth before and after, GB/s: {rates}.",
         ]
-        lines = [f"# {' '.join(line.split())}" for line in head]  # whatever a processor calls itself: one line each
+        lines = [f"# {' '.join(line.split())}" for line in head]  # names of processors may have line breaks
         return "\n".join([*lines, "", hardware.dumps(self.devices, self.links)])
 
 
@@ -270,7 +270,7 @@ class _Sources:
         sources = {
             "flops": f"{said}: the best of several large matrix products",
             "bandwidth": f"{said}: plain reads between all other measurements, {fastest}",
-            "memory": f"{said}: as the system tells",
+            "memory": f"{said}: as the system reports it",
             "price": "as given",
             "power": "as given",
         }
@@ -316,7 +316,7 @@ def _drifted(drifts: Iterable[Drift]) -> str:
 
 
 def _wandered(drifts: Iterable[Drift]) -> str:
-    """Whether it was one machine, so to speak, all the time."""
+    """How far apart the bandwidths of all measurements were; "" where they were alike."""
     rates = [rate for drift in drifts for rate in (drift.before, drift.after)]
     if len(rates) < 2 or max(rates) - min(rates) <= DRIFT * max(rates):
         return ""

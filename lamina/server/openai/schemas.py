@@ -180,7 +180,7 @@ class GenerationRequest(Strict):
         None, description="Refused: no log probabilities of prompts are computed."
     )
 
-    user: Ignored = Field(None, description="Ignored: API keys tell tenants apart.")
+    user: Ignored = Field(None, description="Ignored: tenants differ by their API keys.")
     metadata: Ignored = Field(None, description="Ignored: nothing is stored.")
     store: Ignored = Field(None, description="Ignored: nothing is stored.")
     service_tier: Ignored = Field(None, description="Ignored: there is one; see `priority`.")
@@ -204,7 +204,7 @@ class ChatRequest(GenerationRequest):
 
     messages: Messages = Field(description="The conversation: text, calls of tools and their results.")
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="`max_tokens` by its newer name.")
-    logprobs: bool | None = Field(None, description="Tell each token's log probability.")
+    logprobs: bool | None = Field(None, description="Give each token's log probability.")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="With `logprobs`: so many of the likeliest tokens too."
     )
@@ -239,7 +239,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompts = Field(description="Text, texts, token ids, or lists of token ids.")
     logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Tell each token's log probability, and so many of the likeliest."
+        None, ge=0, le=MAX_LOGPROBS, description="Give each token's log probability, and so many of the likeliest."
     )
     best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Refused unless it is `n`.")
     suffix: Annotated[Any, _described({"const": ""}, {"type": "null"})] = Field(
@@ -257,7 +257,7 @@ class TokenizeRequest(Strict):
     add_special_tokens: bool | None = Field(None, description="Default: to a prompt, but not to messages.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    return_token_strs: bool | None = Field(None, description="Tell how the vocabulary spells the tokens.")
+    return_token_strs: bool | None = Field(None, description="Give the tokens as the vocabulary spells them.")
 
 
 class DetokenizeRequest(Strict):

@@ -131,7 +131,7 @@ def sensitivity(
     for what, now, unit, change in asked:
 
         def better(factor: float, change: _Changing = change) -> str | None:
-            """Who is first then, where that isn't the winner. What the event loop found more or less is kept."""
+            """The system that is first then; None: the winner still is. Ratios that the event loop found are kept."""
             wanted = demand if change else demand.with_context(factor)
             scores = []
             for each in every:

@@ -112,7 +112,7 @@ def printable(text: str, most: int = 200) -> str:
 
 
 def labels(results: Sequence[RunResult]) -> tuple[str, ...]:
-    """A name for each result: its system's, with whatever else it takes to tell it from the others."""
+    """A name for each result: its system's, with what else sets it apart from the others."""
     made = [printable(result.system) for result in results]
     for more in ("policy", "model", "trace", "seed"):
         count = Counter(made)

@@ -156,7 +156,7 @@ def _about(runs: Sequence[RunResult], limits: Mapping[str, float]) -> str:
 
 
 def _verdict(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
-    """Who is best at what, in sentences, against the first system."""
+    """Which system is best at what, in sentences, against the first system."""
     first, lines = runs[0], []
     wanted = [
         ("Most tokens a second", [run.tokens_per_second for run in runs], "tok/s"),

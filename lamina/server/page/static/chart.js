@@ -1,4 +1,4 @@
-// Strips over the last five minutes that share one time axis. Knows intervals and colours; knows no server.
+// Strips over the last five minutes that share one time axis.
 
 import { colour, count, percent, prepare, rate } from "./units.js";
 

@@ -1,4 +1,4 @@
-// The chat box: a conversation with /v1/chat/completions, streamed. Knows nothing of the instruments.
+// The chat box: a conversation with /v1/chat/completions, streamed.
 
 import { byId, duration, element, rate, write } from "./units.js";
 

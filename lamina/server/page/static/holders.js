@@ -1,4 +1,4 @@
-// KV pages of each holder as a map, and the table of holders. Knows the engine's status; knows no clock.
+// KV pages of each holder as a map, and the table of holders.
 
 import { byId, colour, count, element, known, percent, prepare, quantile, traffic, write } from "./units.js";
 

@@ -1,4 +1,4 @@
-// Numbers in words, and elements. Knows nothing of the server.
+// Numbers in words, and elements.
 
 export const NONE = "–";
 
