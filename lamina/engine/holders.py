@@ -196,7 +196,7 @@ class Holders:
 
     def _empty(self, number: int) -> int:
         running = self._control.scheduler.running
-        running.forget_prefixes()
+        running.prefix_cache.clear()
         self._flush()
         moved = sum(self._move_sequence(sequence, number) for sequence in running.kept_by(number))
         self._flush()

@@ -52,7 +52,7 @@ def take_snapshot(
         missed_mass=stats.missed_mass,
         missed_queries=stats.missed_queries,
         page_size=scheduler.config.page_size,
-        cached_pages=named.pages(scheduler.running.cached),
+        cached_pages=named.pages(scheduler.running.prefix_cache.evictable),
         holders=tuple(named.holders()),
         sequences=tuple(
             SequenceSnapshot(

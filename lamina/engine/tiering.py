@@ -1,25 +1,26 @@
-"""Keeps the share of KV that is attended beside the model where `LocalShare` wants it: measures, and moves sequences.
+"""Keeps the share of KV in the local pools where `LocalShare` wants it: measures batches, and moves sequences.
 
-Without holders on both sides it does nothing but let moves go on.
+Without both local pools and other holders it only lets moves go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lamina.engine.kv_migration import KvMigration
 from lamina.engine.observers import BatchDone
 from lamina.scheduling.control_plane import ControlPlane
+from lamina.scheduling.kv_shares import Layout
 from lamina.scheduling.local_share import Batch, to_move, whole_step
 from lamina.scheduling.request import ScheduledSequence
 
 if TYPE_CHECKING:
     from lamina.engine.holders import HolderChange
 
-AT_ONCE = 4  # moves that wait or are under way
-PAUSE = 0.5  # of a step, that copying may take between two of them
-WORTH = 16  # tokens that a sequence must have before it for a move to pay
+AT_ONCE = 4  # moves under way, at most
+PAUSE = 0.5  # of a step, that copying may take between two steps
+WORTH = 16  # tokens that a sequence must still generate for a move to pay
 
 
 class TierController:
@@ -32,10 +33,10 @@ class TierController:
         self._scheduler = control.scheduler
         self._placement = control.placement
         self._clock = clock
-        self._last: float | None = None  # when the decode batch before was over
-        self._step = 0.01  # seconds of one, lately
-        self._parts: list[Batch] = []  # of the batches that are a step of all lanes together
-        self._moving = False  # since the last decode batch
+        self._last: float | None = None  # when the previous decode batch was over
+        self._step = 0.01  # seconds of a recent decode batch
+        self._parts: list[Batch] = []  # the batches so far of a step of all lanes together
+        self._moving = False  # whether sequences moved since the last decode batch
         self._placement.local_share = self._control.local_share.share
 
     @property
@@ -45,29 +46,27 @@ class TierController:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is being tried or moved: what is measured elsewhere is not disturbed."""
+        """Whether nothing is being tried or moved, which would disturb other measurements."""
         return not self._placement.tiers or (self._control.local_share.settled and not self.busy)
 
     @property
     def _all_local(self) -> bool:
-        """Whether no attention worker is asked, so that there is none to wait for."""
-        return (
-            self._placement.tiers
-            and len(self._scheduler.running) > 0
-            and all(self._placement.is_local(sequence.layout) for sequence in self._scheduler.running)
-        )
+        """Whether every sequence is in the local pools, so that no batch waits for an attention worker."""
+        local, total = self._local_tokens({})
+        return self._placement.tiers and local == total > 0
 
     @property
     def local_share(self) -> float:
-        """Of the tokens of sequences with KV, those here."""
-        local = total = 0
-        for sequence in self._scheduler.running:
-            local += len(sequence.tokens) if self._placement.is_local(sequence.layout) else 0
-            total += len(sequence.tokens)
+        """The share of the tokens of sequences with KV that is in the local pools."""
+        local, total = self._local_tokens({})
         return local / total if total else self._control.local_share.share
 
+    def _local_tokens(self, moving: Mapping[ScheduledSequence, Layout]) -> tuple[int, int]:
+        """Tokens of sequences with KV that are in the local pools, and all; `moving` ones count where they move to."""
+        return self._placement.local_tokens((moving.get(s, s.layout), len(s.tokens)) for s in self._scheduler.running)
+
     def step(self) -> None:
-        """Between two batches: begin moves that are wanted, and go on with those under way. Raises HolderFault."""
+        """Between two batches: begin moves, and go on with those under way. Raises HolderFault."""
         if self._placement.tiers:
             self._placement.local_share = self._control.local_share.share
             self._choose()
@@ -76,12 +75,12 @@ class TierController:
             self._migration.step(PAUSE * self._step)
 
     def abandon(self) -> None:
-        """Give up moves, and what was being measured."""
+        """Give up all moves, and the current measurement."""
         self._migration.abandon()
         self._interrupted()
 
     def holders_changed(self, change: HolderChange) -> None:
-        """What was measured of other holders is forgotten."""
+        """Forget what was measured: it was of other holders."""
         self._control.local_share.reset()
         self._interrupted()
 
@@ -126,18 +125,15 @@ class TierController:
         under_way = self._migration.under_way
         if len(under_way) >= AT_ONCE:
             return
-        local = total = 0
-        here: list[ScheduledSequence] = []
-        there: list[ScheduledSequence] = []
-        for sequence in self._scheduler.running:
-            tokens = len(sequence.tokens)
-            is_local = self._placement.is_local(under_way.get(sequence, sequence.layout))
-            total += tokens
-            local += tokens if is_local else 0
-            if self._can_move(sequence) and sequence not in under_way:
-                (here if is_local else there).append(sequence)
+        local, total = self._local_tokens(under_way)
         off = self._control.local_share.share * total - local
-        candidates = there if off > 0 else here
+        candidates = [
+            sequence
+            for sequence in self._scheduler.running
+            if sequence not in under_way
+            and self._can_move(sequence)
+            and self._placement.is_local(sequence.layout) == (off <= 0)
+        ]
         chosen = to_move([len(sequence.tokens) for sequence in candidates], abs(off), AT_ONCE - len(under_way))
         for at in chosen:
             sequence = candidates[at]
@@ -148,7 +144,7 @@ class TierController:
 
     @staticmethod
     def _can_move(sequence: ScheduledSequence) -> bool:
-        """Whether it decodes, and will for a while."""
+        """Whether a sequence decodes, and goes on for a while."""
         if sequence.finish_reason is not None or sequence.rebuild is not None:
             return False
         decodes = sequence.computed >= len(sequence.request.prompt)

@@ -339,5 +339,5 @@ def _lanes(config: EngineConfig, attention: AttentionPool | None) -> LaneTuner:
     if isinstance(config.lanes, int):
         return LaneTuner(config.lanes)
     if config.replicas > 1:
-        return LaneTuner.auto(config.replicas + 1, config.replicas)
-    return LaneTuner(1) if attention is None else LaneTuner.auto(AUTO_LANES)  # nothing to wait for in this process
+        return LaneTuner(1, config.replicas + 1, config.replicas)
+    return LaneTuner(1) if attention is None else LaneTuner(1, AUTO_LANES)  # nothing to wait for in this process

@@ -1,7 +1,4 @@
-"""Who waits for KV, and who gets it next: by order, where there is room for all that a sequence has and will have.
-
-Knows the residents, and the layouts there could be; knows nothing of batches.
-"""
+"""Which waiting sequence gets KV next: the first by order, once there is room for all that it has and will have."""
 
 from __future__ import annotations
 
@@ -16,25 +13,25 @@ from lamina.scheduling.running import Order, RunningSequences
 
 
 class Admission:
-    """The queue. One that waits for a prefix to be computed is not in it: the prefix tree has that one."""
+    """The queue. Sequences that wait for a prefix to be computed are in the prefix tree instead."""
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts, residents: RunningSequences) -> None:
+    def __init__(self, config: SchedulerConfig, layouts: Layouts, running: RunningSequences) -> None:
         self._config = config
         self._layouts = layouts
-        self._residents = residents
+        self._running = running
         self._waiting: list[tuple[Order, ScheduledSequence]] = []  # heap; a finished sequence stays until it is on top
-        self._short: tuple[ScheduledSequence | None, tuple[Pages, ...]] = None, ()  # who waits for how many spare pages
+        self._short: tuple[ScheduledSequence | None, tuple[Pages, ...]] = None, ()  # the first, and the pages it needs
         self._stranded: list[ScheduledSequence] = []
 
     @property
     def stranded(self) -> tuple[ScheduledSequence, ...]:
-        """Those that wait for a holder to join, since those there are can never keep them."""
+        """The sequences that wait for a holder to join, since the present ones can never keep them."""
         return tuple(sequence for sequence in self._stranded if sequence.finish_reason is None)
 
     def longest_possible(self) -> int:
         """The most tokens of one sequence that the context and the holders' memory can ever hold."""
         most = self._config.max_model_len
-        if not self._layouts.capacity:  # no holder, for now
+        if not self._layouts.capacity:  # there is no holder at present
             return most
         return bisect_right(range(1, most + 1), False, key=lambda length: not self._fits(length))
 
@@ -42,42 +39,42 @@ class Admission:
         return any(self._holds(layout, length) for layout in self._layouts.layouts(length))
 
     def _holds(self, layout: Layout, length: int) -> bool:
-        """Whether so many tokens could ever be kept in this layout."""
+        """Whether `length` tokens could ever be kept in this layout."""
         return self._layouts.capacity.covers(self._config.pages_for(layout, length))
 
     def queue(self, sequence: ScheduledSequence) -> None:
-        """Let a sequence without KV wait for its turn."""
+        """Have a sequence without KV wait for its turn."""
         heappush(self._waiting, (sequence.order, sequence))
 
     def give_back(self, sequence: ScheduledSequence) -> None:
-        """Take an idle sequence's KV away; it waits until it fits whole, and computes what it had again."""
-        self._residents.close(sequence)
+        """Take an idle sequence's KV away. It waits until it fits whole, and is computed again."""
+        self._running.close(sequence)
         self.queue(sequence)
 
     def look_again(self) -> None:
-        """Room is not what it was: holders have gone."""
+        """Forget what the first sequence was short of: holders have gone."""
         self._short = None, ()
 
     def joined(self) -> None:
-        """There is one holder more, which may keep what nobody could."""
+        """There is one holder more, which may keep stranded sequences."""
         self.look_again()
         for sequence in self._stranded:
             self.queue(sequence)
         self._stranded.clear()
 
     def admit(self) -> ScheduledSequence | None:
-        """Give KV to the first waiting sequence, if it fits. Those that wait for a prefix are overtaken."""
-        residents = self._residents
-        while self._waiting and len(residents.sequences) < self._config.max_sequences:
+        """Give KV to the first waiting sequence, if it fits. It overtakes sequences that wait for a prefix."""
+        running, prefix_cache = self._running, self._running.prefix_cache
+        while self._waiting and len(running) < self._config.max_sequences:
             sequence = self._waiting[0][1]
             if sequence.finish_reason is not None:
                 heappop(self._waiting)
                 continue
             if self._still_short(sequence):
-                return None  # and the tree is not searched again in every step
-            match = residents.match(sequence)
-            if residents.tree is not None and self._worth_waiting(sequence, match):
-                residents.tree.wait(sequence, match)
+                return None  # without a search of the prefix tree in every step
+            match = prefix_cache.match(tuple(sequence.tokens), sequence.request.salt)
+            if self._worth_waiting(sequence, match):
+                prefix_cache.wait(sequence, match)
                 heappop(self._waiting)
                 continue
             places = self._places(sequence, match)
@@ -91,47 +88,47 @@ class Admission:
                 return None
             layout, match = place
             heappop(self._waiting)
-            if residents.tree is not None and sequence.preemptions == 0:
-                residents.counters.looked_up_tokens += len(sequence.tokens)
-                residents.counters.found_tokens += match.length
-            residents.open(sequence, layout, match.node, match.length)
+            if self._config.prefix_cache and sequence.preemptions == 0:
+                running.counters.looked_up_tokens += len(sequence.tokens)
+                running.counters.found_tokens += match.length
+            running.open(sequence, layout, match.node, match.length)
             return sequence
         return None
 
     def admit_siblings(self, first: ScheduledSequence) -> None:
-        """Fork the other samples off the first, whose prompt is computed; those without room wait like anyone."""
-        residents, length = self._residents, len(first.request.prompt) - 1
+        """Fork the other samples off the first, whose prompt is computed. Samples without room join the queue."""
+        running, length = self._running, len(first.request.prompt) - 1
         for sibling in first.siblings:
             turn = not self._waiting or sibling.order < self._waiting[0][0]
-            place = len(residents.sequences) < self._config.max_sequences
-            room = residents.spare().covers(residents.needed(sibling, first.layout, None, length))
+            place = len(running) < self._config.max_sequences
+            room = running.spare().covers(running.needed(sibling, first.layout, None, length))
             if sibling.finish_reason is None and length > 0 and turn and place and room:
-                residents.fork(sibling, first, length)
+                running.fork(sibling, first, length)
             else:
                 self.queue(sibling)
         first.siblings = []
 
     def _still_short(self, sequence: ScheduledSequence) -> bool:
-        """Whether there is still not the room that it was found to need before."""
+        """Whether a sequence that was short of pages before still is."""
         known, alternatives = self._short
-        if sequence is not known or not self._residents.sequences:
+        if sequence is not known or not self._running.sequences:
             return False
-        spare = self._residents.spare()
+        spare = self._running.spare()
         return not any(spare.covers(needed) for needed in alternatives)
 
     def _worth_waiting(self, sequence: ScheduledSequence, match: Match) -> bool:
-        """Whether a prefix being computed saves a page or more, and its writer comes first anyway.
+        """Whether a prefix that is being computed saves a page or more, and its writer comes first in order.
 
-        A writer that comes later could be held up by others that must not hold up this sequence.
+        A later writer may wait for sequences that this one must not wait for.
         """
         writer = match.pending.writer if match.pending is not None else None
         gain = match.promised - match.length
         return writer is not None and writer.order < sequence.order and gain >= self._config.page_size
 
     def _places(self, sequence: ScheduledSequence, match: Match) -> list[tuple[Layout, Match]]:
-        """Where the sequence could run to its end, and what it would have of the tree there; the best first. What
-        was found in the tree is taken up where it is, unless there is room only elsewhere."""
-        beside = ((running.layout, len(running.tokens)) for running in self._residents.sequences)
+        """Where the sequence could run to its end, and what it would share of the prefix tree there; the best first. A
+        prefix that was found is used where it is, unless only other holders have room."""
+        beside = ((each.layout, len(each.tokens)) for each in self._running)
         layouts = self._layouts.layouts(sequence.longest, len(sequence.tokens), beside)
         anew = [(layout, Match()) for layout in layouts if self._holds(layout, sequence.longest)]
         if match.node is None or not self._holds(match.node.layout, sequence.longest):
@@ -145,11 +142,11 @@ class Admission:
     def _with_room(
         self, sequence: ScheduledSequence, places: list[tuple[Layout, Match]]
     ) -> tuple[Layout, Match] | None:
-        """The first place that has the room now; whoever is alone fits."""
-        residents = self._residents
-        alone = not residents.sequences
-        spare = NO_PAGES if alone else residents.spare()
-        alternatives = tuple(residents.needed(sequence, layout, at.node, at.length) for layout, at in places)
+        """The first place that has the room now. A sequence that is alone always fits."""
+        running = self._running
+        alone = not running.sequences
+        spare = NO_PAGES if alone else running.spare()
+        alternatives = tuple(running.needed(sequence, layout, at.node, at.length) for layout, at in places)
         for place, needed in zip(places, alternatives, strict=True):
             if spare.covers(needed):
                 return place
@@ -159,8 +156,8 @@ class Admission:
         return None
 
     def check_integrity(self) -> None:
-        """Raise EngineError if somebody waits that has KV."""
+        """Raise EngineError if a waiting sequence has KV."""
         for _, sequence in self._waiting:
-            known = self._residents.tree is not None and self._residents.tree.knows(sequence)
-            if sequence.handle is not None or sequence.computed or known:
+            known = sequence.computed or self._running.prefix_cache.knows(sequence)
+            if sequence.handle is not None or known:
                 raise EngineError(f"sample {sequence.sample} of request {sequence.request.id} waits, but has KV")

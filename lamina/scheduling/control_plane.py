@@ -1,5 +1,5 @@
-"""Scheduler and placement behind one door: what is computed next, which holder reads and stores what, and what follows
-from the holders' answers. Pure: engine and simulator drive the same decisions.
+"""Scheduler and placement as one: what is computed next, which holder reads and stores what, and what follows from the
+holders' answers. Pure: engine and simulator use the same decisions.
 
 The life of a step: `plan`, then `accepted` or `refused` as the holders answer; once its batch is complete `recorded`,
 or `dropped` where it failed.
@@ -23,8 +23,8 @@ from lamina_protocols.routes import HolderBatch
 
 
 class Step(NamedTuple):
-    """What is announced together: a plan, and for each holder concerned its operations and rows. Without a plan it
-    carries operations that placement alone has made, as moves do."""
+    """What is announced together: a plan, and the operations and rows of each holder that it concerns. Without a plan a
+    step carries operations that placement alone has made, as moves do."""
 
     plan: Plan | None
     batches: Mapping[int, HolderBatch]
@@ -36,8 +36,8 @@ class Step(NamedTuple):
 
 
 class Rebuilt(NamedTuple):
-    """What follows from a loss: how many tokens of lost KV are computed again for parts of sequences, and how many
-    tokens had the sequences that begin anew."""
+    """What follows from a loss: how many tokens are computed again for lost parts of sequences, and how many tokens the
+    sequences had that begin anew."""
 
     tokens: int
     anew: int
@@ -52,7 +52,7 @@ class ControlPlane:
     """Decides for one engine. `scheduler` owns the sequences, `placement` the holders and the parts of sequences;
     `lanes` and `local_share` decide how many steps are under way and how much KV is kept beside the model.
 
-    `prefill_free` has the pages that the prefill pools have left, as they said last; the scheduler does not count them.
+    `prefill_free` has the pages that prefill pools have left, by their last answers; the scheduler does not count them.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class ControlPlane:
     # Steps.
 
     def plan(self, alone: bool = True) -> Step | None:
-        """The next step. None where nothing can be done before a step under way is over; `alone`: there is none."""
+        """The next step. None where nothing can be done before a step under way is over; `alone`: no step is under
+        way."""
         plan = self.scheduler.plan(self.lanes.count)
         if plan is None and not (alone and self.placement.pending):
             return None
@@ -94,25 +95,25 @@ class ControlPlane:
         """Every holder has accepted. Without rows the step is over with this."""
         free = self._applied(step.batches, answers)
         if step.plan is None:
-            self.scheduler.ledger.told(free)
+            self.scheduler.ledger.update_free(free)
         else:
             self.scheduler.accepted(step.plan, free, self._floors(step.plan, step.batches, answers))
 
     def refused(self, step: Step, answers: Mapping[int, Announced]) -> tuple[ScheduledSequence, ...]:
-        """A holder has refused, others may have accepted: the step is undone, and room is made for the next one.
-        Returns the sequences that can never go on, which have ended."""
+        """A holder has refused, others may have accepted: undo the step and make room for the next one. Returns the
+        sequences that can never go on, which have ended."""
         free = self._applied(step.batches, answers)
         if step.plan is None:
-            self.scheduler.ledger.told(free)
+            self.scheduler.ledger.update_free(free)
             return ()
         return self.scheduler.refused(step.plan, free)
 
     def answered(self, batches: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> None:
         """Holders have answered an announcement of operations outside of any step."""
-        self.scheduler.ledger.told(self._applied(batches, answers))
+        self.scheduler.ledger.update_free(self._applied(batches, answers))
 
     def kept(self, answers: Mapping[int, Announced]) -> dict[int, Announced]:
-        """The answers of holders that keep sequences, without the prefill pools."""
+        """The answers of holders that keep sequences: all but the prefill pools."""
         return {number: answer for number, answer in answers.items() if number not in self.placement.prefill_pools}
 
     def recorded(self, plan: Plan, tokens: Sequence[int]) -> list[Outcome]:
@@ -128,7 +129,7 @@ class ControlPlane:
             self.scheduler.drop(step.plan)
 
     def _applied(self, batches: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> Pages:
-        """Holders that accept have applied their operations. Returns the pages that holders have left, without the
+        """Note which holders have applied their operations. Returns the pages that they have left, without those of the
         prefill pools."""
         free = Pages()
         for number, answer in answers.items():
@@ -144,7 +145,7 @@ class ControlPlane:
         """For each row the highest floor of its parts."""
         kept = self.kept(answers)
         asked = Counter(route.source for number in kept for route in batches[number].routes)
-        # A part that was not asked, its range being full, has let go of no more than before.
+        # A part whose range is full was not asked: its floor is what it was.
         floors = [row.sequence.floor if asked[at] < len(row.sequence.layout) else 0 for at, row in enumerate(plan.rows)]
         for number, answer in kept.items():
             if any(answer.floors):
@@ -160,20 +161,20 @@ class ControlPlane:
         self.scheduler.joined(number, holder.pages)
 
     def lost(self, numbers: Sequence[int]) -> Rebuilt:
-        """Holders are gone, with all they had. Nothing may be in flight."""
+        """Holders are gone, with their KV. Nothing may be in flight."""
         for number in numbers:
             self.placement.lost(number)
         rebuilt = [self.scheduler.lost(number) for number in numbers]
         return Rebuilt(sum(tokens for tokens, _ in rebuilt), sum(anew for _, anew in rebuilt))
 
     def left(self, number: int) -> None:
-        """A holder that keeps nothing any more is gone."""
+        """A holder without KV is gone."""
         self.placement.lost(number)
         self.scheduler.ledger.left(number)
 
     def emptied(self, numbers: Sequence[int]) -> int:
-        """These holders have lost all they had and go on. Nothing may be in flight. Returns how many tokens are
-        computed again."""
+        """These holders have lost their KV and go on. Nothing may be in flight. Returns how many tokens are computed
+        again."""
         tokens = 0
         for number in numbers:
             self.placement.emptied(number)
@@ -185,11 +186,7 @@ class ControlPlane:
 
     def tokens_read(self, plan: Plan) -> tuple[int, int]:
         """How many tokens of KV the plan's rows read, in the local pools and elsewhere; 0 where there is one tier."""
-        local = remote = 0
-        if self.placement.tiers:
-            for row in plan.rows:
-                if self.placement.is_local(row.sequence.layout):
-                    local += row.start + 1
-                else:
-                    remote += row.start + 1
-        return local, remote
+        if not self.placement.tiers:
+            return 0, 0
+        local, total = self.placement.local_tokens((row.sequence.layout, row.start + 1) for row in plan.rows)
+        return local, total - local

@@ -1,4 +1,4 @@
-"""How a sequence is cut over holders of unlike memory: by KV head, by range, or both. Pure arithmetic."""
+"""How a sequence is cut over holders of different memory: by KV head, by range, or both. Pure."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def layout(
 ) -> Layout:
     """Shares of these KV heads and positions [0, end) for the holders, given as (number, weight), in their order.
 
-    Ranges are cut so that a sequence of `length` tokens is spread by weight, whole pages each; what lies beyond goes
-    to the last. A holder whose part would be empty has none. No holders: nothing.
+    Ranges are whole pages, and spread a sequence of `length` tokens by weight; positions beyond go to the last holder.
+    A holder whose range would be empty has no share. Empty without holders.
     """
     if shard not in SHARDS:
         raise EngineError(f"shard is {shard!r}, allowed: {', '.join(SHARDS)}")
@@ -51,7 +51,7 @@ def _by_range(
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:
-    """`total` things cut by weight into whole numbers (largest remainders; the first of equals has precedence)."""
+    """`total` cut by weight into whole numbers (largest remainders; of equal ones the first)."""
     whole = sum(weights)
     if whole <= 0:
         raise EngineError(f"weights {list(weights)} have no sum to share by")

@@ -1,8 +1,8 @@
-"""Has what a lost holder kept of sequences computed again, by others, and no more than that. Pure.
+"""Has the lost parts of sequences computed again, and no more than that. Pure.
 
-Each sequence that can be rebuilt in part gets substitutes for its lost shares; its next rows compute the missing
-positions again, and only the substitutes store them. Of sequences that begin alike the first is computed, and the
-others' shares are forked off it, as they were shared before.
+Each sequence that can be rebuilt in part gets substitutes for its lost shares. Its next rows compute the missing
+positions again, and only the substitutes store them. Of sequences with a common beginning the first is computed, and
+the others' shares are forked off it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lamina.scheduling.request import Rebuild, ScheduledSequence, SchedulerConfi
 
 
 class KvRebuild:
-    """Decides who takes over, and when a sequence's next row can be planned. Tells the ledger."""
+    """Decides which holder takes over a lost share, and when a sequence's next row can be planned."""
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts, ledger: PageLedger) -> None:
         self._config = config
@@ -25,7 +25,7 @@ class KvRebuild:
         self._ledger = ledger
 
     def lost(self, holder: int, kept: Iterable[ScheduledSequence], spare: Pages) -> tuple[int, list[ScheduledSequence]]:
-        """Have what a lost holder kept of these idle sequences taken over, by who has `spare` pages for it.
+        """Have the shares of these idle sequences at a lost holder taken over, by holders with `spare` pages.
 
         Returns how many tokens are computed again, and the sequences that cannot be rebuilt in part.
         """
@@ -44,7 +44,7 @@ class KvRebuild:
         return tokens, hopeless
 
     def recorded(self, sequence: ScheduledSequence) -> None:
-        """The row that was planned to rebuild it is complete. Raises EngineError where there was none to plan."""
+        """A rebuild row of a sequence is complete. Raises EngineError where nothing was to be rebuilt."""
         rebuild = sequence.rebuild
         if rebuild is None:
             raise EngineError(f"request {sequence.request.id} was rebuilt without need")
@@ -55,15 +55,15 @@ class KvRebuild:
     def _begin(
         self, sequence: ScheduledSequence, holder: int, spare: Pages, earlier: Iterable[ScheduledSequence]
     ) -> Pages | None:
-        """Have one sequence's shares taken over; `earlier` are those whose rebuild has begun. Returns the pages that it
-        takes; None where nobody has them, or where what the others keep is not enough to compute the lost from."""
+        """Have one sequence's shares taken over; `earlier` are the sequences whose rebuild has begun. Returns the pages
+        that it takes; None where no holder has them, or the remaining shares are not enough to compute the lost."""
         if sequence.handle is None:
             return None
         self._wait_no_more(sequence)
         lost = tuple(share for share in sequence.layout if share.holder == holder)
         if sequence.floor > min(share.lo for share in lost) > 0 or len(lost) == len(sequence.layout):
             return None
-        if sequence.floor and not self._layouts.reads_locally(sequence.computed):  # survivors have let go of too much
+        if sequence.floor and not self._layouts.reads_locally(sequence.computed):  # too little is left
             return None
         source, length = self._source(sequence, lost, earlier)
         substitutes = self._substitutes(sequence, lost, spare, source, length)
@@ -79,7 +79,7 @@ class KvRebuild:
         return self._config.pages_for(substitutes, len(sequence.tokens), length)
 
     def ready(self, sequence: ScheduledSequence) -> bool:
-        """Whether the next row can be planned: not while it waits for another's to be rebuilt first."""
+        """Whether a sequence's next row can be planned: not while it waits for the rebuild of its source."""
         rebuild = sequence.rebuild
         if rebuild is None or rebuild.source is None or sequence.handle is None:
             return True
@@ -106,7 +106,7 @@ class KvRebuild:
     def _source(
         self, sequence: ScheduledSequence, lost: Layout, earlier: Iterable[ScheduledSequence]
     ) -> tuple[ScheduledSequence | None, int]:
-        """Off whom the lost share can be forked, and how many tokens of it; whole pages."""
+        """The sequence off which the lost share can be forked, and how many tokens of it; whole pages."""
         best, most = None, 0
         if len(lost) > 1 or sequence.rebuild is not None or not self._config.unbounded:
             return best, most
@@ -136,7 +136,7 @@ class KvRebuild:
         return tuple(taken) if len(taken) == len(lost) and spare.covers(needed) else None
 
     def _miss(self, sequence: ScheduledSequence, substitutes: Layout) -> None:
-        """The substitutes are to be computed, and what was missing before."""
+        """The substitutes are to be computed, and the shares that were missing before."""
         missing = substitutes
         if sequence.rebuild is not None:
             missing = (*(share for share in sequence.rebuild.missing if share in sequence.layout), *substitutes)

@@ -1,4 +1,4 @@
-"""Who keeps what of a sequence, and pages counted by holder. Pure nouns: knows no message, no plan, no request."""
+"""Shares of a sequence, and pages counted by holder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Share:
 
 
 Layout = tuple[Share, ...]
-"""Everything of one sequence: for each head the shares' ranges are disjoint, and begin at 0 without a gap."""
+"""All shares of one sequence: for each head their ranges are disjoint, and begin at 0 without a gap."""
 
 
 class Pages(dict[int, int]):
-    """Pages by holder. A holder that is not in it has none; a difference can be negative."""
+    """Pages by holder. A missing holder has none; a difference can be negative."""
 
     def __add__(self, other: Mapping[int, int]) -> Pages:
         result = Pages(self)
@@ -46,7 +46,7 @@ class Pages(dict[int, int]):
             self.pop(holder, None)
 
     def covers(self, needed: Mapping[int, int]) -> bool:
-        """Whether every holder has as many as are needed of it. Nothing needed of a holder is always there."""
+        """Whether every holder has the pages that are needed of it, 0 or fewer always."""
         return all(pages <= 0 or self.get(holder, 0) >= pages for holder, pages in needed.items())
 
 
@@ -54,18 +54,18 @@ NO_PAGES = Pages()
 
 
 class Layouts(Protocol):
-    """Who would keep a sequence, as things are now. `placement.Placement` is the real one."""
+    """Where a sequence could be kept at present. `placement.Placement` implements it."""
 
     @property
     def capacity(self) -> Pages:
         """All pages of every holder that takes sequences."""
 
     def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
-        """Shares for a new sequence of `tokens` tokens that will have up to `length`, in every way that there is, the
-        one first that goes best with the layouts and tokens of those `beside` it. None where there is no holder."""
+        """Every possible layout of a new sequence of `tokens` tokens that grows up to `length`. The first goes best
+        with the layouts and tokens of the sequences `beside` it. Empty where there is no holder."""
 
     def reads_locally(self, length: int) -> bool:
-        """Whether so many tokens could be computed, or computed again, with their KV in the engine's process."""
+        """Whether `length` tokens could be computed, or computed again, with their KV in a prefill pool."""
 
     def substitute(self, share: Share, free: Pages) -> Share | None:
-        """Who takes over `share`, whose holder is gone, given the pages that the others have free."""
+        """`share` of a lost holder at another one, given the free pages. None where no holder can have it."""

@@ -1,7 +1,7 @@
-"""How many batches are under way at a time, decided by what each number was measured to yield. Pure: told the time.
+"""How many batches are under way at a time, decided by the measured rate of each number. Pure: callers give the time.
 
-While one batch waits for attention another can compute; but each has fewer sequences, and reads all weights. With
-several replicas of the model more batches compute at the same time.
+While one batch waits for attention another can compute. But each batch has fewer sequences, and reads all weights. With
+several replicas of the model several batches compute at the same time.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import logging
 logger = logging.getLogger("lamina")
 
 WINDOW = 24  # batches that one measurement takes
-HOLD = 2000  # batches until a choice is looked at again
-GAIN = 1.03  # by which more lanes must be better: below that, noise decides
-CHANGE = 1.5  # of the number of sequences, after which a choice is looked at again
+HOLD = 2000  # batches until the numbers are tried again
+GAIN = 1.03  # by which more lanes must be faster: a smaller gain is noise
+CHANGE = 1.5  # of the number of sequences, after which the numbers are tried again
 
 
 class LaneTuner:
-    """`count` lanes at a time, over so many `replicas` of the model. With `most` above 1 each number up to it is tried
-    in turn, and the best is kept.
+    """`count` lanes at a time, over `replicas` of the model. With `most` above 1 each number up to it is tried in turn,
+    and the best is kept.
 
     `tiers`, once measured, are the seconds that a batch that is alone spends in the model and in attention.
     """
@@ -29,20 +29,15 @@ class LaneTuner:
         self._most = most
         self._replicas = replicas
         self._attended = 0.0
-        self._rates: dict[int, float] = {}  # tokens a second, by number of lanes; those not tried yet are missing
+        self._rates: dict[int, float] = {}  # tokens a second, by number of lanes tried
         self._since: float | None = None
         self._batches = self._tokens = self._held = 0
         self._sequences = 0
 
-    @classmethod
-    def auto(cls, most: int, replicas: int = 1) -> LaneTuner:
-        """Begins with one lane, and tries up to `most`."""
-        return cls(1, most, replicas)
-
     @property
     def suggested(self) -> float | None:
         """How many lanes would keep all replicas computing, by the times of both tiers: 1 + attention / model for each
-        of them. Attention itself is taken to be as fast for each of many as for one."""
+        replica. The estimate takes attention to be equally fast for any number of lanes."""
         if self.tiers is None:
             return None
         model, attention = self.tiers
@@ -50,17 +45,17 @@ class LaneTuner:
 
     @property
     def trying(self) -> bool:
-        """Whether a number is being measured, which others should not disturb."""
+        """Whether a number is being measured, so that nothing else should change."""
         return self._most > 1 and not self._held and self._since is not None
 
     def alone(self) -> None:
-        """There is nobody to wait for: one lane, unless a number was given."""
+        """No batch waits for an attention worker: use one lane, unless the number is fixed."""
         if self._most > 1:
             self.count, self._since, self._rates, self._held = 1, None, {}, 0
 
     def completed(self, tokens: int, sequences: int, prefill: bool, now: float, attended: float = 0.0) -> None:
-        """A batch is complete: it gave that many tokens, `sequences` are running in all lanes together. `attended` is
-        how many seconds have gone into attention by `now`, ever."""
+        """A batch is complete: it gave `tokens` tokens, and `sequences` are running in all lanes together. `attended`
+        are the seconds of attention of all batches until `now`."""
         if self._most == 1:
             return
         if prefill or sequences < 2:  # nothing to learn for decoding
@@ -75,7 +70,7 @@ class LaneTuner:
             return
         if self._held:
             self._held, self._rates, self.count, self._since = 0, {}, 1, None
-        if self._since is None:  # the batches before this one ran otherwise
+        if self._since is None:  # the previous batches ran with other settings
             self._since, self._batches, self._tokens, self._attended = now, 0, 0, attended
             return
         self._batches += 1

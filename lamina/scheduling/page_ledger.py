@@ -1,8 +1,7 @@
-"""What the scheduler has told the holders, and what they have left: numbered operations, and pages by holder.
+"""The operations that holders have or get next, numbered, and the pages that each holder has left.
 
-Pages are counted, not known. Between two replies the ledger takes the most that rows can need and the least that
-closing can free, so a refusal is rare; each reply brings the count back to the truth. Knows nothing of who is
-scheduled when, or why.
+Pages are estimated between two replies: rows count with the most that they can need, closes with the least that they
+free. So a refusal is rare, and each reply corrects the estimate.
 """
 
 from __future__ import annotations
@@ -25,42 +24,41 @@ from lamina.scheduling.request import (
 
 
 class PageLedger:
-    """Operations wait in it until a plan that carries them is accepted; every plan carries all that wait."""
+    """Operations wait here until a plan that carries them is accepted; every plan carries all that wait.
+
+    `free` has the pages that each holder has left, by its last reply. `promised` are pages that moves under way will
+    still take.
+    """
 
     def __init__(self, config: SchedulerConfig, free: Pages) -> None:
         self.operations: list[SequenceOperation] = []
-        self.promised = NO_PAGES  # that moves under way will still take, which newcomers must leave
+        self.free = free
+        self.promised = NO_PAGES
         self._config = config
         self._freed: list[Pages] = []  # what each of the operations frees, at least
         self._closing = NO_PAGES  # their sum
         self._first = 0  # the number of the first of them
         self._last_handle = 0
         self._held: set[int] = set()  # handles that the holders have
-        self._free = free  # as last told
         self._drafted = NO_PAGES  # of the rows reserved since the last plan was made
-        self._unanswered: dict[Plan, Pages] = {}  # and what each will take
-
-    @property
-    def free(self) -> Pages:
-        """Pages free, as every holder said last."""
-        return self._free
+        self._unanswered: dict[Plan, Pages] = {}  # the pages that the rows of each will take
 
     def joined(self, holder: int, pages: int) -> None:
         """There is one holder more, empty."""
-        self._free += {holder: pages}
+        self.free += {holder: pages}
 
     def left(self, holder: int) -> None:
         """A holder is gone, with all it had. No plan may wait for an answer."""
-        self._free = Pages({at: pages for at, pages in self._free.items() if at != holder})
+        self.free = Pages({at: pages for at, pages in self.free.items() if at != holder})
 
     def adopt(self, handle: int, pages: Pages) -> None:
-        """The holders have a sequence from before, with so many pages at most."""
+        """The holders have a sequence of the previous engine, with at most these pages."""
         self._held.add(handle)
         self._last_handle = max(self._last_handle, handle)
-        self._free -= pages
+        self.free -= pages
 
     def number_from(self, last: int) -> None:
-        """No handle up to this one is given out."""
+        """Give out no handle up to `last`."""
         self._last_handle = max(self._last_handle, last)
 
     def open(self, layout: Layout) -> int:
@@ -80,7 +78,7 @@ class PageLedger:
         self._append(CloseSequence(handle), freed)
 
     def replace(self, handle: int, lost: int, shares: Layout, source: int | None = None, length: int = 0) -> None:
-        """Have what a lost holder kept of a sequence opened elsewhere: empty, or as forks of the source's shares."""
+        """Have a lost holder's part of a sequence opened elsewhere: empty, or as forks of the source's shares."""
         self._append(ReplaceShares(handle, lost, shares, source, length), NO_PAGES)
 
     def _append(self, operation: SequenceOperation, freed: Pages) -> None:
@@ -89,18 +87,18 @@ class PageLedger:
         self._closing += freed
 
     def room(self) -> Pages:
-        """Pages free once every plan is answered and every operation accepted, at least. Can be negative."""
-        room = self._free + self._closing - self._drafted
+        """The least pages that are free once every plan is answered and every operation accepted. Can be negative."""
+        room = self.free + self._closing - self._drafted
         for pages in self._unanswered.values():
             room -= pages
         return room
 
     def unpromised(self) -> Pages:
-        """Pages that every holder has left, at least, once all operations are done and all moves have ended."""
+        """The least pages that are free once, besides, every move has ended."""
         return self.room() - self.promised
 
     def affordable(self, sequence: ScheduledSequence, want: int) -> int:
-        """How many of its next `want` tokens fit into its last page and the room there is."""
+        """How many of a sequence's next `want` tokens fit into its last page and the free ones."""
         tail = -sequence.computed % self._config.page_size
         if want <= tail and not sequence.copies and sequence.rebuild is None:
             return want
@@ -117,8 +115,8 @@ class PageLedger:
         return fits
 
     def _cost(self, sequence: ScheduledSequence, count: int) -> Pages:
-        """Pages that its next `count` tokens take, at most: new ones and the copy of a shared one that they fall
-        into, less those that fall behind sliding windows."""
+        """The most pages that a sequence's next `count` tokens take: new ones, and the copy of a shared page that the
+        first of them falls into, less the pages that sliding windows leave."""
         start, size, held = sequence.next, self._config.page_size, self._config.held
         if sequence.rebuild is not None:
             return held(sequence.rebuild.missing, start, start + count, start)
@@ -131,7 +129,7 @@ class PageLedger:
         return pages + self._config.page_set(layout, start) if sequence.copies and start % size else pages
 
     def reserve(self, sequence: ScheduledSequence, count: int) -> PlannedRow:
-        """A row for its next `count` tokens, to go into the next plan."""
+        """A row for a sequence's next `count` tokens, for the next plan."""
         if sequence.handle is None:
             raise EngineError(f"request {sequence.request.id} was planned before it was admitted")
         self._drafted += self._cost(sequence, count)
@@ -143,16 +141,15 @@ class PageLedger:
         return PlannedRow(sequence, sequence.handle, start, count, sample=end == len(sequence.tokens))
 
     def plan(self, rows: list[PlannedRow]) -> Plan:
-        """A plan of rows that were reserved."""
+        """A plan of reserved rows."""
         plan = Plan(self._first, tuple(self.operations), tuple(rows))
         self._unanswered[plan] = self._drafted
         self._drafted = NO_PAGES
         return plan
 
     def accepted(self, plan: Plan, free: Pages) -> None:
-        """All holders have applied the plan's operations and reserved for its rows. Those that were asked have this
-        many pages left."""
-        self._answered(plan, free)
+        """All holders have applied the plan's operations and reserved for its rows. `free` has the pages left."""
+        self.answered(plan, free)
         done = max(0, plan.first + len(plan.operations) - self._first)
         for operation in self.operations[:done]:
             _apply(operation, self._held)
@@ -161,25 +158,22 @@ class PageLedger:
         del self.operations[:done], self._freed[:done]
         self._first += done
 
-    def refused(self, plan: Plan, free: Pages) -> None:
-        """Not every holder has accepted, so all operations still wait. Those that were asked have this many pages."""
-        self._answered(plan, free)
-
-    def _answered(self, plan: Plan, free: Pages) -> None:
+    def answered(self, plan: Plan, free: Pages) -> None:
+        """Holders have answered a plan, and have these pages left. Unless it is `accepted`, all operations wait on."""
         if self._unanswered.pop(plan, None) is None:
             raise EngineError("a plan was answered that was not waiting for an answer")
-        self._free = Pages(self._free | free)
+        self.update_free(free)
 
-    def told(self, free: Pages) -> None:
-        """These holders have so many pages left, as they say outside of any plan."""
-        self._free = Pages(self._free | free)
+    def update_free(self, free: Pages) -> None:
+        """These holders have said how many pages they have left."""
+        self.free = Pages(self.free | free)
 
     def took(self, pages: Pages) -> None:
-        """So many were taken of these holders just now, outside of any plan."""
-        self._free -= pages
+        """These pages were taken outside of any plan."""
+        self.free -= pages
 
     def concerns(self, handle: int) -> bool:
-        """Whether an operation that waits makes, forks, changes or closes that sequence."""
+        """Whether a waiting operation makes, forks, changes or closes the sequence of that handle."""
         return any(
             handle == operation.handle
             or (isinstance(operation, ForkSequence) and handle == operation.parent)
@@ -188,7 +182,7 @@ class PageLedger:
         )
 
     def forget(self, plan: Plan) -> bool:
-        """Expect no answer to the plan any more. Whether one was expected."""
+        """Expect no answer to the plan any more. Returns whether one was expected."""
         return self._unanswered.pop(plan, None) is not None
 
     def awaits(self, plan: Plan) -> bool:
@@ -196,7 +190,7 @@ class PageLedger:
         return plan in self._unanswered
 
     def check_integrity(self, handles: Sequence[int]) -> None:
-        """Raise `EngineError` unless exactly these handles, all different, will exist once everything is accepted."""
+        """Raise EngineError unless exactly these handles, all different, exist once all operations are accepted."""
         there = set(self._held)
         for operation in self.operations:
             _apply(operation, there)

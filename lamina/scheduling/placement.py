@@ -1,7 +1,7 @@
-"""Which holder keeps what of each sequence, and what each of them is told of a plan. Pure: makes messages only.
+"""Which holder keeps what of each sequence, and the operations and rows of a plan for each holder. Pure.
 
-A sequence has a handle; what a holder keeps of it is a part, with a handle of its own, so that a holder can have
-several parts of one sequence after a loss. Operations wait in one outbox a holder until it has accepted them.
+A sequence has a handle. What a holder keeps of it is a part with a handle of its own, so that a holder can have several
+parts of one sequence after a loss. Operations wait in an outbox for each holder until it accepts them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Part:
 
 @dataclass(slots=True)
 class _PrefillParts:
-    """Parts at the scratch holders, by number, for as long as a prompt (or a rebuild) is being computed: positions from
-    `lo` on."""
+    """Handles of parts in the prefill pools, by the pool's number, while a prompt (or a rebuild) of `length` tokens is
+    computed: positions from `lo` on."""
 
     handles: dict[int, int]
     lo: int
@@ -41,12 +41,13 @@ class _PrefillParts:
 class Placement:
     """The holders, and the parts of all sequences.
 
-    `heads` says how many KV heads each rank has. Layouts number them through all ranks; what holders are told numbers
-    them within the rank. `shard` says how new sequences are cut, within each rank: "heads", "sequence" or
-    "heads+sequence". `scratch` are the numbers of fused holders in the model workers' processes, one a rank, that no
-    layout names: prompts are read from them while they fit, then they let go. `here` are those of further fused
-    holders, one a rank too, that keep whole sequences: a sequence lives on them or on the others, never on both.
-    `local_share` says how much of the KV should be here; whoever measures sets it.
+    `heads` has the number of KV heads of each rank. Layouts number heads through all ranks, messages within the rank.
+    `shard` says how new sequences are cut within each rank: "heads", "sequence" or "heads+sequence".
+
+    `prefill_pools` and `local_pools` are the numbers of fused holders in the model workers' processes, one a rank each.
+    Prompts that fit are read from the prefill pools until they are computed; no layout names these pools. Local pools
+    keep whole sequences: a sequence is in the local pools or at other holders, never in both. `local_share` is the
+    wanted share of KV in the local pools; the tier controller sets it.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Placement:
         self._turn = 0
         self._last_part = 0
         self._translated = 0  # operations of plans so far
-        self._layouts: dict[Layout, Layout] = {}  # by heads: one of each kind, so that sequences are seen to be alike
+        self._layouts: dict[Layout, Layout] = {}  # by heads: equal ones are made once
         self._parts: dict[int, list[Part]] = {}  # by the sequence's handle
         self._prefills: dict[int, _PrefillParts] = {}
         self._prefill_used = Pages()
@@ -88,33 +89,37 @@ class Placement:
 
     @property
     def tiers(self) -> bool:
-        """Whether there are holders here, and others, to choose from."""
+        """Whether there are both local pools and other holders."""
         return bool(self.local_pools) and any(not self.in_local_pool(number) for number, _ in self._taking())
 
     def in_local_pool(self, number: int) -> bool:
-        """Whether a holder is one of those that keep whole sequences beside the model."""
+        """Whether a holder is a local pool."""
         return number in self.local_pools
 
     def is_local(self, layout: Layout) -> bool:
-        """Whether that layout is here."""
+        """Whether a layout is in the local pools."""
         return bool(layout) and layout[0].holder in self.local_pools
 
+    def local_tokens(self, kept: Iterable[tuple[Layout, int]]) -> tuple[int, int]:
+        """How many tokens are in the local pools, and how many in all, of these layouts and numbers of tokens."""
+        local = total = 0
+        for layout, tokens in kept:
+            local += tokens if self.is_local(layout) else 0
+            total += tokens
+        return local, total
+
     def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
-        """What a new sequence of `tokens` tokens, and up to `length`, could be cut into: first where it brings the
-        share of KV here closest to `local_share`, given the layouts and tokens of those `beside` it."""
-        here, there = self._local_layout(), self.layout(length)
-        both = tuple(layout for layout in (here, there) if layout)
+        """The possible layouts of a new sequence of `tokens` tokens that grows up to `length`. The first brings the
+        share of local KV closest to `local_share`, given the layouts and tokens of the sequences `beside` it."""
+        both = tuple(layout for layout in (self._local_layout(), self.layout(length)) if layout)
         if len(both) < 2:
             return both
-        local = total = 0
-        for layout, count in beside:
-            local += count if self.is_local(layout) else 0
-            total += count
+        local, total = self.local_tokens(beside)
         return both if prefers_local(local, total, tokens, self.local_share) else both[::-1]
 
     def layout(self, length: int, local: bool = False) -> Layout:
-        """Shares for a new sequence of up to `length` tokens, here where it is `local`. Whoever comes first changes
-        from one to the next, so that what does not divide evenly is even over many sequences."""
+        """Shares for a new sequence of up to `length` tokens, in the local pools where `local`. The first holder
+        changes with every call, so that remainders are even over many sequences. Empty where there is no holder."""
         if local:
             return self._local_layout()
         self._turn += 1
@@ -136,7 +141,7 @@ class Placement:
         return self._layouts.setdefault(layout, layout)
 
     def reads_locally(self, length: int) -> bool:
-        """Whether the scratch holders have room for a prompt of so many tokens now."""
+        """Whether the prefill pools have room for a prompt of `length` tokens now."""
         left = Pages({number: self.holders[number].pages for number in self.prefill_pools}) - self._prefill_used
         return bool(self.prefill_pools) and left.covers(self._prefill_cost(length))
 
@@ -149,8 +154,8 @@ class Placement:
         return self._heads[self.holders[number].rank]
 
     def substitute(self, share: Share, free: Pages) -> Share | None:
-        """`share` at the holder with the most free pages, of those that can have its heads. Who keeps whole sequences
-        here does not take over a part of one."""
+        """`share` at the holder of its heads' rank with the most free pages; never a local pool. None where there is no
+        such holder."""
         numbers = [
             number
             for number, _ in self._taking()
@@ -162,12 +167,11 @@ class Placement:
         return Share(best, share.heads, share.lo, share.hi)
 
     def _taking(self, rank: int | None = None) -> list[tuple[int, Holder]]:
-        """Who takes sequences, of one rank or of all."""
-        barred = self.prefill_pools
+        """The holders that take sequences, of one rank or of all."""
         return [
-            (n, holder)
-            for n, holder in self.holders.items()
-            if n not in barred and not holder.draining and rank in (None, holder.rank)
+            (number, holder)
+            for number, holder in self.holders.items()
+            if number not in self.prefill_pools and not holder.draining and rank in (None, holder.rank)
         ]
 
     # Holders come and go.
@@ -179,12 +183,12 @@ class Placement:
         self.holders[number] = holder
 
     def lost(self, number: int) -> None:
-        """A holder is gone, with all it had."""
+        """A holder is gone, with its KV."""
         del self.holders[number]
 
     def emptied(self, number: int) -> None:
-        """A holder has lost all that it had and was told, and goes on under its number. Prompts that were read from the
-        scratch holders are read from where they are stored."""
+        """A holder has lost its KV and its operations, and goes on under its number. Prompts in the prefill pools are
+        read from where they are stored."""
         for handle in list(self._prefills):
             self._drop_prefill(handle)
         for handle, parts in self._parts.items():
@@ -195,11 +199,11 @@ class Placement:
 
     @property
     def pending(self) -> bool:
-        """Whether operations wait that a holder has not accepted yet."""
+        """Whether operations wait for a holder."""
         return any(holder.outbox for holder in self.holders.values())
 
     def outgoing(self) -> dict[int, HolderBatch]:
-        """The operations that wait, without any rows."""
+        """The operations that wait, without rows."""
         return {number: holder.outgoing() for number, holder in self.holders.items() if holder.outbox}
 
     def first_head(self, number: int) -> int:
@@ -207,38 +211,38 @@ class Placement:
         return self._heads_at(number)[0]
 
     def adopt(self, handle: int, parts: Sequence[Part]) -> None:
-        """A sequence has these parts from before: no holder is told to close them."""
+        """A sequence has these parts of the previous engine: they are not closed."""
         self._parts[handle] = list(parts)
         for part in parts:
             waiting = self.holders[part.share.holder].outbox
             waiting[:] = [operation for operation in waiting if operation != Close(part.handle)]
 
     def number_parts_from(self, last: int) -> None:
-        """Handles of parts up to `last` have been used before."""
+        """Give out no handle of a part up to `last`."""
         self._last_part = max(self._last_part, last)
 
     def kept_by(self, number: int) -> dict[int, list[Part]]:
-        """The parts at one holder, by the handles of their sequences."""
+        """The parts at one holder, by the handle of the sequence."""
         kept = {
             handle: [part for part in parts if part.share.holder == number] for handle, parts in self._parts.items()
         }
         return {handle: parts for handle, parts in kept.items() if parts}
 
     def parts(self, handle: int) -> tuple[Part, ...]:
-        """What is kept of a sequence, by its handle, and where."""
+        """All parts of a sequence, by its handle."""
         return tuple(self._parts.get(handle, ()))
 
     def open_beside(self, shares: Layout) -> tuple[Part, ...]:
-        """Open shares of a sequence at other holders too; `moved` or `give_up` ends that."""
+        """Open further parts of a sequence; `moved` or `give_up` ends that."""
         return tuple(self._open(share) for share in shares)
 
     def give_up(self, new: Iterable[Part]) -> None:
-        """What was opened beside is not wanted any more."""
+        """Close parts that were opened beside."""
         for part in new:
             self._close(part)
 
     def moved(self, handle: int, old: Iterable[Part], new: Iterable[Part]) -> None:
-        """The `new` parts of a sequence have all that the `old` ones had: they take their place."""
+        """The `new` parts of a sequence have all tokens of the `old` ones, and take their place."""
         gone = set(old)
         self._parts[handle] = [part for part in self._parts[handle] if part not in gone] + list(new)
         self.give_up(gone)
@@ -246,17 +250,17 @@ class Placement:
     # Plans.
 
     def place(self, plan: Plan) -> dict[int, HolderBatch]:
-        """For each holder that is concerned, its operations and the rows that read or store there."""
+        """The operations and rows of each holder that the plan concerns."""
         for operation in plan.operations[max(0, self._translated - plan.first) :]:
             self._translate(operation)
         self._translated = max(self._translated, plan.first + len(plan.operations))
         routes: dict[int, list[Route]] = {}
-        again: dict[int, list[Route]] = {}  # further parts of a sequence come last, so that the first stand together
+        again: dict[int, list[Route]] = {}  # further parts of a sequence come after all first ones
         for source, row in enumerate(plan.rows):
-            told = set[int]()
+            seen = set[int]()
             for number, route in self._routes(source, row):
-                (again if number in told else routes).setdefault(number, []).append(route)
-                told.add(number)
+                (again if number in seen else routes).setdefault(number, []).append(route)
+                seen.add(number)
         for number, more in again.items():
             routes[number] += more
         return {
@@ -266,7 +270,7 @@ class Placement:
         }
 
     def recorded(self, plan: Plan) -> None:
-        """The batch is complete: where a prompt or a rebuild has ended, the local holder lets go."""
+        """The batch is complete: prefill pools drop the prompts and rebuilds that have ended."""
         for row in plan.rows:
             rebuilt = row.rebuild and row.sequence.rebuild is None
             if row.sample or rebuilt:
@@ -292,11 +296,11 @@ class Placement:
 
     def _open(self, share: Share) -> Part:
         part = Part(self._next(), share)
-        self._tell(share.holder, Open(part.handle, self._told(share.holder, share.heads), share.lo, share.hi))
+        self._queue(share.holder, Open(part.handle, self._heads_in(share.holder, share.heads), share.lo, share.hi))
         return part
 
-    def _told(self, number: int, heads: tuple[int, ...]) -> tuple[int, ...]:
-        """Heads as a holder numbers them."""
+    def _heads_in(self, number: int, heads: tuple[int, ...]) -> tuple[int, ...]:
+        """Heads as a holder numbers them: within its rank."""
         first = self._heads_at(number)[0] if number in self.holders else 0
         return tuple(head - first for head in heads) if first else heads
 
@@ -304,27 +308,27 @@ class Placement:
         forks = []
         for part in parts:
             forks.append(Part(self._next(), part.share))
-            self._tell(part.share.holder, Fork(forks[-1].handle, part.handle, length))
+            self._queue(part.share.holder, Fork(forks[-1].handle, part.handle, length))
         return forks
 
     def _close(self, part: Part) -> None:
-        self._tell(part.share.holder, Close(part.handle))
+        self._queue(part.share.holder, Close(part.handle))
 
     def _next(self) -> int:
         self._last_part += 1
         return self._last_part
 
-    def _tell(self, number: int, operation: Operation) -> None:
-        if number in self.holders:  # whoever is gone has forgotten everything
+    def _queue(self, number: int, operation: Operation) -> None:
+        if number in self.holders:  # not a lost one
             self.holders[number].outbox.append(operation)
 
     def _routes(self, source: int, row: PlannedRow) -> list[tuple[int, Route]]:
-        """Every part that reads or stores the row. For each head, what is read is [0, start), or [0, end) where a
-        fused part attends the row's own tokens too."""
+        """A route for every part that reads or stores the row. Each head reads [0, start), or [0, end) where a fused
+        part attends the row's own tokens too."""
         start, end = row.start, row.start + row.count
         prefill = self._prefill_of(row)
         below = prefill.lo if prefill else start
-        chooses = row.count == 1 and row.sample  # decode; rebuilds and prompts, but for a last token alone, read all
+        chooses = row.count == 1 and row.sample  # decode, or a prompt's last token alone: other rows read all
         missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
         routes = []
         for part in self._parts[row.handle]:
@@ -334,19 +338,20 @@ class Placement:
             read_end = end if fused else min(below, share.hi)
             read = (share.lo, read_end) if read_end > share.lo else None
             if read or store:
-                told = Row(part.handle, start, row.count, read, store, chooses)
-                heads = self._told(share.holder, share.heads)
-                routes.append((share.holder, Route(source, heads, told, told.stored(share.lo, share.hi))))
+                message = Row(part.handle, start, row.count, read, store, chooses)
+                heads = self._heads_in(share.holder, share.heads)
+                routes.append((share.holder, Route(source, heads, message, message.stored(share.lo, share.hi))))
         if prefill is not None:
             for number, handle in prefill.handles.items():
-                told = Row(handle, start, row.count, (prefill.lo, end), True)
-                routes.append((number, Route(source, self._told(number, self._heads_at(number)), told, (start, end))))
+                message = Row(handle, start, row.count, (prefill.lo, end), True)
+                heads = self._heads_in(number, self._heads_at(number))
+                routes.append((number, Route(source, heads, message, (start, end))))
         return routes
 
     def _prefill_of(self, row: PlannedRow) -> _PrefillParts | None:
-        """The scratch parts that the row reads, opened where the row begins a prompt or a rebuild that fits."""
+        """The parts in prefill pools that the row reads, opened where it begins a prompt or a rebuild that fits."""
         if not self.prefill_pools or all(self.in_local_pool(part.share.holder) for part in self._parts[row.handle]):
-            return None  # who keeps it here attends its own tokens too
+            return None  # local pools are fused themselves
         prefill = self._prefills.get(row.handle)
         if prefill is not None and prefill.lo <= row.start:
             return prefill
@@ -356,8 +361,8 @@ class Placement:
             return None
         prefill = _PrefillParts({number: self._next() for number in self.prefill_pools}, row.start, left)
         for number, handle in prefill.handles.items():
-            heads = self._told(number, self._heads_at(number))
-            self._tell(number, Open(handle, heads, row.start, self._end))
+            heads = self._heads_in(number, self._heads_at(number))
+            self._queue(number, Open(handle, heads, row.start, self._end))
         self._prefills[row.handle] = prefill
         self._prefill_used += self._prefill_cost(left)
         return prefill
@@ -367,4 +372,4 @@ class Placement:
         if prefill is not None:
             self._prefill_used -= self._prefill_cost(prefill.length)
             for number, part in prefill.handles.items():
-                self._tell(number, Close(part))
+                self._queue(number, Close(part))

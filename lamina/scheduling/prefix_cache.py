@@ -1,8 +1,7 @@
 """Which prefixes the holders keep, as a radix tree over token ids, so that each is computed once.
 
-A node stands for a whole number of pages and is a sequence of its own in the holders, forked from whoever computed
-it; before that it is *pending*, and its writer is computing it. Knows nothing of batches, budgets, or what a page
-costs: it is given how to weigh pages, fork, close and wake.
+A node is a whole number of pages, and a sequence of its own in the holders, forked off the sequence that computed it.
+Before that the node is *pending*, and its writer is computing it.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from lamina.scheduling.request import ScheduledSequence
 
 
 class Match(NamedTuple):
-    """What the tree has of some tokens: the first `length` by forking `node`, and the first `promised` in pages
-    that the writer of `pending` has yet to compute. None and 0 where there is nothing."""
+    """What the tree has of some tokens: the first `length` by a fork of `node`, and the first `promised` in pages that
+    the writer of `pending` is about to compute. None and 0 where there is nothing."""
 
     node: Node | None = None
     length: int = 0
@@ -30,11 +29,11 @@ class Match(NamedTuple):
 
 
 class PrefixCache:
-    """All trees, one for each salt. `evictable` is how many pages eviction could free, at least.
+    """All trees, one for each salt. `evictable` has the least pages that eviction could free.
 
-    `weigh(layout, lo, hi, floor)` counts the pages of positions [lo, hi) kept by a sequence with that floor,
-    `fork(parent, length)` and `close(handle, pages)` change the holders, `wake` is told of each sequence that need
-    not wait any more.
+    `weigh(layout, lo, hi, floor)` counts the pages of positions [lo, hi) that a sequence with that floor keeps,
+    `fork(parent, length)` and `close(handle, pages)` change the holders, and `wake` gets each sequence that need not
+    wait any more.
     """
 
     def __init__(
@@ -55,10 +54,9 @@ class PrefixCache:
         self._unused: list[tuple[int, int, Node]] = []  # heap of (tick, handle, leaf); ticks may be out of date
 
     def match(self, tokens: tuple[int, ...], salt: Hashable = None) -> Match:
-        """The longest prefix of `tokens` to be had, always short of the last token, whose logits are wanted.
+        """The longest prefix of `tokens` that the tree has, without the last token, whose logits are wanted.
 
-        A fork may end inside a page, at the price of a copied page and of reading a past; it is taken only where
-        it saves half a page or more.
+        A fork inside a page costs a copy of the page, so it is used only where it saves half a page or more.
         """
         node, at = self._roots.get(salt), 0
         source, length, pending, promised = None, 0, None, 0
@@ -83,22 +81,22 @@ class PrefixCache:
         """Let `sequence` wait until the promised pages are computed, or never will be."""
         node = match.pending
         if node is None or node.parent is None:
-            raise EngineError(f"request {sequence.request.id} would wait for a prefix that nobody computes")
+            raise EngineError(f"request {sequence.request.id} would wait for a prefix that is not pending")
         if match.promised < node.length:
             node = self._split(node, match.promised) or node
         node.waiters.append(sequence)
 
     def enter(self, writer: ScheduledSequence) -> None:
-        """Announce the whole pages of the writer's tokens as pending, as far as nobody has or announced them."""
+        """Enter the whole pages of the writer's tokens as pending nodes, beyond those that the tree has."""
         tokens = self._whole_pages(writer, len(writer.tokens))
         node = self._branch(tokens, writer.request.salt)
-        # Below another's pending node nothing is promised: that writer may go before this one is done.
+        # Not below another writer's pending node, which may be discarded before this one is computed.
         if node is not None and node.writer is None and node.length < len(tokens):
             self._pending[writer] = pending = self._add(node, tokens)
             pending.writer = writer
 
     def advance(self, writer: ScheduledSequence) -> None:
-        """Fork those of its pending nodes off `writer` that it has computed by now. It must not be in flight."""
+        """Fork the writer's pending nodes that are computed off it. It must not be in flight."""
         deepest, last = None, self._pending.get(writer)
         for node in pending_down_to(last):
             if node.length > writer.computed:
@@ -115,29 +113,29 @@ class PrefixCache:
                 self._pending.pop(writer, None)
 
     def discard(self, writer: ScheduledSequence) -> None:
-        """Forget the writer's pending nodes; those who wait for them must see for themselves."""
+        """Forget the writer's pending nodes, and wake the sequences that wait for them."""
         nodes = list(pending_down_to(self._pending.pop(writer, None)))
         for node in nodes:
             node.writer = None
             self._wake_waiters(node)
         if nodes:
-            self._detach(nodes[0])  # the others hang below it, and nothing else does
+            self._detach(nodes[0])  # below it are the others alone
 
     def keep(self, sequence: ScheduledSequence) -> None:
-        """Enter the whole pages that an ending sequence has computed, forked off it. It must not be in flight."""
+        """Enter the whole pages that an ended sequence has computed, forked off it. It must not be in flight."""
         self.discard(sequence)
         tokens = self._whole_pages(sequence, sequence.computed)
         node = self._branch(tokens, sequence.request.salt) if len(tokens) >= sequence.floor else None
         pending = list(pending_down_to(node))
         if node is None or (pending and pending[0].length < sequence.floor):
             return
-        for promised in pending:  # it was faster than their writer
+        for promised in pending:  # this sequence was faster than their writer
             self._make_ready(promised, sequence)
         if node.length < len(tokens):
             self._make_ready(self._add(node, tokens), sequence)
 
     def hold(self, sequence: ScheduledSequence, node: Node, length: int) -> None:
-        """Keep the nodes whose pages `sequence` shares, being forked from `node` at `length` (or `node` from it)."""
+        """Keep the nodes whose pages `sequence` shares: it was forked off `node` at `length`, or `node` off it."""
         whole = length - length % self._page_size
         while node.parent is not None and node.parent.length >= whole:
             node = node.parent
@@ -161,15 +159,15 @@ class PrefixCache:
                 self._queue(node)
 
     def held_by(self, sequence: ScheduledSequence) -> Node | None:
-        """The deepest node whose pages it shares."""
+        """The deepest node whose pages a sequence shares."""
         return self._held.get(sequence)
 
     def knows(self, sequence: ScheduledSequence) -> bool:
-        """Whether it shares pages with a node, or is about to write one."""
+        """Whether a sequence shares pages with a node, or is the writer of one."""
         return sequence in self._held or sequence in self._pending
 
     def unused_pages(self, node: Node) -> Pages:
-        """The evictable pages that would no longer be so if `node` were held."""
+        """The pages that would not be evictable any more if `node` were held."""
         unused = NO_PAGES
         for held in path_up(node):
             if held.users == 0:
@@ -177,7 +175,7 @@ class PrefixCache:
         return unused
 
     def evict(self) -> bool:
-        """Close the least recently used leaf without users. False: there is none."""
+        """Close the least recently used leaf without users. False where there is none."""
         while self._unused:
             tick, _, node = heappop(self._unused)
             node.queued = False
@@ -189,15 +187,15 @@ class PrefixCache:
         return False
 
     def clear(self) -> None:
-        """Give up every node, pending ones too. Those who use them keep what they share."""
+        """Drop every node, pending ones too. Sequences keep the pages that they share."""
         for node in list(self._nodes()):
             if node.writer is not None:
                 self.discard(node.writer)
-        for node in reversed(list(self._nodes())):  # those below come first
+        for node in reversed(list(self._nodes())):  # children first
             self._evict(node)
 
     def evict_used(self) -> bool:
-        """Give up any leaf, pending or in use: its users keep what they share. False: no node is left."""
+        """Drop the oldest leaf, pending or in use; its users keep the pages. False where no node is left."""
         leaves = [node for node in self._nodes() if not node.children]
         if not leaves:
             return False
@@ -212,10 +210,8 @@ class PrefixCache:
         return tuple(sequence.tokens[: length - length % self._page_size])
 
     def _branch(self, tokens: tuple[int, ...], salt: Hashable) -> Node | None:
-        """The node at whose end `tokens` leave the tree, split off where there was none.
-
-        None where they end inside an edge, or where it cannot be split.
-        """
+        """The node at whose end `tokens` leave the tree, split off where there is none. None where they end inside an
+        edge, or the edge cannot be split."""
         if not tokens:
             return None
         node = self._roots.setdefault(salt, Node(tokens=(), length=0, parent=None, salt=salt))
@@ -236,7 +232,7 @@ class PrefixCache:
         return node
 
     def _split(self, node: Node, length: int) -> Node | None:
-        """Put a node of `length` tokens between `node` and its parent. None below the floor of `node`."""
+        """Put a node of `length` tokens between `node` and its parent. None for a length below the floor of `node`."""
         parent = node.parent
         if parent is None or (node.handle is not None and length < node.floor):
             return None
@@ -289,7 +285,7 @@ class PrefixCache:
         self._detach(node)
 
     def _detach(self, node: Node) -> None:
-        """Cut a node off its parent. It keeps the way up, for those who hold it."""
+        """Cut a node off its parent. It keeps its own link to the parent, which `release` follows."""
         parent = node.parent
         if parent is None:
             return
@@ -307,7 +303,7 @@ class PrefixCache:
                 yield node
 
     def check_integrity(self, running: Iterable[ScheduledSequence]) -> list[int]:
-        """Raise `EngineError` if nodes, users and counts contradict each other. Returns the handles of all nodes."""
+        """Raise EngineError if nodes, users and counts contradict each other. Returns the handles of all nodes."""
         alive = set(running)
         if strangers := (self._held.keys() | self._pending.keys()) - alive:
             names = sorted(sequence.request.id for sequence in strangers)

@@ -12,10 +12,10 @@ from lamina.scheduling.request import ScheduledSequence
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """The first `length` tokens of a path; `tokens` are those that its parent has not. Whole pages, both.
+    """The first `length` tokens of a path; `tokens` are those beyond its parent. Both are whole pages.
 
-    Pending while it has a `writer`; then `handle` names it in the holders, until it is evicted. The children's
-    first pages differ, so each edge is found by its place in the order of tokens.
+    A node is pending while it has a `writer`; then it has a `handle` in the holders, until it is evicted. The first
+    pages of children differ, so an edge is found by the order of tokens.
     """
 
     tokens: tuple[int, ...]
@@ -24,27 +24,23 @@ class Node:
     writer: ScheduledSequence | None = None
     handle: int | None = None
     floor: int = 0  # the lowest length at which it can be forked
-    layout: Layout = ()  # who keeps it
-    pages: Pages = field(default_factory=Pages)  # what its eviction frees: its pages that the parent has not
+    layout: Layout = ()  # the shares of its KV
+    pages: Pages = field(default_factory=Pages)  # what its eviction frees: its pages beyond the parent's
     users: int = 0  # running sequences that share pages with it or with a node below
     tick: int = 0  # when it was last used
     queued: bool = False  # whether the heap of unused leaves has it
-    salt: Hashable = None  # a root's own
+    salt: Hashable = None  # of a root
     children: list[Node] = field(default_factory=list)
     waiters: list[ScheduledSequence] = field(default_factory=list)
 
 
-def _edge(node: Node) -> tuple[int, ...]:
-    return node.tokens
-
-
 def place_of(parent: Node, tokens: tuple[int, ...]) -> int:
-    """The index among the children of the edge `tokens`, or where it would go."""
-    return bisect_left(parent.children, tokens, key=_edge)
+    """The index among the children of the edge `tokens`, or where it would be inserted."""
+    return bisect_left(parent.children, tokens, key=lambda child: child.tokens)
 
 
 def closest_child(node: Node, tokens: tuple[int, ...]) -> tuple[Node | None, int]:
-    """The child that shares the most tokens, and how many. In order of edges it stands beside where `tokens` would."""
+    """The child that shares the most tokens, and how many. It is next to the place of `tokens` in the order."""
     best, most = None, 0
     at = place_of(node, tokens)
     for child in node.children[max(at - 1, 0) : at + 1]:
@@ -55,7 +51,7 @@ def closest_child(node: Node, tokens: tuple[int, ...]) -> tuple[Node | None, int
 
 
 def common_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens a and b have in common at their beginning. Compares slices: a loop would take 1 ms on 12,000."""
+    """How many tokens a and b have in common at their beginning. Compares slices: a loop takes 1 ms for 12,000."""
     shorter = min(len(a), len(b))
     low, high = 0, 64
     while high < shorter and a[low:high] == b[low:high]:
@@ -71,7 +67,7 @@ def common_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 def path_up(node: Node) -> Iterator[Node]:
-    """The node and those above it, without the root."""
+    """The node and its ancestors, without the root."""
     at: Node | None = node
     while at is not None and at.parent is not None:
         yield at
@@ -79,7 +75,7 @@ def path_up(node: Node) -> Iterator[Node]:
 
 
 def pending_down_to(node: Node | None) -> Iterator[Node]:
-    """The pending nodes of the path that ends in `node`, from the top. They have one writer."""
+    """The pending nodes of the path to `node`, from the top. They have one writer."""
     pending = []
     while node is not None and node.writer is not None:
         pending.append(node)

@@ -1,6 +1,6 @@
-"""The nouns of scheduling: what was asked, one sample of it, what one batch does, and what limits it.
+"""The nouns of scheduling: a request, one sample of it, what one batch does, and the limits of a batch.
 
-Knows nothing of tensors, holders, clocks or the text behind the tokens: ints, tuples and lists only.
+Plain ints, tuples and lists.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and when its samples end. Set once by whoever submits it.
+    """One prompt and when its samples end. The submitter sets every field once.
 
-    `stop_token_ids` holds the model's end-of-text tokens too, unless they are to be ignored. A lower `priority`
-    is more urgent. Requests share prefixes only with requests of the same `salt`.
+    `stop_token_ids` includes the model's end-of-text tokens, unless they are to be ignored. A lower `priority` is more
+    urgent. Requests share prefixes only with requests of the same `salt`.
     """
 
     id: str
@@ -36,10 +36,10 @@ class Request:
 
 @dataclass(slots=True)
 class Rebuild:
-    """What a lost holder had of a sequence, being computed again: positions [at, end) are still to be done.
+    """A lost part of a sequence that is computed again: positions [at, end) are still to be done.
 
-    `missing` are the shares that take it. `planned` is `at`, and the tokens of the row in flight. With a `source` it
-    waits until that sequence's share is whole up to `length`, and is forked off it; `lost` is the holder that had it.
+    The shares `missing` store it. `planned` is `at` plus the tokens of the row in flight. With a `source` the rebuild
+    waits until that sequence's share is whole up to `length`, and forks it. `lost` is the number of the lost holder.
     """
 
     missing: Layout
@@ -54,10 +54,10 @@ class Rebuild:
 
 @dataclass(eq=False, slots=True)
 class ScheduledSequence:
-    """One sample of a request. Only the scheduler (and its prefix tree) writes to it.
+    """One sample of a request. Only the scheduler and its prefix cache write to it.
 
-    `tokens` are prompt, then output; the first `computed` of them have their KV in the holders, under `handle`
-    (None while it has none: it waits, or it has ended). The last token's KV is computed when it is fed.
+    `tokens` are prompt, then output; the first `computed` of them have KV in the holders, under `handle` (None without
+    KV: the sample waits, or has ended). The last token's KV is computed when the token is fed.
     """
 
     request: Request
@@ -66,18 +66,18 @@ class ScheduledSequence:
     tokens: list[int]
     computed: int = 0
     handle: int | None = None
-    planned: int = 0  # `computed`, and the tokens of its row in flight
+    planned: int = 0  # `computed` plus the tokens of its row in flight
     finish_reason: FinishReason | None = None
-    reused: int = 0  # tokens of its prompt that it has from a fork instead of a prefill
+    reused: int = 0  # tokens of its prompt that came from a fork instead of a prefill
     preemptions: int = 0
-    sound: bool = True  # whether the prefix tree may keep what it computes
-    layout: Layout = ()  # who keeps its KV, while it has any
-    rebuild: Rebuild | None = None  # before it can go on
+    sound: bool = True  # whether its KV may enter the prefix cache
+    layout: Layout = ()  # the shares of its KV, while it has KV
+    rebuild: Rebuild | None = None  # what must be computed again before it can go on
 
-    # What its pages are shared with, as far as the scheduler must know to count them.
-    floor: int = 0  # the lowest length to which its KV can be cut or forked, as the holders reported it
-    shared: int = 0  # its first tokens, whose pages may belong to others too
-    copies: bool = False  # its next write may fall into a shared page, which the holder copies first
+    # For the count of pages.
+    floor: int = 0  # the lowest length to which its KV can be cut or forked, by the holders' answers
+    shared: int = 0  # how many of its first tokens are in pages that other sequences may have too
+    copies: bool = False  # whether its next write may fall into a shared page, which the holder copies first
     siblings: list[ScheduledSequence] = field(default_factory=list)  # samples that wait for this one's prompt
 
     order: tuple[int, int, int] = field(init=False)
@@ -87,7 +87,7 @@ class ScheduledSequence:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a row of it is in a plan that has neither been recorded nor undone."""
+        """Whether a plan that is neither recorded nor undone has a row of it."""
         return self.planned > self.computed or (self.rebuild is not None and self.rebuild.planned > self.rebuild.at)
 
     @property
@@ -97,17 +97,17 @@ class ScheduledSequence:
 
     @property
     def left(self) -> int:
-        """Tokens that are known and still to be computed, or computed again, before it can sample (or go on)."""
+        """How many known tokens are to be computed, or computed again, before it can sample (or go on)."""
         return len(self.tokens) - self.computed if self.rebuild is None else self.rebuild.end - self.rebuild.at
 
     @property
     def longest(self) -> int:
-        """The most tokens of it that will ever have KV: the last one is never fed back."""
+        """The most tokens that will ever have KV: the last one is never fed back."""
         return len(self.request.prompt) + self.request.max_tokens - 1
 
 
 class RetainedKv(NamedTuple):
-    """KV of a sequence that the holders have from before: of its first `computed` tokens, under `handle`."""
+    """KV of a sequence that holders kept from the previous engine: of its first `computed` tokens, under `handle`."""
 
     handle: int
     layout: Layout
@@ -141,8 +141,8 @@ class CloseSequence:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceShares:
-    """Of `handle`, what the lost holder kept is gone: create `shares` in its place, empty, or as the first `length`
-    tokens of the same shares of `source`."""
+    """Create `shares` in the place of the lost holder's part of `handle`: empty, or as the first `length` tokens of the
+    same shares of `source`."""
 
     handle: int
     lost: int
@@ -156,10 +156,8 @@ SequenceOperation = OpenSequence | ForkSequence | CloseSequence | ReplaceShares
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """Compute the `count` tokens of `sequence` from position `start` on, and sample after them if `sample`.
-
-    `rebuild`: they were computed before; only the shares that are missing store them.
-    """
+    """Compute `count` tokens of `sequence` from position `start` on, and sample after them if `sample`. In a `rebuild`
+    row they were computed before, and only the missing shares store them."""
 
     sequence: ScheduledSequence
     handle: int
@@ -171,10 +169,7 @@ class PlannedRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """One batch: every operation that no holder has accepted yet, numbered from `first`, then the rows.
-
-    Without rows it only carries operations.
-    """
+    """One batch: every operation that is not accepted yet, numbered from `first`, then the rows, if any."""
 
     first: int
     operations: tuple[SequenceOperation, ...]
@@ -190,7 +185,7 @@ class Outcome(NamedTuple):
 
 
 class Retention(Protocol):
-    """What of a sequence must be kept; `lamina_workers.policies.policy.Policy` is one."""
+    """Which tokens of a sequence are kept; `lamina_workers.policies.policy.Policy` implements it."""
 
     @property
     def sinks(self) -> int:
@@ -201,14 +196,14 @@ class Retention(Protocol):
 
 
 class PageGroup(NamedTuple):
-    """Layers whose KV heads `heads` (None: every one) keep what `policy` says; None: everything."""
+    """Layers whose KV heads `heads` (None: all) keep what `policy` says (None: everything)."""
 
     layers: int
     policy: Retention | None = None
     heads: frozenset[int] | None = None
 
     def cells(self, heads: tuple[int, ...]) -> int:
-        """How many of these heads, over all layers, belong to it."""
+        """How many of these heads, over all layers, belong to the group."""
         return self.layers * (len(heads) if self.heads is None else len(self.heads.intersection(heads)))
 
     def kept(self, first: int, end: int, start: int, size: int) -> int:
@@ -230,10 +225,10 @@ class PageGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits of a batch, and what a token costs. Raises `InvalidRequest` where no request could ever run.
+    """Limits of a batch, and what a token costs. Raises InvalidRequest for a limit below 1.
 
-    `page_groups` describes what the model's layers and KV heads keep: a page is `page_size` tokens of one layer and
-    one KV head.
+    `page_groups` says what the model's layers and KV heads keep. A page is `page_size` tokens of one layer and one KV
+    head.
     """
 
     max_batch_tokens: int
@@ -254,7 +249,7 @@ class SchedulerConfig:
         return all(group.policy is None for group in self.page_groups)
 
     def page_set(self, layout: Layout, position: int) -> Pages:
-        """Pages that the `page_size` tokens from `position` on take: one in every layer and KV head."""
+        """The pages of the `page_size` tokens from `position` on: one in every layer and KV head."""
         pages = Pages()
         for share in layout:
             if share.lo <= position < share.hi:
@@ -263,10 +258,10 @@ class SchedulerConfig:
         return pages
 
     def held(self, layout: Layout, lo: int, hi: int, start: int) -> Pages:
-        """Pages between positions lo and hi that a sequence keeps when its last row began at `start`.
+        """The pages between positions lo and hi that a sequence keeps when its last row began at `start`.
 
-        The page that `lo` falls into is not counted, the one that `hi` falls into is. A page that no query at `start`
-        or later sees has been let go, where a share stores that row.
+        The page into which `lo` falls is not counted, that of `hi` is. A share that stores the row has freed every page
+        that no query at `start` or later sees.
         """
         size = self.page_size
         pages = Pages()
@@ -280,8 +275,8 @@ class SchedulerConfig:
         return pages
 
     def pages_for(self, layout: Layout, length: int, shared: int = 0) -> Pages:
-        """The most pages that a sequence of `length` tokens needs when it grows by no more than a page at a time, and
-        has its first `shared` tokens, which are whole pages, from elsewhere."""
+        """The most pages that a sequence of `length` tokens needs when it grows by at most a page at a time and shares
+        its first `shared` tokens, which are whole pages, with others."""
         size = self.page_size
         pages = Pages()
         for share in layout:
@@ -293,14 +288,9 @@ class SchedulerConfig:
             pages[share.holder] = pages.get(share.holder, 0) + most
         return pages
 
-    def validate(self, prompt_len: int, max_tokens: int, possible: int) -> None:
-        """Raise `InvalidRequest` unless a prompt of this many tokens can run to `max_tokens`, where the holders have
-        room for `possible` tokens of one sequence."""
-        check_length(prompt_len, max_tokens, self.max_model_len, possible)
-
 
 def check_length(prompt_len: int, max_tokens: int, context: int, possible: int) -> None:
-    """Raise `InvalidRequest` unless a prompt and so many further tokens fit into the context and into the KV memory,
+    """Raise InvalidRequest unless a prompt and `max_tokens` further tokens fit into the context and into the KV memory,
     which holds `possible` tokens of one sequence."""
     if prompt_len < 1:
         raise InvalidRequest("the prompt is empty; at least one token is needed")

@@ -1,4 +1,4 @@
-"""Which sequences are computed in the next batch: requests in, plans out, tokens back. The truth about sequences.
+"""Which sequences are computed in the next batch: requests in, plans out, tokens back.
 
 The life of a plan: `plan`, then `accepted` or `refused` as the holders answer; once its batch is complete `record`, or
 `drop` where it failed. Several plans may be in flight, with disjoint sequences. The same calls give the same plans.
@@ -15,21 +15,30 @@ from lamina.scheduling.admission import Admission
 from lamina.scheduling.kv_rebuild import KvRebuild
 from lamina.scheduling.kv_shares import Layouts, Pages
 from lamina.scheduling.page_ledger import PageLedger
-from lamina.scheduling.request import Outcome, Plan, PlannedRow, Request, RetainedKv, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.request import (
+    Outcome,
+    Plan,
+    PlannedRow,
+    Request,
+    RetainedKv,
+    ScheduledSequence,
+    SchedulerConfig,
+    check_length,
+)
 from lamina.scheduling.running import RunningSequences
 
 
 class Scheduler:
     """First come, first served within a priority: everything goes by `ScheduledSequence.order`. For one thread.
 
-    Its parts are members: `ledger` counts pages and holds the operations that wait, `running` has the sequences with
-    KV, `admission` those that wait for some. The scheduler forms batches of them, and ends requests.
+    `ledger` counts pages and has the operations that wait, `running` has the sequences with KV, `admission` those that
+    wait for KV. The scheduler forms batches of them, and ends requests.
     """
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
         self.config = config
         self.ledger = PageLedger(config, layouts.capacity)
-        self.running = RunningSequences(config, self.ledger, self._wake)
+        self.running = RunningSequences(config, self.ledger, lambda sequence: self.admission.queue(sequence))
         self.admission = Admission(config, layouts, self.running)
         self.counters = self.running.counters
         self._layouts = layouts
@@ -37,21 +46,18 @@ class Scheduler:
         self._requests: dict[str, list[ScheduledSequence]] = {}  # unfinished ones
         self._in_flight: set[Plan] = set()
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
-        self._refused = False  # the last answer: nothing is admitted on a count of pages that was wrong
+        self._refused = False  # the last plan: the count of pages was wrong, so nothing is admitted by it
         self._stalled = False  # no room can be made before a batch in flight is over
         self._arrivals = 0
 
-    def _wake(self, sequence: ScheduledSequence) -> None:
-        self.admission.queue(sequence)
-
     @property
     def has_work(self) -> bool:
-        """Whether a sequence is unfinished, a plan in flight, or an operation not accepted yet."""
+        """Whether a sequence is unfinished, a plan is in flight, or an operation is not accepted yet."""
         return bool(self._requests or self._in_flight or self.ledger.operations)
 
     @property
     def waiting(self) -> int:
-        """How many unfinished sequences have no KV, including those that wait for a prefix or for their sibling."""
+        """How many unfinished sequences have no KV, those included that wait for a prefix or for a sibling."""
         return sum(sequence.handle is None for samples in self._requests.values() for sequence in samples)
 
     # Requests.
@@ -64,8 +70,8 @@ class Scheduler:
     ) -> tuple[ScheduledSequence, ...]:
         """Queue all samples of a request and return them. Raises `InvalidRequest` where it can never run.
 
-        A request that another engine began goes on with the samples in `known`, after these tokens; of those in `kept`
-        the holders have KV, as far as a share's holder is there. Tell of `lost` holders afterwards.
+        A request of the previous engine goes on with the samples in `known`, after these tokens. Of the samples in
+        `kept` the holders have KV, where a share's holder is there. Call `lost` for missing holders afterwards.
         """
         self.validate(request)
         if request.id in self._requests:
@@ -80,7 +86,7 @@ class Scheduler:
         self._requests[request.id] = samples
         kept = kept or {}
         first, *others = samples
-        if not known[first.sample]:  # those that have nothing either wait for its prompt
+        if not known[first.sample]:  # other samples without tokens wait for its prompt
             first.siblings = [each for each in others if not known[each.sample] and each.sample not in kept]
         for sequence in samples:
             if sequence.sample in kept:
@@ -91,7 +97,8 @@ class Scheduler:
 
     def validate(self, request: Request) -> None:
         """Raise `InvalidRequest` where a request can never run."""
-        self.config.validate(len(request.prompt), request.max_tokens, self.admission.longest_possible())
+        possible = self.admission.longest_possible()
+        check_length(len(request.prompt), request.max_tokens, self.config.max_model_len, possible)
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
 
@@ -103,13 +110,14 @@ class Scheduler:
         return samples
 
     def end(self, sequence: ScheduledSequence, reason: FinishReason, keep: bool = True) -> None:
-        """End one sample. In flight, its KV is closed when the batch is over, and a token sampled then is lost.
+        """End one sample. The KV of one in flight is closed when its batch is over, and a token sampled then is lost.
 
-        Without `keep` nothing more of its KV enters the prefix tree; what batches before the one in flight brought
-        there stays. That holds for a sample that has ended before, too.
+        Without `keep` nothing more of its KV enters the prefix cache, even if the sample has ended before. What earlier
+        batches entered stays.
         """
         if not keep:
-            self.running.distrust(sequence)
+            sequence.sound = False
+            self.running.prefix_cache.discard(sequence)
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
@@ -128,16 +136,16 @@ class Scheduler:
     def plan(self, lanes: int = 1) -> Plan | None:
         """The next batch, or None where nothing can be done before a plan in flight is over.
 
-        Decoding comes first, one token each; what is left of `max_batch_tokens` goes to prefills. Pages go strictly
-        by order, so the first sequence never waits for a later one. With nothing to compute, operations that wait
-        are flushed in a plan without rows. With several `lanes`, a plan takes its share of the running sequences only.
+        Decoding comes first, one token each; what is left of `max_batch_tokens` goes to prefills. Pages are given by
+        order, so the first sequence never waits for a later one. With nothing to compute, waiting operations go out in
+        a plan without rows. With several `lanes` a plan takes only its share of the running sequences.
         """
         if self._stalled:
             return None
         rows = self._rows(lanes)
         if not rows and (self._in_flight or not self.ledger.operations):
             return None
-        rows.sort(key=_is_prefill)
+        rows.sort(key=lambda row: row.count > 1)  # decode first
         plan = self.ledger.plan(rows)
         self._in_flight.add(plan)
         return plan
@@ -148,7 +156,7 @@ class Scheduler:
         idle = deque(sequence for sequence in self.running if not sequence.in_flight)
         budget = self._batch_tokens
         prefill = max(1, budget - sum(sequence.left == 1 for sequence in idle))
-        short = False  # of pages for somebody
+        short = False  # a sequence has got no pages
         while budget:
             younger = idle
             if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self.running))):
@@ -156,7 +164,7 @@ class Scheduler:
                 if not self._rebuilds.ready(sequence):
                     continue
             elif prefill and not short and (admitted := self._admit()):
-                # Its lane's share may be full already: were it not admitted then, nobody would be while all lanes are.
+                # Even where its lane's share is full: otherwise none would be admitted while every lane is.
                 sequence, younger = admitted, deque()
             else:
                 break
@@ -177,13 +185,14 @@ class Scheduler:
         return None if self._refused and self.running.sequences else self.admission.admit()
 
     def _make_room(self, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
-        """How many of `want` tokens the pages allow, after making room: 0 if it must wait for those in flight.
+        """How many of `want` tokens the pages allow, after making room: 0 where it must wait for batches in flight.
 
-        Cached prefixes go first. The youngest of the `younger` idle sequences is preempted only where not one token
-        fits, and a sequence that is alone always gets one: the holders decide.
+        Cached prefixes are evicted first. The youngest of the `younger` idle sequences is preempted only where not one
+        token fits. A sequence that is alone always gets one: the holders decide.
         """
+        prefix_cache = self.running.prefix_cache
         while (count := self.ledger.affordable(sequence, want)) < want:
-            if self.running.evict():
+            if prefix_cache.evict():
                 continue
             if count:
                 break
@@ -191,18 +200,18 @@ class Scheduler:
                 self.preempt(younger.pop())
             elif len(self.running) > 1:
                 break
-            elif not self.running.evict_used():
+            elif not prefix_cache.evict_used():
                 return 1
         return count
 
     def preempt(self, sequence: ScheduledSequence) -> None:
-        """Take an idle sequence's KV away; it waits until it fits whole, and computes what it had again."""
+        """Take an idle sequence's KV away. It waits until it fits whole, and is computed again."""
         sequence.preemptions += 1
         self.counters.preempted += 1
         self.admission.give_back(sequence)
 
     def plan_operations(self) -> Plan | None:
-        """A plan of the operations that wait, without rows; None where none does."""
+        """A plan of the waiting operations, without rows; None where none waits."""
         if not self.ledger.operations:
             return None
         plan = self.ledger.plan([])
@@ -210,14 +219,14 @@ class Scheduler:
         return plan
 
     def accepted(self, plan: Plan, free: Pages, floors: Sequence[int]) -> None:
-        """Every holder has accepted. `free` is what those that were asked have left, `floors` is for each row the
-        highest of all holders. A plan without rows is over with this."""
+        """Every holder has accepted. `free` are the pages that the asked holders have left, `floors` has for each row
+        the highest floor of all holders. A plan without rows is over with this."""
         if len(floors) != len(plan.rows):
             raise EngineError(f"{len(floors)} floors for {len(plan.rows)} rows")
         self.ledger.accepted(plan, free)
         self._batch_tokens, self._refused = self.config.max_batch_tokens, False
         for row, floor in zip(plan.rows, floors, strict=True):
-            if row.rebuild:  # survivors may have let go more than those that store have
+            if row.rebuild:  # other holders may have a higher floor than those that store
                 row.sequence.floor = max(row.sequence.floor, floor)
                 continue
             row.sequence.floor = floor
@@ -226,17 +235,17 @@ class Scheduler:
             self._land(plan)
 
     def refused(self, plan: Plan, free: Pages) -> tuple[ScheduledSequence, ...]:
-        """A holder has refused, so that nothing changed in it; others may have accepted. Undo the plan and make room
-        for the next one.
+        """A holder has refused, and nothing changed in it; others may have accepted. Undo the plan and make room for
+        the next one.
 
         Returns the sequences that can never go on, normally none: where one token of the only running sequence is
-        refused with nothing left to give up, it has been ended, with reason "abort".
+        refused and nothing is left to evict, that sequence has ended with reason "abort".
         """
-        self.ledger.refused(plan, free)
+        self.ledger.answered(plan, free)
         self._refused = True
         self._raise_floors(plan)
         self._undo(plan)
-        if not self.running.sequences or self.running.evict():
+        if not self.running.sequences or self.running.prefix_cache.evict():
             return ()
         tokens = sum(row.count for row in plan.rows)
         youngest = next((sequence for sequence in reversed(self.running.sequences[1:]) if not sequence.in_flight), None)
@@ -244,7 +253,7 @@ class Scheduler:
             self.preempt(youngest)
         elif self._in_flight:
             self._stalled = True
-        elif self.running.evict_used():
+        elif self.running.prefix_cache.evict_used():
             return ()
         elif tokens > 1:
             self._batch_tokens = tokens // 2
@@ -255,10 +264,8 @@ class Scheduler:
         return ()
 
     def record(self, plan: Plan, tokens: Sequence[int]) -> list[Outcome]:
-        """The batch is complete. `tokens` has one sampled token for each row that samples, in row order.
-
-        Sequences that were ended in the meantime have no outcome.
-        """
+        """The batch is complete. `tokens` has one sampled token for each row that samples, in row order. Sequences
+        that were ended meanwhile have no outcome."""
         sampled = sum(row.sample for row in plan.rows)
         if len(tokens) != sampled:
             raise EngineError(f"{len(tokens)} tokens for {sampled} rows that sample")
@@ -277,7 +284,7 @@ class Scheduler:
                 continue
             sequence.computed = sequence.planned
             token = next(drawn) if row.sample else None
-            self.running.advanced(sequence)
+            self.running.prefix_cache.advance(sequence)
             if sequence.finish_reason is not None:
                 self.running.retire(sequence)
                 continue
@@ -292,13 +299,13 @@ class Scheduler:
         return outcomes
 
     def drop(self, plan: Plan) -> None:
-        """The batch failed. Nothing of it counts; its rows will be planned again."""
+        """The batch failed. Nothing of it counts; its rows are planned again."""
         if self.ledger.forget(plan):
             self._raise_floors(plan)
         self._undo(plan)
 
     def _raise_floors(self, plan: Plan) -> None:
-        """A holder may have accepted the plan without our knowing: then windows have moved up to its rows."""
+        """A holder may have accepted the plan, unknown to us: then its windows have moved up to the rows."""
         for row in plan.rows:
             if not row.rebuild:
                 row.sequence.floor = row.start
@@ -334,7 +341,7 @@ class Scheduler:
         """
         self._require_idle()
         self.ledger.left(holder)
-        self.running.forget_prefixes()
+        self.running.prefix_cache.clear()
         self.admission.look_again()
         rebuilt, whole = self._rebuilds.lost(holder, self.running.kept_by(holder), self.running.spare())
         return rebuilt, self._begin_anew(whole)
@@ -343,23 +350,23 @@ class Scheduler:
         """A holder has lost all that it kept, and has all its pages free: what concerns it is computed again, from the
         start. Nothing may be in flight. Returns how many tokens that is."""
         self._require_idle()
-        self.running.forget_prefixes()
+        self.running.prefix_cache.clear()
         whole = self._begin_anew(self.running.kept_by(holder))
-        self.ledger.told(Pages({holder: pages}))
+        self.ledger.update_free(Pages({holder: pages}))
         return whole
 
     def recompute(self) -> None:
         """The holders may have lost KV: compute all of it again. Nothing may be in flight."""
         self._require_idle()
         self._begin_anew(tuple(self.running.sequences))
-        self.running.forget_prefixes()
+        self.running.prefix_cache.clear()
 
     def _require_idle(self) -> None:
         if self._in_flight:
             raise EngineError(f"KV cannot be given up with {len(self._in_flight)} plans in flight")
 
     def _begin_anew(self, sequences: Iterable[ScheduledSequence]) -> int:
-        """Take their KV away. Returns how many tokens had some."""
+        """Take their KV away. Returns how many tokens had KV."""
         tokens = 0
         for sequence in sequences:
             tokens += sequence.computed
@@ -378,10 +385,6 @@ class Scheduler:
                 raise EngineError(f"{name} has {sequence.planned} tokens planned, which no plan in flight says")
         if flying:
             raise EngineError("a plan in flight has a sequence that is not running")
-
-
-def _is_prefill(row: PlannedRow) -> bool:
-    return row.count > 1
 
 
 def _finish_reason(sequence: ScheduledSequence, token: int) -> FinishReason | None:

@@ -24,23 +24,23 @@ def test_lane_tuner_keeps_the_best_count() -> None:
         ({1: 100, 2: 110, 3: 150}, 3),
         ({1: 100, 2: 102, 3: 102.5}, 1),  # no more than noise
     ):
-        lanes = LaneTuner.auto(3)
+        lanes = LaneTuner(1, 3)
         assert lanes.count == 1
         run(lanes, rates, 4 * (WINDOW + 1))
         assert lanes.count == best
 
 
 def test_lane_tuner_takes_no_more_lanes_than_sequences() -> None:
-    lanes = LaneTuner.auto(3)
+    lanes = LaneTuner(1, 3)
     run(lanes, {1: 1, 2: 2}, 4 * (WINDOW + 1), sequences=2)
     assert lanes.count == 2
-    alone = LaneTuner.auto(3)
+    alone = LaneTuner(1, 3)
     run(alone, {1: 1}, 4 * WINDOW, sequences=1)
     assert alone.count == 1
 
 
 def test_lane_tuner_measures_again_when_the_load_changes() -> None:
-    lanes = LaneTuner.auto(2)
+    lanes = LaneTuner(1, 2)
     now = run(lanes, {1: 100, 2: 150}, 3 * (WINDOW + 1))
     assert lanes.count == 2
     now = run(lanes, {1: 100, 2: 50}, HOLD // 2, start=now)
@@ -50,7 +50,7 @@ def test_lane_tuner_measures_again_when_the_load_changes() -> None:
 
 
 def test_lane_tuner_ignores_batches_with_prefill() -> None:
-    lanes = LaneTuner.auto(2)
+    lanes = LaneTuner(1, 2)
     for at in range(5 * WINDOW):
         lanes.completed(1, 8, at % 2 == 0, float(at))
     assert lanes.count == 1
@@ -63,7 +63,7 @@ def test_lane_count_stays_when_it_was_given() -> None:
 
 
 def test_lane_tuner_measures_both_tiers_with_one_lane_and_logs_them(caplog) -> None:
-    lanes, now, attended = LaneTuner.auto(3, replicas=2), 0.0, 5.0
+    lanes, now, attended = LaneTuner(1, 3, replicas=2), 0.0, 5.0
     assert (lanes.tiers, lanes.suggested) == (None, None)
     with caplog.at_level("INFO", logger="lamina"):
         for _ in range(4 * (WINDOW + 1)):
@@ -78,6 +78,6 @@ def test_lane_tuner_measures_both_tiers_with_one_lane_and_logs_them(caplog) -> N
 
 
 def test_lane_tuner_tries_one_lane_more_than_replicas() -> None:
-    lanes = LaneTuner.auto(4, replicas=3)
+    lanes = LaneTuner(1, 4, replicas=3)
     run(lanes, {1: 100, 2: 190, 3: 270, 4: 330}, 6 * (WINDOW + 1), sequences=16)
     assert lanes.count == 4

@@ -41,7 +41,7 @@ def test_operations_wait_until_a_plan_that_carries_them_is_accepted() -> None:
     second = ledger.plan([])
     assert (first.first, first.operations) == (0, (OpenSequence(1, LAYOUT), ForkSequence(2, 1, 0)))
     assert (second.first, second.operations) == (0, (*first.operations, CloseSequence(1)))
-    ledger.refused(first, pages(20))
+    ledger.answered(first, pages(20))
     assert ledger.operations == list(second.operations)
     ledger.accepted(second, pages(20))
     assert ledger.operations == []
@@ -81,7 +81,7 @@ def test_refused_or_forgotten_plan_takes_no_pages() -> None:
     ledger = PageLedger(CONFIG, pages(20))
     one = sequence(ledger.open(LAYOUT), 8)
     plan = ledger.plan([ledger.reserve(one, 8)])
-    ledger.refused(plan, pages(18))
+    ledger.answered(plan, pages(18))
     assert ledger.room() == pages(18)
     assert not ledger.forget(plan)
     one.planned = 0
@@ -109,7 +109,7 @@ def test_ledger_refuses_calls_out_of_order() -> None:
     plan = ledger.plan([])
     ledger.accepted(plan, pages(20))
     with pytest.raises(EngineError, match="not waiting for an answer"):
-        ledger.refused(plan, pages(20))
+        ledger.answered(plan, pages(20))
     ledger.open(LAYOUT)
     with pytest.raises(EngineError, match=r"will have handles \[1\]; in use are \[\]"):
         ledger.check_integrity([])

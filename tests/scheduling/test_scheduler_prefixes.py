@@ -120,14 +120,13 @@ def test_prefix_cache_keeps_earlier_batches_when_the_writer_ends() -> None:
     world.plan()
     world.answer()
     world.record()
-    assert world.scheduler.running.tree is not None
-    assert world.scheduler.running.tree.match(tuple(prompt(20))).length == 8
+    assert world.scheduler.running.prefix_cache.match(tuple(prompt(20))).length == 8
     while not spoilt.in_flight:
         world.step()
         world.plan()
     world.scheduler.end(spoilt, "abort", keep=False)
     world.finish()
-    match = world.scheduler.running.tree.match(tuple(prompt(20)))
+    match = world.scheduler.running.prefix_cache.match(tuple(prompt(20)))
     assert (match.length, match.promised, other.reused) == (8, 0, 8)
     world.check_end()
 

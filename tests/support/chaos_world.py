@@ -342,7 +342,7 @@ class World:
         self.engine.drive(self._more, self._after_step)
         for port in self.ports.values():
             port.settle()
-        self.scheduler.running.forget_prefixes()
+        self.scheduler.running.prefix_cache.clear()
         self.engine.leave("nobody")  # wakes it
         self.engine.drive(lambda: False, self._after_step)
 

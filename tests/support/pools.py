@@ -230,6 +230,6 @@ class World:
             if sequence.finish_reason == "abort":
                 tokens = tokens[: len(sequence.tokens)]
             assert sequence.tokens == tokens
-        self.control.scheduler.running.forget_prefixes()
+        self.control.scheduler.running.prefix_cache.clear()
         self.run()
         assert all(pool.free == pool.total and not pool.parts for pool in self.pools.values())

@@ -327,8 +327,8 @@ class World:
             else:
                 assert sequence.tokens == tokens
                 assert sequence.finish_reason == (reason or "length")
-        if self.scheduler.running.tree is not None:
-            while self.scheduler.running.tree.evict():
+        if self.scheduler.config.prefix_cache:
+            while self.scheduler.running.prefix_cache.evict():
                 pass
             self.finish()
         assert not self.holder.parts
