@@ -21,8 +21,8 @@ def batch_work(
     histories: Mapping[ScheduledSequence, TokenHistory],
     constraints: Mapping[ScheduledSequence, Constraint],
 ) -> BatchWork:
-    """The tokens of a plan's rows. `requests` has one for each row's sequence, `histories` one for each sequence with
-    penalties, `constraints` one for each whose text is constrained."""
+    """The tokens of a plan's rows. `requests` has every row's sequence, `histories` the sequences with penalties,
+    `constraints` those with constrained text."""
     token_ids: list[int] = []
     rope_lengths: list[int] = []
     sampled, sampling = [], []
@@ -45,7 +45,7 @@ def _sampling(
     params = request.params
     position = len(sequence.tokens) - len(request.request.prompt)
     suppressed = tuple(request.request.stop_token_ids) if position < params.min_tokens else ()
-    if constraint is not None:  # it wins over what else is asked for
+    if constraint is not None:  # it has precedence over the other limits
         suppressed = constraint.impossible(suppressed, params.ignore_eos)
     return RowSampling(
         temperature=params.temperature or 0.0,

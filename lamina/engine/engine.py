@@ -1,8 +1,8 @@
 """The step loop: plan, announce, execute, record, publish. One batch on one screen.
 
 One thread owns the loop and every torch call. Several batches can be under way, one a lane: while one waits for a
-holder another computes. Requests, aborts and news of holders come through a mailbox that is emptied between batches;
-outputs leave once a batch and client, through a sink that never blocks.
+holder another computes. Requests, aborts and changes of holders come through a mailbox, which is emptied between
+batches. Outputs leave once a batch and client, through a sink that does not block.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Engine:
         self._mailbox.request(partial(self._registry.add, request), partial(self._registry.refuse, request))
 
     def abort(self, request: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
-        """End a request, or one sample of it. Harmless where it has ended; what is under way is thrown away."""
+        """End a request, or one sample of it. Harmless where it has ended; its batch under way is discarded."""
         self._mailbox.post(partial(self._registry.end, request, sample, reason))
 
     def join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None = None) -> None:
@@ -114,11 +114,11 @@ class Engine:
         self._mailbox.post(partial(self._failures.join, port, holder, credentials))
 
     def leave(self, name: str) -> None:
-        """An attention worker is known to be gone. Harmless where that was noticed already."""
+        """An attention worker is gone. Harmless for one that has left already."""
         self._mailbox.post(partial(self._failures.leave, name))
 
     def rank_gone(self, rank: int, why: str, stays: bool) -> None:
-        """A model worker beyond this one is known to be gone, and comes back unless it `stays` away."""
+        """A model worker beyond this one is gone, and comes back unless it `stays` away."""
         self._mailbox.post(partial(self._failures.rank_gone, rank, why, stays))
 
     def rank_back(self, peer: Peer) -> None:
@@ -137,7 +137,7 @@ class Engine:
         self._mailbox.post(self._registry.disclaim)
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
-        """Have the engine's thread call `sink` between two batches with what the engine is doing; never where it has
+        """Have the engine's thread call `sink` with a snapshot between two batches; never after the engine has
         stopped."""
         self._mailbox.post(partial(self._snapshot, sink))
 
@@ -150,8 +150,8 @@ class Engine:
     def recover(self, found: Mapping[KvLocation, RecoveredRequest], last_handle: int) -> tuple[EngineRequest, ...]:
         """As `RequestRegistry.recover`; no handle up to `last_handle` is given to others.
 
-        What is shared among sequences is unknown here, and would be counted for each: so holders that have something
-        are asked how much room they have, before anything is planned by it.
+        Pages that sequences share would be counted for each of them. So holders with KV are asked how much room they
+        have before anything is planned.
         """
         self._scheduler.ledger.number_from(last_handle)
         requests = self._registry.recover(found)
@@ -167,7 +167,7 @@ class Engine:
         try:
             while self._read_mail():
                 self.step()
-        except BaseException as error:  # whatever it is, no caller may wait for ever
+        except BaseException as error:  # any error: no caller may wait for ever
             logger.exception("the engine stopped")
             cause = error
         self._mailbox.shut(cause)
@@ -175,7 +175,7 @@ class Engine:
         self._registry.stopped(self._mailbox.error)
 
     def _read_mail(self) -> bool:
-        """Do what was asked since the last batch; wait only where there is nothing else to do. False: stop."""
+        """Make the calls that came since the last batch; wait only where nothing else can be done. False: stop."""
         while True:
             if self._deadline.check():
                 self._in_flight.full = False
@@ -211,7 +211,7 @@ class Engine:
             raise
 
     def _rank_back(self, peer: Peer) -> None:
-        self._stats.returned += self._failures.rank_back(peer)
+        self._stats.returned_workers += self._failures.rank_back(peer)
 
     def _snapshot(self, sink: Callable[[Snapshot], None]) -> None:
         taken = take_snapshot(
@@ -220,13 +220,13 @@ class Engine:
         )  # fmt: skip
         try:
             sink(taken)
-        except Exception:  # it may be anything
+        except Exception:  # any error of a client
             logger.exception("a client could not take its snapshot")
 
     # A batch.
 
     def step(self) -> None:
-        """Begin batches where lanes are free, and go on with one whose reply has come, or with the one that has waited
+        """Begin batches where lanes are free, then go on with one whose reply has come, or with the one that has waited
         longest."""
         if self._worker.missing:
             self._in_flight.full = True
@@ -242,9 +242,9 @@ class Engine:
             self._advance(self._in_flight.next())
 
     def _move(self) -> None:
-        """Let sequences move between holders, between batches."""
+        """Move sequences between holders."""
         if self._tiering.busy:
-            self._in_flight.full = False  # what has moved away leaves room
+            self._in_flight.full = False  # a move may have freed pages
         try:
             self._tiering.step()
         except HolderFault as fault:
@@ -252,7 +252,7 @@ class Engine:
             self._failures.failed_outside()
 
     def _begin(self, step: Step) -> Lane:
-        # Looked up now: the batch goes on for requests that end meanwhile.
+        # Looked up now, since requests may end while the batch is under way.
         requests = {row.sequence: self._registry.requests[row.sequence.request.id] for row in step.rows}
         histories = {s: history for s in requests if (history := self._registry.histories.get(s)) is not None}
         lane = Lane(step)
@@ -291,7 +291,7 @@ class Engine:
     def _agreed(self, step: Step, answers: Mapping[int, Announced]) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
         if (why := refusal(answers)) is not None and step.plan is not None:
-            self._tiering.abandon()  # what moves must not keep from others what they cannot do without
+            self._tiering.abandon()  # moves take pages that others need
             for sequence in self._control.refused(step, answers):
                 if request := self._registry.of(sequence):
                     self._registry.fail(request, EngineError(f"the holders have no room: {why}"))
@@ -304,8 +304,8 @@ class Engine:
         return True
 
     def _record(self, plan: Plan, sampled: Sampled) -> None:
-        """A batch is computed: its tokens go to the control plane, what follows from it to the observers, and the
-        outputs to the clients."""
+        """A batch is computed: its tokens go to the control plane, a BatchDone to the observers, and the outputs to the
+        clients."""
         now, running = self._clock(), len(self._scheduler.running)
         local, remote = self._control.tokens_read(plan)
         rows = [row for row in plan.rows if row.sample]
@@ -326,7 +326,7 @@ class Engine:
         self._registry.publish(plan, outputs)
 
     def _corrupted(self, sequence: ScheduledSequence) -> None:
-        """The logits of a sequence are not finite: its request ends, and nothing of its KV is kept for others."""
+        """The logits of a sequence are not finite: its request ends, and its KV does not enter the prefix cache."""
         self._stats.corrupted += 1
         self._scheduler.end(sequence, "abort", keep=False)
         self._registry.forget(sequence)

@@ -1,4 +1,4 @@
-"""What goes wrong with holders and model workers while batches are under way, and how long requests wait for help.
+"""How an engine handles failed batches, lost holders and missing model workers, and how long requests wait.
 
 Batches and moves that cannot go on are given up, and lost holders leave the register.
 """
@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lamina.engine.holders import HolderChange, Holders
 from lamina.engine.in_flight import InFlight, Lane
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamina")
 
-MAX_FAULTS = 3  # batches in a row that may fail at a holder before their requests do
+MAX_FAULTS = 3  # batches in a row that fail at a holder, after which their requests end
 
 
 def unlost(name: str) -> None:
@@ -39,23 +39,15 @@ def unlost(name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FailureReports:
-    """Callbacks of an engine's owner; neither may block. `lost` gets the name of each attention worker that was given
-    up, `rebuilt` how many of how many lost tokens have been computed again."""
+    """Callbacks of an engine's owner; neither may block. `lost` gets the name of each attention worker that is lost,
+    `rebuilt` how many of how many lost tokens are computed again."""
 
     lost: Callable[[str], None] = unlost
     rebuilt: Callable[[int, int], None] = unwatched
 
 
-class _Late(NamedTuple):
-    """An attention worker that came while a rank was missing."""
-
-    port: AttentionPort
-    holder: Holder
-    credentials: Credentials | None
-
-
 class Failures:
-    """The failures of one engine. Everything is called between two steps of its batches."""
+    """Handles the failures of one engine. Everything is called between two steps of its batches."""
 
     def __init__(
         self,
@@ -77,17 +69,17 @@ class Failures:
         self._deadline = deadline
         self._reports = reports
         self._faults = 0  # since a batch went well
-        self._rebuild: tuple[int, int] | None = None  # tokens computed again before the last loss, and due since
-        self._late: list[_Late] = []
+        self._rebuild: tuple[int, int] | None = None  # tokens rebuilt before the last loss, and due since
+        self._late: list[tuple[AttentionPort, Holder, Credentials | None]] = []  # came while a rank was missing
 
     # Batches.
 
     def went_well(self) -> None:
-        """No holder has failed in a batch."""
+        """A batch is over, and no holder has failed in it."""
         self._faults = 0
 
     def batch_done(self, done: BatchDone) -> None:
-        """Report how many lost tokens have been computed again: perhaps this batch had some."""
+        """Report how many lost tokens are computed again by now."""
         if self._rebuild is None:
             return
         before, due = self._rebuild
@@ -98,7 +90,7 @@ class Failures:
             self._rebuild = None
 
     def failed(self, lane: Lane, fault: HolderFault) -> None:
-        """A batch cannot go on. Raises EngineError where that has happened too often in a row."""
+        """A batch cannot go on. Raises EngineError after too many failures in a row."""
         if isinstance(fault, RankLost):
             logger.warning("%s", fault)
             self._faults += 1
@@ -108,16 +100,17 @@ class Failures:
         elif isinstance(fault, HolderLost) and (gone := self._worker.lost()):
             logger.warning("%s", fault)
             self._lose(gone)
-        else:  # also where it is the one in this process, which cannot be lost
+        else:  # a pool in this process cannot be lost
             self.run_again(lane, fault)
 
     def run_again(self, lane: Lane, fault: HolderFault) -> None:
-        """Plan the batch again; where that keeps failing end its requests, and at last the engine."""
+        """Plan the batch again. After MAX_FAULTS failures in a row its requests end, after three times as many the
+        engine."""
         self._faults += 1
         logger.warning("a batch failed and runs again: %s", fault)
         if lane.answered:
             self._in_flight.drop(lane)
-        else:  # a message that had no reply of its own was lost: perhaps stored keys
+        else:  # a message without a reply of its own may be lost, such as keys to store
             self._abandon()
         if self._faults % MAX_FAULTS == 0:
             for request_id in {row.sequence.request.id for row in lane.step.rows}:
@@ -130,7 +123,7 @@ class Failures:
             self._scheduler.recompute()
 
     def failed_outside(self) -> None:
-        """A holder failed outside of any batch. Where it is not lost, it may have lost what it was to store."""
+        """A holder failed outside of any batch. A holder that is still there may lack keys that it was to store."""
         self._abandon()
         if self._worker.missing:
             self._deadline.start()
@@ -140,7 +133,7 @@ class Failures:
             self._scheduler.recompute()
 
     def _abandon(self) -> None:
-        """Give up every batch under way, and every move."""
+        """Give up every batch and every move under way."""
         self._tiering.abandon()
         self._in_flight.abandon()
 
@@ -148,29 +141,29 @@ class Failures:
 
     def join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None) -> None:
         """One attention worker more; see `Engine.join`."""
-        if self._worker.missing:  # a missing rank could not use it yet
-            self._late.append(_Late(port, holder, credentials))
+        if self._worker.missing:  # a missing rank cannot connect to it yet
+            self._late.append((port, holder, credentials))
             return
         try:
             self._holders.join(port, holder, credentials)
-        except HolderFault as fault:  # another rank cannot use it
+        except HolderFault as fault:  # another rank cannot connect to it
             logger.warning("%s", fault)
             port.close()
             self._reports.lost(port.name)
 
     def leave(self, name: str) -> None:
-        """An attention worker is known to be gone. Harmless where that was noticed already."""
+        """An attention worker is gone. Harmless for one that has left already."""
         if numbers := self._holders.numbers(name):
             self._lose(numbers)
 
     def _lose(self, numbers: list[int]) -> None:
-        """Holders are gone, and their attention workers with them: what those kept is rebuilt elsewhere, and the
-        batches under way run again."""
+        """Holders are gone, with their attention workers: their KV is rebuilt elsewhere, and the batches under way run
+        again."""
         self._abandon()
         self._holders.lose(self._holders.companions(numbers))
 
     def drain(self, name: str, done: Future[int]) -> None:
-        """Let an attention worker go once its KV has moved to the others. No batch may be under way."""
+        """Let an attention worker go after its KV has moved to the others. No batch may be under way."""
         self._tiering.abandon()
         try:
             done.set_result(self._holders.drain(name))
@@ -181,7 +174,7 @@ class Failures:
             done.set_exception(error)
 
     def holders_changed(self, change: HolderChange) -> None:
-        """After a loss: count what is rebuilt, report the names, and start the deadline where no holder is left."""
+        """After a loss: note what is to be rebuilt, report the names, and start the wait where no holder is left."""
         if change.kind != "lost":
             return
         self._rebuild = (self._scheduler.counters.rebuilt_tokens, change.rebuilt) if change.rebuilt else None
@@ -193,7 +186,7 @@ class Failures:
     # Model workers.
 
     def rank_gone(self, rank: int, why: str, stays: bool) -> None:
-        """A model worker is gone. Raises EngineError where it `stays` away and nothing goes on without it."""
+        """A model worker is gone. Raises EngineError where it `stays` away and the engine needs it."""
         if rank not in self._worker.missing:  # a replica is not missed
             return
         if stays:
@@ -202,12 +195,12 @@ class Failures:
             self._halt()
 
     def _halt(self) -> None:
-        """A rank is gone: nothing can be computed before it is back."""
+        """A needed rank is gone: nothing can be computed before it is back."""
         self._abandon()
         self._deadline.start()
 
     def rank_back(self, peer: Peer) -> bool:
-        """A rank is there again. Its seats at attention workers have what they had. False where it is gone already."""
+        """A rank is there again; its seats at attention workers have kept their KV. False where it is gone again."""
         self._abandon()
         try:
             back = self._worker.returned(peer)
@@ -218,17 +211,16 @@ class Failures:
         if gone := [*back.gone, *self._holders.torn(back.kept)]:
             self._lose(gone)
         late, self._late = self._late, []
-        for each in late:
-            self.join(*each)
+        for joining in late:
+            self.join(*joining)
         return True
 
 
 class WaitDeadline:
-    """How long requests wait where nothing can go on with them: `timeout` seconds of the clock at most. Then they end
-    with an error.
+    """Ends requests with an error after they have waited for `timeout` seconds of the clock.
 
-    Two waits are timed. The engine is halted while no holder is left or a model worker is missing: `start` begins that.
-    While it goes on, single requests may be stranded, which no holder can keep; `check` sees that.
+    Two waits are timed. The engine is halted while no holder is left or a model worker is missing: `start` begins that
+    wait. While the engine goes on, single requests may be stranded, which no holder can keep: `check` sees that.
     """
 
     def __init__(
@@ -244,27 +236,27 @@ class WaitDeadline:
         self._scheduler = scheduler
         self._registry = registry
         self._clock = clock
-        self._halted: float | None = None  # since when nothing can go on
-        self._stranded: float | None = None  # since when some are stranded, while others go on
+        self._halted: float | None = None  # since when the engine is halted
+        self._stranded: float | None = None  # since when requests are stranded
 
     @property
     def started(self) -> bool:
-        """Whether it is known that nothing can go on."""
+        """Whether the wait of a halted engine has begun."""
         return self._halted is not None
 
     def start(self) -> None:
-        """From now on nothing can go on. The wait has all its time, however long some were stranded before."""
+        """The engine is halted. This wait has its full time, however long requests were stranded before."""
         self._halted = self._clock()
 
     def left(self) -> float | None:
-        """Seconds that requests may still wait; None where they wait for nothing, or there are none."""
+        """Seconds that requests may still wait; None where no request waits for a holder."""
         since = self._stranded if self._halted is None else self._halted
         if since is None or not self._registry.requests:
             return None
         return max(0.0, since + self._timeout - self._clock())
 
     def check(self) -> bool:
-        """Between two batches: whether requests were stranded for too long, so that they have ended."""
+        """Called between two batches. Whether requests were stranded for too long, and have ended."""
         if self._holders.halted:
             return False
         self._halted = None
@@ -278,7 +270,7 @@ class WaitDeadline:
         return False
 
     def expire(self) -> None:
-        """The time is over: the requests that wait end."""
+        """The time is over: end the requests that wait."""
         stranded = {sequence.request.id for sequence in self._scheduler.admission.stranded}
         for request in [r for r in self._registry.requests.values() if self._holders.halted or r.id in stranded]:
             self._registry.fail(request, EngineError(self._why()))

@@ -1,6 +1,6 @@
-"""The holders of one engine: one register of which are there. It has them join, drains them, and drops those lost.
+"""The register of an engine's holders: they join, are drained, and are dropped when they are lost.
 
-Whatever changes goes to the model worker and the control plane first, then to the listeners, in their order. All is
+Each change goes to the model worker and the control plane first, then to the listeners in their order. Everything is
 called between two batches, on the engine's thread.
 """
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("lamina")
 @dataclass(frozen=True, slots=True)
 class HolderChange:
     """Attention workers have joined, are lost, or are drained and gone. `rebuilt`: tokens of lost KV that are computed
-    again for sequences that go on."""
+    again for parts of sequences."""
 
     kind: Literal["joined", "lost", "drained"]
     names: tuple[str, ...]
@@ -38,10 +38,10 @@ class HolderChange:
 
 
 class HolderListener(Protocol):
-    """A part of the engine that follows which holders are there."""
+    """A part of the engine that is notified when the holders change."""
 
     def holders_changed(self, change: HolderChange) -> None:
-        """The register, the model worker and the control plane know it already."""
+        """Called after the register, the model worker and the control plane have the change."""
 
 
 def seated(seat: Seat) -> Holder:
@@ -84,11 +84,11 @@ class Holders:
         return self._worker.missing
 
     def numbers(self, name: str) -> list[int]:
-        """The holders of that name, one a rank: none where it is unknown."""
+        """The holders of that name, one a rank; empty for an unknown name."""
         return [number for number, known in self.names.items() if known == name]
 
     def companions(self, numbers: Sequence[int]) -> list[int]:
-        """Those holders, and all others at the same attention workers."""
+        """These holders, and all others at the same attention workers."""
         names = {self.names[number] for number in numbers}
         return [number for number, name in self.names.items() if name in names]
 
@@ -108,7 +108,7 @@ class Holders:
         self._changed(HolderChange("joined", (port.name,)))
 
     def lose(self, numbers: Sequence[int]) -> None:
-        """These holders are gone. What they kept is opened elsewhere and computed again. Nothing may be in flight."""
+        """These holders are gone. Their KV is opened elsewhere and computed again. Nothing may be in flight."""
         for number in numbers:
             self._worker.leave(number)
         rebuilt, anew = self._control.lost(numbers)
@@ -120,10 +120,10 @@ class Holders:
         self._changed(HolderChange("lost", names, rebuilt))
 
     def drain(self, name: str) -> int:
-        """Move all that an attention worker keeps to the others, then let it go. Returns how many tokens' KV moved.
+        """Move the KV of an attention worker to the others, then let it go. Returns the KV of how many tokens moved.
 
-        What finds no room elsewhere is computed again when there is some. Raises InvalidRequest for the last one and
-        for an unknown name, HolderFault where it cannot be done.
+        Sequences without room elsewhere wait, and are computed again. Raises InvalidRequest for the last attention
+        worker and for an unknown name, HolderFault where a holder fails.
         """
         placement, numbers = self._control.placement, self.numbers(name)
         if not numbers:
@@ -138,7 +138,7 @@ class Holders:
             moved = max([self._empty(number) for number in numbers])  # each rank moves its heads of the same tokens
         except HolderFault:
             for holder in holders:
-                holder.draining = False  # nothing is lost, and it keeps what has not moved
+                holder.draining = False  # it keeps what has not moved
             raise
         for number in numbers:
             self._worker.leave(number)
@@ -148,7 +148,7 @@ class Holders:
         return moved
 
     def emptied(self, numbers: Sequence[int]) -> None:
-        """These pools in the process of a model worker that was started again have nothing of what they had."""
+        """These pools have lost their KV: they are in the process of a model worker that was started again."""
         if again := self._control.emptied(numbers):
             logger.warning("%d tokens of KV that a model worker kept itself are computed again", again)
 
@@ -162,25 +162,25 @@ class Holders:
     # What holders keep.
 
     def ask_for_room(self, numbers: Iterable[int]) -> None:
-        """Have holders apply what waits for them, and say how many pages they have left."""
+        """Have holders apply the operations that wait, and say how many pages they have left."""
         batches = {number: self._control.placement.holders[number].outgoing() for number in numbers}
         try:
             _, answers = self._worker.announce_now(batches)
-        except HolderFault as fault:  # it is met again, and handled, by the first batch
+        except HolderFault as fault:  # the first batch meets it again, and handles it
             logger.warning("%s", fault)
             return
         self._control.answered(batches, answers)
 
     def torn(self, kept: Mapping[int, Surveyed]) -> list[int]:
-        """Of these holders, those that lack some of a sequence in some layer: what a model worker was
-        sending when it died may never have arrived."""
+        """The holders among these that lack tokens of a sequence in a layer: what a model worker was sending when it
+        died may be lost."""
         placement = self._control.placement
         sequences = {sequence.handle: sequence for sequence in self._control.scheduler.running}
         torn = []
         for number, surveyed in kept.items():
             held = {part.handle: part.held for part in surveyed.parts}
             for operation in placement.holders[number].waiting(surveyed.next_operation):
-                if isinstance(operation, Fork):  # not applied yet: nothing of it can be missing that its parent has
+                if isinstance(operation, Fork):  # not applied yet: it will have what its parent has
                     held[operation.handle] = min(operation.length, held.get(operation.parent, 0))
             for handle, parts in placement.kept_by(number).items():
                 if (sequence := sequences.get(handle)) is None:
@@ -203,7 +203,7 @@ class Holders:
         return moved
 
     def _move_sequence(self, sequence: ScheduledSequence, number: int) -> int:
-        """How many tokens of it moved: 0 where the others have no room, and it will be computed again."""
+        """How many tokens of a sequence moved: 0 where the others have no room, and it is computed again."""
         gone = [share for share in sequence.layout if share.holder == number]
         for layout in self._without(sequence, number):
             if self._migration.move_now(sequence, layout):
@@ -212,7 +212,7 @@ class Holders:
         return 0
 
     def _without(self, sequence: ScheduledSequence, number: int) -> Iterator[Layout]:
-        """Where it could be instead: what was there at one of the others, or all of it in the local pools."""
+        """The other layouts of a sequence: its shares at that holder go to other holders, or all to the local pools."""
         placement, room = self._control.placement, self._control.scheduler.ledger.unpromised()
         layout: list[Share] = []
         for share in sequence.layout:
@@ -225,7 +225,7 @@ class Holders:
             yield local
 
     def _flush(self) -> None:
-        """Have every operation that waits applied: closes free the room that is moved into."""
+        """Have all waiting operations applied: closes free the room for moves."""
         while (step := self._control.plan_operations()) is not None:
             try:
                 _, answers = self._worker.announce_now(step.batches)

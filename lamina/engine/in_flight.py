@@ -1,4 +1,4 @@
-"""The batches under way, one a lane: which goes on next, and how they are given up."""
+"""The batches under way, one a lane: which one goes on next, and how batches are given up."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lamina_workers.parallel.peers import Peer
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """A batch under way. `answered`: every holder has answered its announcement, so that all further replies are its
-    own. `run` is the batch as a generator, suspended on `waiting`."""
+    """A batch under way. `run` is the batch as a generator, suspended on `waiting`. `answered`: every holder has
+    answered the announcement, so that further replies are to the batch's own messages."""
 
     step: Step
     run: Generator[Waiting, None, None] = field(init=False)
@@ -25,14 +25,14 @@ class Lane:
 
 
 class InFlight:
-    """`full` is set while nothing more can be planned until something happens."""
+    """The lanes in use. `full`: no further batch can be planned before the state changes."""
 
     def __init__(self, worker: Workers[Peer], control: ControlPlane, stats: EngineStats) -> None:
         self.full = False
         self._worker = worker
         self._control = control
         self._stats = stats
-        self._lanes: deque[Lane] = deque()  # the one that went on last stands at the end
+        self._lanes: deque[Lane] = deque()  # the one that went on last is the last
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -60,7 +60,7 @@ class InFlight:
         self._control.dropped(lane.step)
 
     def abandon(self) -> None:
-        """Give up every batch. Nothing of them counts; they are planned again."""
+        """Give up every batch. None of them counts; they are planned again."""
         self._stats.failed_batches += len(self._lanes)
         self.close()
         for lane in self._lanes:
@@ -70,6 +70,6 @@ class InFlight:
         self._worker.next_epoch()
 
     def close(self) -> None:
-        """End them where they are; the scheduler is not notified."""
+        """End every batch where it is; the scheduler is not notified."""
         for lane in self._lanes:
             lane.run.close()

@@ -1,7 +1,7 @@
-"""Moves the KV of sequences from some holders to others, page by page, while the sequences go on. The one way to move.
+"""Moves the KV of sequences between holders, page by page, while the sequences go on.
 
-A sequence decodes where it is until all that it had is at the new place too; then it is switched over while it is idle.
-Everything is called between two batches.
+A sequence decodes at its old holders until all of its KV is at the new ones too; then it is switched over while it is
+idle. Everything is called between two batches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lamina.scheduling.kv_shares import NO_PAGES, Layout
 from lamina.scheduling.placement import Part
 from lamina.scheduling.request import ScheduledSequence
 from lamina_protocols.messages import Row
-from lamina_protocols.routes import HolderBatch, Route
+from lamina_protocols.routes import Route
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.kv_copy import Move
@@ -27,7 +27,7 @@ _FIRST_CHUNK = 128  # before it is known how long copying takes
 
 @dataclass(eq=False, slots=True)
 class _Migrating:
-    """One sequence that moves: `old` parts give way to `new` ones, which have its tokens below `at`."""
+    """A sequence that moves: `new` parts replace `old` ones, and have its tokens below position `at`."""
 
     sequence: ScheduledSequence
     handle: int
@@ -38,14 +38,15 @@ class _Migrating:
 
     @property
     def stands(self) -> bool:
-        """Whether the sequence is still where it was when this began."""
+        """Whether the sequence is still where it was when the move began."""
         return self.sequence.handle == self.handle and self.sequence.rebuild is None
 
 
 class KvMigration:
-    """Moves sequences, one after the other. `tokens` and `seconds` count what was copied so far and how long it took.
+    """Moves sequences, one after the other. `tokens` counts copied tokens, `seconds` the time of their copies, and
+    `sequences` the moves that are complete.
 
-    A failure of a holder comes as HolderFault; then every move has been given up, and everything is where it was.
+    Raises HolderFault where a holder fails. Then every move is given up, and the sequences are where they were.
     """
 
     def __init__(self, worker: Workers[Peer], control: ControlPlane, clock: Callable[[], float]) -> None:
@@ -60,11 +61,11 @@ class KvMigration:
 
     @property
     def under_way(self) -> Mapping[ScheduledSequence, Layout]:
-        """The sequences that are moving, and where to."""
+        """The sequences that are moving, each with its new layout."""
         return {moving.sequence: moving.layout for moving in self._queue}
 
     def begin(self, sequence: ScheduledSequence, layout: Layout) -> bool:
-        """Have a sequence that is whole move to another layout. False where there is no room for it."""
+        """Have a sequence move to another layout. False where its KV is not whole, or there is no room."""
         if sequence.handle is None or not self._scheduler.running.movable(sequence):
             return False
         config, length = self._scheduler.config, len(sequence.tokens)
@@ -79,9 +80,9 @@ class KvMigration:
         return True
 
     def step(self, seconds: float) -> None:
-        """Copy for about so many seconds, and switch over the sequences that have everything and are idle."""
+        """Copy for about `seconds`, and switch over the sequences that are copied and idle."""
         allowance = int(self._rate * seconds) if self._rate else _FIRST_CHUNK
-        allowance = max(allowance, self._scheduler.config.page_size)  # a page at least, however slow
+        allowance = max(allowance, self._scheduler.config.page_size)  # at least a page
         for _ in range(len(self._queue)):
             moving = self._queue[0]
             before = moving.at
@@ -95,7 +96,7 @@ class KvMigration:
                 return
 
     def move_now(self, sequence: ScheduledSequence, layout: Layout) -> bool:
-        """Move an idle sequence at once. False where there is no room for it; then it is where it was."""
+        """Move an idle sequence at once. False where there is no room; then it is where it was."""
         if not self.begin(sequence, layout):
             return False
         if not self._advance(self._queue[-1], len(sequence.tokens)):
@@ -112,8 +113,8 @@ class KvMigration:
         self._promise()
 
     def _advance(self, moving: _Migrating, most: int, deadline: float = float("inf")) -> bool:
-        """Copy up to so many tokens more, and begin nothing after the deadline. Whether the move has ended, well or
-        not."""
+        """Copy at most `most` further tokens, and begin no copy after the deadline. Whether the move has ended,
+        complete or not."""
         sequence = moving.sequence
         if not moving.stands:
             self._placement.give_up(moving.new)
@@ -151,16 +152,15 @@ class KvMigration:
 
     @staticmethod
     def _edge(moving: _Migrating, stop: int) -> int:
-        """`stop`, or where a part ends or begins before: no copy reaches over that."""
+        """`stop`, or an edge of a part before it: no copy crosses one."""
         edges = [edge for part in (*moving.old, *moving.new) for edge in (part.share.lo, part.share.hi)]
         return min([stop, *(edge for edge in edges if edge > moving.at)])
 
     def _copy(self, moving: _Migrating, lo: int, hi: int) -> bool:
         """Whether there was room for positions [lo, hi)."""
         size = self._scheduler.config.page_size
-        moves = list(_moves(moving.old, moving.new, lo, hi, size))
         ranks: dict[int, list[Move]] = {}
-        for move in moves:
+        for move in _moves(moving.old, moving.new, lo, hi, size):
             ranks.setdefault(self._placement.holders[move.to].rank, []).append(move)
         for of_rank in ranks.values():
             routes: dict[int, list[Route]] = {}
@@ -168,19 +168,18 @@ class KvMigration:
                 if any(move.target == part.handle for move in of_rank):
                     row = Row(part.handle, lo, hi - lo, None, True)
                     routes.setdefault(part.share.holder, []).append(Route(0, part.share.heads, row, (lo, hi)))
-            shares: dict[int, HolderBatch] = {
-                number: self._placement.holders[number].outgoing(tuple(rows)) for number, rows in routes.items()
-            }
-            if not self._worker.copy(of_rank, shares):
+            holders = self._placement.holders
+            batches = {number: holders[number].outgoing(tuple(rows)) for number, rows in routes.items()}
+            if not self._worker.copy(of_rank, batches):
                 return False
-            for number, share in shares.items():
-                self._placement.holders[number].accepted(share)
+            for number, batch in batches.items():
+                holders[number].accepted(batch)
         fresh = tuple(part.share for part in moving.new)
         self._scheduler.ledger.took(self._scheduler.config.held(fresh, lo, hi, moving.sequence.floor))
         return True
 
     def _promise(self) -> None:
-        """Let the scheduler know what is still going to be taken."""
+        """Note in the ledger the pages that moves will still take."""
         config, promised = self._scheduler.config, NO_PAGES
         for moving in self._queue:
             fresh = tuple(part.share for part in moving.new)
@@ -190,7 +189,7 @@ class KvMigration:
 
 
 def _moves(old: Iterable[Part], new: Iterable[Part], lo: int, hi: int, page_size: int) -> Iterable[Move]:
-    """How the new parts get positions [lo, hi), over which no part begins or ends, of the old ones."""
+    """The copies by which the new parts get positions [lo, hi), which no edge of a part divides."""
     olds = [part for part in old if part.share.lo <= lo and hi <= part.share.hi]
     for target in new:
         if not (target.share.lo <= lo and hi <= target.share.hi):

@@ -1,4 +1,4 @@
-"""Requests of any thread to the thread that runs an engine, in order."""
+"""Messages of any thread to the thread that runs an engine, in order."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class _Letter(NamedTuple):
 
 
 class Mailbox:
-    """The mailbox of one engine. Its thread calls `shut` once it has stopped; until then everything is taken up."""
+    """The mailbox of one engine. Its thread calls `shut` after it has stopped; until then it takes every message."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[_Letter | None] = queue.SimpleQueue()
-        self._door = threading.Lock()  # no request may come any more once those that were there have been refused
+        self._door = threading.Lock()  # keeps a request out after the waiting ones have been refused
         self._shut = threading.Event()
         self._cause: BaseException | None = None
 
@@ -38,19 +38,19 @@ class Mailbox:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to do, just now."""
+        """Whether no message waits at present."""
         return self._queue.empty()
 
     def request(self, do: Callable[[], object], refuse: Callable[[EngineError], object]) -> None:
-        """Have the engine's thread `do` something between two batches; `refuse` is called where the engine stops before
-        that. Raises EngineError where it has stopped already."""
+        """Have the engine's thread call `do` between two batches, or `refuse` where it stops before that. Raises
+        EngineError where it has stopped already."""
         with self._door:
             if self._shut.is_set():
                 raise self.error()
             self._queue.put(_Letter(do, refuse))
 
     def post(self, do: Callable[[], object]) -> None:
-        """As `request`, and forgotten where the engine has stopped."""
+        """As `request`, but dropped where the engine has stopped."""
         self._queue.put(_Letter(do))
 
     def end(self) -> None:
@@ -58,13 +58,13 @@ class Mailbox:
         self._queue.put(None)
 
     def get(self, timeout: float | None) -> Callable[[], object] | None:
-        """The next thing to do, None where the engine is to stop. Waits `timeout` seconds at most, without end for
-        None, and raises queue.Empty."""
+        """The next call to make, or None where the engine is to stop. Waits for `timeout` seconds (None: without end),
+        then raises queue.Empty."""
         letter = self._queue.get(timeout=timeout)
         return None if letter is None else letter.do
 
     def shut(self, cause: BaseException | None) -> None:
-        """The engine has stopped, for this reason unless it was asked to: requests that came too late are refused."""
+        """The engine has stopped, by request or for this cause: refuse the requests that wait."""
         self._cause = cause
         with self._door:
             self._shut.set()
@@ -72,11 +72,11 @@ class Mailbox:
             if (letter := self._queue.get()) is not None:
                 try:
                     letter.refuse(self.error())
-                except Exception:  # it may be anything, and the requests behind it are refused too
+                except Exception:  # any error; the other requests are refused all the same
                     logger.exception("a caller could not be notified that the engine has stopped")
 
     def error(self) -> EngineError:
-        """Why nothing is done any more."""
+        """Why the engine does nothing any more."""
         error = EngineError("the engine has stopped" + (f": {self._cause!r}" if self._cause else ""))
         error.__cause__ = self._cause
         return error

@@ -1,4 +1,4 @@
-"""What the parts of an engine learn after each batch: one value, and the interface of those that want it."""
+"""What the parts of an engine get after each batch, and their interface."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from lamina_workers.ports.timing import Times
 class BatchDone:
     """A batch that is complete and recorded; its outputs have not left yet.
 
-    `outputs` are those of each request, by its id. `prompt_tokens` counts tokens of prompts that were computed,
-    `sampled` tokens that were sampled. `requests` and `running` are the unfinished requests and the sequences with KV
-    before the batch was recorded, `local_tokens` and `remote_tokens` the KV that it read on either tier (0 where there
-    is one). `times` is what its attention took, `attended` the seconds of attention of all batches so far, `now` when
-    it was computed, by the engine's clock.
+    `outputs` are by request id. `prompt_tokens` counts computed tokens of prompts, `sampled` the sampled tokens.
+    `requests` counts unfinished requests and `running` sequences with KV, before the batch was recorded. `local_tokens`
+    and `remote_tokens` are the tokens of KV that it read in either tier (0 where there is one tier). `times` is what
+    its attention took, `attended` the seconds of attention of all batches so far, `now` its end by the engine's clock.
     """
 
     plan: Plan

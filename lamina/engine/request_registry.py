@@ -1,4 +1,4 @@
-"""The requests of an engine that have not ended: what sampling must know of each sample, and the way to their clients.
+"""The unfinished requests of an engine, the state that sampling needs of each sample, and the way to the clients.
 
 For the engine's thread.
 """
@@ -62,7 +62,7 @@ class RequestRegistry:
             self.end(request, None, "abort")
 
     def stopped(self, error: Callable[[], EngineError]) -> None:
-        """The engine has stopped: every client gets an error. The scheduler is not touched: it may be what broke."""
+        """The engine has stopped: every client gets an error. The scheduler is not used: it may have failed."""
         for request in self.requests.values():
             if self._recorder is not None and request not in self._resumption:
                 self._recorder.failed(request)
@@ -75,7 +75,7 @@ class RequestRegistry:
         self._deliver(request, [EngineOutput(0, None, error=error)])
 
     def scheduled(self, requests: Mapping[ScheduledSequence, EngineRequest]) -> None:
-        """These are in a batch that every holder has accepted."""
+        """These requests are in a batch that every holder has accepted."""
         for sequence, request in requests.items():
             if request.scheduled is None:
                 request.scheduled, request.cached_tokens = self._clock(), sequence.reused
@@ -140,7 +140,7 @@ class RequestRegistry:
             self._recorder.begun(request, known)
 
     def _follow_from(self, request: EngineRequest, sequence: ScheduledSequence) -> None:
-        """What sampling needs to know of the tokens so far."""
+        """Make the history and the constraint of a sample, from its tokens so far."""
         params, prompt = request.params, request.request.prompt
         tokens = sequence.tokens[len(prompt) :]
         if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
@@ -153,7 +153,7 @@ class RequestRegistry:
                 constraint.advance(token)
 
     def _take_up(self, request: EngineRequest) -> None:
-        """Have a client that comes back get what it has not got, and what comes then."""
+        """A client comes back: send what it has not received, then what follows."""
         old = self.requests.get(request.id)
         missing = self._resumption.claim(request, old)
         if missing is None:
@@ -167,8 +167,8 @@ class RequestRegistry:
             self.end(request, None, "abort")
 
     def recover(self, found: Mapping[KvLocation, RecoveredRequest]) -> tuple[EngineRequest, ...]:
-        """Before `run`: go on with what an engine before had not finished, with the KV that was found. Returns its
-        requests: whoever wants the outputs of one submits it again, with what it has received."""
+        """Before `run`: go on with the unfinished requests of the previous engine, with the KV that was found. Returns
+        them. A client that wants the outputs of one submits it again, with what it has received."""
         requests = []
         for request, known, kept in self._resumption.unfinished(found):
             requests.append(request)
@@ -176,7 +176,7 @@ class RequestRegistry:
         return tuple(requests)
 
     def rebuild(self) -> None:
-        """After `recover`, once holders have said how much room they have: what is gone is computed again."""
+        """After `recover`, when holders have said how much room they have: compute lost KV again."""
         self._resumption.rebuild()
 
     def end(self, request: EngineRequest, sample: int | None, reason: FinishReason) -> None:
@@ -213,7 +213,7 @@ class RequestRegistry:
             request.preemptions += sequence.preemptions
 
     def follow_prefill(self, plan: Plan) -> int:
-        """Tell clients how far their prompts are computed. Returns how many tokens of prompts the batch had."""
+        """Notify clients how far their prompts are computed. Returns how many tokens of prompts the batch had."""
         computed = 0
         for row in plan.rows:
             prompt = len(row.sequence.request.prompt)
@@ -225,13 +225,13 @@ class RequestRegistry:
                 continue
             try:
                 request.prefilled(min(row.start + row.count, prompt), prompt)
-            except Exception:  # it may be anything
+            except Exception:  # any error of a client
                 logger.exception("a client could not follow its prefill")
                 request.prefilled = unwatched
         return computed
 
     def _follow(self, sequence: ScheduledSequence, token: int) -> FinishReason | None:
-        """Tell a sample's constraint what was recorded, once, and end the sample where nothing may follow."""
+        """Advance a sample's constraint by its new token, and end the sample where no token may follow."""
         constraint = self.constraints[sequence]
         constraint.advance(token)
         if not constraint.finished:
@@ -247,10 +247,10 @@ class RequestRegistry:
             self.end(request, None, "abort")
 
     def _deliver(self, request: EngineRequest, outputs: list[EngineOutput]) -> bool:
-        """Whether the client took them: what it does wrong is no reason to stop for the others."""
+        """Whether the client took them. Its error does not stop the engine."""
         try:
             request.sink(request, outputs)
-        except Exception:  # it may be anything
+        except Exception:  # any error of a client
             logger.exception("a client could not take its outputs")
             request.sink = ignore_outputs
             return False

@@ -1,10 +1,10 @@
-"""A snapshot of an engine, made of what its parts count."""
+"""Snapshots of an engine, made of the counters of its parts."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from lamina.engine.stats import EngineStats
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
@@ -24,33 +24,25 @@ def take_snapshot(
     local_share: float,
     now: float,
 ) -> Snapshot:
-    """What the engine is doing now. `links` are the links to the holders of rank 0, by number; `names` those of
-    attention workers, by number of the holder."""
+    """What the engine is doing now. `links` are those to the holders of rank 0, `names` those of attention workers, by
+    number of the holder. `now`: by the engine's clock."""
     scheduler = control.scheduler
     counters, uptime, named = scheduler.counters, now - stats.began, _Names(control, links, names)
+    counted = asdict(stats) | {"batch_counts": tuple(stats.batch_counts), "missing": tuple(stats.missing)}
     return Snapshot(
+        **counted,  # EngineStats has the names of Snapshot
         uptime=uptime,
         running=len(scheduler.running),
         waiting=scheduler.waiting,
         lanes=control.lanes.count,
         local_share=local_share,
-        batches=stats.batches,
-        prompt_tokens=stats.prompt_tokens,
-        generation_tokens=stats.generation_tokens,
         prefix_queries=counters.looked_up_tokens,
         prefix_hits=counters.found_tokens,
         preemptions=counters.preempted,
         evictions=counters.evicted,
         rebuilt_tokens=counters.rebuilt_tokens,
-        lost_holders=stats.lost_holders,
-        joined_holders=stats.joined_holders,
-        failed_batches=stats.failed_batches,
         model_seconds=max(0.0, uptime - stats.idle_seconds - attention_seconds),
         attention_seconds=attention_seconds,
-        kv_read=stats.kv_read,
-        kv_whole=stats.kv_whole,
-        missed_mass=stats.missed_mass,
-        missed_queries=stats.missed_queries,
         page_size=scheduler.config.page_size,
         cached_pages=named.pages(scheduler.running.prefix_cache.evictable),
         holders=tuple(named.holders()),
@@ -64,19 +56,12 @@ def take_snapshot(
             )
             for sequence in scheduler.running
         ),
-        idle_seconds=stats.idle_seconds,
-        corrupted=stats.corrupted,
-        batch_tokens=stats.batch_tokens,
-        batch_counts=tuple(stats.batch_counts),
-        missing=tuple(stats.missing),
-        returned_workers=stats.returned,
-        began=stats.began,
     )
 
 
 class _Names:
-    """The holders by their names. Other ranks have links of their own, of which nothing is known here: their holders
-    are counted with the one of the same name at rank 0, or stand alone."""
+    """The holders by name. The links of other ranks are unknown here: their holders count with the one of the same name
+    at rank 0, or stand alone."""
 
     def __init__(self, control: ControlPlane, links: Mapping[int, Link], names: Mapping[int, str]) -> None:
         self._control = control
@@ -95,7 +80,7 @@ class _Names:
         return dict(counts)
 
     def holders(self) -> Iterator[HolderSnapshot]:
-        """One row for each name: at an attention worker, every rank has a part of its pages."""
+        """One row for each name: every rank has a part of the pages of an attention worker."""
         parts: dict[str, list[int]] = {}
         for number in self._others:
             parts.setdefault(self._names[number], []).append(number)
@@ -125,7 +110,7 @@ class _Names:
         )
 
     def _room(self, number: int) -> tuple[int, int]:
-        """Pages in all, and free. A prefill pool that has said nothing yet is free."""
+        """All pages of a holder, and its free ones. A prefill pool that has not answered yet is free."""
         control = self._control
         total = control.placement.holders[number].pages
         if number in control.placement.prefill_pools:

@@ -1,4 +1,4 @@
-"""What the engine counts."""
+"""The counters of an engine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters of one engine since `began`, a time of its clock. Seconds are of that clock. The engine's thread adds to
-    them."""
+    """Counters since `began`, a time of the engine's clock. Seconds are of that clock. For the engine's thread. Each
+    field is one of `Snapshot` too."""
 
     began: float
     idle_seconds: float = 0.0
@@ -33,7 +33,7 @@ class EngineStats:
     corrupted: int = 0
     lost_holders: int = 0
     joined_holders: int = 0
-    returned: int = 0  # model workers that were gone and came back
+    returned_workers: int = 0
     missing: list[str] = field(default_factory=list)
     kv_read: float = 0.0
     kv_whole: float = 0.0
@@ -50,7 +50,7 @@ class EngineStats:
         self.generation_tokens += done.sampled
 
     def holders_changed(self, change: HolderChange) -> None:
-        """Count attention workers. One that joins takes the place of one that is missing, if any is."""
+        """Count attention workers. One that joins replaces a missing one, if there is one."""
         if change.kind == "lost":
             self.lost_holders += len(change.names)
             self.missing += change.names
@@ -59,7 +59,7 @@ class EngineStats:
             del self.missing[:1]
 
     def spared(self, before: KvSavings, now: KvSavings) -> None:
-        """A request's policies have spared so much by now. Where its KV was lost they have begun from nothing again."""
+        """Add what a request's policies have saved since `before`. Lost KV makes their sums begin at 0 again."""
         if now.whole < before.whole or now.queries < before.queries:
             before = NOTHING_SPARED
         self.kv_read += max(0.0, now.read - before.read)
@@ -69,7 +69,7 @@ class EngineStats:
 
 
 def savings(step: Step, answers: Mapping[int, Announced]) -> dict[str, KvSavings]:
-    """What policies have spared each request of a step so far, by the parts whose holders say so."""
+    """What policies have saved each request of a step so far, by the holders' answers."""
     usages: dict[str, list[Usage]] = {}
     for number, answer in answers.items():
         routes = step.batches[number].routes

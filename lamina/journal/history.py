@@ -1,7 +1,6 @@
-"""From the journal's records to what an engine had not finished: requests, their tokens, and where their KV was.
+"""The state that a journal's records give: an engine's unfinished requests, their tokens, and where their KV is.
 
-Pure: the same records give the same state. The engine that runs applies each record that it writes, too, so that what
-a new engine would know is always at hand.
+Pure: the same records give the same state. A running engine applies each record that it writes, too.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from lamina.scheduling.placement import Part
 from lamina.scheduling.request import RetainedKv
 from lamina_protocols.messages import PartHeld
 
-FINISHED = 256  # requests whose outputs are kept after their end, for clients that may have missed the last of them
-GONE = -1  # the number of the holder that has what nobody has any more
-_SLACK = 64  # tokens that are rather fed again than rebuilt at one holder
+FINISHED = 256  # ended requests whose outputs are kept, for clients that may have missed the last of them
+GONE = -1  # the number of a holder that stands for all lost ones
+_SLACK = 64  # tokens up to which a sequence is rather cut back than rebuilt at one holder
 
 
 class KvLocation(NamedTuple):
-    """Where a holder is: the address of its process ("" in the engine's own), and the model worker it serves."""
+    """Where a holder is: the address of its process ("" in the engine's own), and the model worker that it serves."""
 
     address: str
     rank: int
@@ -41,8 +40,8 @@ class KvLocation(NamedTuple):
 
 @dataclass(slots=True)
 class KnownSample:
-    """One sample: its tokens after the prompt and what was reported of each; how many of all its tokens had KV under
-    `handle` (0: none), and in which parts."""
+    """One sample: its tokens after the prompt with their log probabilities, and how many of all its tokens have KV
+    under `handle` (0: none), in which parts."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
@@ -68,12 +67,12 @@ class KnownRequest:
 
     @property
     def known(self) -> dict[int, list[int]]:
-        """The tokens of those that have not ended."""
+        """The tokens of the samples that have not ended."""
         return {at: list(sample.tokens) for at, sample in enumerate(self.samples) if sample.reason is None}
 
     def missing(self, received: Sequence[tuple[Sequence[int], bool]]) -> list[tuple[int, int | None, str | None, Any]]:
-        """What a client has not got that has `received` these tokens of each sample, and its end: (sample, token,
-        reason, logprobs). Raises ValueError where it has got what is not known here."""
+        """What a client lacks that has `received` these tokens of each sample, and whether its end: tuples of sample,
+        token, reason, logprobs. Raises ValueError for tokens that the sample does not have."""
         missing: list[tuple[int, int | None, str | None, Any]] = []
         for at, (sample, (tokens, ended)) in enumerate(zip(self.samples, received, strict=True)):
             had = len(tokens)
@@ -91,9 +90,9 @@ class KnownRequest:
 
 
 class History:
-    """Every request of the records that has not ended, and the last that have.
+    """Every unfinished request of the records, and the last finished ones.
 
-    Those in `unclaimed` stay, however many others end after them.
+    Requests in `unclaimed` stay, however many others finish after them.
     """
 
     def __init__(self) -> None:
@@ -141,7 +140,8 @@ class History:
             self._ended(row.request_id)
 
     def _ended(self, request_id: str) -> None:
-        """Where all samples have ended the request has; nobody comes back for one that was given up."""
+        """A request has ended when all samples have. One that was aborted is not kept: its client does not come
+        back."""
         known = self.requests[request_id]
         if known.open:
             return
@@ -156,7 +156,7 @@ class History:
             del self.finished[each]
 
     def find(self, request_id: str) -> KnownRequest | None:
-        """A request that has not ended, or has lately."""
+        """A request that is unfinished, or has finished lately."""
         return self.requests.get(request_id) or self.finished.get(request_id)
 
     def records(self) -> Iterator[Record]:
@@ -172,8 +172,8 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class RecoveredRequest:
-    """What one holder keeps after the death of an engine: its number in the new one, the first of its rank's heads
-    among all, and its parts by handle."""
+    """What one holder keeps of the previous engine: its number in the new one, the first head of its rank among all
+    heads, and its parts by handle."""
 
     number: int
     first_head: int
@@ -181,15 +181,15 @@ class RecoveredRequest:
 
 
 class Adoption(NamedTuple):
-    """What can be taken up of one sequence: for the scheduler, for placement, and which parts at which holder."""
+    """What can be taken up of one sequence: for the scheduler, and its parts for placement."""
 
     kept: RetainedKv
     parts: tuple[Part, ...]
 
 
 def adoption(sample: KnownSample, prompt: int, found: Mapping[KvLocation, RecoveredRequest]) -> Adoption | None:
-    """What of a sample's KV is still there, of `prompt` tokens and those after. What is not there has the holder GONE,
-    to be taken over like a lost holder's. None where it must be computed from its start."""
+    """What is still there of the KV of a sample with `prompt` tokens in its prompt. Missing shares have the holder
+    GONE, and are taken over like those of a lost holder. None where the sample must be computed from its start."""
     computed = min(sample.computed, prompt + len(sample.tokens) - 1)
     there: list[tuple[Share, int, PartHeld | None]] = []
     for address, rank, handle, heads, lo, hi in sample.parts:

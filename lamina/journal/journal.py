@@ -1,9 +1,8 @@
 """The journal of an engine: a file that outlives its process, so that another can go on where it ended.
 
 Records are appended, one write a batch. They are not flushed to the disk: they survive the death of the process, not of
-the machine. Each record is its length, a checksum of that, a checksum of the content, and the content in msgpack. What
-a death left of the last write is cut; damage anywhere else is an error. `records` has the records, `history` their
-meaning.
+the machine. Each record is its length, a checksum of that, a checksum of the content, and the content in msgpack. An
+incomplete last write is cut; damage anywhere else is an error. `records` has the records, `history` their meaning.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ MAX_RECORD = 1 << 28  # bytes
 NAME = "journal"
 _MAGIC = b"lamina journal\r\n"  # a transfer that changes line ends is noticed
 _HEAD = struct.Struct("<III")  # length, its checksum, the content's checksum
-_GROWN = 8 << 20  # bytes below which the file is not written anew
-_FACTOR = 4  # times its size after the last time, from which it is
+_GROWN = 8 << 20  # bytes up to which the file is not written anew
+_FACTOR = 4  # times its size when it was last written anew, up to which it is not either
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What KV depends on: another engine can only go on where these are the same."""
+    """What KV depends on: another engine can go on only where these are equal."""
 
     model: str
     page_size: int
@@ -52,18 +51,18 @@ class Facts:
 
 
 class Run(NamedTuple):
-    """An engine through all its starts: its id, 32 hexadecimal digits, and how many there have been."""
+    """An engine over all its starts: its id, 32 hexadecimal digits, and the number of starts so far."""
 
     engine: str
     starts: int
 
 
 class Journal:
-    """One engine's journal in `folder`, which no other can open meanwhile. `history` is what it knows, `engine` the id
-    by which attention workers know the engine, `starts` how often it has been opened. `run` is what somebody else knows
-    of both, who has started the engine before where there was another journal.
+    """One engine's journal in `folder`, which no other process can open meanwhile. `history` is its state, `engine` the
+    id by which attention workers know the engine, `starts` how often it was opened. `run` gives both, where the engine
+    had another journal before.
 
-    Raises JournalError where the folder cannot be used or is in use, or the journal is damaged or of something else.
+    Raises JournalError where the folder cannot be used or is in use, or the journal is damaged or of another engine.
     """
 
     def __init__(self, folder: str | Path, facts: Facts, run: Run | None = None) -> None:
@@ -72,7 +71,7 @@ class Journal:
         self._facts = facts
         self._buffer: list[bytes] = []
         self._file: int | None = None
-        self._size = self._compact_at = 0
+        self.size = self._compact_at = 0  # bytes
         self.history = History()
         self.engine, self.starts = run or Run(secrets.token_hex(16), 0)
         self._lock: int | None = _lock(self._folder)
@@ -93,13 +92,8 @@ class Journal:
         """Whether it still records: not closed, and no write has failed."""
         return self._file is not None
 
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self._size
-
     def append(self, record: Record) -> None:
-        """Note one record; `commit` writes all that were noted. The history has it at once."""
+        """Add one record. The history has it at once; `commit` writes it."""
         self.history.apply(record)
         if self._file is None:
             return
@@ -109,21 +103,21 @@ class Journal:
             self._give_up(f"a record cannot be written: {error}")
 
     def commit(self) -> None:
-        """Write what was noted, in one call. Where that fails the journal ends, and the engine goes on without."""
+        """Write all added records in one call. Where that fails the journal ends, and the engine goes on without it."""
         if not self._buffer or self._file is None:
             return
         data = b"".join(self._buffer)
         self._buffer.clear()
         try:
             _write(self._file, data)
-            self._size += len(data)
-            if self._size > self._compact_at:
+            self.size += len(data)
+            if self.size > self._compact_at:
                 self._write_anew()
         except OSError as error:
             self._give_up(str(error))
 
     def close(self) -> None:
-        """Let the folder go. Harmless the second time."""
+        """Write what was added, and release the folder. Harmless when it is closed already."""
         self.commit()
         if self._file is not None:
             os.close(self._file)
@@ -133,7 +127,7 @@ class Journal:
             self._lock = None
 
     def _give_up(self, why: str) -> None:
-        """Say it once. What is in the file would soon be out of date, so only its header stays: attention workers know
+        """Log the error and stop. The file would soon be out of date, so only its header stays: attention workers know
         the engine by the id in it."""
         logger.error("the journal %s is off, so an engine that dies is not gone on from: %s", self._path, why)
         self._buffer.clear()
@@ -147,29 +141,29 @@ class Journal:
         return _packed(("journal", FORMAT, package_version(), asdict(self._facts), self.engine, f"{self.starts:010d}"))
 
     def _write_anew(self) -> None:
-        """The fewest records that say the same, in a file that takes the place of the one before."""
-        scratch = self._path.with_suffix(".new")
-        file = os.open(scratch, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        """Replace the file by one with the fewest records that give the same state."""
+        fresh = self._path.with_suffix(".new")
+        file = os.open(fresh, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             size = _write(file, _MAGIC + self._header())
             for record in self.history.records():
                 size += _write(file, _packed(to_plain(record)))
-            os.rename(scratch, self._path)
+            os.rename(fresh, self._path)
         except BaseException:
             os.close(file)
             with contextlib.suppress(OSError):
-                scratch.unlink()
+                fresh.unlink()
             raise
         if self._file is not None:
             os.close(self._file)
-        self._file, self._size = file, size
+        self._file, self.size = file, size
         self._compact_at = max(_GROWN, _FACTOR * size)
 
     def _read(self) -> None:
         with self._path.open("rb") as file:
             records = _records(file, self._path)
             first = next(records, None)
-            if first is None:  # its first write did not get far
+            if first is None:  # its first write was cut
                 return
             offset, header = first
             self._check(header, offset)
@@ -196,7 +190,7 @@ class Journal:
 
 
 def _lock(folder: Path) -> int:
-    """A descriptor that keeps others out as long as it is open, however this process ends."""
+    """A descriptor that keeps other processes out while it is open; the end of this process closes it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -211,20 +205,20 @@ def _lock(folder: Path) -> int:
             f"the journal's folder {folder} is in use by another engine (process {owner or 'unknown'}); "
             "each engine wants a folder of its own"
         ) from error
-    with contextlib.suppress(OSError):  # it is only for people
+    with contextlib.suppress(OSError):  # only for readers of the message above
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     return file
 
 
 def run_folder(parent: Path, run: str) -> Path:
-    """Where in `parent` the journal of a run is that ends with it: nobody goes on from it later."""
+    """The folder in `parent` for the journal of a run that no later engine goes on from."""
     return parent / f"lamina-run-{run}"
 
 
 def sweep(parent: Path, before: float) -> None:
-    """Delete what runs have left in `parent` that did not end in order: journals of ours that nobody uses, and in which
-    nobody has written since `before`, a time of the file system's."""
+    """Delete the journals that crashed runs have left in `parent`: those of this user that no process uses, last
+    written before `before`, a time of the file system."""
     for folder in parent.glob("lamina-run-*"):
         with contextlib.suppress(OSError, JournalError):
             facts = (folder / NAME).lstat()
@@ -274,7 +268,7 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, tuple[Any, ...]]
             return
         content = file.read(length)
         if zlib.crc32(content) != of_content:
-            if end == size:  # after the machine's death a file can be as long as it was, and not whole
+            if end == size:  # after a crash of the machine the last record can have its length without its content
                 return
             raise _damaged(path, offset, "the checksum of a record is wrong")
         yield offset, _unpacked(content, path, offset)
@@ -282,7 +276,7 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, tuple[Any, ...]]
 
 
 def _is_blank(file: BinaryIO, offset: int) -> bool:
-    """Whether there is nothing from there on: zeros, as a machine's death leaves them."""
+    """Whether all bytes from there on are zeros, as a crash of the machine leaves them."""
     file.seek(offset)
     return not any(any(block) for block in iter(lambda: file.read(1 << 16), b""))
 

@@ -1,4 +1,4 @@
-"""The records of a journal: what is written of requests, in the order of what happened. Plain data, as msgpack has it.
+"""The records of a journal, in the order of what happened to requests. Plain data that msgpack can write.
 
 On disk a record is a tuple: the name of its kind, then its fields.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 class HeldPart(NamedTuple):
     """A part of a sequence at a holder: the address of the holder's process ("" in the engine's own), the model worker
-    it serves, the part's handle there, its KV heads among those of all ranks, and its range of positions."""
+    that it serves, the part's handle there, its KV heads among those of all ranks, and its positions [lo, hi)."""
 
     address: str
     rank: int
@@ -30,7 +30,7 @@ class RequestRecord(NamedTuple):
 
 
 class SampleRecord(NamedTuple):
-    """One sample as it stands: see `history.KnownSample`."""
+    """The state of one sample: see `history.KnownSample`."""
 
     request_id: str
     sample: int
@@ -43,7 +43,7 @@ class SampleRecord(NamedTuple):
 
 
 class BatchRow(NamedTuple):
-    """What a batch has done for one sample: `computed` of its tokens have KV under `handle`, and what it sampled."""
+    """The result of a batch for one sample: `computed` of its tokens have KV under `handle`, and what was sampled."""
 
     request_id: str
     sample: int
@@ -76,7 +76,7 @@ class EndRecord(NamedTuple):
 
 
 class DropRecord(NamedTuple):
-    """A request is given up: it is not taken up again."""
+    """A request is forgotten: no engine goes on with it."""
 
     request_id: str
 

@@ -1,6 +1,6 @@
-"""What an engine before has begun, in the hands of a new one: who comes back for it, and what goes on unasked.
+"""How a new engine goes on with the previous engine's requests, which the journal has or clients bring back.
 
-For the engine's thread. Knows the recorder and the scheduler; knows nothing of batches.
+For the engine's thread.
 """
 
 from __future__ import annotations
@@ -23,72 +23,72 @@ logger = logging.getLogger("lamina")
 
 
 class Begun(NamedTuple):
-    """A request that goes on: the tokens of its samples that have not ended, and what holders have of their KV."""
+    """A request that goes on: the tokens of its unfinished samples, and what holders have of their KV."""
 
-    ticket: EngineRequest
+    request: EngineRequest
     known: Mapping[int, list[int]]
     kept: Mapping[int, RetainedKv]
 
 
 class Resumption:
-    """Without a `recorder` nothing is known of an engine before, and clients are all there is to go by."""
+    """Without a `recorder` there are only the requests that clients bring back."""
 
     def __init__(self, recorder: Recorder | None, scheduler: Scheduler, grammars: Grammars | None) -> None:
         self._recorder = recorder
         self._scheduler = scheduler
         self._grammars = grammars
-        self._gone = False  # whether a holder of something that was adopted is not there
-        self._unclaimed: dict[str, EngineRequest] = {}  # those for which no client has come yet
+        self._gone = False  # whether a part of an adopted sequence is lost
+        self._unclaimed: dict[str, EngineRequest] = {}  # for which no client has come yet
 
-    def __contains__(self, ticket: EngineRequest) -> bool:
-        """Whether nobody has come for it: then it stays in the journal, however the engine ends."""
-        return ticket.request.id in self._unclaimed
+    def __contains__(self, request: EngineRequest) -> bool:
+        """Whether no client has come for a request: then it stays in the journal, however the engine ends."""
+        return request.id in self._unclaimed
 
     def unfinished(self, found: Mapping[KvLocation, RecoveredRequest]) -> Iterator[Begun]:
-        """All that the journal has, each to be queued before the next is asked for."""
+        """The journal's requests. The caller queues each one before it takes the next."""
         if self._recorder is None:
             return
-        for ticket, known in self._recorder.unfinished():
-            request = ticket.request
+        for request, known in self._recorder.unfinished():
             try:
-                self._scheduler.validate(request)
-                if ticket.params.constrained and self._grammars is not None:
-                    ticket.constraints = self._grammars.constraints(ticket.params, request.n)
+                self._scheduler.validate(request.request)
+                if request.params.constrained and self._grammars is not None:
+                    request.constraints = self._grammars.constraints(request.params, request.request.n)
             except LaminaError as error:
-                logger.warning("request %s of an engine before cannot go on: %s", request.id, error)
+                logger.warning("request %s of the previous engine cannot go on: %s", request.id, error)
                 self._recorder.drop(request.id)
                 continue
-            self._unclaimed[request.id] = ticket
+            self._unclaimed[request.id] = request
             kept = {sample: adopted.kept for sample, adopted in self._recorder.adopt(known, found).items()}
             self._gone |= any(share.holder == GONE for each in kept.values() for share in each.layout)
-            yield Begun(ticket, known.known, kept)
+            yield Begun(request, known.known, kept)
 
     def rebuild(self) -> None:
-        """Have what is gone of what was adopted computed again, once it is known how much room there is."""
+        """Have the lost parts of adopted sequences computed again, after holders have said how much room they have."""
         if self._gone:
             self._scheduler.lost(GONE)
 
-    def claim(self, ticket: EngineRequest, old: EngineRequest | None) -> list[EngineOutput] | None:
-        """What a client that comes back has not received; `old` is what the engine has under way by that id, which
-        `ticket` is to replace. None where all after what was received must be computed: it is not known here."""
-        self._unclaimed.pop(ticket.request.id, None)
-        missing = None if self._recorder is None else self._recorder.missing(ticket)
+    def claim(self, request: EngineRequest, old: EngineRequest | None) -> list[EngineOutput] | None:
+        """The outputs that a client which comes back has not received. `old` is the engine's unfinished request of that
+        id, which `request` replaces. None where the journal does not have it, so that all further tokens are
+        computed."""
+        self._unclaimed.pop(request.id, None)
+        missing = None if self._recorder is None else self._recorder.missing(request)
         if missing is not None and old is not None:
-            ticket.sequences, ticket.unfinished, ticket.spared = old.sequences, old.unfinished, old.spared
-            ticket.scheduled, ticket.cached_tokens = old.scheduled, old.cached_tokens
+            request.sequences, request.unfinished, request.spared = old.sequences, old.unfinished, old.spared
+            request.scheduled, request.cached_tokens = old.scheduled, old.cached_tokens
         return missing
 
-    def anew(self, ticket: EngineRequest) -> Mapping[int, tuple[int, ...]]:
-        """The tokens from which a request that is not known here goes on, by sample."""
+    def anew(self, request: EngineRequest) -> Mapping[int, tuple[int, ...]]:
+        """The tokens from which a request goes on that the journal does not have, by sample."""
         if self._recorder is not None:
-            self._recorder.drop(ticket.request.id)
-        return {at: tokens for at, (tokens, ended) in enumerate(ticket.received or ()) if not ended}
+            self._recorder.drop(request.id)
+        return {at: tokens for at, (tokens, ended) in enumerate(request.received or ()) if not ended}
 
     def disclaim(self) -> list[EngineRequest]:
-        """Those for which nobody has come: nobody will."""
+        """The requests for which no client has come. They are not kept for one any longer."""
         left = list(self._unclaimed.values())
         self._unclaimed.clear()
-        for ticket in left:
+        for request in left:
             if self._recorder is not None:
-                self._recorder.claimed(ticket.request.id)
+                self._recorder.claimed(request.id)
         return left

@@ -1,44 +1,43 @@
-"""How much of the KV is attended beside the model, and how much by attention workers, decided by measured times. Pure.
+"""How much of the KV is kept in the local pool, and how much at attention workers, decided by measured times. Pure.
 
-Two tiers attend at once: the local holder, and the attention workers, who cost a round trip a layer besides. A model of
-both, from what they were measured to take, says where they would end a step together; how long whole steps take there
-has the last word, because tiers that share cores or memory disturb each other as no model of each tells. Knows
-sequences as numbers of tokens; is told the time of each batch.
+Two tiers attend at once: the local pool, and attention workers, which take a round trip for each layer besides. A model
+of both tiers, from measured times, says at which share they would end a step together. The measured times of whole
+steps there decide, because tiers that share cores or memory slow each other down in ways that the model lacks.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 logger = logging.getLogger("lamina")
 
-WINDOW = 5  # batches that one measurement takes, besides the first after a change
-GAIN = 0.01  # of a step, by which a part that is remote must be better than none
-HOPE = 1.7  # times as fast a remote tier is taken to be alone as beside the local one, until it is known
-SPREAD = 1.9  # times as many tokens, from which on it shows what a call takes besides its tokens
-SEARCH = 36  # batches without moves, after which the best place known is settled on
-DRIFT = 0.08  # of a step, by which what a tier takes must have changed before the choice is looked at again
-SURE = 4  # batches that must say so; by then the first ones after the change are the most of a window
-PERSISTENT = 3  # times DRIFT, that these must add up to; twice as many after each search that has ended where it began
-LONGEST_DOUBT = 96
-CHANGE = 1.5  # of the number of sequences or of their tokens, after which a choice is looked at again
-PROBE_COST = 0.01  # of the time, at most, goes into asking again whether a tier that does nothing should do something
-FEWEST_BETWEEN = 150  # batches from one such probe to the next, at least
+WINDOW = 5  # batches of one measurement, besides the first after a change
+GAIN = 0.01  # of a step, by which a remote share must be faster than none
+HOPE = 1.7  # how many times faster the remote tier is assumed to be alone, until it is measured
+SPREAD = 1.9  # how many times more tokens one measurement must have than another to tell a call from its tokens
+SEARCH = 36  # batches without moves, after which a search ends with the best share so far
+DRIFT = 0.08  # of a step, by which a tier's time must change before a new search
+SURE = 4  # batches in a row with such a change; by then most of a window is from after the change
+PERSISTENT = 3  # times DRIFT, which they must sum up to; doubled by each search that ends where it began
+LONGEST_DOUBT = 96  # times DRIFT, at most
+CHANGE = 1.5  # of the number of sequences or of their tokens, after which a new search begins
+PROBE_COST = 0.01  # of the time, at most, for probes of a tier that does nothing
+FEWEST_BETWEEN = 150  # batches between two such probes
 
 
 def prefers_local(local: int, total: int, tokens: int, share: float) -> bool:
-    """Whether a sequence of so many tokens should be local, for `share` of all to be: `local` of `total` are by now."""
+    """Whether a sequence of `tokens` tokens should be local so that `share` of all is; `local` of `total` are now."""
     return share > 0 and local + tokens / 2 <= share * (total + tokens)
 
 
 def to_move(candidates: Sequence[int], off: float, most: int) -> list[int]:
-    """Which sequences, given as numbers of tokens, should change their tier for `off` tokens to do so: their places,
-    `most` of them at most. What brings the sum hardly closer is left alone."""
+    """Which sequences, given as numbers of tokens, should change their tier so that about `off` tokens do: at most
+    `most` indices. A sequence that brings the sum hardly closer is not moved."""
     left, chosen = dict(enumerate(candidates)), list[int]()
     while left and len(chosen) < most:
         at = min(left, key=lambda place: abs(off - left[place]))
@@ -51,10 +50,10 @@ def to_move(candidates: Sequence[int], off: float, most: int) -> list[int]:
 
 
 class Batch(NamedTuple):
-    """One decode batch. `local_tokens` and `remote_tokens` of KV were read in it. The local holder took
-    `local_seconds` to attend, the slowest remote one `remote_seconds`, as it says itself; `answered` seconds went by
-    until its answers were taken, the last `waited` of them with nothing else to do. The step took `seconds` in all,
-    for `sequences` sequences in all `lanes` together."""
+    """One decode batch, which read `local_tokens` and `remote_tokens` of KV. The local pool attended for
+    `local_seconds`, the slowest remote holder for `remote_seconds` by its own clock. `answered` seconds passed until
+    its answers were read, the last `waited` of them without other work. The step took `seconds`, for `sequences`
+    sequences in all `lanes` together."""
 
     local_tokens: int
     remote_tokens: int
@@ -75,26 +74,20 @@ class Batch(NamedTuple):
         return self.local_tokens / max(1, self.tokens)
 
 
+_TOKENS = ("local_tokens", "remote_tokens")
+_SECONDS = ("local_seconds", "remote_seconds", "answered", "waited", "seconds")
+
+
 def whole_step(parts: Sequence[Batch]) -> Batch:
-    """The step of all lanes together, of the batches that it is made of."""
-    return Batch(
-        sum(part.local_tokens for part in parts),
-        sum(part.remote_tokens for part in parts),
-        sum(part.local_seconds for part in parts),
-        sum(part.remote_seconds for part in parts),
-        sum(part.answered for part in parts),
-        sum(part.waited for part in parts),
-        sum(part.seconds for part in parts),
-        parts[-1].sequences,
-        parts[-1].lanes,
-    )
+    """One batch for all lanes together: the sum of their batches."""
+    summed: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in (*_TOKENS, *_SECONDS)}
+    return parts[-1]._replace(**summed)
 
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """What the remote tier took for `tokens` of KV with nobody beside it: `seconds` as it said itself, and `fixed` ones
-    until its answers came. `beside`: what it would have taken beside the local tier then, None where that is not
-    known."""
+    """What the remote tier took for `tokens` of KV without the local one: `seconds` by its own clock, and `fixed` more
+    until its answers came. `beside`: what it would have taken beside the local tier; None where that is unknown."""
 
     tokens: int
     seconds: float
@@ -103,16 +96,16 @@ class Alone:
 
     @property
     def slower(self) -> float:
-        """How many times as slow it is beside the local tier."""
+        """How many times slower it is beside the local tier."""
         return self.beside / self.seconds if self.beside and self.seconds else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the tiers take beside each other: seconds a token of KV that is read, for the remote one `call` seconds a
-    step besides, however few tokens there are, and `fixed` ones until it has been asked and has answered. None where
-    it is not known. Two tiers on the same cores disturb each other: the local one takes `local_alone` of that where it
-    works alone; what the remote one takes then has to be seen (None until it was)."""
+    """What the tiers take beside each other: `local` and `remote` seconds for a token of KV (None: unknown). The remote
+    tier takes `call` seconds a step besides, for any number of tokens, and `fixed` more to be asked and to answer.
+    Alone the local tier takes `local_alone` times its seconds; `alone` is a measurement of the remote tier (None: not
+    yet)."""
 
     local: float | None = None
     remote: float | None = None
@@ -122,7 +115,7 @@ class Rates:
     alone: Alone | None = None
 
     def attention(self, share: float, tokens: int) -> float:
-        """Seconds of a step until both tiers have attended; those that are not known take no time."""
+        """Seconds of a step until both tiers have attended; unknown ones are 0."""
         local = (self.local or 0.0) * share * tokens
         if share == 1:
             return self.local_alone * local
@@ -131,9 +124,9 @@ class Rates:
         return max(local, self.fixed + self._beside_local((1 - share) * tokens))
 
     def hoped(self, points: Sequence[Batch]) -> Rates:
-        """The best that is possible as long as the remote tier was not seen alone: then it is faster, and answers come
-        later by no more than was waited for them beside the local tier, which may have kept the cores from whoever
-        brings them. Where these measurements do not tell a call from its tokens, all that it takes may be the call."""
+        """The best case while the remote tier was not measured alone. Alone it is faster, and its answers come at most
+        as late as they were waited for beside the local tier, which may have kept the cores from the transport. Where
+        the measurements do not tell a call from its tokens, its whole time may be the call."""
         beside = [point for point in points if point.remote_tokens and point.local_tokens]
         if not beside:
             return self
@@ -149,23 +142,23 @@ class Rates:
         return self.call + (self.remote or 0.0) * tokens
 
     def _alone(self, seen: Alone, tokens: int) -> float:
-        """As it was seen, or less where it has become faster beside the local tier. That it has become slower there may
-        be the local tier's doing."""
+        """As it was measured, or less where it is faster beside the local tier now. Where it is slower there, the local
+        tier may be the cause."""
         of_then = tokens / seen.tokens
         faster = min(1.0, self._beside_local(tokens) / (seen.beside * of_then)) if seen.beside else 1.0
         return seen.fixed + seen.seconds * of_then * faster
 
     def learned(self, points: Sequence[Batch]) -> Rates:
-        """With what these measurements say of the tiers as they are now, the latest last; the rest is as before."""
+        """Updated with these measurements, the latest last."""
         rates = self
         both = [point for point in points if point.local_tokens and point.remote_tokens]
         if both:
             rates = rates._beside(both)
         for point in points:
             if not point.remote_tokens:
-                rates = rates._here(point, known=bool(both))
+                rates = rates._local_alone(point, known=bool(both))
             elif not point.local_tokens:
-                rates = rates._there(point, known=bool(both))
+                rates = rates._remote_alone(point, known=bool(both))
         return rates
 
     def _beside(self, points: Sequence[Batch]) -> Rates:
@@ -177,21 +170,21 @@ class Rates:
             call = max(0.0, few.remote_seconds - max(0.0, slope) * few.remote_tokens)
         call = min(call, last.remote_seconds)
         fixed = max(0.0, last.answered - last.remote_seconds)
-        if last.waited <= 0.05 * last.answered:  # only where it was waited for is it known when the answer came
+        if last.waited <= 0.05 * last.answered:  # without a wait it is unknown when the answer came
             fixed = min(self.fixed, fixed)
         local = sum(point.local_seconds for point in points) / sum(point.local_tokens for point in points)
         return replace(
             self, local=local, remote=(last.remote_seconds - call) / last.remote_tokens, call=call, fixed=fixed
         )
 
-    def _here(self, alone: Batch, known: bool) -> Rates:
-        """`known`: what it takes beside the remote tier was measured by now, so that this says what alone is like."""
+    def _local_alone(self, alone: Batch, known: bool) -> Rates:
+        """`known`: its time beside the remote tier is measured, so that this one is its time alone."""
         seconds = alone.local_seconds / alone.local_tokens
         if known and self.local and seconds:
             return replace(self, local_alone=seconds / self.local)
         return replace(self, local=seconds / self.local_alone)
 
-    def _there(self, alone: Batch, known: bool) -> Rates:
+    def _remote_alone(self, alone: Batch, known: bool) -> Rates:
         tokens, seconds = alone.remote_tokens, alone.remote_seconds
         fixed = max(0.0, alone.answered - seconds)
         if known:
@@ -204,8 +197,8 @@ class Rates:
 
 
 class LocalShare:
-    """`share` of the KV tokens that are read in decode should be local. A number is kept as it is; "auto" begins with
-    everything local, and goes where steps are shortest."""
+    """`share` is the wanted local share of the KV tokens that decode reads. A given number is kept; None begins with
+    everything local, and searches for the shortest steps."""
 
     def __init__(self, share: float | None = None) -> None:
         self.share = 1.0 if share is None else share
@@ -214,17 +207,17 @@ class LocalShare:
         self._window: deque[Batch] = deque(maxlen=WINDOW)
         self._fresh = True  # the next batch is the first after a change
         self._rates = Rates()
-        self._search: list[Batch] = []  # what was measured at each place, medians
+        self._search: list[Batch] = []  # the medians at each share
         self._searched = 0  # batches of this search in which nothing moved
-        self._bounds = (0.0, 1.0)  # what can be reached: holders may be full
-        self._reference: Batch | None = None  # what the choice that holds was measured to yield
+        self._bounds = (0.0, 1.0)  # the shares that can be reached: holders may be full
+        self._reference: Batch | None = None  # the measurement of the present choice
         self._begun_at = 1.0  # the share before the search
-        self._doubts: list[float] = []  # of batches in a row, by how many times DRIFT
+        self._doubts: list[float] = []  # drifts of batches in a row, in multiples of DRIFT
         self._persistent = PERSISTENT
         self._held = 0
-        self._spent = 0.0  # seconds of this search beyond what its batches would have taken without it
-        self._base = 0.0  # seconds of a batch without it
-        self._pause = FEWEST_BETWEEN  # batches until a tier that does nothing is asked again
+        self._spent = 0.0  # seconds that this search has cost
+        self._base = 0.0  # seconds of a batch without a search
+        self._pause = FEWEST_BETWEEN  # batches until a tier that does nothing is probed again
 
     @property
     def settled(self) -> bool:
@@ -232,18 +225,18 @@ class LocalShare:
         return self._settled or not self._auto
 
     def reset(self) -> None:
-        """Holders have come or gone: what was measured is of no use."""
+        """Holders have come or gone: forget what was measured."""
         if self._auto:
             self._begin()
             self._rates, self._pause = Rates(), FEWEST_BETWEEN
 
     def interrupted(self) -> None:
-        """What ran since the last decode batch teaches nothing, nor does the next batch."""
+        """Other work ran since the last decode batch: neither it nor the next batch is measured."""
         self._window.clear()
         self._fresh = True
 
     def completed(self, batch: Batch, moving: bool = False) -> None:
-        """A decode batch is over. While sequences are moving it tells nothing but what that costs."""
+        """A decode batch is over. While sequences are moving it only counts as a cost of the search."""
         if not self._auto or not batch.tokens:
             return
         if self._base and not (self._settled and self._held):  # on the way back, too
@@ -285,12 +278,12 @@ class LocalShare:
             self._measured(now)
 
     def _unlike(self, now: Batch, then: Batch) -> bool:
-        """Whether the load has changed so much that a choice for one is none for the other."""
+        """Whether the load has changed so much that the choice is void."""
         pairs = ((now.sequences, then.sequences), (now.tokens, then.tokens))
         return any(max(pair) > CHANGE * min(pair) for pair in pairs)
 
     def _drift(self, now: Batch, then: Batch) -> float:
-        """By how much of a step a tier takes more or less for the same work."""
+        """By which part of a step a tier's time for the same work has changed."""
         off = abs(now.waited - then.waited)
         if now.local_tokens and then.local_tokens:
             before = then.local_seconds / then.local_tokens
@@ -310,7 +303,7 @@ class LocalShare:
         self.interrupted()
 
     def _measured(self, now: Batch) -> None:
-        """What it is like at this share is known: go to the next one to try, or settle."""
+        """The present share is measured: try the next one, or settle."""
         if self._search and self._unlike_points(now):
             self._search.clear()
         grain = 1 / now.sequences
@@ -336,7 +329,7 @@ class LocalShare:
         return self._unlike(now, first) or abs(now.sequences - first.sequences) > 0.25 * first.sequences
 
     def _next(self, now: Batch, grain: float) -> float | None:
-        """The share to try next; None where nothing promises more."""
+        """The share to try next; None where none promises a shorter step."""
         target = self._promising(self._rates, now, grain)
         if target is None and self._rates.alone is None:
             target = self._promising(self._rates.hoped(self._search), now, grain)
@@ -347,7 +340,7 @@ class LocalShare:
         return target
 
     def _promising(self, rates: Rates, now: Batch, grain: float) -> float | None:
-        """Of the places that were not measured, the one with the shortest step by all that is known of the tiers."""
+        """The share with the shortest step by these rates, of those not measured yet. None where it is no gain."""
         if rates.local is None or rates.remote is None:
             return None
         places = [at / now.sequences for at in range(now.sequences + 1)]
@@ -360,11 +353,11 @@ class LocalShare:
         return chosen if rest + rates.attention(chosen, now.tokens) < (1 - GAIN) * best else None
 
     def _silent(self, remote: bool) -> bool:
-        """Whether nothing of this search says how fast that tier is."""
+        """Whether no measurement of this search has that tier."""
         return not any(point.remote_tokens if remote else point.local_tokens for point in self._search)
 
     def _free(self, share: float, grain: float) -> float | None:
-        """That share, if it can be reached and was not measured in this search."""
+        """That share within the bounds, unless it was measured in this search."""
         low, high = self._bounds
         share = min(high, max(low, share))
         return None if any(_near(point.share, share, grain) for point in self._search) else share
@@ -373,7 +366,7 @@ class LocalShare:
         best = min(self._search, key=lambda point: point.seconds)
         most = max(self._search, key=lambda point: point.share)
         if not most.remote_tokens and most.seconds <= (1 + GAIN) * best.seconds:
-            best = most  # nothing remains remote where that does not pay
+            best = most  # all local where a remote share does not pay
         self.share = 1.0 if not best.remote_tokens else best.share if best.local_tokens else 0.0
         again = abs(self.share - self._begun_at) < 0.5 / now.sequences
         self._persistent = min(LONGEST_DOUBT, 2 * self._persistent) if again else PERSISTENT
@@ -398,15 +391,7 @@ def _near(one: float, other: float, grain: float) -> bool:
     return abs(one - other) < 0.5 * grain
 
 
-def _median(batches: Iterable[Batch]) -> Batch:
-    """Of each number of its own; counts are those of the last."""
-    several = list(batches)
-    last = several[-1]
-
-    return last._replace(
-        local_seconds=median(batch.local_seconds for batch in several),
-        remote_seconds=median(batch.remote_seconds for batch in several),
-        answered=median(batch.answered for batch in several),
-        waited=median(batch.waited for batch in several),
-        seconds=median(batch.seconds for batch in several),
-    )
+def _median(batches: Sequence[Batch]) -> Batch:
+    """The last batch, with the median of each of its times."""
+    medians: dict[str, Any] = {name: median(getattr(batch, name) for batch in batches) for name in _SECONDS}
+    return batches[-1]._replace(**medians)

@@ -87,7 +87,7 @@ class PrefixCache:
         node.waiters.append(sequence)
 
     def enter(self, writer: ScheduledSequence) -> None:
-        """Enter the whole pages of the writer's tokens as pending nodes, beyond those that the tree has."""
+        """Enter the whole pages of the writer's tokens as pending nodes, where the tree lacks them."""
         tokens = self._whole_pages(writer, len(writer.tokens))
         node = self._branch(tokens, writer.request.salt)
         # Not below another writer's pending node, which may be discarded before this one is computed.

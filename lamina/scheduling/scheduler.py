@@ -31,8 +31,8 @@ from lamina.scheduling.running import RunningSequences
 class Scheduler:
     """First come, first served within a priority: everything goes by `ScheduledSequence.order`. For one thread.
 
-    `ledger` counts pages and has the operations that wait, `running` has the sequences with KV, `admission` those that
-    wait for KV. The scheduler forms batches of them, and ends requests.
+    `ledger` counts pages and has the operations that wait, `running` has the sequences with KV, `admission` the queue
+    for KV. The scheduler forms batches of them, and ends requests.
     """
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
@@ -151,7 +151,7 @@ class Scheduler:
         return plan
 
     def _rows(self, lanes: int) -> list[PlannedRow]:
-        """Rows for the idle sequences by order, then for those that can be admitted."""
+        """Rows for the idle sequences by order, then for new ones."""
         rows: list[PlannedRow] = []
         idle = deque(sequence for sequence in self.running if not sequence.in_flight)
         budget = self._batch_tokens
@@ -226,7 +226,7 @@ class Scheduler:
         self.ledger.accepted(plan, free)
         self._batch_tokens, self._refused = self.config.max_batch_tokens, False
         for row, floor in zip(plan.rows, floors, strict=True):
-            if row.rebuild:  # other holders may have a higher floor than those that store
+            if row.rebuild:  # holders that do not store may have a higher floor
                 row.sequence.floor = max(row.sequence.floor, floor)
                 continue
             row.sequence.floor = floor
