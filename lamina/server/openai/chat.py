@@ -6,7 +6,7 @@ What chats and completions share is in `sampling_fields` and `responses`.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
@@ -76,7 +76,8 @@ async def chat(service: Service, request: Request) -> Response:
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
     named = responses.named("chatcmpl", fields.request_id or context.id, service.settings.model)
     if fields.stream:
-        return EventStream(_frames(service, prepared, context, named), context.timeout + GRACE, service.translate)
+        frames = service.frames([prepared.request], context, _Writer(prepared, named))
+        return EventStream(frames, context.timeout + GRACE, service.translate)
     return await while_connected(request.receive, _whole(service, prepared, context, named), context.timeout + GRACE)
 
 
@@ -201,10 +202,7 @@ def _in_words(messages: Sequence[Mapping[str, Any]], note: str | None) -> list[d
 
 
 async def _whole(service: Service, chat: Chat, context: RequestContext, named: Mapping[str, Any]) -> Response:
-    async with service.begin([chat.request], context, streamed=False) as generation:
-        async for _ in generation:
-            pass
-        (completion,) = generation.completions()
+    (completion,) = await service.whole([chat.request], context)
     choices = [_choice(chat, sample) for sample in completion.samples]
     used = responses.usage([chat.request], completion.usage.completion_tokens)
     content = {**named, "object": "chat.completion", "choices": choices, "usage": used}
@@ -253,19 +251,6 @@ def _collected(deltas: Sequence[Delta]) -> tuple[str, list[dict[str, Any]]]:
     return "".join(content), calls
 
 
-async def _frames(
-    service: Service, chat: Chat, context: RequestContext, named: Mapping[str, Any]
-) -> AsyncGenerator[bytes, None]:
-    """Whole frames of server-sent events, as they come."""
-    writer = _Writer(chat, named)
-    async with service.begin([chat.request], context, streamed=True) as generation:
-        async for events in generation:
-            if frames := writer.events(events):
-                yield frames
-        (completion,) = generation.completions()
-    yield writer.end(completion)
-
-
 class _Writer:
     """Writes a chat's chunks. It runs for each token, so the common case is kept short."""
 
@@ -282,7 +267,6 @@ class _Writer:
         self._sent = [0] * n  # characters of a sample's text
 
     def events(self, events: Sequence[TokenEvent]) -> bytes:
-        """The frames of events; perhaps none."""
         frames: list[str] = []
         for event in events:
             index = event.sample_index
@@ -302,8 +286,8 @@ class _Writer:
                 self._deltas(index, self._parsed(index, event.text, False), event, frames)
         return "".join(frames).encode()
 
-    def end(self, completion: Completion) -> bytes:
-        """The last frames: the ends of samples without a last token, and the usage."""
+    def end(self, completions: Sequence[Completion]) -> bytes:
+        (completion,) = completions
         frames: list[str] = []
         for index, sample in enumerate(completion.samples):
             if not self._begun[index]:

@@ -5,7 +5,7 @@ What chats and completions share is in `sampling_fields` and `responses`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
@@ -68,7 +68,8 @@ async def completions(service: Service, request: Request) -> Response:
         "object": "text_completion"
     }
     if fields.stream:
-        return EventStream(_frames(service, prepared, context, named), context.timeout + GRACE, service.translate)
+        frames = service.frames(prepared.requests, context, _Writer(prepared, named))
+        return EventStream(frames, context.timeout + GRACE, service.translate)
     return await while_connected(request.receive, _whole(service, prepared, context, named), context.timeout + GRACE)
 
 
@@ -128,10 +129,7 @@ def _tokens(name: str, prompt: Any, fields: CompletionRequest, served: Served) -
 
 
 async def _whole(service: Service, texts: Texts, context: RequestContext, named: Mapping[str, Any]) -> Response:
-    async with service.begin(texts.requests, context, streamed=False) as generation:
-        async for _ in generation:
-            pass
-        ended = generation.completions()
+    ended = await service.whole(texts.requests, context)
     choices = [
         _choice(texts, prompt, sample) for prompt, completion in enumerate(ended) for sample in completion.samples
     ]
@@ -151,19 +149,6 @@ def _choice(texts: Texts, prompt: int, sample: Sample) -> dict[str, Any]:
     }
 
 
-async def _frames(
-    service: Service, texts: Texts, context: RequestContext, named: Mapping[str, Any]
-) -> AsyncGenerator[bytes, None]:
-    """Whole frames of server-sent events, as they come."""
-    writer = _Writer(texts, named)
-    async with service.begin(texts.requests, context, streamed=True) as generation:
-        async for events in generation:
-            if frames := writer.events(events):
-                yield frames
-        ended = generation.completions()
-    yield writer.end(ended)
-
-
 class _Writer:
     """Writes completions' chunks. What is done for each token is done here, so it is little."""
 
@@ -179,7 +164,6 @@ class _Writer:
         self._sent = [0] * count  # characters of a sample's text
 
     def events(self, events: Sequence[TokenEvent]) -> bytes:
-        """The frames of events; perhaps none."""
         frames: list[str] = []
         for event in events:
             index = event.prompt_index * self._n + event.sample_index
@@ -199,7 +183,6 @@ class _Writer:
         return "".join(frames).encode()
 
     def end(self, completions: Sequence[Completion]) -> bytes:
-        """The last frames: the ends of samples without a last token, and the usage."""
         frames: list[str] = []
         for index, ended in enumerate(self._ended):
             if not ended:

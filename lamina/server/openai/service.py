@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from lamina.completions import Completion, TokenEvent
 from lamina.errors import LaminaError
 from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import DeadlineExceeded, Frontend, Generation, Served
@@ -46,6 +47,16 @@ class RequestContext:
         if left <= 0:
             raise DeadlineExceeded(f"the request took longer than its {self.timeout:g} seconds")
         return left
+
+
+class Writer(Protocol):
+    """Writes the frames of one stream."""
+
+    def events(self, events: Sequence[TokenEvent]) -> bytes:
+        """The frames of events; perhaps none."""
+
+    def end(self, completions: Sequence[Completion]) -> bytes:
+        """The last frames: the ends of samples without a last token, and the usage."""
 
 
 class Service:
@@ -118,7 +129,25 @@ class Service:
             raise overloaded(f"{active} of {most} samples are under way; come back in a moment")
         return served
 
-    def begin(self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool) -> Generation:
+    async def whole(self, requests: Sequence[EngineRequest], context: RequestContext) -> list[Completion]:
+        """The completions of requests, once all of them have ended."""
+        async with self._begin(requests, context, streamed=False) as generation:
+            async for _ in generation:
+                pass
+            return generation.completions()
+
+    async def frames(
+        self, requests: Sequence[EngineRequest], context: RequestContext, writer: Writer
+    ) -> AsyncGenerator[bytes, None]:
+        """Whole frames of server-sent events, as they come."""
+        async with self._begin(requests, context, streamed=True) as generation:
+            async for events in generation:
+                if frames := writer.events(events):
+                    yield frames
+            completions = generation.completions()
+        yield writer.end(completions)
+
+    def _begin(self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool) -> Generation:
         """Submit requests, if there is still room. The result must be entered at once."""
         self.served(len(requests), requests[0].request.n)
         return self.frontend.begin(requests, context.left(), streamed, context.timeout)
