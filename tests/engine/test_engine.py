@@ -164,8 +164,8 @@ def test_two_holders_stay_in_step_when_one_loses_a_message(decoder, kind):
 def test_engine_goes_on_when_the_sink_of_a_client_raises(decoder):
     rig = Rig(decoder)
     params = SamplingParams(max_tokens=5).with_defaults({})
-    ticket, _ = rig.submit([1, 2], params)
-    ticket.sink = None
+    request, _ = rig.submit([1, 2], params)
+    request.sink = None
     assert rig.generate([[3]], max_tokens=5)
     assert rig.engine.alive
     rig.close()
@@ -227,10 +227,10 @@ def test_row_without_finite_logits_fails_alone(decoder):
 def test_abort_frees_the_pages_of_a_running_request(decoder):
     rig = Rig(decoder)
     params = SamplingParams(max_tokens=1500, n=3).with_defaults({})
-    ticket, inbox = rig.submit(PROMPTS[-1], params)
+    request, inbox = rig.submit(PROMPTS[-1], params)
     inbox.get(timeout=60)
-    rig.engine.abort(ticket)
-    rig.engine.abort(ticket)  # twice is harmless
+    rig.engine.abort(request)
+    rig.engine.abort(request)  # twice is harmless
     reasons = []
     while len(reasons) < 3:
         reasons += [output.finish_reason for output in inbox.get(timeout=60) if output.finish_reason]
@@ -246,7 +246,7 @@ def test_urgent_request_overtakes(decoder):
     slow = [rig.submit(PROMPTS[-1], params) for _ in range(4)]
     _, urgent = rig.submit(PROMPTS[2], params, priority=-1)
     collect(urgent)
-    assert any(ticket.unfinished for ticket, _ in slow)
+    assert any(request.unfinished for request, _ in slow)
     for _, inbox in slow:
         collect(inbox)
     rig.close()

@@ -91,9 +91,9 @@ def test_text_stays_the_same_when_moving_sequences_fork_abort_or_are_preempted(d
         submitted.append((prompt, *rig.submit(prompt, params)))
         time.sleep(chance.random() * 0.05)
     kept = []
-    for prompt, ticket, inbox in submitted:
+    for prompt, request, inbox in submitted:
         if chance.random() < 0.4:
-            rig.engine.abort(ticket)
+            rig.engine.abort(request)
         else:
             kept.append((prompt, inbox))
     for prompt, inbox in kept:

@@ -81,10 +81,10 @@ def test_snapshot_adds_up_after_all_requests_ended(decoder: Decoder, shape: dict
     texts = rig.generate(PROMPTS, max_tokens=9) + rig.generate(PROMPTS, max_tokens=9)
     seen = settled(rig.engine)
     made = sum(len(text) for samples in texts for text in samples)
-    told = sum(len(prompt) for prompt in 2 * PROMPTS)
+    tokens = sum(len(prompt) for prompt in 2 * PROMPTS)
     assert seen.generation_tokens == made
-    assert seen.prompt_tokens + seen.prefix_hits == told
-    assert seen.prefix_queries == (told if cached else 0)
+    assert seen.prompt_tokens + seen.prefix_hits == tokens
+    assert seen.prefix_queries == (tokens if cached else 0)
     assert (seen.prefix_hits > 0) == (sum(seen.cached_pages.values()) > 0) == cached
     assert seen.batch_tokens == seen.prompt_tokens + made - 2 * len(PROMPTS)  # a last token is never fed back
     assert sum(seen.batch_counts) == seen.batches > 9
@@ -123,33 +123,33 @@ def test_snapshot_pages_in_use_are_those_of_the_sequences(decoder: Decoder, shap
             kept[name] += pages
     assert kept == {holder.name: holder.total_pages - holder.free_pages for holder in seen.holders}
     assert seen.lanes == 1
-    for ticket, _ in running:
-        rig.engine.abort(ticket)
+    for request, _ in running:
+        rig.engine.abort(request)
     assert settled(rig.engine).sequences == ()
     rig.close()
 
 
 def test_snapshot_counts_pages_of_a_prompt_at_the_local_holder_during_prefill(decoder: Decoder) -> None:
     rig = Rig(decoder, **SHAPES["heads, prompts local"] | {"prefill_pool": 3000}, max_batch_tokens=16)
-    ticket, _ = rig.submit([5] * 1800, greedy(2))
+    request, _ = rig.submit([5] * 1800, greedy(2))
     seen = wait_until(rig.engine, lambda seen: any(each.tokens == 1800 for each in seen.sequences))
     assert seen.sequences[0].prefill
     local = seen.holders[0]
     assert (local.name, local.total_pages) == ("local", 3000)
     assert local.free_pages < 3000
-    rig.engine.abort(ticket)
+    rig.engine.abort(request)
     settled(rig.engine)
     rig.close()
 
 
 def test_snapshot_counts_waiting_samples(decoder: Decoder) -> None:
     rig = Rig(decoder, pages=9 * 40, max_model_len=600)
-    tickets = [rig.submit([n] * 100, greedy(480))[0] for n in range(12)]
+    requests = [rig.submit([n] * 100, greedy(480))[0] for n in range(12)]
     seen = wait_until(rig.engine, lambda seen: seen.running > 0 and seen.running + seen.waiting == 12)
     assert seen.waiting > 0
     assert len(seen.sequences) == seen.running
-    for ticket in tickets:
-        rig.engine.abort(ticket)
+    for request in requests:
+        rig.engine.abort(request)
     settled(rig.engine)
     rig.close()
 
@@ -168,7 +168,7 @@ class Mortal(BytesPort):
 
 def test_snapshot_lists_a_lost_holder_as_missing_until_another_joins(decoder: Decoder) -> None:
     rig = Rig(decoder, shard="heads", weights=(1, 1, 1), port=Mortal)
-    ticket, inbox = rig.submit(PROMPTS[3], greedy(1500))
+    request, inbox = rig.submit(PROMPTS[3], greedy(1500))
     inbox.get(timeout=20)
     port: Any = rig.ports[2]
     port.doomed = True
@@ -183,7 +183,7 @@ def test_snapshot_lists_a_lost_holder_as_missing_until_another_joins(decoder: De
     seen = wait_until(rig.engine, lambda seen: seen.joined_holders == 1)
     assert seen.missing == ()
     assert [holder.name for holder in seen.holders] == ["worker-1", "worker-3", "worker-9"]
-    rig.engine.abort(ticket)
+    rig.engine.abort(request)
     settled(rig.engine)
     rig.workers.pop(2)
     rig.close()
@@ -296,11 +296,11 @@ def test_idle_engine_answers_snapshots_after_a_sink_raised(decoder: Decoder, cap
 
 def test_snapshot_survives_json(decoder: Decoder) -> None:
     rig = Rig(decoder, shard="heads", weights=(1, 1), prefix_cache=True)
-    ticket, inbox = rig.submit(PROMPTS[2], greedy(1000))
+    request, inbox = rig.submit(PROMPTS[2], greedy(1000))
     inbox.get(timeout=20)
     seen = wait_until(rig.engine, lambda seen: bool(seen.sequences))
     assert Snapshot.from_dict(json.loads(json.dumps(seen.as_dict()))) == seen
-    rig.engine.abort(ticket)
+    rig.engine.abort(request)
     settled(rig.engine)
     rig.close()
 
@@ -336,7 +336,7 @@ class Deaf:
 
 def test_snapshot_request_is_forgotten_when_the_engine_stops() -> None:
     remote = RemoteEngine(Loop(Deaf(), time.monotonic), time.monotonic)
-    remote.snapshot(lambda _: pytest.fail("nobody answered"))
+    remote.snapshot(lambda _: pytest.fail("a snapshot was taken"))
     assert len(remote._asked) == 1
     remote.close()
     assert remote.join(5)

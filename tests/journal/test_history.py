@@ -121,9 +121,9 @@ def test_only_the_lost_range_of_positions_is_computed_again(decoder):
     alone.close()
     rig = Rig(decoder, port=BytesPort, shard="sequence", weights=(1, 1, 1), prefill_pool=500)
     params = SamplingParams(max_tokens=30).with_defaults({})
-    ticket, inbox = rig.submit(prompt, params)
+    request, inbox = rig.submit(prompt, params)
     first = inbox.get(timeout=60)
-    (middle,) = [share for share in ticket.sequences[0].layout if share.lo == 64]
+    (middle,) = [share for share in request.sequences[0].layout if share.lo == 64]
     rig.engine.leave(f"worker-{middle.holder}")
     tokens = [output.token for output in first]
     while len(tokens) < 30:
@@ -199,8 +199,8 @@ def test_drained_holder_hands_its_kv_over(model, expected, shard, lanes):
 
 def test_drain_refuses_and_names_an_unknown_or_only_worker(decoder):
     rig = Rig(decoder, shard="heads")
-    with pytest.raises(InvalidRequest, match="no attention worker is called 'nobody'; there are worker-1"):
-        rig.engine.drain("nobody").result(timeout=60)
+    with pytest.raises(InvalidRequest, match="no attention worker is called 'unknown'; there are worker-1"):
+        rig.engine.drain("unknown").result(timeout=60)
     with pytest.raises(InvalidRequest, match="the only attention worker"):
         rig.engine.drain("worker-1").result(timeout=60)
     rig.close()

@@ -67,21 +67,21 @@ def test_fusing_holder_attends_the_tokens_of_its_row() -> None:
     placed = placement((1,), fused=True)
     share = Share(1, (0, 1, 2, 3), 0, END)
     opened = (OpenSequence(10, (share,)), OpenSequence(11, (share,)))
-    told = placed.place(plan(0, opened, row(10, 0, 7), row(11, 9, 1)))[1]
-    assert told.operations == (Open(1, share.heads, 0, END), Open(2, share.heads, 0, END))
-    assert told.rows == (Row(1, 0, 7, (0, 7), True), Row(2, 9, 1, (0, 10), True))
-    assert all(row.fused for row in told.rows)
+    batch = placed.place(plan(0, opened, row(10, 0, 7), row(11, 9, 1)))[1]
+    assert batch.operations == (Open(1, share.heads, 0, END), Open(2, share.heads, 0, END))
+    assert batch.rows == (Row(1, 0, 7, (0, 7), True), Row(2, 9, 1, (0, 10), True))
+    assert all(row.fused for row in batch.rows)
 
 
 def test_holder_without_fusing_reads_only_the_past() -> None:
     placed = placement((1,))
     share = Share(1, (0, 1, 2, 3), 0, END)
-    told = placed.place(plan(0, (OpenSequence(10, (share,)),), row(10, 0, 7)))[1]
-    assert told.rows == (Row(1, 0, 7, None, True),)
-    placed.holders[1].accepted(told)
-    told = placed.place(plan(1, (), row(10, 9, 1)))[1]
-    assert told == (told.__class__(1, (), told.routes))
-    assert told.rows == (Row(1, 9, 1, (0, 9), True),)
+    batch = placed.place(plan(0, (OpenSequence(10, (share,)),), row(10, 0, 7)))[1]
+    assert batch.rows == (Row(1, 0, 7, None, True),)
+    placed.holders[1].accepted(batch)
+    batch = placed.place(plan(1, (), row(10, 9, 1)))[1]
+    assert batch == (batch.__class__(1, (), batch.routes))
+    assert batch.rows == (Row(1, 9, 1, (0, 9), True),)
 
 
 @given(
@@ -101,14 +101,14 @@ def test_reads_partition_the_past_and_every_token_is_stored_once(
     for count in cuts:
         count = min(count, len(one.tokens) - one.computed)
         planned = PlannedRow(one, 10, one.computed, count, one.computed + count == len(one.tokens))
-        shares = placed.place(plan(0, operations, planned))
+        batches = placed.place(plan(0, operations, planned))
         start, end = planned.start, planned.start + count
         for head in range(4):
             read: list[int] = []
             fused: list[int] = []
             stored: list[int] = []
-            for number, told in shares.items():
-                for route in told.routes:
+            for number, batch in batches.items():
+                for route in batch.routes:
                     if head not in route.heads:
                         continue
                     if route.row.read:
@@ -117,8 +117,8 @@ def test_reads_partition_the_past_and_every_token_is_stored_once(
                         stored += range(*route.stored) if route.row.store else []
             assert sorted(stored) == list(range(start, end))
             assert sorted(read + fused) == list(range(end if fused else start))
-        for number, told in shares.items():
-            placed.holders[number].accepted(told)
+        for number, batch in batches.items():
+            placed.holders[number].accepted(batch)
         one.computed = one.planned = end
         placed.recorded(plan(0, operations, planned))
         if planned.sample:
@@ -129,10 +129,10 @@ def test_reads_partition_the_past_and_every_token_is_stored_once(
 def test_prompts_are_read_locally_while_they_fit() -> None:
     placed = placement((1, 1), prefill_pool=4 * 3)
     share = (Share(1, (0, 1), 0, END), Share(2, (2, 3), 0, END))
-    told = placed.place(plan(0, (OpenSequence(10, share),), row(10, 0, 9, sample=True)))
-    assert told[LOCAL].operations == (Open(3, (0, 1, 2, 3), 0, END),)
-    assert told[LOCAL].rows == (Row(3, 0, 9, (0, 9), True),)
-    assert told[1].rows == (Row(1, 0, 9, None, True),)
+    batches = placed.place(plan(0, (OpenSequence(10, share),), row(10, 0, 9, sample=True)))
+    assert batches[LOCAL].operations == (Open(3, (0, 1, 2, 3), 0, END),)
+    assert batches[LOCAL].rows == (Row(3, 0, 9, (0, 9), True),)
+    assert batches[1].rows == (Row(1, 0, 9, None, True),)
     second = placed.place(plan(1, (OpenSequence(11, share),), row(11, 0, 9, sample=True)))
     assert LOCAL not in second or not second[LOCAL].routes  # no room for another
     placed.recorded(plan(0, (), row(10, 0, 9, sample=True)))
@@ -143,14 +143,14 @@ def test_operations_wait_for_the_holder_that_has_not_accepted_them() -> None:
     placed = placement((1, 1))
     layout = (Share(1, (0, 1), 0, END), Share(2, (2, 3), 0, END))
     first = plan(0, (OpenSequence(10, layout),), row(10, 0, 1))
-    told = placed.place(first)
-    placed.holders[1].accepted(told[1])  # the other holder refuses
-    told = placed.place(plan(0, (*first.operations, ForkSequence(11, 10, 1)), row(10, 0, 1)))
-    assert (told[1].first, told[1].operations) == (1, (Fork(3, 1, 1),))
-    assert (told[2].first, told[2].operations) == (0, (Open(2, (2, 3), 0, END), Fork(4, 2, 1)))
+    batches = placed.place(first)
+    placed.holders[1].accepted(batches[1])  # the other holder refuses
+    batches = placed.place(plan(0, (*first.operations, ForkSequence(11, 10, 1)), row(10, 0, 1)))
+    assert (batches[1].first, batches[1].operations) == (1, (Fork(3, 1, 1),))
+    assert (batches[2].first, batches[2].operations) == (0, (Open(2, (2, 3), 0, END), Fork(4, 2, 1)))
     assert placed.pending
     for number in (1, 2):
-        placed.holders[number].accepted(told[number])
+        placed.holders[number].accepted(batches[number])
     assert not placed.pending
     assert placed.place(plan(2, (CloseSequence(10), CloseSequence(11))))[2].operations == (Close(2), Close(4))
 
@@ -158,17 +158,17 @@ def test_operations_wait_for_the_holder_that_has_not_accepted_them() -> None:
 def test_share_of_a_lost_holder_is_stored_by_its_substitute_only() -> None:
     placed = placement((1, 1, 1))
     layout = (Share(1, (0, 1), 0, END), Share(2, (2,), 0, END), Share(3, (3,), 0, END))
-    for number, told in placed.place(plan(0, (OpenSequence(10, layout),), row(10, 0, 1))).items():
-        placed.holders[number].accepted(told)
+    for number, batch in placed.place(plan(0, (OpenSequence(10, layout),), row(10, 0, 1))).items():
+        placed.holders[number].accepted(batch)
     placed.lost(2)
     new = placed.substitute(layout[1], Pages({1: 3, 3: 5}))
     assert new == Share(3, (2,), 0, END)
     one = sequence(10, 30, 20)
     one.rebuild = Rebuild((new,), 4, 20, 20)
-    told = placed.place(plan(1, (ReplaceShares(10, 2, (new,)),), PlannedRow(one, 10, 4, 16, False, rebuild=True)))
-    assert told[1].rows == (Row(1, 4, 16, (0, 4), False),)
-    assert told[3].operations == (Open(4, (2,), 0, END),)
-    assert told[3].rows == (Row(3, 4, 16, (0, 4), False), Row(4, 4, 16, (0, 4), True))
+    batches = placed.place(plan(1, (ReplaceShares(10, 2, (new,)),), PlannedRow(one, 10, 4, 16, False, rebuild=True)))
+    assert batches[1].rows == (Row(1, 4, 16, (0, 4), False),)
+    assert batches[3].operations == (Open(4, (2,), 0, END),)
+    assert batches[3].rows == (Row(3, 4, 16, (0, 4), False), Row(4, 4, 16, (0, 4), True))
 
 
 def test_holder_is_refused_when_it_joins_twice() -> None:
@@ -194,12 +194,12 @@ def test_holders_of_each_rank_number_its_heads_from_0(shard: str, length: int, s
         assert ranges[-1][1] == END
         assert all(hi == lo for (_, hi), (lo, _) in pairwise(ranges))
     assert all(holders[share.holder].rank == (share.heads[0] == 2) for share in layout)
-    told = placed.place(plan(0, (OpenSequence(7, layout),), row(7, start, 4)))
-    for number, share in told.items():
+    batches = placed.place(plan(0, (OpenSequence(7, layout),), row(7, start, 4)))
+    for number, share in batches.items():
         heads = {0, 1} if (local | holders)[number].rank == 0 else {0}
         assert all(set(operation.heads) <= heads for operation in share.operations if isinstance(operation, Open))
         assert all(set(route.heads) <= heads for route in share.routes)
-    opened = {number for number, share in told.items() for operation in share.operations}
+    opened = {number for number, share in batches.items() for operation in share.operations}
     assert opened == {share.holder for share in layout} | set(local)
 
 
