@@ -96,8 +96,8 @@ class Engine:
         return not self._mailbox.is_shut
 
     def submit(self, request: EngineRequest) -> None:
-        """Queue a request. Raises EngineError where the engine has stopped, and InvalidRequest where its text cannot
-        be held to what it asks for: that is compiled here, not on the engine's thread."""
+        """Queue a request, after its schema or grammar is compiled on the caller's thread. Raises EngineError where the
+        engine has stopped, and InvalidRequest where its text cannot be held to that."""
         if request.params.constrained:
             if self._grammars is None:
                 raise InvalidRequest("this engine has no tokenizer; it can hold no text to a schema or grammar")
@@ -133,7 +133,7 @@ class Engine:
         return done
 
     def disclaim(self) -> None:
-        """End the requests of the previous engine whose clients have not come back by now."""
+        """End the previous engine's requests for which no client has come back."""
         self._mailbox.post(self._registry.disclaim)
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:

@@ -27,15 +27,15 @@ logger = logging.getLogger("lamina")
 
 
 class Outputs(NamedTuple):
-    """What a batch gives its requests, by id, and those whose text has left its constraint."""
+    """The outputs of a batch by request id, and the requests whose text does not follow its constraint."""
 
     by_request: dict[str, list[EngineOutput]]
     strayed: list[tuple[EngineRequest, InvalidRequest]]
 
 
 class RequestRegistry:
-    """`requests` by id, and for each sample that needs it a `history` of tokens and a constraint. With a `recorder`
-    everything is in the journal before a client gets it."""
+    """`requests` by id, and for the samples that need them `histories` of tokens and `constraints`. With a `recorder`
+    every output is in the journal before a client gets it."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class RequestRegistry:
         return self.requests.get(sample.request.id)
 
     def disclaim(self) -> None:
-        """End the requests of the previous engine whose clients have not come back."""
+        """End the previous engine's requests for which no client has come back."""
         for request in self._resumption.disclaim():
             self.end(request, None, "abort")
 
@@ -71,7 +71,7 @@ class RequestRegistry:
             self._recorder.close()
 
     def refuse(self, request: EngineRequest, error: EngineError) -> None:
-        """A request came too late."""
+        """A request came after the engine had stopped."""
         self._deliver(request, [EngineOutput(0, None, error=error)])
 
     def scheduled(self, requests: Mapping[ScheduledSequence, EngineRequest]) -> None:
@@ -83,8 +83,8 @@ class RequestRegistry:
     def outputs(
         self, outcomes: Sequence[Outcome], reports: Mapping[ScheduledSequence, RowLogprobs | None], now: float
     ) -> Outputs:
-        """What the requests of a complete batch get; `reports` are the log probabilities of the sequences that sampled.
-        Samples that their constraint ends have ended with this."""
+        """The outputs of a complete batch; `reports` are the log probabilities of the sequences that sampled. Ends the
+        samples that are complete by their constraint."""
         batch = Outputs({}, [])
         for outcome in outcomes:
             sequence = outcome.sequence

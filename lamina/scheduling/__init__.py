@@ -1,1 +1,1 @@
-"""Pure decisions: who computes what in the next batch, and which holder keeps what."""
+"""Pure decisions: what is computed in the next batch, and which holder keeps what."""

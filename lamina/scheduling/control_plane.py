@@ -76,8 +76,8 @@ class ControlPlane:
     # Steps.
 
     def plan(self, alone: bool = True) -> Step | None:
-        """The next step. None where nothing can be done before a step under way is over; `alone`: no step is under
-        way."""
+        """The next step; `alone`: no other is under way. None where one under way must be over first, or there is no
+        work."""
         plan = self.scheduler.plan(self.lanes.count)
         if plan is None and not (alone and self.placement.pending):
             return None
@@ -145,7 +145,7 @@ class ControlPlane:
         """For each row the highest floor of its parts."""
         kept = self.kept(answers)
         asked = Counter(route.source for number in kept for route in batches[number].routes)
-        # A part whose range is full was not asked: its floor is what it was.
+        # A part whose range is full was not asked: its floor has not changed.
         floors = [row.sequence.floor if asked[at] < len(row.sequence.layout) else 0 for at, row in enumerate(plan.rows)]
         for number, answer in kept.items():
             if any(answer.floors):

@@ -146,6 +146,13 @@ class Scheduler:
         if not rows and (self._in_flight or not self.ledger.operations):
             return None
         rows.sort(key=lambda row: row.count > 1)  # decode first
+        return self._planned(rows)
+
+    def plan_operations(self) -> Plan | None:
+        """A plan of the waiting operations, without rows; None where none waits."""
+        return self._planned([]) if self.ledger.operations else None
+
+    def _planned(self, rows: list[PlannedRow]) -> Plan:
         plan = self.ledger.plan(rows)
         self._in_flight.add(plan)
         return plan
@@ -209,14 +216,6 @@ class Scheduler:
         sequence.preemptions += 1
         self.counters.preempted += 1
         self.admission.give_back(sequence)
-
-    def plan_operations(self) -> Plan | None:
-        """A plan of the waiting operations, without rows; None where none waits."""
-        if not self.ledger.operations:
-            return None
-        plan = self.ledger.plan([])
-        self._in_flight.add(plan)
-        return plan
 
     def accepted(self, plan: Plan, free: Pages, floors: Sequence[int]) -> None:
         """Every holder has accepted. `free` are the pages that the asked holders have left, `floors` has for each row
