@@ -109,10 +109,22 @@ def test_pages_of_prefill_pools_are_not_counted_by_the_scheduler() -> None:
     world.check()
 
 
-def test_floor_of_a_row_is_the_highest_of_its_parts() -> None:
+def test_prefill_pool_drops_a_prompt_once_it_is_computed() -> None:
+    world = World((400,), prefill=80)
+    (sequence,) = world.add(prompt(7))
+    world.begin()
+    world.finish()
+    assert world.begin()
+    assert sequence.finish_reason is None
+    assert not world.pools[PREFILL].parts
+    assert world.control.prefill_free == {PREFILL: 80}
+
+
+@pytest.mark.parametrize("floors", [(3, 5), (5, 3)])
+def test_floor_of_a_row_is_the_highest_of_its_parts(floors: tuple[int, int]) -> None:
     world = World((400, 400))
     (sequence,) = world.add(prompt(6))
-    accepted(world, planned(world), {1: (3,), 2: (5,)})
+    accepted(world, planned(world), {number: (floor,) for number, floor in enumerate(floors, 1)})
     assert sequence.floor == 5
 
 
