@@ -66,6 +66,7 @@ class GrpcChannel:
         self._closed = ""  # why
         self._ended = ""  # why nothing more comes in
         self._unreadable = ""  # why what came in is no frame; sending still works
+        self._sent_all = False  # the last message has left; then gRPC ends the stream on this side
         self._reader: threading.Thread | None = None
         self._cancel: Callable[[], object] = lambda: None
         self._wake: Callable[[], None] = lambda: None
@@ -83,6 +84,7 @@ class GrpcChannel:
             if self._out.qsize() == _QUEUED - 1:
                 self._wake()  # there is room again
             yield message
+        self._sent_all = True
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
         for message in self._cut(buffers):
@@ -133,6 +135,8 @@ class GrpcChannel:
         self._in.put(None)
         if self._reader is not None and self._reader is not threading.current_thread():
             self._reader.join(0.5)  # the other side ends the stream when it sees its end, else it is broken off
+            if self._sent_all and not self._reader.is_alive():
+                return  # it has ended in order; breaking it off could overtake the last message
         self._cancel()
 
     def _cut(self, buffers: Sequence[bytes | memoryview]) -> Iterable[bytes]:

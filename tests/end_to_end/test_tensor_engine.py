@@ -79,7 +79,7 @@ def met(llm: LLM) -> set[str]:
 
 
 def returned(llm: LLM) -> int:
-    return llm._runtime.engine._stats.returned  # type: ignore[union-attr]
+    return llm._runtime.engine._stats.returned_workers  # type: ignore[union-attr]
 
 
 def test_two_ranks_give_the_text_of_one_and_survive_a_death(alone: LLM, model: Path) -> None:
