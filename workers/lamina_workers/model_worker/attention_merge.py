@@ -73,21 +73,22 @@ Pausing = Generator[QueryReady | KeyValueReady | Waiting, torch.Tensor | None, t
 
 
 class LayerExchange:
-    """One layer of a batch at all its holders: sends q, k and v, takes the answers, and counts the time into `times`.
+    """A batch at all its holders, one layer after the other: sends q, k and v, takes the answers, and counts the time
+    into `times`. There is one for each batch, since a step has as many exchanges as layers."""
 
-    q: `[T, heads, d_k]`.
-    """
-
-    def __init__(
-        self, epoch: int, batch: int, layer: int, q: torch.Tensor, traffic: Sequence[HolderTraffic], times: Times
-    ) -> None:
+    def __init__(self, epoch: int, batch: int, traffic: Sequence[HolderTraffic], times: Times) -> None:
         self.batch = batch
-        self.layer = layer
-        self.q = q
         self.readers = [holder for holder in traffic if holder.reads]
+        self.remote = any(not holder.fused for holder in self.readers)
+        self.layer = -1
+        self.q: torch.Tensor
         self._epoch = epoch
         self._traffic = traffic
         self._times = times
+
+    def begin(self, layer: int, q: torch.Tensor) -> None:
+        """The next layer, and its queries. q: `[T, heads, d_k]`."""
+        self.layer, self.q = layer, q
         self._early = False  # q is sent, k and v are not
         self._asked = self._slowest = self._answered = 0.0
 
@@ -208,6 +209,7 @@ class AttentionMerge:
         # A holder that fuses attends while it is sent to: the others are asked first, and attend meanwhile.
         traffic.sort(key=lambda holder: holder.fused)
         times = Times()
+        exchange = LayerExchange(epoch, batch, traffic, times)
         fused = {route.source for routed in routes.values() for route in routed if route.row.fused}
         try:
             present.begin(spans, [source for source in range(len(spans)) if source not in fused])
@@ -219,7 +221,7 @@ class AttentionMerge:
                 staging.turn()
                 if not isinstance(event, QueryReady):
                     raise TypeError(f"the model yields QueryReady first in each layer, got {type(event).__name__}")
-                exchange = LayerExchange(epoch, batch, event.layer, event.q, traffic, times)
+                exchange.begin(event.layer, event.q)
                 if self._early_query:
                     exchange.ask()
                 event = forward.send(None)
@@ -260,7 +262,8 @@ class AttentionMerge:
                 raise HolderFault(f"{holder.replies.port.name}: {error}") from error
         if whole is None:
             raise HolderFault(f"nothing attends layer {exchange.layer}: no holder fuses and no present was computed")
-        exchange.finish()
+        if exchange.remote:
+            exchange.finish()
         return whole.out.view(len(q), -1)
 
     def _traffic(
