@@ -28,6 +28,7 @@ from typing import Any
 
 from lamina.client.remote_client import RemoteEngine
 from lamina.journal.journal import Facts, Journal
+from lamina.journal.records import BatchRecord, BatchRow, RequestRecord
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
@@ -73,15 +74,15 @@ class Clients:
         rng = random.Random(seed)
         self.times: list[list[float]] = [[] for _ in range(count)]
         self.over = False  # later tokens are not recorded
-        self.tickets = []
+        self.requests = []
         for at in range(count):
             params = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0.0).with_defaults({})
             prompt = tuple(rng.randint(10, 40000) for _ in range(tokens))
-            ticket = EngineRequest(Request(f"{seed}-{at}", prompt, 400), params, seed=at, sink=self._sink(at))
-            self.tickets.append(ticket)
+            request = EngineRequest(Request(f"{seed}-{at}", prompt, 400), params, seed=at, sink=self._sink(at))
+            self.requests.append(request)
 
     def _sink(self, at: int) -> Callable[[EngineRequest, list[EngineOutput]], None]:
-        def take(_ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
+        def take(_request: EngineRequest, outputs: list[EngineOutput]) -> None:
             for output in outputs:
                 if output.error is not None and not self.over:
                     print(f"stream {at} failed: {output.error}", file=sys.stderr)
@@ -125,8 +126,8 @@ def one_round(model: str, count: int, tokens: int, seed: int, journal: bool) -> 
         first = EngineProcess(model, config, place / "first.sock")
         wire = SocketWire(first.socket, bytes.fromhex(SECRET), "bench-1")
         remote, clients = RemoteEngine(wire, time.monotonic, patience=PATIENCE), Clients(count, tokens, seed)
-        for ticket in clients.tickets:
-            remote.submit(ticket)
+        for request in clients.requests:
+            remote.submit(request)
         clients.until(BEFORE)
         killed = time.perf_counter()
         first.kill()
@@ -151,13 +152,13 @@ def journal_cost(count: int, steps: int = 3000) -> tuple[float, float]:
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
         journal = Journal(folder, Facts("m", 32, "float32", 30))
         for at in range(count):
-            journal.append(("request", {"id": f"{at}-abcdef", "n": 1, "prompt": tuple(range(2000))}, {}, 0))
+            journal.append(RequestRecord({"id": f"{at}-abcdef", "n": 1, "prompt": tuple(range(2000))}, {}, 0))
         journal.commit()
         size, spent = journal.size, 0.0
         for step in range(steps):
-            rows = tuple((f"{at}-abcdef", 0, at, 2000 + step, 30000 + at, None, None) for at in range(count))
+            rows = tuple(BatchRow(f"{at}-abcdef", 0, at, 2000 + step, 30000 + at, None, None) for at in range(count))
             start = time.perf_counter()
-            journal.append(("batch", rows))
+            journal.append(BatchRecord(rows))
             journal.commit()
             spent += time.perf_counter() - start
         size = journal.size - size
