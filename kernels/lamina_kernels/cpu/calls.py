@@ -1,0 +1,46 @@
+"""Calling a function by its address from compiled code: what keeps numba's cache on disk usable.
+
+An address is another in each process, so compiled code that holds one cannot be cached. It reads addresses from its
+argument block instead, where Python puts what `address_of` gives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from lamina_kernels.cpu.emitter import I64
+from lamina_kernels.cpu.launch import openmp_parallel
+
+PARALLEL = "GOMP_parallel"
+"""void(function, data, threads, flags): calls function(data) on each thread of OpenMP's team, and waits."""
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def call(context: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
+    """Call the C function at `address` with six int64 numbers and return its int64 result.
+
+    A function of fewer or narrower integers or pointers takes what it knows of them. Of a result that is narrower the
+    upper bits are undefined, of a void function all.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = builder.inttoptr(args[0], ir.FunctionType(I64, [I64] * 6).as_pointer())
+        return builder.call(function, args[1:])
+
+    return types.int64(*[types.int64] * 7), emit
+
+
+@cache
+def address_of(name: str) -> int | None:
+    """The address of a function of the C library, or of OpenMP (PARALLEL); None where there is none of that name."""
+    try:
+        function = openmp_parallel() if name == PARALLEL else getattr(ctypes.CDLL(None), name)
+    except AttributeError:
+        return None
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
