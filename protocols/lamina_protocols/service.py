@@ -24,6 +24,7 @@ SERVICE = "lamina.Attention"
 SESSION_KEY, CHECKSUM_KEY = "lamina-session", "lamina-checksum"  # metadata of the stream
 MAX_MESSAGE = 4 << 20  # bytes of one gRPC message; frames above it are cut
 _QUEUED = 64  # gRPC messages that wait on either side of a stream
+_PARTING_S = 2.0  # for the last message to leave, on a server
 KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 10_000, 5_000
 
 T = TypeVar("T")
@@ -66,14 +67,17 @@ class GrpcChannel:
         self._closed = ""  # why
         self._ended = ""  # why nothing more comes in
         self._unreadable = ""  # why what came in is no frame; sending still works
-        self._sent_all = False  # the last message has left; then gRPC ends the stream on this side
+        self._sent_all = threading.Event()  # the last message has left; then gRPC ends the stream on this side
+        self._serves = False
         self._reader: threading.Thread | None = None
         self._cancel: Callable[[], object] = lambda: None
         self._wake: Callable[[], None] = lambda: None
 
-    def start(self, incoming: Iterable[bytes], cancel: Callable[[], object]) -> None:
-        """Read `incoming` until it ends; `cancel` breaks the stream off."""
+    def start(self, incoming: Iterable[bytes], cancel: Callable[[], object], serves: bool = False) -> None:
+        """Read `incoming` until it ends; `cancel` breaks the stream off. `serves`: on this side the stream ends in order
+        as soon as the last message has left, whatever the other side does."""
         self._cancel = cancel
+        self._serves = serves
         reader = threading.Thread(target=self._read, args=(incoming,), name="lamina-stream", daemon=True)
         reader.start()
         self._reader = reader  # only now that it runs: `close`, called by another thread, joins it
@@ -84,7 +88,7 @@ class GrpcChannel:
             if self._out.qsize() == _QUEUED - 1:
                 self._wake()  # there is room again
             yield message
-        self._sent_all = True
+        self._sent_all.set()
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
         for message in self._cut(buffers):
@@ -134,9 +138,12 @@ class GrpcChannel:
         self._out.put(None)
         self._in.put(None)
         if self._reader is not None and self._reader is not threading.current_thread():
+            # Breaking the stream off could overtake the last message, which says why it ends.
+            if self._serves and not self._ended and self._sent_all.wait(_PARTING_S):
+                return
             self._reader.join(0.5)  # the other side ends the stream when it sees its end, else it is broken off
-            if self._sent_all and not self._reader.is_alive():
-                return  # it has ended in order; breaking it off could overtake the last message
+            if self._sent_all.is_set() and not self._reader.is_alive():
+                return
         self._cancel()
 
     def _cut(self, buffers: Sequence[bytes | memoryview]) -> Iterable[bytes]:

@@ -100,7 +100,7 @@ def handlers(service: AttentionService, max_message: int, max_frame: int) -> Any
             service.attach(metadata.get(SESSION_KEY, ""), channel)
         except LaminaError as error:
             _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        channel.start(incoming, context.cancel)
+        channel.start(incoming, context.cancel, serves=True)
         yield from channel.outgoing()
 
     return grpc.method_handlers_generic_handler(
