@@ -233,7 +233,9 @@ class Engine:
             return
         self._move()
         while len(self._in_flight) < self._control.lanes.count and not self._in_flight.full:
+            since = self._clock()
             step = self._control.plan(alone=not self._in_flight)
+            self._stats.plan_seconds += self._clock() - since
             if step is None:
                 self._in_flight.full = True
                 break
@@ -277,10 +279,12 @@ class Engine:
         histories: Mapping[ScheduledSequence, TokenHistory],
     ) -> Generator[Waiting, None, None]:
         """One batch: from the control plane's step to the outputs that its clients get."""
-        step = lane.step
+        step, since = lane.step, self._clock()
         batch, answers = yield from self._worker.announce(step.batches)
         lane.answered = True
-        if self._agreed(step, answers) and step.plan is not None and step.rows:
+        agreed = self._agreed(step, answers)
+        self._stats.announce_seconds += self._clock() - since
+        if agreed and step.plan is not None and step.rows:
             self._registry.scheduled(requests)
             work = batch_work(step.plan, requests, histories, self._registry.constraints)
             sampled = yield from self._worker.execute(work, batch, step.batches, self._control.lanes.count > 1)

@@ -24,6 +24,8 @@ class EngineStats:
 
     began: float
     idle_seconds: float = 0.0
+    plan_seconds: float = 0.0
+    announce_seconds: float = 0.0
     batches: int = 0
     failed_batches: int = 0
     batch_tokens: int = 0

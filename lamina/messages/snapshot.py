@@ -67,6 +67,10 @@ class Snapshot:
     which that batch was suspended and another went on. `model_seconds` is the rest, dense layers above all. Together
     they are `uptime`.
 
+    `plan_seconds` went by in planning batches, `announce_seconds` between the announcement of a batch and the record of
+    its holders' answers, over all batches, refused ones included. Both are delays, parts of the times above; with
+    several lanes another batch may have computed during the second.
+
     `kv_read` and `kv_whole` are bytes of KV read in decode, and what reading everything would have taken; `missed_mass`
     and `missed_queries` sum the estimates of KV policies and the queries they are of. All four are 0 without a policy
     that chooses. `running` and `waiting` count samples.
@@ -104,6 +108,8 @@ class Snapshot:
     missing: tuple[str, ...] = ()  # holders that were lost and have not been replaced
     began: float = 0.0  # a reading of the engine's clock, which tells two engines apart
     returned_workers: int = 0  # model workers that were gone and came back
+    plan_seconds: float = 0.0
+    announce_seconds: float = 0.0
     local_share: float = 1.0  # of the tokens of sequences with KV: the share whose KV is in the engine's process
 
     def as_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.placement import Placement
-from lamina_protocols.messages import Attended, Exchange, Query, Reply
+from lamina_protocols.messages import Announcement, Attended, Exchange, Query, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost
@@ -101,6 +101,8 @@ def test_snapshot_adds_up_after_all_requests_ended(decoder: Decoder, shape: dict
     assert seen.idle_seconds > 0
     assert seen.model_seconds + seen.attention_seconds + seen.idle_seconds == pytest.approx(seen.uptime)
     assert seen.uptime <= time.monotonic() - began + 1
+    assert 0 < seen.plan_seconds < seen.uptime - seen.idle_seconds
+    assert 0 < seen.announce_seconds < seen.uptime - seen.idle_seconds
     rig.close()
 
 
@@ -224,6 +226,23 @@ def test_snapshot_sums_what_policies_save(decoder: Decoder, monkeypatch: pytest.
     seen = look(rig.engine)
     assert 0 < seen.kv_read < seen.kv_whole
     assert 0 < seen.missed_mass < seen.missed_queries
+    rig.close()
+
+
+class Hesitant(BytesPort):
+    """A port over which announcements take their time, and nothing else does."""
+
+    def __init__(self, worker: AttentionWorker) -> None:
+        super().__init__(worker, lambda request: time.sleep(0.02 * isinstance(request, Announcement)))
+
+
+def test_snapshot_counts_the_time_of_announcements(decoder: Decoder) -> None:
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=Hesitant)
+    rig.generate([[5] * 20], max_tokens=5)
+    seen = look(rig.engine)
+    assert seen.batches == 5
+    assert seen.announce_seconds >= 5 * 2 * 0.02  # two holders, one after the other
+    assert seen.plan_seconds < seen.announce_seconds
     rig.close()
 
 

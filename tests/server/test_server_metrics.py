@@ -82,6 +82,7 @@ def test_what_the_engine_says_is_rendered() -> None:
             running=3, waiting=2, prompt_tokens=70, prefix_hits=30, prefix_queries=100, generation_tokens=9,
             model_seconds=1.5, attention_seconds=2.5, idle_seconds=6.0, kv_read=1.0, kv_whole=4.0, missed_mass=0.5,
             missed_queries=50.0, lost_holders=1, missing=("w9",), corrupted=2, batch_tokens=44, returned_workers=3,
+            plan_seconds=0.25, announce_seconds=0.75,
             batch_counts=(1, 2, *(0,) * (len(BATCH_BUCKETS) - 1)),
         ),
         restarts=2,
@@ -93,6 +94,8 @@ def test_what_the_engine_says_is_rendered() -> None:
     assert value(found, "lamina:prefix_cache_hits_total") == 30
     assert value(found, "lamina:generation_tokens_total") == 9
     assert [value(found, "lamina:tier_seconds_total", tier=t) for t in ("model", "attention", "idle")] == [1.5, 2.5, 6]
+    assert value(found, "lamina:plan_seconds_total") == 0.25
+    assert value(found, "lamina:announce_seconds_total") == 0.75
     assert value(found, "lamina:kv_read_ratio") == 0.25
     assert value(found, "lamina:missed_mass_ratio") == 0.01
     assert value(found, "lamina:recoveries_total") == 1

@@ -19,6 +19,8 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "preemptions": ("num_preemptions", "Sequences whose KV was given up for others, to be computed again."),
     "evictions": ("prefix_cache_evictions", "Prefixes that were given up for room."),
     "batches": ("batches", "Batches that were complete."),
+    "plan_seconds": ("plan_seconds", "Seconds of planning batches."),
+    "announce_seconds": ("announce_seconds", "Seconds between announcing batches and having all holders' answers."),
     "failed_batches": ("failed_batches", "Batches that a holder's failure or loss stopped; they ran again."),
     "rebuilt_tokens": ("rebuilt_tokens", "Tokens whose KV was lost with a holder and computed again elsewhere."),
     "lost_holders": ("recoveries", "Attention workers that were lost, and recovered from."),
