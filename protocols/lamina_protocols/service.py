@@ -24,7 +24,7 @@ SERVICE = "lamina.Attention"
 SESSION_KEY, CHECKSUM_KEY = "lamina-session", "lamina-checksum"  # metadata of the stream
 MAX_MESSAGE = 4 << 20  # bytes of one gRPC message; frames above it are cut
 _QUEUED = 64  # gRPC messages that wait on either side of a stream
-_PARTING_S = 2.0  # for the last message to leave, on a server
+_PARTING_S = 10.0  # for the last message to leave, on a server
 KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 10_000, 5_000
 
 T = TypeVar("T")
@@ -67,8 +67,9 @@ class GrpcChannel:
         self._closed = ""  # why
         self._ended = ""  # why nothing more comes in
         self._unreadable = ""  # why what came in is no frame; sending still works
-        self._sent_all = threading.Event()  # the last message has left; then gRPC ends the stream on this side
+        self._sent_all = False  # the last message has left; then gRPC ends the stream on this side
         self._serves = False
+        self._parting: threading.Timer | None = None
         self._reader: threading.Thread | None = None
         self._cancel: Callable[[], object] = lambda: None
         self._wake: Callable[[], None] = lambda: None
@@ -88,7 +89,9 @@ class GrpcChannel:
             if self._out.qsize() == _QUEUED - 1:
                 self._wake()  # there is room again
             yield message
-        self._sent_all.set()
+        self._sent_all = True
+        if self._parting is not None:
+            self._parting.cancel()
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
         for message in self._cut(buffers):
@@ -139,12 +142,22 @@ class GrpcChannel:
         self._in.put(None)
         if self._reader is not None and self._reader is not threading.current_thread():
             # Breaking the stream off could overtake the last message, which says why it ends.
-            if self._serves and not self._ended and self._sent_all.wait(_PARTING_S):
+            if self._serves:
+                self._part()
                 return
             self._reader.join(0.5)  # the other side ends the stream when it sees its end, else it is broken off
-            if self._sent_all.is_set() and not self._reader.is_alive():
+            if self._sent_all and not self._reader.is_alive():
                 return
         self._cancel()
+
+    def _part(self) -> None:
+        """Give the last message time, without waiting for it."""
+        if self._parting is None and not self._sent_all:
+            self._parting = threading.Timer(_PARTING_S, self._cancel)
+            self._parting.daemon = True
+            self._parting.start()
+            if self._sent_all:  # meanwhile
+                self._parting.cancel()
 
     def _cut(self, buffers: Sequence[bytes | memoryview]) -> Iterable[bytes]:
         """A frame as gRPC messages."""
