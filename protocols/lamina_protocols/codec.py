@@ -4,6 +4,8 @@
     header   msgpack array: the message's fields in order, each tensor as (dtype, shape...)
     payload  the tensors' bytes in order, each starting at a multiple of 64 from the payload's start
 
+The four messages of a layer's exchange have headers of a fixed layout instead, see `layer_frames`.
+
 `encode` gives a list of buffers that share the tensors' memory; `decode` gives a message whose tensors share the
 frame's. A frame that is truncated, claims a wrong size or carries a wrong type raises `ProtocolError` before memory
 is taken for what it claims.
@@ -36,9 +38,11 @@ from lamina_protocols.fields import (
     unpack_ints,
 )
 from lamina_protocols.frames import MAX_HEADER, MAX_PAYLOAD, PREFIX_SIZE, Prefix, pack_prefix, read_prefix
+from lamina_protocols.layer_frames import CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
 from lamina_protocols.tensors import buffer, dtype_name, from_buffer, nbytes
 
 _ZEROS = bytes(64)
+LAYERED = (m.Query, m.Fresh, m.Exchange, m.Attended)
 
 OPERATIONS = (
     Record(m.Open, {"handle": INT, "heads": INTS, "lo": INT, "hi": INT}),
@@ -70,11 +74,8 @@ class Layout(NamedTuple):
 _LAYOUTS: dict[int, Layout] = {  # the tag is part of the protocol: never reuse one
     1: Layout(m.Announcement, _BATCH | {"first": INT, "operations": one_of(OPERATIONS), "rows": list_of(ROW)}),
     2: Layout(m.Announced, ANNOUNCED.fields),
-    3: Layout(m.Query, _LAYER, ("q",)),
-    4: Layout(m.Fresh, _LAYER, ("k", "v")),
-    5: Layout(m.Attended, _LAYER | {"seconds": FLOAT}, ("out", "lse")),
+    # 3, 4, 5 and 7 are those of `layer_frames`
     6: Layout(m.Fault, _BATCH | {"reason": TEXT}),
-    7: Layout(m.Exchange, _LAYER, ("q", "k", "v")),
     8: Layout(m.Fetch, _LAYER | {"handle": INT, "lo": INT, "hi": INT}),
     9: Layout(m.Fetched, _LAYER, ("k", "v")),
     10: Layout(m.Survey, _BATCH | {"first": INT}),
@@ -123,11 +124,7 @@ class Codec:
     def decode(self, frame: bytearray | memoryview) -> Any:
         """The message of one whole frame, sharing its memory. Raises ProtocolError for anything malformed."""
         view = memoryview(frame)
-        prefix = read_prefix(view)
-        if len(view) != prefix.frame:
-            raise ProtocolError(
-                f"frame of {len(view)} bytes, its prefix says {PREFIX_SIZE} + {prefix.header} + {prefix.payload}"
-            )
+        prefix = _whole(view)
         layout = self._layouts.get(prefix.tag)
         if layout is None:
             raise ProtocolError(f"unknown message tag {prefix.tag}, known: {', '.join(map(str, self._layouts))}")
@@ -145,13 +142,53 @@ _CODEC = Codec(_LAYOUTS)
 
 def encode(message: m.Message) -> list[bytes | memoryview]:
     """The frame of a batch's message; see `Codec`."""
-    return _CODEC.encode(message)
+    return _encode_layer(message) if isinstance(message, LAYERED) else _CODEC.encode(message)
 
 
 def decode(frame: bytearray | memoryview) -> m.Message:
     """The batch's message of a frame; see `Codec`."""
-    message: m.Message = _CODEC.decode(frame)
+    view = memoryview(frame)
+    prefix = _whole(view)
+    message: m.Message = _decode_layer(view, prefix) if prefix.tag in TENSORS else _CODEC.decode(frame)
     return message
+
+
+def _encode_layer(message: m.Query | m.Fresh | m.Exchange | m.Attended) -> list[bytes | memoryview]:
+    frame = frame_of(message)
+    if frame.size - HEAD_SIZE > MAX_PAYLOAD:
+        raise ProtocolError(
+            f"{type(message).__name__} too large: payload {frame.size - HEAD_SIZE} of {MAX_PAYLOAD} bytes"
+        )
+    seconds = message.seconds if isinstance(message, m.Attended) else 0.0
+    buffers: list[bytes | memoryview] = [frame.head(message.layer, seconds)]
+    end = HEAD_SIZE
+    for name, place in frame.places().items():
+        if place.at > end:
+            buffers.append(_ZEROS[: place.at - end])
+        buffers.append(buffer(getattr(message, name)))
+        end = place.at + place.size
+    return buffers
+
+
+def _decode_layer(view: memoryview, prefix: Prefix) -> m.Message:
+    frame, layer, seconds = read_head(view, prefix)
+    fields: dict[str, Any] = {"epoch": frame.epoch, "batch": frame.batch, "layer": layer}
+    if prefix.tag == TAGS[m.Attended]:
+        fields["seconds"] = seconds
+    for name, place in frame.places().items():
+        fields[name] = from_buffer(view[place.at : place.at + place.size], place.dtype, place.shape)
+    message: m.Message = CLASSES[prefix.tag](**fields)
+    return message
+
+
+def _whole(view: memoryview) -> Prefix:
+    """The prefix of a frame. Raises ProtocolError unless the frame is as long as it says."""
+    prefix = read_prefix(view)
+    if len(view) != prefix.frame:
+        raise ProtocolError(
+            f"frame of {len(view)} bytes, its prefix says {PREFIX_SIZE} + {prefix.header} + {prefix.payload}"
+        )
+    return prefix
 
 
 def _tensors(specs: tuple[Any, ...], payload: memoryview) -> list[torch.Tensor]:

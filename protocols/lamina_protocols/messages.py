@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_PARTS = 4096  # in one `Surveyed`
 
 

@@ -75,8 +75,8 @@ class GrpcChannel:
         self._wake: Callable[[], None] = lambda: None
 
     def start(self, incoming: Iterable[bytes], cancel: Callable[[], object], serves: bool = False) -> None:
-        """Read `incoming` until it ends; `cancel` breaks the stream off. `serves`: on this side the stream ends in order
-        as soon as the last message has left, whatever the other side does."""
+        """Read `incoming` until it ends; `cancel` breaks the stream off. `serves`: this side ends the stream, in order,
+        once its last message has left."""
         self._cancel = cancel
         self._serves = serves
         reader = threading.Thread(target=self._read, args=(incoming,), name="lamina-stream", daemon=True)
@@ -156,8 +156,6 @@ class GrpcChannel:
             self._parting = threading.Timer(_PARTING_S, self._cancel)
             self._parting.daemon = True
             self._parting.start()
-            if self._sent_all:  # meanwhile
-                self._parting.cancel()
 
     def _cut(self, buffers: Sequence[bytes | memoryview]) -> Iterable[bytes]:
         """A frame as gRPC messages."""

@@ -37,7 +37,7 @@ MESSAGES = (
 
 def sized(n: int) -> m.Fresh:
     """A message of about 2 n bytes, which starts and ends with known numbers."""
-    k = torch.arange(n // 4, dtype=torch.float32).view(1, -1)
+    k = torch.arange(n // 32 * 8, dtype=torch.float32).view(-1, 8)
     return m.Fresh(1, 2, 3, k, -k)
 
 

@@ -119,10 +119,11 @@ def frame_of(tag: int, header: bytes, payload: bytes = b"") -> bytearray:
         (6, msgpack.packb([1, 2, msgpack.ExtType(4, b"x")])),
         (1, msgpack.packb([1, 2, 3, [[7, 1]], []])),  # no such operation
         (1, msgpack.packb([1, 2, 3, [], [[1, 2, 3, [5, 4], True]]])),  # a range that ends before it begins
-        (3, msgpack.packb([1, 2, 3, ["float64", 1]])),
-        (3, msgpack.packb([1, 2, 3, ["f32", 1 << 40, 1 << 40]])),
-        (3, msgpack.packb([1, 2, 3, ["f32", -1]])),
-        (3, msgpack.packb([1, 2, 3, ["f32", 2]])),  # no bytes there
+        (13, msgpack.packb([1, 2, 3, ["float64", 1]])),
+        (13, msgpack.packb([1, 2, 3, ["f32", 1 << 40, 1 << 40]])),
+        (13, msgpack.packb([1, 2, 3, ["f32", -1]])),
+        (13, msgpack.packb([1, 2, 3, ["f32", 2]])),  # no bytes there
+        (3, msgpack.packb([1, 2, 3, ["f32", 0]])),  # a layer's frame has no msgpack
         (10, msgpack.packb([1, 2])),
         (10, msgpack.packb([1, 2, -1])),
         (11, msgpack.packb([1, 2, 3, 4, [[1, [0], 0, 9, 5]], 0])),  # a part without its floor

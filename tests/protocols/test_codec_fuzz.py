@@ -24,11 +24,34 @@ _tensor = st.tuples(
     _n, st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8])
 ).map(lambda shape: torch.arange(shape[0] * shape[1]).view(shape[0], shape[1]).to(shape[2]))
 _int = st.integers(0, 2**62 - 1)
+_layer = st.integers(0, 2**32 - 1)
+_dtype = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def _layered(draw):
+    """A message of a layer's exchange, whose tensors fit together."""
+    numbers = draw(_int), draw(_int), draw(_layer)
+    queries, fresh, d_k, d_v = draw(_n), draw(_n), draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    dtype, kv_dtype = draw(_dtype), draw(_dtype)
+    q, k, v = (
+        torch.arange(n * d).view(n, d).to(kind)
+        for n, d, kind in ((queries, d_k, dtype), (fresh, d_k, kv_dtype), (fresh, d_v, kv_dtype))
+    )
+    return draw(
+        st.sampled_from(
+            [
+                m.Query(*numbers, q),
+                m.Fresh(*numbers, k, v),
+                m.Exchange(*numbers, q, k, v),
+                m.Attended(*numbers, torch.zeros(queries, d_v, dtype=dtype), torch.arange(queries).float(), 0.25),
+            ]
+        )
+    )
+
+
 _messages = st.one_of(
-    st.builds(m.Query, _int, _int, _int, _tensor),
-    st.builds(m.Fresh, _int, _int, _int, _tensor, _tensor),
-    st.builds(m.Exchange, _int, _int, _int, _tensor, _tensor, _tensor),
-    st.builds(m.Attended, _int, _int, _int, _tensor, _tensor),
+    _layered(),
     st.builds(m.Fetched, _int, _int, _int, _tensor, _tensor),
     st.builds(m.FetchPages, *[_int] * 7),
     st.builds(m.FetchedPages, _int, _int, _int, _tensor),
@@ -125,6 +148,23 @@ def test_changed_bytes_are_refused_or_mean_something(message, data):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     back = decoded(frame)
     assert back is None or isinstance(back, m.Message)
+
+
+@given(_layered(), st.data())
+def test_a_layers_frame_with_another_header_is_refused_or_has_other_numbers(message, data):
+    frame = whole(message)
+    at = data.draw(st.integers(20, 63))
+    frame[at] ^= data.draw(st.integers(1, 255))
+    back = decoded(frame)
+    if back is not None:  # then it is what the header says, and nothing of the frame is left over or missing
+        assert whole(back) == frame
+
+
+@pytest.mark.parametrize("counts", [(2**32 - 1, 0), (0, 2**32 - 1), (1 << 20, 1 << 20)])
+def test_a_layers_header_that_claims_more_than_its_frame_is_refused(counts):
+    frame = whole(m.Exchange(1, 2, 3, torch.ones(2, 8), torch.ones(1, 8), torch.ones(1, 8)))
+    struct.pack_into("<II", frame, 36, *counts)
+    assert decoded(frame) is None
 
 
 @given(st.sampled_from(TAGS), _plain, st.binary(max_size=200))

@@ -1,0 +1,151 @@
+"""The frames of a layer's exchange: fixed headers, so that compiled code can write them and tell what has come.
+
+    prefix   20 bytes, as of every frame
+    header   epoch i64, batch i64, vectors of q or out u32, of k u32, d_k u16, d_v u16, dtype u8, dtype of k and v u8,
+             6 zeros; then layer u32, seconds f32   (little-endian, 44 bytes)
+    tensors  each at a multiple of 64 from the frame's begin
+
+All but the last 8 bytes of the header are the same in every layer of a batch: prefix and header before `LAYER_AT` tell
+which batch a frame belongs to and what is in it. This file is the only place of the layout.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lamina_protocols import messages as m
+from lamina_protocols.alignment import padding
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import PREFIX_SIZE, Prefix, pack_prefix
+from lamina_protocols.tensors import dtype_name, nbytes
+
+_HEADER = struct.Struct("<qqIIHHBB6xIf")
+HEAD_SIZE = PREFIX_SIZE + _HEADER.size  # 64: where the first tensor begins
+LAYER_AT, SECONDS_AT = HEAD_SIZE - 8, HEAD_SIZE - 4  # of the layer's number, u32, and of the seconds, f32
+_CODES = ("", "f32", "b16", "f16", "i8", "u8")  # a dtype's number is its place here: part of the protocol
+_MOST = 1 << 62  # epochs and batches are below it
+
+TENSORS: dict[int, tuple[str, ...]] = {3: ("q",), 4: ("k", "v"), 5: ("out", "lse"), 7: ("q", "k", "v")}
+"""Of each message's tag, its tensors in their order."""
+CLASSES: dict[int, Any] = {3: m.Query, 4: m.Fresh, 5: m.Attended, 7: m.Exchange}
+TAGS: dict[type, int] = {cls: tag for tag, cls in CLASSES.items()}
+
+
+class Place(NamedTuple):
+    """Where a tensor stands in a frame: `size` bytes from `at`."""
+
+    at: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFrame:
+    """What the frames of one kind have in common in all layers of a batch.
+
+    `queries` counts the vectors of q or out, `fresh` those of k and of v, with `d_k` and `d_v` numbers each. `dtype` is
+    the wire's name of q's or out's, `kv_dtype` of that of k and v. What a kind of frame does not have is 0 or "".
+    """
+
+    tag: int
+    epoch: int
+    batch: int
+    queries: int = 0
+    fresh: int = 0
+    d_k: int = 0
+    d_v: int = 0
+    dtype: str = ""
+    kv_dtype: str = ""
+
+    def only_its_own(self) -> bool:
+        """Whether all that this kind of frame does not have is 0 or "" """
+        has = set(TENSORS[self.tag])
+        return (
+            bool(has & {"q", "out"} or not (self.queries or self.dtype))
+            and bool(has & {"k"} or not (self.fresh or self.kv_dtype))
+            and bool(has & {"q", "k"} or not self.d_k)
+            and bool(has & {"v", "out"} or not self.d_v)
+        )
+
+    def places(self) -> dict[str, Place]:
+        """Where each tensor stands, in their order."""
+        shapes = {
+            "q": (self.dtype, (self.queries, self.d_k)),
+            "k": (self.kv_dtype, (self.fresh, self.d_k)),
+            "v": (self.kv_dtype, (self.fresh, self.d_v)),
+            "out": (self.dtype, (self.queries, self.d_v)),
+            "lse": ("f32", (self.queries,)),
+        }
+        places, at = {}, HEAD_SIZE
+        for name in TENSORS[self.tag]:
+            dtype, shape = shapes[name]
+            at += padding(at)
+            places[name] = Place(at, nbytes(dtype, shape), dtype, shape)
+            at += places[name].size
+        return places
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole frame."""
+        last = list(self.places().values())[-1]
+        return last.at + last.size
+
+    def head(self, layer: int, seconds: float = 0.0) -> bytes:
+        """The first 64 bytes of a layer's frame. Raises ProtocolError for numbers that its fields do not hold."""
+        codes = _CODES.index(self.dtype), _CODES.index(self.kv_dtype)
+        counts = self.queries, self.fresh
+        try:
+            packed = _HEADER.pack(self.epoch, self.batch, *counts, self.d_k, self.d_v, *codes, layer, seconds)
+        except (struct.error, OverflowError) as error:
+            raise ProtocolError(f"{CLASSES[self.tag].__name__} of layer {layer}, {self}: {error}") from error
+        return pack_prefix(Prefix(self.tag, _HEADER.size, self.size - HEAD_SIZE)) + packed
+
+
+def frame_of(message: m.Query | m.Fresh | m.Exchange | m.Attended) -> LayerFrame:
+    """The frame that carries a message. Raises ProtocolError for tensors that do not fit together."""
+    tensors = {name: getattr(message, name) for name in TENSORS[TAGS[type(message)]]}
+    q, k, v = (tensors.get(name) for name in ("q", "k", "v"))
+    out = tensors.get("out")
+    frame = LayerFrame(
+        TAGS[type(message)],
+        message.epoch,
+        message.batch,
+        queries=next((len(x) for x in (q, out) if x is not None), 0),
+        fresh=0 if k is None else len(k),
+        d_k=next((x.shape[-1] for x in (q, k) if x is not None), 0),
+        d_v=next((x.shape[-1] for x in (v, out) if x is not None), 0),
+        dtype=next((dtype_name(x.dtype) for x in (q, out) if x is not None), ""),
+        kv_dtype="" if k is None else dtype_name(k.dtype),
+    )
+    for name, place in frame.places().items():
+        got = dtype_name(tensors[name].dtype), tuple(tensors[name].shape)
+        if got != (place.dtype, place.shape):
+            raise ProtocolError(
+                f"{type(message).__name__}'s {name} is {got[0]} {got[1]}, beside its other tensors it must be "
+                f"{place.dtype} {place.shape}"
+            )
+    return frame
+
+
+def read_head(view: memoryview, prefix: Prefix) -> tuple[LayerFrame, int, float]:
+    """What a frame has, its layer and seconds. Raises ProtocolError where the header is malformed, or its tensors do
+    not fill the frame exactly."""
+    name = CLASSES[prefix.tag].__name__
+    if prefix.header != _HEADER.size:
+        raise ProtocolError(f"{name} header of {prefix.header} bytes, it has {_HEADER.size}")
+    epoch, batch, queries, fresh, d_k, d_v, code, kv_code, layer, seconds = _HEADER.unpack_from(view, PREFIX_SIZE)
+    for number in (epoch, batch):
+        if not 0 <= number < _MOST:
+            raise ProtocolError(f"{name} header: expected an integer from 0 to 2^62, got {number}")
+    if code >= len(_CODES) or kv_code >= len(_CODES):
+        raise ProtocolError(f"unknown dtype {max(code, kv_code)}, allowed: up to {len(_CODES) - 1}")
+    if not (math.isfinite(seconds) and seconds >= 0) or (seconds and prefix.tag != TAGS[m.Attended]):
+        raise ProtocolError(f"{name} header: expected a number of seconds, 0 but in an answer, got {seconds}")
+    frame = LayerFrame(prefix.tag, epoch, batch, queries, fresh, d_k, d_v, _CODES[code], _CODES[kv_code])
+    if frame.head(layer, seconds) != view[:HEAD_SIZE] or not frame.only_its_own():
+        raise ProtocolError(f"{name} header does not describe its frame of {prefix.frame} bytes: {frame}")
+    return frame, layer, seconds
