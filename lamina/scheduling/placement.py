@@ -323,8 +323,8 @@ class Placement:
             self.holders[number].outbox.append(operation)
 
     def _routes(self, source: int, row: PlannedRow) -> list[tuple[int, Route]]:
-        """A route for every part that reads or stores the row. Each head reads [0, start), or [0, end) where a fused
-        part attends the row's own tokens too."""
+        """A route for every part that reads or stores the row. Each head reads [0, start), or [0, end) where the part
+        that stores the row's tokens attends them too: always in a fused holder, and in decode."""
         start, end = row.start, row.start + row.count
         prefill = self._prefill_of(row)
         below = prefill.lo if prefill else start
@@ -333,8 +333,10 @@ class Placement:
         routes = []
         for part in self._parts[row.handle]:
             share = part.share
-            fused = self.holders[share.holder].fused
             store = start < share.hi and end > share.lo and (not row.rebuild or share in missing)
+            # A single token is attended where it is stored: that spares the model worker its own attention and a merge.
+            # What is computed again is not: of the parts that hold it only the lost ones store it.
+            fused = self.holders[share.holder].fused or (store and chooses and not row.rebuild and prefill is None)
             read_end = end if fused else min(below, share.hi)
             read = (share.lo, read_end) if read_end > share.lo else None
             if read or store:

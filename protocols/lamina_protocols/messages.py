@@ -196,9 +196,8 @@ class Fresh:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """`Query` and `Fresh` of one layer in one frame. The holder answers first and stores afterwards.
-
-    So no row of the batch may be `fused`: its query would need KV that is not stored yet.
+    """`Query` and `Fresh` of one layer in one frame. Where a row of the batch is `fused` the holder stores first,
+    otherwise it answers first.
     """
 
     epoch: int

@@ -113,9 +113,12 @@ class Holder:
         self.sent.append(request)
         if isinstance(request, Announcement):
             self.replies.append(self.bend(Announced(request.epoch, request.batch, True, 10, (0,) * len(request.rows))))
+        fused = any(route.row.fused for route in self.routes)
+        if isinstance(request, Fresh) or (isinstance(request, Exchange) and fused):
+            self._store(request)
         if isinstance(request, Query | Exchange):
             self.replies.append(self.bend(self._attend(request)))
-        if isinstance(request, Fresh | Exchange):
+        if isinstance(request, Exchange) and not fused:
             self._store(request)
 
     def receive(self, timeout: float | None = None) -> Reply:
@@ -160,6 +163,12 @@ class Holder:
                         of[route.source][:, slice(*route.stored), list(route.heads)])
             for route in self.routes for kept, of in ((self._k, model.k), (self._v, model.v))
         )  # fmt: skip
+
+
+class HolderHere(Holder):
+    """A holder in the model worker's process."""
+
+    device = torch.device("cpu")
 
 
 def route(

@@ -34,8 +34,8 @@ from lamina_kernels.partial import Partial
 _SHARE = 1 << 15  # numbers of `past` that are worth a thread
 _SIZES = ("n", "total", "width", "into_dtype", "past_dtype")
 _ADDRESSES = ("into", "into_lse", "past", "past_lse", "index")  # no index: vector i is merged into vector i
-_ARGUMENTS = np.dtype([*HEADER, *((name, "i8") for name in ("check", "highest", *_SIZES, *_ADDRESSES))])
-_Arguments = block_type(_ARGUMENTS)
+MERGE = np.dtype([*HEADER, *((name, "i8") for name in ("check", "highest", *_SIZES, *_ADDRESSES))])
+_Arguments = block_type(MERGE)
 
 logger = logging.getLogger("lamina")
 
@@ -114,7 +114,7 @@ _block = _Block()
 def merge_kernel() -> tuple[int, Callable[[int], None]]:
     """The kernel's address, and a way to call it on this thread. From numba's cache on disk where it is there."""
     logger.info("loading the CPU kernel that merges partials (the first time ever: compiling it)")
-    arguments = _ARGUMENTS  # closed over, so a part of the cache's key, as is what is compiled in from other files
+    arguments = MERGE  # closed over, so a part of the cache's key, as is what is compiled in from other files
     fingerprint = source_fingerprint(emitter, intrinsics, launching)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 
 import pytest
 import torch
-from dense_holders import BOTH, CONFIG, LAYERS, Holder, Model, route
+from dense_holders import BOTH, CONFIG, LAYERS, Holder, HolderHere, Model, route
 
 from lamina_protocols.messages import Attended, Exchange, Fault, Fresh, Query, Reply
 from lamina_protocols.routes import Route, Span
@@ -64,7 +64,41 @@ def partly_fused(spans: Sequence[Span]) -> list[list[Route]]:
     return [all_fused[::2], plain[1::2]]
 
 
-CUTS = (one_holder, by_heads, by_ranges, in_parts, fused, partly_fused)
+def stored_and_attended(spans: Sequence[Span], heads: Sequence[int] = BOTH) -> list[list[Route]]:
+    """As in decode: single tokens are attended where they are stored, longer spans' own tokens here."""
+
+    def read(span: Span) -> tuple[int, int] | None:
+        return (0, span.start + 1) if span.count == 1 else whole(span)
+
+    return [[route(i, span, heads, read(span)) for i, span in enumerate(spans)]]
+
+
+def stored_and_attended_by_heads(spans: Sequence[Span]) -> list[list[Route]]:
+    return [routes for head in BOTH for routes in stored_and_attended(spans, [head])]
+
+
+def stored_and_attended_by_ranges(spans: Sequence[Span]) -> list[list[Route]]:
+    """The holder of the last range attends the new token too."""
+    first, _ = by_ranges(spans)
+    last = []
+    for i, span in enumerate(spans):
+        lo = 5 if span.start > 5 else 0
+        end = span.start + (span.count == 1)
+        last.append(route(i, span, read=(lo, end) if lo < end else None))
+    return [first, last]
+
+
+CUTS = (
+    one_holder,
+    by_heads,
+    by_ranges,
+    in_parts,
+    fused,
+    partly_fused,
+    stored_and_attended,
+    stored_and_attended_by_heads,
+    stored_and_attended_by_ranges,
+)
 
 
 @pytest.mark.parametrize("early_query", [False, True])
@@ -86,12 +120,13 @@ def test_vectors_that_are_answered_twice_are_merged_one_after_the_other() -> Non
     torch.testing.assert_close(result(run_of(AttentionMerge(CONFIG), model, [holder])), model.dense())
 
 
-def test_holders_that_fuse_are_asked_last() -> None:
-    model = Model(SPANS)
-    own, other = (Holder(model, routes) for routes in partly_fused(SPANS))
-    own.sent = other.sent
+def test_holders_in_this_process_are_asked_last() -> None:
+    model, asked = Model(SPANS), []
+    own, other = (kind(model, routes) for kind, routes in zip((HolderHere, Holder), partly_fused(SPANS), strict=True))
+    for holder in (own, other):
+        holder.send = lambda request, holder=holder, send=holder.send: (asked.append(holder), send(request))[1]
     result(run_of(AttentionMerge(CONFIG), model, [own, other]))
-    assert [type(request) for request in own.sent] == [Exchange, Fresh, Query] * LAYERS
+    assert asked == [other, own] * LAYERS
 
 
 def test_a_batch_without_a_past_asks_nothing() -> None:
@@ -102,7 +137,7 @@ def test_a_batch_without_a_past_asks_nothing() -> None:
     assert {type(request) for request in holder.sent} == {Fresh}
 
 
-def test_q_k_and_v_travel_together_unless_q_is_sent_early_or_rows_are_fused() -> None:
+def test_q_k_and_v_travel_together_unless_q_is_sent_early_to_a_holder_that_does_not_need_them() -> None:
     def sent(routes: list[Route], early_query: bool) -> list[type]:
         model = Model(SPANS)
         holder = Holder(model, routes)
@@ -112,8 +147,8 @@ def test_q_k_and_v_travel_together_unless_q_is_sent_early_or_rows_are_fused() ->
     (plain,), (whole_rows,) = one_holder(SPANS), fused(SPANS)
     assert sent(plain, early_query=False) == [Exchange] * LAYERS
     assert sent(plain, early_query=True) == [Query, Fresh] * LAYERS
-    assert sent(whole_rows, early_query=False) == [Fresh, Query] * LAYERS
-    assert sent(whole_rows, early_query=True) == [Fresh, Query] * LAYERS
+    assert sent(whole_rows, early_query=False) == [Exchange] * LAYERS
+    assert sent(whole_rows, early_query=True) == [Exchange] * LAYERS
 
 
 def test_a_run_is_suspended_until_the_answer_is_there() -> None:
@@ -177,10 +212,10 @@ def test_a_bad_answer_blames_its_holder_and_the_batch_can_run_again(
     torch.testing.assert_close(result(run_of(merge, model, again)), model.dense(), atol=2e-5, rtol=1e-5)
 
 
-def test_a_fused_holder_counts_as_local_and_of_the_others_the_slowest() -> None:
+def test_a_holder_here_counts_as_local_and_of_the_others_the_slowest() -> None:
     model, merge = Model(SPANS), AttentionMerge(CONFIG)
     own, remote = partly_fused(SPANS)
-    holders = [Holder(model, own, seconds=0.5), Holder(model, remote, seconds=2.0)]
+    holders = [HolderHere(model, own, seconds=0.5), Holder(model, remote, seconds=2.0)]
     result(run_of(merge, model, holders))
     assert (merge.times.local, merge.times.remote) == (0.5 * LAYERS, 2.0 * LAYERS)
     holders = [Holder(model, routes, seconds=s) for routes, s in zip(by_heads(SPANS), (4.0, 3.0), strict=True)]

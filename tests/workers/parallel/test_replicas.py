@@ -99,7 +99,7 @@ def test_what_may_rotate() -> None:
     assert rotates({1: share(decode), 2: share()})  # operations only, which the announcement brought
     assert not rotates({1: share(stores)})
     assert not rotates({1: share(reads), 2: share(stores)})
-    assert not rotates({1: share(fused)})
+    assert rotates({1: share(fused)})  # stored before it is answered
     assert not rotates({0: share(decode), 1: share(decode)}, here=(0,))
     assert not rotates({1: share()})
     assert not rotates({})

@@ -1,9 +1,10 @@
 """One KV shard: append, attend, free. Built from a `HolderConfig` alone.
 
 A batch is announced once; then, per layer, its `Fresh` is stored and its `Query` answered, in the order in which
-they come. What an `Exchange` brings is stored after its answer was given, so that the engine need not wait for it: by
-`settle`, or before the next message. A batch's state is dropped when one of its handles is announced again or a new
-epoch comes: a late message of a dropped batch is refused, and never touches pages that belong to another part by then.
+they come. What an `Exchange` brings is stored first where a row attends its own tokens; else after its answer was
+given, so that the engine need not wait for it: by `settle`, or before the next message. A batch's state is dropped when
+one of its handles is announced again or a new epoch comes: a late message of a dropped batch is refused, and never
+touches pages that belong to another part by then.
 """
 
 from __future__ import annotations
@@ -132,6 +133,9 @@ class AttentionWorker:
                 self._store_pages(request)
                 return None
             case Exchange():
+                if self._batch(request).fused:
+                    self._append(request)
+                    return self._attend(request)
                 reply = self._attend(request)
                 self._unsettled = request
                 return reply
@@ -352,8 +356,6 @@ class AttentionWorker:
 
     def _attend(self, message: Query | Exchange) -> Attended:
         _, batch = self._layer(message)
-        if isinstance(message, Exchange) and batch.fused:
-            raise ProtocolError(f"an exchange for batch {message.batch}, whose queries need its own keys stored first")
         if not batch.readings:
             raise ProtocolError(f"query for batch {message.batch}, none of whose rows read")
         reading = batch.readings[self._policies.reads[message.layer]]

@@ -79,7 +79,7 @@ class LayerExchange:
     def __init__(self, epoch: int, batch: int, traffic: Sequence[HolderTraffic], times: Times) -> None:
         self.batch = batch
         self.readers = [holder for holder in traffic if holder.reads]
-        self.remote = any(not holder.fused for holder in self.readers)
+        self.remote = any(not holder.here for holder in self.readers)
         self.layer = -1
         self.q: torch.Tensor
         self._epoch = epoch
@@ -93,7 +93,7 @@ class LayerExchange:
         self._asked = self._slowest = self._answered = 0.0
 
     def ask(self) -> None:
-        """Send q alone to the holders that do not fuse: they attend the past while k and v are computed."""
+        """Send q alone to the holders that need no more: they attend the past while k and v are computed."""
         self._early, self._asked = True, time.perf_counter()
         for holder in self.readers:
             if not holder.fused:
@@ -104,18 +104,18 @@ class LayerExchange:
         if not self._early:
             self._asked = time.perf_counter()
         for holder in self._traffic:
-            if holder.fused or self._early or not (holder.reads and holder.stores):
-                if holder.stores:
-                    holder.send_fresh(self._epoch, self.batch, self.layer, kv)
-                if holder.reads and (holder.fused or not self._early):
-                    holder.send_query(self._epoch, self.batch, self.layer, self.q)
-            else:
+            asks = holder.reads and (holder.fused or not self._early)
+            if asks and holder.stores:
                 holder.send_both(self._epoch, self.batch, self.layer, self.q, kv)
+            elif holder.stores:
+                holder.send_fresh(self._epoch, self.batch, self.layer, kv)
+            elif asks:
+                holder.send_query(self._epoch, self.batch, self.layer, self.q)
 
     def take(self, holder: HolderTraffic, waits: float) -> Partial:
         """The answer of a holder; waits for it. `waits`: since when there is nothing else to do."""
         past, seconds = holder.take(self.batch, self.layer)
-        if holder.fused:
+        if holder.here:
             self._times.local += seconds
         else:
             now = time.perf_counter()
@@ -206,8 +206,8 @@ class AttentionMerge:
     ) -> Suspended:
         present, staging = lane
         traffic = [self._traffic(staging, replies, spans, routed) for replies, routed in routes.items() if routed]
-        # A holder that fuses attends while it is sent to: the others are asked first, and attend meanwhile.
-        traffic.sort(key=lambda holder: holder.fused)
+        # A holder here attends while it is sent to: the others are asked first, and attend meanwhile.
+        traffic.sort(key=lambda holder: holder.here)
         times = Times()
         exchange = LayerExchange(epoch, batch, traffic, times)
         fused = {route.source for routed in routes.values() for route in routed if route.row.fused}

@@ -15,7 +15,7 @@ from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Quer
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT, Staging
-from lamina_workers.ports.port import Replies
+from lamina_workers.ports.port import InProcess, Replies
 
 SLOWEST = 1e8  # multiplications and additions a second of attention that any holder is trusted to do
 
@@ -24,13 +24,16 @@ SLOWEST = 1e8  # multiplications and additions a second of attention that any ho
 class HolderTraffic:
     """The messages of a batch to and from one holder, the same in every layer.
 
-    `way` copies tensors to the holder and back. `queries` and `fresh` are indices into the flat q and k, None for all
-    in order. A holder with several parts of one sequence answers some vectors more than once: `rounds` cuts the answer
-    so that no vector is twice in a piece. `timeout`: seconds after which a holder that has not answered is gone.
+    `way` copies tensors to the holder and back. `here`: it is in this process. `fused`: it attends tokens of the batch
+    itself, so it needs k and v before its queries can be answered. `queries` and `fresh` are indices into the flat q
+    and k, None for all in order. A holder with several parts of one sequence answers some vectors more than once:
+    `rounds` cuts the answer so that no vector is twice in a piece. `timeout`: seconds after which a holder that has not
+    answered is gone.
     """
 
     replies: Replies
     way: Staging
+    here: bool
     reads: bool
     stores: bool
     fused: bool
@@ -107,6 +110,7 @@ def holder_traffic(
     return HolderTraffic(
         replies=replies,
         way=DIRECT if direct else staging,
+        here=isinstance(replies.port, InProcess),
         reads=bool(queries),
         stores=bool(fresh),
         fused=any(route.row.fused for route in routes),

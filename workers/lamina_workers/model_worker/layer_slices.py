@@ -44,8 +44,8 @@ def rotates(shares: Mapping[int, HolderBatch], here: Iterable[int] = ()) -> bool
     """Whether a batch may be computed by several workers in turn, each with a channel of its own to every holder.
 
     For that every store must be answered. Keys that travel without a query are not, and the next announcement, which
-    comes over another channel, could overtake them. So each holder that stores must read too, and store after its
-    answer, which a holder that fuses does not. No holder may be one of `here`: other processes cannot reach those.
+    comes over another channel, could overtake them. So each holder that stores must read too. No holder may be one of
+    `here`: other processes cannot reach those.
     """
     routed = {number: share.routes for number, share in shares.items() if share.routes}
     if routed.keys() & set(here):
@@ -53,7 +53,7 @@ def rotates(shares: Mapping[int, HolderBatch], here: Iterable[int] = ()) -> bool
     for routes in routed.values():
         reads = any(route.row.read is not None for route in routes)
         stores = any(lo < hi for lo, hi in (route.stored for route in routes))
-        if any(route.row.fused for route in routes) or (stores and not reads):
+        if stores and not reads:
             return False
     return bool(routed)
 

@@ -43,7 +43,7 @@ class Exchanges:
 
 @dataclass(slots=True)
 class Times:
-    """What the attention of a batch took, in seconds over all layers. Holders that fuse took `local` to attend, of the
+    """What the attention of a batch took, in seconds over all layers. Holders here took `local` to attend, of the
     others the slowest took `remote`, as they say themselves; `answered` went by from asking those to having their
     answers, the last `waited` of it with nothing else to do (or with other batches)."""
 
