@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lamina_kernels.cpu.merge import check_merge
@@ -32,6 +33,7 @@ __all__ = [
     "attend_lists",
     "copy",
     "gather",
+    "grown",
     "layout",
     "merge_into",
     "plan",
@@ -73,6 +75,10 @@ def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
 def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     """Check `rows` once for all layers. `threads` is of no use here."""
     return Plan(pages, rows, check_rows(pages, rows))
+
+
+def grown(plan: Plan, growing: npt.NDArray[np.bool_]) -> None:
+    """None: batches are planned anew."""
 
 
 def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lamina_kernels.paged.pages import PageLayout, Pages
@@ -17,6 +19,13 @@ from lamina_kernels.partial import Partial
 CHOICES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton",)}  # by kind of device, its default first
 
 logger = logging.getLogger("lamina")
+
+
+class Grown(Protocol):
+    """The plans of rows that grow from batch to batch."""
+
+    def next(self) -> Any:
+        """The plan of the rows one token later. The plan before it is not valid any more."""
 
 
 class Kernels(Protocol):
@@ -33,6 +42,14 @@ class Kernels(Protocol):
         """Check `rows`, and cut their work into equal shares for `threads`.
 
         Their tables and biases may be kept, not copied: they must not change while the plan is used.
+        """
+
+    def grown(self, plan: Any, growing: npt.NDArray[np.bool_]) -> Grown | None:
+        """Makes the plans of the next batches of a plan, where each row begins one token later every time. `growing`,
+        bool `[rows]`: which of them read one key more every time. None where that does not follow from the plan.
+
+        Only then may the slots of an append plan change, between batches, in memory that the caller keeps. Nothing is
+        checked again: the pages of new keys must be in the plan's tables before they are read, and exist.
         """
 
     def attend(

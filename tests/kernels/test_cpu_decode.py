@@ -296,6 +296,41 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
         assert torch.equal(alone.out, together.out[first : first + n])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_rows_that_grow_are_attended_as_if_planned_anew(layout: PageLayout, threads: int) -> None:
+    steps = 2 * cpu_decode.DEAL_EVERY + 3
+    last = [Row(hi - 1, 1, lo, hi, lo) for lo, hi in ((0, steps + 1), (0, 300), (64, 700), (0, 129))]
+    world = build(cpu_decode, layout, [*last, Row(500, 1, 0, 90)])  # the last one's range is full
+    growing = np.array([True] * len(last) + [False])
+    start, hi = world.rows.start, world.rows.hi
+    rows = dataclasses.replace(world.rows, start=start - steps, hi=hi - steps * growing)
+    grown = cpu_decode.grown(cpu_decode.plan(world.pages, rows, threads), growing)
+    assert grown is not None
+    for left in reversed(range(steps)):
+        plan = grown.next()
+        anew = changed(world, start=start - left, hi=hi - left * growing)
+        one = cpu_decode.attend(world.pages, plan, 1, world.q, world.scale)
+        other = attend(cpu_decode, anew, threads=threads)
+        assert relative_error(one.out, other.out) <= CLOSE[layout.dtype]
+        assert lse_error(one.lse, other.lse) <= CLOSE[layout.dtype]
+    expected = world.expected()
+    assert relative_error(one.out, expected.out) <= LIMITS[layout.dtype]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row(300, 2, 0, 302), Row(300, 1, 0, 301, window=40), Row(300, 1, 0, 301, listed=1), Row(300, 1, 0, 0),
+        Row(300, 1, 0, 301, biased=True),
+    ],
+    ids=["queries", "window", "list", "nothing", "bias"],
+)  # fmt: skip
+def test_plans_that_do_not_follow_are_not_grown(row: Row) -> None:
+    world = build(cpu_decode, LAYOUTS[0], [Row(200, 1, 0, 201), row])
+    assert cpu_decode.grown(cpu_decode.plan(world.pages, world.rows), np.ones(2, bool)) is None
+
+
 def changed(world: World, **columns: object) -> World:
     return dataclasses.replace(world, rows=dataclasses.replace(world.rows, **columns))
 

@@ -7,12 +7,14 @@ arguments and launches the compiled loops.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lamina_kernels.cpu.emitter import kind_of
@@ -35,7 +37,7 @@ from lamina_kernels.paged.pages import (
     copy,
     gather,
 )
-from lamina_kernels.paged.rows import Ints, Rows, Table, check_attend, check_rows
+from lamina_kernels.paged.rows import EVERYTHING, Ints, Rows, Table, check_attend, check_rows
 from lamina_kernels.paged.schedule import MAX_ROWS, PIECE, Pieces, cut, deal
 from lamina_kernels.partial import Partial
 
@@ -45,6 +47,7 @@ __all__ = [
     "attend_lists",
     "copy",
     "gather",
+    "grown",
     "layout",
     "merge_into",
     "plan",
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 APPEND_SHARE = 256  # vectors that are worth a thread
+DEAL_EVERY = 16  # tokens: at most so many keys of each head are in a share too many
 
 _Arguments, _AppendArguments = block_type(ARGUMENTS), block_type(APPEND)
 
@@ -95,11 +99,59 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     check_order(pages, Order.CHANNELS)
-    missing = check_rows(pages, rows)
+    return _dealt(pages, rows, threads, check_rows(pages, rows))
+
+
+def _dealt(pages: Pages, rows: Rows, threads: int, missing: frozenset[int]) -> Plan:
     pieces, starts = deal(cut(rows), threads)
     vectors = -(-int(pieces["rows"].max(initial=1)) // TILE) * TILE
     partials = int(pieces["rows"][pieces["partial"] >= 0].sum())
     return _assemble(pages, pieces, starts, vectors, partials, rows, missing)
+
+
+def grown(plan: Plan, growing: npt.NDArray[np.bool_]) -> Grown | None:
+    """Makes the plans of the next batches of a plan, where each row begins one token later every time. `growing`, bool
+    `[rows]`: which of them read one key more every time. None where that does not follow from the plan: for rows of
+    several queries or without keys, with windows, lists or biases.
+
+    Nothing is checked again: the pages of new keys must be in the plan's tables before they are read, and exist.
+    """
+    rows: Rows = plan.keep[0]
+    plain = (rows.count == 1) & (rows.lo < rows.hi) & (rows.window >= EVERYTHING) & (rows.listed == 0)
+    if not plain.all() or rows.bias or plan.missing:
+        return None
+    return Grown(plan, dataclasses.replace(rows, start=rows.start.copy(), hi=rows.hi.copy()), growing)
+
+
+class Grown:
+    """Plans of rows that grow by a token from batch to batch. They are made in place, so only the last one is valid.
+    Every DEAL_EVERY tokens their work is dealt anew, so that shares stay equal."""
+
+    def __init__(self, plan: Plan, rows: Rows, growing: npt.NDArray[np.bool_]) -> None:
+        self._rows = rows
+        self._growing = growing
+        self._follow(plan)
+
+    def _follow(self, plan: Plan) -> None:
+        """Note which pieces end where a growing row ends: the last ones of their outputs."""
+        self._plan, self._age = plan, 0
+        _, self._pieces, *_ = plan.keep
+        output = self._pieces["output"]
+        last = np.flatnonzero(np.append(output[1:] != output[:-1], True))
+        self._last = last[np.repeat(self._growing, self._rows.kv_heads)]
+
+    def next(self) -> Plan:
+        """The plan of the rows one token later: the same object, or another one."""
+        rows, plan = self._rows, self._plan
+        np.add(rows.start, 1, out=rows.start)
+        np.add(rows.hi, self._growing, out=rows.hi)
+        self._age += 1
+        if self._age < DEAL_EVERY:
+            self._pieces["position"] += 1
+            self._pieces["hi"][self._last] += 1
+        else:
+            self._follow(_dealt(plan.pages, rows, plan.arguments.shares, plan.missing))
+        return self._plan
 
 
 def _assemble(

@@ -35,6 +35,7 @@ __all__ = [
     "attend_lists",
     "copy",
     "gather",
+    "grown",
     "layout",
     "merge_into",
     "plan",
@@ -128,6 +129,10 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         most_rows=int(cut_ones["rows"].max(initial=0)),
         partials=Partial(arguments["partial_out"], arguments["partial_lse"]),
     )
+
+
+def grown(plan: Plan, growing: npt.NDArray[np.bool_]) -> None:
+    """None: batches are planned anew, since what they read is copied to the device."""
 
 
 def _launch(pages: Pages, pieces: Pieces, at_once: int, partials: int) -> tuple[Launch, Pieces, int]:

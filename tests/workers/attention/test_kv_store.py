@@ -166,7 +166,7 @@ def test_a_fork_of_a_range_has_every_key_that_its_windows_see(length, allowed):
 
 def snapshot(kv):
     parts = {handle: (part.held, part.table.tolist(), part.freed.tolist()) for handle, part in kv._parts.items()}
-    return parts, kv._free[: kv.free_pages].tolist(), kv._references.tolist()
+    return parts, kv._pool._stack[: kv.free_pages].tolist(), kv._pool._references.tolist()
 
 
 def test_an_interrupted_update_changes_nothing():

@@ -9,16 +9,16 @@ touches pages that belong to another part by then.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from lamina_kernels.paged.pages import Pages, gather, gather_heads, store_whole, whole
+from lamina_kernels.paged.pages import Pages, store_whole
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
     MAX_PARTS,
@@ -28,8 +28,6 @@ from lamina_protocols.messages import (
     Close,
     Exchange,
     Fetch,
-    Fetched,
-    FetchedPages,
     FetchPages,
     Fork,
     Fresh,
@@ -44,13 +42,15 @@ from lamina_protocols.messages import (
     Survey,
     Surveyed,
 )
+from lamina_workers.attention_worker.decode_rows import DecodeRows, is_next
 from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
-from lamina_workers.attention_worker.kv_store import KVStore, Part
+from lamina_workers.attention_worker.kv_fetch import KvFetch, indices, layers_of, page_slots
+from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, layout_name, page_count, page_layout
 from lamina_workers.attention_worker.paged_reader import PagedReader
 from lamina_workers.attention_worker.reading import Reading
 from lamina_workers.devices.available import room_for
-from lamina_workers.errors import KVError, PoolExhausted
+from lamina_workers.errors import PoolExhausted
 
 _SURVEYED_NUMBERS = 50_000  # in one frame: its header has room for some 58,000 of the largest
 
@@ -76,6 +76,8 @@ class _Batch:
     sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them
     readings: dict[LayerPolicies, Reading]  # what is read, by the policies of a layer's heads; empty where no row reads
     delay: float  # seconds to add to each layer's attention
+    rows: tuple[Row, ...]
+    series: DecodeRows | None = None  # the batches that lead to this one, where each was planned from the one before
 
 
 class AttentionWorker:
@@ -105,6 +107,7 @@ class AttentionWorker:
             self._pages = Pages.allocate(layout, n_pages, device)
         self.page_layout = layout_name(layout)
         self._reader = PagedReader(config, self._policies, self._kernels, self._pages, self.store, threads)
+        self._fetching = KvFetch(config, self.store, self._pages, self._reader, device)
         self._epoch = 0
         self._last_batch = 0
         self._next_operation = 0
@@ -140,9 +143,9 @@ class AttentionWorker:
                 self._unsettled = request
                 return reply
             case Fetch():
-                return self._fetch(request)
+                return self._fetching.fetch(request)
             case FetchPages():
-                return self._fetch_pages(request)
+                return self._fetching.fetch_pages(request)
             case Survey():
                 return self._survey(request)
 
@@ -173,9 +176,12 @@ class AttentionWorker:
             )
         if message.first > self._next_operation:
             raise ProtocolError(f"operation {message.first} announced, {self._next_operation} has not come yet")
+        operations = message.operations[self._next_operation - message.first :]
+        if not operations and message.epoch == self._epoch and self._followed(message):
+            floors = (0,) * len(message.rows)  # what releases pages does not simply follow
+            return Announced(message.epoch, message.batch, True, self.store.free_pages, floors)
         self._drop_superseded(message)
         self._epoch, self._last_batch = message.epoch, message.batch
-        operations = message.operations[self._next_operation - message.first :]
         try:
             reservation = self.store.update(operations, message.rows)
         except PoolExhausted as error:
@@ -192,16 +198,54 @@ class AttentionWorker:
         # The operations are applied, even if an error follows; the batch exists only once nothing has failed.
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
         if reservation.copies_from.size:
-            source, target = map(_indices, (reservation.copies_from, reservation.copies_to))
+            source, target = map(indices, (reservation.copies_from, reservation.copies_to))
             self._kernels.copy(self._pages, source, target)
         if message.rows:
             stores = tuple(self._stores(message.rows))
-            for row in stores:
-                self._torn[row.handle] = min(row.start, self._torn.get(row.handle, row.start))
+            self._tear(stores)
             self._batches[message.batch] = self._prepare(message.rows, stores)
             self.counters.batches += 1
         usages = tuple(self._reader.usage(row.handle) for row in message.rows) if self._reader.tallies else ()
         return Announced(message.epoch, message.batch, True, self.store.free_pages, reservation.floors, usages=usages)
+
+    def _followed(self, message: Announcement) -> bool:
+        """Whether the announced batch could be made of one in flight, whose place it takes: it has that one's rows,
+        each a token further. If not, nothing has changed."""
+        if not message.rows or not self._reader.plain:
+            return False
+        first = message.rows[0].handle
+        last, batch = next(((n, b) for n, b in self._batches.items() if b.rows[0].handle == first), (0, None))
+        if batch is None or len(batch.readings) != 1:
+            return False
+        (reading,) = batch.readings.values()
+        series = batch.series
+        if series is None and is_next(batch.rows, message.rows):
+            series = DecodeRows.of(self.store, self._kernels, batch.rows, reading.plan, batch.places)
+        plan = series and series.next(message.rows)
+        if plan is None:
+            return False
+        self._last_batch = message.batch
+        self._next_operation = max(self._next_operation, message.first + len(message.operations))
+        stores = tuple(row for row in message.rows if row.store)
+        self._tear(stores)
+        del self._batches[last]
+        self._batches[message.batch] = _Batch(
+            batch.handles, batch.fused, stores, set(self._kv_layers), batch.places, None,
+            dict.fromkeys(batch.readings, dataclasses.replace(reading, plan=plan, layers=0)), self._delay(message.rows),
+            message.rows, series,
+        )  # fmt: skip
+        self.counters.batches += 1
+        return True
+
+    def _tear(self, stores: Iterable[Row]) -> None:
+        """From these rows on, KV has not come in every layer."""
+        for row in stores:
+            self._torn[row.handle] = min(row.start, self._torn.get(row.handle, row.start))
+
+    def _delay(self, rows: Iterable[Row]) -> float:
+        if not self.read_delay:
+            return 0.0
+        return self.read_delay * sum(row.read[1] - row.read[0] for row in rows if row.read is not None) / 1e6
 
     def _drop_superseded(self, message: Announcement) -> None:
         announced = {row.handle for row in message.rows}
@@ -228,9 +272,8 @@ class AttentionWorker:
             raise ProtocolError(f"rows that no batch can have: {error}") from error
         handles = frozenset(row.handle for row in rows)
         fused, missing = any(row.fused for row in rows), set(self._kv_layers)
-        read = sum(row.read[1] - row.read[0] for row in rows if row.read is not None)
-        delay = self.read_delay * read / 1e6
-        return _Batch(handles, fused, stores, missing, places, self._reader.sealed(rows), readings, delay)
+        sealed = self._reader.sealed(rows)
+        return _Batch(handles, fused, stores, missing, places, sealed, readings, self._delay(rows), tuple(rows))
 
     def _plan(self, stores: Iterable[Row]) -> Any:
         slots = [self.store.slots(row) for row in stores]
@@ -252,16 +295,20 @@ class AttentionWorker:
 
     def _store_pages(self, message: FreshPages) -> None:
         batch = self._batch(message)
-        layers = self._layers(message)
+        layers = layers_of(message, self.config)
         tables, vectors = [], 0
         for row in batch.stores:
             part = self.store.part(row.handle)
             first, end = row.stored(part.lo, part.hi)
-            tables.append(part.table[layers, :, self._slots(part.lo, first, end)].reshape(message.layers, -1))
+            tables.append(
+                part.table[layers, :, page_slots(part.lo, first, end, self.config.page_size)].reshape(
+                    message.layers, -1
+                )
+            )
             vectors += message.layers * len(part.heads) * (end - first)
         if not tables:
             raise ProtocolError(f"{len(message.pages)} fresh pages for batch {message.batch}, which stores 0")
-        index = _indices(np.concatenate(tables, axis=1).reshape(-1))
+        index = indices(np.concatenate(tables, axis=1).reshape(-1))
         try:
             store_whole(self._pages, index.to(self.device), message.pages.to(self.device))
         except ValueError as error:
@@ -278,62 +325,6 @@ class AttentionWorker:
             for row in batch.stores:
                 if self._torn.get(row.handle) == row.start:
                     del self._torn[row.handle]
-
-    def _layers(self, message: FetchPages | FreshPages) -> slice:
-        """The layers with KV that a message of pages is about."""
-        first, end, there = message.layer, message.layer + message.layers, 1 + max(self._kv_layers)
-        if not 0 <= first < end <= there:
-            raise ProtocolError(f"KV of layers [{first}, {end}), there are {there}")
-        return slice(first, end)
-
-    def _slots(self, begin: int, lo: int, hi: int) -> slice:
-        """The slots of positions [lo, hi) in a part which begins at `begin`. Raises KVError where `lo` is inside."""
-        first, inside = divmod(lo - begin, self.config.page_size)
-        if inside:
-            raise KVError(f"pages from position {lo} on, which is number {inside} of its page")
-        return slice(first, -(-(hi - begin) // self.config.page_size))
-
-    def _fetch_pages(self, message: FetchPages) -> FetchedPages:
-        part = self._held(message)
-        tables = part.table[self._layers(message), :, self._slots(part.lo, message.lo, message.hi)]
-        if self._reader.keeps_means and (tables < 0).any():
-            pages = torch.empty(0, 0, dtype=torch.uint8)
-        else:
-            pages = whole(self._pages, _indices(tables.reshape(-1)).to(self.device)).cpu()
-        return FetchedPages(message.epoch, message.batch, message.layer, pages)
-
-    def _held(self, message: Fetch | FetchPages) -> Part:
-        """The part of a request. Raises KVError unless it holds the positions that are asked for."""
-        part, lo, hi = self.store.part(message.handle), message.lo, message.hi
-        if not part.lo <= lo <= hi <= part.held:
-            raise KVError(f"[{lo}, {hi}) of part {message.handle} asked for, it holds [{part.lo}, {part.held})")
-        return part
-
-    def _fetch(self, message: Fetch) -> Fetched:
-        part, lo, hi = self._held(message), message.lo, message.hi
-        if not 0 <= message.layer < len(self.config.layers):
-            raise ProtocolError(f"layer {message.layer}, there are {len(self.config.layers)}")
-        spec, size = self.config.layers[message.layer], self.config.page_size
-        first = (lo - part.lo) // size
-        tables = part.table[spec.kv_layer, :, first : -(-(hi - part.lo) // size)]
-        skip = lo - part.lo - first * size
-        if (tables >= 0).all():
-            all_k, all_v = gather_heads(self._pages, _indices(tables).to(self.device))
-            some = slice(skip, skip + hi - lo)
-            flat_k, flat_v = all_k[some].reshape(-1, spec.d_k).cpu(), all_v[some].reshape(-1, spec.d_v).cpu()
-            return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
-        k = torch.empty(hi - lo, len(part.heads), spec.d_k, dtype=self._pages.layout.loaded)
-        v = torch.empty(hi - lo, len(part.heads), spec.d_v, dtype=self._pages.layout.loaded)
-        for head, table in enumerate(tables):
-            pages = torch.from_numpy(np.maximum(table, 0))
-            of_k, of_v = (x.cpu() for x in gather(self._pages, pages, hi - lo + skip))
-
-            gone = torch.from_numpy(np.repeat(table < 0, size)[: hi - lo + skip, None])
-            for_k, for_v = self._reader.mean(message.handle, spec.kv_layer, head)
-            k[:, head] = torch.where(gone, for_k.to(of_k.dtype), of_k)[skip:]
-            v[:, head] = torch.where(gone, for_v.to(of_v.dtype), of_v)[skip:]
-        flat_k, flat_v = k.view(-1, spec.d_k), v.view(-1, spec.d_v)
-        return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
 
     def _survey(self, message: Survey) -> Surveyed:
         """The batches in flight end: their engine is gone, or has none in flight while it asks."""
@@ -383,7 +374,3 @@ class AttentionWorker:
                 f"batches {sorted(self._batches)})"
             )
         return batch
-
-
-def _indices(pages: npt.NDArray[np.int32]) -> torch.Tensor:
-    return torch.from_numpy(pages.astype(np.int64))

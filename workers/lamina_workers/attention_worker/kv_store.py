@@ -18,10 +18,9 @@ import numpy.typing as npt
 from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages import Close, Fork, HolderConfig, Open, Operation, Row
 from lamina_workers.attention_worker.head_policies import Group, HeadPolicies, Retention, returns_to
+from lamina_workers.attention_worker.page_pool import Int32, PagePool
 from lamina_workers.errors import KVError, PoolExhausted
 from lamina_workers.policies.policy import Policy
-
-Int32 = npt.NDArray[np.int32]
 
 NO_PAGE = -1
 ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a mean begins to stand in one step
@@ -64,23 +63,19 @@ class KVStore:
     """The tables and the page pool of one holder: numbers of pages, not their contents."""
 
     def __init__(self, config: HolderConfig, policies: HeadPolicies, n_pages: int) -> None:
-        if n_pages < 1:
-            raise KVError(f"a pool of {n_pages} pages, at least 1 is needed")
         self.config = config
         self.n_pages = n_pages
         self._layers = 1 + max(spec.kv_layer for spec in config.layers)
         self._retention = Retention(policies)
         self._parts: dict[int, Part] = {}
-        self._references = np.zeros(n_pages, np.int32)
-        self._free = np.arange(n_pages - 1, -1, -1, dtype=np.int32)  # a stack: the page freed last is warm
-        self._n_free = n_pages
         self._undo: list[Callable[[], None]] = []
+        self._pool = PagePool(n_pages, self._undo)
         self._absorbed: list[Absorbed] = []
 
     @property
     def free_pages(self) -> int:
         """How many pages no part holds."""
-        return self._n_free
+        return self._pool.free
 
     def parts(self) -> dict[int, Part]:
         """All parts by handle, as they are now. May be called from any thread."""
@@ -99,7 +94,7 @@ class KVStore:
         Raises PoolExhausted (pages short) or KVError (unknown handle, gap, below the floor, a stored part with two
         rows). Whatever it raises, nothing has changed.
         """
-        self._undo, self._absorbed = [], []
+        self._absorbed = []
         try:
             for operation in operations:
                 self._apply(operation)
@@ -117,7 +112,48 @@ class KVStore:
                 undo()
             raise
         finally:
-            self._undo = []
+            self._undo.clear()
+
+    def extend(self, parts: Sequence[Part]) -> list[tuple[int, Int32]] | None:
+        """Reserve the next token of each part: as `update` would for a row each that stores it, where the parts are
+        different, release nothing and own the page at their end. Returns the parts, by number, for which a page begins
+        there, with this page in each layer and head, int32 `[layers, heads]`. None, with nothing changed, where a part
+        is full, its table is, or pages are short."""
+        size = self.config.page_size
+        begun = []
+        for number, part in enumerate(parts):
+            if part.held == part.hi:
+                return None
+            if not (part.held - part.lo) % size:
+                if part.held - part.lo == size * part.table.shape[2]:
+                    return None
+                begun.append(number)
+        sizes = [self._layers * len(parts[number].heads) for number in begun]
+        if sum(sizes) > self._pool.free:
+            return None
+        given = []
+        for number, pages in zip(begun, sizes, strict=True):
+            part = parts[number]
+            taken = self._pool.take(pages).reshape(self._layers, -1)
+            part.table[:, :, (part.held - part.lo) // size] = taken
+            given.append((number, taken))
+        for part in parts:
+            part.held += 1
+        self._undo.clear()
+        return given
+
+    @property
+    def shares(self) -> int:
+        """As long as this number stays the same, nobody has got a share of another part's pages."""
+        return self._pool.shares
+
+    def owns_end(self, part: Part) -> bool:
+        """Whether no other part has the page that holds a part's last token, in any layer and head."""
+        return not self._pool.shared(part.table[:, :, self._slots(part.held - part.lo) - 1]).any()
+
+    def releases(self, part: Part) -> bool:
+        """Whether a part frees pages as it grows."""
+        return bool(self._retention.groups(part.heads))
 
     def slots(self, row: Row) -> Ints:
         """Where a storing row's tokens go: `[layers, stored tokens, heads]`, each page * page_size + offset."""
@@ -153,14 +189,7 @@ class KVStore:
                 if (part.table[layer][~inside[layer]] != NO_PAGE).any():
                     raise KVError(f"part {handle} keeps a freed page in layer {layer}")
             np.add.at(counted, held, 1)
-        if (counted != self._references).any():
-            page = int(np.flatnonzero(counted != self._references)[0])
-            raise KVError(f"page {page} has {counted[page]} references, counted as {self._references[page]}")
-        free = self._free[: self._n_free]
-        if len(np.unique(free)) != self._n_free or self._references[free].any():
-            raise KVError("the free stack holds a page twice, or one in use")
-        if self._n_free + np.count_nonzero(self._references) != self.n_pages:
-            raise KVError(f"{self._n_free} pages free, {np.count_nonzero(self._references)} used, of {self.n_pages}")
+        self._pool.check_integrity(counted)
 
     # The operations. Each appends to `_undo` what takes it back.
 
@@ -180,7 +209,7 @@ class KVStore:
                 part = self.part(handle)
                 del self._parts[handle]
                 self._undo.append(lambda: self._parts.update({handle: part}))
-                self._release(part.table[part.table != NO_PAGE])
+                self._pool.release(part.table[part.table != NO_PAGE])
 
     def _check_open(self, open_: Open) -> None:
         kv_heads = self.config.layers[0].kv_heads
@@ -202,7 +231,7 @@ class KVStore:
         part = dataclasses.replace(
             source, held=held, table=source.table[:, :, :used].copy(), freed=np.minimum(source.freed, used)
         )
-        self._share(part.table[part.table != NO_PAGE])
+        self._pool.share(part.table[part.table != NO_PAGE])
         return part
 
     def _insert(self, handle: int, part: Part) -> None:
@@ -266,7 +295,7 @@ class KVStore:
         if pages.size:
             view[where] = NO_PAGE
             self._undo.append(lambda: view.__setitem__(where, pages))
-            self._release(pages)
+            self._pool.release(pages)
         return pages
 
     def _reserve(self, rows: Sequence[Row]) -> Reservation:
@@ -278,8 +307,8 @@ class KVStore:
             if first < end:
                 writes.append((part, first - part.lo, end - part.lo))
         needed = sum(np.count_nonzero(self._shared(*write)) + self._missing(*write) for write in writes)
-        if needed > self._n_free:
-            raise PoolExhausted(f"{needed} pages needed, {self._n_free} of {self.n_pages} are free")
+        if needed > self._pool.free:
+            raise PoolExhausted(f"{needed} pages needed, {self._pool.free} of {self.n_pages} are free")
         copies = [self._own(*write) for write in writes]
         for part, _, end in writes:
             self._extend(part, end)
@@ -296,7 +325,7 @@ class KVStore:
         if not offset:
             return _NONE_SHARED
         pages = part.table[:, :, slot]
-        shared: npt.NDArray[np.bool_] = (pages != NO_PAGE) & (self._references[pages] > 1)
+        shared: npt.NDArray[np.bool_] = (pages != NO_PAGE) & self._pool.shared(pages)
         return shared
 
     def _missing(self, part: Part, first: int, end: int) -> int:
@@ -310,16 +339,11 @@ class KVStore:
         slot = first // self.config.page_size
         layers, heads = np.nonzero(shared)
         sources: Int32 = part.table[layers, heads, slot]
-        targets = self._take(len(sources))
+        targets = self._pool.take(len(sources))
+        self._pool.leave(sources)
         table = part.table
-
-        def undo() -> None:
-            self._references[sources] += 1
-            table[layers, heads, slot] = sources
-
-        self._references[sources] -= 1
         table[layers, heads, slot] = targets
-        self._undo.append(undo)
+        self._undo.append(lambda: table.__setitem__((layers, heads, slot), sources))
         return sources, targets
 
     def _extend(self, part: Part, end: int) -> None:
@@ -336,7 +360,7 @@ class KVStore:
 
         self._undo.append(undo)
         if stop > start:
-            fresh[...] = self._take(fresh.size).reshape(fresh.shape)
+            fresh[...] = self._pool.take(fresh.size).reshape(fresh.shape)
         part.held = part.lo + end
 
     def _slots(self, tokens: int) -> int:
@@ -362,38 +386,8 @@ class KVStore:
             slots[group.cells] = self._sinks_of(part, group)
         return slots
 
-    # The pool.
-
     def _table(self, heads: int, slots: int) -> Int32:
         return np.full((self._layers, heads, slots), NO_PAGE, np.int32)
-
-    def _take(self, n: int) -> Int32:
-        pages = self._free[self._n_free - n : self._n_free][::-1].copy()
-
-        def undo() -> None:  # the pages still stand above the top: an update releases before it takes
-            self._references[pages] = 0
-            self._n_free += n
-
-        self._n_free -= n
-        self._references[pages] = 1
-        self._undo.append(undo)
-        return pages
-
-    def _share(self, pages: Int32) -> None:
-        self._references[pages] += 1
-        self._undo.append(lambda: self._references.__setitem__(pages, self._references[pages] - 1))
-
-    def _release(self, pages: Int32) -> None:
-        self._references[pages] -= 1
-        returned = pages[self._references[pages] == 0]
-        self._free[self._n_free : self._n_free + returned.size] = returned
-        self._n_free += returned.size
-
-        def undo() -> None:
-            self._n_free -= returned.size
-            self._references[pages] += 1
-
-        self._undo.append(undo)
 
 
 _NO_PAGES = np.empty(0, np.int32)

@@ -65,6 +65,11 @@ class PagedReader:
             return {}
         return {policies: self._reading(policies, rows) for policies in self._policies}
 
+    @property
+    def plain(self) -> bool:
+        """Whether a reading is a plan of the kernels and nothing more, whatever is read."""
+        return self.tallies is None and self._means is None and self._sketches is None
+
     def _reading(self, policies: LayerPolicies, rows: Sequence[Row]) -> Reading:
         group, counting = self._config.layers[0].group, self.tallies is not None
         choosing = self._choosing(policies, rows)

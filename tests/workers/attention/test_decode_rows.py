@@ -1,0 +1,302 @@
+"""Decode batches that are made of the batch before them, against the same batches planned anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lamina_protocols.errors import LaminaError
+from lamina_protocols.messages import (
+    Announced,
+    Announcement,
+    Attended,
+    Close,
+    Fork,
+    Fresh,
+    HolderConfig,
+    LayerSpec,
+    Open,
+    Operation,
+    Query,
+    Row,
+    Survey,
+)
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.decode_rows import is_next
+
+FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=16, scale=0.3)
+LAYERS = (FULL, dataclasses.replace(FULL, kv_layer=1))
+SIZE = 16
+
+
+def config(pages: int, layers: Sequence[LayerSpec] = LAYERS) -> HolderConfig:
+    return HolderConfig(tuple(layers), SIZE, "float32", pages * SIZE * 32 * 4)
+
+
+class Anew(AttentionWorker):
+    """Plans each batch anew."""
+
+    def _followed(self, message: Announcement) -> bool:
+        return False
+
+
+class Following(AttentionWorker):
+    """Counts the batches that were made of others."""
+
+    followed = 0
+
+    def _followed(self, message: Announcement) -> bool:
+        done = super()._followed(message)
+        self.followed += done
+        return done
+
+
+class Pair:
+    """Two workers that get the same messages: one makes batches of others. All that they keep and answer is equal."""
+
+    def __init__(self, pages: int = 4000, layers: Sequence[LayerSpec] = LAYERS) -> None:
+        self.following = Following(config(pages, layers))
+        self.anew = Anew(config(pages, layers))
+        self.layers = layers
+        self.batch = self.operations = 0
+        self.epoch = 1
+        self.generator = torch.Generator().manual_seed(1)
+
+    @property
+    def workers(self) -> tuple[AttentionWorker, AttentionWorker]:
+        return self.following, self.anew
+
+    def announce(self, operations: Sequence[Operation] = (), rows: Sequence[Row] = ()) -> Announced:
+        self.batch += 1
+        message = Announcement(self.epoch, self.batch, self.operations, tuple(operations), tuple(rows))
+        mine, other = (self._reply(worker, message) for worker in self.workers)
+        assert mine == other
+        assert isinstance(mine, Announced)
+        if mine.accepted:
+            self.operations += len(operations)
+        self.check()
+        return mine
+
+    @staticmethod
+    def _reply(worker: AttentionWorker, message: Announcement) -> object:
+        try:
+            return worker.handle(message)
+        except LaminaError as error:
+            return f"{type(error).__name__}: {error}"
+
+    def check(self) -> None:
+        """Tables, pages, and where the batches in flight store are the same."""
+        one, two = self.workers
+        one.store.check_integrity()
+        assert one._torn == two._torn
+        assert one._batches.keys() == two._batches.keys()
+        assert one.store.parts().keys() == two.store.parts().keys()
+        for handle, part in one.store.parts().items():
+            twin = two.store.part(handle)
+            assert (part.held, part.lo, part.hi) == (twin.held, twin.lo, twin.hi)
+            used = -(-(part.held - part.lo) // SIZE)
+            assert (part.table[:, :, :used] == twin.table[:, :, :used]).all()
+        assert (one.store._pool._stack[: one.store.free_pages] == two.store._pool._stack[: two.store.free_pages]).all()
+        for number, batch in one._batches.items():
+            twin_batch = two._batches[number]
+            assert (batch.handles, batch.fused, batch.stores, batch.rows, batch.missing) == (
+                twin_batch.handles, twin_batch.fused, twin_batch.stores, twin_batch.rows, twin_batch.missing,
+            )  # fmt: skip
+            assert (batch.places is None) == (twin_batch.places is None)
+            if batch.places is not None:
+                assert torch.equal(batch.places.slots, twin_batch.places.slots)
+
+    def run(self, rows: Sequence[Row], batch: int | None = None) -> None:
+        """All layers of the batch announced last, or of `batch`."""
+        batch = self.batch if batch is None else batch
+        store = self.anew.store
+        heads = [len(store.part(row.handle).heads) for row in rows]
+        stored = sum(n * row.count for n, row in zip(heads, rows, strict=True) if row.store)
+        asked = sum(n * row.count * 3 for n, row in zip(heads, rows, strict=True) if row.read is not None)
+        for layer in range(len(self.layers)):
+            if stored:
+                k, v = torch.randn(2, stored, 16, generator=self.generator)
+                for worker in self.workers:
+                    worker.handle(Fresh(self.epoch, batch, layer, k, v))
+            if asked:
+                q = torch.randn(asked, 16, generator=self.generator)
+                one, two = (worker.handle(Query(self.epoch, batch, layer, q)) for worker in self.workers)
+                assert isinstance(one, Attended)
+                assert isinstance(two, Attended)
+                torch.testing.assert_close(one.out, two.out, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(one.lse, two.lse, rtol=1e-5, atol=1e-5)
+        self.check()
+
+
+def prompt(handle: int, count: int, fused: bool = True) -> Row:
+    return Row(handle, 0, count, (0, count) if fused else None, True)
+
+
+def decode(handle: int, start: int, fused: bool = True) -> Row:
+    return Row(handle, start, 1, (0, start + fused), True, True)
+
+
+def opened(pair: Pair, lengths: dict[int, int]) -> None:
+    rows = [prompt(handle, length) for handle, length in lengths.items()]
+    assert pair.announce([Open(handle, (0, 1), 0, 1000) for handle in lengths], rows).accepted
+    pair.run(rows)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_rows_that_grow_are_stored_and_attended_as_if_planned_anew(fused: bool) -> None:
+    pair = Pair()
+    lengths = {1: 5, 2: 16, 3: 31, 4: 100}
+    opened(pair, lengths)
+    for step in range(70):  # over pages' ends, tables that are full, and work that is dealt anew
+        rows = [decode(handle, length + step, fused) for handle, length in lengths.items()]
+        assert pair.announce((), rows).accepted
+        pair.run(rows)
+    assert pair.following.followed > 60
+    assert pair.following.counters == pair.anew.counters
+
+
+def test_a_range_that_is_full_is_read_beside_those_that_grow() -> None:
+    pair = Pair()
+    rows = [Row(1, 0, 40, (0, 40), True), Row(2, 0, 40, (32, 40), True)]
+    assert pair.announce([Open(1, (0, 1), 0, 32), Open(2, (1,), 32, 64)], [rows[1]]).accepted
+    assert pair.announce((), [Row(1, 0, 40, (0, 32), True)]).accepted
+    for position in range(40, 70):
+        full = position >= 64
+        rows = [
+            Row(1, position, 1, (0, 32), False, True),
+            Row(2, position, 1, (32, 64 if full else position + 1), not full, True),
+        ]
+        assert pair.announce((), rows).accepted
+        pair.run(rows)
+    assert pair.following.followed > 20
+
+
+def test_batches_in_turns_follow_their_own() -> None:
+    pair = Pair()
+    opened(pair, {1: 20, 2: 30, 3: 40})
+    for step in range(20):
+        mine = [decode(1, 20 + step), decode(3, 40 + step)]
+        assert pair.announce((), mine).accepted
+        announced = pair.batch
+        assert pair.announce((), [decode(2, 30 + step)]).accepted
+        pair.run([decode(2, 30 + step)])
+        pair.run(mine, announced)
+    assert pair.following.followed > 30  # all but where a table was full
+
+
+def test_a_fork_of_a_part_that_grows_keeps_its_tokens() -> None:
+    pair = Pair()
+    opened(pair, {1: 20})
+    for step in range(5):
+        assert pair.announce((), [decode(1, 20 + step)]).accepted
+        pair.run([decode(1, 20 + step)])
+    before = pair.following.followed
+    assert pair.announce([Fork(2, 1, 25)]).accepted  # its last page is shared now
+    assert pair.announce((), [decode(1, 25)]).accepted
+    pair.run([decode(1, 25)])
+    assert pair.following.followed == before
+    assert pair.announce((), [decode(2, 25)]).accepted
+    pair.run([decode(2, 25)])
+    assert pair.announce((), [decode(1, 26)]).accepted
+    pair.run([decode(1, 26)])
+    assert pair.following.followed == before + 1
+
+
+def test_a_batch_for_which_pages_are_short_is_refused_and_changes_nothing() -> None:
+    pair = Pair(pages=20)
+    opened(pair, {1: 30, 2: 30})  # 8 pages each
+    for step in range(2):
+        assert pair.announce((), [decode(1, 30 + step), decode(2, 30 + step)]).accepted
+    assert not pair.announce((), [decode(1, 32), decode(2, 32)]).accepted  # 8 pages, 4 are free
+    assert pair.announce([Close(2)], [decode(1, 32)]).accepted
+    pair.run([decode(1, 32)])
+
+
+def test_late_messages_of_a_batch_that_was_followed_are_refused() -> None:
+    pair = Pair()
+    opened(pair, {1: 20})
+    for step in range(3):
+        assert pair.announce((), [decode(1, 20 + step)]).accepted
+    assert pair.following.followed == 2
+    with pytest.raises(LaminaError, match="batch 3 of epoch 1 is not in flight"):
+        pair.following.handle(Query(1, 3, 0, torch.zeros(6, 16)))
+    with pytest.raises(LaminaError, match="is not newer than"):
+        pair.following.handle(Announcement(1, 4, 1, (), (decode(1, 23),)))
+    survey = [worker.handle(Survey(0, 1)) for worker in pair.workers]
+    assert survey[0] == survey[1]  # where its KV is torn included
+    with pytest.raises(LaminaError, match="others have taken over"):
+        pair.following.handle(Announcement(1, 9, 1, (), (decode(1, 23),)))
+
+
+@pytest.mark.parametrize("spec", [{"window": 24}, {"policies": ("streaming(sink=16, recent=32)",) * 2}])
+def test_rows_with_windows_are_planned_anew(spec: dict[str, object]) -> None:
+    pair = Pair(layers=[dataclasses.replace(layer, **spec) for layer in LAYERS])
+    opened(pair, {1: 60})
+    for step in range(40):
+        assert pair.announce((), [decode(1, 60 + step)]).accepted
+        pair.run([decode(1, 60 + step)])
+    assert pair.following.followed == 0
+
+
+def test_rows_follow_only_the_same_rows_a_token_further() -> None:
+    last = (decode(1, 20), decode(2, 30))
+    further = (decode(1, 21), decode(2, 31))
+    assert is_next(last, further)
+    for row in (decode(1, 20), decode(1, 22), decode(3, 21)):
+        assert not is_next(last, (row, further[1]))
+    for change in (
+        {"read": (0, 21)}, {"read": (1, 22)}, {"read": None}, {"store": False}, {"chooses": False}, {"count": 2},
+    ):  # fmt: skip
+        assert not is_next(last, (dataclasses.replace(further[0], **change), further[1]))
+    assert not is_next(last, further[:1])
+    assert not is_next(last, further[::-1])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_batches_are_as_if_planned_anew(seed: int) -> None:
+    rng = random.Random(seed)
+    pair = Pair(pages=rng.choice([60, 4000]))
+    held: dict[int, int] = {}
+    last: list[int] = []
+    handles = 0
+    for _ in range(80):
+        operations: list[Operation] = []
+        rows: list[Row] = []
+        held_after = dict(held)
+        event = rng.random()
+        if event < 0.08 or not held:
+            handles += 1
+            operations.append(Open(handles, rng.choice([(0, 1), (0,), (1,)]), 0, rng.choice([64, 1000])))
+            held_after[handles] = 0
+            rows.append(prompt(handles, rng.randint(1, 50)))
+        elif event < 0.13:
+            handles += 1
+            parent = rng.choice(list(held))
+            operations.append(Fork(handles, parent, length := rng.randint(0, held[parent])))
+            held_after[handles] = length
+        elif event < 0.17:
+            gone = rng.choice(list(held))
+            operations.append(Close(gone))
+            del held_after[gone]
+        elif event < 0.19:
+            pair.epoch += 1
+        elif event < 0.24:  # tokens again, as after a rejected draft
+            back = rng.choice(list(held))
+            held_after[back] = rng.randint(0, held[back])
+        if event >= 0.13 and rng.random() < 0.9:
+            known = [handle for handle in last if handle in held_after]
+            if not known or rng.random() < 0.1:
+                known = rng.sample(sorted(held_after), rng.randint(0, len(held_after)))
+            last = known
+            limits = {handle: part.hi for handle, part in pair.anew.store.parts().items()}
+            fused = rng.random() < 0.95
+            rows += [decode(h, held_after[h], fused) for h in known if 0 < held_after[h] < limits[h]]
+        if pair.announce(operations, rows).accepted:
+            held = held_after | {row.handle: row.start + row.count for row in rows}
+            if rows and rng.random() < 0.9:
+                pair.run(rows)
+    assert pair.following.followed > 5
