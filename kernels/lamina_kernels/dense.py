@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.cpu import dense_loops, few_rows
+from lamina_kernels.cpu import dense_loops, few_rows, programs
 from lamina_kernels.cpu.emitter import Kind, cpu_has, kind_of
 from lamina_kernels.cpu.launch import load_each
 
@@ -45,6 +45,11 @@ class Linear:
             return y
         return F.linear(x, self._weight, self._bias)
 
+    @property
+    def few_rows(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """W and the bias, where up to `few_rows.MAX_ROWS` rows are multiplied by `few_rows`; else None."""
+        return (self._weight, self._bias) if self._few else None
+
     def split(self, rows: int) -> tuple[Linear, Linear] | None:
         """The first `rows` outputs and the others as maps of their own, sharing W; None where W was repacked."""
         if self._packed:
@@ -67,6 +72,8 @@ def prepare(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int
         loads.append(lambda: dense_loops.load_kernel(dtype is torch.bfloat16))
         if kind_of(dtype) is Kind.BFLOAT16_DOT:
             loads.append(few_rows.load_kernel)
+            if programs.can_run():
+                loads.append(programs.load_kernel)
     return load_each(loads)
 
 

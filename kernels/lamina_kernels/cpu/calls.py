@@ -15,10 +15,16 @@ from numba import types
 from numba.extending import intrinsic
 
 from lamina_kernels.cpu.emitter import I64
-from lamina_kernels.cpu.launch import openmp_parallel
+from lamina_kernels.cpu.launch import openmp_function
 
 PARALLEL = "GOMP_parallel"
 """void(function, data, threads, flags): calls function(data) on each thread of OpenMP's team, and waits."""
+
+TEAM_SIZE = "omp_get_num_threads"
+"""int(): how many threads run the parallel region that asks."""
+
+YIELD = "sched_yield"
+"""int(): lets another thread have this core, if one is waiting for it."""
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -38,9 +44,6 @@ def call(context: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: 
 
 @cache
 def address_of(name: str) -> int | None:
-    """The address of a function of the C library, or of OpenMP (PARALLEL); None where there is none of that name."""
-    try:
-        function = openmp_parallel() if name == PARALLEL else getattr(ctypes.CDLL(None), name)
-    except AttributeError:
-        return None
+    """The address of a function of OpenMP (PARALLEL, TEAM_SIZE) or of the C library; None where there is none."""
+    function = openmp_function(name) if name in (PARALLEL, TEAM_SIZE) else getattr(ctypes.CDLL(None), name, None)
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value

@@ -25,14 +25,21 @@ from lamina_kernels.cpu import emitter, intrinsics
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu.emitter import LANES
 from lamina_kernels.cpu.intrinsics import pointer, silu_mul_half, take
-from lamina_kernels.cpu.launch import HEADER, TAKEN, launch, source_fingerprint
+from lamina_kernels.cpu.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
 
 DTYPES = (torch.bfloat16, torch.float32)
-_PARALLEL = 1 << 15  # numbers from which more than one thread pays
-_NORM, _SPLIT, _SILU = range(3)
+PARALLEL = 1 << 15
+"""Numbers from which more than one thread pays."""
+
+NORM, SPLIT, SILU, ADD = range(4)
+"""What a kernel does with its rows: see `_norm_row`, `_split_row`, `_silu_row` and `_add_row`."""
+
 _SIZES = ("operation", "size", "rows", "width", "heads", "kv_heads")
 _ADDRESSES = ("x", "y", "out", "second", "third", "weight", "k_weight", "cos", "sin")
 _ARGUMENTS = np.dtype([*HEADER, *((name, "i8") for name in (*_SIZES, *_ADDRESSES)), ("eps", "f8")])
+Arguments = block_type(_ARGUMENTS)
+"""A kernel's argument block; `size` is the bytes of a number, `x` and what follows are addresses."""
+
 _LAYOUT = struct.Struct(f"={_ARGUMENTS.itemsize // 8 - 1}qd")
 _ROUND_BY_ADDING = np.float32(1.5 * 2**23)  # leaves a float32 no bits for a fraction
 
@@ -172,15 +179,25 @@ def _silu_row(a: Any, row: int, tag: Any) -> None:
         out[i] = _store(low / (np.float32(1.0) + _exp(exponent)) * _load(ups[i]), tag)
 
 
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def _add_row(a: Any, row: int, tag: Any) -> None:
+    """x `[rows, width]` += y `[width]`."""
+    x, y = _vector(a.x + row * a.width * a.size, a.width, tag), _vector(a.y, a.width, tag)
+    for i in range(a.width):
+        x[i] = _store(_load(x[i]) + _load(y[i]), tag)
+
+
 @njit  # type: ignore[untyped-decorator]
 def _share(a: Any, first: int, last: int, tag: Any) -> None:
     for row in range(first, last):
-        if a.operation == _NORM:
+        if a.operation == NORM:
             _norm_row(a, row, tag)
-        elif a.operation == _SPLIT:
+        elif a.operation == SPLIT:
             _split_row(a, row, tag)
-        else:
+        elif a.operation == SILU:
             _silu_row(a, row, tag)
+        else:
+            _add_row(a, row, tag)
 
 
 @cache
@@ -224,7 +241,7 @@ def _run(
 ) -> None:
     """Run a kernel on x. addresses: of _ADDRESSES, the ones after x, 0 where there is none; heads: query and KV."""
     address, call = load_kernel(x.dtype == torch.bfloat16)
-    threads = 1 if x.numel() < _PARALLEL else min(torch.get_num_threads(), rows)
+    threads = 1 if x.numel() < PARALLEL else min(torch.get_num_threads(), rows)
     sizes = (operation, x.element_size(), rows, width)
     _LAYOUT.pack_into(_block.buffer, 0, 0, 0, threads, *sizes, *heads, x.data_ptr(), *addresses, eps)
     if threads == 1:
@@ -249,7 +266,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows, width = x.shape
     out = torch.empty_like(x)
     scale = _address("weight", weight, x.dtype, width)
-    _run(_NORM, x, rows, width, (0, out.data_ptr(), 0, 0, scale, 0, 0, 0), eps=eps)
+    _run(NORM, x, rows, width, (0, out.data_ptr(), 0, 0, scale, 0, 0, 0), eps=eps)
     return out
 
 
@@ -261,7 +278,7 @@ def add_rms_norm(
     rows, width = x.shape
     y, scale = _address("residual", residual, x.dtype, rows, width), _address("weight", weight, x.dtype, width)
     out, total = torch.empty_like(x), torch.empty_like(x)
-    _run(_NORM, x, rows, width, (y, out.data_ptr(), total.data_ptr(), 0, scale, 0, 0, 0), eps=eps)
+    _run(NORM, x, rows, width, (y, out.data_ptr(), total.data_ptr(), 0, scale, 0, 0, 0), eps=eps)
     return out, total
 
 
@@ -287,7 +304,7 @@ def split_heads(
     q = torch.empty(n, heads, width, dtype=dtype)
     k, v = torch.empty(n, kv_heads, width, dtype=dtype), torch.empty(n, kv_heads, width, dtype=dtype)
     addresses = (0, q.data_ptr(), k.data_ptr(), v.data_ptr(), weight, k_weight, cos, sin)
-    _run(_SPLIT, qkv, n, width, addresses, (heads, kv_heads), eps)
+    _run(SPLIT, qkv, n, width, addresses, (heads, kv_heads), eps)
     return q, k, v
 
 
@@ -297,5 +314,5 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     _address("gate_up", gate_up, gate_up.dtype, rows, 2 * width)
     out = torch.empty(rows, width, dtype=gate_up.dtype)
-    _run(_SILU, gate_up, rows, width, (0, out.data_ptr(), 0, 0, 0, 0, 0, 0))
+    _run(SILU, gate_up, rows, width, (0, out.data_ptr(), 0, 0, 0, 0, 0, 0))
     return out

@@ -26,7 +26,7 @@ from lamina_kernels.cpu import emitter, intrinsics
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu.emitter import I32, I64, LANES, VB, VF, VI, Emitter, Kind, Value, kind_of
 from lamina_kernels.cpu.intrinsics import literals, take
-from lamina_kernels.cpu.launch import HEADER, TAKEN, launch, source_fingerprint
+from lamina_kernels.cpu.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
 
 MAX_ROWS = 32
 """Rows of x up to which this is worth while: beyond, arithmetic binds, and a library multiplies faster."""
@@ -37,6 +37,9 @@ _CHUNK = 32  # numbers in a register
 _AHEAD = 12288  # bytes from what is loaded to what is fetched
 _SHARES = 8  # a thread, so that one that is held up leaves work to the others
 _ARGUMENTS = np.dtype([*HEADER, *((name, "i8") for name in ("x", "w", "y", "rows", "n_in", "n_out", "size"))])
+Arguments = block_type(_ARGUMENTS)
+"""The kernel's argument block; `size` is the bytes of a number of y."""
+
 _LAYOUT = struct.Struct(f"={_ARGUMENTS.itemsize // 8}q")
 _OUT_BYTES = {torch.bfloat16: 2, torch.float32: 4}
 _I16 = ir.IntType(16)

@@ -52,23 +52,21 @@ def launch(kernel: int, arguments: int, threads: int) -> None:
 @cache
 def _launcher() -> Launch:
     """Through torch's own OpenMP (1.3 us, and no core has two teams), else through a pool of Python's threads."""
-    parallel = openmp_parallel()
+    parallel = openmp_function("GOMP_parallel")
     if parallel is None:
         return _on_python_threads
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
     return lambda kernel, arguments, threads: parallel(kernel, arguments, threads, 0)
 
 
-@cache
-def openmp_parallel() -> Any:
-    """GOMP_parallel of the OpenMP that torch runs on, as a ctypes function; None where torch has another."""
+def openmp_function(name: str) -> Any:
+    """A function of the OpenMP that torch runs on, by ctypes; None where that has none of this name."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         try:
-            parallel = ctypes.CDLL(str(library)).GOMP_parallel  # found in the OpenMP that the library is linked to
+            return getattr(ctypes.CDLL(str(library)), name)  # found in the OpenMP that the library is linked to
         except (OSError, AttributeError):
             continue
-        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        parallel.restype = None
-        return parallel
     return None
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lamina_kernels.dense import repacks
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady, QueryReady
+from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
 from lamina_workers.errors import ModelFileError
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
@@ -274,6 +274,54 @@ def test_bfloat16_stays_near_float32(tiny: Tiny) -> None:
         found = DenseAttention(Decoder.load(config, tensors, torch.bfloat16, DEVICE), len(tokens)).run(tokens)
     assert (found - expected).abs().mean() < 0.03 * expected.std()
     assert (found - expected).abs().max() > 0
+
+
+@pytest.mark.parametrize("query_first", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("llama", {"num_attention_heads": 6, "hidden_size": 96, "attention_bias": True, "mlp_bias": True}),
+        ("llama", {"vocab_size": 100}),
+        ("qwen3", {"head_dim": 32, "vocab_size": 100}),
+        ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True}),
+    ],
+)
+def test_spans_change_no_bit(
+    kind: str, more: dict[str, object], query_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = reference(kind, more)
+    decoder = load(model, tmp_path, torch.bfloat16)
+    monkeypatch.setattr("lamina_workers.decoder.model.decoder_spans", lambda *_, **__: None)
+    plain = load(model, tmp_path, torch.bfloat16)
+    monkeypatch.undo()
+    if query_first and not (decoder.compute_query_first() and plain.compute_query_first()):
+        pytest.skip("this machine repacks the projections")
+    tokens = batch(5, [4, 0])
+    answer = torch.randn(5, decoder.config.num_attention_heads * decoder.config.head_dim).bfloat16()
+    with torch.inference_mode():
+        (found, logits), (expected, expected_logits) = drive(decoder, tokens, answer), drive(plain, tokens, answer)
+        assert torch.equal(logits, expected_logits)
+        for event, other in zip(found, expected, strict=True):
+            assert event.layer == other.layer
+            for name in ("q",) if isinstance(event, QueryReady) else ("k", "v", "hidden"):
+                assert torch.equal(getattr(event, name), getattr(other, name))
+        # From each cut on: behind an attention, and before one.
+        for event in found:
+            if not isinstance(event, KeyValueReady) or event.hidden is None:
+                continue
+            for attended in (None, answer):
+                assert torch.equal(finish(decoder.forward(tokens, event.hidden, event.layer, attended), answer), logits)
+
+
+def finish(forward: Forward, answer: torch.Tensor) -> torch.Tensor:
+    """The logits, where attention always yields `answer`."""
+    try:
+        event = next(forward)
+        while True:
+            event = forward.send(answer if isinstance(event, KeyValueReady) else None)
+    except StopIteration as end:
+        logits: torch.Tensor = end.value
+        return logits
 
 
 def test_an_untied_checkpoint_is_counted_whole(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ class _Around(Decoder):
         self.__dict__.update(vars(decoder))
         self._plain = decoder
         self._halves = []  # the other one may compute q first, which is not done around it
+        self._spans = None  # nor are its spans: they would go past what is done here in another way
 
     @property
     def _collective(self) -> Collective | None:

@@ -2,7 +2,8 @@
 
 It yields queries, keys and values, and its driver sends back the attention output.
 
-Between two yields stands one plain function of tensors: `_before_attention`, or `_after_attention`.
+Between two yields stands one plain function of tensors: `_before_attention`, or `_after_attention`. Where a batch has
+few rows and the machine can, both are one compiled program, a span from one attention to the next.
 A rank of several has a decoder of its own heads, columns, experts and tokens. Its driver attends those heads only, and
 the sums over ranks are made inside `_after_attention`. All ranks run the same batches in the same order.
 """
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from lamina_kernels.cpu.spans import MAX_ROWS
 from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, split_heads
 from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_spans import decoder_spans
 from lamina_workers.decoder.decoder_weights import DecoderWeights, LayerWeights, TensorSource, load_weights
 from lamina_workers.decoder.rope import Rotary
 from lamina_workers.decoder.shard import WHOLE, Shard, local, rank_shape
@@ -66,6 +69,10 @@ class KeyValueReady:
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
 """cos and sin of the batch's positions, float32 `[T, d / 2]`; None in a layer without RoPE."""
 
+Entering = tuple[torch.Tensor, ...]
+"""What a span has made of the residual stream: q, k and v, or where q comes first the normed stream; of what leaves the
+last layer the logits, or the normed stream. Empty: nothing yet."""
+
 Forward = Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]
 
 
@@ -95,6 +102,7 @@ class Decoder:
         self.device = weights.norm.device
         self._weights = weights
         self._rope = Rotary(config.rope, config.head_dim, self.device)
+        self._spans = decoder_spans(self.config, weights) if shard.ranks == 1 else None
         self._halves: list[tuple[Linear, Linear]] = []  # the projections to q, and to k and v; where q comes first
 
     @classmethod
@@ -132,6 +140,8 @@ class Decoder:
         rows = self.config.num_attention_heads * self.config.head_dim
         halves = [layer.qkv.split(rows) for layer in self._weights.layers]
         self._halves = [half for half in halves if half is not None]
+        if self._spans is not None:
+            self._spans = decoder_spans(self.config, self._weights, query_first=True)
         return len(self._halves) == len(halves)
 
     def forward(
@@ -156,32 +166,56 @@ class Decoder:
         if hidden is None:
             hidden = self._embed(batch.token_ids)
         angles = self._rope(batch.positions, batch.rope_lengths)
+        entering: Entering = ()
+        if attended is None and not first_layer:
+            hidden, entering = self._span(0, hidden, None, angles)
         for index in range(first_layer, len(layers)):
             if attended is None:
-                attended = yield from self._to_attention(index, hidden, angles)
+                attended = yield from self._to_attention(index, hidden, angles, entering)
             if index == len(layers) - 1:  # past the last attention, only the sampled tokens matter
                 hidden, attended = hidden[batch.sampled], attended[batch.sampled]
-            hidden, attended = self._after_attention(index, hidden, attended), None
-        logits = self._weights.head.float32(rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps))
+            hidden, entering = self._span(index + 1, hidden, attended, angles)
+            attended = None
+        logits = self._logits(hidden, entering)
         if self._collective is None:
             return logits
         whole = self._collective.gather_columns(logits, self._widths)
         return logits.new_empty(0, self.config.vocab_size) if whole is None else whole
 
+    def _span(
+        self, index: int, hidden: torch.Tensor, attended: torch.Tensor | None, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, Entering]:
+        """The residual stream that enters layer `index`, or the end, and what a span has made of it.
+
+        hidden, attended: of the layer before; layer 0 has None, and `hidden` enters that itself.
+        """
+        if self._spans is None or not 0 < len(hidden) <= MAX_ROWS:
+            return hidden if attended is None else self._after_attention(index - 1, hidden, attended), ()
+        rotary = index < len(self.config.rotary) and self.config.rotary[index]
+        hidden, *entering = self._spans.run(index, hidden, attended, angles if rotary else None)
+        return hidden, tuple(entering)
+
+    def _logits(self, hidden: torch.Tensor, entering: Entering) -> torch.Tensor:
+        """Float32 `[n, vocab]`, of the rank's part of the vocabulary."""
+        (result,) = entering or (rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps),)
+        if entering and result.dtype == torch.float32:  # a span's normed stream is bfloat16
+            return result
+        return self._weights.head.float32(result)
+
     def _to_attention(
-        self, index: int, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+        self, index: int, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], entering: Entering
     ) -> Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]:
         """The attention output of layer `index`, which `hidden` enters."""
         layer = self._weights.layers[index]
         rotation = angles if self.config.rotary[index] else None
         if self._halves:
             heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-            normed = rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps)
+            (normed,) = entering or (rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps),)
             q, _, _ = self._split(layer, self._halves[index][0](normed), heads, 0, rotation)
             yield QueryReady(index, q)
             _, k, v = self._split(layer, self._halves[index][1](normed), 0, kv_heads, rotation)
         else:
-            q, k, v = self._before_attention(index, hidden, rotation)
+            q, k, v = entering or self._before_attention(index, hidden, rotation)
             yield QueryReady(index, q)
         attended = yield KeyValueReady(index, k, v, hidden)
         if attended is None:

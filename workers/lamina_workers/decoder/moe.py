@@ -13,11 +13,11 @@ class Mlp:
     """down(silu(gate(x)) * up(x)), gate and up as one linear map. x: `[n, hidden]` -> `[n, hidden]`."""
 
     def __init__(self, gate_up: Linear, down: Linear) -> None:
-        self._gate_up = gate_up
-        self._down = down
+        self.gate_up = gate_up
+        self.down = down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._down(silu_mul(self._gate_up(x)))
+        return self.down(silu_mul(self.gate_up(x)))
 
 
 class Experts:

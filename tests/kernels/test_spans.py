@@ -1,0 +1,152 @@
+"""A span gives what the operations of dense layers give one by one, bit for bit."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lamina_kernels.cpu import few_rows, programs
+from lamina_kernels.cpu.programs import Program, Step
+from lamina_kernels.cpu.spans import MAX_ROWS, Behind, Heads, Span, Spans
+from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, silu_mul, split_heads
+
+HIDDEN, INNER, HEADS, KV_HEADS, D, VOCAB, EPS = 64, 1056, 6, 2, 32, 36, 1e-5
+
+pytestmark = pytest.mark.skipif(
+    not (programs.can_run() and few_rows.can_multiply(torch.zeros(4, 32, dtype=torch.bfloat16))),
+    reason="this CPU has no AVX512_BF16, or torch has another OpenMP",
+)
+
+
+def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def linear(n_out: int, n_in: int, seed: int, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return random(n_out, n_in, seed=seed, scale=n_in**-0.5), random(n_out, seed=seed + 1) if bias else None
+
+
+def make(bias: bool, qk_norms: bool) -> list[Span]:
+    """Four spans: to q, k and v, and from behind an attention to those, to the normed stream, and to logits."""
+    norms = (random(D, seed=20), random(D, seed=21)) if qk_norms else None
+    heads = Heads(linear((HEADS + 2 * KV_HEADS) * D, HIDDEN, 1, bias), HEADS, KV_HEADS, norms)
+    behind = Behind(
+        linear(HIDDEN, HEADS * D, 3, bias),
+        random(HIDDEN, seed=5),
+        linear(2 * INNER, HIDDEN, 6, bias),
+        linear(HIDDEN, INNER, 8, bias),
+    )
+    norm, head = random(HIDDEN, seed=10), random(VOCAB, HIDDEN, seed=11)
+    return [Span(None, norm, heads), Span(behind, norm, heads), Span(behind, norm, None), Span(behind, norm, head)]
+
+
+def one_by_one(
+    span: Span, hidden: torch.Tensor, attended: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, ...]:
+    if span.behind is not None:
+        layer = span.behind
+        normed, hidden = add_rms_norm(Linear(*layer.output)(attended.flatten(1)), hidden, layer.norm, EPS)
+        hidden = hidden + Linear(*layer.down)(silu_mul(Linear(*layer.gate_up)(normed)))
+    normed = rms_norm(hidden, span.norm, EPS)
+    if span.then is None:
+        return hidden, normed
+    if isinstance(span.then, torch.Tensor):
+        return hidden, Linear(span.then).float32(normed)
+    to = span.then
+    return hidden, *split_heads(Linear(*to.qkv)(normed), to.heads, to.kv_heads, rotation, to.norms, EPS)
+
+
+def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    angles = torch.rand(rows, D // 2, generator=torch.Generator().manual_seed(rows))
+    return random(rows, HIDDEN, seed=30), random(rows, HEADS, D, seed=31), (angles.cos(), angles.sin())
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize(("bias", "qk_norms"), [(False, False), (True, True)])
+@pytest.mark.parametrize("rows", [1, 2, 9, 31, MAX_ROWS])
+def test_equals_the_operations_one_by_one(rows, bias, qk_norms, rotates, threads):
+    made, (hidden, attended, angles) = make(bias, qk_norms), inputs(rows)
+    spans, before, rotation = Spans(made, EPS), hidden.clone(), angles if rotates else None
+    for index, span in enumerate(made):
+        for _ in range(3):  # a program leaves its blocks as it found them
+            found = spans.run(index, hidden, None if span.behind is None else attended, rotation)
+            expected = one_by_one(span, hidden, attended, rotation)
+            for a, b in zip(found, expected, strict=True):
+                assert (a.dtype, a.shape) == (b.dtype, b.shape)
+                assert torch.equal(a, b)
+    assert torch.equal(hidden, before)
+
+
+def test_results_are_not_written_again():
+    spans, (hidden, attended, angles) = Spans(make(True, True), EPS), inputs(4)
+    first = spans.run(1, hidden, attended, angles)
+    kept = [x.clone() for x in first]
+    second = spans.run(1, *(x.flip(0) for x in (hidden, attended)), tuple(x.flip(0) for x in angles))
+    for a, b, c in zip(first, kept, second, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(c, b.flip(0))  # and a row does not depend on where it stands
+
+
+def test_a_row_does_not_depend_on_the_others():
+    spans, (hidden, attended, angles) = Spans(make(False, True), EPS), inputs(MAX_ROWS)
+    whole = spans.run(1, hidden, attended, angles)
+    for part in (slice(0, 1), slice(3, 14)):
+        alone = spans.run(1, hidden[part], attended[part], tuple(x[part] for x in angles))
+        for a, b in zip(alone, whole, strict=True):
+            assert torch.equal(a, b[part])
+
+
+def test_what_is_not_contiguous_is_read_as_it_is():
+    spans, (hidden, attended, angles) = Spans(make(False, False), EPS), inputs(3)
+    apart = torch.stack((attended, attended), -1)[..., 0]
+    assert not apart.is_contiguous()
+    for a, b in zip(spans.run(1, hidden, apart, angles), spans.run(1, hidden, attended, angles), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_several_threads_may_run_them():
+    spans, made = Spans(make(False, True), EPS), make(False, True)
+    cases = [inputs(rows) for rows in (1, 2, 5)]
+    expected = [one_by_one(made[1], *case) for case in cases]
+
+    def many(number):
+        for _ in range(50):
+            found = spans.run(1, *cases[number])
+            if not all(torch.equal(a, b) for a, b in zip(found, expected[number], strict=True)):
+                return False
+        return True
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(many, range(3)))
+
+
+def test_refuses_what_does_not_fit():
+    spans, (hidden, attended, angles) = Spans(make(False, False), EPS), inputs(2)
+    with pytest.raises(ValueError, match="1 to 32 rows, got 33"):
+        spans.run(1, torch.zeros(33, HIDDEN).bfloat16(), torch.zeros(33, HEADS * D).bfloat16())
+    with pytest.raises(ValueError, match="1 to 32 rows, got 0"):
+        spans.run(1, hidden[:0], attended[:0])
+    with pytest.raises(ValueError, match=r"attended is torch.float32 \[2, 6, 32\]"):
+        spans.run(1, hidden, attended.float(), angles)
+    with pytest.raises(ValueError, match=r"hidden is .* expected 128 numbers"):
+        spans.run(1, hidden[:, :32], attended, angles)
+    with pytest.raises(ValueError, match=r"rotation is .* expected 32 numbers of torch.float32"):
+        spans.run(1, hidden, attended, tuple(x[:1] for x in angles))
+    with pytest.raises(ValueError, match="got None"):
+        spans.run(1, hidden)
+
+
+@pytest.mark.parametrize("steps", [[], [Step(0, few_rows.Arguments(), False)]])
+def test_a_program_begins_with_a_shared_step(steps):
+    with pytest.raises(ValueError, match="begins with a step that all threads share"):
+        Program(steps)
