@@ -23,7 +23,9 @@ channel: "local" is a Unix socket, "tls" is TCP with a certificate authority mad
 - `+ms/layer`: what a layer of a decode step takes more than the first engine's;
 - `cpu` and `+cpu`: processor time, user and system, of the engine's process and its attention workers together, us a
   layer, and what it is more than the first engine's;
-- `plan` and `announce`: what a step waits for its plan, and from its announcement until all holders have accepted, ms.
+- `plan` and `announce`: what a step waits for its plan, and from its announcement until all holders have accepted, ms;
+- `others`: cores that other processes kept busy meanwhile. `--quiet 0.2` waits until they use no more than so many, and
+  measures again where they came back. `--first` has the engines go before all others (for root, on Linux).
 
 `--keep` keeps the KV of prompts, which are the same in each round: only the first round computes them, and no prefill
 is printed. `--beside TREE` measures each engine of Lamina once more from another checkout, as NAME@. `--json FILE` adds
@@ -37,18 +39,21 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from cpu_time import busy_seconds, family_seconds, wait_until_quiet
 from engines import ENGINES, Answer, Child, Options, Request, Times
 
 STEPS = 32
+TRIES = 4  # of a measurement that others disturb
 SHAPES = ["1x64", "8x512", "1x2048", "8x2048"]
 PEERS = ("vllm", "hf", "llamacpp", "bandwidth")
 COLUMNS = ("shape", "engine", "ms/step", "of {}", "range", "roofline", "prefill/s", "of {}", "+ms/layer", "cpu", "+cpu",
-           "plan", "announce")  # fmt: skip
-WIDTHS = (8, 10, 8, 10, 12, 9, 10, 10, 10, 6, 6, 6, 9)
+           "plan", "announce", "others")  # fmt: skip
+WIDTHS = (8, 10, 8, 10, 12, 9, 10, 10, 10, 6, 6, 6, 9, 7)
 
 
 class Round(NamedTuple):
@@ -60,6 +65,7 @@ class Round(NamedTuple):
     cpu: float | None = None
     plan: float | None = None
     announce: float | None = None
+    others: float = 0.0  # cores that other processes kept busy meanwhile
 
 
 class Shape(NamedTuple):
@@ -81,8 +87,11 @@ class Shape(NamedTuple):
         return (self.weights + self.batch * read * self.kv_bytes) / speed
 
 
-def measure(children: Mapping[str, Child], shape: Shape, rounds: int, keep: bool) -> dict[str, list[Round]]:
-    """Each engine's rounds, in turns; of "bandwidth" a step is a GiB."""
+def measure(
+    children: Mapping[str, Child], shape: Shape, rounds: int, keep: bool, quiet: float | None = None
+) -> dict[str, list[Round]]:
+    """Each engine's rounds, in turns; of "bandwidth" a step is a GiB. `quiet`: the most cores that other processes may
+    use meanwhile; a measurement with more is made again, `TRIES` times at most."""
     taken: dict[str, list[Round]] = {name: [] for name in children if name != "llamacpp" or shape.batch == 1}
     for number in range(rounds + 1):
         for name in taken:
@@ -90,10 +99,23 @@ def measure(children: Mapping[str, Child], shape: Shape, rounds: int, keep: bool
                 context = shape.context if keep and name != "bandwidth" else min(shape.context, 64)
                 children[name].run(Request(shape.batch, context, STEPS, 1 if keep else 0))
                 continue
-            seed = 1 if keep else number
-            answer = children[name].run(Request(shape.batch, shape.context, shape.tokens(keep), seed))
-            taken[name].append(read(name, answer, shape.layers))
+            request = Request(shape.batch, shape.context, shape.tokens(keep), 1 if keep else number)
+            for _ in range(1 if quiet is None else TRIES):
+                one = undisturbed(name, children[name], request, shape.layers, quiet)
+                if quiet is None or one.others <= quiet:
+                    break
+            taken[name].append(one)
     return taken
+
+
+def undisturbed(name: str, child: Child, request: Request, layers: int, quiet: float | None) -> Round:
+    """A measurement, begun when the machine is quiet, and how much of it others used."""
+    if quiet is not None:
+        wait_until_quiet(quiet)
+    since, busy, own = time.monotonic(), busy_seconds(), family_seconds(child.pid)
+    answer = child.run(request)
+    taken = busy_seconds() - busy - (family_seconds(child.pid) - own)
+    return read(name, answer, layers)._replace(others=max(0.0, taken / (time.monotonic() - since)))
 
 
 def read(name: str, answer: Answer, layers: int) -> Round:
@@ -103,11 +125,11 @@ def read(name: str, answer: Answer, layers: int) -> Round:
         return Round(first, statistics.median(gaps(answer.times[0])))
     if (counted := answer.decoded) is None:
         return Round(first, step(answer.times))
-    per_step = [
+    plan, announce = (
         None if seconds is None else seconds / counted.steps * 1e3 for seconds in (counted.plan, counted.announce)
-    ]
+    )
     cpu = (counted.cpu + counted.workers_cpu) / counted.steps / layers * 1e6
-    return Round(first, step(answer.times), cpu, *per_step)
+    return Round(first, step(answer.times), cpu, plan, announce)
 
 
 def gaps(times: list[float]) -> list[float]:
@@ -142,6 +164,7 @@ def rows(found: Mapping[str, Sequence[Round]], shape: Shape, baseline: str, keep
             "-" if keep else f"{prefill:.2f}", f"{more * 1e3:+.3f}", shown(cpu, "{:.0f}"),
             shown(cpu - base_cpu if cpu is not None and base_cpu is not None else None, "{:+.0f}"),
             shown(middle([one.plan for one in own]), "{:.2f}"), shown(middle([one.announce for one in own]), "{:.2f}"),
+            f"{statistics.median(one.others for one in own):.2f}",
         ]  # fmt: skip
     yield ["", "roofline", f"{least * 1e3:.2f}", "", f"{speed / 1e9:.1f} GB/s"] + [""] * (len(COLUMNS) - 5)
 
@@ -173,6 +196,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shard", default="heads", help='"heads", "sequence" (ranges) or "heads+sequence"')
     parser.add_argument("--lanes", type=int, default=1, help="with attention workers; 0: as the engine chooses")
     parser.add_argument("--keep", action="store_true", help="keep the KV of prompts over rounds")
+    parser.add_argument("--quiet", type=float, metavar="CORES", help="the most that others may use meanwhile")
+    parser.add_argument("--first", action="store_true", help="go before other processes of this machine")
     parser.add_argument("--beside", metavar="TREE", help="another checkout, measured in turns")
     parser.add_argument("--json", metavar="FILE", help="add all measurements here")
     parser.add_argument("--log", default=os.devnull, metavar="FILE", help="for what the engines say")
@@ -188,7 +213,7 @@ def parse() -> argparse.Namespace:
 
 def start(args: argparse.Namespace, folder: str) -> dict[str, Child]:
     """The engines by name, those of another checkout behind those of this one, and the bandwidth."""
-    options = Options(args.attention_workers, args.shard, args.lanes, args.keep)
+    options = Options(args.attention_workers, args.shard, args.lanes, args.keep, args.first)
     pythons = {"vllm": args.peer_python, "llamacpp": args.llama_python}
     children = {}
     for name in [*args.names, "bandwidth"]:
@@ -223,7 +248,7 @@ def main() -> None:
     for text in args.shapes:
         batch, context = map(int, text.split("x"))
         shape = Shape(batch, context, layers, weights, kv_bytes)
-        found = measure(children, shape, args.rounds, args.keep)
+        found = measure(children, shape, args.rounds, args.keep, args.quiet)
         for cells in rows(found, shape, baseline, args.keep):
             print(line(cells), flush=True)
         if args.json:

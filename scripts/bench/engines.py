@@ -22,6 +22,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cpu_time import children, cpu_seconds, go_first
+
 Times = list[list[float]]  # of each prompt: when each of its tokens came
 KV_MEMORY = 4 << 30  # bytes of an attention worker that is started here
 
@@ -59,12 +61,13 @@ Run = Callable[[list[list[int]], int], Answer]  # prompts, and how many tokens e
 
 class Options(NamedTuple):
     """Of the engines of one run. `keep`: the KV of prompts is kept, so a prompt that comes again only decodes. `lanes`
-    0: as the engine chooses."""
+    0: as the engine chooses. `first`: its processes go before others of the machine."""
 
     attention_workers: int = 0
     shard: str = "heads"
     lanes: int = 1
     keep: bool = False
+    first: bool = False
 
 
 # Lamina.
@@ -96,27 +99,6 @@ def between(first: Mark, last: Mark, batch: int) -> Decoded | None:
         None if a is None or b is None else b - a for a, b in ((first.plan, last.plan), (first.announce, last.announce))
     )
     return Decoded(steps, last.cpu - first.cpu, last.workers_cpu - first.workers_cpu, plan, announce)
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process of this host; 0 where it is gone."""
-    try:
-        return time.clock_gettime((~pid << 3) | 2)  # the clock of a process, as clock_getcpuclockid numbers it
-    except OSError:
-        return 0.0
-
-
-def children(parent: int) -> list[int]:
-    """The processes that a process has started."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended
-        if int(fields[1]) == parent:
-            found.append(int(folder.name))
-    return found
 
 
 def lamina(model: str, options: Options, **config: Any) -> Run:
@@ -170,11 +152,12 @@ def split(options: Options) -> dict[str, Any]:
     return {"local_share": 0, "lanes": options.lanes or "auto", "shard": options.shard}
 
 
-def start_worker(*flags: str) -> str:
-    """The address of an attention worker that is started here, and ends with this process."""
-    command = [sys.executable, "-m", "lamina_workers.attention_main", "--kv-memory", str(KV_MEMORY), "--threads"]
+def start_worker(*flags: str, command: Sequence[str] = ("-m", "lamina_workers.attention_main")) -> str:
+    """The address of an attention worker that is started here, and ends with this process. `command`: what Python
+    runs."""
+    flags = ("--kv-memory", str(KV_MEMORY), "--threads", str(cores()), "--die-with-parent", *flags)
     process = subprocess.Popen(
-        [*command, str(cores()), "--die-with-parent", *flags],
+        [sys.executable, *command, *flags],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     line = process.stdout.readline() if process.stdout else ""
@@ -295,10 +278,18 @@ def prompts(batch: int, context: int, seed: int) -> list[list[int]]:
 
 
 class Child:
-    """One engine in its own process. `tree`: the checkout whose Lamina it measures, None for the one that is there."""
+    """One engine in its own process. `tree`: the checkout whose Lamina it measures, None for the one that is there;
+    `script`: what has the engine, and calls `main`."""
 
     def __init__(
-        self, engine: str, python: str, model: str, options: Options, tree: str | None = None, log: str = os.devnull
+        self,
+        engine: str,
+        python: str,
+        model: str,
+        options: Options,
+        tree: str | None = None,
+        log: str = os.devnull,
+        script: str = __file__,
     ) -> None:
         environment = dict(os.environ)
         if tree is not None:
@@ -306,11 +297,15 @@ class Child:
             environment["PYTHONPATH"] = os.pathsep.join(map(str, rooms))
         with open(log, "a") as errors:
             self._process = subprocess.Popen(
-                [python, __file__, engine, "--model", model, "--options", json.dumps(options)],
+                [python, script, engine, "--model", model, "--options", json.dumps(options)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+                start_new_session=options.first,
             )  # fmt: skip
+        self.pid = self._process.pid
         self._engine = engine
         self._answer()
+        if options.first:
+            go_first(self.pid)
 
     def run(self, request: Request) -> Answer:
         """Have the engine serve a request, and wait for the answer."""
