@@ -99,14 +99,31 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     check_order(pages, Order.CHANNELS)
-    return _dealt(pages, rows, threads, check_rows(pages, rows))
-
-
-def _dealt(pages: Pages, rows: Rows, threads: int, missing: frozenset[int]) -> Plan:
+    missing = check_rows(pages, rows)
     pieces, starts = deal(cut(rows), threads)
     vectors = -(-int(pieces["rows"].max(initial=1)) // TILE) * TILE
-    partials = int(pieces["rows"][pieces["partial"] >= 0].sum())
-    return _assemble(pages, pieces, starts, vectors, partials, rows, missing)
+    return _assemble(pages, pieces, starts, vectors, _partials(pieces), rows, missing)
+
+
+def _partials(pieces: Pieces) -> int:
+    """How many query vectors belong to outputs in several pieces, counted once a piece."""
+    return int(pieces["rows"][pieces["partial"] >= 0].sum())
+
+
+def _dealt_anew(plan: Plan, rows: Rows) -> Plan:
+    """The plan, whose rows have changed, with other pieces and the same scratch and block of arguments."""
+    a, scratch = plan.arguments, plan.keep[3]
+    pieces, starts = deal(cut(rows), a.shares)
+    partial_out = _point_to(a, pieces, starts, _partials(pieces), plan.pages.layout.d_v)
+    return dataclasses.replace(plan, keep=(rows, pieces, starts, scratch, partial_out))
+
+
+def _point_to(a: Any, pieces: Pieces, starts: Ints, partials: int, d_v: int) -> torch.Tensor:
+    """Let a block of arguments point to pieces and to memory for their partials, which is returned."""
+    partial_out = torch.empty(partials * (d_v + 1))
+    a.pieces, a.starts = pieces.ctypes.data, starts.ctypes.data
+    a.partials, a.partial_lse = partial_out.data_ptr(), partial_out.data_ptr() + partials * d_v * 4
+    return partial_out
 
 
 def grown(plan: Plan, growing: npt.NDArray[np.bool_]) -> Grown | None:
@@ -150,7 +167,7 @@ class Grown:
             self._pieces["position"] += 1
             self._pieces["hi"][self._last] += 1
         else:
-            self._follow(_dealt(plan.pages, rows, plan.arguments.shares, plan.missing))
+            self._follow(_dealt_anew(plan, rows))
         return self._plan
 
 
@@ -181,20 +198,16 @@ def _assemble(
         "gathered": BLOCK * (at.d_k + at.d_v) * at.dtype.itemsize * listed,
     }
     ends = list(accumulate(-(-sizes[name] // 64) * 64 for name in SCRATCH))
-    scratch = torch.zeros(threads * ends[-1] + 64, dtype=torch.uint8)
-    partial_out = torch.empty(partials * (at.d_v + 1))
+    # By numpy, since torch would wake a team of threads to write zeros.
+    scratch = torch.from_numpy(np.zeros(threads * ends[-1] + 64, np.uint8))
     base = scratch.data_ptr() + -scratch.data_ptr() % 64
     a = _Arguments(
         shares=threads,
-        pieces=pieces.ctypes.data,
-        starts=starts.ctypes.data,
-        partials=partial_out.data_ptr(),
-        partial_lse=partial_out.data_ptr() + partials * at.d_v * 4,
         scratch_bytes=ends[-1],
         **{name: base + start for name, start in zip(SCRATCH, [0, *ends[:-1]], strict=True)},
         **_describe(pages),
     )
-    keep = (rows, pieces, starts, scratch, partial_out)
+    keep = (rows, pieces, starts, scratch, _point_to(a, pieces, starts, partials, at.d_v))
     return Plan(pages, n, layers, missing, kind.query, _attend_kernel(at), a, keep)
 
 

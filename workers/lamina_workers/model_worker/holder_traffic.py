@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -88,37 +89,55 @@ def holder_traffic(
     spec: of any layer, since shapes are alike; direct: the holder is on the model's device, so nothing is copied;
     patience: seconds that an answer may take above its expected time.
     """
-    first = np.cumsum([0, *(span.count for span in spans)])
-    queries, fresh, pairs = [], [], 0
-    cuts, asked, in_round = [0], 0, set[int]()
+    first = list(accumulate((span.count for span in spans), initial=0))
+    parts, pairs = [], 0
     for route in routes:
-        start, source, row = spans[route.source].start, int(first[route.source]), route.row
+        row, (lo, hi), token = route.row, route.stored, first[route.source]
+        reads = 0
         if row.read is not None:
-            if route.source in in_round:
-                cuts.append(asked)
-                in_round.clear()
-            in_round.add(route.source)
-            asked += row.count * len(route.heads) * spec.group
-            heads = np.concatenate([np.arange(h * spec.group, (h + 1) * spec.group) for h in route.heads])
-            queries.append(vectors_of(source, source + row.count, heads, spec.heads))
-            pairs += (row.read[1] - row.read[0]) * len(heads) * row.count
-        lo, hi = route.stored
-        if lo < hi:
-            heads = np.array(route.heads)
-            fresh.append(vectors_of(source + lo - start, source + hi - start, heads, spec.kv_heads))
-    tokens = int(first[-1])
+            reads = row.count
+            pairs += (row.read[1] - row.read[0]) * reads * len(route.heads)
+        begin, end = (lo + token - row.start, hi + token - row.start) if lo < hi else (0, 0)
+        parts.append((token, reads, begin, end, route.heads))
+    queries, rounds, fresh = _vectors(tuple(parts), first[-1], spec.heads, spec.kv_heads)
     return HolderTraffic(
         replies=replies,
         way=DIRECT if direct else staging,
         here=isinstance(replies.port, InProcess),
-        reads=bool(queries),
-        stores=bool(fresh),
+        reads=rounds[-1].stop > 0,
+        stores=any(end for _, _, _, end, _ in parts),
         fused=any(route.row.fused for route in routes),
-        queries=staging.index(index_of(queries, tokens * spec.heads)),
-        rounds=tuple(slice(lo, hi) for lo, hi in pairwise([*cuts, asked])),
-        fresh=staging.index(index_of(fresh, tokens * spec.kv_heads)),
-        timeout=patience + pairs * (spec.d_k + spec.d_v) / SLOWEST,
+        queries=staging.index(queries),
+        rounds=rounds,
+        fresh=staging.index(fresh),
+        timeout=patience + pairs * spec.group * (spec.d_k + spec.d_v) / SLOWEST,
     )
+
+
+@lru_cache(maxsize=32)  # in decode each batch asks for the same again
+def _vectors(
+    parts: tuple[tuple[int, int, int, int, tuple[int, ...]], ...], tokens: int, heads: int, kv_heads: int
+) -> tuple[torch.Tensor | None, tuple[slice, ...], torch.Tensor | None]:
+    """The indices `queries`, the slices `rounds` and the indices `fresh` of a `HolderTraffic`, for a batch of `tokens`.
+
+    Each part is a route: its first token in the batch, of how many tokens there are queries, the tokens [lo, hi) of the
+    batch that it stores, and its KV heads."""
+    queries, fresh, cuts, asked, in_round, group = [], [], [0], 0, set[int](), heads // kv_heads
+    for first, reads, lo, hi, own in parts:
+        kv = np.array(own)
+        if reads:
+            if first in in_round:
+                cuts.append(asked)
+                in_round.clear()
+            in_round.add(first)
+            asked += reads * len(own) * group
+            queries.append(
+                vectors_of(first, first + reads, (kv[:, None] * group + np.arange(group)).reshape(-1), heads)
+            )
+        if lo < hi:
+            fresh.append(vectors_of(lo, hi, kv, kv_heads))
+    rounds = tuple(slice(lo, hi) for lo, hi in pairwise([*cuts, asked]))
+    return index_of(queries, tokens * heads), rounds, index_of(fresh, tokens * kv_heads)
 
 
 def vectors_of(first: int, end: int, heads: npt.NDArray[np.int64], of: int) -> npt.NDArray[np.int64]:
