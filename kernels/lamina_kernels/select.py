@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -24,8 +24,9 @@ logger = logging.getLogger("lamina")
 class Grown(Protocol):
     """The plans of rows that grow from batch to batch."""
 
-    def next(self) -> Any:
-        """The plan of the rows one token later. The plan before it is not valid any more."""
+    def next(self, moved: Mapping[int, Table]) -> Any:
+        """The plan of the rows one token later. The plan before it is not valid any more. Rows in `moved`, by number,
+        have other tables from now on, of the same layers and heads."""
 
 
 class Kernels(Protocol):

@@ -132,7 +132,8 @@ class PageLedger:
         """A row for a sequence's next `count` tokens, for the next plan."""
         if sequence.handle is None:
             raise EngineError(f"request {sequence.request.id} was planned before it was admitted")
-        self._drafted += self._cost(sequence, count)
+        if cost := self._cost(sequence, count):
+            self._drafted += cost
         start, end, rebuild = sequence.next, sequence.next + count, sequence.rebuild
         if rebuild is not None:
             rebuild.planned = end

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -58,6 +58,7 @@ __all__ = [
 
 APPEND_SHARE = 256  # vectors that are worth a thread
 DEAL_EVERY = 16  # tokens: at most so many keys of each head are in a share too many
+_NONE_MOVED: Mapping[int, Table] = {}
 
 _Arguments, _AppendArguments = block_type(ARGUMENTS), block_type(APPEND)
 
@@ -135,7 +136,7 @@ def grown(plan: Plan, growing: npt.NDArray[np.bool_]) -> Grown | None:
     """
     rows: Rows = plan.keep[0]
     plain = (rows.count == 1) & (rows.lo < rows.hi) & (rows.window >= EVERYTHING) & (rows.listed == 0)
-    if not plain.all() or rows.bias or plan.missing:
+    if not plain.all() or rows.bias or plan.missing or len(growing) != len(rows):
         return None
     return Grown(plan, dataclasses.replace(rows, start=rows.start.copy(), hi=rows.hi.copy()), growing)
 
@@ -157,13 +158,17 @@ class Grown:
         last = np.flatnonzero(np.append(output[1:] != output[:-1], True))
         self._last = last[np.repeat(self._growing, self._rows.kv_heads)]
 
-    def next(self) -> Plan:
-        """The plan of the rows one token later: the same object, or another one."""
+    def next(self, moved: Mapping[int, Table] = _NONE_MOVED) -> Plan:
+        """The plan of the rows one token later: the same object, or another one with the same block of arguments. Rows
+        in `moved` have other tables from now on, of the same layers and heads."""
         rows, plan = self._rows, self._plan
         np.add(rows.start, 1, out=rows.start)
         np.add(rows.hi, self._growing, out=rows.hi)
         self._age += 1
-        if self._age < DEAL_EVERY:
+        if moved:
+            tables = [moved.get(number, table) for number, table in enumerate(rows.tables)]
+            self._rows = rows = dataclasses.replace(rows, tables=tables)
+        if self._age < DEAL_EVERY and not moved:
             self._pieces["position"] += 1
             self._pieces["hi"][self._last] += 1
         else:

@@ -2,7 +2,7 @@
 
 In decode most batches have the rows of an earlier one, each a token further. Then nothing is planned anew: each part
 takes the token that follows, each slot is the next one, and the kernels' plan is changed in place. What does not follow
-so simply (windows, choosers, shared pages, a full table) is planned anew, with the same result.
+so simply (windows, choosers, shared pages, a range that ends) is planned anew, with the same result.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class DecodeRows:
         self._rows = rows
         self._grown = grown
         self._slots = slots
-        self._parts = [store.part(row.handle) for row in rows]
-        self._growing = [part for part, row in zip(self._parts, rows, strict=True) if row.store]
+        parts = [store.part(row.handle) for row in rows]
+        self._numbers = [number for number, row in enumerate(rows) if row.store]
+        self._growing = [parts[number] for number in self._numbers]
+        self._tables = [part.table for part in self._growing]
         self._columns = np.cumsum([0, *(len(part.heads) for part in self._growing)]).tolist()
         self._shares = store.shares
 
@@ -48,8 +50,8 @@ class DecodeRows:
 
     def next(self, rows: Sequence[Row]) -> Any:
         """The kernels' plan of a batch of `rows`, for which the store has reserved then; the slots have been changed.
-        None, with nothing changed, where these rows are not the last ones, each a token further, or where more than
-        the next token's pages is needed: the batch must be planned anew."""
+        None, with nothing changed, where these rows are not the last ones, each a token further, or a part cannot
+        simply take one more: the batch must be planned anew."""
         if not is_next(self._rows, rows) or not self._as_before():
             return None
         begun = self._store.extend(self._growing)
@@ -57,10 +59,14 @@ class DecodeRows:
             return None
         if self._growing:
             self._slots += 1
+        moved = {}
         for number, pages in begun:
             self._slots[:, self._columns[number] : self._columns[number + 1]] = pages * self._store.config.page_size
+            table = self._growing[number].table
+            if table is not self._tables[number]:
+                self._tables[number] = moved[self._numbers[number]] = table
         self._rows = rows
-        return self._grown.next()
+        return self._grown.next(moved)
 
     def _as_before(self) -> bool:
         """Whether nobody has got a share of the pages that are written next."""

@@ -117,17 +117,12 @@ class KVStore:
     def extend(self, parts: Sequence[Part]) -> list[tuple[int, Int32]] | None:
         """Reserve the next token of each part: as `update` would for a row each that stores it, where the parts are
         different, release nothing and own the page at their end. Returns the parts, by number, for which a page begins
-        there, with this page in each layer and head, int32 `[layers, heads]`. None, with nothing changed, where a part
-        is full, its table is, or pages are short."""
+        there, with this page in each layer and head, int32 `[layers, heads]`; its table may be another one. None, with
+        nothing changed, where a part is full or pages are short."""
         size = self.config.page_size
-        begun = []
-        for number, part in enumerate(parts):
-            if part.held == part.hi:
-                return None
-            if not (part.held - part.lo) % size:
-                if part.held - part.lo == size * part.table.shape[2]:
-                    return None
-                begun.append(number)
+        if any(part.held == part.hi for part in parts):
+            return None
+        begun = [number for number, part in enumerate(parts) if not (part.held - part.lo) % size]
         sizes = [self._layers * len(parts[number].heads) for number in begun]
         if sum(sizes) > self._pool.free:
             return None
@@ -135,7 +130,9 @@ class KVStore:
         for number, pages in zip(begun, sizes, strict=True):
             part = parts[number]
             taken = self._pool.take(pages).reshape(self._layers, -1)
-            part.table[:, :, (part.held - part.lo) // size] = taken
+            slot = (part.held - part.lo) // size
+            self._widen(part, slot + 1)
+            part.table[:, :, slot] = taken
             given.append((number, taken))
         for part in parts:
             part.held += 1
@@ -306,10 +303,11 @@ class KVStore:
             first, end = row.stored(part.lo, part.hi)
             if first < end:
                 writes.append((part, first - part.lo, end - part.lo))
-        needed = sum(np.count_nonzero(self._shared(*write)) + self._missing(*write) for write in writes)
+        shared = [int(np.count_nonzero(self._shared(*write))) for write in writes]
+        needed = sum(shared) + sum(self._missing(*write) for write in writes)
         if needed > self._pool.free:
             raise PoolExhausted(f"{needed} pages needed, {self._pool.free} of {self.n_pages} are free")
-        copies = [self._own(*write) for write in writes]
+        copies = [self._own(*write) for write, some in zip(writes, shared, strict=True) if some]
         for part, _, end in writes:
             self._extend(part, end)
         return Reservation(
@@ -349,9 +347,7 @@ class KVStore:
     def _extend(self, part: Part, end: int) -> None:
         table, held = part.table, part.held
         start, stop = self._slots(held - part.lo), self._slots(end)
-        if stop > table.shape[2]:
-            part.table = self._table(len(part.heads), max(stop, 2 * table.shape[2]))
-            part.table[:, :, :start] = table[:, :, :start]
+        self._widen(part, stop)
         fresh = part.table[:, :, start:stop]
 
         def undo() -> None:
@@ -362,6 +358,13 @@ class KVStore:
         if stop > start:
             fresh[...] = self._pool.take(fresh.size).reshape(fresh.shape)
         part.held = part.lo + end
+
+    def _widen(self, part: Part, slots: int) -> None:
+        """Let a part's table have room for so many slots: where it has not, the part gets another table."""
+        table = part.table
+        if slots > table.shape[2]:
+            part.table = self._table(len(part.heads), max(slots, 2 * table.shape[2]))
+            part.table[:, :, : table.shape[2]] = table
 
     def _slots(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)

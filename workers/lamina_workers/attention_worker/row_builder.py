@@ -54,7 +54,8 @@ class RowBuilder:
         for policy, heads in runs(policies):
             if policy is None:
                 continue
-            of_heads = dataclasses.replace(asked, table=asked.table[:, heads])
+            some = heads.stop - heads.start < len(policies)
+            of_heads = dataclasses.replace(asked, table=asked.table[:, heads]) if some else asked
             for view in policy.views(asked.start, asked.count):
                 self._add(*self._closed(of_heads, view, gaps.get(policy, (0, 0))), before, stride)
             before += (heads.stop - heads.start) * asked.group
