@@ -77,8 +77,10 @@ def short(row: Any) -> Any:
 
 def ranges(model: str, options: Options) -> Run:
     """Lamina with KV cut by ranges, at workers that compute no prompts either."""
-    import lamina  # noqa: F401  # before torch, so that OpenMP spins as where cores are shared
+    if options.attention_workers:
+        from lamina_workers.devices.openmp import share_cores
 
+        share_cores()  # before torch is imported, as an LLM does
     random_prompts()
     with open(os.path.join(model, "config.json")) as file:
         original = json.load(file)["max_position_embeddings"]
