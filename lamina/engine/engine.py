@@ -37,8 +37,8 @@ from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import Workers
+from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.ports.port import AttentionPort
 
 if TYPE_CHECKING:

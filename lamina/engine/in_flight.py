@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from lamina.engine.stats import EngineStats
 from lamina.scheduling.control_plane import ControlPlane, Step
-from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import Workers
+from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.parallel.peers import Peer
 
 

@@ -9,7 +9,8 @@ import torch
 from lamina_protocols.messages import Announced, Announcement, Fresh, HolderConfig, Operation
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import Forward
-from lamina_workers.model_worker.attention_merge import AttentionMerge, result
+from lamina_workers.model_worker.attention_merge import AttentionMerge
+from lamina_workers.model_worker.waiting import result
 from lamina_workers.ports.port import AttentionPort, Replies
 
 PATIENCE = 60.0  # seconds for an announcement's answer

@@ -122,6 +122,42 @@ class SocketChannel:
             except LaminaError:
                 return True
 
+    @property
+    def plain(self) -> bool:
+        """Whether frames stand in the socket as they are, without TLS or checksums."""
+        return not (self._tls or self._trailer)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a frame waits to be received, or has begun to arrive."""
+        return bool(self._frames) or self._prefix is not None or len(self._missing) < PREFIX_SIZE
+
+    def lend(self) -> int | None:
+        """The descriptor of a `plain` channel, for a caller that receives and sends whole frames itself until
+        `reclaim`, on this thread; None where that cannot be now. `close` waits meanwhile, but wakes it by the end of
+        the stream."""
+        self._busy.acquire()
+        if self._closed or self._unreadable or self._unsent or self.unsettled or not self.plain:
+            self._busy.release()
+            return None
+        return self._socket.fileno()
+
+    def reclaim(self, received: int, sent: int, begun: memoryview, unsent: memoryview) -> None:
+        """The channel is used as before. `received` and `sent` bytes are counted; `begun` has come of a frame that is
+        arriving, and `unsent` is left of one that was being sent, both to be copied."""
+        try:
+            self.bytes_received += received
+            self.bytes_sent += sent
+            if len(unsent):
+                self._unsent = [memoryview(bytes(unsent))]
+            if len(begun):
+                self._prefix = read_prefix(begun, self._max_frame)
+                self._memory = blank_frame(self._prefix, self._trailer)
+                self._memory[: len(begun)] = begun
+                self._missing = self._memory[len(begun) :]
+        finally:
+            self._busy.release()
+
     def close(self) -> None:
         self._closed = self._closed or "closed on this side"
         with contextlib.suppress(OSError):  # wakes threads in poll; TLS's own shutdown would lose its state

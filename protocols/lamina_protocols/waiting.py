@@ -9,20 +9,30 @@ import contextlib
 import os
 import select
 import threading
+from typing import Protocol
 
 from lamina_protocols.channels import Channel, ChannelClosed
+
+
+class Poller(Protocol):
+    """`select.poll`, or what does more while it waits."""
+
+    def register(self, descriptor: int, events: int, /) -> None: ...
+    def modify(self, descriptor: int, events: int, /) -> None: ...
+    def unregister(self, descriptor: int, /) -> None: ...
+    def poll(self, timeout: float | None = None, /) -> list[tuple[int, int]]: ...
 
 
 class Waiter:
     """Waits for channels. `wake` may be called from any thread, the rest from one; `close` after the last `wait`."""
 
-    def __init__(self) -> None:
+    def __init__(self, poller: Poller | None = None) -> None:
         self._woken, self._waking = os.pipe()
         os.set_blocking(self._woken, False)
         os.set_blocking(self._waking, False)
         self._open = True
         self._lock = threading.Lock()  # so that the pipe is not closed while it is written to
-        self._poll = select.poll()
+        self._poll: Poller = poller or select.poll()
         self._poll.register(self._woken, select.POLLIN)
         self._numbers: dict[Channel, int | None] = {}
         self._channels: dict[int, Channel] = {}

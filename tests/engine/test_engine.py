@@ -205,6 +205,9 @@ class Poisoning(LocalAttention):
 
     on = False
 
+    def layer_work(self, batch):
+        return None  # its answers pass by here
+
     def receive(self, timeout=None):
         reply = super().receive(timeout)
         heads = 6

@@ -99,6 +99,27 @@ def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None
         launch(kernel, _block.address, threads)
 
 
+def merge_block(
+    into: Partial, past: tuple[int, int], past_dtype: torch.dtype, n: int, index: torch.Tensor | None
+) -> Any:
+    """The block with which compiled code runs `merge_kernel`: `n` vectors at two addresses, of out and lse, into those
+    of `into` that `index` numbers, or the first ones. The caller vouches for the index, and keeps what it names."""
+    total, width = into.out.shape
+    return _Arguments(
+        shares=min(1 + n * width // _SHARE, torch.get_num_threads()),
+        n=n,
+        total=total,
+        width=width,
+        into_dtype=FLOATS.index(into.out.dtype),
+        past_dtype=FLOATS.index(past_dtype),
+        into=into.out.data_ptr(),
+        into_lse=into.lse.data_ptr(),
+        past=past[0],
+        past_lse=past[1],
+        index=0 if index is None else index.data_ptr(),
+    )
+
+
 class _Block(threading.local):
     """One argument block a thread, used again for every call."""
 

@@ -12,7 +12,8 @@ from lamina_protocols.messages import Attended, Exchange, Fault, Fresh, Query, R
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
 from lamina_workers.errors import HolderFault, HolderLost
-from lamina_workers.model_worker.attention_merge import AttentionMerge, Waiting, result
+from lamina_workers.model_worker.attention_merge import AttentionMerge
+from lamina_workers.model_worker.waiting import Waiting, result
 from lamina_workers.ports.port import Replies
 
 

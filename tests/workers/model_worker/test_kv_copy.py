@@ -192,7 +192,9 @@ def test_pages_of_a_wrong_size_are_refused(decoder):
     holders = Holders(decoder)
     size = page_bytes(holders.config)
     wrong = torch.zeros(41, size, dtype=torch.uint8)
-    holders.workers[0]._fetching.fetch_pages = lambda request: FetchedPages(request.epoch, request.batch, request.layer, wrong)
+    holders.workers[0]._fetching.fetch_pages = lambda request: FetchedPages(
+        request.epoch, request.batch, request.layer, wrong
+    )
     with pytest.raises(HolderFault, match=rf"pages \[42, {size}\] were due, got \[41, {size}\]"):
         holders.model_worker.copy([move(0, 1, 1, 2, 0, 100)], {1: holders.share(1, 2, 0, 100)})
 

@@ -15,9 +15,9 @@ from lamina_protocols.routes import HolderBatch, Span
 from lamina_workers.decoder.model import Batch, Forward
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.model_worker.attention_merge import result
 from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.model_worker.waiting import result
 
 SPAN = Span(5, 1)
 WORK = BatchWork((SPAN,), [3], [6], (0,), (RowSampling(),))

@@ -28,9 +28,9 @@ from lamina_protocols.routes import HolderBatch, Route, Span
 from lamina_protocols.socket_channel import connect_unix
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.parallel import peer_codec, peer_messages
 from lamina_workers.parallel.peer_worker import PeerWorker
 from lamina_workers.parallel.peers import UNIX, Peer, PeerListener

@@ -36,7 +36,6 @@ from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, sample
-from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.model_worker.layer_slices import (
     SlicedBatch,
@@ -48,6 +47,7 @@ from lamina_workers.model_worker.layer_slices import (
     rotation,
 )
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.parallel import peer_codec, peer_messages
 from lamina_workers.parallel.peer_worker import PeerWorker
 from lamina_workers.parallel.peers import UNIX, Peer, PeerListener

@@ -19,6 +19,7 @@ from lamina_protocols.control import FAREWELL
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import Fault
 from lamina_protocols.waiting import Waiter
+from lamina_workers.attention_server.layer_server import LayerServer
 from lamina_workers.attention_server.session import EngineSeat, Session
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class ComputeLoop:
         self._failed = failed
         self._freed = freed
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._waiter = Waiter()
+        self._layers = LayerServer()
+        self._waiter = Waiter(self._layers)
         self._sessions: dict[Channel, Session] = {}
         self._stopping = False
 
@@ -111,7 +113,7 @@ class ComputeLoop:
             seat.built.set_exception(ProtocolError(f"seat {seat.number} is gone: {seat.ended}"))
             return
         try:
-            seat.build(self._threads, self._name, self._device)
+            seat.build(self._threads, self._name, self._device, self._layers)
         except Exception as error:  # noqa: BLE001  # any error goes to the engine, and the server lives on
             self._failed(seat, f"no worker could be made: {error}")
             seat.built.set_exception(error)
@@ -124,6 +126,7 @@ class ComputeLoop:
             self._sessions[channel] = session
             with contextlib.suppress(ValueError):  # closed just now: the session is over, and will be dropped
                 self._waiter.add(channel)
+                self._layers.attach(channel)
 
     def _remove(self, session: Session) -> None:
         channel = session.channel

@@ -26,9 +26,12 @@ from lamina_protocols.messages import (
     HolderConfig,
     LayerSpec,
     Query,
+    Request,
     Survey,
     answered,
 )
+from lamina_protocols.tensors import DTYPES
+from lamina_workers.attention_server.layer_server import LayerServer, Offer, ServedBatch
 from lamina_workers.attention_worker.attention_worker import AttentionWorker, Counters
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.ports.port import LocalAttention
@@ -74,6 +77,8 @@ class EngineSeat:
         self._compute_dtype = hello.compute_dtype
         self._worker: AttentionWorker | None = None
         self._port: LocalAttention | None = None
+        self._layers: LayerServer | None = None
+        self._served: dict[int, ServedBatch] = {}  # by number: the batches whose layers are done without Python
 
     @property
     def worker(self) -> AttentionWorker | None:
@@ -99,8 +104,9 @@ class EngineSeat:
             for name in _LAYER_FIELDS:
                 control.check(f"{name} of layer {number} {here}", getattr(theirs, name), getattr(ours, name))
 
-    def build(self, threads: int, name: str, device: torch.device) -> None:
-        """Make the worker. Raises as `AttentionWorker` does."""
+    def build(self, threads: int, name: str, device: torch.device, layers: LayerServer) -> None:
+        """Make the worker, whose decode batches are offered to `layers`. Raises as `AttentionWorker` does."""
+        self._layers = layers
         self._worker = attention_worker(self.config, threads, device)
         self._port = LocalAttention(self._worker, name)
         self.counters = self._worker.counters
@@ -117,9 +123,41 @@ class EngineSeat:
         if answered(request):
             reply(codec.encode(port.receive()))
         port.settle()
+        self._follow(request, port)
+
+    def _follow(self, request: Request, port: LocalAttention) -> None:
+        """Offer a batch that was accepted, and take back those that Python has done something of."""
+        layers, worker = self._layers, self._worker
+        if layers is None or worker is None:
+            return
+        for number, batch in list(self._served.items()):
+            layer = request.layer if isinstance(request, Query | Fresh | Exchange) else None
+            strayed = request.batch == number and layer is not None and not batch.passed(layer)
+            if strayed or not batch.live or not worker.in_flight(number):
+                layers.withdraw(self._served.pop(number))
+        if not isinstance(request, Announcement) or not worker.in_flight(request.batch):
+            return
+        work = port.layer_work(request.batch)
+        dtype = DTYPES[self._compute_dtype]
+        if work is None or work.query != dtype or work.loaded != dtype:
+            return
+        number, spec = request.batch, self.config.layers[0]
+
+        def done(those: range, seconds: float) -> None:
+            port.worked(number, those, work)
+            self.traffic.busy += seconds
+
+        offer = ServedBatch(Offer((request.epoch, number), work, spec.d_k, spec.d_v, done))
+        self._served[number] = offer
+        sessions = list(self.sessions.values())  # at once: other threads add some
+        layers.offer(offer, {session.channel for session in sessions if session.channel is not None})
 
     def free(self) -> None:
         """Free the worker, and its KV with it."""
+        for batch in self._served.values():
+            if self._layers is not None:
+                self._layers.withdraw(batch)
+        self._served.clear()
         self._worker = self._port = None
 
 

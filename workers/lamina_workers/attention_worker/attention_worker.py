@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lamina_kernels.cpu.layer_work import LayerWork, layer_work
 from lamina_kernels.paged.pages import Pages, store_whole
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
@@ -148,6 +149,32 @@ class AttentionWorker:
                 return self._fetching.fetch_pages(request)
             case Survey():
                 return self._survey(request)
+
+    def layer_work(self, number: int) -> LayerWork | None:
+        """The work of a batch in flight for compiled callers, which `worked` counts; None where it needs Python: other
+        kernels, choosers, means, sketches to be made, a delay."""
+        batch = self._batches.get(number)
+        if batch is None or batch.sealed is not None or batch.delay or (batch.stores and batch.places is None):
+            return None
+        readings = self._reader.layer_readings(batch.readings)
+        return None if readings is None else layer_work(readings, batch.places, batch.fused)
+
+    def worked(self, number: int, layers: range, work: LayerWork) -> None:
+        """These layers of a batch in flight were stored and attended by compiled code."""
+        batch = self._batches.get(number)
+        if batch is None:
+            return
+        for layer in layers:
+            if batch.stores:
+                self._stored(batch, self.config.layers[layer].kv_layer)
+            if batch.readings:
+                batch.readings[self._policies.reads[layer]].layers += 1
+        self.counters.queries += work.queries * len(layers)
+        self.counters.vectors_stored += work.fresh * len(layers)
+
+    def in_flight(self, number: int) -> bool:
+        """Whether a batch was accepted and not dropped."""
+        return number in self._batches
 
     @property
     def unsettled(self) -> int | None:

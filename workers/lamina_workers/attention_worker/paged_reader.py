@@ -6,11 +6,12 @@ keeps the sketches by which they choose, and the means that stand for freed page
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from lamina_kernels.cpu.layer_work import LayerReading
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
@@ -42,6 +43,7 @@ class PagedReader:
         self._pages = pages
         self._store = store
         self._threads = threads
+        self._by_layer = policies.reads
         self._policies = tuple(dict.fromkeys(policies.reads))
         every = policies.distinct
         self._means = MeanSlots(pages) if any(policy.compensated for policy in every) else None
@@ -85,6 +87,16 @@ class PagedReader:
             self._means.reading(builder.means) if self._means else None,
             tuple(builder.observed),
         )
+
+    def layer_readings(self, readings: Mapping[LayerPolicies, Reading]) -> list[LayerReading] | None:
+        """How each layer of a batch is attended, for compiled callers; None where that needs Python."""
+        if not all(reading.planned for reading in readings.values()):
+            return None
+        plans = (readings[policies].plan if readings else None for policies in self._by_layer)
+        return [
+            LayerReading(plan, spec.kv_layer, spec.scale, spec.soft_cap)
+            for plan, spec in zip(plans, self._config.layers, strict=True)
+        ]
 
     def _choosing(self, policies: LayerPolicies, rows: Sequence[Row]) -> set[Adaptive]:
         """The policies that choose in this batch, where that is cheaper than reading everything."""

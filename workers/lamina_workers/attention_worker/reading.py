@@ -43,6 +43,11 @@ class Reading:
     observed: tuple[ObservedQueries, ...] = ()  # rows of prefill whose queries a chooser is shown
     layers: int = 0  # that have been attended so
 
+    @property
+    def planned(self) -> bool:
+        """Whether the plan alone answers every query, in the order of q."""
+        return self.plan is not None and self.vectors is None and self.means is None and not self.observed
+
 
 @dataclass(slots=True)
 class ReadingBuilder:

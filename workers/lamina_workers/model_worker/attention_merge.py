@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from lamina_kernels.partial import Partial, empty
-from lamina_protocols.channels import Channel
 from lamina_protocols.messages import HolderConfig
 from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_worker.head_policies import HeadPolicies
@@ -26,48 +24,13 @@ from lamina_workers.attention_worker.page_layout import CPU, attention_kernels
 from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.devices.staging import Staging, staging_for
 from lamina_workers.errors import HolderFault
+from lamina_workers.model_worker.compiled_exchange import CompiledExchange, compiled_exchange
 from lamina_workers.model_worker.fresh_attention import FreshAttention
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, holder_traffic
+from lamina_workers.model_worker.waiting import Suspended, Waiting
 from lamina_workers.ports.port import InProcess, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
-R = TypeVar("R")
-
-
-class Replying(Protocol):
-    """A source of replies to batches: a port's `Replies`, a process that computes for this one, or a feeder of runs."""
-
-    @property
-    def channel(self) -> Channel | None:
-        """What replies come over; None where they come from this process."""
-
-    def ready(self, batch: int) -> bool:
-        """Whether a reply to that batch is there, or will never come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Why a run is suspended: a reply of `replies` to `batch` is not there yet. A run that is resumed earlier waits."""
-
-    replies: Replying
-    batch: int
-
-    def over(self) -> bool:
-        """Whether the run would go on at once."""
-        return self.replies.ready(self.batch)
-
-
-def result(run: Generator[Waiting, None, R]) -> R:
-    """What a run returns, each of its waits waited out."""
-    try:
-        while True:
-            next(run)
-    except StopIteration as stop:
-        returned: R = stop.value
-        return returned
-
-
-Suspended = Generator[Waiting, None, torch.Tensor]
 Pausing = Generator[QueryReady | KeyValueReady | Waiting, torch.Tensor | None, torch.Tensor]
 """A forward pass that may itself wait before a layer, for an input that comes from elsewhere."""
 
@@ -211,9 +174,15 @@ class AttentionMerge:
         times = Times()
         exchange = LayerExchange(epoch, batch, traffic, times)
         fused = {route.source for routed in routes.values() for route in routed if route.row.fused}
+        unfused = [source for source in range(len(spans)) if source not in fused]
+        compiled: CompiledExchange | None = None
         try:
-            present.begin(spans, [source for source in range(len(spans)) if source not in fused])
+            present.begin(spans, unfused)
             event = next(forward)
+            if not unfused and self._device.type == "cpu" and isinstance(event, QueryReady):
+                compiled = compiled_exchange(
+                    self._layers, traffic, (epoch, batch), sum(span.count for span in spans), event.q.dtype, times
+                )
             while True:
                 while isinstance(event, Waiting):
                     yield event
@@ -222,21 +191,27 @@ class AttentionMerge:
                 if not isinstance(event, QueryReady):
                     raise TypeError(f"the model yields QueryReady first in each layer, got {type(event).__name__}")
                 exchange.begin(event.layer, event.q)
-                if self._early_query:
+                if self._early_query and compiled is None:
                     exchange.ask()
                 event = forward.send(None)
                 if not isinstance(event, KeyValueReady):
                     raise TypeError(f"the model yields KeyValueReady after QueryReady, got {type(event).__name__}")
                 self._watch.start()
                 try:
-                    attended = yield from self._attend(exchange, present, event, suspends)
+                    if compiled is not None:
+                        attended = yield from compiled.attend(exchange.layer, exchange.q, event, suspends, self._watch)
+                    else:
+                        attended = yield from self._attend(exchange, present, event, suspends)
                 finally:
                     self._watch.stop()
                 event = forward.send(attended)
         except StopIteration as stop:
-            self.times = times
             result: torch.Tensor = stop.value
             return result
+        finally:
+            if compiled is not None:
+                compiled.close()
+            self.times = times
 
     def _attend(self, exchange: LayerExchange, present: FreshAttention, kv: KeyValueReady, suspends: bool) -> Suspended:
         """[T, heads * d_v]: the present merged with every holder's partial."""

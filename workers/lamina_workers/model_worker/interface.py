@@ -10,8 +10,8 @@ from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Surveyed
 from lamina_protocols.routes import HolderBatch, Span
 from lamina_workers.decoder.sampler import RowSampling, Sampled
-from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.ports.port import AttentionPort
 from lamina_workers.ports.timing import Link, Times
 

@@ -18,7 +18,8 @@ from lamina_protocols.routes import HolderBatch
 from lamina_protocols.waiting import Waiter
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, Sampled, sample
-from lamina_workers.model_worker.attention_merge import Pausing, Suspended, Waiting
+from lamina_workers.model_worker.attention_merge import Pausing
+from lamina_workers.model_worker.waiting import Suspended, Waiting
 from lamina_workers.ports.timing import Stopwatch
 
 

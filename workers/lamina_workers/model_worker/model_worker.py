@@ -29,10 +29,11 @@ from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.decoder.model import Batch, Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing, Waiting, result
+from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing
 from lamina_workers.model_worker.interface import BatchWork, Returned, ReturnedPeer, Seat
 from lamina_workers.model_worker.kv_copy import Copy, Move
 from lamina_workers.model_worker.layer_slices import SlicedBatch
+from lamina_workers.model_worker.waiting import Waiting, result
 from lamina_workers.ports.port import AttentionPort, InProcess, Replies, Transported
 from lamina_workers.ports.timing import Link, Stopwatch, Times
 

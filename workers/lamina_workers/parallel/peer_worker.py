@@ -28,9 +28,9 @@ from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
 from lamina_workers.devices import available as devices
 from lamina_workers.errors import HolderFault, ModelFileError, RankLost
-from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, likeliest
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.model_worker.warmup import prepare_kernels
 from lamina_workers.parallel import collectives, peer_codec, peer_messages
 from lamina_workers.ports.port import AttentionPort, LocalAttention, survey

@@ -23,12 +23,12 @@ from lamina_protocols.messages import Announced, HolderConfig
 from lamina_protocols.routes import HolderBatch
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, RankLost
-from lamina_workers.model_worker.attention_merge import Waiting
 from lamina_workers.model_worker.holder_traffic import SLOWEST
 from lamina_workers.model_worker.interface import BatchWork, Returned, Seat
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, chosen, plain_rows, rotates, rotation
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.parallel import peer_codec, peer_messages
 from lamina_workers.parallel.peers import Peer
 from lamina_workers.ports.port import AttentionPort, Transported

@@ -19,10 +19,10 @@ from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.model_worker.attention_merge import Waiting, result
 from lamina_workers.model_worker.interface import BatchWork, Returned, Seat
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.model_worker.waiting import Waiting, result
 from lamina_workers.parallel import peer_codec, peer_messages
 from lamina_workers.parallel.peers import Peer
 from lamina_workers.parallel.rank_group import SLACK, RankGroup

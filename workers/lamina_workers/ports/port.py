@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
+from lamina_kernels.cpu.layer_work import LayerWork
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import (
@@ -30,6 +31,7 @@ from lamina_protocols.messages import (
 )
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
+from lamina_workers.ports.direct import DirectChannel, enabled
 from lamina_workers.ports.timing import Exchanges, Link
 
 if TYPE_CHECKING:
@@ -119,6 +121,32 @@ class InProcess(Protocol):
     def device(self) -> torch.device: ...
 
 
+@runtime_checkable
+class DirectPort(Protocol):
+    """A port whose layers' frames compiled code may send and receive."""
+
+    @property
+    def direct(self) -> DirectChannel | None:
+        """The channel's compiled side; None where its frames need Python."""
+
+    def flush(self) -> None:
+        """Send what is left to be sent. Raises HolderLost."""
+
+    def overdue(self, timeout: float) -> HolderLost:
+        """The holder has not answered in time, and counts as gone: the error to raise."""
+
+
+@runtime_checkable
+class ComputingPort(Protocol):
+    """A port to a holder in this process whose layers compiled code may compute."""
+
+    def layer_work(self, batch: int) -> LayerWork | None:
+        """The work of an accepted batch; None where it needs Python."""
+
+    def worked(self, batch: int, layers: range, work: LayerWork) -> None:
+        """These layers of it are done."""
+
+
 class Replies:
     """The replies of one port, sorted by batch: several batches may be under way, each taking its own.
 
@@ -128,6 +156,8 @@ class Replies:
 
     def __init__(self, port: AttentionPort, clock: Callable[[], float] = time.perf_counter) -> None:
         self.port = port
+        self.direct: DirectPort | None = port if isinstance(port, DirectPort) and port.direct is not None else None
+        self.computing: ComputingPort | None = port if isinstance(port, ComputingPort) else None
         self._clock = clock
         self._exchanges = Exchanges()
         self._asked: dict[int, float] = {}  # seconds, by batch; each has one query under way at a time
@@ -176,6 +206,19 @@ class Replies:
             except HolderLost:
                 return True  # and `take` says so
         return True
+
+    def heard(self, batch: int) -> bool:
+        """Whether a reply to that batch has been read, and not been taken."""
+        return bool(self._waiting[batch])
+
+    def read(self, timeout: float) -> None:
+        """Wait for a reply, whichever it is, and sort it in. Raises HolderLost."""
+        self._sort(self.port.receive(timeout))
+
+    def measured(self, seconds: Iterable[float]) -> None:
+        """Exchanges of a batch took so long which were not read here."""
+        for taken in seconds:
+            self._exchanges.add(taken)
 
     def take(self, kind: type[R], batch: int, layer: int | None = None, timeout: float | None = None) -> R:
         """The next reply to that batch, which must be of that kind (and layer); waits for it.
@@ -271,6 +314,13 @@ class LocalAttention:
     def ready(self) -> bool:
         """Whether a reply is there: always, once something that has one was sent."""
         return bool(self._replies)
+
+    def layer_work(self, batch: int) -> LayerWork | None:
+        self.settle()
+        return self._worker.layer_work(batch) if enabled() else None
+
+    def worked(self, batch: int, layers: range, work: LayerWork) -> None:
+        self._worker.worked(batch, layers, work)
 
     def close(self) -> None:
         """Nothing to do: the worker ends with its owner."""

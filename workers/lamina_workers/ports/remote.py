@@ -32,6 +32,7 @@ from lamina_protocols.service import WorkerBusy, WorkerClient, WorkerRefused
 from lamina_protocols.socket_channel import connect_tcp, connect_unix
 from lamina_protocols.tls import client_context
 from lamina_workers.errors import HolderLost
+from lamina_workers.ports.direct import DirectChannel, direct_channel
 
 logger = logging.getLogger("lamina")
 
@@ -106,6 +107,7 @@ class RemoteAttention:
         self._session = hello.session
         self._goodbye = control.Goodbye(hello.engine, hello.seat, hello.session) if hello.linger else None
         self._channel = channel
+        self._direct = direct_channel(channel)
         self._lost = ""  # why
         self._lost_after = lost_after
         self._closed = threading.Event()
@@ -148,7 +150,7 @@ class RemoteAttention:
         try:
             reply = codec.decode(self._channel.receive(timeout))
         except TimeoutError as error:
-            raise self._gone(f"no reply within {timeout:g} seconds") from error
+            raise self.overdue(timeout or 0.0) from error
         except (ChannelClosed, ProtocolError) as error:
             raise self._gone(str(error)) from error
         if not isinstance(reply, _REPLIES):
@@ -159,6 +161,20 @@ class RemoteAttention:
 
     def ready(self) -> bool:
         return self._channel.ready()
+
+    @property
+    def direct(self) -> DirectChannel | None:
+        return self._direct
+
+    def flush(self) -> None:
+        try:
+            if not self._channel.flush():
+                self._channel.send(())
+        except ChannelClosed as error:
+            raise self._gone(str(error)) from error
+
+    def overdue(self, timeout: float) -> HolderLost:
+        return self._gone(f"no reply within {timeout:g} seconds")
 
     def close(self) -> None:
         """End the session in order: with the seat's last channel the worker frees its KV, even where it would have

@@ -1,0 +1,181 @@
+"""Polls the sockets of a worker, and meanwhile answers the layers of decode batches without Python.
+
+A batch that was announced, and whose work compiled code can do, is offered here: from then on `poll` answers its
+frames. It returns as any poll does when something else has come, and when a batch is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import select
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lamina_kernels.cpu import exchange_loops as loops
+from lamina_kernels.cpu.layer_work import LayerWork, functions
+from lamina_protocols.channels import Channel
+from lamina_protocols.layer_frames import TAGS, LayerFrame
+from lamina_protocols.messages import Attended, Exchange, Fresh, Query
+from lamina_protocols.tensors import dtype_name
+from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, direct_channel
+
+_COUNTED_MS = 50  # how late counters may be while a batch is under way
+_NOTHING = memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A batch whose layers compiled code may do: `ids` are its epoch and number; q, k and v of `d_k` and `d_v` numbers
+    come in the work's dtypes. `done(layers, seconds)` counts what was done."""
+
+    ids: tuple[int, int]
+    work: LayerWork
+    d_k: int
+    d_v: int
+    done: Callable[[range, float], None]
+
+
+class ServedBatch:
+    """The frames of one offered batch."""
+
+    def __init__(self, offer: Offer) -> None:
+        work, block = offer.work, loops.Served()
+        self._done = offer.done
+        self._counted = 0
+        self._seconds_counted = 0
+        reads, stores = work.queries > 0, work.fresh > 0
+        kind = Exchange if reads and stores else Query if reads else Fresh
+        name = dtype_name(work.query)
+        asked = LayerFrame(
+            TAGS[kind], *offer.ids, work.queries, work.fresh, offer.d_k, offer.d_v if stores else 0,
+            name if reads else "", dtype_name(work.loaded) if stores else "",
+        )  # fmt: skip
+        answer = LayerFrame(TAGS[Attended], *offer.ids, queries=work.queries, d_v=offer.d_v, dtype=name)
+        self.frame, self.reply, self._head = Buffer(asked.size), Buffer(answer.size), Buffer(loops.HEAD)
+        self._head.bytes[:] = memoryview(asked.head(0))
+        self.reply.bytes[: loops.HEAD] = memoryview(answer.head(0))
+        for field, place in asked.places().items():
+            setattr(block, field, self.frame.address + place.at)
+        for field in ("out", "lse"):
+            setattr(block, field, self.reply.address + answer.places()[field].at)
+        block.live, block.layers, block.head = 1, work.layers, self._head.address
+        block.frame, block.size = self.frame.address, asked.size
+        block.work, block.attends, block.stores = work.address, int(reads), int(stores)
+        block.reply, block.reply_size = self.reply.address, answer.size if reads else 0
+        self._keep = work
+        self._block = block
+        self.address = ctypes.addressof(block)
+
+    @property
+    def live(self) -> bool:
+        """Whether layers are still due."""
+        return bool(self._block.live)
+
+    def count(self) -> None:
+        """Tell the worker which layers were done since the last time."""
+        layer, spent = self._block.layer, self._block.nanoseconds
+        if layer > self._counted:
+            self._done(range(self._counted, layer), (spent - self._seconds_counted) * 1e-9)
+            self._counted, self._seconds_counted = layer, spent
+
+    def unsent(self, direct: DirectChannel) -> memoryview:
+        """What is left of an answer that was sent over this channel; from now on that is the channel's."""
+        block = self._block
+        if block.by != direct.address or block.sent >= block.reply_size:
+            return _NOTHING
+        rest = self.reply.bytes[block.sent : block.reply_size]
+        block.sent = block.reply_size
+        return rest
+
+    def passed(self, layer: int) -> bool:
+        """Python has done this layer. Whether the rest may still be done here."""
+        if layer != self._block.layer or layer + 1 == self._block.layers:
+            return False
+        self._block.layer = self._counted = layer + 1
+        return True
+
+
+class LayerServer:
+    """As `select.poll`, for one thread, but that it may return early with nothing. The sockets of attached channels may
+    bring offered layers."""
+
+    def __init__(self) -> None:
+        self._events: dict[int, int] = {}
+        self._plain = select.poll()
+        self._channels: dict[int, DirectChannel] = {}  # by descriptor
+        self._batches: dict[DirectChannel, list[ServedBatch]] = {}
+        self._block = loops.Server(functions=functions().ctypes.data if functions() is not None else 0)
+        self._call = compiled(loops.serve_kernel())
+        self._polls = self._addresses = np.zeros(0, np.int64)
+
+    def register(self, descriptor: int, events: int) -> None:
+        """As of `select.poll`."""
+        self._plain.register(descriptor, events)
+        self._events[descriptor] = events
+
+    def attach(self, channel: Channel) -> None:
+        """A channel, registered already, that may bring offered layers."""
+        direct = direct_channel(channel)
+        descriptor = channel.watch(lambda: None)
+        if direct is not None and descriptor in self._events:
+            self._channels[descriptor] = direct
+            self._batches[direct] = []
+
+    def modify(self, descriptor: int, events: int) -> None:
+        """As of `select.poll`."""
+        self._plain.modify(descriptor, events)
+        self._events[descriptor] = events
+
+    def unregister(self, descriptor: int) -> None:
+        """As of `select.poll`."""
+        self._plain.unregister(descriptor)
+        del self._events[descriptor]
+        direct = self._channels.pop(descriptor, None)
+        if direct is not None:
+            for batch in self._batches.pop(direct):
+                direct.forget(batch.address)
+
+    def offer(self, batch: ServedBatch, channels: set[Channel]) -> None:
+        """Answer the frames of this batch from now on, over any of these channels."""
+        for direct, batches in self._batches.items():
+            if direct.channel in channels:
+                direct.expect(batch.address, batch.frame.bytes)
+                batches.append(batch)
+
+    def withdraw(self, batch: ServedBatch) -> None:
+        """Answer them no more."""
+        for direct, batches in self._batches.items():
+            if batch in batches:
+                batches.remove(batch)
+                direct.forget(batch.address)
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+        """As of `select.poll`; also returns, perhaps with nothing, once a batch is done or some time is over."""
+        lent = {number: direct for number, direct in self._channels.items() if self._batches[direct] and direct.lend()}
+        if not lent:
+            return self._plain.poll(timeout)
+        served = {batch: direct for direct in lent.values() for batch in self._batches[direct]}
+        try:
+            return self._serve(lent, timeout)
+        finally:
+            for direct in lent.values():
+                rest = (batch.unsent(direct) for batch in self._batches[direct])
+                direct.reclaim(next((x for x in rest if len(x)), _NOTHING))
+            for batch in served:
+                batch.count()
+                if not batch.live:
+                    self.withdraw(batch)
+
+    def _serve(self, lent: dict[int, DirectChannel], timeout: float | None) -> list[tuple[int, int]]:
+        polls = np.array([n | events << 32 for n, events in self._events.items()], np.int64)
+        addresses = np.array([lent[n].address if n in lent else 0 for n in self._events], np.int64)
+        block = self._block
+        block.polls, block.channels, block.n = polls.ctypes.data, addresses.ctypes.data, len(polls)
+        block.timeout_ms = _COUNTED_MS if timeout is None else min(_COUNTED_MS, int(timeout))
+        self._call(ctypes.addressof(block))
+        if block.result != 0:
+            return []
+        events = (polls >> 48) & 0xFFFF
+        return [(n, int(e)) for n, e in zip(self._events, events.tolist(), strict=True) if e]

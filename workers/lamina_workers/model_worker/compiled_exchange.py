@@ -1,0 +1,282 @@
+"""A decode batch whose layers go to all holders and back in one compiled call each.
+
+It is possible where every token of the batch is attended by holders, each of which is in this process with kernels that
+compiled code can call, or is reached over a plain socket. What compiled code was not told of, it leaves on the socket:
+`Replies` reads it, with the errors that it always has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lamina_kernels.cpu import exchange_loops as loops
+from lamina_kernels.cpu.layer_work import LayerWork, functions
+from lamina_kernels.cpu.merge import merge_block, merge_kernel
+from lamina_kernels.paged.pages import FLOATS
+from lamina_kernels.partial import Partial
+from lamina_protocols.layer_frames import TAGS, LayerFrame
+from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Query
+from lamina_protocols.tensors import dtype_name
+from lamina_workers.decoder.model import KeyValueReady
+from lamina_workers.errors import HolderFault
+from lamina_workers.model_worker.holder_traffic import HolderTraffic
+from lamina_workers.model_worker.waiting import Suspended, Waiting
+from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, enabled
+from lamina_workers.ports.port import DirectPort
+from lamina_workers.ports.timing import Stopwatch, Times
+
+_NOTHING = memoryview(b"")
+
+
+class _Gathered:
+    """Which vectors of q, k and v go to a holder, as fields of its block."""
+
+    def __init__(self, holder: HolderTraffic, spec: LayerSpec, tokens: int, itemsize: int) -> None:
+        self.queries = _count(holder.queries, tokens * spec.heads) if holder.reads else 0
+        self.fresh = _count(holder.fresh, tokens * spec.kv_heads) if holder.stores else 0
+        self.fields: dict[str, int] = {}
+        sides = (("q", self.queries, holder.queries, spec.d_k), ("k", self.fresh, holder.fresh, spec.d_k),
+                 ("v", self.fresh, holder.fresh, spec.d_v))  # fmt: skip
+        for name, count, index, width in sides:
+            self.fields |= {f"{name}_count": count, f"{name}_bytes": width * itemsize}
+            if count and index is not None:
+                self.fields[f"{name}_index"] = index.data_ptr()
+
+
+class _RemoteHolder:
+    """One holder elsewhere: its frames' memory and the block that expects its answers."""
+
+    def __init__(
+        self, holder: HolderTraffic, port: DirectPort, direct: DirectChannel, block: Any, spec: LayerSpec, layers: int,
+        ids: tuple[int, int], dtype: torch.dtype, tokens: int,
+    ) -> None:  # fmt: skip
+        gathered = _Gathered(holder, spec, tokens, dtype.itemsize)
+        name = dtype_name(dtype)
+        kind = Exchange if holder.reads and holder.stores else Query if holder.reads else Fresh
+        asked = LayerFrame(
+            TAGS[kind], *ids, gathered.queries, gathered.fresh, spec.d_k, spec.d_v if holder.stores else 0,
+            name if holder.reads else "", name if holder.stores else "",
+        )  # fmt: skip
+        answer = LayerFrame(TAGS[Attended], *ids, queries=gathered.queries, d_v=spec.d_v, dtype=name)
+        self.holder = holder
+        self.port = port
+        self.direct = direct
+        self.queries = gathered.queries
+        places = asked.places()
+        self._sent = Buffer(asked.size)
+        self._sent.bytes[: loops.HEAD] = memoryview(asked.head(0))
+        for field in places:
+            gathered.fields[f"{field}_to"] = self._sent.address + places[field].at
+        self._head = Buffer(loops.HEAD)
+        self._head.bytes[:] = memoryview(answer.head(0))
+        self._answer = answer
+        self.frame = Buffer(answer.size)
+        self.taken = np.zeros(layers, np.int64)
+        self._block = block
+        for field, value in gathered.fields.items():
+            setattr(block, field, value)
+        block.layers, block.head, block.frame = layers, self._head.address, self.frame.address
+        block.size = answer.size if holder.reads else 0
+        block.channel, block.timeout = direct.address, int(holder.timeout * 1e9)
+        block.sent_frame, block.sent_size = self._sent.address, asked.size
+        block.taken = self.taken.ctypes.data
+        if holder.reads:
+            direct.expect(ctypes.addressof(block), self.frame.bytes)
+        out, lse = (answer.places()[field] for field in ("out", "lse"))
+        self.out = self.frame.tensor(out.at, out.size, dtype).view(-1, spec.d_v)
+        self.lse = self.frame.tensor(lse.at, lse.size, torch.float32)
+
+    def unsent(self) -> memoryview:
+        """What is left of the frame that is being sent; from now on that is the channel's."""
+        block = self._block
+        if block.sent >= block.sent_size:
+            return _NOTHING
+        rest = self._sent.bytes[block.sent : block.sent_size]
+        block.sent = block.sent_size
+        return rest
+
+    def settle(self, batch: int, layer: int, begun: bool) -> None:
+        """Read what Python must read before compiled code can go on. Raises HolderFault, HolderLost."""
+        replies, channel = self.holder.replies, self.direct.channel
+        while channel.unsettled:
+            replies.read(self.holder.timeout)
+        if begun and not self._block.arrived and replies.heard(batch):
+            reply = replies.take(Attended, batch, layer, self.holder.timeout)
+            if reply.out.shape != self.out.shape:
+                name = replies.port.name
+                raise HolderFault(f"{name}: {list(reply.out.shape)} answers, {list(self.out.shape)} were due")
+            self.out.copy_(reply.out)
+            self.lse.copy_(reply.lse)
+            self.frame.bytes[: loops.HEAD] = memoryview(self._answer.head(layer, reply.seconds))
+            self._block.arrived = time.monotonic_ns()
+
+    def close(self) -> None:
+        self.direct.forget(ctypes.addressof(self._block))
+
+
+class CompiledExchange:
+    """The layers of one batch. Made by `compiled_exchange`; `close` it before its holders forget the batch."""
+
+    def __init__(
+        self, layers: Sequence[LayerSpec], holders: Sequence[tuple[HolderTraffic, DirectPort | LayerWork]],
+        ids: tuple[int, int], tokens: int, dtype: torch.dtype, times: Times,
+    ) -> None:  # fmt: skip
+        spec = layers[0]
+        self._batch = ids[1]
+        self._spec, self._tokens, self._times = spec, tokens, times
+        self._here: list[tuple[HolderTraffic, LayerWork]] = [
+            (holder, way) for holder, way in holders if isinstance(way, LayerWork)
+        ]
+        elsewhere = [(holder, way) for holder, way in holders if not isinstance(way, LayerWork)]
+        self._blocks = (loops.Remote * max(len(elsewhere), 1))()
+        self._remotes = [
+            _RemoteHolder(holder, way, way.direct, block, spec, len(layers), ids, dtype, tokens)
+            for (holder, way), block in zip(elsewhere, self._blocks, strict=False)
+            if way.direct is not None
+        ]
+        self._scratch = np.zeros(2 + max(len(elsewhere), 1), np.int64)
+        self._keep: list[Any] = []
+        answers = [(remote.holder, Partial(remote.out, remote.lse)) for remote in self._remotes if remote.queries]
+        here = (loops.Here * max(len(self._here), 1))()
+        for (holder, work), block in zip(self._here, here, strict=False):
+            answers.append((holder, self._place(block, holder, work, dtype)))
+        address = self._scratch.ctypes.data
+        self._block = loops.Exchange(
+            functions=functions().ctypes.data, scratch=address, polls=address + 16,
+            n_remotes=len(elsewhere), remotes=ctypes.addressof(self._blocks),
+            n_here=len(self._here), here=ctypes.addressof(here),
+        )  # fmt: skip
+        self._keep += [here, answers]
+        self._answer = self._merged(answers, dtype)
+        self._call = compiled(loops.exchange_kernel())
+        self._address = ctypes.addressof(self._block)
+
+    def _place(self, block: Any, holder: HolderTraffic, work: LayerWork, dtype: torch.dtype) -> Partial:
+        """Fill in the block of a holder here, and give where it answers."""
+        spec = self._spec
+        gathered = _Gathered(holder, spec, self._tokens, dtype.itemsize)
+        for name in "qkv":
+            if f"{name}_index" in gathered.fields:
+                room = Buffer(gathered.fields[f"{name}_count"] * gathered.fields[f"{name}_bytes"])
+                gathered.fields[f"{name}_to"] = room.address
+                self._keep.append(room)
+        for field, value in gathered.fields.items():
+            setattr(block, field, value)
+        out = torch.empty(gathered.queries, spec.d_v, dtype=dtype)
+        lse = torch.empty(gathered.queries)
+        block.work, block.out, block.lse = work.address, out.data_ptr(), lse.data_ptr()
+        return Partial(out, lse)
+
+    def _merged(self, answers: Sequence[tuple[HolderTraffic, Partial]], dtype: torch.dtype) -> torch.Tensor:
+        """`[T, heads * d_v]`, into which all answers are merged; the answer itself where one has everything."""
+        spec, tokens = self._spec, self._tokens
+        total = tokens * spec.heads
+        if len(answers) == 1 and answers[0][0].queries is None and len(answers[0][1].out) == total:
+            return answers[0][1].out.view(tokens, -1)
+        # What a merge begins with counts nothing, but it must be finite.
+        whole = Partial(torch.zeros(total, spec.d_v, dtype=dtype), torch.empty(total))
+        blocks = []
+        for holder, answer in answers:
+            for piece, index in holder.pieces(answer):
+                n = len(piece.lse)
+                at = piece.out.data_ptr(), piece.lse.data_ptr()
+                blocks.append(merge_block(whole, at, piece.out.dtype, n, index))
+                self._keep += [piece, index]
+        addresses = np.array([ctypes.addressof(block) for block in blocks], np.int64)
+        x = self._block
+        x.n_merges, x.merges, x.merge_kernel = len(blocks), addresses.ctypes.data, merge_kernel()[0]
+        x.whole_lse, x.whole = whole.lse.data_ptr(), total
+        self._keep += [blocks, addresses, whole]
+        return whole.out.view(tokens, -1)
+
+    def attend(self, layer: int, q: torch.Tensor, kv: KeyValueReady, suspends: bool, watch: Stopwatch) -> Suspended:
+        """The attention output of a layer, `[T, heads * d_v]`, which stays until the next one is attended. Raises
+        HolderFault, HolderLost."""
+        x = self._block
+        q, k, v = q.contiguous(), kv.k.contiguous(), kv.v.contiguous()
+        x.layer, x.waits = layer, int(not suspends)
+        x.q, x.k, x.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        while (result := self._advance(layer)) != 0:
+            remote = self._remotes[x.at]
+            if result == loops.WAITING:
+                watch.stop()
+                yield Waiting(remote.holder.replies, self._batch)
+                watch.start()
+            elif result == loops.TIMEOUT:
+                raise remote.port.overdue(remote.holder.timeout)
+            elif result != loops.INTERRUPTED:
+                remote.holder.replies.read(remote.holder.timeout)
+        return self._answer
+
+    def _advance(self, layer: int) -> int:
+        """One compiled call, with all channels lent."""
+        x, lent = self._block, 0
+        for remote in self._remotes:
+            remote.settle(self._batch, layer, bool(x.begun))
+        try:
+            for remote in self._remotes:
+                if not remote.direct.lend():  # closed by another thread: to read it says why
+                    x.at = lent
+                    return loops.ENDED
+                lent += 1
+            self._call(self._address)
+        finally:
+            for remote in self._remotes[:lent]:
+                remote.direct.reclaim(remote.unsent())
+        for remote in self._remotes:
+            remote.port.flush()
+        result: int = x.result
+        return result
+
+    def close(self) -> None:
+        """No more frames are expected. Counts what the batch took."""
+        x, done = self._block, self._block.layer
+        for remote in self._remotes:
+            remote.close()
+            if remote.queries:
+                remote.holder.replies.measured((remote.taken[:done] * 1e-9).tolist())
+        for holder, work in self._here:
+            if holder.replies.computing is not None:
+                holder.replies.computing.worked(self._batch, range(done), work)
+        times = self._times
+        times.local, times.remote = x.local * 1e-9, x.remote * 1e-9
+        times.answered, times.waited = x.answered * 1e-9, x.waited * 1e-9
+
+
+def compiled_exchange(
+    layers: Sequence[LayerSpec],
+    traffic: Sequence[HolderTraffic],
+    ids: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    times: Times,
+) -> CompiledExchange | None:
+    """The compiled exchange of a batch of `tokens`, every one of which holders attend; ids: epoch and batch, dtype: of
+    q, k and v. None where a holder, or this process, cannot do that."""  # fmt: skip
+    if not enabled() or dtype not in FLOATS:
+        return None
+    holders: list[tuple[HolderTraffic, DirectPort | LayerWork]] = []
+    for holder in traffic:
+        way = _way(holder, ids[1], dtype)
+        if way is None:
+            return None
+        holders.append((holder, way))
+    return CompiledExchange(layers, holders, ids, tokens, dtype, times) if holders else None
+
+
+def _way(holder: HolderTraffic, batch: int, dtype: torch.dtype) -> DirectPort | LayerWork | None:
+    computing = holder.replies.computing
+    if computing is None:
+        return holder.replies.direct
+    work = computing.layer_work(batch)
+    return work if work is not None and work.query == work.loaded == dtype else None
+
+
+def _count(index: torch.Tensor | None, total: int) -> int:
+    return total if index is None else len(index)
