@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lamina_kernels.cpu import few_rows, programs
-from lamina_kernels.cpu.programs import Program, Step
 from lamina_kernels.cpu.spans import MAX_ROWS, Behind, Heads, Span, Spans
 from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, silu_mul, split_heads
 
@@ -144,9 +143,3 @@ def test_refuses_what_does_not_fit():
         spans.run(1, hidden, attended, tuple(x[:1] for x in angles))
     with pytest.raises(ValueError, match="got None"):
         spans.run(1, hidden)
-
-
-@pytest.mark.parametrize("steps", [[], [Step(0, few_rows.Arguments(), False)]])
-def test_a_program_begins_with_a_shared_step(steps):
-    with pytest.raises(ValueError, match="begins with a step that all threads share"):
-        Program(steps)

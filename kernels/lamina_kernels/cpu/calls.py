@@ -23,8 +23,8 @@ PARALLEL = "GOMP_parallel"
 TEAM_SIZE = "omp_get_num_threads"
 """int(): how many threads run the parallel region that asks."""
 
-YIELD = "sched_yield"
-"""int(): lets another thread have this core, if one is waiting for it."""
+SYSTEM_CALL = "syscall"
+"""long(number, ...): asks the system, which knows numbers only."""
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

@@ -25,7 +25,7 @@ from lamina_kernels.cpu import emitter, intrinsics
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu.emitter import LANES
 from lamina_kernels.cpu.intrinsics import pointer, silu_mul_half, take
-from lamina_kernels.cpu.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
+from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, block_type, launch, source_fingerprint
 
 DTYPES = (torch.bfloat16, torch.float32)
 PARALLEL = 1 << 15
@@ -213,6 +213,7 @@ def load_kernel(half: bool) -> tuple[int, Callable[[int], None]]:
         share = take(block, TAKEN)
         while fingerprint and share < a.shares:
             _share(a, a.rows * share // a.shares, a.rows * (share + 1) // a.shares, tag)
+            take(block, FINISHED)
             share = take(block, TAKEN)
 
     # PYFUNCTYPE keeps the interpreter's lock: such a call is over long before another thread could make use of it.

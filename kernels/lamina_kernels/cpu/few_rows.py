@@ -26,7 +26,7 @@ from lamina_kernels.cpu import emitter, intrinsics
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu.emitter import I32, I64, LANES, VB, VF, VI, Emitter, Kind, Value, kind_of
 from lamina_kernels.cpu.intrinsics import literals, take
-from lamina_kernels.cpu.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
+from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, block_type, launch, source_fingerprint
 
 MAX_ROWS = 32
 """Rows of x up to which this is worth while: beyond, arithmetic binds, and a library multiplies faster."""
@@ -104,6 +104,7 @@ def load_kernel() -> int:
                         _multiply_tile(2, rows, x, w, y, a.n_in, a.n_out)
                     else:
                         _multiply_tile(4, rows, x, w, y, a.n_in, a.n_out)
+            take(block, FINISHED)
             share = take(block, TAKEN)
 
     return int(kernel.address)

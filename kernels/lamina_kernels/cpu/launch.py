@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 HEADER = [("taken", "i8"), ("finished", "i8"), ("shares", "i8")]  # the first fields of every argument block
-TAKEN, FINISHED = 0, 1  # which int64 of the block they are
+TAKEN, FINISHED, SHARES = 0, 1, 2  # which int64 of the block they are
 Launch = Callable[[int, int, int], None]
 
 

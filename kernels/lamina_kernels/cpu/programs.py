@@ -1,13 +1,15 @@
 """A program: several kernels one after the other, on all threads of one parallel region, in one call from Python.
 
-Between two steps that all threads share, the threads wait for each other. Whoever comes last computes the small steps
-that stand between, alone, and lets the others go on: a small step then costs no second wait. Nobody waits in the
-operating system, so a wait takes a fraction of a microsecond, where a parallel region of its own takes some.
+A step begins when all shares of the one before are finished, whichever threads took them: one that the system holds up
+between two steps holds up nobody. The first to see a step finished computes the small steps that follow it, alone, and
+lets the others go on. A wait is a loop of fractions of a microsecond, where a parallel region of its own takes some.
+One that lasts, because a thread with an unfinished share was held up, leaves its core to others.
 """
 
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,27 +18,31 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from lamina_kernels.cpu import calls, emitter, intrinsics
 from lamina_kernels.cpu import launch as launching
-from lamina_kernels.cpu.calls import PARALLEL, TEAM_SIZE, YIELD, address_of, call
+from lamina_kernels.cpu.calls import PARALLEL, SYSTEM_CALL, TEAM_SIZE, address_of, call
 from lamina_kernels.cpu.emitter import I64, Emitter, cpu_has
 from lamina_kernels.cpu.intrinsics import pointer, take
-from lamina_kernels.cpu.launch import FINISHED, TAKEN, launch, source_fingerprint
+from lamina_kernels.cpu.launch import FINISHED, SHARES, TAKEN, launch, source_fingerprint
 
 _STEP = np.dtype([("kernel", "i8"), ("block", "i8"), ("shared", "i8")])
 _LINE = 8  # int64 numbers: what several threads write stands in cache lines of its own
-_ARRIVED, _GATE = 0, _LINE
+_REACHED, _ASLEEP, _LEFT = 0, _LINE, _LINE + 1
 _PROGRAM = np.dtype(
     [
-        ("arrived", "i8", _LINE),  # threads that have done their part of the step
-        ("gate", "i8", _LINE),  # counts the waits that are over
-        *((name, "i8") for name in ("steps", "n", "team_size", "give_way")),
+        ("reached", "i8", _LINE),  # the step that may be computed now; its lower half is the futex of those asleep
+        ("asleep", "i8"),
+        ("left", "i8", _LINE - 1),  # threads that have seen the end
+        *((name, "i8") for name in ("steps", "n", "team_size", "system_call")),
     ]
 )
-_SPINS = 2000  # before a waiting thread lets others have its core: some 50 us
+_SPINS = 2000  # before a waiting thread sleeps: some 50 us
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0)
+_WAIT, _WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, within the process
+_EVERYONE = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,7 @@ class Program:
         start = -self._memory.ctypes.data % 64
         block = self._memory[start : start + _PROGRAM.itemsize].view(_PROGRAM)
         block["steps"], block["n"] = self._steps.ctypes.data, len(steps)
-        block["team_size"], block["give_way"] = address_of(TEAM_SIZE), address_of(YIELD)
+        block["team_size"], block["system_call"] = address_of(TEAM_SIZE), address_of(SYSTEM_CALL)
         self._address = int(block.ctypes.data)
         self._kernel = load_kernel()
 
@@ -71,8 +77,8 @@ class Program:
 
 
 def can_run() -> bool:
-    """Whether there is an OpenMP that can be asked how many threads it gave."""
-    return None not in (address_of(PARALLEL), address_of(TEAM_SIZE), address_of(YIELD))
+    """Whether there is an OpenMP that can be asked how many threads it gave, on a Linux whose futexes are known."""
+    return bool(_FUTEX) and None not in (address_of(PARALLEL), address_of(TEAM_SIZE), address_of(SYSTEM_CALL))
 
 
 @cache
@@ -85,38 +91,59 @@ def load_kernel() -> int:
     def kernel(block: Any) -> None:
         a = carray(block, (1,), arguments)[0]
         steps = carray(pointer(a.steps), (a.n,), step)
-        last = (call(a.team_size, 0, 0, 0, 0, 0, 0) & 0xFFFFFFFF) - 1
-        gate = _load(block, _GATE)
+        threads = call(a.team_size, 0, 0, 0, 0, 0, 0) & 0xFFFFFFFF
         i = 0
         while fingerprint and i < a.n:
-            call(steps[i].kernel, steps[i].block, 0, 0, 0, 0, 0)
             following = i + 1
             while following < a.n and not steps[following].shared:
                 following += 1
-            if take(block, _ARRIVED) == last:
-                for j in range(i, following):
-                    if j > i:
+            if _load(block, _REACHED) <= i:
+                call(steps[i].kernel, steps[i].block, 0, 0, 0, 0, 0)
+                if _is_first_to_finish(pointer(steps[i].block)):
+                    for j in range(i + 1, following):
                         call(steps[j].kernel, steps[j].block, 0, 0, 0, 0, 0)
-                    header = carray(pointer(steps[j].block), (2,), np.int64)
-                    header[TAKEN] = header[FINISHED] = 0
-                _store(block, _ARRIVED, 0)
-                _store(block, _GATE, gate + 1)
-            elif following < a.n:  # at the end, the region waits
-                spins = 0
-                while _load(block, _GATE) == gate:
-                    _pause()
-                    spins += 1
-                    if spins > _SPINS:
-                        call(a.give_way, 0, 0, 0, 0, 0, 0)
-            gate += 1
+                    _swap(block, _REACHED, following)
+                    if _load(block, _ASLEEP):
+                        call(a.system_call, _FUTEX, _address(block, _REACHED), _WAKE, _EVERYONE, 0, 0)
+                elif following < a.n:  # at the end, the region waits
+                    _wait_beyond(block, i, a.system_call)
             i = following
+        if take(block, _LEFT) == threads - 1:
+            for j in range(a.n):
+                header = carray(pointer(steps[j].block), (2,), np.int64)
+                header[TAKEN] = header[FINISHED] = 0
+            _swap(block, _REACHED, 0)
+            _swap(block, _LEFT, 0)
 
     return int(kernel.address)
 
 
+@njit  # type: ignore[untyped-decorator]
+def _is_first_to_finish(step: Any) -> Any:
+    """Whether all shares of a step are finished, and nobody was told so before."""
+    shares = _load(step, SHARES)
+    return _load(step, FINISHED) >= shares and take(step, FINISHED) == shares
+
+
+@njit  # type: ignore[untyped-decorator]
+def _wait_beyond(block: Any, i: int, system_call: int) -> None:
+    """Until a step beyond `i` may be computed."""
+    spins = 0
+    reached = _load(block, _REACHED)
+    while reached <= i:
+        spins += 1
+        if spins < _SPINS:
+            _pause()
+        else:
+            take(block, _ASLEEP)  # before the system looks at the futex: who opens looks at both the other way around
+            call(system_call, _FUTEX, _address(block, _REACHED), _WAIT, reached, 0, 0)
+            _add(block, _ASLEEP, -1)
+        reached = _load(block, _REACHED)
+
+
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def _load(context: Any, block: Any, index: Any) -> Any:
-    """The int64 number `index` of a block, and with it whatever was written before `_store` wrote it."""
+    """The int64 number `index` of a block, and with it whatever was written before that was."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(_place(builder, *args), "acquire", 8)
@@ -124,15 +151,30 @@ def _load(context: Any, block: Any, index: Any) -> Any:
     return types.int64(types.voidptr, types.int64), emit
 
 
+def _exchanging(operation: str) -> Any:
+    """An intrinsic (block, index, n): an atomic operation with n on an int64 number of a block, after all other writes
+    and before all other reads. Returns what the number was."""
+
+    def typed(context: Any, block: Any, index: Any, n: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.atomic_rmw(operation, _place(builder, *args[:2]), args[2], "seq_cst")
+
+        return types.int64(types.voidptr, types.int64, types.int64), emit
+
+    return intrinsic(prefer_literal=True)(typed)
+
+
+_swap, _add = _exchanging("xchg"), _exchanging("add")
+
+
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def _store(context: Any, block: Any, index: Any, value: Any) -> Any:
-    """Write the int64 number `index` of a block, after everything else written so far."""
+def _address(context: Any, block: Any, index: Any) -> Any:
+    """Where the int64 number `index` of a block is."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[2], _place(builder, *args[:2]), "release", 8)
-        return context.get_dummy_value()
+        return builder.ptrtoint(_place(builder, *args), I64)
 
-    return types.void(types.voidptr, types.int64, types.int64), emit
+    return types.int64(types.voidptr, types.int64), emit
 
 
 def _place(builder: Any, block: Any, index: Any) -> Any:
