@@ -375,13 +375,14 @@ def _wait(a: Any, remotes: Any) -> Any:
                     left, a.at = a.asked + r.timeout - now, i
         if pending == 0:
             return 0
-        if a.waits and left <= 0:
-            return TIMEOUT
-        n = _poll(a.functions, a.polls, a.n_remotes, left // 1_000_000 + 1 if a.waits else 0)
+        rest = left // 1_000_000 + 1 if left > 0 else 1
+        n = _poll(a.functions, a.polls, a.n_remotes, rest if a.waits else 0)
         if n < 0:
             return INTERRUPTED
         if n == 0 and not a.waits:
             return WAITING
+        if n == 0 and left <= 0:
+            return TIMEOUT
         for i in range(a.n_remotes if n > 0 else 0):
             if descriptors[i, 0] >= 0 and polls[i, 3] & ~_OUT:
                 found = _receive(carray(pointer(remotes[i].channel), (1,), CHANNEL)[0])

@@ -23,6 +23,7 @@ from lamina_kernels.partial import Partial
 from lamina_protocols.layer_frames import TAGS, LayerFrame
 from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Query
 from lamina_protocols.tensors import dtype_name
+from lamina_protocols.errors import LaminaError
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.holder_traffic import HolderTraffic
@@ -154,6 +155,7 @@ class CompiledExchange:
         )  # fmt: skip
         self._keep += [here, answers]
         self._answer = self._merged(answers, dtype)
+        self._result = loops.WAITING  # of a call that was made while the batch was suspended
         self._call = compiled(loops.exchange_kernel())
         self._address = ctypes.addressof(self._block)
 
@@ -202,23 +204,37 @@ class CompiledExchange:
         q, k, v = q.contiguous(), kv.k.contiguous(), kv.v.contiguous()
         x.layer, x.waits = layer, int(not suspends)
         x.q, x.k, x.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        while (result := self._advance(layer)) != 0:
+        while (result := self._advance()) != 0:
             remote = self._remotes[x.at]
             if result == loops.WAITING:
                 watch.stop()
+                remote.holder.replies.collected(self._batch, self._collect)
                 yield Waiting(remote.holder.replies, self._batch)
+                remote.holder.replies.collected(self._batch, None)
                 watch.start()
+                x.waits = 1  # a run that is resumed earlier waits
             elif result == loops.TIMEOUT:
                 raise remote.port.overdue(remote.holder.timeout)
             elif result != loops.INTERRUPTED:
                 remote.holder.replies.read(remote.holder.timeout)
         return self._answer
 
-    def _advance(self, layer: int) -> int:
-        """One compiled call, with all channels lent."""
+    def _collect(self) -> bool:
+        """Take what has come. Whether the batch can go on, be it with an error, which comes again then."""
+        try:
+            self._result = self._advance()
+        except LaminaError:
+            return True
+        return self._result != loops.WAITING
+
+    def _advance(self) -> int:
+        """One compiled call, with all channels lent; or its result, where it was made while the batch was suspended."""
         x, lent = self._block, 0
+        if self._result == 0:
+            self._result = loops.WAITING
+            return 0
         for remote in self._remotes:
-            remote.settle(self._batch, layer, bool(x.begun))
+            remote.settle(self._batch, x.layer, bool(x.begun))
         try:
             for remote in self._remotes:
                 if not remote.direct.lend():  # closed by another thread: to read it says why

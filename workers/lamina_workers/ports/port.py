@@ -162,6 +162,7 @@ class Replies:
         self._exchanges = Exchanges()
         self._asked: dict[int, float] = {}  # seconds, by batch; each has one query under way at a time
         self._waiting: dict[int, deque[Reply]] = {}  # by batch under way
+        self._collected: dict[int, Callable[[], bool]] = {}  # by batch: who takes its answers off the channel instead
         self._epoch = 0
         self.unheard = ""  # a fault of a batch that was not expected any more; keys may be lost with it
 
@@ -195,9 +196,20 @@ class Replies:
         """Drop further replies to this batch."""
         self._waiting.pop(batch, None)
         self._asked.pop(batch, None)
+        self._collected.pop(batch, None)
+
+    def collected(self, batch: int, collect: Callable[[], bool] | None) -> None:
+        """Until `collect` is None, or the batch is forgotten, it takes the answers of this batch off the channel, and
+        says whether the batch can go on."""
+        if collect is None:
+            self._collected.pop(batch, None)
+        else:
+            self._collected[batch] = collect
 
     def ready(self, batch: int) -> bool:
         """Whether `take` would not wait."""
+        if (collect := self._collected.get(batch)) is not None:
+            return collect()
         while not self._waiting[batch]:
             if not self.port.ready():
                 return False
