@@ -20,10 +20,10 @@ from lamina_kernels.cpu.layer_work import LayerWork, functions
 from lamina_kernels.cpu.merge import merge_block, merge_kernel
 from lamina_kernels.paged.pages import FLOATS
 from lamina_kernels.partial import Partial
+from lamina_protocols.errors import LaminaError
 from lamina_protocols.layer_frames import TAGS, LayerFrame
 from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Query
 from lamina_protocols.tensors import dtype_name
-from lamina_protocols.errors import LaminaError
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.holder_traffic import HolderTraffic
