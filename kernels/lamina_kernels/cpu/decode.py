@@ -153,26 +153,28 @@ class Grown:
     def _follow(self, plan: Plan) -> None:
         """Note which pieces end where a growing row ends: the last ones of their outputs."""
         self._plan, self._age = plan, 0
-        _, self._pieces, *_ = plan.keep
-        output = self._pieces["output"]
+        _, pieces, *_ = plan.keep
+        output = pieces["output"]
         last = np.flatnonzero(np.append(output[1:] != output[:-1], True))
-        self._last = last[np.repeat(self._growing, self._rows.kv_heads)]
+        self._ends = np.zeros(len(pieces), np.int64)
+        self._ends[last[np.repeat(self._growing, self._rows.kv_heads)]] = 1
+        self._position, self._hi = pieces["position"], pieces["hi"]
 
     def next(self, moved: Mapping[int, Table] = _NONE_MOVED) -> Plan:
         """The plan of the rows one token later: the same object, or another one with the same block of arguments. Rows
         in `moved` have other tables from now on, of the same layers and heads."""
-        rows, plan = self._rows, self._plan
-        np.add(rows.start, 1, out=rows.start)
-        np.add(rows.hi, self._growing, out=rows.hi)
         self._age += 1
+        if self._age < DEAL_EVERY and not moved:
+            self._position += 1
+            self._hi += self._ends
+            return self._plan
+        rows = self._rows
+        np.add(rows.start, self._age, out=rows.start)
+        np.add(rows.hi, self._age * self._growing, out=rows.hi)
         if moved:
             tables = [moved.get(number, table) for number, table in enumerate(rows.tables)]
             self._rows = rows = dataclasses.replace(rows, tables=tables)
-        if self._age < DEAL_EVERY and not moved:
-            self._pieces["position"] += 1
-            self._pieces["hi"][self._last] += 1
-        else:
-            self._follow(_dealt_anew(plan, rows))
+        self._follow(_dealt_anew(self._plan, rows))
         return self._plan
 
 
