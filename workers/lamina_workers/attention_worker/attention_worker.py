@@ -9,7 +9,6 @@ touches pages that belong to another part by then.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -245,21 +244,19 @@ class AttentionWorker:
         if batch is None or len(batch.readings) != 1:
             return False
         (reading,) = batch.readings.values()
-        series = batch.series
-        if series is None and is_next(batch.rows, message.rows):
+        if (series := batch.series) is None and is_next(batch.rows, message.rows):
             series = DecodeRows.of(self.store, self._kernels, batch.rows, reading.plan, batch.places)
-        plan = series and series.next(message.rows)
-        if plan is None:
+        if series is None or (plan := series.next(message.rows)) is None:
             return False
         self._last_batch = message.batch
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
         stores = tuple(row for row in message.rows if row.store)
         self._tear(stores)
         del self._batches[last]
+        reading.plan, reading.layers = plan, 0
         self._batches[message.batch] = _Batch(
-            batch.handles, batch.fused, stores, set(self._kv_layers), batch.places, None,
-            dict.fromkeys(batch.readings, dataclasses.replace(reading, plan=plan, layers=0)), self._delay(message.rows),
-            message.rows, series,
+            batch.handles, batch.fused, stores, set(self._kv_layers), batch.places, None, batch.readings,
+            self._delay(message.rows), message.rows, series,
         )  # fmt: skip
         self.counters.batches += 1
         return True
@@ -270,9 +267,8 @@ class AttentionWorker:
             self._torn[row.handle] = min(row.start, self._torn.get(row.handle, row.start))
 
     def _delay(self, rows: Iterable[Row]) -> float:
-        if not self.read_delay:
-            return 0.0
-        return self.read_delay * sum(row.read[1] - row.read[0] for row in rows if row.read is not None) / 1e6
+        read = sum(row.read[1] - row.read[0] for row in rows if row.read is not None) if self.read_delay else 0
+        return self.read_delay * read / 1e6
 
     def _drop_superseded(self, message: Announcement) -> None:
         announced = {row.handle for row in message.rows}
