@@ -24,6 +24,7 @@ from lamina_protocols.tensors import dtype_name, nbytes
 
 _HEADER = struct.Struct("<qqIIHHBB6xIf")
 HEAD_SIZE = PREFIX_SIZE + _HEADER.size  # 64: where the first tensor begins
+_BATCH, _LAYER = struct.Struct("<qq"), struct.Struct("<If")
 LAYER_AT, SECONDS_AT = HEAD_SIZE - 8, HEAD_SIZE - 4  # of the layer's number, u32, and of the seconds, f32
 _CODES = ("", "f32", "b16", "f16", "i8", "u8")  # a dtype's number is its place here: part of the protocol
 _MOST = 1 << 62  # epochs and batches are below it
@@ -103,6 +104,16 @@ class LayerFrame:
         except (struct.error, OverflowError) as error:
             raise ProtocolError(f"{CLASSES[self.tag].__name__} of layer {layer}, {self}: {error}") from error
         return pack_prefix(Prefix(self.tag, _HEADER.size, self.size - HEAD_SIZE)) + packed
+
+
+def set_batch(head: memoryview, epoch: int, batch: int) -> None:
+    """Make a head that of another batch, whose frames have the same tensors."""
+    _BATCH.pack_into(head, PREFIX_SIZE, epoch, batch)
+
+
+def set_layer(head: memoryview, layer: int, seconds: float = 0.0) -> None:
+    """Make a head that of another layer."""
+    _LAYER.pack_into(head, LAYER_AT, layer, seconds)
 
 
 def frame_of(message: m.Query | m.Fresh | m.Exchange | m.Attended) -> LayerFrame:

@@ -127,8 +127,10 @@ EXCHANGE = np.dtype(
         ("n_merges", "i8"),
         ("merges", "i8"),
         ("merge_kernel", "i8"),
+        ("whole", "i8"),  # vectors that answers are merged into
         ("whole_lse", "i8"),
-        ("whole", "i8"),  # vectors
+        ("whole_out", "i8"),
+        ("whole_bytes", "i8"),
         ("asked", "i8"),  # times in nanoseconds
         ("waits_since", "i8"),
         ("at", "i8"),  # which remote a result is about
@@ -406,8 +408,9 @@ def _finish(a: Any, remotes: Any) -> None:
         a.answered += last - a.asked
         a.waited += now - a.waits_since
     if a.n_merges:
-        lse = carray(pointer(a.whole_lse), (a.whole,), np.float32)
-        lse[:] = -np.inf
+        # What merging begins with counts nothing, but it must be finite.
+        carray(pointer(a.whole_out), (a.whole_bytes,), np.uint8)[:] = 0
+        carray(pointer(a.whole_lse), (a.whole,), np.float32)[:] = -np.inf
         for i in range(a.n_merges):
             address = _address(a.merges, i)
             m = carray(pointer(address), (1,), MERGE)[0]

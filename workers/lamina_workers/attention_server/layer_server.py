@@ -9,14 +9,13 @@ from __future__ import annotations
 import ctypes
 import select
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from lamina_kernels.cpu import exchange_loops as loops
 from lamina_kernels.cpu.layer_work import LayerWork, functions
 from lamina_protocols.channels import Channel
-from lamina_protocols.layer_frames import TAGS, LayerFrame
+from lamina_protocols.layer_frames import TAGS, LayerFrame, set_batch
 from lamina_protocols.messages import Attended, Exchange, Fresh, Query
 from lamina_protocols.tensors import dtype_name
 from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, direct_channel
@@ -25,34 +24,24 @@ _COUNTED_MS = 50  # how late counters may be while a batch is under way
 _NOTHING = memoryview(b"")
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A batch whose layers compiled code may do: `ids` are its epoch and number; q, k and v of `d_k` and `d_v` numbers
-    come in the work's dtypes. `done(layers, seconds)` counts what was done."""
-
-    ids: tuple[int, int]
-    work: LayerWork
-    d_k: int
-    d_v: int
-    done: Callable[[range, float], None]
-
-
 class ServedBatch:
-    """The frames of one offered batch."""
+    """The frames of one offered batch after another, all of the same `work`, which takes vectors of `d_k` and `d_v`
+    numbers in its dtypes. `done(layers, seconds)` counts what was done of the batch `number`."""
 
-    def __init__(self, offer: Offer) -> None:
-        work, block = offer.work, loops.Served()
-        self._done = offer.done
+    def __init__(self, work: LayerWork, d_k: int, d_v: int, done: Callable[[int, range, float], None]) -> None:
+        block = loops.Served()
+        self.work = work
+        self.number = 0
+        self._done = done
         self._counted = 0
-        self._seconds_counted = 0
         reads, stores = work.queries > 0, work.fresh > 0
         kind = Exchange if reads and stores else Query if reads else Fresh
         name = dtype_name(work.query)
         asked = LayerFrame(
-            TAGS[kind], *offer.ids, work.queries, work.fresh, offer.d_k, offer.d_v if stores else 0,
+            TAGS[kind], 0, 0, work.queries, work.fresh, d_k, d_v if stores else 0,
             name if reads else "", dtype_name(work.loaded) if stores else "",
         )  # fmt: skip
-        answer = LayerFrame(TAGS[Attended], *offer.ids, queries=work.queries, d_v=offer.d_v, dtype=name)
+        answer = LayerFrame(TAGS[Attended], 0, 0, queries=work.queries, d_v=d_v, dtype=name)
         self.frame, self.reply, self._head = Buffer(asked.size), Buffer(answer.size), Buffer(loops.HEAD)
         self._head.bytes[:] = memoryview(asked.head(0))
         self.reply.bytes[: loops.HEAD] = memoryview(answer.head(0))
@@ -60,13 +49,20 @@ class ServedBatch:
             setattr(block, field, self.frame.address + place.at)
         for field in ("out", "lse"):
             setattr(block, field, self.reply.address + answer.places()[field].at)
-        block.live, block.layers, block.head = 1, work.layers, self._head.address
+        block.layers, block.head = work.layers, self._head.address
         block.frame, block.size = self.frame.address, asked.size
         block.work, block.attends, block.stores = work.address, int(reads), int(stores)
         block.reply, block.reply_size = self.reply.address, answer.size if reads else 0
-        self._keep = work
         self._block = block
         self.address = ctypes.addressof(block)
+
+    def begin(self, epoch: int, number: int) -> None:
+        """A batch, as the first or as the next one."""
+        self.number, self._counted = number, 0
+        for head in (self._head.bytes, self.reply.bytes):
+            set_batch(head, epoch, number)
+        block = self._block
+        block.live, block.layer, block.arrived, block.by, block.nanoseconds = 1, 0, 0, 0, 0
 
     @property
     def live(self) -> bool:
@@ -75,10 +71,10 @@ class ServedBatch:
 
     def count(self) -> None:
         """Tell the worker which layers were done since the last time."""
-        layer, spent = self._block.layer, self._block.nanoseconds
-        if layer > self._counted:
-            self._done(range(self._counted, layer), (spent - self._seconds_counted) * 1e-9)
-            self._counted, self._seconds_counted = layer, spent
+        block = self._block
+        if block.layer > self._counted:
+            self._done(self.number, range(self._counted, block.layer), block.nanoseconds * 1e-9)
+            self._counted, block.nanoseconds = block.layer, 0
 
     def unsent(self, direct: DirectChannel) -> memoryview:
         """What is left of an answer that was sent over this channel; from now on that is the channel's."""

@@ -17,7 +17,7 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.service import Busy
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import EngineSeat, Session, Traffic
-from lamina_workers.attention_worker.attention_worker import Counters
+from lamina_workers.attention_worker.batch import Counters
 
 if TYPE_CHECKING:
     import torch

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from lamina_kernels.cpu.layer_work import LayerWork
 from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
@@ -31,14 +32,16 @@ from lamina_protocols.messages import (
     answered,
 )
 from lamina_protocols.tensors import DTYPES
-from lamina_workers.attention_server.layer_server import LayerServer, Offer, ServedBatch
-from lamina_workers.attention_worker.attention_worker import AttentionWorker, Counters
+from lamina_workers.attention_server.layer_server import LayerServer, ServedBatch
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.ports.port import LocalAttention
 
 if TYPE_CHECKING:
     import torch
 
+_SPARE = 4
 _REQUESTS = (Announcement, Query, Fresh, Exchange, Fetch, FetchPages, FreshPages, Survey)
 
 
@@ -79,6 +82,7 @@ class EngineSeat:
         self._port: LocalAttention | None = None
         self._layers: LayerServer | None = None
         self._served: dict[int, ServedBatch] = {}  # by number: the batches whose layers are done without Python
+        self._spare: list[ServedBatch] = []  # the last ones, to be used again
 
     @property
     def worker(self) -> AttentionWorker | None:
@@ -134,23 +138,29 @@ class EngineSeat:
             layer = request.layer if isinstance(request, Query | Fresh | Exchange) else None
             strayed = request.batch == number and layer is not None and not batch.passed(layer)
             if strayed or not batch.live or not worker.in_flight(number):
-                layers.withdraw(self._served.pop(number))
+                layers.withdraw(batch)
+                self._spare = [self._served.pop(number), *self._spare[: _SPARE - 1]]
         if not isinstance(request, Announcement) or not worker.in_flight(request.batch):
             return
         work = port.layer_work(request.batch)
         dtype = DTYPES[self._compute_dtype]
         if work is None or work.query != dtype or work.loaded != dtype:
             return
-        number, spec = request.batch, self.config.layers[0]
+        alike = (batch for batch in self._spare if batch.work is work)
+        served = next(alike, None) or self._serving(port, work)
+        self._spare = [batch for batch in self._spare if batch is not served]
+        served.begin(request.epoch, request.batch)
+        self._served[request.batch] = served
+        sessions = list(self.sessions.values())  # at once: other threads add some
+        layers.offer(served, {session.channel for session in sessions if session.channel is not None})
 
-        def done(those: range, seconds: float) -> None:
+    def _serving(self, port: LocalAttention, work: LayerWork) -> ServedBatch:
+        def done(number: int, those: range, seconds: float) -> None:
             port.worked(number, those, work)
             self.traffic.busy += seconds
 
-        offer = ServedBatch(Offer((request.epoch, number), work, spec.d_k, spec.d_v, done))
-        self._served[number] = offer
-        sessions = list(self.sessions.values())  # at once: other threads add some
-        layers.offer(offer, {session.channel for session in sessions if session.channel is not None})
+        spec = self.config.layers[0]
+        return ServedBatch(work, spec.d_k, spec.d_v, done)
 
     def free(self) -> None:
         """Free the worker, and its KV with it."""
@@ -158,6 +168,7 @@ class EngineSeat:
             if self._layers is not None:
                 self._layers.withdraw(batch)
         self._served.clear()
+        self._spare.clear()
         self._worker = self._port = None
 
 

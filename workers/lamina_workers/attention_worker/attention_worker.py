@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,42 +41,17 @@ from lamina_protocols.messages import (
     Survey,
     Surveyed,
 )
+from lamina_workers.attention_worker.batch import Batch, Counters
 from lamina_workers.attention_worker.decode_rows import DecodeRows, is_next
-from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
+from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_fetch import KvFetch, indices, layers_of, page_slots
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, layout_name, page_count, page_layout
 from lamina_workers.attention_worker.paged_reader import PagedReader
-from lamina_workers.attention_worker.reading import Reading
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import PoolExhausted
 
 _SURVEYED_NUMBERS = 50_000  # in one frame: its header has room for some 58,000 of the largest
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a worker has done since it was made: batches accepted, query vectors attended, K vectors stored."""
-
-    batches: int = 0
-    queries: int = 0
-    vectors_stored: int = 0
-
-
-@dataclass(slots=True)
-class _Batch:
-    """An accepted batch: where its tokens go and what its queries read, the same for every layer."""
-
-    handles: frozenset[int]
-    fused: bool  # whether a row attends its own tokens
-    stores: tuple[Row, ...]  # the rows that store something
-    missing: set[int]  # layers whose KV has not come yet
-    places: Any  # the kernels' plan of where K and V go, None until there are some
-    sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them
-    readings: dict[LayerPolicies, Reading]  # what is read, by the policies of a layer's heads; empty where no row reads
-    delay: float  # seconds to add to each layer's attention
-    rows: tuple[Row, ...]
-    series: DecodeRows | None = None  # the batches that lead to this one, where each was planned from the one before
 
 
 class AttentionWorker:
@@ -112,10 +86,11 @@ class AttentionWorker:
         self._last_batch = 0
         self._next_operation = 0
         self._fence = -1  # the last epoch that a survey has ended: its messages and older ones are refused
-        self._batches: dict[int, _Batch] = {}
+        self._batches: dict[int, Batch] = {}
         self._kv_layers = {spec.kv_layer for spec in config.layers}
         self._torn: dict[int, int] = {}  # by handle: from where on KV has not come in every layer
         self._unsettled: Exchange | None = None
+        self._work: tuple[tuple[Any, ...], LayerWork | None] = (), None  # the last one, and what it was made of
         self.counters = Counters()
 
     def handle(self, request: Request) -> Reply | None:
@@ -155,19 +130,26 @@ class AttentionWorker:
         batch = self._batches.get(number)
         if batch is None or batch.sealed is not None or batch.delay or (batch.stores and batch.places is None):
             return None
-        readings = self._reader.layer_readings(batch.readings)
-        return None if readings is None else layer_work(readings, batch.places, batch.fused)
+        # Batches of a series have plans with the same blocks, so they have the same work.
+        blocks = [None if reading.plan is None else id(reading.plan.arguments) for reading in batch.readings.values()]
+        key = (*blocks, id(batch.places), batch.fused)
+        if key != self._work[0]:
+            readings = self._reader.layer_readings(batch.readings)
+            self._work = key, None if readings is None else layer_work(readings, batch.places, batch.fused)
+        return self._work[1]
 
     def worked(self, number: int, layers: range, work: LayerWork) -> None:
         """These layers of a batch in flight were stored and attended by compiled code."""
         batch = self._batches.get(number)
         if batch is None:
             return
-        for layer in layers:
-            if batch.stores:
-                self._stored(batch, self.config.layers[layer].kv_layer)
-            if batch.readings:
-                batch.readings[self._policies.reads[layer]].layers += 1
+        if batch.stores:
+            self._stored(batch, (spec.kv_layer for spec in self.config.layers[layers.start : layers.stop]))
+        if len(batch.readings) == 1:
+            next(iter(batch.readings.values())).layers += len(layers)
+        elif batch.readings:
+            for policies in self._policies.reads[layers.start : layers.stop]:
+                batch.readings[policies].layers += 1
         self.counters.queries += work.queries * len(layers)
         self.counters.vectors_stored += work.fresh * len(layers)
 
@@ -254,7 +236,7 @@ class AttentionWorker:
         self._tear(stores)
         del self._batches[last]
         reading.plan, reading.layers = plan, 0
-        self._batches[message.batch] = _Batch(
+        self._batches[message.batch] = Batch(
             batch.handles, batch.fused, stores, set(self._kv_layers), batch.places, None, batch.readings,
             self._delay(message.rows), message.rows, series,
         )  # fmt: skip
@@ -286,7 +268,7 @@ class AttentionWorker:
             if any(row.stored(part.lo, part.hi)):
                 yield row
 
-    def _prepare(self, rows: Sequence[Row], stores: tuple[Row, ...]) -> _Batch:
+    def _prepare(self, rows: Sequence[Row], stores: tuple[Row, ...]) -> Batch:
         try:
             readings = self._reader.readings([row for row in rows if row.read is not None])
             # Planned now, before the first layer. Rows that only store may come as whole pages, which need no plan.
@@ -296,7 +278,7 @@ class AttentionWorker:
         handles = frozenset(row.handle for row in rows)
         fused, missing = any(row.fused for row in rows), set(self._kv_layers)
         sealed = self._reader.sealed(rows)
-        return _Batch(handles, fused, stores, missing, places, sealed, readings, self._delay(rows), tuple(rows))
+        return Batch(handles, fused, stores, missing, places, sealed, readings, self._delay(rows), tuple(rows))
 
     def _plan(self, stores: Iterable[Row]) -> Any:
         slots = [self.store.slots(row) for row in stores]
@@ -313,7 +295,7 @@ class AttentionWorker:
             self._kernels.append(self._pages, batch.places, spec.kv_layer, message.k, message.v)
         except ValueError as error:
             raise ProtocolError(f"fresh vectors of batch {message.batch}: {error}") from error
-        self._stored(batch, spec.kv_layer)
+        self._stored(batch, (spec.kv_layer,))
         self.counters.vectors_stored += len(message.k)
 
     def _store_pages(self, message: FreshPages) -> None:
@@ -336,14 +318,14 @@ class AttentionWorker:
             store_whole(self._pages, index.to(self.device), message.pages.to(self.device))
         except ValueError as error:
             raise ProtocolError(f"fresh pages of batch {message.batch}: {error}") from error
-        for layer in range(layers.start, layers.stop):
-            self._stored(batch, layer)
+        self._stored(batch, range(layers.start, layers.stop))
         self.counters.vectors_stored += vectors
 
-    def _stored(self, batch: _Batch, layer: int) -> None:
-        """All K and V that a batch stores in a layer have come."""
-        self._reader.seal(batch.sealed, layer)
-        batch.missing.discard(layer)
+    def _stored(self, batch: Batch, layers: Iterable[int]) -> None:
+        """All K and V that a batch stores in these layers have come."""
+        for layer in layers:
+            self._reader.seal(batch.sealed, layer)
+            batch.missing.discard(layer)
         if not batch.missing:
             for row in batch.stores:
                 if self._torn.get(row.handle) == row.start:
@@ -383,13 +365,13 @@ class AttentionWorker:
         self.counters.queries += len(message.q)
         return Attended(message.epoch, message.batch, message.layer, out, lse, time.perf_counter() - begun)
 
-    def _layer(self, message: Query | Fresh | Exchange) -> tuple[LayerSpec, _Batch]:
+    def _layer(self, message: Query | Fresh | Exchange) -> tuple[LayerSpec, Batch]:
         batch = self._batch(message)
         if not 0 <= message.layer < len(self.config.layers):
             raise ProtocolError(f"layer {message.layer}, there are {len(self.config.layers)}")
         return self.config.layers[message.layer], batch
 
-    def _batch(self, message: Query | Fresh | Exchange | FreshPages) -> _Batch:
+    def _batch(self, message: Query | Fresh | Exchange | FreshPages) -> Batch:
         batch = self._batches.get(message.batch)
         if message.epoch != self._epoch or batch is None:
             raise ProtocolError(

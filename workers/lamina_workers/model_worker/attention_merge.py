@@ -24,7 +24,7 @@ from lamina_workers.attention_worker.page_layout import CPU, attention_kernels
 from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.devices.staging import Staging, staging_for
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker.compiled_exchange import CompiledExchange, compiled_exchange
+from lamina_workers.model_worker.compiled_exchange import CompiledExchange, ExchangeMaker
 from lamina_workers.model_worker.fresh_attention import FreshAttention
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, holder_traffic
 from lamina_workers.model_worker.waiting import Suspended, Waiting
@@ -97,6 +97,7 @@ class _Lane(NamedTuple):
 
     present: FreshAttention
     staging: Staging
+    exchanges: ExchangeMaker
 
 
 class AttentionMerge:
@@ -155,7 +156,8 @@ class AttentionMerge:
             self._idle.append(lane)
 
     def _lane(self) -> _Lane:
-        return _Lane(FreshAttention(self._config, self._policies, self._threads, self._device), self._staging())
+        present = FreshAttention(self._config, self._policies, self._threads, self._device)
+        return _Lane(present, self._staging(), ExchangeMaker(self._layers))
 
     def _run(
         self,
@@ -167,7 +169,7 @@ class AttentionMerge:
         routes: Mapping[Replies, Sequence[Route]],
         suspends: bool,
     ) -> Suspended:
-        present, staging = lane
+        present, staging, exchanges = lane
         traffic = [self._traffic(staging, replies, spans, routed) for replies, routed in routes.items() if routed]
         # A holder here attends while it is sent to: the others are asked first, and attend meanwhile.
         traffic.sort(key=lambda holder: holder.here)
@@ -180,9 +182,8 @@ class AttentionMerge:
             present.begin(spans, unfused)
             event = next(forward)
             if not unfused and self._device.type == "cpu" and isinstance(event, QueryReady):
-                compiled = compiled_exchange(
-                    self._layers, traffic, (epoch, batch), sum(span.count for span in spans), event.q.dtype, times
-                )
+                tokens = sum(span.count for span in spans)
+                compiled = exchanges.begin(traffic, (epoch, batch), tokens, event.q.dtype, times)
             while True:
                 while isinstance(event, Waiting):
                     yield event

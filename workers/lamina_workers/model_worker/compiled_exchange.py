@@ -21,7 +21,7 @@ from lamina_kernels.cpu.merge import merge_block, merge_kernel
 from lamina_kernels.paged.pages import FLOATS
 from lamina_kernels.partial import Partial
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.layer_frames import TAGS, LayerFrame
+from lamina_protocols.layer_frames import TAGS, LayerFrame, set_batch, set_layer
 from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Query
 from lamina_protocols.tensors import dtype_name
 from lamina_workers.decoder.model import KeyValueReady
@@ -55,16 +55,16 @@ class _RemoteHolder:
 
     def __init__(
         self, holder: HolderTraffic, port: DirectPort, direct: DirectChannel, block: Any, spec: LayerSpec, layers: int,
-        ids: tuple[int, int], dtype: torch.dtype, tokens: int,
+        dtype: torch.dtype, tokens: int,
     ) -> None:  # fmt: skip
         gathered = _Gathered(holder, spec, tokens, dtype.itemsize)
         name = dtype_name(dtype)
         kind = Exchange if holder.reads and holder.stores else Query if holder.reads else Fresh
         asked = LayerFrame(
-            TAGS[kind], *ids, gathered.queries, gathered.fresh, spec.d_k, spec.d_v if holder.stores else 0,
+            TAGS[kind], 0, 0, gathered.queries, gathered.fresh, spec.d_k, spec.d_v if holder.stores else 0,
             name if holder.reads else "", name if holder.stores else "",
         )  # fmt: skip
-        answer = LayerFrame(TAGS[Attended], *ids, queries=gathered.queries, d_v=spec.d_v, dtype=name)
+        answer = LayerFrame(TAGS[Attended], 0, 0, queries=gathered.queries, d_v=spec.d_v, dtype=name)
         self.holder = holder
         self.port = port
         self.direct = direct
@@ -76,7 +76,6 @@ class _RemoteHolder:
             gathered.fields[f"{field}_to"] = self._sent.address + places[field].at
         self._head = Buffer(loops.HEAD)
         self._head.bytes[:] = memoryview(answer.head(0))
-        self._answer = answer
         self.frame = Buffer(answer.size)
         self.taken = np.zeros(layers, np.int64)
         self._block = block
@@ -84,14 +83,21 @@ class _RemoteHolder:
             setattr(block, field, value)
         block.layers, block.head, block.frame = layers, self._head.address, self.frame.address
         block.size = answer.size if holder.reads else 0
-        block.channel, block.timeout = direct.address, int(holder.timeout * 1e9)
+        block.channel = direct.address
         block.sent_frame, block.sent_size = self._sent.address, asked.size
         block.taken = self.taken.ctypes.data
-        if holder.reads:
-            direct.expect(ctypes.addressof(block), self.frame.bytes)
         out, lse = (answer.places()[field] for field in ("out", "lse"))
         self.out = self.frame.tensor(out.at, out.size, dtype).view(-1, spec.d_v)
         self.lse = self.frame.tensor(lse.at, lse.size, torch.float32)
+
+    def begin(self, holder: HolderTraffic, ids: tuple[int, int]) -> None:
+        """A batch of the same shape, as the first or as the next one."""
+        self.holder = holder
+        for head in (self._sent.bytes, self._head.bytes):
+            set_batch(head, *ids)
+        self._block.timeout = int(holder.timeout * 1e9)
+        if holder.reads:
+            self.direct.expect(ctypes.addressof(self._block), self.frame.bytes)
 
     def unsent(self) -> memoryview:
         """What is left of the frame that is being sent; from now on that is the channel's."""
@@ -114,7 +120,7 @@ class _RemoteHolder:
                 raise HolderFault(f"{name}: {list(reply.out.shape)} answers, {list(self.out.shape)} were due")
             self.out.copy_(reply.out)
             self.lse.copy_(reply.lse)
-            self.frame.bytes[: loops.HEAD] = memoryview(self._answer.head(layer, reply.seconds))
+            set_layer(self.frame.bytes, layer, reply.seconds)
             self._block.arrived = time.monotonic_ns()
 
     def close(self) -> None:
@@ -122,22 +128,22 @@ class _RemoteHolder:
 
 
 class CompiledExchange:
-    """The layers of one batch. Made by `compiled_exchange`; `close` it before its holders forget the batch."""
+    """The layers of one batch at a time. Made by `compiled_exchange`; `close` it before holders forget the batch. Then
+    it can `begin` another batch of the same shape."""
 
     def __init__(
         self, layers: Sequence[LayerSpec], holders: Sequence[tuple[HolderTraffic, DirectPort | LayerWork]],
-        ids: tuple[int, int], tokens: int, dtype: torch.dtype, times: Times,
+        tokens: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         spec = layers[0]
-        self._batch = ids[1]
-        self._spec, self._tokens, self._times = spec, tokens, times
+        self._spec, self._tokens = spec, tokens
         self._here: list[tuple[HolderTraffic, LayerWork]] = [
             (holder, way) for holder, way in holders if isinstance(way, LayerWork)
         ]
         elsewhere = [(holder, way) for holder, way in holders if not isinstance(way, LayerWork)]
         self._blocks = (loops.Remote * max(len(elsewhere), 1))()
         self._remotes = [
-            _RemoteHolder(holder, way, way.direct, block, spec, len(layers), ids, dtype, tokens)
+            _RemoteHolder(holder, way, way.direct, block, spec, len(layers), dtype, tokens)
             for (holder, way), block in zip(elsewhere, self._blocks, strict=False)
             if way.direct is not None
         ]
@@ -156,6 +162,7 @@ class CompiledExchange:
         self._keep += [here, answers]
         self._answer = self._merged(answers, dtype)
         self._result = loops.WAITING  # of a call that was made while the batch was suspended
+        self._batch, self._times = 0, Times()
         self._call = compiled(loops.exchange_kernel())
         self._address = ctypes.addressof(self._block)
 
@@ -181,8 +188,7 @@ class CompiledExchange:
         total = tokens * spec.heads
         if len(answers) == 1 and answers[0][0].queries is None and len(answers[0][1].out) == total:
             return answers[0][1].out.view(tokens, -1)
-        # What a merge begins with counts nothing, but it must be finite.
-        whole = Partial(torch.zeros(total, spec.d_v, dtype=dtype), torch.empty(total))
+        whole = Partial(torch.empty(total, spec.d_v, dtype=dtype), torch.empty(total))
         blocks = []
         for holder, answer in answers:
             for piece, index in holder.pieces(answer):
@@ -193,9 +199,20 @@ class CompiledExchange:
         addresses = np.array([ctypes.addressof(block) for block in blocks], np.int64)
         x = self._block
         x.n_merges, x.merges, x.merge_kernel = len(blocks), addresses.ctypes.data, merge_kernel()[0]
-        x.whole_lse, x.whole = whole.lse.data_ptr(), total
+        x.whole, x.whole_lse, x.whole_out = total, whole.lse.data_ptr(), whole.out.data_ptr()
+        x.whole_bytes = whole.out.nbytes
         self._keep += [blocks, addresses, whole]
         return whole.out.view(tokens, -1)
+
+    def begin(self, traffic: Sequence[HolderTraffic], ids: tuple[int, int], times: Times) -> None:
+        """A batch, of the holders in their order; ids: epoch and number."""
+        self._batch, self._times = ids[1], times
+        self._result = loops.WAITING
+        x = self._block
+        x.layer = x.begun = x.local = x.remote = x.answered = x.waited = 0
+        elsewhere = [holder for holder in traffic if not holder.here]
+        for remote, holder in zip(self._remotes, elsewhere, strict=True):
+            remote.begin(holder, ids)
 
     def attend(self, layer: int, q: torch.Tensor, kv: KeyValueReady, suspends: bool, watch: Stopwatch) -> Suspended:
         """The attention output of a layer, `[T, heads * d_v]`, which stays until the next one is attended. Raises
@@ -265,25 +282,38 @@ class CompiledExchange:
         times.answered, times.waited = x.answered * 1e-9, x.waited * 1e-9
 
 
-def compiled_exchange(
-    layers: Sequence[LayerSpec],
-    traffic: Sequence[HolderTraffic],
-    ids: tuple[int, int],
-    tokens: int,
-    dtype: torch.dtype,
-    times: Times,
-) -> CompiledExchange | None:
-    """The compiled exchange of a batch of `tokens`, every one of which holders attend; ids: epoch and batch, dtype: of
-    q, k and v. None where a holder, or this process, cannot do that."""  # fmt: skip
-    if not enabled() or dtype not in FLOATS:
-        return None
-    holders: list[tuple[HolderTraffic, DirectPort | LayerWork]] = []
-    for holder in traffic:
-        way = _way(holder, ids[1], dtype)
-        if way is None:
+class ExchangeMaker:
+    """Makes the compiled exchanges of one batch after the other, the next from the last one where they are alike."""
+
+    def __init__(self, layers: Sequence[LayerSpec]) -> None:
+        self._layers = layers
+        self._key: tuple[Any, ...] = ()
+        self._last: CompiledExchange | None = None
+        self._traffic: Sequence[HolderTraffic] = ()  # keeps what the key names
+
+    def begin(
+        self, traffic: Sequence[HolderTraffic], ids: tuple[int, int], tokens: int, dtype: torch.dtype, times: Times
+    ) -> CompiledExchange | None:
+        """The exchange of a batch of `tokens`, every one of which holders attend; ids: epoch and batch, dtype: of q, k
+        and v. None where a holder, or this process, cannot do that. The one before must be closed."""
+        if not enabled() or dtype not in FLOATS or not traffic:
             return None
-        holders.append((holder, way))
-    return CompiledExchange(layers, holders, ids, tokens, dtype, times) if holders else None
+        ways = [_way(holder, ids[1], dtype) for holder in traffic]
+        holders = [(holder, way) for holder, way in zip(traffic, ways, strict=True) if way is not None]
+        if len(holders) < len(traffic):
+            return None
+        key = (tokens, dtype, *map(_shape, holders))
+        if self._last is None or key != self._key:
+            self._last = CompiledExchange(self._layers, holders, tokens, dtype)
+            self._key, self._traffic = key, traffic
+        self._last.begin(traffic, ids, times)
+        return self._last
+
+
+def _shape(holder_way: tuple[HolderTraffic, DirectPort | LayerWork]) -> tuple[Any, ...]:
+    """What an exchange is made from, of one holder. Indices of the same rows are the same object."""
+    holder, way = holder_way
+    return id(way), holder.reads, holder.stores, id(holder.queries), id(holder.fresh), holder.rounds
 
 
 def _way(holder: HolderTraffic, batch: int, dtype: torch.dtype) -> DirectPort | LayerWork | None:

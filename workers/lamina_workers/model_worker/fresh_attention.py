@@ -43,12 +43,12 @@ class FreshAttention:
 
     def begin(self, spans: Sequence[Span], chosen: Sequence[int]) -> None:
         """Lay out the pages of the chosen spans of a batch and plan their attention, once for all layers."""
-        spec, size = self._layers[0], self._pages.layout.page_size
-        first = np.cumsum([0, *(span.count for span in spans)])
-        self._tokens = int(first[-1])
         self._plans = {}
         if not chosen:
             return
+        spec, size = self._layers[0], self._pages.layout.page_size
+        first = np.cumsum([0, *(span.count for span in spans)])
+        self._tokens = int(first[-1])
         tables, slots, vectors, fresh, used = [], [], [], [], 0
         every_head, every_kv_head = np.arange(spec.heads), np.arange(spec.kv_heads)
         for at in chosen:
