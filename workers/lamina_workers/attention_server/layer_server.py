@@ -114,8 +114,10 @@ class LayerServer:
     def attach(self, channel: Channel) -> None:
         """A channel, registered already, that may bring offered layers."""
         direct = direct_channel(channel)
+        if direct is None:
+            return  # it is not even asked for a descriptor: whom a channel without one wakes is settled
         descriptor = channel.watch(lambda: None)
-        if direct is not None and descriptor in self._events:
+        if descriptor in self._events:
             self._channels[descriptor] = direct
             self._batches[direct] = []
 

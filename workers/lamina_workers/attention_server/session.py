@@ -184,11 +184,17 @@ class Session:
         self.ended = ""  # why
         self.channel: Channel | None = None
         self.channel_kind = ""
-        self.traffic = Traffic()
+        self._busy = 0.0
         self._secret = secret
         self._lease = lease
         self._clock = clock
         self._heard_at = math.inf  # the lease begins with the end of the handshake, which has its own limit
+
+    @property
+    def traffic(self) -> Traffic:
+        """What it has moved so far, and worked but for layers that were done without Python, which its seat counts."""
+        channel = self.channel
+        return Traffic(channel.bytes_received, channel.bytes_sent, self._busy) if channel else Traffic()
 
     def heard(self) -> None:
         """The engine gave a sign of life."""
@@ -217,6 +223,4 @@ class Session:
         frame = channel.receive(0)
         begun = self._heard_at = self._clock()
         self.seat.handle(frame, channel.post)
-        traffic = self.traffic
-        traffic.busy += self._clock() - begun
-        traffic.bytes_in, traffic.bytes_out = channel.bytes_received, channel.bytes_sent
+        self._busy += self._clock() - begun
