@@ -48,6 +48,9 @@ class DeviceWorker(AttentionWorker):
                 self._runtime.keep(x)
         return reply
 
+    def layer_work(self, number: int) -> None:
+        """Its work is put on a stream, which needs Python."""
+
     def settle(self) -> None:
         if self.unsettled is not None:
             with self._in_order():

@@ -25,6 +25,7 @@ from lamina_protocols.layer_frames import TAGS, LayerFrame, set_batch, set_layer
 from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Query
 from lamina_protocols.tensors import dtype_name
 from lamina_workers.decoder.model import KeyValueReady
+from lamina_workers.devices.staging import DIRECT
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.holder_traffic import HolderTraffic
 from lamina_workers.model_worker.waiting import Suspended, Waiting
@@ -318,6 +319,8 @@ def _shape(holder_way: tuple[HolderTraffic, DirectPort | LayerWork]) -> tuple[An
 
 def _way(holder: HolderTraffic, batch: int, dtype: torch.dtype) -> DirectPort | LayerWork | None:
     computing = holder.replies.computing
+    if holder.way is not DIRECT:
+        return None
     if computing is None:
         return holder.replies.direct
     work = computing.layer_work(batch)
