@@ -42,10 +42,12 @@ from lamina_kernels.cpu.merge import MERGE
 
 logger = logging.getLogger("lamina")
 
+ASKED, ATTENDED = 1, 2  # how far an exchange is
 HEAD, SAME = 64, 56  # bytes of a header, and of those how many are the same in each layer
-AGAIN, OTHER, ENDED, TIMEOUT, INTERRUPTED, WAITING = -1, -2, -3, -4, -5, -6
+AGAIN, OTHER, ENDED, TIMEOUT, INTERRUPTED, WAITING, CARRY = -1, -2, -3, -4, -5, -6, -7
 """Nothing is there now; a frame that no block expects, or a broken socket; its end; no answer in time; a signal came;
-an answer is not there yet, and the caller does not wait. OTHER and ENDED are for Python to look at."""
+an answer is not there yet, and the caller does not wait; frames are to be sent, or to be received, by Python. OTHER and
+ENDED are for Python to look at."""
 
 _PEEK, _DONT_WAIT, _NO_SIGNAL = 2, 0x40, 0x4000  # of Linux
 _EAGAIN, _EINTR = 11, 4
@@ -86,7 +88,7 @@ SERVED = np.dtype(
         ("reply", "i8"),  # the answer's frame, its bytes, and how many of them have left
         ("reply_size", "i8"),
         ("sent", "i8"),
-        ("by", "i8"),  # address of the channel over which the last answer was sent
+        ("by", "i8"),  # address of the channel over which the last answer was sent, or of scratch
         ("out", "i8"),  # addresses in the answer
         ("lse", "i8"),
         ("nanoseconds", "i8"),  # spent so far
@@ -99,7 +101,7 @@ GATHERED = [(f"{x}_{what}", "i8") for x in "qkv" for what in ("index", "count", 
 REMOTE = np.dtype(
     [
         *EXPECTED,
-        ("channel", "i8"),
+        ("channel", "i8"),  # 0: its frames are carried by Python
         ("sent_frame", "i8"),
         ("sent_size", "i8"),
         ("sent", "i8"),
@@ -114,8 +116,9 @@ EXCHANGE = np.dtype(
         ("functions", "i8"),
         ("scratch", "i8"),
         ("layer", "i8"),
-        ("begun", "i8"),
+        ("begun", "i8"),  # ASKED, then ATTENDED
         ("waits", "i8"),
+        ("carried", "i8"),  # how many of the remotes have no channel
         ("q", "i8"),  # addresses of the layer's q, k and v
         ("k", "i8"),
         ("v", "i8"),
@@ -243,29 +246,41 @@ def _send(c: Any, frame: int, size: int, done: int) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
+def _compute(s: Any, functions: int, scratch: int, late: bool) -> None:
+    """Attend the layer that has come and write the answer's numbers; store first, or later where `late`."""
+    w = carray(pointer(s.work), (1,), WORK)[0]
+    if s.stores and not late:
+        store(w, s.layer, s.k, s.v)
+    if s.attends:
+        attend(w, s.layer, s.q, s.out, s.lse)
+        _number(s.reply + SAME)[0] = np.uint32(s.layer)
+        taken = _now(functions, scratch) - s.arrived
+        carray(pointer(s.reply + SAME + 4), (1,), np.float32)[0] = np.float32(taken * 1e-9)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _advance(s: Any, functions: int, scratch: int) -> None:
+    """The layer is done; the next one is due."""
+    s.nanoseconds += _now(functions, scratch) - s.arrived
+    s.arrived = 0
+    s.layer += 1
+    if s.layer == s.layers:
+        s.live = 0
+
+
+@njit  # type: ignore[untyped-decorator]
 def _answer(channel: int, found: int) -> Any:
     """Store and attend the layer that has come, and answer. Returns whether Python is needed."""
     c, s = carray(pointer(channel), (1,), CHANNEL)[0], carray(pointer(found), (1,), SERVED)[0]
-    begun = s.arrived
     w = carray(pointer(s.work), (1,), WORK)[0]
-    layer = s.layer
     late = s.stores != 0 and s.attends != 0 and w.fused == 0
-    if s.stores and not late:
-        store(w, layer, s.k, s.v)
+    _compute(s, c.functions, c.scratch + HEAD, late)
     if s.attends:
-        attend(w, layer, s.q, s.out, s.lse)
-        taken = _now(c.functions, c.scratch + HEAD) - begun
-        _number(s.reply + SAME)[0] = np.uint32(layer)
-        carray(pointer(s.reply + SAME + 4), (1,), np.float32)[0] = np.float32(taken * 1e-9)
         s.sent, s.by = _send(c, s.reply, s.reply_size, 0), channel
         c.sent += s.reply_size
     if late:
-        store(w, layer, s.k, s.v)
-    s.nanoseconds += _now(c.functions, c.scratch + HEAD) - begun
-    s.arrived = 0
-    s.layer = layer + 1
-    if s.layer == s.layers:
-        s.live = 0
+        store(w, s.layer, s.k, s.v)
+    _advance(s, c.functions, c.scratch + HEAD)
     return s.live == 0 or s.sent < s.reply_size
 
 
@@ -325,8 +340,8 @@ def _gather(functions: int, source: int, index: int, count: int, size: int, to: 
 
 
 @njit  # type: ignore[untyped-decorator]
-def _begin(a: Any, remotes: Any, here: Any) -> None:
-    """Ask the holders elsewhere, then attend what is kept here."""
+def _ask(a: Any, remotes: Any) -> None:
+    """Ask the holders elsewhere."""
     a.asked = _now(a.functions, a.scratch)
     for i in range(a.n_remotes):
         r = remotes[i]
@@ -337,9 +352,15 @@ def _begin(a: Any, remotes: Any, here: Any) -> None:
         r.layer = a.layer
         r.arrived = 0 if r.size else 1
         r.live = 1 if r.size else 0
-        c = carray(pointer(r.channel), (1,), CHANNEL)[0]
-        r.sent = _send(c, r.sent_frame, r.sent_size, 0)
-        c.sent += r.sent_size
+        if r.channel:
+            c = carray(pointer(r.channel), (1,), CHANNEL)[0]
+            r.sent = _send(c, r.sent_frame, r.sent_size, 0)
+            c.sent += r.sent_size
+    a.begun = ASKED
+
+
+@njit  # type: ignore[untyped-decorator]
+def _attend_here(a: Any, here: Any) -> None:
     for i in range(a.n_here):
         h = here[i]
         w = carray(pointer(h.work), (1,), WORK)[0]
@@ -353,7 +374,7 @@ def _begin(a: Any, remotes: Any, here: Any) -> None:
             attend(w, a.layer, q, h.out, h.lse)
         a.local += _now(a.functions, a.scratch) - begun
     a.waits_since = _now(a.functions, a.scratch)
-    a.begun = 1
+    a.begun = ATTENDED
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -362,13 +383,16 @@ def _wait(a: Any, remotes: Any) -> Any:
     polls = carray(pointer(a.polls), (max(a.n_remotes, 1), 4), np.int16)
     descriptors = carray(pointer(a.polls), (max(a.n_remotes, 1), 2), np.int32)
     while True:
-        pending, left, now = 0, np.int64(1) << 62, _now(a.functions, a.scratch)
+        pending, carried, left, now = 0, -1, np.int64(1) << 62, _now(a.functions, a.scratch)
         for i in range(a.n_remotes):
             r = remotes[i]
+            descriptors[i, 0] = -1
+            if r.channel == 0:
+                carried = i if r.arrived == 0 else carried
+                continue
             c = carray(pointer(r.channel), (1,), CHANNEL)[0]
             r.sent = _send(c, r.sent_frame, r.sent_size, r.sent)
             unsent = r.sent < r.sent_size
-            descriptors[i, 0] = -1
             if unsent or r.arrived == 0:
                 pending += 1
                 descriptors[i, 0] = np.int32(c.descriptor)
@@ -376,7 +400,8 @@ def _wait(a: Any, remotes: Any) -> Any:
                 if a.asked + r.timeout - now < left:
                     left, a.at = a.asked + r.timeout - now, i
         if pending == 0:
-            return 0
+            a.at = max(carried, 0)
+            return 0 if carried < 0 else CARRY
         rest = left // 1_000_000 + 1 if left > 0 else 1
         n = _poll(a.functions, a.polls, a.n_remotes, rest if a.waits else 0)
         if n < 0:
@@ -424,7 +449,11 @@ def _finish(a: Any, remotes: Any) -> None:
 def _exchange(a: Any) -> Any:
     remotes = carray(pointer(a.remotes), (a.n_remotes,), REMOTE)
     if a.begun == 0:
-        _begin(a, remotes, carray(pointer(a.here), (a.n_here,), HERE))
+        _ask(a, remotes)
+        if a.carried:
+            return CARRY
+    if a.begun == ASKED:
+        _attend_here(a, carray(pointer(a.here), (a.n_here,), HERE))
     result = _wait(a, remotes) if a.n_remotes else 0
     if result == 0:
         _finish(a, remotes)
@@ -441,6 +470,24 @@ def serve_kernel() -> int:
         a = carray(block, (1,), server)[0]
         if fingerprint:
             a.result = _serve(a)
+
+    return int(kernel.address)
+
+
+@cache
+def answer_kernel() -> int:
+    """The address of one answer whose frames are carried by Python: void(SERVED*). Its frame has come, and `by` is the
+    address of 16 bytes of scratch."""
+    fingerprint, served = _fingerprint(), SERVED
+
+    @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
+    def kernel(block: Any) -> None:
+        s = carray(block, (1,), served)[0]
+        if fingerprint:
+            functions = carray(pointer(s.work), (1,), WORK)[0].functions
+            s.arrived = _now(functions, s.by)
+            _compute(s, functions, s.by, False)
+            _advance(s, functions, s.by)
 
     return int(kernel.address)
 

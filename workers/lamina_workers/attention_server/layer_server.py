@@ -15,7 +15,7 @@ import numpy as np
 from lamina_kernels.cpu import exchange_loops as loops
 from lamina_kernels.cpu.layer_work import LayerWork, functions
 from lamina_protocols.channels import Channel
-from lamina_protocols.layer_frames import TAGS, LayerFrame, set_batch
+from lamina_protocols.layer_frames import TAGS, LayerFrame, set_batch, set_layer
 from lamina_protocols.messages import Attended, Exchange, Fresh, Query
 from lamina_protocols.tensors import dtype_name
 from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, direct_channel
@@ -34,6 +34,7 @@ class ServedBatch:
         self.number = 0
         self._done = done
         self._counted = 0
+        self._scratch = np.zeros(2, np.int64)
         reads, stores = work.queries > 0, work.fresh > 0
         kind = Exchange if reads and stores else Query if reads else Fresh
         name = dtype_name(work.query)
@@ -75,6 +76,24 @@ class ServedBatch:
         if block.layer > self._counted:
             self._done(self.number, range(self._counted, block.layer), block.nanoseconds * 1e-9)
             self._counted, block.nanoseconds = block.layer, 0
+
+    def takes(self, frame: memoryview) -> bool:
+        """Take the frame of the layer that is due, which Python has received. Whether it was that."""
+        block, head = self._block, self._head.bytes
+        set_layer(head, block.layer)
+        if not block.live or len(frame) != block.size or frame[: loops.SAME + 4] != head[: loops.SAME + 4]:
+            return False
+        self.frame.bytes[:] = frame
+        return True
+
+    def answer(self) -> memoryview:
+        """Store and attend the layer that was taken. The answer, empty where there is none; it stays until the next."""
+        block = self._block
+        block.by = self._scratch.ctypes.data
+        compiled(loops.answer_kernel())(self.address)
+        block.by, block.sent = 0, block.reply_size
+        block.nanoseconds = 0  # the caller counts the time of what it received
+        return self.reply.bytes[: block.reply_size]
 
     def unsent(self, direct: DirectChannel) -> memoryview:
         """What is left of an answer that was sent over this channel; from now on that is the channel's."""

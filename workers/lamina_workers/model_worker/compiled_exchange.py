@@ -1,15 +1,16 @@
 """A decode batch whose layers go to all holders and back in one compiled call each.
 
 It is possible where every token of the batch is attended by holders, each of which is in this process with kernels that
-compiled code can call, or is reached over a plain socket. What compiled code was not told of, it leaves on the socket:
-`Replies` reads it, with the errors that it always has.
+compiled code can call, or elsewhere. Over a plain socket compiled code sends and receives frames; over other channels
+Python carries them. What compiled code was not told of, it leaves on the socket: `Replies` reads it, with the errors
+that it always has.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ from lamina_workers.devices.staging import DIRECT
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.holder_traffic import HolderTraffic
 from lamina_workers.model_worker.waiting import Suspended, Waiting
-from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, enabled
-from lamina_workers.ports.port import DirectPort
+from lamina_workers.ports.direct import Buffer, compiled, enabled
+from lamina_workers.ports.port import FramePort
 from lamina_workers.ports.timing import Stopwatch, Times
 
 _NOTHING = memoryview(b"")
@@ -55,8 +56,8 @@ class _RemoteHolder:
     """One holder elsewhere: its frames' memory and the block that expects its answers."""
 
     def __init__(
-        self, holder: HolderTraffic, port: DirectPort, direct: DirectChannel, block: Any, spec: LayerSpec, layers: int,
-        dtype: torch.dtype, tokens: int,
+        self, holder: HolderTraffic, port: FramePort, block: Any, spec: LayerSpec, layers: int, dtype: torch.dtype,
+        tokens: int,
     ) -> None:  # fmt: skip
         gathered = _Gathered(holder, spec, tokens, dtype.itemsize)
         name = dtype_name(dtype)
@@ -68,7 +69,7 @@ class _RemoteHolder:
         answer = LayerFrame(TAGS[Attended], 0, 0, queries=gathered.queries, d_v=spec.d_v, dtype=name)
         self.holder = holder
         self.port = port
-        self.direct = direct
+        self.direct = port.direct
         self.queries = gathered.queries
         places = asked.places()
         self._sent = Buffer(asked.size)
@@ -84,7 +85,7 @@ class _RemoteHolder:
             setattr(block, field, value)
         block.layers, block.head, block.frame = layers, self._head.address, self.frame.address
         block.size = answer.size if holder.reads else 0
-        block.channel = direct.address
+        block.channel = 0 if self.direct is None else self.direct.address
         block.sent_frame, block.sent_size = self._sent.address, asked.size
         block.taken = self.taken.ctypes.data
         out, lse = (answer.places()[field] for field in ("out", "lse"))
@@ -97,7 +98,7 @@ class _RemoteHolder:
         for head in (self._sent.bytes, self._head.bytes):
             set_batch(head, *ids)
         self._block.timeout = int(holder.timeout * 1e9)
-        if holder.reads:
+        if holder.reads and self.direct is not None:
             self.direct.expect(ctypes.addressof(self._block), self.frame.bytes)
 
     def unsent(self) -> memoryview:
@@ -111,8 +112,8 @@ class _RemoteHolder:
 
     def settle(self, batch: int, layer: int, begun: bool) -> None:
         """Read what Python must read before compiled code can go on. Raises HolderFault, HolderLost."""
-        replies, channel = self.holder.replies, self.direct.channel
-        while channel.unsettled:
+        replies = self.holder.replies
+        while self.direct is not None and self.direct.channel.unsettled:
             replies.read(self.holder.timeout)
         if begun and not self._block.arrived and replies.heard(batch):
             reply = replies.take(Attended, batch, layer, self.holder.timeout)
@@ -124,8 +125,24 @@ class _RemoteHolder:
             set_layer(self.frame.bytes, layer, reply.seconds)
             self._block.arrived = time.monotonic_ns()
 
+    def carry(self) -> None:
+        """Send the frame that is ready. Raises HolderLost."""
+        self.port.send_frame((self._sent.bytes,))
+
+    def fetch(self) -> None:
+        """Wait for a frame, and take it where it is the answer; else sort it in as a reply. Raises HolderLost."""
+        frame = self.port.receive_frame(self.holder.timeout)
+        block, head = self._block, self._head.bytes
+        set_layer(head, block.layer)
+        if len(frame) == block.size and frame[: loops.SAME + 4] == head[: loops.SAME + 4]:
+            self.frame.bytes[:] = frame
+            block.arrived = time.monotonic_ns()
+        else:
+            self.holder.replies.sort(self.port.reply_of(frame))
+
     def close(self) -> None:
-        self.direct.forget(ctypes.addressof(self._block))
+        if self.direct is not None:
+            self.direct.forget(ctypes.addressof(self._block))
 
 
 class CompiledExchange:
@@ -133,7 +150,7 @@ class CompiledExchange:
     it can `begin` another batch of the same shape."""
 
     def __init__(
-        self, layers: Sequence[LayerSpec], holders: Sequence[tuple[HolderTraffic, DirectPort | LayerWork]],
+        self, layers: Sequence[LayerSpec], holders: Sequence[tuple[HolderTraffic, FramePort | LayerWork]],
         tokens: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         spec = layers[0]
@@ -144,10 +161,10 @@ class CompiledExchange:
         elsewhere = [(holder, way) for holder, way in holders if not isinstance(way, LayerWork)]
         self._blocks = (loops.Remote * max(len(elsewhere), 1))()
         self._remotes = [
-            _RemoteHolder(holder, way, way.direct, block, spec, len(layers), dtype, tokens)
+            _RemoteHolder(holder, way, block, spec, len(layers), dtype, tokens)
             for (holder, way), block in zip(elsewhere, self._blocks, strict=False)
-            if way.direct is not None
         ]
+        self._lent = [(remote, remote.direct) for remote in self._remotes if remote.direct is not None]
         self._scratch = np.zeros(2 + max(len(elsewhere), 1), np.int64)
         self._keep: list[Any] = []
         answers = [(remote.holder, Partial(remote.out, remote.lse)) for remote in self._remotes if remote.queries]
@@ -158,7 +175,7 @@ class CompiledExchange:
         self._block = loops.Exchange(
             functions=functions().ctypes.data, scratch=address, polls=address + 16,
             n_remotes=len(elsewhere), remotes=ctypes.addressof(self._blocks),
-            n_here=len(self._here), here=ctypes.addressof(here),
+            n_here=len(self._here), here=ctypes.addressof(here), carried=len(elsewhere) - len(self._lent),
         )  # fmt: skip
         self._keep += [here, answers]
         self._answer = self._merged(answers, dtype)
@@ -231,11 +248,26 @@ class CompiledExchange:
                 remote.holder.replies.collected(self._batch, None)
                 watch.start()
                 x.waits = 1  # a run that is resumed earlier waits
+            elif result == loops.CARRY:
+                yield from self._carry(remote, suspends)
             elif result == loops.TIMEOUT:
                 raise remote.port.overdue(remote.holder.timeout)
             elif result != loops.INTERRUPTED:
                 remote.holder.replies.read(remote.holder.timeout)
         return self._answer
+
+    def _carry(self, remote: _RemoteHolder, suspends: bool) -> Generator[Waiting, None, None]:
+        """Send the frames that Python carries, or receive the one that is due."""
+        if self._block.begun == loops.ASKED:
+            for each in self._remotes:
+                if each.direct is None:
+                    each.carry()
+            return
+        replies = remote.holder.replies
+        if suspends and not replies.ready(self._batch):
+            yield Waiting(replies, self._batch)
+        if not replies.heard(self._batch):
+            remote.fetch()
 
     def _collect(self) -> bool:
         """Take what has come. Whether the batch can go on, be it with an error, which comes again then."""
@@ -254,16 +286,16 @@ class CompiledExchange:
         for remote in self._remotes:
             remote.settle(self._batch, x.layer, bool(x.begun))
         try:
-            for remote in self._remotes:
-                if not remote.direct.lend():  # closed by another thread: to read it says why
-                    x.at = lent
+            for remote, direct in self._lent:
+                if not direct.lend():  # closed by another thread: to read it says why
+                    x.at = self._remotes.index(remote)
                     return loops.ENDED
                 lent += 1
             self._call(self._address)
         finally:
-            for remote in self._remotes[:lent]:
-                remote.direct.reclaim(remote.unsent())
-        for remote in self._remotes:
+            for remote, direct in self._lent[:lent]:
+                direct.reclaim(remote.unsent())
+        for remote, _ in self._lent:
             remote.port.flush()
         result: int = x.result
         return result
@@ -311,18 +343,18 @@ class ExchangeMaker:
         return self._last
 
 
-def _shape(holder_way: tuple[HolderTraffic, DirectPort | LayerWork]) -> tuple[Any, ...]:
+def _shape(holder_way: tuple[HolderTraffic, FramePort | LayerWork]) -> tuple[Any, ...]:
     """What an exchange is made from, of one holder. Indices of the same rows are the same object."""
     holder, way = holder_way
     return id(way), holder.reads, holder.stores, id(holder.queries), id(holder.fresh), holder.rounds
 
 
-def _way(holder: HolderTraffic, batch: int, dtype: torch.dtype) -> DirectPort | LayerWork | None:
+def _way(holder: HolderTraffic, batch: int, dtype: torch.dtype) -> FramePort | LayerWork | None:
     computing = holder.replies.computing
     if holder.way is not DIRECT:
         return None
     if computing is None:
-        return holder.replies.direct
+        return holder.replies.frames
     work = computing.layer_work(batch)
     return work if work is not None and work.query == work.loaded == dtype else None
 

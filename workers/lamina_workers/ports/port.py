@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from lamina_kernels.cpu.layer_work import LayerWork
@@ -122,12 +122,21 @@ class InProcess(Protocol):
 
 
 @runtime_checkable
-class DirectPort(Protocol):
-    """A port whose layers' frames compiled code may send and receive."""
+class FramePort(Protocol):
+    """A port that layers' frames pass as they are."""
 
     @property
     def direct(self) -> DirectChannel | None:
-        """The channel's compiled side; None where its frames need Python."""
+        """The channel's compiled side; None where Python must carry its frames."""
+
+    def send_frame(self, frame: Sequence[memoryview]) -> None:
+        """Send one frame, given as buffers in order. Raises HolderLost."""
+
+    def receive_frame(self, timeout: float) -> memoryview:
+        """The next frame. Raises HolderLost."""
+
+    def reply_of(self, frame: memoryview) -> Reply:
+        """The reply that a frame is. Raises HolderLost."""
 
     def flush(self) -> None:
         """Send what is left to be sent. Raises HolderLost."""
@@ -156,7 +165,7 @@ class Replies:
 
     def __init__(self, port: AttentionPort, clock: Callable[[], float] = time.perf_counter) -> None:
         self.port = port
-        self.direct: DirectPort | None = port if isinstance(port, DirectPort) and port.direct is not None else None
+        self.frames: FramePort | None = port if isinstance(port, FramePort) else None
         self.computing: ComputingPort | None = port if isinstance(port, ComputingPort) else None
         self._clock = clock
         self._exchanges = Exchanges()
@@ -214,7 +223,7 @@ class Replies:
             if not self.port.ready():
                 return False
             try:
-                self._sort(self.port.receive(0))
+                self.sort(self.port.receive(0))
             except HolderLost:
                 return True  # and `take` says so
         return True
@@ -225,7 +234,7 @@ class Replies:
 
     def read(self, timeout: float) -> None:
         """Wait for a reply, whichever it is, and sort it in. Raises HolderLost."""
-        self._sort(self.port.receive(timeout))
+        self.sort(self.port.receive(timeout))
 
     def measured(self, seconds: Iterable[float]) -> None:
         """Exchanges of a batch took so long which were not read here."""
@@ -239,7 +248,7 @@ class Replies:
         """
         replies = self._waiting[batch]
         while not replies:
-            self._sort(self.port.receive(timeout))
+            self.sort(self.port.receive(timeout))
         reply = replies.popleft()
         if kind is Announced and self.unheard:
             reason, self.unheard = self.unheard, ""
@@ -252,7 +261,8 @@ class Replies:
             raise HolderLost(f"{self.port.name}: {kind.__name__} of layer {layer} was due, got {got}")
         return reply
 
-    def _sort(self, reply: Reply) -> None:
+    def sort(self, reply: Reply) -> None:
+        """Keep a reply for its batch, if that is expected."""
         if reply.epoch == self._epoch and reply.batch in self._waiting:
             self._waiting[reply.batch].append(reply)
             if (asked := self._asked.pop(reply.batch, None)) is not None:

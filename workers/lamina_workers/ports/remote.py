@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamina_protocols import codec, control
@@ -141,17 +142,29 @@ class RemoteAttention:
         return self._draining
 
     def send(self, request: Request) -> None:
+        self.send_frame(codec.encode(request))
+
+    def receive(self, timeout: float | None = None) -> Reply:
+        return self.reply_of(self.receive_frame(timeout))
+
+    def send_frame(self, frame: Sequence[bytes | memoryview]) -> None:
         try:
-            self._channel.send(codec.encode(request))
+            self._channel.send(frame)
         except ChannelClosed as error:
             raise self._gone(str(error)) from error
 
-    def receive(self, timeout: float | None = None) -> Reply:
+    def receive_frame(self, timeout: float | None = None) -> memoryview:
         try:
-            reply = codec.decode(self._channel.receive(timeout))
+            return self._channel.receive(timeout)
         except TimeoutError as error:
             raise self.overdue(timeout or 0.0) from error
         except (ChannelClosed, ProtocolError) as error:
+            raise self._gone(str(error)) from error
+
+    def reply_of(self, frame: memoryview) -> Reply:
+        try:
+            reply = codec.decode(frame)
+        except ProtocolError as error:
             raise self._gone(str(error)) from error
         if not isinstance(reply, _REPLIES):
             raise self._gone(f"it sent a {type(reply).__name__}")
