@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lamina_kernels.cpu import exchange_loops as loops
+from lamina_kernels.cpu import exchange_blocks as blocks
 from lamina_kernels.cpu.layer_work import LayerWork, functions
+from lamina_kernels.cpu.serve_loop import answer_kernel, serve_kernel
 from lamina_protocols.channels import Channel
 from lamina_protocols.layer_frames import TAGS, LayerFrame, set_batch, set_layer
 from lamina_protocols.messages import Attended, Exchange, Fresh, Query
@@ -29,7 +30,7 @@ class ServedBatch:
     numbers in its dtypes. `done(layers, seconds)` counts what was done of the batch `number`."""
 
     def __init__(self, work: LayerWork, d_k: int, d_v: int, done: Callable[[int, range, float], None]) -> None:
-        block = loops.Served()
+        block = blocks.Served()
         self.work = work
         self.number = 0
         self._done = done
@@ -43,9 +44,9 @@ class ServedBatch:
             name if reads else "", dtype_name(work.loaded) if stores else "",
         )  # fmt: skip
         answer = LayerFrame(TAGS[Attended], 0, 0, queries=work.queries, d_v=d_v, dtype=name)
-        self.frame, self.reply, self._head = Buffer(asked.size), Buffer(answer.size), Buffer(loops.HEAD)
+        self.frame, self.reply, self._head = Buffer(asked.size), Buffer(answer.size), Buffer(blocks.HEAD)
         self._head.bytes[:] = memoryview(asked.head(0))
-        self.reply.bytes[: loops.HEAD] = memoryview(answer.head(0))
+        self.reply.bytes[: blocks.HEAD] = memoryview(answer.head(0))
         for field, place in asked.places().items():
             setattr(block, field, self.frame.address + place.at)
         for field in ("out", "lse"):
@@ -81,7 +82,7 @@ class ServedBatch:
         """Take the frame of the layer that is due, which Python has received. Whether it was that."""
         block, head = self._block, self._head.bytes
         set_layer(head, block.layer)
-        if not block.live or len(frame) != block.size or frame[: loops.SAME + 4] != head[: loops.SAME + 4]:
+        if not block.live or len(frame) != block.size or frame[: blocks.SAME + 4] != head[: blocks.SAME + 4]:
             return False
         self.frame.bytes[:] = frame
         return True
@@ -90,7 +91,7 @@ class ServedBatch:
         """Store and attend the layer that was taken. The answer, empty where there is none; it stays until the next."""
         block = self._block
         block.by = self._scratch.ctypes.data
-        compiled(loops.answer_kernel())(self.address)
+        compiled(answer_kernel())(self.address)
         block.by, block.sent = 0, block.reply_size
         block.nanoseconds = 0  # the caller counts the time of what it received
         return self.reply.bytes[: block.reply_size]
@@ -121,8 +122,8 @@ class LayerServer:
         self._plain = select.poll()
         self._channels: dict[int, DirectChannel] = {}  # by descriptor
         self._batches: dict[DirectChannel, list[ServedBatch]] = {}
-        self._block = loops.Server(functions=functions().ctypes.data if functions() is not None else 0)
-        self._call = compiled(loops.serve_kernel())
+        self._block = blocks.Server(functions=functions().ctypes.data if functions() is not None else 0)
+        self._call = compiled(serve_kernel())
         self._polls = self._addresses = np.zeros(0, np.int64)
 
     def register(self, descriptor: int, events: int) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_kernels.cpu import exchange_loops as loops
+from lamina_kernels.cpu import exchange_blocks as blocks
+from lamina_kernels.cpu.exchange_loop import exchange_kernel
 from lamina_kernels.cpu.layer_work import LayerWork, functions
 from lamina_kernels.cpu.merge import merge_block, merge_kernel
 from lamina_kernels.paged.pages import FLOATS
@@ -73,10 +74,10 @@ class _RemoteHolder:
         self.queries = gathered.queries
         places = asked.places()
         self._sent = Buffer(asked.size)
-        self._sent.bytes[: loops.HEAD] = memoryview(asked.head(0))
+        self._sent.bytes[: blocks.HEAD] = memoryview(asked.head(0))
         for field in places:
             gathered.fields[f"{field}_to"] = self._sent.address + places[field].at
-        self._head = Buffer(loops.HEAD)
+        self._head = Buffer(blocks.HEAD)
         self._head.bytes[:] = memoryview(answer.head(0))
         self.frame = Buffer(answer.size)
         self.taken = np.zeros(layers, np.int64)
@@ -134,7 +135,7 @@ class _RemoteHolder:
         frame = self.port.receive_frame(self.holder.timeout)
         block, head = self._block, self._head.bytes
         set_layer(head, block.layer)
-        if len(frame) == block.size and frame[: loops.SAME + 4] == head[: loops.SAME + 4]:
+        if len(frame) == block.size and frame[: blocks.SAME + 4] == head[: blocks.SAME + 4]:
             self.frame.bytes[:] = frame
             block.arrived = time.monotonic_ns()
         else:
@@ -159,7 +160,7 @@ class CompiledExchange:
             (holder, way) for holder, way in holders if isinstance(way, LayerWork)
         ]
         elsewhere = [(holder, way) for holder, way in holders if not isinstance(way, LayerWork)]
-        self._blocks = (loops.Remote * max(len(elsewhere), 1))()
+        self._blocks = (blocks.Remote * max(len(elsewhere), 1))()
         self._remotes = [
             _RemoteHolder(holder, way, block, spec, len(layers), dtype, tokens)
             for (holder, way), block in zip(elsewhere, self._blocks, strict=False)
@@ -168,20 +169,20 @@ class CompiledExchange:
         self._scratch = np.zeros(2 + max(len(elsewhere), 1), np.int64)
         self._keep: list[Any] = []
         answers = [(remote.holder, Partial(remote.out, remote.lse)) for remote in self._remotes if remote.queries]
-        here = (loops.Here * max(len(self._here), 1))()
+        here = (blocks.Here * max(len(self._here), 1))()
         for (holder, work), block in zip(self._here, here, strict=False):
             answers.append((holder, self._place(block, holder, work, dtype)))
         address = self._scratch.ctypes.data
-        self._block = loops.Exchange(
+        self._block = blocks.Exchange(
             functions=functions().ctypes.data, scratch=address, polls=address + 16,
             n_remotes=len(elsewhere), remotes=ctypes.addressof(self._blocks),
             n_here=len(self._here), here=ctypes.addressof(here), carried=len(elsewhere) - len(self._lent),
         )  # fmt: skip
         self._keep += [here, answers]
         self._answer = self._merged(answers, dtype)
-        self._result = loops.WAITING  # of a call that was made while the batch was suspended
+        self._result = blocks.WAITING  # of a call that was made while the batch was suspended
         self._batch, self._times = 0, Times()
-        self._call = compiled(loops.exchange_kernel())
+        self._call = compiled(exchange_kernel())
         self._address = ctypes.addressof(self._block)
 
     def _place(self, block: Any, holder: HolderTraffic, work: LayerWork, dtype: torch.dtype) -> Partial:
@@ -207,25 +208,25 @@ class CompiledExchange:
         if len(answers) == 1 and answers[0][0].queries is None and len(answers[0][1].out) == total:
             return answers[0][1].out.view(tokens, -1)
         whole = Partial(torch.empty(total, spec.d_v, dtype=dtype), torch.empty(total))
-        blocks = []
+        merges = []
         for holder, answer in answers:
             for piece, index in holder.pieces(answer):
                 n = len(piece.lse)
                 at = piece.out.data_ptr(), piece.lse.data_ptr()
-                blocks.append(merge_block(whole, at, piece.out.dtype, n, index))
+                merges.append(merge_block(whole, at, piece.out.dtype, n, index))
                 self._keep += [piece, index]
-        addresses = np.array([ctypes.addressof(block) for block in blocks], np.int64)
+        addresses = np.array([ctypes.addressof(block) for block in merges], np.int64)
         x = self._block
-        x.n_merges, x.merges, x.merge_kernel = len(blocks), addresses.ctypes.data, merge_kernel()[0]
+        x.n_merges, x.merges, x.merge_kernel = len(merges), addresses.ctypes.data, merge_kernel()[0]
         x.whole, x.whole_lse, x.whole_out = total, whole.lse.data_ptr(), whole.out.data_ptr()
         x.whole_bytes = whole.out.nbytes
-        self._keep += [blocks, addresses, whole]
+        self._keep += [merges, addresses, whole]
         return whole.out.view(tokens, -1)
 
     def begin(self, traffic: Sequence[HolderTraffic], ids: tuple[int, int], times: Times) -> None:
         """A batch, of the holders in their order; ids: epoch and number."""
         self._batch, self._times = ids[1], times
-        self._result = loops.WAITING
+        self._result = blocks.WAITING
         x = self._block
         x.layer = x.begun = x.local = x.remote = x.answered = x.waited = 0
         elsewhere = [holder for holder in traffic if not holder.here]
@@ -241,24 +242,24 @@ class CompiledExchange:
         x.q, x.k, x.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         while (result := self._advance()) != 0:
             remote = self._remotes[x.at]
-            if result == loops.WAITING:
+            if result == blocks.WAITING:
                 watch.stop()
                 remote.holder.replies.collected(self._batch, self._collect)
                 yield Waiting(remote.holder.replies, self._batch)
                 remote.holder.replies.collected(self._batch, None)
                 watch.start()
                 x.waits = 1  # a run that is resumed earlier waits
-            elif result == loops.CARRY:
+            elif result == blocks.CARRY:
                 yield from self._carry(remote, suspends)
-            elif result == loops.TIMEOUT:
+            elif result == blocks.TIMEOUT:
                 raise remote.port.overdue(remote.holder.timeout)
-            elif result != loops.INTERRUPTED:
+            elif result != blocks.INTERRUPTED:
                 remote.holder.replies.read(remote.holder.timeout)
         return self._answer
 
     def _carry(self, remote: _RemoteHolder, suspends: bool) -> Generator[Waiting, None, None]:
         """Send the frames that Python carries, or receive the one that is due."""
-        if self._block.begun == loops.ASKED:
+        if self._block.begun == blocks.ASKED:
             for each in self._remotes:
                 if each.direct is None:
                     each.carry()
@@ -275,13 +276,13 @@ class CompiledExchange:
             self._result = self._advance()
         except LaminaError:
             return True
-        return self._result != loops.WAITING
+        return self._result != blocks.WAITING
 
     def _advance(self) -> int:
         """One compiled call, with all channels lent; or its result, where it was made while the batch was suspended."""
         x, lent = self._block, 0
         if self._result == 0:
-            self._result = loops.WAITING
+            self._result = blocks.WAITING
             return 0
         for remote in self._remotes:
             remote.settle(self._batch, x.layer, bool(x.begun))
@@ -289,7 +290,7 @@ class CompiledExchange:
             for remote, direct in self._lent:
                 if not direct.lend():  # closed by another thread: to read it says why
                     x.at = self._remotes.index(remote)
-                    return loops.ENDED
+                    return blocks.ENDED
                 lent += 1
             self._call(self._address)
         finally:

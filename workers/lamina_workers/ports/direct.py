@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from lamina_kernels.cpu import exchange_loops
+from lamina_kernels.cpu import exchange_blocks
 from lamina_kernels.cpu.layer_work import functions
 from lamina_protocols.alignment import padding
 from lamina_protocols.channels import Channel
@@ -63,7 +63,7 @@ class DirectChannel:
         self._scratch = np.zeros(16, np.int64)
         self._frames: dict[int, memoryview] = {}  # by block: where its frame goes
         self._addresses = np.zeros(1, np.int64)
-        self._block = exchange_loops.Channel(functions=addresses.ctypes.data, scratch=self._scratch.ctypes.data)
+        self._block = exchange_blocks.Channel(functions=addresses.ctypes.data, scratch=self._scratch.ctypes.data)
         self.address = ctypes.addressof(self._block)
 
     @property
