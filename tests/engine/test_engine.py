@@ -206,7 +206,7 @@ class Poisoning(LocalAttention):
     on = False
 
     def layer_work(self, batch):
-        return None  # its answers pass by here
+        """Answers pass by here."""
 
     def receive(self, timeout=None):
         reply = super().receive(timeout)

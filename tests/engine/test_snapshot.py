@@ -194,6 +194,9 @@ def test_snapshot_lists_a_lost_holder_as_missing_until_another_joins(decoder: De
 class Poisoning(LocalAttention):
     """A holder whose answers are not numbers."""
 
+    def layer_work(self, batch: int) -> None:
+        """Answers pass by here."""
+
     def receive(self, timeout: float | None = None) -> Reply:
         reply = super().receive(timeout)
         if isinstance(reply, Attended):

@@ -22,7 +22,7 @@ from lamina.messages.request_codec import decode_request, encode_request
 from lamina.sampling_params import JSON_OBJECT, SamplingParams
 from lamina.text.structured_output import MAX_COLONS, MAX_CONTAINERS, Constraint, Grammars, check_json_schema
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Fresh
+from lamina_protocols.messages import Exchange
 
 HARD = 'start: "ab" e{0,500}\ne: (/[a-z]/ | "a" | "ab" | "abc"){1,50}'
 ODD = ['a"b', "é", "🎉", "\n\t\\", "\x01", "/x/"]
@@ -331,8 +331,8 @@ def test_a_batch_that_fails_and_runs_again_advances_once(model) -> None:
 
     def breaks(request: Any) -> None:
         nonlocal sent
-        sent += isinstance(request, Fresh)
-        if isinstance(request, Fresh) and sent % 17 == 0:
+        sent += isinstance(request, Exchange)
+        if isinstance(request, Exchange) and sent % 17 == 0:
             raise ProtocolError("cut off")
 
     sampling = SAMPLINGS[1]

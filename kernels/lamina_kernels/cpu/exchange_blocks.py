@@ -74,7 +74,7 @@ REMOTE = np.dtype(
         ("taken", "i8"),  # address of int64 [layers]: nanoseconds from asking to the answer
     ]
 )
-HERE = np.dtype([("work", "i8"), *GATHERED, ("out", "i8"), ("lse", "i8")])
+HERE = np.dtype([("work", "i8"), *GATHERED, ("out", "i8"), ("lse", "i8"), ("taken", "i8")])  # taken as of REMOTE
 EXCHANGE = np.dtype(
     [
         ("functions", "i8"),

@@ -93,7 +93,9 @@ def _attend_here(a: Any, here: Any) -> None:
         if w.attends:
             q = _gather(a.functions, a.q, h.q_index, h.q_count, h.q_bytes, h.q_to)
             attend(w, a.layer, q, h.out, h.lse)
-        a.local += now(a.functions, a.scratch) - begun
+        taken = now(a.functions, a.scratch) - begun
+        carray(pointer(h.taken), (w.layers,), np.int64)[a.layer] = taken
+        a.local += taken
     a.waits_since = now(a.functions, a.scratch)
     a.begun = ATTENDED
 

@@ -32,7 +32,7 @@ from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.holder_traffic import HolderTraffic
 from lamina_workers.model_worker.waiting import Suspended, Waiting
 from lamina_workers.ports.direct import Buffer, compiled, enabled
-from lamina_workers.ports.port import FramePort
+from lamina_workers.ports.port import FramePort, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
 _NOTHING = memoryview(b"")
@@ -121,8 +121,9 @@ class _RemoteHolder:
             if reply.out.shape != self.out.shape:
                 name = replies.port.name
                 raise HolderFault(f"{name}: {list(reply.out.shape)} answers, {list(self.out.shape)} were due")
-            self.out.copy_(reply.out)
-            self.lse.copy_(reply.lse)
+            with torch.inference_mode():  # a suspended batch's answers are taken outside of its run
+                self.out.copy_(reply.out)
+                self.lse.copy_(reply.lse)
             set_layer(self.frame.bytes, layer, reply.seconds)
             self._block.arrived = time.monotonic_ns()
 
@@ -168,6 +169,7 @@ class CompiledExchange:
         self._lent = [(remote, remote.direct) for remote in self._remotes if remote.direct is not None]
         self._scratch = np.zeros(2 + max(len(elsewhere), 1), np.int64)
         self._keep: list[Any] = []
+        self._taken_here: dict[Replies, Any] = {}  # nanoseconds of each layer
         answers = [(remote.holder, Partial(remote.out, remote.lse)) for remote in self._remotes if remote.queries]
         here = (blocks.Here * max(len(self._here), 1))()
         for (holder, work), block in zip(self._here, here, strict=False):
@@ -198,7 +200,8 @@ class CompiledExchange:
             setattr(block, field, value)
         out = torch.empty(gathered.queries, spec.d_v, dtype=dtype)
         lse = torch.empty(gathered.queries)
-        block.work, block.out, block.lse = work.address, out.data_ptr(), lse.data_ptr()
+        taken = self._taken_here[holder.replies] = np.zeros(work.layers, np.int64)
+        block.work, block.out, block.lse, block.taken = work.address, out.data_ptr(), lse.data_ptr(), taken.ctypes.data
         return Partial(out, lse)
 
     def _merged(self, answers: Sequence[tuple[HolderTraffic, Partial]], dtype: torch.dtype) -> torch.Tensor:
@@ -309,8 +312,11 @@ class CompiledExchange:
             if remote.queries:
                 remote.holder.replies.measured((remote.taken[:done] * 1e-9).tolist())
         for holder, work in self._here:
-            if holder.replies.computing is not None:
-                holder.replies.computing.worked(self._batch, range(done), work)
+            replies = holder.replies
+            if replies.computing is not None:
+                replies.computing.worked(self._batch, range(done), work)
+            if holder.reads:
+                replies.measured((self._taken_here[replies][:done] * 1e-9).tolist())
         times = self._times
         times.local, times.remote = x.local * 1e-9, x.remote * 1e-9
         times.answered, times.waited = x.answered * 1e-9, x.waited * 1e-9
