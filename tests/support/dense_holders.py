@@ -56,7 +56,7 @@ class Model:
             )
             answer = yield KeyValueReady(layer, k, v)
             assert answer is not None
-            attended.append(answer)
+            attended.append(answer.clone())  # it may be written over by the next layer's
         return torch.stack(attended)
 
     def dense(self) -> torch.Tensor:

@@ -26,6 +26,8 @@ EXPECTED = [
     ("frame", "i8"),  # where a frame goes, and its bytes
     ("size", "i8"),
     ("arrived", "i8"),  # when, in nanoseconds; 0: not yet
+    ("claimed", "i8"),  # a channel is receiving its frame, or its answer has not left: no other frame of it may begin
+    ("timed", "i8"),  # its frames say how long they took
 ]
 CHANNEL = np.dtype(
     [
@@ -108,5 +110,7 @@ EXCHANGE = np.dtype(
         ("waited", "i8"),
     ]
 )
-Channel, Served, Server, Remote, Here, Exchange = map(block_type, (CHANNEL, SERVED, SERVER, REMOTE, HERE, EXCHANGE))
+Expected, Channel, Served, Server, Remote, Here, Exchange = map(
+    block_type, (np.dtype(EXPECTED), CHANNEL, SERVED, SERVER, REMOTE, HERE, EXCHANGE)
+)
 _EXPECTED = np.dtype(EXPECTED)

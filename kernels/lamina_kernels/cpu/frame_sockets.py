@@ -54,10 +54,12 @@ def _expected(c: Any, header: int) -> Any:
     """The address of the block that expects the frame of this header, 0 where none does."""
     words = carray(pointer(header), (8,), np.int64)
     layer = number(header + SAME)[0]
+    seconds = carray(pointer(header + SAME + 4), (1,), np.float32)[0]
     for i in range(c.n_expected):
         address = address_at(c.expected, i)
         e = carray(pointer(address), (1,), _EXPECTED)[0]
-        if e.live and e.arrived == 0 and np.int64(layer) == e.layer:
+        fits = seconds == 0 or (e.timed != 0 and seconds > 0 and seconds < np.inf)
+        if e.live and e.arrived == 0 and e.claimed == 0 and fits and np.int64(layer) == e.layer:
             head = carray(pointer(e.head), (8,), np.int64)
             same = True
             for word in range(SAME // 8):
@@ -83,6 +85,7 @@ def receive(c: Any) -> Any:
         c.have = 0
         if c.current == 0:
             return OTHER
+        carray(pointer(c.current), (1,), _EXPECTED)[0].claimed = 1
     e = carray(pointer(c.current), (1,), _EXPECTED)[0]
     while c.have < e.size:
         n = call(function(c.functions, RECEIVE), c.descriptor, e.frame + c.have, e.size - c.have, _DONT_WAIT, 0, 0)
@@ -96,6 +99,7 @@ def receive(c: Any) -> Any:
     c.received += e.size
     c.current = 0
     c.have = 0
+    e.claimed = 0
     e.arrived = now(c.functions, c.scratch + HEAD)
     return found
 

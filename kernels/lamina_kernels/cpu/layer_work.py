@@ -1,7 +1,7 @@
 """A layer's work at a holder, store and attend, for compiled callers: no Python between the layers of a batch.
 
 `layer_work` gathers the plans of a batch in a block, once; `store` and `attend` are called for each layer by the loops
-of `exchange_loops`. Plans are those of `decode`, and are checked when they are made: nothing is checked here.
+of `serve_loop` and `exchange_loop`. Plans are those of `decode`, and are checked when they are made: nothing is here.
 """
 
 from __future__ import annotations

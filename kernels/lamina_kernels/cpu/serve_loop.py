@@ -57,10 +57,11 @@ def _answer(channel: int, found: int) -> Any:
     if s.attends:
         s.sent, s.by = send(c, s.reply, s.reply_size, 0), channel
         c.sent += s.reply_size
+        s.claimed = 1 if s.sent < s.reply_size else 0
     if late:
         store(w, s.layer, s.k, s.v)
     _advance(s, c.functions, c.scratch + HEAD)
-    return s.live == 0 or s.sent < s.reply_size
+    return s.live == 0 or s.claimed != 0
 
 
 @njit  # type: ignore[untyped-decorator]

@@ -98,6 +98,7 @@ class DirectChannel:
         block, begun = self._block, _NOTHING
         if block.current:
             begun = self._frames[block.current][: block.have]
+            exchange_blocks.Expected.from_address(block.current).claimed = 0
             block.current = block.have = 0
         received, sent = block.received, block.sent
         block.received = block.sent = 0
