@@ -116,6 +116,12 @@ def set_layer(head: memoryview, layer: int, seconds: float = 0.0) -> None:
     _LAYER.pack_into(head, LAYER_AT, layer, seconds)
 
 
+def seconds_stand(head: memoryview) -> bool:
+    """Whether the seconds of a head are a number that an answer may have."""
+    seconds = _LAYER.unpack_from(head, LAYER_AT)[1]
+    return math.isfinite(seconds) and seconds >= 0
+
+
 def frame_of(message: m.Query | m.Fresh | m.Exchange | m.Attended) -> LayerFrame:
     """The frame that carries a message. Raises ProtocolError for tensors that do not fit together."""
     tensors = {name: getattr(message, name) for name in TENSORS[TAGS[type(message)]]}

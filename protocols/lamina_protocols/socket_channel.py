@@ -47,7 +47,7 @@ class SocketChannel:
         self._socket = sock
         self._tls = is_tls(sock)
         self._trailer = CHECKSUM_SIZE if checksummed else 0
-        self._max_frame = max_frame
+        self.max_frame = max_frame  # bytes of the largest that is taken
         self._busy = threading.RLock()  # held while the socket is in use, so that `close` waits
         self._closed = ""  # why
         self._unreadable = ""  # why what came in is no frame; sending still works
@@ -151,7 +151,7 @@ class SocketChannel:
             if len(unsent):
                 self._unsent = [memoryview(bytes(unsent))]
             if len(begun):
-                self._prefix = read_prefix(begun, self._max_frame)
+                self._prefix = read_prefix(begun, self.max_frame)
                 self._memory = blank_frame(self._prefix, self._trailer)
                 self._memory[: len(begun)] = begun
                 self._missing = self._memory[len(begun) :]
@@ -170,7 +170,7 @@ class SocketChannel:
             self._socket.close()
 
     def _enqueue(self, buffers: Sequence[bytes | memoryview]) -> None:
-        size = check_size(buffers, self._max_frame)
+        size = check_size(buffers, self.max_frame)
         frame = [memoryview(buffer) for buffer in buffers if len(buffer)]
         if self._trailer:
             frame.append(memoryview(checksum(buffers)))
@@ -216,7 +216,7 @@ class SocketChannel:
     def _next_part(self) -> bool:
         """The prefix or the rest of a frame is complete. Returns whether the frame is whole."""
         if self._prefix is None:
-            self._prefix = read_prefix(self._prefix_memory, self._max_frame)
+            self._prefix = read_prefix(self._prefix_memory, self.max_frame)
             self._memory = blank_frame(self._prefix, self._trailer)
             self._memory[:PREFIX_SIZE] = self._prefix_memory
             self._missing = self._memory[PREFIX_SIZE:]

@@ -32,7 +32,7 @@ class ServedBatch:
     def __init__(self, work: LayerWork, d_k: int, d_v: int, done: Callable[[int, range, float], None]) -> None:
         block = blocks.Served()
         self.work = work
-        self.number = 0
+        self.epoch = self.number = 0
         self._done = done
         self._counted = 0
         self._scratch = np.zeros(2, np.int64)
@@ -57,14 +57,15 @@ class ServedBatch:
         block.reply, block.reply_size = self.reply.address, answer.size if reads else 0
         self._block = block
         self.address = ctypes.addressof(block)
+        self.largest = max(asked.size, answer.size if reads else 0)  # bytes of its frames
 
     def begin(self, epoch: int, number: int) -> None:
         """A batch, as the first or as the next one."""
-        self.number, self._counted = number, 0
+        self.epoch, self.number, self._counted = epoch, number, 0
         for head in (self._head.bytes, self.reply.bytes):
             set_batch(head, epoch, number)
         block = self._block
-        block.live, block.layer, block.arrived, block.by, block.nanoseconds = 1, 0, 0, 0, 0
+        block.live, block.layer, block.arrived, block.claimed, block.by, block.nanoseconds = 1, 0, 0, 0, 0, 0
 
     @property
     def live(self) -> bool:
@@ -82,7 +83,7 @@ class ServedBatch:
         """Take the frame of the layer that is due, which Python has received. Whether it was that."""
         block, head = self._block, self._head.bytes
         set_layer(head, block.layer)
-        if not block.live or len(frame) != block.size or frame[: blocks.SAME + 4] != head[: blocks.SAME + 4]:
+        if not block.live or len(frame) != block.size or frame[: blocks.HEAD] != head:
             return False
         self.frame.bytes[:] = frame
         return True
@@ -102,7 +103,7 @@ class ServedBatch:
         if block.by != direct.address or block.sent >= block.reply_size:
             return _NOTHING
         rest = self.reply.bytes[block.sent : block.reply_size]
-        block.sent = block.reply_size
+        block.sent, block.claimed = block.reply_size, 0
         return rest
 
     def passed(self, layer: int) -> bool:
@@ -156,9 +157,9 @@ class LayerServer:
                 direct.forget(batch.address)
 
     def offer(self, batch: ServedBatch, channels: set[Channel]) -> None:
-        """Answer the frames of this batch from now on, over any of these channels."""
+        """Answer the frames of this batch from now on, over any of these channels that takes frames as large."""
         for direct, batches in self._batches.items():
-            if direct.channel in channels:
+            if direct.channel in channels and batch.largest <= direct.channel.max_frame:
                 direct.expect(batch.address, batch.frame.bytes)
                 batches.append(batch)
 

@@ -18,8 +18,10 @@ from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import (
+    Announced,
     Announcement,
     Exchange,
+    Fault,
     Fetch,
     FetchPages,
     Fresh,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     import torch
 
 _SPARE = 4
+_MOST_SERVED = 16  # batches at once: each keeps the memory of its frames, of which an engine decides how large they are
+_LAYERED = (Query, Fresh, Exchange)
 _REQUESTS = (Announcement, Query, Fresh, Exchange, Fetch, FetchPages, FreshPages, Survey)
 
 
@@ -126,10 +130,16 @@ class EngineSeat:
         if not isinstance(request, _REQUESTS):
             raise ProtocolError(f"an engine sends requests, got a {type(request).__name__}")
         port.send(request)
-        if answered(request):
-            reply(codec.encode(port.receive()))
+        answer = port.receive() if answered(request) else None
+        if answer is not None:
+            reply(codec.encode(answer))
         port.settle()
-        self._follow(request, port)
+        # An announcement that was refused says nothing of the batch of that number which may be in flight.
+        accepted = isinstance(answer, Announced) and answer.accepted
+        failed = isinstance(answer, Fault) or port.failing(request.batch)
+        self._take_back(request, accepted, failed)
+        if accepted:
+            self._offer(request, port)
 
     def _carried(self, frame: memoryview, reply: Callable[[list[bytes | memoryview]], None]) -> bool:
         """Whether this was a layer's frame of a served batch, over a channel that compiled code cannot read."""
@@ -142,25 +152,34 @@ class EngineSeat:
         batch.count()
         return True
 
-    def _follow(self, request: Request, port: LocalAttention) -> None:
-        """Offer a batch that was accepted, and take back those that Python has done something of."""
+    def _take_back(self, request: Request, accepted: bool, failed: bool) -> None:
+        """Take back the offered batches that are over, or that Python has done something of."""
         layers, worker = self._layers, self._worker
         if layers is None or worker is None:
             return
         for number, batch in list(self._served.items()):
-            layer = request.layer if isinstance(request, Query | Fresh | Exchange) else None
-            strayed = request.batch == number and layer is not None and not batch.passed(layer)
+            strayed = accepted and request.batch == number  # a new epoch has a batch of the same number
+            if isinstance(request, _LAYERED) and (batch.epoch, number) == (request.epoch, request.batch):
+                # Python alone tells the engine of a failure, with the next reply.
+                strayed = failed or not batch.passed(request.layer)
             if strayed or not batch.live or not worker.in_flight(number):
                 layers.withdraw(batch)
                 self._spare = [self._served.pop(number), *self._spare[: _SPARE - 1]]
-        if not isinstance(request, Announcement) or not worker.in_flight(request.batch):
+
+    def _offer(self, request: Request, port: LocalAttention) -> None:
+        """Offer the batch that was accepted just now, if it is one."""
+        layers, worker = self._layers, self._worker
+        if layers is None or worker is None or not worker.in_flight(request.batch) or len(self._served) >= _MOST_SERVED:
             return
         work = port.layer_work(request.batch)
         dtype = DTYPES[self._compute_dtype]
         if work is None or work.query != dtype or work.loaded != dtype:
             return
         alike = (batch for batch in self._spare if batch.work is work)
-        served = next(alike, None) or self._serving(port, work)
+        try:
+            served = next(alike, None) or self._serving(port, work)
+        except (ProtocolError, MemoryError):  # its frames are larger than any may be
+            return
         self._spare = [batch for batch in self._spare if batch is not served]
         served.begin(request.epoch, request.batch)
         self._served[request.batch] = served

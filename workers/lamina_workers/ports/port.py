@@ -323,6 +323,10 @@ class LocalAttention:
         except (LaminaError, ValueError) as error:
             self._failed(batch or 0, error)
 
+    def failing(self, batch: int) -> bool:
+        """Whether a message of that batch has failed, and no reply has said so yet."""
+        return batch in self._failures
+
     def _failed(self, batch: int, error: Exception) -> None:
         if len(self._failures) < _FAILURES:
             self._failures.setdefault(batch, f"{type(error).__name__}: {error}")
@@ -339,7 +343,7 @@ class LocalAttention:
 
     def layer_work(self, batch: int) -> LayerWork | None:
         self.settle()
-        return self._worker.layer_work(batch) if enabled() else None
+        return self._worker.layer_work(batch) if enabled() and not self.failing(batch) else None
 
     def worked(self, batch: int, layers: range, work: LayerWork) -> None:
         self._worker.worked(batch, layers, work)
