@@ -26,7 +26,7 @@ from lamina_workers.devices.staging import Staging, staging_for
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.compiled_exchange import CompiledExchange, ExchangeMaker
 from lamina_workers.model_worker.fresh_attention import FreshAttention
-from lamina_workers.model_worker.holder_traffic import HolderTraffic, holder_traffic
+from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer, holder_traffic
 from lamina_workers.model_worker.waiting import Suspended, Waiting
 from lamina_workers.ports.port import InProcess, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
@@ -226,6 +226,8 @@ class AttentionMerge:
                 yield Waiting(holder.replies, exchange.batch)
                 self._watch.start()
             past = exchange.take(holder, waits)
+            n = len(q) * spec.heads if holder.queries is None else len(holder.queries)
+            check_answer(holder.replies.port.name, past.out, (n, spec.d_v), q.dtype)
             if whole is None:
                 if holder.queries is None and past.out.shape == (len(q) * spec.heads, spec.d_v):
                     whole = past

@@ -23,13 +23,12 @@ from lamina_kernels.cpu.merge import merge_block, merge_kernel
 from lamina_kernels.paged.pages import FLOATS
 from lamina_kernels.partial import Partial
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.layer_frames import TAGS, LayerFrame, set_batch, set_layer
+from lamina_protocols.layer_frames import TAGS, LayerFrame, seconds_stand, set_batch, set_layer
 from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Query
 from lamina_protocols.tensors import dtype_name
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT
-from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker.holder_traffic import HolderTraffic
+from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer
 from lamina_workers.model_worker.waiting import Suspended, Waiting
 from lamina_workers.ports.direct import Buffer, compiled, enabled
 from lamina_workers.ports.port import FramePort, Replies
@@ -42,8 +41,7 @@ class _Gathered:
     """Which vectors of q, k and v go to a holder, as fields of its block."""
 
     def __init__(self, holder: HolderTraffic, spec: LayerSpec, tokens: int, itemsize: int) -> None:
-        self.queries = _count(holder.queries, tokens * spec.heads) if holder.reads else 0
-        self.fresh = _count(holder.fresh, tokens * spec.kv_heads) if holder.stores else 0
+        self.queries, self.fresh = _counts(holder, spec, tokens)
         self.fields: dict[str, int] = {}
         sides = (("q", self.queries, holder.queries, spec.d_k), ("k", self.fresh, holder.fresh, spec.d_k),
                  ("v", self.fresh, holder.fresh, spec.d_v))  # fmt: skip
@@ -72,6 +70,7 @@ class _RemoteHolder:
         self.port = port
         self.direct = port.direct
         self.queries = gathered.queries
+        self.largest = max(asked.size, answer.size if holder.reads else 0)  # bytes of its frames
         places = asked.places()
         self._sent = Buffer(asked.size)
         self._sent.bytes[: blocks.HEAD] = memoryview(asked.head(0))
@@ -86,7 +85,7 @@ class _RemoteHolder:
             setattr(block, field, value)
         block.layers, block.head, block.frame = layers, self._head.address, self.frame.address
         block.size = answer.size if holder.reads else 0
-        block.channel = 0 if self.direct is None else self.direct.address
+        block.channel, block.timed = 0 if self.direct is None else self.direct.address, 1
         block.sent_frame, block.sent_size = self._sent.address, asked.size
         block.taken = self.taken.ctypes.data
         out, lse = (answer.places()[field] for field in ("out", "lse"))
@@ -98,7 +97,7 @@ class _RemoteHolder:
         self.holder = holder
         for head in (self._sent.bytes, self._head.bytes):
             set_batch(head, *ids)
-        self._block.timeout = int(holder.timeout * 1e9)
+        self._block.timeout, self._block.live = int(holder.timeout * 1e9), 0
         if holder.reads and self.direct is not None:
             self.direct.expect(ctypes.addressof(self._block), self.frame.bytes)
 
@@ -111,21 +110,23 @@ class _RemoteHolder:
         block.sent = block.sent_size
         return rest
 
-    def settle(self, batch: int, layer: int, begun: bool) -> None:
-        """Read what Python must read before compiled code can go on. Raises HolderFault, HolderLost."""
+    def settle(self, batch: int, layer: int, begun: bool, waits: bool) -> bool:
+        """Read what Python must read before compiled code can go on. False where that has not come yet, and this must
+        not wait for it. Raises HolderFault, HolderLost."""
         replies = self.holder.replies
         while self.direct is not None and self.direct.channel.unsettled:
+            if not (waits or replies.port.ready()):
+                return False
             replies.read(self.holder.timeout)
         if begun and not self._block.arrived and replies.heard(batch):
             reply = replies.take(Attended, batch, layer, self.holder.timeout)
-            if reply.out.shape != self.out.shape:
-                name = replies.port.name
-                raise HolderFault(f"{name}: {list(reply.out.shape)} answers, {list(self.out.shape)} were due")
+            check_answer(replies.port.name, reply.out, tuple(self.out.shape), self.out.dtype)
             with torch.inference_mode():  # a suspended batch's answers are taken outside of its run
                 self.out.copy_(reply.out)
                 self.lse.copy_(reply.lse)
             set_layer(self.frame.bytes, layer, reply.seconds)
             self._block.arrived = time.monotonic_ns()
+        return True
 
     def carry(self) -> None:
         """Send the frame that is ready. Raises HolderLost."""
@@ -136,7 +137,8 @@ class _RemoteHolder:
         frame = self.port.receive_frame(self.holder.timeout)
         block, head = self._block, self._head.bytes
         set_layer(head, block.layer)
-        if len(frame) == block.size and frame[: blocks.SAME + 4] == head[: blocks.SAME + 4]:
+        due = len(frame) == block.size and frame[: blocks.SAME + 4] == head[: blocks.SAME + 4]
+        if due and seconds_stand(frame):
             self.frame.bytes[:] = frame
             block.arrived = time.monotonic_ns()
         else:
@@ -182,7 +184,8 @@ class CompiledExchange:
         )  # fmt: skip
         self._keep += [here, answers]
         self._answer = self._merged(answers, dtype)
-        self._result = blocks.WAITING  # of a call that was made while the batch was suspended
+        self._result = blocks.WAITING  # of a call that was made while the batch was suspended, or its error
+        self._failure: LaminaError | None = None
         self._batch, self._times = 0, Times()
         self._call = compiled(exchange_kernel())
         self._address = ctypes.addressof(self._block)
@@ -226,10 +229,15 @@ class CompiledExchange:
         self._keep += [merges, addresses, whole]
         return whole.out.view(tokens, -1)
 
+    @property
+    def fits(self) -> bool:
+        """Whether no frame is larger than its channel takes."""
+        return all(remote.largest <= direct.channel.max_frame for remote, direct in self._lent)
+
     def begin(self, traffic: Sequence[HolderTraffic], ids: tuple[int, int], times: Times) -> None:
         """A batch, of the holders in their order; ids: epoch and number."""
         self._batch, self._times = ids[1], times
-        self._result = blocks.WAITING
+        self._result, self._failure = blocks.WAITING, None
         x = self._block
         x.layer = x.begun = x.local = x.remote = x.answered = x.waited = 0
         elsewhere = [holder for holder in traffic if not holder.here]
@@ -274,21 +282,31 @@ class CompiledExchange:
             remote.fetch()
 
     def _collect(self) -> bool:
-        """Take what has come. Whether the batch can go on, be it with an error, which comes again then."""
+        """Take what has come, without waiting. Whether the batch can go on, be it with an error."""
         try:
-            self._result = self._advance()
-        except LaminaError:
+            while (result := self._advance()) in (blocks.OTHER, blocks.ENDED):
+                holder = self._remotes[self._block.at].holder
+                if not holder.replies.port.ready():  # a part of a frame
+                    return False
+                holder.replies.read(holder.timeout)
+        except LaminaError as error:  # what was read to find it does not come again
+            self._failure = error
             return True
-        return self._result != blocks.WAITING
+        self._result = result
+        return result not in (blocks.WAITING, blocks.INTERRUPTED)
 
     def _advance(self) -> int:
         """One compiled call, with all channels lent; or its result, where it was made while the batch was suspended."""
         x, lent = self._block, 0
+        if self._failure is not None:
+            raise self._failure
         if self._result == 0:
             self._result = blocks.WAITING
             return 0
-        for remote in self._remotes:
-            remote.settle(self._batch, x.layer, bool(x.begun))
+        for number, remote in enumerate(self._remotes):
+            if not remote.settle(self._batch, x.layer, bool(x.begun), bool(x.waits)):
+                x.at = number
+                return blocks.WAITING
         try:
             for remote, direct in self._lent:
                 if not direct.lend():  # closed by another thread: to read it says why
@@ -299,9 +317,10 @@ class CompiledExchange:
         finally:
             for remote, direct in self._lent[:lent]:
                 direct.reclaim(remote.unsent())
-        for remote, _ in self._lent:
-            remote.port.flush()
         result: int = x.result
+        if result != blocks.TIMEOUT:  # there is no waiting for who does not read either
+            for remote, _ in self._lent:
+                remote.port.flush()
         return result
 
     def close(self) -> None:
@@ -336,9 +355,10 @@ class ExchangeMaker:
     ) -> CompiledExchange | None:
         """The exchange of a batch of `tokens`, every one of which holders attend; ids: epoch and batch, dtype: of q, k
         and v. None where a holder, or this process, cannot do that. The one before must be closed."""
+        traffic = [holder for holder in traffic if holder.reads or holder.stores]  # the others are sent nothing
         if not enabled() or dtype not in FLOATS or not traffic:
             return None
-        ways = [_way(holder, ids[1], dtype) for holder in traffic]
+        ways = [_way(holder, ids[1], dtype, self._layers, tokens) for holder in traffic]
         holders = [(holder, way) for holder, way in zip(traffic, ways, strict=True) if way is not None]
         if len(holders) < len(traffic):
             return None
@@ -346,6 +366,8 @@ class ExchangeMaker:
         if self._last is None or key != self._key:
             self._last = CompiledExchange(self._layers, holders, tokens, dtype)
             self._key, self._traffic = key, traffic
+        if not self._last.fits:
+            return None
         self._last.begin(traffic, ids, times)
         return self._last
 
@@ -356,14 +378,26 @@ def _shape(holder_way: tuple[HolderTraffic, FramePort | LayerWork]) -> tuple[Any
     return id(way), holder.reads, holder.stores, id(holder.queries), id(holder.fresh), holder.rounds
 
 
-def _way(holder: HolderTraffic, batch: int, dtype: torch.dtype) -> FramePort | LayerWork | None:
+def _way(
+    holder: HolderTraffic, batch: int, dtype: torch.dtype, layers: Sequence[LayerSpec], tokens: int
+) -> FramePort | LayerWork | None:
     computing = holder.replies.computing
     if holder.way is not DIRECT:
         return None
     if computing is None:
         return holder.replies.frames
     work = computing.layer_work(batch)
-    return work if work is not None and work.query == work.loaded == dtype else None
+    if work is None or not work.query == work.loaded == dtype:
+        return None
+    # Compiled code checks nothing: what the holder planned must be what it gets. Where it is not, Python says so.
+    counts = _counts(holder, layers[0], tokens)
+    return work if (work.queries, work.fresh, work.layers) == (*counts, len(layers)) else None
+
+
+def _counts(holder: HolderTraffic, spec: LayerSpec, tokens: int) -> tuple[int, int]:
+    """How many vectors of q go to a holder, and of k."""
+    queries = _count(holder.queries, tokens * spec.heads) if holder.reads else 0
+    return queries, _count(holder.fresh, tokens * spec.kv_heads) if holder.stores else 0
 
 
 def _count(index: torch.Tensor | None, total: int) -> int:
