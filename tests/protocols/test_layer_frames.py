@@ -7,6 +7,7 @@ import struct
 import pytest
 import torch
 
+from lamina_kernels.cpu import exchange_blocks
 from lamina_protocols import codec, layer_frames
 from lamina_protocols import messages as m
 from lamina_protocols.errors import ProtocolError
@@ -43,6 +44,11 @@ def test_layers_of_a_batch_differ_in_the_last_eight_bytes_of_the_header_alone(me
     assert len(first) == layer_frames.HEAD_SIZE == 64
     assert struct.unpack_from("<If", other, at) == (77, 0.5)
     assert struct.unpack_from("<f", other, layer_frames.SECONDS_AT) == (0.5,)
+
+
+def test_compiled_code_reads_headers_where_they_are_written():
+    assert (exchange_blocks.HEAD, exchange_blocks.SAME) == (layer_frames.HEAD_SIZE, layer_frames.LAYER_AT)
+    assert layer_frames.SECONDS_AT == exchange_blocks.SAME + 4
 
 
 @pytest.mark.parametrize(

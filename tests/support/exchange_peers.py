@@ -160,6 +160,7 @@ class Served:
     def __init__(self, config: HolderConfig, worker: AttentionWorker | None = None) -> None:
         self.over: queue.SimpleQueue[tuple[Session, str]] = queue.SimpleQueue()
         self.failed: list[str] = []
+        self._channels: list[Channel] = []
         self.loop = ComputeLoop(
             1, "w", torch.device("cpu"), self._over, lambda seat, why: self.failed.append(why), lambda seat: None
         )
@@ -173,6 +174,7 @@ class Served:
         """Serve one channel more."""
         session = Session(secrets.token_hex(16), self.seat, b"", 30.0, time.monotonic)
         session.attach(channel, "local")
+        self._channels.append(channel)
         self.seat.sessions[session.id] = session
         self.loop.serve(session)
         return session
@@ -187,6 +189,8 @@ class Served:
             self.loop.drop(session)
         self.loop.stop()
         self._thread.join(20)
+        for channel in self._channels:
+            channel.close()
         if self._thread.is_alive():
             raise RuntimeError("the worker's thread does not end")
 
