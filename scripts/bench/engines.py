@@ -195,6 +195,7 @@ def hf(model: str, options: Options) -> Run:
 
 def vllm(model: str, options: Options) -> Run:
     """vLLM's CPU backend, in one process."""
+    sys.path[:] = [each for each in sys.path if each != str(Path(__file__).parent)]  # has a `kernels`, as PyPI has
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{cores() - 1}")
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
