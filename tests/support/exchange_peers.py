@@ -209,9 +209,11 @@ class Joined:
     """One holder of a rig behind a channel."""
 
     port: RemoteAttention
+    worker: AttentionWorker
     served: Served
     near: Channel
     far: Channel
+    leaving: bool = False  # whether it was killed, or is let go
 
     def kill(self) -> None:
         """The worker is gone, with all that it keeps."""
@@ -231,7 +233,7 @@ class Joints:
         serving = Served(worker.config, worker)
         serving.add(far)
         port = port_over(near, worker.config, f"worker-{len(self.made) + 1}", worker.page_layout)
-        self.made.append(Joined(port, serving, near, far))
+        self.made.append(Joined(port, worker, serving, near, far))
         return port
 
     def __enter__(self) -> Joints:
