@@ -139,7 +139,11 @@ class Round:
                 self._serve(rig, joints)
             finally:
                 self.faults.on = False
+                rig.engine.close()
+                joints.close()  # what a worker was told last is done now
                 rig.close()
+                for joined in joints.made:
+                    joined.worker.store.check_integrity()
 
     def _serve(self, rig: Rig, joints: Joints) -> None:
         rng, asked = self.rng, []

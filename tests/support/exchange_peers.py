@@ -182,6 +182,8 @@ class Served:
     def _over(self, session: Session, why: str) -> None:
         session.ended = why
         self.seat.sessions.pop(session.id, None)
+        if session.channel is not None:
+            session.channel.close()
         self.over.put((session, why))
 
     def close(self) -> None:
@@ -214,6 +216,7 @@ class Joined:
     near: Channel
     far: Channel
     leaving: bool = False  # whether it was killed, or is let go
+    ended: bool = False
 
     def kill(self) -> None:
         """The worker is gone, with all that it keeps."""
@@ -240,7 +243,13 @@ class Joints:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every worker's thread."""
         for each in self.made:
             each.port.close()
-            each.served.close()
+            if not each.ended:
+                each.served.close()
+            each.ended = True
         self._stack.close()
