@@ -88,23 +88,27 @@ class Known:
 
 
 class Faults:
-    """Workers, of whose messages one in many fails while this is `on`."""
+    """Workers, of whose messages one in many fails while this is `on`, but never several soon after each other: an
+    engine gives up a request that fails again and again."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self.on = True
         self.told = 0
+        self._quiet = 0  # messages before another may fail
 
     def spoil(self, worker: AttentionWorker) -> None:
         handle = worker.handle
 
-        def fails(request: Any) -> Any:
-            if self.on and isinstance(request, (Announcement, Exchange, Fresh, Query)) and self._rng.random() < 0.01:
-                self.told += 1
+        def spoilt(request: Any) -> Any:
+            self._quiet -= 1
+            fails = self.on and self._quiet < 0 and isinstance(request, (Announcement, Exchange, Fresh, Query))
+            if fails and self._rng.random() < 0.05:
+                self.told, self._quiet = self.told + 1, 200
                 raise KVError("a fault of the soak")
             return handle(request)
 
-        worker.handle = fails  # type: ignore[method-assign]
+        worker.handle = spoilt  # type: ignore[method-assign]
 
 
 class Round:

@@ -281,7 +281,7 @@ TALKS: dict[str, Callable[[Talk], None]] = {
     "a survey between the layers": batch(layer(0), Survey(1, 2, 0), layer(1)),
     "a part closed between the layers": batch(layer(0), Announcement(1, 3, 2, (Close(2),), ()), layer(1)),
     "operations alone between the layers": batch(layer(0), Announcement(1, 3, 2, (), ()), layer(1)),
-    "a reply": batch(layer(0), Fault(1, 2, "no"), layer(1)),
+    "a reply": batch(layer(0), Fault(1, 2, "no")),
     "a new epoch with the same number": new_epoch,
     "announced again": again,
     "superseded": superseded(0),
@@ -422,6 +422,8 @@ def test_any_bytes_harm_nobody_else(shared: list[Any], told: list[tuple[int, byt
                     continue
         for line in talk.lines:
             line.end()
+        for _ in talk.lines:  # a survey among what was told would end everybody's batches
+            worker.over.get(timeout=20)
         shared[1] += 1
         epoch, parts = shared[1] << 40, (2 * shared[1] + 10**9, 2 * shared[1] + 10**9 + 1)
         line = Line(worker, "unix", 1 << 28)
@@ -442,6 +444,8 @@ def test_any_bytes_harm_nobody_else(shared: list[Any], told: list[tuple[int, byt
             assert isinstance(attended, Attended)
             torch.testing.assert_close(attended.out.view(2, 2, 3, D), sent.v.view(2, 2, 1, D).expand(2, 2, 3, D))
         assert worker.failed == []
+        line.end()
+        worker.over.get(timeout=20)
     finally:
         talk.close()
 
