@@ -125,7 +125,6 @@ class LayerServer:
         self._batches: dict[DirectChannel, list[ServedBatch]] = {}
         self._block = blocks.Server(functions=functions().ctypes.data if functions() is not None else 0)
         self._call = compiled(serve_kernel())
-        self._polls = self._addresses = np.zeros(0, np.int64)
 
     def register(self, descriptor: int, events: int) -> None:
         """As of `select.poll`."""

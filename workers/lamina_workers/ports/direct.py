@@ -66,11 +66,6 @@ class DirectChannel:
         self._block = exchange_blocks.Channel(functions=addresses.ctypes.data, scratch=self._scratch.ctypes.data)
         self.address = ctypes.addressof(self._block)
 
-    @property
-    def expecting(self) -> bool:
-        """Whether any frame is expected."""
-        return bool(self._frames)
-
     def expect(self, block: int, frame: memoryview) -> None:
         """The frames of a block may come, into that memory. The block must live until `forget`."""
         self._frames[block] = frame
