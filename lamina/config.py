@@ -86,6 +86,9 @@ class EngineConfig:
     """How many batches are under way at a time, so that one computes while another waits for attention; auto: as
     measured. With replicas at most one more than there are; with tensor-parallel model workers one, because they add up
     their parts of one batch at a time."""
+    query_first: str = "auto"
+    """Whether q leaves for the attention workers before k and v are computed, in decode: "always", "never", or "auto",
+    which measures both and keeps the faster one. With replicas it never does."""
     worker_timeout: float = 10.0
     """Seconds without a heartbeat, or beyond what its work should take, after which an attention worker is lost."""
     recovery_timeout: float = 60.0
@@ -185,6 +188,10 @@ class EngineConfig:
         if self.lanes != "auto" and (type(self.lanes) is not int or not 1 <= self.lanes <= most):
             beside = f" with {self.replicas} replicas" if self.replicas > 1 else ""
             raise InvalidRequest(f'lanes is {self.lanes!r:.80}{beside}; allowed are 1 to {most}, or "auto"')
+        orders = ("auto", "never") if self.replicas > 1 else ("auto", "always", "never")
+        if self.query_first not in orders:
+            beside = f" with {self.replicas} replicas" if self.replicas > 1 else ""
+            raise InvalidRequest(f"query_first is {self.query_first!r:.80}{beside}; allowed are {', '.join(orders)}")
         share = self.local_share
         number = isinstance(share, (int, float)) and not isinstance(share, bool)
         if share != "auto" and not (number and 0 <= float(share) <= 1):

@@ -26,6 +26,8 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.n_out, self.n_in = weight.shape
+        self.halves: tuple[Linear, Linear] | None = None
+        """What `split` has made."""
         self._bias = bias
         self._packed = repacks(weight)
         self._few = not self._packed and few_rows.can_multiply(weight)
@@ -41,6 +43,8 @@ class Linear:
             product = few_rows.multiply(x, self._weight)
             return product if self._bias is None else product.add_(self._bias)
         if self._packed:
+            if self.halves is not None:
+                return torch.cat([half(x) for half in self.halves], -1)
             y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", [], "")
             return y
         return F.linear(x, self._weight, self._bias)
@@ -50,12 +54,19 @@ class Linear:
         """W and the bias, where up to `few_rows.MAX_ROWS` rows are multiplied by `few_rows`; else None."""
         return (self._weight, self._bias) if self._few else None
 
-    def split(self, rows: int) -> tuple[Linear, Linear] | None:
-        """The first `rows` outputs and the others as maps of their own, sharing W; None where W was repacked."""
-        if self._packed:
-            return None
-        biases = (None, None) if self._bias is None else (self._bias[:rows], self._bias[rows:])
-        return Linear(self._weight[:rows], biases[0]), Linear(self._weight[rows:], biases[1])
+    def split(self, rows: int) -> tuple[Linear, Linear]:
+        """The first `rows` outputs and the others as maps of their own; from then on they are the `halves`.
+
+        They share W. Where W was repacked they take its place, since there is no part of it to share: then a call of
+        the whole map is one of each half.
+        """
+        if self.halves is None:
+            weight = self._weight.to_dense() if self._packed else self._weight
+            biases = (None, None) if self._bias is None else (self._bias[:rows], self._bias[rows:])
+            self.halves = Linear(weight[:rows], biases[0]), Linear(weight[rows:], biases[1])
+            if self._packed:
+                self._weight = weight.new_empty(0)
+        return self.halves
 
     def float32(self, x: torch.Tensor) -> torch.Tensor:
         """Like a call, but the result is float32, and not rounded to x's dtype first where that costs nothing."""

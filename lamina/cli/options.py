@@ -147,6 +147,9 @@ class EngineOptions:
         str | None, _worker_option(help="Of the KV, what stays in this process: 0 to 1 or auto.")
     ] = None
     lanes: Annotated[str | None, _worker_option(help="Batches under way at once: a number or auto.")] = None
+    query_first: Annotated[
+        str | None, _worker_option(help="Whether q leaves before k and v: always, never or auto.")
+    ] = None
     data_channel: Annotated[str | None, _worker_option(help="Between hosts: grpc or tcp.")] = None
     local_channel: Annotated[
         bool | None, _worker_option("--local-channel/--no-local-channel", help="A Unix socket on one host, or not.")

@@ -29,6 +29,7 @@ class TierController:
     def __init__(self, control: ControlPlane, migration: KvMigration, clock: Callable[[], float]) -> None:
         self._control = control
         self._lanes = control.lanes
+        self._order = control.order
         self._migration = migration
         self._scheduler = control.scheduler
         self._placement = control.placement
@@ -77,25 +78,36 @@ class TierController:
     def abandon(self) -> None:
         """Give up all moves, and the current measurement."""
         self._migration.abandon()
+        self._order.interrupted()
         self._interrupted()
 
     def holders_changed(self, change: HolderChange) -> None:
         """Forget what was measured: it was of other holders."""
         self._control.local_share.reset()
+        self._order.reset()
         self._interrupted()
 
     def batch_done(self, done: BatchDone) -> None:
-        """Learn from a decode batch, and decide how many lanes the next ones have."""
+        """Learn from a decode batch, and decide how many lanes the next ones have, and whether q goes first in them.
+
+        One thing is tried at a time: the local share, then lanes, then the order."""
         self._measure(done)
+        lanes, order = self._lanes, self._order
         if self._all_local:
-            self._lanes.alone()
+            lanes.alone()
+            order.interrupted()
+            return
+        mixed = done.prefill or not self.settled
+        lanes.completed(done.sampled, done.requests, mixed or order.trying, done.now, done.attended)
+        if mixed or lanes.trying or (lanes.begun and done.requests > 1):
+            order.interrupted()
         else:
-            mixed = done.prefill or not self.settled
-            self._lanes.completed(done.sampled, done.requests, mixed, done.now, done.attended)
+            order.completed(done.sampled, done.requests, lanes.count, done.now)
 
     def _measure(self, done: BatchDone) -> None:
         last, self._last = self._last, done.now
-        if self._lanes.trying or last is None or not self._placement.tiers or done.prefill:
+        trying = self._lanes.trying or self._order.trying
+        if trying or last is None or not self._placement.tiers or done.prefill:
             self._interrupted()
             self._last = done.now
             return
@@ -103,7 +115,7 @@ class TierController:
         self._parts.append(
             Batch(
                 done.local_tokens, done.remote_tokens, times.local, times.remote, times.answered, times.waited,
-                done.now - last, done.running, lanes,
+                done.now - last, done.running, lanes, self._order.fused,
             )
         )  # fmt: skip
         if len(self._parts) < lanes:

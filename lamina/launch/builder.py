@@ -34,6 +34,7 @@ from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.local_share import LocalShare
+from lamina.scheduling.order_tuner import OrderTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SchedulerConfig
 from lamina.system.machine import this_machine
@@ -59,19 +60,16 @@ logger = logging.getLogger("lamina")
 
 HERE = 1  # the number of the holder that keeps whole sequences in the engine's process
 AUTO_LANES = 3  # the most that are tried: with more, too few sequences share each reading of the weights
-_KV_PROJECTION = 2 << 20  # bytes of weights: 80 us at 25 GB/s. An estimate: no model at hand is large enough
 
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """What an engine has outside its own objects: its journal and the workers in other processes. `early_query`: the
-    query leaves before k and v."""
+    """What an engine has outside its own objects: its journal and the workers in other processes."""
 
     journal: Journal | None
     identity: Identity
     attention: AttentionPool | None
     models: ModelWorkerPool | None
-    early_query: bool
 
     def begin(self, progress: Progress | None) -> None:
         """Start the workers, which come up while the model loads."""
@@ -214,13 +212,12 @@ def connect(
         )
     if attention is not None:
         undo.callback(attention.close)
-    early_query = attention is not None and _query_goes_first(files.model, sizes.dtype)
     models: ModelWorkerPool | None = None
     if config.model_workers > 1:
         processes = model_workers or LocalModelWorkers(config.model_workers, threads=sizes.own_threads)
-        models = ModelWorkerPool(processes, begins(config, files, sizes, identity, early_query))
+        models = ModelWorkerPool(processes, begins(config, files, sizes, identity))
         undo.callback(models.close)
-    return Pools(journal, identity, attention, models, early_query)
+    return Pools(journal, identity, attention, models)
 
 
 def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig, progress: Progress | None) -> Runtime:
@@ -248,7 +245,9 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
         local_pools=(HERE,) if HERE in fused.ports else (),
     )
     share = LocalShare(None if config.local_share == "auto" else float(config.local_share))
-    control = ControlPlane(sizes.limits, placement, _lanes(config, pools.attention), share)
+    control = ControlPlane(
+        sizes.limits, placement, _lanes(config, pools.attention), share, _order(config, pools.attention)
+    )
     possible = control.scheduler.admission.longest_possible()
     check_room(config, sizes.holder, possible)
     prefix = "" if pools.journal is None else f"{pools.journal.starts}-"  # ids are never used again
@@ -315,9 +314,7 @@ def _model_workers(
         decoder = Decoder(files.model, weights, Shard(0, config.ranks), None if group is None else group.form())
     decoder = sliced(decoder, config.compile)
     epoch = pools.identity.past_epochs + 1
-    own = ModelWorker(
-        decoder, fused.config, fused.ports, sizes.own_threads, config.worker_timeout, pools.early_query, epoch=epoch
-    )
+    own = ModelWorker(decoder, fused.config, fused.ports, sizes.own_threads, config.worker_timeout, epoch=epoch)
     if group is not None:
         others = {rank: rank for rank in range(1, config.ranks)}
         return TensorParallelWorkers(own, decoder, group, pools=others, heads=sizes.heads, config=fused.config)
@@ -325,12 +322,6 @@ def _model_workers(
         peers = pools.models.peers()
         return PipelineReplicas(own, peers, here=fused.ports, config=fused.config, patience=config.worker_timeout)
     return own
-
-
-def _query_goes_first(model: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether q leaves before k and v are computed: whether that takes longer than three more calls in each layer."""
-    kv_bytes = 2 * model.num_key_value_heads * model.head_dim * model.hidden_size * dtype.itemsize
-    return kv_bytes > _KV_PROJECTION
 
 
 def _lanes(config: EngineConfig, attention: AttentionPool | None) -> LaneTuner:
@@ -341,3 +332,12 @@ def _lanes(config: EngineConfig, attention: AttentionPool | None) -> LaneTuner:
     if config.replicas > 1:
         return LaneTuner(1, config.replicas + 1, config.replicas)
     return LaneTuner(1) if attention is None else LaneTuner(1, AUTO_LANES)  # nothing to wait for in this process
+
+
+def _order(config: EngineConfig, attention: AttentionPool | None) -> OrderTuner:
+    if attention is None:  # everything is stored and attended in one call
+        return OrderTuner()
+    if config.replicas > 1:
+        logger.info("in decode q never goes first: %d replicas need an answer to every store", config.replicas)
+        return OrderTuner()
+    return OrderTuner(config.query_first == "auto", fused=config.query_first != "always")

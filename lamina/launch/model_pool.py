@@ -137,10 +137,8 @@ class ModelWorkerPool:
         logger.debug("model worker %d: %s %d of %d", rank, what, done, total)
 
 
-def begins(
-    config: EngineConfig, files: ModelFiles, sizes: Sizes, identity: Identity, early_query: bool
-) -> list[peer_messages.Begin]:
-    """What each model worker beyond 0 is to load and to be. `early_query`: the query leaves before k and v."""
+def begins(config: EngineConfig, files: ModelFiles, sizes: Sizes, identity: Identity) -> list[peer_messages.Begin]:
+    """What each model worker beyond 0 is to load and to be."""
     ranks = len(sizes.ranks)  # 1 where all model workers are replicas
     scaling = config.rope_scaling
     return [
@@ -156,7 +154,6 @@ def begins(
             compile=config.compile,
             threads=sizes.own_threads,
             holder=sizes.ranks[rank % ranks],
-            early_query=early_query and ranks > 1,  # a replica's stores must be answered
             patience=config.worker_timeout,
             engine=identity.engine or "",
             linger=config.linger,

@@ -15,6 +15,7 @@ from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.local_share import LocalShare
+from lamina.scheduling.order_tuner import OrderTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Outcome, Plan, PlannedRow, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
@@ -50,7 +51,8 @@ def refusal(answers: Mapping[int, Announced]) -> str | None:
 
 class ControlPlane:
     """Decides for one engine. `scheduler` owns the sequences, `placement` the holders and the parts of sequences;
-    `lanes` and `local_share` decide how many steps are under way and how much KV is kept beside the model.
+    `lanes`, `order` and `local_share` decide how many steps are under way, whether q goes first in decode, and how much
+    KV is kept beside the model.
 
     `prefill_free` has the pages that prefill pools have left, by their last answers; the scheduler does not count them.
     """
@@ -61,11 +63,13 @@ class ControlPlane:
         placement: Placement,
         lanes: LaneTuner | None = None,
         local_share: LocalShare | None = None,
+        order: OrderTuner | None = None,
     ) -> None:
         self.placement = placement
         self.scheduler = Scheduler(config, placement)
         self.lanes = lanes or LaneTuner(1)
         self.local_share = local_share or LocalShare()
+        self.order = order or OrderTuner()
         self.prefill_free: dict[int, int] = {}
 
     @property
@@ -89,6 +93,7 @@ class ControlPlane:
         return None if plan is None and not self.placement.pending else self._placed(plan)
 
     def _placed(self, plan: Plan | None) -> Step:
+        self.placement.fuses = self.order.fused
         return Step(plan, self.placement.outgoing() if plan is None else self.placement.place(plan))
 
     def accepted(self, step: Step, answers: Mapping[int, Announced]) -> None:

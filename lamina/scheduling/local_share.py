@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     """One decode batch, which read `local_tokens` and `remote_tokens` of KV. The local pool attended for
     `local_seconds`, the slowest remote holder for `remote_seconds` by its own clock. `answered` seconds passed until
     its answers were read, the last `waited` of them without other work. The step took `seconds`, for `sequences`
-    sequences in all `lanes` together."""
+    sequences in all `lanes` together. `fused`: as `OrderTuner` says."""
 
     local_tokens: int
     remote_tokens: int
@@ -64,6 +64,7 @@ class Batch(NamedTuple):
     seconds: float
     sequences: int
     lanes: int = 1
+    fused: bool = True
 
     @property
     def tokens(self) -> int:
@@ -262,7 +263,7 @@ class LocalShare:
         reference = self._reference
         if self._held == 1:
             self._pause = max(FEWEST_BETWEEN, int(self._spent / (PROBE_COST * max(now.seconds, 1e-9))))
-        if reference is None or reference.lanes != now.lanes:
+        if reference is None or (reference.lanes, reference.fused) != (now.lanes, now.fused):
             self._reference, self._base, self._doubts = now, now.seconds, []
             return
         if self._unlike(now, reference):

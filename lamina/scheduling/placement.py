@@ -47,7 +47,8 @@ class Placement:
     `prefill_pools` and `local_pools` are the numbers of fused holders in the model workers' processes, one a rank each.
     Prompts that fit are read from the prefill pools until they are computed; no layout names these pools. Local pools
     keep whole sequences: a sequence is in the local pools or at other holders, never in both. `local_share` is the
-    wanted share of KV in the local pools; the tier controller sets it.
+    wanted share of KV in the local pools; the tier controller sets it. `fuses`: decode rows are attended where they are
+    stored, else where the model is, which can then send q before it has k and v; it may change between two batches.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Placement:
         local_pools: Sequence[int] = (),
     ) -> None:
         self.local_share = 1.0 if local_pools else 0.0
+        self.fuses = True
         self.holders = dict(holders)
         self._page_size = page_size
         self._end = max_model_len
@@ -324,11 +326,12 @@ class Placement:
 
     def _routes(self, source: int, row: PlannedRow) -> list[tuple[int, Route]]:
         """A route for every part that reads or stores the row. Each head reads [0, start), or [0, end) where the part
-        that stores the row's tokens attends them too: always in a fused holder, and in decode."""
+        that stores the row's tokens attends them too: always in a fused holder, and in decode unless q goes first."""
         start, end = row.start, row.start + row.count
         prefill = self._prefill_of(row)
         below = prefill.lo if prefill else start
         chooses = row.count == 1 and row.sample  # decode, or a prompt's last token alone: other rows read all
+        fuses = self.fuses and chooses and not row.rebuild and prefill is None
         missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
         routes = []
         for part in self._parts[row.handle]:
@@ -336,7 +339,7 @@ class Placement:
             store = start < share.hi and end > share.lo and (not row.rebuild or share in missing)
             # A single token is attended where it is stored: that spares the model worker its own attention and a merge.
             # What is computed again is not: of the parts that hold it only the lost ones store it.
-            fused = self.holders[share.holder].fused or (store and chooses and not row.rebuild and prefill is None)
+            fused = self.holders[share.holder].fused or (store and fuses)
             read_end = end if fused else min(below, share.hi)
             read = (share.lo, read_end) if read_end > share.lo else None
             if read or store:

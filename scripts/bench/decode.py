@@ -195,6 +195,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention-workers", type=int, default=0)
     parser.add_argument("--shard", default="heads", help='"heads", "sequence" (ranges) or "heads+sequence"')
     parser.add_argument("--lanes", type=int, default=1, help="with attention workers; 0: as the engine chooses")
+    parser.add_argument("--query-first", default="never", help='whether q goes first: "always", "never" or "auto"')
     parser.add_argument("--keep", action="store_true", help="keep the KV of prompts over rounds")
     parser.add_argument("--quiet", type=float, metavar="CORES", help="the most that others may use meanwhile")
     parser.add_argument("--first", action="store_true", help="go before other processes of this machine")
@@ -213,7 +214,7 @@ def parse() -> argparse.Namespace:
 
 def start(args: argparse.Namespace, folder: str) -> dict[str, Child]:
     """The engines by name, those of another checkout behind those of this one, and the bandwidth."""
-    options = Options(args.attention_workers, args.shard, args.lanes, args.keep, args.first)
+    options = Options(args.attention_workers, args.shard, args.lanes, args.keep, args.first, args.query_first)
     pythons = {"vllm": args.peer_python, "llamacpp": args.llama_python}
     children = {}
     for name in [*args.names, "bandwidth"]:

@@ -61,13 +61,14 @@ Run = Callable[[list[list[int]], int], Answer]  # prompts, and how many tokens e
 
 class Options(NamedTuple):
     """Of the engines of one run. `keep`: the KV of prompts is kept, so a prompt that comes again only decodes. `lanes`
-    0: as the engine chooses. `first`: its processes go before others of the machine."""
+    0: as the engine chooses. `first`: its processes go before others of the machine. `query_first` as in a config."""
 
     attention_workers: int = 0
     shard: str = "heads"
     lanes: int = 1
     keep: bool = False
     first: bool = False
+    query_first: str = "never"
 
 
 # Lamina.
@@ -104,7 +105,10 @@ def between(first: Mark, last: Mark, batch: int) -> Decoded | None:
 def lamina(model: str, options: Options, **config: Any) -> Run:
     """Lamina, without attention workers unless `config` names some."""
     from lamina import LLM
+    from lamina.config import EngineConfig
 
+    if hasattr(EngineConfig, "query_first"):
+        config["query_first"] = options.query_first
     llm = LLM(model, dtype="bfloat16", prefix_cache=options.keep, **config)
 
     def run(ids: list[list[int]], n: int) -> Answer:

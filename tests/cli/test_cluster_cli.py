@@ -37,13 +37,14 @@ class Served:
 def test_flags_reach_the_model() -> None:
     lamina = Lamina()
     words = ["--attention-workers", "3", "--shard", "heads+sequence", "--lanes", "2", "--data-channel", "tcp"]
-    words += ["--no-local-channel", "--tls-dir", "t", "--token-file", "f", "--insecure"]
+    words += ["--no-local-channel", "--tls-dir", "t", "--token-file", "f", "--insecure", "--query-first", "never"]
     for command in (["generate", "x"], ["chat"]):
         lamina(*command, *words)
         assert lamina.llm is not None
         assert lamina.llm.options == {
             "attention_workers": 3, "shard": "heads+sequence", "lanes": 2,
             "data_channel": "tcp", "local_channel": False, "tls_dir": "t", "token_file": "f", "insecure": True,
+            "query_first": "never",
         }  # fmt: skip
         EngineConfig(**lamina.llm.options)
 

@@ -70,7 +70,7 @@ def setup(rng: random.Random, model: str) -> Setup:
         max_batch_tokens=rng.choice((5, 16, 64, 512)),
         prefix_cache=rng.random() < 0.5,
         lanes=rng.choice((1, 1, 2, 3)),
-        early_query=model == "query first",
+        query_first=model == "query first",
         lazy=rng.random() < 0.5,
         as_bytes=rng.random() < 0.3,
         despair=rng.random() < 0.15,

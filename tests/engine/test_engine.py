@@ -69,14 +69,38 @@ def test_text_stays_the_same_at_any_placement_of_heads_and_ranges(model, samplin
     assert answers(model, sampling, max_batch_tokens=64, lanes=lanes, **placement) == expected
 
 
-@pytest.mark.parametrize("prefill_pool", [0, 60])
-def test_early_query_changes_no_token(sampling, prefill_pool):
-    model = tiny_decoder()  # it is changed
-    expected = answers(model, sampling)
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_text_stays_the_same_where_q_goes_first(model, sampling, expected, placement, lanes):
     assert (
-        answers(model, sampling, shard="heads", weights=(1, 1), prefill_pool=prefill_pool, early_query=True) == expected
+        answers(model, sampling, max_batch_tokens=64, lanes=lanes, port=BytesPort, fuses=False, **placement) == expected
     )
-    assert answers(model, sampling) == expected
+
+
+@pytest.mark.parametrize("shard", ["heads", "sequence"])
+def test_text_stays_the_same_while_both_orders_take_turns(model, sampling, expected, shard):
+    """Between two batches of the same sequences, also while one of the other order is under way."""
+    sent = set()
+
+    class Seen(BytesPort):
+        def send(self, request):
+            sent.add(type(request))
+            super().send(request)
+
+    rig = Rig(model, shard=shard, weights=(1, 2), prefill_pool=60, lanes=2, port=Seen)
+    order = rig.engine._control.order
+    planned = rig.engine._control.plan
+
+    def plan(alone=True):
+        order.fused = not order.fused
+        return planned(alone)
+
+    rig.engine._control.plan = plan
+    try:
+        assert rig.generate(PROMPTS, **sampling) == expected
+    finally:
+        rig.close()
+    assert sent >= {Exchange, Query, Fresh}
 
 
 @pytest.mark.parametrize("placement", [{}, SPLIT], ids=["fused", "split"])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamina_kernels import dense
 from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, rotate, silu_mul, split_heads
 
 # bfloat16 keeps 8 bits: a result may be half a unit of the last place off, and norms of q and k round twice.
@@ -133,3 +134,28 @@ def test_linear(rows: int, n_in: int, n_out: int, bias: bool, dtype: torch.dtype
     expected = torch.nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
     assert (found.dtype, found.shape) == (dtype, (rows, n_out))
     torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-6 if dtype is torch.bfloat16 else 1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize("repacked", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 9, 70])
+def test_the_halves_of_a_linear_map_are_its_outputs(
+    rows: int, bias: bool, repacked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if repacked and dtype is not torch.bfloat16:
+        pytest.skip("only bfloat16 is repacked")
+    if repacked:
+        monkeypatch.setattr(dense, "repacks", lambda weight: True)  # as on a machine with AMX
+    x, weight = random(rows, 96, dtype=dtype), random(160, 96, dtype=dtype, seed=1)
+    offset = random(160, dtype=dtype, seed=2) if bias else None
+    linear = Linear(weight.clone(), offset)
+    whole = linear(x)
+    halves = linear.split(96)
+    assert linear.split(96) is halves
+    assert [half.n_out for half in halves] == [96, 64]
+    both = torch.cat([half(x) for half in halves], -1)
+    tolerance = {"rtol": 2**-7, "atol": 2**-6} if dtype is torch.bfloat16 else TOLERANCE[dtype] | {"atol": 1e-5}
+    torch.testing.assert_close(both, whole, **tolerance)
+    torch.testing.assert_close(linear(x), whole, **tolerance)  # it works as before
+    torch.testing.assert_close(linear.float32(x), whole.float(), **tolerance)

@@ -96,7 +96,7 @@ def test_pools_begin_watch_and_close_the_workers_that_there_are(there: tuple[boo
     attention, models = (
         Workers(name, log) if is_there else None for name, is_there in zip(("attention", "models"), there, strict=True)
     )
-    pools = Pools(None, Identity(), cast(Any, attention), cast(Any, models), early_query=False)
+    pools = Pools(None, Identity(), cast(Any, attention), cast(Any, models))
     steps: list[tuple[str, Callable[[], None]]] = [
         ("begin", lambda: pools.begin(None)),
         ("watch", lambda: pools.watch(cast(Any, None))),

@@ -37,6 +37,7 @@ from lamina_kernels.paged import pages
         ("attention_workers", ["a:1", "a:1"], "different"),
         ("lanes", 9, "1 to 8"),
         ("local_share", 1.5, "0 to 1"),
+        ("query_first", True, "auto, always, never"),
         ("cluster", "", '"host:port" or None'),
     ],
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lamina.scheduling.lane_tuner import HOLD, WINDOW, LaneTuner
+from lamina.scheduling.lane_tuner import HOLD, LaneTuner
+from lamina.scheduling.trials import WINDOW
 
 
 def run(lanes: LaneTuner, rates: dict[int, float], batches: int, sequences: int = 8, start: float = 0.0) -> float:

@@ -23,6 +23,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.lane_tuner import LaneTuner
+from lamina.scheduling.order_tuner import OrderTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
@@ -56,7 +57,7 @@ class Setup:
     max_batch_tokens: int
     prefix_cache: bool
     lanes: int
-    early_query: bool
+    query_first: bool
     lazy: bool
     as_bytes: bool
     despair: bool
@@ -285,10 +286,12 @@ class World:
             shard=setup.shard or "heads",
             prefill_pools=(0,) if setup.prefill_pool else (),
         )
-        control = ControlPlane(limits, self.placement, LaneTuner(setup.lanes))
+        control = ControlPlane(
+            limits, self.placement, LaneTuner(setup.lanes), order=OrderTuner(fused=not setup.query_first)
+        )
         self.scheduler = control.scheduler
         self.engine = SteppedEngine(
-            ModelWorker(self.decoder, self.config, ports, early_query=setup.early_query),
+            ModelWorker(self.decoder, self.config, ports),
             control,
             self._clock,
             wait=setup.wait,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import queue
 import threading
@@ -24,6 +23,7 @@ from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.local_share import LocalShare
+from lamina.scheduling.order_tuner import OrderTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
@@ -154,7 +154,8 @@ class Rig:
 
     `shard=None` is one holder that fuses, as in one process. Otherwise there are holders without fusing, one for each
     number in `weights`, and where `prefill_pool` gives pages a local one (number 0) for prompts. `local_pool` gives
-    pages to one beside the model that keeps whole sequences.
+    pages to one beside the model that keeps whole sequences. Without `fuses` q goes first in decode, to ports that are
+    not in this process.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Rig:
         max_model_len: int = 2048,
         lanes: int = 1,
         wait: float = 60.0,
-        early_query: bool = False,
+        fuses: bool = True,
         grammars: Grammars | None = None,
         port: Callable[[AttentionWorker], AttentionPort] = LocalAttention,
         around: Callable[[ModelWorker, dict[int, AttentionPort]], Any] = lambda worker, ports: worker,
@@ -216,10 +217,9 @@ class Rig:
             prefill_pools=(0,) if prefill_pool else (),
             local_pools=(HERE,) if local_pool else (),
         )
-        control = ControlPlane(limits, self.placement, LaneTuner(lanes), local_share)
+        control = ControlPlane(limits, self.placement, LaneTuner(lanes), local_share, OrderTuner(fused=fuses))
         self.scheduler = control.scheduler
-        decoder = copy.copy(decoder)  # an early query changes it, and other tests have the same
-        worker = around(ModelWorker(decoder, self.holder, ports, early_query=early_query), self.ports)
+        worker = around(ModelWorker(decoder, self.holder, ports), self.ports)
         self.engine = Engine(
             worker,
             control,

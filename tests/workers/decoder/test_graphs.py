@@ -80,8 +80,8 @@ def answer(event: QueryReady | KeyValueReady, q: torch.Tensor) -> torch.Tensor |
 
 
 @torch.inference_mode()
-def logits(decoder: Decoder, batch: Batch) -> torch.Tensor:
-    forward = decoder.forward(batch)
+def logits(decoder: Decoder, batch: Batch, query_first: bool = False) -> torch.Tensor:
+    forward = decoder.forward(batch, query_first=query_first)
     event, q = next(forward), torch.empty(0)
     try:
         while True:
@@ -157,13 +157,31 @@ class TestCaptured:
             check(logits(faster, batch(5)), logits(decoder, batch(5)))
         assert made[0].recorded == [(8, 8, 8)] * 3
 
-    def test_q_does_not_come_first(self, made: list[Again]) -> None:
-        decoder = tiny_decoder()  # it is changed
-        assert decoder.compute_query_first()
+    def test_q_comes_first_by_two_graphs_and_together_by_one(self, decoder: Decoder, made: list[Again]) -> None:
         faster = captured(decoder, made)
-        assert not faster.compute_query_first()
-        check(logits(faster, batch(3)), logits(decoder, batch(3)))
-        assert made[0].recorded == [(4, 4, 4), (4,)] * 3
+        for tokens in (3, 4, 2, 3):
+            for first in (True, False):
+                check(logits(faster, batch(tokens), first), logits(decoder, batch(tokens), first))
+        two, one = [(4, 4), (4, 4), (4,)] * 3, [(4, 4, 4)] * 3
+        assert made[0].recorded[:12] == two + one  # what comes after the attention is the same
+        two, one = [(2, 2), (2, 2), (2,)] * 3, [(2, 2, 2)] * 3
+        assert made[0].recorded[12:] == two + one
+
+    def test_q_has_left_before_k_and_v_are_computed(self, decoder: Decoder, made: list[Again]) -> None:
+        faster = captured(decoder, made)
+        with torch.inference_mode():
+            forward = faster.forward(batch(3), query_first=True)
+            next(forward)
+            assert made[0].recorded == [(4, 4)]
+            next(forward)
+            assert made[0].recorded == [(4, 4), (4, 4)]
+            forward.close()
+
+    def test_q_first_without_rotation_and_where_nothing_can_be_recorded(self, made: list[Again]) -> None:
+        decoder = tiny_decoder(architectures=["SmolLM3ForCausalLM"], model_type="smollm3", no_rope_layers=[1, 0, 1])
+        for faster in (captured(decoder, made), Captured(decoder, Never), captured(decoder, made, (1, 2))):
+            for _ in range(2):
+                check(logits(faster, batch(6), True), logits(decoder, batch(6)))
 
     def test_a_collective_is_the_decoders_own(self, decoder: Decoder, made: list[Again]) -> None:
         faster = captured(decoder, made)
@@ -210,7 +228,8 @@ class TestCompiled:
         faster = Compiled(decoder, backend="eager", fullgraph=True)
         with torch._dynamo.config.patch(error_on_recompile=False):
             for tokens in (1, 3, 8):
-                check(logits(faster, batch(tokens)), logits(decoder, batch(tokens)))
+                for first in (False, True):
+                    check(logits(faster, batch(tokens), first), logits(decoder, batch(tokens)))
 
     def test_layers_of_one_kind_are_compiled_once(self) -> None:
         counted: list[int] = []
@@ -224,6 +243,9 @@ class TestCompiled:
         for tokens in (3, 5, 9, 3):
             logits(faster, batch(tokens))
         assert len(counted) == 2
+        for tokens in (3, 5, 9, 3):
+            logits(faster, batch(tokens), True)
+        assert len(counted) == 4  # q alone, then k and v
 
     def test_experts_are_left_out(self) -> None:
         torch.compiler.reset()

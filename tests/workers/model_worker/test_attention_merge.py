@@ -13,17 +13,23 @@ from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge
+from lamina_workers.model_worker.holder_traffic import query_goes_first
 from lamina_workers.model_worker.waiting import Waiting, result
 from lamina_workers.ports.port import Replies
 
 
 def run_of(
-    merge: AttentionMerge, model: Model, holders: Sequence[Holder], batch: int = 1, suspends: bool = True
+    merge: AttentionMerge,
+    model: Model,
+    holders: Sequence[Holder],
+    batch: int = 1,
+    suspends: bool = True,
+    query_first: bool = False,
 ) -> Generator[Waiting, None, torch.Tensor]:
     routes = {Replies(holder): holder.routes for holder in holders}
     for replies in routes:
         replies.expect(1, batch)
-    return merge.run(model.forward(), 1, batch, model.spans, routes, suspends)
+    return merge.run(model.forward(), 1, batch, model.spans, routes, suspends, query_first)
 
 
 SPANS = (Span(20, 1), Span(7, 3), Span(0, 5), Span(33, 1))
@@ -102,15 +108,15 @@ CUTS = (
 )
 
 
-@pytest.mark.parametrize("early_query", [False, True])
+@pytest.mark.parametrize("query_first", [False, True])
 @pytest.mark.parametrize("cut", CUTS)
 def test_it_is_dense_attention_however_kv_is_cut(
-    cut: Callable[[Sequence[Span]], list[list[Route]]], early_query: bool
+    cut: Callable[[Sequence[Span]], list[list[Route]]], query_first: bool
 ) -> None:
     model = Model(SPANS)
     holders = [Holder(model, routes) for routes in cut(SPANS)]
-    merge = AttentionMerge(CONFIG, early_query=early_query)
-    torch.testing.assert_close(result(run_of(merge, model, holders)), model.dense(), atol=2e-5, rtol=1e-5)
+    run = run_of(AttentionMerge(CONFIG), model, holders, query_first=query_first)
+    torch.testing.assert_close(result(run), model.dense(), atol=2e-5, rtol=1e-5)
     assert all(holder.holds(model) for holder in holders)
 
 
@@ -139,17 +145,36 @@ def test_a_batch_without_a_past_asks_nothing() -> None:
 
 
 def test_q_k_and_v_travel_together_unless_q_is_sent_early_to_a_holder_that_does_not_need_them() -> None:
-    def sent(routes: list[Route], early_query: bool) -> list[type]:
+    def sent(routes: list[Route], query_first: bool) -> list[type]:
         model = Model(SPANS)
         holder = Holder(model, routes)
-        result(run_of(AttentionMerge(CONFIG, early_query=early_query), model, [holder]))
+        result(run_of(AttentionMerge(CONFIG), model, [holder], query_first=query_first))
         return [type(request) for request in holder.sent]
 
     (plain,), (whole_rows,) = one_holder(SPANS), fused(SPANS)
-    assert sent(plain, early_query=False) == [Exchange] * LAYERS
-    assert sent(plain, early_query=True) == [Query, Fresh] * LAYERS
-    assert sent(whole_rows, early_query=False) == [Exchange] * LAYERS
-    assert sent(whole_rows, early_query=True) == [Exchange] * LAYERS
+    assert sent(plain, query_first=False) == [Exchange] * LAYERS
+    assert sent(plain, query_first=True) == [Query, Fresh] * LAYERS
+    assert sent(whole_rows, query_first=False) == [Exchange] * LAYERS
+    assert sent(whole_rows, query_first=True) == [Exchange] * LAYERS
+
+
+def test_q_goes_first_where_a_holder_elsewhere_attends_earlier_tokens_alone() -> None:
+    model = Model(SPANS)
+
+    def first(cut: Callable[[Sequence[Span]], list[list[Route]]], kind: type[Holder] = Holder) -> bool:
+        return query_goes_first({Replies(kind(model, routes)): routes for routes in cut(SPANS)}, len(SPANS))
+
+    assert first(one_holder)
+    assert first(by_heads)
+    assert first(by_ranges)
+    assert not first(one_holder, HolderHere)  # it would attend before k and v are computed
+    assert not first(fused)
+    assert not first(stored_and_attended_by_heads)
+    decode = (Span(20, 1), Span(33, 1))
+    ranges = stored_and_attended_by_ranges(decode)
+    assert not query_goes_first({Replies(Holder(model, routes)): routes for routes in ranges}, len(decode))
+    unread = [route(0, Span(0, 1), read=None)]
+    assert not query_goes_first({Replies(Holder(model, unread)): unread}, 1)
 
 
 def test_a_run_is_suspended_until_the_answer_is_there() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dense_holders import CONFIG, Holder, Model, route
 
-from lamina_protocols.messages import Announced, Announcement, Exchange, Fault, Open, Reply
+from lamina_protocols.messages import Announced, Announcement, Fault, Open, Query, Reply
 from lamina_protocols.routes import HolderBatch, Span
 from lamina_workers.decoder.model import Batch, Forward
 from lamina_workers.decoder.sampler import RowSampling
@@ -31,9 +31,11 @@ class FakeDecoder:
 
     def __init__(self, model: Model) -> None:
         self._model = model
+        self.query_first = True  # the holders' rows are not fused
         self.batches: list[Batch] = []
 
-    def forward(self, batch: Batch) -> Forward:
+    def forward(self, batch: Batch, *, query_first: bool) -> Forward:
+        assert query_first == self.query_first
         self.batches.append(batch)
 
         def run() -> Generator[Any, Any, torch.Tensor]:
@@ -172,7 +174,7 @@ def test_answers_of_an_older_epoch_are_dropped() -> None:
     assert rig.worker.epoch == 2
     assert rig.announced(0)[-1].epoch == 2
     assert result(rig.worker.execute(WORK, again, rig.shares)).tokens == [rig.expected()]
-    assert {(r.epoch, r.batch) for r in rig.holders[0].sent if isinstance(r, Exchange)} == {(1, batch), (2, again)}
+    assert {(r.epoch, r.batch) for r in rig.holders[0].sent if isinstance(r, Query)} == {(1, batch), (2, again)}
 
 
 def test_epochs_begin_after_those_of_the_previous_engine() -> None:

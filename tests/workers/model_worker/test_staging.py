@@ -201,7 +201,7 @@ SHARDS = {
 @pytest.mark.skipif(DEVICE != "cpu", reason="the device that only pretends is a CPU")
 @pytest.mark.parametrize("place", PORTS)
 @pytest.mark.parametrize("shard", SHARDS)
-@pytest.mark.parametrize("lanes", [{}, {"lanes": 2, "early_query": True}], ids=["one lane", "two lanes, query first"])
+@pytest.mark.parametrize("lanes", [{}, {"lanes": 2, "fuses": False}], ids=["one lane", "two lanes, query first"])
 def test_one_text_wherever_it_is_computed(
     place: str, shard: str, lanes: dict[str, int], decoder: Decoder, expected: list[list[list[int]]],
     fake: FakeDevice, monkeypatch: pytest.MonkeyPatch,

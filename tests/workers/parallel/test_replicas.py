@@ -174,12 +174,9 @@ def drive(decoder: Decoder, forward: Any) -> Any:
         answer = value_of(decoder, event) if isinstance(event, KeyValueReady) else None
 
 
-@pytest.mark.parametrize("query_first", [False, True])
-def test_decoders_take_turns(query_first: bool) -> None:
+def test_decoders_take_turns() -> None:
     """Three of them, by the rotation, give the logits of one, to the bit."""
     decoders = [tiny_decoder() for _ in range(3)]
-    if query_first:
-        assert all(decoder.compute_query_first() for decoder in decoders)
     device, layers = decoders[0].device, decoders[0].config.num_hidden_layers
     tokens = torch.tensor(PROMPTS[1], device=device)
     batch = Batch(tokens, torch.arange(len(tokens), device=device), torch.tensor([3, 18], device=device))
@@ -311,7 +308,7 @@ class Rotating:
         begin = peer_messages.Begin(
             rank=rank, ranks=1, folder=str(self._model), model=fingerprint(self._model), rope_scaling="",
             dtype="float32", device="cpu", attention_device="cpu", compile=False, threads=1, holder=holder,
-            early_query=False, patience=10.0, engine=ENGINE, linger=0.0, local_channel=True,
+            patience=10.0, engine=ENGINE, linger=0.0, local_channel=True,
             data_channel="grpc", lost_after=10.0, epoch=1,
         )  # fmt: skip
         ready: list[Peer] = []

@@ -94,8 +94,7 @@ class _Around(Decoder):
     def __init__(self, decoder: Decoder) -> None:
         self.__dict__.update(vars(decoder))
         self._plain = decoder
-        self._halves = []  # the other one may compute q first, which is not done around it
-        self._spans = None  # nor are its spans: they would go past what is done here in another way
+        self._spans = {False: None}  # the other one's would go past what is done here in another way
 
     @property
     def _collective(self) -> Collective | None:
@@ -132,12 +131,7 @@ class _Run(_Around):
         size = bucket(len(hidden), self._buckets)
         if size is None:
             return self._plain._before_attention(index, hidden, rotation)
-        inputs, tokens = self._inputs_of(size), len(hidden)
-        inputs.hidden[:tokens] = hidden
-        if rotation is not None and rotation is not self._rotation:
-            for place, angles in zip(inputs.rotation, rotation, strict=True):
-                place[:tokens] = angles
-            self._rotation = rotation
+        inputs = self._filled(size, hidden, rotation)
 
         def work() -> Tensors:
             return self._plain._before_attention(index, inputs.hidden, rotation and inputs.rotation)
@@ -145,8 +139,39 @@ class _Run(_Around):
         graph = self._launched("before", index, size, work)
         if graph is None:
             return self._plain._before_attention(index, hidden, rotation)
-        q, k, v = graph.first(tokens)
+        q, k, v = graph.first(len(hidden))
         return q, k, v
+
+    def _before_query(self, index: int, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        size = bucket(len(hidden), self._buckets)
+        if size is None:
+            return self._plain._before_query(index, hidden, rotation)
+        inputs = self._filled(size, hidden, rotation)
+
+        def work() -> Tensors:
+            return self._plain._before_query(index, inputs.hidden, rotation and inputs.rotation)
+
+        graph = self._launched("query", index, size, work)
+        if graph is None:
+            return self._plain._before_query(index, hidden, rotation)
+        q, normed = graph.first(len(hidden))
+        return q, normed
+
+    def _keys_values(self, index: int, normed: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        size = bucket(len(normed), self._buckets)
+        if size is None:
+            return self._plain._keys_values(index, normed, rotation)
+        inputs = self._inputs_of(size)
+        _, whole = self._graphs["query", index, size].results  # `normed` is in it, and the angles are where q had them
+
+        def work() -> Tensors:
+            return self._plain._keys_values(index, whole, rotation and inputs.rotation)
+
+        graph = self._launched("keys", index, size, work)
+        if graph is None:
+            return self._plain._keys_values(index, normed, rotation)
+        k, v = graph.first(len(normed))
+        return k, v
 
     def _after_attention(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         size = bucket(len(hidden), self._buckets)
@@ -178,6 +203,16 @@ class _Run(_Around):
             self._graphs.clear()
             self._buckets = ()
         return graph
+
+    def _filled(self, size: int, hidden: torch.Tensor, rotation: Rotation) -> _Inputs:
+        """The inputs of the graphs of a bucket, with what enters a layer."""
+        inputs, tokens = self._inputs_of(size), len(hidden)
+        inputs.hidden[:tokens] = hidden
+        if rotation is not None and rotation is not self._rotation:
+            for place, angles in zip(inputs.rotation, rotation, strict=True):
+                place[:tokens] = angles
+            self._rotation = rotation
+        return inputs
 
     def _inputs_of(self, size: int) -> _Inputs:
         found = self._inputs.get(size)
@@ -211,21 +246,18 @@ class Captured(_Around):
         self._buckets = buckets
         self._idle: list[_Run] = []
 
-    def compute_query_first(self) -> bool:
-        """It cannot: one graph has q, k and v."""
-        return False
-
     def forward(
         self,
         batch: Batch,
         hidden: torch.Tensor | None = None,
         first_layer: int = 0,
         attended: torch.Tensor | None = None,
+        query_first: bool = False,
     ) -> Forward:
         run = self._idle.pop() if self._idle else _Run(self._plain, self._recorder(), self._buckets)
         run.begin()
         try:
-            logits = yield from run.forward(batch, hidden, first_layer, attended)
+            logits = yield from run.forward(batch, hidden, first_layer, attended, query_first)
         finally:
             self._idle.append(run)
         return logits
@@ -242,17 +274,23 @@ class Compiled(_Around):
         for alone, layer in zip(self._layers, decoder._weights.layers, strict=True):
             alone._weights = replace(decoder._weights, layers=(layer,))
         self._before = torch.compile(Decoder._before_attention, dynamic=True, **options)
+        self._first = torch.compile(Decoder._before_query, dynamic=True, **options)
+        self._rest = torch.compile(Decoder._keys_values, dynamic=True, **options)
         self._after = torch.compile(Decoder._after_attention, dynamic=True, **options)
-
-    def compute_query_first(self) -> bool:
-        """It cannot: q, k and v are compiled together."""
-        return False
 
     def _before_attention(
         self, index: int, hidden: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self._before(self._layers[index], 0, hidden, rotation)
         return q, k, v
+
+    def _before_query(self, index: int, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        q, normed = self._first(self._layers[index], 0, hidden, rotation)
+        return q, normed
+
+    def _keys_values(self, index: int, normed: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = self._rest(self._layers[index], 0, normed, rotation)
+        return k, v
 
     def _after_attention(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         if not self._settled(index):

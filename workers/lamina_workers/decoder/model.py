@@ -102,8 +102,8 @@ class Decoder:
         self.device = weights.norm.device
         self._weights = weights
         self._rope = Rotary(config.rope, config.head_dim, self.device)
-        self._spans = decoder_spans(self.config, weights) if shard.ranks == 1 else None
-        self._halves: list[tuple[Linear, Linear]] = []  # the projections to q, and to k and v; where q comes first
+        # By whether q comes first: those are made when they are first wanted.
+        self._spans = {False: decoder_spans(self.config, weights) if shard.ranks == 1 else None}
 
     @classmethod
     def load(
@@ -135,25 +135,18 @@ class Decoder:
             )
         self._collective = collective if self.shard.ranks > 1 else None
 
-    def compute_query_first(self) -> bool:
-        """From now on compute q before k and v, so that it can leave while they are computed. False: it cannot."""
-        rows = self.config.num_attention_heads * self.config.head_dim
-        halves = [layer.qkv.split(rows) for layer in self._weights.layers]
-        self._halves = [half for half in halves if half is not None]
-        if self._spans is not None:
-            self._spans = decoder_spans(self.config, self._weights, query_first=True)
-        return len(self._halves) == len(halves)
-
     def forward(
         self,
         batch: Batch,
         hidden: torch.Tensor | None = None,
         first_layer: int = 0,
         attended: torch.Tensor | None = None,
+        query_first: bool = False,
     ) -> Forward:
         """Run `batch` from `first_layer` to the head; returns logits, float32 `[S, vocab_size]`, on ranks beyond 0
         `[0, vocab_size]`. With `attended`, the attention output of `first_layer`, it begins behind that attention:
-        another decoder of the same weights has come so far.
+        another decoder of the same weights has come so far. `query_first`: k and v are computed after q was yielded,
+        else before it.
 
         Per layer it yields QueryReady, then KeyValueReady, which is answered by `send(attention output)`.
         `hidden`, `[T, hidden_size]`, is the residual stream that enters `first_layer` (None: the embedding). It is
@@ -163,18 +156,20 @@ class Decoder:
         layers = self._weights.layers
         if not 0 <= first_layer < len(layers) or (hidden is None and (first_layer or attended is not None)):
             raise ValueError(f"first_layer is {first_layer}, allowed is 0 to {len(layers) - 1}, above 0 with hidden")
+        if query_first and True not in self._spans:
+            self._split_projections()
         if hidden is None:
             hidden = self._embed(batch.token_ids)
         angles = self._rope(batch.positions, batch.rope_lengths)
         entering: Entering = ()
         if attended is None and not first_layer:
-            hidden, entering = self._span(0, hidden, None, angles)
+            hidden, entering = self._span(0, hidden, None, angles, query_first)
         for index in range(first_layer, len(layers)):
             if attended is None:
-                attended = yield from self._to_attention(index, hidden, angles, entering)
+                attended = yield from self._to_attention(index, hidden, angles, entering, query_first)
             if index == len(layers) - 1:  # past the last attention, only the sampled tokens matter
                 hidden, attended = hidden[batch.sampled], attended[batch.sampled]
-            hidden, entering = self._span(index + 1, hidden, attended, angles)
+            hidden, entering = self._span(index + 1, hidden, attended, angles, query_first)
             attended = None
         logits = self._logits(hidden, entering)
         if self._collective is None:
@@ -182,17 +177,31 @@ class Decoder:
         whole = self._collective.gather_columns(logits, self._widths)
         return logits.new_empty(0, self.config.vocab_size) if whole is None else whole
 
+    def _split_projections(self) -> None:
+        """Make it possible to compute q alone."""
+        rows = self.config.num_attention_heads * self.config.head_dim
+        for layer in self._weights.layers:
+            layer.qkv.split(rows)
+        plain = self._spans[False]
+        self._spans[True] = None if plain is None else decoder_spans(self.config, self._weights, query_first=True)
+
     def _span(
-        self, index: int, hidden: torch.Tensor, attended: torch.Tensor | None, angles: tuple[torch.Tensor, torch.Tensor]
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        attended: torch.Tensor | None,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        query_first: bool,
     ) -> tuple[torch.Tensor, Entering]:
         """The residual stream that enters layer `index`, or the end, and what a span has made of it.
 
         hidden, attended: of the layer before; layer 0 has None, and `hidden` enters that itself.
         """
-        if self._spans is None or not 0 < len(hidden) <= MAX_ROWS:
+        spans = self._spans[query_first]
+        if spans is None or not 0 < len(hidden) <= MAX_ROWS:
             return hidden if attended is None else self._after_attention(index - 1, hidden, attended), ()
         rotary = index < len(self.config.rotary) and self.config.rotary[index]
-        hidden, *entering = self._spans.run(index, hidden, attended, angles if rotary else None)
+        hidden, *entering = spans.run(index, hidden, attended, angles if rotary else None)
         return hidden, tuple(entering)
 
     def _logits(self, hidden: torch.Tensor, entering: Entering) -> torch.Tensor:
@@ -203,17 +212,23 @@ class Decoder:
         return self._weights.head.float32(result)
 
     def _to_attention(
-        self, index: int, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], entering: Entering
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        entering: Entering,
+        query_first: bool,
     ) -> Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]:
         """The attention output of layer `index`, which `hidden` enters."""
-        layer = self._weights.layers[index]
         rotation = angles if self.config.rotary[index] else None
-        if self._halves:
-            heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-            (normed,) = entering or (rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps),)
-            q, _, _ = self._split(layer, self._halves[index][0](normed), heads, 0, rotation)
+        if query_first:
+            if entering:
+                (normed,) = entering
+                q = self._query(index, normed, rotation)
+            else:
+                q, normed = self._before_query(index, hidden, rotation)
             yield QueryReady(index, q)
-            _, k, v = self._split(layer, self._halves[index][1](normed), 0, kv_heads, rotation)
+            k, v = self._keys_values(index, normed, rotation)
         else:
             q, k, v = entering or self._before_attention(index, hidden, rotation)
             yield QueryReady(index, q)
@@ -239,6 +254,28 @@ class Decoder:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         qkv = layer.qkv(rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps))
         return self._split(layer, qkv, heads, kv_heads, rotation)
+
+    def _before_query(self, index: int, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layer `index`: q alone, and the normed hidden that k and v are computed from."""
+        normed = rms_norm(hidden, self._weights.layers[index].input_norm, self.config.rms_norm_eps)
+        return self._query(index, normed, rotation), normed
+
+    def _query(self, index: int, normed: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        layer = self._weights.layers[index]
+        q, _, _ = self._split(layer, self._half(index, 0)(normed), self.config.num_attention_heads, 0, rotation)
+        return q
+
+    def _keys_values(self, index: int, normed: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layer `index`: what `_before_query` has left to do."""
+        layer = self._weights.layers[index]
+        _, k, v = self._split(layer, self._half(index, 1)(normed), 0, self.config.num_key_value_heads, rotation)
+        return k, v
+
+    def _half(self, index: int, which: int) -> Linear:
+        halves = self._weights.layers[index].qkv.halves
+        if halves is None:
+            raise ValueError(f"the projections of layer {index} were not split, which forward does for query_first")
+        return halves[which]
 
     def _after_attention(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The residual stream that leaves layer `index`, `[n, hidden_size]` as `hidden`, which entered it.

@@ -104,7 +104,6 @@ class AttentionMerge:
     """Answers forward passes. One thread; each batch has a run of its own, on a stream of its own where there are any.
 
     `device` is the model's; `staging` makes the way from it to holders elsewhere, for one run more.
-    `early_query`: the model computes q before k and v, so q is sent alone and the past is attended meanwhile.
     `patience`: seconds that a holder may take for an answer, above what its work is expected to take. `watch` runs
     while a run is in the attention of a layer and not suspended.
     """
@@ -113,7 +112,6 @@ class AttentionMerge:
         self,
         config: HolderConfig,
         threads: int = 1,
-        early_query: bool = False,
         patience: float = 10.0,
         watch: Stopwatch | None = None,
         device: torch.device = CPU,
@@ -124,7 +122,6 @@ class AttentionMerge:
         self._layers = config.layers
         self._policies = HeadPolicies.of(config)
         self._threads = threads
-        self._early_query = early_query
         self._patience = patience
         self._device = device
         self._staging = staging or staging_for(device)
@@ -140,8 +137,10 @@ class AttentionMerge:
         spans: Sequence[Span],
         routes: Mapping[Replies, Sequence[Route]],
         suspends: bool = True,
+        query_first: bool = False,
     ) -> Suspended:
         """Drive `forward` to its end and return what it returns. `routes` has those of each holder concerned.
+        `query_first`: it computes q before k and v, so q is sent alone, and the past is attended meanwhile.
 
         Without `suspends` it waits for replies itself: there is nothing else to go on with, and asking takes time.
 
@@ -150,7 +149,9 @@ class AttentionMerge:
         """
         lane = self._idle.pop() if self._idle else self._lane()
         try:
-            logits = yield from lane.staging.driven(self._run(lane, forward, epoch, batch, spans, routes, suspends))
+            logits = yield from lane.staging.driven(
+                self._run(lane, forward, (epoch, batch), spans, routes, suspends, query_first)
+            )
             return logits
         finally:
             self._idle.append(lane)
@@ -163,27 +164,27 @@ class AttentionMerge:
         self,
         lane: _Lane,
         forward: Forward | Pausing,
-        epoch: int,
-        batch: int,
+        ids: tuple[int, int],
         spans: Sequence[Span],
         routes: Mapping[Replies, Sequence[Route]],
         suspends: bool,
+        query_first: bool,
     ) -> Suspended:
         present, staging, exchanges = lane
         traffic = [self._traffic(staging, replies, spans, routed) for replies, routed in routes.items() if routed]
         # A holder here attends while it is sent to: the others are asked first, and attend meanwhile.
         traffic.sort(key=lambda holder: holder.here)
         times = Times()
-        exchange = LayerExchange(epoch, batch, traffic, times)
+        exchange = LayerExchange(*ids, traffic, times)
         fused = {route.source for routed in routes.values() for route in routed if route.row.fused}
         unfused = [source for source in range(len(spans)) if source not in fused]
         compiled: CompiledExchange | None = None
         try:
             present.begin(spans, unfused)
             event = next(forward)
-            if not unfused and self._device.type == "cpu" and isinstance(event, QueryReady):
+            if not unfused and not query_first and self._device.type == "cpu" and isinstance(event, QueryReady):
                 tokens = sum(span.count for span in spans)
-                compiled = exchanges.begin(traffic, (epoch, batch), tokens, event.q.dtype, times)
+                compiled = exchanges.begin(traffic, ids, tokens, event.q.dtype, times)
             while True:
                 while isinstance(event, Waiting):
                     yield event
@@ -192,7 +193,7 @@ class AttentionMerge:
                 if not isinstance(event, QueryReady):
                     raise TypeError(f"the model yields QueryReady first in each layer, got {type(event).__name__}")
                 exchange.begin(event.layer, event.q)
-                if self._early_query and compiled is None:
+                if query_first:
                     exchange.ask()
                 event = forward.send(None)
                 if not isinstance(event, KeyValueReady):

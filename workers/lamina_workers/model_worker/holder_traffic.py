@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -74,6 +74,19 @@ class HolderTraffic:
         """The answer, where the model is, and how many seconds the holder took for it."""
         reply = self.replies.take(Attended, batch, layer, self.timeout)
         return Partial(self.way.up(reply.out), self.way.up(reply.lse)), reply.seconds
+
+
+def query_goes_first(routes: Mapping[Replies, Sequence[Route]], spans: int) -> bool:
+    """Whether q should leave before k and v are computed, in a batch of so many spans: a holder elsewhere attends none
+    but earlier tokens, of a batch whose own tokens are not all attended by holders."""
+    alone = (
+        any(route.row.read for route in routed) and not any(route.row.fused for route in routed)
+        for replies, routed in routes.items()
+        if not isinstance(replies.port, InProcess)
+    )
+    if not any(alone):
+        return False
+    return len({route.source for routed in routes.values() for route in routed if route.row.fused}) < spans
 
 
 def holder_traffic(

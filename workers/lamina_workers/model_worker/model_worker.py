@@ -30,6 +30,7 @@ from lamina_workers.decoder.model import Batch, Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing
+from lamina_workers.model_worker.holder_traffic import query_goes_first
 from lamina_workers.model_worker.interface import BatchWork, Returned, ReturnedPeer, Seat
 from lamina_workers.model_worker.kv_copy import Copy, Move
 from lamina_workers.model_worker.layer_slices import SlicedBatch
@@ -45,9 +46,8 @@ _FRAMES_AHEAD = 8  # of them are asked for before the first has come, where anot
 class ModelWorker:
     """Runs batches over one decoder. One thread; several batches may be under way, each suspended in turn.
 
-    `patience`: seconds that a holder may take for a reply, above what its work is expected to take. `early_query`:
-    have the model compute q before k and v, and send it at once. `clock`, in seconds, is what time is measured by.
-    It begins in `epoch`.
+    `patience`: seconds that a holder may take for a reply, above what its work is expected to take. `clock`, in
+    seconds, is what time is measured by. It begins in `epoch`.
     """
 
     missing: tuple[int, ...] = ()
@@ -59,7 +59,6 @@ class ModelWorker:
         ports: Mapping[int, AttentionPort],
         threads: int = 1,
         patience: float = 10.0,
-        early_query: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         epoch: int = 1,
     ) -> None:
@@ -67,8 +66,7 @@ class ModelWorker:
         self._clock = clock
         self._watch = Stopwatch(clock)
         self._replies = {number: Replies(port, clock) for number, port in ports.items()}
-        early_query = early_query and decoder.compute_query_first()
-        self._merge = AttentionMerge(holder, threads, early_query, patience, self._watch, decoder.device)
+        self._merge = AttentionMerge(holder, threads, patience, self._watch, decoder.device)
         self._holder = holder
         self._patience = patience
         self._epoch = epoch
@@ -160,9 +158,10 @@ class ModelWorker:
     ) -> Generator[Waiting, None, torch.Tensor]:
         """As `execute`, but returns the logits, float32 `[S, vocab]`; a rank beyond 0 has none of them."""
         routes = {self._replies[number]: share.routes for number, share in shares.items()}
+        first = query_goes_first(routes, len(work.spans))
         try:
-            forward = self._decoder.forward(self._to_device(work))
-            logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
+            forward = self._decoder.forward(self._to_device(work), query_first=first)
+            logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends, first)
         finally:
             self.forget(batch, shares)
         return logits

@@ -142,7 +142,6 @@ _BEGIN: dict[str, Field] = {
     "compile": BOOL,
     "threads": INT,
     "holder": record(_HOLDER),
-    "early_query": BOOL,
     "patience": FLOAT,
     "engine": TEXT,
     "linger": FLOAT,

@@ -169,7 +169,6 @@ class Begin:
     compile: bool
     threads: int
     holder: HolderConfig
-    early_query: bool
     patience: float
     engine: str
     linger: float

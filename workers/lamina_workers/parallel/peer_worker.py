@@ -347,9 +347,7 @@ class _Parts:
         begin = self._begin
         with torch.inference_mode():
             self._decoder = sliced(Decoder(self._config, self._weights, self._shard, group), begin.compile)
-        return ModelWorker(
-            self._decoder, begin.holder, ports, begin.threads, begin.patience, begin.early_query, epoch=epoch
-        )
+        return ModelWorker(self._decoder, begin.holder, ports, begin.threads, begin.patience, epoch=epoch)
 
     def enter_group(self, group: Collective) -> None:
         if self._decoder is not None:
