@@ -51,11 +51,16 @@ class BatchDriver:
         self._replies[number].port.send(Fresh(_EPOCH, self._batch, layer, k, v))
 
     def drive_batch(
-        self, forward: Forward, spans: Sequence[Span], routes: Mapping[int, Sequence[Route]]
+        self,
+        forward: Forward,
+        spans: Sequence[Span],
+        routes: Mapping[int, Sequence[Route]],
+        query_first: bool = False,
     ) -> torch.Tensor:
-        """Run the forward pass of the batch that was announced, and end the batch. Returns what the pass returns."""
+        """Run the forward pass of the batch that was announced, and end the batch. Returns what the pass returns.
+        `query_first`: the pass computes q before k and v."""
         routed = {self._replies[number]: each for number, each in routes.items()}
-        found = result(self._merge.run(forward, _EPOCH, self._batch, spans, routed, suspends=False))
+        found = result(self._merge.run(forward, _EPOCH, self._batch, spans, routed, False, query_first))
         self.end()
         return found
 

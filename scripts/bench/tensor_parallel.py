@@ -73,7 +73,7 @@ class Rank:
                 pass
         port = LocalAttention(AttentionWorker(holder, self.threads))
         every = {0: tuple(range(heads))}
-        self._held = Held(holder, {0: port}, every, fused=True, dtype=self._dtype, threads=self.threads)
+        self._held = Held(holder, {0: port}, every, dtype=self._dtype, threads=self.threads)
         self._rows, self._context, self._layers = rows, context, len(layers)
         self._width = config.hidden_size
 

@@ -126,7 +126,9 @@ def measure(cells: Iterable[Cell], model: str, rounds: int) -> dict[Cell, list[d
     with Child("reading", {"size": READ}) as reading:
         for number in range(rounds):
             for workers in sorted({cell.workers for cell in found}):
-                many = {"attention_workers": workers, "local_share": 0, "lanes": 1} if workers else {}
+                many: dict[str, Any] = {}
+                if workers:
+                    many = {"attention_workers": workers, "local_share": 0, "lanes": 1, "query_first": "never"}
                 with Child("engine", {"model": model, "device": "cpu", **many}) as engine:
                     engine.ask("step", batch=1, context=16, tokens=16)  # warms up
                     for cell in found:

@@ -65,7 +65,7 @@ TRUE = Device(
 )  # fmt: skip
 CALL = 20e-6  # of TRUE's layer_overhead, what a call of attention costs by itself
 SIZES = st.one_of(st.just(0.0), st.floats(1e-3, 10))
-LINK = Link("true", bandwidth=3e9, round_trip=250e-6, worker_time=150e-6, row_time=6e-6)
+LINK = Link("true", bandwidth=3e9, round_trip=250e-6, worker_time=150e-6, row_time=6e-6, query_first_time=190e-6)
 
 
 def colocated(device: Device = TRUE) -> Colocated:
@@ -84,6 +84,11 @@ def forward(rows: int) -> float:
     return dense_time(SHAPE, replace(TRUE, efficiency=parts), 1, Load(rows, 0.0))
 
 
+def first(workers: int, batch: int, context: int) -> float:
+    """A step's seconds where q goes first."""
+    return offloaded(workers).lane(Load(batch, context), query_first=True).alone
+
+
 def timings(**changes: Any) -> Timings:
     """What a measurement without any noise finds of TRUE and LINK."""
     whole = Timings(
@@ -98,6 +103,11 @@ def timings(**changes: Any) -> Timings:
             (workers, batch): offloaded(workers).step(Load(batch, 64)).seconds
             - colocated().step(Load(batch, 64)).seconds
             for batch, _ in FULL.exchange
+            for workers in FULL.workers
+        },
+        query_first={
+            (workers, *cell): first(workers, *cell) - offloaded(workers).step(Load(*cell)).seconds
+            for cell in FULL.exchange
             for workers in FULL.workers
         },
         messages={
@@ -126,7 +136,8 @@ def test_every_coefficient_comes_back_from_timings_without_noise():
 
 def test_cells_that_nothing_was_fitted_to_are_predicted():
     taken = timings()
-    device, links = fitted(taken), fit_links(SHAPE, taken)
+    device = fitted(taken)
+    links = fit_links(SHAPE, taken, device)
     for batch, context in [(1, 64), (3, 500), (16, 7000), (8, 2048)]:
         load = Load(batch, context)
         assert colocated(device).step(load).seconds == pytest.approx(colocated().step(load).seconds)
@@ -136,17 +147,21 @@ def test_cells_that_nothing_was_fitted_to_are_predicted():
 
 
 def test_a_link_is_what_the_exchange_costs_and_another_channel_as_much_more_as_its_messages():
-    local, grpc = fit_links(SHAPE, timings())
+    taken = timings()
+    local, grpc = fit_links(SHAPE, taken, fitted(taken))
     assert (local.name, grpc.name) == ("local-channel", "grpc-loopback")
-    for name in ("bandwidth", "round_trip", "worker_time", "row_time"):
+    for name in ("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time"):
         assert getattr(local, name) == pytest.approx(getattr(LINK, name)), name
     assert grpc.round_trip == pytest.approx(LINK.round_trip + 300e-6)
+    assert grpc.query_first_time == pytest.approx(LINK.query_first_time + 150e-6, rel=0.05)
     assert grpc.bandwidth == pytest.approx(1e9)
     assert fit_exchange(SHAPE, {}, 1e9) == (0.0, 0.0, 0.0)
 
 
 def test_without_an_exchange_a_round_trip_is_that_of_a_small_message():
-    local, grpc = fit_links(SHAPE, timings(exchange={}))
+    taken = timings(exchange={}, query_first={})
+    local, grpc = fit_links(SHAPE, taken, fitted(taken))
+    assert local.query_first_time == 0.0
     assert local.round_trip == pytest.approx(60e-6)
     assert grpc.round_trip == pytest.approx(300e-6, rel=0.3)
 
@@ -232,7 +247,9 @@ class Fake:
     def attention(self, batch: int, context: int, steps: int) -> list[float]:
         return [timings().attention[batch, context]] * steps
 
-    def layers(self, batch: int, context: int, steps: int, count: int = 0) -> list[float]:
+    def layers(self, batch: int, context: int, steps: int, count: int = 0, query_first: bool = False) -> list[float]:
+        if query_first:
+            return [first(count, batch, context)] * steps
         system = offloaded(count) if count else colocated()
         return [system.step(Load(batch, context)).seconds] * steps
 
@@ -260,7 +277,7 @@ def calibration(fake: Fake | None = None) -> Calibration:
         rounds.measure(number, child, child, child)
     taken, sources = rounds.timings(), _Sources("smollm2-135m", "2024-02-29", FULL)
     device = sources.device(NAME, "cpu", SHAPE, about(), taken)
-    links = sources.links(SHAPE, about(), taken)
+    links = sources.links(SHAPE, about(), taken, device)
     return Calibration(
         (device,), links, sources.said(about()), "smollm2-135m", tuple(taken.cells), tuple(rounds.drifts), ("raw",)
     )
@@ -302,7 +319,7 @@ def test_every_number_that_was_measured_says_when_where_and_how():
     for entry, names in (
         (device, ("flops", "bandwidth", "memory")),
         (device.efficiency, ("dense", "attention", "layer_overhead", "attention_row_overhead", "step_overhead")),
-        (found.links[0], ("bandwidth", "round_trip", "worker_time", "row_time")),
+        (found.links[0], ("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time")),
     ):  # fmt: skip
         for name in names:
             assert "measured here, 2024-02-29, A processor" in entry.sources[name], name
@@ -405,11 +422,11 @@ def test_sequences_at_holders_grow_by_a_token_a_step(decoder, remote):
     heads = {1: (0, 1), 2: (2,)} if remote else {0: (0, 1, 2)}
     workers = {number: AttentionWorker(config) for number in heads}
     ports = {number: LocalAttention(worker) for number, worker in workers.items()}
-    held = Held(config, ports, heads, fused=not remote, dtype=torch.float32, threads=1)
+    held = Held(config, ports, heads, dtype=torch.float32, threads=1)
     with torch.inference_mode():
         held.fill(3, 40)
-        for _ in range(2):
-            taken = held.step(attention_alone(config.layers, 3, torch.float32))
+        for first in (False, remote):
+            taken = held.step(attention_alone(config.layers, 3, torch.float32), first)
             assert min(taken) > 0
     for number, worker in workers.items():
         ports[number].settle()

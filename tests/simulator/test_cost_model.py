@@ -194,10 +194,26 @@ def test_no_connection_is_faster_than_either_ends_network_card() -> None:
 
 def test_overlap_hides_the_projection_of_k_and_v_and_their_way() -> None:
     load = Load(30, 4096)
-    lane = offloaded(lanes=1).lane(load)
+    lane = offloaded(lanes=1).lane(load, query_first=True)
     exact = kv_projection_time(LLAMA, H100, 2, load) + 30 * 327_680 / (2 * 45.7e9)
     assert lane.hidden == pytest.approx(exact)
-    assert offloaded(lanes=1, overlap=False).lane(load).hidden == 0
+    assert offloaded(lanes=1).lane(load).hidden == 0
+
+
+def test_q_goes_first_only_where_the_engine_would_keep_that() -> None:
+    load, free = Load(30, 4096), offloaded(lanes=1)
+    gain = free.lane(load).alone - free.lane(load, query_first=True).alone
+    assert gain > 0
+    for more, kept in ((0.5, True), (1.5, False)):
+        system = replace(free, link=replace(FHBN, query_first_time=more * gain / 80))
+        together = replace(system, overlap=False)
+        assert system.query_first(load) == kept
+        assert together.step(load).seconds - system.step(load).seconds == pytest.approx(kept * 0.5 * gain)
+        assert system.step(load).seconds == pytest.approx(system.lane(load, kept).alone)
+        assert not together.query_first(load)
+    replicas = replace(free, lanes=3, model_replicas=2)
+    assert not replicas.query_first(load)  # their stores are answered
+    assert replicas.step(load) == replace(replicas, overlap=False).step(load)
 
 
 @pytest.mark.parametrize("batch", [1, 287, 300, 2000])

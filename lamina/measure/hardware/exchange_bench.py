@@ -47,13 +47,13 @@ class ExchangeBench:
         self._free.close()
 
     @torch.inference_mode()
-    def layers(self, count: int, batch: int, context: int, steps: int) -> list[float]:
+    def layers(self, count: int, batch: int, context: int, steps: int, query_first: bool = False) -> list[float]:
         """Of one step of the model's own forward pass, attended by `count` workers that share it by heads."""
-        held, found = self._held[count], []
+        held, found, decoder = self._held[count], [], self._loaded.decoder
         held.fill(batch, context)
         for _ in range(steps + 2):
-            run = self._loaded.decoder.forward(decode_batch(batch, context, self._loaded.decoder.device))
-            found.append(sum(held.step(run)))
+            run = decoder.forward(decode_batch(batch, context, decoder.device), query_first=query_first)
+            found.append(sum(held.step(run, query_first)))
         return found[2:]
 
     def messages(self, channel: str, sizes: list[int], times: int) -> dict[str, list[float]]:
@@ -97,7 +97,7 @@ class ExchangeBench:
         ports = {number: self._connect(member, "local") for number, member in enumerate(members, 1)}
         for port in ports.values():
             self._free.callback(port.close)
-        return Held(loaded.holder, ports, heads, fused=False, dtype=loaded.dtype, threads=loaded.threads)
+        return Held(loaded.holder, ports, heads, dtype=loaded.dtype, threads=loaded.threads)
 
     def _connect(self, member: WorkerAddress, channel: str) -> RemoteAttention:
         return connected(self._loaded, member, channel)

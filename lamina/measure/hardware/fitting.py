@@ -7,7 +7,8 @@ A decode step is, as in `simulator.costs.cost_model`,
     + layers * (rows * attention_row_overhead + KV bytes / share)         attention alone
     + layers * (round_trip + (workers - 1) * worker_time + rows * workers * row_time) + bytes / bandwidth
 
-where the last line is what asking attention workers costs beside attending in the process. All times are seconds.
+where the last line is what asking attention workers costs beside attending in the process. Where q goes first it costs
+layers * query_first_time more, less what that hides (`Offloaded.lane`). All times are seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lamina.errors import EngineError
 from lamina.simulator.costs.cost_model import Load, dense_time
 from lamina.simulator.costs.hardware import Curve, Device, Efficiency, Link
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.systems import Colocated
+from lamina.simulator.costs.systems import Colocated, Offloaded
 
 DRIFT = 0.15
 """Of the bandwidth, from before a group of measurements until after it: beyond it, the result has a remark."""
@@ -68,7 +69,8 @@ class Drift:
 class Timings:
     """What was measured on one device, medians. Keys of `linears` and `forward` are rows, of `attention` (batch,
     context), of `exchange` (workers, rows). `messages`: by channel, seconds by bytes that went there (0: a small
-    message); `exchange`: of a step's layers, beyond those of a step that attends in the process."""
+    message); `exchange`: of a step's layers, beyond those of a step that attends in the process; `query_first`: of one
+    in which q goes first, beyond those of one where it does not, by (workers, rows, context)."""
 
     bandwidth: float
     flops: float
@@ -76,6 +78,7 @@ class Timings:
     forward: Mapping[int, float]
     attention: Mapping[tuple[int, int], float] = field(default_factory=dict)
     exchange: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    query_first: Mapping[tuple[int, int, int], float] = field(default_factory=dict)
     messages: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     cells: Sequence[Cell] = ()
 
@@ -157,22 +160,41 @@ def fit_step(system: Colocated, cells: Sequence[Cell]) -> tuple[float, float]:
     return step, row
 
 
-def fit_links(model: ModelShape, timings: Timings) -> tuple[Link, ...]:
+def fit_links(model: ModelShape, timings: Timings, device: Device) -> tuple[Link, ...]:
     """A link for each channel that messages were measured over. What a layer's exchange costs was measured over the
-    local one; another costs as much more as its small messages take longer."""
+    local one; another costs as much more as its small messages take longer. `device`: as `fit_device` gives it."""
     local = timings.messages.get("local", {})
     trip, worker, row = fit_exchange(model, timings.exchange, rate_of(local)) if local else (0.0, 0.0, 0.0)
     names = {"local": "local-channel", "grpc": "grpc-loopback"}
-    return tuple(
-        Link(
+    links = []
+    for channel, taken in timings.messages.items():
+        longer = taken[0] - local.get(0, 0.0)
+        link = Link(
             names.get(channel, channel),
             bandwidth=rate_of(taken),
-            round_trip=max(0.0, trip + taken[0] - local.get(0, 0.0)) or taken[0],
+            round_trip=max(0.0, trip + longer) or taken[0],
             worker_time=worker,
             row_time=row,
         )
-        for channel, taken in timings.messages.items()
-    )
+        if timings.query_first:
+            more = fit_query_first(model, device, link, timings.query_first)
+            link = replace(link, query_first_time=max(0.0, more + longer / 2))  # a message there
+        links.append(link)
+    return tuple(links)
+
+
+def fit_query_first(model: ModelShape, device: Device, link: Link, more: Mapping[tuple[int, int, int], float]) -> float:
+    """Of one layer: what it costs to send q first, from how much longer the layers of a step took with it, which is
+    that less what it hides. The median of all measurements, and less than 0 where it hides more than it should."""
+    found = []
+    for (workers, batch, context), seconds in more.items():
+        system = Offloaded(
+            model=model, model_device=device, attention_device=device, link=link, workers=workers,
+            kv_element=model.element,
+        )  # fmt: skip
+        hidden = system.lane(Load(batch, context), query_first=True).hidden
+        found.append((seconds + hidden) / model.layers)
+    return statistics.median(found)
 
 
 def fit_exchange(

@@ -140,7 +140,7 @@ def calibrate(
     devices = [replace(sources.device(NAME, "cpu", shape, about, timings), price=price, power=power)]
     if gpu is not None:
         devices.append(sources.device(GPU_NAME, "gpu", shape, *gpu))
-    links = sources.links(shape, about, timings)
+    links = sources.links(shape, about, timings, devices[0])
     cells_fitted = tuple(timings.cells)
     return Calibration(
         tuple(devices), links, sources.said(about), model, cells_fitted, tuple(rounds.drifts), _raw(timings)
@@ -196,6 +196,8 @@ class _Rounds:
             self._add(kernels.ask("layers", **cell), "layers", 0, batch)
             for count in self._amount.workers:
                 self._add(workers.ask("layers", count=count, **cell), "layers", count, batch)
+                first = workers.ask("layers", count=count, query_first=True, **cell)
+                self._add(first, "query first", count, batch, context)
         for channel in CHANNELS:
             sizes, times = list(self._amount.sizes), self._amount.messages
             for size, values in workers.ask("messages", channel=channel, sizes=sizes, times=times).items():
@@ -232,6 +234,10 @@ class _Rounds:
             attention=self._medians("attention"),
             exchange={
                 (count, batch): seconds - layers[0, batch] for (count, batch), seconds in layers.items() if count
+            },
+            query_first={
+                (count, batch, context): seconds - layers[count, batch]
+                for (count, batch, context), seconds in self._medians("query first").items()
             },
             messages={channel: self._medians("message", channel) for channel in CHANNELS},
             cells=[Cell(cell[0], contexts[cell], seconds) for cell, seconds in self._medians("step").items()],
@@ -288,17 +294,18 @@ class _Sources:
         device = fit_device(device, shape, shape.element, timings)
         return replace(device, efficiency=replace(device.efficiency, sources=efficiencies))
 
-    def links(self, shape: ModelShape, about: Mapping[str, Any], timings: Timings) -> tuple[Link, ...]:
+    def links(self, shape: ModelShape, about: Mapping[str, Any], timings: Timings, device: Device) -> tuple[Link, ...]:
         """What connects an engine with attention workers on this machine."""
         said = self.said(about)
         asked = f"{said}: layers of {self.model} attended by workers on this machine, beyond attending in the process"
         found = []
-        for link, (channel, taken) in zip(fit_links(shape, timings), timings.messages.items(), strict=True):
+        for link, (channel, taken) in zip(fit_links(shape, timings, device), timings.messages.items(), strict=True):
             sources = {
                 "bandwidth": f"{said}: large frames to an attention worker over the channel {channel!r}",
                 "round_trip": f"{asked}; a bare small message there and back takes {taken[0] * 1e6:.0f} us",
                 "worker_time": asked,
                 "row_time": asked,
+                "query_first_time": f"{asked}, with q first, beyond q, k and v together",
             }
             found.append(replace(link, sources=sources))
         return tuple(found)
@@ -341,6 +348,9 @@ def _raw(timings: Timings) -> tuple[str, ...]:
     exchange = ", ".join(
         f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows), seconds in timings.exchange.items()
     )
+    first = ", ".join(
+        f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows, _), seconds in timings.query_first.items()
+    )
     sent = "; ".join(
         f"{channel}: " + ", ".join(f"{size} bytes {seconds * 1e6:.0f}" for size, seconds in taken.items())
         for channel, taken in timings.messages.items()
@@ -349,5 +359,6 @@ def _raw(timings: Timings) -> tuple[str, ...]:
         f"All linear maps, and a forward pass without attention, ms: {dense}.",
         f"Attention of one layer, us: {attention}.",
         f"A step's layers with attention workers, ms more than in one process: {exchange}.",
+        f"The same with q first, ms more than with q, k and v together: {first}.",
         f"Messages there, and a short answer back, us: {sent}.",
     )

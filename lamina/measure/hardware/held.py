@@ -31,10 +31,8 @@ class Seconds(NamedTuple):
 
 
 class Held:
-    """Sequences at the holders of `ports`. Each holder keeps the KV heads `heads[number]` of all of them.
-
-    `fused`: the one holder is in this process and attends a row's own token too. KV is `dtype`, as the queries are.
-    """
+    """Sequences at the holders of `ports`. Each holder keeps the KV heads `heads[number]` of all of them. KV is
+    `dtype`, as the queries are."""
 
     def __init__(
         self,
@@ -42,14 +40,12 @@ class Held:
         ports: Mapping[int, AttentionPort],
         heads: Mapping[int, tuple[int, ...]],
         *,
-        fused: bool,
         dtype: torch.dtype,
         threads: int,
     ) -> None:
         self._config = config
         self._names = {number: port.name for number, port in ports.items()}
         self._heads = heads
-        self._fused = fused
         self._dtype = dtype
         self._driver = BatchDriver(config, ports, threads, torch.device("cpu"))
         self._handles = 0
@@ -83,14 +79,15 @@ class Held:
             self._driver.end()
             self._sequences = []
 
-    def step(self, forward: Forward) -> Seconds:
-        """One token more for each sequence, by a forward pass that has not begun."""
+    def step(self, forward: Forward, query_first: bool = False) -> Seconds:
+        """One token more for each sequence, by a forward pass that has not begun. The holders attend it too, unless q
+        goes first: then the pass computes q before k and v, and they attend the tokens before."""
         start, end = self._length, self._length + 1
-        read = (0, end if self._fused else start)
+        read = (0, start if query_first else end)
         began = time.perf_counter()
         routes = self._announce([], [Row(handle, start, 1, read, True, True) for handle in self._sequences])
         announced = time.perf_counter()
-        self._driver.drive_batch(forward, [Span(start, 1)] * len(self._sequences), routes)
+        self._driver.drive_batch(forward, [Span(start, 1)] * len(self._sequences), routes, query_first)
         done = time.perf_counter()
         self._length = end
         return Seconds(announced - began, done - announced)

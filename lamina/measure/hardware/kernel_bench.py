@@ -136,4 +136,4 @@ def local(loaded: Loaded) -> Held:
     """Sequences at a holder in this process."""
     ports = {0: LocalAttention(AttentionWorker(loaded.holder, loaded.threads))}
     every = tuple(range(loaded.config.num_key_value_heads))
-    return Held(loaded.holder, ports, {0: every}, fused=True, dtype=loaded.dtype, threads=loaded.threads)
+    return Held(loaded.holder, ports, {0: every}, dtype=loaded.dtype, threads=loaded.threads)

@@ -59,6 +59,7 @@ _LIMITS = {
     "round_trip": _TIME,
     "worker_time": _TIME,
     "row_time": _TIME,
+    "query_first_time": _TIME,
     "collective": _SHARE,
     "collective_latency": _TIME,
     "layer_overhead": _TIME,
@@ -207,6 +208,9 @@ class Link:
     """Seconds a layer that each attention worker beyond the first adds, where they share one machine."""
     row_time: float = 0.0
     """Seconds a sequence, layer and worker, beside its bytes: encoding, waking, merging."""
+    query_first_time: float = 0.0
+    """Seconds a layer that it takes besides to send q before k and v: one message more, and at the model worker the
+    attention of the rows' own tokens and a merge. 0 where nobody has measured it."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

@@ -223,7 +223,7 @@ class Lane:
     attention: float
     exchange: Exchange
     hidden: float
-    """The seconds of attention that overlap hides: attention begins when q arrives."""
+    """The seconds of attention that are hidden where q goes first: attention begins when q arrives."""
 
     @property
     def alone(self) -> float:
@@ -235,8 +235,10 @@ class Offloaded:
     """Lamina: dense layers on `model_count` devices, KV and attention on `attention_count` others: DOP(a, b).
 
     `lanes` batches rotate: while one is attended, another is in the dense layers, of which there are `model_replicas`
-    (the paper: lanes - 1 of them; each is `model_count` devices). `overlap`: attention over the past begins when q
-    arrives. `workers`: attention worker processes, where one machine is shared by several; else there is one a device.
+    (the paper: lanes - 1 of them; each is `model_count` devices). `overlap`: q goes first where that makes a step
+    shorter, as the engine finds out by trying, so that attention over the past begins when q arrives; else, and with
+    replicas, q, k and v go together. `workers`: attention worker processes, where one machine is shared by several;
+    else there is one a device.
     """
 
     model: ModelShape
@@ -303,8 +305,8 @@ class Offloaded:
         cards = min(self.model_count, self.attention_count)
         return cards * _wire(self.link, self.model_device, self.attention_device)
 
-    def lane(self, load: Load) -> Lane:
-        """One batch, with the tiers to itself."""
+    def lane(self, load: Load, query_first: bool = False) -> Lane:
+        """One batch, with the tiers to itself; `query_first`: q is sent before k and v."""
         model, device, count = self.model, self.model_device, self.model_count
         dense = dense_time(model, device, count, load)
         dense += prefill_attention_time(model, device, count, load, self.kv_element)
@@ -313,13 +315,25 @@ class Offloaded:
         busiest = -(-cells // self.attention_count) / cells  # whole heads, dealt out evenly over all sequences
         attention = attention_time(model, self.attention_device, load, self.policy, self.kv_element, busiest=busiest)
         exchange = self._exchange(load)
+        if not query_first:
+            return Lane(dense, attention, exchange, 0.0)
         late = kv_projection_time(model, device, count, load) + exchange.keys
-        return Lane(dense, attention, exchange, min(attention, late) if self.overlap else 0.0)
+        return Lane(dense + model.layers * self.link.query_first_time, attention, exchange, min(attention, late))
+
+    def query_first(self, load: Load) -> bool:
+        """Whether the engine sends q before k and v, in decode of all these sequences."""
+        return self.overlap and self.model_replicas == 1 and self._step(load, True).seconds < self._step(load).seconds
 
     def step(self, load: Load) -> StepCost:
         """All sequences go on by one token: `lanes` batches, each with its share of them."""
+        together = self._step(load)
+        if not self.overlap or self.model_replicas > 1:
+            return together
+        return min(together, self._step(load, True), key=lambda cost: cost.seconds)
+
+    def _step(self, load: Load, query_first: bool = False) -> StepCost:
         lanes = int(min(self.lanes, max(1, load.decode)))
-        lane = self.lane(load.divided(lanes))
+        lane = self.lane(load.divided(lanes), query_first)
         # The largest lane sets the pace; all of them together have no more sequences than there are.
         whole = self._exchange(load)
         full = load.decode / -(-load.decode // lanes) if load.decode else lanes

@@ -71,9 +71,10 @@ def step_timeline(
 ) -> tuple[Event, ...]:
     """`steps` decode steps of every lane, by rising start.
 
-    Without `overlap`, q, k and v go as one message when all are ready, and attention waits for it. With it q goes
-    first, attention over the previous tokens starts when q is there, and its result goes back when k and v have come
-    too; the new token's own share of attention is part of `attention_seconds`.
+    Without `overlap`, q, k and v go as one message when all are ready, and attention waits for it: rows are fused. With
+    it q goes first, and attention over the previous tokens starts when q is there. Its result goes back when k and v
+    have come too, which is when the model has its own token's share, so nothing waits longer than in the engine, where
+    it goes at once.
 
     Lane j begins j t_m / `replicas` late, and its k-th slice runs on replica (j + k) mod `replicas`: the paper's
     (j + k) mod (n - 1) + 1 counted from 0, where n lanes share n - 1 replicas. k runs on through the steps. What the

@@ -123,7 +123,8 @@ def step_trace(system: Offloaded, batch: float, context: float) -> str:
     layers = system.model.layers
     load = Load(max(1, round(batch)), context)
     rows = load.divided(min(system.lanes, int(load.decode)))
-    lane = system.lane(rows)
+    first = system.query_first(load)
+    lane = system.lane(rows, first)
     kv_seconds = kv_projection_time(system.model, system.model_device, system.model_count, rows)
     times = LayerTimes(
         lane.dense / layers,
@@ -134,7 +135,7 @@ def step_trace(system: Offloaded, batch: float, context: float) -> str:
         kv_seconds=min(lane.dense, kv_seconds) / layers,
         latency=lane.exchange.waiting / layers / 2,
     )
-    events = step_timeline(times, layers, system.lanes, system.overlap, system.model_replicas)
+    events = step_timeline(times, layers, system.lanes, first, system.model_replicas)
     return chrome_trace(events, system.lanes)
 
 
