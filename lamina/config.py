@@ -22,8 +22,10 @@ KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DATA_CHANNELS = ("grpc", "tcp")
 MODEL_PARALLEL = ("tensor", "replicas")
+QUERY_FIRST = ("auto", "always", "never")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": DTYPES, "kv_dtype": KV_DTYPES, "page_size": PAGE_SIZES, "shard": SHARDS, "model_parallel": MODEL_PARALLEL,
+    "query_first": QUERY_FIRST,
     "data_channel": DATA_CHANNELS,
 }  # fmt: skip
 _SECONDS = (("worker_timeout", 0.1, 86400), ("recovery_timeout", 0.1, 86400), ("worker_linger", 0, 3600))
@@ -88,7 +90,7 @@ class EngineConfig:
     their parts of one batch at a time."""
     query_first: str = "auto"
     """Whether q leaves for the attention workers before k and v are computed, in decode: "always", "never", or "auto",
-    which measures both and keeps the faster one. With replicas it never does."""
+    which measures both and keeps the faster one."""
     worker_timeout: float = 10.0
     """Seconds without a heartbeat, or beyond what its work should take, after which an attention worker is lost."""
     recovery_timeout: float = 60.0
@@ -188,10 +190,6 @@ class EngineConfig:
         if self.lanes != "auto" and (type(self.lanes) is not int or not 1 <= self.lanes <= most):
             beside = f" with {self.replicas} replicas" if self.replicas > 1 else ""
             raise InvalidRequest(f'lanes is {self.lanes!r:.80}{beside}; allowed are 1 to {most}, or "auto"')
-        orders = ("auto", "never") if self.replicas > 1 else ("auto", "always", "never")
-        if self.query_first not in orders:
-            beside = f" with {self.replicas} replicas" if self.replicas > 1 else ""
-            raise InvalidRequest(f"query_first is {self.query_first!r:.80}{beside}; allowed are {', '.join(orders)}")
         share = self.local_share
         number = isinstance(share, (int, float)) and not isinstance(share, bool)
         if share != "auto" and not (number and 0 <= float(share) <= 1):

@@ -337,7 +337,4 @@ def _lanes(config: EngineConfig, attention: AttentionPool | None) -> LaneTuner:
 def _order(config: EngineConfig, attention: AttentionPool | None) -> OrderTuner:
     if attention is None:  # everything is stored and attended in one call
         return OrderTuner()
-    if config.replicas > 1:
-        logger.info("in decode q never goes first: %d replicas need an answer to every store", config.replicas)
-        return OrderTuner()
     return OrderTuner(config.query_first == "auto", fused=config.query_first != "always")

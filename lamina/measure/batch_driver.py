@@ -51,16 +51,11 @@ class BatchDriver:
         self._replies[number].port.send(Fresh(_EPOCH, self._batch, layer, k, v))
 
     def drive_batch(
-        self,
-        forward: Forward,
-        spans: Sequence[Span],
-        routes: Mapping[int, Sequence[Route]],
-        query_first: bool = False,
+        self, forward: Forward, spans: Sequence[Span], routes: Mapping[int, Sequence[Route]]
     ) -> torch.Tensor:
-        """Run the forward pass of the batch that was announced, and end the batch. Returns what the pass returns.
-        `query_first`: the pass computes q before k and v."""
+        """Run the forward pass of the batch that was announced, and end the batch. Returns what the pass returns."""
         routed = {self._replies[number]: each for number, each in routes.items()}
-        found = result(self._merge.run(forward, _EPOCH, self._batch, spans, routed, False, query_first))
+        found = result(self._merge.run(forward, _EPOCH, self._batch, spans, routed, suspends=False))
         self.end()
         return found
 

@@ -211,9 +211,6 @@ def test_q_goes_first_only_where_the_engine_would_keep_that() -> None:
         assert together.step(load).seconds - system.step(load).seconds == pytest.approx(kept * 0.5 * gain)
         assert system.step(load).seconds == pytest.approx(system.lane(load, kept).alone)
         assert not together.query_first(load)
-    replicas = replace(free, lanes=3, model_replicas=2)
-    assert not replicas.query_first(load)  # their stores are answered
-    assert replicas.step(load) == replace(replicas, overlap=False).step(load)
 
 
 @pytest.mark.parametrize("batch", [1, 287, 300, 2000])

@@ -45,11 +45,14 @@ class Model:
         lengths = [span.start + span.count for span in spans]
         self.k, self.v = ([torch.randn(LAYERS, n, KV_HEADS, D, generator=draw) for n in lengths] for _ in range(2))
 
-    def forward(self) -> Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]:
-        """What a decoder yields. Returns the attention of all layers, `[layers, T, heads * D]`."""
+    def forward(
+        self, query_first: bool = False
+    ) -> Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]:
+        """What a decoder yields, `query_first` with q early. Returns the attention of all layers, `[layers, T, heads *
+        D]`."""
         attended = []
         for layer in range(LAYERS):
-            yield QueryReady(layer, self.q[layer])
+            yield QueryReady(layer, self.q[layer], query_first)
             k, v = (
                 torch.cat([x[layer, span.start :] for x, span in zip(of, self.spans, strict=True)])
                 for of in (self.k, self.v)

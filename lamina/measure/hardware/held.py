@@ -87,7 +87,7 @@ class Held:
         began = time.perf_counter()
         routes = self._announce([], [Row(handle, start, 1, read, True, True) for handle in self._sequences])
         announced = time.perf_counter()
-        self._driver.drive_batch(forward, [Span(start, 1)] * len(self._sequences), routes, query_first)
+        self._driver.drive_batch(forward, [Span(start, 1)] * len(self._sequences), routes)
         done = time.perf_counter()
         self._length = end
         return Seconds(announced - began, done - announced)

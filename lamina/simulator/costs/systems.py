@@ -236,8 +236,8 @@ class Offloaded:
 
     `lanes` batches rotate: while one is attended, another is in the dense layers, of which there are `model_replicas`
     (the paper: lanes - 1 of them; each is `model_count` devices). `overlap`: q goes first where that makes a step
-    shorter, as the engine finds out by trying, so that attention over the past begins when q arrives; else, and with
-    replicas, q, k and v go together. `workers`: attention worker processes, where one machine is shared by several;
+    shorter, as the engine finds out by trying, so that attention over the past begins when q arrives; else q, k and v
+    go together. `workers`: attention worker processes, where one machine is shared by several;
     else there is one a device.
     """
 
@@ -322,12 +322,12 @@ class Offloaded:
 
     def query_first(self, load: Load) -> bool:
         """Whether the engine sends q before k and v, in decode of all these sequences."""
-        return self.overlap and self.model_replicas == 1 and self._step(load, True).seconds < self._step(load).seconds
+        return self.overlap and self._step(load, True).seconds < self._step(load).seconds
 
     def step(self, load: Load) -> StepCost:
         """All sequences go on by one token: `lanes` batches, each with its share of them."""
         together = self._step(load)
-        if not self.overlap or self.model_replicas > 1:
+        if not self.overlap:
             return together
         return min(together, self._step(load, True), key=lambda cost: cost.seconds)
 

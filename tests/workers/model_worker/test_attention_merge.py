@@ -29,7 +29,7 @@ def run_of(
     routes = {Replies(holder): holder.routes for holder in holders}
     for replies in routes:
         replies.expect(1, batch)
-    return merge.run(model.forward(), 1, batch, model.spans, routes, suspends, query_first)
+    return merge.run(model.forward(query_first), 1, batch, model.spans, routes, suspends)
 
 
 SPANS = (Span(20, 1), Span(7, 3), Span(0, 5), Span(33, 1))

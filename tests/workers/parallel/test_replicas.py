@@ -36,6 +36,7 @@ from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, sample
+from lamina_workers.model_worker.attention_merge import LayerExchange
 from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.model_worker.layer_slices import (
     SlicedBatch,
@@ -139,8 +140,8 @@ def test_commands_of_slices_cross_as_they_are() -> None:
     assert peer_codec.work_of(told) == replace(work, sampling=())
     hidden = torch.randn(3, 64)
     for message in (
-        peer_messages.Slice(8, 0, torch.empty(0), torch.empty(0)),
-        peer_messages.Slice(8, 1, hidden, -hidden),
+        peer_messages.Slice(8, 0, False, torch.empty(0), torch.empty(0)),
+        peer_messages.Slice(8, 1, True, hidden, -hidden),
         peer_messages.Sliced(8, 0.25, 0.5, hidden.bfloat16(), hidden),
         peer_messages.Chosen(8, 0.25, 0.5, (0, 17), torch.randn(2, 101)),
     ):
@@ -174,22 +175,23 @@ def drive(decoder: Decoder, forward: Any) -> Any:
         answer = value_of(decoder, event) if isinstance(event, KeyValueReady) else None
 
 
-def test_decoders_take_turns() -> None:
+@pytest.mark.parametrize("query_first", [False, True])
+def test_decoders_take_turns(query_first: bool) -> None:
     """Three of them, by the rotation, give the logits of one, to the bit."""
     decoders = [tiny_decoder() for _ in range(3)]
     device, layers = decoders[0].device, decoders[0].config.num_hidden_layers
     tokens = torch.tensor(PROMPTS[1], device=device)
     batch = Batch(tokens, torch.arange(len(tokens), device=device), torch.tensor([3, 18], device=device))
     with torch.inference_mode():
-        expected = drive(decoders[0], decoders[0].forward(batch))
+        expected = drive(decoders[0], decoders[0].forward(batch, query_first=query_first))
         for turn in range(3):
             parts = [
-                SlicedBatch(d, batch, lambda forward, d=d: answered(d, forward), Stopwatch(float), float)
+                SlicedBatch(d, batch, query_first, lambda forward, d=d: answered(d, forward), Stopwatch(float), float)
                 for d in decoders
             ]
             left: Any = None
             for number, place in enumerate(rotation(turn, layers, 3)):
-                (left,) = [*finished(parts[place].slice(number, left))]
+                (left,) = [*finished(parts[place].slice(number, left, False))]
             assert torch.equal(left, expected)
     with pytest.raises(ValueError, match="above 0 with hidden"):
         next(decoders[0].forward(batch, None, 0, torch.zeros(1)))
@@ -232,7 +234,7 @@ class Replies:
 
 @pytest.mark.parametrize("transport", ["local", "tcp+tls", "grpc"])
 def test_the_first_of_several_is_waited_for(transport) -> None:
-    frame = peer_codec.encode(peer_messages.Slice(1, 0, torch.zeros(40, 1000), torch.empty(0)))
+    frame = peer_codec.encode(peer_messages.Slice(1, 0, False, torch.zeros(40, 1000), torch.empty(0)))
     with pair(transport) as (near, far), pair("local") as (other, quiet):
         waits, waitings = Waits(), [Waiting(Replies(quiet), 1), Waiting(Replies(far), 1)]
         assert not waits.until_any(waitings, 0.05)
@@ -351,12 +353,40 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("fuses", [True, False])
 @pytest.mark.parametrize(
     ("replicas", "lanes", "count", "shard"),
     [(2, 1, 1, "heads"), (2, 3, 2, "sequence"), (3, 4, 2, "heads+sequence")],
 )
-def test_one_text(model, expected, replicas, lanes, count, shard):
-    check_one_text(model, expected, replicas, lanes, count, shard)
+def test_one_text(model, expected, replicas, lanes, count, shard, fuses):
+    check_one_text(model, expected, replicas, lanes, count, shard, fuses)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_q_goes_first_but_not_in_a_replicas_last_slice(model, expected, replicas, monkeypatch):
+    """Its store must be answered before the next batch is announced over another channel."""
+    early: list[tuple[int, bool]] = []
+    begin = LayerExchange.begin
+
+    def begun(self, layer, q):
+        early.append((layer, False))
+        begin(self, layer, q)
+
+    def asked(self):
+        early[-1] = early[-1][0], True
+        ask(self)
+
+    ask = LayerExchange.ask
+    monkeypatch.setattr(LayerExchange, "begin", begun)
+    monkeypatch.setattr(LayerExchange, "ask", asked)
+    with contextlib.ExitStack() as stack:
+        rotating = Rotating(stack, model, replicas, 1, fuses=False, prefill_pool=200)
+        until(rotating.all_connected)
+        (prompt, *_), sampling = PROMPTS, SAMPLINGS["greedy"]
+        assert rotating.rig.generate([prompt], **sampling) == expected["greedy"][:1]
+        decoded = early[-3 * 4 :]  # four steps of three layers
+    first = [True, True, True] if replicas == 1 else [True, False, False]
+    assert decoded == list(zip(range(3), first, strict=True)) * 4
 
 
 EVERY = [
@@ -374,10 +404,10 @@ def test_one_text_in_every_way(model, expected, replicas, lanes, count, shard):
     check_one_text(model, expected, replicas, lanes, count, shard)
 
 
-def check_one_text(model, expected, replicas, lanes, count, shard):
+def check_one_text(model, expected, replicas, lanes, count, shard, fuses=True):
     with contextlib.ExitStack() as stack:
         rotating = Rotating(
-            stack, model, replicas, count, lanes=lanes, shard=shard, max_batch_tokens=32, prefill_pool=200
+            stack, model, replicas, count, lanes=lanes, shard=shard, fuses=fuses, max_batch_tokens=32, prefill_pool=200
         )
         until(rotating.all_connected)
         for name, sampling in SAMPLINGS.items():

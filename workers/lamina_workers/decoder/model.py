@@ -46,10 +46,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class QueryReady:
-    """The queries of `layer`. q: `[T, heads, d_k]` in the decoder's dtype, rotated, not scaled."""
+    """The queries of `layer`. q: `[T, heads, d_k]` in the decoder's dtype, rotated, not scaled. `early`: k and v are
+    computed when the pass goes on, else they are there already."""
 
     layer: int
     q: torch.Tensor
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ class Decoder:
                 q = self._query(index, normed, rotation)
             else:
                 q, normed = self._before_query(index, hidden, rotation)
-            yield QueryReady(index, q)
+            yield QueryReady(index, q, early=True)
             k, v = self._keys_values(index, normed, rotation)
         else:
             q, k, v = entering or self._before_attention(index, hidden, rotation)

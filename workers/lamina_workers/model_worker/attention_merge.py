@@ -137,10 +137,9 @@ class AttentionMerge:
         spans: Sequence[Span],
         routes: Mapping[Replies, Sequence[Route]],
         suspends: bool = True,
-        query_first: bool = False,
     ) -> Suspended:
-        """Drive `forward` to its end and return what it returns. `routes` has those of each holder concerned.
-        `query_first`: it computes q before k and v, so q is sent alone, and the past is attended meanwhile.
+        """Drive `forward` to its end and return what it returns. `routes` has those of each holder concerned. Where q
+        is early it is sent alone, and the past is attended meanwhile.
 
         Without `suspends` it waits for replies itself: there is nothing else to go on with, and asking takes time.
 
@@ -149,9 +148,7 @@ class AttentionMerge:
         """
         lane = self._idle.pop() if self._idle else self._lane()
         try:
-            logits = yield from lane.staging.driven(
-                self._run(lane, forward, (epoch, batch), spans, routes, suspends, query_first)
-            )
+            logits = yield from lane.staging.driven(self._run(lane, forward, (epoch, batch), spans, routes, suspends))
             return logits
         finally:
             self._idle.append(lane)
@@ -168,7 +165,6 @@ class AttentionMerge:
         spans: Sequence[Span],
         routes: Mapping[Replies, Sequence[Route]],
         suspends: bool,
-        query_first: bool,
     ) -> Suspended:
         present, staging, exchanges = lane
         traffic = [self._traffic(staging, replies, spans, routed) for replies, routed in routes.items() if routed]
@@ -182,7 +178,7 @@ class AttentionMerge:
         try:
             present.begin(spans, unfused)
             event = next(forward)
-            if not unfused and not query_first and self._device.type == "cpu" and isinstance(event, QueryReady):
+            if not unfused and self._device.type == "cpu" and isinstance(event, QueryReady):
                 tokens = sum(span.count for span in spans)
                 compiled = exchanges.begin(traffic, ids, tokens, event.q.dtype, times)
             while True:
@@ -193,7 +189,7 @@ class AttentionMerge:
                 if not isinstance(event, QueryReady):
                     raise TypeError(f"the model yields QueryReady first in each layer, got {type(event).__name__}")
                 exchange.begin(event.layer, event.q)
-                if query_first:
+                if event.early and compiled is None:
                     exchange.ask()
                 event = forward.send(None)
                 if not isinstance(event, KeyValueReady):

@@ -45,8 +45,9 @@ def rotates(shares: Mapping[int, HolderBatch], here: Iterable[int] = ()) -> bool
     """Whether a batch may be computed by several workers in turn, each with a channel of its own to every holder.
 
     For that every store must be answered. Keys that travel without a query are not, and the next announcement, which
-    comes over another channel, could overtake them. So each holder that stores must read too. No holder may be one of
-    `here`: other processes cannot reach those.
+    comes over another channel, could overtake them. So each holder that stores must read too. Where q goes first the
+    store is over before the worker's next query is answered, which comes over the same channel; in its last slice with
+    an attention q, k and v go together. No holder may be one of `here`: other processes cannot reach those.
     """
     routed = {number: share.routes for number, share in shares.items() if share.routes}
     if routed.keys() & set(here):
@@ -90,7 +91,8 @@ def chosen(sampling: Sequence[RowSampling], tokens: Sequence[int], logits: torch
 
 
 class SlicedBatch:
-    """One batch at one worker. `drive` makes a run of a forward pass; `watch` and `clock` are the worker's.
+    """One batch at one worker. `query_first`: q may go before k and v. `drive` makes a run of a forward pass; `watch`
+    and `clock` are the worker's.
 
     `model_seconds` is the time of its last slice outside of attention, `attention_seconds` the rest of it.
     """
@@ -101,6 +103,7 @@ class SlicedBatch:
         self,
         decoder: Decoder,
         batch: Batch,
+        query_first: bool,
         drive: Callable[[Pausing], Suspended],
         watch: Stopwatch,
         clock: Callable[[], float],
@@ -108,17 +111,21 @@ class SlicedBatch:
         self.model_seconds = self.attention_seconds = 0.0
         self._decoder = decoder
         self._batch = batch
+        self._query_first = query_first
         self._watch = watch
         self._clock = clock
-        self._wanted: tuple[int, Context | None] | None = None
+        self._wanted: tuple[int, Context | None, bool] | None = None
         self._left: Context | None = None
         self._run = drive(self._forward())
 
-    def slice(self, number: int, context: Context | None) -> Generator[Waiting, None, Context | torch.Tensor]:
-        """Compute slice `number` from the context of the one before, None for the first. Returns its own context, on
+    def slice(
+        self, number: int, context: Context | None, last: bool = True
+    ) -> Generator[Waiting, None, Context | torch.Tensor]:
+        """Compute slice `number` from the context of the one before, None for the first. `last`: the worker attends no
+        further layer of the batch, so what this one stores must be answered. Returns its own context, on
         the host, or behind the last attention the logits, float32 `[S, vocab]`, where the model is. Raises as
         `AttentionMerge.run` does."""
-        self._wanted = number, context
+        self._wanted = number, context, last
         self._left = None
         self.model_seconds = 0.0
         begun = self._clock()
@@ -149,12 +156,13 @@ class SlicedBatch:
         while True:
             while self._wanted is None:
                 yield Waiting(self, 0)
-            (number, context), self._wanted = self._wanted, None
+            (number, context, last), self._wanted = self._wanted, None
+            first = self._query_first and not last
             if context is None:
-                forward = self._decoder.forward(self._batch)
+                forward = self._decoder.forward(self._batch, query_first=first)
             else:
                 hidden, attended = context.hidden.to(device), context.attended.to(device)
-                forward = self._decoder.forward(self._batch, hidden, number - 1, attended)
+                forward = self._decoder.forward(self._batch, hidden, number - 1, attended, first)
             try:
                 event = next(forward)
                 while not isinstance(event, KeyValueReady):

@@ -161,7 +161,7 @@ class ModelWorker:
         first = query_goes_first(routes, len(work.spans))
         try:
             forward = self._decoder.forward(self._to_device(work), query_first=first)
-            logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends, first)
+            logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
         finally:
             self.forget(batch, shares)
         return logits
@@ -171,9 +171,11 @@ class ModelWorker:
     ) -> SlicedBatch:
         """Take part in a batch of this epoch that every holder has accepted, whichever worker has announced it: its
         slices are computed one at a time."""
+        routes = {self._replies[number]: share.routes for number, share in shares.items()}
         return SlicedBatch(
             self._decoder,
             self._to_device(work),
+            query_goes_first(routes, len(work.spans)),
             lambda forward: self._in_slices(forward, work, batch, shares, suspends),
             self._watch,
             self._clock,

@@ -188,7 +188,7 @@ _CODEC = Codec(
             {"batch": INT, "suspends": BOOL, "shares": _SHARES, "plain": INTS, "spans": INTS},
             ("token_ids", "rope_lengths", "sampled"),
         ),
-        134: Layout(Slice, {"batch": INT, "number": INT}, ("hidden", "attended")),
+        134: Layout(Slice, {"batch": INT, "number": INT, "last": BOOL}, ("hidden", "attended")),
     }
 )
 

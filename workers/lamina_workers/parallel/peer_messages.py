@@ -249,10 +249,12 @@ class StartBatch:
 @dataclass(frozen=True, slots=True)
 class Slice:
     """Compute slice `number` of a started batch from the context of the slice before, which is empty for the first.
-    `Sliced` is the answer, or behind the last attention `Chosen`."""
+    `last`: the worker attends no further layer of the batch. `Sliced` is the answer, or behind the last attention
+    `Chosen`."""
 
     batch: int
     number: int
+    last: bool
     hidden: torch.Tensor
     attended: torch.Tensor
 

@@ -205,7 +205,7 @@ class PeerWorker:
             raise ProtocolError(f"slice {command.number} is wanted, of {layers + 1}")
         context = Context(command.hidden, command.attended) if command.number else None
         try:
-            left = yield from entered.slice(command.number, context)
+            left = yield from entered.slice(command.number, context, command.last)
         except HolderFault as fault:
             self._leave_batch(batch)
             self._faulted(batch, fault)

@@ -212,13 +212,14 @@ class PipelineReplicas:
             for number, at in enumerate(order):
                 context = left if isinstance(left, Context) else None
                 replica = replicas[at]
+                last = number + len(replicas) >= len(order) - 1  # of its slices that end with an attention
                 if replica is None:
                     own = own or self._own.enter(work, batch, shares, suspends)
-                    left = yield from own.slice(number, context)
+                    left = yield from own.slice(number, context, last)
                     self.slices[0] += 1
                     continue
                 peer = replica.peer
-                peer.tell(peer_messages.Slice(batch, number, *(context or _NOTHING)))
+                peer.tell(peer_messages.Slice(batch, number, last, *(context or _NOTHING)))
                 if not peer.ready(batch):
                     yield Waiting(peer, batch)
                 said = self._take(
