@@ -130,6 +130,12 @@ def test_three_ranks_and_repeated_heads_give_the_text_of_one(model: Path, tmp_pa
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("shard", ["heads", pytest.param("sequence", marks=pytest.mark.soak)])
+def test_ranks_that_send_q_first_give_the_text_of_one(alone: LLM, model: Path, shard: str) -> None:
+    with engine(model, model_workers=2, attention_workers=2, shard=shard, query_first="always") as llm:
+        assert texts(llm) == texts(alone)
+
+
 @pytest.mark.parametrize("attention", [0, 1])
 def test_prefixes_and_preemption_with_two_ranks(alone: LLM, model: Path, attention: int) -> None:
     prompts = [SHARED + [at] * (at + 1) for at in range(6)]

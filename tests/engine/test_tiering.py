@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,12 @@ from real_workers import WorkerProcess, worker_process, write_tiny_model
 from lamina import LLM
 from lamina.cli.options import EngineOptions
 from lamina.config import EngineConfig
+from lamina.engine.tiering import TierController
 from lamina.errors import InvalidRequest
 from lamina.messages.snapshot import Snapshot
+from lamina.scheduling.lane_tuner import LaneTuner
+from lamina.scheduling.order_tuner import OrderTuner
+from lamina_workers.ports.timing import Times
 
 chance = random.Random(3)
 PROMPTS = [[chance.randrange(101) for _ in range(n)] for n in (5, 60, 33, 90, 48, 71)]
@@ -134,3 +139,75 @@ def test_text_stays_the_same_when_a_worker_is_killed_during_moves(model, expecte
                 changing.join()
             assert found == expected
             engine._scheduler.check_integrity()
+
+
+class Deployment:
+    """Decode batches of eight sequences under a tier controller. `seconds(fused, lanes)`: what one takes."""
+
+    def __init__(self, seconds: Any, tiers: bool = False) -> None:
+        self.share = SimpleNamespace(settled=True, share=0.5, completed=self._measured, interrupted=lambda: None)
+        self.placement = SimpleNamespace(
+            tiers=tiers, local_share=0.0, local_tokens=lambda kept: (len([*kept]), 100), is_local=lambda layout: False
+        )
+        self.lanes, self.order = LaneTuner(1, 2), OrderTuner(True)
+        control = SimpleNamespace(
+            lanes=self.lanes, order=self.order, local_share=self.share, placement=self.placement,
+            scheduler=SimpleNamespace(running=[]),
+        )  # fmt: skip
+        self.migration = SimpleNamespace(under_way={}, abandon=lambda: None)
+        self.tiering = TierController(control, self.migration, float)  # type: ignore[arg-type]
+        self.seconds, self.now, self.shared = seconds, 0.0, 0
+        self.tried: list[tuple[bool, bool]] = []
+
+    def _measured(self, batch: Any, moving: bool) -> None:
+        self.shared += 1
+        assert not self.lanes.trying
+        assert not self.order.trying
+
+    def decode(self, batches: int, **changes: Any) -> None:
+        for _ in range(batches):
+            self.now += self.seconds(self.order.fused, self.lanes.count)
+            done = {"prefill": False, "sampled": 8 // self.lanes.count, "requests": 8, "running": 8, "now": self.now}
+            done |= {"attended": 0.0, "local_tokens": 10, "remote_tokens": 90, "times": Times()}
+            self.tiering.batch_done(SimpleNamespace(**(done | changes)))  # type: ignore[arg-type]
+            self.tried.append((self.lanes.trying, self.order.trying))
+
+
+def test_lanes_are_tried_first_then_the_order_and_never_both() -> None:
+    deployment = Deployment(lambda fused, lanes: (0.030 if fused else 0.020) * (0.4 if lanes == 2 else 1))
+    deployment.decode(300)
+    assert (True, True) not in deployment.tried
+    ended = max(at for at, (lanes, _) in enumerate(deployment.tried) if lanes)
+    assert not any(order for _, order in deployment.tried[: ended + 1])
+    assert (deployment.lanes.count, deployment.order.fused) == (2, False)
+
+
+def test_the_order_waits_for_the_local_share_and_starts_anew_behind_prompts() -> None:
+    deployment = Deployment(lambda fused, lanes: 0.020 if fused else 0.010, tiers=True)
+    deployment.share.settled = False
+    deployment.decode(200)
+    assert deployment.tried == [(False, False)] * 200
+    assert deployment.shared > 100  # it is measured
+    deployment.share.settled = True
+    while deployment.order.fused:
+        deployment.decode(1)
+    deployment.decode(3, prefill=True)
+    assert deployment.order.fused  # nothing is tried beside a prompt
+    deployment.decode(10)
+    deployment.share.settled = False
+    deployment.decode(1)
+    assert (deployment.order.fused, deployment.order.trying) == (True, False)
+    measured = deployment.shared
+    deployment.decode(10)
+    assert deployment.shared > measured
+    deployment.share.settled = True
+    deployment.decode(300)
+    assert not deployment.order.fused
+
+
+def test_nothing_is_tried_while_all_kv_is_local() -> None:
+    deployment = Deployment(lambda fused, lanes: 0.010, tiers=True)
+    deployment.placement.local_tokens = lambda kept: (100, 100)
+    deployment.decode(200)
+    assert deployment.tried == [(False, False)] * 200
+    assert deployment.order.fused

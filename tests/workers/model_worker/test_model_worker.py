@@ -31,15 +31,13 @@ class FakeDecoder:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.query_first = True  # the holders' rows are not fused
         self.batches: list[Batch] = []
 
     def forward(self, batch: Batch, *, query_first: bool) -> Forward:
-        assert query_first == self.query_first
         self.batches.append(batch)
 
         def run() -> Generator[Any, Any, torch.Tensor]:
-            attended = yield from self._model.forward()
+            attended = yield from self._model.forward(query_first)
             return attended[-1, batch.sampled]
 
         return run()
