@@ -110,7 +110,13 @@ def main() -> None:
     args = parser.parse_args()
     from lamina import LLM
 
-    options: dict[str, Any] = {"prefix_cache": False, "lanes": 1, "kv_memory": "2GiB", "local_share": 0}
+    options: dict[str, Any] = {
+        "prefix_cache": False,
+        "lanes": 1,
+        "kv_memory": "2GiB",
+        "local_share": 0,
+        "query_first": "never",
+    }
     machine = this_machine()
     print(f"{machine.processor}, {machine.cores} cores, load {os.getloadavg()[0]:.1f}; {args.model}")
     delay = balanced(args, options) if args.delay is None else args.delay

@@ -134,7 +134,13 @@ def main() -> None:
     if other.stdout:
         other.stdout.readline()
     channel = connect_unix(path, SECRET, 10.0)
-    options = {"attention_workers": [address], "prefix_cache": False, "lanes": 1, "kv_memory": "3GiB"}
+    options = {
+        "attention_workers": [address],
+        "prefix_cache": False,
+        "lanes": 1,
+        "kv_memory": "3GiB",
+        "query_first": "never",
+    }
     found: dict[str, list[tuple[float, float, float, float, float]]] = {"to the worker": [], "from the worker": []}
     with lamina.LLM(args.model, local_share=1.0, **options) as llm:
         engine = llm._runtime.engine  # type: ignore[union-attr]  # a benchmark may look inside

@@ -60,7 +60,15 @@ def one_round(model: str, tokens: int, workers: int, seed: int) -> tuple[float, 
     logger.setLevel(logging.INFO)
     processes = [start_worker() for _ in range(workers)]
     addresses = [process.stdout.readline().split()[1] for process in processes if process.stdout]
-    with LLM(model, dtype="bfloat16", prefix_cache=False, attention_workers=addresses, local_share=0, lanes=1) as llm:
+    with LLM(
+        model,
+        dtype="bfloat16",
+        prefix_cache=False,
+        attention_workers=addresses,
+        local_share=0,
+        lanes=1,
+        query_first="never",
+    ) as llm:
         llm.generate(prompt(tokens, seed), max_tokens=1, ignore_eos=True)  # warms up
         start = time.perf_counter()
         llm.generate(prompt(tokens, seed + 1), max_tokens=1, ignore_eos=True)

@@ -30,7 +30,13 @@ def measure(kind: dict[str, Any], prompts: list[list[int]], args: argparse.Names
     """Tokens a second, and lanes at the end."""
     import lamina
 
-    options = {"attention_workers": args.attention_workers, "local_share": 0, "prefix_cache": False, **kind}
+    options = {
+        "attention_workers": args.attention_workers,
+        "local_share": 0,
+        "prefix_cache": False,
+        "query_first": "never",
+        **kind,
+    }
     with lamina.LLM(args.model, kv_memory="1GiB", **options) as llm:
         begun: set[int] = set()
         since, tokens, now = 0.0, 0, 0.0

@@ -116,6 +116,7 @@ def one_round(model: str, count: int, tokens: int, seed: int, journal: bool) -> 
         config: dict[str, Any] = {
             "attention_workers": [address],
             "local_share": 0,
+            "query_first": "never",
             "prefix_cache": False,
             "max_model_len": 4096,
         }
