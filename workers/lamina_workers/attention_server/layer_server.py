@@ -19,7 +19,7 @@ from lamina_protocols.channels import Channel
 from lamina_protocols.layer_frames import TAGS, LayerFrame, set_batch, set_layer
 from lamina_protocols.messages import Attended, Exchange, Fresh, Query
 from lamina_protocols.tensors import dtype_name
-from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, direct_channel
+from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, direct_channel, enabled
 
 _COUNTED_MS = 50  # how late counters may be while a batch is under way
 _NOTHING = memoryview(b"")
@@ -124,7 +124,7 @@ class LayerServer:
         self._channels: dict[int, DirectChannel] = {}  # by descriptor
         self._batches: dict[DirectChannel, list[ServedBatch]] = {}
         self._block = blocks.Server(functions=functions().ctypes.data if functions() is not None else 0)
-        self._call = compiled(serve_kernel())
+        self._call = compiled(serve_kernel() if enabled() else 0)
 
     def register(self, descriptor: int, events: int) -> None:
         """As of `select.poll`."""

@@ -51,6 +51,7 @@ from lamina_workers.attention_worker.paged_reader import PagedReader
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import PoolExhausted
 
+_WORKS = 4  # of batches that took turns last: one for each lane
 _SURVEYED_NUMBERS = 50_000  # in one frame: its header has room for some 58,000 of the largest
 
 
@@ -90,7 +91,7 @@ class AttentionWorker:
         self._kv_layers = {spec.kv_layer for spec in config.layers}
         self._torn: dict[int, int] = {}  # by handle: from where on KV has not come in every layer
         self._unsettled: Exchange | None = None
-        self._work: tuple[tuple[Any, ...], LayerWork | None] = (), None  # the last one, and what it was made of
+        self._works: dict[tuple[Any, ...], LayerWork] = {}  # the last ones, by what they were made of
         self.counters = Counters()
 
     def handle(self, request: Request) -> Reply | None:
@@ -133,10 +134,13 @@ class AttentionWorker:
         # Batches of a series have plans with the same blocks, so they have the same work.
         blocks = [None if reading.plan is None else id(reading.plan.arguments) for reading in batch.readings.values()]
         key = (*blocks, id(batch.places), batch.fused)
-        if key != self._work[0]:
-            readings = self._reader.layer_readings(batch.readings)
-            self._work = key, None if readings is None else layer_work(readings, batch.places, batch.fused)
-        return self._work[1]
+        work = self._works.get(key)
+        if work is None and (readings := self._reader.layer_readings(batch.readings)) is not None:
+            work = layer_work(readings, batch.places, batch.fused)
+            if work is not None:
+                kept = list(self._works.items())[1 - _WORKS :]  # what they are made of stays, so no address comes again
+                self._works = {**dict(kept), key: work}
+        return work
 
     def worked(self, number: int, layers: range, work: LayerWork) -> None:
         """These layers of a batch in flight were stored and attended by compiled code."""

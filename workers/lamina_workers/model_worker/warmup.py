@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable
 import torch
 
 from lamina_kernels import dense
+from lamina_kernels.cpu.exchange_loop import exchange_kernel
+from lamina_kernels.cpu.launch import load_each
 from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import HolderConfig
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
+from lamina_workers.ports.direct import enabled
 
 
 def prepare_kernels(
@@ -30,6 +33,8 @@ def prepare_kernels(
     if HeadPolicies.of(holder).sketched:
         stages.append(("sketch kernels", sketches.prepare(page_layout(holder))))
     stages.append(("dense kernels", dense.prepare(dtype, places[0])))
+    if enabled():
+        stages.append(("exchange kernels", load_each((exchange_kernel,))))
     for what, steps in stages:
         for done, total in steps:
             if progress is not None:
