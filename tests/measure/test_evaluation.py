@@ -465,7 +465,7 @@ def test_suites_that_cannot_be_run_are_refused() -> None:
 @pytest.mark.data
 @pytest.mark.timeout(600)
 def test_the_script_on_the_real_model(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "scripts" / "scripts/evaluate/long_context.py"
+    script = Path(__file__).parents[2] / "scripts" / "evaluate" / "long_context.py"
     policy = "streaming(sink=16, recent=64)"
     command = [
         sys.executable,
