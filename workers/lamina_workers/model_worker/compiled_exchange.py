@@ -139,8 +139,9 @@ class CompiledExchange:
         x.q, x.k, x.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         while (result := self._advance()) != 0:
             remote = self._remotes[x.at]
-            if result == blocks.WAITING:
-                watch.stop()
+            unread = result in (blocks.OTHER, blocks.ENDED)
+            if result == blocks.WAITING or (unread and not x.waits and not remote.holder.replies.port.ready()):
+                watch.stop()  # an answer is not there, or a part of a frame alone
                 remote.holder.replies.collected(self._batch, self._collect)
                 yield Waiting(remote.holder.replies, self._batch)
                 remote.holder.replies.collected(self._batch, None)
