@@ -106,6 +106,18 @@ class LayerFrame:
         return pack_prefix(Prefix(self.tag, _HEADER.size, self.size - HEAD_SIZE)) + packed
 
 
+def frames_between(
+    queries: int, fresh: int, d_k: int, d_v: int, dtype: str, kv_dtype: str
+) -> tuple[LayerFrame, LayerFrame]:
+    """The frames of a layer between the model and a holder that gets so many vectors of q and of k, and the answers;
+    of batch 0. A holder that is sent no q has no answer."""
+    kind = m.Exchange if queries and fresh else m.Query if queries else m.Fresh
+    asked = LayerFrame(
+        TAGS[kind], 0, 0, queries, fresh, d_k, d_v if fresh else 0, dtype if queries else "", kv_dtype if fresh else ""
+    )
+    return asked, LayerFrame(TAGS[m.Attended], 0, 0, queries=queries, d_v=d_v, dtype=dtype)
+
+
 def set_batch(head: memoryview, epoch: int, batch: int) -> None:
     """Make a head that of another batch, whose frames have the same tensors."""
     _BATCH.pack_into(head, PREFIX_SIZE, epoch, batch)

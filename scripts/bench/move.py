@@ -31,7 +31,7 @@ share_cores()  # before torch is imported
 from lamina_protocols import codec  # noqa: E402
 from lamina_protocols.channels import Channel, ChannelClosed  # noqa: E402
 from lamina_protocols.messages import Query  # noqa: E402
-from lamina_protocols.socket_channel import Listener, connect_unix, listen_unix  # noqa: E402
+from lamina_protocols.socket_connections import Listener, connect_unix, listen_unix  # noqa: E402
 
 SECRET = bytes(32)
 

@@ -33,7 +33,7 @@ from lamina_protocols.frames import Prefix, pack_prefix, read_prefix
 from lamina_protocols.messages import Attended, Fresh, Query
 from lamina_protocols.service import GrpcChannel, WorkerClient
 from lamina_protocols.service_server import handlers, server_options
-from lamina_protocols.socket_channel import Listener, connect_tcp, connect_unix, listen_tcp, listen_unix
+from lamina_protocols.socket_connections import Listener, connect_tcp, connect_unix, listen_tcp, listen_unix
 
 SIZES = (1 << 10, 16 << 10, 256 << 10)
 SECRET = bytes(32)

@@ -18,7 +18,8 @@ from lamina_protocols import messages as m
 from lamina_protocols.channels import ChannelClosed, checksum
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import Prefix, blank_frame, pack_prefix, read_prefix
-from lamina_protocols.socket_channel import Listener, SocketChannel, connect_tcp, listen_tcp
+from lamina_protocols.socket_channel import SocketChannel
+from lamina_protocols.socket_connections import Listener, connect_tcp, listen_tcp
 from lamina_protocols.tls import client_context, server_context
 
 LAYER = m.Exchange(1, 2, 3, torch.randn(7, 16), torch.randn(5, 16), torch.randn(5, 32))

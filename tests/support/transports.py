@@ -17,7 +17,7 @@ from lamina_protocols.channels import Channel, Credentials
 from lamina_protocols.service import GrpcChannel, WorkerClient
 from lamina_protocols.service_server import TokenInterceptor, handlers, server_credentials
 from lamina_protocols.service_server import server_options as options
-from lamina_protocols.socket_channel import Listener, connect_tcp, connect_unix, listen_tcp, listen_unix
+from lamina_protocols.socket_connections import Listener, connect_tcp, connect_unix, listen_tcp, listen_unix
 from lamina_protocols.tls import client_context, server_context
 from lamina_workers.process.credentials import create_credentials
 

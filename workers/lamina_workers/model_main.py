@@ -72,7 +72,7 @@ def serve(
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     share_cores()
     from lamina_protocols.channels import Credentials, split_address
-    from lamina_protocols.socket_channel import connect_tcp, connect_unix
+    from lamina_protocols.socket_connections import connect_tcp, connect_unix
     from lamina_protocols.tls import client_context
     from lamina_workers.parallel.peer_worker import PeerWorker
     from lamina_workers.process.credentials import load_credentials

@@ -23,7 +23,7 @@ from lamina.messages.request_codec import Command
 from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix
-from lamina_protocols.socket_channel import Listener, connect_unix, listen_unix
+from lamina_protocols.socket_connections import Listener, connect_unix, listen_unix
 
 logger = logging.getLogger("lamina")
 

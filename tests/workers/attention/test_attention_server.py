@@ -45,7 +45,7 @@ from lamina_protocols.messages import (
     Query,
 )
 from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable
-from lamina_protocols.socket_channel import connect_unix
+from lamina_protocols.socket_connections import connect_unix
 from lamina_workers.attention_server import session
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

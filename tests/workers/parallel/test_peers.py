@@ -25,7 +25,7 @@ from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import MAX_HEADER
 from lamina_protocols.routes import HolderBatch, Route, Span
-from lamina_protocols.socket_channel import connect_unix
+from lamina_protocols.socket_connections import connect_unix
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.interface import BatchWork

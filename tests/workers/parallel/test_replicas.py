@@ -30,7 +30,7 @@ from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Close, Exchange, HolderConfig, Row
 from lamina_protocols.routes import HolderBatch, Route, Span
-from lamina_protocols.socket_channel import connect_unix
+from lamina_protocols.socket_connections import connect_unix
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.checkpoint import fingerprint

@@ -31,7 +31,8 @@ from lamina_protocols.frames import MAX_FRAME
 from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.service import MAX_MESSAGE, SERVICE, GrpcChannel
 from lamina_protocols.service_server import TokenInterceptor, handlers, server_credentials, server_options
-from lamina_protocols.socket_channel import SECRET_SIZE, Listener, SocketChannel, listen_tcp, listen_unix
+from lamina_protocols.socket_channel import SocketChannel
+from lamina_protocols.socket_connections import SECRET_SIZE, Listener, listen_tcp, listen_unix
 from lamina_protocols.tensors import DTYPES
 from lamina_protocols.tls import server_context
 from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Leases

@@ -16,8 +16,7 @@ from lamina_kernels.cpu import exchange_blocks as blocks
 from lamina_kernels.cpu.layer_work import LayerWork, functions
 from lamina_kernels.cpu.serve_loop import answer_kernel, serve_kernel
 from lamina_protocols.channels import Channel
-from lamina_protocols.layer_frames import TAGS, LayerFrame, set_batch, set_layer
-from lamina_protocols.messages import Attended, Exchange, Fresh, Query
+from lamina_protocols.layer_frames import frames_between, set_batch, set_layer
 from lamina_protocols.tensors import dtype_name
 from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, direct_channel, enabled
 
@@ -37,13 +36,8 @@ class ServedBatch:
         self._counted = 0
         self._scratch = np.zeros(2, np.int64)
         reads, stores = work.queries > 0, work.fresh > 0
-        kind = Exchange if reads and stores else Query if reads else Fresh
-        name = dtype_name(work.query)
-        asked = LayerFrame(
-            TAGS[kind], 0, 0, work.queries, work.fresh, d_k, d_v if stores else 0,
-            name if reads else "", dtype_name(work.loaded) if stores else "",
-        )  # fmt: skip
-        answer = LayerFrame(TAGS[Attended], 0, 0, queries=work.queries, d_v=d_v, dtype=name)
+        names = dtype_name(work.query), dtype_name(work.loaded)
+        asked, answer = frames_between(work.queries, work.fresh, d_k, d_v, *names)
         self.frame, self.reply, self._head = Buffer(asked.size), Buffer(answer.size), Buffer(blocks.HEAD)
         self._head.bytes[:] = memoryview(asked.head(0))
         self.reply.bytes[: blocks.HEAD] = memoryview(answer.head(0))

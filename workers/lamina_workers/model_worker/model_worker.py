@@ -296,9 +296,9 @@ class ModelWorker:
 
     @staticmethod
     def _check(answer: Announced, share: HolderBatch, name: str) -> None:
-        found = (len(answer.floors), len(answer.usages) or len(share.rows))
-        if answer.accepted and found != (len(share.rows), len(share.rows)):
-            raise HolderFault(f"{name}: floors and usages of {found} rows, {len(share.rows)} were announced")
+        found = (len(answer.floors), len(answer.usages) or len(share.routes))
+        if answer.accepted and found != (len(share.routes), len(share.routes)):
+            raise HolderFault(f"{name}: floors and usages of {found} rows, {len(share.routes)} were announced")
 
     def forget(self, batch: int, shares: Mapping[int, HolderBatch]) -> None:
         """A batch that was announced will not be executed."""

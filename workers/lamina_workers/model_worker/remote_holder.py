@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from lamina_kernels.cpu import exchange_blocks as blocks
-from lamina_protocols.layer_frames import TAGS, LayerFrame, seconds_stand, set_batch, set_layer
-from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Query
+from lamina_protocols.layer_frames import frames_between, seconds_stand, set_batch, set_layer
+from lamina_protocols.messages import Attended, LayerSpec
 from lamina_protocols.tensors import dtype_name
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer
 from lamina_workers.ports.direct import Buffer
@@ -43,12 +43,7 @@ class RemoteHolder:
     ) -> None:  # fmt: skip
         gathered = Gathered(holder, spec, tokens, dtype.itemsize)
         name = dtype_name(dtype)
-        kind = Exchange if holder.reads and holder.stores else Query if holder.reads else Fresh
-        asked = LayerFrame(
-            TAGS[kind], 0, 0, gathered.queries, gathered.fresh, spec.d_k, spec.d_v if holder.stores else 0,
-            name if holder.reads else "", name if holder.stores else "",
-        )  # fmt: skip
-        answer = LayerFrame(TAGS[Attended], 0, 0, queries=gathered.queries, d_v=spec.d_v, dtype=name)
+        asked, answer = frames_between(gathered.queries, gathered.fresh, spec.d_k, spec.d_v, name, name)
         self.holder = holder
         self.port = port
         self.direct = port.direct

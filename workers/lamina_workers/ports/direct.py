@@ -100,6 +100,7 @@ class DirectChannel:
         self.channel.reclaim(received, sent, begun, unsent)
 
 
+@cache
 def compiled(address: int) -> Callable[[int], None]:
     """A compiled loop as a call that releases the interpreter's lock."""
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)

@@ -30,7 +30,7 @@ from lamina_protocols.messages import (
     Surveyed,
 )
 from lamina_protocols.service import WorkerBusy, WorkerClient, WorkerRefused
-from lamina_protocols.socket_channel import connect_tcp, connect_unix
+from lamina_protocols.socket_connections import connect_tcp, connect_unix
 from lamina_protocols.tls import client_context
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.direct import DirectChannel, direct_channel
