@@ -318,11 +318,10 @@ class Engine:
                 self._corrupted(row.sequence)
         prompt_tokens = self._registry.follow_prefill(plan)
         reports = dict(zip((row.sequence for row in rows), sampled.logprobs, strict=True))
-        requests = len(self._registry.requests)
         outcomes = self._control.recorded(plan, [token or 0 for token in sampled.tokens])
         outputs = self._registry.outputs(outcomes, reports, now)
         done = BatchDone(
-            plan, outputs.by_request, prompt_tokens, len(outcomes), requests, running, local, remote,
+            plan, outputs.by_request, prompt_tokens, len(outcomes), running, local, remote,
             self._worker.times, self._worker.attention_seconds, now,
         )  # fmt: skip
         for observer in self._observers:

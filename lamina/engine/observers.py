@@ -16,16 +16,15 @@ class BatchDone:
     """A batch that is complete and recorded; its outputs have not left yet.
 
     `outputs` are by request id. `prompt_tokens` counts computed tokens of prompts, `sampled` the sampled tokens.
-    `requests` counts unfinished requests and `running` sequences with KV, before the batch was recorded. `local_tokens`
-    and `remote_tokens` are the tokens of KV that it read in either tier (0 where there is one tier). `times` is what
-    its attention took, `attended` the seconds of attention of all batches so far, `now` its end by the engine's clock.
+    `running` counts the sequences with KV, before the batch was recorded. `local_tokens` and `remote_tokens` are the
+    tokens of KV that it read in either tier (0 where there is one tier). `times` is what its attention took, `attended`
+    the seconds of attention of all batches so far, `now` its end by the engine's clock.
     """
 
     plan: Plan
     outputs: Mapping[str, Sequence[EngineOutput]]
     prompt_tokens: int
     sampled: int
-    requests: int
     running: int
     local_tokens: int
     remote_tokens: int

@@ -98,11 +98,11 @@ class TierController:
             order.interrupted()
             return
         mixed = done.prefill or not self.settled
-        lanes.completed(done.sampled, done.requests, mixed or order.trying, done.now, done.attended)
-        if mixed or lanes.trying or (lanes.begun and done.requests > 1):
+        lanes.completed(done.sampled, done.running, mixed or order.trying, done.now, done.attended)
+        if mixed or lanes.trying or (lanes.begun and done.running > 1):
             order.interrupted()
         else:
-            order.completed(done.sampled, done.requests, lanes.count, done.now)
+            order.completed(done.sampled, done.running, lanes.count, done.now)
 
     def _measure(self, done: BatchDone) -> None:
         last, self._last = self._last, done.now

@@ -22,6 +22,7 @@ class Admission:
         self._waiting: list[tuple[Order, ScheduledSequence]] = []  # heap; a finished sequence stays until it is on top
         self._short: tuple[ScheduledSequence | None, tuple[Pages, ...]] = None, ()  # the first, and the pages it needs
         self._stranded: list[ScheduledSequence] = []
+        self._longest = NO_PAGES, config.max_model_len  # the holders' pages, and the longest sequence that they allow
 
     @property
     def stranded(self) -> tuple[ScheduledSequence, ...]:
@@ -30,10 +31,13 @@ class Admission:
 
     def longest_possible(self) -> int:
         """The most tokens of one sequence that the context and the holders' memory can ever hold."""
-        most = self._config.max_model_len
-        if not self._layouts.capacity:  # there is no holder at present
+        most, capacity = self._config.max_model_len, self._layouts.capacity
+        if not capacity:  # there is no holder at present
             return most
-        return bisect_right(range(1, most + 1), False, key=lambda length: not self._fits(length))
+        if capacity != self._longest[0]:
+            lengths = range(1, most + 1)
+            self._longest = capacity, bisect_right(lengths, False, key=lambda length: not self._fits(length))
+        return self._longest[1]
 
     def _fits(self, length: int) -> bool:
         return any(self._holds(layout, length) for layout in self._layouts.layouts(length))
@@ -92,6 +96,8 @@ class Admission:
                 running.counters.looked_up_tokens += len(sequence.tokens)
                 running.counters.found_tokens += match.length
             running.open(sequence, layout, match.node, match.length)
+            if match.node is None:
+                self._layouts.opened(layout)
             return sequence
         return None
 

@@ -111,7 +111,8 @@ class ControlPlane:
         if step.plan is None:
             self.scheduler.ledger.update_free(free)
             return ()
-        return self.scheduler.refused(step.plan, free)
+        refusers = {number for number, answer in answers.items() if not answer.accepted}
+        return self.scheduler.refused(step.plan, free, refusers)
 
     def answered(self, batches: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> None:
         """Holders have answered an announcement of operations outside of any step."""

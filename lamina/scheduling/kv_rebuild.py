@@ -15,6 +15,8 @@ from lamina.scheduling.page_ledger import PageLedger
 from lamina.scheduling.prefix_nodes import common_length
 from lamina.scheduling.request import Rebuild, ScheduledSequence, SchedulerConfig
 
+_Beginning = tuple[tuple[int, ...], int, int, tuple[int, ...]]
+
 
 class KvRebuild:
     """Decides which holder takes over a lost share, and when a sequence's next row can be planned."""
@@ -29,7 +31,7 @@ class KvRebuild:
 
         Returns how many tokens are computed again, and the sequences that cannot be rebuilt in part.
         """
-        begun: list[ScheduledSequence] = []
+        begun: dict[_Beginning, ScheduledSequence] = {}
         hopeless: list[ScheduledSequence] = []
         tokens = 0
         for sequence in kept:
@@ -37,7 +39,6 @@ class KvRebuild:
             if taken is None:
                 hopeless.append(sequence)
                 continue
-            begun.append(sequence)
             spare -= taken
             if sequence.rebuild is not None:
                 tokens += sequence.rebuild.end - max(sequence.rebuild.at, sequence.rebuild.length)
@@ -53,10 +54,11 @@ class KvRebuild:
             sequence.rebuild = None
 
     def _begin(
-        self, sequence: ScheduledSequence, holder: int, spare: Pages, earlier: Iterable[ScheduledSequence]
+        self, sequence: ScheduledSequence, holder: int, spare: Pages, begun: dict[_Beginning, ScheduledSequence]
     ) -> Pages | None:
-        """Have one sequence's shares taken over; `earlier` are the sequences whose rebuild has begun. Returns the pages
-        that it takes; None where no holder has them, or the remaining shares are not enough to compute the lost."""
+        """Have one sequence's shares taken over; `begun` has those that are computed again by their beginning. Returns
+        the pages that it takes; None where no holder has them, or the remaining shares are not enough to compute the
+        lost."""
         if sequence.handle is None:
             return None
         self._wait_no_more(sequence)
@@ -65,7 +67,7 @@ class KvRebuild:
             return None
         if sequence.floor and not self._layouts.reads_locally(sequence.computed):  # too little is left
             return None
-        source, length = self._source(sequence, lost, earlier)
+        source, length = self._source(sequence, lost, begun)
         substitutes = self._substitutes(sequence, lost, spare, source, length)
         if substitutes is None:
             return None
@@ -76,6 +78,8 @@ class KvRebuild:
             sequence.rebuild.length, sequence.rebuild.lost = length, holder
         else:
             self._ledger.replace(sequence.handle, holder, substitutes)
+            if sequence.rebuild is not None and (key := self._beginning(sequence, sequence.rebuild.missing)):
+                begun.setdefault(key, sequence)
         return self._config.pages_for(substitutes, len(sequence.tokens), length)
 
     def ready(self, sequence: ScheduledSequence) -> bool:
@@ -104,25 +108,26 @@ class KvRebuild:
             self._ledger.replace(sequence.handle, rebuild.lost, rebuild.missing)
 
     def _source(
-        self, sequence: ScheduledSequence, lost: Layout, earlier: Iterable[ScheduledSequence]
+        self, sequence: ScheduledSequence, lost: Layout, begun: dict[_Beginning, ScheduledSequence]
     ) -> tuple[ScheduledSequence | None, int]:
         """The sequence off which the lost share can be forked, and how many tokens of it; whole pages."""
-        best, most = None, 0
-        if len(lost) > 1 or sequence.rebuild is not None or not self._config.unbounded:
-            return best, most
+        key = self._beginning(sequence, lost) if sequence.rebuild is None and self._config.unbounded else None
+        source = begun.get(key) if key is not None else None
+        if source is None or source.rebuild is None:
+            return None, 0
+        same = min(common_length(source.tokens, sequence.tokens), source.rebuild.end, sequence.computed)
+        return source, same - same % self._config.page_size
+
+    def _beginning(self, sequence: ScheduledSequence, lost: Layout) -> _Beginning | None:
+        """What sequences have in common of which one can be forked off the other: the heads and range of a share, and
+        the tokens up to the end of its first page. None where that page is not full, or more than one share is lost."""
+        if len(lost) > 1:
+            return None
         (share,) = lost
-        for other in earlier:
-            rebuild = other.rebuild
-            if rebuild is None or rebuild.source is not None or len(rebuild.missing) > 1:
-                continue
-            there = rebuild.missing[0]
-            if (there.heads, there.lo, there.hi) != (share.heads, share.lo, share.hi):
-                continue
-            same = common_length(tuple(other.tokens[: rebuild.end]), tuple(sequence.tokens[: sequence.computed]))
-            same -= same % self._config.page_size
-            if same > max(share.lo, most):
-                best, most = other, same
-        return best, most
+        first = share.lo + self._config.page_size
+        if min(sequence.computed, share.hi) < first:
+            return None
+        return share.heads, share.lo, share.hi, tuple(sequence.tokens[:first])
 
     def _substitutes(
         self, sequence: ScheduledSequence, lost: Layout, spare: Pages, source: ScheduledSequence | None, length: int

@@ -64,6 +64,9 @@ class Layouts(Protocol):
         """Every possible layout of a new sequence of `tokens` tokens that grows up to `length`. The first goes best
         with the layouts and tokens of the sequences `beside` it. Empty where there is no holder."""
 
+    def opened(self, layout: Layout) -> None:
+        """A new sequence is kept in this layout, so that the next one may get another."""
+
     def reads_locally(self, length: int) -> bool:
         """Whether `length` tokens could be computed, or computed again, with their KV in a prefill pool."""
 

@@ -114,6 +114,11 @@ class PageLedger:
                 too_many = middle
         return fits
 
+    def short(self, sequence: ScheduledSequence, count: int) -> set[int]:
+        """The holders that have too few pages for a sequence's next `count` tokens."""
+        room = self.room()
+        return {holder for holder, pages in self._cost(sequence, count).items() if pages > max(0, room.get(holder, 0))}
+
     def _cost(self, sequence: ScheduledSequence, count: int) -> Pages:
         """The most pages that a sequence's next `count` tokens take: new ones, and the copy of a shared page that the
         first of them falls into, less the pages that sliding windows leave."""

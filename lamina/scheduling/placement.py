@@ -121,10 +121,10 @@ class Placement:
 
     def layout(self, length: int, local: bool = False) -> Layout:
         """Shares for a new sequence of up to `length` tokens, in the local pools where `local`. The first holder
-        changes with every call, so that remainders are even over many sequences. Empty where there is no holder."""
+        is another once a sequence is `opened`, so that remainders are even over many sequences. Empty where there is no
+        holder."""
         if local:
             return self._local_layout()
-        self._turn += 1
         layout: Layout = ()
         for rank, heads in enumerate(self._heads):
             taking = [
@@ -137,6 +137,11 @@ class Placement:
                 self._shard, taking[turn:] + taking[:turn], heads, length, self._page_size, self._end
             )
         return self._layouts.setdefault(layout, layout) if self._shard == "heads" else layout
+
+    def opened(self, layout: Layout) -> None:
+        """A sequence is opened in this layout: the next one elsewhere begins at the next holder."""
+        if not self.is_local(layout):
+            self._turn += 1
 
     def _local_layout(self) -> Layout:
         layout = tuple(Share(number, self._heads_at(number), 0, self._end) for number in self.local_pools)
@@ -236,6 +241,7 @@ class Placement:
 
     def open_beside(self, shares: Layout) -> tuple[Part, ...]:
         """Open further parts of a sequence; `moved` or `give_up` ends that."""
+        self.opened(shares)
         return tuple(self._open(share) for share in shares)
 
     def give_up(self, new: Iterable[Part]) -> None:

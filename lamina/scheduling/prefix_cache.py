@@ -7,7 +7,7 @@ Before that the node is *pending*, and its writer is computing it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from heapq import heappop, heappush
 from itertools import pairwise
 from typing import NamedTuple
@@ -51,7 +51,8 @@ class PrefixCache:
         self._tick = 0
         self._held: dict[ScheduledSequence, Node] = {}  # the deepest node whose pages a running sequence shares
         self._pending: dict[ScheduledSequence, Node] = {}  # the deepest node that a running sequence is about to write
-        self._unused: list[tuple[int, int, Node]] = []  # heap of (tick, handle, leaf); ticks may be out of date
+        # Heaps of (tick, handle, leaf), by the holders that keep a leaf or what is above it; ticks may be out of date.
+        self._unused: dict[frozenset[int], list[tuple[int, int, Node]]] = {}
 
     def match(self, tokens: tuple[int, ...], salt: Hashable = None) -> Match:
         """The longest prefix of `tokens` that the tree has, without the last token, whose logits are wanted.
@@ -174,10 +175,11 @@ class PrefixCache:
                 unused += held.pages
         return unused
 
-    def evict(self) -> bool:
-        """Close the least recently used leaf without users. False where there is none."""
-        while self._unused:
-            tick, _, node = heappop(self._unused)
+    def evict(self, holders: Set[int]) -> bool:
+        """Close the least recently used leaf without users that one of these holders keeps, or whose ancestors it
+        keeps. False where there is none."""
+        while heaps := [heap for kept_by, heap in self._unused.items() if heap and not kept_by.isdisjoint(holders)]:
+            tick, _, node = heappop(min(heaps, key=lambda heap: heap[0][:2]))
             node.queued = False
             if node.tick > tick:
                 self._queue(node)
@@ -193,10 +195,12 @@ class PrefixCache:
                 self.discard(node.writer)
         for node in reversed(list(self._nodes())):  # children first
             self._evict(node)
+        self._unused.clear()
 
-    def evict_used(self) -> bool:
-        """Drop the oldest leaf, pending or in use; its users keep the pages. False where no node is left."""
-        leaves = [node for node in self._nodes() if not node.children]
+    def evict_used(self, holders: Set[int]) -> bool:
+        """Drop the oldest leaf that one of these holders keeps, pending or in use; its users keep the pages. False
+        where there is none."""
+        leaves = [node for node in self._nodes() if not node.children and not _kept_by(node).isdisjoint(holders)]
         if not leaves:
             return False
         oldest = min(leaves, key=lambda node: node.tick)
@@ -273,7 +277,7 @@ class PrefixCache:
     def _queue(self, node: Node) -> None:
         if node.handle is not None and node.users == 0 and not node.children and not node.queued:
             node.queued = True
-            heappush(self._unused, (node.tick, node.handle, node))
+            heappush(self._unused.setdefault(_kept_by(node), []), (node.tick, node.handle, node))
 
     def _evict(self, node: Node) -> None:
         if node.handle is None:
@@ -339,3 +343,9 @@ class PrefixCache:
         if evictable != self.evictable:
             raise EngineError(f"the prefix tree counts {self.evictable} evictable pages, its nodes have {evictable}")
         return handles
+
+
+def _kept_by(leaf: Node) -> frozenset[int]:
+    """The holders that keep a leaf, or what is above it: a pending node is kept where its writer is."""
+    layouts = ((node, node.layout if node.writer is None else node.writer.layout) for node in path_up(leaf))
+    return frozenset(share.holder for node, layout in layouts for share in layout if share.lo < node.length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lamina.scheduling.kv_shares import Layout, Pages
@@ -50,7 +50,7 @@ def closest_child(node: Node, tokens: tuple[int, ...]) -> tuple[Node | None, int
     return best, most
 
 
-def common_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens a and b have in common at their beginning. Compares slices: a loop takes 1 ms for 12,000."""
     shorter = min(len(a), len(b))
     low, high = 0, 64

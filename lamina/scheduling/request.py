@@ -105,6 +105,13 @@ class ScheduledSequence:
         """The most tokens that will ever have KV: the last one is never fed back."""
         return len(self.request.prompt) + self.request.max_tokens - 1
 
+    def ends_with(self, token: int) -> FinishReason | None:
+        """Why the sequence ends with `token`, its last; None where it goes on."""
+        generated = len(self.tokens) - len(self.request.prompt)
+        if token in self.request.stop_token_ids and generated > self.request.min_tokens:
+            return "stop"
+        return "length" if generated >= self.request.max_tokens else None
+
 
 class RetainedKv(NamedTuple):
     """KV of a sequence that holders kept from the previous engine: of its first `computed` tokens, under `handle`."""

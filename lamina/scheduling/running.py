@@ -123,6 +123,15 @@ class RunningSequences:
         """The sequences of which a holder keeps a share."""
         return [s for s in self.sequences if any(share.holder == holder for share in s.layout)]
 
+    def keeps_at(self, sequence: ScheduledSequence, holders: Container[int]) -> bool:
+        """Whether a sequence has pages at one of these holders, or will have when its row in flight is computed."""
+        rebuild = sequence.rebuild
+        missing, rebuilt = (rebuild.missing, rebuild.planned) if rebuild is not None else ((), 0)
+        return any(
+            share.holder in holders and share.lo < (rebuilt if share in missing else sequence.planned)
+            for share in sequence.layout
+        )
+
     def movable(self, sequence: ScheduledSequence) -> bool:
         """Whether a sequence's KV is whole, and the holders have every operation that concerns it."""
         handle = sequence.handle

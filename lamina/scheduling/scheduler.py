@@ -7,7 +7,7 @@ The life of a plan: `plan`, then `accepted` or `refused` as the holders answer; 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
@@ -194,20 +194,24 @@ class Scheduler:
     def _make_room(self, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
         """How many of `want` tokens the pages allow, after making room: 0 where it must wait for batches in flight.
 
-        Cached prefixes are evicted first. The youngest of the `younger` idle sequences is preempted only where not one
-        token fits. A sequence that is alone always gets one: the holders decide.
+        Only what is kept by a holder that is short makes room. Cached prefixes are evicted first. The youngest of the
+        `younger` idle sequences is preempted only where not one token fits. A sequence that is alone at those holders
+        always gets one: they decide.
         """
-        prefix_cache = self.running.prefix_cache
+        prefix_cache, keeps_at = self.running.prefix_cache, self.running.keeps_at
         while (count := self.ledger.affordable(sequence, want)) < want:
-            if prefix_cache.evict():
+            short = self.ledger.short(sequence, count + 1)
+            if prefix_cache.evict(short):
                 continue
             if count:
                 break
-            if younger:
-                self.preempt(younger.pop())
-            elif len(self.running) > 1:
+            victim = next((each for each in reversed(younger) if keeps_at(each, short)), None)
+            if victim is not None:
+                younger.remove(victim)
+                self.preempt(victim)
+            elif any(each is not sequence and keeps_at(each, short) for each in self.running):
                 break
-            elif not prefix_cache.evict_used():
+            elif not prefix_cache.evict_used(short):
                 return 1
         return count
 
@@ -233,31 +237,34 @@ class Scheduler:
         if not plan.rows:
             self._land(plan)
 
-    def refused(self, plan: Plan, free: Pages) -> tuple[ScheduledSequence, ...]:
-        """A holder has refused, and nothing changed in it; others may have accepted. Undo the plan and make room for
-        the next one.
+    def refused(self, plan: Plan, free: Pages, refusers: Set[int]) -> tuple[ScheduledSequence, ...]:
+        """These holders have refused, and nothing changed in them; others may have accepted. Undo the plan and make
+        room for the next one at the refusers.
 
-        Returns the sequences that can never go on, normally none: where one token of the only running sequence is
+        Returns the sequences that can never go on, normally none: where one token of the only sequence at a refuser is
         refused and nothing is left to evict, that sequence has ended with reason "abort".
         """
         self.ledger.answered(plan, free)
         self._refused = True
         self._raise_floors(plan)
         self._undo(plan)
-        if not self.running.sequences or self.running.prefix_cache.evict():
+        running, prefix_cache = self.running, self.running.prefix_cache
+        if not running.sequences or prefix_cache.evict(refusers):
             return ()
+        asked = {row.sequence for row in plan.rows if any(share.holder in refusers for share in row.sequence.layout)}
+        there = [each for each in running if each in asked or running.keeps_at(each, refusers)] or running.sequences
         tokens = sum(row.count for row in plan.rows)
-        youngest = next((sequence for sequence in reversed(self.running.sequences[1:]) if not sequence.in_flight), None)
+        youngest = next((sequence for sequence in reversed(there[1:]) if not sequence.in_flight), None)
         if youngest is not None:
             self.preempt(youngest)
         elif self._in_flight:
             self._stalled = True
-        elif self.running.prefix_cache.evict_used():
+        elif prefix_cache.evict_used(refusers):
             return ()
         elif tokens > 1:
             self._batch_tokens = tokens // 2
         else:
-            hopeless = self.running.sequences[0]
+            hopeless = there[0]
             self.end(hopeless, "abort")
             return (hopeless,)
         return ()
@@ -291,7 +298,7 @@ class Scheduler:
                 self.admission.admit_siblings(sequence)
             if token is not None:
                 sequence.tokens.append(token)
-                reason = _finish_reason(sequence, token)
+                reason = sequence.ends_with(token)
                 outcomes.append(Outcome(sequence, token, reason))
                 if reason is not None:
                     self.end(sequence, reason)
@@ -384,12 +391,3 @@ class Scheduler:
                 raise EngineError(f"{name} has {sequence.planned} tokens planned, which no plan in flight says")
         if flying:
             raise EngineError("a plan in flight has a sequence that is not running")
-
-
-def _finish_reason(sequence: ScheduledSequence, token: int) -> FinishReason | None:
-    """Why `sequence` ends with `token`, its last."""
-    request = sequence.request
-    generated = len(sequence.tokens) - len(request.prompt)
-    if token in request.stop_token_ids and generated > request.min_tokens:
-        return "stop"
-    return "length" if generated >= request.max_tokens else None

@@ -9,6 +9,7 @@ from engine_rig import BytesPort, Rig, collect, tiny_decoder
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling.lane_tuner import LaneTuner
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Announcement, Attended, Exchange, Fresh, Query
 from lamina_workers.ports.port import LocalAttention
@@ -309,3 +310,20 @@ def test_dynamic_rope_does_not_depend_on_chunks():
     assert answers(dynamic, greedy, max_batch_tokens=7, max_model_len=256) == answers(
         dynamic, greedy, max_model_len=256
     )
+
+
+def test_the_samples_of_one_request_are_worth_a_second_lane(decoder):
+    """Lanes were told how many requests there are, so that eight samples of one never tried a second lane."""
+
+    class Tuner(LaneTuner):
+        tried = 1
+
+        def completed(self, *args, **named):
+            super().completed(*args, **named)
+            self.tried = max(self.tried, self.count)
+
+    tuner = Tuner(1, most=2)
+    rig = Rig(decoder, shard="heads", weights=(1,), lanes=tuner, max_batch_tokens=64)
+    rig.generate([[1, 2, 3]], max_tokens=150, n=8, temperature=1.0, seed=1)
+    rig.close()
+    assert tuner.tried == 2

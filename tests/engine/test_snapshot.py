@@ -261,7 +261,7 @@ def test_stats_never_fall_when_the_savings_of_a_part_restart() -> None:
 
 def batch_done(tokens: int) -> BatchDone:
     plan = cast(Any, SimpleNamespace(rows=(SimpleNamespace(count=tokens),)))
-    return BatchDone(plan, {}, 0, 1, 1, 1, 0, 0, Times(), 0.0, 0.0)
+    return BatchDone(plan, {}, 0, 1, 1, 0, 0, Times(), 0.0, 0.0)
 
 
 def test_stats_count_batches_by_their_tokens() -> None:

@@ -167,7 +167,7 @@ class Deployment:
     def decode(self, batches: int, **changes: Any) -> None:
         for _ in range(batches):
             self.now += self.seconds(self.order.fused, self.lanes.count)
-            done = {"prefill": False, "sampled": 8 // self.lanes.count, "requests": 8, "running": 8, "now": self.now}
+            done = {"prefill": False, "sampled": 8 // self.lanes.count, "running": 8, "now": self.now}
             done |= {"attended": 0.0, "local_tokens": 10, "remote_tokens": 90, "times": Times()}
             self.tiering.batch_done(SimpleNamespace(**(done | changes)))  # type: ignore[arg-type]
             self.tried.append((self.lanes.trying, self.order.trying))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,9 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pools import LAYERS, LOCAL, PREFILL, Pool, World
 
 from lamina.errors import EngineError
+from lamina.scheduling import kv_rebuild
 from lamina.scheduling.control_plane import Step
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_layouts import SHARDS
+from lamina.scheduling.prefix_nodes import common_length
 from lamina_protocols.messages import Announced
 
 
@@ -324,3 +328,41 @@ class Machine(RuleBasedStateMachine):
 
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAnyOrder = Machine.TestCase
+
+
+@pytest.mark.parametrize("pools", [3, 5])
+@pytest.mark.parametrize("questions", range(5))
+def test_heads_are_dealt_evenly_however_many_questions_are_asked(pools: int, questions: int) -> None:
+    """The first holder changed with each question, so that with an even number of questions one got every odd head."""
+    world = World((4000,) * pools)
+    for salt in range(8):
+        for _ in range(questions):
+            world.control.placement.layouts(20)
+        world.add(prompt(6, salt), max_tokens=50)
+        world.begin()
+        world.finish()
+    heads = [sum(len(part.heads) for part in pool.parts.values()) for pool in world.pools.values()]
+    assert sum(heads) == 8 * 4
+    assert max(heads) - min(heads) <= 1
+
+
+def test_a_loss_compares_only_sequences_that_begin_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sequence of a lost holder was compared with every other, its tokens copied each time."""
+    compared: list[int] = []
+
+    def counted(a: Sequence[int], b: Sequence[int]) -> int:
+        compared.append(min(len(a), len(b)))
+        return common_length(a, b)
+
+    monkeypatch.setattr(kv_rebuild, "common_length", counted)
+    world = World((4000, 4000), batch=200)
+    for salt in range(5):
+        world.add([7, *prompt(9, salt)], max_tokens=8)
+    for _ in range(3):  # two of these have the same heads there
+        world.add(prompt(16, 9), max_tokens=8)
+    world.begin()
+    world.finish()
+    world.lose(1)
+    assert len(compared) == 1
+    world.run()
+    world.check_end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.scheduling.kv_shares import Layout, Pages
+from lamina.scheduling.kv_shares import Layout, Pages, Share
 from lamina.scheduling.prefix_cache import Match, PrefixCache
 from lamina.scheduling.request import Request, ScheduledSequence
 
@@ -40,7 +40,7 @@ class Keeper:
     def start(self, tokens: tuple[int, ...], match: Match | None = None, salt: str | None = None) -> ScheduledSequence:
         """A sequence whose computed tokens are those of the match, or none."""
         sequence = ScheduledSequence(Request("0", tokens, 1, salt=salt), 0, self.handles, list(tokens))
-        sequence.handle = self.hold(tokens)
+        sequence.handle, sequence.layout = self.hold(tokens), (Share(0, (0,), 0, 1 << 20),)
         self.running.append(sequence)
         self.tree.enter(sequence)
         if match and match.node:
@@ -118,7 +118,7 @@ def test_every_unused_node_can_be_evicted(kept: list[tuple[int, ...]], data: st.
         users.append(keeper.start(tokens, keeper.tree.match(tokens)))
         keeper.tree.discard(users[-1])
     promised, nodes = keeper.tree.evictable, len(keeper.held)
-    while keeper.tree.evict():
+    while keeper.tree.evict({0}):
         keeper.check_integrity()
     assert not keeper.tree.evictable
     assert sum(len(tokens) for tokens in keeper.closed) >= sum(promised.values())
@@ -126,7 +126,7 @@ def test_every_unused_node_can_be_evicted(kept: list[tuple[int, ...]], data: st.
         whole = user.computed - user.computed % 4
         assert keeper.tree.match((*user.tokens[:whole], -1)).length == whole
         keeper.finish(user)
-    while keeper.tree.evict():
+    while keeper.tree.evict({0}):
         pass
     assert not keeper.held
     assert len(keeper.closed) >= nodes - len(users)
@@ -140,7 +140,7 @@ def test_eviction_takes_the_least_recently_used_leaf() -> None:
         keeper.keep(branch)
     touch = (*branches[0], 9)
     keeper.finish(keeper.start(touch, keeper.tree.match(touch)))
-    while keeper.tree.evict():
+    while keeper.tree.evict({0}):
         pass
     assert keeper.closed == [branches[1], branches[2], branches[0], trunk]
 
@@ -151,9 +151,9 @@ def test_node_in_use_is_not_evicted_but_can_be_given_up() -> None:
     tokens = (1,) * 8 + (2,)
     user = keeper.start(tokens, keeper.tree.match(tokens))
     assert not keeper.tree.evictable
-    assert not keeper.tree.evict()
-    assert keeper.tree.evict_used()
-    assert not keeper.tree.evict_used()
+    assert not keeper.tree.evict({0})
+    assert keeper.tree.evict_used({0})
+    assert not keeper.tree.evict_used({0})
     keeper.finish(user)
     assert keeper.closed == [(1,) * 8]
 

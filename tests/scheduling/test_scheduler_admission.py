@@ -141,7 +141,7 @@ def test_request_ends_when_it_is_refused_alone_and_the_next_runs() -> None:
         if hopeless == samples[:2]:
             scheduler.accepted(plan, Pages({0: 64}), [0] * len(plan.rows))
             break
-        hopeless += scheduler.refused(plan, Pages({0: 64}))
+        hopeless += scheduler.refused(plan, Pages({0: 64}), {0})
         scheduler.check_integrity()
     assert [sequence.finish_reason for sequence in samples] == ["abort", "abort", None]
     assert [row.sequence for row in plan.rows] == samples[2:]

@@ -172,7 +172,7 @@ class Rig:
         max_batch_tokens: int = 512,
         prefix_cache: bool = False,
         max_model_len: int = 2048,
-        lanes: int = 1,
+        lanes: int | LaneTuner = 1,
         wait: float = 60.0,
         fuses: bool = True,
         grammars: Grammars | None = None,
@@ -217,7 +217,8 @@ class Rig:
             prefill_pools=(0,) if prefill_pool else (),
             local_pools=(HERE,) if local_pool else (),
         )
-        control = ControlPlane(limits, self.placement, LaneTuner(lanes), local_share, OrderTuner(fused=fuses))
+        tuner = lanes if isinstance(lanes, LaneTuner) else LaneTuner(lanes)
+        control = ControlPlane(limits, self.placement, tuner, local_share, OrderTuner(fused=fuses))
         self.scheduler = control.scheduler
         worker = around(ModelWorker(decoder, self.holder, ports), self.ports)
         self.engine = Engine(

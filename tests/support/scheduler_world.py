@@ -53,6 +53,9 @@ class OneHolder:
     def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
         return (self.layout(length),)
 
+    def opened(self, layout: Layout) -> None:
+        pass
+
     def reads_locally(self, length: int) -> bool:
         return False
 
@@ -237,7 +240,7 @@ class World:
                 self.running.append(plan)
         else:
             self.refusals += 1
-            self.scheduler.refused(plan, Pages({0: self.holder.free}))
+            self.scheduler.refused(plan, Pages({0: self.holder.free}), {0})
         return accepted
 
     def record(self, index: int = 0) -> None:
@@ -279,7 +282,7 @@ class World:
         plan = self.sent.pop(0)
         self.holder.announce(plan)
         self.refusals += 1
-        self.scheduler.refused(plan, Pages({0: self.holder.free}))
+        self.scheduler.refused(plan, Pages({0: self.holder.free}), {0})
 
     def forget(self) -> None:
         """The holder loses what it has stored."""
@@ -328,7 +331,7 @@ class World:
                 assert sequence.tokens == tokens
                 assert sequence.finish_reason == (reason or "length")
         if self.scheduler.config.prefix_cache:
-            while self.scheduler.running.prefix_cache.evict():
+            while self.scheduler.running.prefix_cache.evict({0}):
                 pass
             self.finish()
         assert not self.holder.parts
