@@ -33,6 +33,10 @@ LaminaError
 
 from __future__ import annotations
 
+import reprlib
+from itertools import islice
+from typing import Any
+
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_workers.errors import DiskFullError, ModelFileError, PolicyError, UnsupportedModelError
 
@@ -48,6 +52,7 @@ __all__ = [
     "ProtocolError",
     "UnsupportedModelError",
     "WorkersUnavailable",
+    "cut",
 ]
 
 
@@ -74,3 +79,25 @@ class WorkersUnavailable(EngineError):
 
 class JournalError(LaminaError):
     """A journal cannot be used: it is damaged, of another engine, in use, or its folder cannot be written to."""
+
+
+class _Short(reprlib.Repr):
+    """`repr` of the beginning of a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 80, 80
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)  # it would sort all of them
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"  # else an error in Python
+
+
+_SHORT = _Short()
+
+
+def cut(value: object) -> str:
+    """A value as code, for an error message: 80 characters at most, and no more is made of a value of megabytes."""
+    return _SHORT.repr(value)[:80]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamina.errors import InvalidRequest, ModelFileError
+from lamina.errors import InvalidRequest, ModelFileError, cut
 
 MAX_SAMPLES = 256
 MAX_LOGPROBS = 20
@@ -158,13 +158,7 @@ class SamplingParams:
 
 
 def _refused(name: str, value: object, allowed: str) -> InvalidRequest:
-    if isinstance(value, int) and value.bit_length() > 128:  # printing a huge integer is itself an error in Python
-        shown = f"an integer of {value.bit_length()} bits"
-    else:
-        shown = repr(value)
-    if len(shown) > 80:
-        shown = f"{shown[:60]}... ({len(shown)} characters)"
-    return InvalidRequest(f"{name} is {shown}; allowed is {allowed}")
+    return InvalidRequest(f"{name} is {cut(value)}; allowed is {allowed}")
 
 
 def _optional(check: Callable[..., Any], name: str, value: object, *limits: float, **options: bool) -> Any:

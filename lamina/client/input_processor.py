@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from lamina.errors import InvalidRequest
+from lamina.errors import InvalidRequest, cut
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request, check_length
@@ -76,7 +76,7 @@ class InputProcessor:
         Requests share prefixes only with requests of the same `salt`. A schema or grammar is compiled, which takes a
         second at worst."""
         if type(priority) is not int or not -(2**31) <= priority < 2**31:
-            raise InvalidRequest(f"priority is {priority!r:.80}; allowed is an integer from -2^31 to 2^31 - 1")
+            raise InvalidRequest(f"priority is {cut(priority)}; allowed is an integer from -2^31 to 2^31 - 1")
         filled = params.with_defaults(self._generation_config)
         self._check_token_ids("stop_token_ids", filled.stop_token_ids)
         self._check_token_ids("logit_bias", list(filled.logit_bias))
@@ -109,9 +109,7 @@ class InputProcessor:
     def prompts(self, prompts: Prompts) -> Prepared:
         """One prompt, or several."""
         if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, str | Sequence):
-            raise InvalidRequest(
-                f"prompts is {prompts!r:.80}; allowed is text, a list of token ids, or a list of those"
-            )
+            raise InvalidRequest(f"prompts is {cut(prompts)}; allowed is text, a list of token ids, or a list of those")
         if is_one(prompts):
             return Prepared([self._prompt("the prompt", prompts)], one=True)
         return Prepared([self._prompt(f"prompts[{index}]", given) for index, given in enumerate(prompts)], one=False)
@@ -128,7 +126,7 @@ class InputProcessor:
                 raise InvalidRequest(f"{name} is empty; at least one character is needed")
             return self.tokenizer.encode(prompt)
         if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
-            raise InvalidRequest(f"{name} is {prompt!r:.80}; allowed is text or a list of token ids")
+            raise InvalidRequest(f"{name} is {cut(prompt)}; allowed is text or a list of token ids")
         return list(prompt)
 
     def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:

@@ -15,7 +15,8 @@ Delivery: TypeAlias = tuple[EngineRequest, list[EngineOutput]]
 
 Event: TypeAlias = tuple[Any, ...]
 """("outputs", id, outputs, scheduled, cached tokens, preemptions, savings) | ("prefilled", id, done, total) |
-("progress", what, done, total) | ("snapshot", number, fields) | ("log", level, text) | ("stopped", why).
+("progress", what, done, total) | ("snapshot", number, fields) | ("log", level, text) | ("halted", whether) |
+("stopped", why).
 
 Times are seconds since the request was submitted. Those of a snapshot are of the engine's clock."""
 
@@ -26,6 +27,11 @@ class EngineClient(Protocol):
     @property
     def alive(self) -> bool:
         """Whether requests are served."""
+
+    @property
+    def halted(self) -> bool:
+        """Whether nothing can be computed at present: no attention worker is left, or a model worker is missing.
+        Requests wait."""
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises EngineError where the engine has stopped."""

@@ -68,12 +68,14 @@ class RemoteEngine:
         self._door = threading.Lock()
         self._why = ""  # why the engine stopped; empty while it runs
         self._parted = ""  # why the wire broke, while another may come
+        self._halted = False
         self._timer: threading.Timer | None = None
         self._over = threading.Event()
         self._threads: tuple[threading.Thread, ...] = ()
         self._begin(wire)
 
     def _begin(self, wire: Wire) -> None:
+        self._halted = False
         self._threads = tuple(
             threading.Thread(target=work, args=(wire, self._commands), name=name, daemon=True)
             for work, name in ((self._send, "lamina-requests"), (self._receive, "lamina-outputs"))
@@ -84,6 +86,10 @@ class RemoteEngine:
     @property
     def alive(self) -> bool:
         return not self._why and (self._holds or not self._parted)
+
+    @property
+    def halted(self) -> bool:
+        return self._halted
 
     @property
     def stopped(self) -> bool:
@@ -194,6 +200,8 @@ class RemoteEngine:
             number, plain = fields
             if (sink := self._asked.pop(number, None)) is not None:
                 _notify(sink, Snapshot.from_dict(plain))
+        elif kind == "halted":
+            (self._halted,) = fields
         elif kind == "log":
             logger.log(*fields)
         elif kind == "stopped":

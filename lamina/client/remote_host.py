@@ -27,6 +27,7 @@ class EngineHost:
         self._events = events
         self._clock = clock
         self._open: dict[str, tuple[EngineRequest, set[int]]] = {}  # by id, with the samples that have ended
+        self._halted = False  # what the client knows
 
     def ask(self, commands: Sequence[Command]) -> None:
         """Do commands, in order. For one thread at a time."""
@@ -41,6 +42,12 @@ class EngineHost:
                 self._snapshot(*fields)
             elif kind == "close":
                 self._engine.close()
+
+    def report(self) -> None:
+        """Notify the client where the engine is halted now, or goes on. For the thread that sends events."""
+        if (halted := self._engine.halted) != self._halted:
+            self._halted = halted
+            self._events.put(("halted", halted))
 
     def abandon(self) -> None:
         """The client is gone: end all that has not ended."""

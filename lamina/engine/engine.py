@@ -95,6 +95,11 @@ class Engine:
         """Whether requests are served, now or as soon as the loop runs."""
         return not self._mailbox.is_shut
 
+    @property
+    def halted(self) -> bool:
+        """Whether nothing can be computed before an attention worker joins or a model worker comes back."""
+        return self._deadline.started
+
     def submit(self, request: EngineRequest) -> None:
         """Queue a request, after its schema or grammar is compiled on the caller's thread. Raises EngineError where the
         engine has stopped, and InvalidRequest where its text cannot be held to that."""

@@ -26,7 +26,10 @@ from lamina.scheduling.placement import Part
 from lamina.scheduling.request import RetainedKv
 from lamina_protocols.messages import PartHeld
 
-FINISHED = 256  # ended requests whose outputs are kept, for clients that may have missed the last of them
+FINISHED = 16 << 20  # bytes of ended requests that are kept, for clients that may have missed the last outputs
+_REQUEST = 4096  # bytes about, of a request without its tokens
+_TOKEN = 48  # of a token
+_LOGPROB = 144  # of a token's log probability, and of each of the likeliest ones reported with it
 GONE = -1  # the number of a holder that stands for all lost ones
 _SLACK = 64  # tokens up to which a sequence is rather cut back than rebuilt at one holder
 
@@ -66,6 +69,13 @@ class KnownRequest:
         return any(sample.reason is None for sample in self.samples)
 
     @property
+    def size(self) -> int:
+        """How much memory it takes, in bytes about."""
+        tokens = len(self.request["prompt"]) + sum(len(sample.tokens) for sample in self.samples)
+        reports = [report for sample in self.samples for report in sample.logprobs if report is not None]
+        return _REQUEST + _TOKEN * tokens + _LOGPROB * sum(1 + len(report[-1]) for report in reports)
+
+    @property
     def known(self) -> dict[int, list[int]]:
         """The tokens of the samples that have not ended."""
         return {at: list(sample.tokens) for at, sample in enumerate(self.samples) if sample.reason is None}
@@ -90,7 +100,7 @@ class KnownRequest:
 
 
 class History:
-    """Every unfinished request of the records, and the last finished ones.
+    """Every unfinished request of the records, and the last finished ones, FINISHED bytes at most.
 
     Requests in `unclaimed` stay, however many others finish after them.
     """
@@ -99,6 +109,8 @@ class History:
         self.requests: dict[str, KnownRequest] = {}
         self.finished: OrderedDict[str, KnownRequest] = OrderedDict()
         self.unclaimed: set[str] = set()
+        self._sizes: dict[str, int] = {}  # of finished requests, in bytes
+        self._kept = 0  # their sum
 
     def apply(self, record: Record) -> None:
         """Raises ValueError, KeyError, IndexError or TypeError for a record that does not follow those before it."""
@@ -111,7 +123,7 @@ class History:
             case RequestRecord(request, params, seed):
                 if request["id"] in self.requests:
                     raise ValueError(f"request {request['id']!r} begins twice")
-                self.finished.pop(request["id"], None)
+                self._forget(request["id"])
                 samples = [KnownSample() for _ in range(request["n"])]
                 self.requests[request["id"]] = KnownRequest(request, params, seed, samples)
             case SampleRecord(request_id, at, tokens, logprobs, reason, handle, computed, parts):
@@ -127,7 +139,7 @@ class History:
                 self._ended(request_id)
             case DropRecord(request_id):
                 self.requests.pop(request_id, None)
-                self.finished.pop(request_id, None)
+                self._forget(request_id)
 
     def _row(self, row: BatchRow) -> None:
         sample = self.requests[row.request_id].samples[row.sample]
@@ -151,9 +163,16 @@ class History:
         for sample in known.samples:
             sample.handle, sample.parts = 0, ()
         self.finished[request_id] = known
-        spare = [each for each in self.finished if each not in self.unclaimed]
-        for each in spare[: max(0, len(spare) - FINISHED)]:
-            del self.finished[each]
+        self._sizes[request_id] = known.size
+        self._kept += known.size
+        spare = (each for each in list(self.finished) if each not in self.unclaimed)
+        while self._kept > FINISHED and (oldest := next(spare, None)) is not None:
+            self._forget(oldest)
+
+    def _forget(self, request_id: str) -> None:
+        """Drop a finished request; harmless for any other."""
+        self.finished.pop(request_id, None)
+        self._kept -= self._sizes.pop(request_id, 0)
 
     def find(self, request_id: str) -> KnownRequest | None:
         """A request that is unfinished, or has finished lately."""

@@ -129,8 +129,10 @@ class EngineActor:
         from lamina.client.remote_client import fetch
 
         while not (fetched := fetch(self._events, _POLL)):
-            if self._host is not None and not self._runtime.engine.alive:
-                return [("stopped", "the engine has stopped")]
+            if self._host is not None:
+                if not self._runtime.engine.alive:
+                    return [("stopped", "the engine has stopped")]
+                self._host.report()
         return fetched
 
     def status(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol
@@ -19,7 +19,16 @@ from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.text.tokenizer import Tokenizer
 
-State = Literal["loading", "ready", "draining", "dead"]
+State = Literal["loading", "ready", "halted", "draining", "dead"]
+
+STATES: Mapping[State, str] = {
+    "loading": "the engine is not ready yet",
+    "ready": "the engine serves",
+    "halted": "the engine waits for an attention worker or a model worker",
+    "draining": "the server is about to end",
+    "dead": "the engine is dead",
+}
+"""What everybody may know of a state: nothing of files, hosts or causes."""
 
 _SNAPSHOT_AGE = 0.2  # seconds for which a snapshot is used again
 
@@ -96,11 +105,12 @@ class Frontend:
 
     @property
     def state(self) -> State:
+        """ "halted": the engine takes requests, which wait for an attention worker or a model worker."""
         served = self._served
         if served is not None:
             if not served.engine.alive:
                 return "dead"
-            return "draining" if self.draining else "ready"
+            return "draining" if self.draining else "halted" if served.engine.halted else "ready"
         return "dead" if self._why else "loading"
 
     @property

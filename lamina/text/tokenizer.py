@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from lamina.errors import InvalidRequest, ModelFileError
+from lamina.errors import InvalidRequest, ModelFileError, cut
 from lamina.text.chat_template import ChatTemplate
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
+from lamina.text.messages import check_messages, check_text
 
 _MAX_JSON_BYTES = 1 << 28
 _TEMPLATE_FILE = "chat_template.jinja"
-_MAX_DEPTH = 64  # of the arguments of a call
-_IGNORED = ("annotations", "audio", "parsed", "reasoning", "reasoning_content")
-"""Keys that OpenAI's clients send back with an assistant's message or its parts; templates do not show them."""
-_EMPTY = (*_IGNORED, "function_call", "refusal", "tool_calls")
-"""Keys that these clients send with any message, empty."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -74,7 +68,7 @@ class Tokenizer:
         Special tokens written out in the text are taken as such. Raises InvalidRequest where the text is no valid
         Unicode, naming the position.
         """
-        _check_text("the prompt", text)
+        check_text("the prompt", text)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -146,7 +140,7 @@ class Tokenizer:
             if ids is not None:
                 listed = ids if isinstance(ids, list) else [ids]
                 if any(type(index) is not int or index < 0 for index in listed):
-                    raise ModelFileError(f"{folder / name}: eos_token_id is {ids!r:.80}; allowed are ids from 0")
+                    raise ModelFileError(f"{folder / name}: eos_token_id is {cut(ids)}; allowed are ids from 0")
                 return tuple(listed)
         eos = self._special["eos_token"]
         index = None if eos is None else self._tokenizer.token_to_id(eos)
@@ -231,122 +225,6 @@ _LONGEST = 96  # tokens at which it is shortened anywhere, which only an invalid
 def _open_end(text: str) -> int:
     """How many characters at the end of `text` may be the bytes that begin another one: 3 at most."""
     return min(_MOST_BYTES - 1, len(text) - len(text.rstrip(_REPLACEMENT)))
-
-
-def check_messages(messages: object) -> list[dict[str, Any]]:
-    """Messages as `Tokenizer.render` describes them, text parts joined, in the form that templates expect: `content` is
-    always text, and the arguments of calls are objects. Raises InvalidRequest, which names the position."""
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise InvalidRequest(f"messages is {messages!r:.80}; allowed is a list of at least one message")
-    return [_check_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
-
-
-def _check_message(name: str, message: object) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or "role" not in message:
-        raise InvalidRequest(f"{name} is {message!r:.80}; allowed is a mapping with role and content")
-    role = message["role"]
-    if role not in ROLES:
-        raise InvalidRequest(f"{name}.role is {role!r:.80}; allowed are {', '.join(ROLES)}")
-    of_assistant = role == "assistant"
-    more = {"assistant": ("tool_calls", "refusal"), "tool": ("tool_call_id",)}.get(role, ())
-    known = ("role", "content", "name", *more)
-    for key, value in message.items():
-        is_ignored = value is None or (key in _EMPTY and not value) or (key in _IGNORED and of_assistant)
-        if key not in known and not is_ignored:
-            raise InvalidRequest(f"{name} has {key!r:.80}; allowed for {role} are {', '.join(known)}")
-    calls = message.get("tool_calls") or []
-    content = message.get("content")
-    if content is None and calls:
-        content = ""
-    if isinstance(content, Iterable) and not isinstance(content, (str, Mapping)):
-        parts = [_check_part(f"{name}.content[{index}]", part, of_assistant) for index, part in enumerate(content)]
-        content = "\n".join(parts)
-    if refusal := message.get("refusal"):
-        _check_text(f"{name}.refusal", refusal)
-        content = f"{content}\n{refusal}" if isinstance(content, str) and content else content or refusal
-    _check_text(f"{name}.content", content)
-    checked: dict[str, Any] = {"role": role, "content": content}
-    for key in ("name", "tool_call_id"):
-        if message.get(key) is not None:
-            _check_text(f"{name}.{key}", message[key])
-            checked[key] = message[key]
-    if calls:
-        if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise InvalidRequest(f"{name}.tool_calls is {calls!r:.80}; allowed is a list of calls")
-        checked["tool_calls"] = [_check_call(f"{name}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
-    return checked
-
-
-def _check_call(name: str, call: object) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if (
-        not isinstance(call, Mapping)
-        or not call.keys() <= {"id", "type", "function", "index"}
-        or call.get("type", "function") != "function"
-        or not isinstance(function, Mapping)
-        or function.keys() - {"parsed_arguments"} != {"name", "arguments"}
-    ):
-        raise InvalidRequest(
-            f'{name} is {call!r:.80}; allowed is {{"id": ..., "type": "function", '
-            '"function": {"name": ..., "arguments": ...}}'
-        )
-    _check_text(f"{name}.id", call.get("id", ""))
-    _check_text(f"{name}.function.name", function["name"])
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-    if not isinstance(arguments, dict) or not _is_shallow(arguments):
-        raise InvalidRequest(
-            f"{name}.function.arguments is {function['arguments']!r:.80}; allowed is the JSON text of an object, "
-            f"at most {_MAX_DEPTH} deep"
-        )
-    return {
-        "id": call.get("id", ""),
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
-    }
-
-
-def _is_shallow(value: Any) -> bool:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return True
-    return False
-
-
-def _check_part(name: str, part: object, of_assistant: bool) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    ignored = {"cache_control", *(_IGNORED if of_assistant else ())}
-    if (
-        not isinstance(part, Mapping)
-        or kind not in (("text", "refusal") if of_assistant else ("text",))
-        or part.keys() - ignored != {"type", kind}
-    ):
-        raise InvalidRequest(f'{name} is {part!r:.80}; allowed is {{"type": "text", "text": ...}}')
-    _check_text(f"{name}.{kind}", part[kind])
-    return str(part[kind])
-
-
-def _check_text(name: str, text: object) -> None:
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{name} is {text!r:.80}; allowed is text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{name} has {text[error.start]!r} at character {error.start}, half of a surrogate pair; "
-            "allowed is text that UTF-8 can hold"
-        ) from error
 
 
 def _find_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:

@@ -28,6 +28,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.alive = True
+        self.halted = False
         self.submitted: queue.SimpleQueue[EngineRequest] = queue.SimpleQueue()
         self.aborted: queue.SimpleQueue[tuple[str, int | None, FinishReason]] = queue.SimpleQueue()
         self.refuse: LaminaError | None = None

@@ -191,6 +191,32 @@ def test_snapshot_lists_a_lost_holder_as_missing_until_another_joins(decoder: De
     rig.close()
 
 
+def test_an_engine_without_holders_is_halted_for_clients_far_away_too(decoder: Decoder) -> None:
+    """Nothing outside of the engine knew that nobody could be served any more."""
+    rig = Rig(decoder, shard="heads", weights=(1,), port=Mortal)
+    near = RemoteEngine(Loop(rig.engine, time.monotonic), time.monotonic)
+    far = RemoteEngine(Loop(near, time.monotonic), time.monotonic)
+    (only,) = look(rig.engine).holders
+    assert not far.halted
+    rig.engine.leave(only.name)
+    until(lambda: far.halted)
+    assert rig.engine.halted
+    assert rig.engine.alive
+    worker = AttentionWorker(rig.holder)
+    rig.workers[2] = worker
+    rig.engine.join(LocalAttention(worker, "worker-9"), Holder(rig.pages))
+    until(lambda: not far.halted)
+    rig.workers.pop(1)
+    rig.close()
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 class Poisoning(LocalAttention):
     """A holder whose answers are not numbers."""
 
@@ -349,6 +375,7 @@ class Deaf:
     """An engine that answers nothing."""
 
     alive = True
+    halted = False
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None: ...
 

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -224,6 +225,7 @@ def test_journal_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_journal_drops_ended_requests_when_it_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.journal.journal._GROWN", 20_000)
+    monkeypatch.setattr("lamina.journal.history.FINISHED", 1 << 20)
     journal = Journal(tmp_path, FACTS)
     journal.append(request("long"))
     sizes = []
@@ -236,7 +238,7 @@ def test_journal_drops_ended_requests_when_it_has_grown(tmp_path: Path, monkeypa
         assert sizes[-1] == journal.size
     assert any(later < earlier for earlier, later in pairwise(sizes))
     assert max(sizes) < 700_000  # four times what is unfinished or has ended lately
-    assert len(journal.history.finished) == FINISHED
+    assert len(journal.history.finished) < 256
     before = state(journal)
     journal.close()
     again = Journal(tmp_path, FACTS)
@@ -383,15 +385,33 @@ def test_resumption_gives_what_a_client_has_not_received(received: Any, missing:
         assert known.missing(received) == missing
 
 
-def test_history_keeps_ended_requests_until_a_client_claims_them() -> None:
+def test_history_keeps_ended_requests_until_a_client_claims_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina.journal.history.FINISHED", 100_000)
     history = History()
     history.unclaimed.add("0")
-    for at in range(FINISHED + 5):
+    for at in range(50):
         history.apply(request(str(at)))
         history.apply(from_plain(("end", str(at), ((0, "stop"),))))
     assert history.find("0")
     assert not history.find("1")
-    assert len(history.finished) == FINISHED + 1
+    assert history.find("49")
+    assert 10 < len(history.finished) < 30
+
+
+def test_ended_requests_are_kept_by_their_size() -> None:
+    """The last 256 were kept whatever their size: 12 MB for each that had 3,840 tokens with 20 log probabilities."""
+    reports = tuple((float(at), tuple((token, -float(token + at)) for token in range(20))) for at in range(1000))
+    tracemalloc.start()
+    history = History()
+    for at in range(40):
+        history.apply(request(str(at)))
+        own = tuple((chosen, tuple((token, value - at) for token, value in top)) for chosen, top in reports)
+        history.apply(from_plain(("known", str(at), 0, tuple(range(1000)), own, "stop", 0, 0, ())))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 1.5 * FINISHED
+    assert history.find("39")
+    assert not history.find("0")
 
 
 A, B = KvLocation("a", 0), KvLocation("b", 0)

@@ -35,6 +35,7 @@ class Script:
 
     def __init__(self, answer: Callable[[EngineRequest], None] = lambda ticket: None) -> None:
         self.alive = True
+        self.halted = False
         self.answer = answer
         self.tickets: list[EngineRequest] = []
         self.aborted: list[EngineRequest] = []
@@ -231,19 +232,35 @@ def test_an_engine_that_is_loading_or_dead(llm: LLM) -> None:
     with serving(None, frontend=frontend) as rig:
         reply = rig.ask("/health")
         assert (reply.status, reply.error["code"]) == (503, "engine_loading")
-        assert "weights" in reply.error["message"]
+        assert "weights" not in reply.error["message"]  # everybody may ask
+        assert "weights" in rig.ask("/lamina/status").json["message"]
         head = rig.ask("/health", method="HEAD")
         assert (head.status, head.body) == (503, b"")
         assert rig.complete().status == rig.ask("/tokenize", {"prompt": "a"}).status == 503
         assert rig.ask("/v1/models").json["data"][0]["max_model_len"] is None
         assert rig.ask("/metrics").status == 200
         frontend.lost("it crashed")
-        assert "it crashed" in rig.ask("/health").error["message"]
+        assert rig.ask("/health").error["message"] == "the engine is dead; try again later"
+        assert "it crashed" in rig.ask("/lamina/status").json["message"]
+        assert "it crashed" in rig.complete().error["message"]
         runtime = llm._runtime
         frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.inputs))
         assert rig.ask("/health").json == {"status": "ok"}
         assert rig.ask("/health", method="HEAD").status == 200
         assert rig.complete().status == 200
+
+
+def test_an_engine_without_attention_workers_is_not_healthy(llm: LLM) -> None:
+    """/health said 200 as long as the engine lived, though every request waited and then failed."""
+    script = Script(says("284"))
+    with serving(None, frontend=scripted(llm, script)) as rig:
+        script.halted = True
+        reply = rig.ask("/health")
+        assert (reply.status, reply.error["code"]) == (503, "engine_halted")
+        assert "waits for an attention worker" in rig.ask("/lamina/status").json["message"]
+        assert rig.complete().status == 200  # requests are taken: a worker may come back before their time is over
+        script.halted = False
+        assert rig.ask("/health").status == 200
 
 
 def test_overload(llm: LLM) -> None:

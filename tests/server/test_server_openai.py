@@ -496,6 +496,7 @@ def test_priority_reaches_the_scheduler(llm: LLM) -> None:
 
     class Watching:
         alive = True
+        halted = False
 
         def submit(self, ticket: EngineRequest) -> None:
             seen.append(ticket)

@@ -149,6 +149,7 @@ def test_latencies_are_passed_on_and_forgotten():
 
 class Engine:
     alive = True
+    halted = False
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
         if self.alive:

@@ -37,6 +37,7 @@ class Engine:
     """Moves its counters by the clock: `rate` output tokens a second, spread over the holders."""
 
     alive = True
+    halted = False
 
     def __init__(self, holders: int = 3, sequences: int = 5, pages: int = 400, rate: float = 100.0) -> None:
         self.began = time.monotonic()

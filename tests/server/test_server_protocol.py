@@ -19,14 +19,16 @@ import uvicorn
 from lamina.server.http import protocol
 from lamina.server.http.protocol import MAX_HEAD, LimitedProtocol
 
+KEEP_ALIVE = 2
 BODY = b'{"a": 1}'
 HEAD = b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 8\r\n"
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Says what it was asked: headers and body. `slow: N` waits so many seconds before the answer's end."""
+    """Says what it was asked: headers and body, which it does not read for /early. `slow: N` waits so many seconds
+    before the answer's end."""
     body = b""
-    while True:
+    while scope["path"] != "/early":
         message = await receive()
         if message["type"] == "http.disconnect":
             return
@@ -43,7 +45,10 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    config = uvicorn.Config(echo, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, access_log=False)
+    config = uvicorn.Config(
+        echo, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+        timeout_keep_alive=KEEP_ALIVE,
+    )  # fmt: skip
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         thread = threading.Thread(target=server.run, args=([sock],))
@@ -219,6 +224,59 @@ def test_a_body_that_does_not_come_is_not_waited_for(port: int, monkeypatch: pyt
     with Talk(port) as talk:
         talk.send(HEAD + b"\r\n" + BODY[:3])
         assert talk.hear()[0] == 408
+        assert talk.closed
+
+
+def test_a_body_has_a_whole_time(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte gave a body another minute."""
+    monkeypatch.setattr(protocol, "BODY_TIMEOUT", 1.0)
+    with Talk(port) as talk:
+        talk.send(b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(30):
+                talk.send(b"x")
+                time.sleep(0.1)
+        assert talk.hear()[0] == 408
+        assert talk.closed
+
+
+def test_a_client_that_reads_nothing_is_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer waited for it without end."""
+    monkeypatch.setattr(protocol, "WRITE_TIMEOUT", 0.5)
+    body = b"x" * 20_000_000
+    with Talk(port) as talk:
+        talk.send(b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        time.sleep(3)
+        with contextlib.suppress(ConnectionError):
+            received = 0
+            while piece := talk.socket.recv(1 << 20):
+                received += len(piece)
+            assert received < len(body)
+
+
+def test_a_body_that_comes_after_its_answer_leaves_the_connection_open(port: int) -> None:
+    """Nothing ended such a connection any more, however long it was idle."""
+    with Talk(port) as talk:
+        talk.send(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 8\r\n\r\n")
+        assert talk.hear()[0] == 200
+        talk.send(BODY)
+        talk.send(HEAD + b"\r\n" + BODY)
+        assert talk.hear()[1]["body"] == BODY.decode()
+        talk.send(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 8\r\n\r\n")
+        assert talk.hear()[0] == 200
+        talk.send(BODY)
+        talk.socket.settimeout(KEEP_ALIVE + 5)
+        assert talk.closed
+
+
+def test_an_answer_under_way_is_whole_where_the_next_request_is_refused(port: int) -> None:
+    """A refusal of the second request was written into the middle of the first one's answer."""
+    with Talk(port) as talk:
+        talk.send(HEAD + b"slow: 0.5\r\n\r\n" + BODY)
+        time.sleep(0.1)
+        talk.send(b"POST /x HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\nZ\r\n")
+        status, said = talk.hear()
+        assert (status, said["body"]) == (200, BODY.decode())
         assert talk.closed
 
 

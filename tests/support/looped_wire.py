@@ -38,6 +38,7 @@ class Loop:
                 raise EngineError("the wire is cut")
             if not self._engine.alive:
                 return [("stopped", "the engine has stopped")]
+            self._host.report()
         check_plain(fetched)
         return fetched
 

@@ -16,7 +16,8 @@ from tokenizers.processors import TemplateProcessing
 
 from lamina.errors import InvalidRequest, ModelFileError
 from lamina.models.resolve import resolve
-from lamina.text.tokenizer import ROLES, StreamDecoder, Tokenizer, check_messages
+from lamina.text.messages import ROLES, check_messages
+from lamina.text.tokenizer import StreamDecoder, Tokenizer
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}<end>{% endfor %}"
 ONE = [{"role": "user", "content": "hi"}]

@@ -1,23 +1,31 @@
-"""Limits of one request's body, checked before memory or time is spent on it: bytes, JSON values, depth."""
+"""Limits of requests' bodies, checked before memory or time is spent on them: bytes, also of all bodies together, JSON
+values, depth.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import Receive
 
-from lamina.server.http.errors import ApiError, shown
+from lamina.server.http.errors import ApiError, overloaded, shown
 
 MAX_DEPTH = 100  # of nested lists and objects
 MAX_VALUES = 1_000_000
 MAX_STRINGS = 500_000
+MAX_CONTAINERS = 100_000  # lists and objects: each takes some hundred bytes, however small its text is
+MAX_BODIES = 32 << 20  # bytes of all bodies that arrive or wait to be parsed
+SMALL = 16 << 10  # bytes up to which a body is taken however much memory the others have
 BODY_SECONDS = 60.0  # in which a body must arrive
 
 _DRAIN_SECONDS = 1.0
+_PIECE = 1 << 16  # bytes
 _BRACKETS = re.compile(rb"[\[\]{}]")
 _STRING = re.compile(rb'"[^"]*"?')  # without escapes. No alternatives inside: they would take memory per character
 
@@ -26,19 +34,91 @@ class ClientGone(Exception):
     """The client has closed its connection, so no response is needed."""
 
 
-async def read_body(receive: Receive, headers: Mapping[str, str], most: int, seconds: float = BODY_SECONDS) -> bytes:
-    """A request's body. Raises ApiError where it has more than `most` bytes or takes over `seconds`, ClientGone."""
-    length = headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > most:
-        if "expect" not in headers:
-            await _drain(receive)
-        raise _too_large(most)
-    try:
-        return await asyncio.wait_for(_read(receive, most), seconds)
-    except (TimeoutError, asyncio.TimeoutError):
-        raise ApiError(
-            408, f"the request's body did not come within {seconds:g} seconds", headers={"Connection": "close"}
-        ) from None
+@dataclass(eq=False, slots=True)
+class _Body:
+    """A body that arrives. `counted`: how many of its bytes count, `given_up`: another body got their room."""
+
+    task: asyncio.Task[None] | None = None
+    data: bytearray = field(default_factory=bytearray)
+    counted: int = 0
+    given_up: bool = False
+
+
+class BodyMemory:
+    """The memory for the bodies of all requests: `most` bytes. A body that exceeds it takes the place of the largest
+    one that has not come completely, whose request gets status 429."""
+
+    def __init__(self, most: int = MAX_BODIES) -> None:
+        self._most = most
+        self._used = 0
+        self._arriving: set[_Body] = set()
+
+    @asynccontextmanager
+    async def body(
+        self, receive: Receive, headers: Mapping[str, str], most: int, seconds: float = BODY_SECONDS
+    ) -> AsyncIterator[bytearray]:
+        """A request's body, which counts until the context ends. Raises ApiError where it has more than `most` bytes,
+        takes over `seconds` or finds no memory; ClientGone."""
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > most:
+            if "expect" not in headers:
+                await _drain(receive)
+            raise _too_large(most)
+        body = _Body()
+        try:
+            await self._arrive(body, receive, most, seconds)
+            yield body.data
+        finally:
+            self._used -= body.counted
+
+    async def _arrive(self, body: _Body, receive: Receive, most: int, seconds: float) -> None:
+        body.task = asyncio.ensure_future(self._read(body, receive, most))
+        self._arriving.add(body)
+        try:
+            await asyncio.wait_for(body.task, seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise ApiError(
+                408, f"the request's body did not come within {seconds:g} seconds", headers={"Connection": "close"}
+            ) from None
+        except asyncio.CancelledError:
+            if not body.given_up:
+                raise
+            raise self._no_memory() from None
+        finally:
+            self._arriving.discard(body)
+
+    async def _read(self, body: _Body, receive: Receive, most: int) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            body.data += message.get("body", b"")
+            if len(body.data) > most:
+                await _drain(receive)
+                raise _too_large(most)
+            if len(body.data) > SMALL:
+                self._count(body)
+            if not message.get("more_body", False):
+                return
+
+    def _count(self, body: _Body) -> None:
+        self._used += len(body.data) - body.counted
+        body.counted = len(body.data)
+        while self._used > self._most:
+            largest = max(self._arriving, key=lambda each: each.counted)
+            self._used -= largest.counted
+            largest.counted, largest.given_up = 0, True
+            largest.data.clear()
+            self._arriving.discard(largest)
+            if largest is body:
+                raise self._no_memory()
+            if largest.task is not None:
+                largest.task.cancel()
+
+    def _no_memory(self) -> ApiError:
+        error = overloaded(f"bodies that have not come completely have more than {self._most} bytes together")
+        error.headers["Connection"] = "close"
+        return error
 
 
 def check_media_type(content_type: str) -> None:
@@ -50,7 +130,7 @@ def check_media_type(content_type: str) -> None:
         raise ApiError(415, f"Content-Type {given}; allowed is application/json, in UTF-8")
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
+def parse_object(body: bytes | bytearray) -> dict[str, Any]:
     """The JSON object in a body. Raises ApiError for anything but plain JSON within the limits."""
     if not body.strip():
         raise ApiError(400, "the body is empty; a JSON object is needed")
@@ -75,19 +155,21 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _check_structure(body: bytes) -> None:
+def _check_structure(body: bytes | bytearray) -> None:
     """Refuse a body with too many values or too much depth, before any value is created."""
     if len(body) <= MAX_DEPTH:
         return
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH and body.count(b",") <= MAX_VALUES:
         return
-    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    bare = bytes(body.replace(b"\\\\", b"").replace(b'\\"', b""))
     if bare.count(b'"') > 2 * MAX_STRINGS:
         raise ApiError(400, f"the body has more than {MAX_STRINGS} strings, which are allowed")
-    bare = _STRING.sub(b"", bare)
+    bare = _without_strings(bare)
     opened = bare.count(b"[") + bare.count(b"{")
     if opened + bare.count(b",") > MAX_VALUES:
         raise ApiError(400, f"the body has more than {MAX_VALUES} values, which are allowed")
+    if opened > MAX_CONTAINERS:
+        raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects, which are allowed")
     if opened <= MAX_DEPTH:
         return
     depth = 0
@@ -95,6 +177,18 @@ def _check_structure(body: bytes) -> None:
         depth += 1 if bracket[0] in b"[{" else -1
         if depth > MAX_DEPTH:
             raise _too_deep()
+
+
+def _without_strings(text: bytes) -> bytes:
+    """JSON without its strings; `text` has no escapes. Piece by piece: `re` keeps all that is between two matches."""
+    kept, begin = bytearray(), 0
+    while begin < len(text):
+        end = begin + _PIECE
+        if text.count(b'"', begin, end) % 2:  # a string goes on beyond the piece
+            end = text.find(b'"', end) + 1 or len(text)
+        kept += _STRING.sub(b"", text[begin:end])
+        begin = end
+    return bytes(kept)
 
 
 def _too_deep() -> ApiError:
@@ -123,22 +217,6 @@ def _number(text: str) -> float:
 
 def _too_large(most: int) -> ApiError:
     return ApiError(413, f"the body has more than {most} bytes, which are allowed", headers={"Connection": "close"})
-
-
-async def _read(receive: Receive, most: int) -> bytes:
-    pieces, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > most:
-            await _drain(receive)
-            raise _too_large(most)
-        pieces.append(piece)
-        if not message.get("more_body", False):
-            return b"".join(pieces)
 
 
 async def _drain(receive: Receive) -> None:

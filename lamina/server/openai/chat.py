@@ -38,7 +38,8 @@ from lamina.server.openai.schemas import ChatRequest, TokenizeRequest
 from lamina.server.openai.service import GRACE, RequestContext, Service
 from lamina.server.openai.tool_parser import Delta, ToolParser
 from lamina.server.openai.tools import ToolUse, call_text, tags_are_special
-from lamina.text.tokenizer import Tokenizer, check_messages
+from lamina.text.messages import check_messages
+from lamina.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,7 @@ def _prepared(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> Cha
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
     hidden = None if use is None else tuple(end for eos in tokenizer.eos_ids if (end := tokenizer.token(eos)))
     prefix = messages[-1]["content"] if fields.echo and messages[-1]["role"] == "assistant" else ""
+    fields.messages = fields.tools = None  # not kept as long as the answer takes: they may have megabytes
     return Chat(fields, request, tokenizer.eos_ids, prefix, hidden)
 
 

@@ -99,6 +99,7 @@ def _prepared(fields: CompletionRequest, served: Served, salt: tuple[str, str]) 
             prompt if isinstance(prompt, str) and whole else tokenizer.decode(ids)
             for prompt, ids in zip(given, prompts, strict=True)
         ]
+    fields.prompt = None  # not kept as long as the answer takes: it may have megabytes
     return Texts(fields, requests, tokenizer.eos_ids, prefixes)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lamina.server.frontend import Served
+from lamina.server.frontend import STATES, Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.openai.chat import checked_messages, prompt_text
 from lamina.server.openai.sampling_fields import check_characters
@@ -49,12 +49,10 @@ async def detokenize(service: Service, request: Request) -> Response:
 
 
 async def health(service: Service, request: Request) -> Response:
-    """GET or HEAD /health: 200 where the engine serves, else 503."""
+    """GET or HEAD /health: 200 where the engine serves, else 503. Everybody may ask, so it does not say why."""
     state = service.frontend.state
     if state != "ready":
-        why = service.frontend.unavailable
-        message = f"{why}; try again later" if why else "the engine has stopped"
-        raise ApiError(503, message, code=f"engine_{state}")
+        raise ApiError(503, f"{STATES[state]}; try again later", code=f"engine_{state}")
     return JSONResponse({"status": "ok"})
 
 

@@ -22,7 +22,6 @@ _PLAIN = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "n", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
 )  # fmt: skip
-_MOST_BAD_WORDS = 1000
 _STRUCTURES = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
 _LIFT = 100.0  # added to logits; more than their own differences
 
@@ -176,8 +175,6 @@ def _allowed(tokens: Sequence[int], vocab_size: int) -> dict[int, float]:
 
 
 def _bad_tokens(words: Sequence[str], inputs: InputProcessor) -> set[int]:
-    if len(words) > _MOST_BAD_WORDS:
-        raise refused("bad_words", list(words), f"at most {_MOST_BAD_WORDS} words")
     tokens: set[int] = set()
     for index, word in enumerate(words):
         if not 0 < len(word) <= 256:

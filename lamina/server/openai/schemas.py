@@ -14,7 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from lamina.sampling_params import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from lamina.server.http.errors import ApiError, shown
-from lamina.text.tokenizer import ROLES
+from lamina.text.messages import ROLES
+
+MAX_STOP_TOKENS = 1024
+MAX_ALLOWED_TOKENS = 1 << 18  # no vocabulary has more tokens
+MAX_BAD_WORDS = 1000
+MAX_TOKENS = 1 << 20  # of a request to detokenize
 
 _TEXT = {"type": "string"}
 _TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
@@ -104,11 +109,13 @@ LogitBias = Annotated[
     ),
 ]
 AnyObject = Annotated[Any, _described({"type": "object"}, {"type": "null"})]
-Ignored = Annotated[Any, _described({})]
+_NOTHING = _described({})
+Ignored = Annotated[Any, _NOTHING]
 
 
 class Strict(BaseModel):
-    """The base of requests: types are not converted, and unknown fields are errors."""
+    """The base of requests: types are not converted, and unknown fields are errors. Each list has a `max_length`, and
+    is checked up to its first wrong item (`fail_fast`): pydantic would make an error for each of a million."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -146,15 +153,23 @@ class GenerationRequest(Strict):
     )
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="Do not stop before this many tokens.")
     stop: Stop = Field(None, description="Strings that end the text where they appear.")
-    stop_token_ids: list[int] | None = Field(None, description="Token ids that end it, beside the model's own.")
+    stop_token_ids: list[int] | None = Field(
+        None, max_length=MAX_STOP_TOKENS, fail_fast=True, description="Token ids that end it, beside the model's own."
+    )
     include_stop_str_in_output: bool | None = Field(None, description="End after the stop string, not before it.")
     ignore_eos: bool | None = Field(None, description="Go on past the model's end-of-text tokens.")
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text (default).")
     allowed_token_ids: list[int] | None = Field(
-        None, description="Only these tokens: each is lifted by a logit bias of 100. Not beside `logit_bias`."
+        None,
+        max_length=MAX_ALLOWED_TOKENS,
+        fail_fast=True,
+        description="Only these tokens: each is lifted by a logit bias of 100. Not beside `logit_bias`.",
     )
     bad_words: list[str] | None = Field(
-        None, description="Words of a single token that do not appear, by a logit bias of -100. Others are refused."
+        None,
+        max_length=MAX_BAD_WORDS,
+        fail_fast=True,
+        description="Words of a single token that do not appear, by a logit bias of -100. Others are refused.",
     )
     structured_outputs: AnyObject = Field(
         None, description="vLLM's: exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`."
@@ -229,7 +244,9 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: Annotated[Any, _described({"type": "object", "maxProperties": 0}, {"type": "null"})] = Field(
         None, description="Refused unless empty: the template gets no variables of requests."
     )
-    modalities: list[Literal["text"]] | None = Field(None, description="Ignored: answers are text.")
+    modalities: list[Literal["text"]] | None = Field(
+        None, max_length=16, fail_fast=True, description="Ignored: answers are text."
+    )
     reasoning_effort: Ignored = Field(None, description="Ignored.")
     verbosity: Ignored = Field(None, description="Ignored.")
 
@@ -264,15 +281,15 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int] = Field(max_length=1 << 20)
+    tokens: list[int] = Field(max_length=MAX_TOKENS, fail_fast=True)
 
 
 M = TypeVar("M", bound=BaseModel)
 
 
 def read(model: type[M], fields: Mapping[str, Any]) -> M:
-    """A request from its fields; unknown fields that are null are dropped. Raises ApiError, which names the field, its
-    value and what is allowed."""
+    """A request from its fields, without the ignored ones and the unknown ones that are null. Raises ApiError, which
+    names the field, its value and what is allowed."""
     known = model.model_fields
     fields = {name: value for name, value in fields.items() if value is not None or name in known}
     for name in fields:
@@ -281,9 +298,11 @@ def read(model: type[M], fields: Mapping[str, Any]) -> M:
             hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
             raise ApiError(400, f"unknown field {shown(name)}: {hint}", name[:80], "unknown_field")
     try:
-        return model.model_validate(fields)
+        return model.model_validate(
+            {name: value for name, value in fields.items() if _NOTHING not in known[name].metadata}
+        )
     except ValidationError as error:
-        raise _refused(model, fields, error.errors(include_url=False, include_context=False)) from None
+        raise _refused(model, fields, error.errors(include_url=False)) from None
 
 
 def _refused(model: type[BaseModel], fields: Mapping[str, Any], errors: Sequence[Any]) -> ApiError:
@@ -294,6 +313,8 @@ def _refused(model: type[BaseModel], fields: Mapping[str, Any], errors: Sequence
         return ApiError(400, f"{path} is missing; it is required", path, "missing_field")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {path}", path, "unknown_field")
+    if first["type"] == "too_long":
+        return ApiError(400, f"{path} is {shown(value)}; allowed are at most {first['ctx']['max_length']}", path)
     messages = (each["msg"].replace("Input should be ", "") for each in errors if each["loc"][0] == first["loc"][0])
     allowed = _range(model, path) or " or ".join(dict.fromkeys(messages))
     return ApiError(400, f"{path} is {shown(value)}; allowed is {allowed}", path)

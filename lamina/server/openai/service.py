@@ -17,7 +17,7 @@ from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import DeadlineExceeded, Frontend, Generation, Served
 from lamina.server.http.errors import ApiError, overloaded, refused, shown, translated
 from lamina.server.http.gate import REQUEST_ID, TENANT, Metrics
-from lamina.server.http.limits import check_media_type, parse_object, read_body
+from lamina.server.http.limits import MAX_BODIES, BodyMemory, check_media_type, parse_object
 from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
 from lamina.server.settings import ServerSettings
 
@@ -67,11 +67,14 @@ class Service:
         self.settings = settings
         self.metrics = metrics
         self._pool = ThreadPoolExecutor(_THREADS, "lamina-requests")
+        self._parsing = ThreadPoolExecutor(1, "lamina-bodies")  # large ones: two together would need twice the memory
+        self._bodies = BodyMemory(max(MAX_BODIES, 2 * settings.max_body))
         self._preparing = 0
 
     def close(self) -> None:
         """Let the threads end, without waiting for them."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._parsing):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def context(self, request: Request) -> RequestContext:
         """The context of a request, from its headers."""
@@ -84,12 +87,12 @@ class Service:
     async def read(self, request: Request, model: type[M], context: RequestContext) -> M:
         """A request's fields, checked as far as possible without the model."""
         check_media_type(request.headers.get("content-type", ""))
-        body = await read_body(request.receive, request.headers, self.settings.max_body)
-        if len(body) < _LARGE:
-            return self._read(body, model)
-        return await self.prepare(context, self._read, body, model)
+        async with self._bodies.body(request.receive, request.headers, self.settings.max_body) as body:
+            if len(body) < _LARGE:
+                return self._read(body, model)
+            return await self._on_thread(self._parsing, context, self._read, body, model)
 
-    def _read(self, body: bytes, model: type[M]) -> M:
+    def _read(self, body: bytearray, model: type[M]) -> M:
         fields = parse_object(body)
         name = fields.get("model")
         if isinstance(name, str) and name != self.settings.model:
@@ -104,11 +107,16 @@ class Service:
 
     async def prepare(self, context: RequestContext, work: Callable[..., T], *arguments: Any) -> T:
         """The result of `work(*arguments)`, which runs on a thread and within the request's time limit."""
+        return await self._on_thread(self._pool, context, work, *arguments)
+
+    async def _on_thread(
+        self, pool: ThreadPoolExecutor, context: RequestContext, work: Callable[..., T], *arguments: Any
+    ) -> T:
         if self._preparing >= self.settings.max_requests:
             raise overloaded(f"{self._preparing} requests are being read; come back in a moment")
         self._preparing += 1
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+            future = asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
             return await asyncio.wait_for(future, context.left())
         except (TimeoutError, asyncio.TimeoutError):
             raise DeadlineExceeded(f"the request took longer than its {context.timeout:g} seconds") from None

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lamina.errors import InvalidRequest
+from lamina.errors import InvalidRequest, cut
 from lamina.sampling_params import MAX_GRAMMAR, MAX_SCHEMA, MAX_SCHEMA_DEPTH, json_depth
 from lamina.server.openai.tool_parser import CLOSE, OPEN
 from lamina.text.structured_output import check_json_schema, json_options
@@ -227,11 +227,11 @@ def _check_keys(name: str, value: object, allowed: Sequence[str]) -> None:
         raise _refused(name, value, f"an object with {', '.join(allowed)}")
     for key in value:
         if key not in allowed:
-            raise InvalidRequest(f"{name} has {key!r:.80}; allowed are {', '.join(allowed)}")
+            raise InvalidRequest(f"{name} has {cut(key)}; allowed are {', '.join(allowed)}")
 
 
 def _refused(name: str, value: object, allowed: str) -> InvalidRequest:
-    return InvalidRequest(f"{name} is {value!r:.80}; allowed is {allowed:.400}")
+    return InvalidRequest(f"{name} is {cut(value)}; allowed is {allowed:.400}")
 
 
 # The grammar.

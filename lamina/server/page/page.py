@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lamina.server.frontend import Frontend
+from lamina.server.frontend import STATES, Frontend
 from lamina.server.page.recent_latencies import SECONDS, RecentLatencies
 from lamina.server.page.status import Labels, Server, percentiles, status
 from lamina.server.settings import ServerSettings
@@ -72,12 +72,12 @@ def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> None
 
 def _server(frontend: Frontend, settings: ServerSettings, recent: RecentLatencies) -> Server:
     first, following = recent.lately()
-    why = frontend.unavailable
+    state = frontend.state
     return Server(
         model=settings.model,
         version=__version__,
-        state=frontend.state,
-        message=why or ("" if frontend.state == "ready" else "the engine has stopped"),
+        state=state,
+        message=frontend.unavailable or ("" if state == "ready" else STATES[state]),
         restarts=max(0, frontend.restarts),
         active=frontend.active,
         max_requests=settings.max_requests,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import socket
 import sys
 import threading
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 KEEP_ALIVE = 75  # seconds for which an idle connection stays open, nginx's default
+_CONNECTIONS = 2048  # the most, or twice `max_requests` where that is more; each takes up to MAX_HEAD
+_OTHER_FILES = 64  # that the process may have open beside connections
 _NICE = 5  # the engine's threads compute in step, so a core taken from one stops all; work here is short
 _REST = 0.5  # the least seconds for which /health says "draining"
 
@@ -69,6 +72,7 @@ def main() -> int:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
+        limit_concurrency=_connections(settings.max_requests),
     )
     server = _Server(config)
     link = EngineLink(frontend, bytes.fromhex(secret), lambda: supervisor.send("connected"))
@@ -89,6 +93,16 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _connections(requests: int) -> int:
+    """How many connections may be open: as many as are wanted, unless the system allows fewer files."""
+    wanted = max(_CONNECTIONS, 2 * requests)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted + _OTHER_FILES:  # systemd's default is 1,024
+        soft = min(wanted + _OTHER_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(wanted, soft - _OTHER_FILES))
 
 
 def _tracer(settings: ServerSettings) -> Tracer | None:

@@ -152,7 +152,7 @@ class EngineListener:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         host = EngineHost(self._engine, events, self._clock)
         gone = threading.Event()
-        for serve, args in ((self._receive, (pair["commands"], host)), (self._send, (pair["events"], events))):
+        for serve, args in ((self._receive, (pair["commands"], host)), (self._send, (pair["events"], host, events))):
             threading.Thread(target=serve, args=(*args, gone), name="lamina-link", daemon=True).start()
 
     def _receive(self, channel: Channel, host: EngineHost, gone: threading.Event) -> None:
@@ -168,9 +168,12 @@ class EngineListener:
             host.abandon()
             channel.close()
 
-    def _send(self, channel: Channel, events: queue.SimpleQueue[Event], gone: threading.Event) -> None:
+    def _send(
+        self, channel: Channel, host: EngineHost, events: queue.SimpleQueue[Event], gone: threading.Event
+    ) -> None:
         try:
             while not gone.is_set():
+                host.report()
                 if fetched := fetch(events, _POLL, _COLLECT):
                     channel.send(pack(fetched))
                 elif not self._engine.alive:

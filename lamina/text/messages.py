@@ -1,0 +1,147 @@
+"""The messages of a conversation: checked, and brought into the form that chat templates expect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lamina.errors import InvalidRequest, cut
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_MAX_DEPTH = 64  # of the arguments of a call
+_MAX_ARGUMENTS = 1 << 20  # characters of the arguments of all calls in a conversation, as JSON text
+_IGNORED = ("annotations", "audio", "parsed", "reasoning", "reasoning_content")
+"""Keys that OpenAI's clients send back with an assistant's message or its parts; templates do not show them."""
+_EMPTY = (*_IGNORED, "function_call", "refusal", "tool_calls")
+"""Keys that these clients send with any message, empty."""
+
+
+def check_messages(messages: object) -> list[dict[str, Any]]:
+    """Messages as `Tokenizer.render` describes them, text parts joined, in the form that templates expect: `content` is
+    always text, and the arguments of calls are objects. Raises InvalidRequest, which names the position."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+        raise InvalidRequest(f"messages is {cut(messages)}; allowed is a list of at least one message")
+    if (size := sum(map(_arguments_size, messages))) > _MAX_ARGUMENTS:  # before any of their values is made
+        raise InvalidRequest(f"messages has {size} characters of arguments of calls; allowed are {_MAX_ARGUMENTS}")
+    return [_check_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
+
+
+def _arguments_size(message: object) -> int:
+    """The characters of arguments that are JSON text, in a message of any form."""
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(calls, list | tuple):
+        return 0
+    functions = [call.get("function") for call in calls if isinstance(call, Mapping)]
+    texts = [function.get("arguments") for function in functions if isinstance(function, Mapping)]
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _check_message(name: str, message: object) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise InvalidRequest(f"{name} is {cut(message)}; allowed is a mapping with role and content")
+    role = message["role"]
+    if role not in ROLES:
+        raise InvalidRequest(f"{name}.role is {cut(role)}; allowed are {', '.join(ROLES)}")
+    of_assistant = role == "assistant"
+    more = {"assistant": ("tool_calls", "refusal"), "tool": ("tool_call_id",)}.get(role, ())
+    known = ("role", "content", "name", *more)
+    for key, value in message.items():
+        is_ignored = value is None or (key in _EMPTY and not value) or (key in _IGNORED and of_assistant)
+        if key not in known and not is_ignored:
+            raise InvalidRequest(f"{name} has {cut(key)}; allowed for {role} are {', '.join(known)}")
+    calls = message.get("tool_calls") or []
+    content = message.get("content")
+    if content is None and calls:
+        content = ""
+    if isinstance(content, Iterable) and not isinstance(content, (str, Mapping)):
+        parts = [_check_part(f"{name}.content[{index}]", part, of_assistant) for index, part in enumerate(content)]
+        content = "\n".join(parts)
+    if refusal := message.get("refusal"):
+        check_text(f"{name}.refusal", refusal)
+        content = f"{content}\n{refusal}" if isinstance(content, str) and content else content or refusal
+    check_text(f"{name}.content", content)
+    checked: dict[str, Any] = {"role": role, "content": content}
+    for key in ("name", "tool_call_id"):
+        if message.get(key) is not None:
+            check_text(f"{name}.{key}", message[key])
+            checked[key] = message[key]
+    if calls:
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise InvalidRequest(f"{name}.tool_calls is {cut(calls)}; allowed is a list of calls")
+        checked["tool_calls"] = [_check_call(f"{name}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
+    return checked
+
+
+def _check_call(name: str, call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if (
+        not isinstance(call, Mapping)
+        or not call.keys() <= {"id", "type", "function", "index"}
+        or call.get("type", "function") != "function"
+        or not isinstance(function, Mapping)
+        or function.keys() - {"parsed_arguments"} != {"name", "arguments"}
+    ):
+        raise InvalidRequest(
+            f'{name} is {cut(call)}; allowed is {{"id": ..., "type": "function", '
+            '"function": {"name": ..., "arguments": ...}}'
+        )
+    check_text(f"{name}.id", call.get("id", ""))
+    check_text(f"{name}.function.name", function["name"])
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict) or not _is_shallow(arguments):
+        raise InvalidRequest(
+            f"{name}.function.arguments is {cut(function['arguments'])}; allowed is the JSON text of an object, "
+            f"at most {_MAX_DEPTH} deep"
+        )
+    return {
+        "id": call.get("id", ""),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+
+
+def _is_shallow(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return True
+    return False
+
+
+def _check_part(name: str, part: object, of_assistant: bool) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    ignored = {"cache_control", *(_IGNORED if of_assistant else ())}
+    if (
+        not isinstance(part, Mapping)
+        or kind not in (("text", "refusal") if of_assistant else ("text",))
+        or part.keys() - ignored != {"type", kind}
+    ):
+        raise InvalidRequest(f'{name} is {cut(part)}; allowed is {{"type": "text", "text": ...}}')
+    check_text(f"{name}.{kind}", part[kind])
+    return str(part[kind])
+
+
+def check_text(name: str, text: object) -> None:
+    """Raises InvalidRequest unless it is text that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name} is {cut(text)}; allowed is text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} has {text[error.start]!r} at character {error.start}, half of a surrogate pair; "
+            "allowed is text that UTF-8 can hold"
+        ) from error
