@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -52,13 +53,12 @@ def test_a_method_that_is_not_served_is_refused_at_its_first_line(server: HttpPr
 
 def test_many_upgrades_in_one_piece(server: HttpProcess) -> None:
     """Each one was parsed by a call inside the call for the one before it, until RecursionError."""
-    logged = len(server.log)
     with server.connect() as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(b"GET /version HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n" * 3000)
-        assert answers(connection).startswith(b"HTTP/1.1 200")
+        assert 1 <= answers(connection).count(b"HTTP/1.1 200") <= 18
     assert server.serves()
-    assert len(server.log) < logged + 10_000
+    assert "RecursionError" not in server.log
 
 
 def test_many_requests_in_one_piece(server: HttpProcess) -> None:
@@ -156,18 +156,23 @@ def test_bodies_that_stay_unfinished(server: HttpProcess) -> None:
 
 
 def test_many_whole_bodies_at_once(server: HttpProcess) -> None:
-    """All of them waited in memory for the four threads that parse, and four were parsed together."""
-    body = json.dumps({"prompt": "x", "metadata": "y" * 12_000_000}).encode()
+    """All of them waited in memory for the threads that parse, and four were parsed together: 500 MB."""
+    body = json.dumps({"prompt": "x", "metadata": ["y" * 24] * 440_000}).encode()
+    said: list[int] = []
+
+    def send() -> None:
+        with contextlib.suppress(ConnectionError):  # refused before it was sent
+            said.append(server.post(COMPLETIONS, body)[0])
+
+    threads = [threading.Thread(target=send) for _ in range(12)]
     with server.growth() as growth:
-        connections = [server.connect(head(len(body))) for _ in range(12)]
-        for connection in connections:
-            with contextlib.suppress(ConnectionError):
-                connection.sendall(body)
-        assert server.serves()
-        for connection in connections:
-            with connection, contextlib.suppress(OSError):
-                assert connection.recv(1000)[9:12] in (b"429", b"503")
-        assert growth() < MOST + 64
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert growth() < 2.5 * MOST
+    assert set(said) <= {429, 503}  # there is no engine
+    assert 503 in said
 
 
 # Connections.
@@ -207,13 +212,14 @@ def test_a_client_that_uploads_keeps_its_connection() -> None:
     """Whoever came while all files were taken was reset. Now those that have waited longest are closed, so a client
     that uploads goes on beside later ones that are silent."""
     with http_process(files=(160, 160)) as server:
-        idle = [server.connect() for _ in range(90)]
+        idle = [server.connect() for _ in range(100)]
         body = json.dumps({"prompt": "x"}).encode()
         with server.connect(head(len(body)) + body[:5]) as uploading:
             time.sleep(0.1)
-            idle += [server.connect() for _ in range(60)]
+            idle += [server.connect() for _ in range(80)]
             uploading.sendall(body[5:])
             assert uploading.recv(1000).startswith(b"HTTP/1.1 503")  # there is no engine
+        assert server.serves()
         for connection in idle:
             connection.close()
 

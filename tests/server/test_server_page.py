@@ -241,7 +241,7 @@ def test_status_through_the_life_of_an_engine():
             assert (await seen(browser))["restarts"] == 1
             engine.alive = False
             stopped = await seen(browser)
-            assert (stopped["state"], stopped["message"]) == ("dead", "the engine has stopped")
+            assert (stopped["state"], stopped["message"]) == ("dead", "the engine is dead")
 
     asyncio.run(live())
 
