@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +24,9 @@ from lamina_protocols.service import WorkerUnreachable
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Seat
 from lamina_workers.parallel.tensor_parallel import seat
+from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.port import survey
-from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, SeatOptions, connect
+from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
 from lamina_workers.process.credentials import load_credentials
 
 if TYPE_CHECKING:
@@ -122,9 +122,10 @@ class AttentionPool:
         """Close the ports to all workers, and end those workers that were started here."""
         self._threads.shutdown(cancel_futures=True)
         try:
-            closing = [thread for port in self._ports if (thread := _closing(port)) is not None]
-            for thread in closing:
-                thread.join()
+            for port in self._ports:
+                port.close()
+            for port in self._ports:
+                port.parted()
         finally:
             self.workers.close()
 
@@ -189,15 +190,3 @@ def _workers(config: EngineConfig, sizes: Sizes) -> AttentionWorkers | None:
                 f"the attention worker at {address} is on another host: give tls_dir and token_file, or insecure=True"
             )
     return ListedWorkers(workers, credentials=credentials, answers=answers, clock=time.monotonic)
-
-
-def _closing(port: RemoteAttention) -> threading.Thread | None:
-    """A thread that closes the port, because a worker may not answer for seconds; None where it is closed already. A
-    plain thread: when Python ends there are no pools any more, and in some versions no new threads."""
-    thread = threading.Thread(target=port.close, name="lamina-closing")
-    try:
-        thread.start()
-    except RuntimeError:
-        port.close()
-        return None
-    return thread

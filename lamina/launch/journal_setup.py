@@ -20,6 +20,7 @@ from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
 
+_PARTS = 1 << 40  # more than an engine opens
 _EPOCHS = 1 << 20  # between two starts: more than an engine has, so that a holder that joins late knows no newer epoch
 
 
@@ -70,10 +71,14 @@ def recover(
     """Have a new engine go on with the requests that the journal's previous engine left unfinished, and return them.
     `surveys` is what holders keep, by number."""
     handles = [part.handle for surveyed in surveys.values() for part in surveyed.parts]
-    known = [part.handle for each in journal.history.requests.values() for s in each.samples for part in s.parts]
-    placement.number_parts_from(max([*handles, *known, _past_epochs(journal)]))
     epochs = [surveyed.last_epoch for surveyed in surveys.values()]
-    worker.begin_after(max([*epochs, _past_epochs(journal)]))
+    past = _past_epochs(journal)
+    known = max(
+        [past, *(part.handle for each in journal.history.requests.values() for s in each.samples for part in s.parts)]
+    )
+    # A holder that claims absurd numbers may refuse new ones: all others would refuse any that are larger still.
+    placement.number_parts_from(max([known, *(handle for handle in handles if handle < known + _PARTS)]))
+    worker.begin_after(max([past, *(epoch for epoch in epochs if epoch < past + _EPOCHS)]))
     handles = [sample.handle for each in journal.history.requests.values() for sample in each.samples]
     unfinished = engine.recover(found(surveys, placement, worker.address), max(handles, default=0))
     if unfinished:

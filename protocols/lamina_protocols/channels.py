@@ -13,6 +13,7 @@ from typing import Protocol
 
 from lamina_protocols.errors import LaminaError, ProtocolError
 
+SECRET_SIZE = 32  # bytes by which a connection shows whose it is
 CHECKSUM_SIZE = 4  # bytes after each frame, where neither TLS nor the kernel of one host protects its bytes
 
 
@@ -33,8 +34,9 @@ class Channel(Protocol):
     bytes_sent: int
     bytes_received: int
 
-    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Send one frame, given as buffers in order; they may be changed once this returns."""
+    def send(self, buffers: Sequence[bytes | memoryview], timeout: float | None = None) -> None:
+        """Send one frame, given as buffers in order; they may be changed once this returns. Raises TimeoutError where
+        the other side has not taken it within `timeout` seconds; the channel is then of no more use."""
 
     def receive(self, timeout: float | None = None) -> memoryview:
         """The next frame, in writable memory of its own. Raises TimeoutError after `timeout` seconds without one."""

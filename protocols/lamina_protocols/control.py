@@ -1,4 +1,4 @@
-"""The messages of the unary calls: handshake, heartbeat, goodbye, status, drain.
+"""The messages of the unary calls: handshake, heartbeat, goodbye, status.
 
 Each is a msgpack array of its fields. An error that refuses a handshake names the field and both values.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgpack
 
+from lamina_protocols.channels import SECRET_SIZE
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.fields import (
     BOOL,
-    BYTES,
     FLOAT,
     INT,
     INTS,
@@ -27,6 +27,8 @@ from lamina_protocols.fields import (
     record,
     shown,
     unpack_array,
+    unpack_bytes,
+    unpack_int,
 )
 from lamina_protocols.messages import PROTOCOL_VERSION, LayerSpec
 
@@ -35,6 +37,8 @@ DATA_CHANNELS = ("grpc", "tcp")
 FAREWELL = (0, 0)  # the epoch and batch of a Fault that ends the session; no batch has them
 
 M = TypeVar("M")
+Port: TypeAlias = int  # of TCP
+Secret: TypeAlias = bytes  # SECRET_SIZE of them
 
 
 def package_version() -> str:
@@ -74,15 +78,15 @@ class LocalOffer:
     """A Unix socket of the worker's host, and the secret to send there first."""
 
     path: str
-    secret: bytes = field(repr=False)
+    secret: Secret = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class TcpOffer:
     """A port of the address that was called, and the secret to send there first."""
 
-    port: int
-    secret: bytes = field(repr=False)
+    port: Port
+    secret: Secret = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +173,16 @@ class WorkerStatus:
     uptime: float
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Accept no new session; the current one sees it in the answer to its heartbeat."""
+def _unpack_port(value: Any) -> int:
+    if not 0 < unpack_int(value) < 1 << 16:
+        raise ProtocolError(f"port {value}, allowed: 1 to 65535")
+    return int(value)
+
+
+def _unpack_secret(value: Any) -> bytes:
+    if len(unpack_bytes(value)) != SECRET_SIZE:
+        raise ProtocolError(f"a secret of {len(value)} bytes, it has {SECRET_SIZE}")
+    return bytes(value)
 
 
 LAYER = Record(
@@ -194,7 +205,8 @@ _KINDS: dict[str, Field] = {
     "float": FLOAT,
     "bool": BOOL,
     "str": TEXT,
-    "bytes": BYTES,
+    "Port": Field(int, _unpack_port),
+    "Secret": Field(bytes, _unpack_secret),
     "tuple[int, ...]": INTS,
     "tuple[LayerSpec, ...]": list_of(LAYER),
 }
@@ -207,7 +219,7 @@ def _record(cls: type) -> Record:
 _KINDS["LocalOffer | None"] = optional(record(_record(LocalOffer)))
 _KINDS["TcpOffer | None"] = optional(record(_record(TcpOffer)))
 _RECORDS: dict[type, Record] = {
-    cls: _record(cls) for cls in (Hello, Welcome, Heartbeat, Alive, Goodbye, StatusRequest, WorkerStatus, Drain)
+    cls: _record(cls) for cls in (Hello, Welcome, Heartbeat, Alive, Goodbye, StatusRequest, WorkerStatus)
 }
 
 

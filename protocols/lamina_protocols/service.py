@@ -6,6 +6,7 @@ is cut into several.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -25,6 +26,7 @@ SESSION_KEY, CHECKSUM_KEY = "lamina-session", "lamina-checksum"  # metadata of t
 MAX_MESSAGE = 4 << 20  # bytes of one gRPC message; frames above it are cut
 _QUEUED = 64  # gRPC messages that wait on either side of a stream
 _PARTING_S = 10.0  # for the last message to leave, on a server
+_FAREWELL_S = 0.5  # for the server to end the stream, on a client
 KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 10_000, 5_000
 
 T = TypeVar("T")
@@ -90,12 +92,16 @@ class GrpcChannel:
                 self._wake()  # there is room again
             yield message
         self._sent_all = True
-        if self._parting is not None:
+        if self._parting is not None and self._serves:
             self._parting.cancel()
 
-    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+    def send(self, buffers: Sequence[bytes | memoryview], timeout: float | None = None) -> None:
+        deadline = None
         for message in self._cut(buffers):
             while not self.flush():
+                deadline = deadline or time.monotonic() + (math.inf if timeout is None else timeout)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"a frame was not read within {timeout} seconds")
                 time.sleep(0.001)  # the other side does not read
             self._out.put(message)
 
@@ -142,18 +148,14 @@ class GrpcChannel:
         self._in.put(None)
         if self._reader is not None and self._reader is not threading.current_thread():
             # Breaking the stream off could overtake the last message, which says why it ends.
-            if self._serves:
-                self._part()
-                return
-            self._reader.join(0.5)  # the other side ends the stream when it sees its end, else it is broken off
-            if self._sent_all and not self._reader.is_alive():
-                return
-        self._cancel()
+            self._part()
+        else:
+            self._cancel()
 
     def _part(self) -> None:
         """Give the last message time, without waiting for it."""
-        if self._parting is None and not self._sent_all:
-            self._parting = threading.Timer(_PARTING_S, self._cancel)
+        if self._parting is None and not (self._serves and self._sent_all):
+            self._parting = threading.Timer(_PARTING_S if self._serves else _FAREWELL_S, self._cancel)
             self._parting.daemon = True
             self._parting.start()
 
@@ -180,6 +182,8 @@ class GrpcChannel:
             self._ended = f"the stream broke: {error}" if str(error) else "closed by the other side"
         self._in.put(None)
         self._out.put(None)  # the other side reads no more: gRPC's sending thread may end
+        if self._parting is not None and not self._serves:
+            self._parting.cancel()
         self._wake()
 
     def _take(self, message: bytes | None) -> None:
@@ -225,7 +229,7 @@ class WorkerClient:
             self._channel = grpc.insecure_channel(address, options)
         self._calls = {
             name: self._channel.unary_unary(f"/{SERVICE}/{name}")
-            for name in ("Hello", "Heartbeat", "Goodbye", "Status", "Drain")
+            for name in ("Hello", "Heartbeat", "Goodbye", "Status")
         }
 
     def hello(self, hello: control.Hello, timeout: float) -> control.Welcome:
@@ -239,10 +243,6 @@ class WorkerClient:
 
     def status(self, timeout: float = 5.0) -> control.WorkerStatus:
         return self._call("Status", control.StatusRequest(), control.WorkerStatus, timeout)
-
-    def drain(self, timeout: float = 5.0) -> control.WorkerStatus:
-        """Let the worker accept no new session, and notify the engine of the current one."""
-        return self._call("Drain", control.Drain(), control.WorkerStatus, timeout)
 
     def stream(self, session: str, max_frame: int, checksummed: bool = False) -> GrpcChannel:
         """The data stream of a session. If the worker refuses it, its first `receive` raises."""

@@ -2,12 +2,16 @@
 
 All calls but those of the standard health service need the token, where there is one. An error becomes the status of
 its call.
+
+Whoever has no token gets an answer before a message of the call is read: gRPC gives each call that waits for one a
+thread, so strangers could else take all of them by calls that they begin and do not go on with.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -29,6 +33,11 @@ from lamina_protocols.service import (
 logger = logging.getLogger("lamina")
 
 HEALTH = "grpc.health.v1.Health"
+_SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"  # a HealthCheckResponse of protobuf
+_MESSAGE_S = 5.0  # for the message of a call to come
+_MOST_CALLS = 16  # at once over one connection; an engine has a stream and a unary call or two
+_HANDSHAKE_MS = 10_000  # for TLS and the begin of HTTP/2
+_IDLE_MS = 60_000  # without any call; an engine sends heartbeats
 
 T = TypeVar("T")
 
@@ -47,7 +56,9 @@ class AttentionService(Protocol):
 
     def status(self) -> control.WorkerStatus: ...
 
-    def drain(self) -> control.WorkerStatus: ...
+    @property
+    def serving(self) -> bool:
+        """Whether a new engine may come, as the health service says it."""
 
     def attach(self, session: str, channel: GrpcChannel) -> None:
         """Take over the channel of this session's stream."""
@@ -62,7 +73,7 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc sh
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         given = [value for key, value in details.invocation_metadata if key == "authorization"]
         matches = [hmac.compare_digest(_encoded(value), self._expected) for value in given]
-        if any(matches) or details.method.startswith(f"/{HEALTH}/"):
+        if any(matches) or details.method == f"/{HEALTH}/Check":
             return continuation(details)
         reason = "the token is wrong" if given else "a token is needed"
 
@@ -70,17 +81,15 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc sh
             logger.warning("%s refused to %s: %s", details.method, context.peer(), reason)
             _abort(context, grpc.StatusCode.UNAUTHENTICATED, reason)
 
-        handler = continuation(details)
-        if handler is not None and handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(refuse)
-        return grpc.unary_unary_rpc_method_handler(refuse)
+        return grpc.stream_stream_rpc_method_handler(refuse)  # whatever the call is: it waits for no message
 
 
 def handlers(service: AttentionService, max_message: int, max_frame: int) -> Any:
     """The generic handlers of the service, to be added to a server."""
 
     def unary(cls: type[T], act: Callable[[T, float], Any]) -> Any:
-        def call(data: bytes, context: grpc.ServicerContext) -> bytes:
+        def call(incoming: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+            data = _message(incoming, context)
             try:
                 return control.pack(act(control.unpack(cls, data), context.time_remaining() or 60.0))
             except Busy as error:
@@ -91,7 +100,7 @@ def handlers(service: AttentionService, max_message: int, max_frame: int) -> Any
                 logger.exception("a call failed")
                 _abort(context, grpc.StatusCode.INTERNAL, type(error).__name__)
 
-        return grpc.unary_unary_rpc_method_handler(call)
+        return grpc.stream_unary_rpc_method_handler(call)
 
     def batch(incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         metadata = dict(context.invocation_metadata())
@@ -110,10 +119,31 @@ def handlers(service: AttentionService, max_message: int, max_frame: int) -> Any
             "Heartbeat": unary(control.Heartbeat, lambda message, _: service.heartbeat(message)),
             "Goodbye": unary(control.Goodbye, lambda message, _: service.goodbye(message)),
             "Status": unary(control.StatusRequest, lambda *_: service.status()),
-            "Drain": unary(control.Drain, lambda *_: service.drain()),
             "Batch": grpc.stream_stream_rpc_method_handler(batch),
         },
     )
+
+
+def health_handlers(service: AttentionService) -> Any:
+    """The generic handlers of the standard health service: `Check`, with one answer whichever service is asked for."""
+
+    def check(_: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        return _SERVING if service.serving else _NOT_SERVING
+
+    return grpc.method_handlers_generic_handler(HEALTH, {"Check": grpc.stream_unary_rpc_method_handler(check)})
+
+
+def _message(incoming: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    """The message of a unary call. The call ends where none comes in time."""
+    late = threading.Timer(_MESSAGE_S, context.cancel)
+    late.daemon = True
+    late.start()
+    try:
+        return next(incoming)
+    except StopIteration:
+        _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "a call without a message")
+    finally:
+        late.cancel()
 
 
 def server_credentials(credentials: Credentials, mutual: bool) -> grpc.ServerCredentials:
@@ -126,6 +156,9 @@ def server_options(max_message: int) -> list[tuple[str, int]]:
     return [
         *channel_options(max_message),
         ("grpc.so_reuseport", 0),  # a port in use is an error
+        ("grpc.max_concurrent_streams", _MOST_CALLS),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
     ]
 

@@ -18,6 +18,7 @@ from lamina_protocols.tls import TLS_NOT_NOW, is_tls
 
 BUFFER = 4 << 20  # bytes of a socket's buffers where the system allows it: a layer's K and V of many rows
 _HELD = 256 << 20  # bytes of received frames above which a blocked `send` reads no more
+_LAST_READS = 16  # of a channel that is closed: who goes on sending is not listened to for ever
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 _SMALL = 64 << 10  # bytes: TLS copies its input, so smaller buffers are joined rather than sent one by one
 
@@ -51,11 +52,17 @@ class SocketChannel:
         self._prefix: Prefix | None = None  # of the frame that is arriving
         self._memory = self._missing = self._prefix_memory  # its memory, and the part still to be filled
 
-    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+    def send(self, buffers: Sequence[bytes | memoryview], timeout: float | None = None) -> None:
         with self._busy:
             self._enqueue(buffers)
+            deadline = None
             while not self.flush():
-                self._wait_for_room()
+                if timeout is not None and deadline is None:
+                    deadline = time.monotonic() + timeout
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError(f"a frame was not read within {timeout} seconds")
+                self._wait_for_room(left)
 
     def post(self, buffers: Sequence[bytes | memoryview]) -> None:
         with self._busy:
@@ -152,8 +159,9 @@ class SocketChannel:
         with self._busy:
             # If bytes were left unread, the system would reset the connection, and the last frames sent would be lost.
             with contextlib.suppress(OSError):
-                while socket.socket.recv(self._socket, BUFFER):
-                    pass
+                for _ in range(_LAST_READS):
+                    if not socket.socket.recv(self._socket, BUFFER):
+                        break
             self._socket.close()
 
     def _enqueue(self, buffers: Sequence[bytes | memoryview]) -> None:
@@ -171,12 +179,13 @@ class SocketChannel:
             return self._socket.send(pending[0])
         return self._socket.sendmsg(pending[:_IOV_MAX])
 
-    def _wait_for_room(self) -> None:
-        """Wait until more can be sent. Incoming frames are read meanwhile, else two large frames could wait for each
-        other; above a bound they are not."""
+    def _wait_for_room(self, seconds: float | None) -> None:
+        """Wait until more can be sent, so long at most. Incoming frames are read meanwhile, else two large frames could
+        wait for each other; above a bound they are not."""
+        milliseconds = None if seconds is None else seconds * 1e3 + 1
         if self._held > _HELD:
-            self._room.poll()
-        elif any(event & ~select.POLLOUT for _, event in self._both.poll()):
+            self._room.poll(milliseconds)
+        elif any(event & ~select.POLLOUT for _, event in self._both.poll(milliseconds)):
             self._pump()
 
     def _pump(self) -> bool:

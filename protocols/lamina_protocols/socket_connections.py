@@ -11,18 +11,19 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
-from lamina_protocols.channels import ChannelClosed
+from lamina_protocols.channels import SECRET_SIZE, ChannelClosed, is_loopback
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import MAX_FRAME
 from lamina_protocols.socket_channel import BUFFER, SocketChannel
-from lamina_protocols.tls import TlsContext
+from lamina_protocols.tls import TlsContext, handshake
 
-SECRET_SIZE = 32
+LOCAL_FOLDER, LOCAL_SOCKET = "lamina-", "data"  # begin of a folder's name, and the Unix socket of a session in it
 _PLAIN, _CHECKSUMMED = b"\x00", b"\x01"
 _WELCOME = b"\x01"
-_GREETINGS = 16  # the most connections that have not sent their secret yet
+_GREETINGS = 64  # the most connections that have not sent their secret yet
 _GREETING_S = 5.0
 
 _LINUX = sys.platform == "linux"
@@ -31,6 +32,9 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # Linux's numbers; the socket module 
 
 class Listener:
     """Accepts connections on a thread of its own, and gives each one with the right secret to `deliver`.
+
+    Strangers who say nothing cannot keep others away: where the connections without a secret are too many, the oldest
+    one of the address that has most of them is closed.
 
     `admit` says whether a secret is right, and is called once per connection; `deliver` takes over the channel, and
     gets the secret too. Both are called on threads of the listener.
@@ -49,7 +53,8 @@ class Listener:
         self._deliver = deliver
         self._tls = tls
         self._max_frame = max_frame
-        self._greetings = threading.BoundedSemaphore(_GREETINGS)
+        self._lock = threading.Lock()
+        self._greetings: dict[socket.socket, str] = {}  # and the address of each, the oldest first
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="lamina-listener", daemon=True)
         self._thread.start()
@@ -70,24 +75,39 @@ class Listener:
     def _accept(self) -> None:
         while not self._closed:
             try:
-                sock, _ = self._socket.accept()
+                sock, address = self._socket.accept()
+                sock.settimeout(_GREETING_S)
+                if self._tls is not None:
+                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             except OSError:
                 if not self._closed:
                     time.sleep(0.05)  # out of file descriptors, for example: the next connection may succeed
                 continue
-            if self._closed or not self._greetings.acquire(blocking=False):
-                sock.close()
-                continue
+            self._make_room(sock, address[0] if sock.family != socket.AF_UNIX else "")
             threading.Thread(target=self._greet, args=(sock,), name="lamina-greeting", daemon=True).start()
+
+    def _make_room(self, sock: socket.socket, address: str) -> None:
+        """Count the connection among those without a secret, and close one where they are too many."""
+        with self._lock:
+            self._greetings[sock] = address
+            if len(self._greetings) <= _GREETINGS:
+                return
+            most = max(Counter(self._greetings.values()).items(), key=lambda item: item[1])[0]
+            oldest = next(each for each, source in self._greetings.items() if source == most)
+            del self._greetings[oldest]
+            with contextlib.suppress(OSError):  # its thread wakes and closes it
+                socket.socket.shutdown(oldest, socket.SHUT_RDWR)
 
     def _greet(self, sock: socket.socket) -> None:
         try:
-            sock.settimeout(_GREETING_S)
-            if self._tls is not None:
-                sock = self._tls.wrap_socket(sock, server_side=True)
+            if self._closed:
+                raise ChannelClosed("nobody listens any more")
+            handshake(sock)
             greeting = _read_greeting(sock)
             if not self._admit(greeting[:SECRET_SIZE]):
                 raise ChannelClosed("a wrong secret")
+            with self._lock:
+                self._greetings.pop(sock, None)
             sock.sendall(_WELCOME)
             _tune(sock)
             channel = SocketChannel(sock, greeting[SECRET_SIZE:] == _CHECKSUMMED, self._max_frame)
@@ -95,7 +115,8 @@ class Listener:
         except (OSError, LaminaError):
             sock.close()  # without an answer: the other side may be a stranger
         finally:
-            self._greetings.release()
+            with self._lock:
+                self._greetings.pop(sock, None)
 
 
 def listen_unix(path: str) -> socket.socket:
@@ -109,6 +130,25 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return _listening(sock, (host, port))
+
+
+def is_here(host: str) -> bool:
+    """Whether a host name or IP address is this host's own: packets to it come from it."""
+    if is_loopback(host):
+        return True
+    try:
+        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)  # sends nothing
+                if probe.getsockname()[0] == address[0]:
+                    return True
+        except OSError:
+            continue
+    return False
 
 
 def connect_unix(path: str, secret: bytes, timeout: float, max_frame: int = MAX_FRAME) -> SocketChannel:

@@ -25,6 +25,7 @@ _WIRE = {  # names in a header: short, because each layer's message has a header
     "i8": torch.int8,
     "u8": torch.uint8,  # whole pages, as raw bytes
 }
+_MOST_ELEMENTS = 1 << 40
 _NAMES = {dtype: name for name, dtype in _WIRE.items()}
 
 if sys.byteorder != "little":
@@ -52,6 +53,8 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
         raise ProtocolError(f"unknown dtype {dtype!r}, allowed: {', '.join(_WIRE)}")
     if any(dim < 0 for dim in shape):
         raise ProtocolError(f"negative dimension in tensor shape {shape}")
+    if math.prod(dim or 1 for dim in shape) > _MOST_ELEMENTS:  # torch counts strides of an empty tensor too
+        raise ProtocolError(f"tensor of shape {shape}, allowed: {_MOST_ELEMENTS} elements, a dimension of 0 as 1")
     return math.prod(shape) * _WIRE[dtype].itemsize
 
 

@@ -18,6 +18,12 @@ def is_tls(sock: object) -> bool:
     return isinstance(sock, ssl.SSLSocket)
 
 
+def handshake(sock: object) -> None:
+    """Do the handshake that was put off; nothing for a socket without TLS. Raises OSError."""
+    if isinstance(sock, ssl.SSLSocket):
+        sock.do_handshake()
+
+
 def server_context(credentials: Credentials, mutual: bool) -> ssl.SSLContext:
     """TLS of a server; with `mutual`, clients must show a certificate of the CA."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, cast
-
-import pytest
 
 from lamina.config import EngineConfig
 from lamina.launch.attention_pool import AttentionPool
@@ -24,37 +21,19 @@ class Workers:
 
 
 class Port:
-    """It takes as long to close as all others do."""
-
-    def __init__(self, all_there: threading.Barrier, log: list[str]) -> None:
-        self._all_there = all_there
+    def __init__(self, log: list[str]) -> None:
         self._log = log
 
     def close(self) -> None:
-        try:
-            self._all_there.wait(5.0)
-        except threading.BrokenBarrierError:
-            self._log.append("alone")
-        else:
-            self._log.append("together")
+        self._log.append("closed")
+
+    def parted(self) -> None:
+        self._log.append("parted")
 
 
 def test_workers_that_do_not_answer_are_waited_for_together() -> None:
     log: list[str] = []
     pool = AttentionPool(cast(Any, Workers(log)), EngineConfig(), HOLDER, "model", "float32", Identity())
-    all_there = threading.Barrier(3)
-    pool._ports = cast(Any, [Port(all_there, log) for _ in range(3)])
+    pool._ports = cast(Any, [Port(log) for _ in range(3)])
     pool.close()
-    assert log == ["together"] * 3 + ["workers"]
-
-
-def test_where_no_thread_can_be_started_any_more_all_is_closed_even_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ending(thread: threading.Thread) -> None:
-        raise RuntimeError("can't create new thread at interpreter shutdown")
-
-    monkeypatch.setattr(threading.Thread, "start", ending)
-    log: list[str] = []
-    pool = AttentionPool(cast(Any, Workers(log)), EngineConfig(), HOLDER, "model", "float32", Identity())
-    pool._ports = cast(Any, [Port(threading.Barrier(1), log) for _ in range(2)])
-    pool.close()
-    assert log == ["together"] * 2 + ["workers"]
+    assert log == ["closed"] * 3 + ["parted"] * 3 + ["workers"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import socket
 import ssl
 import threading
@@ -15,7 +17,7 @@ from transports import SECRET, TRANSPORTS, made_credentials, pair
 
 from lamina_protocols import codec, frames
 from lamina_protocols import messages as m
-from lamina_protocols.channels import ChannelClosed, checksum
+from lamina_protocols.channels import ChannelClosed, Credentials, checksum
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import Prefix, blank_frame, pack_prefix, read_prefix
 from lamina_protocols.socket_channel import SocketChannel
@@ -319,3 +321,39 @@ def test_tls_takes_no_stranger_and_no_plaintext():
 def test_tls_contexts_take_nothing_older():
     assert server_context(made_credentials(), False).minimum_version is ssl.TLSVersion.TLSv1_3
     assert client_context(made_credentials()).minimum_version is ssl.TLSVersion.TLSv1_3
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_silent_strangers_keep_nobody_away(tls):
+    """Sixteen connections that said nothing were all that a listener had room for: it closed every further one."""
+    made = made_credentials()
+    arrived: queue.SimpleQueue[SocketChannel] = queue.SimpleQueue()
+    context = server_context(made, False) if tls else None
+    listener = Listener(listen_tcp("127.0.0.1", 0), SECRET.__eq__, lambda channel, _: arrived.put(channel), context)
+    with contextlib.ExitStack() as stack:
+        stack.callback(listener.close)
+        strangers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", listener.port), 10)) for _ in range(150)
+        ]
+        near = client_context(Credentials(ca=made.ca)) if tls else None
+        for _ in range(3):
+            channel = connect_tcp("127.0.0.1", listener.port, SECRET, 10, near)
+            stack.callback(channel.close)
+            stack.callback(arrived.get(timeout=10).close)
+        strangers[0].settimeout(10)
+        assert not strangers[0].recv(1)  # the oldest has made room
+
+
+def test_the_address_with_most_silent_connections_makes_room():
+    """One stranger's connections took the room of everybody."""
+    listener = Listener(listen_tcp("127.0.0.1", 0), SECRET.__eq__, lambda channel, _: channel.close())
+    with contextlib.ExitStack() as stack:
+        stack.callback(listener.close)
+        first = stack.enter_context(
+            socket.create_connection(("127.0.0.1", listener.port), 10, source_address=("127.0.0.2", 0))
+        )
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", listener.port), 10))
+        first.sendall(SECRET + b"\0")
+        first.settimeout(10)
+        assert first.recv(1) == b"\1"

@@ -211,6 +211,15 @@ def test_headers_made_to_hurt(tag, header):
     decoded(framed(tag, header))
 
 
+@pytest.mark.parametrize("shape", [(1 << 32, 1 << 32, 0), (0, 1 << 61, 1 << 61), (1 << 62 - 1, 0, 1 << 40, 1 << 40)])
+@pytest.mark.parametrize("tag", [9, 13])
+def test_an_empty_tensor_of_impossible_dimensions_is_refused(tag, shape):
+    """torch raised a RuntimeError for such a reply, which was no ProtocolError, and the engine that read it stopped."""
+    tensors = [["f32", *shape]] * (2 if tag == 9 else 1)
+    with pytest.raises(ProtocolError, match="tensor of shape"):
+        codec.decode(framed(tag, msgpack.packb([1, 2, 3, *tensors])))
+
+
 def test_an_announcement_of_many_rows_is_read_in_time():
     rows = tuple(m.Row(n, 0, 1, (0, 0), True) for n in range(2000))
     assert isinstance(decoded(whole(m.Announcement(1, 1, 0, (), rows))), m.Announcement)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from lamina_protocols import control
 from lamina_protocols.control import (
     Alive,
-    Drain,
     Goodbye,
     Heartbeat,
     Hello,
@@ -40,13 +39,12 @@ STATUS = WorkerStatus(
 ALL = (
     HELLO,
     Welcome("a", 1 << 40, 2, 30.0, 1 << 30, LocalOffer("/tmp/x", b"\0" * 32), None, False, "tokens, 16"),
-    Welcome("a", 0, 1, 0.5, 1, None, TcpOffer(4000, b"s"), True, ""),
+    Welcome("a", 0, 1, 0.5, 1, None, TcpOffer(4000, b"s" * 32), True, ""),
     Heartbeat("s" * 32),
     Goodbye("e" * 32, 0, "s" * 32),
     Alive("serving"),
     StatusRequest(),
     STATUS,
-    Drain(),
 )
 
 

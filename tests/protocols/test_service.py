@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 import grpc
 import pytest
 import torch
 from transports import OneStream, made_credentials, pair, serving
 
-from lamina_protocols import codec, control
+from lamina_protocols import codec, control, service_server
 from lamina_protocols.channels import ChannelClosed, Credentials
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import Prefix, pack_prefix
@@ -27,7 +28,7 @@ class Slow(OneStream):
         time.sleep(0.5)
         return control.Alive("serving")
 
-    def drain(self) -> control.WorkerStatus:
+    def goodbye(self, goodbye: control.Goodbye) -> control.Alive:
         raise ProtocolError("not now, says the worker")
 
 
@@ -35,7 +36,7 @@ class Slow(OneStream):
 def test_without_the_token_every_call_is_refused_streams_too(token):
     with serving(OneStream(), None, token="right") as address:
         with WorkerClient(address, Credentials(token=token)) as client:
-            for call in (lambda: client.heartbeat("s", 5), client.status, client.drain):
+            for call in (lambda: client.heartbeat("s", 5), client.status):
                 with pytest.raises(WorkerRefused, match=r"token .*UNAUTHENTICATED"):
                     call()
             stream = client.stream("s" * 32, 1 << 20)
@@ -44,6 +45,68 @@ def test_without_the_token_every_call_is_refused_streams_too(token):
             stream.close()
         with WorkerClient(address, Credentials(token="right")) as client:
             assert client.heartbeat("s", 5).state == "serving"
+
+
+@contextlib.contextmanager
+def half_calls(address: str, count: int, method: str, token: str = "") -> Iterator[list[grpc.Call]]:
+    """Calls that have begun, and whose message does not come."""
+    over = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(60)
+        yield from ()
+
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    with grpc.insecure_channel(address) as channel:
+        try:
+            yield [channel.stream_unary(method).future(nothing(), metadata=metadata) for _ in range(count)]
+        finally:
+            over.set()
+
+
+@pytest.mark.parametrize(
+    "method", ["/lamina.Attention/Hello", "/grpc.health.v1.Health/Check", "/lamina.Attention/Batch"]
+)
+def test_half_a_call_of_a_stranger_keeps_no_thread(method):
+    """Each call of a stranger whose message did not come kept a thread of the server: a hundred cut the engine off."""
+    with serving(OneStream(), None, token="right") as address, half_calls(address, 12, method) as calls:
+        for call in calls:
+            error = call.exception(10)  # it is answered although nothing was sent
+            assert error is None or error.code() is grpc.StatusCode.UNAUTHENTICATED
+        with WorkerClient(address, Credentials(token="right")) as client:
+            assert client.heartbeat("s", 10).state == "serving"
+
+
+def test_half_a_call_with_the_token_ends_in_time(monkeypatch):
+    """A call whose message did not come was waited for as long as its connection lived."""
+    monkeypatch.setattr(service_server, "_MESSAGE_S", 1.0)
+    with (
+        serving(OneStream(), None, token="right") as address,
+        half_calls(address, 8, "/lamina.Attention/Status", "right") as calls,
+    ):
+        assert all(call.exception(20) is not None for call in calls)
+        with WorkerClient(address, Credentials(token="right")) as client:
+            assert client.heartbeat("s", 10).state == "serving"
+
+
+def test_a_connection_has_no_more_than_some_calls_at_once():
+    """One connection could have any number of calls under way."""
+    over = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(60)
+        yield from ()
+
+    with serving(OneStream(), None, threads=64) as address, grpc.insecure_channel(address) as channel:
+        batch = channel.stream_stream("/lamina.Attention/Batch")
+        calls = [batch(nothing()) for _ in range(service_server._MOST_CALLS)]
+        heartbeat = channel.unary_unary("/lamina.Attention/Heartbeat")
+        waits = heartbeat.future(control.pack(control.Heartbeat("s")))
+        with pytest.raises(grpc.FutureTimeoutError):
+            waits.result(1.0)
+        over.set()
+        calls[0].cancel()
+        assert waits.result(10)
 
 
 def test_the_token_is_found_behind_others():
@@ -57,7 +120,7 @@ def test_the_token_is_found_behind_others():
 def test_errors_tell_their_kind_and_nothing_from_inside(caplog):
     with serving(Slow(), None) as address, WorkerClient(address) as client:
         with pytest.raises(WorkerRefused, match=r"not now, says the worker .*FAILED_PRECONDITION"):
-            client.drain()
+            client.goodbye(control.Goodbye("e", 0, "s"), 5)
         with pytest.raises(WorkerRefused) as refused:
             client.status()
         assert "RuntimeError" in str(refused.value)

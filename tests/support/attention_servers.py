@@ -25,7 +25,8 @@ from lamina_protocols.messages import (
     Row,
 )
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
-from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, SeatOptions, connect
+from lamina_workers.ports.data_channel import ChannelOptions
+from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
 
 FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 
@@ -86,6 +87,7 @@ def connected(address: str, **changes: Any) -> Iterator[RemoteAttention]:
         yield port
     finally:
         port.close()
+        port.parted()
 
 
 def until(condition, seconds: float = 5.0) -> None:

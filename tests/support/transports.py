@@ -15,7 +15,7 @@ import grpc
 from lamina_protocols import control
 from lamina_protocols.channels import Channel, Credentials
 from lamina_protocols.service import GrpcChannel, WorkerClient
-from lamina_protocols.service_server import TokenInterceptor, handlers, server_credentials
+from lamina_protocols.service_server import TokenInterceptor, handlers, health_handlers, server_credentials
 from lamina_protocols.service_server import server_options as options
 from lamina_protocols.socket_connections import Listener, connect_tcp, connect_unix, listen_tcp, listen_unix
 from lamina_protocols.tls import client_context, server_context
@@ -48,20 +48,23 @@ class OneStream:
     def status(self) -> control.WorkerStatus:
         raise RuntimeError("a secret of the server")
 
-    def drain(self) -> control.WorkerStatus:
-        raise NotImplementedError
+    serving = True
 
     def attach(self, session: str, channel: GrpcChannel) -> None:
         self.channels.put(channel)
 
 
 @contextlib.contextmanager
-def serving(service: OneStream, credentials: Credentials | None, token: str = "", max_message: int = 1 << 20):
+def serving(
+    service: OneStream, credentials: Credentials | None, token: str = "", max_message: int = 1 << 20, threads: int = 4
+):
     """The address of a gRPC server with that service; with credentials it speaks TLS."""
     server = grpc.server(
-        ThreadPoolExecutor(4), interceptors=[TokenInterceptor(token)] if token else [], options=options(max_message)
+        ThreadPoolExecutor(threads),
+        interceptors=[TokenInterceptor(token)] if token else [],
+        options=options(max_message),
     )
-    server.add_generic_rpc_handlers((handlers(service, max_message, 1 << 28),))
+    server.add_generic_rpc_handlers((handlers(service, max_message, 1 << 28), health_handlers(service)))
     if credentials is None:
         port = server.add_insecure_port("127.0.0.1:0")
     else:

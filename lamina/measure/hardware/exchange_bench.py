@@ -20,7 +20,8 @@ from lamina.measure.hardware.held import Held
 from lamina.measure.hardware.loaded import Loaded, decode_batch, load
 from lamina.scheduling.kv_layouts import apportion
 from lamina_protocols.messages import Announced, Announcement, Fault, Query, Request
-from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, connect
+from lamina_workers.ports.data_channel import ChannelOptions
+from lamina_workers.ports.remote import RemoteAttention, connect
 
 _NO_BATCH = 1 << 30  # a number that no batch has
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import signal
@@ -10,6 +11,7 @@ import stat
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -295,10 +297,11 @@ def test_an_error_that_nobody_foresaw_is_named_without_its_inside(monkeypatch, c
 
 
 def test_draining_takes_no_new_session_and_tells_the_one_there():
-    with running(lease=0.6) as (_, address):
+    with running(lease=0.6) as (server, address):
         with connected(address) as port:
             assert health(address) == "SERVING"
-            assert port.drain().draining
+            server.drain()
+            assert port.status().draining
             until(lambda: port.draining)
             assert health(address) == "NOT_SERVING"
             one_batch(port)
@@ -311,6 +314,45 @@ def health(address: str, credentials: Credentials | None = None) -> str:
         stub = health_pb2_grpc.HealthStub(channel)
         reply = stub.Check(health_pb2.HealthCheckRequest(service="lamina.Attention"), timeout=5)
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
+
+def test_strangers_do_not_cut_an_engine_off():
+    """A hundred calls without a token and without a message took all of a worker's calls: its engine lost it, and no
+    other could come."""
+    made = Credentials(token="t")
+    over = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(60)
+        yield from ()
+
+    with (
+        running(credentials=made) as (_, address),
+        connected(address, credentials=made, local_channel=False, lost_after=2.0) as port,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(over.set)
+        for method in ("/lamina.Attention/Hello", "/grpc.health.v1.Health/Check"):
+            for _ in range(4):
+                channel = stack.enter_context(grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]))
+                for _ in range(30):
+                    channel.stream_unary(method).future(nothing())
+        time.sleep(4.0)  # heartbeats are missed by then
+        assert not port.closed
+        one_batch(port)
+        with connected(address, credentials=made, engine=port._goodbye.engine, seat=0) as other:
+            assert other.resumed
+
+
+def test_a_session_whose_channel_cannot_be_opened_ends_at_once():
+    """Such a session stayed until its lease was over, and the worker was busy for every other engine meanwhile."""
+    with running() as (server, address):
+        server._tcp._admit = lambda secret: False
+        with pytest.raises(WorkerRefused, match="did not take the secret"):
+            open_port(address, **ASKED, **WAYS["tcp"])
+        assert not server.status().session
+        with connected(address) as port:
+            one_batch(port)
 
 
 def test_health_needs_no_token():

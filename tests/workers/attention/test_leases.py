@@ -115,8 +115,8 @@ class Sender:
 
 def broken(port: RemoteAttention) -> None:
     """Let a port vanish as that of a killed process does: no goodbye, no heartbeat."""
-    port._goodbye = None
-    port.close()
+    port._end("it vanished")
+    port._client.close()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -316,6 +316,7 @@ def test_a_goodbye_frees_at_once_what_would_linger(lost):
                 port.receive(5)
             until(lambda: server.status().lingering == 1)
         port.close()
+        port.parted()
         assert not server.status().session
         with connected(address, engine="f" * 16, timeout=10) as other:
             Sender(other, 11).step(2)
@@ -328,7 +329,9 @@ def test_one_goodbye_of_two_leaves_the_seat_to_the_other_channel():
         until(lambda: server.status().channels == 1)
         broken(two)
         until(lambda: server.status().lingering == 1)
-        open_port(address, **ASKED, **KEPT).close()
+        last = open_port(address, **ASKED, **KEPT)
+        last.close()
+        last.parted()
         assert not server.status().session
 
 
@@ -387,8 +390,8 @@ def test_what_no_seat_can_be_is_refused_and_the_others_go_on(changes, said):
 
 
 def test_a_draining_worker_takes_no_new_seat_but_the_engine_back_that_it_serves():
-    with running() as (_, address), connected(address, **HALF) as port:
-        port.drain()
+    with running() as (server, address), connected(address, **HALF):
+        server.drain()
         with pytest.raises(WorkerRefused, match="draining"):
             open_port(address, **ASKED, **HALF, seat=1)
         with connected(address, **HALF) as again:
@@ -437,6 +440,7 @@ def test_who_does_not_read_its_answers_holds_up_nobody_else(way):
         finally:
             stopped.set()
             thread.join(10)
+        deaf.due = 1  # nobody has counted
         deaf.receive(10)  # and what it had asked for is still there
 
 

@@ -16,8 +16,9 @@ from transports import OneStream, serving
 from lamina_protocols import codec, control
 from lamina_protocols.channels import AddressError
 from lamina_protocols.messages import Announced, Announcement, Fresh
-from lamina_protocols.service import WorkerRefused
+from lamina_protocols.service import GrpcChannel, WorkerRefused
 from lamina_workers.errors import HolderLost
+from lamina_workers.ports import remote
 
 ANNOUNCEMENT = Announcement(1, 1, 0, (), ())
 
@@ -95,6 +96,80 @@ def test_close_wakes_who_waits():
             port.receive(5)
 
 
+@pytest.mark.parametrize("linger", [0.0, 30.0])
+def test_close_waits_for_no_worker(monkeypatch, linger):
+    """To close the port of a worker that did not answer took its caller, the engine's thread, two seconds."""
+    monkeypatch.setattr(remote, "_GOODBYE_S", 20.0)
+    asked, answer = threading.Event(), threading.Event()
+    with scripted(linger=linger) as (worker, port, _):
+        worker.goodbye = lambda goodbye: [asked.set(), answer.wait(20), control.Alive("ended")][-1]
+        began = time.monotonic()
+        port.close()
+        assert time.monotonic() - began < 10
+        assert asked.wait(10)
+        with pytest.raises(HolderLost, match="closed on this side"):
+            port.receive(5)
+        answer.set()
+        port.parted()
+
+
+def test_where_no_thread_can_be_started_any_more_goodbye_is_said_even_so(monkeypatch):
+    asked, start = threading.Event(), threading.Thread.start
+
+    def ending(thread: threading.Thread) -> None:
+        if thread.name == "lamina-closing":
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", ending)
+    with scripted() as (worker, port, _):
+        worker.goodbye = lambda goodbye: [asked.set(), control.Alive("ended")][-1]
+        port.close()
+        assert asked.is_set()
+        port.parted()
+
+
+def test_a_stream_is_closed_without_waiting_for_the_other_side():
+    """To close the stream of a stopped worker took half a second of the engine's thread."""
+    ended = threading.Event()
+
+    def never() -> Iterator[bytes]:
+        ended.wait(20)
+        yield from ()
+
+    channel = GrpcChannel(False)
+    channel.start(never(), ended.set)
+    reader = channel._reader
+    channel.close()
+    assert reader.is_alive()  # nobody has waited for it
+    assert ended.wait(10)  # and the stream is broken off in the end
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_worker_that_does_not_read_is_lost_in_time(way):
+    """A worker that answered heartbeats and did not read its channel stopped the engine's thread for ever."""
+    with running() as (server, address), connected(address, **WAYS[way], lost_after=1.0) as port:
+        release = threading.Event()
+        server._leases.loop._do(lambda: release.wait(60))
+        large = Fresh(1, 1, 0, *_nothing(1 << 18))
+        began = time.monotonic()
+        try:
+            with pytest.raises(HolderLost, match=r"not read within|closed"):
+                list(map(port.send, [large] * 100))  # 800 MB
+        finally:
+            release.set()
+        assert time.monotonic() - began < 10
+        assert port.closed
+
+
+def test_a_reply_that_nobody_asked_for_means_lost():
+    """Replies without a question were sorted in for ever: they held the engine's thread, and its memory grew."""
+    with scripted() as (_, port, far):
+        far.send(codec.encode(Announced(1, 1, True, 1, ())))
+        with pytest.raises(HolderLost, match="sent a Announced that nobody has asked for"):
+            port.receive(5)
+
+
 def test_what_is_no_reply_means_lost():
     empty = Fresh(1, 1, 0, *_nothing())
     for frame, said in (([b"\1" * 30], "frame starts with"), (codec.encode(empty), "it sent a Fresh")):
@@ -104,10 +179,10 @@ def test_what_is_no_reply_means_lost():
                 port.receive(5)
 
 
-def _nothing():
+def _nothing(rows: int = 0):
     import torch
 
-    return torch.empty(0, 4), torch.empty(0, 4)
+    return torch.empty(rows, 4), torch.empty(rows, 4)
 
 
 def test_a_local_channel_that_cannot_be_reached_falls_back_to_grpc(tmp_path):

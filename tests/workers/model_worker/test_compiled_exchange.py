@@ -66,6 +66,7 @@ class Pair:
         near, far = sockets(self._transport)
         self.peers.append(Peer(far, Holder(self.model, self.routes[number]), bend))
         port = port_over(SocketChannel(near, False), CONFIG, "ab"[number])
+        port.due = 1  # another batch was asked about before
         self.ports.append(port)
         replies = Replies(port)
         for batch in (BATCH, NEXT, OTHER):

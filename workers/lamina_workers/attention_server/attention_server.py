@@ -22,17 +22,22 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lamina_protocols import control
-from lamina_protocols.channels import Credentials, is_loopback, split_address
+from lamina_protocols.channels import SECRET_SIZE, Credentials, is_loopback, split_address
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.frames import MAX_FRAME
 from lamina_protocols.messages import PROTOCOL_VERSION
-from lamina_protocols.service import MAX_MESSAGE, SERVICE, GrpcChannel
-from lamina_protocols.service_server import TokenInterceptor, handlers, server_credentials, server_options
+from lamina_protocols.service import MAX_MESSAGE, GrpcChannel
+from lamina_protocols.service_server import (
+    TokenInterceptor,
+    handlers,
+    health_handlers,
+    server_credentials,
+    server_options,
+)
 from lamina_protocols.socket_channel import SocketChannel
-from lamina_protocols.socket_connections import SECRET_SIZE, Listener, listen_tcp, listen_unix
+from lamina_protocols.socket_connections import LOCAL_FOLDER, LOCAL_SOCKET, Listener, listen_tcp, listen_unix
 from lamina_protocols.tensors import DTYPES
 from lamina_protocols.tls import server_context
 from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Leases
@@ -116,7 +121,6 @@ class AttentionServer:
         self._stopped = threading.Event()
         self._locals: dict[str, tuple[Listener, str]] = {}  # by session: its Unix socket, and the folder of that
         self._tcp: Listener | None = None
-        self._health = health.HealthServicer()
         self._grpc: grpc.Server | None = None
         self._threads = [
             threading.Thread(target=self._leases.loop.run, name="lamina-attention", daemon=True),
@@ -134,8 +138,9 @@ class AttentionServer:
             options=server_options(config.max_message),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
-        server.add_generic_rpc_handlers((handlers(self, config.max_message, config.max_frame),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        server.add_generic_rpc_handlers(
+            (handlers(self, config.max_message, config.max_frame), health_handlers(self)),
+        )
         try:
             port = self._bind(server)
             self._open_channels()
@@ -146,14 +151,12 @@ class AttentionServer:
         for thread in self._threads:
             thread.start()
         server.start()
-        self._set_health(True)
         host = f"[{config.host}]" if ":" in config.host else config.host
         return f"{host}:{port}"
 
     def stop(self, grace: float = 1.0) -> None:
         """Take no new session, wait up to `grace` seconds for the live ones, then end them and free everything."""
-        self._set_health(False)
-        self._leases.draining = True
+        self.drain()
         deadline = self._clock() + grace
         while self._leases.live() and self._clock() < deadline:
             time.sleep(0.02)
@@ -167,6 +170,10 @@ class AttentionServer:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+
+    def drain(self) -> None:
+        """Take no new session; the engine that is there sees it in the answer to its next heartbeat."""
+        self._leases.draining = True
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the server is stopped. Returns whether it is."""
@@ -210,13 +217,12 @@ class AttentionServer:
         self._leases.goodbye(goodbye)
         return control.Alive("ended")
 
-    def drain(self) -> control.WorkerStatus:
-        self._leases.draining = True
-        self._set_health(False)
-        return self.status()
-
     def status(self) -> control.WorkerStatus:
         return self._leases.status(control.package_version(), self._clock() - self._started_at)
+
+    @property
+    def serving(self) -> bool:
+        return not self._leases.draining
 
     def attach(self, session: str, channel: GrpcChannel) -> None:
         found = self._leases.session(session)
@@ -292,11 +298,11 @@ class AttentionServer:
     def _open_local(self, session: Session) -> str:
         """The path of a Unix socket for the session's data, in a folder of its own; "" where the system has none."""
         try:
-            folder = tempfile.mkdtemp(prefix="lamina-")  # mode 0700
+            folder = tempfile.mkdtemp(prefix=LOCAL_FOLDER)  # mode 0700
             if len(os.fsencode(folder)) > _MAX_PATH:
                 os.rmdir(folder)
-                folder = tempfile.mkdtemp(prefix="lamina-", dir="/tmp")
-            listening = listen_unix(path := os.path.join(folder, "data"))
+                folder = tempfile.mkdtemp(prefix=LOCAL_FOLDER, dir="/tmp")
+            listening = listen_unix(path := os.path.join(folder, LOCAL_SOCKET))
         except OSError as error:
             logger.warning("no local channel: %s", error)
             return ""
@@ -336,8 +342,3 @@ class AttentionServer:
                 self._close_local(session)
 
         return deliver
-
-    def _set_health(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
-            self._health.set(service, status)

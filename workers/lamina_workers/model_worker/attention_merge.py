@@ -170,6 +170,9 @@ class AttentionMerge:
         traffic = [self._traffic(staging, replies, spans, routed) for replies, routed in routes.items() if routed]
         # A holder here attends while it is sent to: the others are asked first, and attend meanwhile.
         traffic.sort(key=lambda holder: holder.here)
+        for holder in traffic:
+            if holder.replies.frames is not None:  # while it computes it reads nothing
+                holder.replies.frames.patience = max(holder.replies.frames.patience, holder.timeout)
         times = Times()
         exchange = LayerExchange(*ids, traffic, times)
         fused = {route.source for routed in routes.values() for route in routed if route.row.fused}

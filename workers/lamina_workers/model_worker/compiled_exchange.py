@@ -152,8 +152,13 @@ class CompiledExchange:
             elif result == blocks.TIMEOUT:
                 raise remote.port.overdue(remote.holder.timeout)
             elif result != blocks.INTERRUPTED:
-                remote.holder.replies.read(remote.holder.timeout)
+                remote.holder.replies.read(remote.left(self._asked))
         return self._answer
+
+    @property
+    def _asked(self) -> int:
+        """When the layer under way was asked for, by the clock of `monotonic_ns`; 0 where it was not yet."""
+        return int(self._block.asked) if self._block.begun else 0
 
     def _carry(self, remote: RemoteHolder, suspends: bool) -> Generator[Waiting, None, None]:
         """Send the frames that Python carries, or receive the one that is due."""
@@ -166,7 +171,7 @@ class CompiledExchange:
         if suspends and not replies.ready(self._batch):
             yield Waiting(replies, self._batch)
         if not replies.heard(self._batch):
-            remote.fetch()
+            remote.fetch(self._asked)
 
     def _collect(self) -> bool:
         """Take what has come, without waiting. Whether the batch can go on, be it with an error."""
@@ -191,7 +196,7 @@ class CompiledExchange:
             self._result = blocks.WAITING
             return 0
         for number, remote in enumerate(self._remotes):
-            if not remote.settle(self._batch, x.layer, bool(x.begun), bool(x.waits)):
+            if not remote.settle(self._batch, x.layer, self._asked, bool(x.waits)):
                 x.at = number
                 return blocks.WAITING
         try:
@@ -214,7 +219,7 @@ class CompiledExchange:
         """No more frames are expected. Counts what the batch took."""
         x, done = self._block, self._block.layer
         for remote in self._remotes:
-            remote.close()
+            remote.close(self._asked)
             if remote.queries:
                 remote.holder.replies.measured((remote.taken[:done] * 1e-9).tolist())
         for holder, work in self._here:

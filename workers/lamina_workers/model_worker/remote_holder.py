@@ -76,6 +76,7 @@ class RemoteHolder:
         for head in (self._sent.bytes, self._head.bytes):
             set_batch(head, *ids)
         self._block.timeout, self._block.live = int(holder.timeout * 1e9), 0
+        self.port.due += holder.reads  # one reply at a time, which compiled code may receive
         if holder.reads and self.direct is not None:
             self.direct.expect(ctypes.addressof(self._block), self.frame.bytes)
 
@@ -88,16 +89,22 @@ class RemoteHolder:
         block.sent = block.sent_size
         return rest
 
-    def settle(self, batch: int, layer: int, begun: bool, waits: bool) -> bool:
+    def left(self, asked: int) -> float:
+        """Seconds that the holder still has for its answer, since it was `asked` by the clock of `monotonic_ns`; 0 for
+        one that is not asked yet."""
+        return max(0.0, self.holder.timeout - (time.monotonic_ns() - asked) * 1e-9) if asked else self.holder.timeout
+
+    def settle(self, batch: int, layer: int, asked: int, waits: bool) -> bool:
         """Read what Python must read before compiled code can go on. False where that has not come yet, and this must
         not wait for it. Raises HolderFault, HolderLost."""
         replies = self.holder.replies
         while self.direct is not None and self.direct.channel.unsettled:
             if not (waits or replies.port.ready()):
                 return False
-            replies.read(self.holder.timeout)
-        if begun and not self._block.arrived and replies.heard(batch):
+            replies.read(self.left(asked))
+        if asked and not self._block.arrived and replies.heard(batch):
             reply = replies.take(Attended, batch, layer, self.holder.timeout)
+            self.port.due += 1  # of the next layer
             check_answer(replies.port.name, reply.out, tuple(self.out.shape), self.out.dtype)
             with torch.inference_mode():  # a suspended batch's answers are taken outside of its run
                 self.out.copy_(reply.out)
@@ -110,9 +117,9 @@ class RemoteHolder:
         """Send the frame that is ready. Raises HolderLost."""
         self.port.send_frame((self._sent.bytes,))
 
-    def fetch(self) -> None:
+    def fetch(self, asked: int) -> None:
         """Wait for a frame, and take it where it is the answer; else sort it in as a reply. Raises HolderLost."""
-        frame = self.port.receive_frame(self.holder.timeout)
+        frame = self.port.receive_frame(self.left(asked))
         block, head = self._block, self._head.bytes
         set_layer(head, block.layer)
         due = len(frame) == block.size and frame[: blocks.SAME + 4] == head[: blocks.SAME + 4]
@@ -122,7 +129,10 @@ class RemoteHolder:
         else:
             self.holder.replies.sort(self.port.reply_of(frame))
 
-    def close(self) -> None:
+    def close(self, asked: int) -> None:
+        """The batch is over, or given up with a layer that was `asked` for."""
+        if not asked or self._block.arrived:
+            self.port.due -= self.holder.reads
         if self.direct is not None:
             self.direct.forget(ctypes.addressof(self._block))
 

@@ -33,8 +33,9 @@ from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.model_worker.warmup import prepare_kernels
 from lamina_workers.parallel import collectives, peer_codec, peer_messages
+from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
-from lamina_workers.ports.remote import ChannelOptions, RemoteAttention, SeatOptions, connect
+from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
 
 _Run = Generator[Waiting, None, None]
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lamina_protocols import control
-from lamina_protocols.channels import Channel, ChannelClosed, Credentials
+from lamina_protocols.channels import SECRET_SIZE, Channel, ChannelClosed, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
-from lamina_protocols.socket_connections import SECRET_SIZE, Listener, listen_tcp, listen_unix
+from lamina_protocols.socket_connections import Listener, listen_tcp, listen_unix
 from lamina_protocols.tls import server_context
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.parallel import peer_codec, peer_messages

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from lamina_kernels.cpu.layer_work import LayerWork
@@ -37,6 +38,7 @@ from lamina_workers.ports.timing import Exchanges, Link
 if TYPE_CHECKING:
     import torch
 
+_MOST_PARTS = 1 << 18  # of an answered survey
 _FAILURES = 64  # batches with a failure that is not reported yet
 
 R = TypeVar("R", Announced, Attended, Fetched, FetchedPages, Surveyed)
@@ -105,12 +107,23 @@ def survey(port: AttentionPort, timeout: float | None = None, past: int = 0) -> 
         reply = port.receive(timeout)
         if isinstance(reply, Fault):
             raise HolderFault(f"{port.name}: {reply.reason}")
-        if not isinstance(reply, Surveyed) or (reply.more and not reply.parts):
+        if not isinstance(reply, Surveyed) or not _stands(reply, parts):
             port.close()
-            raise HolderLost(f"{port.name}: a survey was asked for, got {type(reply).__name__}")
+            raise HolderLost(f"{port.name}: a survey was asked for, got {reply!r:.200}")
         parts += reply.parts
         if not reply.more:
             return dataclasses.replace(reply, parts=parts)
+
+
+def _stands(reply: Surveyed, before: tuple[PartHeld, ...]) -> bool:
+    """Whether an answer can come after the parts `before`, so that the answers have an end."""
+    handles = [part.handle for part in (*before[-1:], *reply.parts)]
+    return (
+        all(one < other for one, other in pairwise(handles))
+        and all(part.lo <= part.held <= part.hi for part in reply.parts)
+        and (bool(reply.parts) or not reply.more)
+        and len(before) + len(reply.parts) <= _MOST_PARTS
+    )
 
 
 @runtime_checkable
@@ -123,7 +136,14 @@ class InProcess(Protocol):
 
 @runtime_checkable
 class FramePort(Protocol):
-    """A port that layers' frames pass as they are."""
+    """A port that layers' frames pass as they are.
+
+    `due`: the replies that may come, of which whoever lets frames pass counts its own. `patience`: seconds that the
+    holder may take to read a frame.
+    """
+
+    due: int
+    patience: float
 
     @property
     def direct(self) -> DirectChannel | None:
@@ -246,9 +266,10 @@ class Replies:
 
         Raises HolderFault for a fault, HolderLost where the port is gone or gives any other reply.
         """
-        replies = self._waiting[batch]
+        replies, since, left = self._waiting[batch], time.monotonic(), timeout
         while not replies:
-            self.sort(self.port.receive(timeout))
+            self.sort(self.port.receive(left))
+            left = None if timeout is None else max(0.0, since + timeout - time.monotonic())
         reply = replies.popleft()
         if kind is Announced and self.unheard:
             reason, self.unheard = self.unheard, ""

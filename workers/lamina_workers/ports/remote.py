@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamina_protocols import codec, control
-from lamina_protocols.channels import Channel, ChannelClosed, Credentials, is_loopback, split_address
+from lamina_protocols.channels import Channel, ChannelClosed, split_address
 from lamina_protocols.control import FAREWELL
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import (
@@ -28,17 +28,19 @@ from lamina_protocols.messages import (
     Reply,
     Request,
     Surveyed,
+    answered,
 )
-from lamina_protocols.service import WorkerBusy, WorkerClient, WorkerRefused
-from lamina_protocols.socket_connections import connect_tcp, connect_unix
-from lamina_protocols.tls import client_context
+from lamina_protocols.service import WorkerBusy, WorkerClient
 from lamina_workers.errors import HolderLost
+from lamina_workers.ports.data_channel import ChannelOptions, open_channel
 from lamina_workers.ports.direct import DirectChannel, direct_channel
 
 logger = logging.getLogger("lamina")
 
 _BUSY_PAUSE = 0.1  # seconds
 _GOODBYE_S = 2.0
+_BEAT_S = 0.05, 5.0  # between two heartbeats: the least, the most
+_USUAL = ChannelOptions()
 _REPLIES = (Announced, Attended, Fetched, FetchedPages, Surveyed, Fault)
 
 
@@ -56,35 +58,15 @@ class SeatOptions:
     linger: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelOptions:
-    """The way to a worker, in seconds where it is time.
-
-    `local_channel`: a Unix socket where both ends share a host. `data_channel`: "grpc" or "tcp". `checksum`: on each
-    frame; None: where nothing else vouches for frames, which is on the way to another host without TLS. `timeout`
-    bounds each step of the handshake (a worker that has never run compiles its kernels first). Without an answer to
-    heartbeats for `lost_after` seconds the port is lost.
-    """
-
-    credentials: Credentials | None = None
-    local_channel: bool = True
-    data_channel: str = "grpc"
-    checksum: bool | None = None
-    timeout: float = 30.0
-    lost_after: float = 10.0
-
-    @property
-    def shown(self) -> Credentials:
-        """The credentials, empty where there are none."""
-        return self.credentials or Credentials()
-
-
 class RemoteAttention:
     """An `AttentionPort` over a channel. Made by `connect`; once lost or closed it stays so.
 
     `capacity` is the KV memory of its seat in bytes, `channel_kind` "local", "tcp" or "grpc", `page_layout` the
     name of its pages' layout. `resumed`: the seat was there already and keeps its KV, which `port.survey` lists. One
     thread sends and receives; `close` may come from any.
+
+    Whatever the worker does costs this port alone: it is lost where the worker does not read a frame in `patience`
+    seconds, sends what is no reply, or one more reply than is `due`.
     """
 
     def __init__(
@@ -106,16 +88,19 @@ class RemoteAttention:
         self.channel_kind = channel_kind
         self._client = client
         self._session = hello.session
-        self._goodbye = control.Goodbye(hello.engine, hello.seat, hello.session) if hello.linger else None
+        self._goodbye = control.Goodbye(hello.engine, hello.seat, hello.session)
         self._channel = channel
         self._direct = direct_channel(channel)
         self._lost = ""  # why
         self._lost_after = lost_after
+        self.patience = lost_after
+        self.due = 0
         self._closed = threading.Event()
         self._draining = False
-        self._heart = threading.Thread(
-            target=self._beat, args=(min(welcome.lease / 6, 5.0),), name="lamina-heartbeat", daemon=True
-        )
+        self._lock = threading.Lock()
+        self._parting: threading.Thread | None = None
+        interval = max(_BEAT_S[0], min(welcome.lease / 6, _BEAT_S[1]))
+        self._heart = threading.Thread(target=self._beat, args=(interval,), name="lamina-heartbeat", daemon=True)
         self._heart.start()
 
     @property
@@ -142,6 +127,7 @@ class RemoteAttention:
         return self._draining
 
     def send(self, request: Request) -> None:
+        self.due += answered(request)
         self.send_frame(codec.encode(request))
 
     def receive(self, timeout: float | None = None) -> Reply:
@@ -149,8 +135,12 @@ class RemoteAttention:
 
     def send_frame(self, frame: Sequence[bytes | memoryview]) -> None:
         try:
-            self._channel.send(frame)
-        except ChannelClosed as error:
+            self._channel.send(frame, self.patience)
+        except (
+            ChannelClosed,
+            ProtocolError,
+            TimeoutError,
+        ) as error:  # ProtocolError: more than the worker says it takes
             raise self._gone(str(error)) from error
 
     def receive_frame(self, timeout: float | None = None) -> memoryview:
@@ -170,6 +160,9 @@ class RemoteAttention:
             raise self._gone(f"it sent a {type(reply).__name__}")
         if isinstance(reply, Fault) and (reply.epoch, reply.batch) == FAREWELL:
             raise self._gone(f"it ended the session: {reply.reason}")
+        self.due -= 1
+        if self.due < 0:
+            raise self._gone(f"it sent a {type(reply).__name__} that nobody has asked for")
         return reply
 
     def ready(self) -> bool:
@@ -182,32 +175,46 @@ class RemoteAttention:
     def flush(self) -> None:
         try:
             if not self._channel.flush():
-                self._channel.send(())
-        except ChannelClosed as error:
+                self._channel.send((), self.patience)
+        except (ChannelClosed, TimeoutError) as error:
             raise self._gone(str(error)) from error
 
     def overdue(self, timeout: float) -> HolderLost:
-        return self._gone(f"no reply within {timeout:g} seconds")
+        return self._gone(f"no reply within {timeout:.1f} seconds")
 
     def close(self) -> None:
         """End the session in order: with the seat's last channel the worker frees its KV, even where it would have
-        kept it for a lost engine. A `receive` that waits raises HolderLost."""
-        goodbye, self._goodbye = self._goodbye, None
-        if goodbye is not None:
-            with contextlib.suppress(LaminaError):  # a worker that does not hear it keeps the KV a while
-                self._client.goodbye(goodbye, _GOODBYE_S)
+        kept it for a lost engine. A `receive` that waits raises HolderLost. Waits for nobody: a thread says goodbye,
+        and `parted` waits for that."""
         self._end("closed on this side")
+        with self._lock:
+            if self._parting is not None:
+                return
+            self._parting = threading.Thread(target=self._part, name="lamina-closing")
+            try:
+                self._parting.start()
+                return
+            except RuntimeError:  # when Python ends there are no new threads, in some versions
+                pass
+        self._part()
+
+    def parted(self) -> None:
+        """Wait until a closed port has said goodbye, for some seconds at most."""
+        parting = self._parting
+        if parting is not None and parting.ident is not None:
+            parting.join()
+
+    def _part(self) -> None:
+        try:
+            self._client.goodbye(self._goodbye, _GOODBYE_S)
+        except LaminaError as error:  # a worker that does not hear it keeps the KV a while
+            logger.debug("attention worker %s: %s", self.name, error)
         self._client.close()  # so that a heartbeat without an answer is not waited for
-        if self._heart is not threading.current_thread():
-            self._heart.join()
+        self._heart.join()
 
     def status(self, timeout: float = 5.0) -> control.WorkerStatus:
         """Raises WorkerUnreachable or WorkerRefused."""
         return self._client.status(timeout)
-
-    def drain(self, timeout: float = 5.0) -> control.WorkerStatus:
-        """Let the worker take no new session. Raises as `status` does."""
-        return self._client.drain(timeout)
 
     def _gone(self, reason: str) -> HolderLost:
         self._end(reason)
@@ -243,7 +250,7 @@ def connect(
     compute_dtype: str,
     model: str,
     seat: SeatOptions = SeatOptions(),
-    channel: ChannelOptions = ChannelOptions(),
+    channel: ChannelOptions = _USUAL,
 ) -> RemoteAttention:
     """Open a channel to a seat at the worker that listens at `address`.
 
@@ -255,24 +262,36 @@ def connect(
     `holder` describes the KV; its `kv_memory` does not count, a worker has its own. `model` is the model's fingerprint.
     Raises WorkerUnreachable where nothing answers, WorkerRefused where the worker does not want this session.
     """
+    split_address(address)
     session = secrets.token_hex(16)
     hello = control.Hello(
         PROTOCOL_VERSION, control.package_version(), session, model, compute_dtype, holder.dtype, holder.page_size,
         holder.layers, channel.local_channel, channel.data_channel,
         secrets.token_hex(16) if seat.engine is None else seat.engine, seat.seat, seat.seat_share, seat.linger,
     )  # fmt: skip
-    checksum = channel.checksum
-    if checksum is None:
-        checksum = not channel.shown.ca and not is_loopback(split_address(address)[0])
     client = WorkerClient(address, channel.shown)
     try:
         welcome = _greet(client, hello, channel.timeout)
-        opened, kind = _open_channel(client, welcome, session, channel, checksum)
+        opened, kind = _opened(client, hello, welcome, channel)
     except BaseException:
         client.close()
         raise
-    logger.info("attention worker %s at %s (%s): data over %s", name, address, welcome.name, kind)
+    logger.info("attention worker %s at %s (%.80s): data over %s", name, address, welcome.name, kind)
     return RemoteAttention(name, client, hello, welcome, opened, kind, channel.lost_after)
+
+
+def _opened(
+    client: WorkerClient, hello: control.Hello, welcome: control.Welcome, channel: ChannelOptions
+) -> tuple[Channel, str]:
+    """The data channel of the session and its kind. Where none can be opened the session ends, so that it does not keep
+    others away; a seat that was there before is kept."""
+    try:
+        return open_channel(client, welcome, hello.session, channel)
+    except LaminaError:
+        if not welcome.resumed:
+            with contextlib.suppress(LaminaError):
+                client.goodbye(control.Goodbye(hello.engine, hello.seat, hello.session), _GOODBYE_S)
+        raise
 
 
 def _greet(client: WorkerClient, hello: control.Hello, timeout: float) -> control.Welcome:
@@ -285,26 +304,3 @@ def _greet(client: WorkerClient, hello: control.Hello, timeout: float) -> contro
             if time.monotonic() + _BUSY_PAUSE > deadline:
                 raise
         time.sleep(_BUSY_PAUSE)
-
-
-def _open_channel(
-    client: WorkerClient, welcome: control.Welcome, session: str, options: ChannelOptions, checksum: bool
-) -> tuple[Channel, str]:
-    timeout = options.timeout
-    if welcome.local is not None:
-        try:
-            return connect_unix(welcome.local.path, welcome.local.secret, timeout, welcome.max_frame), "local"
-        except ChannelClosed as error:  # another host, or a container of its own
-            logger.debug("%s", error)
-    if options.data_channel != "tcp":
-        return client.stream(session, welcome.max_frame, checksum), "grpc"
-    if welcome.tcp is None:
-        raise WorkerRefused(f"the worker at {client.address} offers no TCP data channel")
-    host, _ = split_address(client.address)
-    tls = client_context(options.shown) if options.shown.ca else None
-    try:
-        offer = welcome.tcp
-        channel = connect_tcp(host, offer.port, offer.secret, timeout, tls, welcome.max_frame, checksum)
-    except ChannelClosed as error:
-        raise WorkerRefused(f"the worker at {client.address}: {error}") from error
-    return channel, "tcp"
