@@ -15,11 +15,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol, TypeVar
 
-import grpc
-
 from lamina_protocols import control
 from lamina_protocols.channels import Credentials
 from lamina_protocols.errors import LaminaError
+from lamina_protocols.grpc_core import grpc
 from lamina_protocols.service import (
     CHECKSUM_KEY,
     KEEPALIVE_MS,

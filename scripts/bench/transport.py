@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import torch
 
 from lamina.system.machine import this_machine
 from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.frames import Prefix, pack_prefix, read_prefix
+from lamina_protocols.grpc_core import grpc
 from lamina_protocols.messages import Attended, Fresh, Query
 from lamina_protocols.service import GrpcChannel, WorkerClient
 from lamina_protocols.service_server import handlers, server_options

@@ -21,12 +21,11 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-import grpc
-
 from lamina_protocols import control
 from lamina_protocols.channels import SECRET_SIZE, Credentials, is_loopback, split_address
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.frames import MAX_FRAME
+from lamina_protocols.grpc_core import grpc
 from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.service import MAX_MESSAGE, GrpcChannel
 from lamina_protocols.service_server import (
