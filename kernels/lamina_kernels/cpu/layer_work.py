@@ -25,8 +25,8 @@ from lamina_kernels.cpu.moves import APPEND, append_kernel
 from lamina_kernels.paged.pages import FLOATS, Pages
 
 # Addresses of functions that compiled code calls, in this order.
-NAMES = (PARALLEL, "poll", "recv", "send", "__errno_location", "clock_gettime", "memcpy")
-_PARALLEL, POLL, RECEIVE, SEND, ERRNO, CLOCK, COPY = range(len(NAMES))
+NAMES = (PARALLEL, "poll", "recv", "send", "__errno_location", "clock_gettime", "memcpy", "usleep")
+_PARALLEL, POLL, RECEIVE, SEND, ERRNO, CLOCK, COPY, _SLEEP = range(len(NAMES))
 
 WORK = np.dtype(
     [
@@ -45,6 +45,7 @@ WORK = np.dtype(
         ("scales", "i8"),  # addresses of float64 [layers]
         ("soft_caps", "i8"),
         ("out_dtype", "i8"),
+        ("delay", "i8"),  # microseconds of sleep after each attention
     ]
 )
 _Work = block_type(WORK)
@@ -164,3 +165,5 @@ def attend(w: Any, layer: int, q: int, out: int, lse: int) -> None:
     a.scale = carray(pointer(w.scales), (w.layers,), np.float64)[layer]
     a.soft_cap = carray(pointer(w.soft_caps), (w.layers,), np.float64)[layer]
     run_shares(w.functions, w.kernel, plan, a.shares)
+    if w.delay:
+        call(function(w.functions, _SLEEP), w.delay, 0, 0, 0, 0, 0)

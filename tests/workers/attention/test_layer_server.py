@@ -323,7 +323,22 @@ def test_an_engine_is_answered_as_by_python(talk: str, transport: str) -> None:
     assert compiled == python
 
 
-def test_layers_are_answered_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", EXCHANGES)
+def test_a_slowed_worker_sleeps_for_what_each_layer_reads(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, sleep = sum(LENGTHS.values()) + len(LENGTHS), 0.02
+    monkeypatch.setattr(AttentionWorker, "read_delay", sleep / read * 1e6)
+    with exchanged(way), served(HELD) as worker:
+        talk = Talk(worker)
+        talk.say(*opened(), decode())
+        for number in (0, 1):
+            talk.lines[0].tell(frame(layer(number)))
+            assert talk.lines[0].hear().seconds >= sleep
+        talk.close()
+
+
+@pytest.mark.parametrize("delay", [0.0, 100.0])
+def test_layers_are_answered_without_python(delay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AttentionWorker, "read_delay", delay)
     seen: list[type] = []
     handle = AttentionWorker.handle
 

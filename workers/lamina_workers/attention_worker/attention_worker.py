@@ -127,9 +127,9 @@ class AttentionWorker:
 
     def layer_work(self, number: int) -> LayerWork | None:
         """The work of a batch in flight for compiled callers, which `worked` counts; None where it needs Python: other
-        kernels, choosers, means, sketches to be made, a delay."""
+        kernels, choosers, means, sketches to be made."""
         batch = self._batches.get(number)
-        if batch is None or batch.sealed is not None or batch.delay or (batch.stores and batch.places is None):
+        if batch is None or batch.sealed is not None or (batch.stores and batch.places is None):
             return None
         # Batches of a series have plans with the same blocks, so they have the same work.
         blocks = [None if reading.plan is None else id(reading.plan.arguments) for reading in batch.readings.values()]
@@ -140,6 +140,8 @@ class AttentionWorker:
             if work is not None:
                 kept = list(self._works.items())[1 - _WORKS :]  # what they are made of stays, so no address comes again
                 self._works = {**dict(kept), key: work}
+        if work is not None:
+            work.block.delay = round(batch.delay * 1e6)
         return work
 
     def worked(self, number: int, layers: range, work: LayerWork) -> None:
