@@ -36,6 +36,7 @@ STRIPS = BLOCK // 16  # at most, of a block
 FEW = 4  # query vectors that are few
 WIDE = 64  # channels that `accumulate` passes over at once, for few query vectors
 KICK = 256  # bytes of a page that set the hardware's prefetcher going
+FETCHES_NEAR = emitter.fetches_near()
 
 # What the kernels are called with. Sizes in bytes; scratch addresses are those of share 0.
 SCRATCH = ("panel", "scales", "logits", "sums", "totals", "peaks", "decays", "tails", "lists", "slots", "gathered")
@@ -276,12 +277,13 @@ def _block(kind: int, a: Any, piece: Any, begin: int, width: int) -> int:
     """How many keys from slot `begin` on to take at once.
 
     A page alone where the next one follows it in memory and one pass reads each of its bytes in order: then the
-    hardware fetches better than we do. For few query vectors half a block, so that prefetches come in smaller bursts.
+    hardware fetches better than we do, but on CPUs with FETCHES_NEAR. For few query vectors half a block, so that
+    prefetches come in smaller bursts.
     """
     if piece.rows > FEW:
         return BLOCK
     in_order = kind != Kind.INT8 and width == a.page_size and a.d_v <= WIDE and not piece.listed
-    if in_order and begin + width < piece.hi:
+    if not FETCHES_NEAR and in_order and begin + width < piece.hi:
         page, _ = _locate(a, piece, begin)
         following, _ = _locate(a, piece, begin + width)
         if following - page == a.page_bytes:

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lamina_kernels.cpu.emitter import F32, I32, I64, LANES, VF, VH, VI, VS, VY, Emitter, Kind, Value
+from lamina_kernels.cpu.emitter import F32, I32, I64, LANES, VF, VH, VI, VS, VY, Emitter, Kind, Value, fetches_near
 from lamina_kernels.cpu.intrinsics import LOG2E, Address, literals, signature_of, to_half, unpack
 
 TILE = 8  # query vectors computed together: 8 x 2 registers of logits
@@ -100,7 +100,7 @@ def dot(context: Any, kind: Any, unit: Any, operands: Any) -> Any:
         def tile(count: int) -> None:
             def step(i: Value, q: Value, k: Value, far: Value, *sums: Value) -> list[Value]:
                 for line in range(0, size * width, 64):
-                    e.fetch(e.at(far, line))
+                    e.fetch(e.at(far, line), fetches_near())
                 stored = [e.at(k, size * u) for u in range(width)]
                 new = e.multiply_stored(code, stored, [e.at(q, 4 * words * r) for r in range(count)], sums)
                 return [e.at(q, 4 * words * TILE), e.at(k, o.stride), e.at(far, o.stride), *new]
@@ -352,7 +352,7 @@ class _Accumulation:
 
         def step(i: Value, w: Value, v: Value, far: Value, *totals: Value) -> list[Value]:
             for line in range(0, size * chunks, 64):
-                e.fetch(e.at(far, line))
+                e.fetch(e.at(far, line), fetches_near())
             stored, new = [e.at(v, size * c) for c in range(chunks)], []
             for half in range(len(totals) // sums):
                 factors = [e.at(w, ROW * r + 4 * half) for r in range(count)]
