@@ -155,6 +155,16 @@ def test_a_killed_engine_is_told_and_comes_back() -> None:
         assert 'lamina:engine_restarts_total{engine="0",model_name="smollm2-135m"} 1.0' in server.get("/metrics")[1]
 
 
+def test_health_is_503_while_no_attention_worker_is_left() -> None:
+    """It said 200 while every request waited for a worker."""
+    with serving(*ENGINE, "--attention-workers", "1", "--local-share", "0") as server:
+        assert server.get("/health")[0] == 200
+        os.kill(server.attention_workers[0], signal.SIGKILL)
+        until(lambda: "engine_halted" in str(server.get("/health")), server.log)  # another one takes seconds to start
+        until(lambda: server.get("/health")[0] == 200, server.log)
+        assert server.post("/v1/completions", prompt="One", max_tokens=2)[0] == 200
+
+
 @pytest.mark.parametrize(
     ("workers", "number"),
     [

@@ -44,11 +44,12 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": said[5:]})
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
+@contextlib.contextmanager
+def listening(most: int | None = None) -> Iterator[int]:
+    """A server, with so many connections at most; gives its port."""
     config = uvicorn.Config(
         echo, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
-        timeout_keep_alive=KEEP_ALIVE,
+        timeout_keep_alive=KEEP_ALIVE, limit_concurrency=most,
     )  # fmt: skip
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -59,6 +60,12 @@ def port() -> Iterator[int]:
         yield sock.getsockname()[1]
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with listening() as port:
+        yield port
 
 
 class Talk:
@@ -279,6 +286,21 @@ def test_an_answer_under_way_is_whole_where_the_next_request_is_refused(port: in
         status, said = talk.hear()
         assert (status, said["body"]) == (200, BODY.decode())
         assert talk.closed
+
+
+def test_answers_under_way_are_not_cut_off_for_other_connections() -> None:
+    """There was no bound on connections but that of open files."""
+    with listening(most=2) as port, Talk(port) as one, Talk(port) as two:
+        for talk in (one, two):
+            talk.send(HEAD + b"slow: 2\r\n\r\n" + BODY)
+        time.sleep(0.5)
+        with Talk(port) as third:
+            status, said = third.hear()
+            assert (status, said["error"]["code"]) == (503, "too_many_connections")
+        assert [talk.hear()[0] for talk in (one, two)] == [200, 200]
+        with Talk(port) as fourth:  # one of the idle ones makes room
+            fourth.send(HEAD + b"\r\n" + BODY)
+            assert fourth.hear()[0] == 200
 
 
 def test_what_is_no_http_is_told_so(port: int) -> None:

@@ -56,7 +56,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         if self._most is not None and len(self.connections) > self._most and not self._make_room():
-            self._refuse(ApiError(503, f"{self._most} connections are open, which are allowed"))
+            self._refuse(ApiError(503, f"all {self._most} connections are taken", code="too_many_connections"))
             return
         self._arm(HEAD_TIMEOUT)
 
