@@ -131,16 +131,19 @@ def check_media_type(content_type: str) -> None:
 
 
 def parse_object(body: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object in a body. Raises ApiError for anything but plain JSON within the limits."""
-    if not body.strip():
+    """The JSON object in a body; a bytearray is empty afterwards. Raises ApiError for all but plain JSON within the
+    limits."""
+    if not body or body.isspace():
         raise ApiError(400, "the body is empty; a JSON object is needed")
     if body.startswith(b"\xef\xbb\xbf"):
         raise ApiError(400, "the body begins with a byte order mark; JSON in UTF-8 without one is needed")
+    _check_structure(body)
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is no UTF-8 at byte {error.start}; JSON in UTF-8 is needed") from None
-    _check_structure(body)
+    if isinstance(body, bytearray):
+        body.clear()  # it may have megabytes, and `text` has them too
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_number)
     except json.JSONDecodeError as error:
@@ -161,7 +164,7 @@ def _check_structure(body: bytes | bytearray) -> None:
         return
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH and body.count(b",") <= MAX_VALUES:
         return
-    bare = bytes(body.replace(b"\\\\", b"").replace(b'\\"', b""))
+    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body
     if bare.count(b'"') > 2 * MAX_STRINGS:
         raise ApiError(400, f"the body has more than {MAX_STRINGS} strings, which are allowed")
     bare = _without_strings(bare)
@@ -179,7 +182,7 @@ def _check_structure(body: bytes | bytearray) -> None:
             raise _too_deep()
 
 
-def _without_strings(text: bytes) -> bytes:
+def _without_strings(text: bytes | bytearray) -> bytes:
     """JSON without its strings; `text` has no escapes. Piece by piece: `re` keeps all that is between two matches."""
     kept, begin = bytearray(), 0
     while begin < len(text):

@@ -10,6 +10,7 @@ sent       ["serving"]   ["connected"]   ["failed", kind, why]
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import resource
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -40,6 +41,8 @@ logger = logging.getLogger("lamina")
 KEEP_ALIVE = 75  # seconds for which an idle connection stays open, nginx's default
 _CONNECTIONS = 2048  # the most, or twice `max_requests` where that is more; each takes up to MAX_HEAD
 _OTHER_FILES = 64  # that the process may have open beside connections
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LARGE_BLOCK = 1 << 18  # bytes from which malloc gives a freed block back to the system
 _NICE = 5  # the engine's threads compute in step, so a core taken from one stops all; work here is short
 _REST = 0.5  # the least seconds for which /health says "draining"
 
@@ -47,6 +50,8 @@ _REST = 0.5  # the least seconds for which /health says "draining"
 def main() -> int:
     """The exit status: 0 once it has drained, or the supervisor is gone; 1 where it cannot serve."""
     os.nice(_NICE)
+    with suppress(AttributeError):  # glibc's. By default it keeps blocks of up to 32 MB once one of them was freed
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
     supervisor, messages = begin("http")
     first = next(messages, None)
     if first is None:
