@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data_channel": DATA_CHANNELS,
 }  # fmt: skip
 _SECONDS = (("worker_timeout", 0.1, 86400), ("recovery_timeout", 0.1, 86400), ("worker_linger", 0, 3600))
+_UNMEASURED: dict[str, Any] = {"lanes": 1, "query_first": "never", "local_share": 0}  # instead of "auto"
 MAX_WORKERS = 1024
 MAX_LANES = 8
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -63,6 +64,10 @@ class EngineConfig:
     """CPU threads of one step; None: one for each core."""
     prefix_cache: bool = True
     """Keep the KV of prompts and answers, so that shared prefixes are computed once."""
+    deterministic: bool = False
+    """The same request, alone in the engine, gets the same text whatever ran before it, in bfloat16 too. Then prompts
+    are computed each time (no prefix cache), and what is "auto" is not measured: one lane, q, k and v together, and no
+    KV in the engine's process beside attention workers."""
     policy: str | Path | None = None
     """What each KV head reads and keeps: None or "full" for everything, "auto" for the keys that matter, another policy
     for all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
@@ -134,13 +139,18 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed is an integer from 1 to {high}, or None")
-        for name in ("prefix_cache", "compile", "local_channel", "insecure"):
+        for name in ("prefix_cache", "deterministic", "compile", "local_channel", "insecure"):
             if type(getattr(self, name)) is not bool:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r:.80}; allowed is True or False")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, Mapping):
             raise InvalidRequest(f"rope_scaling is {self.rope_scaling!r:.80}; allowed is a mapping as in config.json")
         if self.kv_memory is not None:
             object.__setattr__(self, "kv_memory", parse_size("kv_memory", self.kv_memory))
+        if self.deterministic:
+            object.__setattr__(self, "prefix_cache", False)
+            for name, fixed in _UNMEASURED.items():
+                if getattr(self, name) == "auto":
+                    object.__setattr__(self, name, fixed)
 
     @property
     def ranks(self) -> int:

@@ -96,7 +96,9 @@ class SamplingOptions:
     repetition_penalty: Annotated[float | None, _number_option("Above 1 makes tokens seen before less likely.")] = None
     presence_penalty: Annotated[float | None, _number_option("-2 to 2, once for any token used.")] = None
     frequency_penalty: Annotated[float | None, _number_option("-2 to 2, for each time a token was used.")] = None
-    seed: Annotated[int | None, _integer_option("The same seed gives the same text.")] = None
+    seed: Annotated[
+        int | None, _integer_option("The same seed gives the same text, up to rounding: see --deterministic.")
+    ] = None
     stop: Annotated[
         list[str] | None, typer.Option(help="End where this appears. Repeatable.", rich_help_panel="Sampling")
     ] = None
@@ -129,6 +131,10 @@ class EngineOptions:
         str | None, _engine_option("Memory for the KV cache of each holder: bytes, or such as 2GiB.")
     ] = None
     kv_dtype: Annotated[str | None, _engine_option("Of the KV cache: float32, bfloat16, float16, int8 or auto.")] = None
+    deterministic: Annotated[
+        bool | None,
+        _engine_option("One text for a request that runs alone, in bfloat16 too; computes shared prefixes each time."),
+    ] = None
     policy: Annotated[
         str | None, _engine_option("What each KV head reads and keeps: full, auto, a policy, or a .toml file.")
     ] = None

@@ -82,6 +82,17 @@ def test_split_heads(
         assert bool(((x.double() - y).abs() <= (2**-7 if dtype is torch.bfloat16 else 2e-6) * scale).all())
 
 
+@dtypes
+def test_a_rotation_rounds_as_torch_does(dtype: torch.dtype) -> None:
+    """The compiler joined one of the two products with the sum, and not the same one in each process: freshly compiled
+    kernels gave another greedy text than those of the cache."""
+    heads, kv_heads, d, rows = 9, 3, 64, 200
+    qkv, angles = random(rows, (heads + 2 * kv_heads) * d, dtype=dtype), random(rows, d // 2, dtype=torch.float32)
+    q, k, _ = split_heads(qkv, heads, kv_heads, (angles.cos(), angles.sin()))
+    vectors = qkv.view(rows, heads + 2 * kv_heads, d)
+    assert torch.equal(torch.cat((q, k), 1), rotate(vectors[:, : heads + kv_heads], angles.cos(), angles.sin()))
+
+
 def test_rotate_keeps_lengths_and_turns_by_the_angle() -> None:
     x = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]])  # pairs (1, 0) and (0, 2)
     angle = torch.tensor([[0.3, 0.7]])

@@ -30,6 +30,7 @@ from lamina_kernels.paged import pages
         ("device", "tpu", "cpu"),
         ("threads", 0, "from 1 to 1024"),
         ("compile", 1, "True or False"),
+        ("deterministic", "yes", "True or False"),
         ("rope_scaling", "yarn", "a mapping"),
         ("kv_memory", "2 parsecs", "1 byte to 1 PiB"),
         ("model_workers", 0, "1 to 1024"),
@@ -56,3 +57,9 @@ def test_kv_can_be_kept_in_the_dtypes_that_kernels_have() -> None:
 @pytest.mark.parametrize(("text", "size"), [(7, 7), ("500 MB", 500 * 10**6), ("2GiB", 2**31), (" 1.5kib ", 1536)])
 def test_sizes_are_bytes_or_text_with_a_unit(text: Any, size: int) -> None:
     assert parse_size("kv_memory", text) == size
+
+
+def test_deterministic_leaves_nothing_to_measuring_and_keeps_what_was_given() -> None:
+    config = EngineConfig(deterministic=True, attention_workers=2)
+    assert (config.prefix_cache, config.lanes, config.query_first, config.local_share) == (False, 1, "never", 0)
+    assert EngineConfig(deterministic=True, attention_workers=2, lanes=2, local_share=0.5).lanes == 2

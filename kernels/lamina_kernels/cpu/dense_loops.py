@@ -46,7 +46,8 @@ _ROUND_BY_ADDING = np.float32(1.5 * 2**23)  # leaves a float32 no bits for a fra
 logger = logging.getLogger("lamina")
 
 # Kernels are generic over the numbers in memory, told apart by a tag: a uint16 holds bfloat16's bits.
-# fastmath: "contract" joins a product and a sum, "reassoc" lets a sum of squares run in several lanes.
+# fastmath: "contract" joins a product and a sum, "reassoc" lets a sum of squares run in several lanes. Not where two
+# products are added: the compiler may join either, and does not choose the same one each time.
 # error_model: without it each division is a branch, and the loop around it is not vectorised.
 
 
@@ -133,7 +134,7 @@ def _norm_row(a: Any, row: int, tag: Any) -> None:
     _norm(source, a.weight, a.out + at, a.width, a.eps, tag)
 
 
-@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(fastmath={"nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _split_row(a: Any, row: int, tag: Any) -> None:
     """x `[rows, heads + 2 * kv_heads, width]` to q at out, k at second and v at third; q and k normed and rotated."""
     vector, pairs = a.width * a.size, a.width // 2

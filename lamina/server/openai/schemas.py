@@ -143,7 +143,9 @@ class GenerationRequest(Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: LogitBias = Field(None, description="Token id to what is added to its logit, -100 to 100.")
-    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1, description="The same seed gives the same text.")
+    seed: int | None = Field(
+        None, ge=-(2**63), le=2**64 - 1, description="The same seed gives the same text, up to rounding."
+    )
     n: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Choices for each prompt.")
     max_tokens: int | None = Field(
         None,

@@ -25,8 +25,9 @@ class PagePool:
         self.shares = 0
         self._undo = undo
         self._references = np.zeros(n_pages, np.int32)
-        self._stack = np.arange(n_pages - 1, -1, -1, dtype=np.int32)  # of free pages: the page freed last is warm
+        self._stack = _in_order(n_pages)  # of free pages: the page freed last is warm
         self._free = n_pages
+        self._mixed = False  # whether pages have come back to the stack
 
     @property
     def free(self) -> int:
@@ -39,7 +40,13 @@ class PagePool:
         return several
 
     def take(self, n: int) -> Int32:
-        """`n` pages, int32 `[n]`; there must be as many free. Two takes give the pages that one take of both gives."""
+        """`n` pages, int32 `[n]`; there must be as many free. Two takes give the pages that one take of both gives.
+
+        A pool that nobody uses gives the pages of a new one. Where pages lie decides how kernels group their sums, so
+        an idle engine computes a request as it did the first time.
+        """
+        if self._mixed and self._free == self.n_pages:
+            self._reorder()
         pages = self._stack[self._free - n : self._free][::-1].copy()
 
         def undo() -> None:  # the pages still stand above the top: an update releases before it takes
@@ -50,6 +57,14 @@ class PagePool:
         self._references[pages] = 1
         self._undo.append(undo)
         return pages
+
+    def _reorder(self) -> None:
+        stack, self._stack, self._mixed = self._stack, _in_order(self.n_pages), False
+
+        def undo() -> None:
+            self._stack, self._mixed = stack, True
+
+        self._undo.append(undo)
 
     def share(self, pages: Int32) -> None:
         """One part more has each of these pages."""
@@ -68,6 +83,7 @@ class PagePool:
         returned = pages[self._references[pages] == 0]
         self._stack[self._free : self._free + returned.size] = returned
         self._free += returned.size
+        self._mixed = True
 
         def undo() -> None:
             self._free -= returned.size
@@ -85,3 +101,8 @@ class PagePool:
             raise KVError("the free stack holds a page twice, or one in use")
         if self._free + used != self.n_pages:
             raise KVError(f"{self._free} pages free, {used} used, of {self.n_pages}")
+
+
+def _in_order(n_pages: int) -> Int32:
+    """A stack of all pages, page 0 on top."""
+    return np.arange(n_pages - 1, -1, -1, dtype=np.int32)
