@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_CONTAINERS = 8192  # braces and brackets: levels that a chain of references in a schema can have
-MAX_COLONS = 16384  # rules that a chain in a grammar can have, and keys of schemas
+MAX_CONTAINERS = 4096  # braces and brackets: levels that a chain of references in a schema can have
+MAX_COLONS = 4096  # rules that a chain in a grammar can have, and keys of schemas
+MAX_OPTIONS = 4096  # "?", "*", "+", "{" and "|" of a regex or grammar: n optional parts in a row take 2 n^2 bytes
 _STACK = 256 << 20  # bytes, reserved but used only as far as a chain goes; 6 KB a level were measured
 _STACK_SIZE = threading.Lock()
 _KEPT = 4  # compiled constraints; a hostile one takes some 100 MB
@@ -53,7 +54,7 @@ _LIMITS = LLParserLimits(
     step_max_items=10_000,
     step_lexer_fuel=100_000,
     max_lexer_states=50_000,
-    max_grammar_size=200_000,
+    max_grammar_size=20_000,  # compiling so many alternatives of one rule takes half a second; it is quadratic
     verbose_errors=False,
 )
 
@@ -204,7 +205,7 @@ def _compile(tokenizer: LLTokenizer, name: str, value: Any) -> LLMatcher:
 def _definition(name: str, value: Any, lenient: bool = False) -> str:
     """The grammar that llguidance compiles. Raises InvalidRequest where it has too many parts."""
     if name == "choice":
-        text = "start: " + " | ".join(map(json.dumps, value))
+        text = "start: TEXT\nTEXT: " + " | ".join(map(json.dumps, value))  # of a rule, 1000 could be open
     elif name == "regex":
         text = f"start: /{regex_to_lark(value, use_ascii='')}/"
     elif name == "grammar":
@@ -215,6 +216,8 @@ def _definition(name: str, value: Any, lenient: bool = False) -> str:
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{name} is no JSON: {_short(str(error))}") from error
         text = f"start: %json {json.dumps(schema | json_options(lenient))}"
+    if name in ("regex", "grammar") and (count := sum(map(value.count, "?*+{|"))) > MAX_OPTIONS:
+        raise InvalidRequest(f"{name} has {count} times ?, *, +, {{ or |; allowed are {MAX_OPTIONS}")
     if name in ("json_schema", "grammar"):  # the others are flat
         if (count := text.count("{") + text.count("[")) > MAX_CONTAINERS:
             raise InvalidRequest(f"{name} has {count} opening braces and brackets; allowed are {MAX_CONTAINERS}")
