@@ -1,5 +1,5 @@
-"""README.md, CONTRIBUTING.md and docs/*.md against the tree: files, folders, headings and import order that they name
-exist. docs/log.md keeps the names of its time."""
+"""README.md, CONTRIBUTING.md and docs/*.md against the tree: files, folders, tests, headings and import order that they
+name exist. docs/log.md keeps the names of its time."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ NAMED = [
     re.compile(rf"(?<![\w/.-])(?:{'|'.join(TOP)})/[\w./-]*[\w/]"),  # from the top: files and folders
     re.compile(r"(?<![\w/.-])[\w/-]+\.py\b"),  # beside what was named before: the end of a file's path
 ]
+TEST = re.compile(r"([\w/-]+\.py)::(\w+)")
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -52,6 +53,24 @@ def section(text: str, heading: str) -> str:
 def test_document_names_files_that_exist(document: Path) -> None:
     named = {name.rstrip("/.") for pattern in NAMED for name in pattern.findall(document.read_text())}
     assert sorted(named - existing()) == []
+
+
+@cache
+def defined(file: str) -> frozenset[str]:
+    """The names of all tests in the files of tests/ whose paths end so."""
+    files = [path for path in (ROOT / "tests").rglob(Path(file).name) if path.as_posix().endswith(f"/{file}")]
+    return frozenset(re.findall(r"^ *(?:async )?def (test_\w+)", "\n".join(map(Path.read_text, files)), re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_document_names_tests_that_exist(document: Path) -> None:
+    named = TEST.findall(document.read_text())
+    assert [f"{file}::{test}" for file, test in named if test not in defined(file)] == []
+
+
+def test_reliability_has_a_row_for_each_group_of_faults() -> None:
+    rows = re.findall(r"^\| (F\d\d) \|", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE)
+    assert rows == [f"F{number:02}" for number in range(1, 33)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
