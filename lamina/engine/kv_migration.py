@@ -175,7 +175,7 @@ class KvMigration:
             for number, batch in batches.items():
                 holders[number].accepted(batch)
         fresh = tuple(part.share for part in moving.new)
-        self._scheduler.ledger.took(self._scheduler.config.held(fresh, lo, hi, moving.sequence.floor))
+        self._scheduler.ledger.took(self._scheduler.config.held(fresh, lo, hi, 0, moving.sequence.floor))
         return True
 
     def _promise(self) -> None:
@@ -184,7 +184,7 @@ class KvMigration:
         for moving in self._queue:
             fresh = tuple(part.share for part in moving.new)
             promised += config.pages_for(fresh, len(moving.sequence.tokens))
-            promised -= config.held(fresh, 0, moving.at, moving.sequence.floor)
+            promised -= config.held(fresh, 0, moving.at, 0, moving.sequence.floor)
         self._scheduler.ledger.promised = promised
 
 

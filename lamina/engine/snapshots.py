@@ -107,6 +107,7 @@ class _Names:
             bytes_received=link.bytes_received,
             exchange_seconds=link.seconds,
             exchange_counts=link.counts,
+            keeps=number not in self._control.placement.prefill_pools,
         )
 
     def _room(self, number: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.shard import RankShape, Shard, rank_shape
 from lamina_workers.devices.available import find_each, memory_available
-from lamina_workers.policies.policy import LONGEST, Policy
+from lamina_workers.policies.policy import Policy
 
 DEFAULT_BATCH_TOKENS = 1024
 MAX_SEQUENCES = 256  # in one batch
@@ -198,10 +198,11 @@ def page_groups(holder: HolderConfig) -> tuple[PageGroup, ...]:
     """The pages that one sequence needs, as groups of layers and heads under the same policy. Layers that share the KV
     of another are not counted."""
     groups: Counter[tuple[Policy | None, frozenset[int]]] = Counter()
-    for layer in HeadPolicies.of(holder).keepers:
+    policies = HeadPolicies.of(holder)
+    for layer in policies.keepers:
         heads: dict[Policy | None, set[int]] = {}
         for head, policy in enumerate(layer):
-            heads.setdefault(policy if policy.seen_from(LONGEST) > 0 else None, set()).add(head)
+            heads.setdefault(policy if policy in policies.releasing else None, set()).add(head)
         groups.update((policy, frozenset(those)) for policy, those in heads.items())
     return tuple(PageGroup(layers, policy, heads) for (policy, heads), layers in groups.items())
 

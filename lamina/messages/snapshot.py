@@ -20,7 +20,7 @@ BATCH_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 @dataclass(frozen=True, slots=True)
 class HolderSnapshot:
     """One holder of KV. `channel` is "in process", "local", "tcp" or "grpc". A `local` holder is in a model worker's
-    process; it keeps only prompts if there are holders that are not local.
+    process. One that does not `keep` has no sequences, only prompts while they are computed.
 
     Ranks that share a model have a holder each, "rank-1" and so on beside the engine's own, and a part of the pages of
     each attention worker. Bytes and exchanges are those of the engine's process alone.
@@ -43,6 +43,7 @@ class HolderSnapshot:
     bytes_received: int
     exchange_seconds: float
     exchange_counts: tuple[int, ...]
+    keeps: bool = True
 
 
 @dataclass(frozen=True, slots=True)

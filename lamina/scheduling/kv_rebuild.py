@@ -71,7 +71,7 @@ class KvRebuild:
         substitutes = self._substitutes(sequence, lost, spare, source, length)
         if substitutes is None:
             return None
-        sequence.layout = (*(share for share in sequence.layout if share.holder != holder), *substitutes)
+        sequence.relocate((*(share for share in sequence.layout if share.holder != holder), *substitutes))
         self._miss(sequence, substitutes)
         if source is not None and sequence.rebuild is not None:
             sequence.rebuild.source, sequence.rebuild.source_handle = source, source.handle
@@ -94,7 +94,8 @@ class KvRebuild:
         if source.rebuild is not None and source.rebuild.at < rebuild.length:
             return False
         self._ledger.replace(sequence.handle, rebuild.lost, rebuild.missing, source.handle, rebuild.length)
-        source.shared, sequence.shared = (max(known.shared, rebuild.length) for known in (source, sequence))
+        for known in (source, sequence):
+            known.share(rebuild.length, rebuild.missing)
         rebuild.source = None
         rebuild.at = rebuild.planned = rebuild.length
         if rebuild.at >= rebuild.end:

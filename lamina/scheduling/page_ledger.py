@@ -124,13 +124,11 @@ class PageLedger:
         first of them falls into, less the pages that sliding windows leave."""
         start, size, held = sequence.next, self._config.page_size, self._config.held
         if sequence.rebuild is not None:
-            return held(sequence.rebuild.missing, start, start + count, start)
+            return held(sequence.rebuild.missing, start, start + count, 0, start)
         if not sequence.copies and 0 < start % size <= size - count:
             return NO_PAGES
-        layout = sequence.layout
-        pages = held(layout, sequence.shared, start + count, start) - held(
-            layout, sequence.shared, start, sequence.floor
-        )
+        layout, floor, shared = sequence.layout, sequence.floor, max(sequence.shared.values(), default=0)
+        pages = held(layout, shared, start + count, floor, start) - held(layout, shared, start, floor)
         return pages + self._config.page_set(layout, start) if sequence.copies and start % size else pages
 
     def reserve(self, sequence: ScheduledSequence, count: int) -> PlannedRow:

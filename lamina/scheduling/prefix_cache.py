@@ -250,8 +250,8 @@ class PrefixCache:
         node.parent, node.tokens = upper, node.tokens[same:]
         if node.handle is not None:
             upper.handle, upper.layout = self._fork(node.handle, length), node.layout
-            upper.pages = self._weigh(node.layout, parent.length, length, node.floor)
-            node.pages = self._weigh(node.layout, length, node.length, node.floor)
+            below = self._weigh(node.layout, length, node.length, node.floor)
+            upper.pages, node.pages = node.pages - below, below
         return upper
 
     def _make_ready(self, node: Node, source: ScheduledSequence) -> None:
@@ -262,9 +262,12 @@ class PrefixCache:
         node.writer = None
         node.handle = self._fork(source.handle, node.length)
         node.floor, node.layout = source.floor, source.layout
-        node.pages = self._weigh(node.layout, node.parent.length, node.length, node.floor)
+        node.pages = NO_PAGES
+        for share in node.layout:  # it has no page of a parent whose tokens it has computed again, or elsewhere
+            whole = source.shared.get(share, 0) // self._page_size * self._page_size
+            node.pages += self._weigh((share,), min(node.parent.length, whole), node.length, node.floor)
         node.tick = self._tick
-        source.shared = max(source.shared, node.length)
+        source.share(node.length)
         self.evictable += node.pages
         self._queue(node)
         self._wake_waiters(node)

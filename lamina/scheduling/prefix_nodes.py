@@ -25,7 +25,7 @@ class Node:
     handle: int | None = None
     floor: int = 0  # the lowest length at which it can be forked
     layout: Layout = ()  # the shares of its KV
-    pages: Pages = field(default_factory=Pages)  # what its eviction frees: its pages beyond the parent's
+    pages: Pages = field(default_factory=Pages)  # what its eviction frees: its pages that the parent has not
     users: int = 0  # running sequences that share pages with it or with a node below
     tick: int = 0  # when it was last used
     queued: bool = False  # whether the heap of unused leaves has it

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lamina.errors import ContextTooLong, InvalidRequest
-from lamina.scheduling.kv_shares import Layout, Pages
+from lamina.scheduling.kv_shares import Layout, Pages, Share
 
 if TYPE_CHECKING:
     from lamina.completions import FinishReason
@@ -76,7 +76,7 @@ class ScheduledSequence:
 
     # For the count of pages.
     floor: int = 0  # the lowest length to which its KV can be cut or forked, by the holders' answers
-    shared: int = 0  # how many of its first tokens are in pages that other sequences may have too
+    shared: dict[Share, int] = field(default_factory=dict)  # tokens of a share that are in pages others may have too
     copies: bool = False  # whether its next write may fall into a shared page, which the holder copies first
     siblings: list[ScheduledSequence] = field(default_factory=list)  # samples that wait for this one's prompt
 
@@ -89,6 +89,16 @@ class ScheduledSequence:
     def in_flight(self) -> bool:
         """Whether a plan that is neither recorded nor undone has a row of it."""
         return self.planned > self.computed or (self.rebuild is not None and self.rebuild.planned > self.rebuild.at)
+
+    def share(self, length: int, shares: Layout | None = None) -> None:
+        """Its first `length` tokens, in these shares or all, are in pages now that others may have too."""
+        for share in self.layout if shares is None else shares:
+            self.shared[share] = max(length, self.shared.get(share, 0))
+
+    def relocate(self, layout: Layout) -> None:
+        """It is in this layout now; no other has pages of the shares that are new."""
+        self.layout = layout
+        self.shared = {share: length for share, length in self.shared.items() if share in layout}
 
     @property
     def next(self) -> int:
@@ -199,7 +209,12 @@ class Retention(Protocol):
         """How many of the first tokens are kept."""
 
     def seen_from(self, start: int) -> int:
-        """The lowest position above the sinks that is kept for queries at `start` or later."""
+        """The lowest position above the sinks that queries at `start` or later see. What lies below is freed with a row
+        at `start`."""
+
+    def kept_from(self, start: int) -> int:
+        """The lowest position above the sinks that a sequence of floor `start` keeps: means may stand for what is
+        seen."""
 
 
 class PageGroup(NamedTuple):
@@ -213,12 +228,13 @@ class PageGroup(NamedTuple):
         """How many of these heads, over all layers, belong to the group."""
         return self.layers * (len(heads) if self.heads is None else len(self.heads.intersection(heads)))
 
-    def kept(self, first: int, end: int, start: int, size: int) -> int:
-        """How many of the pages [first, end) of a head are kept for queries at `start` or later."""
+    def kept(self, first: int, end: int, floor: int, start: int, size: int) -> int:
+        """How many of the pages [first, end) of a head a sequence of that floor keeps, once a row at `start` has
+        come."""
         if self.policy is None:
             return max(0, end - first)
         sinks = min(end, -(-self.policy.sinks // size))
-        window = max(first, sinks, self.policy.seen_from(start) // size)
+        window = max(first, sinks, self.policy.kept_from(floor) // size, self.policy.seen_from(start) // size)
         return max(0, sinks - first) + max(0, end - window)
 
     def most(self, first: int, needed: int, length: int, size: int) -> int:
@@ -264,8 +280,8 @@ class SchedulerConfig:
                 pages[share.holder] = pages.get(share.holder, 0) + cells
         return pages
 
-    def held(self, layout: Layout, lo: int, hi: int, start: int) -> Pages:
-        """The pages between positions lo and hi that a sequence keeps when its last row began at `start`.
+    def held(self, layout: Layout, lo: int, hi: int, floor: int, start: int = 0) -> Pages:
+        """The pages between positions lo and hi that a sequence of that floor keeps, once a row at `start` has come.
 
         The page into which `lo` falls is not counted, that of `hi` is. A share that stores the row has freed every page
         that no query at `start` or later sees.
@@ -276,8 +292,8 @@ class SchedulerConfig:
             first, end = -(-max(lo, share.lo) // size), -(-min(hi, share.hi) // size)
             if end <= first:
                 continue
-            seen = min(start, share.hi)
-            kept = sum(group.cells(share.heads) * group.kept(first, end, seen, size) for group in self.page_groups)
+            at = min(floor, share.hi), min(start, share.hi)
+            kept = sum(group.cells(share.heads) * group.kept(first, end, *at, size) for group in self.page_groups)
             pages[share.holder] = pages.get(share.holder, 0) + kept
         return pages
 

@@ -70,8 +70,9 @@ class RunningSequences:
             sequence.handle = self._ledger.fork(source.handle, length)
             sequence.floor = source.floor
             sequence.copies = length % self._config.page_size > 0
-        sequence.layout = layout
-        sequence.computed = sequence.planned = sequence.shared = length
+        sequence.relocate(layout)
+        sequence.share(length)
+        sequence.computed = sequence.planned = length
         if sequence.preemptions == 0:
             sequence.reused = length
         insort(self.sequences, sequence, key=order_of)
@@ -86,7 +87,7 @@ class RunningSequences:
     def fork(self, sequence: ScheduledSequence, source: ScheduledSequence, length: int) -> None:
         """Open a sequence as the first `length` tokens of `source`, which shares them from now on."""
         self.open(sequence, source.layout, source, length)
-        source.shared = max(source.shared, length)
+        source.share(length)
         source.copies = source.copies or sequence.copies
 
     def adopt(self, sequence: ScheduledSequence, kept: RetainedKv, there: Container[int]) -> None:
@@ -95,7 +96,8 @@ class RunningSequences:
         found = tuple(share for share in kept.layout if share.holder in there)
         self._ledger.adopt(kept.handle, self._config.held(found, 0, kept.computed, kept.floor))
         sequence.handle, sequence.layout, sequence.floor = kept.handle, kept.layout, kept.floor
-        sequence.computed = sequence.planned = sequence.shared = kept.computed
+        sequence.share(kept.computed)
+        sequence.computed = sequence.planned = kept.computed
         sequence.copies = kept.computed % self._config.page_size > 0
         insort(self.sequences, sequence, key=order_of)
 
@@ -104,11 +106,11 @@ class RunningSequences:
         if sequence.handle is None:
             raise EngineError(f"request {sequence.request.id} was closed twice")
         self._leave_cache(sequence)
-        self._ledger.close(sequence.handle, self._pages_beyond(sequence, sequence.shared))
+        self._ledger.close(sequence.handle, self._own_pages(sequence))
         del self.sequences[bisect_left(self.sequences, sequence.order, key=order_of)]
         sequence.handle = sequence.rebuild = None
-        sequence.layout = ()
-        sequence.computed = sequence.planned = sequence.shared = sequence.floor = 0
+        sequence.relocate(())
+        sequence.computed = sequence.planned = sequence.floor = 0
         sequence.copies = False
 
     def retire(self, sequence: ScheduledSequence) -> None:
@@ -140,26 +142,31 @@ class RunningSequences:
     def moved(self, sequence: ScheduledSequence, layout: Layout) -> None:
         """The KV of a movable, idle sequence is in this layout now; new shares have no pages of other sequences."""
         self._leave_cache(sequence)
-        fresh = tuple(share for share in layout if share not in sequence.layout)
-        if len(fresh) == len(layout):
-            sequence.shared, sequence.copies = 0, False
-        sequence.layout = layout
+        sequence.relocate(layout)
+        sequence.copies = sequence.copies and bool(sequence.shared)
 
     # Pages.
 
     def pages(self, sequence: ScheduledSequence) -> Pages:
         """Pages that a sequence has, those included that it shares with others."""
-        return self._pages_beyond(sequence, 0)
+        return self._pages_beyond(sequence, sequence.layout, 0)
 
-    def _pages_beyond(self, sequence: ScheduledSequence, first: int) -> Pages:
-        """Pages that a sequence has of the positions from `first` on."""
-        layout, rebuild = sequence.layout, sequence.rebuild
-        if rebuild is None:
-            return self._config.held(layout, first, sequence.computed, sequence.floor)
-        whole = tuple(share for share in layout if share not in rebuild.missing)
-        return self._config.held(whole, first, sequence.computed, sequence.floor) + self._config.held(
-            rebuild.missing, first, rebuild.at, rebuild.at
-        )
+    def _own_pages(self, sequence: ScheduledSequence) -> Pages:
+        """Pages that a sequence certainly shares with none."""
+        pages = Pages()
+        for share in sequence.layout:
+            pages += self._pages_beyond(sequence, (share,), sequence.shared.get(share, 0))
+        return pages
+
+    def _pages_beyond(self, sequence: ScheduledSequence, layout: Layout, first: int) -> Pages:
+        """Pages that a sequence has in these of its shares of the positions from `first` on."""
+        missing, held = sequence.rebuild.missing if sequence.rebuild is not None else (), self._config.held
+        whole = tuple(share for share in layout if share not in missing)
+        pages = held(whole, first, sequence.computed, sequence.floor)
+        if sequence.rebuild is None:
+            return pages
+        at = sequence.rebuild.at
+        return pages + held(tuple(share for share in layout if share in missing), first, at, at)
 
     def spare(self) -> Pages:
         """Pages left for new sequences. The running ones keep what their known tokens need, and a page set each."""

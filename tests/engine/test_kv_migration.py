@@ -226,7 +226,7 @@ def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
         for journey in mover._queue:
             fresh = tuple(part.share for part in journey.new)
             due = config.pages_for(fresh, len(journey.sequence.tokens))
-            for number, pages in (due - config.held(fresh, 0, journey.at, journey.sequence.floor)).items():
+            for number, pages in (due - config.held(fresh, 0, journey.at, 0, journey.sequence.floor)).items():
                 left[number] -= pages
         rooms.extend((left[number], pages) for number, pages in rig.scheduler.ledger.unpromised().items())
 

@@ -28,19 +28,19 @@ DASHBOARD = DOCS / "monitoring" / "grafana" / "dashboards" / "lamina.json"
 SERIES = ("_bucket", "_sum", "_count")
 
 
-def holder(name: str, *, local: bool = False, free: int = 40) -> HolderSnapshot:
+def holder(name: str, *, local: bool = False, free: int = 40, keeps: bool = True) -> HolderSnapshot:
     counts = [0] * (len(EXCHANGE_BUCKETS) + 1)
     counts[1], counts[-1] = 5, 2
     return HolderSnapshot(
         name, "" if local else "host:1", "in process" if local else "tcp", local, 100, free, 1000, 2000, 3.5,
-        tuple(counts),
+        tuple(counts), keeps,
     )  # fmt: skip
 
 
 def snapshot(**changes: Any) -> Snapshot:
     numbers = {name: 0 for name, field in Snapshot.__dataclass_fields__.items() if field.type in ("int", "float")}
     fields: dict[str, Any] = {**numbers, "page_size": 16, "cached_pages": {"w1": 10}, "sequences": ()}
-    fields["holders"] = (holder("local", local=True, free=90), holder("w1"), holder("w2", free=100))
+    fields["holders"] = (holder("local", local=True, free=90, keeps=False), holder("w1"), holder("w2", free=100))
     return Snapshot(**{**fields, **changes})
 
 
@@ -120,6 +120,13 @@ def test_what_the_engine_says_is_rendered() -> None:
 def test_one_that_is_alone_keeps_everything_itself() -> None:
     found = scraped(ServerMetrics("m"), snapshot(holders=(holder("local", local=True, free=25),), cached_pages={}))
     assert value(found, "lamina:kv_cache_usage_perc") == 0.75
+
+
+def test_a_local_pool_that_keeps_sequences_beside_others_counts() -> None:
+    """What a local tier used was missing from `kv_cache_usage_perc`, which left out every holder in the process."""
+    holders = (holder("here", local=True, free=0), holder("w1", free=100))
+    found = scraped(ServerMetrics("m"), snapshot(holders=holders, cached_pages={}))
+    assert value(found, "lamina:kv_cache_usage_perc") == 0.5
 
 
 def test_an_engine_that_is_gone_runs_nothing_and_its_counts_stay() -> None:

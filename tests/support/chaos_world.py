@@ -345,6 +345,13 @@ class World:
         self.engine.drive(self._more, self._after_step)
         for port in self.ports.values():
             port.settle()
+        cached = self.scheduler.running.prefix_cache.evictable
+        for number, port in self.ports.items():
+            store = port.broken.worker.store
+            if not port.dead and not port.let_go and store.free_pages + cached.get(number, 0) > store.n_pages:
+                self.complain(
+                    f"{port.name}: {store.free_pages} free, {cached.get(number, 0)} cached of {store.n_pages}"
+                )
         self.scheduler.running.prefix_cache.clear()
         self.engine.leave("nobody")  # wakes it
         self.engine.drive(lambda: False, self._after_step)

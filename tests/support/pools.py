@@ -230,6 +230,9 @@ class World:
             if sequence.finish_reason == "abort":
                 tokens = tokens[: len(sequence.tokens)]
             assert sequence.tokens == tokens
+        cached = self.control.scheduler.running.prefix_cache.evictable
+        for number, pool in self.pools.items():
+            assert pool.free + cached.get(number, 0) == pool.total, f"pool {number}: {pool.free} free of {pool.total}"
         self.control.scheduler.running.prefix_cache.clear()
         self.run()
         assert all(pool.free == pool.total and not pool.parts for pool in self.pools.values())

@@ -163,9 +163,8 @@ def cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str
 
 
 def _keepers(snapshot: Snapshot | None) -> Sequence[HolderSnapshot]:
-    """The holders that keep sequences: the local one only where there is no other."""
-    holders = snapshot.holders if snapshot else ()
-    return [holder for holder in holders if not holder.local] or holders
+    """The holders that keep sequences."""
+    return [holder for holder in snapshot.holders if holder.keeps] if snapshot else ()
 
 
 def _pages(holder: HolderSnapshot, snapshot: Snapshot | None) -> dict[str, int]:

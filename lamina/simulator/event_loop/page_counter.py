@@ -27,6 +27,9 @@ class Window:
     def seen_from(self, start: int) -> int:
         return max(0, start - self.tokens + 1)
 
+    def kept_from(self, start: int) -> int:
+        return self.seen_from(start)
+
     def returns_to(self, position: int) -> int:
         """The lowest start whose queries see nothing below `position`."""
         return position + self.tokens - 1
