@@ -114,7 +114,7 @@ class EngineConfig:
     token_file: str | Path | None = None
     """A file with the token that attention workers ask for."""
     insecure: bool = False
-    """Allow attention workers on other hosts without TLS and token."""
+    """Allow attention workers on other hosts without TLS and token, and a Ray cluster without token authentication."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

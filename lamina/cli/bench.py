@@ -15,7 +15,7 @@ import typer
 from lamina.cli import options as opt
 from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
-from lamina.server.http.api_keys import KEY_VARIABLE
+from lamina.system.child_process import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from lamina.measure.bench.serve import Result

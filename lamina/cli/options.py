@@ -162,7 +162,9 @@ class EngineOptions:
     ] = None
     tls_dir: Annotated[str | None, _worker_option(help="Folder with the workers' ca.pem.")] = None
     token_file: Annotated[str | None, _worker_option(help="File with the workers' token.")] = None
-    insecure: Annotated[bool | None, _worker_option("--insecure", help="Use other hosts without TLS or token.")] = None
+    insecure: Annotated[
+        bool | None, _worker_option("--insecure", help="Use other hosts without TLS or token, Ray without token.")
+    ] = None
     plan: Annotated[
         Path | None,
         _engine_option("A file from `lamina plan`: its model and engine. Options given besides go before the plan's."),

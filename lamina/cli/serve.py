@@ -16,7 +16,8 @@ from lamina.cli import options as opt
 from lamina.cli.terminal import ProgressBars
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.server.http.api_keys import KEY_VARIABLE, keys_from_environment, keys_from_file
+from lamina.server.http.api_keys import keys_from_environment, keys_from_file
+from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import kv_share, this_machine
 from lamina_protocols.channels import is_loopback
 

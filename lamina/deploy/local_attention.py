@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from lamina.deploy.local_worker import LocalWorker
 from lamina.deploy.restarts import Slot
 from lamina.deploy.supervision import AttentionSupervisor
 from lamina.deploy.worker_events import WorkerAddress
-from lamina.system.child_process import end_all
+from lamina.system.child_process import end_all, module_command
 from lamina_protocols.channels import Credentials
 
 _LISTENING = re.compile(r"listening (\S+:\d+)")
@@ -85,10 +84,10 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
 
 def attention_command(name: str, kv_memory: int, threads: int) -> list[str]:
     """What runs one worker that ends with this process."""
-    return [
-        sys.executable, "-m", "lamina_workers.attention_main", "--listen", "127.0.0.1:0", "--name", name,
+    return module_command(
+        "lamina_workers.attention_main", "--listen", "127.0.0.1:0", "--name", name,
         "--kv-memory", str(kv_memory), "--threads", str(threads), "--die-with-parent",
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 @contextmanager

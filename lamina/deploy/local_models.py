@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 from lamina.deploy.local_worker import LocalWorker
 from lamina.deploy.restarts import Slot
 from lamina.deploy.supervision import ModelSupervisor
-from lamina.system.child_process import end_all
+from lamina.system.child_process import end_all, module_command
 
 
 class LocalModelWorkers(ModelSupervisor[LocalWorker]):
@@ -48,7 +47,7 @@ class LocalModelWorkers(ModelSupervisor[LocalWorker]):
 
 def model_command(name: str, address: str, threads: int) -> list[str]:
     """What runs one model worker that ends with this process."""
-    return [
-        sys.executable, "-m", "lamina_workers.model_main", "--connect", address, "--name", name,
+    return module_command(
+        "lamina_workers.model_main", "--connect", address, "--name", name,
         "--threads", str(threads), "--die-with-parent",
-    ]  # fmt: skip
+    )  # fmt: skip

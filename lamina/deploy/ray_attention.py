@@ -1,12 +1,11 @@
 """Attention workers as Ray actors: placed by the resource `lamina_attention`, started again by Ray.
 
-Each gets a certificate for its node's address and a token, made for this one run. Ray carries nothing else between
-engine and worker; tensors take the direct way.
+Each makes itself a certificate for its node's address, whose key never leaves it, and a token. Ray carries nothing but
+the certificate and the token between engine and worker; tensors take the direct way.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from lamina.deploy.ray_connection import ATTENTION, NAMESPACE, TIMEOUT, explain,
 from lamina.deploy.restarts import Slot
 from lamina.deploy.supervision import AttentionSupervisor, Worker
 from lamina.deploy.worker_events import WAITING, WorkerAddress
+from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials
 from lamina_workers.devices.openmp import share_cores
@@ -30,7 +30,7 @@ _NONE = Credentials()
 
 
 class AttentionActor:
-    """The process of one attention worker. It serves once it has credentials for its node's address."""
+    """The process of one attention worker."""
 
     def __init__(self, name: str, kv_memory: int | None, threads: int | None, device: str) -> None:
         self._name = name
@@ -39,17 +39,17 @@ class AttentionActor:
         self._device = device
         self._server: Any = None
         self._address = ""
+        self._credentials = _NONE
         share_cores()  # before anything imports torch
 
     def host(self) -> str:
         """The address of its node."""
         return str(ray_module().util.get_node_ip_address())
 
-    def serve(self, gpu: int, ca: bytes, cert: bytes, key: bytes, token: str) -> tuple[str, int, int]:
-        """Start its server. Returns its "host:port", its KV memory in bytes and its process id. No effect the second
-        time. `gpu` is the index of its GPU where the device is "cuda"."""
+    def serve(self, gpu: int) -> tuple[str, int, int, Credentials]:
+        """Start its server. Returns its "host:port", its KV memory in bytes, its process id, and what a client needs: a
+        CA and a token. No effect the second time. `gpu` is the index of its GPU where the device is "cuda"."""
         from lamina.system.machine import this_machine
-        from lamina_protocols.channels import Credentials
         from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 
         machine = this_machine()
@@ -57,6 +57,7 @@ class AttentionActor:
             self._kv_memory = max(1 << 28, machine.memory_available // (2 * _workers_here()))
         if self._server is None:
             host = self.host()
+            self._credentials = create_credentials([host])
             self._server = AttentionServer(
                 ServerConfig(
                     name=self._name,
@@ -64,11 +65,12 @@ class AttentionActor:
                     kv_memory=self._kv_memory,
                     threads=self._threads or machine.cores,
                     device=f"cuda:{gpu}" if self._device == "cuda" else self._device,
-                    credentials=Credentials(ca, cert, key, token),
+                    credentials=self._credentials,
                 )
             )
             self._address = self._server.start()
-        return self._address, self._kv_memory, os.getpid()
+        shown = Credentials(ca=self._credentials.ca, token=self._credentials.token)
+        return self._address, self._kv_memory, os.getpid(), shown
 
     def run(self) -> None:
         """Returns when the server stops. The call fails when the process dies: this is how its end is noticed."""
@@ -98,7 +100,6 @@ class _RayAttentionWorker(Worker):
     arriving: Any = None
     host: str = ""
     gpu: int = 0
-    credentials: Credentials = _NONE
 
 
 class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
@@ -172,7 +173,7 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
                 self._arrive(slot, worker)
 
     def _arrive(self, slot: Slot[_RayAttentionWorker], worker: _RayAttentionWorker) -> None:
-        """Take an answer: first the node's address, for which credentials are made, then where the worker listens."""
+        """Take an answer: first the node's address, where its GPU is chosen, then where the worker listens."""
         ray = ray_module()
         call, worker.arriving = worker.arriving, None
         try:
@@ -190,13 +191,11 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
             others = [each.worker for each in self._slots if each is not slot and each.worker is not None]
             taken = {other.gpu for other in others if other.host == answer}
             worker.host, worker.gpu = answer, next(gpu for gpu in range(len(self._slots)) if gpu not in taken)
-            worker.credentials = create_credentials([answer])
-            worker.arriving = worker.actor.serve.remote(worker.gpu, *dataclasses.astuple(worker.credentials))
+            worker.arriving = worker.actor.serve.remote(worker.gpu)
             return
-        address, kv_memory, worker.pid = answer
-        client = Credentials(ca=worker.credentials.ca, token=worker.credentials.token)
+        address, kv_memory, worker.pid, credentials = answer
         worker.running = worker.actor.run.remote()
-        self._joined(worker, WorkerAddress(slot.name, address, client, kv_memory))
+        self._joined(worker, WorkerAddress(slot.name, address, credentials, kv_memory))
 
     def _run_ended(self, slot: Slot[_RayAttentionWorker], worker: _RayAttentionWorker) -> None:
         ray = ray_module()
@@ -234,6 +233,7 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """Variables of a Lamina process on Ray, set before it starts: Ray hides no GPU, OpenMP has so many threads."""
-    shown = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    return shown if threads is None else shown | {"OMP_NUM_THREADS": str(threads)}
+    """Variables of a Lamina process on Ray, set before it starts: Ray hides no GPU, nobody needs the server's keys,
+    OpenMP has so many threads."""
+    variables = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", KEY_VARIABLE: ""}
+    return variables if threads is None else variables | {"OMP_NUM_THREADS": str(threads)}

@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 from lamina.errors import EngineError, InvalidRequest
+from lamina_protocols.channels import is_loopback, split_address
 
 NAMESPACE = "lamina"
 MODEL, ATTENTION = "lamina_model", "lamina_attention"  # resources that `ray start --resources` gives a node
@@ -23,6 +24,7 @@ TIMEOUT = 60.0  # seconds for anything that Ray should do at once, the start of 
 
 _UNPRINTED = "RAY_DEDUP_LOGS_SKIP_REGEX"
 _OLDEST_RAY = (2, 54)
+_ANY_CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # of the head; it changes nothing
 _JOINING = 10.0  # seconds in which nodes may still join, and a previous engine may still end
 _REACHING = 5.0  # seconds until a head that does not answer counts as absent
 _POLL = 0.5  # seconds
@@ -89,7 +91,9 @@ def connect(address: str) -> bool:
     try:
         if address != "auto":
             _check_reachable(host.strip("[]"), int(port))
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        job = ray.job_config.JobConfig()
+        job._runtime_env_has_working_dir = lambda: True  # else its processes import from our working folder first
+        ray.init(address, namespace=NAMESPACE, job_config=job, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(
             f"no Ray cluster at {address!r}: {error}. One is started with `ray start --head "
@@ -106,6 +110,28 @@ def _check_reachable(host: str, port: int) -> None:
         probe.connect()  # a plain TCP connection; nothing is sent
     finally:
         probe.close()
+
+
+def require_authentication() -> None:
+    """Raise EngineError where other hosts reach the cluster's head and it answers a caller that shows nothing: such a
+    cluster runs any program for anybody, as the user who started it."""
+    import grpc
+
+    address = ray_module().get_runtime_context().gcs_address
+    if is_loopback(split_address(address)[0]):
+        return
+    # Not Ray's own client, which would show this process's token.
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(_ANY_CALL)(b"", timeout=_REACHING)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE):  # the latter: it has TLS
+                return
+    raise EngineError(
+        f"the Ray cluster at {address} runs programs of everybody who reaches it: start its nodes with "
+        "RAY_AUTH_MODE=token, set that here too, and make a token with `ray get-auth-token --generate`. insecure=True "
+        "(--insecure) uses it as it is, for private networks"
+    )
 
 
 def require(wanted: Mapping[str, int], seconds: float = _JOINING) -> None:

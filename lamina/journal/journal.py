@@ -8,11 +8,9 @@ incomplete last write is cut; damage anywhere else is an error. `records` has th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
-import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ import msgpack
 from lamina.errors import JournalError
 from lamina.journal.history import History
 from lamina.journal.records import Record, from_plain, to_plain
+from lamina.system.private_folder import check_own, lock
 from lamina_protocols.control import package_version
 
 logger = logging.getLogger("lamina")
@@ -62,7 +61,8 @@ class Journal:
     id by which attention workers know the engine, `starts` how often it was opened. `run` gives both, where the engine
     had another journal before.
 
-    Raises JournalError where the folder cannot be used or is in use, or the journal is damaged or of another engine.
+    Raises JournalError where the folder cannot be used, is in use or is one that others may write to, or the journal is
+    damaged or of another engine.
     """
 
     def __init__(self, folder: str | Path, facts: Facts, run: Run | None = None) -> None:
@@ -74,8 +74,9 @@ class Journal:
         self.size = self._compact_at = 0  # bytes
         self.history = History()
         self.engine, self.starts = run or Run(secrets.token_hex(16), 0)
-        self._lock: int | None = _lock(self._folder)
+        self._lock: int | None = None
         try:
+            self._lock = lock(self._folder)
             if self._path.exists():
                 self._read()
             self.starts += 1
@@ -143,7 +144,8 @@ class Journal:
     def _write_anew(self) -> None:
         """Replace the file by one with the fewest records that give the same state."""
         fresh = self._path.with_suffix(".new")
-        file = os.open(fresh, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fresh.unlink(missing_ok=True)
+        file = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             size = _write(file, _MAGIC + self._header())
             for record in self.history.records():
@@ -160,7 +162,8 @@ class Journal:
         self._compact_at = max(_GROWN, _FACTOR * size)
 
     def _read(self) -> None:
-        with self._path.open("rb") as file:
+        with os.fdopen(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
+            check_own(os.fstat(file.fileno()))
             records = _records(file, self._path)
             first = next(records, None)
             if first is None:  # its first write was cut
@@ -187,46 +190,6 @@ class Journal:
                 self.engine, self.starts = engine, max(self.starts, int(starts))
             case _:
                 raise _damaged(self._path, offset, "no header")
-
-
-def _lock(folder: Path) -> int:
-    """A descriptor that keeps other processes out while it is open; the end of this process closes it."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise JournalError(f"the journal's folder {folder} cannot be used: {error}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.read(file, 32).decode("ascii", "replace").strip()
-        os.close(file)
-        raise JournalError(
-            f"the journal's folder {folder} is in use by another engine (process {owner or 'unknown'}); "
-            "each engine wants a folder of its own"
-        ) from error
-    with contextlib.suppress(OSError):  # only for readers of the message above
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-    return file
-
-
-def run_folder(parent: Path, run: str) -> Path:
-    """The folder in `parent` for the journal of a run that no later engine goes on from."""
-    return parent / f"lamina-run-{run}"
-
-
-def sweep(parent: Path, before: float) -> None:
-    """Delete the journals that crashed runs have left in `parent`: those of this user that no process uses, last
-    written before `before`, a time of the file system."""
-    for folder in parent.glob("lamina-run-*"):
-        with contextlib.suppress(OSError, JournalError):
-            facts = (folder / NAME).lstat()
-            if facts.st_uid != os.getuid() or facts.st_mtime >= before or folder.is_symlink():
-                continue
-            lock = _lock(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
 
 
 def _packed(plain: tuple[Any, ...]) -> bytes:

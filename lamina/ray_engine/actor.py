@@ -25,8 +25,9 @@ from lamina.deploy.ray_models import RayModelWorkers
 from lamina.deploy.relayed_attention import RelayedWorkers
 from lamina.deploy.worker_events import WorkerAddress, WorkerStatus
 from lamina.errors import EngineError, LaminaError
-from lamina.journal.journal import Run, run_folder, sweep
+from lamina.journal.journal import NAME, Run
 from lamina.models.cache import hash_file
+from lamina.system.private_folder import sweep
 from lamina_workers.devices.openmp import share_cores
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 _POLL = 0.5  # seconds
+_RUN = "lamina-run-"  # begin of the names of journals of runs that no later engine goes on from
 _LEFT = 86400.0  # seconds after which the journal of a run that was killed is deleted
 MODEL_FILES = (
     "config.json",
@@ -86,8 +88,8 @@ class EngineActor:
 
         self._model = model
         parent = Path(config.journal or tempfile.gettempdir())
-        sweep(parent, time.time() - _LEFT)
-        self._journal = run_folder(parent, journal)
+        sweep(parent, _RUN, NAME, time.time() - _LEFT)
+        self._journal = parent / f"{_RUN}{journal}"
         config = dataclasses.replace(config, journal=self._journal)
         with self._update:
             if workers and self._attention is None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.client.input_processor import InputProcessor
 from lamina.config import EngineConfig
-from lamina.deploy.ray_connection import NAMESPACE, TIMEOUT, connect, ray_module
+from lamina.deploy.ray_connection import NAMESPACE, TIMEOUT, connect, ray_module, require_authentication
 from lamina.errors import InvalidRequest
 from lamina.ray_engine.actor import MODEL_FILES, file_hashes
 from lamina.ray_engine.owner import STOPPING, EngineOwner, result
@@ -64,8 +64,8 @@ def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress 
     """Start an engine and its attention workers on the cluster `config.cluster`, and load a model there.
 
     The model's weights are fetched where the engine runs, not here. Raises the errors of
-    `lamina.launch.builder.start`, and EngineError where there is no cluster, or it has too few resources or runs
-    another version.
+    `lamina.launch.builder.start`, and EngineError where there is no cluster, or it has too few resources, runs another
+    version, or lets everybody in and `config` does not say that this is wanted.
     """
     from lamina.client.remote_client import RemoteEngine
 
@@ -73,6 +73,8 @@ def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress 
     owner = EngineOwner(str(name), config)
     engine = None
     try:
+        if not config.insecure:
+            require_authentication()
         engine = RemoteEngine(owner.place(), time.monotonic, progress, _PATIENCE, holds=True)
         owner.attach(engine)
         return _runtime(owner, engine, owner.load(progress), progress, own)

@@ -55,6 +55,7 @@ class EngineOwner:
     def __init__(self, model: str, config: EngineConfig) -> None:
         self.name = f"engine-{secrets.token_hex(2)}"
         self._run = secrets.token_hex(16)  # the id by which attention workers know it through all its starts
+        self._journal = secrets.token_hex(8)  # of its journals: folders' names are no secret, the id is
         self._starts = 0
         self._node = ""  # where it is, or was
         self._nodes = 0  # how many it has been on: each has a journal of its own
@@ -206,7 +207,7 @@ class EngineOwner:
     def _load(self) -> dict[str, Any]:
         ray = ray_module()
         call = self._actor.start.remote(
-            self._model, self._config, bool(self._count), Run(self._run, self._starts), f"{self._run}-{self._nodes}"
+            self._model, self._config, bool(self._count), Run(self._run, self._starts), f"{self._journal}-{self._nodes}"
         )
         self._starts += 1
         while not ray.wait([call], timeout=_POLL)[0]:

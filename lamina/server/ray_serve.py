@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
-from lamina.server.http.api_keys import KEY_VARIABLE, keys_from_environment, keys_from_file
+from lamina.server.http.api_keys import keys_from_environment, keys_from_file
 from lamina.server.settings import ServerSettings
+from lamina.system.child_process import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -26,7 +27,7 @@ DEPLOYMENT = "Lamina"  # what Serve's configuration calls it
 _ENGINE = {
     field.name: str(field.type)
     for field in fields(EngineConfig)
-    if field.name not in ("cluster", "tls_dir", "token_file", "insecure")  # a replica uses the cluster it runs on
+    if field.name not in ("cluster", "tls_dir", "token_file")  # a replica uses the cluster it runs on
 }
 _SERVER = {field.name: str(field.type) for field in fields(ServerSettings) if field.name not in ("model", "api_keys")}
 _OWN = {

@@ -1,29 +1,52 @@
-"""Child processes whose lines of output are read here, and whose stdin takes lines.
+"""Child processes: how each one starts, and those whose lines of output are read here, and whose stdin takes lines.
 
-A child ends when this process does, however this process dies: its stdin is a pipe that closes then. A Lamina child
+A child imports nothing from the working folder, which may be a stranger's model, and gets no secret by its environment.
+It ends when this process does, however this process dies: its stdin is a pipe that closes then. A Lamina child
 also asks the system to kill it with the thread that started it, so one thread should start all children.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 GRACE = 5.0  # seconds between closing a child's stdin and killing it
 _MAX_LINE = 1 << 20  # characters; a longer line comes in parts
+KEY_VARIABLE = "LAMINA_API_KEY"  # no child needs it: the HTTP process reads its keys from its first line of input
+_MODULE = (  # `python -m` with -P, which Python 3.10 does not have: "" on the path is the working folder
+    "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; "
+    "import runpy; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """What runs a module as `python -m` does, except that nothing is imported from the working folder."""
+    return [sys.executable, "-c", _MODULE, module, *arguments]
+
+
+def start_child(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[Any]:
+    """Start a process with this one's variables, without secrets, and those of `environment`. `options` are those of
+    `Popen`. Raises OSError."""
+    inherited = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+    return subprocess.Popen(command, env=inherited | {"PYTHONSAFEPATH": "1"} | dict(environment or {}), **options)
 
 
 class ChildProcess:
     """One process. `on_line` gets each line of its stdout, without the line break; `on_end` is called after the last
     one, once the process has ended. Both are called on a thread of the child's.
 
-    With `merge_stderr` the lines of its stderr come too; else its stderr is that of this process. Raises OSError where
-    it cannot be started.
+    `environment` adds variables. With `merge_stderr` the lines of its stderr come too; else its stderr is that of this
+    process. Raises OSError where it cannot be started.
     """
 
     def __init__(
@@ -38,10 +61,10 @@ class ChildProcess:
         merge_stderr: bool = False,
     ) -> None:
         self.name = name
-        self._process = subprocess.Popen(
+        self._process: subprocess.Popen[str] = start_child(
             command,
+            environment,
             pass_fds=pass_fds,
-            env=environment,
             stdin=subprocess.PIPE,  # closes when this process ends
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if merge_stderr else None,

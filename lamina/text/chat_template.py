@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lamina.errors import InvalidRequest, ModelFileError
+from lamina.system.child_process import module_command, start_child
 
 
 class ChatTemplate:
@@ -61,12 +60,11 @@ class ChatTemplate:
         from lamina.text import chat_template_child  # loads Jinja, which only chats need
 
         if self._child is None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", chat_template_child.__name__],
+            self._child = start_child(
+                module_command(chat_template_child.__name__),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                cwd=Path(__file__).parents[2],  # first on the child's path, so that it finds this package
                 start_new_session=True,  # Ctrl-C is for the parent
             )
         child = self._child

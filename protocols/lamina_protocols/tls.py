@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+import sys
 import tempfile
 from typing import TypeAlias
 
@@ -46,7 +48,9 @@ def client_context(credentials: Credentials) -> ssl.SSLContext:
 
 
 def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
-    with tempfile.NamedTemporaryFile() as file:  # of mode 0600; `ssl` reads only files
+    # `ssl` reads only files, and a key is not for a disk: Linux has files in memory.
+    linux = sys.platform == "linux"
+    with open(os.memfd_create("tls"), "wb") if linux else tempfile.NamedTemporaryFile() as file:
         file.write(credentials.cert + b"\n" + credentials.key)
         file.flush()
-        context.load_cert_chain(file.name)
+        context.load_cert_chain(f"/dev/fd/{file.fileno()}" if linux else file.name)

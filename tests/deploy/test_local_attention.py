@@ -178,7 +178,7 @@ def test_close_does_not_wait_forever_for_a_stopped_child(monkeypatch: pytest.Mon
 
 
 def test_command_line_of_a_worker_names_attention() -> None:
-    assert "attention" in " ".join(attention_command("w", 1, 1)[1:3])
+    assert attention_command("w", 1, 1)[3] == "lamina_workers.attention_main"
 
 
 PARENT = """

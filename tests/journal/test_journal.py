@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lamina.errors import JournalError
 from lamina.journal.history import FINISHED, GONE, History, KnownSample, KvLocation, Record, RecoveredRequest, adoption
-from lamina.journal.journal import Facts, Journal, Run, run_folder, sweep
+from lamina.journal.journal import Facts, Journal, Run
 from lamina.journal.records import from_plain
 from lamina_protocols.messages import PartHeld
 
@@ -172,7 +172,7 @@ def test_second_engine_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     code = "import sys; from lamina.journal.journal import *; Journal(sys.argv[1], Facts('mmmmmmmm', 16, 'float32', 2))"
     second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert second.returncode == 1
-    assert f"in use by another engine (process {os.getpid()})" in second.stderr
+    assert f"in use by process {os.getpid()};" in second.stderr
     with pytest.raises(JournalError, match="in use"):
         Journal(tmp_path, FACTS)
     first.append(request())
@@ -183,22 +183,42 @@ def test_second_engine_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     again.close()
 
 
-def test_sweep_deletes_old_folders_of_killed_runs(tmp_path: Path) -> None:
-    used, left, fresh = (run_folder(tmp_path, name) for name in ("used", "left", "fresh"))
-    for folder in (left, fresh):
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    """A folder of mode 0777 was used, so that others could put links and a journal of their own into it."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    for mode in (0o777, 0o1777, 0o770):
+        folder.chmod(mode)
+        with pytest.raises(JournalError, match=rf"shared.*with mode {mode:04o}; allowed is one of this user"):
+            Journal(folder, FACTS)
+    assert list(folder.iterdir()) == []
+    folder.chmod(0o755)
+    Journal(folder, FACTS).close()
+
+
+def test_a_journal_that_another_may_write_to_is_refused(tmp_path: Path) -> None:
+    """A forged journal was taken up, other tenants' requests and all, since a checksum is no signature."""
+    written(tmp_path, RECORDS)
+    (tmp_path / "journal").chmod(0o666)
+    with pytest.raises(JournalError, match=r"mode 0666"):
+        Journal(tmp_path, FACTS)
+
+
+@pytest.mark.parametrize("name", ["journal", "journal.new", "lock"])
+def test_planted_links_lead_nowhere(tmp_path: Path, name: str) -> None:
+    """The file behind a planted journal.new was overwritten and became the journal, readable by everybody."""
+    (theirs := tmp_path / "theirs").write_bytes(b"precious")
+    theirs.chmod(0o644)
+    (folder := tmp_path / "folder").mkdir()
+    (folder / name).symlink_to(theirs)
+    if name == "journal.new":
         Journal(folder, FACTS).close()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "lamina-run-odd").mkdir()
-    journal = Journal(used, FACTS)
-    for folder in (used, left):
-        os.utime(folder / "journal", (1000, 1000))
-    sweep(tmp_path, 2000)
-    journal.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "lamina-run-fresh", "lamina-run-odd", "lamina-run-used", "mine"
-    ]  # fmt: skip
-    assert not left.exists()
-    sweep(tmp_path / "nowhere", 2000)
+        assert not (folder / "journal").is_symlink()
+        assert (folder / "journal").stat().st_mode & 0o777 == 0o600
+    else:
+        with pytest.raises(JournalError, match="symbolic links"):
+            Journal(folder, FACTS)
+    assert theirs.read_bytes() == b"precious"
 
 
 def test_run_keeps_its_name_and_count_when_it_began_elsewhere(tmp_path: Path) -> None:

@@ -558,7 +558,7 @@ def test_second_engine_and_foreign_journal_are_refused(tiny: Path, tmp_path: Pat
     with worker_process() as worker:
         settings = {"attention_workers": [worker.address], "local_share": 0, "dtype": "float32", "threads": 1}
         with LLM(tiny, journal=tmp_path / "a", **settings):
-            with pytest.raises(JournalError, match="in use by another engine"):
+            with pytest.raises(JournalError, match="in use by process"):
                 LLM(tiny, journal=tmp_path / "a", **settings)
             with pytest.raises(EngineError, match=worker.address):
                 LLM(tiny, journal=tmp_path / "b", **settings)

@@ -70,6 +70,14 @@ def test_what_is_not_implemented_is_named(tmp_path: Path, extra: dict[str, int],
         converted(path)
 
 
+def test_an_odd_head_dim_is_named(tmp_path: Path) -> None:
+    """It was a ValueError of a reshape, which named neither the file nor the number."""
+    model = tiny("llama")
+    path = write_gguf(tmp_path / "x.gguf", model.config, model.state_dict(), llama__attention__key_length=15)
+    with pytest.raises(ModelFileError, match=r"x\.gguf has a head_dim of 15; RoPE needs an even one"):
+        converted(path)
+
+
 def test_a_gguf_that_contradicts_itself_names_tensor_and_shapes(tmp_path: Path) -> None:
     model = tiny("llama")
     weights = model.state_dict()

@@ -144,3 +144,23 @@ def test_what_cannot_be_built_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         build(write(tmp_path / "x.gguf", byte_level("smollm") | change))
+
+
+def test_a_long_token_is_refused_before_its_parts_are_looked_for(tmp_path: Path) -> None:
+    """The time for a token grew with the square of its length: one of 16 MiB, which was allowed, took a day."""
+    keys = sentencepiece()
+    keys["tokens"][-1] = "c" * 1024
+    assert build(write(tmp_path / "long.gguf", keys)).token_to_id("c" * 1024) == len(keys["tokens"]) - 1
+    keys["tokens"][-1] = "c" * 1025
+    with pytest.raises(ModelFileError, match="a token of 1025 characters; allowed are 1024"):
+        build(write(tmp_path / "longer.gguf", keys))
+
+
+def test_tokens_of_tokens_of_tokens_are_refused(tmp_path: Path) -> None:
+    """Each token that is a run of one character can be made of two others in as many ways as it is long."""
+    keys = sentencepiece()
+    runs = ["q" * length for length in range(1, 1025)]
+    for name, more in (("tokens", runs), ("token_type", [1] * len(runs)), ("scores", [-99.0] * len(runs))):
+        keys[name] = keys[name] + more
+    with pytest.raises(ModelFileError, match="made of one another in too many ways"):
+        build(write(tmp_path / "runs.gguf", keys))

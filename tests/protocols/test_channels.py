@@ -6,6 +6,8 @@ import contextlib
 import queue
 import socket
 import ssl
+import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -316,6 +318,15 @@ def test_tls_takes_no_stranger_and_no_plaintext():
         listener.close()
         for channel in arrived:
             channel.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no files in memory")
+def test_a_private_key_is_in_no_file_on_a_disk(tmp_path, monkeypatch):
+    """Each context wrote its key to a file in the temporary folder, though the docs said that none is on a disk."""
+    made = made_credentials()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    server_context(made, True)
+    client_context(made)
 
 
 def test_tls_contexts_take_nothing_older():

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ray_nodes import GENERATE, HEAD, OTHER, Namespaces, all_end, join
+from ray_nodes import GENERATE, HEAD, OTHER, PORT, Namespaces, all_end, cluster, join
 
 from lamina.deploy.ray_connection import compare_versions, explain
 from lamina.errors import EngineError
@@ -61,6 +61,38 @@ except EngineError as error:
 """)
     assert "no Ray cluster at '10.77.0.1:1'" in said["error"]
     assert "ray start --head" in said["error"]
+
+
+@pytest.mark.real
+def test_no_process_on_the_cluster_imports_from_the_working_folder(nodes: Namespaces) -> None:
+    """Ray has the processes of a job search the folder where its program began before all others."""
+    said = nodes.run("""
+from lamina.deploy.ray_connection import connect, ray_module
+connect("auto")
+path = ray_module().remote(num_cpus=0)(lambda: __import__("sys").path).remote()
+say(path=ray_module().get(path), folder=os.getcwd())
+""")
+    assert said["folder"] not in said["path"]
+
+
+@pytest.mark.real
+def test_a_cluster_that_lets_everybody_in_is_refused(nodes: Namespaces, tmp_path: Path) -> None:
+    """Whoever reached the head of a cluster without authentication ran programs on all nodes, and nothing said so. What
+    this process would show does not count, as the head may not look."""
+    code = """
+from lamina.deploy.ray_connection import connect, require_authentication
+from lamina.errors import EngineError
+connect("auto")
+try:
+    require_authentication()
+    say(error="")
+except EngineError as error:
+    say(error=str(error))
+"""
+    assert nodes.run(code)["error"] == ""
+    with cluster(tmp_path, {}, RAY_AUTH_MODE="disabled") as unlocked:
+        said = unlocked.run(code)["error"]
+    assert f"the Ray cluster at {HEAD}:{PORT} runs programs of everybody who reaches it" in said
 
 
 @pytest.mark.real

@@ -262,6 +262,16 @@ def test_the_ray_cluster_has_what_its_command_asks_for() -> None:
     assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/cluster": cluster["metadata"]["name"]}
 
 
+@pytest.mark.parametrize("name", ["docs/kuberay.yaml", "docs/rayservice.yaml"])
+def test_pods_of_other_namespaces_are_let_in_by_their_namespace_too(name: str) -> None:
+    """`namespaceSelector: {}` let in every pod of the cluster that wears the operator's label, which anybody can."""
+    policy = load(name)[-1]
+    peers = [peer for rule in policy["spec"]["ingress"] for peer in rule.get("from", ())]
+    selectors = [peer["namespaceSelector"] for peer in peers if "namespaceSelector" in peer]
+    assert len(selectors) == 1
+    assert set(selectors[0]["matchLabels"]) == {"kubernetes.io/metadata.name"}
+
+
 @pytest.mark.real
 def test_serve_understands_the_configuration_of_the_ray_service() -> None:
     pytest.importorskip("ray")

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import pytest
 from lamina.errors import EngineError, InvalidRequest
 from lamina.server.processes.supervisor import ServerPlan, Supervisor
 from lamina.server.settings import ServerSettings
+from lamina.system.private_folder import lock
 
 TESTS = Path(__file__).parents[1] / "support"
 PATIENCE = 30.0
@@ -236,3 +238,31 @@ s.Supervisor(s.ServerPlan("m", {}, ServerSettings(model="m"), "127.0.0.1", 0), R
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(alive, pids))
+
+
+def test_no_child_has_the_keys_in_its_environment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys were in the environment of the HTTP process and of the engine, where all that they run reads them."""
+    monkeypatch.setenv("LAMINA_API_KEY", "top-secret")
+    inherited: list[str] = []
+
+    def look() -> None:
+        inherited.extend(Path(f"/proc/{world.pid(role)}/environ").read_text() for role in ("engine", "http"))
+
+    world.run(world.serving, look, world.signal)
+    assert len(inherited) == 2
+    assert all("FAKE_CHILD_FOLDER" in each and "top-secret" not in each for each in inherited)
+
+
+def test_folders_of_killed_servers_are_swept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that was killed left its folder with the journal, all requests in it, in the temporary folder."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:  # sockets want a short path
+        left, used = Path(parent) / "lamina-serve-left", Path(parent) / "lamina-serve-used"
+        held = [lock(left), lock(used)]
+        (left / "journal").mkdir()
+        for folder in (left, used):
+            os.utime(folder / "lock", (1000, 1000))
+        os.close(held[0])
+        monkeypatch.setattr(tempfile, "tempdir", parent)
+        world.run(world.serving, world.signal)
+        os.close(held[1])
+        assert [path.name for path in Path(parent).iterdir()] == ["lamina-serve-used"]

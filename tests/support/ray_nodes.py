@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -40,14 +41,19 @@ class Program:
         self.process.stdin.flush()
 
 
+_numbers = itertools.count()  # of namespaces
+
+
 class Namespaces:
     """Two namespaces joined by a cable, and all that runs in them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.names = [f"lm{os.getpid()}{end}" for end in "ab"]
+        self.names = [f"lm{os.getpid()}{next(_numbers)}" for _ in range(2)]
         self._environment = os.environ | {
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "5a" * 32,
             "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": str(folder / "cache"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -81,7 +87,7 @@ class Namespaces:
             process = subprocess.Popen(
                 self.command(0, sys.executable, "-c", PREAMBLE + code),
                 env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
-                cwd=self.folder,  # Ray's workers look for modules in this folder first
+                cwd=self.folder,
             )  # fmt: skip
         timer = threading.Timer(seconds, process.kill)
         timer.start()

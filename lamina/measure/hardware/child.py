@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from lamina.errors import EngineError
+from lamina.system.child_process import module_command, start_child
 
 _MODULE = "lamina.measure.hardware.children"
 _GRACE = 15.0  # seconds to end in order, attention workers included
@@ -31,8 +31,8 @@ class Child:
     def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
         self._kind = kind
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE, kind, json.dumps(options)],
+        self._process: subprocess.Popen[str] = start_child(
+            module_command(_MODULE, kind, json.dumps(options)),
             stdin=subprocess.PIPE,  # closes when this process ends, however it does: the child's sign to end
             stdout=subprocess.PIPE,
             stderr=self._said,

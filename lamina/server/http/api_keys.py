@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from lamina.errors import InvalidRequest
+from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.text_files import read_text
 
-KEY_VARIABLE = "LAMINA_API_KEY"
 _MAX_FILE = 64 << 10  # bytes
 
 

@@ -11,7 +11,6 @@ import queue
 import secrets
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -36,7 +35,8 @@ from lamina.errors import (
 )
 from lamina.server.processes.child_protocol import LOG_LEVEL, line, pack_worker, parse
 from lamina.server.settings import ServerSettings
-from lamina.system.child_process import ChildProcess, end_all
+from lamina.system.child_process import ChildProcess, end_all, module_command
+from lamina.system.private_folder import LOCK, lock, sweep
 
 ENGINE_MODULE = "lamina.server.processes.engine_main"
 HTTP_MODULE = "lamina.server.processes.http_main"
@@ -44,6 +44,8 @@ _KINDS = {
     kind.__name__: kind
     for kind in (DiskFullError, InvalidRequest, JournalError, ModelFileError, PolicyError, UnsupportedModelError)
 }  # errors that keep their type on the way from a child; all others become an EngineError
+_FOLDER = "lamina-serve-"  # begin of its name
+_FRESH = 10.0  # seconds that a supervisor may take from making its folder to locking it
 _LONGEST_FOLDER = 80  # characters: a Unix socket's path has 108, its name included
 _FORCED = 5.0  # seconds beyond the time to drain after which the HTTP process is killed
 
@@ -106,8 +108,10 @@ class Supervisor:
     def run(self) -> None:
         """Until a signal. Raises what the engine raised where it did not start, EngineError where it could not be
         started again, InvalidRequest where the address cannot be listened on."""
+        sweep(Path(tempfile.gettempdir()), _FOLDER, LOCK, time.time() - _FRESH)
         with (
-            tempfile.TemporaryDirectory(prefix="lamina-serve-") as folder,
+            tempfile.TemporaryDirectory(prefix=_FOLDER) as folder,
+            os.fdopen(lock(Path(folder))),  # others may sweep it once this process is dead
             self._listening() as sock,
             _signals(lambda: self._calls.put(self._stop)),
         ):
@@ -217,11 +221,11 @@ class Supervisor:
     def _spawn(self, role: _Role, module: str, *descriptors: int) -> ChildProcess:
         return ChildProcess(
             role.base,
-            [sys.executable, "-m", module],
+            module_command(module),
             self._received,
             lambda child: self._calls.put(lambda: self._ended(child)),
             pass_fds=descriptors,
-            environment=os.environ | {"PYTHONUNBUFFERED": "1", LOG_LEVEL: self._plan.log_level},
+            environment={"PYTHONUNBUFFERED": "1", LOG_LEVEL: self._plan.log_level},
         )
 
     def _received(self, child: ChildProcess, text: str) -> None:

@@ -1,0 +1,51 @@
+"""Folders of one process, and what happens to those of processes that were killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lamina.system.private_folder import LOCK, lock, sweep
+
+HOLDS = """
+import os, sys, time
+from pathlib import Path
+from lamina.system.private_folder import lock
+lock(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(100)
+"""
+
+
+def test_sweep_deletes_old_folders_that_nobody_has_locked(tmp_path: Path) -> None:
+    used, left, fresh, odd, linked = (tmp_path / f"x-{name}" for name in ("used", "left", "fresh", "odd", "linked"))
+    for folder in (left, fresh):
+        os.close(lock(folder))
+    held = lock(used)
+    odd.mkdir()
+    (tmp_path / "mine").mkdir()
+    os.close(lock(tmp_path / "mine" / "x-deep"))
+    linked.symlink_to(tmp_path / "mine" / "x-deep")
+    for folder in (used, left, tmp_path / "mine" / "x-deep"):
+        os.utime(folder / LOCK, (1000, 1000))
+    sweep(tmp_path, "x-", LOCK, 2000)
+    os.close(held)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "x-fresh", "x-linked", "x-odd", "x-used"]
+    assert (tmp_path / "mine" / "x-deep").is_dir()
+    sweep(tmp_path / "nowhere", "x-", LOCK, 2000)
+
+
+def test_the_death_of_a_process_frees_its_folder(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError, match=f"in use by process {holder.pid}"):
+            lock(tmp_path)
+        holder.kill()
+        holder.wait()
+    os.close(lock(tmp_path))
