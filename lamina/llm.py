@@ -192,7 +192,9 @@ class LLM:
         if params is not None and not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params is {params!r:.80}; allowed is a SamplingParams")
         params = params or SamplingParams.from_keywords(**sampling)
-        requests = self._runtime.inputs.requests(prepared.prompts, params, priority)
+        inputs = self._runtime.inputs
+        requests = inputs.requests(prepared.prompts, params, priority)
+        inputs.compile(params)
         return Call(self._runtime, requests, prepared.one, owner=self)
 
 

@@ -42,9 +42,17 @@ class ServerOptions:
         ),
     ] = field(default=None, repr=False)
     api_key_file: Annotated[Path | None, _server_option("A file with one API key a line.")] = None
+    operator_key_file: Annotated[
+        Path | None,
+        _server_option(
+            "A file with the operator's API keys: they see what all keys do, and may set priorities below 0."
+        ),
+    ] = None
     open_to_all: Annotated[bool, _server_option("Listen beyond this host without an API key.", "--open")] = False
     served_model_name: Annotated[str | None, _server_option("What requests call the model; MODEL by default.")] = None
-    max_requests: Annotated[int, _server_option("Samples under way or waiting; more are refused for now.")] = 1024
+    max_requests: Annotated[
+        int, _server_option("Samples under way or waiting; more are refused for now. Each API key has a share.")
+    ] = 1024
     request_timeout: Annotated[float, _server_option("Seconds that a request may take.")] = 600.0
     drain_timeout: Annotated[float, _server_option("Seconds for requests under way after SIGTERM or Ctrl-C.")] = 30.0
     journal: Annotated[
@@ -63,7 +71,8 @@ class ServerOptions:
         from lamina.server.settings import ServerSettings
 
         keys = [*(self.api_key or []), *keys_from_environment(), *keys_from_file(self.api_key_file)]
-        if not keys and not self.open_to_all and not is_loopback(self.host):
+        operators = keys_from_file(self.operator_key_file)
+        if not keys and not operators and not self.open_to_all and not is_loopback(self.host):
             raise InvalidRequest(
                 f"host is {self.host!r} and there is no API key: give --api-key-file, --api-key or ${KEY_VARIABLE}, "
                 "or --open to let everybody in"
@@ -77,6 +86,7 @@ class ServerOptions:
         return ServerSettings(
             model=self.served_model_name or model,
             api_keys=tuple(keys),
+            operator_keys=tuple(operators),
             host=self.host,
             max_requests=self.max_requests,
             request_timeout=self.request_timeout,

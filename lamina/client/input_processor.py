@@ -73,8 +73,8 @@ class InputProcessor:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0, salt: Hashable = None
     ) -> list[EngineRequest]:
         """One request for each prompt (token ids), checked but not submitted. A lower `priority` is more urgent.
-        Requests share prefixes only with requests of the same `salt`. A schema or grammar is compiled, which takes a
-        second at worst."""
+        Requests share prefixes only with requests of the same `salt`. A schema or grammar is not looked at: see
+        `compile`."""
         if type(priority) is not int or not -(2**31) <= priority < 2**31:
             raise InvalidRequest(f"priority is {cut(priority)}; allowed is an integer from -2^31 to 2^31 - 1")
         filled = params.with_defaults(self._generation_config)
@@ -83,8 +83,6 @@ class InputProcessor:
         for prompt in prompts:
             self._check_token_ids("the prompt", prompt)
             check_length(len(prompt), filled.max_tokens, self._context, self._possible)
-        if filled.constrained:
-            self.grammars.constraints(filled, 1)
         stops = frozenset(filled.stop_token_ids)
         if not filled.ignore_eos:
             stops |= {token for token in self.tokenizer.eos_ids if token < self.vocab_size}
@@ -105,6 +103,12 @@ class InputProcessor:
             )
             for prompt in prompts
         ]
+
+    def compile(self, params: SamplingParams) -> None:
+        """Compile the schema or grammar of `params`, if there is one, so that its errors come before a request is
+        submitted. It takes a second at worst."""
+        if params.constrained:
+            self.grammars.constraints(params, 1)
 
     def prompts(self, prompts: Prompts) -> Prepared:
         """One prompt, or several."""

@@ -69,10 +69,10 @@ def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | 
         lifespan=lifespan,
     )
     _add_routes(app, service)
-    add_page(app, frontend, settings)
+    add_page(app, frontend, settings, service.samples)
     app.add_middleware(Gate, settings=settings, metrics=counted, public=_PUBLIC, probes=_PROBES)
     _add_handlers(app, service)
-    app.openapi = lambda: _document(app, bool(settings.api_keys))  # type: ignore[method-assign]  # FastAPI's own way
+    app.openapi = lambda: _document(app, settings.protected)  # type: ignore[method-assign]  # FastAPI's own way
     return app
 
 

@@ -89,6 +89,7 @@ class Frontend:
         self.restarts = 0  # of the engine
         self.draining = False  # the server is about to end: new requests are refused
         self.active = 0  # samples under way or waiting
+        self.owners: dict[str, str] = {}  # the tenant of each request under way, by the request's id
         self._served: Served | None = None
         self._why = ""  # the engine is dead; empty while it is loading
         self._snapshot: tuple[float, Snapshot] | None = None

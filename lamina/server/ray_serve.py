@@ -29,11 +29,13 @@ _ENGINE = {
     for field in fields(EngineConfig)
     if field.name not in ("cluster", "tls_dir", "token_file")  # a replica uses the cluster it runs on
 }
-_SERVER = {field.name: str(field.type) for field in fields(ServerSettings) if field.name not in ("model", "api_keys")}
+_NOT_ARGUMENTS = ("model", "api_keys", "operator_keys")
+_SERVER = {field.name: str(field.type) for field in fields(ServerSettings) if field.name not in _NOT_ARGUMENTS}
 _OWN = {
     "model": "str",
     "served_model_name": "str | None",
     "api_key_file": "str | None",
+    "operator_key_file": "str | None",
     "open": "bool",
     "drain_timeout": "float",
 }
@@ -50,6 +52,7 @@ class ServePlan:
     config: EngineConfig
     settings: ServerSettings
     api_key_file: Path | None = None
+    operator_key_file: Path | None = None
     open: bool = False
     drain_timeout: float = 30.0
 
@@ -64,7 +67,8 @@ class ServePlan:
         given = {name: _value(name, value) for name, value in arguments.items() if value is not None}
         model: Any = given.get("model", DEFAULT_MODEL)
         name: Any = given.get("served_model_name")
-        for argument, text in (("model", model), ("served_model_name", name), ("api_key_file", _path(given))):
+        files = {argument: _path(given, argument) for argument in ("api_key_file", "operator_key_file")}
+        for argument, text in {"model": model, "served_model_name": name, **files}.items():
             if text is not None and (not isinstance(text, str) or not text.strip()):
                 raise InvalidRequest(f"{argument} is {text!r:.80}; allowed is text that is not empty")
         let_in, drain = given.get("open", False), given.get("drain_timeout", 30.0)
@@ -77,6 +81,7 @@ class ServePlan:
             config=EngineConfig(**{key: given[key] for key in _ENGINE if key in given}, cluster="auto"),
             settings=ServerSettings(model=name or model, **{key: given[key] for key in _SERVER if key in given}),
             api_key_file=Path(given["api_key_file"]) if "api_key_file" in given else None,
+            operator_key_file=Path(given["operator_key_file"]) if "operator_key_file" in given else None,
             open=let_in,
             drain_timeout=float(drain),
         )
@@ -84,12 +89,13 @@ class ServePlan:
     def settings_here(self) -> ServerSettings:
         """The settings with the API keys of this host. Raises InvalidRequest where there are none, unless `open`."""
         keys = [*keys_from_environment(), *keys_from_file(self.api_key_file)]
-        if not keys and not self.open:
+        operators = keys_from_file(self.operator_key_file)
+        if not keys and not operators and not self.open:
             raise InvalidRequest(
                 f"there is no API key: set ${KEY_VARIABLE} on the hosts of the cluster, or api_key_file, or open to "
                 "let everybody in"
             )
-        return replace(self.settings, api_keys=tuple(keys))
+        return replace(self.settings, api_keys=tuple(keys), operator_keys=tuple(operators))
 
 
 class Replica:
@@ -181,6 +187,6 @@ def _value(name: str, value: Any) -> Any:
         return value
 
 
-def _path(given: Mapping[str, Any]) -> Any:
-    path = given.get("api_key_file")
+def _path(given: Mapping[str, Any], name: str) -> Any:
+    path = given.get(name)
     return str(path) if isinstance(path, Path) else path

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
 
+TENANT = "lamina.tenant"  # a key of a request's scope
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
@@ -18,6 +20,9 @@ class ServerSettings:
     """The name under which the model is served: what requests say in `model`."""
     api_keys: Sequence[str] = ()
     """Each request needs one of them; where there are none, no request needs a key."""
+    operator_keys: Sequence[str] = ()
+    """API keys too, of those who run the server: with them, requests may go before others (`priority`), and status and
+    metrics show what all keys do. A lone key is the operator's."""
     host: str | None = None
     """The name by which clients reach the server, beside localhost and IP addresses: where there are no API keys,
     requests for other names are refused."""
@@ -31,7 +36,7 @@ class ServerSettings:
     """Where OpenTelemetry traces go: an http or https URL. None: nowhere."""
 
     def __post_init__(self) -> None:
-        for key in self.api_keys:
+        for key in self._keys:
             if not isinstance(key, str) or not 1 <= len(key) <= 512 or not key.isascii() or not key.isprintable():
                 raise InvalidRequest(
                     "an API key has characters that a header cannot carry; allowed are 1 to 512 of ASCII"
@@ -53,8 +58,26 @@ class ServerSettings:
 
     def admits(self, shown: str) -> bool:
         """Whether `shown` is one of the keys, or there are none. A wrong key takes as long as a right one."""
-        found = [hmac.compare_digest(shown.encode("utf-8", "replace"), key.encode()) for key in self.api_keys]
+        found = [hmac.compare_digest(shown.encode("utf-8", "replace"), key.encode()) for key in self._keys]
         return not found or any(found)
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        return (*self.api_keys, *self.operator_keys)
+
+    @property
+    def protected(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self._keys)
+
+    @property
+    def tenants(self) -> int:
+        """How many keys there are; 1 where no key is needed."""
+        return max(1, len(set(self._keys)))
+
+    def is_operator(self, tenant: str) -> bool:
+        """Whether a tenant may see and go before others: one of the operator's keys, or where there are no others."""
+        return self.tenants == 1 or any(self.tenant(key) == tenant for key in self.operator_keys)
 
     @staticmethod
     def tenant(key: str) -> str:

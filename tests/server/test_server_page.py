@@ -20,6 +20,7 @@ from lamina.server.page.page import PUBLIC_PATHS, add_page
 from lamina.server.page.recent_latencies import SECONDS, RecentLatencies
 from lamina.server.page.status import MAX_SEQUENCES, Labels, Percentiles, Server, percentiles, status
 from lamina.server.settings import ServerSettings
+from lamina.server.shares import KeyShares
 
 SERVER = Server(
     model="some-model",
@@ -162,7 +163,7 @@ class InputProcessor:
 
 def page() -> tuple[FastAPI, Frontend]:
     app, frontend = FastAPI(), Frontend()
-    add_page(app, frontend, ServerSettings(model="some-model"))
+    add_page(app, frontend, ServerSettings(model="some-model"), KeyShares(1024, 1))
     return app, frontend
 
 

@@ -17,13 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import State
 from lamina.server.http.errors import ApiError, shown
-from lamina.server.settings import ServerSettings
+from lamina.server.settings import TENANT, ServerSettings
 from lamina_protocols.channels import is_loopback
 
 logger = logging.getLogger("lamina")
 
-REQUEST_ID = "lamina.request_id"  # keys of a request's scope
-TENANT = "lamina.tenant"
+REQUEST_ID = "lamina.request_id"  # a key of a request's scope, like TENANT
 
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(:[0-9]{0,5})?")
@@ -76,7 +75,7 @@ class Gate:
         host = settings.host or "localhost"
         self._names = {"localhost", host.lower()}
         # A server that listens beyond loopback without keys was started with --open.
-        self._any_name = bool(settings.api_keys) or (_is_address(host) and not is_loopback(host))
+        self._any_name = settings.protected or (_is_address(host) and not is_loopback(host))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -123,7 +122,7 @@ class Gate:
         scope[TENANT] = ""
         if (error := self._elsewhere(scope)) is not None:
             return error
-        if not self._settings.api_keys or scope["path"] in self._public:
+        if not self._settings.protected or scope["path"] in self._public:
             return None
         scheme, _, key = (_header(scope, b"authorization") or "").partition(" ")
         key = key.strip()

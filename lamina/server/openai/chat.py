@@ -27,8 +27,10 @@ from lamina.server.openai.responses import Chunks, chat_logprob, dumps
 from lamina.server.openai.sampling_fields import (
     blaming,
     check_characters,
+    check_length,
     check_prompt_logprobs,
     check_stream_options,
+    encoded,
     response_format,
     sampling,
     structured,
@@ -71,9 +73,9 @@ async def chat(service: Service, request: Request) -> Response:
     """Answer one request."""
     context = service.context(request)
     fields = await service.read(request, ChatRequest, context)
-    served = service.served(1, fields.n or 1)
-    salt = service.salt(context, fields.cache_salt)
-    work = service.prepare(context, _prepared, fields, served, salt)
+    service.check_priority(context, fields.priority)
+    served = service.served(context, 1, fields.n or 1)
+    work = _prepared(service, fields, served, context)
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
     named = responses.named("chatcmpl", fields.request_id or context.id, service.settings.model)
     if fields.stream:
@@ -105,7 +107,7 @@ def prompt_text(
 def checked_messages(messages: Any, inputs: InputProcessor) -> list[dict[str, Any]]:
     """Messages in the form that templates expect. Raises InvalidRequest, ApiError where they are too long."""
     checked = check_messages(messages)
-    check_characters(sum(len(message["content"]) for message in checked), inputs, "messages")
+    check_length("messages", sum(len(message["content"]) for message in checked), inputs)
     return checked
 
 
@@ -114,8 +116,16 @@ def new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _prepared(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> Chat:
+async def _prepared(service: Service, fields: ChatRequest, served: Served, context: RequestContext) -> Chat:
     """The request with all checks done, before anything is submitted."""
+    way, chat = await service.prepare(context, _chat, fields, served, service.salt(context, fields.cache_salt))
+    with blaming(way):
+        await service.compile(context, served, chat.params)
+    return chat
+
+
+def _chat(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> tuple[str, Chat]:
+    """The field that structures the output, "" without one, and the chat."""
     _check(fields)
     tokenizer, inputs = served.tokenizer, served.inputs
     special = tags_are_special(tokenizer.special_tokens)
@@ -124,9 +134,10 @@ def _prepared(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> Cha
     )
     messages = checked_messages(fields.messages, inputs)
     text = prompt_text(fields, messages, tokenizer, use)
-    check_characters(len(text), inputs, "messages")
+    check_characters({"messages": text}, inputs)
     limit = _limit(fields)
-    ids = truncated(fields, tokenizer.encode(text, bool(fields.add_special_tokens)), inputs, limit)
+    whole = fields.truncate_prompt_tokens is None
+    ids = truncated(fields, encoded(text, bool(fields.add_special_tokens), inputs, "messages", whole), inputs, limit)
     way, structure = _structure(fields, use, special)
     try:
         with blaming(way):
@@ -143,7 +154,7 @@ def _prepared(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> Cha
     hidden = None if use is None else tuple(end for eos in tokenizer.eos_ids if (end := tokenizer.token(eos)))
     prefix = messages[-1]["content"] if fields.echo and messages[-1]["role"] == "assistant" else ""
     fields.messages = fields.tools = None  # not kept as long as the answer takes: they may have megabytes
-    return Chat(fields, request, tokenizer.eos_ids, prefix, hidden)
+    return way, Chat(fields, request, tokenizer.eos_ids, prefix, hidden)
 
 
 def _check(fields: ChatRequest) -> None:

@@ -27,6 +27,7 @@ from lamina.server.openai.sampling_fields import (
     check_characters,
     check_prompt_logprobs,
     check_stream_options,
+    encoded,
     sampling,
     structured,
     truncated,
@@ -60,9 +61,9 @@ async def completions(service: Service, request: Request) -> Response:
     context = service.context(request)
     fields = await service.read(request, CompletionRequest, context)
     one = is_one(fields.prompt) or not isinstance(fields.prompt, list)
-    served = service.served(1 if one else len(fields.prompt), fields.n or 1)
-    salt = service.salt(context, fields.cache_salt)
-    work = service.prepare(context, _prepared, fields, served, salt)
+    service.check_priority(context, fields.priority)
+    served = service.served(context, 1 if one else len(fields.prompt), fields.n or 1)
+    work = _prepared(service, fields, served, context)
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
     named = responses.named("cmpl", fields.request_id or context.id, service.settings.model) | {
         "object": "text_completion"
@@ -73,12 +74,20 @@ async def completions(service: Service, request: Request) -> Response:
     return await while_connected(request.receive, _whole(service, prepared, context, named), context.timeout + GRACE)
 
 
-def _prepared(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> Texts:
+async def _prepared(service: Service, fields: CompletionRequest, served: Served, context: RequestContext) -> Texts:
     """The requests with all checks done, before anything is submitted."""
+    texts = await service.prepare(context, _texts, fields, served, service.salt(context, fields.cache_salt))
+    with blaming("structured_outputs"):
+        await service.compile(context, served, texts.params)
+    return texts
+
+
+def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> Texts:
     _check(fields)
     tokenizer, inputs = served.tokenizer, served.inputs
     given = [fields.prompt] if is_one(fields.prompt) or not isinstance(fields.prompt, list) else fields.prompt
     names = ["prompt"] if given is not fields.prompt else [f"prompt[{index}]" for index in range(len(given))]
+    check_characters(dict(zip(names, given, strict=True)), inputs)
     prompts = [
         truncated(fields, _tokens(name, prompt, fields, served), inputs, fields.max_tokens)
         for name, prompt in zip(names, given, strict=True)
@@ -121,9 +130,8 @@ def _tokens(name: str, prompt: Any, fields: CompletionRequest, served: Served) -
     if isinstance(prompt, str):
         if not prompt:
             raise refused(name, prompt, "text of at least one character")
-        check_characters(len(prompt), served.inputs, name)
         special = True if fields.add_special_tokens is None else fields.add_special_tokens
-        return served.tokenizer.encode(prompt, special)
+        return encoded(prompt, special, served.inputs, name, whole=fields.truncate_prompt_tokens is None)
     if not isinstance(prompt, list) or not prompt or not all(type(token) is int for token in prompt):
         raise refused(name, prompt, "text or token ids, at least one, or a list of these")
     return prompt

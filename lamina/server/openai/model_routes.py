@@ -11,10 +11,11 @@ from starlette.responses import JSONResponse, Response
 from lamina.server.frontend import STATES, Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.openai.chat import checked_messages, prompt_text
-from lamina.server.openai.sampling_fields import check_characters
+from lamina.server.openai.sampling_fields import check_length
 from lamina.server.openai.schemas import DetokenizeRequest, TokenizeRequest
 from lamina.server.openai.service import Service
 from lamina.server.openai.tools import ToolUse
+from lamina.server.settings import TENANT
 from lamina.version import __version__
 
 _STARTED = int(time.time())
@@ -62,7 +63,9 @@ async def version(service: Service, request: Request) -> Response:
 
 
 async def metrics(service: Service, request: Request) -> Response:
-    """GET /metrics: Prometheus's text."""
+    """GET /metrics: Prometheus's text, of all keys together, so only for the operator where there are several."""
+    if not service.settings.is_operator(request.scope[TENANT]):
+        raise ApiError(403, "/metrics shows what all keys do; it wants a key of the operator", code="operator_only")
     snapshot = await service.frontend.snapshot(_SNAPSHOT_TIMEOUT)
     body, content_type = service.metrics.render(snapshot, service.frontend.state, service.frontend.restarts)
     return Response(body, headers={"Content-Type": content_type})
@@ -94,7 +97,7 @@ def _tokenized(fields: TokenizeRequest, served: Served) -> dict[str, Any]:
     else:
         use = ToolUse.from_request(fields.tools, None, None, tokenizer.template_knows_tools)
         text = prompt_text(fields, checked_messages(fields.messages, inputs), tokenizer, use)
-    check_characters(len(text), inputs, "messages" if fields.prompt is None else "prompt")
+    check_length("messages" if fields.prompt is None else "prompt", len(text), inputs)
     ids = tokenizer.encode(text, bool(special))
     spelled = {"token_strs": [tokenizer.token(token) for token in ids]} if fields.return_token_strs else {}
     return {"count": len(ids), "max_model_len": inputs.max_model_len, "tokens": ids, **spelled}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
@@ -14,12 +15,15 @@ from starlette.requests import Request
 from lamina.completions import Completion, TokenEvent
 from lamina.errors import LaminaError
 from lamina.messages.engine_request import EngineRequest
+from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import DeadlineExceeded, Frontend, Generation, Served
 from lamina.server.http.errors import ApiError, overloaded, refused, shown, translated
-from lamina.server.http.gate import REQUEST_ID, TENANT, Metrics
+from lamina.server.http.gate import REQUEST_ID, Metrics
 from lamina.server.http.limits import MAX_BODIES, BodyMemory, check_media_type, parse_object
 from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
-from lamina.server.settings import ServerSettings
+from lamina.server.preparation import PreparationPool
+from lamina.server.settings import TENANT, ServerSettings
+from lamina.server.shares import KeyShares
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -29,6 +33,7 @@ GRACE = 5.0  # seconds beyond a request's time limit, to send the error that it 
 _LARGE = 1 << 16  # bytes from which a body is parsed on a thread, not on the event loop
 _FIELDS = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys() | TokenizeRequest.model_fields.keys()
 _THREADS = 4  # to parse, render templates and tokenise
+_TURNS = 1 << 32  # of one priority; with it, a place in line has 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +65,25 @@ class Writer(Protocol):
 
 
 class Service:
-    """What the routes of one server work with. `close` ends its threads."""
+    """What the routes of one server work with. `samples`: what each key may have under way. `close` ends the
+    threads."""
 
     def __init__(self, frontend: Frontend, settings: ServerSettings, metrics: Metrics) -> None:
         self.frontend = frontend
         self.settings = settings
         self.metrics = metrics
-        self._pool = ThreadPoolExecutor(_THREADS, "lamina-requests")
-        self._parsing = ThreadPoolExecutor(1, "lamina-bodies")  # large ones: two together would need twice the memory
         self._bodies = BodyMemory(max(MAX_BODIES, 2 * settings.max_body))
-        self._preparing = 0
+        keys, most = settings.tenants, settings.max_requests
+        self.samples = KeyShares(most, keys)
+        self._pool = PreparationPool("lamina-requests", _THREADS, most, keys)
+        # One thread each: two large bodies would need twice the memory, and grammars are compiled one at a time.
+        self._parsing = PreparationPool("lamina-bodies", 1, most, keys)
+        self._compiling = PreparationPool("lamina-grammars", 1, most, keys)
 
     def close(self) -> None:
         """Let the threads end, without waiting for them."""
-        for pool in (self._pool, self._parsing):
-            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._parsing, self._compiling):
+            pool.close()
 
     def context(self, request: Request) -> RequestContext:
         """The context of a request, from its headers."""
@@ -109,33 +118,40 @@ class Service:
         """The result of `work(*arguments)`, which runs on a thread and within the request's time limit."""
         return await self._on_thread(self._pool, context, work, *arguments)
 
+    async def compile(self, context: RequestContext, served: Served, params: SamplingParams) -> None:
+        """Compile the schema or grammar of a request that has one."""
+        if params.constrained:
+            await self._on_thread(self._compiling, context, served.inputs.compile, params)
+
     async def _on_thread(
-        self, pool: ThreadPoolExecutor, context: RequestContext, work: Callable[..., T], *arguments: Any
+        self, pool: PreparationPool, context: RequestContext, work: Callable[..., T], *arguments: Any
     ) -> T:
-        if self._preparing >= self.settings.max_requests:
-            raise overloaded(f"{self._preparing} requests are being read; come back in a moment")
-        self._preparing += 1
         try:
-            future = asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
-            return await asyncio.wait_for(future, context.left())
+            return await asyncio.wait_for(pool.run(context.tenant, partial(work, *arguments)), context.left())
         except (TimeoutError, asyncio.TimeoutError):
             raise DeadlineExceeded(f"the request took longer than its {context.timeout:g} seconds") from None
-        finally:
-            self._preparing -= 1
 
-    def served(self, prompts: int, n: int) -> Served:
-        """The loaded model, if there is room for `n` samples per prompt. Raises EngineUnavailable, ApiError."""
+    def served(self, context: RequestContext, prompts: int, n: int) -> Served:
+        """The loaded model, if the request's key has room for `n` samples per prompt. Raises EngineUnavailable,
+        ApiError."""
         served = self.frontend.served
-        most, active = self.settings.max_requests, self.frontend.active
+        most = self.samples.most
         if prompts * n > most:
             raise ApiError(
                 400,
                 f"prompt has {prompts} prompts and n is {n}, which makes {prompts * n} samples; allowed are {most}",
                 "n" if prompts == 1 else "prompt",
             )
-        if active + prompts * n > most:
-            raise overloaded(f"{active} of {most} samples are under way; come back in a moment")
+        if not self.samples.fits(context.tenant, prompts * n):
+            held = self.samples.held(context.tenant)
+            what = f"{held} of {most} samples are under way, and there is no room for {prompts * n} more"
+            raise overloaded(f"{what}; come back in a moment")
         return served
+
+    def check_priority(self, context: RequestContext, priority: int | None) -> None:
+        """Raises ApiError where a request would go before those of other keys, and its key may not."""
+        if priority is not None and priority < 0 and not self.settings.is_operator(context.tenant):
+            raise refused("priority", priority, "0 or more, but for keys of the operator")
 
     async def whole(self, requests: Sequence[EngineRequest], context: RequestContext) -> list[Completion]:
         """The completions of requests, once all of them have ended."""
@@ -155,10 +171,28 @@ class Service:
             completions = generation.completions()
         yield writer.end(completions)
 
-    def _begin(self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool) -> Generation:
-        """Submit requests, if there is still room. The result must be entered at once."""
-        self.served(len(requests), requests[0].request.n)
-        return self.frontend.begin(requests, context.left(), streamed, context.timeout)
+    @asynccontextmanager
+    async def _begin(
+        self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool
+    ) -> AsyncIterator[Generation]:
+        """Submit requests, if there is still room. Within a priority, the engine serves them by their key's turn."""
+        n, shares, key = requests[0].request.n, self.samples, context.tenant
+        self.served(context, len(requests), n)
+        samples = len(requests) * n
+        shares.take(key, samples)
+        turn = shares.turn(key, samples)
+        try:
+            for request in requests:
+                place = request.request.priority * _TURNS + min(turn, _TURNS - 1)
+                request.request = replace(request.request, priority=place)
+                self.frontend.owners[request.id] = key
+            async with self.frontend.begin(requests, context.left(), streamed, context.timeout) as generation:
+                yield generation
+        finally:
+            for request in requests:
+                self.frontend.owners.pop(request.id, None)
+            shares.served(turn)
+            shares.give(key, samples)
 
     def translate(self, error: LaminaError) -> ApiError:
         """The response for an error."""

@@ -7,6 +7,8 @@ server.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from dataclasses import replace
 from importlib import resources
 
 from fastapi import FastAPI
@@ -14,10 +16,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import STATES, Frontend
 from lamina.server.page.recent_latencies import SECONDS, RecentLatencies
-from lamina.server.page.status import Labels, Server, percentiles, status
-from lamina.server.settings import ServerSettings
+from lamina.server.page.status import Labels, Server, of_one, percentiles, status
+from lamina.server.settings import TENANT, ServerSettings
+from lamina.server.shares import KeyShares
 from lamina.version import __version__
 
 _FILES = {
@@ -46,17 +50,21 @@ _HEADERS = {
 _SNAPSHOT_TIMEOUT = 1.0  # seconds for which a page waits for the engine
 
 
-def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> None:
-    """Serve the page at `/`, its files below `/lamina/`, and its data at `/lamina/status`, which needs an API key. The
-    frontend's observer is wrapped, so it must be set before."""
+def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings, samples: KeyShares) -> None:
+    """Serve the page at `/`, its files below `/lamina/`, and its data at `/lamina/status`, which needs an API key and
+    shows what that key does, or all of them to the operator. The frontend's observer is wrapped, so it must be set
+    before."""
     recent = RecentLatencies(frontend.observer, time.monotonic)
     frontend.observer = recent
-    labels = Labels()
+    labels: defaultdict[str, Labels] = defaultdict(Labels)  # by tenant
     folder = resources.files("lamina.server.page") / "static"
 
     async def show_status(request: Request) -> Response:
         snapshot = await frontend.snapshot(_SNAPSHOT_TIMEOUT)
-        content = status(_server(frontend, settings, recent), snapshot, labels)
+        server, tenant = _server(frontend, settings, recent), request.scope.get(TENANT, "")
+        if not settings.is_operator(tenant):
+            server, snapshot = _own(tenant, frontend, samples, server, snapshot)
+        content = status(server, snapshot, labels[tenant])
         return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
     def add_file(path: str, body: bytes, media_type: str) -> None:
@@ -68,6 +76,18 @@ def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> None
     for path, (name, media_type) in _FILES.items():
         add_file(path, (folder / name).read_bytes(), media_type)
     app.router.routes.append(Route("/lamina/status", show_status, methods=["GET"], include_in_schema=False))
+
+
+def _own(
+    tenant: str, frontend: Frontend, samples: KeyShares, server: Server, snapshot: Snapshot | None
+) -> tuple[Server, Snapshot | None]:
+    """What a tenant may see: the server as it would be without the others."""
+    held = samples.held(tenant)
+    server = replace(server, active=held, max_requests=samples.most, first_token=None, next_token=None)
+    if snapshot is not None:
+        mine = [each for each in snapshot.sequences if frontend.owners.get(each.request) == tenant]
+        snapshot = of_one(snapshot, mine, held)
+    return server, snapshot
 
 
 def _server(frontend: Frontend, settings: ServerSettings, recent: RecentLatencies) -> Server:

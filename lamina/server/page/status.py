@@ -23,6 +23,7 @@ _NUMBERS = (
     *("model_seconds", "attention_seconds", "idle_seconds"),
     *("kv_read", "kv_whole", "missed_mass", "missed_queries"),
 )
+_OF_NOBODY = ("began", "uptime", "running", "waiting", "lanes", "page_size")  # numbers that count no work
 
 
 class Labels:
@@ -80,6 +81,33 @@ class Server:
     seconds: float
     first_token: Percentiles | None
     next_token: Percentiles | None
+
+
+def of_one(snapshot: Snapshot, sequences: Sequence[SequenceSnapshot], held: int) -> Snapshot:
+    """A snapshot as it would be with these sequences alone, of `held` samples under way: what counts the work of others
+    is 0."""
+    holders = [
+        dataclasses.replace(
+            holder,
+            free_pages=max(0, holder.total_pages - sum(sequence.pages.get(holder.name, 0) for sequence in sequences)),
+            bytes_sent=0,
+            bytes_received=0,
+            exchange_seconds=0.0,
+            exchange_counts=(0,) * len(holder.exchange_counts),
+        )
+        for holder in snapshot.holders
+    ]
+    zeros: dict[str, Any] = {name: 0 for name in _NUMBERS if name not in _OF_NOBODY}
+    running = len(sequences)
+    return dataclasses.replace(
+        snapshot,
+        **zeros,
+        running=running,
+        waiting=max(0, held - running),
+        cached_pages={},
+        sequences=tuple(sequences),
+        holders=tuple(holders),
+    )
 
 
 def status(server: Server, snapshot: Snapshot | None, labels: Labels) -> dict[str, Any]:

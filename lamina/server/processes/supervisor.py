@@ -214,7 +214,8 @@ class Supervisor:
         if self._socket is None:
             return
         self._http.worker = self._spawn(self._http, HTTP_MODULE, self._socket.fileno())
-        settings = asdict(self._plan.settings) | {"api_keys": list(self._plan.settings.api_keys)}
+        given = self._plan.settings
+        settings = asdict(given) | {"api_keys": list(given.api_keys), "operator_keys": list(given.operator_keys)}
         self._http.worker.say(line("http", settings, self._socket.fileno(), self._secret))
         self._notify_http()
 
