@@ -30,7 +30,7 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.journal.history import KvLocation, RecoveredRequest
 from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
-from lamina.scheduling.control_plane import ControlPlane, Step, refusal
+from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina_protocols.channels import Credentials
@@ -286,7 +286,6 @@ class Engine:
         """One batch: from the control plane's step to the outputs that its clients get."""
         step, since = lane.step, self._clock()
         batch, answers = yield from self._worker.announce(step.batches)
-        lane.answered = True
         agreed = self._agreed(step, answers)
         self._stats.announce_seconds += self._clock() - since
         if agreed and step.plan is not None and step.rows:
@@ -300,7 +299,10 @@ class Engine:
     def _agreed(self, step: Step, answers: Mapping[int, Announced]) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
         if (why := refusal(answers)) is not None and step.plan is not None:
-            self._tiering.abandon()  # moves take pages that others need
+            if torn(answers):
+                logger.warning("a batch runs again: %s", why)
+            else:
+                self._tiering.abandon()  # moves take pages that others need
             for sequence in self._control.refused(step, answers):
                 if request := self._registry.of(sequence):
                     self._registry.fail(request, EngineError(f"the holders have no room: {why}"))

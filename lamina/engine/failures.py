@@ -108,10 +108,7 @@ class Failures:
         engine."""
         self._faults += 1
         logger.warning("a batch failed and runs again: %s", fault)
-        if lane.answered:
-            self._in_flight.drop(lane)
-        else:  # a message without a reply of its own may be lost, such as keys to store
-            self._abandon()
+        self._in_flight.drop(lane)
         if self._faults % MAX_FAULTS == 0:
             for request_id in {row.sequence.request.id for row in lane.step.rows}:
                 error = EngineError(f"a holder failed {MAX_FAULTS} times in a row: {fault}")
@@ -119,18 +116,15 @@ class Failures:
                     self._registry.fail(request, error, fault)
         if self._faults >= 3 * MAX_FAULTS:
             raise EngineError(f"a holder failed {self._faults} times in a row: {fault}") from fault
-        if not lane.answered:
-            self._scheduler.recompute()
 
     def failed_outside(self) -> None:
-        """A holder failed outside of any batch. A holder that is still there may lack keys that it was to store."""
-        self._abandon()
+        """A holder failed outside of any batch: moves are given up, and batches where it, or a model worker, is
+        gone."""
+        self._tiering.abandon()
         if self._worker.missing:
-            self._deadline.start()
+            self._halt()
         elif gone := self._worker.lost():
             self._lose(gone)
-        else:
-            self._scheduler.recompute()
 
     def _abandon(self) -> None:
         """Give up every batch and every move under way."""
@@ -208,8 +202,8 @@ class Failures:
             logger.warning("%s", loss)
             return False
         self._holders.emptied(back.pools)
-        if gone := [*back.gone, *self._holders.torn(back.kept)]:
-            self._lose(gone)
+        if back.gone:
+            self._lose(back.gone)
         late, self._late = self._late, []
         for joining in late:
             self.join(*joining)

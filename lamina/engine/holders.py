@@ -18,7 +18,6 @@ from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_shares import Layout, Share
 from lamina.scheduling.request import ScheduledSequence
 from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import Fork, Surveyed
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Seat, Workers
 from lamina_workers.parallel.peers import Peer
@@ -170,27 +169,6 @@ class Holders:
             logger.warning("%s", fault)
             return
         self._control.answered(batches, answers)
-
-    def torn(self, kept: Mapping[int, Surveyed]) -> list[int]:
-        """The holders among these that lack tokens of a sequence in a layer: what a model worker was sending when it
-        died may be lost."""
-        placement = self._control.placement
-        sequences = {sequence.handle: sequence for sequence in self._control.scheduler.running}
-        torn = []
-        for number, surveyed in kept.items():
-            held = {part.handle: part.held for part in surveyed.parts}
-            for operation in placement.holders[number].waiting(surveyed.next_operation):
-                if isinstance(operation, Fork):  # not applied yet: it will have what its parent has
-                    held[operation.handle] = min(operation.length, held.get(operation.parent, 0))
-            for handle, parts in placement.kept_by(number).items():
-                if (sequence := sequences.get(handle)) is None:
-                    continue
-                for part in parts:
-                    rebuild, share = sequence.rebuild, part.share
-                    due = rebuild.at if rebuild is not None and share in rebuild.missing else sequence.computed
-                    if held.get(part.handle, share.lo) < min(due, share.hi):
-                        torn.append(number)
-        return list(dict.fromkeys(torn))
 
     # Draining.
 

@@ -15,12 +15,10 @@ from lamina_workers.parallel.peers import Peer
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """A batch under way. `run` is the batch as a generator, suspended on `waiting`. `answered`: every holder has
-    answered the announcement, so that further replies are to the batch's own messages."""
+    """A batch under way. `run` is the batch as a generator, suspended on `waiting`."""
 
     step: Step
     run: Generator[Waiting, None, None] = field(init=False)
-    answered: bool = False
     waiting: Waiting | None = None
 
 

@@ -31,7 +31,6 @@ _REQUEST = 4096  # bytes about, of a request without its tokens
 _TOKEN = 48  # of a token
 _LOGPROB = 144  # of a token's log probability, and of each of the likeliest ones reported with it
 GONE = -1  # the number of a holder that stands for all lost ones
-_SLACK = 64  # tokens up to which a sequence is rather cut back than rebuilt at one holder
 
 
 class KvLocation(NamedTuple):
@@ -221,19 +220,15 @@ def adoption(sample: KnownSample, prompt: int, found: Mapping[KvLocation, Recove
                 continue
         there.append((Share(GONE, heads, lo, hi), 0, None))
     parts = [(share, part) for share, _, part in there if part is not None]
-    back = min([computed, *(part.held for share, part in parts if part.held < share.hi)])
-    if computed - back <= _SLACK:
-        computed = back
+    computed = min([computed, *(part.held for share, part in parts if part.held < share.hi)])
     floor = max((part.floor for _, part in parts), default=0)
     if not parts or computed < max(1, floor):
         return None
     layout: list[Share] = []
     kept: list[Part] = []
     for share, handle, part in there:
-        if part is None or part.held < min(computed, share.hi):
-            layout.append(Share(GONE, share.heads, share.lo, share.hi))
-        else:
-            layout.append(share)
+        layout.append(share)
+        if part is not None:
             kept.append(Part(handle, share))
     if not any(part.share.lo < computed for part in kept):
         return None

@@ -49,6 +49,11 @@ def refusal(answers: Mapping[int, Announced]) -> str | None:
     return next((answer.reason for answer in answers.values() if not answer.accepted), None)
 
 
+def torn(answers: Mapping[int, Announced]) -> bool:
+    """Whether a holder refuses because it lacks KV of earlier batches."""
+    return any(answer.starts for answer in answers.values())
+
+
 class ControlPlane:
     """Decides for one engine. `scheduler` owns the sequences, `placement` the holders and the parts of sequences;
     `lanes`, `order` and `local_share` decide how many steps are under way, whether q goes first in decode, and how much
@@ -105,11 +110,18 @@ class ControlPlane:
             self.scheduler.accepted(step.plan, free, self._floors(step.plan, step.batches, answers))
 
     def refused(self, step: Step, answers: Mapping[int, Announced]) -> tuple[ScheduledSequence, ...]:
-        """A holder has refused, others may have accepted: undo the step and make room for the next one. Returns the
-        sequences that can never go on, which have ended."""
+        """A holder has refused, others may have accepted: undo the step, and make room for the next one or have lost KV
+        computed again. Returns the sequences that can never go on, which have ended."""
         free = self._applied(step.batches, answers)
         if step.plan is None:
             self.scheduler.ledger.update_free(free)
+            return ()
+        if torn(answers):
+            starts = [row.start for row in step.rows]
+            for number, answer in answers.items():
+                for route, start in zip(step.batches[number].routes, answer.starts, strict=False):  # or there are none
+                    starts[route.source] = min(starts[route.source], start)
+            self.scheduler.torn(step.plan, free, self._floors(step.plan, step.batches, answers), starts)
             return ()
         refusers = {number for number, answer in answers.items() if not answer.accepted}
         return self.scheduler.refused(step.plan, free, refusers)

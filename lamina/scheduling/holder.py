@@ -30,10 +30,6 @@ class Holder:
         """All operations that wait, and these rows."""
         return HolderBatch(self.first, tuple(self.outbox), routes)
 
-    def waiting(self, applied: int) -> list[Operation]:
-        """The operations that wait, where the holder has applied those below number `applied`."""
-        return self.outbox[max(0, applied - self.first) :]
-
     def keeps(self, kept: Surveyed) -> None:
         """The holder has these parts of the previous engine. They are closed unless placement adopts them."""
         self.first = kept.next_operation

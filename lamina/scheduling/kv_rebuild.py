@@ -88,7 +88,8 @@ class KvRebuild:
         if rebuild is None or rebuild.source is None or sequence.handle is None:
             return True
         source = rebuild.source
-        if source.handle is None or source.handle != rebuild.source_handle or rebuild.missing[0] not in source.layout:
+        same = source.handle is not None and source.handle == rebuild.source_handle
+        if not same or rebuild.missing[0] not in source.layout or source.computed < rebuild.length:
             self._wait_no_more(sequence)
             return True
         if source.rebuild is not None and source.rebuild.at < rebuild.length:

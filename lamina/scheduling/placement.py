@@ -228,13 +228,6 @@ class Placement:
         """Give out no handle of a part up to `last`."""
         self._last_part = max(self._last_part, last)
 
-    def kept_by(self, number: int) -> dict[int, list[Part]]:
-        """The parts at one holder, by the handle of the sequence."""
-        kept = {
-            handle: [part for part in parts if part.share.holder == number] for handle, parts in self._parts.items()
-        }
-        return {handle: parts for handle, parts in kept.items() if parts}
-
     def parts(self, handle: int) -> tuple[Part, ...]:
         """All parts of a sequence, by its handle."""
         return tuple(self._parts.get(handle, ()))

@@ -113,6 +113,14 @@ class RunningSequences:
         sequence.computed = sequence.planned = sequence.floor = 0
         sequence.copies = False
 
+    def cut(self, sequence: ScheduledSequence, length: int) -> None:
+        """Keep the first `length` tokens of an idle sequence, not fewer than its floor. The rest is computed again, at
+        all holders alike."""
+        sequence.computed = sequence.planned = length
+        sequence.shared = min(sequence.shared, length)
+        sequence.copies = length % self._config.page_size > 0
+        sequence.rebuild = None
+
     def retire(self, sequence: ScheduledSequence) -> None:
         """Close a sequence that has ended and is idle; the prefix cache keeps what others may share."""
         if self._config.prefix_cache and sequence.sound and sequence.rebuild is None:

@@ -269,6 +269,24 @@ class Scheduler:
             return (hopeless,)
         return ()
 
+    def torn(self, plan: Plan, free: Pages, floors: Sequence[int], starts: Sequence[int]) -> None:
+        """Holders lack KV that rows of the plan need; others may have accepted. Undo it, and have that computed again.
+
+        `starts` has for each row where it can start at most, 0 where it must begin anew; `floors` the highest floor of
+        the holders that accepted. Cached prefixes are given up, since they may lack the same."""
+        self.ledger.answered(plan, free)
+        for row, floor in zip(plan.rows, floors, strict=True):
+            row.sequence.floor = max(row.sequence.floor, floor)
+        self._undo(plan)
+        self.running.prefix_cache.clear()
+        for row, start in zip(plan.rows, starts, strict=True):
+            if start == row.start or row.sequence.handle is None:
+                continue
+            if start < max(1, row.sequence.floor):
+                self.admission.give_back(row.sequence)
+            else:
+                self.running.cut(row.sequence, start)
+
     def record(self, plan: Plan, tokens: Sequence[int]) -> list[Outcome]:
         """The batch is complete. `tokens` has one sampled token for each row that samples, in row order. Sequences
         that were ended meanwhile have no outcome."""
@@ -313,7 +331,7 @@ class Scheduler:
     def _raise_floors(self, plan: Plan) -> None:
         """A holder may have accepted the plan, unknown to us: then its windows have moved up to the rows."""
         for row in plan.rows:
-            if not row.rebuild:
+            if not row.rebuild and not self.config.unbounded:
                 row.sequence.floor = row.start
 
     def _land(self, plan: Plan) -> None:
@@ -360,12 +378,6 @@ class Scheduler:
         whole = self._begin_anew(self.running.kept_by(holder))
         self.ledger.update_free(Pages({holder: pages}))
         return whole
-
-    def recompute(self) -> None:
-        """The holders may have lost KV: compute all of it again. Nothing may be in flight."""
-        self._require_idle()
-        self._begin_anew(tuple(self.running.sequences))
-        self.running.prefix_cache.clear()
 
     def _require_idle(self) -> None:
         if self._in_flight:

@@ -59,7 +59,8 @@ _BATCH = {"epoch": INT, "batch": INT}
 _LAYER = _BATCH | {"layer": INT}
 ANNOUNCED = Record(
     m.Announced,
-    _BATCH | {"accepted": BOOL, "free_pages": INT, "floors": INTS, "reason": TEXT, "usages": list_of(_USAGE)},
+    _BATCH
+    | {"accepted": BOOL, "free_pages": INT, "floors": INTS, "reason": TEXT, "usages": list_of(_USAGE), "starts": INTS},
 )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_PARTS = 4096  # in one `Surveyed`
 
 
@@ -152,7 +152,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """The reply. `accepted=False` means that nothing changed, operations included; `reason` says what was missing.
+    """The reply. `accepted=False` means that nothing changed, operations included; `reason` says what was missing:
+    pages, or KV that the rows need and that has not come in every layer, or was let go. Then `starts` has, per row,
+    where it can start at most; 0 where it must begin anew.
 
     `free_pages` counts the pages left after the reservation; `floors` has, per row, the lowest length to which its
     part can still be cut back; `usages` has, per row, what its part has read, left out and kept so far.
@@ -165,6 +167,7 @@ class Announced:
     floors: tuple[int, ...]
     reason: str = ""
     usages: tuple[Usage, ...] = ()
+    starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Worker:
     def __init__(self) -> None:
         self.missing: tuple[int, ...] = ()
         self.gone: list[int] = []
-        self.back: Returned | Exception = Returned([], [], {})
+        self.back: Returned | Exception = Returned([], [])
 
     def lost(self) -> list[int]:
         return self.gone
@@ -43,7 +43,6 @@ class Holders:
         self.empty = False
         self.refuses: Exception | None = None  # the answer to `join`
         self.drained: int | Exception = 7
-        self.torn_holders: list[int] = []
         self.lose, self.emptied, self._note = partial(note, "lose"), partial(note, "emptied"), note
 
     def numbers(self, name: str) -> list[int]:
@@ -59,9 +58,6 @@ class Holders:
     def drain(self, name: str) -> int:
         return _or_raise(self.drained)
 
-    def torn(self, kept: object) -> list[int]:
-        return self.torn_holders
-
 
 class Parts:
     """Every part around `Failures`. `calls` has what was asked of them, in order."""
@@ -76,7 +72,7 @@ class Parts:
         self.deadline = SimpleNamespace(started=False, start=self._start)
         tiering = SimpleNamespace(abandon=partial(self.note, "abandon moves"))
         in_flight = SimpleNamespace(drop=partial(self.note, "drop"), abandon=partial(self.note, "abandon batches"))
-        scheduler = SimpleNamespace(counters=self.counters, recompute=partial(self.note, "recompute"))
+        scheduler = SimpleNamespace(counters=self.counters)
         registry = SimpleNamespace(requests=self.requests, fail=self._fail)
         parts = self.worker, scheduler, self.holders, tiering, in_flight, registry, self.deadline
         reports = FailureReports(lambda name: self.reported.append((name,)), lambda *n: self.reported.append(n))
@@ -114,29 +110,22 @@ class Port:
         self.closed = True
 
 
-def lane(*requests: str, answered: bool = True) -> Lane:
+def lane(*requests: str) -> Lane:
     rows = tuple(SimpleNamespace(sequence=SimpleNamespace(request=SimpleNamespace(id=name))) for name in requests)
-    made = Lane(Step(cast(Any, SimpleNamespace(rows=rows)), {}))
-    made.answered = answered
-    return made
+    return Lane(Step(cast(Any, SimpleNamespace(rows=rows)), {}))
 
 
 ABANDON = ["abandon moves", "abandon batches"]
 FAULT = HolderFault("no room for a page")
 
 
-def test_batch_alone_is_planned_again_when_it_fails_after_its_answers() -> None:
+def test_batch_alone_is_planned_again_when_it_fails() -> None:
+    """All KV of all requests was computed again where the fault came in reply to the announcement."""
     parts = Parts()
     failed = lane("a")
     parts.failures.failed(failed, FAULT)
     assert parts.calls == [("drop", failed)]
     assert not parts.errors
-
-
-def test_everything_is_computed_again_when_a_batch_fails_before_its_answers() -> None:
-    parts = Parts()
-    parts.failures.failed(lane("a", answered=False), FAULT)
-    assert parts.taken() == [*ABANDON, "recompute"]
 
 
 def test_requests_of_a_batch_end_with_an_error_when_it_keeps_failing() -> None:
@@ -194,15 +183,15 @@ def test_batch_runs_again_when_its_holder_is_in_this_process() -> None:
 
 @pytest.mark.parametrize(
     ("missing", "gone", "then"),
-    [((), [], ["recompute"]), ((), [1], [*ABANDON, "lose"]), ((1,), [1], ["wait"]), ((1,), [], ["wait"])],
+    [((), [], []), ((), [1], [*ABANDON, "lose"]), ((1,), [1], [*ABANDON, "wait"]), ((1,), [], [*ABANDON, "wait"])],
 )
-def test_everything_is_given_up_when_a_holder_fails_outside_of_a_batch(
+def test_moves_alone_are_given_up_when_a_holder_fails_outside_of_a_batch_and_is_still_there(
     missing: tuple[int, ...], gone: list[int], then: list[str]
 ) -> None:
     parts = Parts()
     parts.worker.missing, parts.worker.gone = missing, gone
     parts.failures.failed_outside()
-    assert parts.taken() == [*ABANDON, *then]
+    assert parts.taken() == ["abandon moves", *then]
 
 
 def test_holder_that_leaves_is_lost_once() -> None:
@@ -265,7 +254,7 @@ def test_workers_that_join_while_a_rank_is_missing_join_once_it_is_back() -> Non
     assert not parts.calls
     parts.worker.back = RankLost("it is gone again")
     assert not parts.failures.rank_back(cast(Any, None))
-    parts.worker.back, parts.worker.missing = Returned([0], [], {}), (1,)
+    parts.worker.back, parts.worker.missing = Returned([0], []), (1,)
     parts.calls.clear()
     assert parts.failures.rank_back(cast(Any, None))
     assert parts.calls[2:] == [("emptied", [0]), ("join", "three"), ("join", "four")]
@@ -274,11 +263,11 @@ def test_workers_that_join_while_a_rank_is_missing_join_once_it_is_back() -> Non
     assert ("join", "three") not in parts.calls
 
 
-def test_seats_that_are_gone_or_torn_are_lost_when_a_rank_is_back() -> None:
+def test_seats_that_are_gone_are_lost_when_a_rank_is_back() -> None:
     parts = Parts()
-    parts.worker.back, parts.holders.torn_holders = Returned([], [1], {}), [3]
+    parts.worker.back = Returned([], [1])
     assert parts.failures.rank_back(cast(Any, None))
-    assert parts.calls[-1] == ("lose", [1, 2, 3])
+    assert parts.calls[-1] == ("lose", [1])
 
 
 def test_engine_halts_once_when_a_rank_that_it_needs_is_gone() -> None:

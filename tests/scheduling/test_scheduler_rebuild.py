@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 from scheduler_world import World, batches, config, prompt
 
-from lamina.errors import EngineError
 from lamina.scheduling.request import CloseSequence
 
 
@@ -21,19 +19,48 @@ def test_batch_is_planned_again_after_it_failed() -> None:
     world.check_end()
 
 
-def test_kv_is_computed_again_after_a_holder_lost_it() -> None:
-    world = World(config())
+def test_kv_that_did_not_reach_a_holder_is_computed_again_and_no_other() -> None:
+    """All KV of all sequences was computed again, and only where somebody had noted that a message was lost."""
+    world = World(config(max_batch_tokens=64))
     for salt in range(3):
         world.add(prompt(14, salt), max_tokens=4)
     world.step()
-    world.plan()
-    with pytest.raises(EngineError, match="1 plans in flight"):
-        world.scheduler.recompute()
-    world.answer()
-    world.record()
-    world.forget()
+    assert world.plan()
+    assert world.answer()
+    world.record(lost=1)
+    assert world.plan()
+    assert not world.answer()
     world.finish()
-    assert world.computed_tokens == 2 * 16 + 3 * 17
+    assert world.computed_tokens == 3 * 17 + 1
+    assert not world.refusals
+    world.check_end()
+
+
+def test_fork_of_kv_that_did_not_reach_a_holder_is_computed_again() -> None:
+    world = World(config(max_batch_tokens=64))
+    world.add(prompt(14), max_tokens=4)
+    assert world.plan()
+    assert world.answer()
+    world.record(lost=1)
+    world.add(prompt(14), max_tokens=4)
+    assert world.plan()
+    assert not world.answer()
+    world.finish()
+    assert world.computed_tokens == 14 + 17 + 5  # both begin anew, the second with the whole pages of the first
+    world.check_end()
+
+
+def test_sequence_begins_anew_when_its_windows_have_left_what_did_not_reach_a_holder() -> None:
+    world = World(config(max_batch_tokens=64, page_groups=((1, 5),), prefix_cache=False))
+    (sequence,) = world.add(prompt(30), max_tokens=4)
+    world.step()
+    world.step()
+    (part,) = world.holder.parts.values()
+    part.stored = sequence.floor - 1
+    assert world.plan()
+    assert not world.answer()
+    assert sequence.handle is None
+    world.finish()
     world.check_end()
 
 

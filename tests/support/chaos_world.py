@@ -29,7 +29,7 @@ from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.messages import Fault, Message, Reply, Request
+from lamina_protocols.messages import Fault, Message, Reply, Request, answered
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderFault, HolderLost, KVError
@@ -110,6 +110,7 @@ class Port:
         self.dead = False  # gone, whether the engine knows or not
         self.let_go = False  # by the engine: nothing may be sent any more
         self.slow = 0
+        self.loses = False  # the next message that has no reply; nobody notices
         self._world = world
         self.page_layout = worker.page_layout
         self._inner = LocalAttention(self.broken, self.name)  # type: ignore[arg-type]  # it has what a port needs
@@ -129,6 +130,10 @@ class Port:
         self._check()
         if self._world.setup.as_bytes:
             request = codec.decode(_frame(request))  # type: ignore[assignment]  # a request comes back as one
+        if self.loses and not answered(request):
+            self.loses = False
+            self._world.lost_messages += 1
+            return
         self._sent.append(request)
         if not self._world.setup.lazy:
             self._work()
@@ -196,8 +201,7 @@ class SteppedEngine(Engine):
         run_again, left = self._failures.run_again, self._deadline.left
 
         def noted(lane: Lane, fault: HolderFault) -> None:
-            if "below the floor" not in str(fault):  # a rebuild that found the local holder full after all; begins anew
-                self.faults.append(fault)
+            self.faults.append(fault)
             run_again(lane, fault)
 
         self._failures.run_again = noted  # type: ignore[method-assign]
@@ -255,6 +259,7 @@ class World:
     def __post_init__(self) -> None:
         setup = self.setup
         self.seen = 0
+        self.lost_messages = 0
         self.complaints: list[str] = []
         self.answers: list[Answer] = []
         self.drained: list[tuple[Port, Any]] = []

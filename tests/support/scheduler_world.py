@@ -39,6 +39,7 @@ class Page:
 @dataclass
 class Part:
     tables: list[list[Page | None]]  # by unit; None: behind the window
+    stored: int = 0  # tokens
 
 
 class OneHolder:
@@ -80,7 +81,8 @@ def most(config: SchedulerConfig, length: int) -> int:
 class Holder:
     """Pages of one layer and head each, shared by forks, copied on write, freed behind windows; refuses when short.
 
-    It refuses before it touches its last `hidden` pages, which the scheduler does not count.
+    It refuses before it touches its last `hidden` pages, which the scheduler does not count, and rows that start above
+    what is stored; then `starts` says where they can start at most.
     """
 
     def __init__(self, config: SchedulerConfig, total_pages: int, hidden: int = 0) -> None:
@@ -90,6 +92,7 @@ class Holder:
         self.free = total_pages
         self.parts: dict[int, Part] = {}
         self.applied = 0
+        self.starts: list[int] = []
 
     def announce(self, plan: Plan) -> tuple[bool, list[int]]:
         before = copy.deepcopy((self.free, self.parts, self.applied))
@@ -98,6 +101,10 @@ class Holder:
             if number == self.applied:
                 self.apply(operation)
                 self.applied += 1
+        self.starts = [min(row.start, self.parts[row.handle].stored) for row in plan.rows]
+        if self.starts != [row.start for row in plan.rows]:
+            self.free, self.parts, self.applied = before
+            return False, []
         for row in plan.rows:
             self.cut(self.parts[row.handle], row.start)
         for row in plan.rows:
@@ -116,7 +123,9 @@ class Holder:
             assert operation.length >= self.floor(parent), "forked below the floor"
             pages = -(-operation.length // self.size)
             assert all(len(table) >= pages for table in parent.tables), "forked beyond what is held"
-            self.parts[operation.handle] = Part([table[:pages] for table in parent.tables])
+            self.parts[operation.handle] = Part(
+                [table[:pages] for table in parent.tables], min(parent.stored, operation.length)
+            )
             for page in self.pages(self.parts[operation.handle]):
                 page.owners += 1
         else:
@@ -125,6 +134,7 @@ class Holder:
                 self.give_back(page)
 
     def cut(self, part: Part, start: int) -> None:
+        part.stored = min(part.stored, start)
         for policy, table in zip(self.units, part.tables, strict=True):
             hidden = policy.seen_from(start) // self.size
             for at, page in enumerate(table):
@@ -155,6 +165,7 @@ class Holder:
 
     def write(self, handle: int, start: int, tokens: list[int]) -> None:
         """Store KV from `start` on, attending to everything below each token as the layer does."""
+        self.parts[handle].stored = len(tokens)
         kv = list(accumulate(tokens, lambda before, token: hash((before, token)), initial=0))[1:]
         for policy, table in zip(self.units, self.parts[handle].tables, strict=True):
             for at in range(start, len(tokens)):
@@ -238,16 +249,22 @@ class World:
             self.scheduler.accepted(plan, Pages({0: self.holder.free}), floors)
             if plan.rows:
                 self.running.append(plan)
+        elif self.holder.starts != [row.start for row in plan.rows]:
+            self.scheduler.torn(plan, Pages({0: self.holder.free}), [0] * len(plan.rows), self.holder.starts)
         else:
             self.refusals += 1
             self.scheduler.refused(plan, Pages({0: self.holder.free}), {0})
         return accepted
 
-    def record(self, index: int = 0) -> None:
+    def record(self, index: int = 0, lost: int = 0) -> None:
+        """A batch is complete. The KV of its first `lost` rows does not reach the holder."""
         plan = self.running.pop(index)
         tokens = []
-        for row in plan.rows:
-            self.holder.write(row.handle, row.start, row.sequence.tokens[: row.start + row.count])
+        for at, row in enumerate(plan.rows):
+            if at < lost:
+                self.spoil(row)
+            else:
+                self.holder.write(row.handle, row.start, row.sequence.tokens[: row.start + row.count])
             if not row.sequence.sound:
                 self.spoil(row)
             self.computed_tokens += row.count
@@ -283,13 +300,6 @@ class World:
         self.holder.announce(plan)
         self.refusals += 1
         self.scheduler.refused(plan, Pages({0: self.holder.free}), {0})
-
-    def forget(self) -> None:
-        """The holder loses what it has stored."""
-        for part in self.holder.parts.values():
-            for page in self.holder.pages(part):
-                page.kv = dict.fromkeys(page.kv, -1)
-        self.scheduler.recompute()
 
     def step(self) -> bool:
         if not self.plan():
@@ -414,7 +424,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.running)
     @rule(data=st.data())
     def record(self, data: st.DataObject) -> None:
-        self.world.record(data.draw(st.integers(0, len(self.world.running) - 1)))
+        self.world.record(
+            data.draw(st.integers(0, len(self.world.running) - 1)), data.draw(st.sampled_from([0, 0, 1, 9]))
+        )
 
     @precondition(lambda self: self.world.running)
     @rule()
@@ -430,11 +442,6 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def disagree(self) -> None:
         self.world.disagree()
-
-    @precondition(lambda self: not self.world.sent and not self.world.running)
-    @rule()
-    def forget(self) -> None:
-        self.world.forget()
 
     @rule(steps=st.integers(1, 6))
     def run(self, steps: int) -> None:

@@ -45,6 +45,15 @@ class PoolExhausted(KVError):
     """A batch needs more pages than are free; nothing has changed."""
 
 
+class TornParts(KVError):
+    """Rows need KV that has not come in every layer, or that was let go; nothing has changed. `starts` has, for each
+    row of the batch, where it can start at most; 0 where it must begin anew."""
+
+    def __init__(self, starts: tuple[int, ...]) -> None:
+        super().__init__(f"KV that the rows need is not there; they can start at {starts}")
+        self.starts = starts
+
+
 class HolderFault(LaminaError):
     """A holder could not go on with a batch. Nothing of the batch is recorded; it can run again."""
 

@@ -15,6 +15,8 @@ from lamina_protocols.messages import (
     Announcement,
     Attended,
     Close,
+    Fetch,
+    FetchPages,
     Fork,
     Fresh,
     HolderConfig,
@@ -208,6 +210,8 @@ def test_a_refused_announcement_changes_nothing() -> None:
 def test_rows_that_cannot_be_planned_make_no_batch_but_their_operations_count() -> None:
     client = Client()
     client.announce([Open(1, (0, 1), 0, 16)], [Row(1, 0, 16, None, True)])
+    for layer in range(2):
+        client.worker.handle(client.fresh(32, layer))
     with pytest.raises(ProtocolError, match="allowed: below 2"):
         client.announce([Open(2, (0, 1), 0, 9)], [Row(1, 2**31, 1, (0, 16), False)])
     with pytest.raises(ProtocolError, match="is not in flight"):
@@ -250,6 +254,8 @@ def test_a_batch_that_stores_or_reads_nothing_takes_no_vectors() -> None:
     client.announce([WHOLE], [Row(1, 0, 3, None, True)])
     with pytest.raises(ProtocolError, match="none of whose rows read"):
         client.worker.handle(client.query(18))
+    for layer in range(2):
+        client.worker.handle(client.fresh(6, layer))
     client.announce(rows=[Row(1, 3, 1, (0, 3), False)])
     for n in (0, 2):
         with pytest.raises(ProtocolError, match=f"{n} fresh vectors for batch 2, which stores 0"):
@@ -266,3 +272,34 @@ def test_a_worker_that_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(kind, match=message):
             AttentionWorker(dataclasses.replace(CONFIG, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_row_above_what_has_come_in_every_layer_is_refused(lost: int) -> None:
+    """A holder took its own reservation for what it has stored: after a lost `Fresh` it attended whatever the pages had
+    before, and only the engine's notes of faults could prevent that."""
+    client = Client()
+    client.run([WHOLE], [Row(1, 0, 20, (0, 20), True)])
+    for start in (20, 21, 22):  # each made of the one before
+        assert client.announce(rows=[Row(1, start, 1, (0, start + 1), True)]).accepted
+        for layer in range(2):
+            if (start, layer) != (22, lost):
+                client.worker.handle(client.fresh(2, layer))
+    for row in (Row(1, 23, 1, (0, 24), True), Row(1, 23, 1, (0, 23), True), Row(1, 23, 1, (0, 20), False)):
+        answer = client.announce([Fork(2, 1, 23), Fork(3, 1, 22)], [row])
+        assert (answer.accepted, answer.starts) == (False, (22,))
+    assert client.announce([Fork(2, 1, 23), Fork(3, 1, 22)]).accepted
+    rows = [Row(handle, start, 1, (0, start), False) for handle, start in ((2, 23), (3, 22))]
+    assert client.announce(rows=rows).starts == (22, 22)
+    assert client.announce(rows=[rows[1]]).accepted
+    assert client.announce(rows=[Row(1, 22, 2, (0, 24), True)]).accepted
+
+
+def test_kv_that_has_not_come_in_every_layer_is_not_given_to_others() -> None:
+    client = Client()
+    client.run([WHOLE], [Row(1, 0, 20, (0, 20), True)])
+    client.announce(rows=[Row(1, 20, 5, None, True)])
+    client.worker.handle(client.fresh(10))
+    for message in (Fetch(1, 9, 0, 1, 0, 21), FetchPages(1, 9, 0, 1, 1, 0, 21)):
+        with pytest.raises(KVError, match=r"it holds \[0, 20\)"):
+            client.worker.handle(message)

@@ -179,7 +179,7 @@ def test_two_channels_lead_to_one_seat(way):
         assert server.status().parts == 2
 
 
-def test_what_had_no_answer_is_told_where_its_batch_goes_on_or_to_the_next_announcement():
+def test_what_had_no_answer_is_told_where_its_batch_goes_on_or_where_its_keys_are_needed():
     wrong = torch.zeros(1, 16)
     with running() as (_, address), connected(address, engine=ENGINE) as one, connected(address, engine=ENGINE) as two:
         for handle, batch in ((1, 1), (2, 2)):
@@ -194,10 +194,10 @@ def test_what_had_no_answer_is_told_where_its_batch_goes_on_or_to_the_next_annou
         assert isinstance(told, Fault)
         assert (told.batch, "fresh vectors of batch 2" in told.reason) == (2, True)
         until(lambda: one.status().bytes_in == one.bytes_sent + two.bytes_sent)  # that of batch 1 has come
-        one.send(Announcement(1, 3, 2, (), ()))
+        one.send(Announcement(1, 3, 2, (), (Row(1, 1, 1, (0, 1), True),)))
         told = one.receive(10)
-        assert isinstance(told, Fault)
-        assert "fresh vectors of batch 1" in told.reason
+        assert isinstance(told, Announced)
+        assert (told.accepted, told.starts) == (False, (0,))
         one.send(Announcement(1, 4, 2, (), ()))
         assert isinstance(one.receive(10), Announced)
 
@@ -414,7 +414,8 @@ def test_who_does_not_read_its_answers_holds_up_nobody_else(way):
             opens = (Open(1, (0, 1), 0, 9),) if batch == 1 else ()
             assert isinstance(_announced(deaf, Announcement(1, batch, batch - 1, opens, (row,))), Announced)
             if batch == 1:
-                deaf.send(Fresh(1, 1, 0, torch.randn(2, 16), torch.randn(2, 32)))
+                for layer in range(2):
+                    deaf.send(Fresh(1, 1, layer, torch.randn(2, 16), torch.randn(2, 32)))
         query, stopped, stuck = Query(1, 2, 0, torch.randn(6 * rows, 16)), threading.Event(), threading.Event()
 
         def flood() -> None:

@@ -18,7 +18,7 @@ HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 2
 class FakePeer:
     """Rank 1: it takes up its seat, and cannot tell what is kept there."""
 
-    rank, closed, unheard = 1, False, ""
+    rank, closed = 1, False
 
     def __init__(self) -> None:
         self.lost: set[int] = set()
@@ -79,4 +79,3 @@ def test_a_holder_that_a_rank_which_is_back_cannot_look_at_is_gone() -> None:
     ranks._owner[5], ranks._joins[5] = 1, peer_messages.Join(5, "a", "x:1", 1, 1, 2, b"", b"", b"", "")
     back = ranks.returned(cast(Any, peer))
     assert back.gone == [5]
-    assert back.kept == {}

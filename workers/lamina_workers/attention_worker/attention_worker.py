@@ -49,7 +49,7 @@ from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, layout_name, page_count, page_layout
 from lamina_workers.attention_worker.paged_reader import PagedReader
 from lamina_workers.devices.available import room_for
-from lamina_workers.errors import PoolExhausted
+from lamina_workers.errors import PoolExhausted, TornParts
 
 _WORKS = 4  # of batches that took turns last: one for each lane
 _SURVEYED_NUMBERS = 50_000  # in one frame: its header has room for some 58,000 of the largest
@@ -89,7 +89,6 @@ class AttentionWorker:
         self._fence = -1  # the last epoch that a survey has ended: its messages and older ones are refused
         self._batches: dict[int, Batch] = {}
         self._kv_layers = {spec.kv_layer for spec in config.layers}
-        self._torn: dict[int, int] = {}  # by handle: from where on KV has not come in every layer
         self._unsettled: Exchange | None = None
         self._works: dict[tuple[Any, ...], LayerWork] = {}  # the last ones, by what they were made of
         self.counters = Counters()
@@ -198,16 +197,15 @@ class AttentionWorker:
         self._epoch, self._last_batch = message.epoch, message.batch
         try:
             reservation = self.store.update(operations, message.rows)
-        except PoolExhausted as error:
-            return Announced(message.epoch, message.batch, False, self.store.free_pages, (), str(error))
+        except (PoolExhausted, TornParts) as error:
+            starts = error.starts if isinstance(error, TornParts) else ()
+            free = self.store.free_pages
+            return Announced(message.epoch, message.batch, False, free, (), str(error), starts=starts)
         for operation in operations:
             if isinstance(operation, Close):
                 self._reader.forget(operation.handle)
-                self._torn.pop(operation.handle, None)
             elif isinstance(operation, Fork):
                 self._reader.forked(operation)
-                if operation.parent in self._torn:
-                    self._torn[operation.handle] = self._torn[operation.parent]
         self._reader.absorb(reservation.absorbed)
         # The operations are applied, even if an error follows; the batch exists only once nothing has failed.
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
@@ -215,9 +213,7 @@ class AttentionWorker:
             source, target = map(indices, (reservation.copies_from, reservation.copies_to))
             self._kernels.copy(self._pages, source, target)
         if message.rows:
-            stores = tuple(self._stores(message.rows))
-            self._tear(stores)
-            self._batches[message.batch] = self._prepare(message.rows, stores)
+            self._batches[message.batch] = self._prepare(message.rows, tuple(self._stores(message.rows)))
             self.counters.batches += 1
         usages = tuple(self._reader.usage(row.handle) for row in message.rows) if self._reader.tallies else ()
         return Announced(message.epoch, message.batch, True, self.store.free_pages, reservation.floors, usages=usages)
@@ -229,7 +225,7 @@ class AttentionWorker:
             return False
         first = message.rows[0].handle
         last, batch = next(((n, b) for n, b in self._batches.items() if b.rows[0].handle == first), (0, None))
-        if batch is None or len(batch.readings) != 1:
+        if batch is None or len(batch.readings) != 1 or (batch.stores and batch.missing):
             return False
         (reading,) = batch.readings.values()
         if (series := batch.series) is None and is_next(batch.rows, message.rows):
@@ -239,7 +235,6 @@ class AttentionWorker:
         self._last_batch = message.batch
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
         stores = tuple(row for row in message.rows if row.store)
-        self._tear(stores)
         del self._batches[last]
         reading.plan, reading.layers = plan, 0
         self._batches[message.batch] = Batch(
@@ -248,11 +243,6 @@ class AttentionWorker:
         )  # fmt: skip
         self.counters.batches += 1
         return True
-
-    def _tear(self, stores: Iterable[Row]) -> None:
-        """From these rows on, KV has not come in every layer."""
-        for row in stores:
-            self._torn[row.handle] = min(row.start, self._torn.get(row.handle, row.start))
 
     def _delay(self, rows: Iterable[Row]) -> float:
         read = sum(row.read[1] - row.read[0] for row in rows if row.read is not None) if self.read_delay else 0
@@ -333,9 +323,7 @@ class AttentionWorker:
             self._reader.seal(batch.sealed, layer)
             batch.missing.discard(layer)
         if not batch.missing:
-            for row in batch.stores:
-                if self._torn.get(row.handle) == row.start:
-                    del self._torn[row.handle]
+            self.store.stored(batch.stores)
 
     def _survey(self, message: Survey) -> Surveyed:
         """The batches in flight end: their engine is gone, or has none in flight while it asks."""
@@ -351,8 +339,7 @@ class AttentionWorker:
             numbers += 5 + len(part.heads)
             if parts and numbers > _SURVEYED_NUMBERS:
                 break
-            held = max(part.lo, min(part.held, self._torn.get(handle, part.held)))
-            parts.append(PartHeld(handle, part.heads, part.lo, part.hi, held, self.store.floor(part)))
+            parts.append(PartHeld(handle, part.heads, part.lo, part.hi, part.stored, self.store.floor(part)))
         more = len(handles) - len(parts)
         return Surveyed(message.epoch, message.batch, self._epoch, self._next_operation, tuple(parts), more)
 

@@ -66,8 +66,8 @@ class KvFetch:
     def _held(self, message: Fetch | FetchPages) -> Part:
         """The part of a request. Raises KVError unless it holds the positions that are asked for."""
         part, lo, hi = self._store.part(message.handle), message.lo, message.hi
-        if not part.lo <= lo <= hi <= part.held:
-            raise KVError(f"[{lo}, {hi}) of part {message.handle} asked for, it holds [{part.lo}, {part.held})")
+        if not part.lo <= lo <= hi <= part.stored:
+            raise KVError(f"[{lo}, {hi}) of part {message.handle} asked for, it holds [{part.lo}, {part.stored})")
         return part
 
 

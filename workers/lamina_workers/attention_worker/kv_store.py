@@ -19,7 +19,7 @@ from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages import Close, Fork, HolderConfig, Open, Operation, Row
 from lamina_workers.attention_worker.head_policies import Group, HeadPolicies, Retention, returns_to
 from lamina_workers.attention_worker.page_pool import Int32, PagePool
-from lamina_workers.errors import KVError, PoolExhausted
+from lamina_workers.errors import KVError, PoolExhausted, TornParts
 from lamina_workers.policies.policy import Policy
 
 NO_PAGE = -1
@@ -28,12 +28,15 @@ ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a m
 
 @dataclasses.dataclass(slots=True)
 class Part:
-    """What this holder keeps of one sequence: KV heads `heads`, positions [lo, held) of at most [lo, hi)."""
+    """What this holder keeps of one sequence: KV heads `heads`, positions [lo, held) of at most [lo, hi). There are
+    pages up to `held`, and KV in every layer up to `stored`: they differ while a batch is under way, and after one that
+    did not end with all its layers."""
 
     heads: tuple[int, ...]
     lo: int
     hi: int
     held: int
+    stored: int
     table: Int32  # [layers, len(heads), capacity]
     freed: Int32  # [layers, len(heads)]: slots below this, but for sinks, hold nothing that a later query sees
 
@@ -91,8 +94,8 @@ class KVStore:
     def update(self, operations: Iterable[Operation], rows: Sequence[Row]) -> Reservation:
         """Apply operations in order, cut every storing row's part back to its start, then reserve for all rows.
 
-        Raises PoolExhausted (pages short) or KVError (unknown handle, gap, below the floor, a stored part with two
-        rows). Whatever it raises, nothing has changed.
+        Raises PoolExhausted (pages short), TornParts (a row needs what its part has not stored, or has let go of) or
+        KVError (unknown handle, a stored part with two rows). Whatever it raises, nothing has changed.
         """
         self._absorbed = []
         try:
@@ -100,7 +103,7 @@ class KVStore:
                 self._apply(operation)
             handles = Counter(row.handle for row in rows)
             for row in rows:
-                self._check(row)
+                self._check(row, rows)
                 if row.store and handles[row.handle] > 1:
                     raise KVError(f"part {row.handle} has {handles[row.handle]} rows; a part that is stored to has one")
             for row in rows:
@@ -139,6 +142,12 @@ class KVStore:
         self._undo.clear()
         return given
 
+    def stored(self, rows: Iterable[Row]) -> None:
+        """All KV has come that these rows of one batch store."""
+        for row in rows:
+            part = self._parts[row.handle]
+            part.stored = part.held
+
     @property
     def shares(self) -> int:
         """As long as this number stays the same, nobody has got a share of another part's pages."""
@@ -175,8 +184,8 @@ class KVStore:
             held = part.table[part.table != NO_PAGE]
             if held.size and (held.min() < 0 or held.max() >= self.n_pages):
                 raise KVError(f"part {handle} names page {held.max()} of {self.n_pages}")
-            if not part.lo <= part.held <= part.hi:
-                raise KVError(f"part {handle} holds up to {part.held}, outside [{part.lo}, {part.hi}]")
+            if not part.lo <= part.stored <= part.held <= part.hi:
+                raise KVError(f"part {handle} holds up to {part.stored}, {part.held}, outside [{part.lo}, {part.hi}]")
             slots = np.arange(part.table.shape[2])
             gone = (slots >= self._sink_slots(part)[..., None]) & (slots < part.freed[..., None])
             inside = ~gone & (slots < self._slots(part.held - part.lo))
@@ -197,7 +206,7 @@ class KVStore:
             case Open(handle, heads, lo, hi):
                 self._check_open(operation)
                 part = Part(
-                    heads, lo, hi, lo, self._table(len(heads), 0), np.zeros((self._layers, len(heads)), np.int32)
+                    heads, lo, hi, lo, lo, self._table(len(heads), 0), np.zeros((self._layers, len(heads)), np.int32)
                 )
                 self._insert(handle, part)
             case Fork(handle, parent, length):
@@ -225,9 +234,8 @@ class KVStore:
         if held > source.held:
             raise KVError(f"cannot fork part {parent} at {length}, it holds up to {source.held}")
         used = self._slots(held - source.lo)
-        part = dataclasses.replace(
-            source, held=held, table=source.table[:, :, :used].copy(), freed=np.minimum(source.freed, used)
-        )
+        table, freed = source.table[:, :, :used].copy(), np.minimum(source.freed, used)
+        part = dataclasses.replace(source, held=held, stored=min(held, source.stored), table=table, freed=freed)
         self._pool.share(part.table[part.table != NO_PAGE])
         return part
 
@@ -235,26 +243,36 @@ class KVStore:
         self._parts[handle] = part
         self._undo.append(lambda: self._parts.__delitem__(handle))
 
-    def _check(self, row: Row) -> None:
+    def _check(self, row: Row, rows: Sequence[Row]) -> None:
         part = self.part(row.handle)
-        floor = self.floor(part)
+        if self._highest_start(row) < row.start:
+            raise TornParts(tuple(map(self._highest_start, rows)))
         if row.count < 1:
             raise KVError(f"row of part {row.handle} has {row.count} tokens")
-        if row.start < floor:
-            raise KVError(f"row starts at {row.start}, below the floor {floor} of part {row.handle}")
-        if row.store and min(row.start, part.hi) > part.held:
-            raise KVError(f"row starts at {row.start}, a gap: part {row.handle} holds up to {part.held}")
         if row.read is not None:
             lo, hi = row.read
-            reach = min(row.start + row.count, part.hi) if row.store and row.fused else min(part.held, row.start)
+            reach = min(row.start + row.count, part.hi) if row.store and row.fused else min(part.stored, row.start)
             if not part.lo <= lo <= hi <= reach:
                 raise KVError(f"row reads [{lo}, {hi}) of part {row.handle}, allowed: within [{part.lo}, {reach}]")
+
+    def _highest_start(self, row: Row) -> int:
+        """Where a row can start at most: at its own start, or where KV of its part has not come in every layer. 0 where
+        the part has let go of what the row needs."""
+        part = self.part(row.handle)
+        if row.start < self.floor(part):
+            return 0
+        return row.start if min(row.start, part.hi) <= part.stored else part.stored
 
     def _cut(self, part: Part, row: Row) -> None:
         """Cut back to the row's start, then free what no query from there on can see, or a mean stands for."""
         start = row.start
-        before, part.held = part.held, max(part.lo, min(part.held, start))
-        self._undo.append(lambda: setattr(part, "held", before))
+        held, stored = part.held, part.stored
+        part.held, part.stored = (max(part.lo, min(upto, start)) for upto in (held, stored))
+
+        def undo() -> None:
+            part.held, part.stored = held, stored
+
+        self._undo.append(undo)
         used = self._slots(part.held - part.lo)
         tail = part.table[:, :, used:]
         self._drop(tail, tail != NO_PAGE)

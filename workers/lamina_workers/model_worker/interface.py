@@ -39,12 +39,11 @@ class Seat(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """The holders of a model worker that is there again, by number: its own `pools`, which are empty now; the seats at
-    attention workers that are `gone` with their KV; and the parts that each of its other seats has `kept`."""
+    """The holders of a model worker that is there again, by number: its own `pools`, which are empty now, and the seats
+    at attention workers that are `gone` with their KV. Its other seats have kept theirs."""
 
     pools: list[int]
     gone: list[int]
-    kept: dict[int, Surveyed]
 
 
 class ReturnedPeer(Protocol):

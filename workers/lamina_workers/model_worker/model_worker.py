@@ -130,8 +130,6 @@ class ModelWorker:
         if faults:
             self.forget(batch, shares)
             worst = max(faults, key=lambda number: isinstance(faults[number], HolderLost))
-            for number in faults.keys() - {worst}:  # a fault with lost keys must not go unheard
-                self._replies[number].unheard = str(faults[number])
             raise faults[worst]
         if not any(share.routes for share in shares.values()) or not all(reply.accepted for reply in answers.values()):
             self.forget(batch, shares)
@@ -299,6 +297,10 @@ class ModelWorker:
         found = (len(answer.floors), len(answer.usages) or len(share.routes))
         if answer.accepted and found != (len(share.routes), len(share.routes)):
             raise HolderFault(f"{name}: floors and usages of {found} rows, {len(share.routes)} were announced")
+        starts = [route.row.start for route in share.routes] if answer.starts else []
+        bounded = [min(max(0, most), start) for most, start in zip(answer.starts, starts, strict=False)]
+        if len(starts) != len(answer.starts) or bounded != list(answer.starts):
+            raise HolderFault(f"{name}: rows that start at {starts} can start at {answer.starts} at most")
 
     def forget(self, batch: int, shares: Mapping[int, HolderBatch]) -> None:
         """A batch that was announced will not be executed."""

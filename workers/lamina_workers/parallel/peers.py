@@ -53,7 +53,6 @@ class Peer:
         self.name = name
         self.said = ready
         self.lost: set[int] = set()  # holders of this worker that are gone
-        self.unheard = ""  # a fault of a batch that was not expected any more; keys may be lost with it
         self._channel = channel
         self._on_given_up = on_given_up
         self._gone = ""  # why
@@ -180,8 +179,6 @@ class Peer:
         ):
             if report.batch in self._waiting:
                 self._waiting[report.batch].append(report)
-            elif isinstance(report, peer_messages.BatchFailed) and not report.alone:
-                self.unheard = report.reason
         else:
             self._answers.append(report)
 

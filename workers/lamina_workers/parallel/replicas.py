@@ -174,7 +174,7 @@ class PipelineReplicas:
         self._tell(replica, peer_messages.BeginEpoch(self._own.epoch))
         for join in self._joins.values():
             self._connect(replica, join)
-        return Returned([], [], {})
+        return Returned([], [])
 
     def _able(self, shares: Mapping[int, HolderBatch]) -> list[_Replica | None]:
         """The replicas that compute a batch, in the order of the rotation; None is this process."""

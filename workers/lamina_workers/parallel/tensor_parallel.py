@@ -71,7 +71,6 @@ class TensorParallelWorkers:
         self._apart = False  # the ranks have left their group
         self._under_way: tuple[int, int, dict[int, HolderBatch]] | None = None
         """A batch that all have accepted: its number, the number at rank 0, and rank 0's shares."""
-        self._unheard = ""  # a fault that was hidden by a worse one; keys may be lost with it
         for number, rank in pools.items():
             said = self._peers[rank].ask(peer_messages.Join(number), peer_messages.Joined, self._wait)
             if isinstance(said, peer_messages.Failed):
@@ -118,17 +117,15 @@ class TensorParallelWorkers:
                 answers |= self._answers(self._peers[rank], batch, concerned)
             except HolderFault as fault:
                 faults.append(fault)
-        faults += self._late_faults()
+        if gone := self.lost():
+            faults.append(HolderLost(f"holders {gone} are gone"))
         refused = not all(answer.accepted for answer in answers.values())
         if runs:
             self._under_way = batch, own, its
             if faults or refused:
                 self._forget()
         if faults:
-            worst = max(faults, key=_severity)
-            if _severity(worst):  # a fault with lost keys must not go unheard
-                self._unheard = next((str(fault) for fault in faults if not _severity(fault)), "")
-            raise worst
+            raise max(faults, key=_severity)
         return batch, {number: answers[number] for number in shares}
 
     def announce_now(self, shares: Mapping[int, HolderBatch]) -> tuple[int, dict[int, Announced]]:
@@ -267,7 +264,7 @@ class TensorParallelWorkers:
         self._peers[rank] = peer
         self._apart = True
         peer.tell(peer_messages.BeginEpoch(self._own.epoch))
-        back = Returned([], [], {})
+        back = Returned([], [])
         for number in [number for number, owner in self._owner.items() if owner == rank]:
             join = self._joins.get(number)
             said = peer.ask(join or peer_messages.Join(number), peer_messages.Joined, self._wait)
@@ -280,7 +277,7 @@ class TensorParallelWorkers:
                 back.gone.append(number)
             else:
                 try:
-                    back.kept[number] = self._survey(rank, number)
+                    self._survey(rank, number)  # so that the seat refuses what the rank's previous process still sends
                 except RankLost:
                     raise
                 except HolderFault as fault:
@@ -301,17 +298,6 @@ class TensorParallelWorkers:
                 if not said.alone:
                     raise (HolderLost if said.lost else HolderFault)(f"model worker {peer.rank}: {said.reason}")
         raise HolderFault(f"the ranks lost each other: {fault}")
-
-    def _late_faults(self) -> list[HolderFault]:
-        """Faults of batches that were not waited for any more."""
-        reasons = [self._unheard, *(peer.unheard for peer in self._peers.values())]
-        self._unheard = ""
-        for peer in self._peers.values():
-            peer.unheard = ""
-        faults = [HolderFault(reason) for reason in reasons if reason]
-        if gone := [number for peer in self._peers.values() for number in peer.lost if number in self._owner]:
-            faults.append(HolderLost(f"holders {gone} are gone"))
-        return faults
 
     def _answers(self, peer: Peer, batch: int, shares: Mapping[int, HolderBatch]) -> Mapping[int, Announced]:
         try:

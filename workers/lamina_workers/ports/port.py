@@ -18,7 +18,6 @@ from lamina_protocols.channels import Channel
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import (
     Announced,
-    Announcement,
     Attended,
     Fault,
     Fetched,
@@ -179,7 +178,7 @@ class ComputingPort(Protocol):
 class Replies:
     """The replies of one port, sorted by batch: several batches may be under way, each taking its own.
 
-    A reply to a batch that is not expected any more is dropped; a fault of it is raised at the next announcement.
+    A reply to a batch that is not expected any more is dropped, faults too: the holder knows itself which KV it lacks.
     Exchanges are measured from `asked` until the answer has been read, by `clock`, in seconds.
     """
 
@@ -193,7 +192,6 @@ class Replies:
         self._waiting: dict[int, deque[Reply]] = {}  # by batch under way
         self._collected: dict[int, Callable[[], bool]] = {}  # by batch: who takes its answers off the channel instead
         self._epoch = 0
-        self.unheard = ""  # a fault of a batch that was not expected any more; keys may be lost with it
 
     @property
     def channel(self) -> Channel | None:
@@ -271,9 +269,6 @@ class Replies:
             self.sort(self.port.receive(left))
             left = None if timeout is None else max(0.0, since + timeout - time.monotonic())
         reply = replies.popleft()
-        if kind is Announced and self.unheard:
-            reason, self.unheard = self.unheard, ""
-            raise HolderFault(f"{self.port.name}: {reason}")
         if isinstance(reply, Fault):
             raise HolderFault(f"{self.port.name}: {reply.reason}")
         if not isinstance(reply, kind) or layer != getattr(reply, "layer", None):
@@ -288,8 +283,6 @@ class Replies:
             self._waiting[reply.batch].append(reply)
             if (asked := self._asked.pop(reply.batch, None)) is not None:
                 self._exchanges.add(self._clock() - asked)
-        elif isinstance(reply, Fault):
-            self.unheard = reply.reason
 
 
 class LocalAttention:
@@ -315,8 +308,8 @@ class LocalAttention:
     def send(self, request: Request) -> None:
         """Let the worker handle the message; keep its reply, or its error as a `Fault`.
 
-        The failure of a message without a reply comes as the next reply of its batch, or to the next announcement.
-        Messages of several batches may be interleaved.
+        The failure of a message without a reply comes as the next reply of its batch. Messages of several batches may
+        be interleaved.
         """
         self.settle()
         reply: Reply | None = None
@@ -328,10 +321,8 @@ class LocalAttention:
         if not answered(request):
             return
         reason = self._failures.pop(request.batch, "")
-        if isinstance(request, Announcement | Survey) and self._failures:
-            if isinstance(request, Announcement):
-                reason = reason or next(iter(self._failures.values()))
-            self._failures.clear()  # a survey says itself what is not held
+        if isinstance(request, Survey):
+            self._failures.clear()
         if reason or reply is None:
             reply = Fault(request.epoch, request.batch, reason or "an earlier message went wrong")
         self._replies.append(reply)
@@ -349,8 +340,9 @@ class LocalAttention:
         return batch in self._failures
 
     def _failed(self, batch: int, error: Exception) -> None:
-        if len(self._failures) < _FAILURES:
-            self._failures.setdefault(batch, f"{type(error).__name__}: {error}")
+        self._failures.setdefault(batch, f"{type(error).__name__}: {error}")
+        if len(self._failures) > _FAILURES:
+            del self._failures[next(iter(self._failures))]  # it was the last message of its batch
 
     def receive(self, timeout: float | None = None) -> Reply:
         """The oldest reply that was not taken yet. Raises ProtocolError where none is due."""
