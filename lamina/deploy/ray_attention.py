@@ -207,10 +207,7 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
         self._ended(slot, how)
 
     def _vacate(self, slot: Slot[_RayAttentionWorker]) -> str:
-        then = super()._vacate(slot)
-        if slot.due is None:
-            ray_module().kill(self._actors[slot.base])
-            return then
+        super()._vacate(slot)
         slot.due = 0.0  # Ray starts it again by itself, at once
         return "Ray starts it again"
 

@@ -19,22 +19,25 @@ class Backoff:
     """How long one worker waits for its next start, so that a worker that always fails does not take the machine.
 
     The first delay is `first` seconds. It doubles with each restart of the last `window` seconds, of which there are
-    `limit` at most.
+    `limit` at most: one more has to wait until the window has room, where it goes on for `ever`, else there is none.
     """
 
     first: float = 0.5
     limit: int = 6
     window: float = 60.0
+    ever: bool = False
     _restarts: deque[float] = field(default_factory=deque)
 
     def delay(self, now: float) -> float | None:
         """Seconds from `now` to the next start, which is counted. None: there were too many."""
         while self._restarts and self._restarts[0] <= now - self.window:
             self._restarts.popleft()
-        if len(self._restarts) >= self.limit:
-            return None
         seconds = self.first * 2.0 ** len(self._restarts)
-        self._restarts.append(now)
+        if len(self._restarts) >= self.limit:
+            if not self.ever:
+                return None
+            seconds = self._restarts.popleft() + self.window - now
+        self._restarts.append(now + seconds)
         return seconds
 
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from lamina.deploy.restarts import Slot
+from lamina.deploy.restarts import Backoff, Slot
 from lamina.deploy.worker_events import (
     WAITING,
     MembershipEvents,
@@ -56,7 +56,9 @@ class SlotSupervisor(ABC, Generic[W]):
     def __init__(self, kind: str, numbers: Iterable[int], clock: Callable[[], float]) -> None:
         self._kind = kind
         self._clock = clock
-        self._slots: list[Slot[W]] = [Slot(f"{kind}-{number}", number) for number in numbers]
+        self._slots: list[Slot[W]] = [
+            Slot(f"{kind}-{number}", number, backoff=Backoff(ever=True)) for number in numbers
+        ]
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name=f"lamina-{kind}-workers", daemon=True)
@@ -246,10 +248,7 @@ class AttentionSupervisor(SlotSupervisor[W]):
             self._fail("\n  ".join([f"{name} did not start, {how}", *last_lines]))
             return
         super()._ended(slot, how, last_lines)
-        if not self._started.is_set():
-            if slot.due is None:
-                self._fail(f"{name} ended, {how}, too often to start it again")
-        elif worker is not None and worker.up and not worker.given_up:
+        if self._started.is_set() and worker is not None and worker.up and not worker.given_up:
             self._membership.left(name)
 
 
@@ -269,7 +268,7 @@ class ModelSupervisor(SlotSupervisor[W]):
     def _ended(self, slot: Slot[W], how: str, last_lines: Sequence[str] = ()) -> None:
         name = slot.name
         super()._ended(slot, how, last_lines)
-        self._on_ended(slot.number, name, "\n  ".join([how, *last_lines]), slot.due is None)
+        self._on_ended(slot.number, name, "\n  ".join([how, *last_lines]), False)
 
     def _broken(self, error: Exception) -> None:
         for slot in self._slots:

@@ -87,8 +87,8 @@ class ModelWorkerProcesses(Protocol):
 
     def start(self, address: str, invite: Callable[[int, str], bytes], on_ended: OnEnded) -> None:
         """Have all started, each to connect to `address` with the secret that `invite(rank, name)` gives. An ended
-        process is reported to `on_ended`, and started again after a delay under another name, unless it ends too
-        often. Both are called on one thread. Returns at once."""
+        process is reported to `on_ended`, and started again after a delay under another name. Both
+        are called on one thread. Returns at once."""
 
     def lost(self, name: str) -> None:
         """The engine has given this process up: it is ended, if it is still there. Unknown names are ignored."""

@@ -36,7 +36,7 @@ from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
-from lamina_workers.errors import HolderFault
+from lamina_workers.errors import HolderFault, faults
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.ports.port import AttentionPort
@@ -283,17 +283,21 @@ class Engine:
         requests: Mapping[ScheduledSequence, EngineRequest],
         histories: Mapping[ScheduledSequence, TokenHistory],
     ) -> Generator[Waiting, None, None]:
-        """One batch: from the control plane's step to the outputs that its clients get."""
+        """One batch: from the control plane's step to the outputs that its clients get.
+
+        Any error of its announcement and its computing is a HolderFault. Any other ends the engine: its books would be
+        half written."""
         step, since = lane.step, self._clock()
-        batch, answers = yield from self._worker.announce(step.batches)
+        with faults():
+            batch, answers = yield from self._worker.announce(step.batches)
         agreed = self._agreed(step, answers)
         self._stats.announce_seconds += self._clock() - since
         if agreed and step.plan is not None and step.rows:
             self._registry.scheduled(requests)
-            work = batch_work(step.plan, requests, histories, self._registry.constraints)
-            sampled = yield from self._worker.execute(work, batch, step.batches, self._control.lanes.count > 1)
+            with faults():
+                work = batch_work(step.plan, requests, histories, self._registry.constraints)
+                sampled = yield from self._worker.execute(work, batch, step.batches, self._control.lanes.count > 1)
             self._record(step.plan, sampled)
-        if step.plan is not None:
             self._failures.went_well()
 
     def _agreed(self, step: Step, answers: Mapping[int, Announced]) -> bool:

@@ -1,12 +1,13 @@
 """How an engine handles failed batches, lost holders and missing model workers, and how long requests wait.
 
-Batches and moves that cannot go on are given up, and lost holders leave the register.
+Batches and moves that cannot go on are given up, lost holders leave the register, and a request that makes its batches
+fail ends.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,9 @@ from lamina.engine.request_registry import RequestRegistry
 from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, LaminaError
 from lamina.messages.engine_request import unwatched
+from lamina.scheduling.blame import TRIES
 from lamina.scheduling.holder import Holder
+from lamina.scheduling.request import PlannedRow
 from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.channels import Credentials
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamina")
 
-MAX_FAULTS = 3  # batches in a row that fail at a holder, after which their requests end
+MAX_IN_VAIN = 8  # requests that end for their failures, and no batch goes well, after which the engine ends
 
 
 def unlost(name: str) -> None:
@@ -68,15 +71,15 @@ class Failures:
         self._registry = registry
         self._deadline = deadline
         self._reports = reports
-        self._faults = 0  # since a batch went well
+        self._in_vain = 0  # see `_failed_in_vain`; since a batch was computed
         self._rebuild: tuple[int, int] | None = None  # tokens rebuilt before the last loss, and due since
         self._late: list[tuple[AttentionPort, Holder, Credentials | None]] = []  # came while a rank was missing
 
     # Batches.
 
     def went_well(self) -> None:
-        """A batch is over, and no holder has failed in it."""
-        self._faults = 0
+        """A batch was computed."""
+        self._in_vain = 0
 
     def batch_done(self, done: BatchDone) -> None:
         """Report how many lost tokens are computed again by now."""
@@ -90,32 +93,35 @@ class Failures:
             self._rebuild = None
 
     def failed(self, lane: Lane, fault: HolderFault) -> None:
-        """A batch cannot go on. Raises EngineError after too many failures in a row."""
+        """A batch cannot go on. It runs again, unless one of its requests is found to be to blame, and ends. Raises
+        EngineError where the engine is to blame."""
+        logger.warning("a batch failed and runs again: %s", fault, exc_info=fault.__cause__)
+        rows: Sequence[PlannedRow] = lane.step.rows
         if isinstance(fault, RankLost):
-            logger.warning("%s", fault)
-            self._faults += 1
-            if self._faults >= 3 * MAX_FAULTS and not self._worker.missing:
-                raise EngineError(f"the model workers failed {self._faults} times in a row: {fault}") from fault
+            rows = self._in_flight.rows()
             self._halt()
         elif isinstance(fault, HolderLost) and (gone := self._worker.lost()):
-            logger.warning("%s", fault)
-            self._lose(gone)
+            self._lose(gone, fault)
+            return
         else:  # a pool in this process cannot be lost
-            self.run_again(lane, fault)
+            self._in_flight.drop(lane)
+        self._blame(rows, fault)
+        if not rows and not self._worker.missing:
+            self._failed_in_vain(fault)
 
-    def run_again(self, lane: Lane, fault: HolderFault) -> None:
-        """Plan the batch again. After MAX_FAULTS failures in a row its requests end, after three times as many the
-        engine."""
-        self._faults += 1
-        logger.warning("a batch failed and runs again: %s", fault)
-        self._in_flight.drop(lane)
-        if self._faults % MAX_FAULTS == 0:
-            for request_id in {row.sequence.request.id for row in lane.step.rows}:
-                error = EngineError(f"a holder failed {MAX_FAULTS} times in a row: {fault}")
-                if request := self._registry.requests.get(request_id):
-                    self._registry.fail(request, error, fault)
-        if self._faults >= 3 * MAX_FAULTS:
-            raise EngineError(f"a holder failed {self._faults} times in a row: {fault}") from fault
+    def _blame(self, rows: Sequence[PlannedRow], fault: HolderFault) -> None:
+        """These rows were in batches that failed. The request that is to blame ends with an error, once it is known."""
+        culprit = self._scheduler.blame.failed(rows)
+        if culprit is not None and (request := self._registry.of(culprit)):
+            why = f"{TRIES} batches in a row failed with this request, the last of it alone: {fault}"
+            self._registry.fail(request, EngineError(why), fault)
+            self._failed_in_vain(fault)
+
+    def _failed_in_vain(self, fault: HolderFault) -> None:
+        """A request has ended for its failures, or a batch without requests has failed."""
+        self._in_vain += 1
+        if self._in_vain >= MAX_IN_VAIN:
+            raise EngineError(f"no batch goes well any more, {self._in_vain} requests were tried: {fault}") from fault
 
     def failed_outside(self) -> None:
         """A holder failed outside of any batch: moves are given up, and batches where it, or a model worker, is
@@ -150,11 +156,14 @@ class Failures:
         if numbers := self._holders.numbers(name):
             self._lose(numbers)
 
-    def _lose(self, numbers: list[int]) -> None:
+    def _lose(self, numbers: list[int], fault: HolderFault | None = None) -> None:
         """Holders are gone, with their attention workers: their KV is rebuilt elsewhere, and the batches under way run
-        again."""
+        again. A row of theirs may have been the reason."""
+        numbers = self._holders.companions(numbers)
+        rows = self._in_flight.rows(numbers)
         self._abandon()
-        self._holders.lose(self._holders.companions(numbers))
+        self._holders.lose(numbers)
+        self._blame(rows, fault or HolderLost("an attention worker is gone"))
 
     def drain(self, name: str, done: Future[int]) -> None:
         """Let an attention worker go after its KV has moved to the others. No batch may be under way."""
@@ -186,7 +195,9 @@ class Failures:
         if stays:
             raise EngineError(f"model worker {rank} is gone and stays away: {why}")
         if not self._deadline.started:
+            rows = self._in_flight.rows()
             self._halt()
+            self._blame(rows, RankLost(f"model worker {rank} is gone: {why}"))
 
     def _halt(self) -> None:
         """A needed rank is gone: nothing can be computed before it is back."""

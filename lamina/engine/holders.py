@@ -186,7 +186,7 @@ class Holders:
         for layout in self._without(sequence, number):
             if self._migration.move_now(sequence, layout):
                 return sum(max(0, min(sequence.computed, share.hi) - share.lo) for share in gone)
-        self._control.scheduler.preempt(sequence)
+        self._control.scheduler.admission.preempt(sequence)
         return 0
 
     def _without(self, sequence: ScheduledSequence, number: int) -> Iterator[Layout]:

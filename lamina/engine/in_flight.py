@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 
 from lamina.engine.stats import EngineStats
 from lamina.scheduling.control_plane import ControlPlane, Step
+from lamina.scheduling.request import PlannedRow
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.parallel.peers import Peer
@@ -38,6 +39,15 @@ class InFlight:
     def add(self, lane: Lane) -> None:
         """One batch more has begun."""
         self._lanes.append(lane)
+
+    def rows(self, numbers: Collection[int] | None = None) -> list[PlannedRow]:
+        """The rows of every batch that concerns one of these holders (None: of every batch)."""
+        return [
+            row
+            for lane in self._lanes
+            if numbers is None or any(number in lane.step.batches for number in numbers)
+            for row in lane.step.rows
+        ]
 
     def next(self) -> Lane:
         """The batch to go on with: the first whose reply has come, or the one that has waited longest."""

@@ -55,6 +55,12 @@ class Admission:
         self._running.close(sequence)
         self.queue(sequence)
 
+    def preempt(self, sequence: ScheduledSequence) -> None:
+        """Give an idle sequence's KV back, since others need the pages."""
+        sequence.preemptions += 1
+        self._running.counters.preempted += 1
+        self.give_back(sequence)
+
     def look_again(self) -> None:
         """Forget what the first sequence was short of: holders have gone."""
         self._short = None, ()

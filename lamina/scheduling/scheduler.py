@@ -6,12 +6,12 @@ The life of a plan: `plan`, then `accepted` or `refused` as the holders answer; 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.admission import Admission
+from lamina.scheduling.blame import Blame
 from lamina.scheduling.kv_rebuild import KvRebuild
 from lamina.scheduling.kv_shares import Layouts, Pages
 from lamina.scheduling.page_ledger import PageLedger
@@ -25,6 +25,7 @@ from lamina.scheduling.request import (
     SchedulerConfig,
     check_length,
 )
+from lamina.scheduling.row_planner import RowPlanner
 from lamina.scheduling.running import RunningSequences
 
 
@@ -32,7 +33,7 @@ class Scheduler:
     """First come, first served within a priority: everything goes by `ScheduledSequence.order`. For one thread.
 
     `ledger` counts pages and has the operations that wait, `running` has the sequences with KV, `admission` the queue
-    for KV. The scheduler forms batches of them, and ends requests.
+    for KV, `blame` those whose batches failed. The scheduler plans batches of them, and ends requests.
     """
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
@@ -42,7 +43,9 @@ class Scheduler:
         self.admission = Admission(config, layouts, self.running)
         self.counters = self.running.counters
         self._layouts = layouts
+        self.blame = Blame()
         self._rebuilds = KvRebuild(config, layouts, self.ledger)
+        self._planner = RowPlanner(self.ledger, self.running, self.admission, self._rebuilds, self.blame)
         self._requests: dict[str, list[ScheduledSequence]] = {}  # unfinished ones
         self._in_flight: set[Plan] = set()
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
@@ -121,6 +124,7 @@ class Scheduler:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
+        self.blame.forget(sequence)
         samples = self._requests[sequence.request.id]
         samples.remove(sequence)
         if not samples:
@@ -140,7 +144,7 @@ class Scheduler:
         order, so the first sequence never waits for a later one. With nothing to compute, waiting operations go out in
         a plan without rows. With several `lanes` a plan takes only its share of the running sequences.
         """
-        if self._stalled:
+        if self._stalled or (self.blame and any(self.blame.on_trial(plan.rows) for plan in self._in_flight)):
             return None
         rows = self._rows(lanes)
         if not rows and (self._in_flight or not self.ledger.operations):
@@ -158,68 +162,14 @@ class Scheduler:
         return plan
 
     def _rows(self, lanes: int) -> list[PlannedRow]:
-        """Rows for the idle sequences by order, then for new ones."""
-        rows: list[PlannedRow] = []
-        idle = deque(sequence for sequence in self.running if not sequence.in_flight)
-        budget = self._batch_tokens
-        prefill = max(1, budget - sum(sequence.left == 1 for sequence in idle))
-        short = False  # a sequence has got no pages
-        while budget:
-            younger = idle
-            if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self.running))):
-                sequence = idle.popleft()
-                if not self._rebuilds.ready(sequence):
-                    continue
-            elif prefill and not short and (admitted := self._admit()):
-                # Even where its lane's share is full: otherwise none would be admitted while every lane is.
-                sequence, younger = admitted, deque()
-            else:
-                break
-            left = sequence.left
-            limit = 1 if left == 1 else min(left, prefill, budget)
-            if limit == 0:
-                continue
-            count = self._make_room(sequence, limit, younger)
-            if count == 0:
-                short = True
-                continue
-            rows.append(self.ledger.reserve(sequence, count))
-            budget -= count
-            prefill -= count if left > 1 else 0
-        return rows
-
-    def _admit(self) -> ScheduledSequence | None:
-        return None if self._refused and self.running.sequences else self.admission.admit()
-
-    def _make_room(self, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
-        """How many of `want` tokens the pages allow, after making room: 0 where it must wait for batches in flight.
-
-        Only what is kept by a holder that is short makes room. Cached prefixes are evicted first. The youngest of the
-        `younger` idle sequences is preempted only where not one token fits. A sequence that is alone at those holders
-        always gets one: they decide.
-        """
-        prefix_cache, keeps_at = self.running.prefix_cache, self.running.keeps_at
-        while (count := self.ledger.affordable(sequence, want)) < want:
-            short = self.ledger.short(sequence, count + 1)
-            if prefix_cache.evict(short):
-                continue
-            if count:
-                break
-            victim = next((each for each in reversed(younger) if keeps_at(each, short)), None)
-            if victim is not None:
-                younger.remove(victim)
-                self.preempt(victim)
-            elif any(each is not sequence and keeps_at(each, short) for each in self.running):
-                break
-            elif not prefix_cache.evict_used(short):
-                return 1
-        return count
-
-    def preempt(self, sequence: ScheduledSequence) -> None:
-        """Take an idle sequence's KV away. It waits until it fits whole, and is computed again."""
-        sequence.preemptions += 1
-        self.counters.preempted += 1
-        self.admission.give_back(sequence)
+        """Rows of suspects that are tried where they failed, with nothing else in flight, else of all others."""
+        if suspects := self._planner.trial():
+            if self._in_flight:
+                return []
+            if rows := self._planner.trial_rows(suspects, self._batch_tokens):
+                return rows
+        admits = not (self._refused and self.running.sequences)
+        return self._planner.rows(lanes, self._batch_tokens, admits)
 
     def accepted(self, plan: Plan, free: Pages, floors: Sequence[int]) -> None:
         """Every holder has accepted. `free` are the pages that the asked holders have left, `floors` has for each row
@@ -256,7 +206,7 @@ class Scheduler:
         tokens = sum(row.count for row in plan.rows)
         youngest = next((sequence for sequence in reversed(there[1:]) if not sequence.in_flight), None)
         if youngest is not None:
-            self.preempt(youngest)
+            self.admission.preempt(youngest)
         elif self._in_flight:
             self._stalled = True
         elif prefix_cache.evict_used(refusers):
@@ -300,6 +250,7 @@ class Scheduler:
         drawn = iter(tokens)
         for row in plan.rows:
             sequence = row.sequence
+            self.blame.passed(row)
             if row.rebuild:
                 self.counters.rebuilt_tokens += row.count
                 self._rebuilds.recorded(sequence)

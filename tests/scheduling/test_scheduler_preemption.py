@@ -76,13 +76,13 @@ def test_only_what_is_kept_where_pages_are_short_makes_room(
     scheduler, placement = world.control.scheduler, world.control.placement
     placement.local_share = share
     victims: list[bool] = []
-    preempt = scheduler.preempt
+    preempt = scheduler.admission.preempt
 
     def noted(sequence: ScheduledSequence) -> None:
         victims.append(placement.is_local(sequence.layout))
         preempt(sequence)
 
-    scheduler.preempt = noted  # type: ignore[method-assign]
+    scheduler.admission.preempt = noted  # type: ignore[method-assign]
     far: list[ScheduledSequence] = []
     for salt, (length, tokens) in enumerate(asked):
         (sample,) = world.add(prompt(length, salt), tokens)

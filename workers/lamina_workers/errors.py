@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from lamina_protocols.errors import LaminaError
 
 
@@ -65,3 +68,14 @@ class RankLost(HolderFault):
 
 class HolderLost(HolderFault):
     """A holder is gone, and its KV with it: its channel closed, its session ended, or a deadline passed."""
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """Any error in here, a failed allocation too, is raised as a HolderFault: it ends a batch, and no process."""
+    try:
+        yield
+    except HolderFault:
+        raise
+    except Exception as error:
+        raise HolderFault(f"{type(error).__name__}: {error}") from error

@@ -27,7 +27,7 @@ from lamina_workers.decoder.graphs import sliced
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
 from lamina_workers.devices import available as devices
-from lamina_workers.errors import HolderFault, ModelFileError, RankLost
+from lamina_workers.errors import HolderFault, ModelFileError, RankLost, faults
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, likeliest
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.waiting import Waiting
@@ -173,7 +173,8 @@ class PeerWorker:
 
     def _announce(self, command: peer_messages.Announce) -> _Run:
         try:
-            own, answers = yield from self._standing.announce(command.shares)
+            with faults():
+                own, answers = yield from self._standing.announce(command.shares)
         except HolderFault as fault:
             self._faulted(command.batch, fault)
             return
@@ -187,7 +188,8 @@ class PeerWorker:
             raise ProtocolError(f"batch {command.batch} is to be executed, but was not announced")
         own, shares = self._batches.pop(command.batch)
         try:
-            logits = yield from self._standing.compute(work, own, shares, command.suspends)
+            with faults():
+                logits = yield from self._standing.compute(work, own, shares, command.suspends)
         except HolderFault as fault:
             self._parts.leave_group()  # it wakes the ranks that wait for this one's part
             self._faulted(command.batch, fault)
@@ -206,7 +208,8 @@ class PeerWorker:
             raise ProtocolError(f"slice {command.number} is wanted, of {layers + 1}")
         context = Context(command.hidden, command.attended) if command.number else None
         try:
-            left = yield from entered.slice(command.number, context, command.last)
+            with faults():
+                left = yield from entered.slice(command.number, context, command.last)
         except HolderFault as fault:
             self._leave_batch(batch)
             self._faulted(batch, fault)

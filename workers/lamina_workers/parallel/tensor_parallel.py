@@ -18,7 +18,7 @@ from lamina_protocols.routes import HolderBatch
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
-from lamina_workers.errors import HolderFault, HolderLost, RankLost
+from lamina_workers.errors import HolderFault, HolderLost, RankLost, faults
 from lamina_workers.model_worker.interface import BatchWork, Returned, Seat
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
@@ -143,7 +143,8 @@ class TensorParallelWorkers:
             for peer in self._peers.values():
                 peer.expect(batch)
                 peer.tell(command)
-            logits = yield from self._own.compute(work, own, its, False)
+            with faults():
+                logits = yield from self._own.compute(work, own, its, False)
         except HolderFault as fault:
             self._leave_group(fault, batch)
         finally:

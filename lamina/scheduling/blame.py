@@ -1,0 +1,78 @@
+"""Which sequences may have made a batch fail, and which one it was. Pure.
+
+Every row of a failed batch makes its sequence a suspect. Where a suspect failed it is tried again in company of a few
+other suspects, then alone; below that place it is computed with all others. Past that place it is no suspect any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isqrt
+
+from lamina.scheduling.request import PlannedRow, ScheduledSequence
+
+TRIES = 3  # failures of a sequence, the last one alone, after which it is to blame
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspicion:
+    """A sequence failed so many times since it last got past that place; the last time with tokens [start, end)."""
+
+    failures: int
+    start: int
+    end: int
+
+
+class Blame:
+    """The suspects of one engine."""
+
+    def __init__(self) -> None:
+        self._suspects: dict[ScheduledSequence, _Suspicion] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._suspects)
+
+    def failed(self, rows: Sequence[PlannedRow]) -> ScheduledSequence | None:
+        """The batches that failed together had these rows. Returns the sequence that is to blame, once it is known; the
+        caller ends it."""
+        for row in rows:
+            if row.sequence.finish_reason is None:
+                self.suspect(row.sequence, self._failures(row.sequence) + 1, row.start, row.start + row.count)
+        alone = rows[0].sequence if len(rows) == 1 else None
+        return alone if alone is not None and self._failures(alone) >= TRIES else None
+
+    def suspect(self, sequence: ScheduledSequence, failures: int, start: int, end: int) -> None:
+        """A sequence failed so many times, the last time with its tokens [start, end)."""
+        self._suspects[sequence] = _Suspicion(failures, start, end)
+
+    def passed(self, row: PlannedRow) -> None:
+        """A batch with this row went well."""
+        known = self._suspects.get(row.sequence)
+        if known is not None and row.start + row.count >= known.end:
+            del self._suspects[row.sequence]
+
+    def forget(self, sequence: ScheduledSequence) -> None:
+        """A sequence has ended."""
+        self._suspects.pop(sequence, None)
+
+    def _failures(self, sequence: ScheduledSequence) -> int:
+        known = self._suspects.get(sequence)
+        return 0 if known is None else known.failures
+
+    def in_company(self, sequence: ScheduledSequence, count: int) -> int:
+        """How many of a sequence's next `count` tokens can be computed with all others: those below where it failed."""
+        known = self._suspects.get(sequence)
+        return count if known is None else max(0, min(count, known.start - sequence.next))
+
+    def on_trial(self, rows: Iterable[PlannedRow]) -> bool:
+        """Whether one of these rows is tried again where it failed."""
+        known = ((row, self._suspects.get(row.sequence)) for row in rows)
+        return any(suspect is not None and row.start + row.count > suspect.start for row, suspect in known)
+
+    def next_trial(self, idle: Sequence[ScheduledSequence]) -> list[ScheduledSequence]:
+        """The idle suspects to try together, with nothing else under way: one that failed in such a trial before alone,
+        else the root of their number, so that many are cleared in few batches. Empty where none is where it failed."""
+        there = [each for each in idle if each in self._suspects and not self.in_company(each, 1)]
+        again = [each for each in there if self._failures(each) > 1]
+        return again[:1] or there[: isqrt(len(self._suspects) - 1) + 1] if there else []

@@ -1,0 +1,103 @@
+"""A request on which a holder or the model fails: it ends with an error that says so, and no other loses anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from engine_rig import BytesPort, Rig, collect, tiny_decoder
+
+from lamina.errors import EngineError
+from lamina.sampling_params import SamplingParams
+from lamina.scheduling.blame import TRIES
+from lamina.scheduling.holder import Holder
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.messages import Announcement, Exchange, Query, Request
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.device_worker import attention_worker
+from lamina_workers.errors import HolderLost
+
+LONG = 150  # tokens of the poisonous prompt; its first decode step fails
+GREEDY = SamplingParams(max_tokens=60, temperature=0.0).with_defaults({})
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Any:
+    return tiny_decoder()
+
+
+class Poison:
+    """Ports to holders on which each decode step of `sequence` fails: its `kind` says where, and how."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.tries = 0
+        self.parts: Any = lambda handle: ()
+        self.sequence: Any = None
+
+    def port(self, worker: AttentionWorker) -> BytesPort:
+        failing: set[int] = set()
+
+        def before(request: Request) -> None:
+            if isinstance(request, Announcement) and self.sequence is not None:
+                handles = {part.handle for part in self.parts(self.sequence.handle)}
+                if any(row.handle in handles and row.start >= LONG for row in request.rows):
+                    failing.add(request.batch)
+            announced = isinstance(request, Announcement) and self.kind == "announcement"
+            asked = isinstance(request, Query | Exchange) and self.kind != "announcement" and request.layer == 1
+            if (announced or asked) and request.batch in failing:
+                failing.discard(request.batch)
+                self.tries += 1
+                raise {
+                    "announcement": ProtocolError("cannot be announced"),
+                    "fault": ProtocolError("cannot be attended"),
+                    "error": RuntimeError("can't allocate memory"),
+                    "death": HolderLost("the process died"),
+                }[self.kind]
+
+        return BytesPort(worker, before)
+
+
+def outputs(inbox: Any) -> Iterator[Any]:
+    while True:
+        yield from inbox.get(timeout=60)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["announcement", "fault", "error", "death"])
+def test_request_on_which_batches_fail_ends_alone_and_others_lose_nothing(decoder, kind, lanes):
+    """The count of faults was everybody's: with two lanes it never came to three, a dead holder was not counted, and a
+    RuntimeError ended the engine with all its requests."""
+    prompts = [[1, 2, 3, 4 + at] for at in range(6)]
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+    expected = rig.generate(prompts, max_tokens=60)
+    rig.close()
+
+    poison = Poison(kind)
+    rig = Rig(decoder, shard="heads", weights=(1, 1), lanes=lanes, max_batch_tokens=256, port=poison.port)
+    joined: list[str] = []
+
+    def join(name: str) -> None:
+        port = poison.port(attention_worker(rig.holder))
+        port.name = f"again-{len(joined)}"
+        joined.append(name)
+        rig.engine.join(port, Holder(rig.pages, 1))
+
+    failures = rig.engine._failures
+    failures._reports = dataclasses.replace(failures._reports, lost=join)
+    poison.parts = rig.placement.parts
+    healthy = [rig.submit(prompt, GREEDY)[1] for prompt in prompts]
+    ticket, inbox = rig.submit([5] * LONG, GREEDY)
+    first = next(output for output in outputs(inbox))
+    assert first.token is not None
+    (poison.sequence,) = ticket.sequences
+    error = next(output.error for output in outputs(inbox) if output.error is not None)
+    assert isinstance(error, EngineError)
+    assert "failed with this request" in str(error)
+    assert [collect(each) for each in healthy] == expected
+    assert poison.tries == TRIES
+    assert len(joined) == (TRIES if kind == "death" else 0)
+    rig.engine.close()
+    rig._thread.join()
