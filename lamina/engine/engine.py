@@ -288,6 +288,7 @@ class Engine:
         Any error of its announcement and its computing is a HolderFault. Any other ends the engine: its books would be
         half written."""
         step, since = lane.step, self._clock()
+        self._registry.begins(step.rows)
         with faults():
             batch, answers = yield from self._worker.announce(step.batches)
         agreed = self._agreed(step, answers)

@@ -13,7 +13,8 @@ from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.journal.resumption import Resumption
 from lamina.messages.engine_request import EngineOutput, EngineRequest, ignore_outputs, unwatched
-from lamina.scheduling.request import Outcome, Plan, RetainedKv, ScheduledSequence
+from lamina.scheduling.blame import TRIES
+from lamina.scheduling.request import Outcome, Plan, PlannedRow, RetainedKv, ScheduledSequence
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory
 
@@ -79,6 +80,13 @@ class RequestRegistry:
         for sequence, request in requests.items():
             if request.scheduled is None:
                 request.scheduled, request.cached_tokens = self._clock(), sequence.reused
+
+    def begins(self, rows: Sequence[PlannedRow]) -> None:
+        """A batch of these rows is about to begin. The journal has it before where they are suspects: the engine may
+        die of it."""
+        if self._recorder is not None:
+            tried = rows if self._scheduler.blame.on_trial(rows) else ()
+            self._recorder.begins(dict.fromkeys(row.sequence.request.id for row in tried))
 
     def outputs(
         self, outcomes: Sequence[Outcome], reports: Mapping[ScheduledSequence, RowLogprobs | None], now: float
@@ -154,6 +162,10 @@ class RequestRegistry:
 
     def _take_up(self, request: EngineRequest) -> None:
         """A client comes back: send what it has not received, then what follows."""
+        if self._resumption.is_deadly(request):
+            error = EngineError(f"{TRIES} engines died with this request, the last of it alone")
+            self._deliver(request, [EngineOutput(0, None, error=error)])
+            return
         old = self.requests.get(request.id)
         missing = self._resumption.claim(request, old)
         if missing is None:
@@ -170,9 +182,11 @@ class RequestRegistry:
         """Before `run`: go on with the unfinished requests of the previous engine, with the KV that was found. Returns
         them. A client that wants the outputs of one submits it again, with what it has received."""
         requests = []
-        for request, known, kept in self._resumption.unfinished(found):
+        for request, known, computed, kept, deaths in self._resumption.unfinished(found):
             requests.append(request)
             self._begin_request(request, known, kept, recorded=True)
+            for sequence in request.sequences:  # the engine may have died of the row after what was computed
+                self._scheduler.blame.suspect(sequence, deaths, computed[sequence.sample], len(sequence.tokens))
         return tuple(requests)
 
     def rebuild(self) -> None:

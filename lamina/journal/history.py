@@ -20,6 +20,7 @@ from lamina.journal.records import (
     Record,
     RequestRecord,
     SampleRecord,
+    TriedRecord,
 )
 from lamina.scheduling.kv_shares import Share
 from lamina.scheduling.placement import Part
@@ -55,12 +56,14 @@ class KnownSample:
 
 @dataclass(slots=True)
 class KnownRequest:
-    """A request as it was submitted, and its samples."""
+    """A request as it was submitted, and its samples. `tries`: how often since its last token it was in a batch of
+    suspects."""
 
     request: Mapping[str, Any]
     params: Mapping[str, Any]
     seed: int
     samples: list[KnownSample]
+    tries: int = 0
 
     @property
     def open(self) -> bool:
@@ -136,6 +139,8 @@ class History:
                 for at, reason in ends:
                     self.requests[request_id].samples[at].reason = reason
                 self._ended(request_id)
+            case TriedRecord(request_id, tries):
+                self.requests[request_id].tries = tries
             case DropRecord(request_id):
                 self.requests.pop(request_id, None)
                 self._forget(request_id)
@@ -144,6 +149,7 @@ class History:
         sample = self.requests[row.request_id].samples[row.sample]
         sample.handle, sample.computed = row.handle, row.computed
         if row.token is not None:
+            self.requests[row.request_id].tries = 0
             sample.tokens.append(row.token)
             sample.logprobs.append(row.logprobs)
         if row.reason is not None:
@@ -186,6 +192,8 @@ class History:
                     yield SampleRecord(
                         request_id, at, tuple(s.tokens), tuple(s.logprobs), s.reason, s.handle, s.computed, s.parts
                     )
+            if known.tries:
+                yield TriedRecord(request_id, known.tries)
 
 
 @dataclass(frozen=True, slots=True)

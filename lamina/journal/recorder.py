@@ -19,6 +19,7 @@ from lamina.journal.records import (
     KeptRecord,
     RequestRecord,
     SampleRecord,
+    TriedRecord,
 )
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import decode_request, encode_request
@@ -53,6 +54,15 @@ class Recorder:
             reason = None if at in known else "stop"  # the client knows the true one
             reports = (None,) * len(tokens)
             self._journal.append(SampleRecord(request.id, at, tuple(tokens), reports, reason, 0, 0, ()))
+
+    def begins(self, suspects: Iterable[str]) -> None:
+        """A batch is about to begin, with these requests where it has suspects alone. All that was noted is written
+        before: the engine may die of a request that has just come."""
+        requests = self._journal.history.requests
+        for request_id in suspects:
+            if request_id in requests:
+                self._journal.append(TriedRecord(request_id, requests[request_id].tries + 1))
+        self._journal.commit()
 
     def batch(self, plan: Plan, outputs: Mapping[str, Sequence[EngineOutput]]) -> None:
         """A batch is complete. It is written before clients get its outputs."""

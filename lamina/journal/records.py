@@ -75,13 +75,21 @@ class EndRecord(NamedTuple):
     ends: tuple[tuple[int, str], ...]
 
 
+class TriedRecord(NamedTuple):
+    """A request is in a batch of suspects for the `tries`th time since its last token: an engine that dies now may die
+    of it."""
+
+    request_id: str
+    tries: int
+
+
 class DropRecord(NamedTuple):
     """A request is forgotten: no engine goes on with it."""
 
     request_id: str
 
 
-Record: TypeAlias = RequestRecord | SampleRecord | BatchRecord | KeptRecord | EndRecord | DropRecord
+Record: TypeAlias = RequestRecord | SampleRecord | BatchRecord | KeptRecord | EndRecord | TriedRecord | DropRecord
 
 _NAMES: dict[type[Record], str] = {
     RequestRecord: "request",
@@ -89,6 +97,7 @@ _NAMES: dict[type[Record], str] = {
     BatchRecord: "batch",
     KeptRecord: "kept",
     EndRecord: "end",
+    TriedRecord: "tried",
     DropRecord: "drop",
 }
 _KINDS = {name: kind for kind, name in _NAMES.items()}

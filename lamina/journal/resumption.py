@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lamina.errors import LaminaError
 from lamina.journal.history import GONE, KvLocation, RecoveredRequest
 from lamina.messages.engine_request import EngineOutput, EngineRequest
+from lamina.scheduling.blame import TRIES
 from lamina.scheduling.request import RetainedKv
 
 if TYPE_CHECKING:
@@ -23,11 +24,14 @@ logger = logging.getLogger("lamina")
 
 
 class Begun(NamedTuple):
-    """A request that goes on: the tokens of its unfinished samples, and what holders have of their KV."""
+    """A request that goes on: the tokens of its unfinished samples, how many tokens of each had KV, what holders have
+    of it, and how many engines may have died of the request since its last token."""
 
     request: EngineRequest
     known: Mapping[int, list[int]]
+    computed: Mapping[int, int]
     kept: Mapping[int, RetainedKv]
+    deaths: int
 
 
 class Resumption:
@@ -39,6 +43,7 @@ class Resumption:
         self._grammars = grammars
         self._gone = False  # whether a part of an adopted sequence is lost
         self._unclaimed: dict[str, EngineRequest] = {}  # for which no client has come yet
+        self._deadly: set[str] = set()  # requests that are not taken up, since engines died of them
 
     def __contains__(self, request: EngineRequest) -> bool:
         """Whether no client has come for a request: then it stays in the journal, however the engine ends."""
@@ -49,6 +54,12 @@ class Resumption:
         if self._recorder is None:
             return
         for request, known in self._recorder.unfinished():
+            deaths = known.tries + 1  # the last engine died with it under way
+            if deaths >= TRIES:
+                logger.error("request %s is not taken up: %d engines died of it", request.id, deaths)
+                self._deadly.add(request.id)
+                self._recorder.drop(request.id)
+                continue
             try:
                 self._scheduler.validate(request.request)
                 if request.params.constrained and self._grammars is not None:
@@ -58,14 +69,19 @@ class Resumption:
                 self._recorder.drop(request.id)
                 continue
             self._unclaimed[request.id] = request
+            computed = {at: sample.computed for at, sample in enumerate(known.samples)}
             kept = {sample: adopted.kept for sample, adopted in self._recorder.adopt(known, found).items()}
             self._gone |= any(share.holder == GONE for each in kept.values() for share in each.layout)
-            yield Begun(request, known.known, kept)
+            yield Begun(request, known.known, computed, kept, deaths)
 
     def rebuild(self) -> None:
         """Have the lost parts of adopted sequences computed again, after holders have said how much room they have."""
         if self._gone:
             self._scheduler.lost(GONE)
+
+    def is_deadly(self, request: EngineRequest) -> bool:
+        """Whether a client comes back for a request of which engines died."""
+        return request.id in self._deadly
 
     def claim(self, request: EngineRequest, old: EngineRequest | None) -> list[EngineOutput] | None:
         """The outputs that a client which comes back has not received. `old` is the engine's unfinished request of that

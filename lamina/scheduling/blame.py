@@ -1,7 +1,8 @@
 """Which sequences may have made a batch fail, and which one it was. Pure.
 
 Every row of a failed batch makes its sequence a suspect. Where a suspect failed it is tried again in company of a few
-other suspects, then alone; below that place it is computed with all others. Past that place it is no suspect any more.
+other suspects, then alone; below that place it is computed with all others, as after a loss. Past that place it is no
+suspect any more. Failures at other places are not counted together: holders also die by chance.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ TRIES = 3  # failures of a sequence, the last one alone, after which it is to bl
 
 @dataclass(frozen=True, slots=True)
 class _Suspicion:
-    """A sequence failed so many times since it last got past that place; the last time with tokens [start, end)."""
+    """A sequence failed so many times since it last got past a place: its tokens [start, end)."""
 
     failures: int
     start: int
@@ -28,7 +29,7 @@ class Blame:
     """The suspects of one engine."""
 
     def __init__(self) -> None:
-        self._suspects: dict[ScheduledSequence, _Suspicion] = {}
+        self._suspects: dict[ScheduledSequence, list[_Suspicion]] = {}  # the lowest place is the last
 
     def __bool__(self) -> bool:
         return bool(self._suspects)
@@ -38,18 +39,23 @@ class Blame:
         caller ends it."""
         for row in rows:
             if row.sequence.finish_reason is None:
-                self.suspect(row.sequence, self._failures(row.sequence) + 1, row.start, row.start + row.count)
+                self.suspect(row.sequence, 1, row.start, row.start + row.count)
         alone = rows[0].sequence if len(rows) == 1 else None
         return alone if alone is not None and self._failures(alone) >= TRIES else None
 
     def suspect(self, sequence: ScheduledSequence, failures: int, start: int, end: int) -> None:
-        """A sequence failed so many times, the last time with its tokens [start, end)."""
-        self._suspects[sequence] = _Suspicion(failures, start, end)
+        """A sequence failed so many times more, with its tokens [start, end)."""
+        places = self._suspects.setdefault(sequence, [])
+        if places and end > places[-1].start:
+            failures += places.pop().failures
+        places.append(_Suspicion(failures, start, end))
 
     def passed(self, row: PlannedRow) -> None:
         """A batch with this row went well."""
-        known = self._suspects.get(row.sequence)
-        if known is not None and row.start + row.count >= known.end:
+        places = self._suspects.get(row.sequence)
+        while places and row.start + row.count >= places[-1].end:
+            places.pop()
+        if places == []:
             del self._suspects[row.sequence]
 
     def forget(self, sequence: ScheduledSequence) -> None:
@@ -57,18 +63,18 @@ class Blame:
         self._suspects.pop(sequence, None)
 
     def _failures(self, sequence: ScheduledSequence) -> int:
-        known = self._suspects.get(sequence)
-        return 0 if known is None else known.failures
+        places = self._suspects.get(sequence)
+        return places[-1].failures if places else 0
 
     def in_company(self, sequence: ScheduledSequence, count: int) -> int:
         """How many of a sequence's next `count` tokens can be computed with all others: those below where it failed."""
-        known = self._suspects.get(sequence)
-        return count if known is None else max(0, min(count, known.start - sequence.next))
+        places = self._suspects.get(sequence)
+        return max(0, min(count, places[-1].start - sequence.next)) if places else count
 
     def on_trial(self, rows: Iterable[PlannedRow]) -> bool:
         """Whether one of these rows is tried again where it failed."""
-        known = ((row, self._suspects.get(row.sequence)) for row in rows)
-        return any(suspect is not None and row.start + row.count > suspect.start for row, suspect in known)
+        known = ((row, places) for row in rows if (places := self._suspects.get(row.sequence)))
+        return any(row.start + row.count > places[-1].start for row, places in known)
 
     def next_trial(self, idle: Sequence[ScheduledSequence]) -> list[ScheduledSequence]:
         """The idle suspects to try together, with nothing else under way: one that failed in such a trial before alone,

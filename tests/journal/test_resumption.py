@@ -580,3 +580,51 @@ def test_pages_that_samples_share_are_counted_once_after_recovery(model: Decoder
     client.run(life, resumed=True)
     same(client, whole)
     assert life.engine._scheduler.counters.preempted == 0
+
+
+class Forgiving(Client):
+    """A client that takes errors, too."""
+
+    def __init__(self, asked: Mapping[str, tuple[list[int], dict[str, Any]]]) -> None:
+        super().__init__(asked)
+        self.errors: dict[str, str] = {}
+
+    def take(self, ticket: EngineRequest, outputs: list[EngineOutput]) -> None:
+        for output in outputs:
+            if output.error is not None:
+                self.errors[ticket.request.id] = str(output.error)
+        super().take(ticket, [output for output in outputs if output.error is None])
+
+    @property
+    def open(self) -> list[str]:
+        return [name for name in super().open if name not in self.errors]
+
+
+@pytest.mark.parametrize("at_first_token", [False, True])
+def test_request_that_kills_engines_is_taken_up_twice_and_no_other_is_lost(
+    at_first_token: bool, model: Decoder, expected: Client, tmp_path: Path
+) -> None:
+    """Each new engine took up the request of which the last one had died, and died of it too."""
+    world = World(model, tmp_path, max_batch_tokens=512)
+    client = Forgiving({**ASKED, "deadly": (LONG[:30], {"max_tokens": 20})})
+
+    def next_life() -> Life:
+        life = world.life(Fate())
+        scheduled = life.engine._registry.scheduled
+
+        def die(requests: Mapping[Any, EngineRequest]) -> None:
+            deadly = [s for s, request in requests.items() if request.id == "deadly"]
+            if any(at_first_token or len(sequence.tokens) > 33 for sequence in deadly):
+                raise Killed
+            scheduled(requests)
+
+        life.engine._registry.scheduled = die  # type: ignore[method-assign]
+        return life
+
+    for deaths in range(3):
+        with pytest.raises(Killed):
+            client.run(next_life(), resumed=deaths > 0)
+    client.run(next_life(), resumed=True)
+    assert client.errors == {"deadly": "3 engines died with this request, the last of it alone"}
+    del client.got["deadly"]
+    same(client, expected)
