@@ -15,6 +15,7 @@ from chaos_world import Happening, Port, Setup, World
 from engine_rig import Rig, tiny_decoder
 
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling.blame import TRIES
 
 ONE = os.environ.get("LAMINA_CHAOS_SEED")
 FAST = [int(ONE)] if ONE else range(100)
@@ -171,7 +172,9 @@ def check(world: World, wanted: list[tuple[list[list[int]], int]]) -> None:
     assert world.complaints == []
     for answer, (samples, count) in zip(world.answers, [wanted[answer.key] for answer in world.answers], strict=True):
         assert answer.over
-        if answer.error is not None and not world.setup.despair:
+        # A request that is alone cannot be told from one that kills holders, where so many die in a row.
+        chance = world.engine.losses + len(world.engine.faults) >= TRIES and "failed with this request" in str(answer.error)
+        if answer.error is not None and not world.setup.despair and not chance:
             raise answer.error
         for got, whole, end in zip(answer.samples, samples, answer.ends, strict=True):
             whole = whole[:count]

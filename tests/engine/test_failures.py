@@ -10,12 +10,14 @@ from typing import Any, cast
 
 import pytest
 
-from lamina.engine.failures import MAX_FAULTS, FailureReports, Failures
+from lamina.engine.failures import MAX_IN_VAIN, FailureReports, Failures
 from lamina.engine.holders import HolderChange
 from lamina.engine.in_flight import Lane
 from lamina.errors import EngineError, InvalidRequest
+from lamina.scheduling.blame import TRIES, Blame
 from lamina.scheduling.control_plane import Step
 from lamina.scheduling.holder import Holder
+from lamina.scheduling.request import Request, ScheduledSequence
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.interface import Returned
 
@@ -71,9 +73,14 @@ class Parts:
         self.worker, self.holders = Worker(), Holders(self.note)
         self.deadline = SimpleNamespace(started=False, start=self._start)
         tiering = SimpleNamespace(abandon=partial(self.note, "abandon moves"))
-        in_flight = SimpleNamespace(drop=partial(self.note, "drop"), abandon=partial(self.note, "abandon batches"))
-        scheduler = SimpleNamespace(counters=self.counters)
-        registry = SimpleNamespace(requests=self.requests, fail=self._fail)
+        self.keeps = False  # requests, when they have failed
+        self.under_way: list[tuple[tuple[int, ...], Any]] = []
+        in_flight = SimpleNamespace(
+            drop=partial(self.note, "drop"), abandon=partial(self.note, "abandon batches"), rows=self._rows
+        )
+        self.blame = Blame()
+        scheduler = SimpleNamespace(counters=self.counters, blame=self.blame)
+        registry = SimpleNamespace(of=lambda sequence: self.requests.get(sequence.request.id), fail=self._fail)
         parts = self.worker, scheduler, self.holders, tiering, in_flight, registry, self.deadline
         reports = FailureReports(lambda name: self.reported.append((name,)), lambda *n: self.reported.append(n))
         self.failures = Failures(*cast(Any, parts), reports)
@@ -81,12 +88,23 @@ class Parts:
     def note(self, *call: object) -> None:
         self.calls.append(call)
 
+    def begin(self, *requests: str, holders: tuple[int, ...] = ()) -> None:
+        """A batch of these requests is under way, at these holders."""
+        self.under_way = [*(self.under_way if holders else ()), (holders, lane(*requests).step.rows)]
+
+    def _rows(self, numbers: Any = None) -> list[Any]:
+        concerned = (rows for at, rows in self.under_way if numbers is None or set(numbers) & set(at))
+        found = [row for rows in concerned for row in rows]
+        self.under_way = []
+        return found
+
     def _start(self) -> None:
         self.deadline.started = True
         self.note("wait")
 
     def _fail(self, request: Any, error: Exception, cause: BaseException | None = None) -> None:
-        del self.requests[request.id]
+        if not self.keeps:
+            del self.requests[request.id]
         self.errors[request.id] = error
 
     def taken(self) -> list[object]:
@@ -110,8 +128,13 @@ class Port:
         self.closed = True
 
 
+SEQUENCES: dict[str, Any] = {
+    name: ScheduledSequence(Request(name, (1,), 1), 0, 0, [1], computed=7) for name in ("a", "b")
+}
+
+
 def lane(*requests: str) -> Lane:
-    rows = tuple(SimpleNamespace(sequence=SimpleNamespace(request=SimpleNamespace(id=name))) for name in requests)
+    rows = tuple(SimpleNamespace(sequence=SEQUENCES[name], start=7, count=1) for name in requests)
     return Lane(Step(cast(Any, SimpleNamespace(rows=rows)), {}))
 
 
@@ -128,42 +151,65 @@ def test_batch_alone_is_planned_again_when_it_fails() -> None:
     assert not parts.errors
 
 
-def test_requests_of_a_batch_end_with_an_error_when_it_keeps_failing() -> None:
+def test_request_whose_batches_fail_ends_and_others_of_its_batches_do_not() -> None:
+    """All requests of the third batch that failed in a row ended."""
     parts = Parts()
-    for _ in range(MAX_FAULTS - 1):
-        parts.failures.failed(lane("a"), FAULT)
+    for at in range(TRIES - 1):
+        parts.failures.failed(lane("a", "b") if at == 0 else lane("a"), FAULT)
     assert not parts.errors
-    parts.failures.failed(lane("a", "a", "gone"), FAULT)
-    assert list(parts.errors) == ["a"]
-    assert str(parts.errors["a"]) == f"a holder failed {MAX_FAULTS} times in a row: {FAULT}"
-    assert list(parts.requests) == ["b"]
+    parts.failures.failed(lane("a"), FAULT)
+    why = f"{TRIES} batches in a row failed with this request, the last of it alone: {FAULT}"
+    assert {name: str(error) for name, error in parts.errors.items()} == {"a": why}
 
 
+@pytest.mark.parametrize("requests", [("a",), ()])
 @pytest.mark.parametrize("fault", [FAULT, RankLost("model worker 1 is silent")])
-def test_engine_ends_with_an_error_when_batches_keep_failing(fault: HolderFault) -> None:
+def test_engine_ends_with_an_error_when_no_batch_goes_well(fault: HolderFault, requests: tuple[str, ...]) -> None:
     parts = Parts()
-    for _ in range(3 * MAX_FAULTS - 1):
-        parts.failures.failed(lane("a"), fault)
-    with pytest.raises(EngineError, match=f"failed {3 * MAX_FAULTS} times in a row") as raised:
-        parts.failures.failed(lane("a"), fault)
+    parts.keeps = True  # as if others came each time
+    each = TRIES if requests else 1
+    for _ in range(each * MAX_IN_VAIN - 1):
+        parts.begin(*requests)
+        parts.failures.failed(lane(*requests), fault)
+        if parts.errors:
+            parts.errors.clear()
+            parts.blame.forget(SEQUENCES["a"])
+    parts.begin(*requests)
+    with pytest.raises(EngineError, match=f"no batch goes well any more, {MAX_IN_VAIN} requests were tried") as raised:
+        parts.failures.failed(lane(*requests), fault)
     assert raised.value.__cause__ is fault
 
 
-def test_faults_count_from_the_last_batch_that_went_well() -> None:
+def test_engine_goes_on_where_batches_go_well_between_those_that_fail() -> None:
+    """Faults were counted for all requests together, and any batch that went well cleared the count."""
     parts = Parts()
-    for _ in range(2 * MAX_FAULTS):
-        parts.failures.failed(lane("a"), FAULT)
+    parts.keeps = True
+    for _ in range(2 * MAX_IN_VAIN):
+        for _ in range(TRIES):
+            parts.failures.failed(lane("a"), FAULT)
+        assert parts.errors.pop("a")
+        parts.blame.forget(SEQUENCES["a"])
         parts.failures.went_well()
-    assert not parts.errors
 
 
 def test_engine_waits_for_a_model_worker_when_a_batch_fails_for_the_lack_of_it() -> None:
     parts = Parts()
     parts.worker.missing = (1,)
-    for _ in range(4 * MAX_FAULTS):
-        parts.failures.failed(lane("a"), RankLost("model worker 1 is gone"))
+    for _ in range(2 * MAX_IN_VAIN):
+        parts.failures.failed(lane(), RankLost("model worker 1 is gone"))
     assert parts.taken()[:3] == [*ABANDON, "wait"]
     assert not parts.errors
+
+
+def test_every_batch_at_a_lost_holder_is_suspected() -> None:
+    """A holder that died with a batch was not counted: 38 workers died of one request."""
+    parts = Parts()
+    for _ in range(TRIES):
+        parts.worker.gone = [2]
+        parts.begin("a", holders=(2,))
+        parts.begin("b", holders=(1,))
+        parts.failures.failed(lane("a"), HolderLost("two is gone"))
+    assert list(parts.errors) == ["a"]
 
 
 def test_holders_that_are_gone_leave_with_their_attention_workers_when_a_batch_finds_one() -> None:

@@ -32,7 +32,7 @@ from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, Message, Reply, Request, answered
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.errors import HolderFault, HolderLost, KVError
+from lamina_workers.errors import HolderFault, HolderLost, KVError, RankLost
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.ports.port import LocalAttention
 
@@ -198,13 +198,17 @@ class SteppedEngine(Engine):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.faults: list[HolderFault] = []
-        run_again, left = self._failures.run_again, self._deadline.left
+        self.losses = 0
+        failed, left = self._failures.failed, self._deadline.left
 
         def noted(lane: Lane, fault: HolderFault) -> None:
-            self.faults.append(fault)
-            run_again(lane, fault)
+            if isinstance(fault, HolderLost | RankLost):
+                self.losses += 1
+            else:
+                self.faults.append(fault)
+            failed(lane, fault)
 
-        self._failures.run_again = noted  # type: ignore[method-assign]
+        self._failures.failed = noted  # type: ignore[method-assign]
         self._deadline.left = lambda: left() or 0.0  # type: ignore[method-assign]  # nobody else brings any news
 
     def drive(self, more: Callable[[], bool], after_step: Callable[[], None]) -> None:
