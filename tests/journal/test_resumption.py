@@ -144,6 +144,7 @@ class Life:
         recorder = None if self.journal is None else Recorder(self.journal, placement, worker.address)
         self.engine = Engine(worker, control, time.monotonic, grammars=GRAMMARS, recorder=recorder)
         self.unfinished: tuple[EngineRequest, ...] = ()
+        worker.begin_after(max(kept.last_epoch for kept in surveys.values()))
         if self.journal is not None and recorder is not None:
             self.unfinished = recover(self.journal, self.engine, recorder, worker, placement, surveys)
         self.fate.at = fate.at
