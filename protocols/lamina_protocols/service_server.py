@@ -12,6 +12,7 @@ from __future__ import annotations
 import hmac
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -34,6 +35,7 @@ logger = logging.getLogger("lamina")
 HEALTH = "grpc.health.v1.Health"
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"  # a HealthCheckResponse of protobuf
 _MESSAGE_S = 5.0  # for the message of a call to come
+_QUIET_S = 10.0  # after a refusal was logged
 _MOST_CALLS = 16  # at once over one connection; an engine has a stream and a unary call or two
 _HANDSHAKE_MS = 10_000  # for TLS and the begin of HTTP/2
 _IDLE_MS = 60_000  # without any call; an engine sends heartbeats
@@ -68,6 +70,7 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc sh
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
+        self._quiet_until = 0.0
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         given = [value for key, value in details.invocation_metadata if key == "authorization"]
@@ -77,7 +80,9 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc sh
         reason = "the token is wrong" if given else "a token is needed"
 
         def refuse(_: Any, context: grpc.ServicerContext) -> Any:
-            logger.warning("%s refused to %s: %s", details.method, context.peer(), reason)
+            if (now := time.monotonic()) > self._quiet_until:  # strangers cannot fill the log
+                self._quiet_until = now + _QUIET_S
+                logger.warning("%s refused to %s: %s", details.method, context.peer(), reason)
             _abort(context, grpc.StatusCode.UNAUTHENTICATED, reason)
 
         return grpc.stream_stream_rpc_method_handler(refuse)  # whatever the call is: it waits for no message

@@ -360,11 +360,12 @@ def test_the_address_with_most_silent_connections_makes_room():
     listener = Listener(listen_tcp("127.0.0.1", 0), SECRET.__eq__, lambda channel, _: channel.close())
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
-        first = stack.enter_context(
-            socket.create_connection(("127.0.0.1", listener.port), 10, source_address=("127.0.0.2", 0))
-        )
-        for _ in range(100):
+        for number in range(200):
             stack.enter_context(socket.create_connection(("127.0.0.1", listener.port), 10))
+            if number == 100:
+                first = stack.enter_context(
+                    socket.create_connection(("127.0.0.1", listener.port), 10, source_address=("127.0.0.2", 0))
+                )
         first.sendall(SECRET + b"\0")
         first.settimeout(10)
         assert first.recv(1) == b"\1"

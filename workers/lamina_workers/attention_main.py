@@ -6,8 +6,10 @@ Prints `listening HOST:PORT` when it serves. torch is imported only after the en
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else a stranger's connections fill the log
     share_cores()
+    _allow_connections()
     from lamina_protocols.errors import LaminaError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -94,6 +97,13 @@ def _server(args: argparse.Namespace) -> AttentionServer:
             lease=args.lease,
         )
     )
+
+
+def _allow_connections() -> None:
+    """Open as many files as the system allows: connections that strangers leave idle for a while take some."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a system with another limit beside it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _slow_down(delay: float) -> None:

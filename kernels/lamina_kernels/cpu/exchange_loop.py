@@ -152,8 +152,9 @@ def _finish(a: Any, remotes: Any) -> None:
                 slowest = max(slowest, carray(pointer(r.frame + SAME + 4), (1,), np.float32)[0])
                 carray(pointer(r.taken), (r.layers,), np.int64)[a.layer] = r.arrived - a.asked
                 last = max(last, r.arrived)
-        a.remote += np.int64(slowest * 1e9)
-        a.answered += last - a.asked
+        answered = last - a.asked
+        a.remote += np.int64(min(np.float64(slowest) * 1e9, np.float64(answered)))  # whatever the holders say
+        a.answered += answered
         a.waited += time - a.waits_since
     if a.n_merges:
         # What merging begins with counts nothing, but it must be finite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
 
 import pytest
@@ -219,7 +220,7 @@ def test_runs_that_take_turns_do_not_mix() -> None:
     ("bend", "error", "message"),
     [
         (lambda reply: Fault(reply.epoch, reply.batch, "no such part"), HolderFault, "b: no such part"),
-        (lambda reply: Attended(1, 1, reply.layer, reply.out[1:], reply.lse[1:]), HolderFault, "b: "),
+        (lambda reply: Attended(1, 1, reply.layer, reply.out[1:], reply.lse[1:]), HolderLost, "b: answers"),
         (lambda reply: Attended(1, 1, reply.layer + 1, reply.out, reply.lse), HolderLost, "b: Attended of layer 0"),
     ],
     ids=["a fault", "too few vectors", "another layer"],
@@ -241,12 +242,21 @@ def test_a_bad_answer_blames_its_holder_and_the_batch_can_run_again(
 def test_a_holder_here_counts_as_local_and_of_the_others_the_slowest() -> None:
     model, merge = Model(SPANS), AttentionMerge(CONFIG)
     own, remote = partly_fused(SPANS)
-    holders = [HolderHere(model, own, seconds=0.5), Holder(model, remote, seconds=2.0)]
+    holders = [HolderHere(model, own, seconds=0.5), Holder(model, remote, seconds=2e-9)]
     result(run_of(merge, model, holders))
-    assert (merge.times.local, merge.times.remote) == (0.5 * LAYERS, 2.0 * LAYERS)
-    holders = [Holder(model, routes, seconds=s) for routes, s in zip(by_heads(SPANS), (4.0, 3.0), strict=True)]
+    assert (merge.times.local, merge.times.remote) == (0.5 * LAYERS, pytest.approx(2e-9 * LAYERS))
+    holders = [Holder(model, routes, seconds=s) for routes, s in zip(by_heads(SPANS), (4e-9, 3e-9), strict=True)]
     result(run_of(merge, model, holders))
-    assert (merge.times.local, merge.times.remote) == (0.0, 4.0 * LAYERS)
+    assert (merge.times.local, merge.times.remote) == (0.0, pytest.approx(4e-9 * LAYERS))
+
+
+def test_a_holder_cannot_have_attended_longer_than_it_took_to_answer() -> None:
+    """What a worker said of its own time was believed, up to 10^38 seconds, by what divides the work."""
+    model, merge = Model(SPANS), AttentionMerge(CONFIG)
+    began = time.perf_counter()
+    holders = [Holder(model, routes, seconds=3e38) for routes in by_heads(SPANS)]
+    result(run_of(merge, model, holders))
+    assert 0 < merge.times.remote < time.perf_counter() - began
 
 
 def test_a_batch_that_no_one_attends_fails() -> None:

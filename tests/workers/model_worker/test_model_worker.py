@@ -122,22 +122,24 @@ def test_a_batch_that_failed_can_be_announced_and_run_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bend", "message"),
+    ("bend", "message", "lost"),
     [
-        (fault, "b: keys are gone"),
-        (lambda reply: Announced(reply.epoch, reply.batch, True, 9, ()), "b: floors and usages"),
-        (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(-1,)), "can start at"),
-        (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(SPAN.start + 1,)), "can start at"),
-        (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(0,) * 9), "can start at"),
+        (fault, "b: keys are gone", False),
+        (lambda reply: Announced(reply.epoch, reply.batch, True, 9, ()), "b: floors and usages", True),
+        (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(-1,)), "can start at", True),
+        (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(SPAN.start + 1,)), "can start at", True),
+        (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(0,) * 9), "can start at", True),
     ],
     ids=["a fault", "an answer without floors", "below zero", "above its start", "of other rows"],
 )
-def test_a_bad_answer_to_an_announcement_blames_its_holder(bend: Callable[[Any], Reply], message: str) -> None:
+def test_a_bad_answer_to_an_announcement_blames_its_holder(
+    bend: Callable[[Any], Reply], message: str, lost: bool
+) -> None:
     rig = Rig()
     rig.holders[1].bend = bend
     with pytest.raises(HolderFault, match=message):
         rig.worker.announce_now(rig.shares)
-    assert not rig.holders[1].closed
+    assert rig.holders[1].closed == lost
 
 
 def test_a_lost_holder_is_raised_before_a_fault() -> None:

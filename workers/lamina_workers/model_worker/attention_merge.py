@@ -83,7 +83,8 @@ class LayerExchange:
         else:
             now = time.perf_counter()
             self._times.waited += now - waits
-            self._slowest, self._answered = max(self._slowest, seconds), now - self._asked
+            self._answered = now - self._asked
+            self._slowest = max(self._slowest, min(seconds, self._answered))  # whatever the holder says
         return past
 
     def finish(self) -> None:
@@ -227,7 +228,7 @@ class AttentionMerge:
                 self._watch.start()
             past = exchange.take(holder, waits)
             n = len(q) * spec.heads if holder.queries is None else len(holder.queries)
-            check_answer(holder.replies.port.name, past.out, (n, spec.d_v), q.dtype)
+            check_answer(holder.replies, past.out, (n, spec.d_v), q.dtype)
             if whole is None:
                 if holder.queries is None and past.out.shape == (len(q) * spec.heads, spec.d_v):
                     whole = past

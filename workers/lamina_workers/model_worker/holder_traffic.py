@@ -16,7 +16,6 @@ from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Quer
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT, Staging
-from lamina_workers.errors import HolderFault
 from lamina_workers.ports.port import InProcess, Replies
 
 SLOWEST = 1e8  # multiplications and additions a second of attention that any holder is trusted to do
@@ -128,10 +127,10 @@ def holder_traffic(
     )
 
 
-def check_answer(name: str, out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise HolderFault unless a holder's answer has the vectors that are due."""
+def check_answer(replies: Replies, out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise HolderLost unless a holder's answer has the vectors that are due."""
     if out.shape != shape or out.dtype != dtype:
-        raise HolderFault(f"{name}: answers of {out.dtype} {list(out.shape)}, {dtype} {list(shape)} were due")
+        raise replies.unfit(f"answers of {out.dtype} {list(out.shape)}, {dtype} {list(shape)} were due")
 
 
 @lru_cache(maxsize=32)  # in decode each batch asks for the same again

@@ -124,7 +124,7 @@ class ModelWorker:
         for number in asked:  # all answers are read before one is blamed
             try:
                 answers[number] = yield from self._answer(number, batch)
-                self._check(answers[number], shares[number], self._replies[number].port.name)
+                self._check(answers[number], shares[number], self._replies[number])
             except HolderFault as fault:
                 faults[number] = fault
         if faults:
@@ -160,6 +160,9 @@ class ModelWorker:
         try:
             forward = self._decoder.forward(self._to_device(work), query_first=first)
             logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
+            for replies, routed in routes.items():
+                if routed:
+                    replies.computed()
         finally:
             self.forget(batch, shares)
         return logits
@@ -188,6 +191,9 @@ class ModelWorker:
             replies.expect(self._epoch, batch)
         try:
             logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
+            for replies, routed in routes.items():
+                if routed:
+                    replies.computed()
         finally:
             self.forget(batch, shares)
         return logits
@@ -225,9 +231,20 @@ class ModelWorker:
                 for origin, handle, lo, hi in copy.sources:
                     self._send(origin, Fetch(self._epoch, batch, ahead, handle, lo, hi))
             asked = max(asked, number + _AHEAD)
-            arrived = [self._replies[origin].take(Fetched, batch, layer, self._patience) for origin, *_ in copy.sources]
+            arrived = [self._fetched(batch, layer, *source, copy) for source in copy.sources]
             for target, k, v in copy.filled(arrived):
                 self._send(target, Fresh(self._epoch, batch, layer, k, v))
+
+    def _fetched(self, batch: int, layer: int, origin: int, handle: int, lo: int, hi: int, copy: Copy) -> Fetched:
+        """The vectors of one layer that were asked of one part. Raises HolderFault, HolderLost."""
+        spec, replies = self._holder.layers[layer], self._replies[origin]
+        reply = replies.take(Fetched, batch, layer, self._patience)
+        vectors = (hi - lo) * copy.heads[origin, handle]
+        found = tuple(reply.k.shape), tuple(reply.v.shape)
+        floats = reply.k.is_floating_point() and reply.k.dtype == reply.v.dtype
+        if not floats or found != ((vectors, spec.d_k), (vectors, spec.d_v)):
+            raise replies.unfit(f"{vectors} vectors of K and of V were due, got {reply.k.dtype} {found}")
+        return reply
 
     def _copy_pages(self, copy: Copy, batch: int) -> set[int]:
         """Copy all layers with KV page by page. Returns the layers of which an origin has not all pages."""
@@ -250,9 +267,9 @@ class ModelWorker:
                 self._replies[origin].take(FetchedPages, batch, first, self._patience) for origin, *_ in copy.sources
             ]
             for reply, due, (origin, *_) in zip(arrived, pages, copy.sources, strict=True):
-                if reply.pages.numel() and reply.pages.shape != (layers * due, of_page):
-                    name, got = self._replies[origin].port.name, list(reply.pages.shape)
-                    raise HolderFault(f"{name}: pages [{layers * due}, {of_page}] were due, got {got}")
+                found = reply.pages.dtype, tuple(reply.pages.shape)
+                if reply.pages.numel() and found != (torch.uint8, (layers * due, of_page)):
+                    raise self._replies[origin].unfit(f"pages [{layers * due}, {of_page}] were due, got {found}")
             if all(reply.pages.numel() for reply in arrived):
                 for target, content in copy.pages(arrived, layers):
                     self._send(target, FreshPages(self._epoch, batch, first, layers, content))
@@ -293,14 +310,14 @@ class ModelWorker:
             self._watch.stop()
 
     @staticmethod
-    def _check(answer: Announced, share: HolderBatch, name: str) -> None:
+    def _check(answer: Announced, share: HolderBatch, replies: Replies) -> None:
         found = (len(answer.floors), len(answer.usages) or len(share.routes))
         if answer.accepted and found != (len(share.routes), len(share.routes)):
-            raise HolderFault(f"{name}: floors and usages of {found} rows, {len(share.routes)} were announced")
+            raise replies.unfit(f"floors and usages of {found} rows, {len(share.routes)} were announced")
         starts = [route.row.start for route in share.routes] if answer.starts else []
         bounded = [min(max(0, most), start) for most, start in zip(answer.starts, starts, strict=False)]
         if len(starts) != len(answer.starts) or bounded != list(answer.starts):
-            raise HolderFault(f"{name}: rows that start at {starts} can start at {answer.starts} at most")
+            raise replies.unfit(f"rows that start at {starts} can start at {answer.starts} at most")
 
     def forget(self, batch: int, shares: Mapping[int, HolderBatch]) -> None:
         """A batch that was announced will not be executed."""

@@ -105,7 +105,7 @@ class RemoteHolder:
         if asked and not self._block.arrived and replies.heard(batch):
             reply = replies.take(Attended, batch, layer, self.holder.timeout)
             self.port.due += 1  # of the next layer
-            check_answer(replies.port.name, reply.out, tuple(self.out.shape), self.out.dtype)
+            check_answer(replies, reply.out, tuple(self.out.shape), self.out.dtype)
             with torch.inference_mode():  # a suspended batch's answers are taken outside of its run
                 self.out.copy_(reply.out)
                 self.lse.copy_(reply.lse)

@@ -89,6 +89,9 @@ class PeerWorker:
         finally:
             for port in self._ports.values():
                 port.close()
+            for port in self._ports.values():
+                if isinstance(port, RemoteAttention):
+                    port.parted()  # the process ends, and the thread that says goodbye with it
 
     def _receive(self) -> peer_messages.Command | peer_messages.Report:
         return peer_codec.receive(self._channel)

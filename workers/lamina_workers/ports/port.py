@@ -37,6 +37,7 @@ from lamina_workers.ports.timing import Exchanges, Link
 if TYPE_CHECKING:
     import torch
 
+_MOST_FAULTS = 6  # of a holder in a row; a request that is to blame for faults has ended before
 _MOST_PARTS = 1 << 18  # of an answered survey
 _FAILURES = 64  # batches with a failure that is not reported yet
 
@@ -192,6 +193,7 @@ class Replies:
         self._waiting: dict[int, deque[Reply]] = {}  # by batch under way
         self._collected: dict[int, Callable[[], bool]] = {}  # by batch: who takes its answers off the channel instead
         self._epoch = 0
+        self._faults = 0  # since a batch was computed
 
     @property
     def channel(self) -> Channel | None:
@@ -254,6 +256,10 @@ class Replies:
         """Wait for a reply, whichever it is, and sort it in. Raises HolderLost."""
         self.sort(self.port.receive(timeout))
 
+    def computed(self) -> None:
+        """A batch in which the holder took part is computed."""
+        self._faults = 0
+
     def measured(self, seconds: Iterable[float]) -> None:
         """Exchanges of a batch took so long which were not read here."""
         for taken in seconds:
@@ -270,12 +276,19 @@ class Replies:
             left = None if timeout is None else max(0.0, since + timeout - time.monotonic())
         reply = replies.popleft()
         if isinstance(reply, Fault):
-            raise HolderFault(f"{self.port.name}: {reply.reason}")
+            self._faults += 1
+            if self._faults < _MOST_FAULTS:
+                raise HolderFault(f"{self.port.name}: {reply.reason}")
+            raise self.unfit(f"it failed {self._faults} times in a row, at last: {reply.reason}")
         if not isinstance(reply, kind) or layer != getattr(reply, "layer", None):
-            self.port.close()  # its replies are out of step, and would stay so
             got = f"{type(reply).__name__} of layer {getattr(reply, 'layer', None)}"
-            raise HolderLost(f"{self.port.name}: {kind.__name__} of layer {layer} was due, got {got}")
+            raise self.unfit(f"{kind.__name__} of layer {layer} was due, got {got}")
         return reply
+
+    def unfit(self, why: str) -> HolderLost:
+        """What the holder has answered cannot be: it is let go, or it would answer so again. The error to raise."""
+        self.port.close()
+        return HolderLost(f"{self.port.name}: {why}")
 
     def sort(self, reply: Reply) -> None:
         """Keep a reply for its batch, if that is expected."""
