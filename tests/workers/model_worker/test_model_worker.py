@@ -127,7 +127,11 @@ def test_a_batch_that_failed_can_be_announced_and_run_again() -> None:
         (fault, "b: keys are gone", False),
         (lambda reply: Announced(reply.epoch, reply.batch, True, 9, ()), "b: floors and usages", True),
         (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(-1,)), "can start at", True),
-        (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(SPAN.start + 1,)), "can start at", True),
+        (
+            lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(SPAN.start + 1,)),
+            "can start at",
+            True,
+        ),
         (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(0,) * 9), "can start at", True),
     ],
     ids=["a fault", "an answer without floors", "below zero", "above its start", "of other rows"],
