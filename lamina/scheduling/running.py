@@ -117,7 +117,7 @@ class RunningSequences:
         """Keep the first `length` tokens of an idle sequence, not fewer than its floor. The rest is computed again, at
         all holders alike."""
         sequence.computed = sequence.planned = length
-        sequence.shared = min(sequence.shared, length)
+        sequence.shared = {share: min(shared, length) for share, shared in sequence.shared.items()}
         sequence.copies = length % self._config.page_size > 0
         sequence.rebuild = None
 
