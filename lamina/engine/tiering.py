@@ -156,8 +156,6 @@ class TierController:
 
     @staticmethod
     def _can_move(sequence: ScheduledSequence) -> bool:
-        """Whether a sequence decodes, and goes on for a while."""
-        if sequence.finish_reason is not None or sequence.rebuild is not None:
-            return False
-        decodes = sequence.computed >= len(sequence.request.prompt)
+        """Whether a sequence decodes, and goes on for a while. One in prefill has parts in prefill pools, too."""
+        decodes = sequence.left == 1 and sequence.rebuild is None and sequence.finish_reason is None
         return decodes and sequence.longest - sequence.computed >= WORTH

@@ -23,8 +23,12 @@ MORE = [] if ONE else range(100, 3000)
 MODELS = ("full", "windowed", "query first")
 LENGTHS = (1, 2, 15, 16, 17, 30, 33, 48, 60, 75)
 TOKENS = 14
-LONGEST = max(LENGTHS) + TOKENS
-PAGES_OF_LONGEST = 9 * (-(-LONGEST // 16) + 2)  # three layers, three heads, one page to grow, one to copy
+LONG_TOKENS = 60  # a sequence changes its tier only if it goes on for a while
+
+
+def pages_of_longest(tokens: int) -> int:
+    return 9 * (-(-(max(LENGTHS) + tokens) // 16) + 2)  # three layers, three heads, one page to grow, one to copy
+
 
 rng = random.Random(17)
 COMMON = [rng.randrange(101) for _ in range(40)]
@@ -54,20 +58,20 @@ def expected(models):
     for name, model in models.items():
         rig = Rig(model)
         for which, options in enumerate(SAMPLINGS):
-            for prompt, samples in enumerate(rig.generate(PROMPTS, max_tokens=TOKENS, **options)):
+            for prompt, samples in enumerate(rig.generate(PROMPTS, max_tokens=LONG_TOKENS, **options)):
                 answers[name, prompt, which] = samples
         rig.close()
     return answers
 
 
-def setup(rng: random.Random, model: str) -> Setup:
+def setup(rng: random.Random, model: str, tokens: int = TOKENS) -> Setup:
     shard = rng.choice((None, "heads", "heads", "sequence", "sequence", "heads+sequence"))
     holders = 1 if shard is None else rng.randint(1, 5)
     return Setup(
         shard=shard,
         weights=tuple(rng.choice((1, 1, 2, 3)) for _ in range(holders)),
         prefill_pool=0 if shard is None else rng.choice((0, 60, 500)),
-        pages=rng.choice((1000, PAGES_OF_LONGEST, PAGES_OF_LONGEST + rng.randint(0, 60))),
+        pages=rng.choice((1000, pages_of_longest(tokens), pages_of_longest(tokens) + rng.randint(0, 60))),
         max_batch_tokens=rng.choice((5, 16, 64, 512)),
         prefix_cache=rng.random() < 0.5,
         lanes=rng.choice((1, 1, 2, 3)),
@@ -187,6 +191,8 @@ def check(world: World, wanted: list[tuple[list[list[int]], int]]) -> None:
         assert store.free_pages == world.setup.pages
     world.local.store.check_integrity()
     assert world.local.store.free_pages == world.local.store.n_pages
+    world.here.store.check_integrity()
+    assert world.here.store.free_pages == world.here.store.n_pages
     if world.alive():
         assert world.scheduler.ledger.unpromised() == world.placement.capacity
     for port, done in world.drained:
@@ -216,9 +222,43 @@ def test_text_is_the_same_when_keys_are_lost_on_their_way(models, expected, seed
     check(world, [(expected[name, prompt, which], count) for prompt, which, count in asked])
 
 
+def run_in_tiers(seed: int, models: dict[str, Any], expected: dict[Any, Any]) -> World:
+    """A local tier whose share changes at random moments, and every other thing that happens."""
+    rng = random.Random(seed)
+    name, made = rng.choice(MODELS), None
+    while made is None or made.shard is None:
+        made = setup(rng, name, LONG_TOKENS)
+    made.despair = False
+    least = pages_of_longest(LONG_TOKENS)
+    made.local_pool = rng.choice((least, least + 40, 2 * least, 2000))
+    things, breaks = happenings(rng, made.shard)
+    for _ in range(rng.randint(2, 12)):
+        share = rng.choice((0.0, 0.2, 0.5, 1.0))
+        things.append((rng.randrange(3000), lambda world, _, share=share: setattr(world.share, "share", share)))
+    asked = []
+    for _ in range(rng.randint(2, 9)):
+        prompt, which, count = rng.randrange(len(PROMPTS)), rng.randrange(len(SAMPLINGS)), rng.randint(20, LONG_TOKENS)
+        asked.append((prompt, which, count))
+        at = 0 if rng.random() < 0.6 else rng.randrange(2000)
+        args = (PROMPTS[prompt], sampling(which, count), rng.choice((0, 0, 1, 2)), False, len(asked) - 1)
+        things.append((at, lambda world, _, args=args: world.submit(*args)))
+    world = World(models[name], made, rng, things)
+    world.run()
+    assert len(world.engine.faults) <= breaks
+    check(world, [(expected[name, prompt, which], count) for prompt, which, count in asked])
+    return world
+
+
 @pytest.mark.parametrize("seed", FAST)
 def test_whatever_happens(models, expected, seed):
     run(seed, models, expected)
+
+
+@pytest.mark.parametrize("seed", FAST[:60])
+def test_whatever_happens_while_sequences_change_their_tier(models, expected, seed):
+    """A sequence that was preempted moved in mid-prefill, and the parts of its prompt beside the model were out of date
+    when it came back."""
+    run_in_tiers(seed, models, expected)
 
 
 @pytest.mark.soak
@@ -226,3 +266,4 @@ def test_whatever_happens(models, expected, seed):
 @pytest.mark.parametrize("seed", MORE)
 def test_whatever_else_happens(models, expected, seed):
     run(seed, models, expected)
+    run_in_tiers(seed, models, expected)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from engine_rig import holder_config
+from engine_rig import HERE, holder_config
 
 from lamina.engine.engine import Engine
 from lamina.engine.in_flight import Lane
@@ -23,6 +23,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.lane_tuner import LaneTuner
+from lamina.scheduling.local_share import LocalShare
 from lamina.scheduling.order_tuner import OrderTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request as TokenRequest
@@ -62,6 +63,7 @@ class Setup:
     as_bytes: bool
     despair: bool
     wait: float = 0.02
+    local_pool: int = 0  # pages of the holder beside the model that keeps whole sequences
 
 
 class BreakingWorker:
@@ -286,6 +288,9 @@ class World:
         self.local = AttentionWorker(holder_config(self.decoder, setup.prefill_pool or 9, PAGE_SIZE))
         if setup.prefill_pool:
             holders[0], ports[0] = Holder(setup.prefill_pool, fused=True), LocalAttention(self.local)
+        self.here = AttentionWorker(holder_config(self.decoder, setup.local_pool or 9, PAGE_SIZE))
+        if setup.local_pool:
+            holders[HERE], ports[HERE] = Holder(setup.local_pool, fused=True), LocalAttention(self.here, "here")
         self.placement = Placement(
             holders,
             heads=(self.decoder.config.num_key_value_heads,),
@@ -294,9 +299,11 @@ class World:
             layers=self.decoder.config.num_hidden_layers,
             shard=setup.shard or "heads",
             prefill_pools=(0,) if setup.prefill_pool else (),
+            local_pools=(HERE,) if setup.local_pool else (),
         )
+        self.share = LocalShare(0.5)
         control = ControlPlane(
-            limits, self.placement, LaneTuner(setup.lanes), order=OrderTuner(fused=not setup.query_first)
+            limits, self.placement, LaneTuner(setup.lanes), self.share, OrderTuner(fused=not setup.query_first)
         )
         self.scheduler = control.scheduler
         self.engine = SteppedEngine(
