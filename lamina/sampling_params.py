@@ -14,6 +14,7 @@ from lamina.errors import InvalidRequest, ModelFileError, cut
 
 MAX_SAMPLES = 256
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 4096  # tokens
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters
 MAX_SCHEMA = 256 << 10  # characters of JSON
@@ -53,7 +54,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """-2 to 2: subtracted from a token's logit for each time it is in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
-    """Token id to a value from -100 to 100 that is added to its logit. Kept as a copy."""
+    """Token id to a value from -100 to 100 that is added to its logit; at most 4096. Kept as a copy."""
     seed: int | None = None
     """0 to 2**64 - 1: the same seed gives the same random numbers, whatever else runs. None draws one."""
 
@@ -268,6 +269,8 @@ def json_depth(value: object, most: int) -> int:
 def _logit_bias(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise _refused("logit_bias", value, "a mapping of token ids to numbers")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(f"logit_bias has {len(value)} tokens; allowed are {MAX_LOGIT_BIAS}")
     return {
         _integer("a token id in logit_bias", token, 0): _real(f"logit_bias[{token!r}]", bias, -100, 100)
         for token, bias in value.items()

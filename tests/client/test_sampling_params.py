@@ -33,6 +33,7 @@ from lamina.sampling_params import JSON_OBJECT, SamplingParams
         ("presence_penalty", None, "-2 to 2"),
         ("frequency_penalty", -math.inf, "-2 to 2"),
         ("logit_bias", [(1, 2.0)], "mapping"),
+        ("logit_bias", dict.fromkeys(range(4097), 1.0), "logit_bias has 4097 tokens; allowed are 4096"),
         ("logit_bias", {"1": 2.0}, "integer"),
         ("logit_bias", {-1: 2.0}, "integer from 0"),
         ("logit_bias", {1: 101}, "-100 to 100"),

@@ -119,6 +119,7 @@ CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1'"),
     ({"logit_bias": {"²": 1}}, "logit_bias", "'²'"),
     ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"),
+    ({"logit_bias": dict.fromkeys(map(str, range(4097)), 1)}, "logit_bias", "at most 4096 tokens"),
     ({"logit_bias": [1]}, "logit_bias", "an object"),
     ({"allowed_token_ids": []}, "allowed_token_ids", "at least one"),
     ({"allowed_token_ids": [-1]}, "allowed_token_ids", "0 to 49151"),

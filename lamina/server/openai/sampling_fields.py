@@ -11,7 +11,7 @@ from typing import Any
 
 from lamina.client.input_processor import InputProcessor
 from lamina.errors import InvalidRequest
-from lamina.sampling_params import JSON_OBJECT, SamplingParams
+from lamina.sampling_params import JSON_OBJECT, MAX_LOGIT_BIAS, SamplingParams
 from lamina.server.http.errors import ApiError, refused, shown
 from lamina.server.openai.schemas import GenerationRequest
 from lamina.server.preparation import go_on
@@ -191,6 +191,8 @@ def _logit_bias(given: Any) -> dict[int, float]:
         return {}
     if not isinstance(given, dict):
         raise refused("logit_bias", given, "an object of token ids and numbers from -100 to 100")
+    if len(given) > MAX_LOGIT_BIAS:
+        raise refused("logit_bias", given, f"at most {MAX_LOGIT_BIAS} tokens")
     bias: dict[int, float] = {}
     for name, value in given.items():
         if not (name.isascii() and name.isdecimal() and len(name) <= 10):

@@ -12,12 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from lamina.sampling_params import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOP_STRINGS
+from lamina.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from lamina.server.http.errors import ApiError, shown
 from lamina.text.messages import ROLES
 
 MAX_STOP_TOKENS = 1024
-MAX_ALLOWED_TOKENS = 1 << 18  # no vocabulary has more tokens
 MAX_BAD_WORDS = 1000
 MAX_TOKENS = 1 << 20  # of a request to detokenize
 
@@ -104,6 +103,7 @@ LogitBias = Annotated[
             "type": "object",
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "maxProperties": MAX_LOGIT_BIAS,
         },
         {"type": "null"},
     ),
@@ -163,7 +163,7 @@ class GenerationRequest(Strict):
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text (default).")
     allowed_token_ids: list[int] | None = Field(
         None,
-        max_length=MAX_ALLOWED_TOKENS,
+        max_length=MAX_LOGIT_BIAS,
         fail_fast=True,
         description="Only these tokens: each is lifted by a logit bias of 100. Not beside `logit_bias`.",
     )

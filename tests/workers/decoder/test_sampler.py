@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,26 @@ def obvious(logits: torch.Tensor, row: RowSampling, shift: float = 0.0, slack: f
     u = min(max(uniform(row.seed, row.sample_index, row.position) + shift, 0.0), math.nextafter(1, 0))
     sums = p[kept].cumsum()
     return int(kept[np.searchsorted(sums, u * sums[-1], side="right")])
+
+
+def test_biases_of_a_request_become_tensors_once() -> None:
+    """They did for each row and step: 128 samples with 49,152 biases took another request from 1.4 to 0.1 tokens/s."""
+    looked = []
+
+    class Bias(dict[int, float]):
+        def values(self) -> Any:
+            looked.append(self)
+            return super().values()
+
+    shared, other = Bias({3: 9.0, 5: 2.0}), Bias({3: 9.0, 5: 20.0})
+    rows = [
+        RowSampling(logit_bias=shared),
+        RowSampling(),
+        RowSampling(logit_bias=other),
+        RowSampling(logit_bias=shared),
+    ]
+    assert sample(torch.zeros(4, 8), rows).tokens == [3, 0, 5, 3]
+    assert [id(each) for each in looked] == [id(shared), id(other)]
 
 
 def allowed(logits: torch.Tensor, row: RowSampling) -> set[int]:

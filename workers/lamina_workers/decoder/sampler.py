@@ -172,9 +172,16 @@ def _choose(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int | Non
 
 
 def _add_bias(logits: torch.Tensor, rows: Sequence[RowSampling]) -> None:
+    """Samples of one request share its biases, so their tensors are made once for all of these rows."""
+    biased: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         if row.logit_bias:
-            logits[i, list(row.logit_bias)] += torch.tensor(list(row.logit_bias.values()), device=logits.device)
+            biased.setdefault(id(row.logit_bias), []).append(i)
+    for members in biased.values():
+        bias = rows[members[0]].logit_bias
+        tokens = torch.tensor(list(bias), device=logits.device)
+        values = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+        logits.index_put_((torch.tensor(members, device=logits.device).unsqueeze(1), tokens), values, accumulate=True)
 
 
 def _penalise(logits: torch.Tensor, rows: Sequence[RowSampling]) -> None:
