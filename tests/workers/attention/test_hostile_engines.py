@@ -94,6 +94,7 @@ def test_no_message_of_an_engine_costs_more_than_its_session(kind, way, caplog):
 
 
 def test_what_a_handshake_claims_is_refused_or_harmless(caplog):
+    """A layer of 2^31 heads kept the worker's one thread that computes busy for hours, before it was refused."""
     whole = control.Hello(
         m.PROTOCOL_VERSION, control.package_version(), "s" * 32, "m", "float32", "float32", 16, LAYERS, True, "grpc",
         ENGINE, 1, (1, 2), 0.0,

@@ -49,6 +49,7 @@ _GRPC_THREADS = MAX_SESSIONS + 8  # handlers at once: the streams, and unary cal
 _MAX_CALLS = MAX_SESSIONS + 32
 _MAX_LINGER = 86_400.0  # seconds
 _MAX_SHARES = 1 << 16
+_MAX_LAYERS, _MAX_HEADS, _MAX_WIDTH = 1 << 12, 1 << 10, 1 << 14  # a worker takes time and memory for each of them
 _ENGINE_ID = re.compile(r"[0-9a-f]{16,64}")
 _MAX_PATH = 96  # bytes of a Unix socket's folder; every system allows 104 for the path
 
@@ -256,6 +257,13 @@ class AttentionServer:
             raise ProtocolError(f"a seat's share is {hello.share!r:.80}, allowed: (part, of), 1 to {_MAX_SHARES}")
         if not 0 <= hello.linger <= _MAX_LINGER:
             raise ProtocolError(f"linger of {hello.linger:g} seconds, allowed: 0 to {_MAX_LINGER:g}")
+        for spec in hello.layers:
+            wide = 0 < spec.d_k <= _MAX_WIDTH and 0 < spec.d_v <= _MAX_WIDTH
+            if not wide or not 0 < spec.kv_heads <= spec.heads <= _MAX_HEADS or spec.kv_layer >= _MAX_LAYERS:
+                raise ProtocolError(
+                    f"layer {spec.kv_layer} of {spec.heads} heads, {spec.kv_heads} of K and V, {spec.d_k} and "
+                    f"{spec.d_v} wide; allowed: below {_MAX_LAYERS}, up to {_MAX_HEADS} heads, up to {_MAX_WIDTH} wide"
+                )
         if not hello.layers or not 16 <= len(hello.session) <= 64:
             raise ProtocolError(f"{len(hello.layers)} layers and a session id of {len(hello.session)} characters")
 

@@ -161,7 +161,7 @@ class ModelWorker:
             forward = self._decoder.forward(self._to_device(work), query_first=first)
             logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
             for replies, routed in routes.items():
-                if routed:
+                if any(route.row.read is not None for route in routed):
                     replies.computed()
         finally:
             self.forget(batch, shares)
@@ -192,7 +192,7 @@ class ModelWorker:
         try:
             logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
             for replies, routed in routes.items():
-                if routed:
+                if any(route.row.read is not None for route in routed):
                     replies.computed()
         finally:
             self.forget(batch, shares)

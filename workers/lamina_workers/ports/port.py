@@ -257,7 +257,7 @@ class Replies:
         self.sort(self.port.receive(timeout))
 
     def computed(self) -> None:
-        """A batch in which the holder took part is computed."""
+        """A batch is computed in which the holder has answered each layer."""
         self._faults = 0
 
     def measured(self, seconds: Iterable[float]) -> None:
