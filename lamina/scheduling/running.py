@@ -134,11 +134,12 @@ class RunningSequences:
         return [s for s in self.sequences if any(share.holder == holder for share in s.layout)]
 
     def keeps_at(self, sequence: ScheduledSequence, holders: Container[int]) -> bool:
-        """Whether a sequence has pages at one of these holders, or will have when its row in flight is computed."""
+        """Whether a sequence may have pages at one of these holders. Where its next row begins it may: a batch that
+        failed has left some."""
         rebuild = sequence.rebuild
         missing, rebuilt = (rebuild.missing, rebuild.planned) if rebuild is not None else ((), 0)
         return any(
-            share.holder in holders and share.lo < (rebuilt if share in missing else sequence.planned)
+            share.holder in holders and share.lo <= (rebuilt if share in missing else sequence.planned)
             for share in sequence.layout
         )
 
