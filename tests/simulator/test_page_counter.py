@@ -98,6 +98,7 @@ def test_it_answers_as_the_real_store(seed: int, windows: tuple[int | None, ...]
             rows = tuple(row(each, held[each][0], chance.choice([1, 1, 1, 2, 7])) for each in grown)
             try:
                 floors = list(store.update((), rows).floors)
+                store.stored(rows)
             except PoolExhausted:
                 assert tell(rows=rows) is None
                 return  # the store has let nothing go, the counter may have: they may differ from here on

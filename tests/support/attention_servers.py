@@ -104,7 +104,8 @@ def one_batch(port: RemoteAttention) -> None:
     announced = port.receive(10)
     assert isinstance(announced, Announced)
     assert (announced.accepted, announced.free_pages) == (True, PAGES - 4)
-    port.send(Fresh(1, 1, 0, k.view(-1, 16), v.view(-1, 32)))
+    for layer in range(len(LAYERS)):
+        port.send(Fresh(1, 1, layer, k.view(-1, 16), v.view(-1, 32)))
     port.send(Announcement(1, 2, 1, (), (Row(1, 3, 1, (0, 3), True),)))
     assert isinstance(port.receive(10), Announced)
     port.send(Exchange(1, 2, 0, q.view(-1, 16), k[0], v[0]))

@@ -65,6 +65,7 @@ class Rig:
             self._append(row, of)
         for layer in range(LAYERS):
             self.reader.seal(sealed, layer)
+        self.store.stored(rows)
 
     def _append(self, row: Row, of: int | None) -> None:
         part = self.store.part(row.handle)

@@ -218,20 +218,24 @@ def test_a_holder_refuses_pages_that_it_cannot_have(decoder):
             worker.handle(FetchPages(1, 90, first, count, 2, 0, 0))
     with pytest.raises(ProtocolError, match="batch 91 of epoch 1 is not in flight"):
         worker.handle(FreshPages(1, 91, 0, 3, pages))
+    worker.handle(FreshPages(1, 90, 0, 2, pages[:8]))
+    with pytest.raises(KVError, match=r"it holds \[0, 0\)"):  # a layer has not come
+        worker.handle(FetchPages(1, 90, 0, 1, 2, 0, 20))
+    worker.handle(FreshPages(1, 90, 2, 1, pages[:4]))
     with pytest.raises(KVError, match="number 3 of its page"):
         worker.handle(FetchPages(1, 90, 0, 1, 2, 3, 20))
     with pytest.raises(KVError, match=r"it holds \[0, 20\)"):
         worker.handle(FetchPages(1, 90, 0, 1, 2, 0, 21))
-    worker.handle(FreshPages(1, 90, 0, 2, pages[:8]))
     held = worker.handle(Survey(1, 92))
     assert isinstance(held, Surveyed)
-    assert [part.held for part in held.parts] == [0]  # a layer has not come
+    assert [part.held for part in held.parts] == [20]
 
 
 def test_a_row_inside_a_page_takes_no_pages(decoder):
     worker = Holders(decoder).workers[1]
     rows = (Row(2, 4, 20, None, True),)
     worker.handle(Announcement(1, 90, 0, (Open(2, (0, 1), 0, 1000),), (Row(2, 0, 4, None, True),)))
+    worker.handle(FreshPages(1, 90, 0, 3, torch.zeros(6, page_bytes(worker.config), dtype=torch.uint8)))
     worker.handle(Announcement(1, 91, 1, (), rows))
     with pytest.raises(KVError, match="number 4 of its page"):
         worker.handle(FreshPages(1, 91, 0, 1, torch.zeros(4, page_bytes(worker.config), dtype=torch.uint8)))
