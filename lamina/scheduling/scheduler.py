@@ -179,11 +179,11 @@ class Scheduler:
         self.ledger.accepted(plan, free)
         self._batch_tokens, self._refused = self.config.max_batch_tokens, False
         for row, floor in zip(plan.rows, floors, strict=True):
-            if row.rebuild:  # holders that do not store may have a higher floor
-                row.sequence.floor = max(row.sequence.floor, floor)
-                continue
-            row.sequence.floor = floor
-            row.sequence.copies = False
+            # Floors only rise: holders that do not store may have a higher one, and a holder that got a part by a move
+            # does not know what was let go before.
+            row.sequence.floor = max(row.sequence.floor, floor)
+            if not row.rebuild:
+                row.sequence.copies = False
         if not plan.rows:
             self._land(plan)
 

@@ -472,13 +472,14 @@ def test_adoption_takes_the_parts_that_holders_still_have(
     assert len(adopted.parts) + len(gone) == 2
 
 
-def test_adoption_rebuilds_a_part_that_lacks_many_tokens() -> None:
+def test_adoption_goes_back_to_what_every_part_still_has() -> None:
     sample = KnownSample(tokens=[1] * 11, logprobs=[None] * 11, handle=3, computed=400, parts=TWO)
     adopted = adoption(
         sample, 390, {A: RecoveredRequest(7, 0, held(1, (0, 1), 400)), B: RecoveredRequest(8, 0, held(2, (2,), 100))}
     )
     assert adopted is not None
-    assert [(share.holder, share.heads) for share in adopted.kept.layout] == [(7, (0, 1)), (GONE, (2,))]
+    assert [(share.holder, share.heads) for share in adopted.kept.layout] == [(7, (0, 1)), (8, (2,))]
+    assert adopted.kept.computed == 100
     ranges = (("a", 0, 1, (0,), 0, 64), ("b", 0, 2, (0,), 64, 999))
     sample.parts = ranges
     later = {2: PartHeld(2, (0,), 64, 999, 400, 0)}
