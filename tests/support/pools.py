@@ -232,7 +232,9 @@ class World:
             assert sequence.tokens == tokens
         cached = self.control.scheduler.running.prefix_cache.evictable
         for number, pool in self.pools.items():
-            assert pool.free + cached.get(number, 0) == pool.total, f"pool {number}: {pool.free} free of {pool.total}"
+            # Prefixes that share a page with each other and not with their parent count it as nobody's: too few, never
+            # too many.
+            assert pool.free + cached.get(number, 0) <= pool.total, f"pool {number}: {pool.free} free of {pool.total}"
         self.control.scheduler.running.prefix_cache.clear()
         self.run()
         assert all(pool.free == pool.total and not pool.parts for pool in self.pools.values())
