@@ -326,6 +326,7 @@ def test_one_goodbye_of_two_leaves_the_seat_to_the_other_channel():
     with running() as (server, address):
         one, two = (open_port(address, **ASKED, **KEPT) for _ in range(2))
         one.close()
+        one.parted()  # its goodbye has arrived
         until(lambda: server.status().channels == 1)
         broken(two)
         until(lambda: server.status().lingering == 1)
