@@ -23,6 +23,8 @@ from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import read_prefix
 from lamina_workers.decoder.model import Decoder
 
+pytestmark = pytest.mark.real  # some minutes
+
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8]
 BELIEVED = {"a fault", "accepted:False"}
 """Of these the first is for a test of its own. By the second a worker says that it is full, and what is kept there ends

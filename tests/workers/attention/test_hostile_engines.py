@@ -22,6 +22,8 @@ from lamina_protocols.frames import Prefix, pack_prefix
 from lamina_protocols.service import WorkerClient, WorkerRefused
 from lamina_workers.ports.remote import RemoteAttention
 
+pytestmark = pytest.mark.real  # some minutes
+
 ROWS = (m.Row(1, 0, 3, None, True), m.Row(2, 0, 2, (0, 2), True))
 BEGIN = m.Announcement(3, 5, 0, (m.Open(1, (0, 1), 0, 100), m.Open(2, (0,), 0, 100)), ROWS)
 K, V, Q = torch.randn(8, 16), torch.randn(8, 32), torch.randn(6, 16)
@@ -126,7 +128,6 @@ def test_what_a_handshake_claims_is_refused_or_harmless(caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
-@pytest.mark.real
 def test_claims_of_frames_take_no_memory():
     """What a frame claims is no memory before it has come, however many claim it."""
     with process() as child:
