@@ -212,6 +212,7 @@ def test_kv_outlives_a_vanished_engine_and_the_next_goes_on_where_it_was(way):
         sender = Sender(port, 5)
         sender.step(20)
         sender.step()
+        until(lambda: port.status().bytes_in == port.bytes_sent)
         broken(port)
         until(lambda: server.status().lingering == 1)
         assert server.status().linger_left > 20
