@@ -17,7 +17,7 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial
 from lamina_kernels.select import Kernels
 from lamina_protocols.messages import LayerSpec, Usage
-from lamina_workers.attention_worker.kv_store import Part
+from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.policies.chooser import Adaptive, Chooser, Holding, Items, Observer
 
 

@@ -19,7 +19,8 @@ from lamina_kernels.sketches import sketches
 from lamina_protocols.messages import Fork, HolderConfig, LayerSpec, Row, Usage
 from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Tallies
 from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
-from lamina_workers.attention_worker.kv_store import NO_PAGE, Absorbed, KVStore
+from lamina_workers.attention_worker.kv_parts import Absorbed
+from lamina_workers.attention_worker.kv_store import NO_PAGE, KVStore
 from lamina_workers.attention_worker.mean_slots import MeanSlots
 from lamina_workers.attention_worker.reading import Reading, ReadingBuilder, reads_whole
 from lamina_workers.errors import KVError

@@ -17,7 +17,8 @@ from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages import Row
 from lamina_workers.attention_worker.adaptive import Cell, Group, ObservedQueries
 from lamina_workers.attention_worker.head_policies import LayerPolicies
-from lamina_workers.attention_worker.kv_store import KVStore, Part
+from lamina_workers.attention_worker.kv_parts import Part
+from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.mean_slots import MeanReading
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
 from lamina_workers.policies.chooser import Adaptive
