@@ -115,7 +115,7 @@ def _check_reachable(host: str, port: int) -> None:
 def require_authentication() -> None:
     """Raise EngineError where other hosts reach the cluster's head and it answers a caller that shows nothing: such a
     cluster runs any program for anybody, as the user who started it."""
-    import grpc
+    from lamina_protocols.grpc_core import grpc  # takes a while
 
     address = ray_module().get_runtime_context().gcs_address
     if is_loopback(split_address(address)[0]):

@@ -24,9 +24,9 @@ from lamina_protocols.messages import (
     FreshPages,
     HolderConfig,
 )
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.routes import HolderBatch, Route
 from lamina_workers.attention_worker.page_layout import page_bytes
-from lamina_workers.decoder.model import Batch, Decoder
+from lamina_workers.decoder.model import Batch, Decoder, Forward
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing
@@ -159,13 +159,9 @@ class ModelWorker:
         first = query_goes_first(routes, len(work.spans))
         try:
             forward = self._decoder.forward(self._to_device(work), query_first=first)
-            logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
-            for replies, routed in routes.items():
-                if any(route.row.read is not None for route in routed):
-                    replies.computed()
+            return (yield from self._run(forward, work, batch, routes, suspends))
         finally:
             self.forget(batch, shares)
-        return logits
 
     def enter(
         self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
@@ -190,12 +186,22 @@ class ModelWorker:
         for replies in routes:
             replies.expect(self._epoch, batch)
         try:
-            logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
-            for replies, routed in routes.items():
-                if any(route.row.read is not None for route in routed):
-                    replies.computed()
+            return (yield from self._run(forward, work, batch, routes, suspends))
         finally:
             self.forget(batch, shares)
+
+    def _run(
+        self,
+        forward: Forward | Pausing,
+        work: BatchWork,
+        batch: int,
+        routes: Mapping[Replies, Sequence[Route]],
+        suspends: bool,
+    ) -> Generator[Waiting, None, torch.Tensor]:
+        logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
+        for replies, routed in routes.items():
+            if any(route.row.read is not None for route in routed):
+                replies.computed()
         return logits
 
     def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:

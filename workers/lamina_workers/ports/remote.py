@@ -136,11 +136,7 @@ class RemoteAttention:
     def send_frame(self, frame: Sequence[bytes | memoryview]) -> None:
         try:
             self._channel.send(frame, self.patience)
-        except (
-            ChannelClosed,
-            ProtocolError,
-            TimeoutError,
-        ) as error:  # ProtocolError: more than the worker says it takes
+        except (ChannelClosed, ProtocolError, TimeoutError) as error:  # the second: more than the worker takes
             raise self._gone(str(error)) from error
 
     def receive_frame(self, timeout: float | None = None) -> memoryview:
