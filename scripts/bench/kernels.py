@@ -46,7 +46,6 @@ PREFILL = [(3, 3, 64, 2048, 0), (3, 3, 64, 512, 0), (8, 4, 128, 1024, 0), (8, 4,
 HEAD_SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)]
 GROUPS = (1, 2, 4, 8, 16)
 TIMED = 0.01  # seconds of calls between two readings of the bandwidth
-PICTURE = Path(__file__).resolve().parents[2] / "docs" / "kernels.png"
 Call = Callable[[], object]
 
 
@@ -326,50 +325,16 @@ def sdpa_row(bench: Bench, case: Case) -> Row:
 
 
 def plot(bench: Bench) -> None:
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise SystemExit("plot needs matplotlib: pip install 'lamina[plots]'") from None
+    from kernel_picture import draw
+
     panels = {}
     for label, points in curves().items():
         for dtype in (BF16, F32, INT8, None):
+            title = f"Lamina, {name(dtype)}" if dtype else "torch SDPA, bfloat16 (a call for each length)"
             cases = {x: Case(contexts, 8, 4, 128, 128, dtype or BF16) for x, contexts in points.items()}
             measured = {x: show(bench.decode(case) if dtype else sdpa_row(bench, case)) for x, case in cases.items()}
-            panels[label, dtype] = {x: row for x, row in measured.items() if row is not None}
-    draw(pyplot, panels, f"{bench.machine['device']}, {bench.threads} threads")
-
-
-def draw(pyplot: Any, panels: dict[tuple[str, torch.dtype | None], dict[float, Row]], where: str) -> None:
-    """A panel for each label; hollow marks where memory was much faster than at its slowest, as shared machines do."""
-    # Colours of Okabe and Ito: distinct also for colour-blind readers; the markers are distinct in print.
-    styles = {BF16: ("#0072B2", "o"), F32: ("#D55E00", "s"), INT8: ("#009E73", "^"), None: ("#000000", "D")}
-    slow = min(row.bandwidth for rows in panels.values() for row in rows.values())
-    labels = list(dict.fromkeys(label for label, _ in panels))
-    figure, axes = pyplot.subplots(1, len(labels), figsize=(15, 5), sharey=True, layout="constrained")
-    for (label, dtype), rows in panels.items():
-        axis, (colour, marker) = axes[labels.index(label)], styles[dtype]
-        title = f"Lamina, {name(dtype)}" if dtype else "torch SDPA, bfloat16 (a call for each length)"
-        shares = [row.share for row in rows.values()]
-        axis.plot(list(rows), shares, color=colour, linestyle="-" if dtype else "--", linewidth=0.8, alpha=0.6)
-        fast = [row.bandwidth > 1.3 * slow for row in rows.values()]
-        inside = ["white" if x else colour for x in fast]
-        axis.scatter(list(rows), shares, marker=marker, edgecolors=colour, facecolors=inside, zorder=3)
-        axis.scatter([], [], marker=marker, color=colour, label=title)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-        if min(rows) >= 1:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(list(rows), [f"{x // 1024}K" if x >= 1024 else str(x) for x in rows])
-    axes[0].set_ylim(0, 1.05)
-    axes[0].set_ylabel("KV read, share of the read bandwidth")
-    handles, titles = axes[0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside lower center", ncols=len(styles))
-    figure.suptitle(
-        f"Decode attention, 8 KV heads, group 4, head size 128: {where}. "
-        f"Hollow: memory gave more than {1.3 * slow:.0f} GB/s (lowest {slow:.0f})"
-    )
-    figure.savefig(PICTURE, dpi=110)
-    print(f"drawn into {PICTURE}")
+            panels[label, title] = {x: (row.share, row.bandwidth) for x, row in measured.items() if row is not None}
+    draw(panels, f"{bench.machine['device']}, {bench.threads} threads")
 
 
 def main() -> None:
