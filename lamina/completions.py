@@ -68,9 +68,10 @@ class Sample:
 class Completion:
     """The `n` samples of one prompt. `str()` and the properties such as `text` are those of the first sample.
 
-    `stats` has counts by name: `preemptions` and `cached_tokens`. If a KV policy saved something in decode, it also has
-    `kv_read` (bytes) and `kv_held` (pages) as shares of what reading and keeping everything would take, and if the
-    policy estimates the attention mass that was not read, `missed_mass` and the worst query's `missed_mass_worst`.
+    `stats` has counts by name: `preemptions` and `cached_tokens`. If a KV policy or an index of the model saved
+    something in decode, it also has `kv_read` (bytes) and `kv_held` (pages) as shares of what reading and keeping
+    everything would take, and if the policy estimates the attention mass that was not read, `missed_mass` and the worst
+    query's `missed_mass_worst`.
     """
 
     samples: tuple[Sample, ...]

@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data_channel": DATA_CHANNELS,
 }  # fmt: skip
 _SECONDS = (("worker_timeout", 0.1, 86400), ("recovery_timeout", 0.1, 86400), ("worker_linger", 0, 3600))
+_INTEGERS = (("max_model_len", 2**24), ("sequence_tokens", 2**24), ("max_batch_tokens", 2**20), ("threads", 1024))
 _UNMEASURED: dict[str, Any] = {"lanes": 1, "query_first": "never", "local_share": 0}  # instead of "auto"
 MAX_WORKERS = 1024
 MAX_LANES = 8
@@ -58,6 +59,9 @@ class EngineConfig:
     have no float8."""
     page_size: int = 32
     """Tokens of a KV page."""
+    sequence_tokens: int | None = None
+    """The length of a usual sequence in tokens: for it `kv_memory` is dealt among layers that keep different things,
+    such as KV and recurrent states. None: `max_model_len`, but 4096 at most."""
     max_batch_tokens: int | None = None
     """Tokens of a batch, of prefill chunks and decode together; None: 1024."""
     threads: int | None = None
@@ -85,8 +89,7 @@ class EngineConfig:
     """How attention workers share a sequence: "heads", "sequence" (ranges of positions) or "heads+sequence"."""
     local_share: str | float = "auto"
     """With attention workers, the share (0 to 1) of the KV that decoding reads which is kept and attended in the
-    engine's process; auto: the share with the shortest steps, as measured. Three quarters of the engine's `kv_memory`
-    are for it."""
+    engine's process; auto: the share with the shortest steps, as measured."""
     cluster: str | None = None
     """The address of the Ray cluster, or "auto", on which engine and attention workers run; None: this machine."""
     lanes: int | str = "auto"
@@ -135,7 +138,7 @@ class EngineConfig:
             if value is not None and not (isinstance(value, (str, Path)) and str(value).strip()):
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed is {what}")
         self._check_workers()
-        for name, high in (("max_model_len", 2**24), ("max_batch_tokens", 2**20), ("threads", 1024)):
+        for name, high in _INTEGERS:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed is an integer from 1 to {high}, or None")

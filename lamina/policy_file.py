@@ -69,7 +69,7 @@ class PolicyFile:
                 f"this policy is for {self.model or 'a model'} with the fingerprint {self.fingerprint}; the model has "
                 f'{fingerprint}. Allowed are the same, or fingerprint = "" for any model of this shape'
             )
-        self.policies(model.num_hidden_layers, model.num_key_value_heads)
+        self.policies(model.attention_layers, model.num_key_value_heads)
 
     def policies(self, layers: int, heads: int) -> Heads:
         """The policies by layer and KV head. Raises PolicyError unless there are that many of each."""
@@ -262,7 +262,7 @@ def head_policies(
             file.check(model, fingerprint)
         except PolicyError as error:
             raise PolicyError(f"{policy}: {error}") from error
-        return file.policies(model.num_hidden_layers, model.num_key_value_heads)
+        return file.policies(model.attention_layers, model.num_key_value_heads)
     text = AUTO if policy == "auto" else policy
     try:
         canonical = str(parse(text))
@@ -270,4 +270,4 @@ def head_policies(
         raise PolicyError(
             f'policy is {policy!r:.80}: {error}; also allowed are "auto" and a file ending in .toml'
         ) from error
-    return ((canonical,) * model.num_key_value_heads,) * model.num_hidden_layers
+    return ((canonical,) * model.num_key_value_heads,) * model.attention_layers

@@ -129,6 +129,12 @@ class SamplingParams:
         """Whether a schema, regex, choice or grammar limits the text."""
         return any(getattr(self, name) is not None for name in _CONSTRAINTS)
 
+    @property
+    def size(self) -> int:
+        """About how many bytes these parameters take, but for a fixed part."""
+        texts = (self.json_schema, self.regex, self.grammar, *(self.choice or ()), *self.stop)
+        return sum(map(len, filter(None, texts))) + 8 * len(self.stop_token_ids) + 16 * len(self.logit_bias)
+
     @classmethod
     def from_keywords(cls, **keywords: Any) -> SamplingParams:
         """Like the constructor, but an unknown keyword is an `InvalidRequest` that names the nearest ones."""

@@ -23,10 +23,10 @@ from simulate.published import lamina_rows, mean_context, step3_rows
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load
-from lamina.simulator.costs.hardware import load
+from lamina.simulator.costs.hardware import load, with_efficiency
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import System, price
-from lamina.simulator.planning.comparison import Choice, build, with_efficiency
+from lamina.simulator.planning.comparison import Choice, build
 from lamina.simulator.traces.catalogue import trace
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)

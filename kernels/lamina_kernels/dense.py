@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.cpu import dense_loops, few_rows, programs
+from lamina_kernels.cpu import dense_loops, few_rows, gate_loops, programs
 from lamina_kernels.cpu.emitter import Kind, cpu_has, kind_of
 from lamina_kernels.cpu.launch import load_each
 
@@ -76,11 +76,29 @@ class Linear:
         return torch.cat(slices) if len(slices) > 1 else slices[0]
 
 
+class HeadLinears:
+    """y = x W^T for each head, with a W of its own. weight: `[heads, n_out, n_in]`, contiguous."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.heads = len(weight)
+        self._weight = weight
+        self._few = few_rows.can_multiply(weight[0])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: `[n, heads, n_in]` -> `[n, heads, n_out]`. n may be 0."""
+        by_head = x.transpose(0, 1)
+        if self._few and 0 < len(x) <= few_rows.MAX_ROWS and not torch.compiler.is_compiling():
+            products = [few_rows.multiply(of, weight) for of, weight in zip(by_head, self._weight, strict=True)]
+            return torch.stack(products, 1)
+        return torch.bmm(by_head, self._weight.transpose(1, 2)).transpose(0, 1)
+
+
 def prepare(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
     """Load the kernels of dense layers, and compile what numba's cache on disk lacks: how many of how many."""
     loads: list[Callable[[], object]] = []
     if device.type == "cpu" and dtype in dense_loops.DTYPES:
         loads.append(lambda: dense_loops.load_kernel(dtype is torch.bfloat16))
+        loads.append(lambda: gate_loops.load_kernel(dtype is torch.bfloat16))
         if kind_of(dtype) is Kind.BFLOAT16_DOT:
             loads.append(few_rows.load_kernel)
             if programs.can_run():
@@ -90,7 +108,7 @@ def prepare(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: `[n, d]`, weight: `[d]`."""
-    if _compiled(x):
+    if compiled(x):
         return dense_loops.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
@@ -99,7 +117,7 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x + residual), x + residual). x, residual: `[n, d]`, neither is changed; weight: `[d]`."""
-    if _compiled(x):
+    if compiled(x):
         return dense_loops.add_rms_norm(x, residual, weight, eps)
     total = x + residual
     return F.rms_norm(total, weight.shape, weight, eps), total
@@ -122,17 +140,21 @@ def split_heads(
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
+    d_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q `[n, heads, d]`, k and v `[n, kv_heads, d]`, contiguous, from qkv `[n, (heads + 2 * kv_heads) * d]`.
+    """q `[n, heads, d]`, k `[n, kv_heads, d]`, v `[n, kv_heads, d_v]`, contiguous, from qkv
+    `[n, (heads + kv_heads) * d + kv_heads * d_v]`. `d_v` is d unless given.
 
     With `norms`, the weights `[d]` for q and for k, each head of q and k is `rms_norm`ed; then, with `rotation`,
     (cos, sin), it is `rotate`d.
     """
-    if _compiled(qkv):
+    n, width = qkv.shape
+    d_v = width // (heads + 2 * kv_heads) if d_v is None else d_v
+    d = (width - kv_heads * d_v) // (heads + kv_heads)
+    if d == d_v and compiled(qkv):
         return dense_loops.split_heads(qkv, heads, kv_heads, rotation, norms, eps)
-    every = heads + 2 * kv_heads
-    vectors = qkv.view(len(qkv), every, qkv.shape[1] // every)
-    q, k, v = vectors.split_with_sizes((heads, kv_heads, kv_heads), 1)
+    q, k, v = qkv.split_with_sizes((heads * d, kv_heads * d, kv_heads * d_v), 1)
+    q, k, v = q.view(n, heads, d), k.view(n, kv_heads, d), v.view(n, kv_heads, d_v)
     if norms is not None:
         q, k = (F.rms_norm(x, weight.shape, weight, eps) for x, weight in zip((q, k), norms, strict=True))
     if rotation is not None:
@@ -142,14 +164,33 @@ def split_heads(
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up. gate_up: `[n, 2f]`, gate first -> `[n, f]`."""
-    if _compiled(gate_up):
+    if compiled(gate_up):
         return dense_loops.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
-def _compiled(x: torch.Tensor) -> bool:
-    return x.is_cpu and x.dtype in dense_loops.DTYPES and not torch.compiler.is_compiling()
+def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up, gelu by its approximation with tanh. gate_up: `[n, 2f]`, gate first -> `[n, f]`."""
+    if compiled(gate_up):
+        return dense_loops.gelu_tanh_mul(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight over the last dimension. x: `[n, d]`, weight: `[d]`."""
+    return F.layer_norm(x, weight.shape, weight, None, eps)
+
+
+def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(x / cap). Changes x."""
+    return x.div_(cap).tanh_() * cap  # tanh is not changed in place: its gradient is made of it
+
+
+def compiled(x: torch.Tensor) -> bool:
+    """Whether `dense_loops` computes it: those know no gradients."""
+    return x.is_cpu and x.dtype in dense_loops.DTYPES and not (x.requires_grad or torch.compiler.is_compiling())
 
 
 def repacks(weight: torch.Tensor) -> bool:

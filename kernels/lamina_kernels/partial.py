@@ -28,6 +28,18 @@ def empty(n: int, d_v: int, dtype: torch.dtype = torch.float32, device: torch.de
     )
 
 
+def with_sinks(whole: Partial, sinks: torch.Tensor) -> torch.Tensor:
+    """The output `[n, d_v]` of `whole`, attention over all keys, beside attention sinks: each query vector's head has
+    one key more, whose logit is its sink and whose value is zeros.
+
+    sinks: float32 `[heads]`, finite; vector i of `whole` is one of head i modulo heads. A sink is the partial
+    (0, sink), so merging it multiplies out by exp(lse) / (exp(lse) + exp(sink)). It counts once, however many partials
+    there are: this takes what they all merge to.
+    """
+    share = torch.sigmoid(whole.lse.view(-1, len(sinks)) - sinks)
+    return (whole.out * share.view(-1, 1)).to(whole.out.dtype)
+
+
 def merge(partials: Sequence[Partial]) -> Partial:
     """Merge partials over disjoint key sets, in order. All share n, d_v and the dtype of out, which is kept.
 

@@ -62,9 +62,9 @@ class Plan:
         return self.rows.layers
 
 
-def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
+def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype, latent: bool = False) -> PageLayout:
     """How these kernels lay out a page. They read any order."""
-    return PageLayout(page_size, d_k, d_v, dtype, Order.TOKENS)
+    return PageLayout(page_size, d_k, d_v, dtype, Order.TOKENS, latent)
 
 
 def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
@@ -88,14 +88,17 @@ def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
 
 
 def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Store k `[n, d_k]` and v `[n, d_v]` of a layer, rounded to the pages' dtype, at the plan's slots."""
+    """Store k `[n, d_k]` and v `[n, d_v]`, of latents `[n, 0]`, rounded to the pages' dtype, at a layer's slots."""
     check_append(pages, plan, layer, k, v)
     at = pages.layout
     page, offset = plan.slots[layer] // at.page_size, plan.slots[layer] % at.page_size
     if at.scaled:
-        (k, k_scale), (v, v_scale) = quantise(k, at.dtype), quantise(v, at.dtype)
-        pages.scales[page, 0, offset], pages.scales[page, 1, offset] = k_scale, v_scale
-    pages.k[page, offset] = k.to(at.dtype).reshape(-1, at.d_k // at.k_pack, at.k_pack)
+        k, pages.scales[page, 0, offset] = quantise(k, at.dtype)
+    pages.k[page, offset] = k.to(at.dtype).reshape(-1, at.key_width // at.k_pack, at.k_pack)
+    if at.latent:
+        return
+    if at.scaled:
+        v, pages.scales[page, 1, offset] = quantise(v, at.dtype)
     pages.v[page, offset // at.v_pack, offset % at.v_pack] = v.to(at.dtype)
 
 
@@ -151,7 +154,7 @@ def _read(pages: Pages, entries: Table, slots: torch.Tensor, listed: bool) -> tu
     needed, inverse = torch.unique(place // size, return_inverse=True)
     k, v = gather(pages, needed, len(needed) * size)
     at = inverse * size + place % size
-    return k[at].float(), v[at].float()
+    return k[at, : pages.layout.d_k].float(), v[at].float()
 
 
 def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None:

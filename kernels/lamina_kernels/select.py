@@ -32,8 +32,9 @@ class Grown(Protocol):
 class Kernels(Protocol):
     """The functions of a module of kernels. A plan is made once for the rows of a batch, and read by `attend` alone."""
 
-    def layout(self, page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
-        """How these kernels lay out a page. Raises ValueError for what they cannot keep."""
+    def layout(self, page_size: int, d_k: int, d_v: int, dtype: torch.dtype, latent: bool = False) -> PageLayout:
+        """How these kernels lay out a page. `latent`: V is the front of K. Raises ValueError for what they cannot
+        keep."""
 
     def prepare(self, layout: PageLayout) -> Iterator[tuple[int, int]]:
         """Load what pages of `layout` need, compiling it where it never was; yields how many steps of how many are
@@ -86,7 +87,7 @@ class Kernels(Protocol):
         """Check slots, int64 `[layers, n]`, which must not change while the plan is used."""
 
     def append(self, pages: Pages, plan: Any, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store k `[n, d_k]` and v `[n, d_v]` at the slots of `layer`."""
+        """Store k `[n, d_k]` and v `[n, d_v]` at the slots of `layer`. Of latents v is `[n, 0]`."""
 
     def gather(self, pages: Pages, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages as dense k and v."""

@@ -67,7 +67,8 @@ def drain(
     worker: Annotated[str, typer.Argument(help="A name that `status` shows, or ENGINE/NAME.")],
     address: Address = "auto",
 ) -> None:
-    """Move what a worker holds to the others, while requests run. Nothing is computed again."""
+    """Move what a worker holds to the others while requests go on, then use it no more. What has no room is computed
+    again."""
     from lamina.deploy.ray_connection import connection
     from lamina.ray_engine import handle as ray_engine
 

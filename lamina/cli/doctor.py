@@ -22,12 +22,12 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report. `shown` is `value` for people."""
+    """One line of the report. `shown` is `value` for people, where that differs."""
 
     section: str
     name: str
     value: str | int | bool | None
-    shown: str
+    shown: str = ""
 
 
 def examine() -> Iterator[Finding]:
@@ -46,8 +46,8 @@ def as_json(findings: list[Finding]) -> dict[str, dict[str, str | int | bool | N
 
 
 def _hardware(machine: Machine) -> Iterator[Finding]:
-    yield Finding("machine", "processor", machine.processor, machine.processor)
-    yield Finding("machine", "cores", machine.cores, str(machine.cores))
+    yield Finding("machine", "processor", machine.processor)
+    yield Finding("machine", "cores", machine.cores)
     for flag in FLAGS:
         present = flag in machine.flags
         yield Finding("machine", flag, present, "yes" if present else "no")
@@ -67,13 +67,12 @@ def _gpus() -> list[str]:
 
 
 def _versions() -> Iterator[Finding]:
-    yield Finding("versions", "python", platform.python_version(), platform.python_version())
+    yield Finding("versions", "python", platform.python_version())
     for package in ("lamina", *PACKAGES):
         try:
-            version: str | None = metadata.version(package)
+            yield Finding("versions", package, metadata.version(package))
         except metadata.PackageNotFoundError:
-            version = None
-        yield Finding("versions", package, version, version or "not installed")
+            yield Finding("versions", package, None, "not installed")
 
 
 def _choices(machine: Machine) -> Iterator[Finding]:
@@ -94,14 +93,14 @@ def _choices(machine: Machine) -> Iterator[Finding]:
         name = module.rpartition(".")[2].removesuffix("_decode")  # as LAMINA_KERNELS names it
     except KernelsUnavailable as error:
         name = f"none: {error}"
-    yield Finding("choices", "attention_kernels", name, name)
+    yield Finding("choices", "attention_kernels", name)
 
 
 def _storage() -> Iterator[Finding]:
     folder = cache_folder()
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(_existing(folder)).free
-    yield Finding("storage", "cache", str(folder), str(folder))
+    yield Finding("storage", "cache", str(folder))
     yield Finding("storage", "cache_bytes", size, show_bytes(size))
     yield Finding("storage", "free_bytes", free, show_bytes(free))
 

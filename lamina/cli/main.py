@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -220,8 +221,8 @@ def _open(ctx: typer.Context, model: str, plan: Path | None, **options: Any) -> 
 @models_app.command("ls")
 def list_models(as_json: opt.JsonLines = False) -> None:
     """The models that have a short name, and the converted ones on this machine."""
+    from lamina.models.aliases import ALIASES
     from lamina.models.cache import cache_folder, is_whole, read_manifest
-    from lamina.models.resolve import ALIASES
 
     rows: list[dict[str, Any]] = [{"model": name, "about": alias.about} for name, alias in ALIASES.items()]
     folders = sorted(cache_folder().iterdir()) if cache_folder().is_dir() else []
@@ -245,15 +246,15 @@ def pull(model: opt.ModelName) -> None:
 
 
 @models_app.command()
-def show(model: opt.ModelName, as_json: opt.JsonLines = False) -> None:
+def show(model: opt.ModelName, as_json: opt.JsonLines = False, slices: opt.Slices = False) -> None:
     """Describe a model; fetches it first where it is not here yet."""
     from lamina.models.resolve import resolve
-    from lamina_workers.decoder.config import ModelConfig
+    from lamina_workers.converted.models import live_across, model_config, way
     from lamina_workers.decoder.safetensors_files import find_tensors
 
     with ProgressBars() as progress:
         folder = resolve(decode_argument(model), progress)
-    config = ModelConfig.from_folder(folder)
+    config = model_config(folder)
     tensors = find_tensors(folder).values()
     windows = sorted({window for window in config.windows if window is not None})
     facts = {
@@ -269,11 +270,33 @@ def show(model: opt.ModelName, as_json: opt.JsonLines = False) -> None:
         "sliding_windows": windows,
         "context": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
+        "runs": way(config),
+        **_kept(folder),
     }
+    live = live_across(config) if slices else []
     if as_json:
-        print_json(facts)
+        print_json(facts | ({"live_across": live} if slices else {}))
     else:
-        print_rows((name, str(value)) for name, value in facts.items())
+        print_rows([*((name, str(value)) for name, value in facts.items()), *_live_rows(live)])
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    """What the model keeps of a token and of a sequence, in 16 bits; nothing where its layers are not described."""
+    from lamina.simulator.costs.model_configs import from_folder
+
+    try:
+        shape = from_folder(folder)
+    except InvalidRequest:
+        return {}
+    return {"kv_bytes_per_token": int(shape.kv_bytes_per_token()), "state_bytes_per_sequence": shape.state_bytes_held}
+
+
+def _live_rows(live: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What lives across each attention, a row for neighbours that are alike."""
+    for what, group in groupby(enumerate(live), lambda item: item[1]):
+        layers = [layer for layer, _ in group]
+        last = f"-{layers[-1]}" if len(layers) > 1 else ""
+        yield f"live across attention {layers[0]}{last}", f"{what}, a token"
 
 
 @app.command()
@@ -286,7 +309,7 @@ def doctor(as_json: opt.JsonLines = False) -> None:
     if as_json:
         print_json(report(findings))
     else:
-        print_rows((finding.section, finding.name, finding.shown) for finding in findings)
+        print_rows((each.section, each.name, each.shown or str(each.value)) for each in findings)
 
 
 app.command()(serve)

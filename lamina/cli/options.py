@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -55,6 +55,7 @@ _MODELS = "An alias, a folder, a GGUF file or a hub id."
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODELS)]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=_MODELS)]
+Slices = Annotated[bool, typer.Option("--slices", help="Also what lives across each attention, a token.")]
 Threads = Annotated[int | None, _integer_option("CPU threads.", "Engine")]
 
 
@@ -139,6 +140,9 @@ class EngineOptions:
         str | None, _engine_option("What each KV head reads and keeps: full, auto, a policy, or a .toml file.")
     ] = None
     max_model_len: Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")] = None
+    sequence_tokens: Annotated[
+        int | None, _integer_option("A usual length in tokens, to deal memory among unlike layers.", "Engine")
+    ] = None
     model_workers: Annotated[int | None, _integer_option("Processes that share the dense layers.", "Engine")] = None
     model_parallel: Annotated[
         str | None, _engine_option("How model workers share: tensor cuts each layer, replicas take batches in turn.")
@@ -183,6 +187,12 @@ class EngineOptions:
         return {name: value for name, value in given.items() if value is not None}
 
 
+def check_suffix(option: str, path: Path | None, suffix: str) -> None:
+    """Raise InvalidRequest where a file is to be written under a name with another suffix."""
+    if path is not None and path.suffix != suffix:
+        raise InvalidRequest(f"--{option} is {str(path)!r:.200}; allowed are names that end in {suffix}")
+
+
 def _workers(words: list[str]) -> int | list[str] | None:
     """A number, or the addresses in words such as "a:1,b:2"."""
     items = [item.strip() for word in words for item in word.split(",")]
@@ -200,10 +210,19 @@ class Without:
     names: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Described:
+    """Beside a group in `Annotated`: the fields that the command takes, in their order, each with its option. For a
+    dataclass that knows nothing of Typer; fields that are not named keep their defaults."""
+
+    options: Mapping[str, Any]
+
+
 def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command as Typer reads it, with one parameter for each field in the place of a parameter that is a dataclass.
 
-    A field has its option or argument in its `Annotated` type, and Typer gets its default. The command gets instances.
+    A field has its option or argument in its `Annotated` type, or in `Described`, and Typer gets its default. The
+    command gets instances.
     """
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters: list[inspect.Parameter] = []
@@ -213,9 +232,14 @@ def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
         if not is_dataclass(group):
             parameters.append(own.replace(kind=keyword))
             continue
-        dropped = {name for mark in marks if isinstance(mark, Without) for name in mark.names}
         hints = get_type_hints(group, include_extras=True)
-        taken = [field for field in fields(group) if field.name not in dropped]
+        for mark in marks:
+            if isinstance(mark, Described):
+                hints = {name: Annotated[hints[name], option] for name, option in mark.options.items()}
+            elif isinstance(mark, Without):
+                hints = {name: hint for name, hint in hints.items() if name not in mark.names}
+        every = {field.name: field for field in fields(group)}
+        taken = [every[name] for name in hints]
         groups[own.name] = group, [field.name for field in taken]
         for field in taken:
             default = inspect.Parameter.empty if field.default is MISSING else field.default

@@ -39,8 +39,9 @@ def import_(
     """Make a policy file of a published DuoAttention pattern. Sizes come from config.json beside it unless given."""
     from lamina.policy_file import import_duo, write
 
+    opt.check_suffix("out", out, ".toml")  # by which engines know a policy file
     policy = import_duo(file, sparsity, sink, recent)
-    write(_toml(out), policy)
+    write(out, policy)
     full = sum(text == "full" for layer in policy.heads for text in layer)
     typer.echo(f"{out}: {full} of {sum(map(len, policy.heads))} KV heads are full, the others streaming")
 
@@ -134,20 +135,14 @@ def calibrate(model: opt.ModelName, out: Out, how: CalibrationOptions) -> None:
     from lamina.measure.calibration.report import NO_PLOTS, write_report
     from lamina.policy_file import write
 
-    settings, path = how.settings(), _toml(out)
+    opt.check_suffix("out", out, ".toml")
+    settings = how.settings()
     with ProgressBars() as bars:
         found = calibrated(model, settings, EngineConfig(dtype=how.dtype, threads=how.threads), bars)
-    write(path, found.file)
-    if not write_report(path, found, settings.target):
+    write(out, found.file)
+    if not write_report(out, found, settings.target):
         typer.echo(NO_PLOTS, err=True)
     if found.chosen is None:
-        typer.echo(f"no choice met the target: {path} keeps everything", err=True)
+        typer.echo(f"no choice met the target: {out} keeps everything", err=True)
         raise typer.Exit(1)
-    typer.echo(f"{path}: {found.chosen.quality}")
-
-
-def _toml(path: Path) -> Path:
-    """`path`, checked: engines take a name that ends in .toml as a policy file."""
-    if path.suffix != ".toml":
-        raise InvalidRequest(f"--out is {str(path)!r:.200}; allowed are names that end in .toml")
-    return path
+    typer.echo(f"{out}: {found.chosen.quality}")

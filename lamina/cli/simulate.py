@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina.cli.options import flatten_options
+from lamina.cli.options import check_suffix, flatten_options
 from lamina.cli.simulator_output import plan_page, plan_record, print_plan, write_runs
 from lamina.cli.terminal import ProgressBars, print_json, print_rows
 from lamina.errors import InvalidRequest
@@ -22,7 +22,6 @@ from lamina.system.text_files import write_text
 if TYPE_CHECKING:
     from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
-    from lamina.simulator.traces.arrivals import Trace
 
 DEFAULT_MODEL, DEFAULT_TRACE, DEFAULT_SLO = "llama-3-70b", "azure-conv", "tpot=100ms,ttft=2s"
 DEFAULT_SYSTEMS = "chunked,colocated,disaggregated,lamina,lamina-cpu"
@@ -92,28 +91,28 @@ def plan(asked: PlanOptions) -> None:
     slo, rate, roofline = parse_slo(asked.slo), parse_rate(asked.rate), parse_efficiency(asked.efficiency)
     if not 0 <= asked.verify <= 100:
         raise InvalidRequest(f"verify is {asked.verify}; allowed are 0 to 100")
-    _suffix("out", asked.out, ".toml")
-    _suffix("html", asked.html, ".html")
-    _suffix("plot", asked.plot, ".png")
+    check_suffix("out", asked.out, ".toml")
+    check_suffix("html", asked.html, ".html")
+    check_suffix("plot", asked.plot, ".png")
     if asked.html is not None and not asked.verify:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.planning.plan import PlanRequest, make_plan
     from lamina.simulator.planning.plan_file import write
+    from lamina.simulator.traces.catalogue import trace as trace_of
 
     shape, devices = shape_of(asked.model), asked.devices()
-    trace = _trace(asked.trace, asked.count, asked.seed, asked.trace_dir)
+    trace = trace_of(asked.trace, asked.count, asked.seed, asked.trace_dir)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill)
     with ProgressBars() as progress:
         found = make_plan(request, check=asked.verify, seed=asked.seed, progress=progress)
     if asked.out is not None:
         write(asked.out, found.plan)
     if asked.plot is not None:
-        from lamina.simulator.planning.plan import X_LABEL, Y_LABEL
         from lamina.simulator.reports.plots import save_pareto
 
-        save_pareto(found.points(), found.winner.name, asked.plot, x_label=X_LABEL, y_label=Y_LABEL)
+        save_pareto(found.points(), found.winner.name, asked.plot)
     if asked.html is not None:
         write_text(asked.html, plan_page(found, f"A plan for {shape.name} on {trace.name}"))
     if asked.as_json:
@@ -160,16 +159,17 @@ def simulate(asked: SimulateOptions) -> None:
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
-    from lamina.simulator.planning.comparison import Choice, assumed, build, compare, with_efficiency
+    from lamina.simulator.planning.comparison import Choice, assumed, build, compare
     from lamina.simulator.reports.report import table, to_csv, to_json
     from lamina.simulator.traces.arrivals import all_at_once
     from lamina.simulator.traces.catalogue import at_rate
+    from lamina.simulator.traces.catalogue import trace as trace_of
 
     catalogue = catalogues.load(asked.hardware)
-    known = catalogue if roofline else with_efficiency(catalogue)
+    known = catalogue if roofline else catalogues.with_efficiency(catalogue)
     choice = Choice(shape_of(asked.model), known, parse_policy(asked.policy), asked.lanes, asked.link)
     systems = [build(name, choice) for name in _names(asked.system)]
-    trace = _trace(asked.trace, asked.count or None, asked.seed, asked.trace_dir)
+    trace = trace_of(asked.trace, asked.count or None, asked.seed, asked.trace_dir)
     if rate is not None:
         trace = all_at_once(trace) if math.isinf(rate) else at_rate(trace, rate)
     with ProgressBars() as progress:
@@ -181,6 +181,12 @@ def simulate(asked: SimulateOptions) -> None:
         write_runs(asked.out, systems, results, slo)
     shown = to_json(results) if asked.as_json else to_csv(results) if asked.as_csv else table(results)
     typer.echo(shown, nl=False)
+    if not (asked.as_json or asked.as_csv):
+        from lamina.simulator.reports.memory import kept, room
+
+        typer.echo(f"{choice.model.name} keeps {kept(choice.model)}")
+        for system in systems:
+            typer.echo(f"{system.name}: {room(system)}")
 
 
 def calibrate_hardware(
@@ -197,7 +203,7 @@ def calibrate_hardware(
 
     from lamina.measure.hardware import calibrate
 
-    _suffix("out", out, ".toml")
+    check_suffix("out", out, ".toml")
     with ProgressBars() as progress:
         found = calibrate(model, progress, quick, date=date.today().isoformat(), price=price, power=power)
     write_text(out, found.dumps())
@@ -288,21 +294,8 @@ def _check(path: Path, as_json: bool) -> None:
     )
 
 
-def _trace(name: str, count: int | None, seed: int, folder: Path | None) -> Trace:
-    from lamina.simulator.traces.catalogue import trace
-
-    if count is not None and count < 1:
-        raise InvalidRequest(f"count is {count}; allowed are 1 or more requests")
-    return trace(name, count, seed, folder)
-
-
 def _names(words: str) -> list[str]:
     names = [name.strip() for name in words.split(",")]
     if not all(names) or len(names) > 32:
         raise InvalidRequest(f"system is {words!r:.80}; allowed are 1 to 32 names with commas between them")
     return names
-
-
-def _suffix(name: str, path: Path | None, suffix: str) -> None:
-    if path is not None and path.suffix != suffix:
-        raise InvalidRequest(f"--{name} is {str(path)!r:.200}; allowed are names that end in {suffix}")

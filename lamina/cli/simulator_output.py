@@ -31,8 +31,9 @@ def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunRes
     """Write a comparison to one folder: tables, JSON, CSV, charts, a report and step timelines."""
     from lamina.simulator.costs.systems import Offloaded
     from lamina.simulator.planning.comparison import step_trace
+    from lamina.simulator.reports.page import html
     from lamina.simulator.reports.plots import save_comparison, save_timeline
-    from lamina.simulator.reports.report import html, samples_csv, table, to_csv, to_json
+    from lamina.simulator.reports.report import samples_csv, table, to_csv, to_json
     from lamina.system.figures import NO_PLOTS
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunRes
     write_text(folder / "results.txt", table(results))
     write_text(folder / "results.json", to_json(results))
     write_text(folder / "results.csv", to_csv(results))
-    write_text(folder / "report.html", html(results, title, {"slo": asdict(slo)}))
+    write_text(folder / "report.html", html(results, title, slo))
     for number, (system, result) in enumerate(zip(systems, results, strict=True), 1):
         write_text(folder / f"steps-{number}.csv", samples_csv(result))
         if isinstance(system, Offloaded):
@@ -58,8 +59,7 @@ def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunRes
 
 
 def plan_page(found: Planned, title: str) -> str:
-    from lamina.simulator.planning.plan import X_LABEL, Y_LABEL
-    from lamina.simulator.reports.report import html
+    from lamina.simulator.reports.page import html
 
     plan: dict[str, Any] = {
         "chosen": found.winner.name,
@@ -67,12 +67,9 @@ def plan_page(found: Planned, title: str) -> str:
         "what would change it": [str(each) for each in found.sensitivity],
         "ranking": [_row(each) for each in found.mixes(_ROWS)],
         "engine": dict(found.plan.engine),
-        "slo": asdict(found.plan.slo),
         "points": found.points(),
-        "x_label": X_LABEL,
-        "y_label": Y_LABEL,
     }
-    return html([each.result for each in found.ranked if each.result is not None], title, plan)
+    return html([each.result for each in found.ranked if each.result is not None], title, found.plan.slo, plan)
 
 
 def _row(ranked: Ranked) -> dict[str, Any]:
@@ -113,6 +110,9 @@ def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, p
         f"{found.plan.system.model.name} on {asked.name}: {asked.requests} requests, {rate}, prompts of "
         f"{asked.prompt:.0f} and outputs of {asked.output:.0f} tokens in the mean; SLO {slo}{bound}"
     )
+    from lamina.simulator.reports.memory import kept, room
+
+    typer.echo(f"It keeps {kept(found.plan.system.model)}; the winner has {room(found.plan.system)}")
     serving = sum(each.serves for each in found.ranked)
     typer.echo(f"{len(found.ranked)} candidates, of which {serving} serve it all; the best mixes:\n")
     rows = [_row(each) for each in found.mixes(_ROWS)]
@@ -168,7 +168,13 @@ def plan_record(found: Planned) -> dict[str, Any]:
             }
         return made
 
+    model, capacity = found.plan.system.model, found.plan.system.capacity
     return {
+        "kept": {"kv_bytes_per_token": model.kv_bytes_per_token(), "state_bytes": model.state_bytes_held},
+        "room": {
+            "kv_tokens": capacity.tokens if model.attentions else None,
+            "state_sequences": capacity.sequences if model.states else None,
+        },
         "candidates": len(found.ranked),
         "ranking": [record(each) for each in found.mixes(_ROWS)],
         "why": list(found.why),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from lamina.client.interface import EngineClient, Event
@@ -20,7 +22,8 @@ _CLAIM = 10.0  # seconds after an engine's start
 
 
 class EngineHost:
-    """Does a client's commands at `engine`, and puts the events that follow into `events`."""
+    """Does a client's commands at `engine`, and puts the events that follow into `events`. A request with a schema or
+    grammar is submitted on a thread of its own, where that is compiled: all others go on meanwhile."""
 
     def __init__(self, engine: EngineClient, events: queue.SimpleQueue[Event], clock: Callable[[], float]) -> None:
         self._engine = engine
@@ -28,6 +31,8 @@ class EngineHost:
         self._clock = clock
         self._open: dict[str, tuple[EngineRequest, set[int]]] = {}  # by id, with the samples that have ended
         self._halted = False  # what the client knows
+        self._compiling = ThreadPoolExecutor(1, "lamina-grammars")
+        self._late: set[str] = set()  # ids of the requests that `_compiling` is still to submit
 
     def ask(self, commands: Sequence[Command]) -> None:
         """Do commands, in order. For one thread at a time."""
@@ -37,7 +42,11 @@ class EngineHost:
             elif kind == "abort":
                 request_id, sample, reason = fields
                 if (entry := self._open.get(request_id)) is not None:
-                    self._engine.abort(entry[0], sample, reason)
+                    abort = partial(self._engine.abort, entry[0], sample, reason)
+                    if request_id in self._late:
+                        self._compiling.submit(abort)
+                    else:
+                        abort()
             elif kind == "snapshot":
                 self._snapshot(*fields)
             elif kind == "close":
@@ -51,6 +60,12 @@ class EngineHost:
 
     def abandon(self) -> None:
         """The client is gone: end all that has not ended."""
+        self._abandon()
+        if self._late:
+            self._compiling.submit(self._abandon)
+        self._compiling.shutdown(wait=False)
+
+    def _abandon(self) -> None:
         for request, _ in list(self._open.values()):
             self._engine.abort(request)
 
@@ -75,10 +90,18 @@ class EngineHost:
         request.sink = self._deliver
         request.prefilled = lambda done, total: self._events.put(("prefilled", request.id, done, total))
         self._open[request.id] = (request, ended)
+        if request.params.constrained:
+            self._late.add(request.id)
+            self._compiling.submit(self._to_engine, request)
+        else:
+            self._to_engine(request)
+
+    def _to_engine(self, request: EngineRequest) -> None:
         try:
             self._engine.submit(request)
         except LaminaError as error:
             self._deliver(request, [EngineOutput(0, None, error=error)])
+        self._late.discard(request.id)
 
     def _deliver(self, request: EngineRequest, outputs: list[EngineOutput]) -> None:
         request_id, start = request.id, request.submitted

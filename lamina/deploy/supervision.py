@@ -258,8 +258,8 @@ class ModelSupervisor(SlotSupervisor[W]):
     host: str | None = None
     credentials: Credentials | None = None
 
-    def __init__(self, count: int, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__("model", range(1, count), clock)
+    def __init__(self, count: int) -> None:
+        super().__init__("model", range(1, count), time.monotonic)
 
     def start(self, address: str, invite: Callable[[int, str], bytes], on_ended: OnEnded) -> None:
         self._address, self._invite, self._on_ended = address, invite, on_ended

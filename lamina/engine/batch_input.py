@@ -24,19 +24,16 @@ def batch_work(
     """The tokens of a plan's rows. `requests` has every row's sequence, `histories` the sequences with penalties,
     `constraints` those with constrained text."""
     token_ids: list[int] = []
-    rope_lengths: list[int] = []
     sampled, sampling = [], []
     for row in plan.rows:
-        tokens, end = row.sequence.tokens, row.start + row.count
-        token_ids += tokens[row.start : end]
-        prompt = len(row.sequence.request.prompt)
-        rope_lengths += [max(prompt, position + 1) for position in range(row.start, end)]
+        token_ids += row.sequence.tokens[row.start : row.start + row.count]
         if row.sample:
             sampled.append(len(token_ids) - 1)
             sequence = row.sequence
             sampling.append(_sampling(sequence, requests[sequence], histories.get(sequence), constraints.get(sequence)))
     spans = tuple(Span(row.start, row.count) for row in plan.rows)
-    return BatchWork(spans, token_ids, rope_lengths, tuple(sampled), tuple(sampling))
+    prompts = tuple(len(row.sequence.request.prompt) for row in plan.rows)
+    return BatchWork(spans, prompts, token_ids, tuple(sampled), tuple(sampling))
 
 
 def _sampling(

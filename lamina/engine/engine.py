@@ -16,27 +16,30 @@ from typing import TYPE_CHECKING
 
 from lamina.completions import FinishReason
 from lamina.engine.batch_input import batch_work
+from lamina.engine.drains import Drains
 from lamina.engine.failures import FailureReports, Failures, WaitDeadline
 from lamina.engine.holders import Holders
 from lamina.engine.in_flight import InFlight, Lane
 from lamina.engine.kv_migration import KvMigration
 from lamina.engine.mailbox import Mailbox
+from lamina.engine.masks import Masks
 from lamina.engine.observers import BatchDone, BatchObserver
 from lamina.engine.request_registry import RequestRegistry
 from lamina.engine.snapshots import take_snapshot
 from lamina.engine.stats import EngineStats, savings
 from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, InvalidRequest
-from lamina.journal.history import KvLocation, RecoveredRequest
+from lamina.journal.history import KvLocation, RecoveredHolder
 from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
 from lamina.scheduling.holder import Holder
+from lamina.scheduling.refusals import TRIES
 from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
-from lamina_workers.errors import HolderFault, faults
+from lamina_workers.errors import HolderFault, HolderLost, faults
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.ports.port import AttentionPort
@@ -74,18 +77,20 @@ class Engine:
         self._grammars = grammars
         self._mailbox = Mailbox()
         self._stats = EngineStats(clock())
-        self._registry = RequestRegistry(self._scheduler, clock, grammars, recorder)
+        self._masks = Masks(self._mailbox.post)
+        self._registry = RequestRegistry(self._scheduler, clock, self._masks, grammars, recorder)
         self._in_flight = InFlight(worker, control, self._stats)
         migration = KvMigration(worker, control, clock)
         names = {number: holder.name for number, holder in control.placement.holders.items() if holder.name}
-        self._holders = Holders(worker, control, names, migration)
+        self._holders = Holders(worker, control, names)
+        self._drains = Drains(control, self._holders, migration)
         self._tiering = TierController(control, migration, clock)
         self._deadline = WaitDeadline(wait, self._holders, self._scheduler, self._registry, clock)
         self._failures = Failures(
             worker, self._scheduler, self._holders, self._tiering, self._in_flight, self._registry, self._deadline,
             reports or FailureReports(),
         )  # fmt: skip
-        self._holders.listeners = (self._stats, self._tiering, self._failures)
+        self._holders.listeners = (self._stats, self._tiering, self._drains, self._failures)
         self._observers: tuple[BatchObserver, ...] = (self._failures, self._stats, self._tiering)
 
     # Any thread.
@@ -131,8 +136,8 @@ class Engine:
         self._mailbox.post(partial(self._rank_back, peer))
 
     def drain(self, name: str) -> Future[int]:
-        """Let an attention worker go once its KV has moved to the others; the result is how many tokens moved. Raises
-        EngineError where the engine has stopped."""
+        """Have an attention worker go once its KV has moved to the others, while all requests go on. The result is as
+        `Drains.begin` says. Raises EngineError where the engine has stopped."""
         done: Future[int] = Future()
         self._mailbox.request(partial(self._drain, name, done), partial(_refuse, done))
         return done
@@ -152,13 +157,13 @@ class Engine:
 
     # The engine's thread.
 
-    def recover(self, found: Mapping[KvLocation, RecoveredRequest], last_handle: int) -> tuple[EngineRequest, ...]:
+    def recover(self, found: Mapping[KvLocation, RecoveredHolder], last_handle: int) -> tuple[EngineRequest, ...]:
         """As `RequestRegistry.recover`; no handle up to `last_handle` is given to others.
 
         Pages that sequences share would be counted for each of them. So holders with KV are asked how much room they
         have before anything is planned.
         """
-        self._scheduler.ledger.number_from(last_handle)
+        self._control.placement.number_from(last_handle, 0)
         requests = self._registry.recover(found)
         if requests:
             self._holders.ask_for_room(each.number for each in found.values())
@@ -177,6 +182,8 @@ class Engine:
             cause = error
         self._mailbox.shut(cause)
         self._in_flight.close()
+        self._masks.close()
+        self._drains.give_up(self._mailbox.error())
         self._registry.stopped(self._mailbox.error)
 
     def _read_mail(self) -> bool:
@@ -184,8 +191,12 @@ class Engine:
         while True:
             if self._deadline.check():
                 self._in_flight.full = False
-            work = self._control.has_work or self._tiering.busy
-            waits = self._in_flight.full and (self._holders.halted or bool(self._scheduler.admission.stranded))
+            drains = self._drains.under_way
+            moves = self._tiering.busy or drains
+            work = self._control.has_work or moves
+            stranded = bool(self._scheduler.admission.stranded) and not drains
+            masks = self._masks.late > 0 and not moves
+            waits = self._in_flight.full and (self._holders.halted or stranded or masks)
             idle = not self._in_flight and (not work or waits)
             since = self._clock() if idle else 0.0
             try:
@@ -204,16 +215,8 @@ class Engine:
             do()
 
     def _drain(self, name: str, done: Future[int]) -> None:
-        if not done.set_running_or_notify_cancel():
-            return
-        try:
-            while self._in_flight:
-                self._advance(self._in_flight.next())
-            self._failures.drain(name, done)
-        except BaseException as error:  # the engine stops, and no caller may wait for ever
-            if not done.done():
-                done.set_exception(error)
-            raise
+        if done.set_running_or_notify_cancel():
+            self._drains.begin(name, done)
 
     def _rank_back(self, peer: Peer) -> None:
         self._stats.returned_workers += self._failures.rank_back(peer)
@@ -237,7 +240,7 @@ class Engine:
             self._in_flight.full = True
             return
         self._move()
-        while len(self._in_flight) < self._control.lanes.count and not self._in_flight.full:
+        while len(self._in_flight) < self._control.tuner.lanes and not self._in_flight.full:
             since = self._clock()
             step = self._control.plan(alone=not self._in_flight)
             self._stats.plan_seconds += self._clock() - since
@@ -249,13 +252,16 @@ class Engine:
             self._advance(self._in_flight.next())
 
     def _move(self) -> None:
-        """Move sequences between holders."""
-        if self._tiering.busy:
+        """Move sequences between holders, and let drained workers go."""
+        if self._tiering.busy or self._drains.under_way:
             self._in_flight.full = False  # a move may have freed pages
         try:
+            self._drains.step(self._in_flight.holders)
             self._tiering.step()
         except HolderFault as fault:
             logger.warning("moving sequences failed: %s", fault)
+            if not self._worker.missing and not self._worker.lost():
+                self._drains.give_up(fault)
             self._failures.failed_outside()
 
     def _begin(self, step: Step) -> Lane:
@@ -270,7 +276,7 @@ class Engine:
         """Go on with a batch until it is over, or until it waits while there are others to go on with."""
         try:
             lane.waiting = next(lane.run)
-            while len(self._in_flight) == 1 == self._control.lanes.count:
+            while len(self._in_flight) == 1 == self._control.tuner.lanes:
                 lane.waiting = next(lane.run)
         except StopIteration:
             self._in_flight.over(lane)
@@ -297,32 +303,44 @@ class Engine:
             self._registry.scheduled(requests)
             with faults():
                 work = batch_work(step.plan, requests, histories, self._registry.constraints)
-                sampled = yield from self._worker.execute(work, batch, step.batches, self._control.lanes.count > 1)
-            self._record(step.plan, sampled)
+                sampled = yield from self._worker.execute(work, batch, step.batches, self._control.tuner.lanes > 1)
+            self._record(step.plan, sampled, since)
             self._failures.went_well()
 
     def _agreed(self, step: Step, answers: Mapping[int, Announced]) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
+        if guilty := self._control.at_fault(step, answers):
+            raise self._given_up(guilty)
         if (why := refusal(answers)) is not None and step.plan is not None:
             if torn(answers):
                 logger.warning("a batch runs again: %s", why)
             else:
-                self._tiering.abandon()  # moves take pages that others need
+                short = {number for number, answer in answers.items() if not answer.accepted}
+                self._tiering.abandon(short)  # moves take pages that others need
             for sequence in self._control.refused(step, answers):
                 if request := self._registry.of(sequence):
                     self._registry.fail(request, EngineError(f"the holders have no room: {why}"))
             return False
         self._control.accepted(step, answers)
-        for request_id, spared in savings(step, self._control.kept(answers)).items():
+        for request_id, spared in savings(step, answers).items():
             if known := self._registry.requests.get(request_id):
                 self._stats.spared(known.spared, spared)
                 known.spared = spared
         return True
 
-    def _record(self, plan: Plan, sampled: Sampled) -> None:
-        """A batch is computed: its tokens go to the control plane, a BatchDone to the observers, and the outputs to the
-        clients."""
+    def _given_up(self, guilty: Mapping[int, str]) -> HolderFault:
+        """The error for holders whose answers the books contradict. Those in this process cannot be lost: then the
+        requests alone are suspects."""
+        names = self._holders.names
+        said = "; ".join(f"{names.get(number, 'this machine')}: {what}" for number, what in guilty.items())
+        why = f"{TRIES} answers without progress contradict the engine's books: {said}"
+        return HolderLost(why, [number for number in guilty if number in names])
+
+    def _record(self, plan: Plan, sampled: Sampled, since: float) -> None:
+        """A batch that began at `since` is computed: its tokens go to the control plane, a BatchDone to the observers,
+        and the outputs to the clients."""
         now, running = self._clock(), len(self._scheduler.running)
+        self._scheduler.fair_share.took(sum(row.count for row in plan.rows), now - since)
         local, remote = self._control.tokens_read(plan)
         rows = [row for row in plan.rows if row.sample]
         for row, token in zip(rows, sampled.tokens, strict=True):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from lamina.engine.holders import HolderChange, Holders
 from lamina.engine.in_flight import InFlight, Lane
 from lamina.engine.request_registry import RequestRegistry
 from lamina.engine.tiering import TierController
-from lamina.errors import EngineError, LaminaError
+from lamina.errors import EngineError
 from lamina.messages.engine_request import unwatched
 from lamina.scheduling.blame import TRIES
 from lamina.scheduling.holder import Holder
@@ -100,7 +99,7 @@ class Failures:
         if isinstance(fault, RankLost):
             rows = self._in_flight.rows()
             self._halt()
-        elif isinstance(fault, HolderLost) and (gone := self._worker.lost()):
+        elif isinstance(fault, HolderLost) and (gone := [*self._worker.lost(), *fault.holders]):
             self._lose(gone, fault)
             return
         else:  # a pool in this process cannot be lost
@@ -164,17 +163,6 @@ class Failures:
         self._abandon()
         self._holders.lose(numbers)
         self._blame(rows, fault or HolderLost("an attention worker is gone"))
-
-    def drain(self, name: str, done: Future[int]) -> None:
-        """Let an attention worker go after its KV has moved to the others. No batch may be under way."""
-        self._tiering.abandon()
-        try:
-            done.set_result(self._holders.drain(name))
-        except HolderFault as fault:
-            done.set_exception(EngineError(f"{name} could not be drained: {fault}"))
-            self.failed_outside()
-        except LaminaError as error:
-            done.set_exception(error)
 
     def holders_changed(self, change: HolderChange) -> None:
         """After a loss: note what is to be rebuilt, report the names, and start the wait where no holder is left."""

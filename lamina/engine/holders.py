@@ -1,4 +1,4 @@
-"""The register of an engine's holders: they join, are drained, and are dropped when they are lost.
+"""The register of an engine's holders: they join, are let go, and are dropped when they are lost.
 
 Each change goes to the model worker and the control plane first, then to the listeners in their order. Everything is
 called between two batches, on the engine's thread.
@@ -7,16 +7,12 @@ called between two batches, on the engine's thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lamina.engine.kv_migration import KvMigration
-from lamina.errors import InvalidRequest
-from lamina.scheduling.control_plane import ControlPlane, refusal
+from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_shares import Layout, Share
-from lamina.scheduling.request import ScheduledSequence
 from lamina_protocols.channels import Credentials
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Seat, Workers
@@ -57,14 +53,11 @@ class Holders:
     `listeners` are set once, before the engine runs.
     """
 
-    def __init__(
-        self, worker: Workers[Peer], control: ControlPlane, names: Mapping[int, str], migration: KvMigration
-    ) -> None:
+    def __init__(self, worker: Workers[Peer], control: ControlPlane, names: Mapping[int, str]) -> None:
         self.names = dict(names)
         self.listeners: tuple[HolderListener, ...] = ()
         self._worker = worker
         self._control = control
-        self._migration = migration
         self._last = max(names, default=0)
 
     @property
@@ -102,8 +95,8 @@ class Holders:
             self.names[number] = port.name
             self._control.joined(number, joining)
         self._last += len(holders)
-        pages = sum(joining.pages for joining in holders)
-        logger.info("attention worker %s joined with %d KV pages", port.name, pages)
+        pages = " and ".join(map(str, map(sum, zip(*(joining.pages for joining in holders), strict=True))))
+        logger.info("attention worker %s joined with %s KV pages", port.name, pages)
         self._changed(HolderChange("joined", (port.name,)))
 
     def lose(self, numbers: Sequence[int]) -> None:
@@ -118,33 +111,12 @@ class Holders:
         logger.warning("on %s: %d tokens of lost KV are computed again, %d from the start", left, rebuilt, anew)
         self._changed(HolderChange("lost", names, rebuilt))
 
-    def drain(self, name: str) -> int:
-        """Move the KV of an attention worker to the others, then let it go. Returns the KV of how many tokens moved.
-
-        Sequences without room elsewhere wait, and are computed again. Raises InvalidRequest for the last attention
-        worker and for an unknown name, HolderFault where a holder fails.
-        """
-        placement, numbers = self._control.placement, self.numbers(name)
-        if not numbers:
-            known = ", ".join(dict.fromkeys(self.names.values()))
-            raise InvalidRequest(f"no attention worker is called {name!r:.80}; there are {known}")
-        if set(placement.capacity) <= set(numbers):
-            raise InvalidRequest(f"{name} is the only attention worker: there is none to move its KV to")
-        holders = [placement.holders[number] for number in numbers]
-        for holder in holders:
-            holder.draining = True
-        try:
-            moved = max([self._empty(number) for number in numbers])  # each rank moves its heads of the same tokens
-        except HolderFault:
-            for holder in holders:
-                holder.draining = False  # it keeps what has not moved
-            raise
+    def let_go(self, numbers: Sequence[int]) -> None:
+        """These holders are empty, and leave."""
         for number in numbers:
             self._worker.leave(number)
             self._control.left(number)
-        logger.info("attention worker %s is drained: %d tokens moved", name, moved)
         self._changed(HolderChange("drained", self._drop(numbers)))
-        return moved
 
     def emptied(self, numbers: Sequence[int]) -> None:
         """These pools have lost their KV: they are in the process of a model worker that was started again."""
@@ -158,59 +130,13 @@ class Holders:
         for listener in self.listeners:
             listener.holders_changed(change)
 
-    # What holders keep.
-
     def ask_for_room(self, numbers: Iterable[int]) -> None:
-        """Have holders apply the operations that wait, and say how many pages they have left."""
-        batches = {number: self._control.placement.holders[number].outgoing() for number in numbers}
+        """Have holders apply the operations that wait; these say at least how many pages they have left."""
+        placement = self._control.placement
+        batches = placement.outgoing() | {number: placement.holders[number].outgoing() for number in numbers}
         try:
             _, answers = self._worker.announce_now(batches)
         except HolderFault as fault:  # the first batch meets it again, and handles it
             logger.warning("%s", fault)
             return
         self._control.answered(batches, answers)
-
-    # Draining.
-
-    def _empty(self, number: int) -> int:
-        running = self._control.scheduler.running
-        running.prefix_cache.clear()
-        self._flush()
-        moved = sum(self._move_sequence(sequence, number) for sequence in running.kept_by(number))
-        self._flush()
-        return moved
-
-    def _move_sequence(self, sequence: ScheduledSequence, number: int) -> int:
-        """How many tokens of a sequence moved: 0 where the others have no room, and it is computed again."""
-        gone = [share for share in sequence.layout if share.holder == number]
-        for layout in self._without(sequence, number):
-            if self._migration.move_now(sequence, layout):
-                return sum(max(0, min(sequence.computed, share.hi) - share.lo) for share in gone)
-        self._control.scheduler.admission.preempt(sequence)
-        return 0
-
-    def _without(self, sequence: ScheduledSequence, number: int) -> Iterator[Layout]:
-        """The other layouts of a sequence: its shares at that holder go to other holders, or all to the local pools."""
-        placement, room = self._control.placement, self._control.scheduler.ledger.unpromised()
-        layout: list[Share] = []
-        for share in sequence.layout:
-            other = placement.substitute(share, room) if share.holder == number else share
-            if other is not None:
-                layout.append(other)
-        if len(layout) == len(sequence.layout):
-            yield tuple(layout)
-        if local := placement.layout(sequence.longest, local=True):
-            yield local
-
-    def _flush(self) -> None:
-        """Have all waiting operations applied: closes free the room for moves."""
-        while (step := self._control.plan_operations()) is not None:
-            try:
-                _, answers = self._worker.announce_now(step.batches)
-            except HolderFault:
-                self._control.dropped(step)
-                raise
-            if (why := refusal(answers)) is not None:
-                self._control.dropped(step)
-                raise HolderFault(f"operations were refused: {why}")
-            self._control.accepted(step, answers)

@@ -40,6 +40,11 @@ class InFlight:
         """One batch more has begun."""
         self._lanes.append(lane)
 
+    @property
+    def holders(self) -> frozenset[int]:
+        """The holders that a batch under way concerns."""
+        return frozenset(number for lane in self._lanes for number in lane.step.batches)
+
     def rows(self, numbers: Collection[int] | None = None) -> list[PlannedRow]:
         """The rows of every batch that concerns one of these holders (None: of every batch)."""
         return [

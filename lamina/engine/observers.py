@@ -17,7 +17,7 @@ class BatchDone:
 
     `outputs` are by request id. `prompt_tokens` counts computed tokens of prompts, `sampled` the sampled tokens.
     `running` counts the sequences with KV, before the batch was recorded. `local_tokens` and `remote_tokens` are the
-    tokens of KV that it read in either tier (0 where there is one tier). `times` is what its attention took, `attended`
+    tokens of KV that it read in either tier. `times` is what its attention took, `attended`
     the seconds of attention of all batches so far, `now` its end by the engine's clock.
     """
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.completions import FinishReason
+from lamina.engine.masks import Advance, Masks
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.journal.resumption import Resumption
 from lamina.messages.engine_request import EngineOutput, EngineRequest, ignore_outputs, unwatched
@@ -19,7 +20,7 @@ from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory
 
 if TYPE_CHECKING:
-    from lamina.journal.history import KvLocation, RecoveredRequest
+    from lamina.journal.history import KvLocation, RecoveredHolder
     from lamina.journal.recorder import Recorder
     from lamina.scheduling.scheduler import Scheduler
     from lamina.text.structured_output import Constraint, Grammars
@@ -42,6 +43,7 @@ class RequestRegistry:
         self,
         scheduler: Scheduler,
         clock: Callable[[], float],
+        masks: Masks,
         grammars: Grammars | None = None,
         recorder: Recorder | None = None,
     ) -> None:
@@ -50,6 +52,7 @@ class RequestRegistry:
         self.constraints: dict[ScheduledSequence, Constraint] = {}
         self._scheduler = scheduler
         self._clock = clock
+        self._masks = masks
         self._recorder = recorder
         self._resumption = Resumption(recorder, scheduler, grammars)
 
@@ -94,16 +97,25 @@ class RequestRegistry:
         """The outputs of a complete batch; `reports` are the log probabilities of the sequences that sampled. Ends the
         samples that are complete by their constraint."""
         batch = Outputs({}, [])
+        followed = [
+            Advance(sequence, constraint, (token,))
+            for sequence, token, reason in outcomes
+            if reason != "stop" and (constraint := self.constraints.get(sequence)) is not None
+        ]
+        advanced = {each.sequence: each for each in self._masks.begin(followed, self._advanced)} if followed else {}
         for outcome in outcomes:
             sequence = outcome.sequence
             if sequence in self.histories:
                 self.histories[sequence].append(outcome.token)
             reason = outcome.finish_reason
-            if reason != "stop" and sequence in self.constraints:
-                try:
-                    reason = self._follow(sequence, outcome.token) or reason
-                except InvalidRequest as error:
-                    batch.strayed.append((self.requests[sequence.request.id], error))
+            if (advance := advanced.get(sequence)) is not None:
+                if advance.error is not None:
+                    batch.strayed.append((self.requests[sequence.request.id], advance.error))
+                elif advance.constraint.finished:
+                    self._scheduler.end(sequence, "stop")
+                    reason = "stop"
+            elif sequence.held and reason == "length":
+                reason = None  # it may be "stop": `_advanced` ends the sample
             output = EngineOutput(sequence.sample, outcome.token, reason, reports[sequence], at=now)
             batch.by_request.setdefault(sequence.request.id, []).append(output)
             if reason is not None:
@@ -146,6 +158,10 @@ class RequestRegistry:
             return
         if self._recorder is not None and not recorded:
             self._recorder.begun(request, known)
+        if known and request.constraints:
+            resumed = [Advance(s, self.constraints[s], known[s.sample]) for s in request.sequences if known[s.sample]]
+            for advance in self._masks.begin(resumed, self._advanced):
+                self._advanced(advance)
 
     def _follow_from(self, request: EngineRequest, sequence: ScheduledSequence) -> None:
         """Make the history and the constraint of a sample, from its tokens so far."""
@@ -156,9 +172,7 @@ class RequestRegistry:
             for token in tokens:
                 history.append(token)
         if request.constraints:
-            self.constraints[sequence] = constraint = request.constraints[sequence.sample]
-            for token in tokens:
-                constraint.advance(token)
+            self.constraints[sequence] = request.constraints[sequence.sample]
 
     def _take_up(self, request: EngineRequest) -> None:
         """A client comes back: send what it has not received, then what follows."""
@@ -178,7 +192,7 @@ class RequestRegistry:
         if missing and not self._deliver(request, missing):
             self.end(request, None, "abort")
 
-    def recover(self, found: Mapping[KvLocation, RecoveredRequest]) -> tuple[EngineRequest, ...]:
+    def recover(self, found: Mapping[KvLocation, RecoveredHolder]) -> tuple[EngineRequest, ...]:
         """Before `run`: go on with the unfinished requests of the previous engine, with the KV that was found. Returns
         them. A client that wants the outputs of one submits it again, with what it has received."""
         requests = []
@@ -244,14 +258,20 @@ class RequestRegistry:
                 request.prefilled = unwatched
         return computed
 
-    def _follow(self, sequence: ScheduledSequence, token: int) -> FinishReason | None:
-        """Advance a sample's constraint by its new token, and end the sample where no token may follow."""
-        constraint = self.constraints[sequence]
-        constraint.advance(token)
-        if not constraint.finished:
-            return None
-        self._scheduler.end(sequence, "stop")
-        return "stop"
+    def _advanced(self, advance: Advance) -> None:
+        """A constraint for which no batch waited has gone on: end its sample where no token may follow."""
+        sequence = advance.sequence
+        request = self.requests.get(sequence.request.id)
+        if request is None or self.constraints.get(sequence) is not advance.constraint:
+            self.forget(sequence)  # it has ended
+        elif advance.error is not None:
+            self.fail(request, advance.error)
+        elif reason := "stop" if advance.constraint.finished else sequence.ends_with(advance.tokens[-1]):
+            self._scheduler.end(sequence, reason)
+            self.forget(sequence)
+            if self._recorder is not None:
+                self._recorder.ended([sequence], reason)
+            self._publish(request, [EngineOutput(sequence.sample, None, reason, at=self._clock())])
 
     def _publish(self, request: EngineRequest, outputs: list[EngineOutput]) -> None:
         request.unfinished -= sum(output.finish_reason is not None for output in outputs)

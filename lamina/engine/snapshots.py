@@ -34,7 +34,7 @@ def take_snapshot(
         uptime=uptime,
         running=len(scheduler.running),
         waiting=scheduler.waiting,
-        lanes=control.lanes.count,
+        lanes=control.tuner.lanes,
         local_share=local_share,
         prefix_queries=counters.looked_up_tokens,
         prefix_hits=counters.found_tokens,
@@ -72,9 +72,9 @@ class _Names:
         self._names |= {number: names.get(number, f"rank-{rank}") for number, rank in self._others.items()}
 
     def pages(self, pages: Pages) -> dict[str, int]:
-        """Pages by name."""
+        """Pages by name, of all pools."""
         counts: Counter[str] = Counter()
-        for number, count in pages.items():
+        for (number, _), count in pages.items():
             if number in self._names:
                 counts[self._names[number]] += count
         return dict(counts)
@@ -87,33 +87,37 @@ class _Names:
         for number, link in sorted(self._links.items()):
             one = self._holder(number, link)
             for part in parts.pop(self._names[number], ()):
-                total, free = self._room(part)
-                one = replace(one, total_pages=one.total_pages + total, free_pages=one.free_pages + free)
+                one = _sum(one, self._holder(part, link))
             yield one
         for name, numbers in parts.items():
             for number in numbers:
                 yield self._holder(number, Link(name, "", "in process", True, 0, 0, 0.0, _NO_EXCHANGES))
 
     def _holder(self, number: int, link: Link) -> HolderSnapshot:
-        total, free = self._room(number)
+        holder, left = self._control.placement.holders[number], self._control.scheduler.ledger.free
+        pools = tuple((total, max(0, left.get((number, pool), 0))) for pool, total in enumerate(holder.pages))
         return HolderSnapshot(
             name=self._names[number],
             address=link.address,
             channel=link.channel,
             local=link.in_process,
-            total_pages=total,
-            free_pages=free,
+            total_pages=sum(total for total, _ in pools),
+            free_pages=sum(free for _, free in pools),
+            pools=pools if len(pools) > 1 else (),
             bytes_sent=link.bytes_sent,
             bytes_received=link.bytes_received,
             exchange_seconds=link.seconds,
             exchange_counts=link.counts,
-            keeps=number not in self._control.placement.prefill_pools,
+            keeps=self._control.placement.keeps(number),
         )
 
-    def _room(self, number: int) -> tuple[int, int]:
-        """All pages of a holder, and its free ones. A prefill pool that has not answered yet is free."""
-        control = self._control
-        total = control.placement.holders[number].pages
-        if number in control.placement.prefill_pools:
-            return total, max(0, control.prefill_free.get(number, total))
-        return total, max(0, control.scheduler.ledger.free.get(number, 0))
+
+def _sum(one: HolderSnapshot, part: HolderSnapshot) -> HolderSnapshot:
+    """One holder with the pages of both."""
+    pools = zip(one.pools, part.pools, strict=True)
+    return replace(
+        one,
+        total_pages=one.total_pages + part.total_pages,
+        free_pages=one.free_pages + part.free_pages,
+        pools=tuple((total + more, free + also) for (total, free), (more, also) in pools),
+    )

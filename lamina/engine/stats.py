@@ -82,5 +82,6 @@ def savings(step: Step, answers: Mapping[int, Announced]) -> dict[str, KvSavings
 
 
 def _sum(usages: list[Usage]) -> KvSavings:
-    columns = [[getattr(usage, name) for usage in usages] for name in KvSavings._fields]
+    # As floats: sums of integers that a holder makes up may be too large to be sent on.
+    columns = [[float(getattr(usage, name)) for usage in usages] for name in KvSavings._fields]
     return KvSavings(*map(sum, columns))._replace(worst=max(columns[KvSavings._fields.index("worst")]))

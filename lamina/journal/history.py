@@ -6,7 +6,7 @@ Pure: the same records give the same state. A running engine applies each record
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from lamina.journal.records import (
     SampleRecord,
     TriedRecord,
 )
-from lamina.scheduling.kv_shares import Share
-from lamina.scheduling.placement import Part
+from lamina.sampling_params import MAX_SAMPLES
+from lamina.scheduling.kv_shares import Part, Share
 from lamina.scheduling.request import RetainedKv
 from lamina_protocols.messages import PartHeld
 
@@ -125,6 +125,10 @@ class History:
             case RequestRecord(request, params, seed):
                 if request["id"] in self.requests:
                     raise ValueError(f"request {request['id']!r} begins twice")
+                if not 1 <= request["n"] <= MAX_SAMPLES:
+                    raise ValueError(
+                        f"request {request['id']!r} has {request['n']} samples, allowed: 1 to {MAX_SAMPLES}"
+                    )
                 self._forget(request["id"])
                 samples = [KnownSample() for _ in range(request["n"])]
                 self.requests[request["id"]] = KnownRequest(request, params, seed, samples)
@@ -197,13 +201,14 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
-class RecoveredRequest:
+class RecoveredHolder:
     """What one holder keeps of the previous engine: its number in the new one, the first head of its rank among all
-    heads, and its parts by handle."""
+    heads, by pool, its parts by handle, and the pools of states."""
 
     number: int
-    first_head: int
+    first_heads: tuple[int, ...]
     parts: Mapping[int, PartHeld]
+    states: Container[int] = ()
 
 
 class Adoption(NamedTuple):
@@ -213,24 +218,27 @@ class Adoption(NamedTuple):
     parts: tuple[Part, ...]
 
 
-def adoption(sample: KnownSample, prompt: int, found: Mapping[KvLocation, RecoveredRequest]) -> Adoption | None:
+def adoption(sample: KnownSample, prompt: int, found: Mapping[KvLocation, RecoveredHolder]) -> Adoption | None:
     """What is still there of the KV of a sample with `prompt` tokens in its prompt. Missing shares have the holder
     GONE, and are taken over like those of a lost holder. None where the sample must be computed from its start."""
     computed = min(sample.computed, prompt + len(sample.tokens) - 1)
     there: list[tuple[Share, int, PartHeld | None]] = []
-    for address, rank, handle, heads, lo, hi in sample.parts:
+    states: list[tuple[int, int]] = []  # after how many tokens each part of states has them
+    for address, rank, handle, pool, heads, lo, hi in sample.parts:
         holder = found.get(KvLocation(address, rank))
         part = holder.parts.get(handle) if holder is not None else None
-        if holder is not None and part is not None:
-            local = tuple(head - holder.first_head for head in heads)
+        if holder is not None and part is not None and part.pool == pool < len(holder.first_heads):
+            local = tuple(head - holder.first_heads[pool] for head in heads)
             if (part.heads, part.lo, part.hi) == (local, lo, hi):
-                there.append((Share(holder.number, heads, lo, hi), handle, part))
+                there.append((Share(holder.number, heads, lo, hi, pool), handle, part))
+                if pool in holder.states:
+                    states.append((part.held, part.floor))
                 continue
-        there.append((Share(GONE, heads, lo, hi), 0, None))
+        there.append((Share(GONE, heads, lo, hi, pool), 0, None))
     parts = [(share, part) for share, _, part in there if part is not None]
     computed = min([computed, *(part.held for share, part in parts if part.held < share.hi)])
     floor = max((part.floor for _, part in parts), default=0)
-    if not parts or computed < max(1, floor):
+    if not parts or computed < max(1, floor) or any(computed not in at for at in states):
         return None
     layout: list[Share] = []
     kept: list[Part] = []

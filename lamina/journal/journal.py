@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,15 +21,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import msgpack
 
-from lamina.errors import JournalError
+from lamina.errors import JournalError, LaminaError
 from lamina.journal.history import History
-from lamina.journal.records import Record, from_plain, to_plain
+from lamina.journal.records import Record, RequestRecord, from_plain, to_plain
+from lamina.messages.request_codec import decode_request
 from lamina.system.private_folder import check_own, lock
 from lamina_protocols.control import package_version
 
 logger = logging.getLogger("lamina")
 
-FORMAT = 1
+FORMAT = 2
 MAX_RECORD = 1 << 28  # bytes
 NAME = "journal"
 _MAGIC = b"lamina journal\r\n"  # a transfer that changes line ends is noticed
@@ -162,8 +164,12 @@ class Journal:
         self._compact_at = max(_GROWN, _FACTOR * size)
 
     def _read(self) -> None:
-        with os.fdopen(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
-            check_own(os.fstat(file.fileno()))
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # the last: a pipe is not waited for
+        with os.fdopen(os.open(self._path, flags), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError("it is no regular file")
+            check_own(facts)
             records = _records(file, self._path)
             first = next(records, None)
             if first is None:  # its first write was cut
@@ -172,13 +178,18 @@ class Journal:
             self._check(header, offset)
             for offset, plain in records:
                 try:
-                    self.history.apply(from_plain(plain))
-                except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                    record = from_plain(plain)
+                    if isinstance(record, RequestRecord):
+                        decode_request(*record)  # raises where it is no request of this version
+                    self.history.apply(record)
+                except (LaminaError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                     raise _damaged(self._path, offset, f"a record that does not fit: {error}") from error
 
     def _check(self, header: tuple[Any, ...], offset: int) -> None:
         match header:
-            case ("journal", int(form), str(), dict(facts), str(engine), str(starts)) if starts.isdecimal():
+            case ("journal", int(form), str(), dict(facts), str(engine), str(starts)) if (
+                len(starts) == 10 and starts.isdecimal()
+            ):
                 if form != FORMAT:
                     raise JournalError(f"the journal {self._path} has format {form}; this version reads {FORMAT}")
                 for name, value in asdict(self._facts).items():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.completions import FinishReason
-from lamina.journal.history import Adoption, KnownRequest, KvLocation, RecoveredRequest, adoption
+from lamina.journal.history import Adoption, KnownRequest, KvLocation, RecoveredHolder, adoption
 from lamina.journal.records import (
     BatchRecord,
     BatchRow,
@@ -27,7 +27,8 @@ from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
     from lamina.journal.journal import Journal
-    from lamina.scheduling.placement import Part, Placement
+    from lamina.scheduling.kv_shares import Part
+    from lamina.scheduling.placement import Placement
     from lamina.scheduling.request import Plan, ScheduledSequence
     from lamina_protocols.messages import Surveyed
 
@@ -77,7 +78,7 @@ class Recorder:
             if output is None and sequence.finish_reason is not None:  # it ended meanwhile
                 self._parts.pop(sequence, None)
                 continue
-            if output is None or output.finish_reason is None:
+            if output is None or output.finish_reason is sequence.finish_reason is None:
                 self._keep(sequence, row.handle)
             else:
                 self._parts.pop(sequence, None)
@@ -94,8 +95,9 @@ class Recorder:
             return
         self._parts[sequence] = parts
         held = tuple(
-            HeldPart(*self._place(part.share.holder), part.handle, part.share.heads, part.share.lo, part.share.hi)
+            HeldPart(*self._place(share.holder), part.handle, share.pool, share.heads, share.lo, share.hi)
             for part in parts
+            for share in (part.share,)
         )
         self._journal.append(KeptRecord(sequence.request.id, sequence.sample, held))
 
@@ -157,7 +159,7 @@ class Recorder:
         self._journal.history.unclaimed.update(requests)
         return [(decode_request(known.request, known.params, known.seed), known) for known in list(requests.values())]
 
-    def adopt(self, known: KnownRequest, found: Mapping[KvLocation, RecoveredRequest]) -> dict[int, Adoption]:
+    def adopt(self, known: KnownRequest, found: Mapping[KvLocation, RecoveredHolder]) -> dict[int, Adoption]:
         """Take up what holders still have of the KV of its unfinished samples. Returns that, by sample."""
         prompt = len(known.request["prompt"])
         adoptions = {
@@ -173,11 +175,11 @@ class Recorder:
 
 def found(
     surveys: Mapping[int, Surveyed], placement: Placement, address: Callable[[int], str]
-) -> dict[KvLocation, RecoveredRequest]:
+) -> dict[KvLocation, RecoveredHolder]:
     """What surveyed holders keep, by their location."""
     return {
-        KvLocation(address(number), placement.holders[number].rank): RecoveredRequest(
-            number, placement.first_head(number), {part.handle: part for part in surveyed.parts}
+        KvLocation(address(number), placement.holders[number].rank): RecoveredHolder(
+            number, placement.first_heads(number), {part.handle: part for part in surveyed.parts}, placement.states
         )
         for number, surveyed in surveys.items()
     }

@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from lamina_protocols.fields import shown
+
 
 class HeldPart(NamedTuple):
     """A part of a sequence at a holder: the address of the holder's process ("" in the engine's own), the model worker
-    that it serves, the part's handle there, its KV heads among those of all ranks, and its positions [lo, hi)."""
+    that it serves, the part's handle and pool there, its KV heads among those of all ranks, and its positions [lo, hi).
+    """
 
     address: str
     rank: int
     handle: int
+    pool: int
     heads: tuple[int, ...]
     lo: int
     hi: int
@@ -112,7 +116,7 @@ def from_plain(plain: tuple[Any, ...]) -> Record:
     """The record of a tuple that was read. Raises ValueError or TypeError for anything else."""
     kind = _KINDS.get(plain[0]) if plain and isinstance(plain[0], str) else None
     if kind is None:
-        raise ValueError(f"a record of an unknown kind: {plain!r:.80}")
+        raise ValueError(f"a record of an unknown kind: {shown(plain)}")
     record = kind(*plain[1:])
     if isinstance(record, BatchRecord):
         return BatchRecord(tuple(BatchRow(*row) for row in record.rows))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import LaminaError
-from lamina.journal.history import GONE, KvLocation, RecoveredRequest
+from lamina.journal.history import GONE, KvLocation, RecoveredHolder
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.scheduling.blame import TRIES
 from lamina.scheduling.request import RetainedKv
@@ -49,7 +49,7 @@ class Resumption:
         """Whether no client has come for a request: then it stays in the journal, however the engine ends."""
         return request.id in self._unclaimed
 
-    def unfinished(self, found: Mapping[KvLocation, RecoveredRequest]) -> Iterator[Begun]:
+    def unfinished(self, found: Mapping[KvLocation, RecoveredHolder]) -> Iterator[Begun]:
         """The journal's requests. The caller queues each one before it takes the next."""
         if self._recorder is None:
             return

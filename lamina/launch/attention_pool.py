@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,8 @@ from lamina.launch.model_files import ModelFiles
 from lamina.scheduling.holder import Holder
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address
-from lamina_protocols.messages import HolderConfig, Surveyed
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Surveyed
 from lamina_protocols.service import WorkerUnreachable
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Seat
@@ -42,8 +45,8 @@ LOCAL = 0  # the number of the holder in the engine's own process
 class AttentionPool:
     """The attention workers of one engine: `begin`, `join`, `watch`, `close`, in this order.
 
-    `holder` is what the holders of rank 0 are built from, `heads` how many KV heads each rank has, `model` the model's
-    fingerprint.
+    `holder` is what the holders of rank 0 are built from, `model` the model's fingerprint. Each rank gets its part of
+    the workers' memory by its number of KV heads in `heads`.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class AttentionPool:
         self._compute_dtype = compute_dtype
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="lamina-connect")
         self._started: Future[tuple[WorkerAddress, ...]] | None = None
+        self._lock = threading.Lock()
         self._ports: list[RemoteAttention] = []
 
     def begin(self, progress: Progress | None) -> None:
@@ -105,7 +109,8 @@ class AttentionPool:
             raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
     def watch(self, engine: Engine) -> None:
-        """Notify the engine from now on of workers that join and leave."""
+        """Notify the engine from now on of workers that join and leave. They are connected to on threads of their own:
+        a handshake may take long, and the thread of the events starts other workers again."""
 
         def joined(worker: WorkerAddress) -> None:
             try:
@@ -116,7 +121,11 @@ class AttentionPool:
                 return
             engine.join(port, seated(own), worker.credentials)
 
-        self.workers.watch(joined, engine.leave)
+        self.workers.watch(lambda worker: self._run(joined, worker), engine.leave)
+
+    def _run(self, do: Callable[[WorkerAddress], None], worker: WorkerAddress) -> None:
+        with contextlib.suppress(RuntimeError):  # the pool is closed
+            self._threads.submit(do, worker)
 
     def close(self) -> None:
         """Close the ports to all workers, and end those workers that were started here."""
@@ -149,7 +158,8 @@ class AttentionPool:
             ),
         )
         self._credentials[port.name] = worker.credentials
-        self._ports = [*(known for known in self._ports if not known.closed), port]
+        with self._lock:
+            self._ports = [*(known for known in self._ports if not known.closed), port]
         return port
 
     def _seat(self, port: RemoteAttention) -> Seat:
@@ -168,7 +178,9 @@ def connect_attention(
     workers = workers or _workers(config, sizes)
     if workers is None:
         return None
-    return AttentionPool(workers, config, sizes.ranks[0], files.fingerprint, sizes.dtype_name, identity, sizes.heads)
+    return AttentionPool(
+        workers, config, sizes.ranks[0], files.fingerprint, sizes.dtype_name, identity, sizes.first_heads
+    )
 
 
 def _workers(config: EngineConfig, sizes: Sizes) -> AttentionWorkers | None:

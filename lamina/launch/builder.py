@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,32 +21,30 @@ from lamina.deploy.local_models import LocalModelWorkers
 from lamina.deploy.worker_events import AttentionWorkers, ModelWorkerProcesses
 from lamina.engine.engine import Engine
 from lamina.engine.failures import FailureReports, unlost
-from lamina.errors import InvalidRequest
+from lamina.errors import InvalidRequest, UnsupportedModelError
 from lamina.journal.journal import Journal, Run
 from lamina.journal.recorder import Recorder
 from lamina.launch.attention_pool import LOCAL, AttentionPool, connect_attention
 from lamina.launch.journal_setup import Identity, identify, open_journal, recover
-from lamina.launch.kv_sizing import Sizes, check_room, divided, size_kv
+from lamina.launch.kv_sizing import Sizes, check_room, indexed_pools, size_kv
 from lamina.launch.model_files import ModelFiles, load
 from lamina.launch.model_pool import ModelWorkerPool, begins
+from lamina.launch.unused_options import unused_options
 from lamina.messages.engine_request import EngineRequest, unwatched
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.lane_tuner import LaneTuner
-from lamina.scheduling.local_share import LocalShare
-from lamina.scheduling.order_tuner import OrderTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SchedulerConfig
+from lamina.scheduling.step_tuner import StepTuner
 from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer
-from lamina_protocols.messages import HolderConfig, Surveyed
+from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_worker.device_worker import attention_worker
-from lamina_workers.attention_worker.page_layout import page_count
+from lamina_workers.attention_worker.page_layout import page_counts
+from lamina_workers.converted.decoder import ConvertedDecoder
+from lamina_workers.converted.models import Weights, decoder_of
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.decoder_weights import DecoderWeights
-from lamina_workers.decoder.graphs import sliced
-from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.shard import Shard
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.model_worker import ModelWorker
@@ -54,11 +52,10 @@ from lamina_workers.model_worker.warmup import prepare_kernels
 from lamina_workers.parallel.peers import Peer
 from lamina_workers.parallel.replicas import PipelineReplicas
 from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers
-from lamina_workers.ports.port import AttentionPort, LocalAttention
+from lamina_workers.ports.port import LocalAttention
 
 logger = logging.getLogger("lamina")
 
-HERE = 1  # the number of the holder that keeps whole sequences in the engine's process
 AUTO_LANES = 3  # the most that are tried: with more, too few sequences share each reading of the weights
 
 
@@ -117,10 +114,7 @@ class Runtime:
         self.tokenizer.close()
 
     def drain(self, worker: str) -> int:
-        """Move an attention worker's KV to the others and let it go. Returns how many tokens moved.
-
-        Raises InvalidRequest for an unknown worker or the last one, EngineError where it could not be done.
-        """
+        """Move an attention worker's KV to the others, and let it go. Returns and raises what `Drains.begin` says."""
         return self.engine.drain(worker).result()
 
 
@@ -177,6 +171,8 @@ def _build(
     files = load(name, config, progress)
     sizes = size_kv(files, config, this_machine())
     torch.set_num_threads(sizes.own_threads)
+    for said in unused_options(config, sizes.holder):
+        logger.warning("%s", said)
     with ExitStack() as undo:
         journal = open_journal(config, files.fingerprint, sizes.holder, run)
         if journal is not None:
@@ -225,12 +221,17 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
     EngineError where workers do not start, InvalidRequest where the KV memory is too small."""
     prepare_kernels(sizes.ranks[0], sizes.dtype, (sizes.device, sizes.attention_device), progress)
     weights = files.weights(sizes.dtype, sizes.device, Shard(0, config.ranks), progress)
-    fused = _fused_holders(sizes, config, pools.attention is not None)
-    worker = _model_workers(files, sizes, pools, config, fused, weights)
-    holders = dict(fused.holders)
+    worker = _model_workers(files, sizes, pools, config, weights)
+    holders = {
+        rank: Holder(page_counts(holder, sizes.attention_device), fused=True, rank=rank)
+        for rank, holder in enumerate(sizes.ranks)
+    }
+    local_pools = () if pools.attention is None else tuple(holders)
+    states = sizes.limits.states
+    local_tier = bool(local_pools) and config.local_share != 0 and config.model_workers == 1
     kept: dict[int, Surveyed] = {}
     if pools.attention is not None:
-        for number, name, holder, surveyed in pools.attention.join(worker, 2 * config.ranks):
+        for number, name, holder, surveyed in pools.attention.join(worker, len(holders)):
             holder.name, holders[number] = name, holder
             if surveyed is not None:
                 kept[number] = surveyed
@@ -239,17 +240,15 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
         heads=sizes.heads,
         page_size=config.page_size,
         max_model_len=sizes.limits.max_model_len,
-        layers=len({spec.kv_layer for spec in sizes.holder.layers}),
         shard=config.shard,
-        prefill_pools=() if pools.attention is None else tuple(range(config.ranks)),
-        local_pools=(HERE,) if HERE in fused.ports else (),
+        local_pools=local_pools,
+        local_tier=local_tier,
+        states=states,
+        indexed=indexed_pools(sizes.holder),
     )
-    share = LocalShare(None if config.local_share == "auto" else float(config.local_share))
-    control = ControlPlane(
-        sizes.limits, placement, _lanes(config, pools.attention), share, _order(config, pools.attention)
-    )
+    control = ControlPlane(sizes.limits, placement, _tuner(config, pools.attention is not None, local_tier))
     possible = control.scheduler.admission.longest_possible()
-    check_room(config, sizes.holder, possible)
+    check_room(config, sizes, placement, possible)
     prefix = "" if pools.journal is None else f"{pools.journal.starts}-"  # ids are never used again
     inputs = InputProcessor(
         files.tokenizer, sizes.limits.max_model_len, possible, files.model.vocab_size, files.generation_config, prefix
@@ -277,64 +276,40 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class _FusedHolders:
-    """The holders in the processes of model workers, by number; `ports` are to those in this process. `config` is what
-    the prefill pool here is built from."""
-
-    config: HolderConfig
-    ports: Mapping[int, AttentionPort]
-    holders: Mapping[int, Holder]
-
-
-def _fused_holders(sizes: Sizes, config: EngineConfig, beside_others: bool) -> _FusedHolders:
-    """`beside_others`: there are attention workers. Prompts are then read from the local holder while they fit, and
-    another holder here may keep whole sequences; else the local holder keeps everything."""
-    device = sizes.attention_device
-    own, local = divided(config, sizes.ranks[0]) if beside_others else (sizes.ranks[0], None)
-    ports: dict[int, AttentionPort] = {LOCAL: LocalAttention(attention_worker(own, sizes.own_threads, device))}
-    holders = {
-        rank: Holder(page_count(holder, device), fused=True, rank=rank)
-        for rank, holder in enumerate([own, *sizes.ranks[1:]])
-    }
-    if local is not None:
-        ports[HERE] = LocalAttention(attention_worker(local, sizes.own_threads, device), "here")
-        holders[HERE] = Holder(page_count(local, device), fused=True)
-    return _FusedHolders(own, ports, holders)
-
-
 def _model_workers(
-    files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig, fused: _FusedHolders, weights: DecoderWeights
+    files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig, weights: Weights
 ) -> Workers[Peer]:
     """All model workers as one, once those in other processes are ready."""
     group = None
     if pools.models is not None and config.replicas == 1:
         group = pools.models.group(sizes.device, config.worker_timeout)
     with torch.inference_mode():
-        decoder = Decoder(files.model, weights, Shard(0, config.ranks), None if group is None else group.form())
-    decoder = sliced(decoder, config.compile)
+        collective = None if group is None else group.form()
+        decoder = decoder_of(files.model, weights, Shard(0, config.ranks), collective, config.compile)
     epoch = pools.identity.past_epochs + 1
-    own = ModelWorker(decoder, fused.config, fused.ports, sizes.own_threads, config.worker_timeout, epoch=epoch)
+    holder = sizes.ranks[0]
+    here = {LOCAL: LocalAttention(attention_worker(holder, sizes.own_threads, sizes.attention_device))}
+    own = ModelWorker(decoder, holder, here, sizes.own_threads, config.worker_timeout, epoch=epoch)
     if group is not None:
         others = {rank: rank for rank in range(1, config.ranks)}
-        return TensorParallelWorkers(own, decoder, group, pools=others, heads=sizes.heads, config=fused.config)
+        return TensorParallelWorkers(own, decoder, group, pools=others, heads=sizes.first_heads, config=holder)
     if pools.models is not None:
+        if isinstance(decoder, ConvertedDecoder) and not decoder.in_slices:
+            name, asked = files.model.architecture, config.replicas
+            raise UnsupportedModelError(f"{name} is not cut into slices, so it runs on 1 replica, not {asked}")
         peers = pools.models.peers()
-        return PipelineReplicas(own, peers, here=fused.ports, config=fused.config, patience=config.worker_timeout)
+        return PipelineReplicas(own, peers, here=here, config=holder, patience=config.worker_timeout)
     return own
 
 
-def _lanes(config: EngineConfig, attention: AttentionPool | None) -> LaneTuner:
-    if config.ranks > 1:
-        return LaneTuner(1)
+def _tuner(config: EngineConfig, beside_others: bool, local_tier: bool) -> StepTuner:
+    """`beside_others`: there are attention workers; without them nothing is waited for, so one lane is enough, and
+    everything is stored and attended in one call. `local_tier`: whole sequences may stay in this process."""
+    lanes: Sequence[int] = range(1, config.replicas + 2 if config.replicas > 1 else AUTO_LANES + 1)
+    if config.ranks > 1 or not beside_others:
+        lanes = (1,)
     if isinstance(config.lanes, int):
-        return LaneTuner(config.lanes)
-    if config.replicas > 1:
-        return LaneTuner(1, config.replicas + 1, config.replicas)
-    return LaneTuner(1) if attention is None else LaneTuner(1, AUTO_LANES)  # nothing to wait for in this process
-
-
-def _order(config: EngineConfig, attention: AttentionPool | None) -> OrderTuner:
-    if attention is None:  # everything is stored and attended in one call
-        return OrderTuner()
-    return OrderTuner(config.query_first == "auto", fused=config.query_first != "always")
+        lanes = (config.lanes,)
+    share = (None if config.local_share == "auto" else float(config.local_share)) if local_tier else 0.0
+    orders = {"auto": (True, False), "never": (True,), "always": (False,)}[config.query_first]
+    return StepTuner(lanes, share, orders if beside_others else (True,), config.replicas)

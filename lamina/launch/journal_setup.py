@@ -14,7 +14,8 @@ from lamina.journal.journal import Facts, Journal, Run
 from lamina.journal.recorder import Recorder, found
 from lamina.messages.engine_request import EngineRequest
 from lamina.scheduling.placement import Placement
-from lamina_protocols.messages import HolderConfig, Surveyed
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Surveyed
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.parallel.peers import Peer
 
@@ -77,7 +78,7 @@ def recover(
         [past, *(part.handle for each in journal.history.requests.values() for s in each.samples for part in s.parts)]
     )
     # A holder that claims absurd numbers may refuse new ones: all others would refuse any that are larger still.
-    placement.number_parts_from(max([known, *(handle for handle in handles if handle < known + _PARTS)]))
+    placement.number_from(0, max([known, *(handle for handle in handles if handle < known + _PARTS)]))
     worker.begin_after(max([past, *(epoch for epoch in epochs if epoch < past + _EPOCHS)]))
     handles = [sample.handle for each in journal.history.requests.values() for sample in each.samples]
     unfinished = engine.recover(found(surveys, placement, worker.address), max(handles, default=0))

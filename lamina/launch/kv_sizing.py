@@ -13,19 +13,23 @@ from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.launch.model_files import ModelFiles
 from lamina.policy_file import head_policies
-from lamina.scheduling.request import PageGroup, SchedulerConfig
+from lamina.scheduling.placement import Placement
+from lamina.scheduling.request import SNAPSHOT_TOKENS, PageGroup, SchedulerConfig
 from lamina.system.machine import Machine, kv_share, native_dtype
-from lamina_protocols.messages import HolderConfig
+from lamina_protocols.layers import STATES, HolderConfig, LayerSpec
+from lamina_protocols.pools import pools
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.shard import RankShape, Shard, rank_shape
+from lamina_workers.decoder.shard import Shard, heads_of
 from lamina_workers.devices.available import find_each, memory_available
+from lamina_workers.errors import PolicyError, RanksError
 from lamina_workers.policies.policy import Policy
 
 DEFAULT_BATCH_TOKENS = 1024
 MAX_SEQUENCES = 256  # in one batch
+SEQUENCE_TOKENS = 4096  # of a usual sequence, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +61,14 @@ class Sizes:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def heads(self) -> list[int]:
-        """How many KV heads each rank has."""
-        return [holder.layers[0].kv_heads for holder in self.ranks]
+    def heads(self) -> list[tuple[int, ...]]:
+        """How many KV heads each rank has, by pool."""
+        return [tuple(pool.config.layers[0].kv_heads for pool in pools(holder)) for holder in self.ranks]
+
+    @property
+    def first_heads(self) -> list[int]:
+        """How many KV heads each rank has in the first pool: so its seats share the memory of attention workers."""
+        return [heads[0] for heads in self.heads]
 
 
 def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
@@ -71,11 +80,31 @@ def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
     devices, attention = _model_devices(config), attention_devices(config)
     dtype = _dtype(config.dtype, devices[0], machine)
     holder = holder_config(files.path, files.model, config, dtype, machine)
-    for device in attention:
-        HeadPolicies.of(holder).check(device)
+    _check_shard(config, holder)
+    for pool in pools(holder):
+        if pool.config.layers[0].kind not in STATES:
+            for device in attention:
+                HeadPolicies.of(pool.config).check(device)
     limits = limits_of(config, files.model, holder, machine)
-    ranks = _rank_holders(holder, files.model, config.ranks)
+    ranks = _rank_holders(holder, config.ranks)
     return Sizes(dtype, devices, attention[0], threads, own_threads, holder, ranks, limits)
+
+
+def _check_shard(config: EngineConfig, holder: HolderConfig) -> None:
+    workers = config.attention_workers
+    count = workers if isinstance(workers, int) else len(workers)
+    indexed = indexed_pools(holder)
+    if config.shard == "heads" and count > 1 and all(spec.kv_heads == 1 for spec in holder.layers):
+        allowed = "is" if indexed else "are shard='sequence', or"
+        raise InvalidRequest(
+            f"shard is 'heads' with {count} attention_workers, but the model has one KV head, which cannot be cut; "
+            f"allowed {allowed} one attention worker"
+        )
+    if config.shard != "heads" and indexed:
+        raise InvalidRequest(
+            f"shard is {config.shard!r}, but an index of the model's own chooses among all keys of a sequence, which "
+            "must be in one place for it; allowed is shard='heads'"
+        )
 
 
 def _model_devices(config: EngineConfig) -> tuple[torch.device, ...]:
@@ -102,16 +131,36 @@ def holder_config(
     copies = model.kv_copies
     plain = replace(model, num_key_value_heads=model.num_key_value_heads // copies, kv_copies=1)
     if (policies := head_policies(config.policy, plain, fingerprint(path))) is not None:
+        of_attention = iter(policies)
         layers = tuple(
-            replace(spec, policies=tuple(text for text in texts for _ in range(copies)))
-            for spec, texts in zip(layers, policies, strict=True)
+            spec if spec.kind in STATES else replace(spec, policies=_of_heads(spec, next(of_attention), copies))
+            for spec in layers
+        )
+    elif any(spec.index for spec in layers):  # what is read is counted where a policy is named: in all layers or none
+        layers = tuple(
+            spec if spec.kind in STATES else replace(spec, policies=("full",) * spec.kv_heads) for spec in layers
         )
     return HolderConfig(
         layers=layers,
         page_size=config.page_size,
         dtype=str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype,
         kv_memory=config.kv_memory if isinstance(config.kv_memory, int) else _kv_share(config, machine),
+        sequence_tokens=config.sequence_tokens
+        or min(config.max_model_len or model.max_position_embeddings, SEQUENCE_TOKENS),
     )
+
+
+def _of_heads(spec: LayerSpec, texts: tuple[str, ...], copies: int) -> tuple[str, ...]:
+    """The policies of a layer's KV heads, each of which there are `copies` of: `texts`, or where the layer has another
+    number of heads the one of all."""
+    texts = tuple(text for text in texts for _ in range(copies))
+    if spec.kv_heads == len(texts):
+        return texts
+    if len(set(texts)) > 1:
+        raise PolicyError(
+            f"policies of {len(texts)} KV heads for a layer of {spec.kv_heads}; allowed there is one for all"
+        )
+    return texts[:1] * spec.kv_heads
 
 
 def _kv_share(config: EngineConfig, machine: Machine) -> int:
@@ -125,36 +174,40 @@ def _kv_share(config: EngineConfig, machine: Machine) -> int:
     return min(shares)
 
 
-def _rank_holders(holder: HolderConfig, model: ModelConfig, ranks: int) -> tuple[HolderConfig, ...]:
-    """What the holders of each rank are built from: its own heads of every layer, and its part of the memory. `model`
-    is from `with_ranks`."""
+def _rank_holders(holder: HolderConfig, ranks: int) -> tuple[HolderConfig, ...]:
+    """What the holders of each rank are built from: its own heads of every layer, and its part of the memory. Raises
+    RanksError where a rank would have no head of a layer, or layers would share a pool at some ranks alone."""
     if ranks == 1:
         return (holder,)
-    return tuple(_rank_holder(holder, model, rank_shape(model, Shard(rank, ranks))) for rank in range(ranks))
+    fewest = min(spec.key_heads or spec.kv_heads for spec in holder.layers)
+    if fewest < ranks:
+        raise RanksError(f"the model cannot be cut among {ranks} ranks: a layer has {fewest} KV heads")
+    holders = tuple(_rank_holder(holder, Shard(rank, ranks)) for rank in range(ranks))
+    if any([pool.layers for pool in pools(each)] != [pool.layers for pool in pools(holder)] for each in holders):
+        raise RanksError(
+            f"the model's layers cannot be cut evenly among {ranks} ranks: their numbers of KV heads differ"
+        )
+    return holders
 
 
-def _rank_holder(holder: HolderConfig, model: ModelConfig, shape: RankShape) -> HolderConfig:
-    own = shape.kv_heads
-    layers = tuple(
-        replace(spec, heads=len(shape.heads), kv_heads=len(own), policies=spec.policies[own.start : own.stop])
-        for spec in holder.layers
-    )
-    return replace(holder, layers=layers, kv_memory=holder.kv_memory * len(own) // model.num_key_value_heads)
-
-
-def divided(config: EngineConfig, holder: HolderConfig) -> tuple[HolderConfig, HolderConfig | None]:
-    """The memory of the engine's process in two: for prompts that are being computed, and for whole sequences, None
-    where none are kept here.
-
-    Whole sequences get three quarters because they stay until they end. A prompt that finds no room is read from the
-    holders that keep it.
-    """
-    prompts = holder.kv_memory // 4
-    heads = tuple(range(holder.layers[0].kv_heads))
-    least = sum(group.cells(heads) for group in page_groups(holder)) * page_cost(holder)
-    if config.local_share == 0 or config.model_workers > 1 or prompts < least:
-        return holder, None
-    return replace(holder, kv_memory=prompts), replace(holder, kv_memory=holder.kv_memory - prompts)
+def _rank_holder(holder: HolderConfig, shard: Shard) -> HolderConfig:
+    layers = []
+    for spec in holder.layers:
+        per_key = spec.kv_heads // spec.key_heads if spec.key_heads else 1  # heads of one key stay together
+        own = heads_of(spec.kv_heads // per_key, shard)
+        heads = slice(own.start * per_key, own.stop * per_key)
+        layers.append(
+            replace(
+                spec,
+                heads=len(own) * per_key * spec.group,
+                kv_heads=len(own) * per_key,
+                key_heads=len(own) if spec.key_heads else 0,
+                policies=spec.policies[heads],
+                decays=spec.decays[heads],
+            )
+        )
+    memory = holder.kv_memory * layers[0].kv_heads // holder.layers[0].kv_heads
+    return replace(holder, layers=tuple(layers), kv_memory=memory)
 
 
 def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, machine: Machine) -> SchedulerConfig:
@@ -164,41 +217,77 @@ def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, ma
     asked = config.max_model_len
     if asked is not None and asked > context:
         raise InvalidRequest(f"max_model_len is {asked}; the model's context is {context} (see rope_scaling)")
-    page_bytes = page_cost(holder)
-    groups = page_groups(holder)
-    least = sum(group.cells(tuple(range(model.num_key_value_heads))) for group in groups) * page_bytes
+    least = _least_memory(holder)
     on_cpu = any(device.type == "cpu" for device in attention_devices(config))
     most = machine.memory if machine.memory and on_cpu else 1 << 50
     if not least <= holder.kv_memory <= most:
-        raise InvalidRequest(
-            f"kv_memory is {holder.kv_memory} bytes; allowed are {least} (a page for each layer and KV head) to {most}"
-        )
+        what = "a page for each layer and KV head" + (", two records of each state" if state_pools(holder) else "")
+        raise InvalidRequest(f"kv_memory is {holder.kv_memory} bytes; allowed are {least} ({what}) to {most}")
+    prefix_cache = config.prefix_cache and not _keys_depend_on_length(model, asked or context)
+    states = state_pools(holder)
     return SchedulerConfig(
         max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
         max_sequences=min(MAX_SEQUENCES, config.max_batch_tokens or MAX_SEQUENCES),
         max_model_len=asked or context,
         page_size=config.page_size,
-        page_groups=groups,
-        prefix_cache=config.prefix_cache and not _keys_depend_on_length(model, asked or context),
+        page_groups=page_groups(holder),
+        prefix_cache=prefix_cache,
+        states=states,
+        snapshot_tokens=max(SNAPSHOT_TOKENS, config.page_size) if states and prefix_cache else None,
     )
 
 
-def check_room(config: EngineConfig, holder: HolderConfig, possible: int) -> None:
+def _least_memory(holder: HolderConfig) -> int:
+    """The least `kv_memory` of which every pool gets a page for each layer and head, or two records of each state."""
+    groups, states = page_groups(holder), state_pools(holder)
+    least = 0
+    for number, pool in enumerate(pools(holder)):
+        heads = tuple(range(pool.config.layers[0].kv_heads))
+        cells = sum(group.cells(heads) for group in groups[number]) + 2 * states.get(number, 0) * len(heads)
+        needed = cells * page_cost(pool.config)
+        least = max(least, -(-needed * holder.kv_memory // max(1, pool.config.kv_memory)))
+    return least
+
+
+def check_room(config: EngineConfig, sizes: Sizes, placement: Placement, possible: int) -> None:
     """Raise InvalidRequest where sequences cannot be as long as the config asks: `possible` tokens of one can have
     KV."""
-    asked = config.max_model_len
+    asked, holder = config.max_model_len, sizes.holder
     if possible < 1:
-        raise InvalidRequest(f"kv_memory of {holder.kv_memory} bytes holds not one token")
+        needed, there = sizes.limits.pages_for(placement.layout(1), 1), placement.capacity
+        number, pool = at = min(there.short_of(needed))
+        own = pools(holder)[pool].config
+        has, takes = there.get(at, 0) * page_cost(own), needed[at] * page_cost(own)
+        raise InvalidRequest(
+            f"{placement.holders[number].name or 'this process'} has {has} bytes for {own.layers[0].kind} layers, and "
+            f"one token takes {takes} there; allowed is a larger kv_memory, or more attention workers"
+        )
     if asked is not None and asked > possible:
         where = "kv_memory of" if not config.attention_workers else "the attention workers, with kv_memory of"
         raise InvalidRequest(f"max_model_len is {asked}; {where} {holder.kv_memory} bytes holds {possible} tokens")
 
 
-def page_groups(holder: HolderConfig) -> tuple[PageGroup, ...]:
-    """The pages that one sequence needs, as groups of layers and heads under the same policy. Layers that share the KV
-    of another are not counted."""
+def state_pools(holder: HolderConfig) -> dict[int, int]:
+    """The pools of states, with the number of their layers."""
+    kinds = enumerate(pools(holder))
+    return {number: len(pool.layers) for number, pool in kinds if pool.config.layers[0].kind in STATES}
+
+
+def indexed_pools(holder: HolderConfig) -> frozenset[int]:
+    """The pools whose layers have an index of their own."""
+    return frozenset(number for number, pool in enumerate(pools(holder)) if pool.config.layers[0].index)
+
+
+def page_groups(holder: HolderConfig) -> tuple[tuple[PageGroup, ...], ...]:
+    """The pages of KV that one sequence needs in each pool, as groups of layers and heads under the same policy. Layers
+    that share the KV of another are not counted, nor are states."""
+    states = state_pools(holder)
+    return tuple(() if at in states else _groups(pool.config) for at, pool in enumerate(pools(holder)))
+
+
+def _groups(pool: HolderConfig) -> tuple[PageGroup, ...]:
     groups: Counter[tuple[Policy | None, frozenset[int]]] = Counter()
-    policies = HeadPolicies.of(holder)
+    policies = HeadPolicies.of(pool)
     for layer in policies.keepers:
         heads: dict[Policy | None, set[int]] = {}
         for head, policy in enumerate(layer):
@@ -209,7 +298,7 @@ def page_groups(holder: HolderConfig) -> tuple[PageGroup, ...]:
 
 def _keys_depend_on_length(model: ModelConfig, length: int) -> bool:
     """Dynamic RoPE rotates keys by the prompt's length, so prompts of different lengths cannot share them."""
-    return model.rope.kind == "dynamic" and length > model.rope.positions
+    return model.rope.by_length and length > model.rope.positions
 
 
 def attention_devices(config: EngineConfig) -> tuple[torch.device, ...]:

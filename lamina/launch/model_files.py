@@ -18,10 +18,10 @@ from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer, read_json
+from lamina_workers.converted.models import Weights, for_ranks, load_model, model_config
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights, tensor_shapes
-from lamina_workers.decoder.shard import Shard, with_ranks
+from lamina_workers.decoder.shard import Shard
 from lamina_workers.devices.available import room_for
 
 
@@ -35,14 +35,13 @@ class ModelFiles:
     tokenizer: Tokenizer
     generation_config: Mapping[str, Any]
 
-    def weights(
-        self, dtype: torch.dtype, device: torch.device, shard: Shard, progress: Progress | None
-    ) -> DecoderWeights:
-        """The weights of one rank. Raises ModelFileError, NotEnoughMemory."""
+    def weights(self, dtype: torch.dtype, device: torch.device, shard: Shard, progress: Progress | None) -> Weights:
+        """The weights of one rank. Raises ModelFileError, UnsupportedModelError, NotEnoughMemory."""
         report = unwatched if progress is None else partial(progress, "loading")
-        size = sum(map(math.prod, tensor_shapes(self.model).values())) * dtype.itemsize // shard.ranks
-        with room_for("the weights", size, device), Checkpoint(self.path) as checkpoint, torch.inference_mode():
-            return load_weights(self.model, checkpoint, dtype, device, report, shard)
+        with Checkpoint(self.path) as checkpoint, torch.inference_mode():
+            shapes = (checkpoint.shape(name) for name in checkpoint.names())
+            with room_for("the weights", sum(map(math.prod, shapes)) * dtype.itemsize // shard.ranks, device):
+                return load_model(self.model, checkpoint, dtype, device, report, shard)
 
 
 def load(name: str | Path, config: EngineConfig, progress: Progress | None) -> ModelFiles:
@@ -50,7 +49,7 @@ def load(name: str | Path, config: EngineConfig, progress: Progress | None) -> M
     InvalidRequest."""
     path = resolve(name, progress)
     tokenizer = Tokenizer(path)
-    model = with_ranks(rescaled(ModelConfig.from_folder(path), config.rope_scaling), config.ranks)
+    model = for_ranks(rescaled(model_config(path), config.rope_scaling), config.ranks)
     generation_config = read_json(path / "generation_config.json")
     SamplingParams().with_defaults(generation_config)  # an error in it is raised now, not at each request
     return ModelFiles(path, fingerprint(path), model, tokenizer, generation_config)

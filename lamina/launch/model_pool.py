@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import queue
@@ -98,10 +99,15 @@ class ModelWorkerPool:
     def watch(self, engine: Engine) -> None:
         """Notify the engine from now on of model workers that are gone or back."""
         self._engine = engine
-        while not self._started.empty():
-            started = self._started.get()
-            if isinstance(started, Peer):
-                engine.rank_back(started)
+        self._tell(engine)
+
+    def _tell(self, engine: Engine) -> None:
+        """Notify the engine of all that are ready. Several threads may do it: each worker is told once."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                started = self._started.get_nowait()
+                if isinstance(started, Peer):
+                    engine.rank_back(started)
 
     def close(self) -> None:
         """Close all channels and end the processes. No batch may be under way."""
@@ -112,10 +118,9 @@ class ModelWorkerPool:
 
     def _ready(self, peer: Peer) -> None:
         logger.info("model worker %d: %s, on %s", peer.rank, peer.name, peer.said.device)
+        self._started.put(peer)  # first, so that `watch` finds it, or is over before the engine is looked for here
         if self._engine is not None:
-            self._engine.rank_back(peer)
-        else:
-            self._started.put(peer)
+            self._tell(self._engine)
 
     def _failed(self, rank: int, said: peer_messages.Failed) -> None:
         if kind := _HOPELESS.get(said.kind):

@@ -1,1 +1,1 @@
-"""What measures: benchmarks, calibration of policies, their evaluation, the hardware."""
+"""What measures: benchmarks, calibration of policies, the hardware."""

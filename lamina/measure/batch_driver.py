@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
-from lamina_protocols.messages import Announced, Announcement, Fresh, HolderConfig, Operation
+from lamina_kernels.states.layout import StateConstants
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Announced, Announcement, Fresh, Operation
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import Forward
 from lamina_workers.model_worker.attention_merge import AttentionMerge
+from lamina_workers.model_worker.state_traffic import send_constants
 from lamina_workers.model_worker.waiting import result
 from lamina_workers.ports.port import AttentionPort, Replies
 
@@ -21,12 +25,19 @@ class BatchDriver:
     """What a model worker does for an engine, with a forward pass that the caller gives. One thread, one batch at a
     time. Each method raises HolderFault for a holder's fault, and HolderLost where a holder is gone.
 
-    `ports` are the holders by number. `device` is the model's.
+    `ports` are the holders by number. `device` is the model's, `constants` those of its layers with states.
     """
 
     def __init__(
-        self, config: HolderConfig, ports: Mapping[int, AttentionPort], threads: int, device: torch.device
+        self,
+        config: HolderConfig,
+        ports: Mapping[int, AttentionPort],
+        threads: int,
+        device: torch.device,
+        constants: Mapping[int, StateConstants] = MappingProxyType({}),
     ) -> None:
+        for port in ports.values():
+            send_constants(port, _EPOCH, constants)
         self._replies = {number: Replies(port) for number, port in ports.items()}
         self._merge = AttentionMerge(config, threads, device=device)
         self._accepted = dict.fromkeys(ports, 0)  # operations

@@ -5,7 +5,7 @@ Counters count since the engine started. Times are in seconds, sizes in bytes. I
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,7 +30,8 @@ class HolderSnapshot:
     engine computes between the two, so an answer may wait to be read: the time is an upper bound of the exchange, with
     several lanes by up to what another lane computes without a pause.
 
-    `free_pages` is from the holder's last answer.
+    `free_pages` is from the holder's last answer. Where the layers keep several things, KV of several shapes or
+    recurrent states, the pages of each have a size of their own: then `pools` has all pages and the free ones of each.
     """
 
     name: str
@@ -44,6 +45,7 @@ class HolderSnapshot:
     exchange_seconds: float
     exchange_counts: tuple[int, ...]
     keeps: bool = True
+    pools: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +127,17 @@ class Snapshot:
         """The snapshot of `as_dict`'s fields, lists standing for tuples."""
         tuples = {name: tuple(fields[name]) for name in ("batch_counts", "missing") if name in fields}
         holders = tuple(
-            HolderSnapshot(**{**holder, "exchange_counts": tuple(holder["exchange_counts"])})
+            HolderSnapshot(
+                **{**holder, "exchange_counts": tuple(holder["exchange_counts"]), "pools": _pairs(holder["pools"])}
+            )
             for holder in fields["holders"]
         )
         sequences = tuple(SequenceSnapshot(**sequence) for sequence in fields["sequences"])
         return cls(**{**fields, **tuples, "holders": holders, "sequences": sequences})
+
+
+def _pairs(pools: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((total, free) for total, free in pools)
 
 
 def _fields(noun: HolderSnapshot | SequenceSnapshot | Snapshot) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from lamina.models.cache import FileRecord, write_file
 from lamina.models.gguf_files import GgufFile
 from lamina.models.gguf_tokenizer import tokenizer_files
 from lamina.system.progress import Progress
+from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.safetensors_files import SINGLE_FILE
+from lamina_workers.decoder.weight_names import norm_names, tensor_shapes
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
 _ARCHITECTURES = {
@@ -29,33 +32,35 @@ _ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
 }
-_LAYER_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
+_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_MAPS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
-_BIAS_NAMES = {f"attn_{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
-_NORM_NAMES = {f"attn_{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}
+_NORMS = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")  # in the order of `norm_names`
+_QK_NORMS = ("attn_q_norm", "attn_k_norm")
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _ROPE_FACTORS = "rope_freqs.weight"
 _MAX_LAYERS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """One tensor to write: its name and shape, the GGUF tensor it comes from, and how many heads are permuted there
-    (0: its rows are in order)."""
+    """One tensor to write: its name and shape, the GGUF tensor it comes from, how many heads are permuted there
+    (0: its rows are in order), and what was added to its values there."""
 
     name: str
     source: str
     shape: tuple[int, ...]
     permuted: int = 0
+    added: float = 0.0
 
 
 def convert(file: GgufFile, folder: Path, progress: Progress) -> dict[str, FileRecord]:
@@ -93,9 +98,10 @@ def _config(file: GgufFile) -> dict[str, Any]:
     window = keys.integer("attention.sliding_window", default=0)
     if family == "llama" and window:  # llama.cpp has no family of its own for Mistral
         family = "mistral"
+    gemma3 = family == "gemma3"
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[family]],
-        "model_type": family,
+        "model_type": "gemma3_text" if gemma3 else family,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": keys.integer("feed_forward_length"),
@@ -103,10 +109,10 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": keys.integer("attention.head_count_kv", default=heads),
         "head_dim": head_dim,
-        "hidden_act": "silu",
+        "hidden_activation" if gemma3 else "hidden_act": "gelu_pytorch_tanh" if gemma3 else "silu",
         "max_position_embeddings": keys.integer("context_length"),
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
-        "rope_theta": keys.real("rope.freq_base", default=10000.0),
+        "rope_theta": keys.real("rope.freq_base", default=1e6 if gemma3 else 1e4),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": "bfloat16",
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
@@ -114,9 +120,28 @@ def _config(file: GgufFile) -> dict[str, Any]:
     }
     if family == "mistral":
         config["sliding_window"] = window or None
+    if gemma3:
+        config |= _gemma3(file, keys, config)
     if scaling := _rope_scaling(file, keys, config):
         config["rope_scaling"] = scaling
     return config
+
+
+def _gemma3(file: GgufFile, keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of a Gemma 3 has beside the others'. Values without a key are llama.cpp's (`llama-model.cpp`)."""
+    layers, every = config["num_hidden_layers"], keys.integer("attention.sliding_window_pattern", default=6)
+    own: dict[str, Any] = {
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)],
+        "rope_local_base_freq": keys.real("rope.freq_base_swa", default=1e4),
+        "query_pre_attn_scalar": config["head_dim"],
+        "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+    if layers == 62:  # the model of 27 billion parameters is the one that scales otherwise
+        own["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
+    if "gemma3.final_logit_softcapping" in file.metadata:
+        own["final_logit_softcapping"] = keys.real("final_logit_softcapping")
+    return own
 
 
 def _rope_scaling(file: GgufFile, keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -158,38 +183,12 @@ def _llama3_scaling(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]
 
 def _targets(file: GgufFile, config: Mapping[str, Any]) -> Iterator[_Target]:
     """Every tensor that the family needs, each with the shape that the config wants. Other tensors are refused."""
-    family, hidden, head_dim = config["model_type"], config["hidden_size"], config["head_dim"]
-    heads, kv_heads, inner = config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]
-    q, kv = heads * head_dim, kv_heads * head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "attn_q.weight": (q, hidden),
-        "attn_k.weight": (kv, hidden),
-        "attn_v.weight": (kv, hidden),
-        "attn_output.weight": (hidden, q),
-        "ffn_gate.weight": (inner, hidden),
-        "ffn_up.weight": (inner, hidden),
-        "ffn_down.weight": (hidden, inner),
-        "attn_q.bias": (q,),
-        "attn_k.bias": (kv,),
-        "attn_v.bias": (kv,),
-        **dict.fromkeys(_NORM_NAMES, (head_dim,)),
-    }
-    permuted = {"attn_q.weight": heads, "attn_k.weight": kv_heads} if family in ("llama", "mistral") else {}
-    names = _LAYER_NAMES | {"qwen2": _BIAS_NAMES, "qwen3": _NORM_NAMES}.get(family, {})
-    targets = [
-        _Target("model.embed_tokens.weight", "token_embd.weight", (config["vocab_size"], hidden)),
-        *(
-            _Target(f"model.layers.{i}.{name}", f"blk.{i}.{part}", shapes.get(part, (hidden,)), permuted.get(part, 0))
-            for i in range(config["num_hidden_layers"])
-            for part, name in names.items()
-        ),
-        _Target("model.norm.weight", "output_norm.weight", (hidden,)),
-    ]
-    if not config["tie_word_embeddings"]:
-        targets.append(_Target("lm_head.weight", "output.weight", (config["vocab_size"], hidden)))
+    model = ModelConfig.from_dict(config)
+    targets = [_target(model, name, shape) for name, shape in tensor_shapes(model).items()]
     unknown = file.tensors.keys() - {target.source for target in targets} - {_ROPE_FACTORS}
     if unknown:
-        raise UnsupportedModelError(f"{file.path} has a tensor {min(unknown)!r}, which family {family!r} does not know")
+        kind = model.family.model_type
+        raise UnsupportedModelError(f"{file.path} has a tensor {min(unknown)!r}, which family {kind!r} does not know")
     for target in targets:
         if target.source not in file.tensors:
             raise ModelFileError(f"{file.path} has no tensor {target.source!r}")
@@ -199,6 +198,25 @@ def _targets(file: GgufFile, config: Mapping[str, Any]) -> Iterator[_Target]:
                 f"but the metadata wants {list(target.shape)}"
             )
         yield target
+
+
+def _target(model: ModelConfig, name: str, shape: tuple[int, ...]) -> _Target:
+    """Where a tensor of the checkpoint comes from."""
+    part, _, kind = name.rpartition(".")
+    if (found := _IN_LAYER.fullmatch(part)) is None:
+        source = f"{_TOP[part]}.{kind}"
+    else:
+        norms = dict(zip(norm_names(model.family), _NORMS, strict=True))
+        qk_norms = {
+            f"self_attn.{own}": theirs for own, theirs in zip(model.family.qk_norm_names, _QK_NORMS, strict=True)
+        }
+        source = f"blk.{found[1]}.{(_MAPS | norms | qk_norms)[found[2]]}.{kind}"
+    permuted = 0
+    if model.family.model_type in ("llama", "mistral") and kind == "weight":
+        permuted = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}.get(part[-6:], 0)
+    # What a family adds to the weights of norms when it computes, llama.cpp's converter adds before.
+    added = model.family.norm_offset if part.endswith("norm") else 0.0
+    return _Target(name, source, shape, permuted, added)
 
 
 def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
@@ -226,7 +244,8 @@ def _safetensors(file: GgufFile, targets: list[_Target], progress: Progress) -> 
     for target in targets:
         order = _unpermuted(target.shape[0], target.permuted) if target.permuted else None
         for block in file.rows(target.source, order):
-            rounded = torch.from_numpy(np.require(block, requirements="W")).to(torch.bfloat16)
+            values = torch.from_numpy(np.require(block, requirements="W"))
+            rounded = values.sub(target.added).to(torch.bfloat16)
             data = rounded.view(torch.uint8).numpy().tobytes()
             yield data
             done += len(data)

@@ -26,6 +26,8 @@ _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _MAX_STRING = 1 << 24  # bytes; a chat template has some thousand
 _MAX_ARRAY = 1 << 22  # items; the largest vocabularies have some hundred thousand tokens
+_MAX_ITEMS = 1 << 24  # of all arrays together; each takes up to 36 bytes of memory
+_MAX_NAMES = 1 << 16  # of keys, and of tensors; a model of 1,024 layers has some 12,000
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 _BLOCK_BYTES = 16 << 20  # float32 bytes that one step of dequantisation makes
 
@@ -84,6 +86,7 @@ class _Reader:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
         self.position = 0
+        self._items = 0
         self._data = data
 
     def take(self, count: int, what: str) -> bytes:
@@ -115,6 +118,9 @@ class _Reader:
     def array(self, kind: int, count: int) -> list[Any]:
         if count > _MAX_ARRAY:
             raise self.malformed(f"an array of {count} items; allowed are {_MAX_ARRAY}")
+        self._items += count
+        if self._items > _MAX_ITEMS:
+            raise self.malformed(f"arrays of more than {_MAX_ITEMS} items together")
         if kind in _SCALARS:
             code = _SCALARS[kind]
             data = self.take(count * struct.calcsize("<" + code), f"an array of {count}")
@@ -134,6 +140,8 @@ def _read_header(reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTensor]
     if (version := reader.scalar("I")) not in _VERSIONS:
         raise UnsupportedModelError(f"{reader.path} is GGUF version {version}; supported are {_VERSIONS}")
     tensor_count, key_count = reader.scalar("Q"), reader.scalar("Q")
+    if max(tensor_count, key_count) > _MAX_NAMES:
+        raise reader.malformed(f"{tensor_count} tensors and {key_count} keys; allowed are {_MAX_NAMES} of each")
     metadata: dict[str, Any] = {}
     for _ in range(key_count):  # a wrong count fails at the end of the file
         key = reader.string()

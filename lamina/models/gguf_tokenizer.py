@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _MAX_TOKEN = 1024  # characters; the longest of known vocabularies have some hundred, and time grows with their square
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -71,7 +71,10 @@ class _Vocabulary:
         self.model = self.get("model", str, None)
         self.pre = self.get("pre", str, "default")
         self.tokens: list[str] = self._list("tokens", str)
-        self.kinds: list[int] = self._list("token_type", int) or [1] * len(self.tokens)
+        self.kinds: list[int] = self._list("token_type", int) or [_NORMAL] * len(self.tokens)
+        self.is_gemma = str(metadata.get("general.architecture")).startswith("gemma")
+        if self.is_gemma:
+            self._spell_runs_of_spaces()
         self.ids = {token: index for index, token in enumerate(self.tokens)}
         if not self.tokens or len(self.ids) != len(self.tokens) or len(self.kinds) != len(self.tokens):
             raise ModelFileError(f"{path} has no tokens, repeats one, or has another number of token types than tokens")
@@ -95,6 +98,17 @@ class _Vocabulary:
 
     def token(self, index: int | None) -> str | None:
         return None if index is None else self.tokens[index]
+
+    def _spell_runs_of_spaces(self) -> None:
+        """Write Gemma's tokens of two spaces and more as SentencePiece does: merges of spaces, not words of their own.
+
+        llama.cpp's converter turns them into plain spaces, which the text has no longer when merges are looked for.
+        """
+        for i, token in enumerate(self.tokens):
+            if token and not token.strip(" "):
+                self.tokens[i] = _SPACE * len(token)
+                if i < len(self.kinds):
+                    self.kinds[i] = _NORMAL
 
     def scores(self) -> list[float]:
         scores = self._list("scores", float)
@@ -173,9 +187,15 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
-    """SentencePiece BPE (Llama 2, Mistral): spaces are part of tokens, bytes stand in for unknown characters."""
-    scores = vocabulary.scores()
-    merges = sorted(_implied_merges(vocabulary), key=lambda merge: -scores[vocabulary.ids["".join(merge)]])
+    """SentencePiece BPE (Llama 2, Mistral, Gemma): spaces are part of tokens, bytes stand in for unknown characters.
+
+    The order of merges is transformers' (`generate_merges`): by score, of Gemma by id, since its scores leave out some.
+    """
+    scores = [-float(i) for i in range(len(vocabulary.tokens))] if vocabulary.is_gemma else vocabulary.scores()
+    merges = sorted(
+        _implied_merges(vocabulary),
+        key=lambda merge: (-scores[vocabulary.ids["".join(merge)]], -len(merge[0]), -len(merge[1])),
+    )
     unknown = vocabulary.token(vocabulary.special("unknown"))
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = vocabulary.get("add_space_prefix", bool, True)

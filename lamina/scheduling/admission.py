@@ -1,9 +1,12 @@
-"""Which waiting sequence gets KV next: the first by order, once there is room for all that it has and will have."""
+"""Which waiting sequence gets KV next, once there is room for all that it has and will have: of each tenant the first
+by order; among tenants of one priority, that of the one with the least KV."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Container
 from heapq import heappop, heappush
+from itertools import chain
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Layouts, Pages
@@ -13,14 +16,16 @@ from lamina.scheduling.running import Order, RunningSequences
 
 
 class Admission:
-    """The queue. Sequences that wait for a prefix to be computed are in the prefix tree instead."""
+    """The queues. Sequences that wait for a prefix to be computed are in the prefix tree instead."""
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts, running: RunningSequences) -> None:
         self._config = config
         self._layouts = layouts
         self._running = running
-        self._waiting: list[tuple[Order, ScheduledSequence]] = []  # heap; a finished sequence stays until it is on top
-        self._short: tuple[ScheduledSequence | None, tuple[Pages, ...]] = None, ()  # the first, and the pages it needs
+        # Heaps, by tenant. A finished sequence stays until it is on top.
+        self._waiting: dict[str, list[tuple[Order, ScheduledSequence]]] = {}
+        self._short: dict[str, tuple[ScheduledSequence, tuple[Pages, ...], int]] = {}
+        """By tenant: the first, the pages it needs, and how many prefixes had been entered then."""
         self._stranded: list[ScheduledSequence] = []
         self._longest = NO_PAGES, config.max_model_len  # the holders' pages, and the longest sequence that they allow
 
@@ -48,7 +53,7 @@ class Admission:
 
     def queue(self, sequence: ScheduledSequence) -> None:
         """Have a sequence without KV wait for its turn."""
-        heappush(self._waiting, (sequence.order, sequence))
+        heappush(self._waiting.setdefault(sequence.request.tenant, []), (sequence.order, sequence))
 
     def give_back(self, sequence: ScheduledSequence) -> None:
         """Take an idle sequence's KV away. It waits until it fits whole, and is computed again."""
@@ -62,8 +67,8 @@ class Admission:
         self.give_back(sequence)
 
     def look_again(self) -> None:
-        """Forget what the first sequence was short of: holders have gone."""
-        self._short = None, ()
+        """Forget what the first sequences were short of: holders have gone."""
+        self._short.clear()
 
     def joined(self) -> None:
         """There is one holder more, which may keep stranded sequences."""
@@ -72,38 +77,81 @@ class Admission:
             self.queue(sequence)
         self._stranded.clear()
 
-    def admit(self) -> ScheduledSequence | None:
-        """Give KV to the first waiting sequence, if it fits. It overtakes sequences that wait for a prefix."""
+    def wanted(self) -> dict[str, int]:
+        """About how many tokens the waiting sequences have of each tenant that can be admitted any."""
+        first = [each for each in self._first() if not self._full(each) and not self._still_short(each)]
+        return {each.request.tenant: len(each.tokens) * len(self._waiting[each.request.tenant]) for each in first}
+
+    def _first(self) -> list[ScheduledSequence]:
+        """The first waiting sequence of each tenant."""
+        for queue in self._waiting.values():
+            while queue and queue[0][1].finish_reason is not None:
+                heappop(queue)
+        self._waiting = {tenant: queue for tenant, queue in self._waiting.items() if queue}
+        return [queue[0][1] for queue in self._waiting.values()]
+
+    def reclaim(self) -> None:
+        """Preempt idle sequences for tenants that wait for pages, of tenants that have more KV and keep as much."""
+        for tenant, (sequence, alternatives, _) in self._short.items():
+            queue = self._waiting.get(tenant)
+            if queue and queue[0][1] is sequence and sequence.finish_reason is None and self._still_short(sequence):
+                victims = (self._victims(sequence, needed) for needed in alternatives)
+                for victim in next((each for each in victims if each), []):
+                    self.preempt(victim)
+
+    def _victims(self, sequence: ScheduledSequence, needed: Pages) -> list[ScheduledSequence]:
+        """The youngest sequences whose preemption makes room for one that needs these pages; none where that takes more
+        than its tenant's share."""
+        running, tenant, victims = self._running, sequence.request.tenant, []
+        spare, tokens = running.spare(), running.tokens_by_tenant()
+        for each in reversed(running.sequences):
+            least = tokens[tenant] + len(sequence.tokens) + len(each.tokens)
+            less_urgent = each.request.priority >= sequence.request.priority and not each.in_flight
+            if each.request.tenant != tenant and less_urgent and tokens[each.request.tenant] >= least:
+                victims.append(each)
+                tokens[each.request.tenant] -= len(each.tokens)
+                spare += running.own_pages(each, each.layout)
+                if spare.covers(needed):
+                    return victims
+        return []
+
+    def admit(self, tenants: Container[str]) -> ScheduledSequence | None:
+        """Give KV to the first waiting sequence of one of these tenants, if it fits. It overtakes sequences that wait
+        for a prefix, and those of tenants that have more KV."""
+        tokens = self._running.tokens_by_tenant()
+        first = [each for each in self._first() if each.request.tenant in tenants]
+        first.sort(key=lambda each: (each.request.priority, tokens[each.request.tenant], each.order))
+        return next((found for each in first if (found := self._admit(self._waiting[each.request.tenant]))), None)
+
+    def _admit(self, waiting: list[tuple[Order, ScheduledSequence]]) -> ScheduledSequence | None:
         running, prefix_cache = self._running, self._running.prefix_cache
-        while self._waiting and len(running) < self._config.max_sequences:
-            sequence = self._waiting[0][1]
+        while waiting:
+            sequence = waiting[0][1]
             if sequence.finish_reason is not None:
-                heappop(self._waiting)
+                heappop(waiting)
                 continue
-            if self._still_short(sequence):
+            if self._full(sequence) or self._still_short(sequence):
                 return None  # without a search of the prefix tree in every step
             match = prefix_cache.match(tuple(sequence.tokens), sequence.request.salt)
             if self._worth_waiting(sequence, match):
                 prefix_cache.wait(sequence, match)
-                heappop(self._waiting)
+                heappop(waiting)
                 continue
             places = self._places(sequence, match)
             if not places:
                 if not self._layouts.capacity:
                     return None
-                self._stranded.append(heappop(self._waiting)[1])
+                self._stranded.append(heappop(waiting)[1])
                 continue
             place = self._with_room(sequence, places)
             if place is None:
                 return None
             layout, match = place
-            heappop(self._waiting)
+            heappop(waiting)
             if self._config.prefix_cache and sequence.preemptions == 0:
                 running.counters.looked_up_tokens += len(sequence.tokens)
                 running.counters.found_tokens += match.length
             running.open(sequence, layout, match.node, match.length)
-            if match.node is None:
-                self._layouts.opened(layout)
             return sequence
         return None
 
@@ -111,19 +159,25 @@ class Admission:
         """Fork the other samples off the first, whose prompt is computed. Samples without room join the queue."""
         running, length = self._running, len(first.request.prompt) - 1
         for sibling in first.siblings:
-            turn = not self._waiting or sibling.order < self._waiting[0][0]
-            place = len(running) < self._config.max_sequences
+            waiting = self._waiting.get(sibling.request.tenant)
+            turn = not waiting or sibling.order < waiting[0][0]
             room = running.spare().covers(running.needed(sibling, first.layout, None, length))
-            if sibling.finish_reason is None and length > 0 and turn and place and room:
+            forks = length > 0 and self._config.forks_at(first, length)
+            if sibling.finish_reason is None and forks and turn and room and not self._full(sibling):
                 running.fork(sibling, first, length)
             else:
                 self.queue(sibling)
         first.siblings = []
 
+    def _full(self, sequence: ScheduledSequence) -> bool:
+        """Whether a sequence's tenant has all the running sequences that it may have."""
+        running = sum(each.request.tenant == sequence.request.tenant for each in self._running)
+        return running >= self._config.max_sequences
+
     def _still_short(self, sequence: ScheduledSequence) -> bool:
         """Whether a sequence that was short of pages before still is."""
-        known, alternatives = self._short
-        if sequence is not known or not self._running.sequences:
+        known, alternatives, entered = self._short.get(sequence.request.tenant, (None, (), 0))
+        if sequence is not known or not self._running.sequences or entered != self._running.prefix_cache.entered:
             return False
         spare = self._running.spare()
         return not any(spare.covers(needed) for needed in alternatives)
@@ -164,12 +218,12 @@ class Admission:
                 return place
         if alone:
             return places[0]
-        self._short = sequence, alternatives
+        self._short[sequence.request.tenant] = sequence, alternatives, running.prefix_cache.entered
         return None
 
     def check_integrity(self) -> None:
         """Raise EngineError if a waiting sequence has KV."""
-        for _, sequence in self._waiting:
+        for _, sequence in chain.from_iterable(self._waiting.values()):
             known = sequence.computed or self._running.prefix_cache.knows(sequence)
             if sequence.handle is not None or known:
                 raise EngineError(f"sample {sequence.sample} of request {sequence.request.id} waits, but has KV")

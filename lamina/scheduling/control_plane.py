@@ -7,25 +7,22 @@ or `dropped` where it failed.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_shares import Pages
-from lamina.scheduling.lane_tuner import LaneTuner
-from lamina.scheduling.local_share import LocalShare
-from lamina.scheduling.order_tuner import OrderTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Outcome, Plan, PlannedRow, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
+from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages import Announced
 from lamina_protocols.routes import HolderBatch
 
 
 class Step(NamedTuple):
     """What is announced together: a plan, and the operations and rows of each holder that it concerns. Without a plan a
-    step carries operations that placement alone has made, as moves do."""
+    step carries operations alone."""
 
     plan: Plan | None
     batches: Mapping[int, HolderBatch]
@@ -56,26 +53,15 @@ def torn(answers: Mapping[int, Announced]) -> bool:
 
 class ControlPlane:
     """Decides for one engine. `scheduler` owns the sequences, `placement` the holders and the parts of sequences;
-    `lanes`, `order` and `local_share` decide how many steps are under way, whether q goes first in decode, and how much
-    KV is kept beside the model.
-
-    `prefill_free` has the pages that prefill pools have left, by their last answers; the scheduler does not count them.
+    `tuner` decides how many steps are under way, whether q goes first in decode, and how much KV is kept beside the
+    model.
     """
 
-    def __init__(
-        self,
-        config: SchedulerConfig,
-        placement: Placement,
-        lanes: LaneTuner | None = None,
-        local_share: LocalShare | None = None,
-        order: OrderTuner | None = None,
-    ) -> None:
+    def __init__(self, config: SchedulerConfig, placement: Placement, tuner: StepTuner | None = None) -> None:
         self.placement = placement
         self.scheduler = Scheduler(config, placement)
-        self.lanes = lanes or LaneTuner(1)
-        self.local_share = local_share or LocalShare()
-        self.order = order or OrderTuner()
-        self.prefill_free: dict[int, int] = {}
+        self._least = Pages()  # that holders must have left, where their last answers were in doubt
+        self.tuner = tuner or StepTuner()
 
     @property
     def has_work(self) -> bool:
@@ -87,19 +73,11 @@ class ControlPlane:
     def plan(self, alone: bool = True) -> Step | None:
         """The next step; `alone`: no other is under way. None where one under way must be over first, or there is no
         work."""
-        plan = self.scheduler.plan(self.lanes.count)
-        if plan is None and not (alone and self.placement.pending):
-            return None
-        return self._placed(plan)
-
-    def plan_operations(self) -> Step | None:
-        """A step of all operations that wait, without rows. None where none does."""
-        plan = self.scheduler.plan_operations()
-        return None if plan is None and not self.placement.pending else self._placed(plan)
-
-    def _placed(self, plan: Plan | None) -> Step:
-        self.placement.fuses = self.order.fused
-        return Step(plan, self.placement.outgoing() if plan is None else self.placement.place(plan))
+        plan = self.scheduler.plan(self.tuner.lanes)
+        if plan is None:
+            return Step(None, self.placement.outgoing()) if alone and self.placement.pending else None
+        self.placement.fuses = self.tuner.fused
+        return Step(plan, self.placement.place(plan))
 
     def accepted(self, step: Step, answers: Mapping[int, Announced]) -> None:
         """Every holder has accepted. Without rows the step is over with this."""
@@ -108,6 +86,34 @@ class ControlPlane:
             self.scheduler.ledger.update_free(free)
         else:
             self.scheduler.accepted(step.plan, free, self._floors(step.plan, step.batches, answers))
+
+    def at_fault(self, step: Step, answers: Mapping[int, Announced]) -> dict[int, str]:
+        """The holders whose answers the books contradict too often, and what they say. Asked once of each answer,
+        before anything else is done with it."""
+        refusals, found = self.scheduler.refusals, {}
+        for number, answer in answers.items():
+            starts: dict[PlannedRow, int] = {}  # a sequence can have several parts there
+            for route, start in zip(step.batches[number].routes, answer.starts, strict=False):  # or there are none
+                row = step.rows[route.source]
+                starts[row] = min(start, starts.get(row, start))
+            for row, start in starts.items():
+                if start < row.start and refusals.lacks(number, row, start):
+                    found[number] = answer.reason
+        least, self._least = self.scheduler.ledger.room(), Pages()
+        full = {number for number, answer in answers.items() if not (answer.accepted or answer.starts)}
+        said = {(number, pool): free for number, a in answers.items() for pool, free in enumerate(a.free_pages)}
+        if full or any(free < least.get(at, 0) for at, free in said.items()):
+            # What is taken is counted anew: after a batch that failed the ledger does not know all of it.
+            self._least = self.placement.pages - self.scheduler.running.most()
+        for number, answer in answers.items():
+            pools = len(self.placement.holders[number].pages)
+            if len(answer.free_pages) != pools:
+                found[number] = f"it has {len(answer.free_pages)} pools, {pools} are expected"
+            left = [self._least.get((number, pool), 0) for pool in range(pools)]
+            if refusals.full(number, number in full and (min(left) >= 0 or not step.batches[number].routes)):
+                least_left = " and ".join(map(str, left))
+                found[number] = f"{answer.reason}, while {least_left} pages or more must be free"
+        return found
 
     def refused(self, step: Step, answers: Mapping[int, Announced]) -> tuple[ScheduledSequence, ...]:
         """A holder has refused, others may have accepted: undo the step, and make room for the next one or have lost KV
@@ -123,23 +129,18 @@ class ControlPlane:
                     starts[route.source] = min(starts[route.source], start)
             self.scheduler.torn(step.plan, free, self._floors(step.plan, step.batches, answers), starts)
             return ()
-        refusers = {number for number, answer in answers.items() if not answer.accepted}
-        return self.scheduler.refused(step.plan, free, refusers)
+        believed = self.scheduler.refusals.believed
+        refusers = {number for number, answer in answers.items() if not answer.accepted and believed(number)}
+        return self.scheduler.refused(step.plan, free, self.placement.places(refusers))
 
     def answered(self, batches: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> None:
         """Holders have answered an announcement of operations outside of any step."""
         self.scheduler.ledger.update_free(self._applied(batches, answers))
 
-    def kept(self, answers: Mapping[int, Announced]) -> dict[int, Announced]:
-        """The answers of holders that keep sequences: all but the prefill pools."""
-        return {number: answer for number, answer in answers.items() if number not in self.placement.prefill_pools}
-
     def recorded(self, plan: Plan, tokens: Sequence[int]) -> list[Outcome]:
         """The batch is complete. `tokens` has one token for each row that samples, in row order. Sequences that were
         ended meanwhile have no outcome."""
-        outcomes = self.scheduler.record(plan, tokens)
-        self.placement.recorded(plan)
-        return outcomes
+        return self.scheduler.record(plan, tokens)
 
     def dropped(self, step: Step) -> None:
         """The batch failed. Nothing of it counts; its rows are planned again."""
@@ -147,28 +148,29 @@ class ControlPlane:
             self.scheduler.drop(step.plan)
 
     def _applied(self, batches: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> Pages:
-        """Note which holders have applied their operations. Returns the pages that they have left, without those of the
-        prefill pools."""
-        free = Pages()
+        """Note which holders have applied their operations. Returns the pages that they have left, as far as that can
+        be."""
+        free, holders = Pages(), self.placement.holders
         for number, answer in answers.items():
             if answer.accepted:
-                self.placement.holders[number].accepted(batches[number])
-            if number in self.placement.prefill_pools:
-                self.prefill_free[number] = answer.free_pages
-            else:
-                free[number] = answer.free_pages
+                holders[number].accepted(batches[number])
+            for pool, (said, whole) in enumerate(zip(answer.free_pages, holders[number].pages, strict=False)):
+                # Where it refuses, the pages that closes free are not free yet, and they may be more than is known.
+                least = self._least.get((number, pool), 0) if answer.accepted else 0
+                free[number, pool] = min(max(said, least), whole)
         return free
 
     def _floors(self, plan: Plan, batches: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> list[int]:
-        """For each row the highest floor of its parts."""
-        kept = self.kept(answers)
-        asked = Counter(route.source for number in kept for route in batches[number].routes)
-        # A part whose range is full was not asked: its floor has not changed.
-        floors = [row.sequence.floor if asked[at] < len(row.sequence.layout) else 0 for at, row in enumerate(plan.rows)]
-        for number, answer in kept.items():
-            if any(answer.floors):
-                for route, floor in zip(batches[number].routes, answer.floors, strict=True):
-                    floors[route.source] = max(floors[route.source], floor)
+        """For each row the highest floor of the parts that were asked, local copies aside. Of states it is the row's
+        start, whatever was answered."""
+        floors, states = [0] * len(plan.rows), self.placement.states
+        for number, answer in answers.items():
+            if any(answer.floors) or (states and answer.accepted):
+                for route, said in zip(batches[number].routes, answer.floors, strict=True):
+                    floor = route.row.start if route.pool in states else said
+                    copied = plan.rows[route.source].sequence.local_copy
+                    if not copied or number not in self.placement.local_pools:
+                        floors[route.source] = max(floors[route.source], floor)
         return floors
 
     # Holders.
@@ -176,12 +178,36 @@ class ControlPlane:
     def joined(self, number: int, holder: Holder) -> None:
         """There is one holder more, empty."""
         self.placement.joined(number, holder)
-        self.scheduler.joined(number, holder.pages)
+        self.scheduler.joined(Pages.of(number, holder.pages))
+
+    def drain(self, numbers: Sequence[int]) -> None:
+        """These holders are to be let go: they get no new sequence, and what they keep is to go elsewhere."""
+        for number in numbers:
+            self.placement.holders[number].draining = True
+        self.scheduler.admission.look_again()
+
+    def stay(self, numbers: Iterable[int]) -> None:
+        """Those of these holders that are there take sequences again."""
+        for number in numbers:
+            if number in self.placement.holders:
+                self.placement.holders[number].draining = False
+        self.scheduler.admission.joined()
+
+    def vacated(self, numbers: Collection[int]) -> bool:
+        """Whether these draining holders keep nothing, and no operation waits for them. Once they keep no sequence,
+        they give up all prefixes."""
+        running = self.scheduler.running
+        if running.kept_by(numbers):
+            return False
+        running.prefix_cache.clear(set(numbers))
+        return not any(self.placement.holders[number].outbox for number in numbers)
 
     def lost(self, numbers: Sequence[int]) -> Rebuilt:
-        """Holders are gone, with their KV. Nothing may be in flight."""
+        """Holders are gone, with their KV. Nothing may be in flight. Draining ones stay where no other is left."""
         for number in numbers:
             self.placement.lost(number)
+        if not self.placement.capacity:
+            self.stay(self.placement.draining)
         rebuilt = [self.scheduler.lost(number) for number in numbers]
         return Rebuilt(sum(tokens for tokens, _ in rebuilt), sum(anew for _, anew in rebuilt))
 
@@ -196,15 +222,10 @@ class ControlPlane:
         tokens = 0
         for number in numbers:
             self.placement.emptied(number)
-            if number in self.placement.prefill_pools:
-                self.prefill_free.pop(number, None)
-            else:
-                tokens += self.scheduler.emptied(number, self.placement.holders[number].pages)
+            tokens += self.scheduler.emptied(number, Pages.of(number, self.placement.holders[number].pages))
         return tokens
 
     def tokens_read(self, plan: Plan) -> tuple[int, int]:
-        """How many tokens of KV the plan's rows read, in the local pools and elsewhere; 0 where there is one tier."""
-        if not self.placement.tiers:
-            return 0, 0
+        """How many tokens of KV the plan's rows read, in the local pools and elsewhere."""
         local, total = self.placement.local_tokens((row.sequence.layout, row.start + 1) for row in plan.rows)
         return local, total - local

@@ -11,20 +11,20 @@ from collections.abc import Iterable
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import Layout, Layouts, Pages, Share
-from lamina.scheduling.page_ledger import PageLedger
+from lamina.scheduling.page_runs import PageRuns
 from lamina.scheduling.prefix_nodes import common_length
 from lamina.scheduling.request import Rebuild, ScheduledSequence, SchedulerConfig
 
-_Beginning = tuple[tuple[int, ...], int, int, tuple[int, ...]]
+_Beginning = tuple[int, tuple[int, ...], int, int, tuple[int, ...]]
 
 
 class KvRebuild:
     """Decides which holder takes over a lost share, and when a sequence's next row can be planned."""
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts, ledger: PageLedger) -> None:
+    def __init__(self, config: SchedulerConfig, layouts: Layouts, runs: PageRuns) -> None:
         self._config = config
+        self._runs = runs
         self._layouts = layouts
-        self._ledger = ledger
 
     def lost(self, holder: int, kept: Iterable[ScheduledSequence], spare: Pages) -> tuple[int, list[ScheduledSequence]]:
         """Have the shares of these idle sequences at a lost holder taken over, by holders with `spare` pages.
@@ -59,25 +59,25 @@ class KvRebuild:
         """Have one sequence's shares taken over; `begun` has those that are computed again by their beginning. Returns
         the pages that it takes; None where no holder has them, or the remaining shares are not enough to compute the
         lost."""
-        if sequence.handle is None:
+        if sequence.handle is None or self._config.states:  # states of earlier positions are nowhere
             return None
         self._wait_no_more(sequence)
         lost = tuple(share for share in sequence.layout if share.holder == holder)
-        if sequence.floor > min(share.lo for share in lost) > 0 or len(lost) == len(sequence.layout):
-            return None
-        if sequence.floor and not self._layouts.reads_locally(sequence.computed):  # too little is left
+        if sequence.floor > min(share.lo for share in lost) or len(lost) == len(sequence.layout):  # too little is left
             return None
         source, length = self._source(sequence, lost, begun)
         substitutes = self._substitutes(sequence, lost, spare, source, length)
         if substitutes is None:
             return None
-        sequence.relocate((*(share for share in sequence.layout if share.holder != holder), *substitutes))
+        kept = tuple(share for share in sequence.layout if share.holder != holder)
+        self._runs.relocate(sequence.runs, kept, substitutes)
+        sequence.layout = (*kept, *substitutes)
         self._miss(sequence, substitutes)
         if source is not None and sequence.rebuild is not None:
             sequence.rebuild.source, sequence.rebuild.source_handle = source, source.handle
             sequence.rebuild.length, sequence.rebuild.lost = length, holder
         else:
-            self._ledger.replace(sequence.handle, holder, substitutes)
+            self._layouts.replace(sequence.handle, holder, substitutes)
             if sequence.rebuild is not None and (key := self._beginning(sequence, sequence.rebuild.missing)):
                 begun.setdefault(key, sequence)
         return self._config.pages_for(substitutes, len(sequence.tokens), length)
@@ -94,9 +94,10 @@ class KvRebuild:
             return True
         if source.rebuild is not None and source.rebuild.at < rebuild.length:
             return False
-        self._ledger.replace(sequence.handle, rebuild.lost, rebuild.missing, source.handle, rebuild.length)
-        for known in (source, sequence):
-            known.share(rebuild.length, rebuild.missing)
+        self._layouts.replace(sequence.handle, rebuild.lost, rebuild.missing, source.handle, rebuild.length)
+        shared = {share: source.runs[share] for share in rebuild.missing}
+        self._runs.relocate(sequence.runs, [share for share in sequence.layout if share not in shared])
+        sequence.runs |= self._runs.fork(shared, rebuild.length)
         rebuild.source = None
         rebuild.at = rebuild.planned = rebuild.length
         if rebuild.at >= rebuild.end:
@@ -107,7 +108,7 @@ class KvRebuild:
         rebuild = sequence.rebuild
         if rebuild is not None and rebuild.source is not None and sequence.handle is not None:
             rebuild.source = None
-            self._ledger.replace(sequence.handle, rebuild.lost, rebuild.missing)
+            self._layouts.replace(sequence.handle, rebuild.lost, rebuild.missing)
 
     def _source(
         self, sequence: ScheduledSequence, lost: Layout, begun: dict[_Beginning, ScheduledSequence]
@@ -121,7 +122,7 @@ class KvRebuild:
         return source, same - same % self._config.page_size
 
     def _beginning(self, sequence: ScheduledSequence, lost: Layout) -> _Beginning | None:
-        """What sequences have in common of which one can be forked off the other: the heads and range of a share, and
+        """What sequences have in common of which one can be forked off the other: pool, heads and range of a share, and
         the tokens up to the end of its first page. None where that page is not full, or more than one share is lost."""
         if len(lost) > 1:
             return None
@@ -129,7 +130,7 @@ class KvRebuild:
         first = share.lo + self._config.page_size
         if min(sequence.computed, share.hi) < first:
             return None
-        return share.heads, share.lo, share.hi, tuple(sequence.tokens[:first])
+        return share.pool, share.heads, share.lo, share.hi, tuple(sequence.tokens[:first])
 
     def _substitutes(
         self, sequence: ScheduledSequence, lost: Layout, spare: Pages, source: ScheduledSequence | None, length: int

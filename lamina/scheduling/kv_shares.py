@@ -1,74 +1,127 @@
-"""Shares of a sequence, and pages counted by holder."""
+"""Shares of a sequence, and pages counted by pool of a holder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
+
+Place = tuple[int, int]
+"""A pool of a holder: the holder's number, and the number of the pool there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one holder keeps of a sequence: KV heads `heads` at positions [lo, hi); `lo` is where a page begins."""
+    """What one holder keeps of a sequence in the layers of one pool: KV heads `heads` at positions [lo, hi); `lo` is
+    where a page begins. `at` is where that is."""
 
     holder: int
     heads: tuple[int, ...]
     lo: int
     hi: int
+    pool: int = 0
+    at: Place = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "at", (self.holder, self.pool))
 
 
 Layout = tuple[Share, ...]
-"""All shares of one sequence: for each head their ranges are disjoint, and begin at 0 without a gap."""
+"""All shares of one sequence: for each pool and head their ranges are disjoint, and begin at 0 without a gap."""
 
 
-class Pages(dict[int, int]):
-    """Pages by holder. A missing holder has none; a difference can be negative."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A share, and the handle that it has at its holder."""
 
-    def __add__(self, other: Mapping[int, int]) -> Pages:
+    handle: int
+    share: Share
+
+
+class Pages(dict[Place, int]):
+    """Pages by pool of a holder. A missing pool has none; a difference can be negative."""
+
+    @classmethod
+    def of(cls, holder: int, pages: Iterable[int]) -> Pages:
+        """Pages of one holder, by pool."""
+        return cls({(holder, pool): count for pool, count in enumerate(pages) if count})
+
+    def __add__(self, other: Mapping[Place, int]) -> Pages:
         result = Pages(self)
-        for holder, pages in other.items():
-            result._set(holder, result.get(holder, 0) + pages)
+        for at, pages in other.items():
+            result._set(at, result.get(at, 0) + pages)
         return result
 
-    def __sub__(self, other: Mapping[int, int]) -> Pages:
+    def __sub__(self, other: Mapping[Place, int]) -> Pages:
         result = Pages(self)
-        for holder, pages in other.items():
-            result._set(holder, result.get(holder, 0) - pages)
+        for at, pages in other.items():
+            result._set(at, result.get(at, 0) - pages)
         return result
 
     def __mul__(self, times: int) -> Pages:
-        return Pages({holder: pages * times for holder, pages in self.items() if pages * times})
+        return Pages({at: pages * times for at, pages in self.items() if pages * times})
 
-    def _set(self, holder: int, pages: int) -> None:
+    def _set(self, at: Place, pages: int) -> None:
         if pages:
-            self[holder] = pages
+            self[at] = pages
         else:
-            self.pop(holder, None)
+            self.pop(at, None)
 
-    def covers(self, needed: Mapping[int, int]) -> bool:
-        """Whether every holder has the pages that are needed of it, 0 or fewer always."""
-        return all(pages <= 0 or self.get(holder, 0) >= pages for holder, pages in needed.items())
+    def covers(self, needed: Mapping[Place, int]) -> bool:
+        """Whether every pool has the pages that are needed of it, 0 or fewer always."""
+        return all(pages <= 0 or self.get(at, 0) >= pages for at, pages in needed.items())
+
+    def short_of(self, needed: Mapping[Place, int]) -> set[Place]:
+        """The pools that have fewer pages than are needed of them."""
+        return {at for at, pages in needed.items() if pages > max(0, self.get(at, 0))}
 
 
 NO_PAGES = Pages()
 
 
 class Layouts(Protocol):
-    """Where a sequence could be kept at present. `placement.Placement` implements it."""
+    """Where sequences are kept, and could be kept at present. `placement.Placement` implements it."""
+
+    @property
+    def pages(self) -> Pages:
+        """All pages of every holder, by pool."""
 
     @property
     def capacity(self) -> Pages:
-        """All pages of every holder that takes sequences."""
+        """All pages of every holder that takes sequences, by pool."""
 
     def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
         """Every possible layout of a new sequence of `tokens` tokens that grows up to `length`. The first goes best
         with the layouts and tokens of the sequences `beside` it. Empty where there is no holder."""
 
-    def opened(self, layout: Layout) -> None:
-        """A new sequence is kept in this layout, so that the next one may get another."""
+    @property
+    def closing(self) -> Pages:
+        """The pages that closes free which wait for a holder, at least."""
 
-    def reads_locally(self, length: int) -> bool:
-        """Whether `length` tokens could be computed, or computed again, with their KV in a prefill pool."""
+    def open(self, layout: Layout) -> int:
+        """Open an empty sequence, so that the next one may get another layout. Returns its handle."""
+
+    def fork(self, parent: int, length: int) -> int:
+        """Make a sequence of the parent's first `length` tokens. Returns its handle."""
+
+    def close(self, handle: int, freed: Pages) -> None:
+        """Close a sequence, which frees these pages or more."""
+
+    def replace(self, handle: int, lost: int, shares: Layout, source: int | None = None, length: int = 0) -> None:
+        """Open a lost holder's part of a sequence elsewhere: empty, or as forks of the source's shares."""
+
+    def check_integrity(self, handles: Sequence[int]) -> None:
+        """Raise EngineError unless exactly these sequences, all different, are kept."""
+
+    def local_copy(self, layout: Layout, lo: int) -> Layout:
+        """The shares of a local copy, of positions from `lo` on, of a sequence in this layout. Empty where it is local
+        itself, or there are no local pools."""
+
+    def open_beside(self, shares: Layout) -> tuple[Part, ...]:
+        """Open further parts of a sequence."""
+
+    def close_parts(self, parts: Iterable[Part], freed: Pages) -> None:
+        """Close parts, which frees these pages or more."""
 
     def substitute(self, share: Share, free: Pages) -> Share | None:
         """`share` of a lost holder at another one, given the free pages. None where no holder can have it."""

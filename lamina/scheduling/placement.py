@@ -1,102 +1,100 @@
 """Which holder keeps what of each sequence, and the operations and rows of a plan for each holder. Pure.
 
-A sequence has a handle. What a holder keeps of it is a part with a handle of its own, so that a holder can have several
-parts of one sequence after a loss. Operations wait in an outbox for each holder until it accepts them.
+A sequence has a handle. What a holder keeps of it in one pool is a part with a handle of its own: a holder has one in
+each pool, and can have several after a loss. Whatever opens, forks or closes parts goes at once into the outbox of each
+holder, and waits there until the holder accepts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 from lamina.errors import EngineError
 from lamina.scheduling import kv_layouts
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_shares import Layout, Pages, Share
-from lamina.scheduling.local_share import prefers_local
-from lamina.scheduling.request import CloseSequence, ForkSequence, OpenSequence, Plan, PlannedRow, ReplaceShares
+from lamina.scheduling.kv_shares import Layout, Pages, Part, Place, Share
+from lamina.scheduling.request import Plan, PlannedRow
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
 from lamina_protocols.routes import HolderBatch, Route
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A share, and the handle that it has at its holder."""
-
-    handle: int
-    share: Share
-
-
-@dataclass(slots=True)
-class _PrefillParts:
-    """Handles of parts in the prefill pools, by the pool's number, while a prompt (or a rebuild) of `length` tokens is
-    computed: positions from `lo` on."""
-
-    handles: dict[int, int]
-    lo: int
-    length: int
+def prefers_local(local: int, total: int, tokens: int, share: float) -> bool:
+    """Whether a sequence of `tokens` tokens should be local so that `share` of all is; `local` of `total` are now."""
+    return share > 0 and local + tokens / 2 <= share * (total + tokens)
 
 
 class Placement:
     """The holders, and the parts of all sequences.
 
-    `heads` has the number of KV heads of each rank. Layouts number heads through all ranks, messages within the rank.
-    `shard` says how new sequences are cut within each rank: "heads", "sequence" or "heads+sequence".
+    `heads` has the number of KV heads of each rank, by pool. Layouts number heads through all ranks, messages within
+    the rank. `shard` says how new sequences are cut within each rank: "heads", "sequence" or "heads+sequence"; what the
+    pools of `states` keep is cut by heads always.
 
-    `prefill_pools` and `local_pools` are the numbers of fused holders in the model workers' processes, one a rank each.
-    Prompts that fit are read from the prefill pools until they are computed; no layout names these pools. Local pools
-    keep whole sequences: a sequence is in the local pools or at other holders, never in both. `local_share` is the
-    wanted share of KV in the local pools; the tier controller sets it. `fuses`: decode rows are attended where they are
-    stored, else where the model is, which can then send q before it has k and v; it may change between two batches.
+    `local_pools` are the numbers of fused holders in the model workers' processes beside others, one a rank. They have
+    local copies of prompts that are being computed; and where there is a `local_tier`, whole sequences too: the layout
+    of a sequence has the local pools or other holders, never both. `local_share` is the wanted share of KV in the local
+    tier; the tier controller sets it. `fuses`: decode rows are attended where they are stored, else where the model is,
+    which can then send q before it has k and v; it may change between two batches. `indexed`: the pools where an index
+    of the model's own chooses among all keys of a sequence; whoever attends a row there has all of them, the row's own
+    too.
     """
 
     def __init__(
         self,
         holders: Mapping[int, Holder],
         *,
-        heads: Sequence[int],
+        heads: Sequence[Sequence[int]],
         page_size: int,
         max_model_len: int,
-        layers: int,
         shard: str = "heads",
-        prefill_pools: Sequence[int] = (),
         local_pools: Sequence[int] = (),
+        local_tier: bool = False,
+        states: Container[int] = (),
+        indexed: Container[int] = (),
     ) -> None:
-        self.local_share = 1.0 if local_pools else 0.0
+        self.local_share = 1.0 if local_tier else 0.0
         self.fuses = True
         self.holders = dict(holders)
         self._page_size = page_size
         self._end = max_model_len
-        firsts = accumulate(heads, initial=0)
-        self._heads = [tuple(range(first, first + count)) for first, count in zip(firsts, heads, strict=False)]
-        self._layers = layers
+        self._heads = _numbered(heads)
         self._shard = shard
-        self.prefill_pools = tuple(prefill_pools)
+        self.states = states
         self.local_pools = tuple(local_pools)
+        self._local_tier = local_tier
+        self._indexed = indexed
         self._turn = 0
+        self._last_handle = 0
         self._last_part = 0
-        self._translated = 0  # operations of plans so far
         self._layouts: dict[Layout, Layout] = {}  # by heads: equal ones are made once
         self._parts: dict[int, list[Part]] = {}  # by the sequence's handle
-        self._prefills: dict[int, _PrefillParts] = {}
-        self._prefill_used = Pages()
 
     # Layouts.
 
     @property
+    def pages(self) -> Pages:
+        """All pages of every holder."""
+        return _pages(self.holders.items())
+
+    @property
     def capacity(self) -> Pages:
         """All pages of every holder that takes sequences."""
-        return Pages({number: holder.pages for number, holder in self._taking()})
+        return _pages(self._taking())
+
+    def places(self, numbers: Iterable[int]) -> set[Place]:
+        """All pools of these holders."""
+        return {(number, pool) for number in numbers for pool in range(len(self.holders[number].pages))}
 
     @property
     def tiers(self) -> bool:
-        """Whether there are both local pools and other holders."""
-        return bool(self.local_pools) and any(not self.in_local_pool(number) for number, _ in self._taking())
+        """Whether there are both a local tier and other holders."""
+        return self._local_tier and any(number not in self.local_pools for number, _ in self._taking())
 
-    def in_local_pool(self, number: int) -> bool:
-        """Whether a holder is a local pool."""
-        return number in self.local_pools
+    def keeps(self, number: int) -> bool:
+        """Whether a holder keeps sequences, not only copies."""
+        return self._local_tier or number not in self.local_pools
 
     def is_local(self, layout: Layout) -> bool:
         """Whether a layout is in the local pools."""
@@ -113,51 +111,49 @@ class Placement:
     def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
         """The possible layouts of a new sequence of `tokens` tokens that grows up to `length`. The first brings the
         share of local KV closest to `local_share`, given the layouts and tokens of the sequences `beside` it."""
-        both = tuple(layout for layout in (self._local_layout(), self.layout(length)) if layout)
+        both = tuple(layout for layout in (self.layout(length, local=True), self.layout(length)) if layout)
         if len(both) < 2:
             return both
         local, total = self.local_tokens(beside)
         return both if prefers_local(local, total, tokens, self.local_share) else both[::-1]
 
     def layout(self, length: int, local: bool = False) -> Layout:
-        """Shares for a new sequence of up to `length` tokens, in the local pools where `local`. The first holder
+        """Shares for a new sequence of up to `length` tokens, in the local tier where `local`. The first holder
         is another once a sequence is `opened`, so that remainders are even over many sequences. Empty where there is no
         holder."""
         if local:
-            return self._local_layout()
+            return self._local_layout() if self._local_tier else ()
         layout: Layout = ()
         for rank, heads in enumerate(self._heads):
             taking = [
-                (number, holder.weight) for number, holder in self._taking(rank) if not self.in_local_pool(number)
+                (number, holder.weight) for number, holder in self._taking(rank) if number not in self.local_pools
             ]
             if not taking:
                 return ()
             turn = self._turn % len(taking)
-            layout += kv_layouts.layout(
-                self._shard, taking[turn:] + taking[:turn], heads, length, self._page_size, self._end
-            )
+            for pool, own in enumerate(heads):
+                shard = "heads" if pool in self.states else self._shard
+                shares = kv_layouts.layout(
+                    shard, taking[turn:] + taking[:turn], own, length, self._page_size, self._end
+                )
+                layout += tuple(replace(share, pool=pool) for share in shares) if pool else shares
         return self._layouts.setdefault(layout, layout) if self._shard == "heads" else layout
 
-    def opened(self, layout: Layout) -> None:
-        """A sequence is opened in this layout: the next one elsewhere begins at the next holder."""
-        if not self.is_local(layout):
-            self._turn += 1
+    def _local_layout(self, lo: int = 0) -> Layout:
+        layout = tuple(
+            Share(number, heads, lo, self._end, pool)
+            for number in self.local_pools
+            for pool, heads in enumerate(self._heads_at(number))
+        )
+        return layout if lo else self._layouts.setdefault(layout, layout)
 
-    def _local_layout(self) -> Layout:
-        layout = tuple(Share(number, self._heads_at(number), 0, self._end) for number in self.local_pools)
-        return self._layouts.setdefault(layout, layout)
+    def local_copy(self, layout: Layout, lo: int) -> Layout:
+        """The shares of a local copy, of positions from `lo` on, of a sequence in this layout. Empty where it is local
+        itself, or there are no local pools, or a copy would lack keys that an index chooses among."""
+        return () if self.states or self.is_local(layout) or (self._indexed and lo) else self._local_layout(lo)
 
-    def reads_locally(self, length: int) -> bool:
-        """Whether the prefill pools have room for a prompt of `length` tokens now."""
-        left = Pages({number: self.holders[number].pages for number in self.prefill_pools}) - self._prefill_used
-        return bool(self.prefill_pools) and left.covers(self._prefill_cost(length))
-
-    def _prefill_cost(self, length: int) -> Pages:
-        pages = self._layers * (-(-length // self._page_size) + 1)
-        return Pages({number: pages * len(self._heads_at(number)) for number in self.prefill_pools})
-
-    def _heads_at(self, number: int) -> tuple[int, ...]:
-        """The KV heads that a holder can have."""
+    def _heads_at(self, number: int) -> tuple[tuple[int, ...], ...]:
+        """The KV heads that a holder can have, by pool."""
         return self._heads[self.holders[number].rank]
 
     def substitute(self, share: Share, free: Pages) -> Share | None:
@@ -166,19 +162,19 @@ class Placement:
         numbers = [
             number
             for number, _ in self._taking()
-            if not self.in_local_pool(number) and share.heads[0] in self._heads_at(number)
+            if number not in self.local_pools and share.heads[0] in self._heads_at(number)[share.pool]
         ]
         if not numbers:
             return None
-        best = max(numbers, key=lambda number: free.get(number, 0))
-        return Share(best, share.heads, share.lo, share.hi)
+        best = max(numbers, key=lambda number: free.get((number, share.pool), 0))
+        return replace(share, holder=best)
 
     def _taking(self, rank: int | None = None) -> list[tuple[int, Holder]]:
         """The holders that take sequences, of one rank or of all."""
         return [
             (number, holder)
             for number, holder in self.holders.items()
-            if number not in self.prefill_pools and not holder.draining and rank in (None, holder.rank)
+            if self.keeps(number) and not holder.draining and rank in (None, holder.rank)
         ]
 
     # Holders come and go.
@@ -194,15 +190,15 @@ class Placement:
         del self.holders[number]
 
     def emptied(self, number: int) -> None:
-        """A holder has lost its KV and its operations, and goes on under its number. Prompts in the prefill pools are
-        read from where they are stored."""
-        for handle in list(self._prefills):
-            self._drop_prefill(handle)
+        """A holder has lost its KV and its operations, and goes on under its number."""
         for handle, parts in self._parts.items():
             self._parts[handle] = [part for part in parts if part.share.holder != number]
-        holder = self.holders[number]
-        holder.outbox.clear()
-        holder.first = 0
+        self.holders[number].empty()
+
+    @property
+    def draining(self) -> frozenset[int]:
+        """The holders that get nothing new, since they are to be let go."""
+        return frozenset(number for number, holder in self.holders.items() if holder.draining)
 
     @property
     def pending(self) -> bool:
@@ -213,55 +209,99 @@ class Placement:
         """The operations that wait, without rows."""
         return {number: holder.outgoing() for number, holder in self.holders.items() if holder.outbox}
 
-    def first_head(self, number: int) -> int:
-        """The first of all KV heads that a holder can have."""
-        return self._heads_at(number)[0]
+    def first_heads(self, number: int) -> tuple[int, ...]:
+        """The first of all KV heads that a holder can have, by pool."""
+        return tuple(heads[0] for heads in self._heads_at(number))
 
     def adopt(self, handle: int, parts: Sequence[Part]) -> None:
         """A sequence has these parts of the previous engine: they are not closed."""
         self._parts[handle] = list(parts)
         for part in parts:
-            waiting = self.holders[part.share.holder].outbox
-            waiting[:] = [operation for operation in waiting if operation != Close(part.handle)]
+            self.holders[part.share.holder].keep(part.handle)
 
-    def number_parts_from(self, last: int) -> None:
-        """Give out no handle of a part up to `last`."""
-        self._last_part = max(self._last_part, last)
+    def number_from(self, sequence: int, part: int) -> None:
+        """Give out no handle of a sequence, or of a part, up to these."""
+        self._last_handle, self._last_part = max(self._last_handle, sequence), max(self._last_part, part)
 
     def parts(self, handle: int) -> tuple[Part, ...]:
         """All parts of a sequence, by its handle."""
         return tuple(self._parts.get(handle, ()))
 
+    # Sequences at holders.
+
+    @property
+    def closing(self) -> Pages:
+        """The pages that closes free which wait, at least."""
+        return Pages(
+            {
+                (number, pool): pages
+                for number, holder in self.holders.items()
+                for pool, pages in enumerate(holder.closing)
+                if pages
+            }
+        )
+
+    def open(self, layout: Layout) -> int:
+        """Open an empty sequence. Returns its handle, which is never used again."""
+        self._turn += not self.is_local(layout)  # the next one elsewhere begins at the next holder
+        return self._keep([self._open(share) for share in layout])
+
+    def fork(self, parent: int, length: int) -> int:
+        """Make a sequence of the parent's first `length` tokens. Returns its handle."""
+        return self._keep(self._fork(self._parts[parent], length))
+
+    def close(self, handle: int, freed: Pages) -> None:
+        """Close a sequence, which frees these pages or more."""
+        self.close_parts(self._parts.pop(handle), freed)
+
+    def replace(self, handle: int, lost: int, shares: Layout, source: int | None = None, length: int = 0) -> None:
+        """Open a lost holder's part of a sequence elsewhere: empty, or as forks of the source's shares."""
+        kept = [part for part in self._parts[handle] if part.share.holder != lost]
+        if source is None:
+            self._parts[handle] = kept + [self._open(share) for share in shares]
+        else:
+            parts = [part for part in self._parts[source] if part.share in shares]
+            self._parts[handle] = kept + self._fork(parts, length)
+
+    def check_integrity(self, handles: Sequence[int]) -> None:
+        """Raise EngineError unless exactly these sequences, all different, have parts."""
+        if len(set(handles)) != len(handles) or self._parts.keys() != set(handles):
+            raise EngineError(f"the holders will have handles {sorted(self._parts)}; in use are {sorted(handles)}")
+
+    def _keep(self, parts: list[Part]) -> int:
+        self._last_handle += 1
+        self._parts[self._last_handle] = parts
+        return self._last_handle
+
     def open_beside(self, shares: Layout) -> tuple[Part, ...]:
-        """Open further parts of a sequence; `moved` or `give_up` ends that."""
-        self.opened(shares)
+        """Open further parts of a sequence; `moved` or `close_parts` ends that."""
+        self._turn += not self.is_local(shares)
         return tuple(self._open(share) for share in shares)
 
-    def give_up(self, new: Iterable[Part]) -> None:
-        """Close parts that were opened beside."""
-        for part in new:
-            self._close(part)
+    def close_parts(self, parts: Iterable[Part], freed: Pages) -> None:
+        """Close parts, which frees these pages or more."""
+        left = dict(freed)
+        for part in parts:
+            self._queue(part.share, Close(part.handle), left.pop(part.share.at, 0))
 
-    def moved(self, handle: int, old: Iterable[Part], new: Iterable[Part]) -> None:
-        """The `new` parts of a sequence have all tokens of the `old` ones, and take their place."""
+    def moved(self, handle: int, old: Iterable[Part], new: Iterable[Part], freed: Pages) -> None:
+        """The `new` parts of a sequence have all tokens of the `old` ones, and take their place; that frees these pages
+        or more."""
         gone = set(old)
         self._parts[handle] = [part for part in self._parts[handle] if part not in gone] + list(new)
-        self.give_up(gone)
+        self.close_parts(gone, freed)
 
     # Plans.
 
     def place(self, plan: Plan) -> dict[int, HolderBatch]:
-        """The operations and rows of each holder that the plan concerns."""
-        for operation in plan.operations[max(0, self._translated - plan.first) :]:
-            self._translate(operation)
-        self._translated = max(self._translated, plan.first + len(plan.operations))
+        """The rows of each holder that the plan concerns, and all operations that wait."""
         routes: dict[int, list[Route]] = {}
         again: dict[int, list[Route]] = {}  # further parts of a sequence come after all first ones
         for source, row in enumerate(plan.rows):
-            seen = set[int]()
-            for number, route in self._routes(source, row):
-                (again if number in seen else routes).setdefault(number, []).append(route)
-                seen.add(number)
+            seen = set[Place]()
+            for at, route in self._routes(source, row):
+                (again if at in seen else routes).setdefault(at[0], []).append(route)
+                seen.add(at)
         for number, more in again.items():
             routes[number] += more
         return {
@@ -270,67 +310,43 @@ class Placement:
             if holder.outbox or number in routes
         }
 
-    def recorded(self, plan: Plan) -> None:
-        """The batch is complete: prefill pools drop the prompts and rebuilds that have ended."""
-        for row in plan.rows:
-            rebuilt = row.rebuild and row.sequence.rebuild is None
-            if row.sample or rebuilt:
-                self._drop_prefill(row.handle)
-
-    def _translate(self, operation: OpenSequence | ForkSequence | CloseSequence | ReplaceShares) -> None:
-        match operation:
-            case OpenSequence(handle, layout):
-                self._parts[handle] = [self._open(share) for share in layout]
-            case ForkSequence(handle, parent, length):
-                self._parts[handle] = self._fork(self._parts[parent], length)
-            case CloseSequence(handle):
-                self._drop_prefill(handle)
-                for part in self._parts.pop(handle):
-                    self._close(part)
-            case ReplaceShares(handle, lost, shares, source, length):
-                kept = [part for part in self._parts[handle] if part.share.holder != lost]
-                if source is None:
-                    self._parts[handle] = kept + [self._open(share) for share in shares]
-                    return
-                parts = [part for part in self._parts[source] if part.share in shares]
-                self._parts[handle] = kept + self._fork(parts, length)
-
     def _open(self, share: Share) -> Part:
         part = Part(self._next(), share)
-        self._queue(share.holder, Open(part.handle, self._heads_in(share.holder, share.heads), share.lo, share.hi))
+        self._queue(share, Open(part.handle, share.pool, self._heads_in(share), share.lo, share.hi))
         return part
 
-    def _heads_in(self, number: int, heads: tuple[int, ...]) -> tuple[int, ...]:
-        """Heads as a holder numbers them: within its rank."""
-        first = self._heads_at(number)[0] if number in self.holders else 0
-        return tuple(head - first for head in heads) if first else heads
+    def _heads_in(self, share: Share) -> tuple[int, ...]:
+        """A share's heads as the holder numbers them: within its rank."""
+        if len(self._heads) == 1 or share.holder not in self.holders:
+            return share.heads
+        first = self._heads_at(share.holder)[share.pool][0]
+        return tuple(head - first for head in share.heads) if first else share.heads
 
     def _fork(self, parts: Sequence[Part], length: int) -> list[Part]:
         forks = []
         for part in parts:
             forks.append(Part(self._next(), part.share))
-            self._queue(part.share.holder, Fork(forks[-1].handle, part.handle, length))
+            self._queue(part.share, Fork(forks[-1].handle, part.handle, length))
         return forks
-
-    def _close(self, part: Part) -> None:
-        self._queue(part.share.holder, Close(part.handle))
 
     def _next(self) -> int:
         self._last_part += 1
         return self._last_part
 
-    def _queue(self, number: int, operation: Operation) -> None:
-        if number in self.holders:  # not a lost one
-            self.holders[number].outbox.append(operation)
+    def _queue(self, share: Share, operation: Operation, freed: int = 0) -> None:
+        if share.holder in self.holders:  # not a lost one
+            self.holders[share.holder].queue(operation, share.pool, freed)
 
-    def _routes(self, source: int, row: PlannedRow) -> list[tuple[int, Route]]:
+    def _routes(self, source: int, row: PlannedRow) -> list[tuple[Place, Route]]:
         """A route for every part that reads or stores the row. Each head reads [0, start), or [0, end) where the part
-        that stores the row's tokens attends them too: always in a fused holder, and in decode unless q goes first."""
+        that stores the row's tokens attends them too: always in a fused holder, and in decode unless q goes first.
+        States are read before the row, and stored after it. With an index each part attends them, unless a local copy
+        does."""
         start, end = row.start, row.start + row.count
-        prefill = self._prefill_of(row)
-        below = prefill.lo if prefill else start
+        copy = row.sequence.local_copy
+        below = copy[0].share.lo if copy else start
         chooses = row.count == 1 and row.sample  # decode, or a prompt's last token alone: other rows read all
-        fuses = self.fuses and chooses and not row.rebuild and prefill is None
+        fuses = self.fuses and chooses and not row.rebuild and not copy
         missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
         routes = []
         for part in self._parts[row.handle]:
@@ -338,42 +354,25 @@ class Placement:
             store = start < share.hi and end > share.lo and (not row.rebuild or share in missing)
             # A single token is attended where it is stored: that spares the model worker its own attention and a merge.
             # What is computed again is not: of the parts that hold it only the lost ones store it.
-            fused = self.holders[share.holder].fused or (store and fuses)
+            fused = self.holders[share.holder].fused or (store and fuses) or (share.pool in self._indexed and not copy)
+            fused = fused and share.pool not in self.states
             read_end = end if fused else min(below, share.hi)
             read = (share.lo, read_end) if read_end > share.lo else None
             if read or store:
                 message = Row(part.handle, start, row.count, read, store, chooses)
-                heads = self._heads_in(share.holder, share.heads)
-                routes.append((share.holder, Route(source, heads, message, message.stored(share.lo, share.hi))))
-        if prefill is not None:
-            for number, handle in prefill.handles.items():
-                message = Row(handle, start, row.count, (prefill.lo, end), True)
-                heads = self._heads_in(number, self._heads_at(number))
-                routes.append((number, Route(source, heads, message, (start, end))))
+                stored = message.stored(share.lo, share.hi)
+                routes.append((share.at, Route(source, self._heads_in(share), message, stored, share.pool)))
+        for part in copy:
+            message, share = Row(part.handle, start, row.count, (below, end), True), part.share
+            routes.append((share.at, Route(source, self._heads_in(share), message, (start, end), share.pool)))
         return routes
 
-    def _prefill_of(self, row: PlannedRow) -> _PrefillParts | None:
-        """The parts in prefill pools that the row reads, opened where it begins a prompt or a rebuild that fits."""
-        if not self.prefill_pools or all(self.in_local_pool(part.share.holder) for part in self._parts[row.handle]):
-            return None  # local pools are fused themselves
-        prefill = self._prefills.get(row.handle)
-        if prefill is not None and prefill.lo <= row.start:
-            return prefill
-        self._drop_prefill(row.handle)
-        left = row.sequence.left
-        if left == 1 or not self.reads_locally(left):
-            return None
-        prefill = _PrefillParts({number: self._next() for number in self.prefill_pools}, row.start, left)
-        for number, handle in prefill.handles.items():
-            heads = self._heads_in(number, self._heads_at(number))
-            self._queue(number, Open(handle, heads, row.start, self._end))
-        self._prefills[row.handle] = prefill
-        self._prefill_used += self._prefill_cost(left)
-        return prefill
 
-    def _drop_prefill(self, handle: int) -> None:
-        prefill = self._prefills.pop(handle, None)
-        if prefill is not None:
-            self._prefill_used -= self._prefill_cost(prefill.length)
-            for number, part in prefill.handles.items():
-                self._queue(number, Close(part))
+def _numbered(heads: Sequence[Sequence[int]]) -> list[tuple[tuple[int, ...], ...]]:
+    """The KV heads of each rank by pool, numbered through all ranks, from their counts."""
+    pools = [list(pairwise(accumulate(counts, initial=0))) for counts in zip(*heads, strict=True)]
+    return [tuple(tuple(range(*bounds)) for bounds in rank) for rank in zip(*pools, strict=True)]
+
+
+def _pages(holders: Iterable[tuple[int, Holder]]) -> Pages:
+    return Pages({(number, pool): pages for number, holder in holders for pool, pages in enumerate(holder.pages)})

@@ -2,6 +2,9 @@
 
 A node is a whole number of pages, and a sequence of its own in the holders, forked off the sequence that computed it.
 Before that the node is *pending*, and its writer is computing it.
+
+A node of a model with states has their records after its last token, a snapshot, and can be forked there alone. So each
+snapshot is a node. Nobody needs a snapshot to go on: it gives way even where the pages of its node are in use.
 """
 
 from __future__ import annotations
@@ -9,13 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from heapq import heappop, heappush
-from itertools import pairwise
 from typing import NamedTuple
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages
-from lamina.scheduling.prefix_nodes import Node, closest_child, path_up, pending_down_to, place_of
-from lamina.scheduling.request import ScheduledSequence
+from lamina.scheduling.kv_shares import NO_PAGES, Pages, Place, Share
+from lamina.scheduling.page_runs import PageRuns, Run
+from lamina.scheduling.prefix_nodes import Node, closest_child, contradiction, path_up, pending_down_to, place_of
+from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
 
 
 class Match(NamedTuple):
@@ -29,30 +32,40 @@ class Match(NamedTuple):
 
 
 class PrefixCache:
-    """All trees, one for each salt. `evictable` has the least pages that eviction could free.
+    """All trees, one for each salt. `entered` counts the prefixes so far, `snapshots` the pages of all nodes' states.
 
-    `weigh(layout, lo, hi, floor)` counts the pages of positions [lo, hi) that a sequence with that floor keeps,
     `fork(parent, length)` and `close(handle, pages)` change the holders, and `wake` gets each sequence that need not
     wait any more.
     """
 
     def __init__(
         self,
-        page_size: int,
-        weigh: Callable[[Layout, int, int, int], Pages],
+        config: SchedulerConfig,
+        runs: PageRuns,
         fork: Callable[[int, int], int],
         close: Callable[[int, Pages], None],
         wake: Callable[[ScheduledSequence], None],
     ) -> None:
-        self.evictable = NO_PAGES
-        self._page_size = page_size
-        self._weigh, self._fork, self._close, self._wake = weigh, fork, close, wake
+        self.entered = 0
+        self.snapshots = NO_PAGES
+        self._config = config
+        self._page_size = config.snapshot_tokens or config.page_size  # nodes are multiples of it
+        self._runs, self._fork, self._close, self._wake = runs, fork, close, wake
         self._roots: dict[Hashable, Node] = {}
         self._tick = 0
         self._held: dict[ScheduledSequence, Node] = {}  # the deepest node whose pages a running sequence shares
         self._pending: dict[ScheduledSequence, Node] = {}  # the deepest node that a running sequence is about to write
-        # Heaps of (tick, handle, leaf), by the holders that keep a leaf or what is above it; ticks may be out of date.
-        self._unused: dict[frozenset[int], list[tuple[int, int, Node]]] = {}
+        # Heaps of (tick, handle, leaf), by the pools that keep a leaf or what is above it; ticks may be out of date.
+        self._unused: dict[frozenset[Place], list[tuple[int, int, Node]]] = {}
+
+    def __iter__(self) -> Iterator[Node]:
+        """The nodes that are not pending."""
+        return (node for node in self._nodes() if node.handle is not None)
+
+    @property
+    def evictable(self) -> Pages:
+        """The pages that eviction could free."""
+        return self._runs.unused + self.snapshots if self.snapshots else self._runs.unused
 
     def match(self, tokens: tuple[int, ...], salt: Hashable = None) -> Match:
         """The longest prefix of `tokens` that the tree has, without the last token, whose logits are wanted.
@@ -93,8 +106,11 @@ class PrefixCache:
         node = self._branch(tokens, writer.request.salt)
         # Not below another writer's pending node, which may be discarded before this one is computed.
         if node is not None and node.writer is None and node.length < len(tokens):
-            self._pending[writer] = pending = self._add(node, tokens)
-            pending.writer = writer
+            ends = range(node.length + self._page_size, len(tokens), self._page_size) if self._config.states else ()
+            for end in (*ends, len(tokens)):
+                node = self._add(node, tokens, end)
+                node.writer = writer
+            self._pending[writer] = node
 
     def advance(self, writer: ScheduledSequence) -> None:
         """Fork the writer's pending nodes that are computed off it. It must not be in flight."""
@@ -102,11 +118,13 @@ class PrefixCache:
         for node in pending_down_to(last):
             if node.length > writer.computed:
                 break
-            if node.length < writer.floor:  # a sliding window has moved past: split off too late
+            if not self._config.forks_at(writer, node.length):  # a sliding window has moved past: split off too late
                 self.discard(writer)
                 break
             self._make_ready(node, writer)
             deepest = node
+        if self._config.snapshot_tokens and deepest is None and writer not in self._pending and writer.sound:
+            deepest = self._keep(writer)  # what was generated
         if deepest is not None:
             self.release(writer)
             self.hold(writer, deepest, deepest.length)
@@ -125,15 +143,22 @@ class PrefixCache:
     def keep(self, sequence: ScheduledSequence) -> None:
         """Enter the whole pages that an ended sequence has computed, forked off it. It must not be in flight."""
         self.discard(sequence)
-        tokens = self._whole_pages(sequence, sequence.computed)
-        node = self._branch(tokens, sequence.request.salt) if len(tokens) >= sequence.floor else None
+        self._keep(sequence)
+
+    def _keep(self, sequence: ScheduledSequence) -> Node | None:
+        """The new node with the whole pages that a sequence has computed; None where there is none."""
+        tokens, forks_at = self._whole_pages(sequence, sequence.computed), self._config.forks_at
+        node = self._branch(tokens, sequence.request.salt) if forks_at(sequence, len(tokens)) else None
         pending = list(pending_down_to(node))
-        if node is None or (pending and pending[0].length < sequence.floor):
-            return
+        if node is None or not all(forks_at(sequence, promised.length) for promised in pending):
+            return None
         for promised in pending:  # this sequence was faster than their writer
             self._make_ready(promised, sequence)
         if node.length < len(tokens):
-            self._make_ready(self._add(node, tokens), sequence)
+            node = self._add(node, tokens, len(tokens))
+            self._make_ready(node, sequence)
+            return node
+        return node if pending else None
 
     def hold(self, sequence: ScheduledSequence, node: Node, length: int) -> None:
         """Keep the nodes whose pages `sequence` shares: it was forked off `node` at `length`, or `node` off it."""
@@ -144,7 +169,7 @@ class PrefixCache:
         self._tick += 1
         for held in path_up(node):
             if held.users == 0:
-                self.evictable -= held.pages
+                self._runs.use(held.runs, 1)
             held.users += 1
             held.tick = self._tick
 
@@ -156,7 +181,7 @@ class PrefixCache:
         for node in path_up(held):
             node.users -= 1
             if node.users == 0 and node.handle is not None:
-                self.evictable += node.pages
+                self._runs.use(node.runs, -1)
                 self._queue(node)
 
     def held_by(self, sequence: ScheduledSequence) -> Node | None:
@@ -169,16 +194,13 @@ class PrefixCache:
 
     def unused_pages(self, node: Node) -> Pages:
         """The pages that would not be evictable any more if `node` were held."""
-        unused = NO_PAGES
-        for held in path_up(node):
-            if held.users == 0:
-                unused += held.pages
-        return unused
+        leaves = (leaf for held in path_up(node) if held.users == 0 for leaf in held.runs.values())
+        return self._runs.own({run for leaf in leaves for run in leaf.path() if not run.users})
 
-    def evict(self, holders: Set[int]) -> bool:
-        """Close the least recently used leaf without users that one of these holders keeps, or whose ancestors it
-        keeps. False where there is none."""
-        while heaps := [heap for kept_by, heap in self._unused.items() if heap and not kept_by.isdisjoint(holders)]:
+    def evict(self, at: Set[Place]) -> bool:
+        """Close the least recently used leaf without users that is in one of these pools, or whose ancestors are; in a
+        pool of states, then the oldest one with users. False where there is none."""
+        while heaps := [heap for kept_by, heap in self._unused.items() if heap and not kept_by.isdisjoint(at)]:
             tick, _, node = heappop(min(heaps, key=lambda heap: heap[0][:2]))
             node.queued = False
             if node.tick > tick:
@@ -186,21 +208,43 @@ class PrefixCache:
             elif node.handle is not None and node.users == 0 and not node.children:
                 self._evict(node)
                 return True
-        return False
+        return bool(self.snapshots) and self._evict_snapshot(at)
 
-    def clear(self) -> None:
-        """Drop every node, pending ones too. Sequences keep the pages that they share."""
-        for node in list(self._nodes()):
+    def _evict_snapshot(self, at: Set[Place]) -> bool:
+        """Close the oldest node in use with a snapshot in one of these pools, below which all is pending; what is
+        pending is forgotten."""
+        found = [
+            node
+            for node in self
+            if any(share.at in at and share.pool in self._config.states for share in node.layout)
+            and all(child.writer is not None for child in node.children)
+        ]
+        if found:
+            oldest = min(found, key=lambda node: node.tick)
+            for writer in [child.writer for child in oldest.children if child.writer is not None]:
+                self.discard(writer)
+            self._evict(oldest)
+        return bool(found)
+
+    def clear(self, holders: Set[int] | None = None) -> None:
+        """Drop every node, or those that have a share at one of these holders with all below them, pending ones too.
+        Sequences keep the pages that they share."""
+        nodes = list(self._nodes())
+        if holders is not None:
+            nodes = [node for node in nodes if any(share.holder in holders for _, share in _shares(node))]
+        for node in nodes:
             if node.writer is not None:
                 self.discard(node.writer)
-        for node in reversed(list(self._nodes())):  # children first
-            self._evict(node)
-        self._unused.clear()
+        for node in reversed(nodes):  # children first
+            if node.handle is not None:
+                self._evict(node)
+        for kept_by in [each for each in self._unused if holders is None or any(at[0] in holders for at in each)]:
+            del self._unused[kept_by]
 
-    def evict_used(self, holders: Set[int]) -> bool:
-        """Drop the oldest leaf that one of these holders keeps, pending or in use; its users keep the pages. False
-        where there is none."""
-        leaves = [node for node in self._nodes() if not node.children and not _kept_by(node).isdisjoint(holders)]
+    def evict_used(self, at: Set[Place]) -> bool:
+        """Drop the oldest leaf that is in one of these pools, pending or in use; its users keep the pages. False where
+        there is none."""
+        leaves = [node for node in self._nodes() if not node.children and not _kept_by(node).isdisjoint(at)]
         if not leaves:
             return False
         oldest = min(leaves, key=lambda node: node.tick)
@@ -230,8 +274,8 @@ class PrefixCache:
             node = child
         return node
 
-    def _add(self, parent: Node, tokens: tuple[int, ...]) -> Node:
-        node = Node(tokens[parent.length :], len(tokens), parent)
+    def _add(self, parent: Node, tokens: tuple[int, ...], end: int) -> Node:
+        node = Node(tokens[parent.length : end], end, parent)
         parent.children.insert(place_of(parent, node.tokens), node)
         return node
 
@@ -250,8 +294,7 @@ class PrefixCache:
         node.parent, node.tokens = upper, node.tokens[same:]
         if node.handle is not None:
             upper.handle, upper.layout = self._fork(node.handle, length), node.layout
-            below = self._weigh(node.layout, length, node.length, node.floor)
-            upper.pages, node.pages = node.pages - below, below
+            upper.runs = self._runs.fork(node.runs, length, True, node.floor, min(node.users, 1))
         return upper
 
     def _make_ready(self, node: Node, source: ScheduledSequence) -> None:
@@ -262,13 +305,13 @@ class PrefixCache:
         node.writer = None
         node.handle = self._fork(source.handle, node.length)
         node.floor, node.layout = source.floor, source.layout
-        node.pages = NO_PAGES
-        for share in node.layout:  # it has no page of a parent whose tokens it has computed again, or elsewhere
-            whole = source.shared.get(share, 0) // self._page_size * self._page_size
-            node.pages += self._weigh((share,), min(node.parent.length, whole), node.length, node.floor)
+        if self._config.states:
+            node.floor = node.length
+            source.forked.add(node.length)
+            self.snapshots += self._config.records(node.layout)
+        node.runs = self._runs.fork(source.runs, node.length, True, node.floor, 0)
         node.tick = self._tick
-        source.share(node.length)
-        self.evictable += node.pages
+        self.entered += 1
         self._queue(node)
         self._wake_waiters(node)
 
@@ -285,11 +328,23 @@ class PrefixCache:
     def _evict(self, node: Node) -> None:
         if node.handle is None:
             raise EngineError("a prefix node was evicted twice")
-        freed = node.pages if node.users == 0 else NO_PAGES
-        self.evictable -= freed
-        self._close(node.handle, freed)
-        node.handle = None
+        self._close(node.handle, self._runs.own(node.runs.values()) + self._drop_snapshot(node))
+        self._runs.close(node.runs)
+        node.handle, node.runs = None, {}
         self._detach(node)
+
+    def _drop_snapshot(self, node: Node) -> Pages:
+        """The pages of a node's states, which it gives up: none where sequences stand there; a single one has them
+        alone from now on."""
+        if not self._config.states:
+            return NO_PAGES
+        records = self._config.records(node.layout)
+        self.snapshots -= records
+        users = [sequence for sequence, held in self._held.items() if node.users and node in path_up(held)]
+        standing = [each for each in users if node.length in each.forked & {each.floor, each.computed}]
+        if len(standing) == 1:
+            standing[0].forked.discard(node.length)
+        return NO_PAGES if standing else records
 
     def _detach(self, node: Node) -> None:
         """Cut a node off its parent. It keeps its own link to the parent, which `release` follows."""
@@ -316,39 +371,29 @@ class PrefixCache:
             names = sorted(sequence.request.id for sequence in strangers)
             raise EngineError(f"the prefix tree knows requests that are not running: {names}")
         users = Counter(node for held in self._held.values() for node in path_up(held))
-        handles, evictable = [], NO_PAGES
+        handles = []
+        unused: set[Run] = set()
         for node in self._nodes():
-            parent = node.parent
-            wrong = None
-            if parent is None or node.length != parent.length + len(node.tokens):
-                wrong = "its length is not its parent's and its own tokens"
-            elif not node.tokens or node.length % self._page_size or len(node.tokens) % self._page_size:
-                wrong = "it is no whole number of pages"
-            elif (node.handle is None) != (node.writer is not None):
-                wrong = "it must have a handle or a writer, and not both"
-            elif node.writer is not None and node not in pending_down_to(self._pending.get(node.writer)):
+            wrong = contradiction(node, self._page_size, users[node])
+            if node.writer is not None and node not in pending_down_to(self._pending.get(node.writer)):
                 wrong = "its writer does not write it"
-            elif node.writer is None and parent.writer is not None:
-                wrong = "its parent is pending"
-            elif node.users != (users[node] if node.handle is not None else 0):
-                wrong = f"it counts {node.users} users, {users[node]} hold it"
-            elif node.waiters and node.writer is None:
-                wrong = "sequences wait for it"
-            elif any(a.tokens[: self._page_size] >= b.tokens[: self._page_size] for a, b in pairwise(node.children)):
-                wrong = "its children are out of order or begin alike"
-            elif node.handle is not None and not node.users and not node.children and not node.queued:
-                wrong = "it would never be evicted"
             if wrong:
                 raise EngineError(f"the prefix node of {node.length} tokens, handle {node.handle}: {wrong}")
             if node.handle is not None:
                 handles.append(node.handle)
-                evictable += NO_PAGES if node.users else node.pages
-        if evictable != self.evictable:
+                unused.update(run for leaf in node.runs.values() for run in leaf.path() if not run.users)
+        snapshots = sum((self._config.records(node.layout) for node in self), NO_PAGES)
+        if (evictable := self._runs.own(unused) + snapshots) != self.evictable:
             raise EngineError(f"the prefix tree counts {self.evictable} evictable pages, its nodes have {evictable}")
         return handles
 
 
-def _kept_by(leaf: Node) -> frozenset[int]:
-    """The holders that keep a leaf, or what is above it: a pending node is kept where its writer is."""
-    layouts = ((node, node.layout if node.writer is None else node.writer.layout) for node in path_up(leaf))
-    return frozenset(share.holder for node, layout in layouts for share in layout if share.lo < node.length)
+def _kept_by(leaf: Node) -> frozenset[Place]:
+    """The pools that keep a leaf, or what is above it."""
+    return frozenset(share.at for node, share in _shares(leaf) if share.lo < node.length)
+
+
+def _shares(node: Node) -> Iterator[tuple[Node, Share]]:
+    """The shares of a node and of those above it: a pending node is kept where its writer is."""
+    for each in path_up(node):
+        yield from ((each, share) for share in (each.layout if each.writer is None else each.writer.layout))

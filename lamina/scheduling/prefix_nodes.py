@@ -5,8 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from lamina.scheduling.kv_shares import Layout, Pages
+from lamina.scheduling.kv_shares import Layout
+from lamina.scheduling.page_runs import Runs
 from lamina.scheduling.request import ScheduledSequence
 
 
@@ -25,7 +27,7 @@ class Node:
     handle: int | None = None
     floor: int = 0  # the lowest length at which it can be forked
     layout: Layout = ()  # the shares of its KV
-    pages: Pages = field(default_factory=Pages)  # what its eviction frees: its pages that the parent has not
+    runs: Runs = field(default_factory=dict)  # by share, the pages that it shares with none
     users: int = 0  # running sequences that share pages with it or with a node below
     tick: int = 0  # when it was last used
     queued: bool = False  # whether the heap of unused leaves has it
@@ -81,3 +83,26 @@ def pending_down_to(node: Node | None) -> Iterator[Node]:
         pending.append(node)
         node = node.parent
     return reversed(pending)
+
+
+def contradiction(node: Node, page_size: int, users: int) -> str | None:
+    """What is wrong with a node that `users` sequences hold; None where nothing is. Nodes are multiples of `page_size`
+    tokens."""
+    parent = node.parent
+    if parent is None or node.length != parent.length + len(node.tokens):
+        return "its length is not its parent's and its own tokens"
+    if not node.tokens or node.length % page_size or len(node.tokens) % page_size:
+        return "it is no whole number of pages"
+    if (node.handle is None) != (node.writer is not None):
+        return "it must have a handle or a writer, and not both"
+    if node.writer is None and parent.writer is not None:
+        return "its parent is pending"
+    if node.users != (users if node.handle is not None else 0):
+        return f"it counts {node.users} users, {users} hold it"
+    if node.waiters and node.writer is None:
+        return "sequences wait for it"
+    if any(a.tokens[:page_size] >= b.tokens[:page_size] for a, b in pairwise(node.children)):
+        return "its children are out of order or begin alike"
+    if node.handle is not None and not node.users and not node.children and not node.queued:
+        return "it would never be evicted"
+    return None

@@ -5,12 +5,13 @@ Plain ints, tuples and lists.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lamina.errors import ContextTooLong, InvalidRequest
-from lamina.scheduling.kv_shares import Layout, Pages, Share
+from lamina.scheduling.kv_shares import Layout, Pages, Part
+from lamina.scheduling.page_runs import Runs
 
 if TYPE_CHECKING:
     from lamina.completions import FinishReason
@@ -21,7 +22,7 @@ class Request:
     """One prompt and when its samples end. The submitter sets every field once.
 
     `stop_token_ids` includes the model's end-of-text tokens, unless they are to be ignored. A lower `priority` is more
-    urgent. Requests share prefixes only with requests of the same `salt`.
+    urgent. Requests share prefixes only with requests of the same `salt`. Tenants get equal shares.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Request:
     n: int = 1
     priority: int = 0
     salt: Hashable = None
+    tenant: str = ""
 
 
 @dataclass(slots=True)
@@ -67,18 +69,23 @@ class ScheduledSequence:
     computed: int = 0
     handle: int | None = None
     planned: int = 0  # `computed` plus the tokens of its row in flight
+    turn: int = 0  # the number of the last plan with a row of it
+    held: bool = False  # whether what may follow its last token is not known yet, so it cannot sample
     finish_reason: FinishReason | None = None
     reused: int = 0  # tokens of its prompt that came from a fork instead of a prefill
     preemptions: int = 0
     sound: bool = True  # whether its KV may enter the prefix cache
     layout: Layout = ()  # the shares of its KV, while it has KV
     rebuild: Rebuild | None = None  # what must be computed again before it can go on
+    local_copy: tuple[Part, ...] = ()  # what its rows read and store besides, while its prompt or a rebuild is computed
+    copied: int = 0  # up to where the copy has KV, with that of a row in flight
 
     # For the count of pages.
     floor: int = 0  # the lowest length to which its KV can be cut or forked, by the holders' answers
-    shared: dict[Share, int] = field(default_factory=dict)  # tokens of a share that are in pages others may have too
+    runs: Runs = field(default_factory=dict)  # by share, the pages that it shares with none
     copies: bool = False  # whether its next write may fall into a shared page, which the holder copies first
     siblings: list[ScheduledSequence] = field(default_factory=list)  # samples that wait for this one's prompt
+    forked: set[int] = field(default_factory=set)  # lengths whose states it may share with others
 
     order: tuple[int, int, int] = field(init=False)
 
@@ -90,15 +97,10 @@ class ScheduledSequence:
         """Whether a plan that is neither recorded nor undone has a row of it."""
         return self.planned > self.computed or (self.rebuild is not None and self.rebuild.planned > self.rebuild.at)
 
-    def share(self, length: int, shares: Layout | None = None) -> None:
-        """Its first `length` tokens, in these shares or all, are in pages now that others may have too."""
-        for share in self.layout if shares is None else shares:
-            self.shared[share] = max(length, self.shared.get(share, 0))
-
-    def relocate(self, layout: Layout) -> None:
-        """It is in this layout now; no other has pages of the shares that are new."""
-        self.layout = layout
-        self.shared = {share: length for share, length in self.shared.items() if share in layout}
+    @property
+    def idle(self) -> bool:
+        """Whether a plan may have a row of it."""
+        return not (self.in_flight or (self.held and self.left == 1))
 
     @property
     def next(self) -> int:
@@ -106,9 +108,27 @@ class ScheduledSequence:
         return self.computed if self.rebuild is None else self.rebuild.at
 
     @property
+    def decodes(self) -> bool:
+        """Whether it goes on with its last known token."""
+        return self.left == 1 and self.rebuild is None and self.finish_reason is None
+
+    @property
     def left(self) -> int:
         """How many known tokens are to be computed, or computed again, before it can sample (or go on)."""
         return len(self.tokens) - self.computed if self.rebuild is None else self.rebuild.end - self.rebuild.at
+
+    @property
+    def own_records(self) -> int:
+        """How many of the two records of each of its states, now and before its last row, are there and certainly
+        shared with none, once its row in flight is stored."""
+        before, now = (self.computed, self.planned) if self.planned > self.computed else (self.floor, self.computed)
+        return (now > 0 and now not in self.forked) + (0 < before < now and before not in self.forked)
+
+    @property
+    def takes_records(self) -> bool:
+        """Whether its next row takes a record more of each of its states: there is no older one of its own that it
+        could give up."""
+        return not 0 < self.floor < self.computed or self.floor in self.forked
 
     @property
     def longest(self) -> int:
@@ -133,45 +153,6 @@ class RetainedKv(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class OpenSequence:
-    """Create `handle`, empty, in the holders that `layout` names."""
-
-    handle: int
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class ForkSequence:
-    """Create `handle` as the first `length` tokens of `parent`."""
-
-    handle: int
-    parent: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class CloseSequence:
-    """Forget `handle`."""
-
-    handle: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReplaceShares:
-    """Create `shares` in the place of the lost holder's part of `handle`: empty, or as the first `length` tokens of the
-    same shares of `source`."""
-
-    handle: int
-    lost: int
-    shares: Layout
-    source: int | None = None
-    length: int = 0
-
-
-SequenceOperation = OpenSequence | ForkSequence | CloseSequence | ReplaceShares
-
-
-@dataclass(frozen=True, slots=True)
 class PlannedRow:
     """Compute `count` tokens of `sequence` from position `start` on, and sample after them if `sample`. In a `rebuild`
     row they were computed before, and only the missing shares store them."""
@@ -186,10 +167,8 @@ class PlannedRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """One batch: every operation that is not accepted yet, numbered from `first`, then the rows, if any."""
+    """One batch: its rows, at least one."""
 
-    first: int
-    operations: tuple[SequenceOperation, ...]
     rows: tuple[PlannedRow, ...]
 
 
@@ -246,45 +225,82 @@ class PageGroup(NamedTuple):
         return min(needed, max(0, sinks - first) + -(-window // size) + 2)
 
 
+SNAPSHOT_TOKENS = 1024
+"""How far apart states are kept for prefixes: they are as large as the KV of many tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Limits of a batch, and what a token costs. Raises InvalidRequest for a limit below 1.
 
-    `page_groups` says what the model's layers and KV heads keep. A page is `page_size` tokens of one layer and one KV
-    head.
+    `page_groups` says what the layers and KV heads of each pool keep. A page is `page_size` tokens of one layer and one
+    KV head. A pool of states has no groups; `states` has such pools, with the number of their layers. A page there is
+    one record: the state of one layer and head after some tokens. A sequence has two of each, and can be forked only
+    where it has one. So that prefixes can be shared, prompts are computed up to each multiple of `snapshot_tokens`
+    tokens, where the prefix cache keeps the states; None without states or prefix cache.
     """
 
     max_batch_tokens: int
     max_sequences: int
     max_model_len: int
     page_size: int
-    page_groups: tuple[PageGroup, ...]
+    page_groups: tuple[tuple[PageGroup, ...], ...]
     prefix_cache: bool = True
+    states: Mapping[int, int] = field(default_factory=dict)
+    snapshot_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences", "max_model_len", "page_size"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; allowed is 1 or more")
+        every = self.snapshot_tokens
+        if (every is None) != (not (self.states and self.prefix_cache)) or (every or 0) % self.page_size:
+            raise InvalidRequest(
+                f"snapshot_tokens is {every}; allowed are multiples of the page size {self.page_size} with states and "
+                "prefix cache, else None"
+            )
 
     @property
     def unbounded(self) -> bool:
         """Whether every head keeps everything."""
-        return all(group.policy is None for group in self.page_groups)
+        return not self.states and all(group.policy is None for groups in self.page_groups for group in groups)
+
+    def forks_at(self, sequence: ScheduledSequence, length: int) -> bool:
+        """Whether the first `length` tokens of a sequence can be forked."""
+        return length in (sequence.floor, sequence.computed) if self.states else length >= sequence.floor
+
+    def chunk(self, sequence: ScheduledSequence, most: int) -> int:
+        """How many of a sequence's next `most` tokens one row has: it ends where states are kept for others."""
+        start, last = sequence.next, len(sequence.request.prompt) - 1
+        if self.snapshot_tokens is not None:
+            most = min(most, self.snapshot_tokens - start % self.snapshot_tokens)
+        if self.states and sequence.siblings and start < last:
+            most = min(most, last - start)
+        return most
+
+    def records(self, layout: Layout, times: int = 1) -> Pages:
+        """So many records of every state."""
+        pages = Pages()
+        for share in layout:
+            if times and (layers := self.states.get(share.pool)):
+                pages[share.at] = pages.get(share.at, 0) + times * layers * len(share.heads)
+        return pages
 
     def page_set(self, layout: Layout, position: int) -> Pages:
-        """The pages of the `page_size` tokens from `position` on: one in every layer and KV head."""
+        """The pages of the `page_size` tokens from `position` on: one in every layer and KV head. None of states."""
         pages = Pages()
         for share in layout:
             if share.lo <= position < share.hi:
-                cells = sum(group.cells(share.heads) for group in self.page_groups)
-                pages[share.holder] = pages.get(share.holder, 0) + cells
+                cells = sum(group.cells(share.heads) for group in self.page_groups[share.pool])
+                if cells:
+                    pages[share.at] = pages.get(share.at, 0) + cells
         return pages
 
     def held(self, layout: Layout, lo: int, hi: int, floor: int, start: int = 0) -> Pages:
         """The pages between positions lo and hi that a sequence of that floor keeps, once a row at `start` has come.
 
         The page into which `lo` falls is not counted, that of `hi` is. A share that stores the row has freed every page
-        that no query at `start` or later sees.
+        that no query at `start` or later sees. States are not counted.
         """
         size = self.page_size
         pages = Pages()
@@ -293,22 +309,26 @@ class SchedulerConfig:
             if end <= first:
                 continue
             at = min(floor, share.hi), min(start, share.hi)
-            kept = sum(group.cells(share.heads) * group.kept(first, end, *at, size) for group in self.page_groups)
-            pages[share.holder] = pages.get(share.holder, 0) + kept
+            groups = self.page_groups[share.pool]
+            kept = sum(group.cells(share.heads) * group.kept(first, end, *at, size) for group in groups)
+            if groups:
+                pages[share.at] = pages.get(share.at, 0) + kept
         return pages
 
     def pages_for(self, layout: Layout, length: int, shared: int = 0) -> Pages:
         """The most pages that a sequence of `length` tokens needs when it grows by at most a page at a time and shares
         its first `shared` tokens, which are whole pages, with others."""
         size = self.page_size
-        pages = Pages()
+        pages = self.records(layout, 2) if self.states else Pages()
         for share in layout:
             needed = -(-(min(length, share.hi) - max(share.lo, shared)) // size)
             if needed <= 0:
                 continue
             first = max(share.lo, shared) // size
-            most = sum(group.cells(share.heads) * group.most(first, needed, length, size) for group in self.page_groups)
-            pages[share.holder] = pages.get(share.holder, 0) + most
+            groups = self.page_groups[share.pool]
+            most = sum(group.cells(share.heads) * group.most(first, needed, length, size) for group in groups)
+            if groups:
+                pages[share.at] = pages.get(share.at, 0) + most
         return pages
 
 

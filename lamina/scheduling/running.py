@@ -1,22 +1,25 @@
 """The sequences with KV: the pages they take, and the pages they may still need.
 
-Sequences are opened and closed in the ledger here, and what they share is entered in the prefix cache.
+Sequences are opened and closed here, and what they share is entered in the prefix cache.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import Layout, Pages
+from lamina.scheduling.kv_shares import Layout, Layouts, Pages, Place
 from lamina.scheduling.page_ledger import PageLedger
+from lamina.scheduling.page_runs import PageRuns, Run
 from lamina.scheduling.prefix_cache import PrefixCache
 from lamina.scheduling.prefix_nodes import Node
 from lamina.scheduling.request import RetainedKv, ScheduledSequence, SchedulerConfig
 
 Order = tuple[int, int, int]
+_LATE = 1024  # tokens that are copied at a time, at most
 
 
 @dataclass(slots=True)
@@ -41,11 +44,19 @@ class RunningSequences:
     `prefix_cache` stays empty where the config has none.
     """
 
-    def __init__(self, config: SchedulerConfig, ledger: PageLedger, wake: Callable[[ScheduledSequence], None]) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        layouts: Layouts,
+        ledger: PageLedger,
+        wake: Callable[[ScheduledSequence], None],
+    ) -> None:
         self.sequences: list[ScheduledSequence] = []
         self.counters = Counters()
-        self.prefix_cache = PrefixCache(config.page_size, config.held, ledger.fork, self._evicted, wake)
+        self.runs = PageRuns(config.page_size, config.held)
+        self.prefix_cache = PrefixCache(config, self.runs, layouts.fork, self._evicted, wake)
         self._config = config
+        self._layouts = layouts
         self._ledger = ledger
 
     def __len__(self) -> int:
@@ -65,13 +76,14 @@ class RunningSequences:
     ) -> None:
         """Open a sequence in the holders: as a fork of the source's first `length` tokens where there is a source."""
         if source is None or source.handle is None:
-            sequence.handle = self._ledger.open(layout)
+            sequence.handle, sequence.runs = self._layouts.open(layout), self.runs.open(layout)
         else:
-            sequence.handle = self._ledger.fork(source.handle, length)
-            sequence.floor = source.floor
+            sequence.handle = self._layouts.fork(source.handle, length)
+            sequence.runs = self.runs.fork(source.runs, length)
+            sequence.floor = length if self._config.states else source.floor
+            sequence.forked = {length}
             sequence.copies = length % self._config.page_size > 0
-        sequence.relocate(layout)
-        sequence.share(length)
+        sequence.layout = layout
         sequence.computed = sequence.planned = length
         if sequence.preemptions == 0:
             sequence.reused = length
@@ -87,17 +99,18 @@ class RunningSequences:
     def fork(self, sequence: ScheduledSequence, source: ScheduledSequence, length: int) -> None:
         """Open a sequence as the first `length` tokens of `source`, which shares them from now on."""
         self.open(sequence, source.layout, source, length)
-        source.share(length)
         source.copies = source.copies or sequence.copies
+        source.forked.add(length)
 
-    def adopt(self, sequence: ScheduledSequence, kept: RetainedKv, there: Container[int]) -> None:
-        """Take up a sequence that holders have already. Shares at holders that are not `there` count once they are
+    def adopt(self, sequence: ScheduledSequence, kept: RetainedKv, there: Container[Place]) -> None:
+        """Take up a sequence that holders have already. Shares in pools that are not `there` count once they are
         opened elsewhere. Which pages other sequences share is not known, so none counts as its own."""
-        found = tuple(share for share in kept.layout if share.holder in there)
-        self._ledger.adopt(kept.handle, self._config.held(found, 0, kept.computed, kept.floor))
+        found = tuple(share for share in kept.layout if share.at in there)
+        self._ledger.took(self._config.held(found, 0, kept.computed, kept.floor) + self._config.records(found, 2))
         sequence.handle, sequence.layout, sequence.floor = kept.handle, kept.layout, kept.floor
-        sequence.share(kept.computed)
+        sequence.runs = self.runs.open(kept.layout, kept.computed)
         sequence.computed = sequence.planned = kept.computed
+        sequence.forked = {kept.floor, kept.computed}
         sequence.copies = kept.computed % self._config.page_size > 0
         insort(self.sequences, sequence, key=order_of)
 
@@ -106,10 +119,12 @@ class RunningSequences:
         if sequence.handle is None:
             raise EngineError(f"request {sequence.request.id} was closed twice")
         self._leave_cache(sequence)
-        self._ledger.close(sequence.handle, self._own_pages(sequence))
+        self.drop_local_copy(sequence)
+        self._layouts.close(sequence.handle, self.own_pages(sequence, sequence.layout))
         del self.sequences[bisect_left(self.sequences, sequence.order, key=order_of)]
         sequence.handle = sequence.rebuild = None
-        sequence.relocate(())
+        self.runs.relocate(sequence.runs)
+        sequence.layout, sequence.forked = (), set()
         sequence.computed = sequence.planned = sequence.floor = 0
         sequence.copies = False
 
@@ -117,9 +132,19 @@ class RunningSequences:
         """Keep the first `length` tokens of an idle sequence, not fewer than its floor. The rest is computed again, at
         all holders alike."""
         sequence.computed = sequence.planned = length
-        sequence.shared = {share: min(shared, length) for share, shared in sequence.shared.items()}
-        sequence.copies = length % self._config.page_size > 0
+        sequence.copies = True
         sequence.rebuild = None
+
+    def drop_local_copy(self, sequence: ScheduledSequence) -> None:
+        """Close a sequence's local copy, if it has one. No plan in flight may read it."""
+        if sequence.local_copy:
+            self._layouts.close_parts(sequence.local_copy, self._copied(sequence))
+            sequence.local_copy = ()
+
+    def rewritten(self, sequence: ScheduledSequence, start: int) -> None:
+        """Holders have accepted a row that writes a sequence's tokens from `start` on, into pages of its own."""
+        self.runs.rewrite(sequence.runs, start)
+        sequence.copies = False
 
     def retire(self, sequence: ScheduledSequence) -> None:
         """Close a sequence that has ended and is idle; the prefix cache keeps what others may share."""
@@ -127,44 +152,61 @@ class RunningSequences:
             self.prefix_cache.keep(sequence)
         self.close(sequence)
 
-    # Where they are.
+    # Whose they are, and where.
 
-    def kept_by(self, holder: int) -> list[ScheduledSequence]:
-        """The sequences of which a holder keeps a share."""
-        return [s for s in self.sequences if any(share.holder == holder for share in s.layout)]
+    def tokens_by_tenant(self) -> Counter[str]:
+        """The tokens of each tenant's sequences with KV."""
+        tokens: Counter[str] = Counter()
+        for sequence in self.sequences:
+            tokens[sequence.request.tenant] += len(sequence.tokens)
+        return tokens
 
-    def keeps_at(self, sequence: ScheduledSequence, holders: Container[int]) -> bool:
-        """Whether a sequence may have pages at one of these holders. Where its next row begins it may: a batch that
+    def kept_by(self, holders: Container[int]) -> list[ScheduledSequence]:
+        """The sequences of which one of these holders keeps a share, by order."""
+        return [s for s in self.sequences if any(share.holder in holders for share in s.layout)]
+
+    def keeps_at(self, sequence: ScheduledSequence, at: Container[Place]) -> bool:
+        """Whether a sequence may have pages in one of these pools. Where its next row begins it may: a batch that
         failed has left some."""
         rebuild = sequence.rebuild
         missing, rebuilt = (rebuild.missing, rebuild.planned) if rebuild is not None else ((), 0)
         return any(
-            share.holder in holders and share.lo <= (rebuilt if share in missing else sequence.planned)
+            share.at in at and share.lo <= (rebuilt if share in missing else sequence.planned)
             for share in sequence.layout
         )
 
     def movable(self, sequence: ScheduledSequence) -> bool:
-        """Whether a sequence's KV is whole, and the holders have every operation that concerns it."""
-        handle = sequence.handle
-        return handle is not None and sequence.rebuild is None and not self._ledger.concerns(handle)
+        """Whether a sequence's KV is whole."""
+        return sequence.handle is not None and sequence.rebuild is None
 
     def moved(self, sequence: ScheduledSequence, layout: Layout) -> None:
         """The KV of a movable, idle sequence is in this layout now; new shares have no pages of other sequences."""
         self._leave_cache(sequence)
-        sequence.relocate(layout)
-        sequence.copies = sequence.copies and bool(sequence.shared)
+        self.drop_local_copy(sequence)
+        kept = [share for share in layout if share in sequence.runs]
+        self.runs.relocate(sequence.runs, kept, tuple(share for share in layout if share not in kept))
+        sequence.layout = layout
+        sequence.copies = sequence.copies and bool(kept)
+        sequence.forked = sequence.forked if kept else set()
 
     # Pages.
 
     def pages(self, sequence: ScheduledSequence) -> Pages:
         """Pages that a sequence has, those included that it shares with others."""
-        return self._pages_beyond(sequence, sequence.layout, 0)
+        records = (sequence.computed > 0) + (0 < sequence.floor < sequence.computed)
+        return self._pages_beyond(sequence, sequence.layout, 0) + self._config.records(sequence.layout, records)
 
-    def _own_pages(self, sequence: ScheduledSequence) -> Pages:
-        """Pages that a sequence certainly shares with none."""
-        pages = Pages()
-        for share in sequence.layout:
-            pages += self._pages_beyond(sequence, (share,), sequence.shared.get(share, 0))
+    def _copied(self, sequence: ScheduledSequence) -> Pages:
+        """The least pages of its local copy, once every plan is answered."""
+        size = sequence.copied - sequence.local_copy[0].share.lo  # its pages begin anywhere
+        shares = tuple(replace(part.share, lo=0) for part in sequence.local_copy)
+        return self._config.held(shares, 0, size, size, size)
+
+    def own_pages(self, sequence: ScheduledSequence, layout: Layout) -> Pages:
+        """Pages that a sequence has in these of its shares, and certainly shares with none."""
+        pages = self._config.records(layout, sequence.own_records) if self._config.states else Pages()
+        for share in layout:
+            pages += self._pages_beyond(sequence, (share,), sequence.runs[share].lo)
         return pages
 
     def _pages_beyond(self, sequence: ScheduledSequence, layout: Layout, first: int) -> Pages:
@@ -177,11 +219,19 @@ class RunningSequences:
         at = sequence.rebuild.at
         return pages + held(tuple(share for share in layout if share in missing), first, at, at)
 
+    @property
+    def giving_way(self) -> Pages:
+        """Pages of unused prefixes and of local copies."""
+        copied = (self._copied(sequence) for sequence in self.sequences if sequence.local_copy)
+        return sum(copied, self.prefix_cache.evictable)
+
     def spare(self) -> Pages:
         """Pages left for new sequences. The running ones keep what their known tokens need, and a page set each."""
         config = self._config
-        spare = self._ledger.unpromised() + self.prefix_cache.evictable
+        spare = self._ledger.unpromised() + self.giving_way
         alike: dict[int, list[ScheduledSequence]] = {}  # by layout: placement makes equal ones once
+        for sequence in self.sequences if config.states else ():
+            spare -= config.records(sequence.layout, 2 - sequence.own_records)
         for sequence in self.sequences:
             alike.setdefault(id(sequence.layout), []).append(sequence)
             known, planned = len(sequence.tokens), sequence.planned
@@ -198,6 +248,31 @@ class RunningSequences:
                 spare -= config.page_set(layout, len(sequence.tokens))
         return spare
 
+    def most(self) -> Pages:
+        """The most pages that can be taken, batches under way and failed ones included: each sequence may have all its
+        known tokens there, and a copy of a page. Pages of which nobody knows who has them count for each. What a policy
+        lets go is counted until it must be gone: a row or a copy later, and never in a share whose range is full."""
+        pages = self._ledger.moving
+        leaves = {leaf for sequence in self.sequences for leaf in sequence.runs.values()}
+        prefixes = (leaf for node in self.prefix_cache for leaf in node.runs.values())
+        for run in {run for leaf in (*leaves, *prefixes) for run in leaf.path()} - leaves:
+            pages += self._most(run, run.hi, run.floor)
+        pages += self.prefix_cache.snapshots
+        for sequence in self.sequences:
+            known, floor = len(sequence.tokens), sequence.floor if sequence.rebuild is None else 0
+            pages += self._config.page_set(sequence.layout, sequence.computed)
+            pages += self._config.records(sequence.layout, 2)
+            for leaf in sequence.runs.values():
+                pages += self._most(leaf, known, floor)
+            for share in (part.share for part in sequence.local_copy):
+                pages += self._config.page_set((share,), share.lo) * -((share.lo - known) // self._config.page_size)
+        return pages
+
+    def _most(self, run: Run, end: int, floor: int) -> Pages:
+        share = run.share
+        gone = max(0, floor - max(_LATE, self._config.max_batch_tokens)) if floor < share.hi else 0
+        return self._config.held((share,), run.lo if run.parent else share.lo, end, 0, gone)
+
     def needed(self, sequence: ScheduledSequence, layout: Layout, node: Node | None, length: int) -> Pages:
         """Spare pages that a sequence needs: for all its known tokens, the first `length` of which it shares with
         `node`, and a page set to grow."""
@@ -212,12 +287,12 @@ class RunningSequences:
 
     def _evicted(self, handle: int, freed: Pages) -> None:
         self.counters.evicted += 1
-        self._ledger.close(handle, freed)
+        self._layouts.close(handle, freed)
 
     def check_integrity(self) -> None:
         """Raise EngineError if handles, lengths, the prefix tree and the ledger contradict each other."""
         handles = [sequence.handle for sequence in self.sequences if sequence.handle is not None]
-        self._ledger.check_integrity([*handles, *self.prefix_cache.check_integrity(self.sequences)])
+        self._layouts.check_integrity([*handles, *self.prefix_cache.check_integrity(self.sequences)])
         for sequence in self.sequences:
             name = f"sample {sequence.sample} of request {sequence.request.id}"
             if not 0 <= sequence.computed < len(sequence.tokens) or sequence.floor > sequence.computed:

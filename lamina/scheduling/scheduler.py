@@ -12,9 +12,12 @@ from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.admission import Admission
 from lamina.scheduling.blame import Blame
+from lamina.scheduling.fair_share import FairShare
 from lamina.scheduling.kv_rebuild import KvRebuild
-from lamina.scheduling.kv_shares import Layouts, Pages
+from lamina.scheduling.kv_shares import Layouts, Pages, Place
+from lamina.scheduling.local_copies import LocalCopies
 from lamina.scheduling.page_ledger import PageLedger
+from lamina.scheduling.refusals import Refusals
 from lamina.scheduling.request import (
     Outcome,
     Plan,
@@ -30,24 +33,32 @@ from lamina.scheduling.running import RunningSequences
 
 
 class Scheduler:
-    """First come, first served within a priority: everything goes by `ScheduledSequence.order`. For one thread.
+    """First come, first served within a priority and tenant: everything goes by `ScheduledSequence.order`. Tenants get
+    equal shares of KV and of batches (`fair_share`). For one thread.
 
-    `ledger` counts pages and has the operations that wait, `running` has the sequences with KV, `admission` the queue
-    for KV, `blame` those whose batches failed. The scheduler plans batches of them, and ends requests.
+    `ledger` counts pages, `running` has the sequences with KV, `admission` the queues for KV, `copies` says which rows
+    read local copies, `blame` has those whose batches failed, `refusals` the holders that refuse without reason. The
+    scheduler plans batches of them, and ends requests.
     """
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
         self.config = config
-        self.ledger = PageLedger(config, layouts.capacity)
-        self.running = RunningSequences(config, self.ledger, lambda sequence: self.admission.queue(sequence))
+        self.ledger = PageLedger(config, layouts)
+        self.running = RunningSequences(config, layouts, self.ledger, lambda sequence: self.admission.queue(sequence))
         self.admission = Admission(config, layouts, self.running)
         self.counters = self.running.counters
         self._layouts = layouts
         self.blame = Blame()
-        self._rebuilds = KvRebuild(config, layouts, self.ledger)
-        self._planner = RowPlanner(self.ledger, self.running, self.admission, self._rebuilds, self.blame)
+        self.refusals = Refusals()
+        self._rebuilds = KvRebuild(config, layouts, self.running.runs)
+        self.fair_share = FairShare()
         self._requests: dict[str, list[ScheduledSequence]] = {}  # unfinished ones
         self._in_flight: set[Plan] = set()
+        self.copies = LocalCopies(config, layouts, self.ledger, self.running, self._in_flight)
+        self._planner = RowPlanner(
+            self.ledger, self.running, self.admission, self._rebuilds, self.blame, self.fair_share,
+            config, self.copies,
+        )  # fmt: skip
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
         self._refused = False  # the last plan: the count of pages was wrong, so nothing is admitted by it
         self._stalled = False  # no room can be made before a batch in flight is over
@@ -55,8 +66,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence is unfinished, a plan is in flight, or an operation is not accepted yet."""
-        return bool(self._requests or self._in_flight or self.ledger.operations)
+        """Whether a sequence is unfinished, or a plan is in flight."""
+        return bool(self._requests or self._in_flight)
 
     @property
     def waiting(self) -> int:
@@ -125,6 +136,7 @@ class Scheduler:
             return
         sequence.finish_reason = reason
         self.blame.forget(sequence)
+        self.refusals.forget(sequence)
         samples = self._requests[sequence.request.id]
         samples.remove(sequence)
         if not samples:
@@ -141,22 +153,16 @@ class Scheduler:
         """The next batch, or None where nothing can be done before a plan in flight is over.
 
         Decoding comes first, one token each; what is left of `max_batch_tokens` goes to prefills. Pages are given by
-        order, so the first sequence never waits for a later one. With nothing to compute, waiting operations go out in
-        a plan without rows. With several `lanes` a plan takes only its share of the running sequences.
+        order, so the first sequence never waits for a later one. With several `lanes` a plan takes only its share of
+        the running sequences.
         """
         if self._stalled or (self.blame and any(self.blame.on_trial(plan.rows) for plan in self._in_flight)):
             return None
         rows = self._rows(lanes)
-        if not rows and (self._in_flight or not self.ledger.operations):
+        if not rows:
             return None
+        self.copies.fit(rows, opens=not self._refused)
         rows.sort(key=lambda row: row.count > 1)  # decode first
-        return self._planned(rows)
-
-    def plan_operations(self) -> Plan | None:
-        """A plan of the waiting operations, without rows; None where none waits."""
-        return self._planned([]) if self.ledger.operations else None
-
-    def _planned(self, rows: list[PlannedRow]) -> Plan:
         plan = self.ledger.plan(rows)
         self._in_flight.add(plan)
         return plan
@@ -173,35 +179,38 @@ class Scheduler:
 
     def accepted(self, plan: Plan, free: Pages, floors: Sequence[int]) -> None:
         """Every holder has accepted. `free` are the pages that the asked holders have left, `floors` has for each row
-        the highest floor of all holders. A plan without rows is over with this."""
+        the highest floor of all holders."""
         if len(floors) != len(plan.rows):
             raise EngineError(f"{len(floors)} floors for {len(plan.rows)} rows")
-        self.ledger.accepted(plan, free)
+        self.ledger.answered(plan, free)
         self._batch_tokens, self._refused = self.config.max_batch_tokens, False
         for row, floor in zip(plan.rows, floors, strict=True):
             # Floors only rise: holders that do not store may have a higher one, and a holder that got a part by a move
             # does not know what was let go before.
             row.sequence.floor = max(row.sequence.floor, floor)
-            if not row.rebuild:
-                row.sequence.copies = False
-        if not plan.rows:
-            self._land(plan)
+            if row.sequence.copies and not row.rebuild:
+                self.running.rewritten(row.sequence, row.start)
 
-    def refused(self, plan: Plan, free: Pages, refusers: Set[int]) -> tuple[ScheduledSequence, ...]:
-        """These holders have refused, and nothing changed in them; others may have accepted. Undo the plan and make
-        room for the next one at the refusers.
+    def refused(self, plan: Plan, free: Pages, refusers: Set[Place]) -> tuple[ScheduledSequence, ...]:
+        """The holders of these pools have refused, and nothing changed in them; others may have accepted. Undo the plan
+        and make room for the next one there. There are none where no refusal is believed.
 
         Returns the sequences that can never go on, normally none: where one token of the only sequence at a refuser is
         refused and nothing is left to evict, that sequence has ended with reason "abort".
         """
         self.ledger.answered(plan, free)
-        self._refused = True
         self._raise_floors(plan)
         self._undo(plan)
-        running, prefix_cache = self.running, self.running.prefix_cache
-        if not running.sequences or prefix_cache.evict(refusers):
+        if not refusers:
             return ()
-        asked = {row.sequence for row in plan.rows if any(share.holder in refusers for share in row.sequence.layout)}
+        self._refused = True
+        running, prefix_cache = self.running, self.running.prefix_cache
+        if not running.sequences or self.copies.give_back(refusers) or prefix_cache.evict(refusers):
+            return ()
+        if self.copies.in_use(refusers):
+            self._stalled = True
+            return ()
+        asked = {row.sequence for row in plan.rows if any(share.at in refusers for share in row.sequence.layout)}
         there = [each for each in running if each in asked or running.keeps_at(each, refusers)] or running.sequences
         tokens = sum(row.count for row in plan.rows)
         youngest = next((sequence for sequence in reversed(there[1:]) if not sequence.in_flight), None)
@@ -230,6 +239,7 @@ class Scheduler:
         self._undo(plan)
         self.running.prefix_cache.clear()
         for row, start in zip(plan.rows, starts, strict=True):
+            self.running.drop_local_copy(row.sequence)
             if start == row.start or row.sequence.handle is None:
                 continue
             if start < max(1, row.sequence.floor):
@@ -251,9 +261,12 @@ class Scheduler:
         for row in plan.rows:
             sequence = row.sequence
             self.blame.passed(row)
+            self.refusals.passed(row)
             if row.rebuild:
                 self.counters.rebuilt_tokens += row.count
                 self._rebuilds.recorded(sequence)
+                if sequence.rebuild is None:
+                    self.running.drop_local_copy(sequence)
                 if sequence.finish_reason is not None:
                     self.running.retire(sequence)
                 continue
@@ -266,6 +279,7 @@ class Scheduler:
             if sequence.siblings and sequence.computed >= len(sequence.request.prompt):
                 self.admission.admit_siblings(sequence)
             if token is not None:
+                self.running.drop_local_copy(sequence)
                 sequence.tokens.append(token)
                 reason = sequence.ends_with(token)
                 outcomes.append(Outcome(sequence, token, reason))
@@ -294,7 +308,7 @@ class Scheduler:
     def _undo(self, plan: Plan) -> None:
         self._land(plan)
         for row in plan.rows:
-            row.sequence.planned = row.sequence.computed
+            row.sequence.planned, row.sequence.copied = row.sequence.computed, row.start
             if row.sequence.rebuild is not None:
                 row.sequence.rebuild.planned = row.sequence.rebuild.at
             if row.sequence.finish_reason is not None:
@@ -302,9 +316,9 @@ class Scheduler:
 
     # Holders join and leave.
 
-    def joined(self, holder: int, pages: int) -> None:
-        """There is one holder more, which the layouts know already."""
-        self.ledger.joined(holder, pages)
+    def joined(self, pages: Pages) -> None:
+        """There is one holder more with these pages, which the layouts know already."""
+        self.ledger.joined(pages)
         self._stalled = False
         self.admission.joined()
 
@@ -318,16 +332,19 @@ class Scheduler:
         self.ledger.left(holder)
         self.running.prefix_cache.clear()
         self.admission.look_again()
-        rebuilt, whole = self._rebuilds.lost(holder, self.running.kept_by(holder), self.running.spare())
+        rebuilt, whole = self._rebuilds.lost(holder, self.running.kept_by({holder}), self.running.spare())
         return rebuilt, self._begin_anew(whole)
 
-    def emptied(self, holder: int, pages: int) -> int:
-        """A holder has lost all that it kept, and has all its pages free: what concerns it is computed again, from the
-        start. Nothing may be in flight. Returns how many tokens that is."""
+    def emptied(self, holder: int, pages: Pages) -> int:
+        """A holder has lost all that it kept, and has all these pages free: what concerns it is computed again, from
+        the start. Nothing may be in flight. Returns how many tokens that is."""
         self._require_idle()
         self.running.prefix_cache.clear()
-        whole = self._begin_anew(self.running.kept_by(holder))
-        self.ledger.update_free(Pages({holder: pages}))
+        for sequence in self.running:
+            sequence.local_copy = tuple(part for part in sequence.local_copy if part.share.holder != holder)
+            self.running.drop_local_copy(sequence)
+        whole = self._begin_anew(self.running.kept_by({holder}))
+        self.ledger.update_free(pages)
         return whole
 
     def _require_idle(self) -> None:

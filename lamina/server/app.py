@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from lamina.errors import LaminaError
 from lamina.server.frontend import Frontend
@@ -63,8 +63,7 @@ def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | 
     app = FastAPI(
         title="Lamina",
         version=__version__,
-        docs_url=None,  # that page would load scripts from another host
-        redoc_url=None,
+        openapi_url=None,  # see `_add_document`; pages of documentation would load scripts from another host
         redirect_slashes=False,
         lifespan=lifespan,
     )
@@ -72,7 +71,7 @@ def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | 
     add_page(app, frontend, settings, service.samples)
     app.add_middleware(Gate, settings=settings, metrics=counted, public=_PUBLIC, probes=_PROBES)
     _add_handlers(app, service)
-    app.openapi = lambda: _document(app, settings.protected)  # type: ignore[method-assign]  # FastAPI's own way
+    _add_document(app, settings.protected)
     return app
 
 
@@ -156,10 +155,10 @@ def _add_handlers(app: FastAPI, service: Service) -> None:
     app.add_exception_handler(ClientGone, gone)
 
 
-def _document(app: FastAPI, keys: bool) -> dict[str, Any]:
-    """/openapi.json. FastAPI describes the responses; request bodies, which handlers read themselves, are added."""
-    if app.openapi_schema:
-        return app.openapi_schema
+def _add_document(app: FastAPI, keys: bool) -> None:
+    """Add /openapi.json. FastAPI describes the responses; request bodies, which handlers read themselves, are added.
+
+    It is written once: FastAPI's own route writes its 60 kB for each request, on the thread that serves everybody."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     for path in document["paths"].values():
         for operation in path.values():
@@ -170,5 +169,10 @@ def _document(app: FastAPI, keys: bool) -> dict[str, Any]:
     if keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
-    app.openapi_schema = document
-    return document
+    app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's own way
+    written = JSONResponse(document).body
+
+    async def handle() -> Response:
+        return Response(written, media_type="application/json")
+
+    app.add_api_route("/openapi.json", handle, include_in_schema=False)

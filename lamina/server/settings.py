@@ -30,8 +30,8 @@ class ServerSettings:
     """The most samples under way or waiting; further requests get status 429."""
     request_timeout: float = 600.0
     """The most seconds that a request may take; a request may set a shorter time."""
-    max_body: int = 16 << 20
-    """The most bytes of a request's body."""
+    max_body: int = 4 << 20
+    """The most bytes of a request's body: the interpreter stands still while one is parsed, 10 ms a MiB."""
     otlp_traces_endpoint: str | None = None
     """Where OpenTelemetry traces go: an http or https URL. None: nowhere."""
 

@@ -10,6 +10,7 @@ from lamina.errors import InvalidRequest, cut
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+MAX_MESSAGES = 4096  # a template takes time for each, and one is rendered at a time
 _MAX_DEPTH = 64  # of the arguments of a call
 _MAX_ARGUMENTS = 1 << 20  # characters of the arguments of all calls in a conversation, as JSON text
 _IGNORED = ("annotations", "audio", "parsed", "reasoning", "reasoning_content")
@@ -23,6 +24,8 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
     always text, and the arguments of calls are objects. Raises InvalidRequest, which names the position."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise InvalidRequest(f"messages is {cut(messages)}; allowed is a list of at least one message")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"messages has {len(messages)} messages; allowed are {MAX_MESSAGES}")
     if (size := sum(map(_arguments_size, messages))) > _MAX_ARGUMENTS:  # before any of their values is made
         raise InvalidRequest(f"messages has {size} characters of arguments of calls; allowed are {_MAX_ARGUMENTS}")
     return [_check_message(f"messages[{index}]", message) for index, message in enumerate(messages)]

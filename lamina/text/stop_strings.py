@@ -6,7 +6,9 @@ counts. So the result does not depend on how the text is cut into pieces.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 class StopMatcher:
@@ -42,17 +44,12 @@ class StopMatcher:
 class _Pattern:
     """One stop string, and how many of its first characters the text ends with (Knuth, Morris and Pratt)."""
 
+    __slots__ = ("_shorter", "matched", "text")
+
     def __init__(self, text: str) -> None:
         self.text = text
         self.matched = 0
-        # Where character i does not match, the text still ends with the first `shorter[i]` characters.
-        self._shorter = [0] * len(text)
-        length = 0
-        for i in range(2, len(text)):
-            while length and text[length] != text[i - 1]:
-                length = self._shorter[length]
-            length += text[length] == text[i - 1]
-            self._shorter[i] = length
+        self._shorter = _shorter(text)
 
     def advance(self, character: str) -> bool:
         """Add one character of the text; whether that completes the stop string."""
@@ -60,3 +57,16 @@ class _Pattern:
             self.matched = self._shorter[self.matched]
         self.matched += self.text[self.matched] == character
         return self.matched == len(self.text)
+
+
+@lru_cache(maxsize=256)  # the samples of a request, of which there may be hundreds, share it
+def _shorter(text: str) -> array[int]:
+    """Where character i does not match, the text still ends with the first `shorter[i]` characters."""
+    shorter = array("I", bytes(4 * len(text)))
+    length = 0
+    for i in range(2, len(text)):
+        while length and text[length] != text[i - 1]:
+            length = shorter[length]
+        length += text[length] == text[i - 1]
+        shorter[i] = length
+    return shorter

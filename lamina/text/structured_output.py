@@ -12,16 +12,19 @@ deterministic, so both compilations have the same result.
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from lamina.errors import EngineError, InvalidRequest
@@ -34,8 +37,12 @@ T = TypeVar("T")
 MAX_CONTAINERS = 4096  # braces and brackets: levels that a chain of references in a schema can have
 MAX_COLONS = 4096  # rules that a chain in a grammar can have, and keys of schemas
 MAX_OPTIONS = 4096  # "?", "*", "+", "{" and "|" of a regex or grammar: n optional parts in a row take 2 n^2 bytes
+MASK_SECONDS = 1.0  # of a processor, for the masks of a sample in all, beside MASK_SECONDS_A_TOKEN
+MASK_SECONDS_A_TOKEN = 0.02
+_SLOW = 0.002  # seconds
 _STACK = 256 << 20  # bytes, reserved but used only as far as a chain goes; 6 KB a level were measured
 _STACK_SIZE = threading.Lock()
+_NICE = 10  # of a thread that compiles: others' steps go first
 _KEPT = 4  # compiled constraints; a hostile one takes some 100 MB
 _EXCERPT = re.compile(r"\s*(\d+ \| .*|\^*)$")
 _MAX_REASON = 300  # characters of an error of llguidance
@@ -53,7 +60,7 @@ _LIMITS = LLParserLimits(
     max_items_in_row=1000,
     step_max_items=10_000,
     step_lexer_fuel=100_000,
-    max_lexer_states=50_000,
+    max_lexer_states=10_000,  # some 2 KB each, in every sample; schemas and choices have hundreds
     max_grammar_size=20_000,  # compiling so many alternatives of one rule takes half a second; it is quadratic
     verbose_errors=False,
 )
@@ -79,23 +86,38 @@ def json_options(lenient: bool = False) -> dict[str, Any]:
 
 
 class Constraint:
-    """The tokens that may come next in one sample, `allowed`; `finished` says that the sample has to end."""
+    """The tokens that may come next in one sample, `allowed`; `finished` says that the sample has to end. `spent` is
+    how much time its masks have taken, in seconds of a processor."""
 
-    def __init__(self, matcher: LLMatcher, shape: _Shape) -> None:
+    def __init__(self, matcher: LLMatcher, shape: _Shape, pace: _Pace) -> None:
         self.finished = False
+        self.spent = 0.0
+        self._tokens = 0
+        self._pace = pace
         self._matcher = matcher
         self._shape = shape
         self._mask = np.zeros(max(shape.words, len(shape.eos)), np.int32)
         self.allowed: NDArray[np.int32] = self._mask[: shape.words]
         """One bit a token, int32 `[ceil(V / 32)]` for V logits; token t is bit t % 32 of word t // 32. An end-of-text
         token is allowed exactly where the text may end. The next `advance` overwrites it."""
-        self._look()
+        self._go_on(())
 
-    def advance(self, token: int) -> None:
-        """Add a sampled token. Raises InvalidRequest where it was not allowed, or the next step costs too much."""
-        if not self._matcher.consume_token(token):
-            raise self._failure()
-        self._look()
+    @property
+    def slow(self) -> bool:
+        """Whether the last mask by this schema or grammar took long, in this sample or another."""
+        return self._pace.slow
+
+    def advance(self, *tokens: int) -> None:
+        """Add sampled tokens. Raises InvalidRequest where one was not allowed, or the masks cost too much: the next
+        one, or all so far."""
+        self._tokens += len(tokens)
+        self._go_on(tokens)
+        if self.spent > (most := MASK_SECONDS + MASK_SECONDS_A_TOKEN * self._tokens):
+            raise InvalidRequest(
+                f"the text cannot be held to what is asked for any further: the masks of {self._tokens} tokens took "
+                f"{self.spent:.1f} s; allowed are {MASK_SECONDS:g} s and {MASK_SECONDS_A_TOKEN:g} s a token, here "
+                f"{most:.1f} s. Ask for a less ambiguous schema or grammar"
+            )
 
     def impossible(self, tokens: Sequence[int], ignore_eos: bool) -> tuple[int, ...]:
         """`tokens` and, with `ignore_eos`, the end-of-text tokens; none of them where only they are allowed."""
@@ -106,6 +128,25 @@ class Constraint:
         for token in unwanted:
             left[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
         return unwanted if left.any() else ()
+
+    def _go_on(self, tokens: Sequence[int]) -> None:
+        began = time.thread_time()
+        try:
+            for token in tokens:
+                if not self._consume(token):
+                    raise self._failure()
+            self._look()
+        finally:
+            took = time.thread_time() - began
+            self.spent += took
+            self._pace.slow = took > _SLOW
+
+    def _consume(self, token: int) -> bool:
+        """Whether the token is allowed. llguidance keeps the interpreter to itself for one matcher, but not for two."""
+        if not self._pace.slow:
+            return self._matcher.consume_token(token)
+        pair = [(self._matcher, token), (self._shape.other.deep_copy(), token)]
+        return self._shape.executor.consume_token_par(pair)[0]
 
     def _look(self) -> None:
         matcher, mask, shape = self._matcher, self._mask, self._shape
@@ -126,15 +167,25 @@ class Constraint:
         return InvalidRequest(f"the text cannot be held to what is asked for any further: {reason}")
 
 
+@dataclass(slots=True)
+class _Pace:
+    """What the constraints by one schema or grammar share: whether its last mask was `slow`."""
+
+    slow: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
     """What all constraints of a model share: the `words` of a mask for the logits; `eos`, a mask of the end-of-text
-    tokens, int32 `[ceil(tokens / 32)]`; `last`, the bits of the last word that have a logit, 0 where all have one."""
+    tokens, int32 `[ceil(tokens / 32)]`; `last`, the bits of the last word that have a logit, 0 where all have one;
+    `executor`, and a matcher `other` that takes no token."""
 
     words: int
     eos: NDArray[np.int32]
     eos_ids: tuple[int, ...]
     last: np.int32
+    executor: LLExecutor
+    other: LLMatcher
 
 
 class Grammars:
@@ -150,7 +201,13 @@ class Grammars:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._loaded: tuple[LLTokenizer, _Shape] | None = None
-        self._compiled: OrderedDict[tuple[str, object], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, object], tuple[LLMatcher, _Pace]] = OrderedDict()
+
+    def load(self) -> None:
+        """Load the tokenizer now, not for the first constraint: the interpreter stands still meanwhile, for some tenths
+        of a second. An error comes with the first constraint."""
+        with self._lock, suppress(InvalidRequest):
+            self._loaded = self._loaded or self._load()
 
     def constraints(self, params: SamplingParams, count: int) -> tuple[Constraint, ...]:
         """One for each of `count` samples, none where `params` have no constraint. Raises InvalidRequest where it
@@ -159,18 +216,21 @@ class Grammars:
             return ()
         asked = _asked(params)
         with self._lock:
-            if self._loaded is None:
-                self._loaded = self._load()
-            tokenizer, shape = self._loaded
-            matcher = self._compiled.pop(asked, None) or _on_deep_stack(lambda: _compile(tokenizer, *asked))
-            self._compiled[asked] = matcher
+            tokenizer, shape = self._loaded = self._loaded or self._load()
+            found = self._compiled.pop(asked, None)
+            matcher, pace = found or (_on_deep_stack(lambda: _compile(tokenizer, *asked)), _Pace())
+            self._compiled[asked] = matcher, pace
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
             copies = [matcher.deep_copy() for _ in range(count)]
         try:
-            return tuple(Constraint(copy, shape) for copy in copies)
+            return tuple(Constraint(copy, shape, pace) for copy in copies)
         except InvalidRequest as error:
-            raise InvalidRequest(f"{asked[0]} cannot be used: {error}") from error
+            reason = str(error)
+        # Who keeps the error would keep all that its traceback names, and a matcher can have 50 MB.
+        del matcher, copies, found
+        self._compiled.pop(asked, None)
+        raise InvalidRequest(f"{asked[0]} cannot be used: {reason}")
 
     def _load(self) -> tuple[LLTokenizer, _Shape]:
         if not self._eos_ids:
@@ -186,7 +246,10 @@ class Grammars:
             eos[token // 32] |= np.uint32(1 << token % 32)
         ends_within = self._vocab_size < tokenizer.vocab_size and self._vocab_size % 32
         last = np.int32((1 << ends_within) - 1) if ends_within else np.int32(0)
-        return tokenizer, _Shape(-(-self._vocab_size // 32), eos.view(np.int32), self._eos_ids, last)
+        other = LLMatcher(tokenizer, LLMatcher.grammar_from_regex("a"), log_level=0)
+        other.consume_token(self._eos_ids[0])  # not allowed, so no other token is from now on
+        words = -(-self._vocab_size // 32)
+        return tokenizer, _Shape(words, eos.view(np.int32), self._eos_ids, last, LLExecutor(1), other)
 
 
 def _asked(params: SamplingParams) -> tuple[str, object]:
@@ -231,8 +294,12 @@ def _on_deep_stack(function: Callable[[], T]) -> T:
     done: Future[T] = Future()
 
     def run() -> None:
+        with suppress(OSError, AttributeError):  # elsewhere than on Linux
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         try:
             done.set_result(function())
+        except InvalidRequest as error:
+            done.set_exception(error.with_traceback(None))  # it would keep what was compiled
         except Exception as error:  # noqa: BLE001  # raised again by `result`
             done.set_exception(error)
         except BaseException as error:  # noqa: BLE001  # a panic in Rust

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lamina.text.chat_template import ChatTemplate
 from lamina.text.messages import check_messages, check_text
 
 _MAX_JSON_BYTES = 1 << 28
+_MAX_ID = 1 << 22
 _TEMPLATE_FILE = "chat_template.jinja"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -27,12 +29,9 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         file = folder / "tokenizer.json"
-        try:
-            self._tokenizer: Any = _Tokenizer.from_buffer(_read(file))
-        except ModelFileError:
-            raise
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise ModelFileError(f"{file} is malformed: {error}") from error
+        content = _read(file)
+        with _malformed(str(file)):
+            self._tokenizer: Any = _Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()  # a training script's settings may be in the file
         self._tokenizer.no_padding()
         config = read_json(folder / "tokenizer_config.json")
@@ -66,17 +65,24 @@ class Tokenizer:
         """The ids of `text`, by default with the special tokens that the model expects around it.
 
         Special tokens written out in the text are taken as such. Raises InvalidRequest where the text is no valid
-        Unicode, naming the position.
+        Unicode, naming the position; ModelFileError where the tokenizer's rules fail on it.
         """
         check_text("the prompt", text)
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Unlike `encode`, which takes seconds for a megabyte of digits, this lets other threads run meanwhile.
+        with _malformed("the model's tokenizer.json"):
+            return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that form no character become U+FFFD; ids outside the vocabulary become nothing."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def to_json(self) -> str:
-        """The tokenizer as the text of a tokenizer.json."""
+        """The tokenizer as the text of a tokenizer.json. Raises ModelFileError where ids are so large that counting up
+        to the largest, as the library does, would take hours."""
+        if (largest := max(self._tokenizer.get_vocab().values(), default=0)) >= _MAX_ID:
+            raise ModelFileError(
+                f"the model's tokenizer.json has a token of id {largest}; allowed are ids below {_MAX_ID}"
+            )
         return str(self._tokenizer.to_str())
 
     def knows(self, token_id: int) -> bool:
@@ -249,8 +255,21 @@ def _given(values: Mapping[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+@contextlib.contextmanager
+def _malformed(what: str) -> Iterator[None]:
+    """Errors of the library, which has no class for them, and its panics, which are no Exception, as ModelFileError."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFileError(f"{what} is malformed: {error}") from error
+
+
 def _read(file: Path) -> bytes:
     try:
+        if not file.is_file():
+            raise ModelFileError(f"{file} is no file" if file.exists() else f"there is no {file}")
         if (size := file.stat().st_size) > _MAX_JSON_BYTES:
             raise ModelFileError(f"{file} has {size} bytes; allowed are {_MAX_JSON_BYTES}")
         return file.read_bytes()

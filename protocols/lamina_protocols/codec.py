@@ -22,21 +22,7 @@ import torch
 from lamina_protocols import messages as m
 from lamina_protocols.alignment import padding
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.fields import (
-    BOOL,
-    FLOAT,
-    INT,
-    INTS,
-    RANGE,
-    TEXT,
-    Field,
-    Record,
-    list_of,
-    one_of,
-    shown,
-    unpack_array,
-    unpack_ints,
-)
+from lamina_protocols.fields import Field, Record, shown, unpack_array, unpack_ints
 from lamina_protocols.frames import MAX_HEADER, MAX_PAYLOAD, PREFIX_SIZE, Prefix, pack_prefix, read_prefix
 from lamina_protocols.layer_frames import CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
 from lamina_protocols.tensors import buffer, dtype_name, from_buffer, nbytes
@@ -44,58 +30,44 @@ from lamina_protocols.tensors import buffer, dtype_name, from_buffer, nbytes
 _ZEROS = bytes(64)
 LAYERED = (m.Query, m.Fresh, m.Exchange, m.Attended)
 
-OPERATIONS = (
-    Record(m.Open, {"handle": INT, "heads": INTS, "lo": INT, "hi": INT}),
-    Record(m.Fork, {"handle": INT, "parent": INT, "length": INT}),
-    Record(m.Close, {"handle": INT}),
-)
-ROW = Record(m.Row, {"handle": INT, "start": INT, "count": INT, "read": RANGE, "store": BOOL, "chooses": BOOL})
-_USAGE = Record(
-    m.Usage,
-    {"read": INT, "whole": INT, "missed": FLOAT, "queries": INT, "worst": FLOAT, "held": INT, "kept": INT},
-)
-PART = Record(m.PartHeld, {"handle": INT, "heads": INTS, "lo": INT, "hi": INT, "held": INT, "floor": INT})
-_BATCH = {"epoch": INT, "batch": INT}
-_LAYER = _BATCH | {"layer": INT}
-ANNOUNCED = Record(
-    m.Announced,
-    _BATCH
-    | {"accepted": BOOL, "free_pages": INT, "floors": INTS, "reason": TEXT, "usages": list_of(_USAGE), "starts": INTS},
-)
-
 
 class Layout(NamedTuple):
     """One message: its header fields, then the names of its tensors."""
 
     cls: type
     fields: dict[str, Field]
-    tensors: tuple[str, ...] = ()
+    tensors: tuple[str, ...]
+
+    @classmethod
+    def of(cls, message: type) -> Layout:
+        fields = Record.of(message).fields
+        return cls(message, fields, tuple(name for name in message.__annotations__ if name not in fields))
 
 
-_LAYOUTS: dict[int, Layout] = {  # the tag is part of the protocol: never reuse one
-    1: Layout(m.Announcement, _BATCH | {"first": INT, "operations": one_of(OPERATIONS), "rows": list_of(ROW)}),
-    2: Layout(m.Announced, ANNOUNCED.fields),
+_MESSAGES: dict[int, type] = {  # the tag is part of the protocol: never reuse one
+    1: m.Announcement,
+    2: m.Announced,
     # 3, 4, 5 and 7 are those of `layer_frames`
-    6: Layout(m.Fault, _BATCH | {"reason": TEXT}),
-    8: Layout(m.Fetch, _LAYER | {"handle": INT, "lo": INT, "hi": INT}),
-    9: Layout(m.Fetched, _LAYER, ("k", "v")),
-    10: Layout(m.Survey, _BATCH | {"first": INT}),
-    11: Layout(
-        m.Surveyed,
-        _BATCH | {"last_epoch": INT, "next_operation": INT, "parts": list_of(PART, m.MAX_PARTS), "more": INT},
-    ),
-    12: Layout(m.FetchPages, _LAYER | {"layers": INT, "handle": INT, "lo": INT, "hi": INT}),
-    13: Layout(m.FetchedPages, _LAYER, ("pages",)),
-    14: Layout(m.FreshPages, _LAYER | {"layers": INT}, ("pages",)),
+    6: m.Fault,
+    8: m.Fetch,
+    9: m.Fetched,
+    10: m.Survey,
+    11: m.Surveyed,
+    12: m.FetchPages,
+    13: m.FetchedPages,
+    14: m.FreshPages,
+    15: m.Constants,
+    16: m.Advance,
+    17: m.Advanced,
 }
 
 
 class Codec:
-    """Encodes and decodes one set of messages, given by their tags."""
+    """Encodes and decodes one set of messages, given by their tags: dataclasses, laid out by their annotations."""
 
-    def __init__(self, layouts: Mapping[int, Layout]) -> None:
-        self._layouts = layouts
-        self._tags = {layout.cls: tag for tag, layout in layouts.items()}
+    def __init__(self, messages: Mapping[int, type]) -> None:
+        self._layouts = {tag: Layout.of(cls) for tag, cls in messages.items()}
+        self._tags = {cls: tag for tag, cls in messages.items()}
 
     def encode(self, message: Any) -> list[bytes | memoryview]:
         """The frame of `message` as buffers to send in order; tensor bytes are views, so send before changing them."""
@@ -138,7 +110,7 @@ class Codec:
         return layout.cls(**dict(zip((*layout.fields, *layout.tensors), values, strict=True)))
 
 
-_CODEC = Codec(_LAYOUTS)
+_CODEC = Codec(_MESSAGES)
 
 
 def encode(message: m.Message) -> list[bytes | memoryview]:

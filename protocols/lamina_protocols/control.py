@@ -7,38 +7,35 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgpack
 
 from lamina_protocols.channels import SECRET_SIZE
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.fields import (
-    BOOL,
-    FLOAT,
-    INT,
-    INTS,
-    TEXT,
-    TEXTS,
-    Field,
-    Record,
-    list_of,
-    optional,
-    record,
-    shown,
-    unpack_array,
-    unpack_bytes,
-    unpack_int,
-)
-from lamina_protocols.messages import PROTOCOL_VERSION, LayerSpec
+from lamina_protocols.fields import Record, shown, unpack_array
+from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages import PROTOCOL_VERSION
 
 MAX_CONTROL = 1 << 20  # bytes; a Hello of 1,000 layers takes 40 kB
 DATA_CHANNELS = ("grpc", "tcp")
 FAREWELL = (0, 0)  # the epoch and batch of a Fault that ends the session; no batch has them
 
 M = TypeVar("M")
-Port: TypeAlias = int  # of TCP
-Secret: TypeAlias = bytes  # SECRET_SIZE of them
+
+
+def _check_port(value: int) -> None:
+    if not 0 < value < 1 << 16:
+        raise ProtocolError(f"port {value}, allowed: 1 to 65535")
+
+
+def _check_secret(value: bytes) -> None:
+    if len(value) != SECRET_SIZE:
+        raise ProtocolError(f"a secret of {len(value)} bytes, it has {SECRET_SIZE}")
+
+
+Port: TypeAlias = Annotated[int, _check_port]
+Secret: TypeAlias = Annotated[bytes, _check_secret]
 
 
 def package_version() -> str:
@@ -54,7 +51,7 @@ class Hello:
     the number of one of its seats; each has an attention worker of its own with `share` (part, of) of the memory. The
     seat's KV is kept for `linger` seconds without a channel. `model` is the fingerprint of the model's config.
     `compute_dtype` is the dtype of queries and outputs, `kv_dtype` that of stored KV. `local_channel` allows a Unix
-    socket.
+    socket. `sequence_tokens` is that of a `HolderConfig`.
     """
 
     protocol: int
@@ -71,6 +68,7 @@ class Hello:
     seat: int
     share: tuple[int, ...]
     linger: float
+    sequence_tokens: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ class TcpOffer:
 class Welcome:
     """The session has begun. `kv_memory` of the seat is in bytes. `lease` is in seconds: a channel without a sign of
     life is kept that long. `resumed`: the seat existed already, with its KV. `page_layout` describes how its pages are
-    laid out; pages can be copied unchanged between holders with the same layout."""
+    laid out, in all pools; pages can be copied unchanged between holders with the same layout."""
 
     name: str
     kv_memory: int
@@ -173,53 +171,8 @@ class WorkerStatus:
     uptime: float
 
 
-def _unpack_port(value: Any) -> int:
-    if not 0 < unpack_int(value) < 1 << 16:
-        raise ProtocolError(f"port {value}, allowed: 1 to 65535")
-    return int(value)
-
-
-def _unpack_secret(value: Any) -> bytes:
-    if len(unpack_bytes(value)) != SECRET_SIZE:
-        raise ProtocolError(f"a secret of {len(value)} bytes, it has {SECRET_SIZE}")
-    return bytes(value)
-
-
-LAYER = Record(
-    LayerSpec,
-    {
-        "kv_layer": INT,
-        "heads": INT,
-        "kv_heads": INT,
-        "d_k": INT,
-        "d_v": INT,
-        "scale": FLOAT,
-        "window": optional(INT),
-        "soft_cap": optional(FLOAT),
-        "kind": TEXT,
-        "policies": TEXTS,
-    },
-)
-_KINDS: dict[str, Field] = {
-    "int": INT,
-    "float": FLOAT,
-    "bool": BOOL,
-    "str": TEXT,
-    "Port": Field(int, _unpack_port),
-    "Secret": Field(bytes, _unpack_secret),
-    "tuple[int, ...]": INTS,
-    "tuple[LayerSpec, ...]": list_of(LAYER),
-}
-
-
-def _record(cls: type) -> Record:
-    return Record(cls, {name: _KINDS[kind] for name, kind in cls.__annotations__.items()})
-
-
-_KINDS["LocalOffer | None"] = optional(record(_record(LocalOffer)))
-_KINDS["TcpOffer | None"] = optional(record(_record(TcpOffer)))
 _RECORDS: dict[type, Record] = {
-    cls: _record(cls) for cls in (Hello, Welcome, Heartbeat, Alive, Goodbye, StatusRequest, WorkerStatus)
+    cls: Record.of(cls) for cls in (Hello, Welcome, Heartbeat, Alive, Goodbye, StatusRequest, WorkerStatus)
 }
 
 

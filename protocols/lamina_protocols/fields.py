@@ -1,20 +1,27 @@
-"""How the fields of a dataclass are packed into a msgpack array, and unpacked with checks.
+"""How a dataclass is packed into a msgpack array of its fields, and unpacked with checks, both by its annotations.
 
 `pack` trusts its input; `unpack` trusts nothing, and raises ProtocolError for a wrong type or range.
+
+An annotation is `int` (0 to 2^62), `float` (finite), `bool`, `str`, `bytes`, `tuple[T, ...]`, `tuple[int, int]` (a
+range, low end first), `Mapping[int, T]`, a dataclass or NamedTuple, a union of these, or `T | None`. With
+`Annotated[T, check]`, `check` gets each value that has come, and raises ProtocolError for one that is not allowed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import reprlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
 from lamina_protocols.errors import ProtocolError
 
 _MAX_INT = 1 << 62
+_TORCH = SimpleNamespace(Tensor=type("Tensor", (), {}))  # stands for torch, which this file need not load
 
 
 _REPR = reprlib.Repr()
@@ -69,37 +76,11 @@ def unpack_ints(value: Any) -> tuple[int, ...]:
     return tuple(unpack_int(item) for item in value)
 
 
-def unpack_texts(value: Any) -> tuple[str, ...]:
-    if type(value) is not tuple:
-        raise ProtocolError(f"expected a list of texts, got {shown(value)}")
-    return tuple(unpack_text(item) for item in value)
-
-
-def unpack_range(value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
+def unpack_range(value: Any) -> tuple[int, int]:
     ends = unpack_ints(value)
     if len(ends) != 2 or ends[0] > ends[1]:
         raise ProtocolError(f"expected a range [lo, hi], got {shown(ends)}")
     return ends[0], ends[1]
-
-
-INT = Field(int, unpack_int)
-FLOAT = Field(float, unpack_float)
-BOOL = Field(bool, unpack_bool)
-TEXT = Field(str, unpack_text)
-BYTES = Field(bytes, unpack_bytes)
-INTS = Field(tuple, unpack_ints)
-TEXTS = Field(tuple, unpack_texts)
-RANGE = Field(lambda value: value, unpack_range)
-
-
-def optional(field: Field) -> Field:
-    """The field, or None."""
-    return Field(
-        lambda value: None if value is None else field.pack(value),
-        lambda value: None if value is None else field.unpack(value),
-    )
 
 
 class Record(NamedTuple):
@@ -107,6 +88,12 @@ class Record(NamedTuple):
 
     cls: type
     fields: dict[str, Field]
+
+    @classmethod
+    def of(cls, noun: type) -> Record:
+        """The record of a dataclass or NamedTuple, by its annotations; those of tensors are left out."""
+        hints = get_type_hints(noun, localns={"torch": _TORCH}, include_extras=True)
+        return cls(noun, {name: field_of(hint) for name, hint in hints.items() if hint is not _TORCH.Tensor})
 
     def pack(self, value: Any) -> list[Any]:
         return [field.pack(getattr(value, name)) for name, field in self.fields.items()]
@@ -117,38 +104,89 @@ class Record(NamedTuple):
         return self.cls(*(field.unpack(value) for field, value in zip(self.fields.values(), values, strict=True)))
 
 
-def record(rec: Record) -> Field:
-    """One dataclass inside another."""
-    return Field(rec.pack, rec.unpack)
+_FIELDS: dict[Any, Field] = {
+    int: Field(int, unpack_int),
+    float: Field(float, unpack_float),
+    bool: Field(bool, unpack_bool),
+    str: Field(str, unpack_text),
+    bytes: Field(bytes, unpack_bytes),
+    tuple[int, ...]: Field(tuple, unpack_ints),
+    tuple[int, int]: Field(tuple, unpack_range),
+}
 
 
-def list_of(rec: Record, most: int | None = None) -> Field:
-    """A list of these records, `most` at most."""
+@functools.cache
+def field_of(kind: Any) -> Field:
+    """The field of an annotation, see the file's docstring. Raises TypeError for one that cannot be sent."""
+    if kind in _FIELDS:
+        return _FIELDS[kind]
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _checked(field_of(args[0]), args[1])
+    if origin is tuple and args[1:] == (Ellipsis,):
+        return _list_of(field_of(args[0]))
+    if origin is Mapping and args[0] is int:
+        return _by_number(field_of(args[1]))
+    if origin in (Union, UnionType) and args[1:] == (NoneType,):
+        return _optional(field_of(args[0]))
+    if origin in (Union, UnionType):
+        return _one_of([Record.of(each) for each in args])
+    if not hasattr(kind, "__annotations__"):
+        raise TypeError(f"a field of type {kind} cannot be sent")
+    record = Record.of(kind)
+    return Field(record.pack, record.unpack)
 
+
+def _checked(field: Field, check: Callable[[Any], None]) -> Field:
+    def unpack(value: Any) -> Any:
+        unpacked = field.unpack(value)
+        check(unpacked)
+        return unpacked
+
+    return Field(field.pack, unpack)
+
+
+def _optional(field: Field) -> Field:
+    return Field(
+        lambda value: None if value is None else field.pack(value),
+        lambda value: None if value is None else field.unpack(value),
+    )
+
+
+def _list_of(field: Field) -> Field:
     def unpack(values: Any) -> tuple[Any, ...]:
         if type(values) is not tuple:
-            raise ProtocolError(f"expected a list of {rec.cls.__name__}, got {shown(values)}")
-        if most is not None and len(values) > most:
-            raise ProtocolError(f"{len(values)} of {rec.cls.__name__}, allowed: {most}")
-        return tuple(rec.unpack(value) for value in values)
+            raise ProtocolError(f"expected a list, got {shown(values)}")
+        return tuple(field.unpack(value) for value in values)
 
-    return Field(lambda values: [rec.pack(value) for value in values], unpack)
+    return Field(lambda values: [field.pack(value) for value in values], unpack)
 
 
-def one_of(records: tuple[Record, ...]) -> Field:
-    """A list whose items are any of `records`, each with the record's index in front."""
+def _by_number(field: Field) -> Field:
+    """A mapping, as pairs."""
+
+    def unpack(pairs: Any) -> dict[int, Any]:
+        if type(pairs) is not tuple or not all(type(pair) is tuple and len(pair) == 2 for pair in pairs):
+            raise ProtocolError(f"expected pairs of a number and what it stands for, got {shown(pairs)}")
+        return {unpack_int(number): field.unpack(value) for number, value in pairs}
+
+    return Field(lambda mapping: [[number, field.pack(value)] for number, value in mapping.items()], unpack)
+
+
+def _one_of(records: Sequence[Record]) -> Field:
+    """Any of `records`, with its index in front."""
     index = {rec.cls: i for i, rec in enumerate(records)}
 
-    def pack(values: Any) -> list[Any]:
-        return [[index[type(value)], *records[index[type(value)]].pack(value)] for value in values]
+    def pack(value: Any) -> list[Any]:
+        at = index[type(value)]
+        return [at, *records[at].pack(value)]
 
-    def unpack(values: Any) -> tuple[Any, ...]:
-        if type(values) is not tuple or not all(type(value) is tuple and value for value in values):
-            raise ProtocolError(f"expected a list of tagged records, got {shown(values)}")
-        for value in values:
-            if type(value[0]) is not int or not 0 <= value[0] < len(records):
-                raise ProtocolError(f"unknown record {shown(value[0])}, allowed: 0 to {len(records) - 1}")
-        return tuple(records[value[0]].unpack(value[1:]) for value in values)
+    def unpack(value: Any) -> Any:
+        if type(value) is not tuple or not value:
+            raise ProtocolError(f"expected a tagged record, got {shown(value)}")
+        if type(value[0]) is not int or not 0 <= value[0] < len(records):
+            raise ProtocolError(f"unknown record {shown(value[0])}, allowed: 0 to {len(records) - 1}")
+        return records[value[0]].unpack(value[1:])
 
     return Field(pack, unpack)
 

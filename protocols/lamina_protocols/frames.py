@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -19,6 +20,7 @@ MAX_HEADER = 1 << 19  # an announcement of 18,000 rows; reading the worst that f
 MAX_PAYLOAD = 1 << 30
 _PREFIX = struct.Struct("<4sHHIQ")
 PREFIX_SIZE = _PREFIX.size
+_SMALL = 1 << 20  # bytes up to which frames are not counted
 MAX_FRAME = PREFIX_SIZE + MAX_HEADER + MAX_PAYLOAD
 
 
@@ -55,6 +57,28 @@ def read_prefix(data: bytes | bytearray | memoryview, max_frame: int = MAX_FRAME
     if PREFIX_SIZE + header + payload > max_frame:
         raise ProtocolError(f"frame of {PREFIX_SIZE + header + payload} bytes, this side takes up to {max_frame}")
     return Prefix(tag, header, payload)
+
+
+class Arriving:
+    """The large frames that are arriving over several channels: `most` bytes together. For one reading thread; any may
+    call `end`."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._sizes: WeakKeyDictionary[object, int] = WeakKeyDictionary()  # by channel
+
+    def begin(self, channel: object, size: int) -> None:
+        """A frame of `size` bytes begins. Raises ProtocolError where there is no room for it."""
+        if size <= _SMALL:
+            return
+        others = sum(list(self._sizes.values()))
+        if others + size > self._most:
+            raise ProtocolError(f"a frame of {size} bytes beside others of {others}; allowed together: {self._most}")
+        self._sizes[channel] = size
+
+    def end(self, channel: object) -> None:
+        """Nothing is arriving over this channel."""
+        self._sizes.pop(channel, None)
 
 
 def blank_frame(prefix: Prefix, trailer: int = 0) -> memoryview:

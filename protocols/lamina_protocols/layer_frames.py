@@ -1,8 +1,8 @@
 """The frames of a layer's exchange: fixed headers, so that compiled code can write them and tell what has come.
 
     prefix   20 bytes, as of every frame
-    header   epoch i64, batch i64, vectors of q or out u32, of k u32, d_k u16, d_v u16, dtype u8, dtype of k and v u8,
-             6 zeros; then layer u32, seconds f32   (little-endian, 44 bytes)
+    header   epoch i64, batch i64, vectors of q or out u32, of k u32, width of k u16, of v u16, dtype u8, dtype of k
+             and v u8, width of q u16, 4 zeros; then layer u32, seconds f32   (little-endian, 44 bytes)
     tensors  each at a multiple of 64 from the frame's begin
 
 All but the last 8 bytes of the header are the same in every layer of a batch: prefix and header before `LAYER_AT` tell
@@ -20,9 +20,10 @@ from lamina_protocols import messages as m
 from lamina_protocols.alignment import padding
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import PREFIX_SIZE, Prefix, pack_prefix
+from lamina_protocols.layers import LayerSpec
 from lamina_protocols.tensors import dtype_name, nbytes
 
-_HEADER = struct.Struct("<qqIIHHBB6xIf")
+_HEADER = struct.Struct("<qqIIHHBBH4xIf")
 HEAD_SIZE = PREFIX_SIZE + _HEADER.size  # 64: where the first tensor begins
 _BATCH, _LAYER = struct.Struct("<qq"), struct.Struct("<If")
 LAYER_AT, SECONDS_AT = HEAD_SIZE - 8, HEAD_SIZE - 4  # of the layer's number, u32, and of the seconds, f32
@@ -48,8 +49,9 @@ class Place(NamedTuple):
 class LayerFrame:
     """What the frames of one kind have in common in all layers of a batch.
 
-    `queries` counts the vectors of q or out, `fresh` those of k and of v, with `d_k` and `d_v` numbers each. `dtype` is
-    the wire's name of q's or out's, `kv_dtype` of that of k and v. What a kind of frame does not have is 0 or "".
+    `queries` counts the vectors of q or out, `fresh` those of k and of v. Each of q has `d_q` numbers, of k `d_k`, of v
+    and out `d_v`. `dtype` is the wire's name of q's or out's, `kv_dtype` of that of k and v. What a kind of frame does
+    not have is 0 or "".
     """
 
     tag: int
@@ -57,6 +59,7 @@ class LayerFrame:
     batch: int
     queries: int = 0
     fresh: int = 0
+    d_q: int = 0
     d_k: int = 0
     d_v: int = 0
     dtype: str = ""
@@ -68,14 +71,15 @@ class LayerFrame:
         return (
             bool(has & {"q", "out"} or not (self.queries or self.dtype))
             and bool(has & {"k"} or not (self.fresh or self.kv_dtype))
-            and bool(has & {"q", "k"} or not self.d_k)
+            and bool(has & {"q"} or not self.d_q)
+            and bool(has & {"k"} or not self.d_k)
             and bool(has & {"v", "out"} or not self.d_v)
         )
 
     def places(self) -> dict[str, Place]:
         """Where each tensor stands, in their order."""
         shapes = {
-            "q": (self.dtype, (self.queries, self.d_k)),
+            "q": (self.dtype, (self.queries, self.d_q)),
             "k": (self.kv_dtype, (self.fresh, self.d_k)),
             "v": (self.kv_dtype, (self.fresh, self.d_v)),
             "out": (self.dtype, (self.queries, self.d_v)),
@@ -100,22 +104,22 @@ class LayerFrame:
         codes = _CODES.index(self.dtype), _CODES.index(self.kv_dtype)
         counts = self.queries, self.fresh
         try:
-            packed = _HEADER.pack(self.epoch, self.batch, *counts, self.d_k, self.d_v, *codes, layer, seconds)
+            packed = _HEADER.pack(self.epoch, self.batch, *counts, self.d_k, self.d_v, *codes, self.d_q, layer, seconds)
         except (struct.error, OverflowError) as error:
             raise ProtocolError(f"{CLASSES[self.tag].__name__} of layer {layer}, {self}: {error}") from error
         return pack_prefix(Prefix(self.tag, _HEADER.size, self.size - HEAD_SIZE)) + packed
 
 
 def frames_between(
-    queries: int, fresh: int, d_k: int, d_v: int, dtype: str, kv_dtype: str
+    queries: int, fresh: int, spec: LayerSpec, dtype: str, kv_dtype: str
 ) -> tuple[LayerFrame, LayerFrame]:
     """The frames of a layer between the model and a holder that gets so many vectors of q and of k, and the answers;
     of batch 0. A holder that is sent no q has no answer."""
     kind = m.Exchange if queries and fresh else m.Query if queries else m.Fresh
-    asked = LayerFrame(
-        TAGS[kind], 0, 0, queries, fresh, d_k, d_v if fresh else 0, dtype if queries else "", kv_dtype if fresh else ""
-    )
-    return asked, LayerFrame(TAGS[m.Attended], 0, 0, queries=queries, d_v=d_v, dtype=dtype)
+    d_q, q_type = (spec.query_width, dtype) if queries else (0, "")
+    d_k, own_v, kv_type = (spec.key_width, spec.own_v, kv_dtype) if fresh else (0, 0, "")
+    asked = LayerFrame(TAGS[kind], 0, 0, queries, fresh, d_q, d_k, own_v, q_type, kv_type)
+    return asked, LayerFrame(TAGS[m.Attended], 0, 0, queries=queries, d_v=spec.d_v, dtype=dtype)
 
 
 def set_batch(head: memoryview, epoch: int, batch: int) -> None:
@@ -145,7 +149,8 @@ def frame_of(message: m.Query | m.Fresh | m.Exchange | m.Attended) -> LayerFrame
         message.batch,
         queries=next((len(x) for x in (q, out) if x is not None), 0),
         fresh=0 if k is None else len(k),
-        d_k=next((x.shape[-1] for x in (q, k) if x is not None), 0),
+        d_q=0 if q is None else q.shape[-1],
+        d_k=0 if k is None else k.shape[-1],
         d_v=next((x.shape[-1] for x in (v, out) if x is not None), 0),
         dtype=next((dtype_name(x.dtype) for x in (q, out) if x is not None), ""),
         kv_dtype="" if k is None else dtype_name(k.dtype),
@@ -166,7 +171,7 @@ def read_head(view: memoryview, prefix: Prefix) -> tuple[LayerFrame, int, float]
     name = CLASSES[prefix.tag].__name__
     if prefix.header != _HEADER.size:
         raise ProtocolError(f"{name} header of {prefix.header} bytes, it has {_HEADER.size}")
-    epoch, batch, queries, fresh, d_k, d_v, code, kv_code, layer, seconds = _HEADER.unpack_from(view, PREFIX_SIZE)
+    epoch, batch, queries, fresh, d_k, d_v, code, kv_code, d_q, layer, seconds = _HEADER.unpack_from(view, PREFIX_SIZE)
     for number in (epoch, batch):
         if not 0 <= number < _MOST:
             raise ProtocolError(f"{name} header: expected an integer from 0 to 2^62, got {number}")
@@ -174,7 +179,7 @@ def read_head(view: memoryview, prefix: Prefix) -> tuple[LayerFrame, int, float]
         raise ProtocolError(f"unknown dtype {max(code, kv_code)}, allowed: up to {len(_CODES) - 1}")
     if not (math.isfinite(seconds) and seconds >= 0) or (seconds and prefix.tag != TAGS[m.Attended]):
         raise ProtocolError(f"{name} header: expected a number of seconds, 0 but in an answer, got {seconds}")
-    frame = LayerFrame(prefix.tag, epoch, batch, queries, fresh, d_k, d_v, _CODES[code], _CODES[kv_code])
+    frame = LayerFrame(prefix.tag, epoch, batch, queries, fresh, d_q, d_k, d_v, _CODES[code], _CODES[kv_code])
     if frame.head(layer, seconds) != view[:HEAD_SIZE] or not frame.only_its_own():
         raise ProtocolError(f"{name} header does not describe its frame of {prefix.frame} bytes: {frame}")
     return frame, layer, seconds

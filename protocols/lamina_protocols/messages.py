@@ -3,6 +3,7 @@
 The model worker sends one `Announcement` a batch to each holder, then per layer a `Query` and a `Fresh`, or both as
 one `Exchange`; the holder answers the announcement with `Announced` and each query with an `Attended`. KV moves from
 one holder to another by `Fetch` and `Fresh`, or, where both lay out pages alike, by `FetchPages` and `FreshPages`.
+A layer with a recurrent state has one message instead: `Advance`, answered by `Advanced`.
 A holder that cannot go on answers with a `Fault` in place of the reply. An engine that resumes the work of a previous
 engine asks by `Survey` what is kept.
 """
@@ -10,60 +11,26 @@ engine asks by `Survey` what is kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from lamina_protocols.errors import ProtocolError
 
 if TYPE_CHECKING:
     import torch
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_PARTS = 4096  # in one `Surveyed`
+_MOST_MASS = 2.0**62  # as many queries as there may be
 
-
-@dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """What a holder must know of one layer to keep its KV and attend.
-
-    `scale` multiplies q.k; `window` w lets a query at p see keys in (p - w, p]; `soft_cap` c turns a logit
-    x into c * tanh(x / c). `kv_layer` names the layer whose KV this one reads (itself unless KV is shared).
-    `policies` has one text per KV head, its policy as `lamina_workers.policies` writes it; empty: every KV head is
-    read and kept in full.
-    """
-
-    kv_layer: int
-    heads: int
-    kv_heads: int
-    d_k: int
-    d_v: int
-    scale: float
-    window: int | None = None
-    soft_cap: float | None = None
-    kind: str = "attention"
-    policies: tuple[str, ...] = ()
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.heads // self.kv_heads
-
-
-@dataclass(frozen=True, slots=True)
-class HolderConfig:
-    """What an attention worker is built from. `kv_memory` in bytes; `dtype` is the name of the storage dtype."""
-
-    layers: tuple[LayerSpec, ...]
-    page_size: int
-    dtype: str
-    kv_memory: int
-
-
-# Operations create and delete parts. A part is what one holder keeps of one sequence.
+# Operations create and delete parts. A part is what one holder keeps of one sequence in the layers of one pool.
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Create the empty part `handle` for KV heads `heads` and token positions [lo, hi)."""
+    """Create the empty part `handle` in the pool number `pool`, for KV heads `heads` and token positions [lo, hi)."""
 
     handle: int
+    pool: int
     heads: tuple[int, ...]
     lo: int
     hi: int
@@ -94,8 +61,9 @@ class Row:
 
     `read` is the range of positions whose keys the holder attends, or None. It ends at `start` at most, unless
     it ends at `start + count`: then the holder stores first and attends the row's own tokens too, causally
-    (`fused`), and the model worker does not attend them. `store` cuts the part back to `start`, then keeps the row's
-    K and V. With `chooses`, set in decode, adaptive policies may read less; otherwise they read everything.
+    (`fused`), and the model worker does not attend them. A row that is computed again may so read own tokens that its
+    part has stored before. `store` cuts the part back to `start`, then keeps the row's K and V. With `chooses`, set in
+    decode, adaptive policies may read less; otherwise they read everything.
     """
 
     handle: int
@@ -118,7 +86,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """One batch, announced to one holder: operations first, then rows. The holder reserves all it needs, or refuses.
+    """One batch, announced to one holder: operations first, then rows. The holder reserves all it needs in all its
+    pools, or refuses. A layer's messages carry the rows alone whose parts are in the layer's pool, in their order.
 
     `first` numbers the first operation; the holder applies each number once. An announcement without rows only
     carries operations: an idle engine flushes its closes.
@@ -131,21 +100,31 @@ class Announcement:
     rows: tuple[Row, ...]
 
 
+def _check_mass(value: float) -> None:
+    if not 0 <= value <= _MOST_MASS:
+        raise ProtocolError(f"attention mass of {value:g}, allowed: 0 to {_MOST_MASS:g}")
+
+
+def _check_seconds(value: float) -> None:
+    if value < 0:
+        raise ProtocolError(f"{value:g} seconds, allowed: 0 or more")
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What policies have saved at one part. All numbers are counted, none is computed from a formula.
 
-    `read` and `whole` are of decode so far, over all layers and KV heads: the bytes read, of KV and to choose among it,
-    and the bytes that reading everything would have taken. `missed` is the sum, over `queries` query vectors, of the
-    estimated attention mass that they did not read; `worst` is the largest. `held` pages are in use now, where keeping
-    everything would take `kept`.
+    `read` and `whole` are of decode so far, over all its layers and KV heads: the bytes read, of KV and to choose among
+    it, and the bytes that reading everything would have taken. `missed` is the sum, over `queries` query vectors, of
+    the estimated attention mass that they did not read; `worst` is the largest. `held` pages are in use now, where
+    keeping everything would take `kept`.
     """
 
     read: int
     whole: int
-    missed: float
+    missed: Annotated[float, _check_mass]
     queries: int
-    worst: float
+    worst: Annotated[float, _check_mass]
     held: int
     kept: int
 
@@ -156,14 +135,14 @@ class Announced:
     pages, or KV that the rows need and that has not come in every layer, or was let go. Then `starts` has, per row,
     where it can start at most; 0 where it must begin anew.
 
-    `free_pages` counts the pages left after the reservation; `floors` has, per row, the lowest length to which its
-    part can still be cut back; `usages` has, per row, what its part has read, left out and kept so far.
+    `free_pages` counts the pages of each pool left after the reservation; `floors` has, per row, the lowest length to
+    which its part can still be cut back; `usages` has, per row, what its part has read, left out and kept so far.
     """
 
     epoch: int
     batch: int
     accepted: bool
-    free_pages: int
+    free_pages: tuple[int, ...]
     floors: tuple[int, ...]
     reason: str = ""
     usages: tuple[Usage, ...] = ()
@@ -174,7 +153,7 @@ class Announced:
 class Query:
     """Queries of one layer, for the rows that read, flat in row order.
 
-    q: `[sum over rows of count * (part's KV heads * group), d_k]`, in each row token-major, then head.
+    q: `[sum over rows of count * (part's KV heads * group), query_width]`, in each row token-major, then head.
     """
 
     epoch: int
@@ -187,7 +166,7 @@ class Query:
 class Fresh:
     """New K and V of one layer, for the rows that store, flat in row order.
 
-    k: `[sum over rows of count * part's KV heads, d_k]`, v: the same with d_v; token-major, then head.
+    k: `[sum over rows of count * part's KV heads, key_width]`, v: the same with d_v; token-major, then head.
     """
 
     epoch: int
@@ -225,7 +204,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The answer, in the storage dtype. k: `[(hi - lo) * part's KV heads, d_k]`, v the same with d_v; as in `Fresh`.
+    """The answer, in the storage dtype. k: `[(hi - lo) * part's KV heads, key_width]`, v the same with d_v, as `Fresh`.
 
     Positions whose pages were freed are zeros, or the mean that replaced them.
     """
@@ -240,7 +219,7 @@ class Fetched:
 @dataclass(frozen=True, slots=True)
 class FetchPages:
     """As `Fetch`, of the layers [layer, layer + layers) that have KV, for a holder with the same page layout. A page of
-    the part begins at `lo`."""
+    the part begins at `lo`. Layers are numbered within the part's pool."""
 
     epoch: int
     batch: int
@@ -266,7 +245,8 @@ class FetchedPages:
 
 @dataclass(frozen=True, slots=True)
 class FreshPages:
-    """As `Fresh`, of the layers [layer, layer + layers) that have KV, for rows each of which begins with a page.
+    """As `Fresh`, of the layers [layer, layer + layers) that have KV, for the rows of the pool number `pool`, each of
+    which begins with a page. Layers are numbered within the pool.
 
     pages: uint8 `[layers * sum over rows of part's KV heads * pages that the row stores to, page_bytes]`: by layer,
     then row, then head. The last page of a row is sent whole; its bytes after the row's end have no meaning.
@@ -274,9 +254,58 @@ class FreshPages:
 
     epoch: int
     batch: int
+    pool: int
     layer: int
     layers: int
     pages: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What a layer with a state needs besides its spec, for all its heads. It is sent once, before the first `Advance`.
+
+    conv: float32 `[channels, conv]`, the weights of the convolution, and bias: `[channels]`, in the order q, k, v;
+    skip: `[heads]`, Mamba2's D. What a layer does not have is empty, `[0]`.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    conv: torch.Tensor
+    bias: torch.Tensor
+    skip: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """The inputs of one layer with a state, for its rows, one row after another: the holder updates the states with
+    them and reads.
+
+    x: `[sum over rows of count * (2 * part's key heads * d_k + part's heads * d_v)]`, in each row token-major, then the
+    order q, k, v, before the convolution. gates: float32 `[sum over rows of count * part's heads * g]`, token-major,
+    then head. g and their meaning by kind: lightning 0; gated_delta 2, log decay and beta; mamba2 2, log decay and dt;
+    kda d_k + 1, the log decay of each channel and beta.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    x: torch.Tensor
+    gates: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """The answer. out: `[sum over rows of count * part's heads, d_v]` in x's dtype, token-major, then head.
+
+    `seconds` as in `Attended`.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    out: torch.Tensor
+    seconds: Annotated[float, _check_seconds] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,10 +324,11 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class PartHeld:
-    """What a holder keeps of one sequence: KV heads `heads`, positions [lo, held) of at most [lo, hi), stored in every
-    layer. The part can be cut back to the length `floor`, not below."""
+    """What a holder keeps of one sequence in the pool number `pool`: KV heads `heads`, positions [lo, held) of at most
+    [lo, hi), stored in every layer of the pool. The part can be cut back to the length `floor`, not below."""
 
     handle: int
+    pool: int
     heads: tuple[int, ...]
     lo: int
     hi: int
@@ -345,11 +375,11 @@ class Fault:
     reason: str
 
 
-Request = Announcement | Query | Fresh | Exchange | Fetch | FetchPages | FreshPages | Survey
-Reply = Announced | Attended | Fetched | FetchedPages | Surveyed | Fault
+Request = Announcement | Query | Fresh | Exchange | Fetch | FetchPages | FreshPages | Survey | Advance | Constants
+Reply = Announced | Attended | Fetched | FetchedPages | Surveyed | Advanced | Fault
 Message = Request | Reply
 
 
 def answered(request: Request) -> bool:
-    """Whether a holder answers the request: all but `Fresh` and `FreshPages` have one reply, in order."""
-    return not isinstance(request, Fresh | FreshPages)
+    """Whether a holder answers the request: all but `Fresh`, `FreshPages` and `Constants` have one reply, in order."""
+    return not isinstance(request, Fresh | FreshPages | Constants)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from lamina_protocols import control
 from lamina_protocols.channels import CHECKSUM_SIZE, ChannelClosed, Credentials, check_size, checksum, verified
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.frames import MAX_FRAME, Prefix, blank_frame, read_prefix
+from lamina_protocols.frames import MAX_FRAME, Arriving, Prefix, blank_frame, read_prefix
 from lamina_protocols.grpc_core import grpc
 
 SERVICE = "lamina.Attention"
@@ -48,17 +48,24 @@ class WorkerBusy(WorkerRefused):
 
 
 class GrpcChannel:
-    """A `Channel` over one bidirectional stream, the same on both sides.
+    """A `Channel` over one bidirectional stream, the same on both sides. `arriving` counts its frames among others'.
 
     gRPC takes messages to send from `outgoing`, on a thread of its own. `start` reads incoming ones on another thread.
     """
 
-    def __init__(self, checksummed: bool, max_message: int = MAX_MESSAGE, max_frame: int = MAX_FRAME) -> None:
+    def __init__(
+        self,
+        checksummed: bool,
+        max_message: int = MAX_MESSAGE,
+        max_frame: int = MAX_FRAME,
+        arriving: Arriving | None = None,
+    ) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._trailer = CHECKSUM_SIZE if checksummed else 0
         self._max_message = max_message
         self._max_frame = max_frame
+        self._arriving = arriving or Arriving(2 * max_frame)
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._in: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._frames: deque[memoryview] = deque()
@@ -143,6 +150,7 @@ class GrpcChannel:
 
     def close(self) -> None:
         self._closed = self._closed or "closed on this side"
+        self._arriving.end(self)
         self._out.put(None)
         self._in.put(None)
         if self._reader is not None and self._reader is not threading.current_thread():
@@ -200,6 +208,7 @@ class GrpcChannel:
     def _fill(self, message: bytes) -> None:
         if self._prefix is None:
             self._prefix = read_prefix(message, self._max_frame)
+            self._arriving.begin(self, self._prefix.frame)
             self._memory, self._filled = blank_frame(self._prefix, self._trailer), 0
         end = self._filled + len(message)
         if end > len(self._memory) or not message:
@@ -207,6 +216,7 @@ class GrpcChannel:
         self._memory[self._filled : end] = message
         self._filled = end
         if end == len(self._memory):
+            self._arriving.end(self)
             self._frames.append(verified(self._memory, self._prefix.frame))
             self.bytes_received += end
             self._prefix, self._memory = None, memoryview(b"")

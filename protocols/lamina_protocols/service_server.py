@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from lamina_protocols import control
 from lamina_protocols.channels import Credentials
 from lamina_protocols.errors import LaminaError
+from lamina_protocols.frames import Arriving
 from lamina_protocols.grpc_core import grpc
 from lamina_protocols.service import (
     CHECKSUM_KEY,
@@ -88,7 +89,7 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc sh
         return grpc.stream_stream_rpc_method_handler(refuse)  # whatever the call is: it waits for no message
 
 
-def handlers(service: AttentionService, max_message: int, max_frame: int) -> Any:
+def handlers(service: AttentionService, max_message: int, max_frame: int, arriving: Arriving | None = None) -> Any:
     """The generic handlers of the service, to be added to a server."""
 
     def unary(cls: type[T], act: Callable[[T, float], Any]) -> Any:
@@ -108,7 +109,7 @@ def handlers(service: AttentionService, max_message: int, max_frame: int) -> Any
 
     def batch(incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         metadata = dict(context.invocation_metadata())
-        channel = GrpcChannel(metadata.get(CHECKSUM_KEY) == "1", max_message, max_frame)
+        channel = GrpcChannel(metadata.get(CHECKSUM_KEY) == "1", max_message, max_frame, arriving)
         try:
             service.attach(metadata.get(SESSION_KEY, ""), channel)
         except LaminaError as error:

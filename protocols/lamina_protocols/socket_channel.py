@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from lamina_protocols.channels import CHECKSUM_SIZE, ChannelClosed, check_size, checksum, verified
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.frames import MAX_FRAME, PREFIX_SIZE, Prefix, blank_frame, read_prefix
+from lamina_protocols.frames import MAX_FRAME, PREFIX_SIZE, Arriving, Prefix, blank_frame, read_prefix
 from lamina_protocols.tls import TLS_NOT_NOW, is_tls
 
 BUFFER = 4 << 20  # bytes of a socket's buffers where the system allows it: a layer's K and V of many rows
@@ -26,9 +26,11 @@ _NOT_NOW = (BlockingIOError, *TLS_NOT_NOW)
 
 
 class SocketChannel:
-    """A `Channel` over a connected stream socket, which it owns."""
+    """A `Channel` over a connected stream socket, which it owns. `arriving` counts its frames among others'."""
 
-    def __init__(self, sock: socket.socket, checksummed: bool, max_frame: int = MAX_FRAME) -> None:
+    def __init__(
+        self, sock: socket.socket, checksummed: bool, max_frame: int = MAX_FRAME, arriving: Arriving | None = None
+    ) -> None:
         sock.setblocking(False)
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -36,6 +38,7 @@ class SocketChannel:
         self._tls = is_tls(sock)
         self._trailer = CHECKSUM_SIZE if checksummed else 0
         self.max_frame = max_frame  # bytes of the largest that is taken
+        self._arriving = arriving or Arriving(2 * max_frame)
         self._busy = threading.RLock()  # held while the socket is in use, so that `close` waits
         self._closed = ""  # why
         self._unreadable = ""  # why what came in is no frame; sending still works
@@ -145,8 +148,7 @@ class SocketChannel:
             if len(unsent):
                 self._unsent = [memoryview(bytes(unsent))]
             if len(begun):
-                self._prefix = read_prefix(begun, self.max_frame)
-                self._memory = blank_frame(self._prefix, self._trailer)
+                self._begin(begun)
                 self._memory[: len(begun)] = begun
                 self._missing = self._memory[len(begun) :]
         finally:
@@ -163,6 +165,7 @@ class SocketChannel:
                     if not socket.socket.recv(self._socket, BUFFER):
                         break
             self._socket.close()
+            self._arriving.end(self)
 
     def _enqueue(self, buffers: Sequence[bytes | memoryview]) -> None:
         size = check_size(buffers, self.max_frame)
@@ -209,16 +212,24 @@ class SocketChannel:
         except OSError as error:
             raise self._broken(error) from error
 
+    def _begin(self, begun: memoryview) -> Prefix:
+        """A frame arrives that begins with these bytes. Returns its prefix."""
+        prefix = read_prefix(begun, self.max_frame)
+        self._arriving.begin(self, prefix.frame)
+        self._memory, self._prefix = blank_frame(prefix, self._trailer), prefix
+        return prefix
+
     def _next_part(self) -> bool:
         """The prefix or the rest of a frame is complete. Returns whether the frame is whole."""
-        if self._prefix is None:
-            self._prefix = read_prefix(self._prefix_memory, self.max_frame)
-            self._memory = blank_frame(self._prefix, self._trailer)
+        prefix = self._prefix
+        if prefix is None:
+            prefix = self._begin(self._prefix_memory)
             self._memory[:PREFIX_SIZE] = self._prefix_memory
             self._missing = self._memory[PREFIX_SIZE:]
             if self._missing:
                 return False
-        frame = verified(self._memory, self._prefix.frame)
+        self._arriving.end(self)
+        frame = verified(self._memory, prefix.frame)
         self._frames.append(frame)
         self._held += len(frame)
         self.bytes_received += len(self._memory)

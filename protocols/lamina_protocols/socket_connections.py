@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from lamina_protocols.channels import SECRET_SIZE, ChannelClosed, is_loopback
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.frames import MAX_FRAME
+from lamina_protocols.frames import MAX_FRAME, Arriving
 from lamina_protocols.socket_channel import BUFFER, SocketChannel
 from lamina_protocols.tls import TlsContext, handshake
 
@@ -47,12 +47,14 @@ class Listener:
         deliver: Callable[[SocketChannel, bytes], None],
         tls: TlsContext | None = None,
         max_frame: int = MAX_FRAME,
+        arriving: Arriving | None = None,
     ) -> None:
         self._socket = sock
         self._admit = admit
         self._deliver = deliver
         self._tls = tls
         self._max_frame = max_frame
+        self._arriving = arriving
         self._lock = threading.Lock()
         self._greetings: dict[socket.socket, str] = {}  # and the address of each, the oldest first
         self._closed = False
@@ -110,7 +112,7 @@ class Listener:
                 self._greetings.pop(sock, None)
             sock.sendall(_WELCOME)
             _tune(sock)
-            channel = SocketChannel(sock, greeting[SECRET_SIZE:] == _CHECKSUMMED, self._max_frame)
+            channel = SocketChannel(sock, greeting[SECRET_SIZE:] == _CHECKSUMMED, self._max_frame, self._arriving)
             self._deliver(channel, greeting[:SECRET_SIZE])
         except (OSError, LaminaError):
             sock.close()  # without an answer: the other side may be a stranger

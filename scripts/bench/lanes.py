@@ -33,7 +33,7 @@ from local_share import Stream
 from move import start_worker
 
 from lamina.messages.snapshot import Snapshot
-from lamina.scheduling.lane_tuner import LaneTuner
+from lamina.scheduling.step_tuner import StepTuner
 from lamina.system.machine import this_machine
 
 CLOSE = 0.1  # of the model's time, by which attention may be off before the sleep is set anew
@@ -67,7 +67,7 @@ def look(engine: Any) -> Snapshot:
 def measure(llm: Any, worker: int, lanes: int, prompts: tuple[int, int, int], steps: int) -> Rate:
     """`steps` batches a lane of new sequences. worker: its process; prompts: how many, of how many tokens, a seed."""
     engine = llm._runtime.engine  # a benchmark may look inside
-    engine._control.lanes = LaneTuner(lanes)
+    engine._control.tuner = StepTuner((lanes,), 0.0)
     stream = Stream(llm, *prompts)
     settle(engine, 4 * lanes)
     used = time.process_time(), cpu_seconds(worker)

@@ -25,17 +25,18 @@ from typing import Any
 
 from move import start_worker
 
-from lamina.scheduling.local_share import Batch, LocalShare
+from lamina.scheduling.step_model import Batch
+from lamina.scheduling.step_tuner import StepTuner
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SLOWER = 3.0
 
 
-class Watched(LocalShare):
-    """A `LocalShare` that records the batches it gets, and its share after each."""
+class Watched(StepTuner):
+    """A `StepTuner` of one lane that records the batches it gets, and its share after each."""
 
     def __init__(self, share: float | None) -> None:
-        super().__init__(share)
+        super().__init__(share=share)
         self.seen: list[tuple[Batch, bool, float, bool]] = []
 
     def completed(self, batch: Batch, moving: bool = False) -> None:
@@ -72,9 +73,9 @@ class Rig:
 
     def measure(self, share: float | None, steps: int, most: int = 400) -> tuple[Watched, list[Batch]]:
         """Want that share (None: auto) until `steps` batches have run there, undisturbed."""
-        balance = self.control.local_share = Watched(share)
-        until(lambda: (balance.settled and len(balance.quiet()) >= steps) or len(balance.seen) >= most)
-        return balance, balance.quiet()[-steps:]
+        tuner = self.control.tuner = Watched(share)
+        until(lambda: (tuner.settled and len(tuner.quiet()) >= steps) or len(tuner.seen) >= most)
+        return tuner, tuner.quiet()[-steps:]
 
 
 def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
@@ -130,10 +131,10 @@ def delays(llm: Any, worker: Any, args: argparse.Namespace) -> tuple[float, floa
     return ((SLOWER - 1) * local / layers * 1e6, (SLOWER - 1) * remote / layers * 1e6)
 
 
-def settled_after(balance: Watched, change: int) -> tuple[int, int]:
+def settled_after(tuner: Watched, change: int) -> tuple[int, int]:
     """Steps from a change until the search that it caused was over and nothing moved (none, where none began), and how
     many searches began after that, before the change after it: of those the machine is the cause, or chance."""
-    still = [settled and not moving for _, moving, _, settled in balance.seen[change:]]
+    still = [settled and not moving for _, moving, _, settled in tuner.seen[change:]]
     begun = [at for at in range(1, len(still)) if still[at - 1] and not still[at]]
     if not begun:
         return 0, 0
@@ -170,7 +171,7 @@ def main() -> None:
                 stream = Stream(llm, args.sequences, args.tokens, number)
                 order: list[float | None] = [*SHARES, None]
                 for share in order[number % 6 :] + order[: number % 6]:
-                    balance, batches = rig.measure(share, args.steps)
+                    tuner, batches = rig.measure(share, args.steps)
                     found[name].setdefault(share, []).append(step(batches))
                     if share is None:
                         chosen[name].append(batches[-1].share)
@@ -188,13 +189,13 @@ def main() -> None:
             )
         stream = Stream(llm, args.sequences, args.tokens, 99)
         rig.slow(set())
-        balance, _ = rig.measure(None, args.steps)
+        tuner, _ = rig.measure(None, args.steps)
         for name in ("local slowed 3x", "worker slowed 3x", "even", "local slowed 3x"):
-            change = len(balance.seen)
+            change = len(tuner.seen)
             rig.slow(cases[name])
-            until(lambda change=change: len(balance.seen) >= change + 100)  # type: ignore[misc]
-            steps_taken, again = settled_after(balance, change)
-            share = statistics.median(batch.share for batch, *_ in balance.seen[-10:])
+            until(lambda change=change: len(tuner.seen) >= change + 100)  # type: ignore[misc]
+            steps_taken, again = settled_after(tuner, change)
+            share = statistics.median(batch.share for batch, *_ in tuner.seen[-10:])
             print(
                 f"then {name}: settled after {steps_taken} steps (asked: 50), {again} later searches, share {share:.2f}"
             )

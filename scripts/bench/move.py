@@ -148,7 +148,7 @@ def main() -> None:
         token = sum(spec.kv_heads * (spec.d_k + spec.d_v) for spec in holder.layers)
         token *= 2 if holder.dtype in ("bfloat16", "float16") else 4
         layers = len(holder.layers)
-        mover, balance = engine._tiering._migration, engine._control.local_share
+        mover, tuner = engine._tiering._migration, engine._control.tuner
         prompts = [[rng.randint(10, 40000) for _ in range(64)] for _ in range(args.streams)]
         prompts.append([rng.randint(10, 40000) for _ in range(args.tokens)])
         gaps = Gaps(llm, prompts, 200 + 160 * args.rounds)
@@ -162,10 +162,10 @@ def main() -> None:
             now = time.perf_counter()
             step = statistics.median(gaps.between(now - 0.8, now))
             before, at, start = mover.tokens, mover.seconds, time.perf_counter()
-            balance.share = float(number % 2)  # 0: all to the worker
+            tuner.share = float(number % 2)  # 0: all to the worker
             while not engine._tiering.busy and mover.tokens == before:
                 time.sleep(0.001)
-            while engine._tiering.busy or abs(engine._tiering.local_share - balance.share) > 0.01:
+            while engine._tiering.busy or abs(engine._tiering.local_share - tuner.share) > 0.01:
                 time.sleep(0.001)
             end = time.perf_counter()
             time.sleep(0.2)

@@ -47,7 +47,7 @@ def measure(kind: dict[str, Any], prompts: list[list[int]], args: argparse.Names
             else:
                 begun.add(event.prompt_index)
                 since = now
-        return tokens / (now - since), llm._runtime.engine._control.lanes.count  # type: ignore[union-attr]
+        return tokens / (now - since), llm._runtime.engine._control.tuner.lanes  # type: ignore[union-attr]
 
 
 def main() -> None:

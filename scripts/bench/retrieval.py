@@ -35,7 +35,7 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import Rows
 from lamina_kernels.select import Kernels, kernels
 from lamina_workers.indexes import faiss_host
-from lamina_workers.indexes.graph_index import GraphConfig, build_graph
+from lamina_workers.indexes.graph_index import EFFORT, LISTED, SLOTS, build_graph
 from lamina_workers.indexes.ivf_index import build_ivf
 from lamina_workers.indexes.key_index import Found, KeyIndex, ascending
 from lamina_workers.indexes.query_sample import QuerySample
@@ -367,7 +367,7 @@ def main() -> None:
     seconds = said.get("prefill_cpu_seconds", said["prefill_seconds"] * (os.cpu_count() or 1))
     prefill = seconds / said.get("layers_computed", 30) / kv_heads
     title = f"{said['model']}, {said['tokens']} tokens, layers {' '.join(map(str, layers))}, {platform.machine()}"
-    print(f"{title}; prefill {prefill:.2f} CPU seconds a layer and KV head; {GraphConfig()}")
+    print(f"{title}; prefill {prefill:.2f} CPU seconds a layer and KV head; {LISTED=}, {SLOTS=}, {EFFORT=}")
     print(
         f"index, of what | share of keys at recall {GOAL} | best recall | us a query | build s, of prefill | bytes/key"
     )

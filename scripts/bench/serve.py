@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lamina.measure.bench.running import run_loop
-from lamina.measure.bench.serve import Result, Settings, bench
+from lamina.measure.bench.serve import Result, bench
+from lamina.measure.bench.settings import Settings
 from lamina.system.machine import this_machine
 
 MODEL = "smollm2-135m"
@@ -194,8 +195,8 @@ def rate(args: argparse.Namespace, url: str, endpoint: str) -> float:
         tokenizer=MODEL,
     )
     result: Result = run_loop(bench(settings))
-    if result.summary.failures or result.summary.short:
-        raise RuntimeError(f"{url}: {result.details}, {result.summary.short} answers too short")
+    if result.summary.failures or result.summary.answers_shorter_than_asked:
+        raise RuntimeError(f"{url}: {result.details}, {result.summary.answers_shorter_than_asked} answers too short")
     return result.summary.output_throughput
 
 

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.launch.kv_sizing import holder_config
 from lamina.launch.model_files import rescaled
-from lamina.measure.evaluation.probe import Probe
+from lamina.measure.probe import Probe
 from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
@@ -81,13 +81,13 @@ def main() -> None:
 
 @contextmanager
 def load(name: str, config: EngineConfig, layers: int) -> Iterator[tuple[Probe, Tokenizer]]:
-    """As `Probe.load`, with the first `layers` of the model only."""
+    """The first `layers` of the model of that name, set up as `LLM(name, ...)` would, and its tokenizer."""
     path = resolve(name)
     machine = this_machine()
     threads = config.threads or machine.cores
     torch.set_num_threads(threads)
     whole = rescaled(ModelConfig.from_folder(path), config.rope_scaling)
-    parts = {part: getattr(whole, part)[:layers] for part in ("windows", "rotary", "sparse")}
+    parts = {part: getattr(whole, part)[:layers] for part in ("windows", "rotary", "sparse", "mixers")}
     model = dataclasses.replace(whole, num_hidden_layers=layers, **parts)
     dtype: torch.dtype = getattr(torch, native_dtype(machine)[0] if config.dtype == "auto" else config.dtype)
     tokenizer = Tokenizer(path)

@@ -24,17 +24,20 @@ import pydoc_data.topics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from evaluation import tasks
+from evaluation.measures import Score
+from evaluation.running import Limits, Total
+from evaluation.suite import Comparison, Run, Suite, compare, run
+
 from lamina.config import DEFAULT_MODEL, DTYPES, KV_DTYPES, EngineConfig
 from lamina.errors import LaminaError
-from lamina.measure.evaluation import tasks
-from lamina.measure.evaluation.measures import Score
-from lamina.measure.evaluation.probe import Probe
-from lamina.measure.evaluation.running import Limits, Total
-from lamina.measure.evaluation.suite import Comparison, Run, Suite, compare, run
+from lamina.launch.kv_sizing import holder_config
+from lamina.measure.probe import Probe, loaded
 from lamina.models.resolve import resolve
 from lamina.policy_file import head_policies
 from lamina.system.machine import native_dtype, this_machine
@@ -139,6 +142,15 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
     console.print(f"written into {args.out}")
 
 
+@contextmanager
+def load(name: str, config: EngineConfig) -> Iterator[tuple[Probe, Tokenizer]]:
+    """The model of that name, set up as `LLM(name, ...)` would, and its tokenizer."""
+    machine = this_machine()
+    with loaded(name, config) as (path, model, decoder, tokenizer):
+        holder = holder_config(path, model, config, decoder.dtype, machine)
+        yield Probe(model, decoder, holder, config.threads or machine.cores), tokenizer
+
+
 def measured(
     args: argparse.Namespace, shared: EngineConfig, policies: Sequence[str], progress: Progress
 ) -> Iterator[tuple[str, Comparison, float]]:
@@ -150,14 +162,14 @@ def measured(
         progress.remove_task(task)
         return done
 
-    with Probe.load(args.model, shared) as (probe, tokenizer):
+    with load(args.model, shared) as (probe, tokenizer):
         suite = make_suite(args, tokenizer)
         full = through(probe, "full")
         begun = time.perf_counter()
         floor = compare(suite, full, through(probe, FLOOR, int(args.chunk * FLOOR_CHUNK)), args.gate)
     yield FLOOR, floor, time.perf_counter() - begun
     for policy in policies:
-        with Probe.load(args.model, replace(shared, policy=policy)) as (probe, _):
+        with load(args.model, replace(shared, policy=policy)) as (probe, _):
             begun = time.perf_counter()
             of = compare(suite, full, through(probe, policy), args.gate)
         yield policy, of, time.perf_counter() - begun

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import Lamina
+from real_workers import write_tiny_model
 
 from lamina.cli.terminal import iter_lines
 from lamina.errors import EngineError, InvalidRequest, ModelFileError
@@ -195,6 +196,19 @@ def test_models_can_be_listed_and_an_unknown_one_is_refused(lamina: Lamina) -> N
     result = lamina("models", "show", "no-such-model")
     assert result.exit_code == 2
     assert "'no-such-model'" in result.stderr
+
+
+def test_a_model_is_described_with_what_lives_across_its_attentions(lamina: Lamina, tmp_path: Path) -> None:
+    folder = str(write_tiny_model(tmp_path / "tiny"))
+    facts = json.loads(lamina("models", "show", folder, "--slices", "--json").stdout)
+    assert (facts["kv_bytes_per_token"], facts["state_bytes_per_sequence"]) == (
+        facts["layers"] * 2 * facts["kv_heads"] * facts["head_dim"] * 2,
+        0,
+    )
+    assert (facts["runs"], facts["live_across"]) == ("native", ["64 x bfloat16"] * 3)
+    rows = lamina("models", "show", folder, "--slices").stdout.splitlines()
+    assert rows[-1].split("  ")[0] == "live across attention 0-2"
+    assert rows[-1].endswith("64 x bfloat16, a token")
 
 
 def test_help_loads_no_torch() -> None:

@@ -19,12 +19,12 @@ from lamina.cli.simulate import parse_policy, parse_rate, parse_slo
 from lamina.errors import InvalidRequest
 from lamina.measure.hardware import plan_check
 from lamina.simulator.costs.cost_model import KvPolicy
-from lamina.simulator.costs.hardware import ROOFLINE, load
+from lamina.simulator.costs.hardware import ROOFLINE, load, with_efficiency
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning import plan_file
-from lamina.simulator.planning.comparison import Choice, build, with_efficiency
+from lamina.simulator.planning.comparison import Choice, build
 
 INVENTORY = """
 links = ["fhbn-400g"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from chaos_world import Happening, Port, Setup, World
 from engine_rig import Rig, tiny_decoder
+from kv_pools import pool_of
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.blame import TRIES
@@ -70,7 +71,7 @@ def setup(rng: random.Random, model: str, tokens: int = TOKENS) -> Setup:
     return Setup(
         shard=shard,
         weights=tuple(rng.choice((1, 1, 2, 3)) for _ in range(holders)),
-        prefill_pool=0 if shard is None else rng.choice((0, 60, 500)),
+        local_pool=0 if shard is None else rng.choice((0, 60, 500)),
         pages=rng.choice((1000, pages_of_longest(tokens), pages_of_longest(tokens) + rng.randint(0, 60))),
         max_batch_tokens=rng.choice((5, 16, 64, 512)),
         prefix_cache=rng.random() < 0.5,
@@ -186,20 +187,18 @@ def check(world: World, wanted: list[tuple[list[list[int]], int]]) -> None:
             assert got == whole if end == "length" else got == whole[: len(got)] and (answer.error or answer.aborted)
     world.scheduler.check_integrity()
     for port in world.alive():
-        store = port.broken.worker.store
+        store = pool_of(port.broken.worker).store
         store.check_integrity()
         assert store.free_pages == world.setup.pages
-    world.local.store.check_integrity()
-    assert world.local.store.free_pages == world.local.store.n_pages
-    world.here.store.check_integrity()
-    assert world.here.store.free_pages == world.here.store.n_pages
+    pool_of(world.local).store.check_integrity()
+    assert pool_of(world.local).store.free_pages == pool_of(world.local).store.n_pages
     if world.alive():
-        assert world.scheduler.ledger.unpromised() == world.placement.capacity
+        assert world.scheduler.ledger.unpromised() == world.placement.pages
     for port, done in world.drained:
         assert done.done()
         if done.exception() is None and not port.dead:
             assert port.let_go
-            assert port.broken.worker.store.free_pages == world.setup.pages
+            assert pool_of(port.broken.worker).store.free_pages == world.setup.pages
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -230,11 +229,11 @@ def run_in_tiers(seed: int, models: dict[str, Any], expected: dict[Any, Any]) ->
         made = setup(rng, name, LONG_TOKENS)
     made.despair = False
     least = pages_of_longest(LONG_TOKENS)
-    made.local_pool = rng.choice((least, least + 40, 2 * least, 2000))
+    made.local_tier, made.local_pool = True, rng.choice((least, least + 40, 2 * least, 2000))
     things, breaks = happenings(rng, made.shard)
     for _ in range(rng.randint(2, 12)):
         share = rng.choice((0.0, 0.2, 0.5, 1.0))
-        things.append((rng.randrange(3000), lambda world, _, share=share: setattr(world.share, "share", share)))
+        things.append((rng.randrange(3000), lambda world, _, share=share: setattr(world.tuner, "share", share)))
     asked = []
     for _ in range(rng.randint(2, 9)):
         prompt, which, count = rng.randrange(len(PROMPTS)), rng.randrange(len(SAMPLINGS)), rng.randint(20, LONG_TOKENS)

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 from engine_rig import Rig, collect, holder_config
 from exchange_peers import Joints, exchanged
+from kv_pools import pool_of
 from policy_bench import LOOSE, under
 
 from lamina.errors import EngineError
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.local_share import Batch, LocalShare
+from lamina.scheduling.step_model import Batch
+from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages import Announcement, Exchange, Fresh, Query
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
@@ -33,9 +35,9 @@ SEED = int(os.environ.get("LAMINA_SOAK_SEED", "1"))
 PLACEMENTS: list[dict[str, Any]] = [
     {"shard": "heads", "weights": (1,)},
     {"shard": "heads", "weights": (1, 1)},
-    {"shard": "heads", "weights": (2, 1, 1), "prefill_pool": 500},
+    {"shard": "heads", "weights": (2, 1, 1), "local_pool": 500},
     {"shard": "sequence", "weights": (1, 1, 2)},
-    {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "prefill_pool": 200},
+    {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "local_pool": 200},
 ]
 TRANSPORTS = ("local", "local", "local", "tcp", "tcp", "tcp+sum", "tcp+tls", "grpc")
 draw = random.Random(17)
@@ -46,11 +48,11 @@ TOKENS = 40
 logger = logging.getLogger(__name__)
 
 
-class Restless(LocalShare):
+class Restless(StepTuner):
     """A local share that changes every few batches, so that KV moves."""
 
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(0.5)
+    def __init__(self, rng: random.Random, lanes: int) -> None:
+        super().__init__((lanes,), 0.5)
         self._rng = rng
 
     def completed(self, batch: Batch, moving: bool = False) -> None:
@@ -125,7 +127,7 @@ class Round:
             "prefix_cache": rng.random() < 0.4,
         }
         if rng.random() < 0.5:
-            self._options |= {"local_pool": 1500, "local_share": Restless(rng)}
+            self._options |= {"local_pool": 1500, "local_tier": True, "tuner": Restless(rng, self._options["lanes"])}
         self.faults = Faults(rng)
         self._faulty = rng.random() < 0.3
         self._models = models
@@ -147,7 +149,7 @@ class Round:
                 joints.close()  # what a worker was told last is done now
                 rig.close()
                 for joined in joints.made:
-                    joined.worker.store.check_integrity()
+                    pool_of(joined.worker).store.check_integrity()
 
     def _serve(self, rig: Rig, joints: Joints) -> None:
         rng, asked = self.rng, []
@@ -181,7 +183,7 @@ class Round:
                 rig.engine.drain(chosen.port.name).add_done_callback(_retrieved)
         elif len(joints.made) < 7:
             worker = AttentionWorker(holder_config(self._models[self._model]))
-            rig.engine.join(joints(worker), Holder(rig.pages, 1, fused=False))
+            rig.engine.join(joints(worker), Holder((rig.pages,), 1, fused=False))
 
 
 def _retrieved(done: Any) -> None:

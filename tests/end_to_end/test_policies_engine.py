@@ -23,9 +23,9 @@ GREEDY = {"max_tokens": 24, "temperature": 0}
 KEEPS_LITTLE = ("streaming", "razor")
 SHARDS = {
     "heads": {"shard": "heads", "weights": (1, 1)},
-    "heads, prompts local": {"shard": "heads", "weights": (1, 1, 1), "prefill_pool": 500},
+    "heads, prompts local": {"shard": "heads", "weights": (1, 1, 1), "local_pool": 500},
     "ranges": {"shard": "sequence", "weights": (1, 2)},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "prefill_pool": 500},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "local_pool": 500},
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pydoc_data.topics
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ import threading
 import pytest
 import torch
 import transformers
+from real_models import token_prompts
 
 import lamina
 from lamina import LLM, EngineError, InvalidRequest, SamplingParams
@@ -18,24 +18,6 @@ from lamina.models.resolve import resolve
 from lamina.scheduling.kv_shares import Share
 
 pytestmark = [pytest.mark.data, pytest.mark.real]
-
-WORDS = [
-    "The capital of France is",
-    "Once upon a time, in a small village,",
-    "def fibonacci(n):\n",
-    "Water boils at",
-    "1, 2, 3, 4, 5,",
-    "The three laws of motion are",
-    "Dear Sir or Madam,\n",
-    "In the year 1969,",
-    "Q: What is photosynthesis?\nA:",
-    "The quick brown fox jumps over",
-    "Ingredients: flour, eggs,",
-    "Once more unto the breach,",
-    "import numpy as np\n",
-    "The most important thing to know about memory is",
-    "Überraschung: 日本語 and emoji 🎉 are",
-]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +32,7 @@ def tokenizer(path):
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    text = "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    return [tokenizer(words).input_ids for words in WORDS] + [tokenizer(text[:20_000]).input_ids[:2000]]
+    return token_prompts(tokenizer, 2000)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +83,8 @@ def test_greedy_tokens_equal_transformers_one_by_one_and_together(path, prompts,
 
 @pytest.mark.timeout(900)
 def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, reference, prompts):
-    from lamina.measure.evaluation.probe import Probe
-    from lamina_protocols.messages import HolderConfig
+    from lamina.measure.probe import Probe
+    from lamina_protocols.layers import HolderConfig
     from lamina_workers.decoder.checkpoint import Checkpoint
     from lamina_workers.decoder.config import ModelConfig
     from lamina_workers.decoder.model import Decoder
@@ -154,10 +135,10 @@ def llm(path):
 def test_a_page_of_kv_takes_exactly_its_keys_and_values(llm):
     layers, heads, d, size = 30, 3, 64, 32
     runtime = llm._runtime
-    assert runtime.engine._control.placement.capacity == {0: (256 << 20) // (size * d * 2 * 2)}
+    assert runtime.engine._control.placement.capacity == {(0, 0): (256 << 20) // (size * d * 2 * 2)}
     assert 2 * d * 2 * layers * heads == 23_040
     every = (Share(0, (0, 1, 2), 0, 4096),)
-    assert runtime.limits.pages_for(every, 1) == runtime.limits.pages_for(every, size) == {0: layers * heads}
+    assert runtime.limits.pages_for(every, 1) == runtime.limits.pages_for(every, size) == {(0, 0): layers * heads}
 
 
 def test_stream_and_generate_agree(llm):

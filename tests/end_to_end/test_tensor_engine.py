@@ -58,6 +58,24 @@ def alone(model: Path) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("shard", ["heads", "sequence"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"architectures": ["GptOssForCausalLM"], "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 9},
+        {"head_dim": 32, "v_head_dim": 16},
+    ],
+    ids=["sinks", "narrow values"],
+)
+def test_ranks_with_sinks_and_narrow_values_give_one_text(tmp_path: Path, more: dict[str, Any], shard: str) -> None:
+    model = write_tiny_model(tmp_path / "model", **more)
+    with engine(model) as llm:
+        expected = texts(llm)
+    with engine(model, model_workers=2, attention_workers=2, shard=shard) as llm:
+        assert texts(llm) == expected
+
+
 def process(llm: LLM, rank: int = 1) -> int | None:
     """The process id of a rank, while it has one."""
     ranks = llm._runtime.pools.models  # type: ignore[union-attr]
@@ -102,7 +120,7 @@ def test_two_ranks_over_an_attention_worker_give_the_text_of_one(alone: LLM, mod
     with engine(model, model_workers=2, attention_workers=1) as llm:
         assert texts(llm) == texts(alone)
         names = llm._runtime.engine._holders.names  # type: ignore[union-attr]
-        assert names == {4: "attention-0", 5: "attention-0"}  # a seat for each rank
+        assert names == {2: "attention-0", 3: "attention-0"}  # a seat for each rank
         with pytest.raises(InvalidRequest, match="only attention worker"):
             llm._runtime.drain("attention-0")  # type: ignore[union-attr]
 

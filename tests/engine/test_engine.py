@@ -6,10 +6,11 @@ import random
 
 import pytest
 from engine_rig import BytesPort, Rig, collect, tiny_decoder
+from kv_pools import pool_of
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.lane_tuner import LaneTuner
+from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages import Announcement, Attended, Exchange, Fresh, Query
 from lamina_workers.ports.port import LocalAttention
@@ -19,13 +20,13 @@ PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 2, 15, 16, 17, 33
 SPLIT = {"shard": "heads"}
 PLACEMENTS = {
     "one holder": SPLIT,
-    "one holder and a local one": {"shard": "heads", "prefill_pool": 500},
+    "one holder and a local one": {"shard": "heads", "local_pool": 500},
     "heads on two, fused": {"weights": (1, 1)},
     "heads on two": {"shard": "heads", "weights": (1, 1)},
-    "heads on three, prompts local": {"shard": "heads", "weights": (2, 1, 1), "prefill_pool": 60},
+    "heads on three, prompts local": {"shard": "heads", "weights": (2, 1, 1), "local_pool": 60},
     "ranges on three": {"shard": "sequence", "weights": (1, 1, 1)},
-    "ranges on unlike two, prompts local": {"shard": "sequence", "weights": (1, 3), "prefill_pool": 500},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "prefill_pool": 60},
+    "ranges on unlike two, prompts local": {"shard": "sequence", "weights": (1, 3), "local_pool": 500},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "local_pool": 60},
 }
 SAMPLINGS = {"greedy": {}, "seeded": {"temperature": 0.9, "top_p": 0.9, "seed": 11}}
 
@@ -88,12 +89,12 @@ def test_text_stays_the_same_while_both_orders_take_turns(model, sampling, expec
             sent.add(type(request))
             super().send(request)
 
-    rig = Rig(model, shard=shard, weights=(1, 2), prefill_pool=60, lanes=2, port=Seen)
-    order = rig.engine._control.order
+    rig = Rig(model, shard=shard, weights=(1, 2), local_pool=60, lanes=2, port=Seen)
+    tuner = rig.engine._control.tuner
     planned = rig.engine._control.plan
 
     def plan(alone=True):
-        order.fused = not order.fused
+        tuner.fused = not tuner.fused
         return planned(alone)
 
     rig.engine._control.plan = plan
@@ -197,7 +198,7 @@ def test_engine_goes_on_when_the_sink_of_a_client_raises(decoder):
     assert rig.generate([[3]], max_tokens=5)
     assert rig.engine.alive
     rig.close()
-    assert rig.workers[1].store.free_pages == 2000
+    assert pool_of(rig.workers[1]).store.free_pages == 2000
 
 
 def test_announcement_is_sent_again_when_it_is_lost(decoder):
@@ -230,7 +231,7 @@ class Poisoning(LocalAttention):
 
     on = False
 
-    def layer_work(self, batch):
+    def layer_work(self, batch, pool):
         """Answers pass by here."""
 
     def receive(self, timeout=None):
@@ -268,7 +269,7 @@ def test_abort_frees_the_pages_of_a_running_request(decoder):
     assert reasons == ["abort"] * 3
     rig.generate([[1]], max_tokens=2)
     rig.close()
-    assert rig.workers[1].store.free_pages == 2000
+    assert pool_of(rig.workers[1]).store.free_pages == 2000
 
 
 def test_urgent_request_overtakes(decoder):
@@ -315,15 +316,15 @@ def test_dynamic_rope_does_not_depend_on_chunks():
 def test_the_samples_of_one_request_are_worth_a_second_lane(decoder):
     """Lanes were told how many requests there are, so that eight samples of one never tried a second lane."""
 
-    class Tuner(LaneTuner):
+    class Tuner(StepTuner):
         tried = 1
 
         def completed(self, *args, **named):
             super().completed(*args, **named)
-            self.tried = max(self.tried, self.count)
+            self.tried = max(self.tried, self.lanes)
 
-    tuner = Tuner(1, most=2)
-    rig = Rig(decoder, shard="heads", weights=(1,), lanes=tuner, max_batch_tokens=64)
+    tuner = Tuner((1, 2), 0.0)
+    rig = Rig(decoder, shard="heads", weights=(1,), tuner=tuner, max_batch_tokens=64)
     rig.generate([[1, 2, 3]], max_tokens=150, n=8, temperature=1.0, seed=1)
     rig.close()
     assert tuner.tried == 2

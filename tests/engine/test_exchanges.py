@@ -22,10 +22,10 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "one holder": {"shard": "heads"},
     "one holder, fused": {},
     "heads on two": HEADS_ON_TWO,
-    "heads on three, prompts local": {"shard": "heads", "weights": (2, 1, 1), "prefill_pool": 60},
+    "heads on three, prompts local": {"shard": "heads", "weights": (2, 1, 1), "local_pool": 60},
     "ranges on three": {"shard": "sequence", "weights": (1, 1, 1)},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "prefill_pool": 60},
-    "heads on two and some here": HEADS_ON_TWO | {"local_pool": 100},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "local_pool": 60},
+    "heads on two and some here": HEADS_ON_TWO | {"local_pool": 100, "local_tier": True},
 }
 TRANSPORTS = ("tcp", "tcp+sum", "tcp+tls", "grpc", "grpc+tls")
 

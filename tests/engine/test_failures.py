@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +12,7 @@ import pytest
 from lamina.engine.failures import MAX_IN_VAIN, FailureReports, Failures
 from lamina.engine.holders import HolderChange
 from lamina.engine.in_flight import Lane
-from lamina.errors import EngineError, InvalidRequest
+from lamina.errors import EngineError
 from lamina.scheduling.blame import TRIES, Blame
 from lamina.scheduling.control_plane import Step
 from lamina.scheduling.holder import Holder
@@ -44,7 +43,6 @@ class Holders:
     def __init__(self, note: Callable[..., None]) -> None:
         self.empty = False
         self.refuses: Exception | None = None  # the answer to `join`
-        self.drained: int | Exception = 7
         self.lose, self.emptied, self._note = partial(note, "lose"), partial(note, "emptied"), note
 
     def numbers(self, name: str) -> list[int]:
@@ -56,9 +54,6 @@ class Holders:
     def join(self, port: Port, holder: Holder, credentials: None) -> None:
         _or_raise(self.refuses)
         self._note("join", port.name)
-
-    def drain(self, name: str) -> int:
-        return _or_raise(self.drained)
 
 
 class Parts:
@@ -287,7 +282,7 @@ def test_worker_that_cannot_join_is_closed_and_reported() -> None:
     parts = Parts()
     parts.holders.refuses = HolderLost("rank 1 cannot reach it")
     port = Port("three")
-    parts.failures.join(cast(Any, port), Holder(1), None)
+    parts.failures.join(cast(Any, port), Holder((1,)), None)
     assert port.closed
     assert parts.reported == [("three",)]
 
@@ -296,7 +291,7 @@ def test_workers_that_join_while_a_rank_is_missing_join_once_it_is_back() -> Non
     parts = Parts()
     parts.worker.missing = (1,)
     for name in ("three", "four"):
-        parts.failures.join(cast(Any, Port(name)), Holder(1), None)
+        parts.failures.join(cast(Any, Port(name)), Holder((1,)), None)
     assert not parts.calls
     parts.worker.back = RankLost("it is gone again")
     assert not parts.failures.rank_back(cast(Any, None))
@@ -332,31 +327,3 @@ def test_engine_ends_when_a_rank_that_it_needs_stays_away() -> None:
     parts.worker.missing = (1,)
     with pytest.raises(EngineError, match="model worker 1 is gone and stays away: no such file"):
         parts.failures.rank_gone(1, "no such file", True)
-
-
-def test_drain_returns_how_many_tokens_moved() -> None:
-    parts = Parts()
-    done: Future[int] = Future()
-    parts.failures.drain("one", done)
-    assert done.result(0) == 7
-    assert parts.taken() == ["abandon moves"]
-
-
-def test_drain_that_a_holder_breaks_is_an_error_and_its_loss_is_handled() -> None:
-    parts = Parts()
-    parts.holders.drained, parts.worker.gone = HolderLost("two is gone"), [2]
-    done: Future[int] = Future()
-    parts.failures.drain("one", done)
-    with pytest.raises(EngineError, match="one could not be drained: two is gone"):
-        done.result(0)
-    assert parts.calls[-1] == ("lose", [2, 3])
-
-
-def test_drain_that_is_refused_changes_nothing() -> None:
-    parts = Parts()
-    parts.holders.drained = InvalidRequest("it is the only one")
-    done: Future[int] = Future()
-    parts.failures.drain("one", done)
-    with pytest.raises(InvalidRequest, match="it is the only one"):
-        done.result(0)
-    assert parts.taken() == ["abandon moves"]

@@ -18,17 +18,16 @@ from real_workers import until
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.holder import Holder
+from lamina.server.processes.link import pack
 from lamina_protocols import codec, control
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import read_prefix
+from lamina_protocols.messages import Announced, Usage
 from lamina_workers.decoder.model import Decoder
 
 pytestmark = pytest.mark.real  # some minutes
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8]
-BELIEVED = {"a fault", "accepted:False"}
-"""Of these the first is for a test of its own. By the second a worker says that it is full, and what is kept there ends
-if that does not change."""
 PATIENCE = 1.5  # seconds that the engine waits for a worker's answer
 
 
@@ -84,7 +83,7 @@ class Scene:
         """The liar joins the engine."""
         self._joined += 1
         port = port_to(self._address, f"liar-{self._joined}", self.rig.holder, lost_after=PATIENCE, **self._options)
-        self.rig.engine.join(port, Holder(self.rig.pages, 1, name=port.name))
+        self.rig.engine.join(port, Holder((self.rig.pages,), 1, name=port.name))
         return port
 
     def told(self) -> Any:
@@ -157,7 +156,7 @@ def test_no_answer_of_a_worker_costs_more_than_that_worker(scene):
         names = [name for name, _ in lies_about(seen[tag])]
         chosen = some(list(range(len(names))), 40 if scene.over == "local" else 3)
         for number, name in ((number, names[number]) for number in chosen):
-            if name in SILENT | BELIEVED or waits(name):
+            if name in SILENT | {"a fault"} or waits(name):  # these have tests of their own
                 continue
 
             def bend(frame: bytes, tag: int = tag, number: int = number) -> bytes | None:
@@ -166,7 +165,7 @@ def test_no_answer_of_a_worker_costs_more_than_that_worker(scene):
                 return next((lie for at, (_, lie) in enumerate(lies_about(frame)) if at == number), None)
 
             scene.liar.bend = bend
-            kind = codec._LAYOUTS[tag].cls.__name__ if tag in codec._LAYOUTS else "Attended"
+            kind = codec._MESSAGES[tag].__name__ if tag in codec._MESSAGES else "Attended"
             costs += scene.lied(f"{kind} {name}", scene.join())
     assert not costs, "\n".join(costs)
 
@@ -214,6 +213,56 @@ def test_a_worker_that_ends_every_batch_is_let_go(scene):
         until(lambda port=port: scene.told() == scene.expected and port.closed, 30)
         costs = scene.lied("faults", port)
         assert not [cost for cost in costs if "afterwards" in cost]
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+@pytest.mark.parametrize("free", [None, 0, 1 << 40])
+def test_a_worker_that_says_it_is_full_is_let_go(scene, free, accepts):
+    """It was believed, whatever its pages: what was kept there was preempted, and ended, for ever. One that accepts is
+    only not believed."""
+    port = scene.join()
+    assert scene.told() == scene.expected
+    scene.stream.longest = 0.0
+    scene.liar.bend = lambda frame: full(frame, free, accepts)
+    for _ in range(5):
+        assert scene.told() == scene.expected
+    assert port.closed != accepts
+    assert not scene.lied(f"full, {free} pages, {accepts}", port)
+    assert scene.stream.longest < 8.0  # on a busy machine too
+    assert scene.rig.scheduler.counters.preempted == 0
+
+
+def full(frame: bytes, free: int | None, accepts: bool) -> bytes | None:
+    """An answer to an announcement that says, besides, that so many pages are free; a refusal unless it `accepts`."""
+    message = codec.decode(bytearray(frame))
+    if not isinstance(message, Announced):
+        return None
+    if free is not None:
+        message = dataclasses.replace(message, free_pages=(free,))
+    if not accepts:
+        message = dataclasses.replace(message, accepted=False, floors=(), usages=(), reason="full")
+    return b"".join(codec.encode(message))
+
+
+def test_what_a_worker_makes_up_of_its_savings_can_be_sent_to_clients(scene):
+    """The sum of eight such numbers of one request was too large for a message, which ended the link to all clients."""
+    lie = Usage((1 << 62) - 1, (1 << 62) - 1, 2.0**62, (1 << 62) - 1, 2.0**62, (1 << 62) - 1, 1)
+
+    def bend(frame: bytes) -> bytes | None:
+        message = codec.decode(bytearray(frame))
+        if not isinstance(message, Announced) or not message.floors:
+            return None
+        return b"".join(codec.encode(dataclasses.replace(message, usages=(lie,) * len(message.floors))))
+
+    port = scene.join()
+    scene.liar.bend = bend
+    request, inbox = scene.rig.submit(PROMPT, SamplingParams(max_tokens=4, n=8, ignore_eos=True).with_defaults({}))
+    ended = 0
+    while ended < 8:
+        ended += sum(output.finish_reason is not None for output in inbox.get(timeout=60))
+    assert request.spared.read > 1 << 64
+    pack([("outputs", request.id, [], None, 0, 0, request.spared)])
+    assert not scene.lied("savings", port)
 
 
 def test_no_handshake_of_a_worker_costs_more_than_that_worker(scene):

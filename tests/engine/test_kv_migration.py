@@ -6,11 +6,13 @@ import random
 import time
 
 import pytest
-from engine_rig import HERE, BytesPort, Rig, collect
+from engine_rig import LOCAL, BytesPort, Rig, collect
+from kv_pools import pool_of
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.local_share import Batch, LocalShare
+from lamina.scheduling.step_model import Batch
+from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError
@@ -20,18 +22,18 @@ rng = random.Random(5)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
 GREEDY = {"max_tokens": 60}
 PLACEMENTS = {
-    "one worker": {"shard": "heads", "weights": (1,), "prefill_pool": 500},
-    "heads on two": {"shard": "heads", "weights": (1, 1), "prefill_pool": 500},
+    "one worker": {"shard": "heads", "weights": (1,)},
+    "heads on two": {"shard": "heads", "weights": (1, 1)},
     "ranges on three": {"shard": "sequence", "weights": (1, 1, 2)},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "prefill_pool": 60},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1)},
 }
 
 
-class Restless(LocalShare):
+class Restless(StepTuner):
     """A local share that changes every few batches."""
 
-    def __init__(self, seed: int, often: float = 0.3) -> None:
-        super().__init__(0.5)
+    def __init__(self, seed: int, often: float = 0.3, lanes: int = 1) -> None:
+        super().__init__((lanes,), 0.5)
         self._rng = random.Random(seed)
         self._often = often
 
@@ -65,8 +67,8 @@ def moved(rig: Rig) -> int:
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_text_stays_the_same_while_sequences_move(model, expected, placement, lanes):
     rig = Rig(
-        model, local_pool=1000, local_share=Restless(lanes), max_batch_tokens=64, lanes=lanes, prefix_cache=True,
-        port=BytesPort, **PLACEMENTS[placement],
+        model, local_pool=1000, local_tier=True, tuner=Restless(lanes, lanes=lanes), max_batch_tokens=64,
+        prefix_cache=True, port=BytesPort, **PLACEMENTS[placement],
     )  # fmt: skip
     assert rig.generate(PROMPTS, **GREEDY) == expected
     assert moved(rig) > 3
@@ -80,8 +82,8 @@ def test_text_stays_the_same_when_moving_sequences_fork_abort_or_are_preempted(d
     """Little memory on both sides, siblings, aborts at any moment."""
     chance = random.Random(seed)
     rig = Rig(
-        decoder, shard="heads", weights=(1, 1), prefill_pool=200, local_pool=220, pages=160,
-        local_share=Restless(seed, 0.6), max_batch_tokens=48, lanes=1 + seed % 2, prefix_cache=seed % 3 > 0,
+        decoder, shard="heads", weights=(1, 1), local_pool=420, local_tier=True, pages=160,
+        tuner=Restless(seed, 0.6, 1 + seed % 2), max_batch_tokens=48, prefix_cache=seed % 3 > 0,
     )  # fmt: skip
     reference = Rig(decoder, pages=4000)
     params = SamplingParams(max_tokens=50, n=2).with_defaults({})
@@ -132,19 +134,19 @@ def test_text_stays_the_same_when_a_holder_is_lost_during_a_move(decoder, at, lo
     monkeypatch.setattr("lamina_workers.model_worker.model_worker._FRAME", 1)  # a layer each
     fatal = Fatal(at, loses)
     rig = Rig(
-        decoder, shard="heads", weights=(1, 1), local_pool=1500, local_share=Restless(at, 0.6), max_batch_tokens=64,
-        lanes=lanes, port=fatal,
+        decoder, shard="heads", weights=(1, 1), local_pool=1500, local_tier=True, tuner=Restless(at, 0.6, lanes),
+        max_batch_tokens=64, port=fatal,
     )  # fmt: skip
     assert rig.generate(PROMPTS, **GREEDY) == plain(decoder)
     assert fatal.struck
     rig.scheduler.check_integrity()
     rig.engine.close()
     rig._thread.join()
-    rig.workers[HERE].store.check_integrity()
+    pool_of(rig.workers[LOCAL]).store.check_integrity()
 
 
 def test_local_holder_takes_over_when_the_last_worker_leaves(decoder):
-    rig = Rig(decoder, shard="heads", local_pool=2000, local_share=LocalShare(0.0), max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", local_pool=2000, local_tier=True, tuner=StepTuner(share=0.0), max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
     first = [inbox.get(timeout=60) for inbox in submitted]
@@ -154,14 +156,12 @@ def test_local_holder_takes_over_when_the_last_worker_leaves(decoder):
         while len(tokens) < 60:
             tokens += [output.token for output in inbox.get(timeout=60)]
     assert rest == [sample for (sample,) in plain(decoder)]
-    assert rig.workers[HERE].counters.queries > 0
+    assert rig.workers[LOCAL].counters.queries > 0
     rig.close()
 
 
 def test_last_worker_drains_to_the_local_holder(decoder):
-    rig = Rig(
-        decoder, shard="heads", local_pool=2000, prefill_pool=500, local_share=LocalShare(0.0), max_batch_tokens=64
-    )
+    rig = Rig(decoder, shard="heads", local_pool=2500, local_tier=True, tuner=StepTuner(share=0.0), max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
     first = [inbox.get(timeout=60) for inbox in submitted]
@@ -177,14 +177,22 @@ def test_last_worker_drains_to_the_local_holder(decoder):
 
 def test_long_sequence_waits_for_a_new_worker_when_the_local_holder_is_too_small(decoder):
     """The other sequences go on meanwhile."""
-    rig = Rig(decoder, shard="heads", local_pool=60, local_share=LocalShare(0.0), wait=30.0, max_batch_tokens=64)
+    rig = Rig(
+        decoder,
+        shard="heads",
+        local_pool=60,
+        local_tier=True,
+        tuner=StepTuner(share=0.0),
+        wait=30.0,
+        max_batch_tokens=64,
+    )
     params = SamplingParams(**GREEDY).with_defaults({})
     (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
     begun = [output.token for output in long.get(timeout=60)]
     rig.engine.leave("worker-1")
     assert len(collect(short)[0]) == 60
     rig.workers[2] = AttentionWorker(rig.holder)
-    rig.engine.join(LocalAttention(rig.workers[2], "second"), Holder(rig.pages))
+    rig.engine.join(LocalAttention(rig.workers[2], "second"), Holder((rig.pages,)))
     while len(begun) < 60:
         begun += [output.token for output in long.get(timeout=60)]
     assert [begun] == plain(decoder)[3]
@@ -194,7 +202,15 @@ def test_long_sequence_waits_for_a_new_worker_when_the_local_holder_is_too_small
 def test_stranded_request_ends_with_an_error_and_others_go_on(decoder):
     from lamina.errors import EngineError
 
-    rig = Rig(decoder, shard="heads", local_pool=60, local_share=LocalShare(0.0), wait=0.2, max_batch_tokens=64)
+    rig = Rig(
+        decoder,
+        shard="heads",
+        local_pool=60,
+        local_tier=True,
+        tuner=StepTuner(share=0.0),
+        wait=0.2,
+        max_batch_tokens=64,
+    )
     params = SamplingParams(**GREEDY).with_defaults({})
     (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
     long.get(timeout=60)
@@ -205,7 +221,7 @@ def test_stranded_request_ends_with_an_error_and_others_go_on(decoder):
     rig.close()
 
 
-class Pushed(LocalShare):
+class Pushed(StepTuner):
     """A local share of 1 at first, and of 0 after the first batch."""
 
     def completed(self, batch: Batch, moving: bool = False) -> None:
@@ -214,7 +230,7 @@ class Pushed(LocalShare):
 
 def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
     """New requests may use exactly the pages that will be left when the move is over."""
-    rig = Rig(decoder, shard="heads", local_pool=1000, local_share=Pushed(1.0), max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", local_pool=1000, local_tier=True, tuner=Pushed(share=1.0), max_batch_tokens=64)
     mover, config = rig.engine._tiering._migration, rig.scheduler.config
     step, rooms = mover.step, []
 
@@ -222,7 +238,11 @@ def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
         step(1e-9)
         if rig.engine._in_flight or not mover._queue:
             return
-        left = {number: worker.store.free_pages for number, worker in rig.workers.items()}
+        holders = rig.engine._control.placement.holders
+        left = {
+            (number, 0): pool_of(worker).store.free_pages + holders[number].closing[0]
+            for number, worker in rig.workers.items()
+        }
         for journey in mover._queue:
             fresh = tuple(part.share for part in journey.new)
             due = config.pages_for(fresh, len(journey.sequence.tokens))
@@ -240,13 +260,15 @@ def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
 def test_pages_of_a_move_are_counted_once(decoder):
     """A move takes many batches, and with each of them holders report their free pages. The pages of the first sequence
     are in use at its new place while the second is copied."""
-    rig = Rig(decoder, shard="heads", local_pool=1000, local_share=Pushed(1.0), max_batch_tokens=64)
+    rig = Rig(decoder, shard="heads", local_pool=1000, local_tier=True, tuner=Pushed(share=1.0), max_batch_tokens=64)
     step, moved = rig.engine._tiering._migration.step, rig.scheduler.running.moved
     counts: list[tuple[int, int]] = []
 
     def look(sequence, layout):
         moved(sequence, layout)
-        counts.extend((rig.scheduler.ledger.free[at.holder], rig.workers[at.holder].store.free_pages) for at in layout)
+        counts.extend(
+            (rig.scheduler.ledger.free[at.at], pool_of(rig.workers[at.holder]).store.free_pages) for at in layout
+        )
 
     rig.engine._tiering._migration.step = lambda seconds: step(1e-9)  # a page a time
     rig.scheduler.running.moved = look
@@ -256,9 +278,32 @@ def test_pages_of_a_move_are_counted_once(decoder):
     rig.close()
 
 
+def test_moves_to_holders_with_room_go_on_when_another_refuses(decoder):
+    """Any refusal gave up all moves, wherever they went: under pressure at one holder none would ever end."""
+    rig = Rig(decoder, shard="heads", local_pool=1000, local_tier=True, tuner=Pushed(share=1.0), max_batch_tokens=64)
+    mover = rig.engine._tiering._migration
+    step, kept = mover.step, []
+
+    def look(seconds):
+        step(1e-9)
+        if mover._queue:
+            to = {part.share.holder for part in mover._queue[0].new}
+            mover.abandon({max(rig.workers) + 1})
+            kept.append(bool(mover._queue))
+            if len(kept) == 5:
+                mover.abandon(to)
+                assert not mover._queue
+
+    mover.step = look
+    assert rig.generate(PROMPTS[2:], **GREEDY) == plain(decoder)[2:]
+    rig.close()
+    assert len(kept) > 5
+    assert all(kept)
+
+
 def test_stream_waits_for_at_most_one_chunk_of_a_move(decoder):
     """Between two tokens of a stream at most one chunk of a long sequence is copied."""
-    rig = Rig(decoder, shard="heads", local_pool=4000, pages=4000, local_share=LocalShare(0.0), prefill_pool=2000)
+    rig = Rig(decoder, shard="heads", local_pool=6000, local_tier=True, pages=4000, tuner=StepTuner(share=0.0))
     mover = rig.engine._tiering._migration
     copied: list[int] = []
     advance = mover.step
@@ -273,7 +318,7 @@ def test_stream_waits_for_at_most_one_chunk_of_a_move(decoder):
     params = SamplingParams(max_tokens=150).with_defaults({})
     _, inbox = rig.submit(long, params)
     inbox.get(timeout=60)
-    rig.engine._control.local_share.share = 1.0
+    rig.engine._control.tuner.share = 1.0
     text = collect(inbox)[0]
     assert len(text) == 149
     assert sum(copied) >= 1200

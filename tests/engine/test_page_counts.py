@@ -8,10 +8,11 @@ import time
 
 import pytest
 from engine_rig import Rig, collect, tiny_decoder
+from kv_pools import pool_of
 from policy_bench import TIGHT, under
 
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.local_share import LocalShare
+from lamina.scheduling.step_tuner import StepTuner
 
 rng = random.Random(1)
 SHORT, LONG = ([rng.randrange(101) for _ in range(n)] for n in (10, 300))
@@ -29,8 +30,8 @@ def check_at_rest(rig: Rig) -> None:
         time.sleep(0.01)
     ledger, cached = rig.scheduler.ledger, rig.scheduler.running.prefix_cache.evictable
     for number, worker in rig.workers.items():
-        assert ledger.free.get(number, 0) == worker.store.free_pages
-        assert worker.store.free_pages + cached.get(number, 0) == worker.store.n_pages
+        assert ledger.free.get((number, 0), 0) == pool_of(worker).store.free_pages
+        assert pool_of(worker).store.free_pages + cached.get((number, 0), 0) == pool_of(worker).store.n_pages
     rig.close()
 
 
@@ -45,13 +46,13 @@ def test_prompt_computed_twice_below_one_prefix_counts_all_its_pages(decoder, we
 
 def test_prefix_that_has_moved_to_the_other_tier_counts_all_its_pages(decoder):
     """Pages of a prefix at its parent's positions were not counted, although the parent is at other holders."""
-    share = LocalShare(0.0)
+    tuner = StepTuner(share=0.0)
     rig = Rig(
         decoder, max_batch_tokens=64, prefix_cache=True, shard="heads", weights=(1, 1), local_pool=2000,
-        local_share=share,
+        local_tier=True, tuner=tuner,
     )  # fmt: skip
     collect(rig.submit(LONG, greedy(40))[1])
-    share.share = 1.0
+    tuner.share = 1.0
     collect(rig.submit(LONG, greedy(400))[1])
     assert rig.engine._tiering._migration.sequences == 1
     check_at_rest(rig)

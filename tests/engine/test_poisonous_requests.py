@@ -83,7 +83,7 @@ def test_request_on_which_batches_fail_ends_alone_and_others_lose_nothing(decode
         port = poison.port(attention_worker(rig.holder))
         port.name = f"again-{len(joined)}"
         joined.append(name)
-        rig.engine.join(port, Holder(rig.pages, 1))
+        rig.engine.join(port, Holder((rig.pages,), 1))
 
     failures = rig.engine._failures
     failures._reports = dataclasses.replace(failures._reports, lost=join)

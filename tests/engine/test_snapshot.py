@@ -40,7 +40,7 @@ LAYERS = 3
 SHAPES: dict[str, dict[str, Any]] = {
     "alone": {},
     "heads": {"shard": "heads", "weights": (1, 1)},
-    "heads, prompts local": {"shard": "heads", "weights": (1, 1, 1), "prefill_pool": 500},
+    "heads, prompts local": {"shard": "heads", "weights": (1, 1, 1), "local_pool": 500},
     "ranges, two lanes": {"shard": "sequence", "weights": (1, 2), "lanes": 2},
 }
 
@@ -132,7 +132,7 @@ def test_snapshot_pages_in_use_are_those_of_the_sequences(decoder: Decoder, shap
 
 
 def test_snapshot_counts_pages_of_a_prompt_at_the_local_holder_during_prefill(decoder: Decoder) -> None:
-    rig = Rig(decoder, **SHAPES["heads, prompts local"] | {"prefill_pool": 3000}, max_batch_tokens=16)
+    rig = Rig(decoder, **SHAPES["heads, prompts local"] | {"local_pool": 3000}, max_batch_tokens=16)
     request, _ = rig.submit([5] * 1800, greedy(2))
     seen = wait_until(rig.engine, lambda seen: any(each.tokens == 1800 for each in seen.sequences))
     assert seen.sequences[0].prefill
@@ -181,7 +181,7 @@ def test_snapshot_lists_a_lost_holder_as_missing_until_another_joins(decoder: De
     assert seen.rebuilt_tokens >= 150
     worker = AttentionWorker(rig.holder)
     rig.workers[4] = worker
-    rig.engine.join(LocalAttention(worker, "worker-9"), Holder(rig.pages))
+    rig.engine.join(LocalAttention(worker, "worker-9"), Holder((rig.pages,)))
     seen = wait_until(rig.engine, lambda seen: seen.joined_holders == 1)
     assert seen.missing == ()
     assert [holder.name for holder in seen.holders] == ["worker-1", "worker-3", "worker-9"]
@@ -204,7 +204,7 @@ def test_an_engine_without_holders_is_halted_for_clients_far_away_too(decoder: D
     assert rig.engine.alive
     worker = AttentionWorker(rig.holder)
     rig.workers[2] = worker
-    rig.engine.join(LocalAttention(worker, "worker-9"), Holder(rig.pages))
+    rig.engine.join(LocalAttention(worker, "worker-9"), Holder((rig.pages,)))
     until(lambda: not far.halted)
     rig.workers.pop(1)
     rig.close()
@@ -220,7 +220,7 @@ def until(true: Callable[[], bool]) -> None:
 class Poisoning(LocalAttention):
     """A holder whose answers are not numbers."""
 
-    def layer_work(self, batch: int) -> None:
+    def layer_work(self, batch: int, pool: int) -> None:
         """Answers pass by here."""
 
     def receive(self, timeout: float | None = None) -> Reply:
@@ -311,8 +311,8 @@ def test_stats_count_lost_and_joined_holders() -> None:
 def test_snapshot_sums_the_holders_of_one_worker_over_ranks(decoder: Decoder) -> None:
     rig = Rig(decoder)
     placement = Placement(
-        {0: Holder(50), 1: Holder(40, rank=1), 2: Holder(20), 3: Holder(30, rank=1)},
-        heads=(2, 1), page_size=16, max_model_len=100, layers=3, prefill_pools=(0, 1),
+        {0: Holder((50,)), 1: Holder((40,), rank=1), 2: Holder((20,)), 3: Holder((30,), rank=1)},
+        heads=((2,), (1,)), page_size=16, max_model_len=100, local_pools=(0, 1),
     )  # fmt: skip
     links = rig.engine._worker.links()
     links = {0: links[1], 2: links[1]._replace(in_process=False, channel="tcp")}

@@ -20,8 +20,7 @@ from lamina.config import EngineConfig
 from lamina.engine.tiering import TierController
 from lamina.errors import InvalidRequest
 from lamina.messages.snapshot import Snapshot
-from lamina.scheduling.lane_tuner import LaneTuner
-from lamina.scheduling.order_tuner import OrderTuner
+from lamina.scheduling.step_tuner import StepTuner
 from lamina_workers.ports.timing import Times
 
 chance = random.Random(3)
@@ -70,8 +69,7 @@ def look(llm: LLM) -> Snapshot:
 def test_text_stays_the_same_at_any_local_share(model, worker, expected, share):
     with running(model, attention_workers=[worker.address], local_share=share) as llm:
         assert tokens(llm) == expected
-        names = [holder.name for holder in look(llm).holders]
-        assert ("here" in names) == (share != 0)
+        assert {holder.name: holder.keeps for holder in look(llm).holders}["local"] == (share != 0)
 
 
 def test_fixed_local_share_is_kept(model, worker):
@@ -103,12 +101,6 @@ def test_command_line_passes_the_local_share_on():
     assert "local_share" not in EngineOptions().config()
 
 
-def test_local_memory_goes_to_prompts_when_there_is_too_little_for_both(model, worker):
-    least = 3 * 3 * 2 * 16 * 4 * 16  # a page for each layer and head
-    with running(model, attention_workers=[worker.address], kv_memory=3 * least) as llm:
-        assert "here" not in [holder.name for holder in look(llm).holders]
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 6))])
 def test_text_stays_the_same_when_a_worker_is_killed_during_moves(model, expected, seed):
@@ -122,7 +114,7 @@ def test_text_stays_the_same_when_a_worker_is_killed_during_moves(model, expecte
 
             def change() -> None:
                 while not over.wait(rng.random() * 0.02):
-                    engine._control.local_share.share = rng.choice((0.0, 0.5, 1.0))
+                    engine._control.tuner.share = rng.choice((0.0, 0.5, 1.0))
 
             changing = threading.Thread(target=change)
             changing.start()
@@ -144,70 +136,45 @@ def test_text_stays_the_same_when_a_worker_is_killed_during_moves(model, expecte
 class Deployment:
     """Decode batches of eight sequences under a tier controller. `seconds(fused, lanes)`: what one takes."""
 
-    def __init__(self, seconds: Any, tiers: bool = False) -> None:
-        self.share = SimpleNamespace(settled=True, share=0.5, completed=self._measured, interrupted=lambda: None)
-        self.placement = SimpleNamespace(
-            tiers=tiers, local_share=0.0, local_tokens=lambda kept: (len([*kept]), 100), is_local=lambda layout: False
-        )
-        self.lanes, self.order = LaneTuner(1, 2), OrderTuner(True)
-        control = SimpleNamespace(
-            lanes=self.lanes, order=self.order, local_share=self.share, placement=self.placement,
-            scheduler=SimpleNamespace(running=[]),
-        )  # fmt: skip
-        self.migration = SimpleNamespace(under_way={}, abandon=lambda: None)
-        self.tiering = TierController(control, self.migration, float)  # type: ignore[arg-type]
-        self.seconds, self.now, self.shared = seconds, 0.0, 0
-        self.tried: list[tuple[bool, bool]] = []
-
-    def _measured(self, batch: Any, moving: bool) -> None:
-        self.shared += 1
-        assert not self.lanes.trying
-        assert not self.order.trying
+    def __init__(self, seconds: Any) -> None:
+        self.tuner = StepTuner((1, 2), 0.0, (True, False))
+        placement = SimpleNamespace(tiers=False, local_share=0.0)
+        control = SimpleNamespace(tuner=self.tuner, placement=placement, scheduler=SimpleNamespace(running=[]))
+        migration = SimpleNamespace(under_way={}, abandon=lambda at: None)
+        self.tiering = TierController(control, migration, float)  # type: ignore[arg-type]
+        self.seconds, self.now = seconds, 0.0
+        self.tried: list[tuple[int, bool]] = []
 
     def decode(self, batches: int, **changes: Any) -> None:
         for _ in range(batches):
-            self.now += self.seconds(self.order.fused, self.lanes.count)
-            done = {"prefill": False, "sampled": 8 // self.lanes.count, "running": 8, "now": self.now}
-            done |= {"attended": 0.0, "local_tokens": 10, "remote_tokens": 90, "times": Times()}
+            lanes, fused = self.tuner.lanes, self.tuner.fused
+            self.tried.append((lanes, fused))
+            self.now += self.seconds(fused, lanes)
+            done = {"prefill": False, "sampled": 8 // lanes, "running": 8, "now": self.now, "local_tokens": 0}
+            done |= {"remote_tokens": 800 // lanes, "times": Times(remote=0.002, answered=0.003)}
             self.tiering.batch_done(SimpleNamespace(**(done | changes)))  # type: ignore[arg-type]
-            self.tried.append((self.lanes.trying, self.order.trying))
 
 
-def test_lanes_are_tried_first_then_the_order_and_never_both() -> None:
+def test_lanes_and_order_are_chosen_by_the_batches_of_the_engine() -> None:
     deployment = Deployment(lambda fused, lanes: (0.030 if fused else 0.020) * (0.4 if lanes == 2 else 1))
-    deployment.decode(300)
-    assert (True, True) not in deployment.tried
-    ended = max(at for at, (lanes, _) in enumerate(deployment.tried) if lanes)
-    assert not any(order for _, order in deployment.tried[: ended + 1])
-    assert (deployment.lanes.count, deployment.order.fused) == (2, False)
+    deployment.decode(150)
+    assert {*deployment.tried} == {(1, True), (2, True), (2, False)}
+    assert deployment.tried[-1] == (2, False)
 
 
-def test_the_order_waits_for_the_local_share_and_starts_anew_behind_prompts() -> None:
-    deployment = Deployment(lambda fused, lanes: 0.020 if fused else 0.010, tiers=True)
-    deployment.share.settled = False
-    deployment.decode(200)
-    assert deployment.tried == [(False, False)] * 200
-    assert deployment.shared > 100  # it is measured
-    deployment.share.settled = True
-    while deployment.order.fused:
-        deployment.decode(1)
-    deployment.decode(3, prefill=True)
-    assert deployment.order.fused  # nothing is tried beside a prompt
-    deployment.decode(10)
-    deployment.share.settled = False
-    deployment.decode(1)
-    assert (deployment.order.fused, deployment.order.trying) == (True, False)
-    measured = deployment.shared
-    deployment.decode(10)
-    assert deployment.shared > measured
-    deployment.share.settled = True
-    deployment.decode(300)
-    assert not deployment.order.fused
+def test_batches_with_prompts_and_those_after_them_teach_nothing() -> None:
+    deployment = Deployment(lambda fused, lanes: 0.010)
+    for _ in range(40):
+        deployment.decode(5)
+        deployment.decode(1, prefill=True)
+    assert {*deployment.tried} == {(1, True)}
+    deployment.decode(20)
+    assert len({*deployment.tried}) > 1
 
 
-def test_nothing_is_tried_while_all_kv_is_local() -> None:
-    deployment = Deployment(lambda fused, lanes: 0.010, tiers=True)
-    deployment.placement.local_tokens = lambda kept: (100, 100)
-    deployment.decode(200)
-    assert deployment.tried == [(False, False)] * 200
-    assert deployment.order.fused
+def test_other_holders_are_measured_anew() -> None:
+    deployment = Deployment(lambda fused, lanes: 0.020 if lanes == 1 else 0.030)
+    deployment.decode(150)
+    assert deployment.tuner.settled
+    deployment.tiering.holders_changed(SimpleNamespace())  # type: ignore[arg-type]
+    assert not deployment.tuner.settled

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from engine_rig import BytesPort, Rig, collect
+from kv_pools import pool_of
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
@@ -22,10 +23,10 @@ PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
 GREEDY = {"max_tokens": 40}
 PLACEMENTS = {
     "heads on three": {"shard": "heads", "weights": (1, 1, 1)},
-    "heads on two, prompts local": {"shard": "heads", "weights": (1, 1), "prefill_pool": 500},
+    "heads on two, prompts local": {"shard": "heads", "weights": (1, 1), "local_pool": 500},
     "ranges on three": {"shard": "sequence", "weights": (1, 1, 1)},
-    "ranges on two, prompts local": {"shard": "sequence", "weights": (1, 2), "prefill_pool": 500},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "prefill_pool": 60},
+    "ranges on two, prompts local": {"shard": "sequence", "weights": (1, 2), "local_pool": 500},
+    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "local_pool": 60},
 }
 
 
@@ -87,23 +88,21 @@ def test_holder_death_at_any_message_changes_no_token(model, expected, placement
 @pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
 def test_several_holder_deaths_change_no_token(model, expected, shard, deaths):
     mortal = Mortal(*deaths)
-    rig = Rig(
-        model, port=mortal, max_batch_tokens=64, shard=shard, weights=(1,) * 4, prefill_pool=500, prefix_cache=True
-    )
+    rig = Rig(model, port=mortal, max_batch_tokens=64, shard=shard, weights=(1,) * 4, local_pool=500, prefix_cache=True)
     assert rig.generate(PROMPTS, **GREEDY) == expected
     assert len(mortal.died) == len(deaths)
     rig.close()
 
 
-@pytest.mark.parametrize("prefill_pool", [500, 0])
-def test_surviving_holders_store_nothing_again(decoder, prefill_pool):
+@pytest.mark.parametrize("local_pool", [500, 0])
+def test_surviving_holders_store_nothing_again(decoder, local_pool):
     """By heads: the forward pass repeats, but only the lost heads' keys are sent and stored."""
     prompt = PROMPTS[3]
     alone = Rig(decoder)
     expected = alone.generate([prompt], max_tokens=30)
     alone.close()
     mortal = Mortal(150)
-    rig = Rig(decoder, port=mortal, shard="heads", weights=(1, 1, 1), prefill_pool=prefill_pool)
+    rig = Rig(decoder, port=mortal, shard="heads", weights=(1, 1, 1), local_pool=local_pool)
     assert rig.generate([prompt], max_tokens=30) == expected
     (dead,) = mortal.died
     left = [stored for place, stored in mortal.stored.items() if rig.ports[place + 1] is not dead]
@@ -119,7 +118,7 @@ def test_only_the_lost_range_of_positions_is_computed_again(decoder):
     alone = Rig(decoder)
     expected = alone.generate([prompt], max_tokens=30)
     alone.close()
-    rig = Rig(decoder, port=BytesPort, shard="sequence", weights=(1, 1, 1), prefill_pool=500)
+    rig = Rig(decoder, port=BytesPort, shard="sequence", weights=(1, 1, 1), local_pool=500)
     params = SamplingParams(max_tokens=30).with_defaults({})
     request, inbox = rig.submit(prompt, params)
     first = inbox.get(timeout=60)
@@ -150,7 +149,7 @@ def test_new_holder_takes_over_when_none_was_left(decoder, expected_full):
     while not rig.ports[1].closed:
         time.sleep(0.01)
     rig.workers[9] = AttentionWorker(rig.holder)
-    rig.engine.join(LocalAttention(rig.workers[9], "spare"), Holder(rig.pages))
+    rig.engine.join(LocalAttention(rig.workers[9], "spare"), Holder((rig.pages,)))
     assert [collect(inbox) for inbox in inboxes] == expected_full
     assert rig.workers[9].counters.queries > 0
     rig.close()
@@ -167,7 +166,7 @@ def expected_full(decoder):
 def test_new_holder_gets_new_sequences(decoder, expected_full):
     rig = Rig(decoder, shard="heads")
     rig.workers[2] = AttentionWorker(rig.holder)
-    rig.engine.join(LocalAttention(rig.workers[2], "second"), Holder(rig.pages))
+    rig.engine.join(LocalAttention(rig.workers[2], "second"), Holder((rig.pages,)))
     assert rig.generate(PROMPTS, **GREEDY) == expected_full
     assert rig.workers[1].counters.queries > 0
     assert rig.workers[2].counters.queries > 0
@@ -178,7 +177,7 @@ def test_new_holder_gets_new_sequences(decoder, expected_full):
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_drained_holder_hands_its_kv_over(model, expected, shard, lanes):
     rig = Rig(
-        model, shard=shard, weights=(1, 1, 1), prefill_pool=500, max_batch_tokens=64, lanes=lanes, prefix_cache=True
+        model, shard=shard, weights=(1, 1, 1), local_pool=500, max_batch_tokens=64, lanes=lanes, prefix_cache=True
     )
     params = SamplingParams(**GREEDY).with_defaults({})
     submitted = [rig.submit(prompt, params) for prompt in PROMPTS]
@@ -193,7 +192,7 @@ def test_drained_holder_hands_its_kv_over(model, expected, shard, lanes):
     assert moved > 0
     assert rig.workers[2].counters.queries == after
     assert rig.scheduler.counters.rebuilt_tokens == rig.scheduler.counters.preempted == 0
-    assert rig.workers[2].store.free_pages == rig.pages
+    assert pool_of(rig.workers[2]).store.free_pages == rig.pages
     rig.close()
 
 
@@ -203,18 +202,6 @@ def test_drain_refuses_and_names_an_unknown_or_only_worker(decoder):
         rig.engine.drain("unknown").result(timeout=60)
     with pytest.raises(InvalidRequest, match="the only attention worker"):
         rig.engine.drain("worker-1").result(timeout=60)
-    rig.close()
-
-
-def test_drain_raises_the_error_that_stopped_the_engine(decoder):
-    rig = Rig(decoder, shard="heads", weights=(1, 1))
-
-    def broken(name):
-        raise RuntimeError("a fault of our own")
-
-    rig.engine._holders.drain = broken
-    with pytest.raises(RuntimeError, match="of our own"):
-        rig.engine.drain("worker-2").result(timeout=60)
     rig.close()
 
 
@@ -237,13 +224,13 @@ def test_cancelled_drain_does_no_harm(decoder, stops):
 
 
 def test_holders_keep_no_page_after_all_requests_ended(decoder):
-    rig = Rig(decoder, shard="sequence", weights=(1, 2), prefill_pool=500, port=Mortal(100))
+    rig = Rig(decoder, shard="sequence", weights=(1, 2), local_pool=500, port=Mortal(100))
     rig.generate(PROMPTS, **GREEDY)
     rig.generate([[1]], max_tokens=1)
     rig.close()
     for number, worker in rig.workers.items():
         if number == 0 or not rig.ports[number].closed:
-            assert worker.store.free_pages == (500 if number == 0 else rig.pages)
+            assert pool_of(worker).store.free_pages == (500 if number == 0 else rig.pages)
 
 
 def test_shared_kv_is_rebuilt_once(decoder):
@@ -251,7 +238,7 @@ def test_shared_kv_is_rebuilt_once(decoder):
     alone = Rig(decoder)
     expected = alone.generate([prompt], n=4, temperature=1.0, seed=3, max_tokens=30)
     alone.close()
-    rig = Rig(decoder, port=Mortal(150), shard="heads", weights=(1, 1, 1), prefill_pool=500)
+    rig = Rig(decoder, port=Mortal(150), shard="heads", weights=(1, 1, 1), local_pool=500)
     assert rig.generate([prompt], n=4, temperature=1.0, seed=3, max_tokens=30) == expected
     assert len(prompt) <= rig.scheduler.counters.rebuilt_tokens < 2 * len(prompt)
     rig.close()

@@ -18,17 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import JournalError
-from lamina.journal.history import FINISHED, GONE, History, KnownSample, KvLocation, Record, RecoveredRequest, adoption
-from lamina.journal.journal import Facts, Journal, Run
+from lamina.journal.history import FINISHED, GONE, History, KnownSample, KvLocation, Record, RecoveredHolder, adoption
+from lamina.journal.journal import Facts, Journal, Run, _packed
 from lamina.journal.records import from_plain
 from lamina_protocols.messages import PartHeld
 
 FACTS = Facts("m" * 8, 16, "float32", 2)
-PART = ("127.0.0.1:1", 0, 7, (0, 1), 0, 64)
+PART = ("127.0.0.1:1", 0, 7, 0, (0, 1), 0, 64)
 
 
 def request(name: str = "a", n: int = 1, prompt: tuple[int, ...] = (1, 2, 3)) -> Record:
-    fields = {"id": name, "prompt": prompt, "max_tokens": 9, "n": n, "salt": ("tenant", "")}
+    fields = {"id": name, "prompt": prompt, "max_tokens": 9, "n": n, "salt": ("tenant", ""), "stop_token_ids": ()}
     return from_plain(("request", fields, {"temperature": 0.5, "logit_bias": {3: 1.5}}, 2**64 - 1))
 
 
@@ -221,6 +221,31 @@ def test_planted_links_lead_nowhere(tmp_path: Path, name: str) -> None:
     assert theirs.read_bytes() == b"precious"
 
 
+def test_a_pipe_in_the_place_of_a_journal_is_not_waited_for(tmp_path: Path) -> None:
+    """An engine waited for ever for somebody to write into it."""
+    os.mkfifo(tmp_path / "journal", 0o600)
+    with pytest.raises(JournalError, match="it is no regular file"):
+        Journal(tmp_path, FACTS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"n": 1 << 62}, "4611686018427387904 samples, allowed: 1 to 256"),
+        ({"n": "x"}, "does not fit"),
+        ({"of_a_later_version": 1}, "unexpected keyword argument 'of_a_later_version'"),
+    ],
+)
+def test_a_request_that_this_version_cannot_read_is_named(tmp_path: Path, changed: dict[str, Any], why: str) -> None:
+    """So many samples were made until memory ended; a field of another version ended the start with a TypeError."""
+    content = _packed(
+        ("request", {"id": "a", "prompt": (1,), "max_tokens": 9, "n": 1, "stop_token_ids": ()} | changed, {}, 1)
+    )
+    (tmp_path / "journal").write_bytes(written(tmp_path, []) + content)
+    with pytest.raises(JournalError, match=why):
+        Journal(tmp_path, FACTS)
+
+
 def test_run_keeps_its_name_and_count_when_it_began_elsewhere(tmp_path: Path) -> None:
     elsewhere = Run("a" * 32, 3)
     first = Journal(tmp_path, FACTS, elsewhere)
@@ -353,7 +378,7 @@ def test_history_gives_the_unfinished_requests_of_any_records(data: st.DataObjec
                 model.samples[name][at] = (tokens + ([] if value is None else [value]), reason, step, parts)
             history.apply(from_plain(("batch", tuple(rows))))
         elif kind == "kept":
-            moved = (("there", 0, step, (0,), 0, 64),)
+            moved = (("there", 0, step, 0, (0,), 0, 64),)
             model.samples[name][at] = (tokens, None, computed, moved)
             history.apply(from_plain(("kept", name, at, moved)))
         elif kind == "end":
@@ -435,11 +460,11 @@ def test_ended_requests_are_kept_by_their_size() -> None:
 
 
 A, B = KvLocation("a", 0), KvLocation("b", 0)
-TWO = (("a", 0, 1, (0, 1), 0, 999), ("b", 0, 2, (2,), 0, 999))
+TWO = (("a", 0, 1, 0, (0, 1), 0, 999), ("b", 0, 2, 0, (2,), 0, 999))
 
 
 def held(handle: int, heads: tuple[int, ...], upto: int, floor: int = 0, hi: int = 999) -> dict[int, PartHeld]:
-    return {handle: PartHeld(handle, heads, 0, hi, upto, floor)}
+    return {handle: PartHeld(handle, 0, heads, 0, hi, upto, floor)}
 
 
 @pytest.mark.parametrize(
@@ -461,7 +486,7 @@ def test_adoption_takes_the_parts_that_holders_still_have(
     at_a: Any, at_b: Any, computed: int | None, gone: list[tuple[int, ...]]
 ) -> None:
     sample = KnownSample(tokens=[1] * 11, logprobs=[None] * 11, handle=3, computed=40, parts=TWO)
-    adopted = adoption(sample, 30, {A: RecoveredRequest(7, 0, at_a), B: RecoveredRequest(8, 0, at_b)})
+    adopted = adoption(sample, 30, {A: RecoveredHolder(7, (0,), at_a), B: RecoveredHolder(8, (0,), at_b)})
     if computed is None:
         assert adopted is None
         return
@@ -474,17 +499,16 @@ def test_adoption_takes_the_parts_that_holders_still_have(
 
 def test_adoption_goes_back_to_what_every_part_still_has() -> None:
     sample = KnownSample(tokens=[1] * 11, logprobs=[None] * 11, handle=3, computed=400, parts=TWO)
-    adopted = adoption(
-        sample, 390, {A: RecoveredRequest(7, 0, held(1, (0, 1), 400)), B: RecoveredRequest(8, 0, held(2, (2,), 100))}
-    )
+    at_b = RecoveredHolder(8, (0,), held(2, (2,), 100))
+    adopted = adoption(sample, 390, {A: RecoveredHolder(7, (0,), held(1, (0, 1), 400)), B: at_b})
     assert adopted is not None
     assert [(share.holder, share.heads) for share in adopted.kept.layout] == [(7, (0, 1)), (8, (2,))]
     assert adopted.kept.computed == 100
-    ranges = (("a", 0, 1, (0,), 0, 64), ("b", 0, 2, (0,), 64, 999))
+    ranges = (("a", 0, 1, 0, (0,), 0, 64), ("b", 0, 2, 0, (0,), 64, 999))
     sample.parts = ranges
-    later = {2: PartHeld(2, (0,), 64, 999, 400, 0)}
+    later = {2: PartHeld(2, 0, (0,), 64, 999, 400, 0)}
     adopted = adoption(
-        sample, 390, {A: RecoveredRequest(7, 0, held(1, (0,), 64, hi=64)), B: RecoveredRequest(8, 0, later)}
+        sample, 390, {A: RecoveredHolder(7, (0,), held(1, (0,), 64, hi=64)), B: RecoveredHolder(8, (0,), later)}
     )
     assert adopted is not None
     assert adopted.kept.computed == 400
@@ -492,7 +516,14 @@ def test_adoption_goes_back_to_what_every_part_still_has() -> None:
 
 
 def test_adoption_numbers_heads_within_the_rank() -> None:
-    sample = KnownSample(tokens=[1], logprobs=[None], handle=3, computed=40, parts=(("a", 1, 1, (2, 3), 0, 999),))
-    found = {KvLocation("a", 1): RecoveredRequest(7, 2, held(1, (0, 1), 40))}
+    sample = KnownSample(tokens=[1], logprobs=[None], handle=3, computed=40, parts=(("a", 1, 1, 0, (2, 3), 0, 999),))
+    found = {KvLocation("a", 1): RecoveredHolder(7, (2,), held(1, (0, 1), 40))}
     assert adoption(sample, 40, found) is not None
     assert adoption(sample, 40, {KvLocation("a", 0): found[KvLocation("a", 1)]}) is None
+
+
+def test_adoption_leaves_parts_of_pools_that_are_not_there() -> None:
+    sample = KnownSample(tokens=[1], logprobs=[None], handle=3, computed=40, parts=(("a", 0, 1, 1, (0,), 0, 999),))
+    there = {1: PartHeld(1, 1, (0,), 0, 999, 40, 0)}
+    assert adoption(sample, 40, {A: RecoveredHolder(7, (0, 0), there)}) is not None
+    assert adoption(sample, 40, {A: RecoveredHolder(7, (0,), there)}) is None

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from engine_process import EngineProcess
 from engine_rig import holder_config, tiny_decoder
+from kv_pools import pool_of
 from real_workers import until, worker_process, write_tiny_model
 from small_grammars import EOS, GRAMMARS, VOCABULARY
 
@@ -33,10 +34,10 @@ from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request, SchedulerConfig
-from lamina_protocols.messages import Close, Surveyed
+from lamina.scheduling.step_tuner import StepTuner
+from lamina_protocols.messages import Surveyed
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.model_worker.model_worker import ModelWorker
@@ -74,7 +75,7 @@ class Port(LocalAttention):
         self.name = self.address = address
         self._fate = fate
 
-    def layer_work(self, batch: int) -> None:
+    def layer_work(self, batch: int, pool: int) -> None:
         """Each message of a layer is a moment too, so none is left to compiled code."""
 
     def send(self, request: Any) -> None:
@@ -86,12 +87,12 @@ class World:
     """Holders that stay, and engines that follow each other."""
 
     def __init__(
-        self, decoder: Decoder, folder: Path, *, shard: str = "heads", workers: int = 2, prefill_pool: int = 0,
+        self, decoder: Decoder, folder: Path, *, shard: str = "heads", workers: int = 2, local_pool: int = 0,
         lanes: int = 1, prefix_cache: bool = False, max_batch_tokens: int = 64, pages: int = PAGES,
         journal: bool = True,
     ) -> None:  # fmt: skip
         self.decoder, self.folder = decoder, folder
-        self.shard, self.prefill_pool, self.lanes = shard, prefill_pool, lanes
+        self.shard, self.local_pool, self.lanes = shard, local_pool, lanes
         self.journal = journal
         self.pages = pages
         self.holder = holder_config(decoder, pages, 16)
@@ -126,18 +127,17 @@ class Life:
         holders, surveys = {}, dict[int, Surveyed]()
         for number, port in ports.items():
             surveys[number] = survey(port)
-            holders[number] = Holder(world.pages, name=port.name, first=surveys[number].next_operation)
-            holders[number].outbox = [Close(part.handle) for part in surveys[number].parts]
+            holders[number] = Holder((world.pages,), name=port.name)
+            holders[number].keeps(surveys[number])
         everybody: dict[int, LocalAttention] = dict(ports)
-        if world.prefill_pool:
-            holders[0] = Holder(world.prefill_pool, fused=True)
-            everybody[0] = LocalAttention(AttentionWorker(holder_config(world.decoder, world.prefill_pool, 16)))
+        if world.local_pool:
+            holders[0] = Holder((world.local_pool,), fused=True)
+            everybody[0] = LocalAttention(AttentionWorker(holder_config(world.decoder, world.local_pool, 16)))
         placement = Placement(
-            holders, heads=(world.decoder.config.num_key_value_heads,), page_size=16, max_model_len=2048,
-            layers=world.decoder.config.num_hidden_layers, shard=world.shard,
-            prefill_pools=(0,) if world.prefill_pool else (),
+            holders, heads=((world.decoder.config.num_key_value_heads,),), page_size=16, max_model_len=2048,
+            shard=world.shard, local_pools=(0,) if world.local_pool else (),
         )  # fmt: skip
-        control = ControlPlane(world.limits, placement, LaneTuner(world.lanes))
+        control = ControlPlane(world.limits, placement, StepTuner((world.lanes,)))
         self.scheduler = control.scheduler
         worker = ModelWorker(world.decoder, world.holder, everybody)
         self.journal = Journal(world.folder, FACTS) if world.journal else None
@@ -236,8 +236,8 @@ ASKED: dict[str, tuple[list[int], dict[str, Any]]] = {
 }
 WORLDS: dict[str, dict[str, Any]] = {
     "heads": {},
-    "ranges, prompts local": {"shard": "sequence", "prefill_pool": 500},
-    "lanes, heads and ranges": {"shard": "heads+sequence", "workers": 4, "lanes": 3, "prefill_pool": 60},
+    "ranges, prompts local": {"shard": "sequence", "local_pool": 500},
+    "lanes, heads and ranges": {"shard": "heads+sequence", "workers": 4, "lanes": 3, "local_pool": 60},
     "prefixes": {"prefix_cache": True},
 }
 
@@ -295,9 +295,9 @@ def test_tokens_stay_the_same_when_an_engine_dies_at_any_moment(
 def test_engine_finishes_recovered_requests_before_a_client_returns(
     model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
-    world, client = World(model, tmp_path, prefill_pool=500), Client(ASKED)
+    world, client = World(model, tmp_path, local_pool=500), Client(ASKED)
     with pytest.raises(Killed):
-        client.run(world.life(Fate(steps(model, tmp_path / "whole", prefill_pool=500) // 2)))
+        client.run(world.life(Fate(steps(model, tmp_path / "whole", local_pool=500) // 2)))
     life = world.life(Fate())
     assert [ticket.request.id for ticket in life.unfinished] == client.open
     life.until(lambda: not life.engine._registry.requests)
@@ -312,13 +312,13 @@ def test_kv_that_holders_kept_is_not_computed_again(model: Decoder, tmp_path: Pa
     second = world.life(Fate())
     client.run(second, resumed=True)
     assert second.computed == 15
-    assert all(worker.store.free_pages < PAGES for worker in world.workers.values())
+    assert all(pool_of(worker).store.free_pages < PAGES for worker in world.workers.values())
     third = world.life(Fate())
     assert third.unfinished == ()
     client = Client({"b": ([1], {"max_tokens": 2})})
     client.run(third)  # what was left over is closed with the first batch
     third.until(lambda: not third.engine._control.has_work)
-    assert all(worker.store.free_pages == PAGES for worker in world.workers.values())
+    assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
 
 
 @pytest.mark.parametrize("shard", ["heads", "sequence"])
@@ -346,14 +346,14 @@ def test_tokens_stay_the_same_when_an_engine_dies_during_or_after_a_move(
         client.run(life, resumed=True)
         same(client, expected)
         life.until(lambda life=life: not life.engine._control.has_work)  # type: ignore[misc]
-        assert all(worker.store.free_pages == PAGES for worker in world.workers.values())
+        assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
 
 
 @pytest.mark.parametrize("shard", ["heads", "sequence"])
 def test_kv_is_rebuilt_when_a_holder_lost_it_between_two_engines(
     shard: str, model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
-    options = {"shard": shard, "workers": 3, "prefill_pool": 500}
+    options = {"shard": shard, "workers": 3, "local_pool": 500}
     total = steps(model, tmp_path / "whole", **options)
     for part in (3, 2):
         world, client = World(model, tmp_path / str(part), **options), Client(ASKED)
@@ -403,7 +403,7 @@ def test_requests_without_a_client_end_and_free_their_kv(model: Decoder, tmp_pat
     wanted.submit(life, resumed=True)
     life.engine.disclaim()
     life.until(lambda: not wanted.open and not life.engine._control.has_work)
-    assert all(worker.store.free_pages == PAGES for worker in world.workers.values())
+    assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
     assert world.life(Fate()).unfinished == ()
 
 

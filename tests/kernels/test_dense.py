@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_kernels import dense
-from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, rotate, silu_mul, split_heads
+from lamina_kernels.dense import Linear, add_rms_norm, gelu_tanh_mul, rms_norm, rotate, silu_mul, split_heads
 
 # bfloat16 keeps 8 bits: a result may be half a unit of the last place off, and norms of q and k round twice.
 TOLERANCE = {torch.float32: {"rtol": 2e-6, "atol": 2e-6}, torch.bfloat16: {"rtol": 2**-7, "atol": 1e-6}}
@@ -50,6 +50,23 @@ def test_add_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
 def test_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
     gate_up = random(rows, 2 * width, dtype=dtype) * 8
     check(silu_mul(gate_up), silu_mul(gate_up.double()))
+
+
+@dtypes
+@shapes
+def test_gelu_tanh_mul(rows: int, width: int, dtype: torch.dtype) -> None:
+    gate_up = random(rows, 2 * width, dtype=dtype) * 8
+    check(gelu_tanh_mul(gate_up), gelu_tanh_mul(gate_up.double()))
+
+
+@dtypes
+@pytest.mark.parametrize("width", [12, 16])  # the second fills a register
+def test_gelu_tanh_mul_of_extremes(dtype: torch.dtype, width: int) -> None:
+    few = [-1e38, -1e4, -90.0, -20.0, -3.0, 0.0, 3.0, 20.0, 90.0, 1e4, 1e38, torch.nan]
+    gate = torch.tensor([[*few, *few[:4]][:width]], dtype=dtype)
+    found = gelu_tanh_mul(torch.cat((gate, torch.ones_like(gate)), 1))
+    expected = torch.nn.functional.gelu(gate.double(), approximate="tanh")
+    torch.testing.assert_close(found.double(), expected, equal_nan=True, **TOLERANCE[dtype])
 
 
 @dtypes
@@ -170,3 +187,13 @@ def test_the_halves_of_a_linear_map_are_its_outputs(
     torch.testing.assert_close(both, whole, **tolerance)
     torch.testing.assert_close(linear(x), whole, **tolerance)  # it works as before
     torch.testing.assert_close(linear.float32(x), whole.float(), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 32, 33])
+def test_each_head_has_its_own_map(rows: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(rows, 3, 64).to(dtype), torch.randn(3, 20, 64).to(dtype)
+    y = dense.HeadLinears(weight)(x)
+    assert (y.shape, y.dtype) == ((rows, 3, 20), dtype)
+    wanted = torch.einsum("nhi,hoi->nho", x.double(), weight.double())
+    torch.testing.assert_close(y.double(), wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels.partial import Partial, empty, merge
+from lamina_kernels.partial import Partial, empty, merge, with_sinks
 
 
 def attention(logits: torch.Tensor, v: torch.Tensor) -> Partial:
@@ -75,6 +75,20 @@ def test_merging_two_at_a_time_in_any_order_is_merging_all(parts: list[Partial],
     for part in (parts[at] for at in order if at < len(parts)):
         total = merge([part, total])
     close(total, merge(parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=60)
+@given(whole=partials(), sinks=st.lists(st.sampled_from([-1e4, -2.0, 0.0, 3.0, 1e4]), min_size=3, max_size=3))
+def test_a_sink_is_a_key_whose_value_is_zeros(dtype: torch.dtype, whole: list[Partial], sinks: list[float]) -> None:
+    of = torch.tensor(sinks)
+    tokens = Partial(*map(torch.cat, zip(merge(whole), whole[0], strict=True)))  # of two tokens
+    given_ = tokens._replace(out=tokens.out.to(dtype))
+    expected = merge([Partial(given_.out.float(), given_.lse), Partial(torch.zeros(6, 8), of.repeat(2))])
+    found = with_sinks(given_, of)
+    assert found.dtype == dtype
+    close_to = 1e-5 if dtype is torch.float32 else 2**-7  # one unit in the last place
+    torch.testing.assert_close(found.float(), expected.out, atol=2e-6, rtol=close_to)
 
 
 @pytest.mark.parametrize("far", [80.0, 1e4, 3e38])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lamina_kernels.cpu import few_rows, programs
-from lamina_kernels.cpu.spans import MAX_ROWS, Behind, Heads, Span, Spans
-from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, silu_mul, split_heads
+from lamina_kernels.cpu.gate_loops import gate_output, recurrence_gates
+from lamina_kernels.cpu.spans import MAX_ROWS, Behind, Gate, Heads, Span, Spans, States
+from lamina_kernels.dense import Linear, add_rms_norm, gelu_tanh_mul, rms_norm, silu_mul, split_heads
 
 HIDDEN, INNER, HEADS, KV_HEADS, D, VOCAB, EPS = 64, 1056, 6, 2, 32, 36, 1e-5
 
@@ -27,7 +29,7 @@ def linear(n_out: int, n_in: int, seed: int, bias: bool) -> tuple[torch.Tensor, 
     return random(n_out, n_in, seed=seed, scale=n_in**-0.5), random(n_out, seed=seed + 1) if bias else None
 
 
-def make(bias: bool, qk_norms: bool) -> list[Span]:
+def make(bias: bool, qk_norms: bool, gemma: bool = False) -> list[Span]:
     """Four spans: to q, k and v, and from behind an attention to those, to the normed stream, and to logits."""
     norms = (random(D, seed=20), random(D, seed=21)) if qk_norms else None
     heads = Heads(linear((HEADS + 2 * KV_HEADS) * D, HIDDEN, 1, bias), HEADS, KV_HEADS, norms)
@@ -36,24 +38,47 @@ def make(bias: bool, qk_norms: bool) -> list[Span]:
         random(HIDDEN, seed=5),
         linear(2 * INNER, HIDDEN, 6, bias),
         linear(HIDDEN, INNER, 8, bias),
+        *((True, random(HIDDEN, seed=12), random(HIDDEN, seed=13)) if gemma else ()),
     )
     norm, head = random(HIDDEN, seed=10), random(VOCAB, HIDDEN, seed=11)
     return [Span(None, norm, heads), Span(behind, norm, heads), Span(behind, norm, None), Span(behind, norm, head)]
+
+
+def make_hybrid(silu: bool, normed: bool) -> list[Span]:
+    """Between two states, and between gated attention and a state."""
+    before = make(bias=False, qk_norms=True)
+    rate, offset = -random(HEADS, seed=40).float().exp(), random(HEADS, seed=41).float()
+    states = States(linear(5 * D, HIDDEN, 42, False), linear(2 * HEADS, HIDDEN, 43, False), rate, offset)
+    weights = random(HEADS * D, seed=44).float() if normed else None
+    gate = Gate(linear(HEADS * D, HIDDEN, 45, False), random(HIDDEN, seed=46), silu, weights, D, 1e-6)
+    behind, norm = replace(before[1].behind, gate=gate), random(HIDDEN, seed=10)
+    return [Span(None, norm, states), Span(behind, norm, states), Span(behind, norm, before[1].then)]
 
 
 def one_by_one(
     span: Span, hidden: torch.Tensor, attended: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, ...]:
     if span.behind is not None:
-        layer = span.behind
-        normed, hidden = add_rms_norm(Linear(*layer.output)(attended.flatten(1)), hidden, layer.norm, EPS)
-        hidden = hidden + Linear(*layer.down)(silu_mul(Linear(*layer.gate_up)(normed)))
+        layer, given = span.behind, attended.flatten(1)
+        if (gate := layer.gate) is not None:
+            by = Linear(*gate.map)(rms_norm(hidden, gate.entering, EPS))
+            given = gate_output(given, by, gate.norm, gate.group, gate.eps, gate.silu)
+        delta = Linear(*layer.output)(given)
+        if layer.attended_norm is not None:
+            delta = rms_norm(delta, layer.attended_norm, EPS)
+        normed, hidden = add_rms_norm(delta, hidden, layer.norm, EPS)
+        delta = Linear(*layer.down)((gelu_tanh_mul if layer.gelu else silu_mul)(Linear(*layer.gate_up)(normed)))
+        if layer.mlp_norm is not None:
+            delta = rms_norm(delta, layer.mlp_norm, EPS)
+        hidden = hidden + delta
     normed = rms_norm(hidden, span.norm, EPS)
     if span.then is None:
         return hidden, normed
     if isinstance(span.then, torch.Tensor):
         return hidden, Linear(span.then).float32(normed)
     to = span.then
+    if isinstance(to, States):
+        return hidden, Linear(*to.qkv)(normed), recurrence_gates(Linear(*to.gates)(normed), to.rate, to.offset)
     return hidden, *split_heads(Linear(*to.qkv)(normed), to.heads, to.kv_heads, rotation, to.norms, EPS)
 
 
@@ -71,10 +96,22 @@ def threads(request):
 
 
 @pytest.mark.parametrize("rotates", [True, False])
-@pytest.mark.parametrize(("bias", "qk_norms"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("bias", "qk_norms", "gemma"), [(False, False, False), (True, True, False), (False, True, True)]
+)
 @pytest.mark.parametrize("rows", [1, 2, 9, 31, MAX_ROWS])
-def test_equals_the_operations_one_by_one(rows, bias, qk_norms, rotates, threads):
-    made, (hidden, attended, angles) = make(bias, qk_norms), inputs(rows)
+def test_equals_the_operations_one_by_one(rows, bias, qk_norms, gemma, rotates, threads):
+    check(make(bias, qk_norms, gemma), rows, rotates)
+
+
+@pytest.mark.parametrize(("silu", "normed"), [(True, True), (False, False)])
+@pytest.mark.parametrize("rows", [1, 9, MAX_ROWS])
+def test_equals_the_operations_of_states(rows, silu, normed, threads):
+    check(make_hybrid(silu, normed), rows, rotates=True)
+
+
+def check(made, rows, rotates):
+    hidden, attended, angles = inputs(rows)
     spans, before, rotation = Spans(made, EPS), hidden.clone(), angles if rotates else None
     for index, span in enumerate(made):
         for _ in range(3):  # a program leaves its blocks as it found them

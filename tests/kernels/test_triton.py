@@ -74,6 +74,14 @@ class TestAttend:
         assert of_out <= 1
         assert of_lse <= 1
 
+    @pytest.mark.parametrize("dtype", LIMITS, ids=str)
+    @pytest.mark.parametrize(("d_k", "d_v"), [(576, 512), (80, 48), (32, 32)])
+    def test_latents(self, dtype: torch.dtype, d_k: int, d_v: int, device: str) -> None:
+        at = triton_decode.layout(16, d_k, d_v, dtype, True)
+        rows = [*RAGGED[1:], Row(90, 2, 0, 92, listed=1, biased=True)]
+        for group, threads in ((20, 3), (3, 1)):
+            assert max(errors(triton_decode, build(triton_decode, at, rows, 1, group, device=device), threads)) <= 1
+
     @pytest.mark.soak
     @pytest.mark.timeout(600)
     @pytest.mark.parametrize(
@@ -491,11 +499,12 @@ triton_decode.tuning_for, triton_decode.programs = lambda _: device, lambda *_: 
 rows = [Row(200, 1, 0, 200), Row(0, 60, 0, 60), Row(190, 1, 0, 190, listed=1, biased=True), Row(0, 400, 0, 400)]
 for ragged in (False, True):
     triton_decode.is_ragged = lambda pieces: ragged
-    world = build(triton_decode, triton_decode.layout(16, d, d, dtype), rows, 1, 3)
+    latent = d > 256
+    world = build(triton_decode, triton_decode.layout(16, d, d - 64 * latent, dtype, latent), rows, 1, 3)
     q = world.q.to(torch.bfloat16)
     plan = triton_decode.plan(world.pages, world.rows)
     partial = triton_decode.attend(world.pages, plan, 1, q, 0.1, 3.0)
-    triton_decode.merge_into(partial, Partial(q, partial.lse), torch.arange(len(q)))
+    triton_decode.merge_into(partial, Partial(partial.out.clone(), partial.lse), torch.arange(len(q)))
     for kernel, arguments in calls:
         signature, constants, aligned = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
@@ -524,7 +533,10 @@ for ragged in (False, True):
 @pytest.mark.parametrize("capability", ["80", "89", "90"])
 @pytest.mark.parametrize(
     ("dtype", "d"),
-    [("float32", 256), ("bfloat16", 64), ("bfloat16", 256), ("float16", 128), ("int8", 128), ("float8_e4m3fn", 128)],
+    [
+        *(("float32", 256), ("bfloat16", 64), ("bfloat16", 256), ("float16", 128), ("int8", 128)),
+        *(("float8_e4m3fn", 128), ("bfloat16", 576), ("float8_e4m3fn", 576)),
+    ],
 )
 def test_the_kernels_compile_for_gpus_that_are_not_here(dtype: str, d: int, capability: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

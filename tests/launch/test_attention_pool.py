@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
 from typing import Any, cast
 
 from lamina.config import EngineConfig
+from lamina.deploy.worker_events import WorkerAddress
 from lamina.launch.attention_pool import AttentionPool
 from lamina.launch.journal_setup import Identity
-from lamina_protocols.messages import HolderConfig, LayerSpec
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.service import WorkerUnreachable
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
 
@@ -15,6 +19,12 @@ HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 2
 class Workers:
     def __init__(self, log: list[str]) -> None:
         self._log = log
+
+    def watch(self, on_joined: Any, on_left: Any) -> None:
+        self.joined = on_joined
+
+    def lost(self, name: str) -> None:
+        self._log.append(f"{name} lost")
 
     def close(self) -> None:
         self._log.append("workers")
@@ -37,3 +47,24 @@ def test_workers_that_do_not_answer_are_waited_for_together() -> None:
     pool._ports = cast(Any, [Port(log) for _ in range(3)])
     pool.close()
     assert log == ["closed"] * 3 + ["parted"] * 3 + ["workers"]
+
+
+def test_events_go_on_while_a_worker_that_joins_does_not_answer() -> None:
+    """The handshake ran on the thread of the events, for up to 30 s: no other worker was started again meanwhile."""
+    log: list[str] = []
+    workers = Workers(log)
+    pool = AttentionPool(cast(Any, workers), EngineConfig(), HOLDER, "model", "float32", Identity())
+    answers, here = threading.Event(), threading.get_ident()
+
+    def connect(worker: Any) -> Any:
+        assert threading.get_ident() != here
+        assert answers.wait(10)
+        raise WorkerUnreachable(f"{worker.name} does not answer")
+
+    pool._connect = connect  # type: ignore[method-assign]
+    pool.watch(cast(Any, SimpleNamespace(leave=lambda name: None)))
+    workers.joined(WorkerAddress("a", "x:1"))
+    answers.set()
+    pool.close()
+    assert log == ["a lost", "workers"]
+    workers.joined(WorkerAddress("b", "x:2"))  # harmless, it is closed

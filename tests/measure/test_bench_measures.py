@@ -44,28 +44,28 @@ def test_tpot_counts_tokens_and_itl_chunks():
 def test_a_runs_numbers():
     found = summary([FINE, COUNTED, BROKEN], 2.5, (50, 99), {"ttft": 300})
     assert (found.completed, dict(found.failures)) == (2, {"timeout": 1})
-    assert (found.input_tokens, found.output_tokens) == (19, 4)
+    assert (found.total_input_tokens, found.total_output_tokens) == (19, 4)
     assert found.request_throughput == pytest.approx(0.8)
     assert found.output_throughput == pytest.approx(1.6)
-    assert found.total_throughput == pytest.approx(23 / 2.5)
-    assert found.goodput == pytest.approx(0.4)
-    assert found.mean_concurrency == pytest.approx((1.0 + 0.5 + 0.25) / 2.5)
-    assert (found.peak_concurrency, found.counted, found.cached_said, found.cached_tokens, found.short) == (
-        2,
-        1,
-        1,
-        4,
-        1,
-    )
+    assert found.total_token_throughput == pytest.approx(23 / 2.5)
+    assert found.request_goodput == pytest.approx(0.4)
+    assert found.mean_concurrent_requests == pytest.approx((1.0 + 0.5 + 0.25) / 2.5)
+    assert (found.max_concurrent_requests, found.answers_without_usage) == (2, 1)
+    assert (found.answers_with_cached_tokens, found.cached_tokens, found.answers_shorter_than_asked) == (1, 4, 1)
     assert {name: each.count for name, each in found.spreads.items()} == {"ttft": 2, "tpot": 1, "itl": 2, "e2el": 2}
     assert found.spreads["ttft"].median == pytest.approx(375.0)
     assert found.spreads["ttft"].percentiles[50] == pytest.approx(375.0)
-    assert summary([FINE], 2.0).goodput is None
+    assert summary([FINE], 2.0).request_goodput is None
 
 
 def test_a_run_in_which_nothing_succeeded():
     found = summary([BROKEN], 1.25, slo={"ttft": 1})
-    assert (found.completed, found.output_tokens, found.goodput, found.peak_output) == (0, 0, 0.0, 0.0)
+    assert (found.completed, found.total_output_tokens, found.request_goodput, found.max_output_tokens_per_s) == (
+        0,
+        0,
+        0.0,
+        0.0,
+    )
     assert found.spreads["ttft"].mean == 0.0
     assert summary([], 0.0).completed == 0
 

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from lamina import policy_file
 from lamina.cli.policy import calibrate, policy_app
-from lamina.errors import InvalidRequest, PolicyError, UnsupportedModelError
+from lamina.errors import InvalidRequest, PolicyError
 from lamina.measure.calibration.calibrate import Calibration, Settings
 from lamina.measure.calibration.capture import Captured, capture, joined
 from lamina.measure.calibration.data import Passkeys, corpus, passkeys, repeated, vocabulary_words
@@ -39,12 +39,14 @@ from lamina.measure.calibration.scores import echo_and_induction, mean_attention
 from lamina.measure.calibration.selection import Trial, by_evidence, candidates, choose, options
 from lamina.measure.calibration.spans import plans
 from lamina.measure.calibration.torch_path import TorchPath, attend
-from lamina.measure.evaluation.probe import Probe
+from lamina.measure.probe import Probe
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.rope import Rotary
+from lamina_workers.errors import UnsupportedModelError
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy
@@ -147,14 +149,36 @@ class TestTorchPath:
             found = path.logits(path.hidden(torch.tensor(ids[211:]), attention, 211))
         torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
 
-    def test_experts_are_refused(self) -> None:
+    def test_attention_that_is_not_plain_is_refused_by_name(self) -> None:
+        indexed = {
+            "architectures": ["MiniMaxM3VLForCausalLM"],
+            "model_type": "minimax_m3_vl_text",
+            "dense_intermediate_size": 96,
+            "shared_intermediate_size": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "index_block_size": 16,
+            "index_topk_blocks": 2,
+            "layer_types": ["minimax_m3_sparse"] * 3,
+        }
+        config = ModelConfig.from_dict(TINY | indexed)
+        with pytest.raises(UnsupportedModelError, match="plain attention; this one has an index"):
+            TorchPath(config, Tensors(config))
+
+    def test_experts_have_gradients_too(self) -> None:
         config = ModelConfig.from_dict(
             TINY
             | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
             | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
         )
-        with pytest.raises(UnsupportedModelError, match="without experts"):
-            TorchPath(config, Tensors(config))
+        path, given = TorchPath(config, Tensors(config)), list[torch.Tensor]()
+
+        def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            given.append(attend(path.specs[layer], Full(), q, k, v).detach().requires_grad_())
+            return given[-1]
+
+        path.logits(path.hidden(torch.arange(20) % config.vocab_size, attention)).square().sum().backward()
+        assert all(x.grad is not None and x.grad.abs().max() > 0 for x in given)
 
     def test_capture_gives_what_was_asked_for(self, config: ModelConfig) -> None:
         ids, reports = tokens(1500), list[tuple[int, int]]()
@@ -189,11 +213,12 @@ class TestScores:
     def test_the_mean_query_tells_near_from_far(self, config: ModelConfig, path: TorchPath) -> None:
         """Head 0 looks at what is next to it, head 1 everywhere, head 2 at 400 tokens ago."""
         positions, d = torch.arange(600), config.head_dim
-        cos, sin = path._rope(positions, None)
+        rotary = Rotary(config.rope, d)
+        cos, sin = rotary(positions, None)
         base = torch.full((600, 1, d), 3.0)
 
         def turned(x: torch.Tensor, by: int) -> torch.Tensor:
-            far_cos, far_sin = path._rope(positions + by, None)
+            far_cos, far_sin = rotary(positions + by, None)
             first, second = x.chunk(2, -1)
             far_cos, far_sin = far_cos.unsqueeze(1), far_sin.unsqueeze(1)
             return torch.cat((first * far_cos - second * far_sin, second * far_cos + first * far_sin), -1)
@@ -352,7 +377,8 @@ class TestPlans:
         total = np.array([np.take_along_axis(influence, c[None], 0).sum() for c in every])
         for plan in found:
             budget = plan.share * costs[-1] * 4 + 1e-6
-            assert plan.influence <= total[price <= budget].min() + 1e-9
+            reached = np.take_along_axis(influence, plan.choices[None], 0).sum()
+            assert reached <= total[price <= budget].min() + 1e-9
         shares = [plan.share for plan in found]
         assert shares == sorted(shares)
         assert (found[0].choices == 0).all()

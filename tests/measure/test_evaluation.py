@@ -15,11 +15,9 @@ import pytest
 import torch
 from dense_attention import DenseAttention
 from engine_rig import holder_config
-
-from lamina.errors import InvalidRequest
-from lamina.measure.evaluation import tasks
-from lamina.measure.evaluation.heads import read_heads, seen
-from lamina.measure.evaluation.measures import (
+from evaluate.evaluation import tasks
+from evaluate.evaluation.heads import read_heads, seen
+from evaluate.evaluation.measures import (
     agreement,
     cosine,
     divergence,
@@ -29,10 +27,12 @@ from lamina.measure.evaluation.measures import (
     relative_error,
     score,
 )
-from lamina.measure.evaluation.probe import Probe
-from lamina.measure.evaluation.running import Limits, Total, answers, read_texts, tokens_of_items, tokens_of_texts
-from lamina.measure.evaluation.suite import Suite, compare, run
-from lamina.measure.evaluation.tasks import Item
+from evaluate.evaluation.running import Limits, Total, answers, read_texts
+from evaluate.evaluation.suite import Suite, compare, run
+from evaluate.evaluation.tasks import Item
+
+from lamina.errors import InvalidRequest
+from lamina.measure.probe import Probe
 from lamina_protocols.messages import Usage
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.policies.catalogue import parse
@@ -281,7 +281,7 @@ def test_tasks_say_what_is_too_small() -> None:
 def test_texts_are_predicted_as_the_model_does(decoder: Decoder) -> None:
     texts, fed = [ids(61, seed) for seed in range(3)], []
     logits, targets = read_texts(probe(decoder), texts, 10, Limits(batch=2, chunk=17), Total(), fed.append)
-    assert sum(fed) == tokens_of_texts(texts) == 180
+    assert sum(fed) == sum(len(text) - 1 for text in texts) == 180
     assert targets.tolist() == [token for text in texts for token in text[-10:]]
     for text, of in zip(texts, logits.split(10), strict=True):
         expected = DenseAttention(decoder, 61).run(text)[-11:-1]
@@ -313,7 +313,7 @@ def test_answers_are_the_models_own(decoder: Decoder) -> None:
     assert right[4] == [forced[at] == wrong[at] for at in (0, 3, 5, 6)]
     assert right[4][:2] == [True, False]
     assert right[5] == [True] * 7
-    assert sum(fed) == tokens_of_items(items)
+    assert sum(fed) == sum(len(item.prompt) + len(item.answer) - 1 for item in items)
 
 
 def test_usage_adds_up() -> None:

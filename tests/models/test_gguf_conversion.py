@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -36,23 +37,40 @@ def test_a_converted_gguf_is_the_model_it_was_made_of(tmp_path: Path, family: st
     for name, tensor in weights.items():
         assert torch.equal(written[name], tensor.to(torch.bfloat16)), name
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.to(torch.bfloat16).to(torch.float32)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # its frequencies are no weights
+    for parameter in model.parameters():
+        parameter.data = parameter.to(torch.bfloat16).to(torch.float32)
     ids = torch.randint(0, 300, (1, 77), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # it takes every Qwen3 to have heads of 128
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])  # it takes every Qwen3 to have heads of 128
 def test_the_model_is_the_one_that_transformers_reads_from_the_gguf(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     weights = {name: t.to(torch.bfloat16) for name, t in model.state_dict().items() if name != "lm_head.weight"}
     path = write_gguf(tmp_path / "x.gguf", model.config, weights)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
     ours = AutoModelForCausalLM.from_pretrained(converted(path), dtype=torch.float32).eval()
+    if family == "gemma3":  # the scale of its scores is not in the file, and they always take 256
+        assert ours.config.query_pre_attn_scalar == 8
+        theirs.config.query_pre_attn_scalar = 8
+        for layer in theirs.model.layers:
+            layer.self_attn.scaling = 8**-0.5
     ids = torch.randint(0, 300, (1, 33), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_keys_that_a_gemma_3_may_have_reach_its_config(tmp_path: Path) -> None:
+    model = tiny("gemma3")
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    extra = {"gemma3__attention__sliding_window_pattern": 3}
+    config = json.loads(
+        (converted(write_gguf(tmp_path / "x.gguf", model.config, weights, **extra)) / "config.json").read_text()
+    )
+    assert [kind.split("_")[0] for kind in config["layer_types"]] == ["sliding", "sliding", "full"] * 2 + ["sliding"]
+    assert config["sliding_window"] == 32
+    assert "hidden_act" not in config
 
 
 @pytest.mark.parametrize(
@@ -93,5 +111,5 @@ def test_an_unknown_architecture_lists_what_is_supported(tmp_path: Path) -> None
     path = tmp_path / "x.gguf"
     key = struct.pack("<Q20sIQ5s", 20, b"general.architecture", 8, 5, b"mamba")
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
-    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, mistral, qwen2, qwen3, gemma3"):
         converted(path)

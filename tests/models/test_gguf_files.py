@@ -12,7 +12,7 @@ from gguf_writing import silent, write_tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, ModelFileError
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
 
@@ -50,8 +50,9 @@ KEY = struct.pack("<Q1s", 1, b"k")
         (small_gguf([(33, Q4_1, 0)], 64), "multiples of 32"),
         (small_gguf([(0, F32, 0)], 64), "multiples of"),
         (small_gguf([(8, 99, 0)], 64), "unknown type 99"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "passes the end"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "passes the end"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "65536 of each"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 9, 0), "passes the end"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "65536 of each"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1 << 60), "string of"),
         (small_gguf([], 0, KEY + struct.pack("<IIQ", 9, 0, 1 << 60), 1), "array of"),
         (small_gguf([], 0, KEY + struct.pack("<IIQ", 9, 8, 1 << 20), 1), "passes the end"),
@@ -68,6 +69,16 @@ def test_gguf_files_that_lie_are_refused(tmp_path: Path, content: bytes, message
     path = tmp_path / "lying.gguf"
     path.write_bytes(content)
     with pytest.raises(LaminaError, match=message):
+        GgufFile(path)
+
+
+def test_arrays_are_bounded_together(tmp_path: Path) -> None:
+    """Each was, but a file of 800 MB with 200 of them took more than 8 GB of memory."""
+    path = tmp_path / "x.gguf"
+    each, count = struct.pack("<IIQ", 9, 0, 1 << 22) + bytes(1 << 22), 5
+    keys = b"".join(struct.pack("<Q", 1) + bytes([97 + i]) + each for i in range(count))
+    path.write_bytes(small_gguf([], 0, keys, count))
+    with pytest.raises(ModelFileError, match="arrays of more than 16777216 items together"):
         GgufFile(path)
 
 

@@ -22,6 +22,8 @@ TEXTS = [
     "  <s>the</s> <think>x",
     "<|end|>the<|end|>",
     "\t\r\n x",
+    "      the\n\n\n  \u2581 the▁▁▁▁▁hat  ",
+    " the <b>the</b>",
     "",
 ]
 MERGES = ["Ġ t", "h e", "Ġt he", "t he", "1 2", "Ġ 1", "12 1", "' s", "a t"]
@@ -62,8 +64,18 @@ def sentencepiece() -> dict[str, Any]:
     }
 
 
-def write(path: Path, keys: dict[str, Any]) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
+def gemma() -> dict[str, Any]:
+    """Gemma's way of it: runs of spaces are user-defined tokens, written as spaces, whose scores are all one."""
+    keys = sentencepiece()
+    runs = [" " * length for length in (2, 3, 4)] + ["\n", "\n\n", "<b>"]
+    keys["tokens"] = keys["tokens"][:259] + runs + [token for token in keys["tokens"][259:] if token != "▁▁"]
+    keys["token_type"] = keys["token_type"][:259] + [4] * len(runs) + [1] * (len(keys["tokens"]) - 259 - len(runs))
+    keys["scores"] = [-1000.0] * (259 + len(runs)) + [-float(i) for i in range(len(keys["tokens"]) - 259 - len(runs))]
+    return keys | {"add_space_prefix": False}
+
+
+def write(path: Path, keys: dict[str, Any], architecture: str = "llama") -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     for key, value in keys.items():
         name = f"tokenizer.ggml.{key}"
@@ -88,9 +100,10 @@ def build(path: Path) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
 
 
-@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "sentencepiece", "gemma3"])
 def test_ids_and_text_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path / "x.gguf", sentencepiece() if kind == "sentencepiece" else byte_level(kind))
+    keys = {"sentencepiece": sentencepiece, "gemma3": gemma}.get(kind, lambda: byte_level(kind))()
+    path = write(tmp_path / "x.gguf", keys, "gemma3" if kind == "gemma3" else "llama")
     ours, theirs = build(path), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for text in TEXTS:
         ids = theirs(text).input_ids

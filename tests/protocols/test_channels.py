@@ -27,10 +27,10 @@ from lamina_protocols.socket_connections import Listener, connect_tcp, listen_tc
 from lamina_protocols.tls import client_context, server_context
 
 LAYER = m.Exchange(1, 2, 3, torch.randn(7, 16), torch.randn(5, 16), torch.randn(5, 32))
-OPEN = m.Open(1, (0, 1), 0, 1000)
+OPEN = m.Open(1, 0, (0, 1), 0, 1000)
 MESSAGES = (
     m.Announcement(1, 2, 0, (OPEN, m.Close(3)), (m.Row(1, 0, 9, None, True),)),
-    m.Announced(1, 2, True, 17, (0,), ""),
+    m.Announced(1, 2, True, (17,), (0,), ""),
     m.Query(1, 2, 3, LAYER.q.bfloat16()),
     m.Fresh(1, 2, 3, LAYER.k, LAYER.v),
     m.Fresh(1, 2, 3, LAYER.k[:0], LAYER.v[:0]),

@@ -25,12 +25,17 @@ from lamina_protocols.control import (
     unpack,
 )
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import PROTOCOL_VERSION, LayerSpec
+from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages import PROTOCOL_VERSION
 
-LAYERS = (LayerSpec(0, 6, 2, 16, 32, 0.25), LayerSpec(0, 6, 2, 16, 32, 0.25, window=7, soft_cap=5.0))
+LAYERS = (
+    LayerSpec(0, 6, 2, 16, 32, 0.25),
+    LayerSpec(0, 6, 2, 16, 32, 0.25, window=7, soft_cap=5.0),
+    LayerSpec(2, 8, 8, 64, 64, 1.0, kind="lightning", key_heads=4, conv=4, decays=(-0.5,) * 8),
+)
 HELLO = Hello(
     PROTOCOL_VERSION, control.package_version(), "s" * 32, "model", "bfloat16", "int8", 32, LAYERS, True, "grpc",
-    "e" * 32, 3, (1, 4), 2.5,
+    "e" * 32, 3, (1, 4), 2.5, 1 << 17,
 )  # fmt: skip
 STATUS = WorkerStatus(
     "a", "1", "m", True, 1.5, "01234567", 3, 4, 1, 2.5, False, "local", 1 << 30, 3, (0, 1), 0, 99, 5, 9, 1, 2, 3, 4, 5,

@@ -344,7 +344,7 @@ def test_a_node_that_dies_under_load_costs_no_token(nodes: Namespaces, model: Pa
     """The last one: the second node is gone afterwards."""
     code = """
 import logging
-told = []
+told, got = [], []
 
 class Listener(logging.Handler):
     def emit(self, record):
@@ -354,7 +354,6 @@ logging.getLogger("lamina").addHandler(Listener(logging.WARNING))
 with here() as llm:
     expected = llm.generate("the 1 2", max_tokens=1000, ignore_eos=True).token_ids
 llm = on_cluster()
-got = []
 for event in llm.stream("the 1 2", max_tokens=1000, ignore_eos=True):
     got.append(event.token_id)
     if len(got) == 20:

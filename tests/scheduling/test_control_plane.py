@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from pools import LAYERS, LOCAL, PREFILL, Pool, World
+from pools import LAYERS, LOCAL, Pool, World
 
 from lamina.errors import EngineError
 from lamina.scheduling import kv_rebuild
@@ -101,27 +101,24 @@ def test_sequence_that_can_never_go_on_is_returned_by_the_refusal_that_ends_it()
     assert sequence.finish_reason == "abort"
 
 
-def test_pages_of_prefill_pools_are_not_counted_by_the_scheduler() -> None:
-    world = World((400,), prefill=80)
-    assert PREFILL not in world.control.scheduler.ledger.free
+def test_pages_of_local_copies_are_counted() -> None:
+    world = World((400,), local=80)
     world.add(prompt(7))
     world.begin()
-    assert world.control.prefill_free == {PREFILL: 80 - 2 * LAYERS * 4}
-    assert world.control.scheduler.ledger.free == {1: 400 - 2 * LAYERS * 4}
+    assert world.control.scheduler.ledger.free == {(1, 0): 400 - 2 * LAYERS * 4, (LOCAL, 0): 80 - 2 * LAYERS * 4}
     world.run()
-    assert world.control.prefill_free == {PREFILL: 80}
-    world.check()
+    assert world.control.scheduler.ledger.free == {(1, 0): 400, (LOCAL, 0): 80}
 
 
-def test_prefill_pool_drops_a_prompt_once_it_is_computed() -> None:
-    world = World((400,), prefill=80)
+def test_local_copy_is_closed_once_its_prompt_is_computed() -> None:
+    world = World((400,), local=80)
     (sequence,) = world.add(prompt(7))
     world.begin()
     world.finish()
     assert world.begin()
     assert sequence.finish_reason is None
-    assert not world.pools[PREFILL].parts
-    assert world.control.prefill_free == {PREFILL: 80}
+    assert not world.pools[LOCAL].parts
+    assert world.said[LOCAL] == 80
 
 
 @pytest.mark.parametrize("floors", [(3, 5), (5, 3)])
@@ -132,29 +129,29 @@ def test_floor_of_a_row_is_the_highest_of_its_parts(floors: tuple[int, int]) -> 
     assert sequence.floor == 5
 
 
-def test_floors_of_prefill_pools_do_not_count() -> None:
-    world = World((400,), prefill=80)
+def test_floors_of_local_copies_do_not_count() -> None:
+    world = World((400,), local=80)
     (sequence,) = world.add(prompt(6))
-    accepted(world, planned(world), {1: (2,), PREFILL: (6,)})
+    accepted(world, planned(world), {1: (2,), LOCAL: (6,)})
     assert sequence.floor == 2
 
 
 def test_floor_stays_while_a_part_is_not_asked() -> None:
-    world = World((400, 400), prefill=400, shard="sequence", batch=16)
+    world = World((400, 400), local=400, shard="sequence", batch=16)
     (sequence,) = world.add(prompt(40), max_tokens=2)
     while sequence.computed < 32:
         world.begin()
         world.finish()
     sequence.floor = 7
     step = planned(world)
-    assert sum(number != PREFILL for number in step.batches) == 1 < len(sequence.layout)
+    assert sum(number != LOCAL for number in step.batches) == 1 < len(sequence.layout)
     accepted(world, step, {})
     assert sequence.floor == 7
 
 
-@pytest.mark.parametrize(("local", "expected"), [(400, (7, 0)), (0, (0, 0))])
-def test_tokens_read_are_counted_for_each_tier_where_there_are_two_tiers(local: int, expected: tuple[int, int]) -> None:
-    world = World((400,), local=local)
+@pytest.mark.parametrize(("local", "expected"), [(400, (7, 0)), (0, (0, 7))])
+def test_tokens_read_are_counted_for_each_tier(local: int, expected: tuple[int, int]) -> None:
+    world = World((400,), local=local, tier=local > 0)
     world.add(prompt(6))
     world.begin()
     world.finish()
@@ -166,7 +163,7 @@ def test_tokens_read_are_counted_for_each_tier_where_there_are_two_tiers(local: 
 def test_holder_that_joins_takes_new_sequences_and_one_that_left_takes_none() -> None:
     world = World((400,))
     world.pools[2], world.said[2] = Pool(400), 400
-    world.control.joined(2, Holder(400))
+    world.control.joined(2, Holder((400,)))
     world.check()
     (sequence,) = world.add(prompt(6))
     world.begin()
@@ -184,7 +181,7 @@ def test_holder_that_joins_takes_new_sequences_and_one_that_left_takes_none() ->
 
 def test_number_of_a_holder_is_refused_twice() -> None:
     with pytest.raises(EngineError, match="holder 1 joined twice"):
-        World().control.joined(1, Holder(5))
+        World().control.joined(1, Holder((5,)))
 
 
 def test_lost_part_is_computed_again_and_the_rest_is_kept() -> None:
@@ -221,7 +218,7 @@ def test_nothing_is_lost_while_a_step_is_in_flight() -> None:
 
 
 def test_emptied_local_pool_has_its_sequences_computed_again() -> None:
-    world = World((400,), local=400)
+    world = World((400,), local=400, tier=True)
     (sequence,) = world.add(prompt(10))
     world.begin()
     world.finish()
@@ -232,12 +229,30 @@ def test_emptied_local_pool_has_its_sequences_computed_again() -> None:
     world.check_end()
 
 
-def test_emptied_prefill_pool_costs_no_tokens() -> None:
-    world = World((400,), prefill=400, batch=4)
+def test_local_copy_in_an_emptied_pool_costs_no_tokens() -> None:
+    world = World((400,), local=400, batch=4)
     world.add(prompt(10))
     world.begin()
     world.finish()
-    assert world.empty(PREFILL) == 0
+    assert world.empty(LOCAL) == 0
+    world.run()
+    world.check_end()
+
+
+def test_pages_that_only_two_prefixes_share_are_counted_once() -> None:
+    """Pages that prefixes shared with each other, and not with the one above them, were counted as nobody's."""
+    world = World((400,), local=64, prefix_cache=True)
+    world.add(prompt(9), max_tokens=4)
+    world.run()
+    (filler,) = world.add(prompt(13, 5), max_tokens=8)  # now the prefix has no room to be used where it is
+    world.begin()
+    world.finish()
+    twins = world.add(prompt(9), max_tokens=8, n=2)
+    world.begin()
+    assert filler.handle is not None
+    assert {share.holder for share in twins[0].layout} == {1}
+    world.finish()
+    assert twins[1].computed == 8
     world.run()
     world.check_end()
 
@@ -249,20 +264,21 @@ class Machine(RuleBasedStateMachine):
         shard=st.sampled_from(SHARDS),
         pools=st.integers(1, 4),
         pages=st.sampled_from([160, 300]),
-        beside=st.sampled_from([(0, 0), (200, 0), (0, 256), (200, 256)]),
+        local=st.sampled_from([0, 40, 200, 256]),
+        tier=st.booleans(),
         lanes=st.integers(1, 2),
         batch=st.sampled_from([1, 5, 16]),
         prefix_cache=st.booleans(),
     )
     def start(
-        self, shard: str, pools: int, pages: int, beside: tuple[int, int], lanes: int, batch: int, prefix_cache: bool
+        self, shard: str, pools: int, pages: int, local: int, tier: bool, lanes: int, batch: int, prefix_cache: bool
     ) -> None:
-        prefill, local = beside
         self.world = World(
-            (pages,) * pools, prefill=prefill, local=local, shard=shard, lanes=lanes, batch=batch,
+            (pages,) * pools, local=local, tier=tier and local > 0, shard=shard, lanes=lanes, batch=batch,
             prefix_cache=prefix_cache,
         )  # fmt: skip
         self.last = pools
+        self.liars: set[int] = set()
 
     @rule(shared=st.integers(0, 14), tail=st.integers(1, 6), salt=st.integers(1, 3), max_tokens=st.integers(1, 8),
           n=st.integers(1, 2))  # fmt: skip
@@ -285,28 +301,34 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def refuse(self, data: st.DataObject) -> None:
-        self.world.pools[data.draw(st.sampled_from(sorted(self.world.pools)))].refuses = True
+        number = data.draw(st.sampled_from(sorted(self.world.pools)))
+        self.liars.add(number)
+        self.world.pools[number].refuses = not self.last_one(number)
         self.world.begin()
+
+    def last_one(self, number: int) -> bool:
+        """Whether nobody could take over from this pool."""
+        return not self.world.pools.keys() - {LOCAL, number}
 
     @precondition(lambda self: not self.world.in_flight)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
-        numbers = [number for number in self.world.pools if number not in (PREFILL, LOCAL)]
+        numbers = [number for number in self.world.pools if number != LOCAL]
         if len(numbers) > 1:
             self.world.lose(data.draw(st.sampled_from(numbers)))
 
     @precondition(lambda self: not self.world.in_flight)
-    @rule(data=st.data())
-    def empty(self, data: st.DataObject) -> None:
-        if beside := [number for number in self.world.pools if number in (PREFILL, LOCAL)]:
-            self.world.empty(data.draw(st.sampled_from(beside)))
+    @rule()
+    def empty(self) -> None:
+        if LOCAL in self.world.pools:
+            self.world.empty(LOCAL)
 
     @rule()
     def join(self) -> None:
         self.last += 1
-        self.last += self.last in (PREFILL, LOCAL)
+        self.last += self.last == LOCAL
         self.world.pools[self.last], self.world.said[self.last] = Pool(300), 300
-        self.world.control.joined(self.last, Holder(300))
+        self.world.control.joined(self.last, Holder((300,)))
 
     @precondition(lambda self: self.world.samples)
     @rule(data=st.data())
@@ -317,6 +339,7 @@ class Machine(RuleBasedStateMachine):
     def believes_what_was_said(self) -> None:
         if hasattr(self, "world"):
             self.world.check()
+            assert self.liars.issuperset(self.world.given_up), "an honest pool is given up"
 
     def teardown(self) -> None:
         if hasattr(self, "world"):

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.scheduling.kv_shares import Layout, Pages, Share
+from lamina.scheduling.page_runs import PageRuns
 from lamina.scheduling.prefix_cache import Match, PrefixCache
-from lamina.scheduling.request import Request, ScheduledSequence
+from lamina.scheduling.request import PageGroup, Request, ScheduledSequence, SchedulerConfig
 
 
 class Keeper:
@@ -20,10 +21,12 @@ class Keeper:
         self.awake: list[ScheduledSequence] = []
         self.running: list[ScheduledSequence] = []
         self.handles = 0
-        self.tree = PrefixCache(page_size, self.weigh, self.fork, self.close, self.awake.append)
+        self.runs = PageRuns(page_size, self.weigh)
+        config = SchedulerConfig(1, 1, 1, page_size, ((PageGroup(1),),))
+        self.tree = PrefixCache(config, self.runs, self.fork, self.close, self.awake.append)
 
     def weigh(self, layout: Layout, lo: int, hi: int, floor: int) -> Pages:
-        return Pages({0: -(-hi // self.page_size) - -(-lo // self.page_size)})
+        return Pages({(0, 0): max(0, -(-hi // self.page_size) - -(-lo // self.page_size))})
 
     def fork(self, parent: int, length: int) -> int:
         assert length <= len(self.held[parent])
@@ -41,6 +44,9 @@ class Keeper:
         """A sequence whose computed tokens are those of the match, or none."""
         sequence = ScheduledSequence(Request("0", tokens, 1, salt=salt), 0, self.handles, list(tokens))
         sequence.handle, sequence.layout = self.hold(tokens), (Share(0, (0,), 0, 1 << 20),)
+        sequence.runs = (
+            self.runs.fork(match.node.runs, match.length) if match and match.node else self.runs.open(sequence.layout)
+        )
         self.running.append(sequence)
         self.tree.enter(sequence)
         if match and match.node:
@@ -57,6 +63,7 @@ class Keeper:
     def finish(self, sequence: ScheduledSequence) -> None:
         self.tree.keep(sequence)
         self.tree.release(sequence)
+        self.runs.close(sequence.runs)
         self.running.remove(sequence)
         assert sequence.handle is not None
         del self.held[sequence.handle]
@@ -118,7 +125,7 @@ def test_every_unused_node_can_be_evicted(kept: list[tuple[int, ...]], data: st.
         users.append(keeper.start(tokens, keeper.tree.match(tokens)))
         keeper.tree.discard(users[-1])
     promised, nodes = keeper.tree.evictable, len(keeper.held)
-    while keeper.tree.evict({0}):
+    while keeper.tree.evict({(0, 0)}):
         keeper.check_integrity()
     assert not keeper.tree.evictable
     assert sum(len(tokens) for tokens in keeper.closed) >= sum(promised.values())
@@ -126,7 +133,7 @@ def test_every_unused_node_can_be_evicted(kept: list[tuple[int, ...]], data: st.
         whole = user.computed - user.computed % 4
         assert keeper.tree.match((*user.tokens[:whole], -1)).length == whole
         keeper.finish(user)
-    while keeper.tree.evict({0}):
+    while keeper.tree.evict({(0, 0)}):
         pass
     assert not keeper.held
     assert len(keeper.closed) >= nodes - len(users)
@@ -140,7 +147,7 @@ def test_eviction_takes_the_least_recently_used_leaf() -> None:
         keeper.keep(branch)
     touch = (*branches[0], 9)
     keeper.finish(keeper.start(touch, keeper.tree.match(touch)))
-    while keeper.tree.evict({0}):
+    while keeper.tree.evict({(0, 0)}):
         pass
     assert keeper.closed == [branches[1], branches[2], branches[0], trunk]
 
@@ -151,9 +158,9 @@ def test_node_in_use_is_not_evicted_but_can_be_given_up() -> None:
     tokens = (1,) * 8 + (2,)
     user = keeper.start(tokens, keeper.tree.match(tokens))
     assert not keeper.tree.evictable
-    assert not keeper.tree.evict({0})
-    assert keeper.tree.evict_used({0})
-    assert not keeper.tree.evict_used({0})
+    assert not keeper.tree.evict({(0, 0)})
+    assert keeper.tree.evict_used({(0, 0)})
+    assert not keeper.tree.evict_used({(0, 0)})
     keeper.finish(user)
     assert keeper.closed == [(1,) * 8]
 

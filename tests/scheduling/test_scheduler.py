@@ -30,10 +30,10 @@ def test_scheduler_refuses_answers_out_of_order() -> None:
     with pytest.raises(EngineError, match="before it was accepted"):
         scheduler.record(plan, [1])
     with pytest.raises(EngineError, match="0 floors for 1 rows"):
-        scheduler.accepted(plan, Pages({0: 60}), [])
-    scheduler.accepted(plan, Pages({0: 60}), [0])
+        scheduler.accepted(plan, Pages({(0, 0): 60}), [])
+    scheduler.accepted(plan, Pages({(0, 0): 60}), [0])
     with pytest.raises(EngineError, match="not waiting for an answer"):
-        scheduler.accepted(plan, Pages({0: 60}), [0])
+        scheduler.accepted(plan, Pages({(0, 0): 60}), [0])
     with pytest.raises(EngineError, match="2 tokens for 1 rows"):
         scheduler.record(plan, [1, 2])
     scheduler.record(plan, [1])

@@ -46,6 +46,21 @@ def test_admission_leaves_the_pages_that_running_sequences_still_need() -> None:
     world.check_end()
 
 
+def test_sequence_that_is_short_is_admitted_once_a_prefix_of_it_is_there() -> None:
+    """The need that was once found to be too much was kept: a prefix that was computed later was not seen, and the
+    sequence waited until its writer had ended."""
+    world = World(config(max_batch_tokens=16), 28)  # 14 page sets
+    (writer,) = world.add(prompt(32), max_tokens=12, priority=1)
+    world.step()
+    (urgent,) = world.add(prompt(32), max_tokens=2)
+    world.step()
+    assert urgent.handle is None
+    world.step()
+    assert (urgent.reused, writer.finish_reason, writer.preemptions) == (31, None, 0)
+    world.finish()
+    world.check_end()
+
+
 def test_admission_does_not_count_a_shared_prefix_as_free_pages() -> None:
     world = World(config(max_batch_tokens=64), 28)
     world.add(prompt(33), max_tokens=1)  # leaves 8 page sets in the cache
@@ -74,7 +89,7 @@ def test_stop_token_ends_a_sample_only_after_min_tokens() -> None:
     for token in (7, 7, 7):
         plan = scheduler.plan()
         assert plan is not None
-        scheduler.accepted(plan, Pages({0: 60}), [0])
+        scheduler.accepted(plan, Pages({(0, 0): 60}), [0])
         reasons += [outcome.finish_reason for outcome in scheduler.record(plan, [token])]
     assert reasons == [None, None, "stop"]
     assert sequence.tokens == [1, 2, 7, 7, 7]
@@ -139,9 +154,9 @@ def test_request_ends_when_it_is_refused_alone_and_the_next_runs() -> None:
         plan = scheduler.plan()
         assert plan is not None
         if hopeless == samples[:2]:
-            scheduler.accepted(plan, Pages({0: 64}), [0] * len(plan.rows))
+            scheduler.accepted(plan, Pages({(0, 0): 64}), [0] * len(plan.rows))
             break
-        hopeless += scheduler.refused(plan, Pages({0: 64}), {0})
+        hopeless += scheduler.refused(plan, Pages({(0, 0): 64}), {(0, 0)})
         scheduler.check_integrity()
     assert [sequence.finish_reason for sequence in samples] == ["abort", "abort", None]
     assert [row.sequence for row in plan.rows] == samples[2:]

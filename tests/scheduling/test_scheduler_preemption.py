@@ -71,7 +71,7 @@ def test_only_what_is_kept_where_pages_are_short_makes_room(
     local: int, share: float, asked: list[tuple[int, int]], refusals: set[int], lanes: int
 ) -> None:
     """A page that was short beside the model took the KV of sequences and prefixes at attention workers with room."""
-    world = Tiers((5000, 5000), local=local * LAYERS * 4, lanes=lanes, prefix_cache=True)
+    world = Tiers((5000, 5000), local=local * LAYERS * 4, tier=True, lanes=lanes, prefix_cache=True)
     world.pools[LOCAL] = RowsRefused(world.pools[LOCAL].total)
     scheduler, placement = world.control.scheduler, world.control.placement
     placement.local_share = share

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler_world import World, batches, config, prompt
-
-from lamina.scheduling.request import CloseSequence
+from scheduler_world import Close, World, batches, config, prompt
 
 
 def test_batch_is_planned_again_after_it_failed() -> None:
@@ -73,10 +71,7 @@ def test_abort_in_flight_drops_the_token_and_frees_the_kv() -> None:
     assert world.scheduler.abort("0") == ()
     world.record()
     assert sequence.tokens == prompt(6)
-    plan = world.scheduler.plan()
-    assert plan is not None
-    assert plan.rows == ()
-    assert plan.operations == (CloseSequence(1),)
-    world.sent.append(plan)
+    assert world.plan()
+    assert (world.sent[-1].plan.rows, world.sent[-1].operations) == ((), (Close(1),))
     world.finish()
     world.check_end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -124,7 +125,7 @@ def test_one_that_is_alone_keeps_everything_itself() -> None:
 
 def test_a_local_pool_that_keeps_sequences_beside_others_counts() -> None:
     """What a local tier used was missing from `kv_cache_usage_perc`, which left out every holder in the process."""
-    holders = (holder("here", local=True, free=0), holder("w1", free=100))
+    holders = (holder("local", local=True, free=0), holder("w1", free=100))
     found = scraped(ServerMetrics("m"), snapshot(holders=holders, cached_pages={}))
     assert value(found, "lamina:kv_cache_usage_perc") == 0.5
 
@@ -231,9 +232,21 @@ def test_a_name_with_quotes_stays_a_label() -> None:
     assert family.samples[0].labels["model_name"] == 'a"b\nc\\d'
 
 
+def with_pools() -> Snapshot:
+    return snapshot(holders=(dataclasses.replace(holder("w1"), pools=((60, 10), (40, 30))), holder("w2")))
+
+
+def test_pages_are_told_by_pool_where_there_are_several() -> None:
+    found = scraped(ServerMetrics("m"), with_pools())
+    pages = {key[1]: count for key, count in found.items() if key[0] == "lamina:kv_pool_pages"}
+    assert {tuple(value for _, value in labels): count for labels, count in pages.items()} == {
+        ("0", "taken", "w1"): 50, ("0", "free", "w1"): 10, ("1", "taken", "w1"): 10, ("1", "free", "w1"): 30,
+    }  # fmt: skip
+
+
 def exported() -> set[str]:
     """Every name, as queries write it: counters with `_total`, histograms without their series' endings."""
-    text = ServerMetrics("m").render(snapshot(), "ready")[0].decode()
+    text = ServerMetrics("m").render(with_pools(), "ready")[0].decode()
     return set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
 
 

@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 
 from lamina.server.http import protocol
-from lamina.server.http.protocol import MAX_HEAD, LimitedProtocol
+from lamina.server.http.protocol import MAX_AHEAD, MAX_HEAD, LimitedProtocol
 
 KEEP_ALIVE = 2
 BODY = b'{"a": 1}'
@@ -45,10 +45,10 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.contextmanager
-def listening(most: int | None = None) -> Iterator[int]:
+def listening(most: int | None = None, app: Any = echo) -> Iterator[int]:
     """A server, with so many connections at most; gives its port."""
     config = uvicorn.Config(
-        echo, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+        app, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
         timeout_keep_alive=KEEP_ALIVE, limit_concurrency=most,
     )  # fmt: skip
     server = uvicorn.Server(config)
@@ -215,6 +215,44 @@ def test_pipelined_requests_are_answered_in_order(port: int) -> None:
         while data.count(b'"path"') < 5:
             data += talk._more()
         assert [data.index(b'"/%d"' % at) for at in range(5)] == sorted(data.index(b'"/%d"' % at) for at in range(5))
+
+
+@pytest.mark.parametrize("later", [0, 1, 16])
+def test_who_leaves_is_noticed_whatever_waits_behind_the_request(later: int) -> None:
+    """A request behind another one paused reading: the first was computed to its end for nobody."""
+    begun, gone = threading.Event(), threading.Event()
+
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["path"] == "/0"
+        begun.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    with listening(app=wait) as port:
+        with Talk(port) as talk:
+            talk.send(b"".join(b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % at for at in range(1 + later)))
+            assert begun.wait(10)
+            assert not gone.is_set()
+        assert gone.wait(10)
+
+
+@pytest.mark.parametrize("pieces", [1, 10])
+def test_what_comes_before_an_answer_is_bounded(port: int, pieces: int) -> None:
+    """Beyond the bound the connection is closed after the answers to what came whole."""
+    body = b"x" * (2 * MAX_AHEAD // pieces)
+    with Talk(port) as talk:
+        talk.send(HEAD + b"slow: 1\r\n\r\n" + BODY)
+        time.sleep(0.05)
+        for at in range(pieces):
+            talk.send(b"POST /%d HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (at, len(body)) + body)
+            time.sleep(0.01)
+        data = b""
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                data += talk._more()
+        assert b'"path": "/x"' in data
+        assert data.count(b'"path"') < 1 + pieces
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"POST /x HTTP/1.1\r\nhost: x\r\n"])

@@ -25,6 +25,7 @@ from lamina.simulator.costs.cost_model import (
 from lamina.simulator.costs.hardware import Efficiency, load
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, StepCost, power, price
+from lamina.simulator.event_loop.instance import holders_of
 
 HARDWARE = load()
 H100, H20, L4 = (HARDWARE.device(name) for name in ("h100", "h20", "l4"))
@@ -276,9 +277,11 @@ def test_no_tier_is_busier_than_the_step_is_long_and_more_work_takes_longer(load
     cost = system.step(load)
     assert max(cost.model, cost.attention, cost.network) <= cost.seconds * (1 + 1e-12)
     longer = replace(load, context=load.context * 1.5)
-    assert system.step(longer).seconds >= cost.seconds
+    assert system.step(longer).seconds >= cost.seconds * (
+        1 - 1e-12
+    )  # the order of the sums differs, so may the last bit
     if load.decode > 1:  # two sequences keep two lanes busy, one cannot
-        assert system.step(replace(load, decode=load.decode * 2)).seconds >= cost.seconds
+        assert system.step(replace(load, decode=load.decode * 2)).seconds >= cost.seconds * (1 - 1e-12)
 
 
 def test_capacity_is_what_memory_leaves() -> None:
@@ -331,6 +334,12 @@ def test_names_prices_and_power() -> None:
 
 
 def test_uneven_heads_need_holders_of_their_own() -> None:
-    assert offloaded().holders == 1
-    assert offloaded(attention_count=3).holders == 3
-    assert offloaded(attention_count=3, shard="sequence").holders == 1
+    assert holders_of(offloaded()) == 1
+    assert holders_of(offloaded(attention_count=3)) == 3
+    assert holders_of(offloaded(attention_count=3, shard="sequence")) == 1
+
+
+def test_weights_of_eight_bits_have_activations_of_sixteen() -> None:
+    latent = model("deepseek-v3")
+    assert (latent.element, latent.activation, LLAMA.activation) == (1.0, 2.0, 2.0)
+    assert exchange_time(latent, FHBN, 1e10, Load(64, 4096)).nbytes == 64 * latent.exchange_bytes() == 1_091_870_720

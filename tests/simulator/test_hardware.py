@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import (
     KINDS,
-    MAX_BYTES,
     ROOFLINE,
     Device,
     Efficiency,
     Link,
     at,
     dumps,
-    from_tables,
     load,
     loads,
 )
+from lamina.simulator.costs.tables import MAX_BYTES
 
 DEVICE = """
 [[device]]
@@ -127,7 +126,6 @@ def test_a_user_s_file_adds_and_replaces(tmp_path: Path) -> None:
     assert len(catalogue.devices) == len(load().devices) + 1
     file.write_text(LINK)
     assert load(file).typical == load().typical
-    assert from_tables({"link": [{"name": "wire", "bandwidth": 1e9, "round_trip": 1e-4}]}) == loads(LINK)
 
 
 def test_the_catalogue_can_be_written() -> None:
@@ -184,7 +182,7 @@ def test_a_curve_stays_between_its_points(curve: tuple[tuple[float, float], ...]
         ("not toml", "it is not TOML"),
         ("a = " + "[" * 5000, "it is not TOML"),
         (DEVICE + "bandwidth = 1", "it is not TOML"),  # a key given twice
-        ("[x]", "the key 'x' is unknown; known are device, link, typical"),
+        ("[x]", "the file has the key 'x'; allowed are device, link, typical"),
         ("device = 1", "device is 1; allowed are tables"),
         ("[device]\nname = 'x'", "allowed are tables"),
         (
@@ -202,12 +200,12 @@ def test_a_curve_stays_between_its_points(curve: tuple[tuple[float, float], ...]
         (DEVICE.replace("1e12", "inf"), "bandwidth is inf"),
         (DEVICE.replace("1e12", "'1e12'"), "bandwidth is '1e12'"),
         (DEVICE.replace("1e12", "true"), "bandwidth is True"),
-        (DEVICE.replace("1e12", "0x" + "f" * 5000), "it is not TOML"),  # too long to be printed
+        (DEVICE.replace("1e12", "0x" + "f" * 5000), "it holds what cannot be shown"),
         (DEVICE.replace('"gpu"', '"fpga"'), "kind is 'fpga'; allowed are gpu, tpu, npu, cpu"),
-        (DEVICE + "colour = 1", "the key 'colour' is unknown; known are name, kind, flops"),
+        (DEVICE + "colour = 1", "has the key 'colour'; allowed are name, kind, flops"),
         (DEVICE + "efficiency = 1", "device 'mine': efficiency is 1; allowed is a table"),
         (DEVICE + "sources = 1", "sources is 1; allowed is a table"),
-        (DEVICE + "sources.colour = 'x'", "sources: the key 'colour' is unknown"),
+        (DEVICE + "sources.colour = 'x'", "sources has the key 'colour'"),
         (DEVICE + "sources.flops = 1", "sources.flops is 1; allowed is a text"),
         (DEVICE + "efficiency.dense = 0.5", "efficiency.dense is 0.5; allowed are 1 to 256 points"),
         (DEVICE + "efficiency.dense = []", "allowed are 1 to 256 points"),
@@ -217,7 +215,7 @@ def test_a_curve_stays_between_its_points(curve: tuple[tuple[float, float], ...]
         (DEVICE + "efficiency.dense = [[0, 1]]", "efficiency.dense: x is 0"),
         (DEVICE + "efficiency.attention = [[2, 1], [2, 1]]", "efficiency.attention has x = 2 after 2"),
         (DEVICE + "efficiency.layer_overhead = -1e-6", "efficiency: layer_overhead is -1e-06"),
-        (DEVICE + "efficiency.speed = 1", "the key 'speed' is unknown; known are dense"),
+        (DEVICE + "efficiency.speed = 1", "has the key 'speed'; allowed are dense"),
         (LINK.replace("1e-4", "-1"), "link 'wire': round_trip is -1"),
         ("typical = 1", "typical: efficiency is 1"),
         ("[typical]\ncollective = 0", "typical: efficiency: collective is 0"),
@@ -228,11 +226,6 @@ def test_what_a_file_may_not_say(tmp_path: Path, text: str, message: str) -> Non
     file.write_text(text)
     with pytest.raises(InvalidRequest, match=f"bad.toml: .*{message}"):
         load(file)
-
-
-def test_tables_with_a_number_too_long_to_print() -> None:
-    with pytest.raises(InvalidRequest, match="cannot be shown"):
-        from_tables({"link": [{"name": "wire", "bandwidth": 16**5000, "round_trip": 0}]})
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import FULL, KvPolicy
 from lamina.simulator.costs.hardware import ROOFLINE
+from lamina.simulator.costs.tables import MAX_BYTES
 from lamina.simulator.planning import inventory
 
 WHOLE = """
@@ -127,7 +128,7 @@ def test_a_file_that_is_missing_or_too_large_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no such file"):
         inventory.read(tmp_path / "none.toml")
     with pytest.raises(InvalidRequest, match="more than"):
-        inventory.read(written(tmp_path, "#" * (inventory.MAX_BYTES + 1)))
+        inventory.read(written(tmp_path, "#" * (MAX_BYTES + 1)))
 
 
 @pytest.mark.parametrize("entry", ["count = {huge}", "count = 1\nprice = {huge}"])

@@ -25,6 +25,38 @@ SMALL: dict[str, Any] = {
 }
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MLA = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 10}
+INDEX = {"q_lora_rank": 20, "index_topk": 16, "index_head_dim": 12, "index_n_heads": 3}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "head_dim": 8,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 16}
+GRANITE = {**MAMBA, "shared_intermediate_size": 30, "layer_types": ["linear_attention", "full_attention"] * 2}
+NEMOTRON = {
+    **MOE,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    "n_routed_experts": 5,
+    "moe_shared_expert_intermediate_size": 28,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 12,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "head_dim": 8,
+}
+M3 = {
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 30,
+    "dense_intermediate_size": 44,
+    "head_dim": 8,
+    "index_head_dim": 12,
+    "index_n_heads": 2,
+    "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+}
 
 
 def small(**more: Any) -> ModelShape:
@@ -93,6 +125,13 @@ def test_projections() -> None:
     multiplied = sum(group.layers * group.multiplied for group in shape.groups) + shape.head
     assert shape.dense_flops(7) == 14 * multiplied
     assert shape.dense_flops(7, sampled=1) == shape.dense_flops(7) - 12 * shape.head
+
+
+def test_values_of_another_width() -> None:
+    (group,) = small(head_dim=12, v_head_dim=8).groups
+    assert (group.kv_elements, group.query_elements, group.output_elements) == (2 * 20, 6 * 12, 6 * 8)
+    assert group.projections == 48 * (6 * 12 + 2 * 20 + 6 * 8)
+    assert group.score_flops == 2 * 6 * 20
 
 
 def test_absorbed_latent_attention() -> None:
@@ -183,16 +222,51 @@ def test_which_layers_have_experts(more: dict[str, Any], sparse: int) -> None:
         ("qwen3_moe", {"num_experts": 6, **MOE, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
         ("mixtral", {"num_local_experts": 5}),
         ("gemma2", {"head_dim": 12}),
+        ("gemma3_text", {"head_dim": 12}),
+        ("phi3", {}),
+        ("granite", {"attention_bias": True}),
+        ("ernie4_5", {"head_dim": 8, "use_bias": True}),
+        ("seed_oss", {"head_dim": 8, "mlp_bias": True}),
+        ("hunyuan_v1_dense", {"head_dim": 8}),
+        ("glm4", {"head_dim": 8}),
+        ("olmo2", {"attention_bias": True}),
+        ("olmo3", {}),
+        ("cohere2", {}),
+        ("gpt_oss", {"head_dim": 12, "num_local_experts": 5}),
         ("smollm3", {}),
         ("deepseek_v2", {"n_routed_experts": 8, **MOE, **MLA, "q_lora_rank": None, "first_k_dense_replace": 2}),
         ("deepseek_v3", {"n_routed_experts": 8, **MOE, **MLA, "q_lora_rank": 20, "first_k_dense_replace": 1}),
+        ("deepseek_v32", {"n_routed_experts": 8, **MOE, **MLA, **INDEX}),
+        ("glm_moe_dsa", {"n_routed_experts": 8, **MOE, **MLA, **INDEX}),
+        ("glm_moe_dsa", {"n_routed_experts": 8, **MOE, **MLA, **INDEX, "indexer_types": ["full", "shared"] * 2}),
+        ("minicpm3", {**MLA, "q_lora_rank": 20, "v_head_dim": None}),
+        ("minimax", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+        ("minimax", {"num_local_experts": 5, "layer_types": [*["linear_attention"] * 3, "full_attention"]}),
+        ("qwen3_next", {**DELTA, **MOE, "num_experts": 6, "shared_expert_intermediate_size": 40}),
+        ("qwen3_5_text", DELTA),
+        ("qwen3_5_moe_text", {**DELTA, **MOE, "num_experts": 6, "shared_expert_intermediate_size": 40}),
+        ("nemotron_h", NEMOTRON),
+        ("nemotron_h", {**NEMOTRON, "use_bias": True, "mlp_bias": True, "use_conv_bias": False}),
+        ("nemotron_h", {**NEMOTRON, "moe_latent_size": 20, "attention_bias": True}),
+        ("granitemoehybrid", {**GRANITE, "num_local_experts": 5}),
+        ("granitemoehybrid", {**GRANITE, "num_local_experts": 0, "mamba_proj_bias": True, "attention_bias": True}),
+        ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "head_dim": 8}),
+        ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "projectors_bias": True, "mlp_bias": True}),
+        (
+            "kimi_linear",
+            {**MOE, **MLA, "num_local_experts": 5, "linear_head_dim": 6, "linear_num_heads": 4, "q_lora_rank": None},
+        ),
+        ("minimax_m3_vl_text", M3),
     ],
 )
 def test_parameters_are_those_that_transformers_makes(kind: str, more: dict[str, Any]) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    routing = {"n_group": 1, "topk_group": 1} if kind.startswith("deepseek") else {}
+    routing = {"n_group": 1, "topk_group": 1} if kind.startswith(("deepseek", "glm_moe")) else {}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **tokens, **routing, **more})
+    asked = {**SMALL, **tokens, **routing, **more}
+    if kind == "nemotron_h":
+        del asked["num_hidden_layers"]  # which follow from the list
+    config = transformers.AutoConfig.for_model(kind, **asked)
     with torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(config)
     assert from_config(config.to_dict(), kind).parameters == sum(each.numel() for each in module.parameters())
@@ -245,11 +319,26 @@ keys = st.sampled_from(
         *("model_type", "head_dim", "num_experts", "n_routed_experts", "num_local_experts", "n_shared_experts"),
         *("q_lora_rank", "first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "mlp_only_layers"),
         *("sliding_window", "use_sliding_window", "sliding_window_pattern", "layer_types", "max_window_layers"),
+        *DELTA,
+        *MAMBA,
+        *NEMOTRON,
+        *M3,
+        *INDEX,
+        *(
+            "hybrid_override_pattern",
+            "attn_type_list",
+            "linear_attn_config",
+            "indexer_types",
+            "full_attention_interval",
+        ),
+        *("moe_layer_freq", "sparse_attention_config", "index_topk_freq", "index_topk_pattern", "linear_head_dim"),
         *("attention_bias", "mlp_bias", "tie_word_embeddings", "text_config", "shared_expert_intermediate_size"),
     ]
 )
 numbers = st.integers(-2, 9) | st.integers() | st.floats()
-words = st.sampled_from(["qwen2", "qwen3_moe", "deepseek_v3", "gemma2", "full_attention", "sliding_attention", ""])
+_WORDS = """minimax qwen3_next qwen3_5_text nemotron_h granitemoehybrid falcon_h1 kimi_linear glm_moe_dsa minicpm3
+minimax_m3_vl linear_attention MEM*- FSSF qwen2 qwen3_moe deepseek_v3 gemma2 full_attention sliding_attention"""
+words = st.sampled_from(["", *_WORDS.split()])
 values = st.recursive(
     st.none() | st.booleans() | numbers | words | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(keys, inner, max_size=3),
@@ -265,8 +354,9 @@ def test_no_config_does_worse_than_to_be_refused(raw: dict[str, Any], usable: bo
         return
     assert shape.layers >= 1
     assert 0 < active_parameters(shape) <= shape.parameters
-    assert 0 < shape.kv_projection_bytes < shape.weights_read(1)
-    assert 0 < shape.kv_projection_flops(1) < shape.dense_flops(1)
+    assert (shape.attentions > 0) <= (0 < shape.kv_projection_bytes < shape.weights_read(1))
+    assert (shape.attentions > 0) <= (0 < shape.kv_projection_flops(1) < shape.dense_flops(1))
+    assert (shape.states > 0) == (shape.state_bytes > 0) == (shape.state_flops > 0)
 
 
 @given(st.sampled_from(sorted(PRESETS)), st.integers(1, 4096), st.integers(1, 200_000))

@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from lamina.simulator.event_loop.holder_counter import HolderCounter
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
-from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Operation, Row
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages import Close, Fork, Open, Operation, Row
 from lamina_protocols.routes import HolderBatch, Route
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import KVStore, PoolExhausted
@@ -21,7 +23,8 @@ class Told:
     """A counter, and what it is told, numbered."""
 
     def __init__(self, pages: int, groups: Groups = PLAIN) -> None:
-        self.counter, self.number = PageCounter(pages, SIZE, groups), 0
+        self.pool, self.number = PageCounter(pages, SIZE, groups), 0
+        self.counter = HolderCounter([self.pool])
 
     def __call__(self, *operations: Operation, rows: tuple[Row, ...] = ()) -> list[int] | None:
         routes = tuple(Route(at, (0,), row, (row.start, row.start + row.count)) for at, row in enumerate(rows))
@@ -36,32 +39,32 @@ def row(handle: int, start: int, count: int) -> Row:
 
 def test_pages_are_taken_as_tokens_come_and_given_back() -> None:
     tell = Told(10)
-    assert tell(Open(1, (0,), 0, FAR), rows=(row(1, 0, 9),)) == [0]
-    assert tell.counter.free == 7
+    assert tell(Open(1, 0, (0,), 0, FAR), rows=(row(1, 0, 9),)) == [0]
+    assert tell.pool.free == 7
     for position in range(9, 12):
         tell(rows=(row(1, position, 1),))
-    assert tell.counter.free == 7
+    assert tell.pool.free == 7
     tell(rows=(row(1, 12, 1),))
-    assert tell.counter.free == 6
+    assert tell.pool.free == 6
     tell(Close(1))
-    assert tell.counter.free == 10
+    assert tell.pool.free == 10
 
 
 def test_what_does_not_fit_is_refused_and_takes_nothing() -> None:
     tell = Told(3)
-    assert tell(Open(1, (0,), 0, FAR), rows=(row(1, 0, 13),)) is None
-    assert tell.counter.free == 3
+    assert tell(Open(1, 0, (0,), 0, FAR), rows=(row(1, 0, 13),)) is None
+    assert tell.pool.free == 3
     tell.number = 0  # the same operation comes again, as after a refusal, and is not applied twice
-    assert tell(Open(1, (0,), 0, FAR), rows=(row(1, 0, 12),)) == [0]
-    assert tell.counter.free == 0
+    assert tell(Open(1, 0, (0,), 0, FAR), rows=(row(1, 0, 12),)) == [0]
+    assert tell.pool.free == 0
 
 
 def test_each_head_and_layer_takes_pages_of_its_own() -> None:
     tell = Told(100, ((2, None), (1, Window(4))))
-    tell(Open(1, (0, 1, 2), 0, FAR), rows=(row(1, 0, 8),))
-    assert tell.counter.free == 100 - 2 * 3 * 3
+    tell(Open(1, 0, (0, 1, 2), 0, FAR), rows=(row(1, 0, 8),))
+    assert tell.pool.free == 100 - 2 * 3 * 3
     assert tell(rows=(row(1, 8, 1),)) == [7]  # the windowed layer let its first page go
-    assert tell.counter.free == 100 - 2 * 3 * 3 - 2 * 3 - 3 + 3
+    assert tell.pool.free == 100 - 2 * 3 * 3 - 2 * 3 - 3 + 3
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -80,7 +83,7 @@ def test_it_answers_as_the_real_store(seed: int, windows: tuple[int | None, ...]
         if choice < 0.2 or not held:
             lo = chance.choice([0, 0, 0, SIZE])
             mine = tuple(sorted(chance.sample(range(heads), chance.randint(1, heads))))
-            operation, held[handle] = Open(handle, mine, lo, FAR), (lo, 0, lo)
+            operation, held[handle] = Open(handle, 0, mine, lo, FAR), (lo, 0, lo)
         elif choice < 0.35:
             parent = chance.choice(list(held))
             length, floor, lo = held[parent]
@@ -105,4 +108,4 @@ def test_it_answers_as_the_real_store(seed: int, windows: tuple[int | None, ...]
             assert tell(rows=rows) == floors
             for each, floor in zip(rows, floors, strict=True):
                 held[each.handle] = (each.start + each.count, floor, held[each.handle][2])
-        assert tell.counter.free == store.free_pages
+        assert tell.pool.free == store.free_pages

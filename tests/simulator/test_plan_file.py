@@ -19,8 +19,8 @@ from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.costs.tables import MAX_BYTES
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.planning import plan_file
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, dumps, engine_keywords, read, write
 
 HERE = Device("here", "cpu", flops=1e11, memory=8e9, bandwidth=2e10, price=0.1)
@@ -31,6 +31,8 @@ SYSTEMS: dict[str, System] = {
     "offloaded": dop(2, 4, lanes=2, policy=KvPolicy("streaming(sink=64, recent=256)", 0.3, 0.4, 4096)),
     "on hosts": dop(2, 3, attention=EPYC, shard="sequence", workers=6),
     "experts": Colocated(model=model("qwen3-30b-a3b"), device=H100),
+    "states": replace(dop(2, 4), model=model("kimi-linear-48b-a3b"), shard="sequence", sequence_tokens=1000),
+    "choices": Colocated(model=model("glm-5"), device=replace(H100, memory=1e12), tensor_parallel=8),
 }
 PREDICTED = Prediction("closed form", 4.0, 800.0, 0.03, 0.5, 0.99, 41.5, 44.24, 15.4)
 TRACE = TraceSummary("azure-conv", 19366, 5.53, 1154.7, 211.1, 1227.0)
@@ -160,11 +162,11 @@ WRONG = [
     ('kind = "offloaded"', 'kind = "colocated"', "system has the key 'model_device'; allowed are device"),
     ('link = "fhbn-400g"', 'link = "none"', "unknown link 'none'; known are fhbn-400g"),
     ('link = "fhbn-400g"\n', "", "system has no link; it is needed"),
-    ("model_count = 2", "model_count = 0", "model_count is 0; allowed is a whole number from 1"),
+    ("model_count = 2", "model_count = 0", "model_count is 0; allowed are whole numbers from 1"),
     ("model_count = 2", "model_count = 2.0", "system.model_count is 2.0; allowed are whole numbers"),
     ("model_count = 2", "model_count = true", "system.model_count is True"),
     ("lanes = 2\npolicy", "lanes = -2\npolicy", "lanes is -2"),
-    ("tpot = 0.03", "tpot = nan", "predicted.tpot is nan; allowed are numbers from 0"),
+    ("tpot = 0.03", "tpot = nan", "predicted.tpot is nan; allowed is a number from 0"),
     ("tpot = 0.03", "tpot = inf", "predicted.tpot is inf"),
     ("tpot = 0.03", "tpot = -1", "predicted.tpot is -1"),
     ("tpot = 0.03\n", "", "predicted has no tpot"),
@@ -200,7 +202,7 @@ def test_what_is_wrong_is_named_with_the_file(tmp_path: Path, old: str, new: str
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no such file"):
         read(tmp_path / "plan.toml")
-    (tmp_path / "large.toml").write_text("#" * (plan_file.MAX_BYTES + 1))
+    (tmp_path / "large.toml").write_text("#" * (MAX_BYTES + 1))
     with pytest.raises(InvalidRequest, match="more than"):
         read(tmp_path / "large.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff")

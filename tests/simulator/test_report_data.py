@@ -8,17 +8,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated_runs import SECONDS, candidates, five, run
+from simulated_runs import SECONDS, five, run
 
-from lamina.errors import InvalidRequest
-from lamina.simulator.reports import data as report_data
 from lamina.simulator.reports.data import (
     COLUMNS,
-    MAX_POINTS,
     best_of,
-    checked_points,
     columns,
-    finite,
     frontier,
     labels,
     log_ticks,
@@ -40,10 +35,6 @@ POINTS = st.lists(st.tuples(st.text(max_size=2), st.integers(0, 9), st.integers(
 )  # fmt: skip
 def test_words(value: float | None, said: str) -> None:
     assert words(value) == said
-
-
-def test_finite() -> None:
-    assert finite([1.0, math.nan, -math.inf]) == [1.0, 0.0, 0.0]
 
 
 @given(st.text(max_size=80), st.integers(8, 50))
@@ -107,7 +98,6 @@ def test_over_time_weighs_by_seconds() -> None:
     assert over_time([*many, last], lambda sample: sample.decode, 2) == ((pytest.approx(0.025), 8.0), (10.0, 7.0))
     assert over_time(many, lambda sample: sample.decode, 2) == ((0.0, 10), (0.1, 2))
     assert over_time([], lambda sample: sample.decode) == ()
-    assert over_time([dataclasses.replace(one, at=math.nan)], lambda sample: sample.decode) == ()
 
 
 @given(POINTS)
@@ -133,10 +123,3 @@ def test_columns_and_the_best() -> None:
             )
         assert column.best or not best
     assert run(saturated_seconds=2.0, saturated_tokens=10).saturated_tokens_per_second == 5.0
-
-
-def test_points_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MAX_POINTS >= 1000
-    monkeypatch.setattr(report_data, "MAX_POINTS", 100)
-    with pytest.raises(InvalidRequest, match="more than 100 points"):
-        checked_points(candidates())

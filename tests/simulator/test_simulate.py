@@ -16,8 +16,9 @@ from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
+from lamina.simulator.event_loop.instance import holders_of
 from lamina.simulator.event_loop.simulate import Slo, simulate
-from lamina.simulator.event_loop.statistics import MOST_SAMPLES, Gaps, Samples, distribution, weighted_distribution
+from lamina.simulator.event_loop.statistics import MOST_SAMPLES, Samples, distribution, weighted_distribution
 from lamina.simulator.traces.arrivals import Arrival, Trace, all_at_once, scaled
 from lamina.simulator.traces.figures import published
 from lamina.simulator.traces.synthetic import synthetic
@@ -144,7 +145,7 @@ def test_equal_memory_holds_as_much_however_heads_divide() -> None:
     for count in (2, 3, 4, 5, 7, 8):
         cut = replace(OFFLOADED, attention_count=count, attention_device=replace(H20, memory=4e9 / count), lanes=1)
         batches[count] = simulate(cut, trace, prefill=False).saturated_batch
-    assert replace(OFFLOADED, attention_count=3).holders == 3
+    assert holders_of(replace(OFFLOADED, attention_count=3)) == 3
     for count, batch in batches.items():
         assert batch == pytest.approx(batches[4], rel=0.1), count
 
@@ -241,10 +242,6 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
     assert (values.mean, values.p50, values.p90, values.p99) == (50.5, 50, 90, 99)
     weighted = weighted_distribution(Counter({1.0: 98, 5.0: 2}))
     assert (weighted.p90, weighted.p99) == (1.0, 5.0)
-    gaps = Gaps()
-    gaps.add(1.0, 98)
-    gaps.add(5.0, 2)
-    assert gaps.distribution() == weighted
 
 
 def test_samples_stay_few_and_even() -> None:

@@ -88,12 +88,12 @@ def test_panel(line: list[tuple[float, float]], seconds: float, high: float, per
 @given(st.lists(st.tuples(NAMES, SIZES, SIZES, st.booleans()), max_size=20), NAMES)
 @settings(max_examples=60)
 def test_scatter(points: list[tuple[str, float, float, bool]], chosen: str) -> None:
-    parsed(scatter(points, chosen, chosen, chosen, chosen))
+    parsed(scatter(points, chosen, chosen))
 
 
 def test_scatter_names_the_chosen() -> None:
     chosen = str(plan()["chosen"])
-    root = parsed(scatter(candidates(), chosen, "x", "y", "about"))
+    root = parsed(scatter(candidates(), chosen, "about"))
     assert texts(root).count(chosen) == 1
     crosses = [element for element in root.iter("path") if "l5 5m0 -5" in element.get("d", "")]
     assert len(crosses) == sum(not point[3] for point in candidates())

@@ -203,8 +203,3 @@ def test_times_are_refused_when_they_are_out_of_bounds(change: dict[str, float],
 def test_counts_are_refused_when_they_are_out_of_bounds(change: dict[str, int], said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):
         step_timeline(LayerTimes(1e-3, 1e-3, 0, 0, 0), **({"layers": 2, "lanes": 2, "overlap": True} | change))
-
-
-def test_a_trace_of_fewer_lanes_than_there_are() -> None:
-    with pytest.raises(InvalidRequest, match="lane 1; allowed are 0 to 0"):
-        chrome_trace(step_timeline(LayerTimes(1e-3, 1e-3, 0, 0, 0), 2, 2, True), 1)

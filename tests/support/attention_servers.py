@@ -13,17 +13,8 @@ from typing import Any
 
 import torch
 
-from lamina_protocols.messages import (
-    Announced,
-    Announcement,
-    Attended,
-    Exchange,
-    Fresh,
-    HolderConfig,
-    LayerSpec,
-    Open,
-    Row,
-)
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages import Announced, Announcement, Attended, Exchange, Fresh, Open, Row
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
@@ -100,10 +91,10 @@ def until(condition, seconds: float = 5.0) -> None:
 def one_batch(port: RemoteAttention) -> None:
     """Store three tokens, attend them, and compare with attention by its definition."""
     k, v, q = torch.randn(3, 2, 16), torch.randn(3, 2, 32), torch.randn(1, 2, 3, 16)
-    port.send(Announcement(1, 1, 0, (Open(1, (0, 1), 0, 100),), (Row(1, 0, 3, None, True),)))
+    port.send(Announcement(1, 1, 0, (Open(1, 0, (0, 1), 0, 100),), (Row(1, 0, 3, None, True),)))
     announced = port.receive(10)
     assert isinstance(announced, Announced)
-    assert (announced.accepted, announced.free_pages) == (True, PAGES - 4)
+    assert (announced.accepted, announced.free_pages) == (True, (PAGES - 4,))
     for layer in range(len(LAYERS)):
         port.send(Fresh(1, 1, layer, k.view(-1, 16), v.view(-1, 32)))
     port.send(Announcement(1, 2, 1, (), (Row(1, 3, 1, (0, 3), True),)))

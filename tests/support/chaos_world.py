@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from engine_rig import HERE, holder_config
+from engine_rig import LOCAL, holder_config
+from kv_pools import pool_of
 
 from lamina.engine.engine import Engine
 from lamina.engine.in_flight import Lane
@@ -22,12 +23,11 @@ from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.lane_tuner import LaneTuner
-from lamina.scheduling.local_share import LocalShare
-from lamina.scheduling.order_tuner import OrderTuner
 from lamina.scheduling.placement import Placement
+from lamina.scheduling.refusals import TRIES
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
+from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, Message, Reply, Request, answered
@@ -47,13 +47,14 @@ class StuckError(Exception):
 
 @dataclass
 class Setup:
-    """What is built before anything goes wrong. `pages` are those of each holder, `prefill_pool` those of the local one
-    (0: there is none). `lazy` holders handle a message when its reply is asked for; `as_bytes` lets only bytes cross
-    the cut. After the last holder a new one joins, unless there is to be `despair`."""
+    """What is built before anything goes wrong. `pages` are those of each holder, `local_pool` those of the local one
+    (0: there is none), which keeps whole sequences where there is a `local_tier`. `lazy` holders handle a message when
+    its reply is asked for; `as_bytes` lets only bytes cross the cut. After the last holder a new one joins, unless
+    there is to be `despair`."""
 
     shard: str | None
     weights: tuple[int, ...]
-    prefill_pool: int
+    local_pool: int
     pages: int
     max_batch_tokens: int
     prefix_cache: bool
@@ -63,7 +64,7 @@ class Setup:
     as_bytes: bool
     despair: bool
     wait: float = 0.02
-    local_pool: int = 0  # pages of the holder beside the model that keeps whole sequences
+    local_tier: bool = False
 
 
 class BreakingWorker:
@@ -201,11 +202,13 @@ class SteppedEngine(Engine):
         super().__init__(*args, **options)
         self.faults: list[HolderFault] = []
         self.losses = 0
+        self.given_up: list[int] = []  # holders that still answered
         failed, left = self._failures.failed, self._deadline.left
 
         def noted(lane: Lane, fault: HolderFault) -> None:
             if isinstance(fault, HolderLost | RankLost):
                 self.losses += 1
+                self.given_up += list(getattr(fault, "holders", ()))
             else:
                 self.faults.append(fault)
             failed(lane, fault)
@@ -227,7 +230,7 @@ class SteppedEngine(Engine):
 
     def _at_rest(self) -> bool:
         """Whether nothing goes on by itself; with nobody to keep KV requests wait for somebody to join."""
-        waits = self._control.has_work
+        waits = self._control.has_work or self._drains.under_way
         return not self._in_flight and (self._holders.empty or not waits)
 
 
@@ -281,30 +284,24 @@ class World:
         )
         holders, self.ports = {}, dict[int, Port]()
         for number, weight in enumerate(setup.weights, 1):
-            holders[number] = Holder(setup.pages, weight, fused=setup.shard is None)
+            holders[number] = Holder((setup.pages,), weight, fused=setup.shard is None)
             self.ports[number] = Port(self, number, AttentionWorker(self.config))
             holders[number].name = self.ports[number].name
         ports: dict[int, Any] = dict(self.ports)
-        self.local = AttentionWorker(holder_config(self.decoder, setup.prefill_pool or 9, PAGE_SIZE))
-        if setup.prefill_pool:
-            holders[0], ports[0] = Holder(setup.prefill_pool, fused=True), LocalAttention(self.local)
-        self.here = AttentionWorker(holder_config(self.decoder, setup.local_pool or 9, PAGE_SIZE))
+        self.local = AttentionWorker(holder_config(self.decoder, setup.local_pool or 9, PAGE_SIZE))
         if setup.local_pool:
-            holders[HERE], ports[HERE] = Holder(setup.local_pool, fused=True), LocalAttention(self.here, "here")
+            holders[LOCAL], ports[LOCAL] = Holder((setup.local_pool,), fused=True), LocalAttention(self.local)
         self.placement = Placement(
             holders,
-            heads=(self.decoder.config.num_key_value_heads,),
+            heads=((self.decoder.config.num_key_value_heads,),),
             page_size=PAGE_SIZE,
             max_model_len=512,
-            layers=self.decoder.config.num_hidden_layers,
             shard=setup.shard or "heads",
-            prefill_pools=(0,) if setup.prefill_pool else (),
-            local_pools=(HERE,) if setup.local_pool else (),
+            local_pools=(LOCAL,) if setup.local_pool else (),
+            local_tier=setup.local_tier,
         )
-        self.share = LocalShare(0.5)
-        control = ControlPlane(
-            limits, self.placement, LaneTuner(setup.lanes), self.share, OrderTuner(fused=not setup.query_first)
-        )
+        self.tuner = StepTuner((setup.lanes,), 0.5, (not setup.query_first,))
+        control = ControlPlane(limits, self.placement, self.tuner)
         self.scheduler = control.scheduler
         self.engine = SteppedEngine(
             ModelWorker(self.decoder, self.config, ports),
@@ -335,7 +332,7 @@ class World:
         number = max(self.ports) + 1
         with torch.inference_mode(False):  # it is elsewhere, whatever goes on here
             port = self.ports[number] = Port(self, number, AttentionWorker(self.config))
-        self.engine.join(port, Holder(self.setup.pages, weight))
+        self.engine.join(port, Holder((self.setup.pages,), weight))
 
     def gone(self) -> None:
         """One holder fewer."""
@@ -363,11 +360,13 @@ class World:
             port.settle()
         cached = self.scheduler.running.prefix_cache.evictable
         for number, port in self.ports.items():
-            store = port.broken.worker.store
-            if not port.dead and not port.let_go and store.free_pages + cached.get(number, 0) > store.n_pages:
+            store = pool_of(port.broken.worker).store
+            if not port.dead and not port.let_go and store.free_pages + cached.get((number, 0), 0) != store.n_pages:
                 self.complain(
-                    f"{port.name}: {store.free_pages} free, {cached.get(number, 0)} cached of {store.n_pages}"
+                    f"{port.name}: {store.free_pages} free, {cached.get((number, 0), 0)} cached of {store.n_pages}"
                 )
+        if self.engine.given_up and self.lost_messages < TRIES:
+            self.complain(f"honest holders {self.engine.given_up} were given up")
         self.scheduler.running.prefix_cache.clear()
         self.engine.leave("nobody")  # wakes it
         self.engine.drive(lambda: False, self._after_step)
@@ -391,7 +390,7 @@ class World:
         if self.rng.random() < 0.1:
             self.scheduler.check_integrity()
             for port in self.alive():
-                port.broken.worker.store.check_integrity()
+                pool_of(port.broken.worker).store.check_integrity()
 
     def _clock(self) -> float:
         self._now += 0.001

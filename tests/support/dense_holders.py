@@ -8,19 +8,8 @@ from typing import Any
 
 import torch
 
-from lamina_protocols.messages import (
-    Announced,
-    Announcement,
-    Attended,
-    Exchange,
-    Fresh,
-    HolderConfig,
-    LayerSpec,
-    Query,
-    Reply,
-    Request,
-    Row,
-)
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages import Announced, Announcement, Attended, Exchange, Fresh, Query, Reply, Request, Row
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
 
@@ -35,15 +24,17 @@ BOTH = tuple(range(KV_HEADS))
 class Model:
     """Sequences of random vectors: `spans` of them are the batch, the tokens before are in the past.
 
-    q `[layers, T, heads, D]`, k and v `[layers, tokens, kv_heads, D]` of each sequence, the past included.
+    q `[layers, T, heads, D]`, k and v `[layers, tokens, kv_heads, D]` of each sequence, the past included; with
+    `sinks`, each layer and head has an attention sink.
     """
 
-    def __init__(self, spans: Sequence[Span], seed: int = 1) -> None:
+    def __init__(self, spans: Sequence[Span], seed: int = 1, sinks: bool = False) -> None:
         draw = torch.Generator().manual_seed(seed)
         self.spans = list(spans)
         self.q = torch.randn(LAYERS, sum(span.count for span in spans), HEADS, D, generator=draw)
         lengths = [span.start + span.count for span in spans]
         self.k, self.v = ([torch.randn(LAYERS, n, KV_HEADS, D, generator=draw) for n in lengths] for _ in range(2))
+        self.sinks = torch.randn(LAYERS, HEADS, generator=draw) * 2 + 2 if sinks else None
 
     def forward(
         self, query_first: bool = False
@@ -57,7 +48,7 @@ class Model:
                 torch.cat([x[layer, span.start :] for x, span in zip(of, self.spans, strict=True)])
                 for of in (self.k, self.v)
             )
-            answer = yield KeyValueReady(layer, k, v)
+            answer = yield KeyValueReady(layer, k, v, sinks=None if self.sinks is None else self.sinks[layer])
             assert answer is not None
             attended.append(answer.clone())  # it may be written over by the next layer's
         return torch.stack(attended)
@@ -67,25 +58,35 @@ class Model:
         first, parts = 0, []
         for source, span in enumerate(self.spans):
             q = self.q[:, first : first + span.count]
-            out = [
-                attend(q[layer], self.k[source][layer], self.v[source][layer], span.start, (0, span.start + span.count))
-                for layer in range(LAYERS)
-            ]
-            parts.append(torch.stack([o for o, _ in out]))
+            out = []
+            for layer in range(LAYERS):
+                k, v, read = self.k[source][layer], self.v[source][layer], (0, span.start + span.count)
+                sinks = None if self.sinks is None else self.sinks[layer]
+                out.append(attend(q[layer], k, v, span.start, read, sinks)[0])
+            parts.append(torch.stack(out))
             first += span.count
         return torch.cat(parts, 1).flatten(2)
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, read: tuple[int, int]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: int,
+    read: tuple[int, int],
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of q `[n, heads, D]` at positions from `start` on over keys [lo, hi): out and lse."""
+    """Causal attention of q `[n, heads, D]` at positions from `start` on over keys [lo, hi), and `sinks` `[heads]`
+    beside them: out and lse."""
     keys = torch.arange(*read)
     seen = keys <= start + torch.arange(len(q))[:, None]
     group = q.shape[1] // k.shape[1]
     logits = torch.einsum("nhd,khd->nhk", q, k[keys].repeat_interleave(group, 1)) * SCALE
     logits = logits.masked_fill(~seen[:, None], -torch.inf)
-    out = torch.einsum("nhk,khd->nhd", logits.softmax(-1), v[keys].repeat_interleave(group, 1))
+    if sinks is not None:
+        logits = torch.cat((logits, sinks[None, :, None].expand(len(q), -1, 1)), -1)
+    weights = logits.softmax(-1)[:, :, : len(keys)]
+    out = torch.einsum("nhk,khd->nhd", weights, v[keys].repeat_interleave(group, 1))
     return out, logits.logsumexp(-1)
 
 
@@ -115,7 +116,8 @@ class Holder:
     def send(self, request: Request) -> None:
         self.sent.append(request)
         if isinstance(request, Announcement):
-            self.replies.append(self.bend(Announced(request.epoch, request.batch, True, 10, (0,) * len(request.rows))))
+            floors = (0,) * len(request.rows)
+            self.replies.append(self.bend(Announced(request.epoch, request.batch, True, (10,), floors)))
         fused = any(route.row.fused for route in self.routes)
         if isinstance(request, Fresh) or (isinstance(request, Exchange) and fused):
             self._store(request)

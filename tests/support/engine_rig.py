@@ -15,28 +15,30 @@ import torch
 if TYPE_CHECKING:
     from lamina.text.structured_output import Grammars
 
+from kv_pools import pool_of
+
 from lamina.engine.engine import Engine
 from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.lane_tuner import LaneTuner
-from lamina.scheduling.local_share import LocalShare
-from lamina.scheduling.order_tuner import OrderTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
+from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.messages import Fault, HolderConfig, Message, Reply, Request, answered
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Fault, Message, Reply, Request, answered
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.head_policies import HeadPolicies
-from lamina_workers.attention_worker.page_layout import page_layout
+from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.decoder_weights import tensor_shapes
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.stacked_experts import published_shapes
+from lamina_workers.decoder.weight_names import tensor_shapes
 from lamina_workers.errors import HolderLost
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.ports.port import AttentionPort, LocalAttention
@@ -68,7 +70,7 @@ class Tensors:
         generator = torch.Generator().manual_seed(seed)
         self._tensors = {
             name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.3
-            for name, shape in tensor_shapes(config).items()
+            for name, shape in published_shapes(config, tensor_shapes(config)).items()
         }
 
     def names(self) -> Iterable[str]:
@@ -94,7 +96,7 @@ def holder_config(decoder: Decoder, pages: int = 2000, page_size: int = 16) -> H
     """What a holder of that decoder's KV is built from, with room for `pages`."""
     layers = decoder.config.layer_specs()
     config = HolderConfig(layers, page_size, "float32", 1)
-    return HolderConfig(layers, page_size, "float32", pages * page_layout(config).page_bytes)
+    return HolderConfig(layers, page_size, "float32", pages * page_cost(config))
 
 
 class BytesPort:
@@ -146,16 +148,16 @@ def _frame(message: Message) -> bytearray:
     return bytearray(b"".join(codec.encode(message)))
 
 
-HERE = 100  # the number of the holder that keeps whole sequences beside the model
+LOCAL = 0  # the number of the pool beside the model
 
 
 class Rig:
     """An engine around a tiny decoder: answers prompts with token ids.
 
     `shard=None` is one holder that fuses, as in one process. Otherwise there are holders without fusing, one for each
-    number in `weights`, and where `prefill_pool` gives pages a local one (number 0) for prompts. `local_pool` gives
-    pages to one beside the model that keeps whole sequences. Without `fuses` q goes first in decode, to ports that are
-    not in this process.
+    number in `weights`, and where `local_pool` gives pages a local one for copies of prompts, and with a `local_tier`
+    for whole sequences. Without `fuses` q goes first in decode, to ports that are not in this
+    process.
     """
 
     def __init__(
@@ -164,15 +166,15 @@ class Rig:
         *,
         shard: str | None = None,
         weights: Sequence[int] = (1,),
-        prefill_pool: int = 0,
         local_pool: int = 0,
-        local_share: LocalShare | None = None,
+        local_tier: bool = False,
+        tuner: StepTuner | None = None,
         pages: int = 2000,
         page_size: int = 16,
         max_batch_tokens: int = 512,
         prefix_cache: bool = False,
         max_model_len: int = 2048,
-        lanes: int | LaneTuner = 1,
+        lanes: int = 1,
         wait: float = 60.0,
         fuses: bool = True,
         grammars: Grammars | None = None,
@@ -190,7 +192,7 @@ class Rig:
             prefix_cache=prefix_cache,
         )
         holders = {
-            number: Holder(pages, weight, fused=shard is None, name=f"worker-{number}")
+            number: Holder((pages,), weight, fused=shard is None, name=f"worker-{number}")
             for number, weight in enumerate(weights, 1)
         }
         where = torch.device(
@@ -199,26 +201,21 @@ class Rig:
         self.workers = {number: attention_worker(self.holder, device=where) for number in holders}
         self.ports = {number: port(worker) for number, worker in self.workers.items()}
         ports = dict(self.ports)
-        if prefill_pool:
-            holders[0] = Holder(prefill_pool, fused=True)
-            self.workers[0] = attention_worker(holder_config(decoder, prefill_pool, page_size), device=where)
-            ports[0] = LocalAttention(self.workers[0])
         if local_pool:
-            holders[HERE] = Holder(local_pool, fused=True)
-            self.workers[HERE] = attention_worker(holder_config(decoder, local_pool, page_size), device=where)
-            ports[HERE] = LocalAttention(self.workers[HERE], "here")
+            holders[LOCAL] = Holder((local_pool,), fused=True)
+            self.workers[LOCAL] = attention_worker(holder_config(decoder, local_pool, page_size), device=where)
+            ports[LOCAL] = LocalAttention(self.workers[LOCAL])
         self.placement = Placement(
             holders,
-            heads=(decoder.config.num_key_value_heads,),
+            heads=((decoder.config.num_key_value_heads,),),
             page_size=page_size,
             max_model_len=max_model_len,
-            layers=decoder.config.num_hidden_layers,
             shard=shard or "heads",
-            prefill_pools=(0,) if prefill_pool else (),
-            local_pools=(HERE,) if local_pool else (),
+            local_pools=(LOCAL,) if local_pool else (),
+            local_tier=local_tier,
         )
-        tuner = lanes if isinstance(lanes, LaneTuner) else LaneTuner(lanes)
-        control = ControlPlane(limits, self.placement, tuner, local_share, OrderTuner(fused=fuses))
+        tuner = tuner or StepTuner((lanes,), None if local_tier else 0.0, (fuses,))
+        control = ControlPlane(limits, self.placement, tuner)
         self.scheduler = control.scheduler
         worker = around(ModelWorker(decoder, self.holder, ports), self.ports)
         self.engine = Engine(
@@ -265,7 +262,7 @@ class Rig:
         self._thread.join()
         self.scheduler.check_integrity()
         for worker in self.workers.values():
-            worker.store.check_integrity()
+            pool_of(worker).store.check_integrity()
 
 
 def collect(inbox: Any, n: int = 1) -> list[list[int]]:

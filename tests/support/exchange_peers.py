@@ -20,7 +20,8 @@ from transports import pair
 
 from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel, ChannelClosed
-from lamina_protocols.messages import PROTOCOL_VERSION, HolderConfig, Reply
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import PROTOCOL_VERSION, Reply
 from lamina_protocols.socket_channel import SocketChannel
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import EngineSeat, Session

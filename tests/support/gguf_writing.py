@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 SIZES = {
     "vocab_size": 300,
@@ -35,6 +35,7 @@ FAMILIES = {
     "mistral": MistralConfig(**SIZES, sliding_window=32),
     "qwen2": Qwen2Config(**{name: size for name, size in SIZES.items() if name != "head_dim"}, rope_theta=1e6),
     "qwen3": Qwen3Config(**SIZES, rope_theta=1e6),
+    "gemma3": Gemma3TextConfig(**SIZES | {"num_hidden_layers": 7}, sliding_window=32, query_pre_attn_scalar=8),
 }
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -49,15 +50,20 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA3_PARTS = PARTS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in WHOLE:
         return f"{WHOLE[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{PARTS[part]}.{kind}"
+    return f"blk.{layer}.{(GEMMA3_PARTS if arch == 'gemma3' else PARTS)[part]}.{kind}"
 
 
 def permuted(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -67,7 +73,8 @@ def permuted(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
 
 def write_gguf(path: Path, config: Any, weights: dict[str, torch.Tensor], **extra: Any) -> Path:
     """A GGUF of a Hugging Face model, written by the reference library in the way of llama.cpp's converter."""
-    arch = "llama" if config.model_type in ("llama", "mistral") else config.model_type
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
@@ -77,16 +84,16 @@ def write_gguf(path: Path, config: Any, weights: dict[str, torch.Tensor], **extr
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"])
     if arch == "llama":
         writer.add_rope_dimension_count(config.head_dim)
     else:
         writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "gemma3_text"):
         writer.add_sliding_window(config.sliding_window)
-    if config.rope_parameters["rope_type"] == "llama3":
+    if rope["rope_type"] == "llama3":
         half = config.head_dim // 2
-        wavelength = 2 * np.pi * config.rope_parameters["rope_theta"] ** (np.arange(half) / half)
+        wavelength = 2 * np.pi * rope["rope_theta"] ** (np.arange(half) / half)
         smooth = np.clip((8192 / wavelength - 1) / 3, 0, 1)
         writer.add_tensor("rope_freqs.weight", (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32))
     for key, value in extra.items():
@@ -98,7 +105,9 @@ def write_gguf(path: Path, config: Any, weights: dict[str, torch.Tensor], **extr
         for part, count in heads.items():
             if arch == "llama" and part in name:
                 values = permuted(values, count)
-        writer.add_tensor(gguf_name(name), np.ascontiguousarray(values))
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1  # as llama.cpp's converter does
+        writer.add_tensor(gguf_name(name, arch), np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -128,6 +137,8 @@ def tiny(family: str) -> Any:
     model = AutoModelForCausalLM.from_config(FAMILIES[family])
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.05
+        if parameter.dim() == 1:
+            parameter.data = (parameter.data * 256).round() / 256  # 1 + weight is exact then
     return model.eval()
 
 

@@ -36,7 +36,7 @@ class HttpProcess:
                 pass_fds=(listener.fileno(),),
                 preexec_fn=None if files is None else lambda: resource.setrlimit(resource.RLIMIT_NOFILE, files),
             )  # fmt: skip
-            settings = asdict(ServerSettings(model="tiny", api_keys=(KEY,))) | {"api_keys": [KEY]}
+            settings = asdict(ServerSettings(model="tiny", api_keys=(KEY,), max_body=16 << 20)) | {"api_keys": [KEY]}
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             self._process.stdin.write(line("http", settings, listener.fileno(), "00" * 32) + "\n")

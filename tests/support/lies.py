@@ -13,6 +13,7 @@ import torch
 from lamina_protocols import codec, layer_frames
 from lamina_protocols.control import FAREWELL
 from lamina_protocols.errors import LaminaError
+from lamina_protocols.fields import Record
 from lamina_protocols.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix
 from lamina_protocols.messages import Fault
 
@@ -72,7 +73,7 @@ def lies_about(frame: bytes) -> Iterator[tuple[str, bytes]]:
         yield from _about_a_layer(frame)
         return
     header, payload = frame[PREFIX_SIZE : PREFIX_SIZE + prefix.header], frame[PREFIX_SIZE + prefix.header :]
-    names = list(codec._LAYOUTS[prefix.tag].fields)
+    names = list(Record.of(codec._MESSAGES[prefix.tag]).fields)
     for name, values in variants(msgpack.unpackb(header)):
         packed = msgpack.packb(values)
         at, _, rest = name.partition("=") if "=" in name.split(".")[0] else name.partition(".")
@@ -82,17 +83,19 @@ def lies_about(frame: bytes) -> Iterator[tuple[str, bytes]]:
 
 def _about_a_layer(frame: bytes) -> Iterator[tuple[str, bytes]]:
     """A layer's frame with another number in its header, whether or not the rest fits, or with other tensors."""
-    fields = ("epoch", "batch", "queries", "fresh", "d_k", "d_v", "dtype", "kv_dtype", "layer", "seconds")
+    fields = ("epoch", "batch", "queries", "fresh", "d_k", "d_v", "dtype", "kv_dtype", "d_q", "layer", "seconds")
     values = layer_frames._HEADER.unpack_from(frame, PREFIX_SIZE)
     for at, field in enumerate(fields):
         for lie in (*SHAPES, -1, (1 << 62) - 1, float("nan"), float("inf"), 3e38, -1.0):
+            if lie == values[at]:  # no lie; with other numbers behind it one that nobody can see
+                continue
             changed = [*values[:at], lie, *values[at + 1 :]]
             try:
                 header = layer_frames._HEADER.pack(*changed)
             except (struct.error, OverflowError):
                 continue
             yield f"{field}={lie}", frame[:PREFIX_SIZE] + header + frame[layer_frames.HEAD_SIZE :]
-            if isinstance(lie, int) and at in range(2, 8):
+            if isinstance(lie, int) and at in range(2, 9):
                 whole = _refitted(frame, changed)
                 if whole is not None:
                     yield f"{field}={lie}, and the frame fits", whole
@@ -107,11 +110,11 @@ def _about_a_layer(frame: bytes) -> Iterator[tuple[str, bytes]]:
 def _refitted(frame: bytes, values: list[Any]) -> bytes | None:
     """A frame of that header, with as much payload as it claims; None above a megabyte."""
     tag = read_prefix(frame).tag
-    epoch, batch, queries, fresh, d_k, d_v, dtype, kv_dtype, layer, seconds = values
+    epoch, batch, queries, fresh, d_k, d_v, dtype, kv_dtype, d_q, layer, seconds = values
     if not (0 <= dtype < len(layer_frames._CODES) and 0 <= kv_dtype < len(layer_frames._CODES)):
         return None
     codes = layer_frames._CODES[dtype], layer_frames._CODES[kv_dtype]
-    made = layer_frames.LayerFrame(tag, epoch, batch, queries, fresh, d_k, d_v, *codes)
+    made = layer_frames.LayerFrame(tag, epoch, batch, queries, fresh, d_q, d_k, d_v, *codes)
     try:
         if made.size > 1 << 20:
             return None

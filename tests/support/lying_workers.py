@@ -8,7 +8,7 @@ from typing import Any
 
 from lamina_protocols import control
 from lamina_protocols.channels import Channel
-from lamina_protocols.messages import HolderConfig
+from lamina_protocols.layers import HolderConfig
 from lamina_protocols.service import GrpcChannel
 from lamina_protocols.socket_channel import SocketChannel
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig

@@ -143,12 +143,13 @@ def build(
     keys = []
     for row, n in zip(own, heads.tolist(), strict=True):
         k = torch.randn(n, row.held, layout.d_k, generator=generator)
-        keys.append((k, torch.randn(n, row.held, layout.d_v, generator=generator)))
+        front = k[..., : layout.d_v]
+        keys.append((k, front if layout.latent else torch.randn(n, row.held, layout.d_v, generator=generator)))
     slots = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(p.reshape(-1) for p in places)]))
     plan = kernels.plan_append(pages, torch.stack([torch.zeros_like(slots), slots]).to(device))
-    stored = [torch.empty(0, layout.d_k)], [torch.empty(0, layout.d_v)]
-    for row, pair in zip(own, keys, strict=True):
-        for x, into in zip(pair, stored, strict=True):
+    stored = [torch.empty(0, layout.d_k)], [torch.empty(0, layout.own_v)]
+    for row, (k, v) in zip(own, keys, strict=True):
+        for x, into in zip((k, v[..., : layout.own_v]), stored, strict=True):
             into.append(x[:, torch.from_numpy(row.seen)].flatten(0, 1))
     kernels.append(pages, plan, 1, *(torch.cat(x).to(device) for x in stored))
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages import (
     Announced,
     Announcement,
@@ -19,8 +20,6 @@ from lamina_protocols.messages import (
     Close,
     Fork,
     Fresh,
-    HolderConfig,
-    LayerSpec,
     Open,
     Operation,
     Query,
@@ -86,7 +85,7 @@ class Bench:
 
     def open(self, lo: int = 0) -> int:
         """A new sequence, or the part of one from position `lo` on."""
-        handle = self._new(lambda handle: Open(handle, tuple(range(KV_HEADS)), lo, 1 << 20), None, 0)
+        handle = self._new(lambda handle: Open(handle, 0, tuple(range(KV_HEADS)), lo, 1 << 20), None, 0)
         self._lo[handle] = lo
         self.k[handle], self.v[handle] = torch.zeros(2, LAYERS, lo, KV_HEADS, D)  # are elsewhere
         return handle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -10,14 +11,14 @@ from scheduler_world import next_token
 
 from lamina.scheduling.control_plane import ControlPlane, Rebuilt, Step, refusal
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.lane_tuner import LaneTuner
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Outcome, PageGroup, Request, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages import Announced, Close, Fork, Open, Row
 from lamina_protocols.routes import HolderBatch
 
 PAGE, LAYERS, END = 4, 2, 64
-PREFILL, LOCAL = 10, 20  # the numbers of the pools in the model worker's process
+LOCAL = 10  # the number of the pool in the model worker's process
 
 
 @dataclass
@@ -60,11 +61,11 @@ class Pool:
         refused, self.refuses = self.free < 0 or self.refuses, False
         if refused:
             self.free, self.parts, self.applied = before
-        return Announced(0, 0, not refused, self.free, (0,) * len(batch.rows), "no room" if refused else "")
+        return Announced(0, 0, not refused, (self.free,), (0,) * len(batch.rows), "no room" if refused else "")
 
     def _apply(self, operation: object) -> None:
         match operation:
-            case Open(handle, heads, lo, hi):
+            case Open(handle, _, heads, lo, hi):
                 assert handle not in self.parts
                 self.parts[handle] = Part(heads, lo, hi, [])
             case Fork(handle, parent, length):
@@ -108,32 +109,33 @@ class Pool:
 class World:
     """An engine without tensors: it plans, has the pools answer, and computes.
 
-    Pools 1, 2, ... keep sequences. `prefill` and `local` give pages to the pools beside the model.
+    Pools 1, 2, ... keep sequences. `local` gives pages to the pool beside the model, which keeps sequences too
+    where it is a `tier`.
     """
 
     def __init__(
         self,
         pages: tuple[int, ...] = (400,),
         *,
-        prefill: int = 0,
         local: int = 0,
+        tier: bool = False,
         shard: str = "heads",
         lanes: int = 1,
         batch: int = 16,
         prefix_cache: bool = False,
     ) -> None:
-        sizes = dict(enumerate(pages, 1)) | ({PREFILL: prefill} if prefill else {}) | ({LOCAL: local} if local else {})
+        sizes = dict(enumerate(pages, 1)) | ({LOCAL: local} if local else {})
         self.pools = {number: Pool(size) for number, size in sizes.items()}
-        beside = (PREFILL, LOCAL)
-        holders = {number: Holder(size, fused=number in beside) for number, size in sizes.items()}
+        holders = {number: Holder((size,), fused=number == LOCAL) for number, size in sizes.items()}
         placement = Placement(
-            holders, heads=(4,), page_size=PAGE, max_model_len=END, layers=LAYERS, shard=shard,
-            prefill_pools=(PREFILL,) if prefill else (), local_pools=(LOCAL,) if local else (),
+            holders, heads=((4,),), page_size=PAGE, max_model_len=END, shard=shard,
+            local_pools=(LOCAL,) if local else (), local_tier=tier,
         )  # fmt: skip
-        config = SchedulerConfig(batch, 8, END, PAGE, (PageGroup(LAYERS),), prefix_cache)
-        self.control = ControlPlane(config, placement, LaneTuner(lanes))
+        config = SchedulerConfig(batch, 8, END, PAGE, ((PageGroup(LAYERS),),), prefix_cache)
+        self.control = ControlPlane(config, placement, StepTuner((lanes,)))
         self.samples: list[ScheduledSequence] = []
         self.in_flight: list[Step] = []
+        self.given_up: list[int] = []
         self.said = dict(sizes)  # pages that each pool has left, as it said last
         self.plans: list[list[tuple[str, int, int]]] = []  # request, start and count of each row, by accepted step
 
@@ -151,7 +153,10 @@ class World:
         if step is None:
             return False
         answers = self.announce(step)
-        self.said |= {number: answer.free_pages for number, answer in answers.items()}
+        if guilty := self.control.at_fault(step, answers):
+            self.give_up(step, guilty)  # the other answers are not read
+            return True
+        self.said |= {number: answer.free_pages[0] for number, answer in answers.items()}
         if refusal(answers) is not None:
             self.control.refused(step, answers)
             return True
@@ -160,6 +165,16 @@ class World:
         if step.rows:
             self.in_flight.append(step)
         return True
+
+    def give_up(self, step: Step, guilty: Iterable[int]) -> None:
+        """These pools have contradicted the books too often."""
+        for each in (*self.in_flight, step):
+            self.control.dropped(each)
+        self.in_flight.clear()
+        for number in guilty:
+            self.given_up.append(number)
+            if number != LOCAL:
+                self.lose(number)
 
     def finish(self, at: int = 0) -> list[Outcome]:
         """Compute a step that was accepted: every row reads what its tokens need, and stores its own."""
@@ -217,9 +232,7 @@ class World:
         """What the control plane believes of pages is what the pools said."""
         control = self.control
         control.scheduler.check_integrity()
-        beside = {number: pages for number, pages in self.said.items() if number == PREFILL}
-        assert control.scheduler.ledger.free == {n: pages for n, pages in self.said.items() if pages and n != PREFILL}
-        assert control.prefill_free.items() <= beside.items()
+        assert all(control.scheduler.ledger.free.get((number, 0), 0) == pages for number, pages in self.said.items())
 
     def check_end(self) -> None:
         """Every sample has the tokens that the model gives it alone, and no page is kept."""
@@ -232,9 +245,8 @@ class World:
             assert sequence.tokens == tokens
         cached = self.control.scheduler.running.prefix_cache.evictable
         for number, pool in self.pools.items():
-            # Prefixes that share a page with each other and not with their parent count it as nobody's: too few, never
-            # too many.
-            assert pool.free + cached.get(number, 0) <= pool.total, f"pool {number}: {pool.free} free of {pool.total}"
+            kept = cached.get((number, 0), 0)
+            assert pool.free + kept == pool.total, f"pool {number}: {pool.free} free of {pool.total}"
         self.control.scheduler.running.prefix_cache.clear()
         self.run()
         assert all(pool.free == pool.total and not pool.parts for pool in self.pools.values())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_rig import TINY, Tensors
+from kv_pools import pool_of
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
@@ -83,9 +84,10 @@ def worker_process(*flags: str, credentials: Credentials | None = None) -> Itera
 
 
 def cpu_seconds(process: int) -> float:
-    """CPU time that a process has used so far."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU time that the threads of a process have used so far, in nanoseconds' steps: `stat` counts by ticks of 10 ms,
+    and misses short work between two of them."""
+    spent = (path.read_text().split()[0] for path in Path(f"/proc/{process}/task").glob("*/schedstat"))
+    return sum(map(int, spent)) / 1e9
 
 
 def ports(llm: LLM) -> list[RemoteAttention]:
@@ -98,7 +100,7 @@ def local_store(llm: LLM) -> KVStore:
     """The pages in the engine's own process."""
     replies = llm._runtime.engine._worker._replies.values()
     (port,) = [reply.port for reply in replies if isinstance(reply.port, LocalAttention)]
-    return port._worker.store
+    return pool_of(port._worker).store
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lamina.scheduling import kv_shares
 from lamina.scheduling.kv_shares import Layout, Pages, Share
 from lamina.scheduling.request import (
-    CloseSequence,
-    ForkSequence,
-    OpenSequence,
     PageGroup,
     Plan,
     PlannedRow,
@@ -42,11 +41,66 @@ class Part:
     stored: int = 0  # tokens
 
 
+class Open(NamedTuple):
+    handle: int
+
+
+class Fork(NamedTuple):
+    handle: int
+    parent: int
+    length: int
+
+
+class Close(NamedTuple):
+    handle: int
+
+
+Operation = Open | Fork | Close
+
+
 class OneHolder:
-    """The layouts of a single holder with a single KV head."""
+    """The layouts of a single holder with a single KV head, and the operations that wait for it, numbered from `first`
+    on, each with the pages that it frees."""
 
     def __init__(self, pages: int) -> None:
-        self.capacity = Pages({0: pages})
+        self.capacity = self.pages = Pages({(0, 0): pages})
+        self.waiting: list[tuple[Operation, int]] = []
+        self.first = 0
+        self.handles: set[int] = set()
+        self.last = 0
+
+    @property
+    def closing(self) -> Pages:
+        return Pages({(0, 0): sum(freed for _, freed in self.waiting)})
+
+    def open(self, layout: Layout) -> int:
+        self.last += 1
+        self.handles.add(self.last)
+        self.waiting.append((Open(self.last), 0))
+        return self.last
+
+    def fork(self, parent: int, length: int) -> int:
+        assert parent in self.handles
+        self.last += 1
+        self.handles.add(self.last)
+        self.waiting.append((Fork(self.last, parent, length), 0))
+        return self.last
+
+    def close(self, handle: int, freed: Pages) -> None:
+        self.handles.remove(handle)
+        self.waiting.append((Close(handle), freed.get((0, 0), 0)))
+
+    def replace(self, handle: int, lost: int, shares: Layout, source: int | None = None, length: int = 0) -> None:
+        raise AssertionError("there is no other holder")
+
+    def check_integrity(self, handles: Sequence[int]) -> None:
+        assert sorted(handles) == sorted(self.handles)
+
+    def accepted(self, upto: int) -> None:
+        """The holder has applied the operations below this number."""
+        done = max(0, upto - self.first)
+        del self.waiting[:done]
+        self.first += done
 
     def layout(self, length: int) -> Layout:
         return (Share(0, (0,), 0, 1 << 20),)
@@ -57,8 +111,14 @@ class OneHolder:
     def opened(self, layout: Layout) -> None:
         pass
 
-    def reads_locally(self, length: int) -> bool:
-        return False
+    def local_copy(self, layout: Layout, lo: int) -> Layout:
+        return ()
+
+    def open_beside(self, shares: Layout) -> tuple[kv_shares.Part, ...]:
+        raise AssertionError("there is no local pool")
+
+    def close_parts(self, parts: Iterable[kv_shares.Part], freed: Pages) -> None:
+        raise AssertionError("there is no local pool")
 
     def substitute(self, share: Share, free: Pages) -> Share | None:
         return None
@@ -75,7 +135,7 @@ MIXED: Groups = ((1, None), (1, STREAMING), (1, 6))
 
 def most(config: SchedulerConfig, length: int) -> int:
     """The most pages that a sequence needs, where there is one holder."""
-    return config.pages_for(OneHolder(0).layout(length), length)[0]
+    return config.pages_for(OneHolder(0).layout(length), length)[0, 0]
 
 
 class Holder:
@@ -88,15 +148,15 @@ class Holder:
     def __init__(self, config: SchedulerConfig, total_pages: int, hidden: int = 0) -> None:
         self.hidden = hidden
         self.size = config.page_size
-        self.units = [group.policy or Full() for group in config.page_groups for _ in range(group.layers)]
+        self.units = [group.policy or Full() for group in config.page_groups[0] for _ in range(group.layers)]
         self.free = total_pages
         self.parts: dict[int, Part] = {}
         self.applied = 0
         self.starts: list[int] = []
 
-    def announce(self, plan: Plan) -> tuple[bool, list[int]]:
-        before = copy.deepcopy((self.free, self.parts, self.applied))
-        for number, operation in enumerate(plan.operations, plan.first):
+    def announce(self, sent: Sent) -> tuple[bool, list[int]]:
+        before, plan = copy.deepcopy((self.free, self.parts, self.applied)), sent.plan
+        for number, operation in enumerate(sent.operations, sent.first):
             assert number <= self.applied, "an operation was skipped"
             if number == self.applied:
                 self.apply(operation)
@@ -114,11 +174,11 @@ class Holder:
             return False, []
         return True, [self.floor(self.parts[row.handle]) for row in plan.rows]
 
-    def apply(self, operation: OpenSequence | ForkSequence | CloseSequence) -> None:
-        if isinstance(operation, OpenSequence):
+    def apply(self, operation: Operation) -> None:
+        if isinstance(operation, Open):
             assert operation.handle not in self.parts
             self.parts[operation.handle] = Part([[] for _ in self.units])
-        elif isinstance(operation, ForkSequence):
+        elif isinstance(operation, Fork):
             parent = self.parts[operation.parent]
             assert operation.length >= self.floor(parent), "forked below the floor"
             pages = -(-operation.length // self.size)
@@ -200,15 +260,24 @@ def next_token(tokens: list[int], sample: int) -> int:
     return hash((*tokens, sample)) % 4
 
 
+class Sent(NamedTuple):
+    """What is announced: operations, numbered from `first` on, and a plan (or one without rows)."""
+
+    plan: Plan
+    first: int
+    operations: tuple[Operation, ...]
+
+
 class World:
     """A scheduler, its holder, and the batches between them."""
 
     def __init__(self, config: SchedulerConfig, total_pages: int = 64, hidden: int = 0) -> None:
         self.config = config
         self.total_pages = total_pages
-        self.scheduler = Scheduler(config, OneHolder(total_pages))
+        self.layouts = OneHolder(total_pages)
+        self.scheduler = Scheduler(config, self.layouts)
         self.holder = Holder(config, total_pages, hidden)
-        self.sent: list[Plan] = []  # not answered yet; answered in order
+        self.sent: list[Sent] = []  # not answered yet; answered in order
         self.running: list[Plan] = []
         self.samples: list[ScheduledSequence] = []
         self.computed_tokens = 0
@@ -225,13 +294,26 @@ class World:
         plan = self.scheduler.plan(lanes)
         if plan is not None:
             self.check_budgets(plan)
-            self.sent.append(plan)
-        return plan is not None
+        elif self.sent or self.running or not self.layouts.waiting:
+            return False
+        self.sent.append(self.announcement(plan))
+        return True
+
+    def announcement(self, plan: Plan | None) -> Sent:
+        operations = tuple(operation for operation, _ in self.layouts.waiting)
+        return Sent(plan or Plan(()), self.layouts.first, operations)
+
+    def flush(self) -> None:
+        """Have all operations applied."""
+        sent = self.announcement(None)
+        assert self.holder.announce(sent)[0]
+        self.layouts.accepted(sent.first + len(sent.operations))
+        self.scheduler.ledger.update_free(Pages({(0, 0): self.holder.free}))
 
     def check_budgets(self, plan: Plan) -> None:
         assert sum(row.count for row in plan.rows) <= self.config.max_batch_tokens
         assert len({row.handle for row in plan.rows}) == len(plan.rows) <= self.config.max_sequences
-        others = {row.sequence for other in self.sent + self.running for row in other.rows}
+        others = {row.sequence for other in [*(sent.plan for sent in self.sent), *self.running] for row in other.rows}
         assert not others & {row.sequence for row in plan.rows}
         for row in plan.rows:
             assert row.count > 0
@@ -242,18 +324,22 @@ class World:
 
     def answer(self) -> bool:
         """The holder answers the oldest announcement. Returns whether it accepted."""
-        plan = self.sent.pop(0)
-        accepted, floors = self.holder.announce(plan)
+        sent = self.sent.pop(0)
+        plan = sent.plan
+        accepted, floors = self.holder.announce(sent)
         if accepted:
+            self.layouts.accepted(sent.first + len(sent.operations))
+        if accepted and not plan.rows:
+            self.scheduler.ledger.update_free(Pages({(0, 0): self.holder.free}))
+        elif accepted:
             self.batches.append(plan)
-            self.scheduler.accepted(plan, Pages({0: self.holder.free}), floors)
-            if plan.rows:
-                self.running.append(plan)
+            self.scheduler.accepted(plan, Pages({(0, 0): self.holder.free}), floors)
+            self.running.append(plan)
         elif self.holder.starts != [row.start for row in plan.rows]:
-            self.scheduler.torn(plan, Pages({0: self.holder.free}), [0] * len(plan.rows), self.holder.starts)
+            self.scheduler.torn(plan, Pages({(0, 0): self.holder.free}), [0] * len(plan.rows), self.holder.starts)
         else:
             self.refusals += 1
-            self.scheduler.refused(plan, Pages({0: self.holder.free}), {0})
+            self.scheduler.refused(plan, Pages({(0, 0): self.holder.free}), {(0, 0)})
         return accepted
 
     def record(self, index: int = 0, lost: int = 0) -> None:
@@ -290,16 +376,18 @@ class World:
 
     def lose(self) -> None:
         """The holder's answer to the oldest announcement never comes."""
-        plan = self.sent.pop(0)
-        self.holder.announce(plan)
-        self.scheduler.drop(plan)
+        sent = self.sent.pop(0)
+        self.holder.announce(sent)
+        if sent.plan.rows:
+            self.scheduler.drop(sent.plan)
 
     def disagree(self) -> None:
         """The holder may accept the oldest announcement, but another refuses it."""
-        plan = self.sent.pop(0)
-        self.holder.announce(plan)
-        self.refusals += 1
-        self.scheduler.refused(plan, Pages({0: self.holder.free}), {0})
+        sent = self.sent.pop(0)
+        self.holder.announce(sent)
+        if sent.plan.rows:
+            self.refusals += 1
+            self.scheduler.refused(sent.plan, Pages({(0, 0): self.holder.free}), {(0, 0)})
 
     def step(self) -> bool:
         if not self.plan():
@@ -323,6 +411,9 @@ class World:
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
         self.holder.check_integrity(self.total_pages)
+        parts = [part for handle, part in self.holder.parts.items() if handle in self.layouts.handles]
+        taken = len({id(page) for part in parts for page in self.holder.pages(part)})
+        assert taken <= self.scheduler.running.most().get((0, 0), 0), "an honest holder would be given up"
 
     def check_end(self) -> None:
         """Every sample has the tokens that the model gives it alone, and no page is lost."""
@@ -340,13 +431,14 @@ class World:
             else:
                 assert sequence.tokens == tokens
                 assert sequence.finish_reason == (reason or "length")
+        self.flush()
         if self.scheduler.config.prefix_cache:
-            cached = self.scheduler.running.prefix_cache.evictable.get(0, 0)
-            # Prefixes that share a page with each other and not with their parent count it as nobody's.
-            assert self.holder.free + cached <= self.total_pages, f"{self.holder.free} free and {cached} cached"
-            while self.scheduler.running.prefix_cache.evict({0}):
+            cached = self.scheduler.running.prefix_cache.evictable.get((0, 0), 0)
+            assert self.holder.free + cached == self.total_pages, f"{self.holder.free} free and {cached} cached"
+            while self.scheduler.running.prefix_cache.evict({(0, 0)}):
                 pass
             self.finish()
+        self.flush()
         assert not self.holder.parts
         assert self.holder.free == self.total_pages
 
@@ -360,7 +452,7 @@ def config(**changes: object) -> SchedulerConfig:
         "page_groups": ((2, None),),
     }
     values |= changes
-    values["page_groups"] = tuple(PageGroup(layers, keeping(what)) for layers, what in values["page_groups"])  # type: ignore[attr-defined]
+    values["page_groups"] = (tuple(PageGroup(layers, keeping(what)) for layers, what in values["page_groups"]),)  # type: ignore[attr-defined]
     return SchedulerConfig(**values)  # type: ignore[arg-type]
 
 
@@ -404,7 +496,8 @@ class Machine(RuleBasedStateMachine):
         copies=st.sampled_from([1, 1, 2, 4]),
         n=st.sampled_from([1, 1, 1, 3]),
         priority=st.sampled_from([0, 0, 0, 1]),
-        salt=st.sampled_from([None, None, "tenant"]),
+        salt=st.sampled_from([None, None, "salt"]),
+        tenant=st.sampled_from(["", "", "a", "b"]),
         stops=st.sampled_from([frozenset(), frozenset({1})]),
         min_tokens=st.integers(0, 1),
     )

@@ -101,7 +101,6 @@ def plan() -> dict[str, object]:
     return {
         "chosen": best[0],
         "points": candidates(),
-        "slo": {"ttft": 2.0, "tpot": 0.1},
         "why": [
             "Most tokens a dollar of the 120 candidates that meet TPOT 100 ms.",
             "The model workers are the bottleneck: one more attention worker adds 1 %.",

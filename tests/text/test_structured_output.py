@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import queue
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 from engine_rig import BytesPort, Rig, collect, tiny_decoder
+from llguidance import LLParserLimits
 from small_grammars import EOS, GRAMMARS, TOKENIZER, VOCABULARY
 from tokenizers import AddedToken
 
@@ -20,6 +23,7 @@ from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
 from lamina.messages.request_codec import decode_request, encode_request
 from lamina.sampling_params import JSON_OBJECT, SamplingParams
+from lamina.text import structured_output
 from lamina.text.structured_output import (
     MAX_COLONS,
     MAX_CONTAINERS,
@@ -381,6 +385,9 @@ def reasons(model, **sampling: Any) -> list[tuple[str, Any]]:
                     raise output.error
     finally:
         engine.close()
+    last = outputs[-1]
+    if last.token is None:  # the end was known only after the token was sent
+        outputs[-2:] = [replace(outputs[-2], finish_reason=last.finish_reason)]
     return [(text_of([output.token]), output.finish_reason) for output in outputs]
 
 
@@ -404,6 +411,55 @@ def test_bias_and_penalties_lose(model) -> None:
     bias = {wanted: 100.0, unwanted: -100.0}
     outputs = reasons(model, regex="x{5}", logit_bias=bias, frequency_penalty=2.0, repetition_penalty=9.0, max_tokens=9)
     assert "".join(text for text, _ in outputs) == "xxxxx"
+
+
+def test_tokenizer_is_loaded_once_and_where_it_cannot_be_the_first_constraint_says_so() -> None:
+    """The first request with a schema stopped all others for as long as the tokenizer took to load."""
+    texts = iter([TOKENIZER.to_str()])
+    grammars = Grammars(lambda: next(texts), [EOS], VOCABULARY)
+    grammars.load()
+    assert next(texts, None) is None
+    assert len(grammars.constraints(SamplingParams(regex="a"), 2)) == 2
+    unusable = Grammars(TOKENIZER.to_str, [], VOCABULARY)
+    unusable.load()
+    with pytest.raises(InvalidRequest, match="no end-of-text token"):
+        unusable.constraints(SamplingParams(regex="a"), 1)
+
+
+def test_who_keeps_an_error_of_a_grammar_keeps_nothing_that_was_compiled(monkeypatch) -> None:
+    """Tracebacks of errors kept matchers of some 50 MB each until the next garbage collection."""
+
+    def constraints() -> int:
+        gc.collect()
+        return sum(type(each) is Constraint for each in gc.get_objects())
+
+    monkeypatch.setattr(structured_output, "_LIMITS", LLParserLimits(step_max_items=1))
+    before = constraints()
+    with pytest.raises(InvalidRequest, match=r"grammar cannot be used: .* Too many items") as caught:
+        held(grammar=f"{HARD} | /[0-9]/")
+    assert caught.value.__traceback__ is not None
+    assert constraints() == before
+
+
+def test_samples_with_slow_masks_go_the_same_way(monkeypatch) -> None:
+    """What is slow consumes its tokens on another way, which leaves the interpreter to others."""
+    monkeypatch.setattr(structured_output, "_SLOW", 0.0)
+    constraint = held(choice=["ab", "axe"])
+    for letter in "ax":
+        constraint.advance(*tokens(letter))
+        assert constraint.slow
+    assert possible(constraint) == set(tokens("e"))
+    with pytest.raises(InvalidRequest, match="any further"):
+        constraint.advance(*tokens("x"))
+
+
+def test_masks_that_take_too_much_time_in_all_end_the_sample(monkeypatch) -> None:
+    """Each mask is bounded, so without this bound a sample could have a slow one for each of its tokens."""
+    constraint = held(regex="[a-z]*")
+    monkeypatch.setattr(structured_output, "MASK_SECONDS", 0.0)
+    monkeypatch.setattr(structured_output, "MASK_SECONDS_A_TOKEN", 0.0)
+    with pytest.raises(InvalidRequest, match=r"the masks of 1 tokens took .* allowed are 0 s and 0 s a token"):
+        constraint.advance(tokens("x")[0])
 
 
 def test_one_whose_grammar_grows_too_complex_fails_alone(model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,27 @@ def test_wrong_messages_are_named(chatty: Tokenizer, messages: Any, message: str
         chatty.chat(messages)
 
 
+def test_other_threads_go_on_while_a_long_text_is_tokenised(tokenizers: dict[str, Tokenizer]) -> None:
+    """The interpreter's lock was held: 500,000 digits stopped every stream of a server for 1.5 s."""
+    ticks = 0
+    ended = threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not ended.wait(0.001):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    before = ticks
+    ids = tokenizers["byte-level"].encode("the " * 500_000, add_special_tokens=False)
+    seen = ticks - before
+    ended.set()
+    thread.join()
+    assert len(ids) > 500_000
+    assert seen > 20
+
+
 def test_a_model_without_template_cannot_chat(tmp_path: Path) -> None:
     tokenizer = Tokenizer(save(tmp_path, byte_level()))
     assert not tokenizer.has_chat_template
@@ -316,6 +338,43 @@ def test_malformed_tokenizers_are_named(tmp_path: Path, content: str | None) -> 
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelFileError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def changed(folder: Path, part: str, **values: Any) -> Path:
+    """A folder with a tokenizer one part of which says something else."""
+    file = save(folder, byte_level()) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content[part] = {**({} if "type" in values else content[part]), **values}
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_panics_in_the_library_are_errors_of_the_file(tmp_path: Path) -> None:
+    """A panic is no Exception in Python, so it passed everything that handles errors, with a traceback at the user."""
+    merged = {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "continuing_subword_prefix": "xx"}
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json is malformed: slice index"):
+        Tokenizer(changed(tmp_path, "model", **merged))
+    begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    rule = {"type": "TemplateProcessing", "single": begin, "pair": begin, "special_tokens": {}}
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json is malformed: no entry found"):
+        Tokenizer(changed(tmp_path, "post_processor", **rule)).encode("abc")
+
+
+def test_ids_that_are_counted_up_to_are_bounded(tmp_path: Path) -> None:
+    """A token of id 2^31 kept the thread that compiles grammars busy for hours."""
+    tokenizer = Tokenizer(changed(tmp_path, "model", vocab={"a": 0, "b": 1 << 31}, merges=[]))
+    with pytest.raises(ModelFileError, match=r"a token of id 2147483648; allowed are ids below 4194304"):
+        tokenizer.to_json()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_folders_links_to_devices_are_not_read(tmp_path: Path, name: str) -> None:
+    """A link to /dev/zero, which a downloaded folder may have, was read until memory ended."""
+    file = save(tmp_path, byte_level()) / name
+    file.unlink(missing_ok=True)
+    file.symlink_to("/dev/null")  # a file of no size, too, but it ends
+    with pytest.raises(ModelFileError, match="is no file"):
         Tokenizer(tmp_path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from lamina_protocols.errors import LaminaError
@@ -67,7 +67,12 @@ class RankLost(HolderFault):
 
 
 class HolderLost(HolderFault):
-    """A holder is gone, and its KV with it: its channel closed, its session ended, or a deadline passed."""
+    """A holder is gone, and its KV with it: its channel closed, its session ended, or a deadline passed. `holders` are
+    the numbers of those that still answer, but are given up."""
+
+    def __init__(self, why: str, holders: Iterable[int] = ()) -> None:
+        super().__init__(why)
+        self.holders = tuple(holders)
 
 
 @contextmanager

@@ -20,10 +20,11 @@ import torch
 from lamina_kernels.cpu.emitter import kind_of
 from lamina_kernels.cpu.launch import block_type, launch, load_each
 from lamina_kernels.cpu.lists import deal_lists, deal_lists_kernel
-from lamina_kernels.cpu.loops import ARGUMENTS, SCRATCH, STRIPS, attend_kernel
+from lamina_kernels.cpu.loops import ARGUMENTS, SCRATCH, attend_kernel
 from lamina_kernels.cpu.merge import merge_into, merge_kernel
 from lamina_kernels.cpu.microkernels import BLOCK, ROW, TILE, WORTH
 from lamina_kernels.cpu.moves import APPEND, CODES, append_kernel
+from lamina_kernels.cpu.strips import STRIPS
 from lamina_kernels.paged.page_lists import ListPlan, check_lists
 from lamina_kernels.paged.pages import (
     FLOATS,
@@ -77,9 +78,9 @@ class Plan:
     keep: tuple[Any, ...]  # the memory that addresses in it point to
 
 
-def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
+def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype, latent: bool = False) -> PageLayout:
     """How these kernels lay out a page."""
-    return PageLayout(page_size, d_k, d_v, dtype, Order.CHANNELS)
+    return PageLayout(page_size, d_k, d_v, dtype, Order.CHANNELS, latent)
 
 
 def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
@@ -202,7 +203,8 @@ def _assemble(
         "tails": 2 * 32 * at.d_v * at.dtype.itemsize,
         "lists": 4 * STRIPS * 8,
         "slots": 3 * BLOCK * 4,
-        "gathered": BLOCK * (at.d_k + at.d_v) * at.dtype.itemsize * listed,
+        "gathered": BLOCK * (at.d_k + at.own_v) * at.dtype.itemsize * listed,
+        "spread": BLOCK * at.d_v * at.dtype.itemsize * at.latent,
     }
     ends = list(accumulate(-(-sizes[name] // 64) * 64 for name in SCRATCH))
     # By numpy, since torch would wake a team of threads to write zeros.
@@ -233,6 +235,7 @@ def _describe(pages: Pages) -> dict[str, int]:
         "scaled": int(at.scaled),
         "d_k": at.d_k,
         "d_v": at.d_v,
+        "own_v": at.own_v,
     }
 
 
@@ -316,12 +319,13 @@ def plan_append(pages: Pages, slots: torch.Tensor) -> CompiledAppend:
     slots = slots.contiguous()
     threads = min(1 + slots.shape[1] // APPEND_SHARE, torch.get_num_threads())
     codes = torch.empty(threads * CODES, dtype=torch.uint8)
-    a = _AppendArguments(shares=threads, n=slots.shape[1], codes=codes.data_ptr(), **_describe(pages))
+    described = _describe(pages) | {"d_k": pages.layout.key_width}  # index keys are stored too
+    a = _AppendArguments(shares=threads, n=slots.shape[1], codes=codes.data_ptr(), **described)
     return CompiledAppend(pages, slots, threads, a, codes)
 
 
 def append(pages: Pages, plan: CompiledAppend, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Store k `[n, d_k]` and v `[n, d_v]` of a layer, rounded to the pages' dtype, at the plan's slots."""
+    """Store k `[n, d_k]` and v `[n, d_v]`, of latents `[n, 0]`, rounded to the pages' dtype, at a layer's slots."""
     check_append(pages, plan, layer, k, v)
     k, v = k.to(pages.layout.loaded).contiguous(), v.to(pages.layout.loaded).contiguous()
     a = plan.arguments

@@ -24,15 +24,15 @@ from numba.extending import overload
 from lamina_kernels.cpu import emitter, intrinsics
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu.emitter import LANES
-from lamina_kernels.cpu.intrinsics import pointer, silu_mul_half, take
+from lamina_kernels.cpu.intrinsics import GELU_CUBIC, GELU_SLOPE, gelu_mul_half, pointer, silu_mul_half, take
 from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, block_type, launch, source_fingerprint
 
 DTYPES = (torch.bfloat16, torch.float32)
 PARALLEL = 1 << 15
 """Numbers from which more than one thread pays."""
 
-NORM, SPLIT, SILU, ADD = range(4)
-"""What a kernel does with its rows: see `_norm_row`, `_split_row`, `_silu_row` and `_add_row`."""
+NORM, SPLIT, SILU, GELU, ADD = range(5)
+"""What a kernel does with its rows: see `_norm_row`, `_split_row`, `_gate_row` and `_add_row`."""
 
 _SIZES = ("operation", "size", "rows", "width", "heads", "kv_heads")
 _ADDRESSES = ("x", "y", "out", "second", "third", "weight", "k_weight", "cos", "sin")
@@ -51,35 +51,35 @@ logger = logging.getLogger("lamina")
 # error_model: without it each division is a branch, and the loop around it is not vectorised.
 
 
-def _vector(address: int, n: int, tag: Any) -> Any:
+def vector(address: int, n: int, tag: Any) -> Any:
     """n numbers in memory as an array."""
     raise NotImplementedError
 
 
-def _load(number: Any) -> Any:
+def load(number: Any) -> Any:
     """A number in memory as float32."""
     raise NotImplementedError
 
 
-def _store(x: Any, tag: Any) -> Any:
+def store(x: Any, tag: Any) -> Any:
     """A float32 as a number in memory. Every NaN that arithmetic makes stays one."""
     raise NotImplementedError
 
 
-@overload(_vector, strict=False)  # type: ignore[untyped-decorator]
+@overload(vector, strict=False)  # type: ignore[untyped-decorator]
 def _vector_of(address: Any, n: Any, tag: Any) -> Any:
     number = np.uint16 if tag == types.uint16 else np.float32
     return lambda address, n, tag: carray(pointer(address), (n,), number)
 
 
-@overload(_load, strict=False)  # type: ignore[untyped-decorator]
+@overload(load, strict=False)  # type: ignore[untyped-decorator]
 def _load_of(number: Any) -> Any:
     if number == types.uint16:
         return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
     return lambda number: number
 
 
-@overload(_store, strict=False)  # type: ignore[untyped-decorator]
+@overload(store, strict=False)  # type: ignore[untyped-decorator]
 def _store_of(x: Any, tag: Any) -> Any:
     def rounded(x: Any, tag: Any) -> Any:
         bits = np.float32(x).view(np.uint32)
@@ -89,7 +89,7 @@ def _store_of(x: Any, tag: Any) -> Any:
 
 
 @njit(fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
-def _exp(x: Any) -> Any:
+def exp(x: Any) -> Any:
     """e^x for -87 <= x <= 88, within 3e-7 of it near 0: 2^n by its bits times a polynomial (Cephes' expf)."""
     n = x * np.float32(1.4426950408889634) + _ROUND_BY_ADDING
     power = np.int32(np.int32(np.float32(n).view(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)
@@ -108,17 +108,17 @@ def _exp(x: Any) -> Any:
 def _squares(x: Any, width: int) -> Any:
     total = np.float32(0.0)
     for i in range(width):
-        total += _load(x[i]) * _load(x[i])
+        total += load(x[i]) * load(x[i])
     return total
 
 
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _norm(x: int, weight: int, out: int, width: int, eps: float, tag: Any) -> None:
     """RMS norm of one vector. x and out may be the same."""
-    source, scale, target = _vector(x, width, tag), _vector(weight, width, tag), _vector(out, width, tag)
+    source, scale, target = vector(x, width, tag), vector(weight, width, tag), vector(out, width, tag)
     factor = np.float32(1.0) / np.sqrt(_squares(source, width) / np.float32(width) + np.float32(eps))
     for i in range(width):
-        target[i] = _store(_load(source[i]) * factor * _load(scale[i]), tag)
+        target[i] = store(load(source[i]) * factor * load(scale[i]), tag)
 
 
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -128,64 +128,70 @@ def _norm_row(a: Any, row: int, tag: Any) -> None:
     source = a.x + at
     if a.y:
         source = a.second + at
-        x, y, total = _vector(a.x + at, a.width, tag), _vector(a.y + at, a.width, tag), _vector(source, a.width, tag)
+        x, y, total = vector(a.x + at, a.width, tag), vector(a.y + at, a.width, tag), vector(source, a.width, tag)
         for i in range(a.width):
-            total[i] = _store(_load(x[i]) + _load(y[i]), tag)
+            total[i] = store(load(x[i]) + load(y[i]), tag)
     _norm(source, a.weight, a.out + at, a.width, a.eps, tag)
 
 
 @njit(fastmath={"nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _split_row(a: Any, row: int, tag: Any) -> None:
     """x `[rows, heads + 2 * kv_heads, width]` to q at out, k at second and v at third; q and k normed and rotated."""
-    vector, pairs = a.width * a.size, a.width // 2
+    stride, pairs = a.width * a.size, a.width // 2
     cos = carray(pointer(a.cos + row * pairs * 4), (pairs,), np.float32)
     sin = carray(pointer(a.sin + row * pairs * 4), (pairs,), np.float32)
-    source = a.x + row * (a.heads + 2 * a.kv_heads) * vector
+    source = a.x + row * (a.heads + 2 * a.kv_heads) * stride
     for head in range(a.heads + a.kv_heads):
-        target, weight = a.out + (row * a.heads + head) * vector, a.weight
+        target, weight = a.out + (row * a.heads + head) * stride, a.weight
         if head >= a.heads:
-            target, weight = a.second + (row * a.kv_heads + head - a.heads) * vector, a.k_weight
-        x, out = _vector(source, a.width, tag), _vector(target, a.width, tag)
+            target, weight = a.second + (row * a.kv_heads + head - a.heads) * stride, a.k_weight
+        x, out = vector(source, a.width, tag), vector(target, a.width, tag)
         if weight:
             _norm(source, weight, target, a.width, a.eps, tag)
             x = out
         if a.cos:
             for i in range(pairs):
-                first, last = _load(x[i]), _load(x[i + pairs])
-                out[i] = _store(first * cos[i] - last * sin[i], tag)
-                out[i + pairs] = _store(last * cos[i] + first * sin[i], tag)
+                first, last = load(x[i]), load(x[i + pairs])
+                out[i] = store(first * cos[i] - last * sin[i], tag)
+                out[i + pairs] = store(last * cos[i] + first * sin[i], tag)
         elif not weight:
             for i in range(a.width):
                 out[i] = x[i]
-        source += vector
+        source += stride
     n = a.kv_heads * a.width
-    x, out = _vector(source, n, tag), _vector(a.third + row * n * a.size, n, tag)
+    x, out = vector(source, n, tag), vector(a.third + row * n * a.size, n, tag)
     for i in range(n):
         out[i] = x[i]
 
 
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def _silu_row(a: Any, row: int, tag: Any) -> None:
-    """out `[rows, width]` = silu(gate) * up for x `[rows, 2 * width]`."""
-    vector = a.width * a.size
-    gates, ups = _vector(a.x + 2 * row * vector, a.width, tag), _vector(a.x + (2 * row + 1) * vector, a.width, tag)
-    out = _vector(a.out + row * vector, a.width, tag)
+def _gate_row(a: Any, row: int, tag: Any) -> None:
+    """out `[rows, width]` = silu(gate) * up, or with GELU gelu(gate) * up, for x `[rows, 2 * width]`."""
+    stride = a.width * a.size
+    gate_at, up_at, out_at = a.x + 2 * row * stride, a.x + (2 * row + 1) * stride, a.out + row * stride
+    gates, ups, out = vector(gate_at, a.width, tag), vector(up_at, a.width, tag), vector(out_at, a.width, tag)
     whole = a.width // LANES * LANES if a.size == 2 else 0  # what is left to the loop takes a register's share
-    if whole:
-        silu_mul_half(a.x + 2 * row * vector, a.x + (2 * row + 1) * vector, a.out + row * vector, whole)
+    if whole and a.operation == GELU:
+        gelu_mul_half(gate_at, up_at, out_at, whole)
+    elif whole:
+        silu_mul_half(gate_at, up_at, out_at, whole)
     for i in range(whole, a.width):
-        gate = _load(gates[i])
+        gate = load(gates[i])
         low = np.float32(-88.0) if gate < np.float32(-88.0) else gate  # in this form, NaN stays NaN
-        exponent = np.float32(-87.0) if low > np.float32(87.0) else -low
-        out[i] = _store(low / (np.float32(1.0) + _exp(exponent)) * _load(ups[i]), tag)
+        inside = low
+        if a.operation == GELU:
+            inside = low * (low * low * np.float32(GELU_SLOPE * GELU_CUBIC) + np.float32(GELU_SLOPE))
+            inside = np.float32(-88.0) if inside < np.float32(-88.0) else inside
+        exponent = np.float32(-87.0) if inside > np.float32(87.0) else -inside
+        out[i] = store(low / (np.float32(1.0) + exp(exponent)) * load(ups[i]), tag)
 
 
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _add_row(a: Any, row: int, tag: Any) -> None:
     """x `[rows, width]` += y `[width]`."""
-    x, y = _vector(a.x + row * a.width * a.size, a.width, tag), _vector(a.y, a.width, tag)
+    x, y = vector(a.x + row * a.width * a.size, a.width, tag), vector(a.y, a.width, tag)
     for i in range(a.width):
-        x[i] = _store(_load(x[i]) + _load(y[i]), tag)
+        x[i] = store(load(x[i]) + load(y[i]), tag)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -195,8 +201,8 @@ def _share(a: Any, first: int, last: int, tag: Any) -> None:
             _norm_row(a, row, tag)
         elif a.operation == SPLIT:
             _split_row(a, row, tag)
-        elif a.operation == SILU:
-            _silu_row(a, row, tag)
+        elif a.operation == SILU or a.operation == GELU:
+            _gate_row(a, row, tag)
         else:
             _add_row(a, row, tag)
 
@@ -312,9 +318,18 @@ def split_heads(
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """As `dense.silu_mul`."""
+    return _gated(SILU, gate_up)
+
+
+def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `dense.gelu_tanh_mul`."""
+    return _gated(GELU, gate_up)
+
+
+def _gated(operation: int, gate_up: torch.Tensor) -> torch.Tensor:
     gate_up = gate_up.contiguous()
     rows, width = len(gate_up), gate_up.shape[1] // 2
     _address("gate_up", gate_up, gate_up.dtype, rows, 2 * width)
     out = torch.empty(rows, width, dtype=gate_up.dtype)
-    _run(SILU, gate_up, rows, width, (0, out.data_ptr(), 0, 0, 0, 0, 0, 0))
+    _run(operation, gate_up, rows, width, (0, out.data_ptr(), 0, 0, 0, 0, 0, 0))
     return out

@@ -45,6 +45,7 @@ CHANNEL = np.dtype(
 SERVED = np.dtype(
     [
         *EXPECTED,
+        ("following", "i8"),  # address of int64 [layers]: the layer that is due after each; after the last: `layers`
         ("work", "i8"),
         ("q", "i8"),  # addresses in the frame
         ("k", "i8"),

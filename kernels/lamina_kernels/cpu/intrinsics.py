@@ -6,7 +6,7 @@ which `unpack` takes apart again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NewType, TypeVar, get_type_hints
 
 import numpy as np
@@ -17,6 +17,8 @@ from numba.extending import intrinsic
 from lamina_kernels.cpu.emitter import I64, VF, VI, VS, Emitter, Value
 
 LOG2E = 1.4426950408889634
+GELU_SLOPE, GELU_CUBIC = 1.5957691216057308, 0.044715
+"""GELU's approximation with tanh is x * sigmoid(GELU_SLOPE * (x + GELU_CUBIC * x^3))."""
 Address = NewType("Address", int)  # of memory: a field of this type is unpacked to a pointer
 
 T = TypeVar("T", bound=NamedTuple)
@@ -84,27 +86,42 @@ def prefetch(context: Any, address: Any, size: Any) -> Any:
     return types.void(types.int64, types.int64), emit
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def silu_mul_half(context: Any, gates: Any, ups: Any, out: Any, n: Any) -> Any:
-    """out = silu(gates) * ups for n bfloat16 numbers at each address, n a multiple of LANES and at least LANES."""
+def _gate_mul_half(inside: Callable[[Emitter, Value], Value]) -> Any:
+    """An intrinsic (gates, ups, out, n): out = gate * sigmoid(inside(gate)) * up for n bfloat16 numbers at each
+    address, n a multiple of LANES and at least LANES."""
 
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emitter(builder)
-        gates, ups, out = (e.pointer(a) for a in args[:3])
+    def typed(context: Any, gates: Any, ups: Any, out: Any, n: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            e = Emitter(builder)
+            gates, ups, out = (e.pointer(a) for a in args[:3])
 
-        def step(i: Value) -> list[Value]:
-            at = builder.shl(i, I64(5))
-            gate, up = (from_half(e, e.load(e.at(p, at), VS, 2)) for p in (gates, ups))
-            low = builder.select(builder.fcmp_ordered("<", gate, e.number(-87.0)), e.number(-87.0), gate)  # NaN stays
-            power = e.exp2(builder.fmul(low, e.number(-LOG2E)))
-            silu = builder.fdiv(low, builder.fadd(power, e.number(1.0)))
-            e.store(to_half(e, builder.fmul(silu, up)), e.at(out, at), 2)
-            return []
+            def at_least(x: Value) -> Value:
+                return builder.select(builder.fcmp_ordered("<", x, e.number(-87.0)), e.number(-87.0), x)  # NaN stays
 
-        e.loop(builder.lshr(args[3], I64(4)), [], step)
-        return context.get_dummy_value()
+            def step(i: Value) -> list[Value]:
+                at = builder.shl(i, I64(5))
+                gate, up = (from_half(e, e.load(e.at(p, at), VS, 2)) for p in (gates, ups))
+                low = at_least(gate)
+                power = e.exp2(builder.fmul(at_least(inside(e, low)), e.number(-LOG2E)))
+                gated = builder.fdiv(low, builder.fadd(power, e.number(1.0)))
+                e.store(to_half(e, builder.fmul(gated, up)), e.at(out, at), 2)
+                return []
 
-    return types.void(*[types.int64] * 4), emit
+            e.loop(builder.lshr(args[3], I64(4)), [], step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), emit
+
+    return intrinsic(typed)
+
+
+def _gelu_inside(e: Emitter, x: Value) -> Value:
+    cubic = e.b.fmul(e.b.fmul(x, x), e.number(GELU_SLOPE * GELU_CUBIC))
+    inside, most = e.b.fmul(x, e.b.fadd(cubic, e.number(GELU_SLOPE))), e.number(87.0)
+    return e.b.select(e.b.fcmp_ordered(">", inside, most), most, inside)  # x^3 may be infinite
+
+
+silu_mul_half, gelu_mul_half = _gate_mul_half(lambda e, x: x), _gate_mul_half(_gelu_inside)
 
 
 def from_half(e: Emitter, bits: Value) -> Value:

@@ -31,7 +31,7 @@ _PARALLEL, POLL, RECEIVE, SEND, ERRNO, CLOCK, COPY, _SLEEP = range(len(NAMES))
 WORK = np.dtype(
     [
         ("functions", "i8"),
-        ("layers", "i8"),
+        ("layers", "i8"),  # as many as the largest number of a layer, plus one
         ("stores", "i8"),
         ("attends", "i8"),
         ("fused", "i8"),  # stored before it is attended
@@ -52,8 +52,10 @@ _Work = block_type(WORK)
 
 
 class LayerReading(NamedTuple):
-    """How a layer of a batch is attended. `plan` is that of `decode.plan`, None in a batch that only stores."""
+    """How the layer number `layer` of a batch is attended. `plan` is that of `decode.plan`, None in a batch that only
+    stores."""
 
+    layer: int
     plan: Any
     kv_layer: int
     scale: float
@@ -62,15 +64,16 @@ class LayerReading(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:
-    """The work of a batch's layers at one holder. Query vectors come in `query`, K and V in `loaded`; outputs are in
-    `query` too. `queries` and `fresh` count the vectors of q and of k. Its plans belong to it while it is used."""
+    """The work of a batch's `layers` of one shape at one holder, by their numbers, ascending. Query vectors come in
+    `query`, K and V in `loaded`; outputs are in `query` too. `queries` and `fresh` count the vectors of q and of k.
+    Its plans belong to it while it is used."""
 
     block: Any
     query: torch.dtype
     loaded: torch.dtype
     queries: int
     fresh: int
-    layers: int
+    layers: tuple[int, ...]
     keep: tuple[Any, ...]  # the memory that addresses in the block point to
 
     @property
@@ -100,14 +103,17 @@ def layer_work(layers: Sequence[LayerReading], places: Any, fused: bool) -> Laye
             return None
     if first is None and places is None:
         return None
-    numbers = np.array(
-        [(r.kv_layer, 0 if r.plan is None else ctypes.addressof(r.plan.arguments)) for r in layers], np.int64
-    ).T.copy()
-    floats = np.array([(r.scale, r.soft_cap or 0.0) for r in layers]).T.copy()
+    there = tuple(reading.layer for reading in layers)
+    numbers, floats = np.zeros((2, there[-1] + 1), np.int64), np.zeros((2, there[-1] + 1))
+    numbers[:, there] = [
+        [r.kv_layer for r in layers],
+        [0 if r.plan is None else ctypes.addressof(r.plan.arguments) for r in layers],
+    ]
+    floats[:, there] = [[r.scale for r in layers], [r.soft_cap or 0.0 for r in layers]]
     pages: Pages = (first or places).pages  # type: ignore[union-attr]  # one of them is there
     block = _Work(
         functions=addresses.ctypes.data,
-        layers=len(layers),
+        layers=there[-1] + 1,
         fused=int(fused),
         kv_layers=numbers[0].ctypes.data,
         plans=numbers[1].ctypes.data,
@@ -123,8 +129,8 @@ def layer_work(layers: Sequence[LayerReading], places: Any, fused: bool) -> Laye
         block.slots, block.slot_stride = places.slots.data_ptr(), places.slots.shape[1] * 8
     queries = 0 if first is None else first.n
     fresh = 0 if places is None else places.slots.shape[1]
-    keep = (numbers, floats, layers, places, addresses)
-    return LayerWork(block, query, pages.layout.loaded, queries, fresh, len(layers), keep)
+    keep, at = (numbers, floats, layers, places, addresses), pages.layout
+    return LayerWork(block, query, at.loaded, queries, fresh, there, keep)
 
 
 @njit  # type: ignore[untyped-decorator]

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numba import carray, literally, njit, types
 
-from lamina_kernels.cpu import emitter, intrinsics
+from lamina_kernels.cpu import emitter, intrinsics, spread, strips
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu import microkernels as micro
 from lamina_kernels.cpu import moves as cpu_moves
@@ -26,20 +26,31 @@ from lamina_kernels.cpu.emitter import Kind
 from lamina_kernels.cpu.intrinsics import LOG2E, pointer
 from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprint
 from lamina_kernels.cpu.microkernels import BLOCK, ROW, TILE, Accumulate, Dot
-from lamina_kernels.cpu.moves import PAGES, move, value_offset
+from lamina_kernels.cpu.moves import PAGES
+from lamina_kernels.cpu.strips import (
+    STRIPS,
+    collect_biases,
+    collect_scales,
+    floats,
+    locate,
+    look_ahead,
+    numbers,
+    strip_of,
+)
 from lamina_kernels.paged import schedule
 from lamina_kernels.paged.schedule import PIECE
 
 logger = logging.getLogger("lamina")
 
-STRIPS = BLOCK // 16  # at most, of a block
 FEW = 4  # query vectors that are few
 WIDE = 64  # channels that `accumulate` passes over at once, for few query vectors
-KICK = 256  # bytes of a page that set the hardware's prefetcher going
 FETCHES_NEAR = emitter.fetches_near()
 
 # What the kernels are called with. Sizes in bytes; scratch addresses are those of share 0.
-SCRATCH = ("panel", "scales", "logits", "sums", "totals", "peaks", "decays", "tails", "lists", "slots", "gathered")
+SCRATCH = (
+    *("panel", "scales", "logits", "sums", "totals", "peaks", "decays", "tails", "lists", "slots", "gathered"),
+    "spread",  # V of a block of latents
+)
 ARGUMENTS = np.dtype(
     [
         *HEADER,
@@ -54,97 +65,6 @@ ARGUMENTS = np.dtype(
 
 
 @njit  # type: ignore[untyped-decorator]
-def _numbers(address: int, n: int) -> Any:
-    return carray(pointer(address), (n,), np.int64)
-
-
-@njit  # type: ignore[untyped-decorator]
-def _floats(address: int, n: int) -> Any:
-    return carray(pointer(address), (n,), np.float32)
-
-
-@njit  # type: ignore[untyped-decorator]
-def _entry(a: Any, piece: Any, number: int) -> Any:
-    """An entry of the piece's table."""
-    return carray(pointer(piece.table + a.layer * piece.layer_stride * 4), (number + 1,), np.int32)[number]
-
-
-@njit  # type: ignore[untyped-decorator]
-def _locate(a: Any, piece: Any, slot: int) -> tuple[int, int]:
-    """Addresses of a slot's page, and its place in the page."""
-    if piece.listed:
-        entry = np.int64(_entry(a, piece, slot))
-        return a.arena + entry // a.page_size * a.page_bytes, entry % a.page_size
-    return a.arena + np.int64(_entry(a, piece, slot // a.page_size)) * a.page_bytes, slot % a.page_size
-
-
-@njit  # type: ignore[untyped-decorator]
-def _blocks(a: Any, piece: Any, slot: int) -> tuple[int, int]:
-    """Addresses of K and V from a slot on, for pieces that list no slots."""
-    page, offset = _locate(a, piece, slot)
-    return page + offset * a.k_pack * a.itemsize, page + a.k_bytes + offset * a.d_v * a.itemsize
-
-
-@njit  # type: ignore[untyped-decorator]
-def _trim(a: Any, values: int, scratch: int, begin: int, end: int, width: int) -> int:
-    """A copy of a strip of V with zeros outside tokens [begin, end): there memory may hold anything, even NaN."""
-    size = a.d_v * a.itemsize // 2
-    pack = a.v_pack
-    source = carray(pointer(values), (width // pack, size, pack), np.uint16)
-    target = carray(pointer(scratch), (width // pack, size, pack), np.uint16)
-    target[:] = 0
-    for token in range(begin, end):
-        target[token // pack, :, token % pack] = source[token // pack, :, token % pack]
-    return scratch
-
-
-@njit  # type: ignore[untyped-decorator]
-def _gather(a: Any, piece: Any, slot: int, width: int, scratch: int) -> tuple[int, int]:
-    """Strips of K and V of the listed slots from `slot` on, and zeros outside the piece."""
-    values = scratch + width * a.d_k * a.itemsize
-    carray(pointer(scratch), (width * (a.d_k + a.d_v) * a.itemsize,), np.uint8)[:] = 0
-    word, channels = a.k_pack * a.itemsize, a.d_k // a.k_pack
-    for token in range(max(piece.lo - slot, 0), min(piece.hi - slot, width)):
-        page, offset = _locate(a, piece, slot + token)
-        move(page + offset * word, a.page_size, scratch + token * word, width, channels, word)
-        place = page + a.k_bytes + value_offset(a, offset)
-        move(place, a.v_pack, values + value_offset(a, token), a.v_pack, a.d_v, a.itemsize)
-    return scratch, values
-
-
-@njit  # type: ignore[untyped-decorator]
-def _collect_scales(a: Any, piece: Any, begin: int, strips: int, width: int, shift: int) -> None:
-    """Lay out the scales of K and of V of a block, 0 outside the piece."""
-    for strip in range(strips):
-        slot = begin + strip * width
-        of_k = _floats(a.slots + shift + strip * width * 4, width)
-        of_v = _floats(a.slots + shift + (BLOCK + strip * width) * 4, width)
-        if slot >= piece.lo and slot + width <= piece.hi and not piece.listed:
-            page, offset = _locate(a, piece, slot)
-            scales = _floats(page + a.kv_bytes, 2 * a.page_size)
-            for token in range(width):
-                of_k[token], of_v[token] = scales[offset + token], scales[a.page_size + offset + token]
-            continue
-        of_k[:] = 0
-        of_v[:] = 0
-        for token in range(max(piece.lo - slot, 0), min(piece.hi - slot, width)):
-            page, offset = _locate(a, piece, slot + token)
-            scales = _floats(page + a.kv_bytes, 2 * a.page_size)
-            of_k[token], of_v[token] = scales[offset], scales[a.page_size + offset]
-
-
-@njit  # type: ignore[untyped-decorator]
-def _collect_biases(a: Any, piece: Any, begin: int, shift: int) -> None:
-    """Lay out the biases of a block, 0 outside the piece: there the caller's array may end."""
-    lo, hi = max(piece.lo, begin), min(piece.hi, begin + BLOCK)
-    biases = _floats(a.slots + shift + 8 * BLOCK, BLOCK)
-    source = _floats(piece.bias + a.layer * piece.bias_stride * 4, hi)
-    biases[:] = 0
-    for slot in range(lo, hi):
-        biases[slot - begin] = source[slot]
-
-
-@njit  # type: ignore[untyped-decorator]
 def _pack(kind: int, a: Any, piece: Any, shift: int) -> None:
     """Lay the piece's queries out as `dot` reads them, `[tiles, steps, TILE, words a step]`: INT8 as int16, with the
     scale of each among the scales."""
@@ -155,7 +75,7 @@ def _pack(kind: int, a: Any, piece: Any, shift: int) -> None:
         place = a.panel + shift + (row // TILE * TILE * words + row % TILE * pair) * 4
         if kind == Kind.INT8:
             scale = micro.quantise(a.q + vector * a.d_k * 4, place, words, TILE)
-            _floats(a.scales + shift, piece.rows)[row] = scale
+            floats(a.scales + shift, piece.rows)[row] = scale
         else:
             source = carray(pointer(a.q + vector * words * 4), (words // pair, pair), np.int32)
             target = carray(pointer(place), (words // pair * TILE, pair), np.int32)
@@ -172,12 +92,12 @@ def _finish(a: Any, piece: Any, sums: int, totals: int, peaks: Any) -> None:
         if piece.partial < 0:
             vector = piece.q + row // piece.group * piece.stride + row % piece.group
             out, lse, dtype = a.out, a.lse, a.out_dtype
-        total = _floats(totals + row * 64, 16).sum()
+        total = floats(totals + row * 64, 16).sum()
         empty = total == 0  # not so where a logit is NaN: that must be seen
         size = 4 if dtype == 0 else 2
         factor = np.float32(0.0) if empty else np.float32(1.0) / total
         micro.settle(dtype, sums + row * a.d_v * 4, out + vector * a.d_v * size, a.d_v // 16, factor)
-        _floats(lse, vector + 1)[vector] = -np.inf if empty else peaks[row] / LOG2E + math.log(total)
+        floats(lse, vector + 1)[vector] = -np.inf if empty else peaks[row] / LOG2E + math.log(total)
 
 
 class _Keys(NamedTuple):
@@ -234,45 +154,6 @@ def _attend_block(kind: int, unit: int, a: Any, piece: Any, row: int, keys: _Key
 
 
 @njit  # type: ignore[untyped-decorator]
-def _strip(kind: int, a: Any, piece: Any, slot: int, width: int, strip: int, shift: int) -> Any:
-    """Where K and V of a strip of the piece are: in the page, or in scratch what has to be put together first."""
-    if piece.listed:
-        return _gather(a, piece, slot, width, a.gathered + shift + strip * width * (a.d_k + a.d_v) * a.itemsize)
-    k, v = _blocks(a, piece, slot)
-    if kind != Kind.INT8 and (slot < piece.lo or slot + width > piece.hi):  # integers times weights of 0 are 0
-        place = a.tails + shift + (0 if slot < piece.lo else width * a.d_v * a.itemsize)
-        v = _trim(a, v, place, max(piece.lo - slot, 0), min(piece.hi - slot, width), width)
-    return k, v
-
-
-@njit  # type: ignore[untyped-decorator]
-def _look_ahead(a: Any, target: Any, ahead: int, end: int, width: int, strips: int, near: Any, far: Any) -> None:
-    """Have the slots of `target` from `ahead` to `end` fetched: by the loops over the current block, which has `strips`
-    strips, through their list `far`; what is more, or not in strips, now."""
-    if target.listed:
-        for slot in range(max(ahead, target.lo), min(target.hi, end)):
-            page, offset = _locate(a, target, slot)
-            for channel in range(a.d_k // a.k_pack):
-                intrinsics.prefetch(page + (channel * a.page_size + offset) * a.k_pack * a.itemsize, 1)
-            intrinsics.prefetch(page + a.k_bytes + value_offset(a, offset), a.d_v * a.v_pack * a.itemsize)
-        return
-    for strip in range((min(target.hi, end) - ahead + width - 1) // width):
-        k, v = _blocks(a, target, ahead + strip * width)
-        if a.scaled:
-            page, offset = _locate(a, target, ahead + strip * width)
-            intrinsics.prefetch(page + a.kv_bytes + offset * 4, width * 4)
-            intrinsics.prefetch(page + a.kv_bytes + (a.page_size + offset) * 4, width * 4)
-        if strips == 1 and strip == 0 and k - near[0] == a.page_bytes:
-            intrinsics.prefetch(k, KICK)  # the hardware goes on from there
-            intrinsics.prefetch(v, KICK)
-        elif strip < strips:
-            far[strip], far[STRIPS + strip] = k, v
-        else:
-            intrinsics.prefetch(k, width * a.itemsize * a.d_k)
-            intrinsics.prefetch(v, width * a.itemsize * a.d_v)
-
-
-@njit  # type: ignore[untyped-decorator]
 def _block(kind: int, a: Any, piece: Any, begin: int, width: int) -> int:
     """How many keys from slot `begin` on to take at once.
 
@@ -284,8 +165,8 @@ def _block(kind: int, a: Any, piece: Any, begin: int, width: int) -> int:
         return BLOCK
     in_order = kind != Kind.INT8 and width == a.page_size and a.d_v <= WIDE and not piece.listed
     if not FETCHES_NEAR and in_order and begin + width < piece.hi:
-        page, _ = _locate(a, piece, begin)
-        following, _ = _locate(a, piece, begin + width)
+        page, _ = locate(a, piece, begin)
+        following, _ = locate(a, piece, begin + width)
         if following - page == a.page_bytes:
             return width
     return BLOCK // 2
@@ -295,12 +176,12 @@ def _block(kind: int, a: Any, piece: Any, begin: int, width: int) -> int:
 def _attend_piece(kind: int, unit: int, a: Any, piece: Any, following: Any, shift: int) -> None:
     """All of one piece; `following` is the one whose first keys are fetched while the last are computed."""
     width = 16 * unit
-    near, far = _numbers(a.lists + shift, 2 * STRIPS), _numbers(a.lists + shift + 16 * STRIPS, 2 * STRIPS)
+    near, far = numbers(a.lists + shift, 2 * STRIPS), numbers(a.lists + shift + 16 * STRIPS, 2 * STRIPS)
     _pack(kind, a, piece, shift)
-    peaks = _floats(a.peaks + shift, piece.rows)
+    peaks = floats(a.peaks + shift, piece.rows)
     peaks[:] = -np.inf
-    _floats(a.totals + shift, piece.rows * 16)[:] = 0
-    _floats(a.sums + shift, piece.rows * a.d_v)[:] = 0
+    floats(a.totals + shift, piece.rows * 16)[:] = 0
+    floats(a.sums + shift, piece.rows * a.d_v)[:] = 0
     begin = piece.lo // width * width
     while begin < piece.hi:
         block = _block(kind, a, piece, begin, width)
@@ -310,14 +191,14 @@ def _attend_piece(kind: int, unit: int, a: Any, piece: Any, following: Any, shif
         strips = (min(piece.hi - begin, block) + width - 1) // width
         for strip in range(strips):
             slot = begin + strip * width
-            k, v = _strip(kind, a, piece, slot, width, strip, shift)
+            k, v = strip_of(kind, unit, a, piece, slot, strip, shift)
             near[strip], near[STRIPS + strip] = k, v
             far[strip], far[STRIPS + strip] = k, v
-        _look_ahead(a, target, ahead, ahead + block, width, strips, near, far)
+        look_ahead(a, target, ahead, ahead + block, width, strips, near, far)
         if kind == Kind.INT8:
-            _collect_scales(a, piece, begin, strips, width, shift)
+            collect_scales(a, piece, begin, strips, width, shift)
         if piece.bias:
-            _collect_biases(a, piece, begin, shift)
+            collect_biases(a, piece, begin, shift)
         for row in range(0, piece.rows, TILE):
             keys = _Keys(begin, begin + block, near, far if row == 0 else near)
             _attend_block(kind, unit, a, piece, row, keys, shift)
@@ -334,31 +215,31 @@ def _merge(a: Any, pieces: Any) -> None:
             continue
         for row in range(piece.rows):
             first, last = piece.partial + row, piece.partial + row + piece.parts * piece.rows
-            lse = _floats(a.partial_lse, last)
+            lse = floats(a.partial_lse, last)
             peak, total = np.float32(-np.inf), np.float32(0.0)
             for vector in range(first, last, piece.rows):
                 peak = max(peak, lse[vector])
-            sums = _floats(a.sums, a.d_v)
+            sums = floats(a.sums, a.d_v)
             sums[:] = 0
             for vector in range(first, last, piece.rows):
                 if lse[vector] != -np.inf:
                     weight = math.exp(lse[vector] - peak)
                     total += weight
-                    part = _floats(a.partials + vector * a.d_v * 4, a.d_v)
+                    part = floats(a.partials + vector * a.d_v * 4, a.d_v)
                     for c in range(a.d_v):
                         sums[c] += weight * part[c]
             vector = piece.q + row // piece.group * piece.stride + row % piece.group
             factor = np.float32(0.0) if total == 0 else np.float32(1.0) / total
             size = 4 if a.out_dtype == 0 else 2
             micro.settle(a.out_dtype, a.sums, a.out + vector * a.d_v * size, a.d_v // 16, factor)
-            _floats(a.lse, vector + 1)[vector] = -np.inf if total == 0 else peak + math.log(total)
+            floats(a.lse, vector + 1)[vector] = -np.inf if total == 0 else peak + math.log(total)
 
 
 @njit  # type: ignore[untyped-decorator]
 def _attend_shares(kind: int, unit: int, block: Any) -> None:
     kind, unit = literally(kind), literally(unit)
     a = carray(block, (1,), ARGUMENTS)[0]
-    starts = _numbers(a.starts, a.shares + 1)
+    starts = numbers(a.starts, a.shares + 1)
     pieces = carray(pointer(a.pieces), (starts[a.shares],), PIECE)
     share = intrinsics.take(block, TAKEN)
     while share < a.shares:
@@ -377,7 +258,7 @@ def attend_kernel(kind: Kind, unit: int) -> int:
     Compiled where numba's cache on disk does not have it yet.
     """
     code, started = int(kind), time.perf_counter()
-    fingerprint = source_fingerprint(micro, intrinsics, emitter, schedule, launching, cpu_moves)
+    fingerprint = source_fingerprint(micro, intrinsics, emitter, schedule, launching, cpu_moves, spread, strips)
     logger.info("loading the CPU attention kernel for %s; compiling it, the first time, takes a while", kind.name)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]

@@ -13,12 +13,14 @@ from lamina_kernels.cpu import emitter, intrinsics
 from lamina_kernels.cpu import launch as launching
 from lamina_kernels.cpu.intrinsics import pointer, take
 from lamina_kernels.cpu.launch import HEADER, TAKEN, source_fingerprint
+from lamina_kernels.paged import pages
 
 # The fields of the pages in every block of arguments. Sizes in bytes.
-_SIZES = ("page_size", "page_bytes", "k_bytes", "kv_bytes", "itemsize", "k_pack", "v_pack", "scaled", "d_k", "d_v")
-PAGES = [(name, "i8") for name in ("arena", *_SIZES)]
+_SIZES = ("page_size", "page_bytes", "k_bytes", "kv_bytes", "itemsize", "k_pack", "v_pack", "scaled")
+_WIDTHS = ("d_k", "d_v", "own_v")
+PAGES = [(name, "i8") for name in ("arena", *_SIZES, *_WIDTHS)]
 APPEND = np.dtype([*HEADER, *PAGES, *((name, "i8") for name in ("n", "slots", "k", "v", "codes"))])
-CODES = 256  # bytes of scratch that a share needs for codes: the largest d
+CODES = pages.MOST_OF_LATENT + pages.MOST  # bytes of scratch that a share needs for codes: the widest K
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -81,6 +83,8 @@ def _append_shares(block: Any) -> None:
                 scales[offset] = _quantise(a.k + i * a.d_k * 4, a.d_k, codes)
                 k = codes
             move(k, 1, address + offset * word, a.page_size, a.d_k // a.k_pack, word)
+            if not a.own_v:
+                continue
             if a.scaled:
                 scales[a.page_size + offset] = _quantise(a.v + i * a.d_v * 4, a.d_v, codes)
                 v = codes
@@ -92,7 +96,7 @@ def _append_shares(block: Any) -> None:
 @cache
 def append_kernel() -> int:
     """The address of the kernel that stores K and V, compiled where numba's cache on disk does not have it yet."""
-    fingerprint = source_fingerprint(intrinsics, emitter, launching)
+    fingerprint = source_fingerprint(intrinsics, emitter, launching, pages)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:

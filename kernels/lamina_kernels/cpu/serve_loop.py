@@ -42,7 +42,7 @@ def _advance(s: Any, functions: int, scratch: int) -> None:
     """The layer is done; the next one is due."""
     s.nanoseconds += now(functions, scratch) - s.arrived
     s.arrived = 0
-    s.layer += 1
+    s.layer = carray(pointer(s.following), (s.layers,), np.int64)[s.layer]
     if s.layer == s.layers:
         s.live = 0
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lamina_kernels.cpu import dense_loops, few_rows
-from lamina_kernels.cpu.dense_loops import ADD, NORM, PARALLEL, SILU, SPLIT
+from lamina_kernels.cpu import dense_loops, few_rows, gate_loops
+from lamina_kernels.cpu.dense_loops import ADD, GELU, NORM, PARALLEL, SILU, SPLIT
 from lamina_kernels.cpu.programs import Program, Step
 
 MAX_ROWS = few_rows.MAX_ROWS
@@ -29,13 +29,32 @@ Rotation = tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """What a mixer's output is multiplied by, as `gate_loops.gate_output` does it: a map of the residual stream that
+    entered the layer, normed by `entering`, `[hidden]`. norm: float32, of the output, by `group` numbers, or None."""
+
+    map: Map
+    entering: torch.Tensor
+    silu: bool
+    norm: torch.Tensor | None = None
+    group: int = 1
+    eps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Behind:
-    """A layer behind its attention: output projection, residual, norm `[hidden]`, MLP (gate first), residual."""
+    """A layer behind its mixer: its gate, output projection, residual, norm `[hidden]`, MLP (gate first), residual.
+    gelu: the MLP's gate is GELU, else SiLU. attended_norm, mlp_norm: `[hidden]`, of what the projection and the MLP
+    give."""
 
     output: Map
     norm: torch.Tensor
     gate_up: Map
     down: Map
+    gelu: bool = False
+    attended_norm: torch.Tensor | None = None
+    mlp_norm: torch.Tensor | None = None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +68,27 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """From behind an attention (None: from the embedding) to before the next one, or to the end.
+class States:
+    """The inputs of a layer that keeps a state: q, k and v, side by side, and the gates of its recurrence, as
+    `gate_loops.recurrence_gates` makes them of the map `gates`. rate, offset: float32 `[heads]`."""
 
-    norm: `[hidden]`, of the residual stream that leaves. then: what the normed stream becomes: q, k and v; float32
-    numbers, by W; or None: it stays itself.
+    qkv: Map
+    gates: Map
+    rate: torch.Tensor
+    offset: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """From behind a mixer (None: from the embedding) to before the next one, or to the end.
+
+    norm: `[hidden]`, of the residual stream that leaves. then: what the normed stream becomes: q, k and v; the inputs
+    of a state; float32 numbers, by W; or None: it stays itself.
     """
 
     behind: Behind | None
     norm: torch.Tensor
-    then: Heads | torch.Tensor | None
+    then: Heads | States | torch.Tensor | None
 
 
 class Spans:
@@ -79,7 +109,8 @@ class Spans:
         not changed; attended: what that gave, `n` rows, where the span has one.
 
         Returns new tensors: the residual stream that leaves (the same, where nothing is behind an attention), and
-        q `[n, heads, d]`, k and v `[n, kv_heads, d]`; or float32 `[n, n_out]`; or `[n, hidden]`.
+        q `[n, heads, d]`, k and v `[n, kv_heads, d]`; or what enters a state, `[n, width]`, and its gates, float32
+        `[n, heads, 2]`; or float32 `[n, n_out]`; or `[n, hidden]`.
         """
         key = index, len(hidden), torch.get_num_threads()
         made = self._own.made.get(key)
@@ -138,6 +169,16 @@ class _Builder:
         self.steps.append(Step(self._loops, block, shared))
         return block
 
+    def gates(self, operation: int, width: int, groups: int, eps: float = 0.0, **fields: int) -> Any:
+        """An operation of `gate_loops`. Returns the argument block."""
+        shared = self.rows * width * groups >= PARALLEL
+        block = gate_loops.Arguments(
+            operation=operation, size=2, shares=min(self.threads, self.rows) if shared else 1, rows=self.rows,
+            width=width, groups=groups, eps=eps, **fields,
+        )  # fmt: skip
+        self.steps.append(Step(gate_loops.load_kernel(True), block, shared))
+        return block
+
 
 class _Made:
     """A span as a program for a number of rows and of threads. From run to run only the addresses of what comes in
@@ -151,11 +192,14 @@ class _Made:
         if span.behind is None:
             self._norm = builder.small(NORM, width, width, out=normed, weight=norm)
         else:
+            self._gate = None if span.behind.gate is None else _gate(builder, span.behind.gate, width)
             self._output, self._residual = _behind(builder, span.behind, width)
             delta, total = builder.room("delta", width), builder.room("total", width)
             self._norm = builder.small(NORM, width, width, x=delta, y=total, out=normed, weight=norm)
         if isinstance(span.then, Heads):
             self._heads = _heads(builder, span.then, normed)
+        elif isinstance(span.then, States):
+            self._inputs, self._gates = _states(builder, span.then, normed)
         elif span.then is not None:
             self._last = builder.linear(normed, (span.then, None), size=4)
         self._program = Program(builder.steps)
@@ -171,10 +215,20 @@ class _Made:
             attended = attended.contiguous()
             leaving = torch.empty_like(hidden)
             self._residual.y, self._norm.second = entered, leaving.data_ptr()
-            self._output.x = _address("attended", attended, _HALF, rows * self._output.n_in)
+            given = _address("attended", attended, _HALF, rows * self._output.n_in)
+            if self._gate is None:
+                self._output.x = given
+            else:
+                entering, gate = self._gate
+                entering.x, gate.x = entered, given
         results: tuple[torch.Tensor, ...]
         if isinstance(span.then, Heads):
             results = self._place_heads(span.then, rotation)
+        elif isinstance(span.then, States):
+            x = torch.empty(rows, self._inputs.n_out, dtype=_HALF)
+            gates = torch.empty(rows, self._gates.width, 2, dtype=torch.float32)
+            self._inputs.y, self._gates.out = x.data_ptr(), gates.data_ptr()
+            results = x, gates
         elif span.then is not None:
             results = (torch.empty(rows, len(span.then), dtype=torch.float32),)
             self._last.y = results[0].data_ptr()
@@ -197,17 +251,51 @@ class _Made:
         return q, k, v
 
 
+def _gate(builder: _Builder, gate: Gate, width: int) -> tuple[Any, Any]:
+    """The steps to "mixed", the gated output. The blocks of the norm of what entered the layer, and of the gate."""
+    n_out = len(gate.map[0])
+    size = n_out if gate.norm is None else gate.group
+    if n_out % size:
+        raise ValueError(f"a norm by {size} of {n_out} numbers, allowed: a divisor")
+    weight = 0 if gate.norm is None else _address("norm", gate.norm, torch.float32, n_out)
+    entered, by = builder.room("entered", width), builder.room("gate", n_out)
+    norm = builder.small(NORM, width, width, out=entered, weight=_address("norm", gate.entering, _HALF, width))
+    builder.linear(entered, gate.map, by)
+    operation = gate_loops.SILU if gate.silu else gate_loops.SIGMOID
+    where = {"gate": by, "out": builder.room("mixed", n_out), "weight": weight}
+    return norm, builder.gates(operation, size, n_out // size, gate.eps, **where)
+
+
+def _states(builder: _Builder, to: States, normed: int) -> tuple[Any, Any]:
+    """The steps to the inputs of a state. The blocks of their map, and of the gates."""
+    heads = len(to.rate)
+    raw = builder.room("raw", 2 * heads)
+    builder.linear(normed, to.gates, raw)
+    where = {"x": raw, "weight": _address("rate", to.rate, torch.float32, heads)}
+    where["offset"] = _address("offset", to.offset, torch.float32, heads)
+    gates = builder.gates(gate_loops.RECURRENCE, heads, 1, **where)
+    return builder.linear(normed, to.qkv), gates
+
+
 def _behind(builder: _Builder, layer: Behind, width: int) -> tuple[Any, Any]:
     """The steps up to the last residual, "delta" + "total". The blocks of the output projection and of what follows."""
     inner = layer.down[0].shape[1]
     normed, total, delta = (builder.room(name, width) for name in ("normed", "total", "delta"))
     gate_up, gated = builder.room("gate_up", 2 * inner), builder.room("gated", inner)
     norm = _address("norm", layer.norm, _HALF, width)
-    output = builder.linear(0, layer.output, delta)
+
+    def norm_delta(weight: torch.Tensor | None) -> None:
+        if weight is not None:
+            builder.small(NORM, width, width, x=delta, out=delta, weight=_address("norm", weight, _HALF, width))
+
+    mixed = 0 if layer.gate is None else builder.room("mixed", layer.output[0].shape[1])
+    output = builder.linear(mixed, layer.output, delta)
+    norm_delta(layer.attended_norm)
     residual = builder.small(NORM, width, width, x=delta, second=total, out=normed, weight=norm)
     builder.linear(normed, layer.gate_up, gate_up)
-    builder.small(SILU, inner, 2 * inner, x=gate_up, out=gated)
+    builder.small(GELU if layer.gelu else SILU, inner, 2 * inner, x=gate_up, out=gated)
     builder.linear(gated, layer.down, delta)
+    norm_delta(layer.mlp_norm)
     return output, residual
 
 

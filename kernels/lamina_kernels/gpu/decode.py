@@ -71,9 +71,9 @@ class Plan:
     partials: Partial  # of their parts: scratch, float32
 
 
-def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype) -> PageLayout:
+def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype, latent: bool = False) -> PageLayout:
     """How these kernels lay out a page."""
-    return PageLayout(page_size, d_k, d_v, dtype, Order.TOKENS)
+    return PageLayout(page_size, d_k, d_v, dtype, Order.TOKENS, latent)
 
 
 def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
@@ -92,6 +92,8 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         raise ValueError(f"threads must be at least 1, got {threads}")
     check_order(pages, Order.TOKENS)
     at, device = pages.layout, pages.arena.device
+    if at.d_index:
+        raise ValueError(f"pages have index keys of {at.d_index} numbers, which these kernels do not know; allowed: 0")
     missing = check_rows(pages, rows)
     table, tables = _joined(rows.tables, np.dtype(np.int32))
     bias, biases = _joined(rows.bias, np.dtype(np.float32))
@@ -114,7 +116,7 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         "DOT": dot_type(at.dtype),
         "LISTED": bool(rows.listed.any()),
         "BIASED": bool(bias.size),
-        "WIDTH_K": padded(at.d_k),
+        "WIDTH_K": padded(at.d_k - at.d_v if at.latent else at.d_k),
         "WIDTH_V": padded(at.d_v),
         **describe(pages),
     }

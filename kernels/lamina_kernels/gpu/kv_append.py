@@ -28,7 +28,8 @@ def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
 
 
 def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Store k `[n, d_k]` and v `[n, d_v]` of a layer, rounded or quantised to the pages' dtype, at the plan's slots."""
+    """Store k `[n, d_k]` and v `[n, d_v]`, of latents `[n, 0]`, rounded or quantised to the pages' dtype, at the plan's
+    slots of a layer."""
     check_append(pages, plan, layer, k, v)
     n, at = len(k), pages.layout
     if not n:
@@ -58,10 +59,11 @@ def describe(pages: Pages) -> dict[str, Any]:
         "PAGE": at.page_size,
         "PAGE_NUMBERS": at.page_bytes // at.dtype.itemsize,
         "PAGE_SCALES": at.page_bytes // 4,
-        "V_AT": at.k_bytes // at.dtype.itemsize,
+        "V_AT": 0 if at.latent else at.k_bytes // at.dtype.itemsize,
         "SCALES_AT": at.kv_bytes // 4,
         "D_K": at.d_k,
         "D_V": at.d_v,
+        "LATENT": at.latent,
         "KIND": kind.value,
     }
 
@@ -81,20 +83,22 @@ def append_kernel(
     SCALES_AT: tl.constexpr,
     D_K: tl.constexpr,
     D_V: tl.constexpr,
+    LATENT: tl.constexpr,
     KIND: tl.constexpr,
     WIDTH_K: tl.constexpr,
     WIDTH_V: tl.constexpr,
     PEAK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK vectors of K, and those of V."""
+    """BLOCK vectors of K, and those of V where there are any."""
     vector = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     held = vector < n
     slot = tl.load(slots + vector, mask=held, other=0)
     page, offset = slot // PAGE, slot % PAGE
     block, scale = arena + page * PAGE_NUMBERS, scales + page * PAGE_SCALES + SCALES_AT + offset
     _store(k + vector * D_K, held, block + offset * D_K, scale, D_K, KIND, WIDTH_K, PEAK)
-    _store(v + vector * D_V, held, block + V_AT + offset * D_V, scale + PAGE, D_V, KIND, WIDTH_V, PEAK)
+    if not LATENT:
+        _store(v + vector * D_V, held, block + V_AT + offset * D_V, scale + PAGE, D_V, KIND, WIDTH_V, PEAK)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

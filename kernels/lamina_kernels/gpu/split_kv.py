@@ -102,9 +102,9 @@ def split_kernel(
     table: tl.tensor, bias: tl.tensor, layer: tl.tensor, scale: tl.tensor, soft_cap: tl.tensor,
     arena: tl.tensor, scales: tl.tensor,
     PAGE: tl.constexpr, PAGE_NUMBERS: tl.constexpr, PAGE_SCALES: tl.constexpr, V_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr,
-    CAPPED: tl.constexpr, LISTED: tl.constexpr, BIASED: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SCALES_AT: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, LATENT: tl.constexpr, KIND: tl.constexpr,
+    DOT: tl.constexpr, CAPPED: tl.constexpr, LISTED: tl.constexpr, BIASED: tl.constexpr, WIDTH_K: tl.constexpr,
+    WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One chunk of one piece."""
     piece, chunk = pieces + tl.program_id(0).to(tl.int64) * FIELDS, tl.program_id(1)
@@ -115,7 +115,7 @@ def split_kernel(
     attend_chunk(
         piece, begin, tl.minimum(begin + length, hi), partial,
         q, out, lse, partial_out, partial_lse, table, bias, layer, scale, soft_cap, arena, scales,
-        PAGE, PAGE_NUMBERS, PAGE_SCALES, V_AT, SCALES_AT, D_K, D_V, KIND, DOT, CAPPED, LISTED, BIASED,
+        PAGE, PAGE_NUMBERS, PAGE_SCALES, V_AT, SCALES_AT, D_K, D_V, LATENT, KIND, DOT, CAPPED, LISTED, BIASED,
         WIDTH_K, WIDTH_V, ROWS, KEYS,
     )  # fmt: skip
 
@@ -127,9 +127,9 @@ def attend_chunk(
     table: tl.tensor, bias: tl.tensor, layer: tl.tensor, scale: tl.tensor, soft_cap: tl.tensor,
     arena: tl.tensor, scales: tl.tensor,
     PAGE: tl.constexpr, PAGE_NUMBERS: tl.constexpr, PAGE_SCALES: tl.constexpr, V_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr,
-    CAPPED: tl.constexpr, LISTED: tl.constexpr, BIASED: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SCALES_AT: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, LATENT: tl.constexpr, KIND: tl.constexpr,
+    DOT: tl.constexpr, CAPPED: tl.constexpr, LISTED: tl.constexpr, BIASED: tl.constexpr, WIDTH_K: tl.constexpr,
+    WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attention of a piece's queries over its keys [lo, hi): into out and lse, or from partial number `partial` on.
 
@@ -137,11 +137,16 @@ def attend_chunk(
     """
     rows, group = tl.load(piece + ROWS_OF).to(tl.int32), tl.load(piece + _GROUP).to(tl.int32)
     row, column_k, column_v = tl.arange(0, ROWS), tl.arange(0, WIDTH_K), tl.arange(0, WIDTH_V)
+    if LATENT:  # K is V, loaded once, and what stands behind it
+        column_k += D_V
     held, mask_k, mask_v = row < rows, column_k < D_K, column_v < D_V
     vector = tl.load(piece + _Q) + row // group * tl.load(piece + _STRIDE) + row % group
     position, window = tl.load(piece + _POSITION).to(tl.int32) + row // group, tl.load(piece + _WINDOW).to(tl.int32)
     query_place = q + vector[:, None] * D_K + column_k[None, :]
     query = tl.load(query_place, mask=held[:, None] & mask_k[None, :], other=0.0).to(DOT)
+    if LATENT:
+        front_place = q + vector[:, None] * D_K + column_v[None, :]
+        front = tl.load(front_place, mask=held[:, None] & mask_v[None, :], other=0.0).to(DOT)
 
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH_V], tl.float32)
@@ -153,7 +158,12 @@ def attend_chunk(
 
         k_place = (block + offset * D_K)[None, :] + column_k[:, None]
         k = tl.load(k_place, mask=inside[None, :] & mask_k[:, None], other=0)
-        logits = tl.dot(query, widened(k, KIND, DOT), input_precision="ieee") * scale
+        v_place = (block + V_AT + offset * (D_K if LATENT else D_V))[:, None] + column_v[None, :]
+        logits = tl.dot(query, widened(k, KIND, DOT), input_precision="ieee")
+        if LATENT:
+            v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
+            logits = tl.dot(front, tl.trans(widened(v, KIND, DOT)), logits, input_precision="ieee")
+        logits *= scale
         if KIND != PLAIN:
             logits *= tl.load(scale_place, mask=inside, other=0.0)[None, :]
         if CAPPED:
@@ -167,9 +177,9 @@ def attend_chunk(
         weight, decay, top = weighed(logits, top)
         total = total * decay + tl.sum(weight, 1)
         if KIND != PLAIN:
-            weight *= tl.load(scale_place + PAGE, mask=inside, other=0.0)[None, :]
-        v_place = (block + V_AT + offset * D_V)[:, None] + column_v[None, :]
-        v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
+            weight *= tl.load(scale_place + (0 if LATENT else PAGE), mask=inside, other=0.0)[None, :]
+        if not LATENT:
+            v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
         sums = tl.dot(weight.to(DOT), widened(v, KIND, DOT), sums * decay[:, None], input_precision="ieee")
 
     mask = held[:, None] & mask_v[None, :]

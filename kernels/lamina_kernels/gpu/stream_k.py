@@ -20,9 +20,9 @@ def lean_kernel(
     table: tl.tensor, bias: tl.tensor, layer: tl.tensor, scale: tl.tensor, soft_cap: tl.tensor,
     arena: tl.tensor, scales: tl.tensor,
     PAGE: tl.constexpr, PAGE_NUMBERS: tl.constexpr, PAGE_SCALES: tl.constexpr, V_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr,
-    CAPPED: tl.constexpr, LISTED: tl.constexpr, BIASED: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SCALES_AT: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, LATENT: tl.constexpr, KIND: tl.constexpr,
+    DOT: tl.constexpr, CAPPED: tl.constexpr, LISTED: tl.constexpr, BIASED: tl.constexpr, WIDTH_K: tl.constexpr,
+    WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     """The pieces of one share: share i has those from number starts[i] up to starts[i + 1]."""
     share = starts + tl.program_id(0)
@@ -32,6 +32,6 @@ def lean_kernel(
         attend_chunk(
             piece, lo, hi, tl.load(piece + PARTIAL),
             q, out, lse, partial_out, partial_lse, table, bias, layer, scale, soft_cap, arena, scales,
-            PAGE, PAGE_NUMBERS, PAGE_SCALES, V_AT, SCALES_AT, D_K, D_V, KIND, DOT, CAPPED, LISTED, BIASED,
+            PAGE, PAGE_NUMBERS, PAGE_SCALES, V_AT, SCALES_AT, D_K, D_V, LATENT, KIND, DOT, CAPPED, LISTED, BIASED,
             WIDTH_K, WIDTH_V, ROWS, KEYS,
         )  # fmt: skip

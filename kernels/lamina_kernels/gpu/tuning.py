@@ -33,7 +33,7 @@ class Tile:
     stages: int
 
     def bytes(self, width_k: int, width_v: int, itemsize: int) -> int:
-        """Shared memory that it may take: queries, weights, and K and V of every stage."""
+        """Shared memory that it may take: queries, weights, and K and V of every stage. width_v: 0 where V is in K."""
         queries_and_weights = self.rows * (width_k + self.keys)
         return itemsize * (queries_and_weights + self.stages * self.keys * (width_k + width_v))
 
@@ -51,6 +51,8 @@ class Tuning:
     def tile(self, layout: PageLayout, rows: int) -> Tile:
         """The tile for pieces of up to `rows` vectors, made smaller until it fits into shared memory."""
         width_k, width_v = padded(layout.d_k), padded(layout.d_v)
+        if layout.latent:  # V, and what of K is behind it, are loaded once
+            width_k, width_v = width_v + padded(layout.d_k - layout.d_v), 0
         wide = max(width_k, width_v) > 128
         tile = self.few if rows <= FEW_ROWS else self.many_wide if wide else self.many
         tile = dataclasses.replace(tile, rows=min(tile.rows, max(FEW_ROWS, int(triton.next_power_of_2(rows)))))

@@ -2,7 +2,7 @@
 
 A page is `page_size` tokens of one layer and one KV head: its K block, then its V block, then, for dtypes that have
 them, a scale per token for K and another for V; nothing else. Inside a block the order is that of the kernels which
-read it.
+read it. Of a latent V is the front of K, so its page has neither a V block nor scales of V.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lamina_kernels.paged import memory
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what q, k and v come in, and KV is kept in as it is
 PEAKS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # quantised: the code of a vector's largest number
 DTYPES = (*FLOATS, *PEAKS)
+MOST, MOST_OF_LATENT = 256, 576  # numbers of a vector; a latent of DeepSeek V3 has 512 and 64
 
 
 class Order(Enum):
@@ -33,7 +34,8 @@ class Order(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PageLayout:
-    """The shape of one page. `dtype` is what K and V are stored in.
+    """The shape of one page. `dtype` is what K and V are stored in. `latent`: V is the first `d_v` numbers of K.
+    `d_index`: each K vector has so many numbers more behind its d_k, an index key, which attention does not multiply.
 
     Head sizes are multiples of 16: whole registers on a CPU, aligned loads on a GPU.
     """
@@ -43,17 +45,29 @@ class PageLayout:
     d_v: int
     dtype: torch.dtype
     order: Order = Order.CHANNELS
+    latent: bool = False
+    d_index: int = 0
 
     def __post_init__(self) -> None:
         channels = self.order is Order.CHANNELS
         for name in ("page_size", "d_k", "d_v"):
             value, step = getattr(self, name), 1 if name == "page_size" and not channels else 16
-            if value not in range(step, 257, step):
+            most = MOST_OF_LATENT if self.latent and name != "page_size" else MOST
+            if value not in range(step, most + 1, step):
                 steps = f"a multiple of {step}" if step > 1 else "a whole number"
-                raise ValueError(f"{name} must be {steps} from {step} to 256, got {value!r}")
+                raise ValueError(f"{name} must be {steps} from {step} to {most}, got {value!r}")
+        if self.latent and self.d_v > self.d_k:
+            raise ValueError(f"d_v of a latent, which is a part of K, must be at most d_k {self.d_k}, got {self.d_v}")
+        if self.d_index not in range(0, MOST + 1, 16):
+            raise ValueError(f"d_index must be a multiple of 16 from 0 to {MOST}, got {self.d_index!r}")
         allowed = [dtype for dtype in DTYPES if dtype is not torch.float8_e4m3fn or not channels]
         if self.dtype not in allowed:
             raise ValueError(f"KV dtype must be one of {', '.join(map(str, allowed))}, got {self.dtype!r}")
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of a K vector."""
+        return self.d_k + self.d_index
 
     @property
     def k_pack(self) -> int:
@@ -64,6 +78,11 @@ class PageLayout:
     def v_pack(self) -> int:
         """How many tokens of a channel stand side by side in a V block."""
         return 4 if self.order is Order.CHANNELS and self.dtype is torch.int8 else self.k_pack
+
+    @property
+    def own_v(self) -> int:
+        """How many numbers of V a token has beside K: those that are given and stored."""
+        return 0 if self.latent else self.d_v
 
     @property
     def scaled(self) -> bool:
@@ -78,17 +97,23 @@ class PageLayout:
     @property
     def k_bytes(self) -> int:
         """Bytes of a page's K block, which is where its V block begins."""
-        return self.page_size * self.d_k * self.dtype.itemsize
+        return self.page_size * self.key_width * self.dtype.itemsize
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of both blocks, which is where the scales begin: float32 `[2, page_size]`, those of K first."""
-        return self.page_size * (self.d_k + self.d_v) * self.dtype.itemsize
+        """Bytes of both blocks, which is where the scales begin: float32 `[2, page_size]`, those of K first; of a
+        latent `[1, page_size]`."""
+        return self.page_size * (self.key_width + self.own_v) * self.dtype.itemsize
+
+    @property
+    def scale_blocks(self) -> int:
+        """How many scales a token has, where it has any."""
+        return 1 if self.latent else 2
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page: exactly its K and V, and their scales."""
-        return self.kv_bytes + 2 * 4 * self.page_size * self.scaled
+        return self.kv_bytes + self.scale_blocks * 4 * self.page_size * self.scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,25 +149,29 @@ class Pages:
 
     @property
     def k(self) -> torch.Tensor:
-        """A view of every K block, as `[n_pages, page_size, d_k / k_pack, k_pack]` whatever the order in memory."""
+        """A view of every K block, as `[n_pages, page_size, key_width / k_pack, k_pack]` whatever the order is."""
         at = self.layout
         block = self.arena[:, : at.k_bytes].view(at.dtype)
         if at.order is Order.TOKENS:
-            return block.view(-1, at.page_size, at.d_k, 1)
-        return block.view(-1, at.d_k // at.k_pack, at.page_size, at.k_pack).transpose(1, 2)
+            return block.view(-1, at.page_size, at.key_width, 1)
+        return block.view(-1, at.key_width // at.k_pack, at.page_size, at.k_pack).transpose(1, 2)
 
     @property
     def v(self) -> torch.Tensor:
-        """A view of every V block, as `[n_pages, page_size / v_pack, v_pack, d_v]` whatever the order in memory."""
+        """A view of every V block, as `[n_pages, page_size / v_pack, v_pack, d_v]` whatever the order in memory. Raises
+        ValueError for latents, which have none."""
         at = self.layout
+        if at.latent:
+            raise ValueError("pages of latents have no V block: V is the front of K")
         block = self.arena[:, at.k_bytes : at.kv_bytes].view(at.dtype)
         return block.view(-1, at.page_size // at.v_pack, at.d_v, at.v_pack).transpose(2, 3)
 
     @property
     def scales(self) -> torch.Tensor:
-        """A view of every page's scales, float32 `[n_pages, 2, page_size]`: of K, of V. Only of dtypes with scales."""
+        """A view of every page's scales, float32 `[n_pages, 2, page_size]`: of K, of V; of latents `[n_pages, 1,
+        page_size]`. Only of dtypes with scales."""
         at = self.layout
-        return self.arena[:, at.kv_bytes :].view(torch.float32).view(-1, 2, at.page_size)
+        return self.arena[:, at.kv_bytes :].view(torch.float32).view(-1, at.scale_blocks, at.page_size)
 
 
 def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,13 +209,14 @@ def check_slots(pages: Pages, slots: torch.Tensor) -> None:
 
 
 def check_append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise ValueError unless the plan was made for `pages` and has that layer, k is `[n, d_k]` and v `[n, d_v]`."""
+    """Raise ValueError unless the plan was made for `pages` and has that layer, k is `[n, key_width]` and v `[n, d_v]`,
+    or `[n, 0]` of latents."""
     check_made_for(plan.pages, pages)
     layers, n = plan.slots.shape
     if not 0 <= layer < layers:
         raise ValueError(f"layer must be from 0 to {layers - 1}, got {layer}")
-    check_vectors("k", k, n, pages.layout.d_k, pages.arena.device)
-    check_vectors("v", v, n, pages.layout.d_v, pages.arena.device)
+    check_vectors("k", k, n, pages.layout.key_width, pages.arena.device)
+    check_vectors("v", v, n, pages.layout.own_v, pages.arena.device)
 
 
 def check_made_for(planned: Pages, pages: Pages) -> None:
@@ -222,49 +252,54 @@ def check_range(name: str, numbers: torch.Tensor, end: int) -> None:
 
 
 def gather(pages: Pages, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `tokens` slots of the pages named in `table` (int `[pages]`): k `[tokens, d_k]`, v `[tokens, d_v]`.
+    """The first `tokens` slots of the pages named in `table` (int `[pages]`), in the layout's `loaded` dtype.
 
-    In the layout's `loaded` dtype.
+    k `[tokens, key_width]`, v `[tokens, d_v]`.
     """
     at = pages.layout
     if not 0 <= tokens <= len(table) * at.page_size:
         raise ValueError(f"tokens must be from 0 to {len(table) * at.page_size}, got {tokens}")
     index = table[: -(-tokens // at.page_size)].long()
     check_range("table", index, pages.n_pages)
-    k, v = pages.k[index].reshape(-1, at.d_k)[:tokens], pages.v[index].reshape(-1, at.d_v)[:tokens]
+    k = pages.k[index].reshape(-1, at.key_width)[:tokens]
+    v = k if at.latent else pages.v[index].reshape(-1, at.d_v)[:tokens]
     if at.scaled:
-        of_k, of_v = pages.scales[index].transpose(0, 1).reshape(2, -1, 1)[:, :tokens]
-        return k.float() * of_k, v.float() * of_v
-    return k, v
+        scales = pages.scales[index].transpose(0, 1).reshape(at.scale_blocks, -1, 1)[:, :tokens]
+        k, v = k.float() * scales[0], v.float() * scales[-1]
+    return k, v[:, : at.d_v]
 
 
 def gather_heads(pages: Pages, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `gather`, of all heads at once, each with as many pages (int64 `[heads, pages]`): k `[tokens, heads, d_k]`,
-    v `[tokens, heads, d_v]`. Whole pages are copied as they are, and put in order then: ten times as fast."""
+    """As `gather`, of all heads at once, each with as many pages (int64 `[heads, pages]`): k
+    `[tokens, heads, key_width]`, v `[tokens, heads, d_v]`. Whole pages are copied as they are, and put in order then:
+    ten times as fast."""
     at = pages.layout
     heads, count = tables.shape
     check_range("tables", tables, pages.n_pages)
     if not count:
-        k, v = (pages.arena.new_empty((0, heads, d), dtype=at.loaded) for d in (at.d_k, at.d_v))
+        k, v = (pages.arena.new_empty((0, heads, d), dtype=at.loaded) for d in (at.key_width, at.d_v))
         return k, v
     some = pages.arena.index_select(0, tables.reshape(-1))
     if at.scaled:
         each = Pages(at, some)
-        of_k, of_v = each.scales.unsqueeze(-1).unbind(1)
-        k = each.k.reshape(-1, at.page_size, at.d_k).float() * of_k
-        v = each.v.reshape(-1, at.page_size, at.d_v).float() * of_v
+        scales = each.scales.unsqueeze(-1)
+        k = each.k.reshape(-1, at.page_size, at.key_width).float() * scales[:, 0]
+        v = k if at.latent else each.v.reshape(-1, at.page_size, at.d_v).float() * scales[:, 1]
         k, v = (x.view(heads, -1, x.shape[-1]).transpose(0, 1).contiguous() for x in (k, v))
-        return k, v
+        return k, v[..., : at.d_v]
     word = torch.int32 if at.k_pack * at.dtype.itemsize == 4 else at.dtype  # what stands side by side is one number
     of_k, of_v = some[:, : at.k_bytes].view(word), some[:, at.k_bytes : at.kv_bytes].view(at.dtype)
-    words = at.d_k * at.dtype.itemsize // word.itemsize
+    words = at.key_width * at.dtype.itemsize // word.itemsize
     if at.order is Order.TOKENS:
         k = of_k.view(heads, count, at.page_size, words).permute(1, 2, 0, 3)
     else:
         k = of_k.view(heads, count, words, at.page_size).permute(1, 3, 0, 2)
-    v = of_v.view(heads, count, at.page_size // at.v_pack, at.d_v, at.v_pack).permute(1, 2, 4, 0, 3)
     tokens = count * at.page_size
-    return k.contiguous().view(at.dtype).view(tokens, heads, at.d_k), v.reshape(tokens, heads, at.d_v)
+    k = k.contiguous().view(at.dtype).view(tokens, heads, at.key_width)
+    if at.latent:
+        return k, k[..., : at.d_v]
+    v = of_v.view(heads, count, at.page_size // at.v_pack, at.d_v, at.v_pack).permute(1, 2, 4, 0, 3)
+    return k, v.reshape(tokens, heads, at.d_v)
 
 
 def whole(pages: Pages, index: torch.Tensor) -> torch.Tensor:

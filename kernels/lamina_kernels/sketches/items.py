@@ -1,15 +1,14 @@
-"""The question and the answer of a scan of sketches, and the checks of both."""
+"""The question and the answer of a scan of sketches, and the check of the question."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lamina_kernels.paged.pages import check_vectors
 from lamina_kernels.paged.rows import Ints, Table
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches.layout import Sketches
@@ -69,26 +68,6 @@ class Choice(NamedTuple):
     tail: Partial
 
 
-class PlannedScan(Protocol):
-    """The common fields of every implementation's plan."""
-
-    @property
-    def sketches(self) -> Sketches:
-        """The sketches that it was made for."""
-
-    @property
-    def items(self) -> Items:
-        """The items that it scans."""
-
-    @property
-    def group(self) -> int:
-        """How many query heads an item has."""
-
-    @property
-    def missing(self) -> frozenset[int]:
-        """Layers that lack a page which the items read."""
-
-
 def check_items(sketches: Sketches, items: Items, group: int, most: int | None) -> frozenset[int]:
     """Raise ValueError unless the entries of `items` are in their tables, and name pages.
 
@@ -120,29 +99,3 @@ def check_items(sketches: Sketches, items: Items, group: int, most: int | None) 
         if low == -1:
             missing.update(np.flatnonzero((used == -1).any(axis=1)).tolist())
     return frozenset(missing)
-
-
-def check_scan(
-    plan: PlannedScan,
-    sketches: Sketches,
-    layer: int,
-    q: torch.Tensor,
-    scale: float,
-    soft_cap: float | None,
-    missed: float,
-) -> None:
-    """Raise ValueError unless the plan was made for `sketches` and has that layer with all its pages, q is
-    `[items * group, d_k]`, the scale is a number, soft_cap positive, and missed from 0 to 1."""
-    if plan.sketches is not sketches:
-        raise ValueError("the plan was made for other sketches")
-    if not 0 <= layer < plan.items.layers:
-        raise ValueError(f"layer must be from 0 to {plan.items.layers - 1}, got {layer}")
-    if layer in plan.missing:
-        raise ValueError(f"layer {layer} lacks a page that the items read")
-    check_vectors("q", q, len(plan.items) * plan.group, sketches.layout.pages.d_k, sketches.arena.device)
-    if not np.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    if soft_cap is not None and not 0 < soft_cap < float("inf"):
-        raise ValueError(f"soft_cap must be above 0 and finite, or None, got {soft_cap}")
-    if not 0 <= missed <= 1:
-        raise ValueError(f"missed must be from 0 to 1, got {missed}")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina_kernels.cpu.emitter import LANES
 from lamina_kernels.paged import memory
 from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_arena, check_range
 
@@ -28,6 +27,8 @@ class SketchLayout:
     def __post_init__(self) -> None:
         if self.pages.order is not Order.CHANNELS:
             raise ValueError(f"sketches are made of pages of {Order.CHANNELS}, got {self.pages.order}")
+        if self.pages.latent:
+            raise ValueError("sketches are not made of latents, got pages whose V is the front of K")
 
     @property
     def unit(self) -> int:
@@ -81,20 +82,6 @@ class Sketches:
         return self.arena.shape[0]
 
     @property
-    def codes(self) -> torch.Tensor:
-        """The codes, uint8 `[n_pages, page_size, d_k]`: a copy, unpacked."""
-        at = self.layout
-        d, unit = at.pages.d_k, at.unit
-        packed = self.arena[:, : at.steps_at]
-        if unit == 2:  # [page, strip, line, token, channel] twice, for the tokens' halves
-            packed = packed.view(self.n_pages, -1, d // 4, LANES, 4)
-            both = torch.stack([packed & 15, packed >> 4], 2).permute(0, 1, 2, 4, 3, 5)
-        else:  # twice for the channels' halves
-            packed = packed.view(self.n_pages, -1, d // 8, LANES, 4)
-            both = torch.stack([packed & 15, packed >> 4], 3).permute(0, 1, 4, 2, 3, 5)
-        return both.reshape(self.n_pages, at.pages.page_size, d)
-
-    @property
     def steps(self) -> torch.Tensor:
         """A view of the steps, bfloat16 `[n_pages, d_k]`."""
         at = self.layout
@@ -120,11 +107,6 @@ def check_sealed(pages: Pages, sketches: Sketches, page_ids: torch.Tensor) -> No
             f"sketches of {sketches.n_pages} pages of {sketches.layout.pages} are not those of "
             f"{pages.n_pages} pages of {pages.layout}"
         )
-    check_ids("page_ids", page_ids, sketches.n_pages)
-
-
-def check_ids(name: str, ids: torch.Tensor, end: int) -> None:
-    """Raise ValueError unless ids is int64 `[n]`, from 0 to end - 1."""
-    if ids.dtype != torch.int64 or ids.ndim != 1:
-        raise ValueError(f"{name} must be int64 [n], got {ids.dtype} {list(ids.shape)}")
-    check_range(name, ids, end)
+    if page_ids.dtype != torch.int64 or page_ids.ndim != 1:
+        raise ValueError(f"page_ids must be int64 [n], got {page_ids.dtype} {list(page_ids.shape)}")
+    check_range("page_ids", page_ids, sketches.n_pages)

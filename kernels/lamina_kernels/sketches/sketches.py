@@ -19,11 +19,11 @@ import torch
 
 from lamina_kernels.cpu.emitter import LANES, kind_of
 from lamina_kernels.cpu.launch import block_type, launch, load_each
-from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order
+from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order, check_vectors
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches.choice_micro import AHEAD
-from lamina_kernels.sketches.items import Choice, Items, check_items, check_scan
-from lamina_kernels.sketches.layout import LEVELS, Sketches, SketchLayout, check_ids, check_sealed
+from lamina_kernels.sketches.items import Choice, Items, check_items
+from lamina_kernels.sketches.layout import LEVELS, Sketches, SketchLayout, check_sealed
 from lamina_kernels.sketches.loops import ITEM, SCAN, SCRATCH, SEAL, SEAL_SCRATCH, TASK, scan_kernel, seal_kernel
 from lamina_kernels.sketches.micro import HEADS
 
@@ -35,7 +35,6 @@ __all__ = [
     "ScanPlan",
     "SketchLayout",
     "Sketches",
-    "copy",
     "plan_scan",
     "prepare",
     "scan",
@@ -110,15 +109,6 @@ def _describe(sketches: Sketches) -> dict[str, int]:
         "lows_at": at.lows_at,
         "mean_at": at.mean_at,
     }
-
-
-def copy(sketches: Sketches, src: torch.Tensor, dst: torch.Tensor) -> None:
-    """Copy sketches, as `pages.copy` copies pages: that of page `src[i]` to page `dst[i]`, both int64 `[n]`."""
-    for name, index in (("src", src), ("dst", dst)):
-        check_ids(name, index, sketches.n_pages)
-        if len(index) != len(src):
-            raise ValueError(f"dst must have {len(src)} pages, got {len(index)}")
-    sketches.arena[dst] = sketches.arena[src]
 
 
 def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1, most: int | None = None) -> ScanPlan:
@@ -232,7 +222,7 @@ def scan(
     missed: float = MISSED,
     active: npt.NDArray[np.bool_] | None = None,
 ) -> Choice:
-    """Estimate the mass of every sealed page of a layer, and choose pages of each item: as `reference.scan`.
+    """Estimate the mass of every sealed page of a layer, and choose pages of each item.
 
     With `active`, bool `[items]`, of those items only: the plan's choice has no meaning for the others.
     q: `[items * group, d_k]`, a float dtype, item by item. Chosen are so many pages that of the estimated mass of the
@@ -251,3 +241,29 @@ def scan(
     a.layer, a.q, a.scale, a.soft_cap, a.missed = layer, q.data_ptr(), scale, soft_cap or 0.0, missed
     launch(scan_kernel(sketches.layout.unit), ctypes.addressof(a), plan.threads)
     return plan.result
+
+
+def check_scan(
+    plan: ScanPlan,
+    sketches: Sketches,
+    layer: int,
+    q: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+    missed: float,
+) -> None:
+    """Raise ValueError unless the plan was made for `sketches` and has that layer with all its pages, q is
+    `[items * group, d_k]`, the scale is a number, soft_cap positive, and missed from 0 to 1."""
+    if plan.sketches is not sketches:
+        raise ValueError("the plan was made for other sketches")
+    if not 0 <= layer < plan.items.layers:
+        raise ValueError(f"layer must be from 0 to {plan.items.layers - 1}, got {layer}")
+    if layer in plan.missing:
+        raise ValueError(f"layer {layer} lacks a page that the items read")
+    check_vectors("q", q, len(plan.items) * plan.group, sketches.layout.pages.d_k, sketches.arena.device)
+    if not np.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if soft_cap is not None and not 0 < soft_cap < float("inf"):
+        raise ValueError(f"soft_cap must be above 0 and finite, or None, got {soft_cap}")
+    if not 0 <= missed <= 1:
+        raise ValueError(f"missed must be from 0 to 1, got {missed}")

@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,9 +19,9 @@ import aiohttp
 from lamina.errors import EngineError, InvalidRequest, ProtocolError
 from lamina.measure.bench.answers import Answer
 from lamina.measure.bench.measures import Outcome
+from lamina.measure.bench.settings import ENDPOINTS
 from lamina.measure.bench.sse import message, read_usage
 
-ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 MAX_BODY = 16 << 20
 """Bytes of an answer that is no stream."""
 _ASK = 30.0  # seconds for questions before the run
@@ -149,21 +149,11 @@ class Client:
                 answer.close()
             else:
                 answer.fail(_kind(fault), _words(fault))
-        usage = answer.usage
+        ended = clock() if answer.error else answer.ended
         return Outcome(
-            due=due,
-            sent=sent,
-            ended=clock() if answer.error else answer.ended,
-            chunks=answer.chunks,
-            planned=planned,
-            asked=asked,
-            prompt=usage.prompt,
-            output=usage.output,
-            cached=usage.cached,
-            finish=answer.finish,
-            error=answer.error,
-            detail=answer.detail,
-        )
+            due, sent, ended, answer.chunks, planned, asked, **asdict(answer.usage), finish=answer.finish,
+            error=answer.error, detail=answer.detail,
+        )  # fmt: skip
 
     @property
     def _session(self) -> aiohttp.ClientSession:
@@ -198,14 +188,8 @@ def checked_url(text: str) -> str:
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 80) > 0
-        fine = (
-            fine
-            and not parts.query
-            and not parts.fragment
-            and len(url) <= 2000
-            and url.isprintable()
-            and " " not in url
-        )
+        fine = fine and not parts.query and not parts.fragment
+        fine = fine and len(url) <= 2000 and url.isprintable() and " " not in url
     except ValueError:  # a port that is none
         fine = False
     if not fine:

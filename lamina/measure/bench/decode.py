@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.measure.hardware.plan_check import SHORT, Measured, measure
+from lamina.measure.hardware.plan_check import Measured, measure_in_turn
 from lamina.simulator.costs.models import ModelShape, from_folder
 from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.system.progress import Progress
@@ -86,17 +86,10 @@ def bench(
         reading = read or stack.enter_context(_reading(config.device))
         llm = stack.enter_context(LLM(model, progress=progress, **{**options, "prefix_cache": False}))
         shape = from_folder(llm.model_path)
-        measure(llm, 1, SHORT, tokens=8)  # warms up
-        found: dict[tuple[int, int], list[tuple[Measured, float]]] = {cell: [] for cell in cells}
-        for number in range(rounds):
-            for at, (batch, context) in enumerate(cells):
-                if progress is not None:
-                    progress("measuring", number * len(cells) + at, rounds * len(cells))
-                run = measure(llm, batch, context, tokens=steps, seed=number)
-                found[batch, context].append((run, reading()))
+        found: dict[tuple[int, int], list[tuple[Measured, float]]] = {}
+        for cell, run in measure_in_turn(llm, cells, steps, rounds, progress):
+            found.setdefault(cell, []).append((run, reading()))
         kept = {context: _kept(llm, context) if config.policy not in (None, "full") else 1.0 for _, context in cells}
-        if progress is not None:
-            progress("measuring", rounds * len(cells), rounds * len(cells))
     weight, element = _ELEMENT[dtype], _ELEMENT[kv_dtype]
     rows = tuple(
         row(context, runs, step_bytes(shape, runs[0][0], weight, element, kept[context]))

@@ -82,29 +82,29 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run gave. Rates are a second, over `seconds`: from the start of the run until the last request ended."""
+    """What a run gave, by the names of its JSON, which are vLLM's where it has the same figure. Rates are a second,
+    over `duration`: seconds from the start of the run until the last request ended."""
 
-    seconds: float
+    duration: float
     completed: int
     failures: Mapping[str, int]
-    input_tokens: int
-    output_tokens: int
+    total_input_tokens: int
+    total_output_tokens: int
     request_throughput: float
+    request_goodput: float | None
     output_throughput: float
-    total_throughput: float
-    goodput: float | None
-    peak_output: float
-    peak_concurrency: int
-    mean_concurrency: float
-    spreads: Mapping[str, Spread]
+    max_output_tokens_per_s: float
+    total_token_throughput: float
+    max_concurrent_requests: int
+    mean_concurrent_requests: float
     chunks: int
-    counted: int
-    """Answers without a token count of the server: their chunks were counted."""
-    cached_said: int
-    """Answers with the server's count of cached tokens."""
+    answers_without_usage: int
+    """Without a token count of the server: their chunks were counted."""
+    answers_with_cached_tokens: int
+    """With the server's count of them."""
     cached_tokens: int
-    short: int
-    """Answers with fewer tokens than were asked for."""
+    answers_shorter_than_asked: int
+    spreads: Mapping[str, Spread]
 
 
 def summary(
@@ -126,24 +126,24 @@ def summary(
         "e2el": [each.e2el for each in good],
     }
     return Summary(
-        seconds=seconds,
+        duration=seconds,
         completed=len(good),
         failures=dict(Counter(each.error for each in every if each.error).most_common()),
-        input_tokens=read,
-        output_tokens=written,
+        total_input_tokens=read,
+        total_output_tokens=written,
         request_throughput=len(good) / seconds,
+        request_goodput=sum(meets(each, slo) for each in good) / seconds if slo else None,
         output_throughput=written / seconds,
-        total_throughput=(read + written) / seconds,
-        goodput=sum(meets(each, slo) for each in good) / seconds if slo else None,
-        peak_output=max(over_time(good), default=0.0),
-        peak_concurrency=peak_concurrency(every),
-        mean_concurrency=sum(each.e2el for each in every) / seconds,
-        spreads={name: spread(found, percentiles) for name, found in values.items()},
+        max_output_tokens_per_s=max(over_time(good), default=0.0),
+        total_token_throughput=(read + written) / seconds,
+        max_concurrent_requests=peak_concurrency(every),
+        mean_concurrent_requests=sum(each.e2el for each in every) / seconds,
         chunks=sum(len(each.chunks) for each in good),
-        counted=sum(each.output is None for each in good),
-        cached_said=sum(each.cached is not None for each in good),
+        answers_without_usage=sum(each.output is None for each in good),
+        answers_with_cached_tokens=sum(each.cached is not None for each in good),
         cached_tokens=sum(each.cached or 0 for each in good),
-        short=sum(each.output_tokens < each.asked for each in good),
+        answers_shorter_than_asked=sum(each.output_tokens < each.asked for each in good),
+        spreads={name: spread(found, percentiles) for name, found in values.items()},
     )
 
 

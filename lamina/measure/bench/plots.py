@@ -40,8 +40,8 @@ def save_plot(result: Result, path: Path) -> None:
             _distribution(figure.add_subplot(grid[0, number]), name, found, slo.get(name.lower()))
         timeline = figure.add_subplot(grid[1, :])
         _timeline(timeline, outcomes)
-        _rates(figure.add_subplot(grid[2, :], sharex=timeline), good, outcomes, result.summary.seconds)
-        about = f"{result.model[:60]}: {result.summary.completed} requests in {result.summary.seconds:.1f} s"
+        _rates(figure.add_subplot(grid[2, :], sharex=timeline), good, outcomes, result.summary.duration)
+        about = f"{result.model[:60]}: {result.summary.completed} requests in {result.summary.duration:.1f} s"
         figure.suptitle(f"{about}, {result.summary.output_throughput:.1f} tokens/s", x=0.01, ha="left", fontsize=11)
 
 

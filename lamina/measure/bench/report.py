@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from lamina.measure.bench.measures import METRICS, Outcome, Spread
@@ -33,17 +33,17 @@ def text(result: Result) -> str:
         add("Maximum request concurrency", settings.max_concurrency)
     if settings.request_rate is not None and not math.isinf(settings.request_rate):
         add("Request rate configured (RPS)", float(settings.request_rate))
-    add("Benchmark duration (s)", found.seconds)
-    add("Total input tokens", found.input_tokens)
-    add("Total generated tokens", found.output_tokens)
+    add("Benchmark duration (s)", found.duration)
+    add("Total input tokens", found.total_input_tokens)
+    add("Total generated tokens", found.total_output_tokens)
     add("Request throughput (req/s)", found.request_throughput)
-    if found.goodput is not None:
-        add("Request goodput (req/s)", found.goodput)
+    if found.request_goodput is not None:
+        add("Request goodput (req/s)", found.request_goodput)
     add("Output token throughput (tok/s)", found.output_throughput)
-    add("Peak output token throughput (tok/s)", found.peak_output)
-    add("Total token throughput (tok/s)", found.total_throughput)
-    add("Peak concurrent requests", found.peak_concurrency)
-    add("Mean concurrent requests", found.mean_concurrency)
+    add("Peak output token throughput (tok/s)", found.max_output_tokens_per_s)
+    add("Total token throughput (tok/s)", found.total_token_throughput)
+    add("Peak concurrent requests", found.max_concurrent_requests)
+    add("Mean concurrent requests", found.mean_concurrent_requests)
     for key, title in METRICS.items():
         spread = found.spreads[key]
         lines.append(f" {title} ".center(_WIDTH, "-"))
@@ -60,14 +60,13 @@ def text(result: Result) -> str:
     if found.chunks:
         lines.append(
             f"client: {result.cpu_per_chunk * 1e6:.0f} us of processor time a chunk, "
-            f"{result.run.cpu / found.seconds:.1%} of one core"
+            f"{result.run.cpu / found.duration:.1%} of one core"
         )
     return "\n".join(lines) + "\n"
 
 
 def record(result: Result, machine: Machine, *, date: str, version: str, detailed: bool = False) -> dict[str, Any]:
-    """The result for JSON. Names are vLLM's where it has the same figure; times are milliseconds but for `duration`,
-    and in `requests`, which are seconds."""
+    """The result for JSON. Times are milliseconds but for `duration`, and in `requests`, which are seconds."""
     found = result.summary
     settings = {name: value for name, value in asdict(result.settings).items() if name != "api_key"}
     settings |= {"trace_dir": str(settings["trace_dir"]) if settings["trace_dir"] else None}
@@ -86,30 +85,15 @@ def record(result: Result, machine: Machine, *, date: str, version: str, detaile
         "load_average_before": result.load,
         "prompt_words": {"count": len(result.words.words), "tokens": result.words.tokens, "by": result.words.source},
         "num_prompts": len(result.run.outcomes) + result.run.unfinished,
-        "duration": found.seconds,
-        "completed": found.completed,
+        **asdict(replace(found, spreads={})),
         "failed": sum(found.failures.values()),
         "unfinished": result.run.unfinished,
-        "failures": dict(found.failures),
         "failure_details": dict(result.details),
-        "total_input_tokens": found.input_tokens,
-        "total_output_tokens": found.output_tokens,
-        "request_throughput": found.request_throughput,
-        "request_goodput": found.goodput,
-        "output_throughput": found.output_throughput,
-        "max_output_tokens_per_s": found.peak_output,
-        "total_token_throughput": found.total_throughput,
-        "max_concurrent_requests": found.peak_concurrency,
-        "mean_concurrent_requests": found.mean_concurrency,
-        "chunks": found.chunks,
-        "answers_without_usage": found.counted,
-        "answers_with_cached_tokens": found.cached_said,
-        "cached_tokens": found.cached_tokens,
-        "answers_shorter_than_asked": found.short,
         "client_cpu_seconds": result.run.cpu,
         "client_cpu_us_per_chunk": result.cpu_per_chunk * 1e6,
         "notes": list(result.notes),
     }
+    del fields["spreads"]
     for name, spread in found.spreads.items():
         fields |= _named(name, spread)
     if detailed:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lamina.measure.bench.measures import Outcome
+from lamina.system.progress import Progress
 
 Clock = Callable[[], float]
 Send = Callable[[int, Clock], Awaitable[Outcome]]
 """Sends the request of that number and waits for its answer; the clock gives seconds after the start of the run."""
-Progress = Callable[[str, int, int | None], None]
 T = TypeVar("T")
 
 

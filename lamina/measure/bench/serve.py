@@ -8,71 +8,21 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.measure.bench.client import ENDPOINTS, Client, ModelInfo, request_body
+from lamina.measure.bench.client import Client, ModelInfo, request_body
 from lamina.measure.bench.measures import Outcome, Summary, percentile, summary
 from lamina.measure.bench.prompts import Words, Writer, find_words, guessed_words
-from lamina.measure.bench.running import Clock, Progress, Run, interruptible, run
-from lamina.measure.bench.workloads import MAX_REQUESTS, Item, Lengths, capped, drawn, fresh, of_trace
+from lamina.measure.bench.running import Clock, Run, interruptible, run
+from lamina.measure.bench.settings import Settings
+from lamina.measure.bench.workloads import Item, Lengths, capped, drawn, fresh, of_trace
 from lamina.system.machine import this_machine
+from lamina.system.progress import Progress
 
-DATASETS = ("random", "shared-prefix", "trace")
 _MARGIN = {"chat": 64, "completions": 8}  # tokens of a context that are left to a template and special tokens
 _MOST_WORDS = 3  # of failures that are listed in full
 _LATE = 0.005  # seconds after which a request counts as sent late
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What `lamina bench serve` takes. Lengths are tokens; `request_rate` None: as the trace has it, else all at once.
-    `seed` None: the same lengths and times in each run, other words."""
-
-    base_url: str = "http://127.0.0.1:8000"
-    model: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    endpoint: str = "chat"
-    dataset: str = "random"
-    num_prompts: int = 100
-    request_rate: float | None = None
-    burstiness: float = 1.0
-    max_concurrency: int | None = None
-    num_warmups: int = 1
-    input_len: int = 256
-    output_len: int = 128
-    range_ratio: float = 0.0
-    prefix_len: int = 256
-    num_prefixes: int = 4
-    trace: str = "azure-conv"
-    trace_dir: Path | None = None
-    speed: float = 1.0
-    max_model_len: int | None = None
-    tokenizer: str | None = None
-    slo: Mapping[str, float] = field(default_factory=dict)
-    percentiles: Sequence[float] = (90.0, 99.0)
-    seed: int | None = None
-    ignore_eos: bool = False
-    timeout: float = 600.0
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (("endpoint", self.endpoint, ENDPOINTS), ("dataset", self.dataset, DATASETS)):
-            if value not in allowed:
-                raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {', '.join(allowed)}")
-        for name, number, least, most in (
-            ("num-prompts", self.num_prompts, 1, MAX_REQUESTS),
-            ("num-warmups", self.num_warmups, 0, 10000),
-            ("max-concurrency", self.max_concurrency, 1, MAX_REQUESTS),
-            ("max-model-len", self.max_model_len, 2, 1 << 24),
-            ("seed", self.seed, 0, (1 << 63) - 1),
-        ):
-            if number is not None and not least <= number <= most:
-                raise InvalidRequest(f"{name} is {number!r:.80}; allowed are {least} to {most}")
-        if not 1e-6 <= self.speed <= 1e6:
-            raise InvalidRequest(f"speed is {self.speed!r}; allowed is 1e-6 to 1e6")
-        if self.speed != 1 and (self.dataset != "trace" or self.request_rate is not None):
-            raise InvalidRequest("speed was given; allowed is that with a trace and without a request rate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,20 +142,21 @@ def remarks(settings: Settings, done: Run, found: Summary, nonce: int) -> list[s
         lines.append(f"prompts: new words in each run, these of the nonce {nonce}")
     else:
         lines.append(f"prompts: those of --seed {nonce}, which a server may have cached if it saw them before")
-    if found.cached_said:
-        share = found.cached_tokens / max(1, found.input_tokens)
+    if found.answers_with_cached_tokens:
+        share = found.cached_tokens / max(1, found.total_input_tokens)
         lines.append(f"cached: the server found {found.cached_tokens} input tokens ({share:.1%}) in its prefix cache")
     elif found.completed:
         lines.append("cached: the server does not report cached tokens")
-    if found.counted:
-        lines.append(f"tokens: {found.counted} answers came without usage; each of their chunks counts as a token")
-    elif found.chunks and found.output_tokens > found.chunks * 1.02:
+    if found.answers_without_usage:
         lines.append(
-            f"tokens: {found.output_tokens / found.chunks:.2f} a chunk with text, as the server says; ITL is between "
-            "chunks"
+            f"tokens: {found.answers_without_usage} answers came without usage; each of their chunks counts as a token"
         )
-    if found.short:
-        lines.append(f"output: {found.short} answers were shorter than asked for; --ignore-eos goes on past their end")
+    elif found.chunks and found.total_output_tokens > found.chunks * 1.02:
+        rate = found.total_output_tokens / found.chunks
+        lines.append(f"tokens: {rate:.2f} a chunk with text, as the server says; ITL is between chunks")
+    if found.answers_shorter_than_asked:
+        short = found.answers_shorter_than_asked
+        lines.append(f"output: {short} answers were shorter than asked for; --ignore-eos goes on past their end")
     if settings.max_concurrency is None and done.outcomes:
         late = sorted(outcome.sent - outcome.due for outcome in done.outcomes)
         if (worst := percentile(late, 99)) > _LATE:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from lamina.errors import InvalidRequest
+from lamina.measure.bench.settings import MAX_REQUESTS
 from lamina.simulator.traces.arrivals import BLOCK, Trace
 
-MAX_REQUESTS = 1 << 20
 MAX_TOKENS = 1 << 26
 """Of all prompts together: they are made before the run, and lie in memory as text."""
 MAX_LENGTH = 1 << 24

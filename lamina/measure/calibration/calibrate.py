@@ -11,26 +11,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest, PolicyError
 from lamina.launch.kv_sizing import holder_config
-from lamina.launch.model_files import rescaled
 from lamina.measure.calibration.data import TAIL, Corpus, corpus, passkeys
-from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Progress, Subject, gather
+from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Subject, gather
 from lamina.measure.calibration.quality import Quality, Reading, Target, compare, read
 from lamina.measure.calibration.selection import Trial, by_evidence, candidates, choose, options
 from lamina.measure.calibration.torch_path import TorchPath
-from lamina.measure.evaluation.probe import Probe
-from lamina.models.resolve import resolve
+from lamina.measure.probe import Probe, loaded
 from lamina.policy_file import Heads, PolicyFile, kept_share
-from lamina.system.machine import native_dtype, this_machine
+from lamina.system.machine import this_machine
+from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import page_cost
+from lamina_workers.converted.config import ConvertedConfig
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.errors import UnsupportedModelError
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.streaming import Streaming
@@ -91,17 +90,10 @@ class Workbench:
     @contextmanager
     def open(cls, name: str | Path, engine: EngineConfig) -> Iterator[Workbench]:
         """The model of that name, as `LLM(name, ...)` would load it."""
-        path, machine = resolve(name), this_machine()
-        torch.set_num_threads(engine.threads or machine.cores)
-        model = rescaled(ModelConfig.from_folder(path), engine.rope_scaling)
-        dtype: torch.dtype = getattr(torch, native_dtype(machine)[0] if engine.dtype == "auto" else engine.dtype)
-        tokenizer = Tokenizer(path)
-        try:
-            with Checkpoint(path) as checkpoint, torch.inference_mode():
-                decoder = Decoder.load(model, checkpoint, dtype)
+        with loaded(name, engine) as (path, model, decoder, tokenizer):
+            if isinstance(model, ConvertedConfig):
+                raise UnsupportedModelError(f"{model.architecture} is converted; only native models are calibrated")
             yield cls(path, model, decoder, tokenizer, engine)
-        finally:
-            tokenizer.close()
 
     def probe(self, context: int, heads: Heads | None = None) -> Probe:
         """The model under these policies (None: everything is kept), with room for one sequence of `context`."""

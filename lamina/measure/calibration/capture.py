@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina.measure.evaluation.probe import Probe
+from lamina.measure.probe import Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def capture(
         nonlocal at
         first, end = at, at + len(q)
         if layer == len(layers):
-            kept = [torch.empty(kv_heads, total, config.head_dim, dtype=q.dtype) for _ in range(2)]
+            kept = [torch.empty(kv_heads, total, x.shape[-1], dtype=q.dtype) for x in (k, v)]
             layers.append(Captured(torch.empty(kv_heads, group, len(wanted), config.head_dim, dtype=q.dtype), *kept))
         into = layers[layer]
         low, high = (int(torch.searchsorted(wanted, at)) for at in (first, end))

@@ -18,13 +18,12 @@ from lamina.measure.calibration.gating import optimise
 from lamina.measure.calibration.influence import influences
 from lamina.measure.calibration.scores import Scores, echo_and_induction, mean_attention, ranks
 from lamina.measure.calibration.torch_path import TorchPath
-from lamina.measure.evaluation.probe import Probe
+from lamina.measure.probe import Probe
+from lamina.system.progress import Progress
 from lamina.system.text_files import read_text
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.streaming import Streaming
-
-Progress = Callable[[str, int, int], None]
 
 REPEATS = 4
 _LONGEST_UNIT = 2000  # random tokens that repeat (RazorAttention uses 2500; 4 of these fit a context of 8K)

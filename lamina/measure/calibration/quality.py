@@ -15,7 +15,7 @@ import torch
 
 from lamina.errors import InvalidRequest
 from lamina.measure.calibration.data import Passkeys
-from lamina.measure.evaluation.probe import Probe
+from lamina.measure.probe import Probe
 
 _PIECE = 256  # tokens that are read together: their logits take 50 MB at a vocabulary of 49,152
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -83,10 +84,9 @@ def write_report(path: Path, found: Calibration, target: Target) -> bool:
     Raises PolicyError where they cannot be written.
     """
     of = measures(found)
-    try:
-        picture: bytes | None = heat_map(of)
-    except PolicyError:
-        picture = None
+    picture: bytes | None = None
+    with suppress(PolicyError):
+        picture = heat_map(of)
     if picture is not None:
         try:
             path.with_suffix(".png").write_bytes(picture)

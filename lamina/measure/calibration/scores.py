@@ -15,7 +15,7 @@ import torch
 from lamina.measure.calibration.capture import Captured
 from lamina_kernels.dense import rotate
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.rope import Rotary, attention_scale
+from lamina_workers.decoder.rope import RopeConfig, Rotary
 
 Scores = npt.NDArray[np.float64]
 
@@ -56,31 +56,31 @@ def mean_attention(config: ModelConfig, layers: Sequence[Captured], queries: Seq
 
     `queries` are the positions of the queries in `layers`, whose RoPE is taken off before the mean and put on after.
     """
-    rotary = Rotary(config.rope, config.head_dim)
     length = _MEAN_LENGTH
     scores = np.zeros((len(layers), layers[0].k.shape[0]))
     for number, layer in enumerate(layers):
         kv_heads, group = layer.q.shape[:2]
         of_q, of_k = layer.q.flatten(0, 1).transpose(0, 1).float(), layer.k.transpose(0, 1).float()
-        rotates = config.rotary[number]
-        if rotates:
-            of_q, of_k = _back(rotary, config, of_q, queries), _back(rotary, config, of_k, range(len(of_k)))
+        rope, scale = config.layer_ropes()[number], config.layer_specs()[number].scale
+        if rope is not None:
+            of_q, of_k = _back(rope, of_q, queries), _back(rope, of_k, range(len(of_k)))
         q = of_q.mean(0).expand(length, -1, -1)
         k = of_k.mean(0).expand(length, -1, -1)
-        if rotates:
-            cos, sin = rotary(torch.arange(length), torch.full((length,), length))
+        if rope is not None:
+            cos, sin = Rotary(rope, config.head_dim)(torch.arange(length), torch.full((length,), length))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         last = q[-1].view(kv_heads, group, -1)
-        logits = torch.einsum("hgd,nhd->hgn", last, k) * config.head_dim**-0.5
+        logits = torch.einsum("hgd,nhd->hgn", last, k) * scale
         area = torch.softmax(logits, -1).cumsum(-1).mean(-1)  # [kv_heads, group]
         scores[number] = area.amax(1).numpy()
     return scores
 
 
-def _back(rotary: Rotary, config: ModelConfig, x: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+def _back(rope: RopeConfig, x: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
     """x `[n, heads, d]` as it was before RoPE turned it."""
-    cos, sin = rotary(torch.tensor(positions), torch.full((len(x),), max(positions) + 1))
-    return rotate(x, cos, -sin) / attention_scale(config.rope) ** 2
+    cos, sin = Rotary(rope, x.shape[-1])(torch.tensor(positions), torch.full((len(x),), max(positions) + 1))
+    squared = cos.square() + sin.square()  # the scale's square, and 1 where nothing is turned
+    return rotate(x, cos / squared, -sin / squared)
 
 
 def ranks(scores: Scores) -> Scores:

@@ -21,12 +21,10 @@ Choices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which of the options each head takes, int64 `[layers, kv_heads]`; the share of the KV that this keeps, and the
-    sum of the heads' influences."""
+    """Which of the options each head takes, int64 `[layers, kv_heads]`, and the share of the KV that this keeps."""
 
     choices: Choices
     share: float
-    influence: float
 
 
 def plans(influence: Scores, costs: Sequence[int]) -> list[Plan]:
@@ -46,10 +44,10 @@ def plans(influence: Scores, costs: Sequence[int]) -> list[Plan]:
             steps.append((worth, head, high))
     steps.sort(key=lambda step: (-step[0], step[1], step[2]))
     choices = np.zeros(layers * heads, np.int64)
-    found = [_plan(choices, flat, costs, (layers, heads))]
+    found = [_plan(choices, costs, (layers, heads))]
     for _, head, high in steps:
         choices[head] = high
-        found.append(_plan(choices, flat, costs, (layers, heads)))
+        found.append(_plan(choices, costs, (layers, heads)))
     return found
 
 
@@ -68,10 +66,9 @@ def _worth(influence: Scores, costs: Sequence[int], low: int, high: int) -> floa
     return float((influence[low] - influence[high]) / (costs[high] - costs[low]))
 
 
-def _plan(choices: Choices, flat: Scores, costs: Sequence[int], shape: tuple[int, int]) -> Plan:
+def _plan(choices: Choices, costs: Sequence[int], shape: tuple[int, int]) -> Plan:
     kept = np.array(costs)[choices].sum()
-    total = flat[choices, np.arange(len(choices))].sum()
-    return Plan(choices.reshape(shape).copy(), float(kept / (costs[-1] * len(choices))), float(total))
+    return Plan(choices.reshape(shape).copy(), float(kept / (costs[-1] * len(choices))))
 
 
 def policies(choices: Choices, options: Sequence[Policy]) -> tuple[tuple[str, ...], ...]:

@@ -17,7 +17,7 @@ from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
 from lamina.measure.batch_driver import PATIENCE
 from lamina.measure.hardware.held import Held
-from lamina.measure.hardware.loaded import Loaded, decode_batch, load
+from lamina.measure.hardware.loaded import decode_batch, load
 from lamina.scheduling.kv_layouts import apportion
 from lamina_protocols.messages import Announced, Announcement, Fault, Query, Request
 from lamina_workers.ports.data_channel import ChannelOptions
@@ -101,16 +101,12 @@ class ExchangeBench:
         return Held(loaded.holder, ports, heads, dtype=loaded.dtype, threads=loaded.threads)
 
     def _connect(self, member: WorkerAddress, channel: str) -> RemoteAttention:
-        return connected(self._loaded, member, channel)
-
-
-def connected(loaded: Loaded, member: WorkerAddress, channel: str) -> RemoteAttention:
-    """A port to a worker over the channel "local" or "grpc", as an engine would open it."""
-    return connect(
-        member.address,
-        member.name,
-        loaded.holder,
-        str(loaded.dtype).removeprefix("torch."),
-        loaded.fingerprint,
-        channel=ChannelOptions(credentials=member.credentials, local_channel=channel == "local"),
-    )
+        """A port to a worker over the channel "local" or "grpc", as an engine would open it."""
+        return connect(
+            member.address,
+            member.name,
+            self._loaded.holder,
+            str(self._loaded.dtype).removeprefix("torch."),
+            self._loaded.fingerprint,
+            channel=ChannelOptions(credentials=member.credentials, local_channel=channel == "local"),
+        )

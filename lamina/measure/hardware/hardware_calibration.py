@@ -8,7 +8,7 @@ all of it. Its bandwidth is read before and after each group of a round.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,7 +80,7 @@ class Calibration:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What may make the numbers wrong, one sentence each."""
-        return tuple(said for said in (_drifted(self.drifts), _wandered(self.drifts), _disturbed(self.drifts)) if said)
+        return tuple(remarks_on(self.drifts))
 
     def dumps(self) -> str:
         """TOML that `hardware.load` reads; what was measured stands before it, as remarks."""
@@ -311,32 +311,23 @@ class _Sources:
         return tuple(found)
 
 
-def _drifted(drifts: Iterable[Drift]) -> str:
-    """Which groups the bandwidth changed in."""
+def remarks_on(drifts: Sequence[Drift]) -> Iterator[str]:
+    """Whether the bandwidth changed while something was measured or from one measurement to another, and whether
+    others were at work."""
     worst = max((drift for drift in drifts if drift.large), key=lambda drift: drift.change, default=None)
-    if worst is None:
-        return ""
-    return (
-        f"the bandwidth changed by more than {DRIFT:.0%} during a group of measurements, most while {worst.group} was "
-        f"measured, from {worst.before / 1e9:.1f} to {worst.after / 1e9:.1f} GB/s"
-    )
-
-
-def _wandered(drifts: Iterable[Drift]) -> str:
-    """How far apart the bandwidths of all measurements were; "" where they were alike."""
+    if worst is not None:
+        yield (
+            f"the bandwidth changed by more than {DRIFT:.0%} during a group of measurements, most while {worst.group} "
+            f"was measured, from {worst.before / 1e9:.1f} to {worst.after / 1e9:.1f} GB/s"
+        )
     rates = [rate for drift in drifts for rate in (drift.before, drift.after)]
-    if len(rates) < 2 or max(rates) - min(rates) <= DRIFT * max(rates):
-        return ""
-    return f"the bandwidth was from {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s over all measurements"
-
-
-def _disturbed(drifts: Iterable[Drift]) -> str:
-    """Whether others were at work."""
+    low, high = min(rates, default=0.0), max(rates, default=0.0)
+    if high - low > DRIFT * high:
+        yield f"the bandwidth was from {low / 1e9:.1f} to {high / 1e9:.1f} GB/s over all measurements"
     used = [drift.busy for drift in drifts]
-    if max(used, default=0.0) <= BUSY:
-        return ""
-    often = sum(share > BUSY for share in used)
-    return f"others used up to {max(used):.0%} of the cores, before {often} of {len(used)} groups of measurements"
+    if max(used, default=0.0) > BUSY:
+        often = sum(share > BUSY for share in used)
+        yield f"others used up to {max(used):.0%} of the cores, before {often} of {len(used)} groups of measurements"
 
 
 def _raw(timings: Timings) -> tuple[str, ...]:

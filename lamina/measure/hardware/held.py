@@ -14,7 +14,8 @@ import torch
 
 from lamina.errors import EngineError
 from lamina.measure.batch_driver import BatchDriver
-from lamina_protocols.messages import Close, HolderConfig, LayerSpec, Open, Row
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages import Close, Open, Row
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.ports.port import AttentionPort
@@ -58,12 +59,12 @@ class Held:
         spec = self._config.layers[0]
         for _ in range(batch):
             self._handles += 1
-            opened = Open(self._handles, (), 0, context + _ROOM)
+            opened = Open(self._handles, 0, (), 0, context + _ROOM)
             for start in range(0, context, _CHUNK):
                 count = min(_CHUNK, context - start)
                 self._announce([opened] if not start else [], [Row(self._handles, start, count, None, True)])
-                k = torch.randn(count * spec.kv_heads, spec.d_k).to(self._dtype)
-                v = torch.randn(count * spec.kv_heads, spec.d_v).to(self._dtype)
+                k = torch.randn(count * spec.kv_heads, spec.key_width).to(self._dtype)
+                v = torch.randn(count * spec.kv_heads, spec.own_v).to(self._dtype)
                 for layer in range(len(self._config.layers)):
                     for number, heads in self._heads.items():
                         n = count * len(heads)
@@ -111,8 +112,11 @@ class Held:
 def attention_alone(layers: tuple[LayerSpec, ...], batch: int, dtype: torch.dtype) -> Forward:
     """A forward pass of `batch` tokens that has no dense layers: it asks the same of every layer's attention."""
     spec = layers[0]
-    q = torch.randn(batch, spec.heads, spec.d_k).to(dtype)
-    k, v = torch.randn(batch, spec.kv_heads, spec.d_k).to(dtype), torch.randn(batch, spec.kv_heads, spec.d_v).to(dtype)
+    q = torch.randn(batch, spec.heads, spec.query_width).to(dtype)
+    k, v = (
+        torch.randn(batch, spec.kv_heads, spec.key_width).to(dtype),
+        torch.randn(batch, spec.kv_heads, spec.own_v).to(dtype),
+    )
 
     def run() -> Forward:
         for layer in range(len(layers)):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lamina.measure.hardware.held import Held, attention_alone
-from lamina.measure.hardware.loaded import Loaded, decode_batch, load
+from lamina.measure.hardware.loaded import decode_batch, load
 from lamina.measure.hardware.reading import Bandwidth, synchronise
 from lamina.system.machine import this_machine
 from lamina_kernels.dense import Linear
@@ -74,7 +74,7 @@ class KernelBench:
         left out. In turns, after one of each that doesn't count."""
         device, dtype, config = self._device, self._loaded.dtype, self._loaded.config
         x = torch.randn(rows, config.hidden_size, device=device).to(dtype)
-        heads = config.num_attention_heads * config.head_dim
+        heads = config.num_attention_heads * config.v_head_dim
         attended = torch.randn(rows, heads, device=device).to(dtype)
         batch = decode_batch(rows, 0, device)
         weights, decoder = self._loaded.weights, self._loaded.decoder
@@ -83,7 +83,8 @@ class KernelBench:
             for layer in weights.layers:
                 layer.qkv(x)
                 layer.output(attended)
-                layer.mlp(x)
+                for of in layer.mlps:
+                    of.mlp(x)
             weights.head.float32(x)
 
         def forward() -> None:
@@ -120,8 +121,12 @@ class KernelBench:
         return found[2:]
 
     def _filled(self, batch: int, context: int) -> Held:
+        """Sequences at a holder in this process."""
         if self._held is None:
-            self._held = local(self._loaded)
+            loaded = self._loaded
+            ports = {0: LocalAttention(AttentionWorker(loaded.holder, loaded.threads))}
+            every = tuple(range(loaded.config.num_key_value_heads))
+            self._held = Held(loaded.holder, ports, {0: every}, dtype=loaded.dtype, threads=loaded.threads)
         self._held.fill(batch, context)
         return self._held
 
@@ -130,10 +135,3 @@ class KernelBench:
         call()
         synchronise(self._device)
         return time.perf_counter() - start
-
-
-def local(loaded: Loaded) -> Held:
-    """Sequences at a holder in this process."""
-    ports = {0: LocalAttention(AttentionWorker(loaded.holder, loaded.threads))}
-    every = tuple(range(loaded.config.num_key_value_heads))
-    return Held(loaded.holder, ports, {0: every}, dtype=loaded.dtype, threads=loaded.threads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +31,7 @@ MOST_SEQUENCES = 16
 """Of a cell of `check`, which is to be over in minutes."""
 MOST_TOKENS = 1 << 15
 """Of all prompts of a cell of `check`."""
-SHORT = 64
+_SHORT = 64
 
 Times = Sequence[Sequence[float]]
 """Of each sequence: when each of its tokens came, in seconds."""
@@ -88,6 +88,20 @@ def measure(llm: LLM, batch: int, context: int, tokens: int = TOKENS, seed: int 
     return steady(times, context, tokens // 2)
 
 
+def measure_in_turn(
+    llm: LLM, cells: Sequence[tuple[int, int]], tokens: int, rounds: int, progress: Progress | None
+) -> Iterator[tuple[tuple[int, int], Measured]]:
+    """Measure each (batch, context) in turn, `rounds` times, after a step that warms up."""
+    measure(llm, 1, _SHORT, tokens=8)
+    for number in range(rounds):
+        for at, (batch, context) in enumerate(cells):
+            if progress is not None:
+                progress("measuring", number * len(cells) + at, rounds * len(cells))
+            yield (batch, context), measure(llm, batch, context, tokens, number)
+    if progress is not None:
+        progress("measuring", rounds * len(cells), rounds * len(cells))
+
+
 def needed(batch: int, context: int, tokens: int) -> int:
     """Tokens for each sequence, so that the first still decodes `tokens` when the last one's prompt is through."""
     return tokens + (batch - 1) * (context // CHUNK + 1)
@@ -122,16 +136,9 @@ def check(plan: Plan | str | Path, progress: Progress | None = None, rounds: int
         plan = read(plan)
     keywords = plan.keywords(prefix_cache=False)
     with LLM(plan.model, progress=progress, **keywords) as llm:
-        cells = cells_of(plan, llm.max_model_len)
-        found: dict[tuple[int, int], list[Measured]] = {cell: [] for cell in cells}
-        measure(llm, 1, SHORT, tokens=8)  # warms up
-        for number in range(rounds):
-            for at, (batch, context) in enumerate(cells):
-                if progress is not None:
-                    progress("measuring", number * len(cells) + at, rounds * len(cells))
-                found[batch, context].append(measure(llm, batch, context, seed=number))
-    if progress is not None:
-        progress("measuring", rounds * len(cells), rounds * len(cells))
+        found: dict[tuple[int, int], list[Measured]] = {}
+        for cell, run in measure_in_turn(llm, cells_of(plan, llm.max_model_len), TOKENS, rounds, progress):
+            found.setdefault(cell, []).append(run)
     return [row(plan, runs) for runs in found.values()]
 
 
@@ -144,7 +151,7 @@ def cells_of(plan: Plan, longest: int) -> list[tuple[int, int]]:
         most = MOST_TOKENS // batch
         while most > 1 and most + needed(batch, most, TOKENS) > longest:
             most -= max(1, (most + needed(batch, most, TOKENS) - longest) // 2)
-        for context in (SHORT, round(plan.trace.context)):
+        for context in (_SHORT, round(plan.trace.context)):
             cell = (batch, max(1, min(context, most)))
             if cell not in cells:
                 cells.append(cell)
@@ -159,6 +166,6 @@ def row(plan: Plan, runs: Sequence[Measured]) -> Row:
 
 
 def _vocabulary(llm: LLM) -> int:
-    from lamina_workers.decoder.config import ModelConfig
+    from lamina_workers.converted.models import model_config
 
-    return ModelConfig.from_folder(llm.model_path).vocab_size
+    return model_config(llm.model_path).vocab_size

@@ -20,7 +20,7 @@ MAX_DEPTH = 100  # of nested lists and objects
 MAX_VALUES = 1_000_000
 MAX_STRINGS = 500_000
 MAX_CONTAINERS = 100_000  # lists and objects: each takes some hundred bytes, however small its text is
-MAX_BODIES = 32 << 20  # bytes of all bodies that arrive or wait to be parsed
+MAX_BODIES = 16 << 20  # bytes of all bodies that arrive or wait to be parsed
 SMALL = 16 << 10  # bytes up to which a body is taken however much memory the others have
 BODY_SECONDS = 60.0  # in which a body must arrive
 

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from lamina.server.http.errors import ApiError
 
@@ -17,6 +17,7 @@ METHODS = ("GET", "HEAD", "POST")  # all others are refused at the first line
 MAX_HEAD = 32 << 10  # bytes of request line and headers; also of chunk headers and trailers around pieces of a body
 MAX_HEADERS = 128
 MAX_PIPELINED = 16  # requests that wait on one connection for the answers before theirs
+MAX_AHEAD = 64 << 10  # bytes of such requests; reading goes on beside them, else nobody would see that a client leaves
 HEAD_TIMEOUT = 20.0  # seconds from the connection, or from a head's first byte, until its last
 BODY_TIMEOUT = 60.0  # seconds from a head until its body's last byte
 WRITE_TIMEOUT = 60.0  # seconds for which a client may read nothing of what waits for it
@@ -46,12 +47,14 @@ class LimitedProtocol(HttpToolsProtocol):
         super().__init__(*args, **keywords)
         self._most, self.limit_concurrency = self.limit_concurrency, None  # uvicorn would refuse requests instead
         self._bare = 0  # bytes of the head that is arriving, or since the last piece of a body
+        self._ahead = 0  # bytes since a request began to wait for the answers before its own
         self._in_body = False
         self._upgrading = False
         self._refused = False  # what still arrives is dropped
         self._since = self.loop.time()  # when this connection began to wait for its client
         self._timer: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
+        self._answered: RequestResponseCycle | None = None  # the request that the application answers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -63,7 +66,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         self.resume_writing()
-        super().connection_lost(exc)
+        self.pipeline.clear()
+        super().connection_lost(exc)  # which tells only the newest request
+        if self._answered is not None:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if not self._in_body and not self._bare:
@@ -71,6 +78,10 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refused or not data:
             return
         self._unset_keepalive_if_required()
+        self._ahead = self._ahead + len(data) if self.pipeline else 0
+        if self._ahead > MAX_AHEAD:
+            self._refuse(_too_early())
+            return
         self._bare += len(data)
         # A body may arrive together with its head, so only bytes without the end of a head count against the limit.
         if not self._in_body:
@@ -121,9 +132,13 @@ class LimitedProtocol(HttpToolsProtocol):
         self._bare, self._in_body = 0, True
         self._arm(BODY_TIMEOUT)
         super().on_headers_complete()
+        if self.pipeline:
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         self._bare = 0
+        if self.pipeline and len(self.cycle.body) + len(body) > MAX_AHEAD:
+            raise _Refused(_too_early())
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -144,6 +159,10 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self._in_body and self.cycle.response_complete:
             self._unset_keepalive_if_required()
             self._arm(LINGER)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def timeout_keep_alive_handler(self) -> None:
         self._close()
@@ -188,7 +207,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _late(self) -> None:
         self._timer = None
-        if self.pipeline:  # an earlier answer is under way, and reading may pause until its end
+        if self.pipeline:  # an earlier answer is under way
             self._arm(BODY_TIMEOUT)
         elif self._refused or (self._in_body and self.cycle.response_complete):
             self._close()
@@ -243,3 +262,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Whether nothing is being answered: the connection waits for its client, or for its end."""
         cycle = self.cycle
         return not self.pipeline and (cycle is None or cycle.more_body or cycle.response_complete)
+
+
+def _too_early() -> ApiError:
+    return ApiError(429, f"more than {MAX_AHEAD} bytes came before the answer to an earlier request")

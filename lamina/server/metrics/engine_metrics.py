@@ -114,6 +114,10 @@ class EngineMetrics:
         pages = GaugeMetricFamily(
             "lamina:kv_pages", "KV pages of a holder, by state.", labels=(*_LABELS, "worker", "state")
         )
+        by_pool = GaugeMetricFamily(
+            "lamina:kv_pool_pages", "Where the layers keep several things, pages of each.",
+            labels=(*_LABELS, "worker", "pool", "state"),
+        )  # fmt: skip
         crossed = CounterMetricFamily(
             "lamina:attention_exchange_bytes", "Bytes to and from a worker.", labels=(*_LABELS, "worker", "direction")
         )
@@ -131,9 +135,12 @@ class EngineMetrics:
             )
             for state, count in _pages(holder, latest).items() if self._alive else ():
                 pages.add_metric((*self._values, name, state), count)
+            for pool, (total, free) in enumerate(holder.pools) if self._alive else ():
+                by_pool.add_metric((*self._values, name, str(pool), "taken"), total - free)
+                by_pool.add_metric((*self._values, name, str(pool), "free"), free)
         for name in latest.missing if latest else ():
             up.add_metric((*self._values, name), 0)
-        yield from (up, pages, crossed, took)
+        yield from (up, pages, *([by_pool] if by_pool.samples else ()), crossed, took)
 
     def _total(self, snapshot: Snapshot | None, name: str) -> float:
         return self._before[name] + (float(getattr(snapshot, name)) if snapshot is not None else 0.0)

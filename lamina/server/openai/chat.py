@@ -27,6 +27,7 @@ from lamina.server.openai.responses import Chunks, chat_logprob, dumps
 from lamina.server.openai.sampling_fields import (
     blaming,
     check_characters,
+    check_echo,
     check_length,
     check_prompt_logprobs,
     check_stream_options,
@@ -153,6 +154,7 @@ def _chat(fields: ChatRequest, served: Served, salt: tuple[str, str]) -> tuple[s
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
     hidden = None if use is None else tuple(end for eos in tokenizer.eos_ids if (end := tokenizer.token(eos)))
     prefix = messages[-1]["content"] if fields.echo and messages[-1]["role"] == "assistant" else ""
+    check_echo([prefix], params.n)
     fields.messages = fields.tools = None  # not kept as long as the answer takes: they may have megabytes
     return way, Chat(fields, request, tokenizer.eos_ids, prefix, hidden)
 

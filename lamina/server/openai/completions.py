@@ -25,6 +25,7 @@ from lamina.server.openai.responses import Chunks, TextLogprobs, dumps
 from lamina.server.openai.sampling_fields import (
     blaming,
     check_characters,
+    check_echo,
     check_prompt_logprobs,
     check_stream_options,
     encoded,
@@ -108,6 +109,7 @@ def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> 
             prompt if isinstance(prompt, str) and whole else tokenizer.decode(ids)
             for prompt, ids in zip(given, prompts, strict=True)
         ]
+        check_echo(prefixes, params.n)
     fields.prompt = None  # not kept as long as the answer takes: it may have megabytes
     return Texts(fields, requests, tokenizer.eos_ids, prefixes)
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from lamina.server.frontend import STATES, Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.openai.chat import checked_messages, prompt_text
-from lamina.server.openai.sampling_fields import check_length
+from lamina.server.openai.sampling_fields import check_length, encoded
 from lamina.server.openai.schemas import DetokenizeRequest, TokenizeRequest
 from lamina.server.openai.service import Service
 from lamina.server.openai.tools import ToolUse
@@ -97,8 +97,9 @@ def _tokenized(fields: TokenizeRequest, served: Served) -> dict[str, Any]:
     else:
         use = ToolUse.from_request(fields.tools, None, None, tokenizer.template_knows_tools)
         text = prompt_text(fields, checked_messages(fields.messages, inputs), tokenizer, use)
-    check_length("messages" if fields.prompt is None else "prompt", len(text), inputs)
-    ids = tokenizer.encode(text, bool(special))
+    param = "messages" if fields.prompt is None else "prompt"
+    check_length(param, len(text), inputs)
+    ids = encoded(text, bool(special), inputs, param)
     spelled = {"token_strs": [tokenizer.token(token) for token in ids]} if fields.return_token_strs else {}
     return {"count": len(ids), "max_model_len": inputs.max_model_len, "tokens": ids, **spelled}
 

@@ -22,6 +22,8 @@ CHARACTERS = 64
 
 MAX_CHARACTERS = 1 << 20
 """Of all prompts of a request together, or what the context can have at most, if that is more."""
+MAX_ECHO = 16 << 20
+"""Characters that `echo` may repeat in one answer: each choice begins with its prompt."""
 _UNUSUAL = 6  # characters a token: a text with more for each of the context is long, unless it is an unusual one
 _PIECE = 1 << 14  # characters that are tokenised at a time: 0.15 s at worst
 
@@ -89,6 +91,12 @@ def check_length(param: str, length: int, inputs: InputProcessor) -> None:
     """Raises ApiError where a text of `length` characters cannot fit into the context, however it is tokenised."""
     if length > CHARACTERS * inputs.max_model_len:
         raise _too_long(inputs, param, f"{length} characters, more than {CHARACTERS} for each of them")
+
+
+def check_echo(prefixes: Sequence[str], n: int) -> None:
+    """Raises ApiError where `n` choices for each of these prefixes repeat too much text."""
+    if (size := n * sum(map(len, prefixes))) > MAX_ECHO:
+        raise ApiError(400, f"echo repeats {size} characters in {n} choices; allowed are {MAX_ECHO}", "echo")
 
 
 def encoded(text: str, special: bool, inputs: InputProcessor, param: str, whole: bool = True) -> list[int]:

@@ -28,12 +28,15 @@ from lamina.server.shares import KeyShares
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
+MAX_PARAMETERS = 64 << 20
+"""Bytes of the sampling parameters (schemas, grammars, stop strings) of all requests under way or waiting. The HTTP
+process and the engine's have them, once a prompt."""
+
 GRACE = 5.0  # seconds beyond a request's time limit, to send the error that it took too long
 
 _LARGE = 1 << 16  # bytes from which a body is parsed on a thread, not on the event loop
 _FIELDS = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys() | TokenizeRequest.model_fields.keys()
 _THREADS = 4  # to parse, render templates and tokenise
-_TURNS = 1 << 32  # of one priority; with it, a place in line has 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Service:
         self._bodies = BodyMemory(max(MAX_BODIES, 2 * settings.max_body))
         keys, most = settings.tenants, settings.max_requests
         self.samples = KeyShares(most, keys)
+        self._parameters = KeyShares(MAX_PARAMETERS, keys)
         self._pool = PreparationPool("lamina-requests", _THREADS, most, keys)
         # One thread each: two large bodies would need twice the memory, and grammars are compiled one at a time.
         self._parsing = PreparationPool("lamina-bodies", 1, most, keys)
@@ -126,8 +130,9 @@ class Service:
     async def _on_thread(
         self, pool: PreparationPool, context: RequestContext, work: Callable[..., T], *arguments: Any
     ) -> T:
+        left = context.left()
         try:
-            return await asyncio.wait_for(pool.run(context.tenant, partial(work, *arguments)), context.left())
+            return await asyncio.wait_for(pool.run(context.tenant, partial(work, *arguments)), left)
         except (TimeoutError, asyncio.TimeoutError):
             raise DeadlineExceeded(f"the request took longer than its {context.timeout:g} seconds") from None
 
@@ -175,24 +180,38 @@ class Service:
     async def _begin(
         self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool
     ) -> AsyncIterator[Generation]:
-        """Submit requests, if there is still room. Within a priority, the engine serves them by their key's turn."""
+        """Submit requests as their key's, if there is still room."""
         n, shares, key = requests[0].request.n, self.samples, context.tenant
         self.served(context, len(requests), n)
+        size = self._parameter_size(requests, key)
         samples = len(requests) * n
         shares.take(key, samples)
-        turn = shares.turn(key, samples)
+        self._parameters.take(key, size)
         try:
             for request in requests:
-                place = request.request.priority * _TURNS + min(turn, _TURNS - 1)
-                request.request = replace(request.request, priority=place)
+                request.request = replace(request.request, tenant=key)
                 self.frontend.owners[request.id] = key
             async with self.frontend.begin(requests, context.left(), streamed, context.timeout) as generation:
                 yield generation
         finally:
             for request in requests:
                 self.frontend.owners.pop(request.id, None)
-            shares.served(turn)
             shares.give(key, samples)
+            self._parameters.give(key, size)
+
+    def _parameter_size(self, requests: Sequence[EngineRequest], key: str) -> int:
+        """The bytes of the sampling parameters of requests, if there is room for them. Raises ApiError."""
+        size, most = len(requests) * requests[0].params.size, self._parameters.most
+        if size > most:
+            raise ApiError(
+                400,
+                f"prompt has {len(requests)} prompts, each with {requests[0].params.size} bytes of schemas, grammars, "
+                f"stop strings and logit_bias; allowed are {most} bytes in all",
+                "prompt",
+            )
+        if not self._parameters.fits(key, size):
+            raise overloaded("the schemas and grammars of requests under way leave no room; come back in a moment")
+        return size
 
     def translate(self, error: LaminaError) -> ApiError:
         """The response for an error."""

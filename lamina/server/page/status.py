@@ -94,6 +94,7 @@ def of_one(snapshot: Snapshot, sequences: Sequence[SequenceSnapshot], held: int)
             bytes_received=0,
             exchange_seconds=0.0,
             exchange_counts=(0,) * len(holder.exchange_counts),
+            pools=(),
         )
         for holder in snapshot.holders
     ]

@@ -90,6 +90,7 @@ class EngineLink:
             read_json(Path(facts["folder"]) / "generation_config.json"),
             prefix=f"{name[:6]}-",
         )
+        inputs.grammars.load()  # before the first request comes: later it would hold up others
         self._linked = facts
         with self._lock:
             if self._facts is facts:  # else the engine died meanwhile, and the frontend was notified

@@ -80,6 +80,8 @@ def _serve(
 
         settings = EngineConfig(**config)
         runtime = _start(model, settings, progress, workers)
+        if (inputs := getattr(runtime, "inputs", None)) is not None:  # on a cluster they are elsewhere
+            inputs.grammars.load()  # before the first request comes: later it would hold up others
         EngineListener(path, bytes.fromhex(secret), runtime.engine, time.monotonic)
         facts = _facts(runtime) | {"patience": settings.recovery_timeout}
     except BaseException as error:  # of any kind, torch's own too: the supervisor must not wait for ever

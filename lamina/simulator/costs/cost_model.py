@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import Device, Link, at
 from lamina.simulator.costs.models import ModelShape
+from lamina.simulator.costs.tables import number_within, whole
 
 ALPHA = 0.2
 """The slowdown by the network that Lamina's minimum bandwidth allows (section 4.1)."""
@@ -29,11 +30,10 @@ class KvPolicy:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        for name, share in (("read", self.read), ("held", self.held)):
-            if not isinstance(share, (int, float)) or not 1e-6 <= share <= 1:
-                raise InvalidRequest(f"{name} of policy {self.name!r} is {share!r:.80}; allowed is 1e-6 to 1")
-        if self.window is not None and (type(self.window) is not int or self.window < 1):
-            raise InvalidRequest(f"window of policy {self.name!r} is {self.window!r:.80}; allowed is 1 or more tokens")
+        for name in ("read", "held"):
+            number_within(f"{name} of policy {self.name!r}", getattr(self, name), 1e-6, 1)
+        if self.window is not None:
+            whole(f"window of policy {self.name!r}", self.window, 1, 1 << 24)
 
     def tokens_read(self, context: float) -> float:
         """Of so many, in decode."""
@@ -55,6 +55,7 @@ class Load:
     `prefill_tokens` whose queries meet `prefill_pairs` keys in all, reading `prefill_keys` tokens of KV.
 
     `prefix_tokens` of the prefill's tokens meet `prefix_pairs` keys besides, of what is held where decode reads it.
+    `prompts` of its prompts end in it, whose states go to where decode reads them.
     """
 
     decode: float
@@ -64,13 +65,14 @@ class Load:
     prefill_keys: float = 0.0
     prefix_tokens: float = 0.0
     prefix_pairs: float = 0.0
+    prompts: float = 0.0
 
     def __post_init__(self) -> None:
         # NaN compares false.
         if not (0 <= self.decode < math.inf and 0 <= self.context < math.inf and 0 <= self.prefill_tokens < math.inf):
             raise InvalidRequest(f"a batch is {self}; allowed are finite numbers, 0 or more")
-        if not self.prefill_tokens and (self.prefill_pairs or self.prefix_pairs):
-            raise InvalidRequest(f"a batch is {self}; allowed are pairs of a prefill that has tokens")
+        if not self.prefill_tokens and (self.prefill_pairs or self.prefix_pairs or self.prompts):
+            raise InvalidRequest(f"a batch is {self}; allowed are pairs and ends of a prefill that has tokens")
 
     @property
     def tokens(self) -> float:
@@ -86,6 +88,7 @@ class Load:
             self.prefill_keys / lanes,
             self.prefix_tokens / lanes,
             self.prefix_pairs / lanes,
+            self.prompts / lanes,
         )
 
 
@@ -99,7 +102,7 @@ def dense_time(model: ModelShape, device: Device, count: int, load: Load) -> flo
         efficiency.step_overhead + model.layers * efficiency.layer_overhead + load.decode * efficiency.row_overhead
     )
     if count > 1:
-        overhead += 2 * model.layers * all_reduce_time(device, count, tokens * model.hidden * model.element)
+        overhead += model.all_reduces * all_reduce_time(device, count, tokens * model.hidden * model.activation)
     return _roofline(moved, flops, device, model.element) / count / at(efficiency.dense, tokens) + overhead
 
 
@@ -121,7 +124,7 @@ def kv_projection_time(model: ModelShape, device: Device, count: int, load: Load
 
 def _dense_work(model: ModelShape, load: Load) -> tuple[float, float]:
     """Bytes and FLOPs of the dense layers of one batch, which has tokens."""
-    moved = model.weights_read(load.tokens) + 2 * model.element * load.tokens * model.hidden
+    moved = model.weights_read(load.tokens) + 2 * model.activation * load.tokens * model.hidden
     return moved, model.dense_flops(load.tokens, max(1, load.decode))
 
 
@@ -157,17 +160,43 @@ def attention_time(
     """
     if not load.decode and not load.prefix_pairs:
         return 0.0
+    if not model.attentions:
+        return 0.0
     efficiency, read = device.efficiency, policy.tokens_read(load.context)
     queries = busiest if queries is None else queries
-    moved = load.decode * model.kv_bytes_read(read, kv_element)
-    flops = load.decode * model.attention_flops(read)
+    work = [(load.decode * nbytes, load.decode * flops) for nbytes, flops in model.attention_work(read, kv_element)]
     if load.prefix_tokens:
         keys = load.prefix_pairs / load.prefix_tokens
-        moved += model.kv_bytes_read(keys, kv_element)
-        flops += load.prefix_tokens * model.attention_flops(keys)
-    best = max(moved * busiest / device.bandwidth, flops * queries / rate(device, kv_element))
-    rows = load.decode * model.layers * efficiency.attention_row_overhead * busiest
-    return best / at(efficiency.attention, max(1.0, moved * busiest / model.layers)) + rows
+        more = model.attention_work(keys, kv_element)
+        work = [(a + b, f + load.prefix_tokens * g) for (a, f), (b, g) in zip(work, more, strict=True)]
+    # A choice is made before the attention to what it chose, so that each has its own bound.
+    best = sum(
+        max(moved * busiest / device.bandwidth, flops * queries / rate(device, kv_element)) for moved, flops in work
+    )
+    moved = sum(moved for moved, _ in work)
+    rows = load.decode * model.attentions * efficiency.attention_row_overhead * busiest
+    return best / at(efficiency.attention, max(1.0, moved * busiest / model.attentions)) + rows
+
+
+def state_time(model: ModelShape, device: Device, load: Load, share: float = 1.0) -> float:
+    """Seconds in which one batch's decode rows update and read their states, on the device that has most to do, which
+    is the share `share` of them. A state is read and written once a token; the context does not matter."""
+    if not load.decode or not model.states:
+        return 0.0
+    moved, flops = 2 * load.decode * model.state_bytes * share, load.decode * model.state_flops * share
+    best = max(moved / device.bandwidth, flops / device.flops)
+    rows = load.decode * model.states * device.efficiency.attention_row_overhead * share
+    return best / at(device.efficiency.attention, max(1.0, moved / model.states)) + rows
+
+
+def prefill_state_time(model: ModelShape, device: Device, count: int, load: Load) -> float:
+    """Seconds in which the states of prefill rows are advanced, in chunks, beside the dense layers."""
+    if not load.prefill_tokens or not model.states:
+        return 0.0
+    flops = load.prefill_tokens * model.state_prompt_flops / device.flops
+    moved = 2 * load.prompts * model.state_bytes / device.bandwidth
+    efficiency = device.efficiency
+    return max(flops / at(efficiency.dense, load.prefill_tokens), moved / efficiency.attention[-1][1]) / count
 
 
 def prefill_attention_time(model: ModelShape, device: Device, count: int, load: Load, kv_element: float = 2.0) -> float:
@@ -193,8 +222,15 @@ def busiest_share(model: ModelShape, count: int) -> float:
 
 
 def kv_heads(model: ModelShape) -> int:
-    """Into how many parts its KV can be cut by heads."""
-    return min(group.kv_heads for group in model.groups)
+    """Into how many parts its KV can be cut by heads; 1 where it has none."""
+    return min((group.kv_heads for group in model.groups if group.attends), default=1)
+
+
+def state_share(model: ModelShape, count: int, sequences: float = 1) -> float:
+    """The share of these sequences' states that one of `count` devices has at most: whole heads, dealt out evenly over
+    all sequences."""
+    cells = max(1.0, sequences * model.state_heads)
+    return -(-cells // count) / cells
 
 
 def rate(device: Device, element: float) -> float:
@@ -205,7 +241,7 @@ def rate(device: Device, element: float) -> float:
 def minimum_bandwidth(model: ModelShape, batch: float, model_seconds: float, attention_seconds: float) -> float:
     """Bytes a second between model and attention workers below which the network slows decode by more than ALPHA:
     (2 + 2/G) e d B L / (alpha (MTIME(B) + ATIME(B, l))), Lamina's equation in section 4.1."""
-    return model.exchange_bytes(model.element) * batch / (ALPHA * (model_seconds + attention_seconds))
+    return model.exchange_bytes(model.activation) * batch / (ALPHA * (model_seconds + attention_seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +249,13 @@ class Exchange:
     """What one batch sends to the attention workers and gets back, over all layers. Times are seconds."""
 
     queries: float
-    """Of the queries' bytes."""
+    """Of the queries' bytes, and of what states are sent."""
     keys: float
     """Of k's and v's, of decode rows."""
     outputs: float
     """Of the partial outputs'."""
     stored: float
-    """Of the KV of prefill rows, which no token waits for."""
+    """Of the KV and states of prefill rows, which no token waits for."""
     waiting: float
     """Round trips, and what each worker and row takes beside its bytes."""
     nbytes: float
@@ -243,16 +279,20 @@ def exchange_time(
     `copies`: how many workers each query goes to, and a partial output of its width comes back from: 1 where they share
     heads, all where they share ranges. `workers`: how many share one machine.
     """
-    element, rows = model.element, load.decode + load.prefix_tokens
-    asked = rows * copies * sum(group.layers * group.query_elements for group in model.groups) * element
+    element, rows = model.activation, load.decode + load.prefix_tokens
+    asked = rows * copies * sum(group.layers * group.asked_elements for group in model.groups) * element
     answered = rows * copies * sum(group.layers * group.output_elements for group in model.groups) * element
+    asked += load.decode * model.state_bytes_sent(element)
+    answered += load.decode * model.state_bytes_returned(element)
     kept, stored = (model.kv_bytes_per_token(element) * count for count in (load.decode, load.prefill_tokens))
+    stored += load.prompts * model.state_bytes
+    trips = (model.attentions if rows else 0) + (model.states if load.decode else 0)
     a_layer = link.round_trip + (workers - 1) * link.worker_time + rows * workers * link.row_time
     return Exchange(
         queries=asked / wire,
         keys=kept / wire,
         outputs=answered / wire,
         stored=stored / wire,
-        waiting=model.layers * a_layer if rows else 0.0,
+        waiting=trips * a_layer,
         nbytes=asked + answered + kept + stored,
     )

@@ -23,15 +23,15 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from lamina.errors import InvalidRequest
-from lamina.system.text_files import read_text, toml_value
+from lamina.simulator.costs.tables import known_keys, number_within, read_tables, tables_of
+from lamina.system.text_files import toml_value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,8 +42,7 @@ Curve = tuple[tuple[float, float], ...]
 """(x, y) by rising x; between two points y goes straight over log x, outside it stays as at the end."""
 
 KINDS = ("gpu", "tpu", "npu", "cpu")
-MAX_BYTES = 1 << 20
-_MAX_POINTS, _MAX_TEXT, _MAX_ENTRIES = 256, 2000, 4096
+_MAX_POINTS, _MAX_TEXT = 256, 2000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,79}")
 _SHARE = (1e-6, 1.5)  # above 1 where caches answer what was counted as memory's bytes
 _TIME = (0.0, 60.0)
@@ -79,12 +78,6 @@ def at(curve: Curve, x: float) -> float:
     return curve[-1][1]
 
 
-def _known(table: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
-    allowed = list(allowed)
-    if unknown := [name for name in table if name not in allowed]:
-        raise InvalidRequest(f"{where}: the key {unknown[0]!r:.80} is unknown; known are {', '.join(allowed)}")
-
-
 def _named(kind: str, name: Any) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidRequest(f"the name of a {kind} is {name!r:.80}; allowed are 1 to 80 letters, digits and ._+- ")
@@ -99,20 +92,12 @@ def _check(entry: Efficiency | Device | Link, where: str) -> None:
             number_within(f"{where}: {name}", getattr(entry, name), *_LIMITS[name])
     if not isinstance(entry.sources, Mapping):
         raise InvalidRequest(f"{where}: sources is {entry.sources!r:.80}; allowed is a table of texts")
-    _known(entry.sources, [name for name in names if name not in ("name", "sources")], f"{where}: sources")
+    known_keys(entry.sources, [name for name in names if name not in ("name", "sources")], f"{where}: sources")
     for name, text in entry.sources.items():
         if not isinstance(text, str) or len(text) > _MAX_TEXT:
             raise InvalidRequest(
                 f"{where}: sources.{name} is {text!r:.80}; allowed is a text of {_MAX_TEXT} characters"
             )
-
-
-def number_within(what: str, value: Any, low: float, high: float) -> float:
-    """The value, if it is a number in [low, high]. Raises InvalidRequest."""
-    # NaN compares false with everything, and true and false are no numbers.
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidRequest(f"{what} is {value!r:.80}; allowed is a number from {low:g} to {high:g}")
-    return float(value)
 
 
 def _curve(what: str, points: Any) -> Curve:
@@ -195,6 +180,10 @@ class Device:
             raise InvalidRequest(f"{where}: efficiency is {self.efficiency!r:.80}; allowed is an Efficiency")
         _check(self, where)
 
+    def measured_or(self, efficiency: Efficiency) -> Device:
+        """The device, with that efficiency if it is a bare roofline: nobody measured it."""
+        return replace(self, efficiency=efficiency) if self.efficiency == ROOFLINE else self
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -238,34 +227,48 @@ class Catalogue:
         return found
 
 
+NOTHING = Catalogue({}, {})
+
+
 def load(path: str | Path | None = None) -> Catalogue:
     """The packaged catalogue; with `path`, that file's entries are added to it, or replace those of the same name.
 
     Raises InvalidRequest, which names the file.
     """
     ours = _packaged()
-    if path is None:
-        return ours
-    try:
-        devices, links, typical = _parse(read_text(path, MAX_BYTES).removeprefix("\ufeff"))
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{path}: {error}") from error
-    return _catalogue({**ours.devices, **devices}, {**ours.links, **links}, typical or ours.typical)
+    return ours if path is None else read_tables(path, lambda data: extended(ours, data))
 
 
 def loads(text: str) -> Catalogue:
-    """The catalogue of this TOML alone. Raises InvalidRequest."""
-    return _catalogue(*_parse(text))
+    """The catalogue of this TOML alone, as `dumps` writes it. Raises InvalidRequest for its values."""
+    return extended(NOTHING, tomllib.loads(text))
 
 
-def from_tables(data: Mapping[str, Any]) -> Catalogue:
-    """A catalogue of what is parsed already: `device`, `link`, `typical` as TOML gives them. Raises InvalidRequest."""
-    try:
-        return _catalogue(*_entries(data))
-    except InvalidRequest:
-        raise
-    except ValueError as error:  # an integer too long to print
-        raise InvalidRequest(f"the tables hold what cannot be shown: {error}") from error
+def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
+    """The catalogue with the tables `device`, `link` and `typical` of a TOML file, which are added or replace those of
+    the same name. Raises InvalidRequest."""
+    known_keys(data, ("device", "link", "typical"), "the file")
+    if not data:
+        raise InvalidRequest("it is empty; allowed are [[device]], [[link]] and [typical]")
+    devices: dict[str, Device] = {}
+    for table in tables_of(data, "device"):
+        where = _entry("device", table, devices)
+        given = _arguments(Device, table, where)
+        if "efficiency" in given:
+            given["efficiency"] = _read_efficiency(given["efficiency"], where)
+        devices[given["name"].lower()] = Device(**given)
+    links: dict[str, Link] = {}
+    for table in tables_of(data, "link"):
+        given = _arguments(Link, table, _entry("link", table, links))
+        links[given["name"].lower()] = Link(**given)
+    typical = _read_efficiency(data["typical"], "typical") if "typical" in data else catalogue.typical
+    return Catalogue({**catalogue.devices, **devices}, {**catalogue.links, **links}, typical)
+
+
+def with_efficiency(catalogue: Catalogue, efficiency: Efficiency | None = None) -> Catalogue:
+    """The catalogue with an efficiency for devices without measurements: the typical one unless another is given."""
+    used = catalogue.typical if efficiency is None else efficiency
+    return replace(catalogue, devices={name: each.measured_or(used) for name, each in catalogue.devices.items()})
 
 
 def dumps(devices: Iterable[Device], links: Iterable[Link] = (), typical: Efficiency | None = None) -> str:
@@ -288,50 +291,6 @@ def _packaged() -> Catalogue:
     return loads(resources.files("lamina.simulator.costs").joinpath("hardware.toml").read_text(encoding="utf-8"))
 
 
-def _catalogue(devices: Mapping[str, Device], links: Mapping[str, Link], typical: Efficiency | None) -> Catalogue:
-    return Catalogue(MappingProxyType(dict(devices)), MappingProxyType(dict(links)), typical or ROOFLINE)
-
-
-_Entries = tuple[dict[str, Device], dict[str, Link], Efficiency | None]
-
-
-def _parse(text: str) -> _Entries:
-    try:
-        return _entries(tomllib.loads(text))
-    except InvalidRequest:
-        raise
-    except (ValueError, RecursionError) as error:  # tomllib's own, nesting too deep, an integer too long to print
-        raise InvalidRequest(f"it is not TOML: {error}") from error
-
-
-def _entries(data: Mapping[str, Any]) -> _Entries:
-    _known(data, ("device", "link", "typical"), "the file")
-    if not data:
-        raise InvalidRequest("it is empty; allowed are [[device]], [[link]] and [typical]")
-    devices: dict[str, Device] = {}
-    for table in tables_of(data, "device"):
-        where = _entry("device", table, devices)
-        given = _arguments(Device, table, where)
-        if "efficiency" in given:
-            given["efficiency"] = _read_efficiency(given["efficiency"], where)
-        devices[given["name"].lower()] = Device(**given)
-    links: dict[str, Link] = {}
-    for table in tables_of(data, "link"):
-        given = _arguments(Link, table, _entry("link", table, links))
-        links[given["name"].lower()] = Link(**given)
-    return devices, links, _read_efficiency(data["typical"], "typical") if "typical" in data else None
-
-
-def tables_of(data: Mapping[str, Any], kind: str, most: int = _MAX_ENTRIES) -> list[dict[str, Any]]:
-    """The tables [[kind]] of a TOML file, at most so many. Raises InvalidRequest."""
-    tables = data.get(kind, [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise InvalidRequest(f"{kind} is {tables!r:.80}; allowed are tables, written [[{kind}]]")
-    if len(tables) > most:
-        raise InvalidRequest(f"there are {len(tables)} tables [[{kind}]]; allowed are {most}")
-    return tables
-
-
 def _entry(kind: str, table: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     """What to call that table in errors, its name checked."""
     if _named(kind, table.get("name")).lower() in known:
@@ -350,7 +309,7 @@ def _read_efficiency(table: Any, where: str) -> Efficiency:
 
 def _arguments(kind: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     needed = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
-    _known(table, [item.name for item in fields(kind)], where)
+    known_keys(table, [item.name for item in fields(kind)], where)
     if missing := [name for name in needed if name not in table]:
         raise InvalidRequest(f"{where}: {missing[0]} is missing; needed are {', '.join(needed)}")
     return dict(table)

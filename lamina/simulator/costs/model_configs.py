@@ -1,24 +1,28 @@
 """From a config.json of Hugging Face to the shape that decides a model's cost.
 
-Any config whose layers are attention and an MLP or experts: GQA, MHA or MLA, with sliding windows or without. Nothing
-of it is run, and only integers and flags are read. Layers of other kinds (state spaces, linear or sparse attention) are
-refused, since counting them as attention would say something wrong. What a config leaves out has its family's default
-where that is known; else the InvalidRequest names the missing key. Layers that only predict further tokens
-(num_nextn_predict_layers) are not counted.
+Any config whose layers are attention and an MLP or experts: GQA, MHA or MLA, with sliding windows or without; and the
+families below whose layers have recurrent states or learned choices. Nothing of it is run, and only integers and flags
+are read. Layers of other kinds are refused, since counting them as attention would say something wrong. What a config
+leaves out has its family's default where that is known; else the InvalidRequest names the missing key. Layers that
+only predict further tokens (num_nextn_predict_layers) are not counted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lamina.errors import InvalidRequest, ModelFileError
+from lamina.simulator.costs import config_words as words
+from lamina.simulator.costs import layer_configs as parts
 from lamina.simulator.costs.shapes import LayerGroup, ModelShape
 from lamina.system.text_files import read_text
 from lamina_workers.decoder.config_keys import Keys
+from lamina_workers.decoder.families import FAMILIES
+from lamina_workers.decoder.family import Family
 
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_LAYERS = 1024
@@ -30,34 +34,81 @@ class _Family:
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     norms: int = 2  # of the hidden size, in a layer
-    qk_norms: bool = False
-    qkv_bias: bool = False  # also where attention_bias does not say so, which is for o too
+    qk_norm: str = ""  # as in `Family`
+    qkv_bias: bool | str = "attention_bias"  # whether there is one, or the key that says so
+    o_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = "mlp_bias"
     plain_mlp: bool = False  # two matrices instead of a gate and two
     pattern: int = 0  # every so manieth layer reads everything, the others a window
     flagged: bool = False  # there is a window only where use_sliding_window says so
+    sinks: bool = False  # one for each query head
+    biased_experts: bool = False  # and their routers
     experts_only: bool = False  # moe_intermediate_size is needed: the MLP's size is no expert's
+    gated: bool = False  # attention's outputs, by a gate as wide as the queries
+    reads: tuple[str, ...] = ()  # of `_OTHER_LAYERS`, those that are described
+    words: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # the config in the words read here
+    state: Callable[[Keys, int], LayerGroup] | None = None  # of a layer of linear attention
+    mlps: Callable[[Keys, int, list[str]], list[dict[str, int]]] | None = None  # of each layer, by their kinds
 
 
-_QWEN = {"sliding_window": 4096, "max_window_layers": 28}
-_GEMMA = {"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096}
-_FAMILIES = {
-    "mistral": _Family({"sliding_window": 4096, "num_key_value_heads": 8}),
-    "mixtral": _Family({"num_key_value_heads": 8}),
-    "qwen2": _Family(_QWEN, qkv_bias=True, flagged=True),
-    "qwen2_moe": _Family(_QWEN, qkv_bias=True, flagged=True, experts_only=True),
-    "qwen3": _Family({**_QWEN, "head_dim": 128}, qk_norms=True, flagged=True),
-    "qwen3_moe": _Family({**_QWEN, "max_window_layers": 0}, qk_norms=True, flagged=True, experts_only=True),
-    "smollm3": _Family({"tie_word_embeddings": True}, flagged=True),
+def _native(family: Family) -> _Family:
+    """A family that model workers compute themselves."""
+    norms = family.norms
+    return _Family(
+        family.defaults,
+        norms=1
+        if family.mixers == "alternating"
+        else sum(map(bool, (norms.before_attention, norms.behind_attention, norms.before_mlp, norms.behind_mlp))),
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
+        o_bias=family.o_bias,
+        mlp_bias=family.mlp_bias,
+        pattern=family.pattern,
+        flagged=family.windows in ("flag", "layers"),
+        sinks=family.sinks,
+        biased_experts=family.expert_bias,
+        experts_only=family.expert_size == "moe_intermediate_size" or bool(family.groups),
+        gated=family.gated,
+    )
+
+
+_NATIVE = {family.model_type: _native(family) for family in FAMILIES.values()}
+_SPARSE = replace(_NATIVE["deepseek_v3"], defaults={"first_k_dense_replace": 3}, reads=("index_topk",))
+_MAMBA = ("mamba_d_state", "mamba_d_ssm", "ssm_state_size", "hybrid_override_pattern", "shared_intermediate_size")
+_LIGHTNING = replace(_NATIVE["minimax"], words=words.with_kinds, state=parts.lightning)
+_FAMILIES = _NATIVE | {
     "gemma": _Family({"tie_word_embeddings": True, "head_dim": 256}),
-    "gemma2": _Family(_GEMMA, norms=4, pattern=2),
-    "gemma3_text": _Family(_GEMMA, norms=4, qk_norms=True, pattern=6),
-    "cohere2": _Family({"tie_word_embeddings": True, "sliding_window": 4096}, norms=1, pattern=4),
     "gpt_neox": _Family(plain_mlp=True),
     "phi": _Family(plain_mlp=True),
     "starcoder2": _Family({"tie_word_embeddings": True}, plain_mlp=True),
     "nemotron": _Family(plain_mlp=True),
-    "deepseek_v2": _Family(experts_only=True),
-    "deepseek_v3": _Family(experts_only=True),
+    "deepseek_v32": _SPARSE,
+    "glm_moe_dsa": replace(_SPARSE, words=words.of_glm_dsa),
+    "minicpm3": replace(_NATIVE["minicpm3"], words=words.of_minicpm3),
+    "kimi_linear": replace(_NATIVE["kimi_linear"], words=words.of_kimi, state=parts.kda),
+    "nemotron_h": replace(
+        _NATIVE["nemotron_h"], reads=_MAMBA, words=words.of_nemotron, state=parts.mamba2, mlps=parts.nemotron_mlps
+    ),
+    "granitemoehybrid": replace(
+        _NATIVE["granitemoehybrid"], reads=_MAMBA, words=words.of_granite, state=parts.mamba2, mlps=parts.granite_mlps
+    ),
+    "falcon_h1": replace(_NATIVE["falcon_h1"], reads=_MAMBA, words=words.of_falcon_h1, state=parts.mamba2),
+    **dict.fromkeys(("minimax", "minimax_text_01", "minimax_m1"), _LIGHTNING),
+    **{
+        kind: replace(
+            _NATIVE[kind],
+            reads=("linear_num_key_heads", "linear_key_head_dim"),
+            words=words.with_kinds,
+            state=parts.gated_delta,
+        )
+        for kind in ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+    },
+    **dict.fromkeys(
+        ("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"),
+        _Family(
+            qk_norm="head", reads=("shared_intermediate_size",), words=words.of_minimax_m3, mlps=parts.minimax_m3_mlps
+        ),
+    ),
 }
 _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 # Keys of what is not counted here: to pass over them would describe another model.
@@ -67,6 +118,9 @@ _OTHER_LAYERS = (
     *("interleave_moe_layer_step", "shared_intermediate_size", "altup_num_inputs", "num_kv_shared_layers"),
 )
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+_STATES = ("linear_attention", "hybrid")
+_ALONE = ("mlp", "moe")
+_CHOICES = ("indexed_attention", "minimax_m3_sparse")
 
 
 def from_config(raw: Mapping[str, Any], name: str) -> ModelShape:
@@ -75,9 +129,7 @@ def from_config(raw: Mapping[str, Any], name: str) -> ModelShape:
         raise InvalidRequest(f"{name}: the config is {type(raw).__name__}; allowed is an object")
     try:
         return _shape({str(key): value for key, value in raw.items()}, name)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{name}: {error}") from error
-    except (ModelFileError, ValueError) as error:  # ValueError: an integer that is too long to print
+    except (InvalidRequest, ModelFileError, ValueError) as error:  # ValueError: an integer that is too long to print
         raise InvalidRequest(f"{name}: {error}") from error
 
 
@@ -99,8 +151,10 @@ def _shape(raw: Mapping[str, Any], name: str) -> ModelShape:
         raw = {**raw, **{str(key): value for key, value in text.items()}}  # of text and pictures: what it decodes with
     kind = raw.get("model_type")
     family = _FAMILIES.get(kind, _Family()) if isinstance(kind, str) else _Family()
+    if family.words is not None:
+        raw = family.words(dict(raw))
     keys = Keys(raw, family.defaults)
-    if other := [key for key in _OTHER_LAYERS if keys.get(key) not in (None, 0, [], "")]:
+    if other := [key for key in _OTHER_LAYERS if key not in family.reads and keys.get(key) not in (None, 0, [], "")]:
         raise InvalidRequest(f"the config has {other[0]}; layers of that kind are not described here")
     if not any(keys.given(key) for key in _EXPERTS):
         other = [key for key, value in raw.items() if "expert" in key and type(value) is int and value > 0]
@@ -110,19 +164,8 @@ def _shape(raw: Mapping[str, Any], name: str) -> ModelShape:
         raise InvalidRequest("is_encoder_decoder is true; only decoders are described here")
     layers, hidden = keys.integer("num_hidden_layers", 1, _MAX_LAYERS), keys.integer("hidden_size", 1, 1 << 17)
     table = keys.integer("vocab_size", 1, 1 << 22) * hidden
-    attention = _latent(keys, hidden) if keys.given("kv_lora_rank") else _heads(keys, family, hidden)
-    attention = replace(attention, vectors=attention.vectors + family.norms * hidden)
     counts: dict[LayerGroup, int] = {}
-    for window, mlp in zip(_windows(keys, family, layers), _mlps(keys, family, hidden, layers), strict=True):
-        group = replace(
-            attention,
-            window=window,
-            mlp=mlp.mlp,
-            experts=mlp.experts,
-            top_k=mlp.top_k,
-            expert=mlp.expert,
-            vectors=attention.vectors + mlp.vectors,
-        )
+    for group in _layers(keys, family, hidden, layers):
         counts[group] = counts.get(group, 0) + 1
     return ModelShape(
         name=name,
@@ -137,99 +180,84 @@ def _shape(raw: Mapping[str, Any], name: str) -> ModelShape:
     )
 
 
-def _heads(keys: Keys, family: _Family, hidden: int) -> LayerGroup:
-    """One layer's attention with heads of their own, in groups that share keys or not."""
-    heads = keys.integer("num_attention_heads", 1, 4096)
-    kv_heads = keys.integer("num_key_value_heads", 1, 4096, default=heads)
-    if heads % kv_heads:
-        raise InvalidRequest(f"num_key_value_heads is {kv_heads}; it must divide num_attention_heads {heads}")
-    if not keys.given("head_dim") and hidden % heads:
-        raise InvalidRequest(
-            f"head_dim is missing from the model's config, and num_attention_heads {heads} does not divide hidden_size "
-            f"{hidden}"
-        )
-    width = keys.integer("head_dim", 1, 4096, default=hidden // heads)
-    qkv, kv = (heads + 2 * kv_heads) * width, 2 * kv_heads * width
-    bias = keys.flag("attention_bias", False)
-    biases = (qkv if bias or family.qkv_bias else 0) + (hidden if bias else 0)
-    return LayerGroup(
-        layers=1,
-        kv_heads=kv_heads,
-        projections=hidden * (qkv + heads * width),
-        kv_projections=hidden * kv,
-        mlp=0,
-        kv_elements=kv,
-        query_elements=heads * width,
-        output_elements=heads * width,
-        score_flops=4 * heads * width,
-        vectors=biases + (2 * width if family.qk_norms else 0),
+def _layers(keys: Keys, family: _Family, hidden: int, layers: int) -> Iterator[LayerGroup]:
+    """Each layer as a group of its own."""
+    kinds = _kinds(keys, family, layers)
+    mlps = list(_mlps(keys, family, hidden, layers)) if family.mlps is None else family.mlps(keys, hidden, kinds)
+    attention = parts.NOTHING
+    if not set(kinds) <= {"linear_attention", *_ALONE}:
+        attention = _attention(keys, family, hidden)
+    indexers = ("full",) * layers
+    if keys.given("indexer_types"):
+        indexers = keys.items("indexer_types", ("full", "shared"), layers)
+    for layer, (kind, window, mlp) in enumerate(zip(kinds, _windows(keys, family, kinds), mlps, strict=True)):
+        group = parts.NOTHING if kind in _ALONE or kind == "linear_attention" else attention
+        if kind in _STATES and family.state is not None:
+            group = parts.beside(group, family.state(keys, hidden))
+        if kind == "indexed_attention":
+            group = parts.chosen_tokens(group, keys, hidden, indexers[layer] == "full")
+        elif kind == "minimax_m3_sparse":
+            group = parts.chosen_blocks(group, keys, hidden)
+        vectors = group.vectors + family.norms * hidden + mlp.get("vectors", 0)
+        yield replace(
+            group, window=window, vectors=vectors, mlp=mlp.get("mlp", 0), experts=mlp.get("experts", 0),
+            top_k=mlp.get("top_k", 0), expert=mlp.get("expert", 0),
+        )  # fmt: skip
+
+
+def _attention(keys: Keys, family: _Family, hidden: int) -> LayerGroup:
+    if keys.given("kv_lora_rank"):
+        return parts.latent(keys, hidden)
+    biases = keys.holds(family.qkv_bias), keys.holds(family.o_bias)
+    found = parts.grouped(keys, hidden, biases, family.qk_norm, family.gated)
+    return (
+        replace(found, vectors=found.vectors + keys.integer("num_attention_heads", 1, 4096)) if family.sinks else found
     )
 
 
-def _latent(keys: Keys, hidden: int) -> LayerGroup:
-    """One layer's MLA, absorbed."""
-    heads = keys.integer("num_attention_heads", 1, 4096)
-    latent, rotary = keys.integer("kv_lora_rank", 1, 1 << 16), keys.integer("qk_rope_head_dim", 1, 4096)
-    plain, value = keys.integer("qk_nope_head_dim", 1, 4096), keys.integer("v_head_dim", 1, 4096)
-    queries = heads * (plain + rotary)
-    if keys.given("q_lora_rank"):
-        rank = keys.integer("q_lora_rank", 1, 1 << 16)
-        into_queries, norms = hidden * rank + rank * queries, rank + latent
-    else:
-        into_queries, norms = hidden * queries, latent
-    into_latent = hidden * (latent + rotary)
-    return LayerGroup(
-        layers=1,
-        kv_heads=1,
-        projections=into_queries + into_latent + latent * heads * (plain + value) + heads * value * hidden,
-        kv_projections=into_latent,
-        mlp=0,
-        kv_elements=latent + rotary,
-        query_elements=heads * (latent + rotary),
-        output_elements=heads * latent,
-        score_flops=2 * heads * (2 * latent + rotary),
-        prompt_score_flops=2 * heads * (plain + rotary + value),
-        vectors=norms,
-    )
+def _kinds(keys: Keys, family: _Family, layers: int) -> list[str]:
+    """What each layer is, in the words of transformers' `layer_types`; full_attention where the config does not say."""
+    if not keys.given("layer_types"):
+        return ["indexed_attention" if "index_topk" in family.reads else "full_attention"] * layers
+    known: tuple[str, ...] = _KINDS
+    if family.state is not None:
+        known += (*_STATES, *_ALONE)
+    if "index_topk" in family.reads or family.mlps is parts.minimax_m3_mlps:
+        known += _CHOICES
+    return list(keys.items("layer_types", known, layers))
 
 
-@dataclass(frozen=True, slots=True)
-class _Mlp:
-    """One layer's, with the names of `LayerGroup`."""
-
-    mlp: int
-    experts: int = 0
-    top_k: int = 0
-    expert: int = 0
-    vectors: int = 0
-
-
-def _mlps(keys: Keys, family: _Family, hidden: int, layers: int) -> Iterator[_Mlp]:
+def _mlps(keys: Keys, family: _Family, hidden: int, layers: int) -> Iterator[dict[str, int]]:
+    """Of each layer, what its MLP or experts are in a `LayerGroup`."""
     matrices = 2 if family.plain_mlp else 3
     counted = next((key for key in _EXPERTS if keys.given(key)), None)
     sparse = [False] * layers
-    moe = _Mlp(0)
+    moe: dict[str, int] = {}
     if counted is not None:
         experts = keys.integer(counted, 1, 1 << 16)
         size = None if family.experts_only else keys.integer("intermediate_size", 1, 1 << 22)
-        expert = matrices * hidden * keys.integer("moe_intermediate_size", 1, 1 << 22, default=size)
+        width = keys.integer("moe_intermediate_size", 1, 1 << 22, default=size)
+        expert = matrices * hidden * width + (2 * width + hidden if family.biased_experts else 0)
         shared = keys.integer("n_shared_experts", 0, 1 << 16, default=0) * expert
         if keys.given("shared_expert_intermediate_size"):  # Qwen2-MoE: one, behind a gate of its own
             shared += matrices * hidden * keys.integer("shared_expert_intermediate_size", 0, 1 << 22) + hidden
         top_k = keys.integer("num_experts_per_tok", 1, experts)
-        moe = _Mlp(hidden * experts + shared, experts, top_k, expert)
+        router = (hidden + family.biased_experts) * experts
+        moe = {"mlp": router + shared, "experts": experts, "top_k": top_k, "expert": expert}
         sparse = _sparse(keys, layers)
     if all(sparse):
         yield from [moe] * layers
         return
     size = keys.integer("intermediate_size", 1, 1 << 22)
-    bias = (matrices - 1) * size + hidden if keys.flag("mlp_bias", False) else 0
-    dense = _Mlp(matrices * hidden * size, vectors=bias)
+    bias = (matrices - 1) * size + hidden if keys.holds(family.mlp_bias) else 0
+    dense = {"mlp": matrices * hidden * size, "vectors": bias}
     yield from (moe if is_sparse else dense for is_sparse in sparse)
 
 
 def _sparse(keys: Keys, layers: int) -> list[bool]:
     """Which layers have experts, by the keys of DeepSeek (first_k_dense_replace) and Qwen."""
+    if keys.given("mlp_layer_types"):
+        return [kind == "sparse" for kind in keys.items("mlp_layer_types", ("dense", "sparse"), layers)]
     first = keys.integer("first_k_dense_replace", 0, _MAX_LAYERS, default=0)
     every = keys.integer("moe_layer_freq", 1, _MAX_LAYERS, default=1)
     step = keys.integer("decoder_sparse_step", 1, _MAX_LAYERS, default=1)
@@ -240,13 +268,13 @@ def _sparse(keys: Keys, layers: int) -> list[bool]:
     ]
 
 
-def _windows(keys: Keys, family: _Family, layers: int) -> list[int | None]:
+def _windows(keys: Keys, family: _Family, kinds: list[str]) -> list[int | None]:
     """How many tokens each layer reads at most, None for all."""
+    layers = len(kinds)
     none: list[int | None] = [None] * layers
     if (family.flagged or keys.given("use_sliding_window")) and not keys.flag("use_sliding_window", False):
         return none
     if keys.given("layer_types"):
-        kinds = keys.items("layer_types", _KINDS, layers)
         return [_window(keys, kind) for kind in kinds]
     if not keys.given("sliding_window"):
         return none
@@ -259,6 +287,6 @@ def _windows(keys: Keys, family: _Family, layers: int) -> list[int | None]:
 
 
 def _window(keys: Keys, kind: str) -> int | None:
-    if kind == "full_attention":
+    if kind not in ("sliding_attention", "chunked_attention"):
         return None
     return keys.integer("sliding_window" if kind == "sliding_attention" else "attention_chunk_size", 1, 1 << 30)

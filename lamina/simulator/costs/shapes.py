@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from lamina.simulator.costs.mixers import STATE_RECORDS, ChoiceShape, StateShape
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
     """`layers` layers that are alike. Parameters and elements are for one of them.
 
-    `projections` are the parameters of q, k, v and o (`kv_projections` of them, those of k and v); `mlp`: parameters
+    A layer has attention (`kv_heads` above 0), a recurrent `state`, both beside each other, or neither. `projections`
+    are the parameters around them (`kv_projections` of them, those of attention's k and v); `mlp`: parameters
     that every token uses. With `experts`, each token uses `top_k` of them besides, with `expert` parameters each; the
     router and shared experts are part of `mlp`. `vectors`: norms and biases, which are stored and read but not
     multiplied. `kv_elements`: what the cache keeps of a token; `query_elements`, `output_elements`: what attention is
     sent of it, and sends back. `score_flops`: FLOPs of one token with one key, both products. `window`: None reads
-    everything. `prompt_score_flops`: the same in prefill, where it differs.
+    everything. `prompt_score_flops`: the same in prefill, where it differs. `choice`: attention is to tokens that are
+    chosen for each query.
 
     MLA is counted as it decodes, in the absorbed form: there is one KV head, of the latent and its rotary part; queries
     and outputs are of the latent's width; and `kv_projections` makes the latent alone, since what made k and v of it
@@ -37,6 +42,27 @@ class LayerGroup:
     window: int | None = None
     vectors: int = 0
     prompt_score_flops: int = 0
+    state: StateShape | None = None
+    choice: ChoiceShape | None = None
+
+    @property
+    def attends(self) -> bool:
+        return self.kv_heads > 0
+
+    @property
+    def all_reduces(self) -> int:
+        """By tensor parallelism: one behind what mixes tokens, one behind the MLP."""
+        return (self.attends or self.state is not None) + (self.mlp > 0 or self.experts > 0)
+
+    @property
+    def kept_elements(self) -> int:
+        """What the cache keeps of a token, keys for choices included."""
+        return self.kv_elements + (self.choice.key_elements if self.choice else 0)
+
+    @property
+    def asked_elements(self) -> int:
+        """What attention is sent of a token's queries, those for choices included."""
+        return self.query_elements + (self.choice.query_elements if self.choice else 0)
 
     @property
     def multiplied(self) -> int:
@@ -56,14 +82,23 @@ class LayerGroup:
 
     def read(self, context: float) -> float:
         """How many of `context` tokens one token attends to."""
-        return context if self.window is None else min(context, self.window)
+        seen = context if self.window is None else min(context, self.window)
+        return seen if self.choice is None else min(seen, self.choice.tokens)
+
+    def prompt_flops(self, keys: float) -> float:
+        """FLOPs of one token of a prompt with so many keys. Where it chooses, the lesser of all of them as prompts are
+        computed, and of those chosen as decode computes them."""
+        whole = self.prompt_score_flops or self.score_flops
+        if self.choice is None:
+            return whole * self.read(keys)
+        return self.choice.score_flops * keys + min(whole * keys, self.score_flops * self.read(keys))
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """A model as the cost model sees it. `embedding`: parameters of the input table, which are stored and not
-    multiplied; `head`: those of the output layer (the same table where `tied`). `element`: bytes of a weight and an
-    activation. `vectors`: the last norm."""
+    multiplied; `head`: those of the output layer (the same table where `tied`). `element`: bytes of a weight.
+    `vectors`: the last norm."""
 
     name: str
     hidden: int
@@ -76,6 +111,11 @@ class ModelShape:
     published_weight_bytes: float | None = None
     """The weights' bytes as a paper prints them, where they differ from the count; they are used then."""
     vectors: int = 0
+
+    @property
+    def activation(self) -> float:
+        """Bytes of an activation: weights of 8 bits are multiplied with numbers that are kept in 16."""
+        return max(2.0, self.element)
 
     @property
     def layers(self) -> int:
@@ -107,34 +147,92 @@ class ModelShape:
         layers = sum(group.layers * group.multiplied for group in self.groups)
         return 2.0 * (layers * tokens + self.head * (tokens if sampled is None else sampled))
 
+    def attention_work(self, context: float, element: float = 2.0) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Bytes of KV and FLOPs of one token that has `context` tokens before it and with it, over all layers: of the
+        learned choices, and of the attention that follows them."""
+        kept = flops = chosen = scored = 0.0
+        for group in self.groups:
+            seen = group.layers * group.read(context)
+            kept += group.kv_elements * seen
+            flops += group.score_flops * seen
+            if group.choice is not None:
+                chosen += group.layers * group.choice.key_elements * context
+                scored += group.layers * group.choice.score_flops * context
+        return (chosen * element, scored), (kept * element, flops)
+
     def attention_flops(self, context: float) -> float:
         """FLOPs of attention for one token that has `context` tokens before it and with it, over all layers."""
-        return float(sum(group.layers * group.score_flops * group.read(context) for group in self.groups))
+        (_, scored), (_, flops) = self.attention_work(context)
+        return scored + flops
 
     def prefill_flops(self, keys: float) -> float:
         """FLOPs of attention for one token of a prompt that meets so many keys, over all layers."""
-        return float(
-            sum(
-                group.layers * (group.prompt_score_flops or group.score_flops) * group.read(keys)
-                for group in self.groups
-            )
-        )
+        return float(sum(group.layers * group.prompt_flops(keys) for group in self.groups))
 
     def kv_bytes_per_token(self, element: float = 2.0) -> float:
         """What the cache keeps of a token over all layers, at `element` bytes an element."""
         return self._kv_elements * element
 
     def kv_bytes_read(self, context: float, element: float = 2.0) -> float:
-        """Bytes of KV that one token reads over all layers, in layers with a window no more than that."""
-        return sum(group.layers * group.kv_elements * group.read(context) for group in self.groups) * element
+        """Bytes of KV that one token reads over all layers: no more than a layer's window or choice, and all keys that
+        choices are made by."""
+        (chosen, _), (kept, _) = self.attention_work(context, element)
+        return chosen + kept
+
+    @property
+    def attentions(self) -> int:
+        """Layers that attend."""
+        return sum(group.layers for group in self.groups if group.attends)
+
+    @property
+    def states(self) -> int:
+        """Layers that have a recurrent state."""
+        return sum(group.layers for group in self.groups if group.state is not None)
+
+    @property
+    def all_reduces(self) -> int:
+        return sum(group.layers * group.all_reduces for group in self.groups)
+
+    @property
+    def state_heads(self) -> int:
+        """Into how many parts the states can be cut; 0: there are none."""
+        return min((group.state.heads for group in self.groups if group.state is not None), default=0)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one sequence's states over all layers, whatever its length: what each token reads, and writes."""
+        return self._of_states(lambda state: state.nbytes)
+
+    @property
+    def state_bytes_held(self) -> int:
+        """What a sequence's states take in memory."""
+        return STATE_RECORDS * self.state_bytes
+
+    @property
+    def state_flops(self) -> int:
+        """FLOPs of all states for one token in decode."""
+        return self._of_states(lambda state: state.flops)
+
+    @property
+    def state_prompt_flops(self) -> int:
+        """FLOPs of all states for one token of a prompt."""
+        return self._of_states(lambda state: state.prompt_flops)
+
+    def state_bytes_sent(self, element: float = 2.0) -> float:
+        """Bytes of q, k, v and the gates that one token sends to the states of all layers."""
+        return self._of_states(lambda state: state.channels) * element + self._of_states(lambda state: state.gate_bytes)
+
+    def state_bytes_returned(self, element: float = 2.0) -> float:
+        return self._of_states(lambda state: state.outputs) * element
 
     def exchange_bytes(self, element: float = 2.0) -> float:
-        """Bytes of q, k, v and attention's output that one token sends and gets back over all layers.
+        """Bytes of q, k, v, gates and outputs that one token sends and gets back over all layers.
 
         For GQA this is (2 + 2/G) e d L (Lamina, arXiv 2405.01814v2). k and v are `kv_bytes_per_token` of it.
         """
-        there = sum(group.layers * (group.query_elements + group.output_elements) for group in self.groups)
-        return (there + self._kv_elements) * element
+        there = sum(group.layers * (group.asked_elements + group.output_elements) for group in self.groups)
+        states = self.state_bytes_sent(element) + self.state_bytes_returned(element)
+        return (there + self._kv_elements) * element + states
 
     @property
     def kv_projection_bytes(self) -> float:
@@ -151,7 +249,10 @@ class ModelShape:
 
     @property
     def _kv_elements(self) -> int:
-        return sum(group.layers * group.kv_elements for group in self.groups)
+        return sum(group.layers * group.kept_elements for group in self.groups)
+
+    def _of_states(self, number: Callable[[StateShape], int]) -> int:
+        return sum(group.layers * number(group.state) for group in self.groups if group.state is not None)
 
     @property
     def _stored(self) -> float:

@@ -7,7 +7,6 @@ balancer are `replicas` of `simulate`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import (
@@ -22,9 +21,13 @@ from lamina.simulator.costs.cost_model import (
     kv_heads,
     kv_projection_time,
     prefill_attention_time,
+    prefill_state_time,
+    state_share,
+    state_time,
 )
-from lamina.simulator.costs.hardware import Device, Link, number_within
+from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.models import ModelShape
+from lamina.simulator.costs.tables import number_within, whole
 
 MEMORY_SHARE = 0.9
 """The share of a device's memory for weights and KV; the rest is for activations. vLLM's default, too."""
@@ -32,6 +35,10 @@ MOST = 1 << 24
 """Bounds of devices of a kind, of lanes, and of tokens of a batch."""
 PAGE_SIZE = 16
 """Tokens of a KV page: vLLM's default."""
+SEQUENCE_TOKENS = 4096
+"""Tokens of the sequences for which memory is divided between KV and states: the engine's default."""
+UNBOUNDED = 1 << 40
+"""Tokens, or sequences, of what takes no memory."""
 IDLE_POWER = 0.3
 """The share of a device's power that it draws while it waits. Assumed: no vendor publishes it."""
 
@@ -47,39 +54,12 @@ class StepCost:
     link_bytes: float = 0.0
 
 
-class System(Protocol):
-    """A way to serve, as the event loop and the planner use it."""
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How many tokens' KV fit, and how many sequences' states; `UNBOUNDED` of what a model does not have."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def model(self) -> ModelShape: ...
-    @property
-    def policy(self) -> KvPolicy: ...
-    @property
-    def max_batch_tokens(self) -> int:
-        """Tokens of one batch, prefill chunks and decode rows together."""
-
-    @property
-    def max_sequences(self) -> int: ...
-    @property
-    def devices(self) -> tuple[tuple[Device, int], ...]:
-        """Each kind and how many of it; the first is the model tier, the last the attention tier."""
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens whose KV fits. Raises InvalidRequest where not even the weights do."""
-
-    @property
-    def holders(self) -> int:
-        """How many holders of KV the event loop must tell apart: 1 where all of them have the same of each sequence."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of a prompt whose KV fits beside the dense layers while it is computed. A longer one's past is read
-        where decode reads it."""
-
-    def step(self, load: Load) -> StepCost: ...
+    tokens: int
+    sequences: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +79,12 @@ class Colocated:
     policy: KvPolicy = FULL
     kv_element: float = 2.0
     memory_share: float = MEMORY_SHARE
+    sequence_tokens: int = SEQUENCE_TOKENS
     label: str = ""
 
     def __post_init__(self) -> None:
-        _whole(self, "tensor_parallel", "batch_tokens", "max_sequences")
+        for name in ("tensor_parallel", "batch_tokens", "max_sequences", "sequence_tokens"):
+            whole(name, getattr(self, name), 1, MOST)
         number_within("kv_element", self.kv_element, 0.25, 8)
         number_within("memory_share", self.memory_share, 0.01, 1)
 
@@ -113,25 +95,33 @@ class Colocated:
 
     @property
     def max_batch_tokens(self) -> int:
+        """Tokens of one batch, prefill chunks and decode rows together."""
         whole = max(self.batch_tokens, self.model.max_context)  # as vLLM asks where it doesn't cut prompts up
         return self.batch_tokens if self.chunked_prefill else whole
 
     @property
     def devices(self) -> tuple[tuple[Device, int], ...]:
+        """Each kind and how many of it; the first is the model tier, the last the attention tier."""
         return ((self.device, self.tensor_parallel),)
 
     @property
-    def kv_tokens(self) -> int:
-        copies = busiest_share(self.model, self.tensor_parallel) * self.tensor_parallel  # more devices than KV heads
-        room = _room(self.model, self.device, self.tensor_parallel, self.memory_share)
-        return int(room / copies / self.model.kv_bytes_per_token(self.kv_element) / self.policy.held)
+    def capacity(self) -> Capacity:
+        """What fits beside the weights. Raises InvalidRequest where not even they do."""
+        count = self.tensor_parallel
+        room = _room(self.model, self.device, count, self.memory_share)
+        # With more devices than heads, each head is kept more than once.
+        copies = busiest_share(self.model, count) * count, state_share(self.model, count) * count
+        return _capacity(self, room, copies)
 
     @property
-    def holders(self) -> int:
-        return 1
+    def kv_tokens(self) -> int:
+        """Tokens whose KV fits. Raises InvalidRequest where not even the weights do."""
+        return self.capacity.tokens
 
     @property
     def prompt_tokens(self) -> int:
+        """Tokens of a prompt whose KV fits beside the dense layers while it is computed. A longer one's past is read
+        where decode reads it."""
         return self.kv_tokens
 
     def step(self, load: Load) -> StepCost:
@@ -140,9 +130,11 @@ class Colocated:
         load = replace(load, prefill_pairs=load.prefill_pairs + load.prefix_pairs, prefix_pairs=0.0, prefix_tokens=0.0)
         dense = dense_time(model, device, count, load)
         dense += prefill_attention_time(model, device, count, load, self.kv_element)
+        dense += prefill_state_time(model, device, count, load)
         attention = attention_time(
             model, device, load, self.policy, self.kv_element, busiest=busiest_share(model, count), queries=1 / count
         )
+        attention += state_time(model, device, load, state_share(model, count))
         return StepCost(dense + attention, dense, attention)
 
 
@@ -190,12 +182,12 @@ class Disaggregated:
         return self.prefill.devices + self.decode.devices
 
     @property
-    def kv_tokens(self) -> int:
-        return self.decode.kv_tokens
+    def capacity(self) -> Capacity:
+        return self.decode.capacity
 
     @property
-    def holders(self) -> int:
-        return self.decode.holders
+    def kv_tokens(self) -> int:
+        return self.decode.kv_tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -205,8 +197,9 @@ class Disaggregated:
         return self.decode.step(load)
 
     def transfer_bytes(self, prompt: int) -> float:
-        """Bytes that cross the link for a prompt's KV."""
-        return self.policy.tokens_held(prompt) * self.model.kv_bytes_per_token(self.decode.kv_element)
+        """Bytes that cross the link for a prompt's KV and states."""
+        kept = self.policy.tokens_held(prompt) * self.model.kv_bytes_per_token(self.decode.kv_element)
+        return kept + self.model.state_bytes
 
     @property
     def wire(self) -> float:
@@ -223,7 +216,8 @@ class Lane:
     attention: float
     exchange: Exchange
     hidden: float
-    """The seconds of attention that are hidden where q goes first: attention begins when q arrives."""
+    """The seconds of attention that are hidden where q goes first: attention begins when q arrives. Those of states are
+    not, which need k and v first of all."""
 
     @property
     def alone(self) -> float:
@@ -256,13 +250,17 @@ class Offloaded:
     policy: KvPolicy = FULL
     kv_element: float = 2.0
     memory_share: float = MEMORY_SHARE
+    sequence_tokens: int = SEQUENCE_TOKENS
     workers: int | None = None
     label: str = ""
 
     def __post_init__(self) -> None:
-        _whole(self, "model_count", "attention_count", "model_replicas", "lanes", "batch_tokens", "max_sequences")
-        if self.workers is not None:
-            _whole(self, "workers")
+        counts = (
+            *("model_count", "attention_count", "model_replicas", "lanes", "batch_tokens", "max_sequences"),
+            "sequence_tokens",
+        )
+        for name in counts if self.workers is None else (*counts, "workers"):
+            whole(name, getattr(self, name), 1, MOST)
         number_within("kv_element", self.kv_element, 0.25, 8)
         number_within("memory_share", self.memory_share, 0.01, 1)
         if self.shard not in ("heads", "sequence"):
@@ -284,20 +282,20 @@ class Offloaded:
         return model, (self.attention_device, self.attention_count)
 
     @property
-    def kv_tokens(self) -> int:
+    def capacity(self) -> Capacity:
+        """What fits. Raises InvalidRequest where the weights do not."""
         _room(self.model, self.model_device, self.model_count, self.memory_share)
-        room = self.attention_count * self.attention_device.memory * self.memory_share
-        return int(room / self.model.kv_bytes_per_token(self.kv_element) / self.policy.held)
+        return _capacity(self, self.attention_count * self.attention_device.memory * self.memory_share)
 
     @property
-    def holders(self) -> int:
-        uneven = self.shard == "heads" and kv_heads(self.model) % self.attention_count
-        return self.attention_count if uneven else 1
+    def kv_tokens(self) -> int:
+        return self.capacity.tokens
 
     @property
     def prompt_tokens(self) -> int:
         room = _room(self.model, self.model_device, self.model_count, self.memory_share)
-        return int(room / self.model.kv_bytes_per_token(self.kv_element))
+        a_token = self.model.kv_bytes_per_token(self.kv_element)
+        return int(room / a_token) if a_token else UNBOUNDED
 
     @property
     def wire(self) -> float:
@@ -310,15 +308,18 @@ class Offloaded:
         model, device, count = self.model, self.model_device, self.model_count
         dense = dense_time(model, device, count, load)
         dense += prefill_attention_time(model, device, count, load, self.kv_element)
+        dense += prefill_state_time(model, device, count, load)
         by_heads = self.shard == "heads"
         cells = max(1, load.decode * (kv_heads(model) if by_heads else self.attention_count))
         busiest = -(-cells // self.attention_count) / cells  # whole heads, dealt out evenly over all sequences
         attention = attention_time(model, self.attention_device, load, self.policy, self.kv_element, busiest=busiest)
+        share = state_share(model, self.attention_count, load.decode)
+        mixing = attention + state_time(model, self.attention_device, load, share)
         exchange = self._exchange(load)
         if not query_first:
-            return Lane(dense, attention, exchange, 0.0)
+            return Lane(dense, mixing, exchange, 0.0)
         late = kv_projection_time(model, device, count, load) + exchange.keys
-        return Lane(dense + model.layers * self.link.query_first_time, attention, exchange, min(attention, late))
+        return Lane(dense + model.attentions * self.link.query_first_time, mixing, exchange, min(attention, late))
 
     def query_first(self, load: Load) -> bool:
         """Whether the engine sends q before k and v, in decode of all these sequences."""
@@ -345,6 +346,10 @@ class Offloaded:
         ranges = min(self.attention_count, max(1, int(load.context) // PAGE_SIZE))
         copies = 1 if self.shard == "heads" else ranges
         return exchange_time(self.model, self.link, self.wire, load, copies=copies, workers=self.workers or 1)
+
+
+System = Colocated | Disaggregated | Offloaded
+"""A way to serve, as the event loop and the planner use it."""
 
 
 def price(system: System) -> float:
@@ -374,13 +379,19 @@ def _room(model: ModelShape, device: Device, count: int, share: float) -> float:
     return room
 
 
+def _capacity(system: Colocated | Offloaded, room: float, copies: tuple[float, float] = (1.0, 1.0)) -> Capacity:
+    """What so many bytes hold, divided as the engine does it: in proportion to what sequences of `sequence_tokens`
+    tokens take. `copies`: how often KV and states are kept."""
+    model = system.model
+    a_token = model.kv_bytes_per_token(system.kv_element) * copies[0]
+    a_sequence = model.state_bytes_held * copies[1]
+    if not a_sequence:
+        return Capacity(int(room / a_token / system.policy.held) if a_token else UNBOUNDED, UNBOUNDED)
+    sequences = room / (a_token * system.sequence_tokens + a_sequence)
+    tokens = int(sequences * system.sequence_tokens / system.policy.held) if a_token else UNBOUNDED
+    return Capacity(tokens, int(sequences))
+
+
 def _wire(link: Link, *ends: Device) -> float:
     """Bytes a second of one connection: no more than either end's network card has."""
     return min([link.bandwidth, *(device.network for device in ends if device.network)])
-
-
-def _whole(system: object, *names: str) -> None:
-    for name in names:
-        value = getattr(system, name)
-        if type(value) is not int or not 1 <= value <= MOST:
-            raise InvalidRequest(f"{name} is {value!r:.80}; allowed is a whole number from 1 to {MOST}")

@@ -12,12 +12,15 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import PageGroup, Plan, Request, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.request import SNAPSHOT_TOKENS, PageGroup, Plan, Request, ScheduledSequence, SchedulerConfig
 from lamina.simulator.costs.cost_model import Load, kv_heads
-from lamina.simulator.costs.systems import PAGE_SIZE, StepCost, System
+from lamina.simulator.costs.mixers import STATE_RECORDS
+from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, StepCost, System
+from lamina.simulator.event_loop.holder_counter import HolderCounter
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
+from lamina.simulator.event_loop.record_counter import RecordCounter
 from lamina.simulator.event_loop.results import Sampled
-from lamina.simulator.event_loop.statistics import Gaps, Samples
+from lamina.simulator.event_loop.statistics import Samples
 from lamina.simulator.traces.arrivals import Arrival, Trace, tokens
 from lamina_protocols.messages import Announced
 
@@ -40,7 +43,8 @@ class Life:
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over the steps of one instance or several. `busy`: seconds of model tier, attention and network."""
+    """Sums over the steps of one instance or several. `busy`: seconds of model tier, attention and network; `gaps`: how
+    often each time between two tokens of a sequence came."""
 
     steps: int = 0
     busy: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
@@ -55,15 +59,18 @@ class Totals:
     preemptions: int = 0
     prompt_tokens: int = 0
     rejected: int = 0
+    gaps: Counter[float] = field(default_factory=Counter)
+    samples: Samples = field(default_factory=Samples)
 
     def add(self, other: Totals) -> None:
+        """All but the samples."""
         for item in fields(self):
             mine, more = getattr(self, item.name), getattr(other, item.name)
             if item.name == "peak":
                 self.peak = max(mine, more)
             elif item.name == "busy":
                 self.busy = [a + b for a, b in zip(mine, more, strict=True)]
-            else:
+            elif item.name != "samples":
                 setattr(self, item.name, mine + more)
 
 
@@ -81,12 +88,10 @@ class Instance:
         prefill: bool,
         prefix_cache: bool,
         totals: Totals,
-        gaps: Gaps,
-        samples: Samples,
         begun: Mapping[int, Life] | None = None,
     ) -> None:
         self._system, self._trace, self._prefill = system, trace, prefill
-        self._totals, self._gaps, self._samples = totals, gaps, samples
+        self._totals = totals
         self._begun = begun or {}  # by the number of its arrival
         self._times = [arrival.at for arrival in trace.arrivals]
         self._fed = 0  # arrivals that the scheduler was given
@@ -94,21 +99,38 @@ class Instance:
         self._named = prefix_cache and any(arrival.blocks for arrival in trace.arrivals)
         longest = max(arrival.prompt + arrival.output for arrival in trace.arrivals)
         self._blank = (0,) * 0 if self._named else (0,) * max(arrival.prompt for arrival in trace.arrivals)
-        holders = system.holders
+        holders = holders_of(system)
         heads = kv_heads(system.model) if holders > 1 else 1  # equal holders are one that stands for all
         groups = page_groups(system)
         layers = sum(count for count, _ in groups)
-        pages = system.kv_tokens // PAGE_SIZE * heads * layers // holders
-        self._counters = {number: PageCounter(pages, PAGE_SIZE, groups) for number in range(holders)}
-        self._pages = pages * holders
+        capacity = system.capacity
+        if not capacity.sequences:
+            raise InvalidRequest(
+                f"system {system.name!r} has no room for one sequence's states; allowed is more memory"
+            )
+        pages = [capacity.tokens // PAGE_SIZE * heads * layers // holders]
+        counts, states = [heads], dict[int, int]()
+        if system.model.states:  # whose layers go together, and whose heads do where all holders are alike
+            counts.append(system.model.state_heads if holders > 1 else 1)
+            pages.append(STATE_RECORDS * capacity.sequences * counts[1] // holders)
+            states = {1: 1}
+        self._counters = {
+            number: HolderCounter(
+                [PageCounter(pages[0], PAGE_SIZE, groups), *(RecordCounter(pages[pool], 1) for pool in states)]
+            )
+            for number in range(holders)
+        }
+        self._pages = sum(pages) * holders
         placement = Placement(
-            {number: Holder(pages) for number in range(holders)},
-            heads=(heads,), page_size=PAGE_SIZE, max_model_len=longest, layers=layers,
+            {number: Holder(tuple(pages)) for number in range(holders)},
+            heads=(tuple(counts),), page_size=PAGE_SIZE, max_model_len=longest, states=states,
         )  # fmt: skip
         config = SchedulerConfig(
             max_batch_tokens=system.max_batch_tokens if prefill else UNLIMITED,
             max_sequences=system.max_sequences, max_model_len=longest, page_size=PAGE_SIZE,
-            page_groups=tuple(PageGroup(*group) for group in groups), prefix_cache=self._named,
+            page_groups=(tuple(PageGroup(*group) for group in groups), *((),) * bool(states)),
+            prefix_cache=self._named, states=states,
+            snapshot_tokens=SNAPSHOT_TOKENS if states and self._named else None,
         )  # fmt: skip
         self._control = ControlPlane(config, placement)
         self._scheduler = self._control.scheduler
@@ -123,13 +145,13 @@ class Instance:
             self._feed()
             if self._fed == len(arrivals) and not scheduler.has_work:
                 break
-            step = self._control.plan(alone=False)
-            if step is None or step.plan is None:
+            step = self._control.plan()
+            if step is None:
                 if self._fed == len(arrivals):
                     raise EngineError(f"system {self._system.name!r} cannot go on, with {self._pages} pages")
                 self._now = max(self._now, arrivals[self._fed].at)
                 continue
-            if self._accept(step) and step.rows:
+            if self._accept(step) and step.plan is not None:
                 before = self._now
                 self._advance(step.plan)
                 self._record(step.plan, before)
@@ -176,7 +198,7 @@ class Instance:
 
     def _advance(self, plan: Plan) -> None:
         """Let the batch's time pass."""
-        decode = context = tokens = prefix_tokens = 0
+        decode = context = tokens = prefix_tokens = prompts = 0
         pairs = keys = prefix_pairs = 0.0
         room = self._system.prompt_tokens
         for row in plan.rows:
@@ -191,6 +213,7 @@ class Instance:
             # Past a hit, and where a prompt is too long for the room beside the dense layers, decode's holders read.
             elsewhere = sequence.reused if prompt <= room else start
             tokens += count
+            prompts += start + count >= prompt
             pairs += count * (start - elsewhere + (count + 1) / 2)
             keys += start - elsewhere + count
             if elsewhere:
@@ -199,7 +222,7 @@ class Instance:
         cost = StepCost(0.0)
         if decode or tokens:
             mean = context / decode if decode else 0.0
-            cost = self._system.step(Load(decode, mean, tokens, pairs, keys, prefix_tokens, prefix_pairs))
+            cost = self._system.step(Load(decode, mean, tokens, pairs, keys, prefix_tokens, prefix_pairs, prompts))
         self._count(cost, decode, tokens)
         self._now += cost.seconds
 
@@ -218,16 +241,16 @@ class Instance:
             totals.saturated_seconds += seconds
             totals.saturated_tokens += decode
             totals.saturated_rows += seconds * decode
-        if seconds and self._samples.due():
-            free = sum(counter.free for counter in self._counters.values())
+        if seconds and totals.samples.due():
+            free = sum(sum(counter.free) for counter in self._counters.values())
             shares = (min(1.0, busy / seconds) for busy in (cost.model, cost.attention, cost.network))
-            self._samples.add(
+            totals.samples.add(
                 Sampled(self._now, seconds, decode, prefill, running, waiting, 1 - free / self._pages, *shares)
             )
 
     def _record(self, plan: Plan, before: float) -> None:
         """Every row that samples has a token now."""
-        now, lives, gaps = self._now, self._lives, self._gaps
+        now, lives, gaps = self._now, self._lives, self._totals.gaps
         sampled = [-1 - row.sequence.arrival for row in plan.rows if row.sample]
         usual = 0
         for sequence, _, reason in self._control.recorded(plan, sampled):
@@ -241,14 +264,21 @@ class Instance:
                 if life.last == before:
                     usual += 1
                 else:
-                    gaps.add(now - life.last, 1)
+                    gaps[now - life.last] += 1
                 life.tokens += 1
                 life.last = now
             if reason is not None:
                 del lives[sequence]
                 self._ended.append(life)
         if usual:
-            gaps.add(now - before, usual)
+            gaps[now - before] += usual
+
+
+def holders_of(system: System) -> int:
+    """How many holders of KV must be told apart: 1 where all of them have the same of each sequence."""
+    if isinstance(system, Offloaded) and system.shard == "heads" and kv_heads(system.model) % system.attention_count:
+        return system.attention_count
+    return 1
 
 
 def page_groups(system: System) -> Groups:
@@ -256,7 +286,8 @@ def page_groups(system: System) -> Groups:
     layers: Counter[int | None] = Counter()
     for group in system.model.groups:
         windows = [window for window in (group.window, system.policy.window) if window is not None]
-        layers[min(windows, default=None)] += group.layers
-    if set(layers) == {None}:
+        if group.attends:
+            layers[min(windows, default=None)] += group.layers
+    if set(layers) <= {None}:
         return ((1, None),)  # all alike: one layer stands for all
     return tuple((count, None if window is None else Window(window)) for window, count in layers.items())

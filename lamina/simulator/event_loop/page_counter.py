@@ -1,6 +1,6 @@
-"""A holder that counts pages instead of keeping KV: those an attention worker would fork, copy, free and refuse.
+"""A pool that counts pages instead of keeping KV: those an attention worker would fork, copy, free and refuse.
 
-It gets the operations and rows of a real holder, and counts pages as `KVStore` does: a page is of one layer and one KV
+It gets the operations and rows of a real pool, and counts pages as `KVStore` does: a page is of one layer and one KV
 head, and shared by reference count. Heads that a part has, and layers that keep alike, go together.
 """
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from lamina.errors import EngineError
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
-from lamina_protocols.routes import HolderBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,7 @@ Groups = Sequence[tuple[int, Window | None]]
 
 
 class PageCounter:
-    """`free` of `pages` pages of `page_size` tokens are left, in layers of these groups. Unlike a worker it keeps the
-    operations of a batch that it refuses; they are numbered, and not applied again."""
+    """A pool of which `free` of `pages` pages of `page_size` tokens are left, in layers of these groups."""
 
     def __init__(self, pages: int, page_size: int, groups: Groups) -> None:
         self.free = pages
@@ -50,29 +48,29 @@ class PageCounter:
         self._lets_go = any(window is not None for _, window in groups)
         self._uses: list[int] = []  # by number, of sets of pages that go together
         self._spare: list[int] = []  # numbers that are free again
-        self._applied = 0
         self._parts: dict[int, _Part] = {}
+        self._growing: list[tuple[_Part, Row]] = []  # of the rows that `take` is for
 
-    def take(self, share: HolderBatch) -> list[int] | None:
-        """Apply the operations, and reserve for the rows: all of them, then the floor of each row's part, or none."""
-        for operation in share.operations[max(0, self._applied - share.first) :]:
-            self._apply(operation)
-        self._applied = max(self._applied, share.first + len(share.operations))
+    def reserve(self, rows: Sequence[Row]) -> bool:
+        """Whether there are pages for these rows; they are taken by `take`. What no row sees any more is let go."""
         size, parts = self._size, self._parts
-        growing = []
-        for route in share.routes:
-            row = route.row
-            if row.store and (self._lets_go or row.start % size == 0 or row.count > 1 or parts[row.handle].shared):
-                growing.append((parts[row.handle], row))
+        self._growing = growing = [
+            (parts[row.handle], row)
+            for row in rows
+            if row.store and (self._lets_go or row.start % size == 0 or row.count > 1 or parts[row.handle].shared)
+        ]
         for part, row in growing:
             self._let_go(part, row.start)
-        if sum(self._wanted(part, row) for part, row in growing) > self.free:
-            return None
-        for part, row in growing:
+        return sum(self._wanted(part, row) for part, row in growing) <= self.free
+
+    def take(self, rows: Sequence[Row]) -> None:
+        """Take the pages of the rows that were reserved for."""
+        for part, row in self._growing:
             self._grow(part, row)
-        if not self._lets_go:
-            return [0] * len(share.routes)
-        return [self._floor(parts[route.row.handle]) for route in share.routes]
+
+    def floor(self, handle: int) -> int:
+        """How far back a part can be cut: there all that a query sees must still be held."""
+        return self._floor(self._parts[handle]) if self._lets_go else 0
 
     def _let_go(self, part: _Part, start: int) -> None:
         """Free what no query at `start` or later sees."""
@@ -88,7 +86,6 @@ class PageCounter:
                 run.first += gone
 
     def _floor(self, part: _Part) -> int:
-        """How far back it can be cut: there all that a query sees must still be held."""
         lowest = 0
         for run, (_, window) in zip(part.runs, self._groups, strict=True):
             if run.first and window is not None:
@@ -121,9 +118,9 @@ class PageCounter:
         begun = part.shared and max(0, row.start - part.lo) % self._size > 0
         return begun and bool(run.pages) and self._uses[run.pages[-1]] > 1
 
-    def _apply(self, operation: Operation) -> None:
+    def apply(self, operation: Operation) -> None:
         match operation:
-            case Open(handle, heads, lo, hi):
+            case Open(handle, _, heads, lo, hi):
                 self._parts[handle] = _Part(lo, hi, [_Run(layers * len(heads), 0, []) for layers, _ in self._groups])
             case Fork(handle, parent, length):
                 source = self._parts[parent]

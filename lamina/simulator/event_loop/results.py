@@ -73,6 +73,13 @@ class RunResult:
     """While a request waited for room: the steady state of a full system, without its beginning and its end."""
     saturated_tokens: int = 0
     saturated_batch: float = 0.0
+    kv_bytes_per_token: float = 0.0
+    state_bytes: int = 0
+    """What is held of a sequence's recurrent states."""
+    kv_tokens: int = 0
+    """Tokens whose KV there is room for in each instance; 0: the model has none."""
+    state_sequences: int = 0
+    """Sequences whose states there is room for in each instance; 0: the model has none."""
     assumptions: dict[str, str] = field(default_factory=dict)
     """In words, each number that was assumed or fitted."""
     samples: tuple[Sampled, ...] = ()

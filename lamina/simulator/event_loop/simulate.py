@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Disaggregated, System, power, price
 from lamina.simulator.event_loop.instance import Instance, Life, Totals
 from lamina.simulator.event_loop.results import RunResult
-from lamina.simulator.event_loop.statistics import Gaps, Samples, distribution
+from lamina.simulator.event_loop.statistics import distribution, weighted_distribution
 from lamina.simulator.traces.arrivals import Arrival, Trace, split
 
 Progress = Callable[[str, int, int], None]
@@ -39,16 +39,6 @@ class Slo:
         return (self.ttft is None or ttft <= self.ttft) and (self.tpot is None or tpot <= self.tpot)
 
 
-@dataclass(slots=True)
-class _Records:
-    """What the instances of a run count, and the requests that they served."""
-
-    totals: Totals = field(default_factory=Totals)
-    gaps: Gaps = field(default_factory=Gaps)
-    samples: Samples = field(default_factory=Samples)
-    lives: list[Life] = field(default_factory=list)
-
-
 def simulate(
     system: System,
     trace: Trace,
@@ -66,11 +56,9 @@ def simulate(
     decode alone. With `prefix_cache` prompts whose blocks are named share them through the real prefix cache. `seed`
     is kept in the result alone: nothing here is drawn by chance. Raises InvalidRequest where the model fits nowhere.
     """
-    if type(replicas) is not int or not 1 <= replicas <= len(trace.arrivals):
-        raise InvalidRequest(f"replicas is {replicas!r:.80}; allowed are 1 to {len(trace.arrivals)}, one a request")
     if type(seed) is not int:
         raise InvalidRequest(f"seed is {seed!r:.80}; allowed is a whole number")
-    records = _Records()
+    totals, lives = Totals(), list[Life]()
     done = 0
 
     def report(finished: int) -> None:
@@ -80,14 +68,12 @@ def simulate(
     with _without_collector():
         for part in split(trace, replicas):
             if isinstance(system, Disaggregated):
-                served = _disaggregated(system, part, prefill, prefix_cache, records, report)
+                lives += _disaggregated(system, part, prefill, prefix_cache, totals, report)
             else:
-                totals, gaps, samples = records.totals, records.gaps, records.samples
-                served = Instance(system, part, prefill, prefix_cache, totals, gaps, samples).run(report)
-            records.lives += served
+                lives += Instance(system, part, prefill, prefix_cache, totals).run(report)
             done += len(part.arrivals)
             report(0)
-    return _result(system, trace, replicas, seed, slo or Slo(), records)
+    return _result(system, trace, replicas, seed, slo or Slo(), totals, lives)
 
 
 def _disaggregated(
@@ -95,18 +81,18 @@ def _disaggregated(
     trace: Trace,
     prefill: bool,
     prefix_cache: bool,
-    records: _Records,
+    totals: Totals,
     report: Callable[[int], None],
 ) -> list[Life]:
     """Prompts to their first token on one instance, then decode on the other as their KV arrives, one after another.
     The first tier is the prefill instance, the last the decode instance; steps and samples are the latter's."""
-    before, after = Totals(), Totals()
+    before, after = Totals(), Totals(samples=totals.samples)
     finished: list[Life] = []
     arrived = list(trace.arrivals)
     moved: dict[int, Life] = {}
     if prefill:
         prompts = Trace(trace.name, tuple(replace(arrival, output=1) for arrival in trace.arrivals))
-        lives = Instance(system.prefill, prompts, True, prefix_cache, before, Gaps(), Samples()).run(lambda done: None)
+        lives = Instance(system.prefill, prompts, True, prefix_cache, before).run(lambda done: None)
         wanted = {id(short): whole.output for short, whole in zip(prompts.arrivals, trace.arrivals, strict=True)}
         finished = [life for life in lives if wanted[id(life.arrival)] == 1]
         arrived, free_at = [], 0.0
@@ -122,20 +108,20 @@ def _disaggregated(
             moved[len(arrived)] = life
             arrived.append(Arrival(free_at + system.link.round_trip, prompt, output))
     if arrived:
-        rest, gaps, samples = Trace(trace.name, tuple(arrived)), records.gaps, records.samples
-        decode = Instance(system.decode, rest, False, False, after, gaps, samples, moved)
-        finished += decode.run(report)
+        rest = Trace(trace.name, tuple(arrived))
+        finished += Instance(system.decode, rest, False, False, after, moved).run(report)
     after.busy = [sum(before.busy), after.busy[0] + after.busy[1], after.busy[2]]
     if prefill:
         after.prompt_tokens, after.reused = before.prompt_tokens, before.reused
     after.rejected += before.rejected
     after.preemptions += before.preemptions
-    records.totals.add(after)
+    totals.add(after)
     return finished
 
 
-def _result(system: System, trace: Trace, replicas: int, seed: int, slo: Slo, records: _Records) -> RunResult:
-    totals, lives = records.totals, records.lives
+def _result(
+    system: System, trace: Trace, replicas: int, seed: int, slo: Slo, totals: Totals, lives: Sequence[Life]
+) -> RunResult:
     start = trace.arrivals[0].at
     seconds = max((life.last for life in lives), default=start) - start
     ttft = [life.first - life.arrival.at for life in lives]
@@ -144,6 +130,7 @@ def _result(system: System, trace: Trace, replicas: int, seed: int, slo: Slo, re
         slo.met(life.first - life.arrival.at, (life.last - life.first) / max(1, life.tokens - 1)) for life in lives
     )
     model, attention, network = (min(1.0, busy / (seconds * replicas)) if seconds else 0.0 for busy in totals.busy)
+    held, capacity = system.decode if isinstance(system, Disaggregated) else system, system.capacity
     busy = (model, attention) if len(system.devices) == 2 else (min(1.0, model + attention),)
     return RunResult(
         system=system.name if replicas == 1 else f"{replicas} of {system.name}",
@@ -164,7 +151,7 @@ def _result(system: System, trace: Trace, replicas: int, seed: int, slo: Slo, re
         peak_batch=totals.peak,
         ttft=distribution(ttft),
         tpot=distribution(tpot),
-        tbt=records.gaps.distribution(),
+        tbt=weighted_distribution(totals.gaps),
         goodput=met / seconds if seconds else 0.0,
         slo_share=met / len(trace.arrivals),
         model_utilisation=model,
@@ -176,7 +163,11 @@ def _result(system: System, trace: Trace, replicas: int, seed: int, slo: Slo, re
         saturated_seconds=totals.saturated_seconds / replicas,
         saturated_tokens=totals.saturated_tokens,
         saturated_batch=totals.saturated_rows / totals.saturated_seconds if totals.saturated_seconds else 0.0,
-        samples=records.samples.kept(),
+        samples=totals.samples.kept(),
+        kv_bytes_per_token=system.model.kv_bytes_per_token(held.kv_element),
+        state_bytes=system.model.state_bytes_held,
+        kv_tokens=capacity.tokens if system.model.attentions else 0,
+        state_sequences=capacity.sequences if system.model.states else 0,
     )
 
 

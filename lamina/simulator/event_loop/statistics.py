@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import ceil
 
 from lamina.simulator.event_loop.results import Distribution, Sampled
@@ -16,7 +16,7 @@ def distribution(values: Iterable[float]) -> Distribution:
     return weighted_distribution(Counter(values))
 
 
-def weighted_distribution(counts: Counter[float]) -> Distribution:
+def weighted_distribution(counts: Mapping[float, int]) -> Distribution:
     """The same of values with how often each came."""
     whole = sum(counts.values())
     if not whole:
@@ -31,19 +31,6 @@ def weighted_distribution(counts: Counter[float]) -> Distribution:
         percentiles.append(value)
     mean = sum(value * count for value, count in ordered) / whole
     return Distribution(mean, *percentiles)
-
-
-class Gaps:
-    """Times between two tokens of a sequence. Most sequences of a batch wait as long, so they are counted."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[float] = Counter()
-
-    def add(self, seconds: float, times: int) -> None:
-        self._counts[seconds] += times
-
-    def distribution(self) -> Distribution:
-        return weighted_distribution(self._counts)
 
 
 class Samples:

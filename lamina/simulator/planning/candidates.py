@@ -11,7 +11,7 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import KvPolicy, kv_heads
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.models import ModelShape
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
+from lamina.simulator.costs.systems import SEQUENCE_TOKENS, Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.planning.inventory import Inventory
 
 DEGREES = (1, 2, 4, 8)
@@ -35,10 +35,15 @@ class Candidate:
 
 
 def candidates(
-    model: ModelShape, inventory: Inventory, budget: float | None = None, prefill: bool = True
+    model: ModelShape,
+    inventory: Inventory,
+    budget: float | None = None,
+    prefill: bool = True,
+    sequence_tokens: int = SEQUENCE_TOKENS,
 ) -> tuple[Candidate, ...]:
     """All that fit the inventory, the devices' memory and the budget (dollars an hour; None: any). Without `prefill`
-    none has devices for it, or differs from another in how it treats prompts.
+    none has devices for it, or differs from another in how it treats prompts. Memory is divided between KV and states
+    for sequences of `sequence_tokens` tokens.
 
     Raises InvalidRequest where there are none, naming what the model needs and what there is, or what the cheapest
     costs; and where there are more than `MAX_CANDIDATES`.
@@ -48,6 +53,8 @@ def candidates(
     found: list[Candidate] = []
     cheapest: System | None = None
     for system in _systems(model, inventory, prefill):
+        if model.states:
+            system = _for_sequences(system, sequence_tokens)
         count = _replicas(system, inventory)
         if count < 1 or not _fits(system):
             continue
@@ -71,6 +78,12 @@ def candidates(
             f"{price(cheapest):.2f}"
         )
     raise InvalidRequest(_nowhere(model, inventory))
+
+
+def _for_sequences(system: System, tokens: int) -> System:
+    if isinstance(system, Disaggregated):
+        return replace(system, decode=replace(system.decode, sequence_tokens=tokens))
+    return replace(system, sequence_tokens=tokens)
 
 
 def _systems(model: ModelShape, inventory: Inventory, prefill: bool) -> Iterator[System]:
@@ -147,7 +160,7 @@ def _fits(system: System) -> bool:
     """Whether weights and some KV have room."""
     parts = (system.prefill, system.decode) if isinstance(system, Disaggregated) else (system,)
     try:
-        return all(part.kv_tokens > 0 for part in parts)
+        return all(part.capacity.tokens > 0 and part.capacity.sequences > 0 for part in parts)
     except InvalidRequest:
         return False
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import FULL, KvPolicy, Load, kv_heads, kv_projection_time
-from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency
+from lamina.simulator.costs.hardware import Catalogue, Device
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.timeline import LayerTimes, chrome_trace, step_timeline
@@ -38,16 +38,6 @@ class Choice:
     policy: KvPolicy = FULL
     lanes: int = 2
     link: str | None = None
-
-
-def with_efficiency(catalogue: Catalogue, efficiency: Efficiency | None = None) -> Catalogue:
-    """The catalogue with an efficiency for devices without measurements: the typical one unless another is given."""
-    used = catalogue.typical if efficiency is None else efficiency
-    devices = {
-        name: replace(device, efficiency=used) if device.efficiency == ROOFLINE else device
-        for name, device in catalogue.devices.items()
-    }
-    return replace(catalogue, devices=devices)
 
 
 def build(spec: str, choice: Choice) -> System:
@@ -120,7 +110,7 @@ def assumed(catalogue: Catalogue, roofline: bool, prefill: bool, trace: Trace) -
 
 def step_trace(system: Offloaded, batch: float, context: float) -> str:
     """A Chrome trace of one decode step of all lanes, with so many sequences in decode in all."""
-    layers = system.model.layers
+    layers = system.model.attentions + system.model.states
     load = Load(max(1, round(batch)), context)
     rows = load.divided(min(system.lanes, int(load.decode)))
     first = system.query_first(load)

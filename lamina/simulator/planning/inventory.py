@@ -17,7 +17,7 @@ source = "measured by ..."  # where the shares are from
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,12 @@ from typing import Any
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import FULL, KvPolicy
-from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency, Link
-from lamina.simulator.costs.tables import text, whole
-from lamina.system.text_files import read_toml
+from lamina.simulator.costs.hardware import Catalogue, Device, Efficiency, Link
+from lamina.simulator.costs.tables import known_keys, read_tables, tables_of, text, whole
 
 SYSTEMS = ("colocated", "chunked", "disaggregated", "lamina", "lamina-cpu")
 """Whole prompts and chunked ones on the same devices, prompts on other devices, attention on other accelerators, and
 attention on CPU hosts."""
-MAX_BYTES = 1 << 20
 MAX_COUNT = 1024
 MAX_ENTRIES = 64
 _MAX_TEXT = 2000
@@ -87,37 +85,26 @@ def default(catalogue: Catalogue) -> Inventory:
 def with_efficiency(inventory: Inventory, efficiency: Efficiency) -> Inventory:
     """The inventory with that efficiency for devices without measurements."""
     return replace(
-        inventory,
-        have=tuple(
-            replace(have, device=replace(have.device, efficiency=efficiency))
-            if have.device.efficiency == ROOFLINE
-            else have
-            for have in inventory.have
-        ),
+        inventory, have=tuple(replace(have, device=have.device.measured_or(efficiency)) for have in inventory.have)
     )
 
 
 def read(path: str | Path, catalogue: Catalogue | None = None) -> Inventory:
     """The inventory in a file, over the catalogue's devices and links (default: the packaged ones). Raises
     InvalidRequest, which names the file, the value and what is allowed."""
-    try:
-        return from_tables(read_toml(path, MAX_BYTES), catalogue or hardware.load())
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{path}: {error}") from error
-    except (ValueError, OverflowError) as error:  # an integer too long to print, or to be a float
-        raise InvalidRequest(f"{path} holds what cannot be shown: {error}") from error
+    known = catalogue or hardware.load()
+    return read_tables(path, lambda data: _from_tables(data, known))
 
 
-def from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
-    """The inventory that a TOML file's tables describe. Raises InvalidRequest."""
-    _known(data, _KEYS, "the file")
-    known = extended(catalogue, data)
-    have = tuple(_have(table, known) for table in hardware.tables_of(data, "have", MAX_ENTRIES))
+def _from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
+    known_keys(data, _KEYS, "the file")
+    parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
+    known = hardware.extended(catalogue, parts) if parts else catalogue
+    have = tuple(_have(table, known) for table in tables_of(data, "have", MAX_ENTRIES))
     if not have:
         raise InvalidRequest("it has no [[have]]; needed is at least one, with device and count")
     policies, sources = [], {}
-    for table in hardware.tables_of(data, "policy", MAX_ENTRIES):
-        _known(table, ("name", "read", "held", "window", "source"), "[[policy]]")
+    for table in tables_of(data, "policy", MAX_ENTRIES):
         policy = _policy(table)
         policies.append(policy)
         sources[policy.name] = text(f"source of policy {policy.name!r}", table.get("source", ""), _MAX_TEXT)
@@ -132,17 +119,8 @@ def from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
     )
 
 
-def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
-    """The catalogue with the tables `device` and `link` of a TOML file added to it. Raises InvalidRequest."""
-    tables = {kind: data[kind] for kind in ("device", "link") if kind in data}
-    if not tables:
-        return catalogue
-    more = hardware.from_tables(tables)
-    return replace(catalogue, devices={**catalogue.devices, **more.devices}, links={**catalogue.links, **more.links})
-
-
 def _have(table: Mapping[str, Any], known: Catalogue) -> Have:
-    _known(table, ("device", "count", "price"), "[[have]]")
+    known_keys(table, ("device", "count", "price"), "[[have]]")
     device = known.device(text("device of [[have]]", table.get("device"), _MAX_TEXT))
     if "price" in table:
         device = replace(device, price=table["price"])  # which checks it
@@ -150,17 +128,9 @@ def _have(table: Mapping[str, Any], known: Catalogue) -> Have:
 
 
 def _policy(table: Mapping[str, Any]) -> KvPolicy:
+    known_keys(table, ("name", "read", "held", "window", "source"), "[[policy]]")
     name = text("name of [[policy]]", table.get("name"), _MAX_TEXT)
-    shares = {}
-    for key in ("read", "held"):
-        value = table.get(key, 1.0)
-        if type(value) not in (int, float):
-            raise InvalidRequest(f"{key} of policy {name!r} is {value!r:.80}; allowed is a number above 0 to 1")
-        shares[key] = float(value)
-    window = table.get("window")
-    if window is not None:
-        whole(f"window of policy {name!r}", window, 1, 1 << 24)
-    return KvPolicy(name, shares["read"], shares["held"], window)
+    return KvPolicy(name, table.get("read", 1.0), table.get("held", 1.0), table.get("window"))
 
 
 def _texts(data: Mapping[str, Any], key: str) -> list[str]:
@@ -170,12 +140,6 @@ def _texts(data: Mapping[str, Any], key: str) -> list[str]:
     if not isinstance(names, list) or len(names) > MAX_ENTRIES or not all(isinstance(name, str) for name in names):
         raise InvalidRequest(f"{key} is {given!r:.80}; allowed are up to {MAX_ENTRIES} names in a list")
     return names
-
-
-def _known(table: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
-    allowed = tuple(allowed)
-    if unknown := [name for name in table if name not in allowed]:
-        raise InvalidRequest(f"{where} has the key {unknown[0]!r:.80}; allowed are {', '.join(allowed)}")
 
 
 def _unequal(what: str, names: list[str]) -> None:

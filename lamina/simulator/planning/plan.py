@@ -17,8 +17,6 @@ from lamina.simulator.reports.data import Point
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.demand import Demand, demand
 
-X_LABEL, Y_LABEL = "output tokens a dollar, by the closed form", "tokens a second of each user"
-
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
@@ -79,7 +77,7 @@ def make_plan(asked: PlanRequest, *, check: int = TOP, seed: int = 0, progress: 
     slo, prefill, wanted = asked.slo, asked.prefill, demand(asked.trace)
     if asked.rate is not None:
         wanted = wanted.at_rate(asked.rate)
-    every = candidates(asked.model, asked.inventory, asked.budget, prefill)
+    every = candidates(asked.model, asked.inventory, asked.budget, prefill, max(1, round(wanted.context)))
     ranked = rank(every, wanted, slo, prefill=prefill, progress=progress)
     if check:
         chosen = top(ranked, check)
@@ -119,13 +117,7 @@ def _plan(name: str, winner: Ranked, asked: Demand, slo: Slo) -> Plan:
             dollars_per_hour=result.price,
             dollars_per_million=result.dollars_per_million,
         )
-    summary = TraceSummary(
-        name=asked.name,
-        requests=asked.requests,
-        rate=asked.rate if math.isfinite(asked.rate) else 0.0,
-        prompt=asked.prompt,
-        output=asked.output,
-        context=asked.context,
-    )
+    rate = asked.rate if math.isfinite(asked.rate) else 0.0
+    summary = TraceSummary(asked.name, asked.requests, rate, asked.prompt, asked.output, asked.context)
     engine = engine_keywords(system, asked.longest)
     return Plan(name, system, predicted, summary, slo, replicas=found.replicas, engine=engine)

@@ -17,24 +17,24 @@ InvalidRequest that names the file, the value and what is allowed; nothing in a 
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs import hardware
-from lamina.simulator.costs.hardware import Device, Link
+from lamina.simulator.costs.hardware import Catalogue, Device, Link
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.costs.tables import from_table, text, to_table, whole
+from lamina.simulator.costs.tables import known_keys, number_within, read_tables, text, whole
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.system.text_files import read_toml, toml_value, write_text
+from lamina.system.text_files import toml_value, write_text
 
 VERSION = 1
-MAX_BYTES = 1 << 20
-KINDS: Mapping[str, type[Colocated | Disaggregated | Offloaded]] = {
+KINDS: Mapping[str, type[System]] = {
     "colocated": Colocated,
     "disaggregated": Disaggregated,
     "offloaded": Offloaded,
@@ -42,8 +42,11 @@ KINDS: Mapping[str, type[Colocated | Disaggregated | Offloaded]] = {
 ENGINE_KEYS = (
     "dtype", "kv_memory", "kv_dtype", "page_size", "max_model_len", "max_batch_tokens", "threads", "prefix_cache",
     "policy", "attention_workers", "shard", "cluster", "lanes", "local_share", "model_workers", "model_parallel",
+    "sequence_tokens",
 )  # fmt: skip
 """Keywords that a plan may set. Credentials and channels belong to the deployment."""
+_MAX_ITEMS, _MAX_NUMBER = 1024, 1e18
+_T = TypeVar("_T")
 _TABLES = ("predicted", "trace", "slo", "engine", "system", "shape", "device", "link")
 _KEYS = ("version", "model", "replicas", *_TABLES)
 
@@ -116,7 +119,9 @@ def engine_keywords(system: System, longest: int) -> dict[str, Any]:
     """The keywords of `EngineConfig` that deploy one instance of a system. `longest`: tokens of the longest request."""
     if not isinstance(system, (Colocated, Offloaded)):
         return {}
-    shares = system.kv_tokens * system.policy.held * system.model.kv_bytes_per_token(system.kv_element)
+    capacity, model = system.capacity, system.model
+    shares = capacity.tokens * system.policy.held * model.kv_bytes_per_token(system.kv_element)
+    shares += capacity.sequences * model.state_bytes_held
     found: dict[str, Any] = {"max_batch_tokens": min(system.max_batch_tokens, max(1024, longest), 1 << 20)}
     holders = 1
     if isinstance(system, Offloaded):
@@ -129,6 +134,8 @@ def engine_keywords(system: System, longest: int) -> dict[str, Any]:
     if (ranks := system.devices[0][1]) > 1:
         found |= {"model_workers": ranks, "model_parallel": "tensor"}
     found["kv_memory"] = int(shares / holders)
+    if model.states and model.attentions:
+        found["sequence_tokens"] = system.sequence_tokens
     if system.policy.name != "full":
         found["policy"] = system.policy.name
     return found
@@ -136,8 +143,7 @@ def engine_keywords(system: System, longest: int) -> dict[str, Any]:
 
 def check_engine(engine: Mapping[str, Any]) -> None:
     """Raise InvalidRequest unless these are keywords that a plan may set, with values that an engine takes."""
-    if unknown := [name for name in engine if name not in ENGINE_KEYS]:
-        raise InvalidRequest(f"engine has the key {unknown[0]!r:.80}; allowed are {', '.join(ENGINE_KEYS)}")
+    known_keys(engine, ENGINE_KEYS, "engine")
     workers = engine.get("attention_workers", 0)
     if type(workers) is not int:
         raise InvalidRequest(f"engine.attention_workers is {workers!r:.80}; allowed is a whole number")
@@ -151,12 +157,7 @@ def check_engine(engine: Mapping[str, Any]) -> None:
 
 def read(path: str | Path) -> Plan:
     """The plan in a file, checked. Raises InvalidRequest."""
-    try:
-        return _from_toml(read_toml(path, MAX_BYTES))
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{path}: {error}") from error
-    except (ValueError, OverflowError) as error:  # an integer too long to print, or to be a float
-        raise InvalidRequest(f"{path} holds what cannot be shown: {error}") from error
+    return read_tables(path, _from_toml)
 
 
 def write(path: str | Path, plan: Plan) -> None:
@@ -167,33 +168,31 @@ def write(path: str | Path, plan: Plan) -> None:
 def dumps(plan: Plan) -> str:
     """The file's text: `read` gives back an equal plan."""
     kind = next(name for name, known in KINDS.items() if isinstance(plan.system, known))
-    system = {"kind": kind, **to_table(plan.system, leave_out=("model",))}
-    devices, links = _parts(plan.system)
+    system = {"kind": kind, **_to_table(plan.system, leave_out=("model",))}
     top = {"version": VERSION, "model": plan.model, "replicas": plan.replicas}
     tables = {
-        "predicted": to_table(plan.predicted),
-        "trace": to_table(plan.trace),
-        "slo": to_table(plan.slo),
+        "predicted": _to_table(plan.predicted),
+        "trace": _to_table(plan.trace),
+        "slo": _to_table(plan.slo),
         "engine": plan.engine,
         "system": system,
-        "shape": to_table(plan.system.model),
+        "shape": _to_table(plan.system.model),
     }
     lines = [f"{name} = {toml_value(value)}" for name, value in top.items()]
     for name, table in tables.items():
         lines += ["", f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
-    return "\n".join(lines) + "\n\n" + hardware.dumps(devices.values(), links.values())
+    return "\n".join(lines) + "\n\n" + hardware.dumps(*_parts(plan.system))
 
 
 def _from_toml(data: Mapping[str, Any]) -> Plan:
     if (version := data.get("version")) != VERSION or type(version) is not int:
         raise InvalidRequest(f"version is {version!r:.80}; allowed is {VERSION}")
-    if unknown := [name for name in data if name not in _KEYS]:
-        raise InvalidRequest(f"it has the key {unknown[0]!r:.80}; allowed are {', '.join(_KEYS)}")
+    known_keys(data, _KEYS, "it")
     if missing := [name for name in ("model", "predicted", "trace", "engine", "system", "shape") if name not in data]:
         raise InvalidRequest(f"it has no {missing[0]}; needed are model, predicted, trace, engine, system and shape")
     parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
-    catalogue = hardware.from_tables(parts)
-    shape = from_table(ModelShape, data["shape"], "shape", catalogue)
+    catalogue = hardware.extended(hardware.NOTHING, parts)
+    shape = _from_table(ModelShape, data["shape"], "shape", catalogue)
     table = data["system"]
     if not isinstance(table, Mapping) or not isinstance(kind := table.get("kind"), str) or kind not in KINDS:
         raise InvalidRequest(f"system is {table!r:.80}; allowed is a table whose kind is {', '.join(KINDS)}")
@@ -203,31 +202,84 @@ def _from_toml(data: Mapping[str, Any]) -> Plan:
         raise InvalidRequest(f"engine is {engine!r:.80}; allowed is a table")
     return Plan(
         model=text("model", data["model"]),
-        system=from_table(KINDS[kind], rest, "system", catalogue, model=shape),
-        predicted=from_table(Prediction, data["predicted"], "predicted", catalogue),
-        trace=from_table(TraceSummary, data["trace"], "trace", catalogue),
-        slo=from_table(Slo, data.get("slo", {}), "slo", catalogue),
+        system=_from_table(KINDS[kind], rest, "system", catalogue, model=shape),
+        predicted=_from_table(Prediction, data["predicted"], "predicted", catalogue),
+        trace=_from_table(TraceSummary, data["trace"], "trace", catalogue),
+        slo=_from_table(Slo, data.get("slo", {}), "slo", catalogue),
         replicas=data.get("replicas", 1),
         engine=dict(engine),
     )
 
 
-def _parts(system: Any) -> tuple[dict[str, Device], dict[str, Link]]:
-    """The devices and links of a system, and of systems in it, by name."""
+def _parts(system: System) -> tuple[list[Device], list[Link]]:
+    """The devices and links of a system."""
     devices: dict[str, Device] = {}
-    links: dict[str, Link] = {}
-    for item in fields(system):
-        value = getattr(system, item.name)
-        if isinstance(value, Device):
-            _add(devices, value)
-        elif isinstance(value, Link):
-            links[value.name] = value
-        elif isinstance(value, Colocated):
-            for device in _parts(value)[0].values():
-                _add(devices, device)
-    return devices, links
+    for device, _ in system.devices:
+        if devices.setdefault(device.name, device) != device:
+            raise InvalidRequest(f"two devices are called {device.name!r}; allowed is one of a name in a plan")
+    return list(devices.values()), [] if isinstance(system, Colocated) else [system.link]
 
 
-def _add(devices: dict[str, Device], device: Device) -> None:
-    if devices.setdefault(device.name, device) != device:
-        raise InvalidRequest(f"two devices are called {device.name!r}; allowed is one of a name in a plan")
+def _to_table(part: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A dataclass as a table: what has its default is left out, devices and links are names."""
+    table: dict[str, Any] = {}
+    for item in fields(part):
+        value = getattr(part, item.name)
+        if item.name not in leave_out and value is not None and value != item.default:
+            table[item.name] = _plain(value, leave_out)
+    return table
+
+
+def _plain(value: Any, leave_out: tuple[str, ...]) -> Any:
+    if isinstance(value, (Device, Link)):
+        return value.name
+    if is_dataclass(value):
+        return _to_table(value, leave_out)
+    if isinstance(value, tuple):
+        return [_plain(each, leave_out) for each in value]
+    return value
+
+
+def _from_table(kind: type[_T], table: Any, where: str, catalogue: Catalogue, **given: Any) -> _T:
+    """A dataclass from a table. Its fields of the names in `given` have those values, inner ones too, and the table
+    doesn't. Raises InvalidRequest, which names the key, the value and what is allowed."""
+    if not isinstance(table, Mapping):
+        raise InvalidRequest(f"{where} is {table!r:.80}; allowed is a table")
+    hints = get_type_hints(kind)
+    items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]  # a dataclass, whatever its type
+    known = [name for name in items if name not in given]
+    known_keys(table, known, where)
+    made = {name: value for name, value in given.items() if name in items}
+    for name in known:
+        item = items[name]
+        if name in table:
+            made[name] = _read(hints[name], table[name], f"{where}.{name}", catalogue, given)
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise InvalidRequest(f"{where} has no {name}; it is needed")
+    try:
+        return kind(**made)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error}") from error
+
+
+def _read(hint: Any, value: Any, where: str, catalogue: Catalogue, given: Mapping[str, Any]) -> Any:
+    if get_origin(hint) in (types.UnionType, Union):  # of one type with None, which a file says by leaving it out
+        hint = next(each for each in get_args(hint) if each is not type(None))
+    if hint is Device:
+        return catalogue.device(text(where, value))
+    if hint is Link:
+        return catalogue.link(text(where, value))
+    if is_dataclass(hint):
+        return _from_table(hint, value, where, catalogue, **given)  # type: ignore[arg-type]  # a type, not an instance
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list) or len(value) > _MAX_ITEMS:
+            raise InvalidRequest(f"{where} is {value!r:.80}; allowed is a list of up to {_MAX_ITEMS}")
+        inner = get_args(hint)[0]
+        return tuple(_read(inner, each, f"{where}[{at}]", catalogue, given) for at, each in enumerate(value))
+    if hint is str:
+        return text(where, value)
+    if hint is bool:
+        if type(value) is not bool:
+            raise InvalidRequest(f"{where} is {value!r:.80}; allowed are true and false")
+        return value
+    return whole(where, value) if hint is int else number_within(where, value, 0, _MAX_NUMBER)

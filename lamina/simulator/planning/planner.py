@@ -173,7 +173,7 @@ def limited(ranked: Ranked) -> System:
     system, most = ranked.candidate.system, max(1, ranked.estimate.most)
     if isinstance(system, Disaggregated):
         return replace(system, decode=replace(system.decode, max_sequences=most))
-    return replace(system, max_sequences=most)  # type: ignore[type-var]  # a Protocol, of which all are dataclasses
+    return replace(system, max_sequences=most)
 
 
 def verify(

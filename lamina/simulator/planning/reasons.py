@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from lamina.simulator.costs.hardware import Device, Link
-from lamina.simulator.costs.systems import Offloaded, System
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.planning.offloading import compute_bound_devices, step_compared
 from lamina.simulator.planning.planner import Ranked, best
 from lamina.simulator.steady_state.closed_form import ATTAINMENT, estimate
 from lamina.simulator.steady_state.misfits import slow_link
@@ -21,7 +22,6 @@ _MATTERS = 1.03
 """A gain that is worth a word, of twice as much of something."""
 _STEPS, _HALVINGS = 12, 8
 _EVERYTHING = math.inf
-_Changing = Callable[[System, float], System] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,12 @@ def why(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = True
             "elsewhere."
         )
     said.append(_limits_said(limits(winner, demand, slo, prefill)))
+    winner_device = winner.candidate.system.devices[-1][0].name if winner.candidate.offloaded else ""
+    others = (each.candidate.system for each in ranked if each.candidate.system.devices[-1][0].name != winner_device)
     other = best(ranked, not winner.candidate.offloaded)
+    bound = [f"{said}." for said in compute_bound_devices(others, demand.context)]
     if other is None:
+        said += bound
         said.append(_nothing_else(ranked, demand, slo, prefill))
         return said
     gain, unit = _gain(winner, other)
@@ -93,7 +97,11 @@ def why(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = True
             compared = f"serves {1 / gain - 1:.0%} more requests{unit}, but not all that is asked for"
         said.append(f"Offloading attention does not pay here: the best that does, {theirs}, {compared}.")
         said.append("There: " + _limits_said(limits(other, demand, slo, prefill)))
-    return said
+        here, there = winner.candidate.system, other.candidate.system
+        whole = here.decode if isinstance(here, Disaggregated) else here
+        if isinstance(whole, Colocated) and isinstance(there, Offloaded):
+            said.append(f"{step_compared(there, whole, other.estimate.batch, demand.context)}.")
+    return said + bound
 
 
 def limits(ranked: Ranked, demand: Demand, slo: Slo, prefill: bool = True) -> list[Limit]:
@@ -117,25 +125,25 @@ def sensitivity(
     every = [winner, *rivals]
     devices = {device.name: device for each in every for device, _ in each.candidate.system.devices}
     links = {link.name: link for each in every for link in _links(each.candidate.system)}
-    asked: list[tuple[str, float, str, _Changing]] = [
-        (f"price of {device.name}", device.price, "$/h", _scaled(device.name, "price"))
+    asked = [
+        (f"price of {device.name}", device.price, "$/h", device.name, "price")
         for device in devices.values()
         if device.price
     ]
     for link in links.values():
-        asked.append((f"bandwidth of {link.name}", link.bandwidth / 1e9, "GB/s", _scaled(link.name, "bandwidth")))
+        asked.append((f"bandwidth of {link.name}", link.bandwidth / 1e9, "GB/s", link.name, "bandwidth"))
         if link.round_trip:
-            asked.append((f"round trip of {link.name}", link.round_trip * 1e6, "us", _scaled(link.name, "round_trip")))
-    asked.append(("mean prompt", demand.prompt, "tokens", None))
+            asked.append((f"round trip of {link.name}", link.round_trip * 1e6, "us", link.name, "round_trip"))
+    asked.append(("mean prompt", demand.prompt, "tokens", "", ""))
     found = []
-    for what, now, unit, change in asked:
+    for what, now, unit, name, number in asked:
 
-        def better(factor: float, change: _Changing = change) -> str | None:
+        def better(factor: float, name: str = name, number: str = number) -> str | None:
             """The system that is first then; None: the winner still is. Ratios that the event loop found are kept."""
-            wanted = demand if change else demand.with_context(factor)
+            wanted = demand if name else demand.with_context(factor)
             scores = []
             for each in every:
-                system = change(each.candidate.system, factor) if change else each.candidate.system
+                system = _scaled(each.candidate.system, factor, name, number) if name else each.candidate.system
                 then = estimate(system, each.candidate.replicas, wanted, slo, prefill)
                 found = each.goodput / each.estimate.goodput
                 trusted = then.serves and (each.serves or not each.estimate.serves)
@@ -147,38 +155,24 @@ def sensitivity(
     return found
 
 
-def _scaled(name: str, *what: str) -> Callable[[System, float], System]:
-    """Multiplies numbers of the device or link of that name."""
+def _scaled(system: System, factor: float, name: str, *what: str) -> System:
+    """The system with these numbers of the device or link of that name so many times as large."""
 
-    def change(system: System, factor: float) -> System:
-        def scale(part: Any) -> Any:
-            return replace(part, **{each: getattr(part, each) * factor for each in what})
+    def scale(part: Any) -> Any:
+        return replace(part, **{each: getattr(part, each) * factor for each in what})
 
-        return changed(system, scale, scale, only=name)
-
-    return change
+    return changed(system, scale, name)  # type: ignore[no-any-return]
 
 
-def changed(
-    system: System,
-    device: Callable[[Device], Device] = lambda device: device,
-    link: Callable[[Link], Link] = lambda link: link,
-    only: str | None = None,
-) -> System:
-    """The system with its devices and links changed, all or those of one name."""
-    return _changed(system, device, link, only)  # type: ignore[no-any-return]
-
-
-def _changed(part: Any, device: Callable[[Device], Device], link: Callable[[Link], Link], only: str | None) -> Any:
+def changed(part: Any, change: Callable[[Any], Any], only: str | None = None) -> Any:
+    """A system with its devices and links changed, all or those of one name."""
     new: dict[str, Any] = {}
     for item in fields(part):
         value = getattr(part, item.name)
-        if isinstance(value, Device):
-            new[item.name] = device(value) if only in (None, value.name) else value
-        elif isinstance(value, Link):
-            new[item.name] = link(value) if only in (None, value.name) else value
+        if isinstance(value, (Device, Link)):
+            new[item.name] = change(value) if only in (None, value.name) else value
         elif is_dataclass(value) and hasattr(value, "step"):
-            new[item.name] = _changed(value, device, link, only)
+            new[item.name] = changed(value, change, only)
     return replace(part, **new)
 
 
@@ -191,20 +185,20 @@ def _improvements(system: System) -> list[tuple[str, System]]:
     joined = {device.name for device, count in system.devices if count > 1 and device.interconnect}
     for name, role in roles.items():
         made += [
-            (f"memory bandwidth of {name}{role}", _scaled(name, "bandwidth")(system, 2)),
-            (f"memory of {name}{role}", _scaled(name, "memory")(system, 2)),
-            (f"compute of {name}{role}", _scaled(name, "flops", "flops_8bit")(system, 2)),
+            (f"memory bandwidth of {name}{role}", _scaled(system, 2, name, "bandwidth")),
+            (f"memory of {name}{role}", _scaled(system, 2, name, "memory")),
+            (f"compute of {name}{role}", _scaled(system, 2, name, "flops", "flops_8bit")),
         ]
         if name in joined:
-            made.append((f"interconnect of {name}", _scaled(name, "interconnect")(system, 2)))
+            made.append((f"interconnect of {name}", _scaled(system, 2, name, "interconnect")))
     for link in _links(system):
-        made.append((f"bandwidth of {link.name}", _scaled(link.name, "bandwidth")(system, 2)))
-        made.append((f"messages a second of {link.name}", _scaled(link.name, "round_trip")(system, 0.5)))
+        made.append((f"bandwidth of {link.name}", _scaled(system, 2, link.name, "bandwidth")))
+        made.append((f"messages a second of {link.name}", _scaled(system, 0.5, link.name, "round_trip")))
     return made
 
 
 def _links(system: System) -> list[Link]:
-    return [value for value in (getattr(system, item.name) for item in fields(system)) if isinstance(value, Link)]  # type: ignore[arg-type]
+    return [] if isinstance(system, Colocated) else [system.link]
 
 
 def _nearest(better: Callable[[float], str | None], farthest: float) -> Change | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
@@ -16,9 +16,8 @@ Point = tuple[str, float, float, bool]
 """A candidate: its name, x, y, and whether it is feasible."""
 Line = tuple[tuple[float, float], ...]
 UNKNOWN = "–"
-X_LABEL, Y_LABEL = "output tokens a dollar", "tok/s per user"
-"""Default axis labels of a Pareto plot."""
-MAX_POINTS = 20_000
+X_LABEL, Y_LABEL = "output tokens a dollar, by the closed form", "tokens a second of each user"
+"""Axis labels of a Pareto plot."""
 TIERS: tuple[tuple[str, Callable[[Sampled], float]], ...] = (
     ("model", lambda sample: sample.model_share),
     ("attention", lambda sample: sample.attention_share),
@@ -126,11 +125,6 @@ def labels(results: Sequence[RunResult]) -> tuple[str, ...]:
     return tuple(f"{name} #{place}" if count[name] > 1 else name for place, name in enumerate(made, 1))
 
 
-def finite(values: Iterable[float]) -> list[float]:
-    """The values, 0 for one that is not finite."""
-    return [value if math.isfinite(value) else 0.0 for value in values]
-
-
 def words(value: float | None) -> str:
     """A number with three significant digits, and no fewer before the point."""
     if value is None or not math.isfinite(value):
@@ -180,45 +174,20 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 def over_time(samples: Sequence[Sampled], value: Callable[[Sampled], float], bins: int = 120) -> Line:
     """(seconds, mean) of one quantity, in at most `bins` equal spans of time, weighted by the steps' seconds."""
-    good = [
-        sample
-        for sample in samples
-        if math.isfinite(sample.at) and math.isfinite(sample.seconds) and math.isfinite(value(sample))
-    ]
-    if not good:
+    if not samples:
         return ()
-    start = min(sample.at for sample in good)
-    span = max(sample.at for sample in good) - start
-    if len(good) <= bins or span <= 0:
-        return tuple(sorted((sample.at, value(sample)) for sample in good))
+    start = min(sample.at for sample in samples)
+    span = max(sample.at for sample in samples) - start
+    if len(samples) <= bins or span <= 0:
+        return tuple(sorted((sample.at, value(sample)) for sample in samples))
     weights, sums, times = [0.0] * bins, [0.0] * bins, [0.0] * bins
-    for sample in good:
+    for sample in samples:
         place = min(int((sample.at - start) / span * bins), bins - 1)
         weight = max(sample.seconds, 1e-12)
         weights[place] += weight
         sums[place] += weight * value(sample)
         times[place] += weight * sample.at
     return tuple((times[n] / weights[n], sums[n] / weights[n]) for n in range(bins) if weights[n])
-
-
-def checked_points(points: Iterable[Point | Mapping[str, object]]) -> tuple[Point, ...]:
-    """As (name, x, y, feasible); a mapping with those keys does too.
-
-    Raises InvalidRequest for anything else, for coordinates that are not finite, and for more than `MAX_POINTS`.
-    """
-    made: list[Point] = []
-    for given in points:
-        parts = [given.get(key) for key in ("name", "x", "y", "feasible")] if isinstance(given, Mapping) else [*given]
-        numbers = parts[1:3]
-        if len(parts) != 4 or not all(
-            isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-            for number in numbers
-        ):
-            raise InvalidRequest(f"a point is {given!r:.200}; allowed is (name, x, y, feasible) with finite x and y")
-        made.append((printable(str(parts[0])), float(numbers[0]), float(numbers[1]), bool(parts[3])))  # type: ignore[arg-type]  # checked above
-        if len(made) > MAX_POINTS:
-            raise InvalidRequest(f"there are more than {MAX_POINTS} points; allowed are as many")
-    return tuple(made)
 
 
 def frontier(points: Iterable[Point]) -> tuple[Point, ...]:

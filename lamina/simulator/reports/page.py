@@ -6,12 +6,13 @@ from a result or a plan is escaped.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
-from lamina.simulator.event_loop.results import RunResult
+from lamina.simulator.event_loop.results import Distribution, RunResult
+from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.reports import svg_charts
 from lamina.simulator.reports.data import (
     TIERS,
@@ -21,9 +22,7 @@ from lamina.simulator.reports.data import (
     Point,
     best_of,
     checked,
-    checked_points,
     columns,
-    finite,
     labels,
     over_time,
     printable,
@@ -72,21 +71,20 @@ _TERMS = """<h2>Terms</h2><dl>
 <dt>1.21×</dt><dd>against the first system</dd></dl>"""
 
 
-def html(results: Iterable[RunResult], title: str, plan: Mapping[str, Any] | None = None) -> str:
+def html(
+    results: Iterable[RunResult], title: str, slo: Slo | None = None, plan: Mapping[str, Any] | None = None
+) -> str:
     """One page with table, charts and assumptions. It asks for nothing from elsewhere and runs no script.
 
     The first system is the one that others are compared with. Of `plan`, which a planner makes, `points` are
-    candidates `(name, x, y, feasible)` for a Pareto plot, with `chosen`, `x_label` and `y_label`; `slo` may have
-    `ttft`, `tpot` and `tbt` in seconds; everything else is shown under its key: texts, numbers, lists of texts,
-    mappings, and lists of mappings as tables. Raises InvalidRequest without results, or for points that are none.
+    candidates for a Pareto plot, with the name of the `chosen` one; everything else is shown under its key: texts,
+    numbers, lists of texts, mappings, and lists of mappings as tables. Raises InvalidRequest without results.
     """
     runs = checked(results)
     names = labels(runs)
     given = dict(plan or {})
-    points = checked_points(given.pop("points", None) or ())
-    chosen = printable(str(given.get("chosen", "")))
-    x_label, y_label = str(given.pop("x_label", X_LABEL)), str(given.pop("y_label", Y_LABEL))
-    limits = _limits(given.pop("slo", None))
+    points = given.pop("points", ())
+    limits = {key: seconds for key, seconds in asdict(slo or Slo()).items() if seconds is not None}
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="soft">{_text(_about(runs, limits))}</p>',
@@ -94,7 +92,7 @@ def html(results: Iterable[RunResult], title: str, plan: Mapping[str, Any] | Non
     ]
     beside = [f"<section><h2>The plan</h2>{_sections(given)}</section>"] if given else []
     if points:
-        beside.append(f"<section><h2>Candidates</h2>{_candidates(points, chosen, x_label, y_label)}</section>")
+        beside.append(f"<section><h2>Candidates</h2>{_candidates(points, given.get('chosen', ''))}</section>")
     parts.append(f'<div class="beside">{"".join(beside)}</div>' if beside else "")
     parts += ["<h2>Throughput and cost</h2>", _charts(_bar_charts(runs, names))]
     latencies = _latency_charts(runs, names, limits)
@@ -133,15 +131,6 @@ def _figure(drawing: str, caption: str = "", unit: str = "") -> str:
     return f"<figure>{head}{drawing}</figure>"
 
 
-def _limits(slo: object) -> dict[str, float]:
-    """What an SLO allows, in seconds, as far as it is given in numbers above 0."""
-    given = slo if isinstance(slo, Mapping) else {}
-    found = {key: given.get(key) for key in _LATENCIES}
-    return {
-        key: float(value) for key, value in found.items() if isinstance(value, int | float) and 0 < value < math.inf
-    }
-
-
 def _about(runs: Sequence[RunResult], limits: Mapping[str, float]) -> str:
     def every(values: Iterable[str]) -> str:
         return ", ".join(dict.fromkeys(values))
@@ -170,8 +159,7 @@ def _verdict(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
         )
         lines.append(f"<b>{_text(names[0])}</b>: {words(first.tokens_per_second)} output tokens a second{cost}.")
         wanted = []
-    for what, given, unit in wanted:
-        values = finite(given)
+    for what, values, unit in wanted:
         place = max(range(len(runs)), key=values.__getitem__)
         if not values[place] > 0:
             continue
@@ -188,13 +176,12 @@ def _verdict(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
 
 def _bar_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
     charts = []
-    for caption, unit, given, known_zero in (
+    for caption, unit, values, known_zero in (
         ("Output", "tok/s", [run.tokens_per_second for run in runs], True),
         ("Output a dollar", "million tokens", [run.tokens_per_dollar / 1e6 for run in runs], False),
         ("Goodput", "requests/s within the SLO", [run.goodput for run in runs], True),
         ("Output a joule", "tok/J", [run.tokens_per_joule for run in runs], False),
     ):
-        values = finite(given)
         top = max(values)
         if not top > 0:
             continue
@@ -210,13 +197,15 @@ def _bar_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
 def _latency_charts(runs: Sequence[RunResult], names: Sequence[str], limits: Mapping[str, float]) -> list[str]:
     charts = []
     for key, caption in _LATENCIES.items():
-        found = [(name, getattr(run, key)) for run, name in zip(runs, names, strict=True)]
-        found = [(name, of) for name, of in found if all(map(math.isfinite, (of.p50, of.p90, of.p99)))]
-        longest = max((of.p99 for _, of in found), default=0.0)
+        found: list[Distribution] = [getattr(run, key) for run in runs]
+        longest = max(of.p99 for of in found)
         if not longest > 0:
             continue
         scale, unit = (1.0, "s") if longest >= 2 else (1e3, "ms")
-        rows = [svg_charts.Spread(name, of.p50 * scale, of.p90 * scale, of.p99 * scale) for name, of in found]
+        rows = [
+            svg_charts.Spread(name, of.p50 * scale, of.p90 * scale, of.p99 * scale)
+            for name, of in zip(names, found, strict=True)
+        ]
         limit = limits[key] * scale if key in limits else None
         about = f"{key.upper()} percentiles of each system, {unit}"
         charts.append(_figure(svg_charts.spreads(rows, unit, about, limit), caption, key.upper()))
@@ -239,12 +228,12 @@ def _batch_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
 
 
 def _tier_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
-    seconds = max((sample.at for run in runs for sample in run.samples if math.isfinite(sample.at)), default=0.0)
+    seconds = max((sample.at for run in runs for sample in run.samples), default=0.0)
     charts = []
     for run, name in zip(runs, names, strict=True):
         means = (run.model_utilisation, run.attention_utilisation, run.network_utilisation)
         curves = [
-            svg_charts.Curve(tier, over_time(run.samples, share), f"{tier} {mean:.0%}" if math.isfinite(mean) else tier)
+            svg_charts.Curve(tier, over_time(run.samples, share), f"{tier} {mean:.0%}")
             for (tier, share), mean in zip(TIERS, means, strict=True)
         ]
         about = f"Busy share of each tier over time, {name}"
@@ -252,13 +241,11 @@ def _tier_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
     return charts
 
 
-def _candidates(points: Sequence[Point], chosen: str, x_label: str, y_label: str) -> str:
+def _candidates(points: Sequence[Point], chosen: str) -> str:
     fits = sum(point[3] for point in points)
     star = f" The star is {chosen}." if any(point[0] == chosen for point in points) else ""
     said = f"{len(points):,} candidates, {fits:,} of them feasible (discs; crosses are not). The line joins the best."
-    drawing = svg_charts.scatter(
-        points, chosen, x_label, y_label, f"{y_label} over {x_label} of {len(points)} candidates"
-    )
+    drawing = svg_charts.scatter(points, chosen, f"{Y_LABEL} over {X_LABEL} of {len(points)} candidates")
     return f'<p class="soft">{_text(said + star)}</p><figure class="wide">{drawing}</figure>'
 
 
@@ -304,15 +291,15 @@ def _sections(given: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _tree(given: Any, depth: int = 0) -> str:
-    """The content of a plan, as lists and tables; below four levels as Python writes it."""
-    if isinstance(given, Mapping) and depth < 4:
-        rows = "".join(f"<dt>{_text(key)}</dt><dd>{_tree(value, depth + 1)}</dd>" for key, value in given.items())
+def _tree(given: Any) -> str:
+    """The content of a plan, as lists and tables."""
+    if isinstance(given, Mapping):
+        rows = "".join(f"<dt>{_text(key)}</dt><dd>{_tree(value)}</dd>" for key, value in given.items())
         return f"<dl>{rows}</dl>"
-    if isinstance(given, list | tuple) and depth < 4:
+    if isinstance(given, list | tuple):
         if given and all(isinstance(item, Mapping) for item in given):
             return _rows(given)
-        return "<ul>" + "".join(f"<li>{_tree(item, depth + 1)}</li>" for item in given) + "</ul>"
+        return "<ul>" + "".join(f"<li>{_tree(item)}</li>" for item in given) + "</ul>"
     if isinstance(given, bool):
         return "yes" if given else "no"
     return words(given) if isinstance(given, float) else _text(given)
@@ -322,5 +309,5 @@ def _rows(items: Sequence[Mapping[str, Any]]) -> str:
     keys = list(dict.fromkeys(key for item in items for key in item))
     kind = {key: ' class="text"' if any(isinstance(item.get(key), str) for item in items) else "" for key in keys}
     head = "".join(f'<th scope="col"{kind[key]}>{_text(key)}</th>' for key in keys)
-    rows = ("".join(f"<td{kind[key]}>{_tree(item.get(key, UNKNOWN), 4)}</td>" for key in keys) for item in items)
+    rows = ("".join(f"<td{kind[key]}>{_tree(item.get(key, UNKNOWN))}</td>" for key in keys) for item in items)
     return _scrolling(head, "".join(f"<tr>{row}</tr>" for row in rows))

@@ -6,7 +6,6 @@ draw, or for a path that cannot be written.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,6 @@ from lamina.simulator.reports.data import (
     Y_LABEL,
     Point,
     checked,
-    checked_points,
-    finite,
     frontier,
     labels,
     over_time,
@@ -65,8 +62,7 @@ def save_timeline(result: RunResult, path: Path) -> None:
     """Batch, waiting requests, share of the KV pages, and utilisation of each tier over the time of one run."""
     if not result.samples:
         raise InvalidRequest(f"the result of {printable(result.system)} has no samples to draw; allowed are some")
-    ends = [sample.at for sample in result.samples if math.isfinite(sample.at)]
-    unit, unit_name = time_unit(max(ends, default=0.0))
+    unit, unit_name = time_unit(max(sample.at for sample in result.samples))
 
     def draw(at: Axes, value: Callable[[Sampled], float], scale: float = 1.0, **style: Any) -> None:
         line = over_time(result.samples, value, 300)
@@ -93,26 +89,23 @@ def save_timeline(result: RunResult, path: Path) -> None:
         figure.suptitle(f"{printable(result.system, 60)}: {_about(result)}", x=0.01, ha="left", fontsize=11)
 
 
-def save_pareto(
-    points: Iterable[Point], chosen: str, path: Path, *, x_label: str = X_LABEL, y_label: str = Y_LABEL
-) -> None:
+def save_pareto(points: Sequence[Point], chosen: str, path: Path) -> None:
     """Candidates (name, x, y, feasible): the frontier of the feasible ones as a line, `chosen` as a star."""
-    found = checked_points(points)
-    if not found:
+    if not points:
         raise InvalidRequest("there are no points to draw; allowed are one or more")
-    best = frontier(found)
+    best = frontier(points)
     with picture(path, 8.0, 5.2) as figure:
         at = figure.subplots()
         for feasible, marker, colour, text in ((False, "x", "#9aa1aa", "not feasible"), (True, "o", BAR, "feasible")):
-            mine = [point for point in found if point[3] is feasible]
+            mine = [point for point in points if point[3] is feasible]
             if mine:
                 at.scatter([p[1] for p in mine], [p[2] for p in mine], s=22, marker=marker, color=colour, label=text)
         if best:
             at.plot([p[1] for p in best], [p[2] for p in best], "o-", color=BEST, ms=5, lw=1.2, label="frontier")
-        for point in [point for point in found if point[0] == chosen][:1]:
+        for point in [point for point in points if point[0] == chosen][:1]:
             at.scatter([point[1]], [point[2]], s=170, marker="*", color=ACCENT, zorder=5, label="chosen", ec="white")
-        at.set_xlabel(printable(x_label, 60), loc="right")
-        at.set_title(printable(y_label, 60), fontweight="normal", fontsize=9)
+        at.set_xlabel(X_LABEL, loc="right")
+        at.set_title(Y_LABEL, fontweight="normal", fontsize=9)
         at.set_xlim(left=0)
         at.set_ylim(bottom=0)
         at.xaxis.set_major_formatter("{x:,.10g}")
@@ -145,10 +138,9 @@ def _name(at: Axes, best: Sequence[Point], chosen: str) -> None:
 
 
 def _bars(at: Axes, title: str, values: Sequence[float]) -> None:
-    shown = finite(values)
-    top = max(shown)
-    drawn = at.barh(range(len(shown)), shown, height=0.55, color=[BEST if v == top else BAR for v in shown])
-    at.bar_label(drawn, [words(value) if value else "–" for value in shown], padding=4)
+    top = max(values)
+    drawn = at.barh(range(len(values)), values, height=0.55, color=[BEST if v == top else BAR for v in values])
+    at.bar_label(drawn, [words(value) if value else "–" for value in values], padding=4)
     at.set_title(title)
     at.set_xlim(0, top * 1.18 or 1.0)
     at.grid(False)
@@ -158,7 +150,7 @@ def _bars(at: Axes, title: str, values: Sequence[float]) -> None:
 
 
 def _spreads(at: Axes, title: str, found: Sequence[Distribution]) -> None:
-    values = [value for of in found for value in (of.p50, of.p99) if math.isfinite(value) and value > 0]
+    values = [value for of in found for value in (of.p50, of.p99) if value > 0]
     scale, unit = (1.0, "s") if max(values, default=0.0) >= 2 else (1e3, "ms")
     for place, of in enumerate(found):
         p50, p90, p99 = (value * scale for value in (of.p50, of.p90, of.p99))

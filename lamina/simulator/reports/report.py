@@ -1,4 +1,4 @@
-"""Runs of the simulator for people and for programs: a table, JSON, CSV, and (`html`) a page that needs nothing else.
+"""Runs of the simulator for people and for programs: a table, JSON and CSV; `page` makes HTML of them.
 
 Pure: returns texts. The same runs give the same bytes. Numbers that are not known (a power that is not published, a
 latency of no request) are a dash for people, null in JSON, and empty in CSV.
@@ -16,9 +16,6 @@ from typing import Any
 
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
 from lamina.simulator.reports.data import UNKNOWN, best_of, checked, columns, labels, printable
-from lamina.simulator.reports.page import html
-
-__all__ = ["html", "samples_csv", "table", "to_csv", "to_json"]
 
 VERSION = 1
 """Of the JSON; it rises when a key changes its meaning."""
@@ -98,8 +95,8 @@ def _record(run: RunResult, samples: bool = True) -> dict[str, Any]:
     for item in dataclasses.fields(run):
         value = getattr(run, item.name)
         if isinstance(value, Distribution):
-            value = dataclasses.asdict(value)
-        if item.name not in ("assumptions", "samples"):
+            made[item.name] = {name: _plain(number) for name, number in dataclasses.asdict(value).items()}
+        elif item.name not in ("assumptions", "samples"):
             made[item.name] = _plain(value)
     made |= {name: _plain(of(run)) for name, of in DERIVED.items()}
     made["assumptions"] = {str(name): str(text) for name, text in run.assumptions.items()}
@@ -110,13 +107,7 @@ def _record(run: RunResult, samples: bool = True) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """As JSON has it: None for a number that is not finite."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:

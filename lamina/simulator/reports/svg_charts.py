@@ -11,7 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lamina.simulator.reports.data import Line, Point, frontier, log_ticks, printable, ticks, time_unit, words
+from lamina.simulator.reports.data import (
+    X_LABEL,
+    Y_LABEL,
+    Line,
+    Point,
+    frontier,
+    log_ticks,
+    printable,
+    ticks,
+    time_unit,
+    words,
+)
 
 STYLE = """:root{--page:#fff;--ink:#1d2126;--soft:#59616b;--rule:#dcdfe3;--faint:#c3c8ce;--panel:#f6f7f8;
 --best:#0065a3;--bar:#6399c0;--model:#0065a3;--attention:#b04a00;--network:#00705a}
@@ -184,7 +195,7 @@ def panel(
     return _svg(WIDTH, int(bottom) + 22, about, parts)
 
 
-def scatter(points: Sequence[Point], chosen: str, x_label: str, y_label: str, about: str) -> str:
+def scatter(points: Sequence[Point], chosen: str, about: str) -> str:
     """Candidates: feasible ones as discs, others as small crosses, the frontier as a line, `chosen` as a star."""
     width, left, right, top, bottom = 520, 52.0, 508.0, 24.0, 330.0
     marks_x = ticks(max((point[1] for point in points), default=1.0), 5)
@@ -196,7 +207,7 @@ def scatter(points: Sequence[Point], chosen: str, x_label: str, y_label: str, ab
             bottom - (bottom - top) * max(point[2], 0.0) / marks_y[-1],
         )
 
-    parts = [f'<text class="s" y="11">{_text(y_label, 60)}</text>']
+    parts = [f'<text class="s" y="11">{Y_LABEL}</text>']
     for mark in marks_x:
         x = left + (right - left) * mark / marks_x[-1]
         side = "e" if mark == marks_x[-1] else "m"
@@ -206,7 +217,7 @@ def scatter(points: Sequence[Point], chosen: str, x_label: str, y_label: str, ab
         y = bottom - (bottom - top) * mark / marks_y[-1]
         parts.append(f'<path class="{"grid" if mark else "axis"}" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
         parts.append(f'<text class="s e" x="{left - 6:.1f}" y="{y + 4:.1f}">{_tick(mark)}</text>')
-    parts.append(f'<text class="s e" x="{right:.1f}" y="{bottom + 33:.1f}">{_text(x_label, 60)}</text>')
+    parts.append(f'<text class="s e" x="{right:.1f}" y="{bottom + 33:.1f}">{X_LABEL}</text>')
 
     best = frontier(points)
     ahead = set(best)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import System, price
@@ -45,29 +45,30 @@ _HARDLY = 1e-9
 """Requests a second at which each is alone."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What `replicas` of a system yield. Rates are requests a second of all of them, times are seconds."""
+    """What `replicas` of a system yield; by default one that can take no request. Rates are requests a second of all of
+    them, times are seconds."""
 
     replicas: int
     price: float
     """Dollars an hour of all replicas."""
-    batch: float
+    batch: float = 0.0
     """Sequences in decode at a time, in each replica."""
-    most: int
+    most: int = 0
     """Sequences that fit into the KV and the TPOT that is asked for: the batch limit to deploy with."""
     fits: int
     """Sequences that fit into the KV."""
-    tpot: float
-    ttft: float
+    tpot: float = math.inf
+    ttft: float = math.inf
     """Without waiting for a place, where no rate is asked for."""
-    share: float
+    share: float = 0.0
     """The share of the requests taken that is within the SLO."""
-    taken: float
+    taken: float = 0.0
     """The part of the demand's rate that is served; the rest has to go elsewhere."""
-    capacity: float
+    capacity: float = 0.0
     """The most that could be taken with `TARGET` of them within the SLO, or, where that can't be, with the most."""
-    tokens_per_second: float
+    tokens_per_second: float = 0.0
     demanded: float
 
     @property
@@ -105,8 +106,9 @@ def estimate(
         fits = sequences(system, demand)
     except InvalidRequest:  # not even the weights
         fits = 0
+    nothing = Estimate(replicas=1, price=price(system), fits=fits, demanded=demand.rate)
     if fits < 1:
-        return _nothing(system, demand, fits)
+        return nothing
     whole = Replica(system, demand, slo, prefill)
     most = largest(fits, lambda batch: whole.pace(batch) <= min(bound(slo.tpot), FOREVER))
     steady = not parts or not demand.parts or slo.ttft is None
@@ -118,7 +120,8 @@ def estimate(
 
     best = _best(at, max(part.most(most) / part.relative for part in over)) if most else None
     if best is None or not best.share:
-        return _nothing(system, demand, fits, whole.at(_HARDLY, 1))
+        alone = whole.at(_HARDLY, 1)
+        return replace(nothing, tpot=alone.tpot, ttft=alone.ttft)
     count = replicas
     if not math.isinf(demand.rate):
         count = max(1, min(replicas, math.ceil(demand.rate / best.rate - 1e-9)))
@@ -141,13 +144,14 @@ def estimate(
 
 
 def sequences(system: System, demand: Demand) -> int:
-    """How many sequences the KV holds at a time, at their mean context: 0 where the longest doesn't fit. Raises
-    InvalidRequest where the weights don't."""
-    policy = system.policy
-    room = system.kv_tokens * policy.held
+    """How many sequences' KV and states are held at a time, at their mean context: 0 where the longest doesn't fit.
+    Raises InvalidRequest where the weights don't."""
+    policy, capacity = system.policy, system.capacity
+    room = capacity.tokens * policy.held
     if room < policy.tokens_held(demand.longest):
         return 0
-    return min(system.max_sequences, system.max_batch_tokens, int(room / policy.tokens_held(demand.context + PAGE / 2)))
+    by_pages = int(room / policy.tokens_held(demand.context + PAGE / 2))
+    return min(system.max_sequences, system.max_batch_tokens, by_pages, capacity.sequences)
 
 
 def _best(at: Callable[[float], Point], most: float) -> Point:
@@ -165,28 +169,5 @@ def _best(at: Callable[[float], Point], most: float) -> Point:
 def _mean(points: Sequence[Point], rate: float) -> Point:
     """Of parts with equally many requests."""
     count = len(points)
-    return Point(
-        tpot=sum(point.tpot for point in points) / count,
-        rate=rate,
-        ttft=sum(point.ttft for point in points) / count,
-        share=sum(point.share for point in points) / count,
-        batch=sum(point.batch for point in points) / count,
-    )
-
-
-def _nothing(system: System, demand: Demand, fits: int, alone: Point | None = None) -> Estimate:
-    """One replica that can take no request; `alone`: its times when there is hardly any."""
-    return Estimate(
-        replicas=1,
-        price=price(system),
-        batch=0.0,
-        most=0,
-        fits=fits,
-        tpot=alone.tpot if alone else math.inf,
-        ttft=alone.ttft if alone else math.inf,
-        share=0.0,
-        taken=0.0,
-        capacity=0.0,
-        tokens_per_second=0.0,
-        demanded=demand.rate,
-    )
+    names = ("tpot", "ttft", "share", "batch")
+    return Point(rate=rate, **{name: sum(getattr(point, name) for point in points) / count for name in names})

@@ -46,7 +46,7 @@ def slow_link(system: Offloaded, demand: Demand, slo: Slo, prefill: bool = True)
     batch = max(1, found.most)
     cost = ideal.step(Load(batch, demand.context))
     needed = minimum_bandwidth(system.model, batch, cost.model, cost.attention)
-    link, layers = system.link, system.model.layers
+    link, layers = system.link, system.model.attentions + system.model.states
     return (
         f"link {link.name!r} is too slow for {system.name}: it has {system.wire / 1e9:.3g} GB/s and a round trip of "
         f"{link.round_trip * 1e6:.3g} us, {layers} of which take {layers * link.round_trip * 1000:.3g} ms a token; "

@@ -43,14 +43,6 @@ def largest(most: int, passes: Callable[[int], bool]) -> int:
     return bisect_right(range(1, most + 1), False, key=lambda batch: not passes(batch))
 
 
-@dataclass(frozen=True, slots=True)
-class _Long:
-    """A part of all prompts: its shares of their tokens, and of their query-key pairs."""
-
-    tokens: float
-    pairs: float
-
-
 class Replica:
     """One replica under one demand. Remembers each batch's times."""
 
@@ -60,7 +52,7 @@ class Replica:
         self._steps: dict[tuple[int, int], float] = {}
         self._limits: dict[int, int] = {}
         self._grids: dict[int, tuple[_Floats, _Floats, _Floats]] = {}
-        self._long = self._too_long() if self._here else _Long(0.0, 0.0)
+        self._long_tokens, self._long_pairs = self._too_long() if self._here else (0.0, 0.0)
         self._prefills, self._sendings = self._beforehand()
 
     @property
@@ -186,17 +178,19 @@ class Replica:
             return Load(batch, self._demand.context)
         rows = max(1.0, tokens / self._demand.prompt)
         before, chunk = self._demand.prompt_pairs / self._demand.prompt, tokens / rows
-        long, pairs = self._long, tokens * before
-        elsewhere = max(0.0, long.pairs * pairs - long.tokens * tokens * chunk / 2)
-        keys = rows * (before + chunk / 2) * (1 - long.tokens) + long.tokens * tokens
-        return Load(batch, self._demand.context, tokens, pairs - elsewhere, keys, long.tokens * tokens, elsewhere)
+        long, pairs = self._long_tokens, tokens * before
+        elsewhere = max(0.0, self._long_pairs * pairs - long * tokens * chunk / 2)
+        keys = rows * (before + chunk / 2) * (1 - long) + long * tokens
+        ends = tokens / self._demand.prompt
+        return Load(batch, self._demand.context, tokens, pairs - elsewhere, keys, long * tokens, elsewhere, ends)
 
-    def _too_long(self) -> _Long:
-        """The part of all prompts whose past does not fit beside the dense layers."""
+    def _too_long(self) -> tuple[float, float]:
+        """Of all prompts' tokens, and of their query-key pairs, the shares of prompts whose past does not fit beside
+        the dense layers."""
         prompts = self._demand.prompts
         long = [prompt for prompt in prompts if prompt > self._system.prompt_tokens]
         pairs = sum(prompt**2 for prompt in long) / sum(prompt**2 for prompt in prompts)
-        return _Long(sum(long) / sum(prompts), pairs)
+        return sum(long) / sum(prompts), pairs
 
     def _beforehand(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Where prompts have an instance of their own: its seconds for each of the demand's, and the link's."""
@@ -205,7 +199,7 @@ class Replica:
         prompts = [math.ceil(prompt) for prompt in self._demand.prompts]
         link, prefill = self._apart.link, self._apart.prefill
         return (
-            tuple(prefill.step(Load(0, 0.0, each, each**2 / 2, each)).seconds for each in prompts),
+            tuple(prefill.step(Load(0, 0.0, each, each**2 / 2, each, prompts=1)).seconds for each in prompts),
             tuple(link.round_trip + self._apart.transfer_bytes(each) / self._apart.wire for each in prompts),
         )
 

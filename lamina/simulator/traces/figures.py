@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from lamina.system.text_files import read_toml
 
 Floats = NDArray[np.float64]
 
@@ -108,8 +102,8 @@ class Figures:
 @functools.cache
 def published() -> Mapping[str, Figures]:
     """The committed figures, by the trace's name."""
-    text = resources.files("lamina.simulator.traces").joinpath("trace_figures.toml").read_text("utf-8")
-    return MappingProxyType({name: _from_toml(name, table) for name, table in tomllib.loads(text).items()})
+    tables = read_toml(Path(__file__).with_name("trace_figures.toml"))
+    return {name: _from_toml(name, table) for name, table in tables.items()}
 
 
 def _from_toml(name: str, table: dict[str, Any]) -> Figures:

@@ -34,7 +34,11 @@ def synthetic(figures: Figures, count: int | None = None, seed: int = 0) -> Trac
     Raises InvalidRequest.
     """
     count = figures.count if count is None else count
-    rng = _generator(count, seed)
+    if type(count) is not int or not 1 <= count <= MAX_REQUESTS:
+        raise InvalidRequest(f"count is {count!r}; allowed is 1 to {MAX_REQUESTS}")
+    if type(seed) is not int or seed < 0:
+        raise InvalidRequest(f"seed is {seed!r}; allowed are whole numbers from 0 on")
+    rng = np.random.default_rng(seed)
     normal = rng.standard_normal((3, count))
     prompt = _lengths(figures.prompt, _stratified(rng, normal[0]))
     output = _lengths(figures.output, _stratified(rng, _correlated(normal[0], normal[1], figures.rank_correlation)))
@@ -44,13 +48,14 @@ def synthetic(figures: Figures, count: int | None = None, seed: int = 0) -> Trac
         gaps = figures.gaps.at(_stratified(rng, rng.random(count - 1)))
     if gaps.any():
         gaps *= (count - 1) / figures.rate / gaps.sum()
-    exact = _times(gaps)
+    exact = np.concatenate([np.zeros(1), np.cumsum(gaps)])
     at = np.floor(exact / figures.step) * figures.step if figures.step else exact
-    blocks: list[tuple[int, ...]] = []
+    blocks: list[tuple[int, ...]] = [()] * count
     if sharing := figures.sharing:
         depth = sharing.depth.at(_stratified(rng, _correlated(normal[0], normal[2], sharing.correlation)))
         blocks = _conversations(rng, sharing, exact, prompt, depth)
-    return _trace(f"{figures.name} (synthetic)", at, prompt, output, blocks)
+    columns = zip(at.tolist(), prompt.tolist(), output.tolist(), blocks, strict=True)
+    return Trace(f"{figures.name} (synthetic)", tuple(Arrival(*column) for column in columns))
 
 
 def _conversations(
@@ -83,22 +88,10 @@ def _conversations(
     return blocks
 
 
-def _generator(count: int, seed: int) -> np.random.Generator:
-    if type(count) is not int or not 1 <= count <= MAX_REQUESTS:
-        raise InvalidRequest(f"count is {count!r}; allowed is 1 to {MAX_REQUESTS}")
-    if type(seed) is not int or seed < 0:
-        raise InvalidRequest(f"seed is {seed!r}; allowed are whole numbers from 0 on")
-    return np.random.default_rng(seed)
-
-
 def _gamma_gaps(rng: np.random.Generator, cv: float, count: int) -> Floats:
     """With the mean 1."""
     shape = 1 / cv**2 if cv > 1e-3 else math.inf
     return rng.gamma(shape, 1 / shape, count) if shape < math.inf else np.ones(count)
-
-
-def _times(gaps: Floats) -> Floats:
-    return np.concatenate([np.zeros(1), np.cumsum(gaps)])
 
 
 def _correlated(normal: Floats, other: Floats, rank_correlation: float) -> Floats:
@@ -116,10 +109,3 @@ def _stratified(rng: np.random.Generator, values: Floats) -> Floats:
 def _lengths(lengths: Quantiles, shares: Floats) -> Integers:
     """Whole numbers of tokens, at least 1."""
     return np.maximum(np.rint(lengths.at(shares)), 1).astype(np.int64)
-
-
-def _trace(
-    name: str, at: Floats, prompt: Integers, output: Integers, blocks: list[tuple[int, ...]] | None = None
-) -> Trace:
-    columns = zip(at.tolist(), prompt.tolist(), output.tolist(), blocks or [()] * len(at), strict=True)
-    return Trace(name, tuple(Arrival(*column) for column in columns))

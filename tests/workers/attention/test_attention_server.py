@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,13 @@ from attention_servers import (
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transports import made_credentials
 
-from lamina_protocols import codec, control
-from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import (
-    PROTOCOL_VERSION,
-    Announced,
-    Announcement,
-    Close,
-    Fault,
-    Open,
-    Query,
-)
+from lamina_protocols import codec, control, socket_connections
+from lamina_protocols.channels import ChannelClosed, Credentials
+from lamina_protocols.layers import Index
+from lamina_protocols.messages import PROTOCOL_VERSION, Announced, Announcement, Close, Fault, Open, Query
 from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable
-from lamina_protocols.socket_connections import connect_unix
+from lamina_protocols.socket_channel import SocketChannel
+from lamina_protocols.socket_connections import connect_tcp, connect_unix
 from lamina_workers.attention_server import session
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -136,8 +131,22 @@ def hello(**changes: Any) -> control.Hello:
         ({"compute_dtype": "float8"}, "compute dtype 'float8', this worker knows float32"),
         ({"kv_dtype": "float8"}, "KV dtype 'float8', allowed: float32"),
         ({"page_size": 7}, "cannot keep such KV"),
-        ({"layers": ()}, "0 layers"),
-        ({"layers": (FULL, dataclasses.replace(FULL, d_k=32))}, "unlike KV shapes"),
+        ({"layers": ()}, "0 layers, allowed: 1 to"),
+        ({"layers": (FULL,) * 5000}, "5000 layers, allowed: 1 to 4096"),
+        (
+            {"layers": tuple(dataclasses.replace(FULL, kv_layer=n, d_v=n + 1) for n in range(65))},
+            "layers of 65 shapes, allowed: up to 64",
+        ),
+        ({"layers": (FULL, dataclasses.replace(FULL, d_k=32))}, "layer 1 reads the KV of layer 0; allowed"),
+        ({"layers": (FULL, dataclasses.replace(FULL, kv_layer=1, kind="abacus"))}, "layer 1 is of kind 'abacus'"),
+        ({"layers": (dataclasses.replace(FULL, decays=(-1.0,)),)}, "1 decays; allowed"),
+        ({"layers": (dataclasses.replace(FULL, index=Index(16, 1, 16, 1 << 20)),)}, r"layer 0 with .*; allowed: up to"),
+        (
+            {"layers": (dataclasses.replace(FULL, window=9, index=Index(16, 1, 16, 2)),)},
+            "layer 0 has an index and a window of 9; allowed",
+        ),
+        ({"layers": (dataclasses.replace(FULL, key_heads=1, conv=4),)}, "what only another kind has; allowed"),
+        ({"layers": (dataclasses.replace(FULL, kind="mamba2", window=9),)}, "what only another kind has; allowed"),
         ({"session": "short"}, "session id of 5 characters"),
         ({"data_channel": "smoke"}, "'smoke', this worker knows grpc, tcp"),
         ({"layers": tuple(dataclasses.replace(FULL, kv_layer=n) for n in range(90))}, "the least is"),
@@ -261,7 +270,30 @@ def test_a_secret_opens_one_channel_in_a_private_folder():
         with pytest.raises(Exception, match="no such session"):
             other.receive(5)
         other.close()
-        channel.send(codec.encode(Announcement(1, 1, 0, (Open(1, (0,), 0, 9), Close(1)), ())))
+        channel.send(codec.encode(Announcement(1, 1, 0, (Open(1, 0, (0,), 0, 9), Close(1)), ())))
+        assert isinstance(codec.decode(channel.receive(5)), Announced)
+        channel.close()
+
+
+@pytest.mark.parametrize("way", ["local", "tcp"])
+def test_of_connections_that_show_a_secret_at_once_one_is_welcome(way, monkeypatch):
+    """A second one was welcome, and closed then, until the first one's channel was attached."""
+    tune = socket_connections._tune
+    monkeypatch.setattr(socket_connections, "_tune", lambda sock: time.sleep(0.1) or tune(sock))
+    with running() as (_, address), WorkerClient(address) as client:
+        welcome = client.hello(hello(data_channel="tcp"), 10)
+
+        def connect(_: int) -> SocketChannel | None:
+            with contextlib.suppress(ChannelClosed):
+                if way == "local":
+                    return connect_unix(welcome.local.path, welcome.local.secret, 5)
+                return connect_tcp("127.0.0.1", welcome.tcp.port, welcome.tcp.secret, 5)
+            return None
+
+        with ThreadPoolExecutor(16) as threads:
+            opened = [each for each in threads.map(connect, range(16)) if each is not None]
+        (channel,) = opened
+        channel.send(codec.encode(Announcement(1, 1, 0, (Open(1, 0, (0,), 0, 9), Close(1)), ())))
         assert isinstance(codec.decode(channel.receive(5)), Announced)
         channel.close()
 

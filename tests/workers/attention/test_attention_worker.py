@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from engine_rig import DEVICE
+from kv_pools import pool_of
 
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages import (
     Announced,
     Announcement,
@@ -19,8 +21,6 @@ from lamina_protocols.messages import (
     FetchPages,
     Fork,
     Fresh,
-    HolderConfig,
-    LayerSpec,
     Open,
     Operation,
     Query,
@@ -37,7 +37,7 @@ CONFIG = HolderConfig(
     dtype="float32",
     kv_memory=20 * 16 * (16 + 32) * 4,  # 20 pages
 )
-WHOLE = Open(1, (0, 1), 0, 1000)
+WHOLE = Open(1, 0, (0, 1), 0, 1000)
 
 
 class Client:
@@ -57,8 +57,8 @@ class Client:
         first = self.operations if first is None else first
         reply = self.worker.handle(Announcement(epoch, self.batch, first, tuple(operations), tuple(rows)))
         assert isinstance(reply, Announced)
-        assert (reply.epoch, reply.batch, reply.free_pages) == (epoch, self.batch, self.worker.store.free_pages)
-        self.worker.store.check_integrity()
+        assert (reply.epoch, reply.batch, reply.free_pages) == (epoch, self.batch, self.worker.free_pages)
+        self.worker.check_integrity()
         if reply.accepted:
             self.operations = max(self.operations, first + len(operations))
         return reply
@@ -129,12 +129,11 @@ def attention(
 
 def test_it_attends_what_was_stored() -> None:
     client = Client()
-    client.run([WHOLE, Open(2, (0, 1), 0, 1000)], [Row(1, 0, 21, (0, 21), True), Row(2, 0, 3, (0, 3), True)])
+    client.run([WHOLE, Open(2, 0, (0, 1), 0, 1000)], [Row(1, 0, 21, (0, 21), True), Row(2, 0, 3, (0, 3), True)])
     client.run([], [Row(1, 21, 1, (0, 21), True), Row(2, 3, 4, (0, 7), True)])  # the past alone, and fused
     client.run([Fork(3, 1, 20)], [Row(3, 20, 5, (0, 25), True), Row(1, 22, 2, (0, 24), True)])
     client.run([Close(1)], [Row(3, 25, 1, (0, 25), True), Row(2, 5, 1, (0, 6), True)])  # cut back by two
-    free = client.announce([Close(2), Close(3)]).free_pages
-    assert free == 20
+    assert client.announce([Close(2), Close(3)]).free_pages == (20,)
 
 
 def test_only_newer_announcements_are_taken() -> None:
@@ -152,10 +151,10 @@ def test_no_operation_is_left_out_and_none_is_applied_twice() -> None:
     client = Client()
     with pytest.raises(ProtocolError, match="operation 1 announced, 0 has not come yet"):
         client.announce([WHOLE], first=1)
-    client.announce([WHOLE, Open(2, (0, 1), 0, 9)])
-    client.announce([WHOLE, Open(2, (0, 1), 0, 9), Close(1)], first=0)
-    client.announce([Open(2, (0, 1), 0, 9)], first=1)
-    client.announce([Open(3, (0, 1), 0, 9)], first=3)
+    client.announce([WHOLE, Open(2, 0, (0, 1), 0, 9)])
+    client.announce([WHOLE, Open(2, 0, (0, 1), 0, 9), Close(1)], first=0)
+    client.announce([Open(2, 0, (0, 1), 0, 9)], first=1)
+    client.announce([Open(3, 0, (0, 1), 0, 9)], first=3)
     with pytest.raises(KVError, match="no part has handle 1"):
         client.announce([], [Row(1, 0, 1, None, True)])
     client.announce([], [Row(2, 0, 1, None, True), Row(3, 0, 1, None, True)])
@@ -172,20 +171,20 @@ def test_no_operation_is_left_out_and_none_is_applied_twice() -> None:
 )
 def test_late_messages_of_a_dropped_batch_are_refused(supersede: Callable[[Client], Announced]) -> None:
     client = Client()
-    client.announce([WHOLE, Open(2, (0, 1), 0, 9)], [Row(1, 0, 3, (0, 3), True)])
+    client.announce([WHOLE, Open(2, 0, (0, 1), 0, 9)], [Row(1, 0, 3, (0, 3), True)])
     fresh, query = client.fresh(6), client.query(18)
     client.worker.handle(fresh)
-    before = client.worker._pages.arena.clone()
+    before = pool_of(client.worker).pages.arena.clone()
     supersede(client)
     for late in (dataclasses.replace(fresh, k=fresh.k + 1), query):
         with pytest.raises(ProtocolError, match="batch 1 of epoch 1 is not in flight"):
             client.worker.handle(late)
-    assert torch.equal(client.worker._pages.arena, before)
+    assert torch.equal(pool_of(client.worker).pages.arena, before)
 
 
 def test_disjoint_batches_are_in_flight_together() -> None:
     client = Client()
-    client.announce([WHOLE, Open(2, (0, 1), 0, 9)], [Row(1, 0, 3, (0, 3), True)])
+    client.announce([WHOLE, Open(2, 0, (0, 1), 0, 9)], [Row(1, 0, 3, (0, 3), True)])
     fresh, query = client.fresh(6), client.query(18)
     client.announce(rows=[Row(2, 0, 1, None, True)])
     client.worker.handle(client.fresh(2))
@@ -196,28 +195,46 @@ def test_disjoint_batches_are_in_flight_together() -> None:
 def test_a_refused_announcement_changes_nothing() -> None:
     client = Client()
     client.announce([WHOLE], [Row(1, 0, 17, None, True)])  # 2 slots, 2 layers, 2 heads
-    reply = client.announce([Close(1), Open(2, (0, 1), 0, 1000)], [Row(2, 0, 90, None, True)])
-    assert (reply.accepted, reply.free_pages, reply.floors) == (False, 12, ())
+    reply = client.announce([Close(1), Open(2, 0, (0, 1), 0, 1000)], [Row(2, 0, 90, None, True)])
+    assert (reply.accepted, reply.free_pages, reply.floors) == (False, (12,), ())
     assert reply.reason == "24 pages needed, 20 of 20 are free"
     assert client.worker.store.part(1).held == 17
     with pytest.raises(ProtocolError, match="is not in flight"):
         client.worker.handle(client.fresh(180))
     with pytest.raises(ProtocolError, match="operation 3 announced, 1 has not come yet"):
         client.announce([Close(2)], first=3)
-    assert client.announce([Close(1), Open(2, (0, 1), 0, 1000)], [Row(2, 0, 80, None, True)]).free_pages == 0
+    assert client.announce([Close(1), Open(2, 0, (0, 1), 0, 1000)], [Row(2, 0, 80, None, True)]).free_pages == (0,)
 
 
 def test_rows_that_cannot_be_planned_make_no_batch_but_their_operations_count() -> None:
     client = Client()
-    client.announce([Open(1, (0, 1), 0, 16)], [Row(1, 0, 16, None, True)])
+    client.announce([Open(1, 0, (0, 1), 0, 16)], [Row(1, 0, 16, None, True)])
     for layer in range(2):
         client.worker.handle(client.fresh(32, layer))
     with pytest.raises(ProtocolError, match="allowed: below 2"):
-        client.announce([Open(2, (0, 1), 0, 9)], [Row(1, 2**31, 1, (0, 16), False)])
+        client.announce([Open(2, 0, (0, 1), 0, 9)], [Row(1, 2**31, 1, (0, 16), False)])
     with pytest.raises(ProtocolError, match="is not in flight"):
         client.worker.handle(client.query(6))
-    client.announce([Open(2, (0, 1), 0, 9), Open(3, (0, 1), 0, 9)], [Row(2, 0, 1, None, True)], first=1)
+    client.announce([Open(2, 0, (0, 1), 0, 9), Open(3, 0, (0, 1), 0, 9)], [Row(2, 0, 1, None, True)], first=1)
     client.worker.handle(client.fresh(2))
+
+
+def test_a_row_of_more_tokens_than_a_frame_can_carry_is_refused_before_it_takes_memory() -> None:
+    """A row of 2^24 tokens that reads took a worker 1.9 s and 270 MB, and larger ones were allowed."""
+    client = Client()
+    with pytest.raises(ProtocolError, match="rows of 67108864 tokens times KV heads, allowed: "):
+        client.announce([Open(1, 0, (0, 1), 0, 9)], [Row(1, 0, 1 << 25, (0, 0), False)])
+
+
+def test_batches_in_flight_are_bounded_by_their_tokens() -> None:
+    """A batch stayed until one of its handles came again: 200 large ones took a worker with 256 MB of KV 2.7 GB."""
+    client = Client()
+    pool_of(client.worker).most_heads = 1 << 16
+    client.announce([Open(handle, 0, (0, 1), 0, 9) for handle in range(1, 31)])
+    for handle in range(1, 31):
+        assert client.announce((), [Row(handle, 0, 1 << 15, (0, 0), False)]).accepted
+    kept = [number for number in range(40) if client.worker.in_flight(number)]
+    assert kept == list(range(client.batch - 6, client.batch + 1))
 
 
 @pytest.mark.parametrize("layer", [-1, 2])
@@ -263,9 +280,11 @@ def test_a_batch_that_stores_or_reads_nothing_takes_no_vectors() -> None:
 
 
 def test_a_worker_that_cannot_be_is_refused() -> None:
-    unlike = (FULL, dataclasses.replace(FULL, kv_layer=1, d_k=32))
+    unlike = (FULL, dataclasses.replace(FULL, kv_layer=0, d_k=32))
+    unknown = (FULL, dataclasses.replace(FULL, kv_layer=1, kind="abacus"))
     for changes, kind, message in (
-        ({"layers": unlike}, UnsupportedModelError, "unlike KV shapes"),
+        ({"layers": unlike}, ProtocolError, "layer 1 reads the KV of layer 0; allowed: a layer of the same shape"),
+        ({"layers": unknown}, UnsupportedModelError, "layer 1 is of kind 'abacus', this worker keeps attention"),
         ({"layers": (dataclasses.replace(FULL, d_v=24),)}, UnsupportedModelError, "d_v must be a multiple of 16"),
         ({"dtype": "float8"}, KVError, "'float8', allowed: float32"),
         ({"kv_memory": 6143}, KVError, "kv_memory is 6143 bytes; the least is 6144"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lamina_protocols.errors import LaminaError
+from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages import (
     Announced,
     Announcement,
@@ -17,8 +18,6 @@ from lamina_protocols.messages import (
     Close,
     Fork,
     Fresh,
-    HolderConfig,
-    LayerSpec,
     Open,
     Operation,
     Query,
@@ -102,12 +101,14 @@ class Pair:
         assert (one.store._pool._stack[: one.store.free_pages] == two.store._pool._stack[: two.store.free_pages]).all()
         for number, batch in one._batches.items():
             twin_batch = two._batches[number]
-            assert (batch.handles, batch.fused, batch.stores, batch.rows, batch.missing) == (
-                twin_batch.handles, twin_batch.fused, twin_batch.stores, twin_batch.rows, twin_batch.missing,
+            assert (batch.rows, batch.handles, batch.heads) == (twin_batch.rows, twin_batch.handles, twin_batch.heads)
+            kept, twin_kept = batch.pools[0], twin_batch.pools[0]
+            assert (kept.fused, kept.stores, kept.rows, kept.missing) == (
+                twin_kept.fused, twin_kept.stores, twin_kept.rows, twin_kept.missing,
             )  # fmt: skip
-            assert (batch.places is None) == (twin_batch.places is None)
-            if batch.places is not None:
-                assert torch.equal(batch.places.slots, twin_batch.places.slots)
+            assert (kept.places is None) == (twin_kept.places is None)
+            if kept.places is not None:
+                assert torch.equal(kept.places.slots, twin_kept.places.slots)
 
     def store(self, vectors: int) -> None:
         """What the batch announced last stores, in all layers."""
@@ -148,7 +149,7 @@ def decode(handle: int, start: int, fused: bool = True) -> Row:
 
 def opened(pair: Pair, lengths: dict[int, int]) -> None:
     rows = [prompt(handle, length) for handle, length in lengths.items()]
-    assert pair.announce([Open(handle, (0, 1), 0, 1000) for handle in lengths], rows).accepted
+    assert pair.announce([Open(handle, 0, (0, 1), 0, 1000) for handle in lengths], rows).accepted
     pair.run(rows)
 
 
@@ -168,7 +169,7 @@ def test_rows_that_grow_are_stored_and_attended_as_if_planned_anew(fused: bool) 
 def test_a_range_that_is_full_is_read_beside_those_that_grow() -> None:
     pair = Pair()
     rows = [Row(1, 0, 40, (0, 40), True), Row(2, 0, 40, (32, 40), True)]
-    assert pair.announce([Open(1, (0, 1), 0, 32), Open(2, (1,), 32, 64)], [rows[1]]).accepted
+    assert pair.announce([Open(1, 0, (0, 1), 0, 32), Open(2, 0, (1,), 32, 64)], [rows[1]]).accepted
     pair.store(8)
     assert pair.announce((), [Row(1, 0, 40, (0, 32), True)]).accepted
     pair.store(64)
@@ -281,7 +282,7 @@ def test_random_batches_are_as_if_planned_anew(seed: int) -> None:
         event = rng.random()
         if event < 0.08 or not held:
             handles += 1
-            operations.append(Open(handles, rng.choice([(0, 1), (0,), (1,)]), 0, rng.choice([64, 1000])))
+            operations.append(Open(handles, 0, rng.choice([(0, 1), (0,), (1,)]), 0, rng.choice([64, 1000])))
             held_after[handles] = 0
             rows.append(prompt(handles, rng.randint(1, 50)))
         elif event < 0.13:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_protocols.messages import HolderConfig, LayerSpec
+from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_workers.attention_worker.head_policies import HeadPolicies, Retention, returns_to
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse

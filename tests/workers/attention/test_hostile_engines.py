@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lamina_workers.ports.remote import RemoteAttention
 pytestmark = pytest.mark.real  # some minutes
 
 ROWS = (m.Row(1, 0, 3, None, True), m.Row(2, 0, 2, (0, 2), True))
-BEGIN = m.Announcement(3, 5, 0, (m.Open(1, (0, 1), 0, 100), m.Open(2, (0,), 0, 100)), ROWS)
+BEGIN = m.Announcement(3, 5, 0, (m.Open(1, 0, (0, 1), 0, 100), m.Open(2, 0, (0,), 0, 100)), ROWS)
 K, V, Q = torch.randn(8, 16), torch.randn(8, 32), torch.randn(6, 16)
 PAGE = torch.zeros(3, 16 * (16 + 32) * 4, dtype=torch.uint8)
 REQUESTS: dict[str, tuple[Sequence[m.Request], m.Request]] = {
@@ -37,7 +38,7 @@ REQUESTS: dict[str, tuple[Sequence[m.Request], m.Request]] = {
     "exchange": ((BEGIN,), m.Exchange(3, 5, 0, Q, K, V)),
     "query": ((BEGIN,), m.Query(3, 5, 0, Q)),
     "fresh": ((BEGIN,), m.Fresh(3, 5, 0, K, V)),
-    "fresh pages": ((BEGIN,), m.FreshPages(3, 5, 0, 1, PAGE)),
+    "fresh pages": ((BEGIN,), m.FreshPages(3, 5, 0, 0, 1, PAGE)),
     "fetch": ((BEGIN,), m.Fetch(3, 5, 0, 1, 0, 0)),
     "fetch pages": ((BEGIN,), m.FetchPages(3, 5, 0, 1, 1, 0, 0)),
     "survey": ((BEGIN,), m.Survey(3, 1, 0)),
@@ -144,6 +145,32 @@ def test_claims_of_frames_take_no_memory():
             near = stack.enter_context(connected(address, **HALF))
             Sender(near, 5).step(3)
             assert _resident(status) < before + (64 << 20)
+
+
+def test_frames_that_arrive_slowly_are_bounded_together():
+    """Each of 64 sessions could let a worker keep 1 GiB of a frame that never ended."""
+    with running(kv_memory=40 * KV_MEMORY, max_frame=8 << 20) as (server, address), contextlib.ExitStack() as stack:
+        ports = [
+            stack.enter_context(hostile(address, **({} if at % 2 else {"local_channel": False}))) for at in range(6)
+        ]
+        near = stack.enter_context(connected(address, **HALF))
+        honest = Sender(near, 6)
+        for port in ports:
+            port._channel.send([pack_prefix(Prefix(2, 1000, 7 << 20)) + bytes(1000)])
+        deadline = time.monotonic() + 20
+        while sum(session.seat.number == 1 for session in server._leases._sessions.values()) > 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        honest.step(3)
+        for port in ports:  # what is over is not counted any more
+            port.close()
+            port.parted()
+        with hostile(address) as port:
+            port._channel.send([pack_prefix(Prefix(2, 1000, 7 << 20)), bytes(1000 + (7 << 20))])
+            fault = codec.decode(port._channel.receive(10))
+            assert isinstance(fault, m.Fault)
+            assert "no msgpack" in fault.reason  # it was read
+        honest.step(3)
 
 
 def _resident(status: Path) -> int:

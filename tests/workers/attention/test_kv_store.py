@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Row
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages import Close, Fork, Open, Row
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import NO_PAGE, KVStore
 from lamina_workers.errors import KVError, PoolExhausted, TornParts
@@ -42,7 +43,7 @@ def row(handle, start, count, store=True):
 
 def test_pages_are_counted_exactly():
     kv = store(100)
-    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 17)])
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 17)])
     assert kv.free_pages == 100 - 2 * 2
     kv.update([], [row(1, 17, 15)])
     assert kv.free_pages == 100 - 2 * 2
@@ -52,12 +53,35 @@ def test_pages_are_counted_exactly():
     assert kv.free_pages == 100
 
 
+def test_parts_without_pages_are_bounded():
+    """600,000 parts that were opened and got no page took a worker 360 MB."""
+    kv = store(100)
+    with pytest.raises(PoolExhausted, match="part 8189 is one too many"):
+        kv.update([Open(handle, 0, (0,), 0, 9) for handle in range(1, 9000)], [])
+    kv.update([Open(handle, 0, (0,), 0, 9) for handle in range(1, 8189)], [])
+    assert kv.free_pages == 100
+
+
+def test_tables_of_forks_are_bounded():
+    """Forks share pages, but each has a table: one announcement made 2 GB of a worker with 256 MB of KV."""
+    kv = store(20_000)
+    kv.update([Open(1, 0, (0, 1), 0, 1 << 20)], [row(1, 0, 160_000)])
+    forks = [Fork(handle, 1, 160_000) for handle in range(2, 1000)]
+    for _ in range(3):  # a refusal does not count
+        with pytest.raises(PoolExhausted, match="is one too many: 760 others count"):
+            kv.update(forks, [])
+    kv.update(forks[:700], [])
+    kv.update([Close(handle) for handle in range(1, 702)], [])
+    assert kv.free_pages == 20_000
+    assert kv._tables == 0
+
+
 def test_a_refused_update_changes_nothing():
     kv = store(6)
-    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 20)])
     before = kv.part(1).table.copy()
     with pytest.raises(PoolExhausted, match="needed"):
-        kv.update([Fork(2, 1, 10), Open(3, (0, 1), 0, 1000)], [row(1, 4, 100), row(3, 0, 1)])
+        kv.update([Fork(2, 1, 10), Open(3, 0, (0, 1), 0, 1000)], [row(1, 4, 100), row(3, 0, 1)])
     assert (kv.part(1).table == before).all()
     assert kv.part(1).held == 20
     with pytest.raises(KVError, match="no part has handle 2"):
@@ -68,7 +92,7 @@ def test_a_refused_update_changes_nothing():
 
 def test_a_shared_page_is_copied_before_it_is_written():
     kv = store(100)
-    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 20)])
     reservation = kv.update([Fork(2, 1, 18)], [row(2, 18, 1)])
     assert sorted(reservation.copies_from) == sorted(kv.part(1).table[0, :, 1])
     assert sorted(reservation.copies_to) == sorted(kv.part(2).table[0, :, 1])
@@ -90,7 +114,7 @@ def test_a_shared_page_is_copied_before_it_is_written():
 )
 def test_impossible_rows_are_refused(rows, message):
     kv = store(100)
-    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 20)])
     with pytest.raises(KVError, match=message):
         kv.update([], rows)
     kv.check_integrity()
@@ -98,12 +122,12 @@ def test_impossible_rows_are_refused(rows, message):
 
 @pytest.mark.parametrize(
     "operation",
-    [Open(1, (0,), 0, 9), Open(2, (0, 0), 0, 9), Open(2, (2,), 0, 9), Open(2, (), 0, 9), Open(2, (0,), 9, 9),
-     Fork(2, 1, 21), Fork(2, 7, 0), Fork(1, 1, 4), Close(4)],
+    [Open(1, 0, (0,), 0, 9), Open(2, 0, (0, 0), 0, 9), Open(2, 0, (2,), 0, 9), Open(2, 0, (), 0, 9),
+     Open(2, 0, (0,), 9, 9), Fork(2, 1, 21), Fork(2, 7, 0), Fork(1, 1, 4), Close(4)],
 )  # fmt: skip
 def test_impossible_operations_are_refused(operation):
     kv = store(100)
-    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 20)])
     with pytest.raises(KVError):
         kv.update([operation], [])
     kv.check_integrity()
@@ -111,7 +135,7 @@ def test_impossible_operations_are_refused(operation):
 
 def test_pages_behind_a_window_are_freed_and_raise_the_floor():
     kv = store(1000, (None, WINDOW))
-    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 64)])
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 64)])
     free = kv.free_pages
     reservation = kv.update([], [row(1, 64, 1)])
     freed = (64 - WINDOW + 1) // SIZE
@@ -125,7 +149,7 @@ def test_pages_behind_a_window_are_freed_and_raise_the_floor():
 
 def test_a_part_of_a_range_stores_only_its_own_positions():
     kv = store(100)
-    kv.update([Open(1, (1,), 24, 56)], [row(1, 0, 30)])
+    kv.update([Open(1, 0, (1,), 24, 56)], [row(1, 0, 30)])
     assert kv.part(1).held == 30
     assert kv.slots(row(1, 0, 30)).shape == (1, 6, 1)
     kv.update([], [row(1, 30, 40)])
@@ -138,7 +162,7 @@ def test_a_part_of_a_range_stores_only_its_own_positions():
 )
 def test_a_fork_of_a_range_takes_what_lies_in_it(length, held):
     kv = store(100)
-    kv.update([Open(1, (0, 1), 24, 56)], [row(1, 0, 80)])
+    kv.update([Open(1, 0, (0, 1), 24, 56)], [row(1, 0, 80)])
     kv.update([Fork(2, 1, length)], [])
     kv.check_integrity()
     assert kv.part(2).held == held
@@ -152,7 +176,7 @@ def test_a_fork_of_a_range_takes_what_lies_in_it(length, held):
 @pytest.mark.parametrize("length", [-1, 41, 56, 80])
 def test_a_fork_of_a_range_beyond_what_is_held_is_refused(length):
     kv = store(100)
-    kv.update([Open(7, (0, 1), 24, 56)], [row(7, 0, 40)])
+    kv.update([Open(7, 0, (0, 1), 24, 56)], [row(7, 0, 40)])
     with pytest.raises(KVError, match=f"cannot fork part 7 at {length},"):
         kv.update([Fork(8, 7, length)], [])
     kv.check_integrity()
@@ -161,7 +185,7 @@ def test_a_fork_of_a_range_beyond_what_is_held_is_refused(length):
 @pytest.mark.parametrize(("length", "allowed"), [(16, True), (17, False), (82, False), (83, True), (91, True)])
 def test_a_fork_of_a_range_has_every_key_that_its_windows_see(length, allowed):
     kv = store(100, (WINDOW,))
-    kv.update([Open(1, (0, 1), 16, 56)], [row(1, 0, 90)])
+    kv.update([Open(1, 0, (0, 1), 16, 56)], [row(1, 0, 90)])
     floor = kv.update([], [row(1, 90, 1)]).floors[0]
     kv.check_integrity()
     assert floor == 83  # the window has left the whole range, whose last page ends at 64
@@ -180,11 +204,11 @@ def snapshot(kv):
 
 def test_an_interrupted_update_changes_nothing():
     def operations():
-        yield from (Fork(2, 1, 10), Close(1), Open(3, (0, 1), 0, 1000))
+        yield from (Fork(2, 1, 10), Close(1), Open(3, 0, (0, 1), 0, 1000))
         raise KeyboardInterrupt
 
     kv = store(100)
-    kv.update([Open(1, (0, 1), 0, 1000)], [row(1, 0, 20)])
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 20)])
     before = snapshot(kv)
     with pytest.raises(KeyboardInterrupt):
         kv.update(operations(), [])
@@ -207,7 +231,7 @@ def test_an_update_that_fails_while_it_reserves_changes_nothing(failing):
 
     kv = store(100, (None, WINDOW), Failing)
     kv.calls = -3
-    kv.update([Open(n, (0, 1), 0, 1000) for n in (1, 2, 3)], [row(1, 0, 50), row(2, 0, 17), row(3, 0, 16)])
+    kv.update([Open(n, 0, (0, 1), 0, 1000) for n in (1, 2, 3)], [row(1, 0, 50), row(2, 0, 17), row(3, 0, 16)])
     kv.update([Fork(4, 1, 41)], [])
     before = snapshot(kv)
     with pytest.raises(MemoryError):
@@ -239,7 +263,7 @@ class Pool(RuleBasedStateMachine):
     @rule(target=parts)
     def open(self):
         handle = self.handle()
-        self.kv.update([Open(handle, (0, 1), 0, 500)], [])
+        self.kv.update([Open(handle, 0, (0, 1), 0, 500)], [])
         self.held[handle], self.floors[handle] = [], 0
         return handle
 

@@ -50,7 +50,7 @@ def numbers(seed: int, n: int, dtype: torch.dtype = torch.float32, d: int = D) -
 def opened() -> list[Any]:
     """Messages that store the parts' first tokens."""
     rows = tuple(Row(handle, 0, n, None, True) for handle, n in LENGTHS.items())
-    announcement = Announcement(1, 1, 0, tuple(Open(handle, (0, 1), 0, 100) for handle in LENGTHS), rows)
+    announcement = Announcement(1, 1, 0, tuple(Open(handle, 0, (0, 1), 0, 100) for handle in LENGTHS), rows)
     n = 2 * sum(LENGTHS.values())
     return [announcement, *(Fresh(1, 1, layer, numbers(layer, n), numbers(9 + layer, n)) for layer in (0, 1))]
 
@@ -357,7 +357,7 @@ def test_layers_are_answered_without_python(delay: float, monkeypatch: pytest.Mo
 
 def many_batches(talk: Talk) -> None:
     parts = range(10, 50)
-    opens = tuple(Open(part, (0, 1), 0, 16) for part in parts)
+    opens = tuple(Open(part, 0, (0, 1), 0, 16) for part in parts)
     talk.say(Announcement(1, 2, 2, opens, ()))
     for number, part in enumerate(parts, 3):
         talk.say(Announcement(1, number, 42, (), (Row(part, 0, 1, (0, 1), True),)))
@@ -445,7 +445,7 @@ def test_any_bytes_harm_nobody_else(shared: list[Any], told: list[tuple[int, byt
         talk.lines.append(line)
         line.tell(frame(Survey(epoch - 1, 1, 0)))
         surveyed = line.hear()
-        opens = tuple(Open(part, (0, 1), 0, 16) for part in parts)
+        opens = tuple(Open(part, 0, (0, 1), 0, 16) for part in parts)
         closes = tuple(Close(part.handle) for part in surveyed.parts)
         rows = tuple(Row(part, 0, 1, (0, 1), True) for part in parts)
         line.tell(frame(Announcement(epoch, 1, surveyed.next_operation, (*closes, *opens), rows)))

@@ -20,6 +20,7 @@ from transports import pair
 
 from lamina_protocols import codec, control
 from lamina_protocols.channels import ChannelClosed
+from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import (
     MAX_PARTS,
     Announced,
@@ -30,7 +31,6 @@ from lamina_protocols.messages import (
     Fetch,
     Fork,
     Fresh,
-    HolderConfig,
     Open,
     PartHeld,
     Query,
@@ -88,7 +88,7 @@ class Sender:
 
     def announce(self, count: int, reads: bool = True) -> Announced:
         self.batch += 1
-        opens = () if self.length else (Open(self.handle, (0, 1), 0, 1000),)
+        opens = () if self.length else (Open(self.handle, 0, (0, 1), 0, 1000),)
         row = Row(self.handle, self.length, count, (0, self.length) if self.length and reads else None, True)
         reply = self.both(Announcement(self.epoch, self.batch, self.first, opens, (row,)))
         self.first += len(opens)
@@ -184,7 +184,7 @@ def test_what_had_no_answer_is_told_where_its_batch_goes_on_or_where_its_keys_ar
     with running() as (_, address), connected(address, engine=ENGINE) as one, connected(address, engine=ENGINE) as two:
         for handle, batch in ((1, 1), (2, 2)):
             one.send(
-                Announcement(1, batch, handle - 1, (Open(handle, (0, 1), 0, 99),), (Row(handle, 0, 1, None, True),))
+                Announcement(1, batch, handle - 1, (Open(handle, 0, (0, 1), 0, 99),), (Row(handle, 0, 1, None, True),))
             )
             assert isinstance(one.receive(10), Announced)
         two.send(Fresh(1, 2, 0, wrong, torch.zeros(1, 32)))
@@ -221,7 +221,7 @@ def test_kv_outlives_a_vanished_engine_and_the_next_goes_on_where_it_was(way):
             assert again.resumed
             found = survey(again, 10)
             assert (found.last_epoch, found.next_operation, found.more) == (1, 1, 0)
-            assert found.parts == (PartHeld(1, (0, 1), 0, 1000, 21, 0),)
+            assert found.parts == (PartHeld(1, 0, (0, 1), 0, 1000, 21, 0),)
             assert server.status().lingering == 0
             sender.port, sender.epoch = again, found.last_epoch + 1
             for _ in range(3):
@@ -297,6 +297,7 @@ def test_a_seat_lives_while_one_channel_does():
         one, two = (open_port(address, **ASKED, engine=ENGINE) for _ in range(2))
         sender = Sender(one, 9)
         sender.step(3)
+        until(lambda: one.status().bytes_in == one.bytes_sent)
         one.close()
         until(lambda: server.status().channels == 1)
         sender.port = two
@@ -413,7 +414,7 @@ def test_who_does_not_read_its_answers_holds_up_nobody_else(way):
     ):
         rows = 2000  # whose answer has 1.5 MB
         for batch, row in ((1, Row(1, 0, 1, None, True)), (2, Row(1, 1, rows, (0, 1), False))):
-            opens = (Open(1, (0, 1), 0, 9),) if batch == 1 else ()
+            opens = (Open(1, 0, (0, 1), 0, 9),) if batch == 1 else ()
             assert isinstance(_announced(deaf, Announcement(1, batch, batch - 1, opens, (row,))), Announced)
             if batch == 1:
                 for layer in range(2):
@@ -532,7 +533,7 @@ def test_a_survey_of_nothing():
 
 def test_a_survey_tells_all_parts_in_pages():
     port = local()
-    opens = tuple(Open(handle, (handle % 2,), handle, handle + 9) for handle in range(3 * MAX_PARTS // 2, 0, -1))
+    opens = tuple(Open(handle, 0, (handle % 2,), handle, handle + 9) for handle in range(3 * MAX_PARTS // 2, 0, -1))
     assert isinstance(_announced(port, Announcement(4, 1, 0, opens, ())), Announced)
     port.send(Survey(0, 1))
     first = port.receive()
@@ -541,7 +542,7 @@ def test_a_survey_tells_all_parts_in_pages():
     codec.decode(bytearray(b"".join(codec.encode(first))))
     found = survey(port)
     assert [part.handle for part in found.parts] == list(range(1, 3 * MAX_PARTS // 2 + 1))
-    assert found.parts[6] == PartHeld(7, (1,), 7, 16, 7, 0)
+    assert found.parts[6] == PartHeld(7, 0, (1,), 7, 16, 7, 0)
     assert (found.last_epoch, found.next_operation, found.more) == (4, len(opens), 0)
 
 
@@ -564,7 +565,7 @@ def test_a_survey_drops_what_is_in_flight_and_forks_hold_no_more_than_was_stored
 def test_a_floor_is_told_where_a_window_let_pages_go():
     narrow = tuple(dataclasses.replace(layer, window=7) for layer in LAYERS)
     port = LocalAttention(AttentionWorker(HolderConfig(narrow, 16, "float32", KV_MEMORY)))
-    port.send(Announcement(1, 1, 0, (Open(1, (0, 1), 0, 99),), (Row(1, 0, 64, None, True),)))
+    port.send(Announcement(1, 1, 0, (Open(1, 0, (0, 1), 0, 99),), (Row(1, 0, 64, None, True),)))
     port.receive()
     for layer in range(2):
         port.send(Fresh(1, 1, layer, torch.zeros(128, 16), torch.zeros(128, 32)))
@@ -581,7 +582,7 @@ def test_a_survey_that_fails_says_so():
 
     class Odd(LocalAttention):
         def receive(self, timeout: float | None = None) -> Any:
-            return Announced(0, 1, True, 1, ())
+            return Announced(0, 1, True, (1,), ())
 
     worker = AttentionWorker(HolderConfig(LAYERS, 16, "float32", KV_MEMORY))
     with pytest.raises(HolderFault, match="out of order"):

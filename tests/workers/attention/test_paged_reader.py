@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, merge
-from lamina_protocols.messages import Close, Fork, HolderConfig, LayerSpec, Open, Operation, Row
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages import Close, Fork, Open, Operation, Row
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
@@ -84,7 +85,7 @@ class Rig:
 
     def part(self, handle: int, tokens: int, heads: tuple[int, ...] = ALL, lo: int = 0, of: int | None = None) -> None:
         """A part of `tokens` positions from `lo` on; of the sequence that part `of` has whole, where one is given."""
-        self.tell(Open(handle, heads, lo, 1 << 20), rows=[Row(handle, lo, tokens, None, store=True)], of=of)
+        self.tell(Open(handle, 0, heads, lo, 1 << 20), rows=[Row(handle, lo, tokens, None, store=True)], of=of)
 
     def attend(self, rows: Sequence[Row]) -> list[list[Partial]]:
         """By layer and row: what its vectors get. Every layer has queries of its own, kept as `q`, `[layers, n, d]`."""

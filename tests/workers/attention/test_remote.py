@@ -54,7 +54,7 @@ def test_no_reply_in_time_means_lost_for_good(way):
         began = time.monotonic()
         with pytest.raises(HolderLost, match=r"attention worker a at .* is lost: no reply within 0.2 seconds"):
             port.receive(0.2)
-        assert 0.2 <= time.monotonic() - began < 1.5
+        assert 0.2 <= time.monotonic() - began < 4
         assert port.closed
         assert port.ready()
         for call in (lambda: port.receive(), lambda: port.send(ANNOUNCEMENT)):
@@ -164,7 +164,7 @@ def test_a_worker_that_does_not_read_is_lost_in_time(way):
 def test_a_reply_that_nobody_asked_for_means_lost():
     """Replies without a question were sorted in for ever: they held the engine's thread, and its memory grew."""
     with scripted() as (_, port, far):
-        far.send(codec.encode(Announced(1, 1, True, 1, ())))
+        far.send(codec.encode(Announced(1, 1, True, (1,), ())))
         with pytest.raises(HolderLost, match="sent a Announced that nobody has asked for"):
             port.receive(5)
 

@@ -110,6 +110,14 @@ def test_queries_in_what_was_let_go_are_refused() -> None:
         RowBuilder(SIZE).add(asked, [razor], {razor: (1, 3)})
 
 
+def test_a_list_says_where_another_layers_window_has_freed_a_page() -> None:
+    table = np.array([[[5, 6, 7]], [[-1, -1, 8]]], np.int32)
+    builder = RowBuilder(SIZE)
+    builder.add(Asked(0, 11, 1, GROUP, 0, 12, 0, table), [parse("sharded(block=4, local=1, stride=2)")])
+    (found,) = builder.rows().tables
+    assert found.tolist() == [[[20, 21, 22, 23, 28, 29, 30, 31]], [[-1, -1, -1, -1, 32, 33, 34, 35]]]
+
+
 def test_runs_are_of_equal_policies() -> None:
     a, b = parse("full"), parse("streaming")
     assert list(runs([a, a, None, b, b, a])) == [

@@ -9,6 +9,7 @@ import torch
 import transformers
 from dense_attention import DenseAttention
 from engine_rig import DEVICE
+from reference_models import Tensors, check_against, load, reference
 from safetensors.torch import load_file
 
 from lamina_kernels.dense import repacks
@@ -19,19 +20,7 @@ from lamina_workers.errors import ModelFileError
 # Newer transformers would rather have it called `cache`, older ones know only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
 
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-    "initializer_range": 0.2,
-}
+GEMMA = {"head_dim": 24, "sliding_window": 9, "query_pre_attn_scalar": 20, "tie_word_embeddings": True}
 FAMILIES = {
     "llama mha": ("llama", {"num_key_value_heads": 4}),
     "llama mqa tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
@@ -76,6 +65,118 @@ FAMILIES = {
         {"head_dim": 24, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
         | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 10},
     ),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "phi3 fused maps": ("phi3", {"sliding_window": 9}),
+    "phi4 mini": ("phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True} | {"head_dim": 16}),
+    "granite": (
+        "granite",
+        {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 5.0},
+    ),
+    "ernie4_5 interleaved": ("ernie4_5", {"head_dim": 24, "use_bias": True}),
+    "seed_oss": ("seed_oss", {"head_dim": 24, "attention_bias": True, "mlp_bias": True}),
+    "hunyuan": ("hunyuan_v1_dense", {"head_dim": 24}),
+    "hunyuan with another base": (
+        "hunyuan_v1_dense",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "alpha": 50.0}},
+    ),
+    "glm4": ("glm4", {"head_dim": 24}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"num_hidden_layers": 4, "sliding_window": 9}),
+    "cohere2": ("cohere2", {"num_hidden_layers": 4, "sliding_window": 9, "logit_scale": 0.7}),
+}
+FAMILIES |= {
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56}
+        | {"mlp_only_layers": [1]},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 24, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 9, "swiglu_limit": 0.6}
+        | {"num_hidden_layers": 4},
+    ),
+    "gpt_oss without windows": (
+        "gpt_oss",
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 3, "swiglu_alpha": 0.7}
+        | {"num_attention_heads": 6, "hidden_size": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 12, "v_head_dim": 20}
+LATENT |= {"qk_rope_head_dim": 16}
+EXPERTS = LATENT | {"n_routed_experts": 8, "moe_intermediate_size": 40, "num_experts_per_tok": 3, "n_group": 4}
+EXPERTS |= {"topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 500.0}
+FAMILIES |= {
+    "deepseek_v2": ("deepseek_v2", EXPERTS | {"topk_method": "group_limited_greedy", "n_shared_experts": 2}),
+    "deepseek_v2 lite": (
+        "deepseek_v2",
+        EXPERTS
+        | {"q_lora_rank": None, "n_group": None, "topk_group": None, "num_attention_heads": 3, "hidden_size": 60}
+        | {"num_key_value_heads": 3, "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        EXPERTS | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.3}, "max_position_embeddings": 64},
+    ),
+    "deepseek_v3 in halves": (
+        "deepseek_v3",
+        EXPERTS | {"q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False, "first_k_dense_replace": 0},
+    ),
+    "minicpm3": ("minicpm3", LATENT | {"scale_emb": 3.0, "scale_depth": 0.9, "dim_model_base": 40}),
+    "minicpm3 longrope": (
+        "minicpm3",
+        LATENT
+        | {"v_head_dim": None, "tie_word_embeddings": False}
+        | {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0 + i / 8 for i in range(8)],
+                "long_factor": [2.0 + i for i in range(8)],
+                "original_max_position_embeddings": 44,
+            }
+        },
+    ),
+}
+INDEX = EXPERTS | {
+    "index_topk": 9,
+    "index_n_heads": 24,
+    "index_head_dim": 32,
+}  # of few heads, scores of 0 would be alike
+FAMILIES |= {
+    "deepseek_v32": ("deepseek_v32", INDEX | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.3}}),
+    "glm_moe_dsa": ("glm_moe_dsa", INDEX | {"index_head_dim": 16}),
+}
+M3 = {
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "intermediate_size": 40,
+    "dense_intermediate_size": 96,
+    "shared_intermediate_size": 48,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "swiglu_limit": 0.6,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_block_size": 8,
+    "index_topk_blocks": 2,
+    "layer_types": ["minimax_m3_sparse"] * 3,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}
+FAMILIES |= {
+    "minimax_m3": ("minimax_m3_vl_text", M3),
+    "minimax_m3 with full layers": (
+        "minimax_m3_vl_text",
+        M3 | {"layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"], "index_block_size": 5},
+    ),
+    "minimax_m3 without local blocks": (
+        "minimax_m3_vl_text",
+        M3 | {"index_local_blocks": 0, "num_attention_heads": 6, "rope_parameters": {"rope_theta": 1e4}},
+    ),
 }
 # Trained for 32 positions; the test's sequences are longer.
 ROPES = {
@@ -89,6 +190,12 @@ ROPES = {
         "original_max_position_embeddings": 16,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "longrope, longer than before while decoding": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+        "original_max_position_embeddings": 44,
+    },
     "yarn with mscale": {
         "rope_type": "yarn",
         "factor": 4.0,
@@ -106,62 +213,6 @@ ROPES = {
         "truncate": False,
     },
 }
-PROMPT, DECODED = 41, 6
-
-
-class Tensors(dict[str, torch.Tensor]):
-    """A checkpoint in memory. Remembers what was released."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        super().__init__(tensors)
-        self.released: list[str] = []
-
-    def names(self) -> list[str]:
-        return list(self)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self[name].shape)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self[name]
-
-    def release(self, name: str) -> None:
-        self.released.append(name)
-
-
-def reference(kind: str, options: dict[str, object]) -> transformers.PreTrainedModel:
-    """A random model of `kind` in float32. Norms and biases are random too, so that ignoring one shows."""
-    torch.manual_seed(3)
-    config = transformers.AutoConfig.for_model(kind, **{**COMMON, **options})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "bias")):
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
-
-
-def load(model: transformers.PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    model.save_pretrained(folder)
-    tensors = Tensors(load_file(folder / "model.safetensors"))
-    return Decoder.load(ModelConfig.from_folder(folder), tensors, dtype, DEVICE)
-
-
-def check_against(model: transformers.PreTrainedModel, decoder: Decoder) -> None:
-    """The same logits for the prompt at once, in chunks, and for tokens decoded after it."""
-    tokens = torch.randint(3, 97, (PROMPT + DECODED,), generator=torch.Generator().manual_seed(5)).tolist()
-    with torch.inference_mode():
-        prefill = model(torch.tensor([tokens[:PROMPT]]), use_cache=True)
-        expected = [prefill.logits[0]]
-        cache = prefill.past_key_values
-        for at in range(PROMPT, len(tokens)):
-            step = model(torch.tensor([tokens[at : at + 1]]), past_key_values=cache, use_cache=True)
-            expected.append(step.logits[0])
-        for chunks in ([PROMPT], [1, 7, PROMPT - 8]):
-            sequence = DenseAttention(decoder, PROMPT)
-            counts = [*chunks, *[1] * DECODED]
-            found = [sequence.run(tokens[sequence.length : sequence.length + count]) for count in counts]
-            torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,7 +313,7 @@ def test_refuses_to_go_on_without_attention(tiny: Tiny) -> None:
     forward = Decoder.load(tiny[1], tiny[2], torch.float32).forward(batch(5))
     next(forward)
     next(forward)
-    with pytest.raises(ValueError, match="layer 0 needs the attention output"):
+    with pytest.raises(ValueError, match="layer 0 needs the output"):
         next(forward)
 
 
@@ -283,6 +334,9 @@ def test_bfloat16_stays_near_float32(tiny: Tiny) -> None:
         ("llama", {"num_attention_heads": 6, "hidden_size": 96, "attention_bias": True, "mlp_bias": True}),
         ("llama", {"vocab_size": 100}),
         ("qwen3", {"head_dim": 32, "vocab_size": 100}),
+        ("gemma3_text", {"head_dim": 32, "sliding_window": 3, "tie_word_embeddings": True}),
+        ("gemma2", {"head_dim": 32, "final_logit_softcapping": 3.0, "vocab_size": 100}),
+        ("glm4", {"head_dim": 32}),
         ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True}),
     ],
 )

@@ -12,7 +12,8 @@ from lamina_workers.decoder.rope import ROPE_TYPES, RopeConfig, Rotary, inverse_
 
 def config(kind: str, **fields: float) -> RopeConfig:
     defaults = {"theta": 1e4, "positions": 64, "original": 64, "factor": 4.0}
-    return RopeConfig(kind, **{**defaults, **fields})  # type: ignore[arg-type]
+    factors = {"short_factor": (1.0,) * 8, "long_factor": (2.0,) * 8} if kind == "longrope" else {}
+    return RopeConfig(kind, **{**defaults, **factors, **fields})  # type: ignore[arg-type]
 
 
 @given(
@@ -46,7 +47,7 @@ def test_cos_and_sin_are_those_of_the_angle(kind: str) -> None:
     cos, sin = rotary(positions, positions + 1)
     assert cos.shape == sin.shape == (4, 8)
     assert cos.dtype == sin.dtype == torch.float32
-    radius = 1.5 if kind == "yarn" else 1.0
+    radius = 1.5 if kind in ("yarn", "longrope") else 1.0
     torch.testing.assert_close(cos**2 + sin**2, torch.full((4, 8), radius**2))
     torch.testing.assert_close(cos[0], torch.full((8,), radius))
 

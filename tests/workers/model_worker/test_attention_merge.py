@@ -109,12 +109,13 @@ CUTS = (
 )
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("query_first", [False, True])
 @pytest.mark.parametrize("cut", CUTS)
 def test_it_is_dense_attention_however_kv_is_cut(
-    cut: Callable[[Sequence[Span]], list[list[Route]]], query_first: bool
+    cut: Callable[[Sequence[Span]], list[list[Route]]], query_first: bool, sinks: bool
 ) -> None:
-    model = Model(SPANS)
+    model = Model(SPANS, sinks=sinks)
     holders = [Holder(model, routes) for routes in cut(SPANS)]
     run = run_of(AttentionMerge(CONFIG), model, holders, query_first=query_first)
     torch.testing.assert_close(result(run), model.dense(), atol=2e-5, rtol=1e-5)
@@ -139,7 +140,7 @@ def test_holders_in_this_process_are_asked_last() -> None:
 
 def test_a_batch_without_a_past_asks_nothing() -> None:
     spans = (Span(0, 4), Span(0, 1))
-    model = Model(spans)
+    model = Model(spans, sinks=True)
     holder = Holder(model, one_holder(spans)[0])
     torch.testing.assert_close(result(run_of(AttentionMerge(CONFIG), model, [holder])), model.dense())
     assert {type(request) for request in holder.sent} == {Fresh}

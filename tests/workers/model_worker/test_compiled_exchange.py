@@ -52,7 +52,7 @@ class Pair:
     def __init__(
         self, transport: str, bend: Callable[[Attended], Sequence[Any]], layer: int = 0, patience: float = 20.0
     ):
-        self.model = Model(SPANS)
+        self.model = Model(SPANS, sinks=True)
         self.routes = by_heads(SPANS)
         self.merge = AttentionMerge(CONFIG, patience=patience)
         self._bend, self._layer = bend, layer
@@ -128,7 +128,7 @@ HARMLESS: dict[str, Callable[[Bent], list[Any]]] = {
     "cut in the header": lambda x: [x.bytes[:63], 0.03, x.bytes[63:]],
     "cut behind the header": lambda x: [x.bytes[:64], 0.03, x.bytes[64:]],
     "cut in the tensors": lambda x: [x.bytes[:200], 0.03, x.bytes[200:-1], 0.03, x.bytes[-1:]],
-    "behind another batch's": lambda x: [frame(Announced(EPOCH, OTHER, True, 3, (0,) * 3)), x.bytes],
+    "behind another batch's": lambda x: [frame(Announced(EPOCH, OTHER, True, (3,), (0,) * 3)), x.bytes],
     "behind an unknown batch's": lambda x: [x.but(batch=77), x.bytes],
     "behind an old epoch's": lambda x: [x.but(epoch=OLD), x.bytes],
     "behind another batch's fault": lambda x: [frame(Fault(EPOCH, 77, "long ago")), x.bytes],
@@ -177,7 +177,7 @@ FATAL: dict[str, Callable[[Bent], list[Any]]] = {
     "a fault": lambda x: [frame(Fault(EPOCH, BATCH, "no such part"))],
     "a farewell": lambda x: [frame(Fault(*FAREWELL, "it is over"))],
     "a request": lambda x: [frame(Fresh(EPOCH, BATCH, 0, torch.zeros(3, D), torch.zeros(3, D)))],
-    "an announcement's answer": lambda x: [frame(Announced(EPOCH, BATCH, True, 3, (0,) * 3))],
+    "an announcement's answer": lambda x: [frame(Announced(EPOCH, BATCH, True, (3,), (0,) * 3))],
 }
 
 
@@ -421,7 +421,7 @@ def test_a_worker_that_dies_between_two_layers_is_lost_in_time(way: str, blow: s
         port = connect(address, "b", CONFIG, "float32", asked.model, SeatOptions())
         replies = Replies(port)
         replies.expect(1, 1)
-        port.send(Announcement(1, 1, 0, (Open(0, (0, 1), 0, 100),), (Row(0, 0, 1, (0, 1), True),)))
+        port.send(Announcement(1, 1, 0, (Open(0, 0, (0, 1), 0, 100),), (Row(0, 0, 1, (0, 1), True),)))
         assert replies.take(Announced, 1).accepted
 
         began = time.monotonic()
@@ -467,10 +467,9 @@ def test_large_frames_through_little_room_do_not_wait_for_each_other(way: str, t
             replies.expect(1, batch)
             rows = [route(i, span, (0, 1), (0, 1)) for i, span in enumerate(spans)]
             moved = [
-                dataclasses.replace(each, row=dataclasses.replace(each.row, handle=1000 * batch + each.source))
-                for each in rows
+                each._replace(row=dataclasses.replace(each.row, handle=1000 * batch + each.source)) for each in rows
             ]
-            opens = tuple(Open(each.row.handle, (0, 1), 0, 16) for each in moved)
+            opens = tuple(Open(each.row.handle, 0, (0, 1), 0, 16) for each in moved)
             port.send(Announcement(1, batch, 400 * (batch - 1), opens, tuple(each.row for each in moved)))
             assert replies.take(Announced, batch, None, 30.0).accepted
             runs.append((batch, merge.run(model.forward(), 1, batch, model.spans, {replies: moved}, True)))
@@ -560,7 +559,7 @@ def _decode(history: Model, starts: Sequence[int], steps: int, transport: str, h
 def _prompt(replies: Replies, history: Model, starts: Sequence[int], heads: Sequence[int]) -> None:
     """Store what comes before the first step."""
     replies.expect(1, 1)
-    opens = tuple(Open(i, tuple(heads), 0, 200) for i in range(len(starts)))
+    opens = tuple(Open(i, 0, tuple(heads), 0, 200) for i in range(len(starts)))
     rows = tuple(Row(i, 0, start, None, True) for i, start in enumerate(starts) if start)
     replies.port.send(Announcement(1, 1, 0, opens, rows))
     assert replies.take(Announced, 1, None, 30.0).accepted

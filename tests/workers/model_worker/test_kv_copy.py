@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from engine_rig import BytesPort
+from kv_pools import pool_of
 
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages import (
     Announced,
     Announcement,
@@ -20,8 +22,6 @@ from lamina_protocols.messages import (
     FetchPages,
     Fresh,
     FreshPages,
-    HolderConfig,
-    LayerSpec,
     Open,
     Row,
     Survey,
@@ -53,7 +53,7 @@ class Holders:
         self.fill(100)
 
     def share(self, number: int, handle: int, lo: int, hi: int, heads=(0, 1), begins=None, opens=True, read=None):
-        opened = (Open(handle, heads, lo if begins is None else begins, 1000),) * opens
+        opened = (Open(handle, 0, heads, lo if begins is None else begins, 1000),) * opens
         share = HolderBatch(
             self._first[number],
             opened,
@@ -192,7 +192,7 @@ def test_pages_of_a_wrong_size_are_refused(decoder):
     holders = Holders(decoder)
     size = page_bytes(holders.config)
     wrong = torch.zeros(41, size, dtype=torch.uint8)
-    holders.workers[0]._fetching.fetch_pages = lambda request: FetchedPages(
+    pool_of(holders.workers[0])._fetching.fetch_pages = lambda request: FetchedPages(
         request.epoch, request.batch, request.layer, wrong
     )
     with pytest.raises(HolderFault, match=rf"pages \[42, {size}\] were due, got \(torch.uint8, \(41, {size}\)\)"):
@@ -205,23 +205,23 @@ def test_a_holder_refuses_pages_that_it_cannot_have(decoder):
     size = page_bytes(holders.config)
     pages = torch.zeros(2 * 3 * 2, size, dtype=torch.uint8)
     rows = (Row(2, 0, 20, None, True),)
-    reply = worker.handle(Announcement(1, 90, 0, (Open(2, (0, 1), 0, 1000),), rows))
+    reply = worker.handle(Announcement(1, 90, 0, (Open(2, 0, (0, 1), 0, 1000),), rows))
     assert isinstance(reply, Announced)
     assert reply.accepted
     for content in (pages[1:], pages[:, 8:], pages.view(torch.int8)):
         with pytest.raises(ProtocolError, match="fresh pages of batch 90: pages must be uint8"):
-            worker.handle(FreshPages(1, 90, 0, 3, content))
+            worker.handle(FreshPages(1, 90, 0, 0, 3, content))
     for first, count in ((0, 4), (3, 1), (1, 0), (-1, 2)):
         with pytest.raises(ProtocolError, match="there are 3"):
-            worker.handle(FreshPages(1, 90, first, count, pages))
+            worker.handle(FreshPages(1, 90, 0, first, count, pages))
         with pytest.raises(ProtocolError, match="there are 3"):
             worker.handle(FetchPages(1, 90, first, count, 2, 0, 0))
     with pytest.raises(ProtocolError, match="batch 91 of epoch 1 is not in flight"):
-        worker.handle(FreshPages(1, 91, 0, 3, pages))
-    worker.handle(FreshPages(1, 90, 0, 2, pages[:8]))
+        worker.handle(FreshPages(1, 91, 0, 0, 3, pages))
+    worker.handle(FreshPages(1, 90, 0, 0, 2, pages[:8]))
     with pytest.raises(KVError, match=r"it holds \[0, 0\)"):  # a layer has not come
         worker.handle(FetchPages(1, 90, 0, 1, 2, 0, 20))
-    worker.handle(FreshPages(1, 90, 2, 1, pages[:4]))
+    worker.handle(FreshPages(1, 90, 0, 2, 1, pages[:4]))
     with pytest.raises(KVError, match="number 3 of its page"):
         worker.handle(FetchPages(1, 90, 0, 1, 2, 3, 20))
     with pytest.raises(KVError, match=r"it holds \[0, 20\)"):
@@ -234,8 +234,8 @@ def test_a_holder_refuses_pages_that_it_cannot_have(decoder):
 def test_a_row_inside_a_page_takes_no_pages(decoder):
     worker = Holders(decoder).workers[1]
     rows = (Row(2, 4, 20, None, True),)
-    worker.handle(Announcement(1, 90, 0, (Open(2, (0, 1), 0, 1000),), (Row(2, 0, 4, None, True),)))
-    worker.handle(FreshPages(1, 90, 0, 3, torch.zeros(6, page_bytes(worker.config), dtype=torch.uint8)))
+    worker.handle(Announcement(1, 90, 0, (Open(2, 0, (0, 1), 0, 1000),), (Row(2, 0, 4, None, True),)))
+    worker.handle(FreshPages(1, 90, 0, 0, 3, torch.zeros(6, page_bytes(worker.config), dtype=torch.uint8)))
     worker.handle(Announcement(1, 91, 1, (), rows))
     with pytest.raises(KVError, match="number 4 of its page"):
-        worker.handle(FreshPages(1, 91, 0, 1, torch.zeros(4, page_bytes(worker.config), dtype=torch.uint8)))
+        worker.handle(FreshPages(1, 91, 0, 0, 1, torch.zeros(4, page_bytes(worker.config), dtype=torch.uint8)))

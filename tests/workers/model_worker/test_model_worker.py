@@ -10,7 +10,8 @@ import pytest
 import torch
 from dense_holders import CONFIG, Holder, Model, route
 
-from lamina_protocols.messages import Announced, Announcement, Fault, Open, Query, Reply
+from lamina_kernels.states.layout import StateConstants
+from lamina_protocols.messages import Announced, Announcement, Constants, Fault, Open, Query, Reply
 from lamina_protocols.routes import HolderBatch, Span
 from lamina_workers.decoder.model import Batch, Forward
 from lamina_workers.decoder.sampler import RowSampling
@@ -20,18 +21,22 @@ from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.waiting import result
 
 SPAN = Span(5, 1)
-WORK = BatchWork((SPAN,), [3], [6], (0,), (RowSampling(),))
+WORK = BatchWork((SPAN,), (6,), [3], (0,), (RowSampling(),))
 
 
 class FakeDecoder:
     """Its logits are the attention output of the last layer."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(rope=SimpleNamespace(kind="default"))
+    config = SimpleNamespace(rope=SimpleNamespace(by_length=False))
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, constants: dict[int, StateConstants]) -> None:
         self._model = model
+        self._constants = constants
         self.batches: list[Batch] = []
+
+    def state_constants(self) -> dict[int, StateConstants]:
+        return self._constants
 
     def forward(self, batch: Batch, *, query_first: bool) -> Forward:
         self.batches.append(batch)
@@ -46,14 +51,15 @@ class FakeDecoder:
 class Rig:
     """A model worker and two holders, each with one KV head of one sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, constants: dict[int, StateConstants] | None = None) -> None:
         self.model = Model([SPAN])
         self.routes = [route(0, SPAN, [head], (0, SPAN.start)) for head in (0, 1)]
         self.holders = [Holder(self.model, [own], name) for own, name in zip(self.routes, "ab", strict=True)]
-        self.decoder = FakeDecoder(self.model)
+        self.decoder = FakeDecoder(self.model, constants or {})
         self.worker = ModelWorker(cast(Any, self.decoder), CONFIG, dict(enumerate(cast(Any, self.holders))))
         self.shares = {
-            number: HolderBatch(number, (Open(0, (number,), 0, 9),), (own,)) for number, own in enumerate(self.routes)
+            number: HolderBatch(number, (Open(0, 0, (number,), 0, 9),), (own,))
+            for number, own in enumerate(self.routes)
         }
 
     def expected(self) -> int:
@@ -64,7 +70,7 @@ class Rig:
 
 
 def refusal(reply: Announced) -> Reply:
-    return Announced(reply.epoch, reply.batch, False, 0, (), "no pages")
+    return Announced(reply.epoch, reply.batch, False, (0,), (), "no pages")
 
 
 def fault(reply: Announced) -> Reply:
@@ -125,14 +131,14 @@ def test_a_batch_that_failed_can_be_announced_and_run_again() -> None:
     ("bend", "message", "lost"),
     [
         (fault, "b: keys are gone", False),
-        (lambda reply: Announced(reply.epoch, reply.batch, True, 9, ()), "b: floors and usages", True),
-        (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(-1,)), "can start at", True),
+        (lambda reply: Announced(reply.epoch, reply.batch, True, (9,), ()), "b: floors and usages", True),
+        (lambda reply: Announced(reply.epoch, reply.batch, False, (9,), (), starts=(-1,)), "can start at", True),
         (
-            lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(SPAN.start + 1,)),
+            lambda reply: Announced(reply.epoch, reply.batch, False, (9,), (), starts=(SPAN.start + 1,)),
             "can start at",
             True,
         ),
-        (lambda reply: Announced(reply.epoch, reply.batch, False, 9, (), starts=(0,) * 9), "can start at", True),
+        (lambda reply: Announced(reply.epoch, reply.batch, False, (9,), (), starts=(0,) * 9), "can start at", True),
     ],
     ids=["a fault", "an answer without floors", "below zero", "above its start", "of other rows"],
 )
@@ -201,6 +207,19 @@ def test_a_holder_joins_and_leaves() -> None:
     rig.worker.leave(2)
     assert port.closed
     assert sorted(rig.worker.links()) == [0, 1]
+
+
+def test_holders_are_told_the_constants_of_layers_with_states() -> None:
+    """Those that are there at first, and one that joins; what a layer does not have is empty."""
+    rig = Rig({1: StateConstants(2, 1, 0.5, torch.randn(64, 4)), 3: StateConstants(2, 2, 0.5, skip=torch.ones(2))})
+    late = Holder(rig.model, rig.routes[:1], "c")
+    rig.worker.join(2, cast(Any, late))
+    for holder in (*rig.holders, late):
+        told = [request for request in holder.sent if isinstance(request, Constants)]
+        assert [(each.layer, *map(len, (each.conv, each.bias, each.skip))) for each in told] == [
+            (1, 64, 0, 0),
+            (3, 0, 0, 2),
+        ]
 
 
 def test_no_other_rank_can_return() -> None:

@@ -194,7 +194,7 @@ PORTS: dict[str, Callable[[FakeDevice], Callable[[AttentionWorker], AttentionPor
 SHARDS = {
     "fused": {},
     "heads": {"shard": "heads", "weights": (1, 1)},
-    "ranges, prompts local": {"shard": "sequence", "weights": (1, 2), "prefill_pool": 500},
+    "ranges, prompts local": {"shard": "sequence", "weights": (1, 2), "local_pool": 500},
 }
 
 

@@ -24,6 +24,7 @@ from lamina_protocols import messages as m
 from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import MAX_HEADER
+from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_protocols.routes import HolderBatch, Route, Span
 from lamina_protocols.socket_connections import connect_unix
 from lamina_workers.decoder.sampler import RowSampling
@@ -35,20 +36,18 @@ from lamina_workers.parallel import peer_codec, peer_messages
 from lamina_workers.parallel.peer_worker import PeerWorker
 from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
 
-HOLDER = m.HolderConfig((m.LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)
+HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)
 BEGIN = peer_messages.Begin(
     1, 2, "/a/folder", "abc", "", "float32", "cpu", "cpu", False, 1, HOLDER, 10.0, "ab" * 16, 60.0, True, "grpc",
     10.0, 3,
 )  # fmt: skip
 SHARE = HolderBatch(
     7,
-    (m.Open(1, (0, 1), 0, 512), m.Fork(2, 1, 33), m.Close(1)),
+    (m.Open(1, 0, (0, 1), 0, 512), m.Fork(2, 1, 33), m.Close(1)),
     (Route(0, (0, 1), m.Row(2, 33, 4, (0, 33), True), (33, 37)), Route(1, (1,), m.Row(3, 0, 1, None, True), (0, 0))),
 )
-ANNOUNCED = m.Announced(2, 5, True, 90, (0, 3), usages=(m.Usage(1, 2, 0.5, 3, 0.1, 4, 5),))
-WORK = BatchWork(
-    (Span(33, 4), Span(0, 1)), (5, 6, 7, 8, 2**40), (37, 37, 37, 37, 1), (3, 4), (RowSampling(), RowSampling())
-)
+ANNOUNCED = m.Announced(2, 5, True, (90,), (0, 3), usages=(m.Usage(1, 2, 0.5, 3, 0.1, 4, 5),))
+WORK = BatchWork((Span(33, 4), Span(0, 1)), (37, 1), (5, 6, 7, 8, 2**40), (3, 4), (RowSampling(), RowSampling()))
 MESSAGES: list[Any] = [
     peer_messages.Hello("model-1", 3, "1.2"),
     peer_messages.Progress("loading", 1, 20),
@@ -57,7 +56,7 @@ MESSAGES: list[Any] = [
     peer_messages.Joined(4, 1 << 30, True),
     peer_messages.Answers(5, {4: ANNOUNCED, 6: dataclasses.replace(ANNOUNCED, accepted=False, reason="no room")}),
     peer_messages.Copied(5, False),
-    peer_messages.SeatSurveyed(4, m.Surveyed(0, 1, 9, 12, (m.PartHeld(3, (0,), 0, 512, 77, 16),))),
+    peer_messages.SeatSurveyed(4, m.Surveyed(0, 1, 9, 12, (m.PartHeld(3, 0, (0,), 0, 512, 77, 16),))),
     peer_messages.LeftGroup(),
     peer_messages.JoinedGroup(3, "nobody came"),
     peer_messages.BatchFailed(5, "it is gone", (4, 6), True),
@@ -66,7 +65,7 @@ MESSAGES: list[Any] = [
     peer_messages.Leave(4),
     peer_messages.Announce(5, True, {4: SHARE, 6: HolderBatch(0, (), ())}),
     peer_messages.Drop(5),
-    peer_messages.Copy(5, (Move(*range(len(Move._fields) - 1), True),), {4: SHARE}),
+    peer_messages.Copy(5, (Move(*range(len(Move._fields) - 2), True, 1),), {4: SHARE}),
     peer_messages.BeginEpoch(8),
     peer_messages.SurveySeat(4),
     peer_messages.LeaveGroup(),
@@ -85,38 +84,33 @@ def test_message_comes_back_as_it_was(message: Any) -> None:
 
 
 def test_work_comes_back_without_its_sampling() -> None:
-    command = peer_codec.decode(frame(peer_codec.execute(5, WORK, wanted=True, suspends=False)))
+    command = peer_codec.decode(frame(peer_codec.execute(5, WORK)))
     assert isinstance(command, peer_messages.Execute)
-    assert (command.batch, command.wanted, command.suspends) == (5, True, False)
-    back = peer_codec.work_of(command)
-    assert (back.spans, list(back.token_ids), list(back.rope_lengths)) == (
-        WORK.spans, list(WORK.token_ids), list(WORK.rope_lengths),
-    )  # fmt: skip
-    assert (back.sampled, back.sampling) == (WORK.sampled, ())
+    assert command.batch == 5
+    assert peer_codec.work_of(command) == dataclasses.replace(WORK, sampling=())
 
 
 def test_logits_come_back_to_the_bit() -> None:
     logits = torch.randn(3, 101)
-    back = peer_codec.decode(frame(peer_messages.Executed(5, logits)))
-    assert isinstance(back, peer_messages.Executed)
+    back = peer_codec.decode(frame(peer_messages.Chosen(5, 0.5, 0.25, (7,), logits)))
+    assert isinstance(back, peer_messages.Chosen)
     assert torch.equal(back.logits, logits)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"spans": (33, 0, 4)},
-        {"spans": (33, 0, 4, 2)},
-        {"token_ids": torch.zeros(4, 8, dtype=torch.int8)},
-        {"token_ids": torch.zeros(5, 4, dtype=torch.int8)},
-        {"token_ids": torch.zeros(5, 8)},
-        {"sampled": torch.full((1, 8), -1, dtype=torch.int8)},
-        {"sampled": torch.tensor([5]).view(torch.int8).view(1, 8)},
+        {"spans": (Span(33, 4),)},
+        {"spans": (Span(33, 4), Span(0, 2))},
+        {"prompts": (37,)},
+        {"token_ids": (5, 6, 7, 8)},
+        {"sampled": (-1,)},
+        {"sampled": (5,)},
     ],
     ids=str,
 )
 def test_work_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
-    command = dataclasses.replace(peer_codec.execute(5, WORK, True, False), **change)
+    command = dataclasses.replace(peer_codec.execute(5, WORK), **change)
     with pytest.raises(ProtocolError):
         peer_codec.work_of(typing.cast(peer_messages.Execute, peer_codec.decode(frame(command))))
 

@@ -28,7 +28,8 @@ from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Close, Exchange, HolderConfig, Row
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Close, Exchange, Row
 from lamina_protocols.routes import HolderBatch, Route, Span
 from lamina_protocols.socket_connections import connect_unix
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
@@ -131,7 +132,7 @@ def test_tokens_are_chosen_where_the_logits_are_unless_more_is_wanted() -> None:
 
 
 def test_commands_of_slices_cross_as_they_are() -> None:
-    work = BatchWork((Span(4, 2), Span(9, 1)), [5, 6, 7], [6, 6, 12], (1, 2), (RowSampling(), RowSampling()))
+    work = BatchWork((Span(4, 2), Span(9, 1)), (6, 12), (5, 6, 7), (1, 2), (RowSampling(), RowSampling()))
     shares = {3: replace(share((9, (0, 9), True)), operations=(Close(7),)), 4: HolderBatch(2, (Close(8),), ())}
     command = peer_codec.start_batch(8, work, shares, (0,), suspends=True)
     told = crossed(command)
@@ -266,13 +267,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Rotating:
     """A rig whose dense layers are computed by `replicas` replicas in threads, its attention by servers."""
 
-    def __init__(self, stack: contextlib.ExitStack, model: Path, replicas: int, count: int, **options: Any) -> None:
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        model: Path,
+        replicas: int,
+        count: int,
+        overrides: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         self.servers: list[AttentionServer] = []
         self.peers: list[Peer] = []
         self._stack, self._model = stack, model
         self._channels: list[Any] = []
         self.rig = Rig(
-            tiny_decoder(),
+            tiny_decoder(**overrides or {}),
             weights=(1,) * count,
             port=self._served,
             around=lambda own, ports: self._around(own, ports, replicas),
@@ -299,7 +308,7 @@ class Rotating:
         return port
 
     def _around(self, own: ModelWorker, ports: dict[int, AttentionPort], replicas: int) -> PipelineReplicas:
-        self.holder = HolderConfig(own._merge._layers, 16, "float32", 1)
+        self.holder = HolderConfig(own._merge._config.layers, 16, "float32", 1)
         self.peers = [self.replica(rank, self.holder) for rank in range(1, replicas)]
         workers = PipelineReplicas(own, self.peers, here=(0,), config=self.holder)
         for number, port in ports.items():
@@ -362,6 +371,18 @@ def test_one_text(model, expected, replicas, lanes, count, shard, fuses):
     check_one_text(model, expected, replicas, lanes, count, shard, fuses)
 
 
+def test_sinks_are_counted_once_wherever_a_batch_goes_on(tmp_path: Path) -> None:
+    sinks = {"architectures": ["GptOssForCausalLM"], "num_local_experts": 3, "num_experts_per_tok": 2}
+    model, alone = write_tiny_model(tmp_path, **sinks), Rig(tiny_decoder(**sinks))
+    expected = alone.generate(PROMPTS, max_tokens=12)
+    alone.close()
+    with contextlib.ExitStack() as stack:
+        rotating = Rotating(stack, model, 2, 2, sinks, lanes=2, shard="sequence", max_batch_tokens=32)
+        until(rotating.all_connected)
+        assert rotating.rig.generate(PROMPTS, max_tokens=12) == expected
+        assert set(rotating.workers.slices) == {0, 1}
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_q_goes_first_but_not_in_a_replicas_last_slice(model, expected, replicas, monkeypatch):
     """Its store must be answered before the next batch is announced over another channel."""
@@ -380,7 +401,7 @@ def test_q_goes_first_but_not_in_a_replicas_last_slice(model, expected, replicas
     monkeypatch.setattr(LayerExchange, "begin", begun)
     monkeypatch.setattr(LayerExchange, "ask", asked)
     with contextlib.ExitStack() as stack:
-        rotating = Rotating(stack, model, replicas, 1, fuses=False, prefill_pool=200)
+        rotating = Rotating(stack, model, replicas, 1, fuses=False, local_pool=200)
         until(rotating.all_connected)
         (prompt, *_), sampling = PROMPTS, SAMPLINGS["greedy"]
         assert rotating.rig.generate([prompt], **sampling) == expected["greedy"][:1]
@@ -407,7 +428,7 @@ def test_one_text_in_every_way(model, expected, replicas, lanes, count, shard):
 def check_one_text(model, expected, replicas, lanes, count, shard, fuses=True):
     with contextlib.ExitStack() as stack:
         rotating = Rotating(
-            stack, model, replicas, count, lanes=lanes, shard=shard, fuses=fuses, max_batch_tokens=32, prefill_pool=200
+            stack, model, replicas, count, lanes=lanes, shard=shard, fuses=fuses, max_batch_tokens=32, local_pool=200
         )
         until(rotating.all_connected)
         for name, sampling in SAMPLINGS.items():
@@ -501,7 +522,8 @@ def test_a_fault_at_a_replica_runs_the_batch_again(model, expected, monkeypatch)
             return handle(self, request)
 
         monkeypatch.setattr(AttentionWorker, "handle", fails)
-        monkeypatch.setattr(AttentionWorker, "layer_work", lambda self, batch: None)  # so that each layer is handled
+        # so that each layer is handled
+        monkeypatch.setattr(AttentionWorker, "layer_work", lambda self, batch, pool: None)
         assert rotating.rig.generate(PROMPTS, max_tokens=12) == expected["greedy"]
         assert max(left) < 0
         assert rotating.rig.engine._stats.failed_batches == 3

@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 
 from lamina_workers.decoder.collective import Alone
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.decoder_weights import tensor_shapes
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.shard import WHOLE, Shard, local, rank_shape, with_ranks
+from lamina_workers.decoder.weight_names import tensor_shapes
 from lamina_workers.errors import RankLost, RanksError
 from lamina_workers.parallel.collectives import Meeting, join
 from lamina_workers.parallel.rank_sockets import MOST_BYTES, Lines
@@ -57,6 +57,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 40,
         "mlp_only_layers": [1],
     },
+    "gemma2": {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 9},
+    "gemma3 with one KV head": {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 9, "num_key_value_heads": 1},
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5},
+    "granite": {"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.3, "attention_multiplier": 0.2},
+    "ernie4_5": {"architectures": ["Ernie4_5ForCausalLM"], "use_bias": True},
+    "seed_oss": {"architectures": ["SeedOssForCausalLM"]},
+    "hunyuan": {"architectures": ["HunYuanDenseV1ForCausalLM"]},
+    "glm4": {"architectures": ["Glm4ForCausalLM"]},
+    "cohere2": {"architectures": ["Cohere2ForCausalLM"], "sliding_window": 9},
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 50,
+    },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "sliding_window": 9,
+    },
+    "gpt_oss with one KV head": {
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 1,
+    },
+    "llama with narrow values": {"v_head_dim": 10, "attention_bias": True},
 }
 
 
@@ -133,7 +162,8 @@ def check_reads(root: Path, ranks: int, read: list[dict[str, int]]) -> None:
             continue  # a copied head is read by each that has it
         expected = 0
         for tensor, shape in tensor_shapes(config).items():
-            everywhere = tensor.endswith(("norm.weight", ".mlp.gate.weight", "block_sparse_moe.gate.weight"))
+            everywhere = tensor.endswith(("norm.weight", ".gate.weight", "_expert_gate.weight"))
+            everywhere |= ".mlp.router." in tensor
             if tensor == "model.embed_tokens.weight" and not config.tie_word_embeddings:
                 continue
             expected += math.prod(shape) * 4 * (ranks if everywhere else 1)

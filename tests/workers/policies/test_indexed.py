@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bench.index_baselines import ScanSegment
+from kv_pools import pool_of
 from policy_bench import GROUP, HEADS, KV_HEADS, LAYERS, PAGE, Bench, D
 
 from lamina_protocols.messages import Attended, Fresh, Query, Row
@@ -44,7 +45,7 @@ def _no_thread_is_left() -> object:
 
 
 def chooser(bench: Bench) -> Indexed:
-    (found,) = bench.worker._reader._choosers._choosers.values()
+    (found,) = pool_of(bench.worker).reader._choosers._choosers.values()
     assert isinstance(found, Indexed)
     return found
 

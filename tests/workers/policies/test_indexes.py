@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lamina_workers.errors import KernelsUnavailable, KVError
 from lamina_workers.indexes import faiss_host
-from lamina_workers.indexes.graph_index import GraphConfig, build_graph
+from lamina_workers.indexes.graph_index import build_graph
 from lamina_workers.indexes.graph_links import connect, link, reachable
 from lamina_workers.indexes.ivf_index import build_ivf
 from lamina_workers.indexes.key_index import Found, KeyIndex, Segment, ascending, merge
@@ -77,7 +77,7 @@ def segment(kind: str, keys: np.ndarray, lo: int) -> Segment:
     if kind == "ivf":
         return build_ivf(keys, lo, effort=8)
     queries = np.random.default_rng(9).standard_normal((64, keys.shape[1])).astype(np.float32)
-    return build_graph(keys, queries, lo, GraphConfig(listed=32, slots=16))
+    return build_graph(keys, queries, lo, listed=32, slots=16)
 
 
 KINDS = ("scan", "ivf", "graph")
@@ -158,7 +158,7 @@ class TestGraph:
         keys, ask = world(3000)
         sample = QuerySample(GROUP, D, capacity=1024, stride=1)
         sample.offer(0, ask(1024, 3))
-        built = build_graph(keys, sample.queries, 0, GraphConfig(listed=64))
+        built = build_graph(keys, sample.queries, 0, listed=64)
         plain = plain_graph(keys, 16)
         q = ask(40, 4)
         truth = [exact(keys, x, TOP) for x in q]
@@ -176,13 +176,13 @@ class TestGraph:
 
     def test_counts_what_it_computed(self, faiss: None) -> None:
         keys, ask = world(2000)
-        built = build_graph(keys, ask(200, 1).reshape(-1, D), 0, GraphConfig(listed=50))
+        built = build_graph(keys, ask(200, 1).reshape(-1, D), 0, listed=50)
         little, much = (built.search(ask(1, 2)[0], 10, effort).distances for effort in (10, 200))
         assert 0 < little < much <= GROUP * len(keys) + GROUP
 
     def test_every_key_can_be_found_when_no_query_asks_for_most(self, faiss: None) -> None:
         keys, ask = world(1500)
-        built = build_graph(keys, ask(1, 1).reshape(-1, D), 0, GraphConfig(listed=8, slots=4))
+        built = build_graph(keys, ask(1, 1).reshape(-1, D), 0, listed=8, slots=4)
         assert built.linked < len(keys)
         found = built.search(ask(1, 2)[0], len(keys))
         np.testing.assert_array_equal(found.positions, np.tile(np.arange(len(keys)), (GROUP, 1)))
@@ -199,34 +199,12 @@ class TestGraph:
         with pytest.raises(ValueError, match=r"allowed is float32 \[m, 32\]"):
             build_graph(keys, queries[:, :16])
 
-    @pytest.mark.parametrize("storage", faiss_host.STORAGES)
-    def test_keeps_keys_in_any_storage(self, faiss: None, storage: faiss_host.Storage) -> None:
-        keys, ask = world(1000)
-        built = build_graph(keys, ask(200, 1).reshape(-1, D), 0, GraphConfig(listed=64, storage=storage))
-        q = ask(20, 2)
-        assert recall([built.search(x, 20, 100) for x in q], [exact(keys, x, 20) for x in q]) > 0.9
-
-    def test_float16_keeps_no_key_that_it_cannot_hold(self, faiss: None) -> None:
-        keys = np.full((8, 16), 7e4, np.float32)
-        build_graph(keys, keys)
-        with pytest.raises(ValueError, match="allowed are -65504 to 65504"):
-            build_graph(keys, keys, config=GraphConfig(storage="float16"))
-        with pytest.raises(ValueError, match="allowed are -65504 to 65504"):
-            build_ivf(keys, storage="float16")
-
     def test_holds_at_the_largest_numbers(self, faiss: None) -> None:
         keys, ask = world(300)
         largest = keys * np.float32(9e14 / np.abs(keys).max())
         queries = ask(20, 1).reshape(-1, D)
         q = queries[:GROUP] * np.float32(9e14 / np.abs(queries).max())
         check(build_graph(largest, queries * np.float32(1e12)).search(q, 300), GROUP, 300, 0, 300)
-
-    @pytest.mark.parametrize(
-        "wrong", [{"listed": 1}, {"slots": 2}, {"slots": 33}, {"storage": "int4"}, {"effort": 0}, {"slots": 514}]
-    )
-    def test_config_names_what_is_allowed(self, wrong: dict[str, object]) -> None:
-        with pytest.raises(ValueError, match="allowed are"):
-            GraphConfig(**wrong)
 
 
 class TestLinks:
@@ -295,9 +273,8 @@ class TestKeyIndex:
     def test_is_searched_by_several_threads_while_a_segment_is_built(self, faiss: None) -> None:
         keys, ask = world(3000)
         queries, asked = ask(300, 1).reshape(-1, D), ask(8, 2)
-        config = GraphConfig(listed=64)
         index = KeyIndex()
-        index.add(build_graph(keys[:1500], queries, 0, config))
+        index.add(build_graph(keys[:1500], queries, 0, listed=64))
         alone = [index.search(x, 20).positions for x in asked]
         searching, built = threading.Event(), threading.Event()
         wrong: list[str] = []
@@ -321,7 +298,7 @@ class TestKeyIndex:
             thread.start()
         try:
             assert searching.wait(60)
-            index.add(build_graph(keys[1500:], queries, 1500, config))
+            index.add(build_graph(keys[1500:], queries, 1500, listed=64))
         finally:
             built.set()
             for thread in threads:

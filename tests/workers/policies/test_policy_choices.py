@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kv_pools import pool_of
 from policy_bench import (
     GROUP,
     HEADS,
@@ -88,10 +89,10 @@ def test_heavy_hitter_keeps_what_was_heavy_for_long() -> None:
     near = peaked(bench, handle, LONG, near=(17,))
     near["k"][:, 30 * PAGE : 31 * PAGE] += towards(1)
     bench.prefill(handle, LONG, **near)
-    chooser = next(iter(bench.worker._reader._choosers._choosers.values()))
+    chooser = next(iter(pool_of(bench.worker).reader._choosers._choosers.values()))
 
     def chosen() -> list[int]:
-        return chooser._counts[handle][1, 2].entries.tolist()
+        return chooser._scans[handle][1, 2].entries.tolist()
 
     for _ in range(6):
         bench.step(handle, q=towards(0).expand(LAYERS, 1, HEADS, D))
@@ -103,7 +104,7 @@ def test_heavy_hitter_keeps_what_was_heavy_for_long() -> None:
         bench.step(handle, q=towards(1).expand(LAYERS, 1, HEADS, D))
     assert chosen() == [0, 30]
     bench.close(handle)
-    assert not chooser._counts
+    assert not chooser._scans
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -146,7 +147,7 @@ def test_a_refused_batch_has_let_go_of_nothing() -> None:
     rows = (Row(handle, 300, 1, (0, 301), True, True), Row(other, 20, 100_000, None, True))
     reply = bench.worker.handle(Announcement(1, 1000, 2, (), rows))
     assert isinstance(reply, Announced)
-    assert (reply.accepted, reply.free_pages) == (False, free)
+    assert (reply.accepted, reply.free_pages) == (False, (free,))
     bench.worker.store.check_integrity()
     bench._batch = 1000
     close(bench.step(handle)[:, None], razor_dense(bench, handle, kept_of_razor(300)))
@@ -210,7 +211,7 @@ def test_the_missed_mass_is_as_estimated(shape: str) -> None:
     if shape == "peaked":
         given = peaked(bench, handle, LONG, near=(17, 30, 52))
     bench.prefill(handle, LONG, **given)
-    choosers = bench.worker._reader._choosers._choosers
+    choosers = pool_of(bench.worker).reader._choosers._choosers
     listener = _Listener(choosers[parse(TIGHT["retrieval"])])
     choosers[parse(TIGHT["retrieval"])] = listener
     bench.step(handle, q=bench.random(1, HEADS) * (1.0 if shape == "random" else 0.2) + towards(0, 1.0))

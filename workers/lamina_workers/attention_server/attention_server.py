@@ -24,9 +24,11 @@ from queue import Empty, SimpleQueue
 from lamina_protocols import control
 from lamina_protocols.channels import SECRET_SIZE, Credentials, is_loopback, split_address
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.frames import MAX_FRAME
+from lamina_protocols.frames import MAX_FRAME, Arriving
 from lamina_protocols.grpc_core import grpc
+from lamina_protocols.layers import LATENT, STATES, LayerSpec
 from lamina_protocols.messages import PROTOCOL_VERSION
+from lamina_protocols.pools import pool_shape
 from lamina_protocols.service import MAX_MESSAGE, GrpcChannel
 from lamina_protocols.service_server import (
     TokenInterceptor,
@@ -50,6 +52,9 @@ _MAX_CALLS = MAX_SESSIONS + 32
 _MAX_LINGER = 86_400.0  # seconds
 _MAX_SHARES = 1 << 16
 _MAX_LAYERS, _MAX_HEADS, _MAX_WIDTH = 1 << 12, 1 << 10, 1 << 14  # a worker takes time and memory for each of them
+_MAX_POOLS = 64  # shapes of layers: each has an arena and tables of its own
+_MAX_CONV = 64  # wide
+_MAX_CHOSEN = 1 << 16  # blocks of an index, and keys of a block
 _ENGINE_ID = re.compile(r"[0-9a-f]{16,64}")
 _MAX_PATH = 96  # bytes of a Unix socket's folder; every system allows 104 for the path
 
@@ -111,6 +116,7 @@ class AttentionServer:
         config.check()
         self.config = config
         device = find("device", config.device, prefer_gpu=False)
+        self._arriving = Arriving(2 * config.max_frame)
         self._clock = clock
         self._started_at = clock()
         self._over: SimpleQueue[Session | None] = SimpleQueue()  # sessions whose channels are to be closed
@@ -139,7 +145,7 @@ class AttentionServer:
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
         server.add_generic_rpc_handlers(
-            (handlers(self, config.max_message, config.max_frame), health_handlers(self)),
+            (handlers(self, config.max_message, config.max_frame, self._arriving), health_handlers(self)),
         )
         try:
             port = self._bind(server)
@@ -257,15 +263,17 @@ class AttentionServer:
             raise ProtocolError(f"a seat's share is {hello.share!r:.80}, allowed: (part, of), 1 to {_MAX_SHARES}")
         if not 0 <= hello.linger <= _MAX_LINGER:
             raise ProtocolError(f"linger of {hello.linger:g} seconds, allowed: 0 to {_MAX_LINGER:g}")
+        if hello.sequence_tokens < 1:
+            raise ProtocolError(f"sequences of {hello.sequence_tokens} tokens, allowed: 1 or more")
+        if not 16 <= len(hello.session) <= 64:
+            raise ProtocolError(f"a session id of {len(hello.session)} characters, allowed: 16 to 64")
+        if not 0 < len(hello.layers) <= _MAX_LAYERS:
+            raise ProtocolError(f"{len(hello.layers)} layers, allowed: 1 to {_MAX_LAYERS}")
         for spec in hello.layers:
-            wide = 0 < spec.d_k <= _MAX_WIDTH and 0 < spec.d_v <= _MAX_WIDTH
-            if not wide or not 0 < spec.kv_heads <= spec.heads <= _MAX_HEADS or spec.kv_layer >= _MAX_LAYERS:
-                raise ProtocolError(
-                    f"layer {spec.kv_layer} of {spec.heads} heads, {spec.kv_heads} of K and V, {spec.d_k} and "
-                    f"{spec.d_v} wide; allowed: below {_MAX_LAYERS}, up to {_MAX_HEADS} heads, up to {_MAX_WIDTH} wide"
-                )
-        if not hello.layers or not 16 <= len(hello.session) <= 64:
-            raise ProtocolError(f"{len(hello.layers)} layers and a session id of {len(hello.session)} characters")
+            _check_layer(spec)
+        shapes = len({pool_shape(spec) for spec in hello.layers})
+        if shapes > _MAX_POOLS:
+            raise ProtocolError(f"layers of {shapes} shapes, allowed: up to {_MAX_POOLS}, each with a pool of pages")
 
     # The server's own threads.
 
@@ -299,7 +307,12 @@ class AttentionServer:
             except (ssl.SSLError, ValueError) as error:
                 raise ServerError(f"the certificate or its key cannot be used: {error}") from error
         self._tcp = Listener(
-            listen_tcp(config.host, config.data_port), self._admit, self._deliver("tcp"), tls, config.max_frame
+            listen_tcp(config.host, config.data_port),
+            self._admit,
+            self._deliver("tcp"),
+            tls,
+            config.max_frame,
+            self._arriving,
         )
 
     def _open_local(self, session: Session) -> str:
@@ -313,7 +326,9 @@ class AttentionServer:
         except OSError as error:
             logger.warning("no local channel: %s", error)
             return ""
-        listener = Listener(listening, session.admits, self._deliver("local"), None, self.config.max_frame)
+        listener = Listener(
+            listening, session.admits, self._deliver("local"), None, self.config.max_frame, self._arriving
+        )
         with self._lock:
             self._locals[session.id] = (listener, folder)
         if session.ended:
@@ -334,7 +349,8 @@ class AttentionServer:
             self._tcp.close()
 
     def _admit(self, secret: bytes) -> bool:
-        return self._leases.opened_by(secret) is not None
+        session = self._leases.opened_by(secret)
+        return session is not None and session.admits(secret)
 
     def _deliver(self, kind: str) -> Callable[[SocketChannel, bytes], None]:
         def deliver(channel: SocketChannel, secret: bytes) -> None:
@@ -349,3 +365,36 @@ class AttentionServer:
                 self._close_local(session)
 
         return deliver
+
+
+def _check_layer(spec: LayerSpec) -> None:
+    """Raise ProtocolError for a layer of which a worker could not even reckon what it takes."""
+    wide = 0 < spec.d_k <= _MAX_WIDTH and 0 < spec.d_v <= (spec.d_k if spec.kind == LATENT else _MAX_WIDTH)
+    if not wide or not 0 < spec.kv_heads <= spec.heads <= _MAX_HEADS or spec.kv_layer >= _MAX_LAYERS:
+        raise ProtocolError(
+            f"layer {spec.kv_layer} of {spec.heads} heads, {spec.kv_heads} of K and V, {spec.d_k} and "
+            f"{spec.d_v} wide; allowed: below {_MAX_LAYERS}, up to {_MAX_HEADS} heads, up to {_MAX_WIDTH} wide"
+        )
+    if spec.key_heads > spec.kv_heads or spec.conv > _MAX_CONV or len(spec.decays) not in (0, spec.kv_heads):
+        raise ProtocolError(
+            f"layer {spec.kv_layer} of {spec.key_heads} key heads, a convolution {spec.conv} wide and "
+            f"{len(spec.decays)} decays; allowed: up to {spec.kv_heads} heads, up to {_MAX_CONV} wide, a decay a head"
+        )
+    state, attention = (spec.key_heads, spec.conv, len(spec.decays)), (spec.window, spec.soft_cap, spec.index)
+    if any(part is not None for part in attention) if spec.kind in STATES else any(state):
+        raise ProtocolError(
+            f"layer {spec.kv_layer} of kind {spec.kind!r:.80} has what only another kind has; allowed: a window, a "
+            "soft cap and an index of attention; key heads, a convolution and decays of a state"
+        )
+    if (index := spec.index) is None:
+        return
+    sizes = (index.width, _MAX_WIDTH), (index.heads, _MAX_HEADS), (index.block, _MAX_CHOSEN), (index.top, _MAX_CHOSEN)
+    if not all(0 < size <= most for size, most in sizes) or index.local > index.top:
+        raise ProtocolError(
+            f"layer {spec.kv_layer} with {index}; allowed: up to {_MAX_WIDTH} wide, {_MAX_HEADS} heads, {_MAX_CHOSEN} "
+            "blocks of as many keys"
+        )
+    if spec.window is not None:
+        raise ProtocolError(
+            f"layer {spec.kv_layer} has an index and a window of {spec.window}; allowed: attention that sees all keys"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import select
+from bisect import bisect_left
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,7 @@ from lamina_kernels.cpu.layer_work import LayerWork, functions
 from lamina_kernels.cpu.serve_loop import answer_kernel, serve_kernel
 from lamina_protocols.channels import Channel
 from lamina_protocols.layer_frames import frames_between, set_batch, set_layer
+from lamina_protocols.layers import LayerSpec
 from lamina_protocols.tensors import dtype_name
 from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, direct_channel, enabled
 
@@ -25,19 +27,22 @@ _NOTHING = memoryview(b"")
 
 
 class ServedBatch:
-    """The frames of one offered batch after another, all of the same `work`, which takes vectors of `d_k` and `d_v`
-    numbers in its dtypes. `done(layers, seconds)` counts what was done of the batch `number`."""
+    """The frames of one offered batch after another, all of the same `work`, in the layers of one pool, whose vectors
+    are as wide as `spec` says. `done(number, layers, seconds)` counts what was done of the batch `number`, by numbers
+    within the pool."""
 
-    def __init__(self, work: LayerWork, d_k: int, d_v: int, done: Callable[[int, range, float], None]) -> None:
+    def __init__(self, work: LayerWork, spec: LayerSpec, done: Callable[[int, range, float], None]) -> None:
         block = blocks.Served()
         self.work = work
         self.epoch = self.number = 0
         self._done = done
         self._counted = 0
         self._scratch = np.zeros(2, np.int64)
+        self._following = np.zeros(work.layers[-1] + 1, np.int64)
+        self._following[list(work.layers)] = (*work.layers[1:], len(self._following))
         reads, stores = work.queries > 0, work.fresh > 0
         names = dtype_name(work.query), dtype_name(work.loaded)
-        asked, answer = frames_between(work.queries, work.fresh, d_k, d_v, *names)
+        asked, answer = frames_between(work.queries, work.fresh, spec, *names)
         self.frame, self.reply, self._head = Buffer(asked.size), Buffer(answer.size), Buffer(blocks.HEAD)
         self._head.bytes[:] = memoryview(asked.head(0))
         self.reply.bytes[: blocks.HEAD] = memoryview(answer.head(0))
@@ -45,7 +50,8 @@ class ServedBatch:
             setattr(block, field, self.frame.address + place.at)
         for field in ("out", "lse"):
             setattr(block, field, self.reply.address + answer.places()[field].at)
-        block.layers, block.head = work.layers, self._head.address
+        block.layers, block.following = len(self._following), self._following.ctypes.data
+        block.head = self._head.address
         block.frame, block.size = self.frame.address, asked.size
         block.work, block.attends, block.stores = work.address, int(reads), int(stores)
         block.reply, block.reply_size = self.reply.address, answer.size if reads else 0
@@ -59,7 +65,8 @@ class ServedBatch:
         for head in (self._head.bytes, self.reply.bytes):
             set_batch(head, epoch, number)
         block = self._block
-        block.live, block.layer, block.arrived, block.claimed, block.by, block.nanoseconds = 1, 0, 0, 0, 0, 0
+        block.live, block.layer = 1, self.work.layers[0]
+        block.arrived = block.claimed = block.by = block.nanoseconds = 0
 
     @property
     def live(self) -> bool:
@@ -69,9 +76,10 @@ class ServedBatch:
     def count(self) -> None:
         """Tell the worker which layers were done since the last time."""
         block = self._block
-        if block.layer > self._counted:
-            self._done(self.number, range(self._counted, block.layer), block.nanoseconds * 1e-9)
-            self._counted, block.nanoseconds = block.layer, 0
+        done = bisect_left(self.work.layers, block.layer)
+        if done > self._counted:
+            self._done(self.number, range(self._counted, done), block.nanoseconds * 1e-9)
+            self._counted, block.nanoseconds = done, 0
 
     def takes(self, frame: memoryview) -> bool:
         """Take the frame of the layer that is due, which Python has received. Whether it was that."""
@@ -102,9 +110,13 @@ class ServedBatch:
 
     def passed(self, layer: int) -> bool:
         """Python has done this layer. Whether the rest may still be done here."""
-        if layer != self._block.layer or layer + 1 == self._block.layers:
+        block = self._block
+        if layer not in self.work.layers:
+            return True
+        if layer != block.layer or layer + 1 == block.layers:
             return False
-        self._block.layer = self._counted = layer + 1
+        block.layer = int(self._following[layer])
+        self._counted = bisect_left(self.work.layers, block.layer)
         return True
 
 

@@ -96,9 +96,9 @@ class Leases:
         return self._sessions.get(id_)
 
     def opened_by(self, secret: bytes) -> Session | None:
-        """The session that waits for a channel with that secret."""
+        """The session of that secret, if it lives."""
         with self._lock:
-            return next((session for session in self._sessions.values() if session.admits(secret)), None)
+            return next((session for session in self._sessions.values() if session.knows(secret)), None)
 
     def live(self) -> bool:
         """Whether there is a session."""
@@ -162,8 +162,8 @@ class Leases:
             traffic = Traffic()
             for some in (self._traffic, *(x.traffic for x in seats), *(x.traffic for x in sessions)):
                 traffic.add(some)
-            stores = [seat.worker.store for seat in seats if seat.worker is not None]
-            parts = [part for store in stores for part in store.parts().values()]
+            pools = [pool for seat in seats if (worker := seat.worker) is not None for pool in worker.pools]
+            parts = [part for pool in pools for part in pool.parts().values()]
             now = self._clock()
             return control.WorkerStatus(
                 name=self._name,
@@ -183,8 +183,8 @@ class Leases:
                 heads=tuple(sorted({head for part in parts for head in part.heads})),
                 lo=min((part.lo for part in parts), default=0),
                 hi=max((part.held for part in parts), default=0),
-                free_pages=sum(store.free_pages for store in stores),
-                total_pages=sum(store.n_pages for store in stores),
+                free_pages=sum(pool.free_pages for pool in pools),
+                total_pages=sum(pool.n_pages for pool in pools),
                 batches=sum(x.batches for x in counters),
                 queries=sum(x.queries for x in counters),
                 stored=sum(x.vectors_stored for x in counters),

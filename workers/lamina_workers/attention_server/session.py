@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
@@ -17,22 +18,9 @@ from lamina_kernels.cpu.layer_work import LayerWork
 from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import (
-    Announced,
-    Announcement,
-    Exchange,
-    Fault,
-    Fetch,
-    FetchPages,
-    Fresh,
-    FreshPages,
-    HolderConfig,
-    LayerSpec,
-    Query,
-    Request,
-    Survey,
-    answered,
-)
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages import Announced, Exchange, Fault, Fresh, Query, Request, answered
+from lamina_protocols.pools import pools
 from lamina_protocols.tensors import DTYPES
 from lamina_workers.attention_server.layer_server import LayerServer, ServedBatch
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -44,9 +32,9 @@ if TYPE_CHECKING:
     import torch
 
 _SPARE = 4
-_MOST_SERVED = 16  # batches at once: each keeps the memory of its frames, of which an engine decides how large they are
+# Batches at once, counted in each pool. Each keeps its frames, and an engine decides how large they are.
+_MOST_SERVED = 16
 _LAYERED = (Query, Fresh, Exchange)
-_REQUESTS = (Announcement, Query, Fresh, Exchange, Fetch, FetchPages, FreshPages, Survey)
 
 
 @dataclass(slots=True)
@@ -74,7 +62,7 @@ class EngineSeat:
         self.model = hello.model
         self.share = hello.share
         self.linger = hello.linger
-        self.config = HolderConfig(hello.layers, hello.page_size, hello.kv_dtype, kv_memory)
+        self.config = HolderConfig(hello.layers, hello.page_size, hello.kv_dtype, kv_memory, hello.sequence_tokens)
         self.built: Future[None] = Future()
         self.sessions: dict[str, Session] = {}  # the live ones
         self.away_since = clock()  # while there is no session: the end of the last one
@@ -85,7 +73,8 @@ class EngineSeat:
         self._worker: AttentionWorker | None = None
         self._port: LocalAttention | None = None
         self._layers: LayerServer | None = None
-        self._served: dict[int, ServedBatch] = {}  # by number: the batches whose layers are done without Python
+        # by number and pool: the batches whose layers are done without Python
+        self._served: dict[tuple[int, int], ServedBatch] = {}
         self._spare: list[ServedBatch] = []  # the last ones, to be used again
 
     @property
@@ -106,6 +95,7 @@ class EngineSeat:
         control.check(f"compute dtype {here}", hello.compute_dtype, self._compute_dtype)
         control.check(f"KV dtype {here}", hello.kv_dtype, self.config.dtype)
         control.check(f"page size {here}", hello.page_size, self.config.page_size)
+        control.check(f"tokens of a sequence {here}", hello.sequence_tokens, self.config.sequence_tokens)
         control.check(f"share {here}", hello.share, self.share)
         control.check(f"number of layers {here}", len(hello.layers), len(self.config.layers))
         for number, (theirs, ours) in enumerate(zip(hello.layers, self.config.layers, strict=True)):
@@ -127,7 +117,7 @@ class EngineSeat:
         if self._carried(frame, reply):
             return
         request = codec.decode(frame)
-        if not isinstance(request, _REQUESTS):
+        if not isinstance(request, Request):
             raise ProtocolError(f"an engine sends requests, got a {type(request).__name__}")
         port.send(request)
         answer = port.receive() if answered(request) else None
@@ -157,42 +147,49 @@ class EngineSeat:
         layers, worker = self._layers, self._worker
         if layers is None or worker is None:
             return
-        for number, batch in list(self._served.items()):
+        for key, batch in list(self._served.items()):
+            number = batch.number
             strayed = accepted and request.batch == number  # a new epoch has a batch of the same number
             if isinstance(request, _LAYERED) and (batch.epoch, number) == (request.epoch, request.batch):
                 # Python alone tells the engine of a failure, with the next reply.
                 strayed = failed or not batch.passed(request.layer)
             if strayed or not batch.live or not worker.in_flight(number):
                 layers.withdraw(batch)
-                self._spare = [self._served.pop(number), *self._spare[: _SPARE - 1]]
+                self._spare = [self._served.pop(key), *self._spare[: _SPARE - 1]]
 
     def _offer(self, request: Request, port: LocalAttention) -> None:
         """Offer the batch that was accepted just now, if it is one."""
         layers, worker = self._layers, self._worker
-        if layers is None or worker is None or not worker.in_flight(request.batch) or len(self._served) >= _MOST_SERVED:
+        if layers is None or worker is None or not worker.in_flight(request.batch):
             return
-        work = port.layer_work(request.batch)
+        for pool in range(len(worker.pools)):
+            self._offer_pool(request, port, pool, layers)
+
+    def _offer_pool(self, request: Request, port: LocalAttention, pool: int, layers: LayerServer) -> None:
+        """Offer the rows of a batch in one pool, where there is room for its frames."""
+        if len(self._served) >= _MOST_SERVED:
+            return
+        work = port.layer_work(request.batch, pool)
         dtype = DTYPES[self._compute_dtype]
         if work is None or work.query != dtype or work.loaded != dtype:
             return
         alike = (batch for batch in self._spare if batch.work is work)
         try:
-            served = next(alike, None) or self._serving(port, work)
+            served = next(alike, None) or self._serving(port, pool, work)
         except (ProtocolError, MemoryError):  # its frames are larger than any may be
             return
         self._spare = [batch for batch in self._spare if batch is not served]
         served.begin(request.epoch, request.batch)
-        self._served[request.batch] = served
+        self._served[request.batch, pool] = served
         sessions = list(self.sessions.values())  # at once: other threads add some
         layers.offer(served, {session.channel for session in sessions if session.channel is not None})
 
-    def _serving(self, port: LocalAttention, work: LayerWork) -> ServedBatch:
+    def _serving(self, port: LocalAttention, pool: int, work: LayerWork) -> ServedBatch:
         def done(number: int, those: range, seconds: float) -> None:
-            port.worked(number, those, work)
+            port.worked(number, pool, those, work)
             self.traffic.busy += seconds
 
-        spec = self.config.layers[0]
-        return ServedBatch(work, spec.d_k, spec.d_v, done)
+        return ServedBatch(work, pools(self.config)[pool].config.layers[0], done)
 
     def free(self) -> None:
         """Free the worker, and its KV with it."""
@@ -218,6 +215,7 @@ class Session:
         self.channel_kind = ""
         self._busy = 0.0
         self._secret = secret
+        self._claim = threading.Lock()  # taken by the one connection that the secret opens, and never given back
         self._lease = lease
         self._clock = clock
         self._heard_at = math.inf  # the lease begins with the end of the handshake, which has its own limit
@@ -236,9 +234,13 @@ class Session:
         """Whether the lease ran out."""
         return self._clock() - self._heard_at > self._lease
 
+    def knows(self, secret: bytes) -> bool:
+        """Whether the secret is that of this session, which has not ended."""
+        return hmac.compare_digest(secret, self._secret) and not self.ended
+
     def admits(self, secret: bytes) -> bool:
-        """Whether the secret is that of this session, and it has no channel yet."""
-        return hmac.compare_digest(secret, self._secret) and self.channel is None and not self.ended
+        """Whether a connection that shows the secret may be the session's channel: the first one that does."""
+        return self.knows(secret) and self.channel is None and self._claim.acquire(blocking=False)
 
     def attach(self, channel: Channel, kind: str) -> None:
         """Take the data channel. Raises ProtocolError where there is one already, or the session has ended."""

@@ -16,7 +16,8 @@ import torch
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial
 from lamina_kernels.select import Kernels
-from lamina_protocols.messages import LayerSpec, Usage
+from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages import Usage
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.policies.chooser import Adaptive, Chooser, Holding, Items, Observer
 

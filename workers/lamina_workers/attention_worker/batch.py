@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,21 @@ class Counters:
 
 @dataclass(slots=True)
 class Batch:
-    """An accepted batch: where its tokens go and what its queries read, the same for every layer."""
+    """An accepted batch. `numbers`: of each pool, which of the rows are its own, and `pools` what it keeps of them."""
 
+    rows: tuple[Row, ...]
     handles: frozenset[int]
+    numbers: tuple[tuple[int, ...], ...]
+    pools: tuple[Any, ...]
+    heads: int  # tokens of its rows times the heads of their parts
+
+
+@dataclass(slots=True)
+class KVBatch:
+    """Of a batch, the rows of one pool of attention layers: where their tokens go and what their queries read, the same
+    for every layer."""
+
+    rows: Sequence[Row]
     fused: bool  # whether a row attends its own tokens
     stores: tuple[Row, ...]  # the rows that store something
     missing: set[int]  # layers whose KV has not come yet
@@ -34,5 +47,4 @@ class Batch:
     sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them
     readings: dict[LayerPolicies, Reading]  # what is read, by the policies of a layer's heads; empty where no row reads
     delay: float  # seconds to add to each layer's attention
-    rows: tuple[Row, ...]
     series: DecodeRows | None = None  # the batches that lead to this one, where each was planned from the one before

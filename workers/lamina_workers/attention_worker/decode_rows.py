@@ -48,15 +48,15 @@ class DecodeRows:
             None if grown is None else DecodeRows(store, rows, grown, None if places is None else places.slots.numpy())
         )
 
+    def follows(self, rows: Sequence[Row]) -> bool:
+        """Whether `next` can take these rows: they are the last ones, each a token further, and each part can simply
+        take one more."""
+        return is_next(self._rows, rows) and self._as_before() and self._store.can_extend(self._growing)
+
     def next(self, rows: Sequence[Row]) -> Any:
-        """The kernels' plan of a batch of `rows`, for which the store has reserved then; the slots have been changed.
-        None, with nothing changed, where these rows are not the last ones, each a token further, or a part cannot
-        simply take one more: the batch must be planned anew."""
-        if not is_next(self._rows, rows) or not self._as_before():
-            return None
+        """The kernels' plan of a batch of `rows`, which follow. The store has reserved for them, and the slots have
+        been changed."""
         begun = self._store.extend(self._growing)
-        if begun is None:
-            return None
         if self._growing:
             self._slots += 1
         moved = {}

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lamina_protocols.messages import Attended, Exchange, Fresh, HolderConfig, Query, Reply, Request
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Attended, Exchange, Fresh, Query, Reply, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import CPU
 from lamina_workers.devices.staging import Cuda, Runtime, Staged
@@ -48,7 +49,7 @@ class DeviceWorker(AttentionWorker):
                 self._runtime.keep(x)
         return reply
 
-    def layer_work(self, number: int) -> None:
+    def layer_work(self, number: int, pool: int) -> None:
         """Its work is put on a stream, which needs Python."""
 
     def settle(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_protocols.messages import HolderConfig, LayerSpec
+from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import LONGEST, Policy, within
@@ -30,6 +30,7 @@ class HeadPolicies:
 
     reads: tuple[LayerPolicies, ...]
     keepers: tuple[LayerPolicies, ...]
+    indexed: bool = False  # whether a layer has an index of its own
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -39,9 +40,12 @@ class HeadPolicies:
         readers: list[list[LayerPolicies]] = [[] for _ in range(1 + max(spec.kv_layer for spec in config.layers))]
         for spec, policies in zip(config.layers, reads, strict=True):
             readers[spec.kv_layer].append(policies)
-        unread = [(parse("full"),) * config.layers[0].kv_heads]
-        keepers = (tuple(map(_together, zip(*of_layer or unread, strict=True))) for of_layer in readers)
-        return HeadPolicies(reads, tuple(keepers))
+        every = [[(parse("full"),) * spec.kv_heads] for spec in config.layers]  # of a layer that nobody reads
+        keepers = (
+            tuple(map(_together, zip(*of_layer or unread, strict=True)))
+            for of_layer, unread in zip(readers, every, strict=False)
+        )
+        return HeadPolicies(reads, tuple(keepers), any(spec.index for spec in config.layers))
 
     @property
     def distinct(self) -> tuple[Policy, ...]:
@@ -65,6 +69,8 @@ class HeadPolicies:
 
     def check(self, device: torch.device) -> None:
         """Raise PolicyError for a policy that a holder on that device cannot serve: choosers run on CPUs alone."""
+        if self.indexed and device.type != "cpu":
+            raise PolicyError(f"layers with an index choose what they read, which attention on {device} cannot do")
         choosing = [policy for policy in self.distinct if policy.adaptive or policy.sketched]
         if choosing and device.type != "cpu":
             raise PolicyError(
@@ -96,6 +102,8 @@ def _together(policies: Sequence[Policy]) -> Policy:
 def _parsed(spec: LayerSpec) -> LayerPolicies:
     if spec.policies and len(spec.policies) != spec.kv_heads:
         raise PolicyError(f"{len(spec.policies)} policies for a layer of {spec.kv_heads} KV heads")
+    if spec.index and (others := [text for text in spec.policies if text != "full"]):
+        raise PolicyError(f"the model's own index chooses what a layer reads; its policy is {others[0]}, allowed: full")
     return tuple(within(parse(text), spec.window) for text in spec.policies or ("full",) * spec.kv_heads)
 
 

@@ -8,7 +8,8 @@ import torch
 
 from lamina_kernels.paged.pages import Pages, gather, gather_heads, whole
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Fetch, Fetched, FetchedPages, FetchPages, FreshPages, HolderConfig
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Fetch, Fetched, FetchedPages, FetchPages, FreshPages
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.paged_reader import PagedReader
@@ -16,7 +17,7 @@ from lamina_workers.errors import KVError
 
 
 class KvFetch:
-    """Answers `Fetch` and `FetchPages` for one worker, whose pages lie on `device`."""
+    """Answers `Fetch` and `FetchPages` for one pool of a worker, whose pages lie on `device`."""
 
     def __init__(
         self, config: HolderConfig, store: KVStore, pages: Pages, reader: PagedReader, device: torch.device
@@ -38,31 +39,28 @@ class KvFetch:
             pages = whole(self._pages, indices(tables.reshape(-1)).to(self._device)).cpu()
         return FetchedPages(message.epoch, message.batch, message.layer, pages)
 
-    def fetch(self, message: Fetch) -> Fetched:
-        """Raises as `fetch_pages`."""
+    def fetch(self, layer: int, message: Fetch) -> Fetched:
+        """`layer`: the number of the message's layer within the pool. Raises KVError as `fetch_pages`."""
         part, lo, hi = self._held(message), message.lo, message.hi
-        if not 0 <= message.layer < len(self._config.layers):
-            raise ProtocolError(f"layer {message.layer}, there are {len(self._config.layers)}")
-        spec, size = self._config.layers[message.layer], self._config.page_size
+        spec, size = self._config.layers[layer], self._config.page_size
         first = (lo - part.lo) // size
         tables = part.table[spec.kv_layer, :, first : -(-(hi - part.lo) // size)]
         skip = lo - part.lo - first * size
         if (tables >= 0).all():
             all_k, all_v = gather_heads(self._pages, indices(tables).to(self._device))
             some = slice(skip, skip + hi - lo)
-            flat_k, flat_v = all_k[some].reshape(-1, spec.d_k).cpu(), all_v[some].reshape(-1, spec.d_v).cpu()
+            flat_k, flat_v = (x[some].flatten(0, 1).cpu() for x in (all_k, all_v[..., : spec.own_v]))
             return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
-        k = torch.empty(hi - lo, len(part.heads), spec.d_k, dtype=self._pages.layout.loaded)
-        v = torch.empty(hi - lo, len(part.heads), spec.d_v, dtype=self._pages.layout.loaded)
+        k = torch.empty(hi - lo, len(part.heads), spec.key_width, dtype=self._pages.layout.loaded)
+        v = torch.empty(hi - lo, len(part.heads), spec.own_v, dtype=self._pages.layout.loaded)
         for head, table in enumerate(tables):
             pages = torch.from_numpy(np.maximum(table, 0))
             of_k, of_v = (x.cpu() for x in gather(self._pages, pages, hi - lo + skip))
             gone = torch.from_numpy(np.repeat(table < 0, size)[: hi - lo + skip, None])
             for_k, for_v = self._reader.mean(message.handle, spec.kv_layer, head)
             k[:, head] = torch.where(gone, for_k.to(of_k.dtype), of_k)[skip:]
-            v[:, head] = torch.where(gone, for_v.to(of_v.dtype), of_v)[skip:]
-        flat_k, flat_v = k.view(-1, spec.d_k), v.view(-1, spec.d_v)
-        return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
+            v[:, head] = torch.where(gone, for_v.to(of_v.dtype), of_v)[skip:, : spec.own_v]
+        return Fetched(message.epoch, message.batch, message.layer, k.flatten(0, 1), v.flatten(0, 1))
 
     def _held(self, message: Fetch | FetchPages) -> Part:
         """The part of a request. Raises KVError unless it holds the positions that are asked for."""

@@ -24,6 +24,11 @@ class Part:
     table: Int32  # [layers, len(heads), capacity]
     freed: Int32  # [layers, len(heads)]: slots below this, but for sinks, hold nothing that a later query sees
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tables."""
+        return self.table.nbytes + self.freed.nbytes
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Absorbed:

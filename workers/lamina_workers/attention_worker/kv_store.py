@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from lamina_kernels.paged.rows import Ints
-from lamina_protocols.messages import Close, Fork, HolderConfig, Open, Operation, Row
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Close, Fork, Open, Operation, Row
 from lamina_workers.attention_worker.head_policies import Group, HeadPolicies, Retention, returns_to
 from lamina_workers.attention_worker.kv_parts import Absorbed, Part, Reservation
-from lamina_workers.attention_worker.page_pool import Int32, PagePool
+from lamina_workers.attention_worker.page_pool import Int32
+from lamina_workers.attention_worker.part_table import PartTable
 from lamina_workers.errors import KVError, PoolExhausted, TornParts
 from lamina_workers.policies.policy import Policy
 
@@ -27,34 +29,14 @@ NO_PAGE = -1
 ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a mean begins to stand in one step
 
 
-class KVStore:
-    """The tables and the page pool of one holder: numbers of pages, not their contents."""
+class KVStore(PartTable[Part]):
+    """The tables and pages of one pool, of which `config` is: numbers of pages, not their contents."""
 
     def __init__(self, config: HolderConfig, policies: HeadPolicies, n_pages: int) -> None:
-        self.config = config
-        self.n_pages = n_pages
+        super().__init__(config, n_pages)
         self._layers = 1 + max(spec.kv_layer for spec in config.layers)
         self._retention = Retention(policies)
-        self._parts: dict[int, Part] = {}
-        self._undo: list[Callable[[], None]] = []
-        self._pool = PagePool(n_pages, self._undo)
         self._absorbed: list[Absorbed] = []
-
-    @property
-    def free_pages(self) -> int:
-        """How many pages no part holds."""
-        return self._pool.free
-
-    def parts(self) -> dict[int, Part]:
-        """All parts by handle, as they are now. May be called from any thread."""
-        return dict(self._parts)
-
-    def part(self, handle: int) -> Part:
-        """The part of a handle. Raises KVError where there is none."""
-        try:
-            return self._parts[handle]
-        except KeyError:
-            raise KVError(f"no part has handle {handle}") from None
 
     def update(self, operations: Iterable[Operation], rows: Sequence[Row]) -> Reservation:
         """Apply operations in order, cut every storing row's part back to its start, then reserve for all rows.
@@ -62,6 +44,7 @@ class KVStore:
         Raises PoolExhausted (pages short), TornParts (a row needs what its part has not stored, or has let go of) or
         KVError (unknown handle, a stored part with two rows). Whatever it raises, nothing has changed.
         """
+        self._undo.clear()
         self._absorbed = []
         try:
             for operation in operations:
@@ -76,33 +59,26 @@ class KVStore:
                     self._cut(self._parts[row.handle], row)
             return self._reserve(rows)
         except BaseException:
-            for undo in reversed(self._undo):
-                undo()
+            self.revert()
             raise
-        finally:
-            self._undo.clear()
 
-    def extend(self, parts: Sequence[Part]) -> list[tuple[int, Int32]] | None:
-        """Reserve the next token of each part: as `update` would for a row each that stores it, where the parts are
-        different, release nothing and own the page at their end. Returns the parts, by number, for which a page begins
-        there, with this page in each layer and head, int32 `[layers, heads]`; its table may be another one. None, with
-        nothing changed, where a part is full or pages are short."""
-        size = self.config.page_size
-        if any(part.held == part.hi for part in parts):
-            return None
-        begun = [number for number, part in enumerate(parts) if not (part.held - part.lo) % size]
-        sizes = [self._layers * len(parts[number].heads) for number in begun]
-        if sum(sizes) > self._pool.free:
-            return None
-        given = []
-        for number, pages in zip(begun, sizes, strict=True):
-            part = parts[number]
-            taken = self._pool.take(pages).reshape(self._layers, -1)
-            slot = (part.held - part.lo) // size
-            self._widen(part, slot + 1)
-            part.table[:, :, slot] = taken
-            given.append((number, taken))
-        for part in parts:
+    def can_extend(self, parts: Sequence[Part]) -> bool:
+        """Whether there is room for the next token of each part: none is full, and pages are not short."""
+        begun = sum(len(part.heads) for part in parts if not (part.held - part.lo) % self.config.page_size)
+        return self._layers * begun <= self._pool.free and all(part.held < part.hi for part in parts)
+
+    def extend(self, parts: Sequence[Part]) -> list[tuple[int, Int32]]:
+        """Reserve the next token of each part, for which there is room: as `update` would for a row each, where parts
+        are different, release nothing and own the page at their end. Returns the parts, by number, for which a page
+        begins, with this page in each layer and head, int32 `[layers, heads]`; its table may be another one."""
+        size, given = self.config.page_size, []
+        for number, part in enumerate(parts):
+            if not (part.held - part.lo) % size:
+                taken = self._pool.take(self._layers * len(part.heads)).reshape(self._layers, -1)
+                slot = (part.held - part.lo) // size
+                self._widen(part, slot + 1)
+                part.table[:, :, slot] = taken
+                given.append((number, taken))
             part.held += 1
         self._undo.clear()
         return given
@@ -160,6 +136,7 @@ class KVStore:
                 if (part.table[layer][~inside[layer]] != NO_PAGE).any():
                     raise KVError(f"part {handle} keeps a freed page in layer {layer}")
             np.add.at(counted, held, 1)
+        self._check_tables()
         self._pool.check_integrity(counted)
 
     # The operations. Each appends to `_undo` what takes it back.
@@ -168,18 +145,14 @@ class KVStore:
         if not isinstance(operation, Close) and operation.handle in self._parts:
             raise KVError(f"handle {operation.handle} is in use; handles are never reused")
         match operation:
-            case Open(handle, heads, lo, hi):
+            case Open(handle, _, heads, lo, hi):
                 self._check_open(operation)
-                part = Part(
-                    heads, lo, hi, lo, lo, self._table(len(heads), 0), np.zeros((self._layers, len(heads)), np.int32)
-                )
-                self._insert(handle, part)
+                freed = np.zeros((self._layers, len(heads)), np.int32)
+                self._insert(handle, Part(heads, lo, hi, lo, lo, self._table(len(heads), 0), freed))
             case Fork(handle, parent, length):
                 self._insert(handle, self._forked(self.part(parent), parent, length))
             case Close(handle):
-                part = self.part(handle)
-                del self._parts[handle]
-                self._undo.append(lambda: self._parts.update({handle: part}))
+                part = self._remove(handle)
                 self._pool.release(part.table[part.table != NO_PAGE])
 
     def _check_open(self, open_: Open) -> None:
@@ -204,19 +177,16 @@ class KVStore:
         self._pool.share(part.table[part.table != NO_PAGE])
         return part
 
-    def _insert(self, handle: int, part: Part) -> None:
-        self._parts[handle] = part
-        self._undo.append(lambda: self._parts.__delitem__(handle))
-
     def _check(self, row: Row, rows: Sequence[Row]) -> None:
         part = self.part(row.handle)
         if self._highest_start(row) < row.start:
             raise TornParts(tuple(map(self._highest_start, rows)))
         if row.count < 1:
-            raise KVError(f"row of part {row.handle} has {row.count} tokens")
+            raise KVError(f"row of part {row.handle} has {row.count} tokens, allowed: 1 or more")
         if row.read is not None:
             lo, hi = row.read
-            reach = min(row.start + row.count, part.hi) if row.store and row.fused else min(part.stored, row.start)
+            reach = row.start + row.count if row.fused else row.start
+            reach = min(reach, part.hi if row.store and row.fused else part.stored)
             if not part.lo <= lo <= hi <= reach:
                 raise KVError(f"row reads [{lo}, {hi}) of part {row.handle}, allowed: within [{part.lo}, {reach}]")
 
@@ -347,6 +317,7 @@ class KVStore:
         table = part.table
         if slots > table.shape[2]:
             part.table = self._table(len(part.heads), max(slots, 2 * table.shape[2]))
+            self._count(part.table.nbytes - table.nbytes)
             part.table[:, :, : table.shape[2]] = table
 
     def _slots(self, tokens: int) -> int:
@@ -376,5 +347,4 @@ class KVStore:
         return np.full((self._layers, heads, slots), NO_PAGE, np.int32)
 
 
-_NO_PAGES = np.empty(0, np.int32)
-_NONE_SHARED = np.zeros((0, 0), np.bool_)
+_NO_PAGES, _NONE_SHARED = np.empty(0, np.int32), np.zeros((0, 0), np.bool_)

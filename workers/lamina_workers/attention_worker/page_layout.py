@@ -1,16 +1,20 @@
-"""The shape, cost and number of a holder's pages: read off a `HolderConfig` and the kernels of its device.
+"""The shape, cost and number of a pool's pages: read off its `HolderConfig` and the kernels of its device.
 
 Promises both sides of the cut the same layout."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from lamina_kernels.paged.pages import DTYPES, Order, PageLayout
 from lamina_kernels.select import Kernels, kernels
 from lamina_kernels.sketches.sketches import SketchLayout
-from lamina_protocols.messages import HolderConfig
+from lamina_protocols.layers import ATTENTION, LATENT, STATES, HolderConfig
+from lamina_protocols.pools import pools
 from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.attention_worker.state_records import state_layout, state_pages
 from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError
 
 CPU = torch.device("cpu")
@@ -26,20 +30,25 @@ def attention_kernels(device: torch.device = CPU) -> Kernels:
 
 
 def page_layout(config: HolderConfig, device: torch.device = CPU) -> PageLayout:
-    """The one page shape of a holder, as the kernels of its device lay it out.
+    """The page shape of one pool, as the kernels of the device lay it out.
 
-    Raises UnsupportedModelError where layers differ in what a page needs or no page has their shape, KVError for a
-    dtype that KV is not kept in.
+    Raises UnsupportedModelError where the layers are none of attention, differ in what a page needs, or no page has
+    their shape, KVError for a dtype that KV is not kept in.
     """
-    shapes = {(spec.kind, spec.kv_heads, spec.group, spec.d_k, spec.d_v) for spec in config.layers}
-    if len(shapes) != 1 or config.layers[0].kind != "attention":
-        raise UnsupportedModelError(f"layers of unlike KV shapes in one pool: {sorted(shapes)}")
+    shapes = {(spec.kind, spec.kv_heads, spec.group, spec.d_k, spec.d_v, spec.index) for spec in config.layers}
+    if len(shapes) != 1:
+        raise UnsupportedModelError(f"layers of unlike KV shapes in one pool: {sorted(shapes, key=str)}")
+    spec = config.layers[0]
+    if spec.kind not in (ATTENTION, LATENT):
+        raise UnsupportedModelError(
+            f"layers of kind {spec.kind!r:.80} keep no pages of KV, those of {ATTENTION} and {LATENT} do"
+        )
     if config.dtype not in _DTYPES:
         raise KVError(f"KV dtype {config.dtype!r}, allowed: {', '.join(_DTYPES)}")
-    spec = config.layers[0]
     chosen = attention_kernels(device)
     try:
-        return chosen.layout(config.page_size, spec.d_k, spec.d_v, _DTYPES[config.dtype])
+        layout = chosen.layout(config.page_size, spec.d_k, spec.d_v, _DTYPES[config.dtype], spec.kind == LATENT)
+        return replace(layout, d_index=spec.index.width) if spec.index else layout
     except ValueError as error:
         raise UnsupportedModelError(f"the kernels of this process cannot keep such KV: {error}") from error
 
@@ -47,18 +56,33 @@ def page_layout(config: HolderConfig, device: torch.device = CPU) -> PageLayout:
 def layout_name(layout: PageLayout) -> str:
     """Equal for holders whose pages mean the same byte by byte, and for no others."""
     dtype = str(layout.dtype).removeprefix("torch.")
-    numbers = (layout.page_size, layout.d_k, layout.d_v, layout.k_pack, layout.v_pack, layout.page_bytes)
+    numbers = (
+        layout.page_size,
+        layout.d_k,
+        layout.d_index,
+        layout.own_v,
+        layout.k_pack,
+        layout.v_pack,
+        layout.page_bytes,
+    )
     return f"{dtype} {layout.order.value} {' '.join(map(str, numbers))}"
 
 
 def page_bytes(config: HolderConfig) -> int:
-    """Bytes of a page of such holders, on any device."""
+    """Bytes of a page of one pool, on any device; of states, a record."""
     spec = config.layers[0]
-    return PageLayout(config.page_size, spec.d_k, spec.d_v, _DTYPES[config.dtype], Order.TOKENS).page_bytes
+    if spec.kind in STATES:
+        return state_layout(config).page_bytes
+    dtype = _DTYPES[config.dtype]
+    kind = dtype, Order.TOKENS, spec.kind == LATENT, spec.key_width - spec.d_k
+    return PageLayout(config.page_size, spec.d_k, spec.d_v, *kind).page_bytes
 
 
 def page_cost(config: HolderConfig, device: torch.device = CPU) -> int:
-    """Bytes of a page, and of its sketch where policies read one. Raises PolicyError where the device has none."""
+    """Bytes of a page of one pool, and of its sketch where policies read one; of states, a record. Raises PolicyError
+    where the device has no sketches."""
+    if config.layers[0].kind in STATES:
+        return page_bytes(config)
     policies = HeadPolicies.of(config)
     policies.check(device)
     layout = page_layout(config, device)
@@ -72,9 +96,16 @@ def page_cost(config: HolderConfig, device: torch.device = CPU) -> int:
 
 
 def page_count(config: HolderConfig, device: torch.device = CPU) -> int:
-    """How many pages `kv_memory` holds. Raises KVError where there is not even one for each layer that keeps KV."""
-    page_bytes = page_cost(config, device)
-    least = (1 + max(spec.kv_layer for spec in config.layers)) * page_bytes
+    """How many pages of one pool its `kv_memory` holds. Raises KVError where there is not even one for each layer that
+    keeps KV."""
+    cost = page_cost(config, device)
+    least = (1 + max(spec.kv_layer for spec in config.layers)) * cost
     if config.kv_memory < least:
         raise KVError(f"kv_memory is {config.kv_memory} bytes; the least is {least}, one page for each layer with KV")
-    return config.kv_memory // page_bytes
+    return config.kv_memory // cost
+
+
+def page_counts(config: HolderConfig, device: torch.device = CPU) -> tuple[int, ...]:
+    """How many pages each pool of a holder has. Raises as `page_count`, and as `state_pages`."""
+    of_pools = [pool.config for pool in pools(config)]
+    return tuple(state_pages(of) if of.layers[0].kind in STATES else page_count(of, device) for of in of_pools)

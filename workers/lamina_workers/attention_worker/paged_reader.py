@@ -16,9 +16,11 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
-from lamina_protocols.messages import Fork, HolderConfig, LayerSpec, Row, Usage
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages import Fork, Row, Usage
 from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Tallies
 from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
+from lamina_workers.attention_worker.index_attention import IndexAttention
 from lamina_workers.attention_worker.kv_parts import Absorbed
 from lamina_workers.attention_worker.kv_store import NO_PAGE, KVStore
 from lamina_workers.attention_worker.mean_slots import MeanSlots
@@ -51,6 +53,10 @@ class PagedReader:
         at = pages.layout
         token_bytes = at.page_bytes / at.page_size
         self.tallies = Tallies(token_bytes) if any(spec.policies for spec in config.layers) else None
+        self._index: IndexAttention | None = None
+        if (index := config.layers[0].index) is not None:
+            self._index = IndexAttention(pages, kernels, store, index, config.layers[0].group, threads)
+            self.tallies = self._index.tallies
         self._adaptive: AdaptiveAttention | None = None
         self._sketches: sketches.Sketches | None = None
         if policies.sketched:
@@ -74,6 +80,8 @@ class PagedReader:
         return self.tallies is None and self._means is None and self._sketches is None
 
     def _reading(self, policies: LayerPolicies, rows: Sequence[Row]) -> Reading:
+        if self._index is not None:
+            return Reading(None, None, (), (), indexed=self._index.reading(rows))
         group, counting = self._config.layers[0].group, self.tallies is not None
         choosing = self._choosing(policies, rows)
         observing = self._adaptive.observing if self._adaptive else ()
@@ -89,14 +97,17 @@ class PagedReader:
             tuple(builder.observed),
         )
 
-    def layer_readings(self, readings: Mapping[LayerPolicies, Reading]) -> list[LayerReading] | None:
-        """How each layer of a batch is attended, for compiled callers; None where that needs Python."""
+    def layer_readings(
+        self, readings: Mapping[LayerPolicies, Reading], numbers: Sequence[int]
+    ) -> list[LayerReading] | None:
+        """How each layer of a batch is attended, for compiled callers, who know layers by `numbers`; None where that
+        needs Python."""
         if not all(reading.planned for reading in readings.values()):
             return None
         plans = (readings[policies].plan if readings else None for policies in self._by_layer)
         return [
-            LayerReading(plan, spec.kv_layer, spec.scale, spec.soft_cap)
-            for plan, spec in zip(plans, self._config.layers, strict=True)
+            LayerReading(number, plan, spec.kv_layer, spec.scale, spec.soft_cap)
+            for number, plan, spec in zip(numbers, plans, self._config.layers, strict=True)
         ]
 
     def _choosing(self, policies: LayerPolicies, rows: Sequence[Row]) -> set[Adaptive]:
@@ -112,8 +123,11 @@ class PagedReader:
         return {policy for policy, those in tokens.items() if self._choosers.worth(policy, those)}
 
     def attend(self, reading: Reading, layer: int, q: torch.Tensor) -> Partial:
-        """q `[n, d_k]` of a layer, flat in row order: attention over what each vector's policy reads."""
+        """q `[n, query_width]` of a layer, flat in row order: attention over what each vector's policy reads, or what
+        the layer's index chooses."""
         spec = self._config.layers[layer]
+        if self._index is not None and reading.indexed is not None:
+            return self._index.attend(reading.indexed, spec, q)
         reading.layers += 1
         for observed in reading.observed:
             self._choosers.observe(observed, layer, q)

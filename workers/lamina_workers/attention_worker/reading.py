@@ -17,6 +17,7 @@ from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages import Row
 from lamina_workers.attention_worker.adaptive import Cell, Group, ObservedQueries
 from lamina_workers.attention_worker.head_policies import LayerPolicies
+from lamina_workers.attention_worker.index_attention import IndexReading
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.mean_slots import MeanReading
@@ -42,6 +43,7 @@ class Reading:
     counts: tuple[tuple[int, float, int], ...]  # of decode rows: handle, tokens read by static heads, tokens they have
     means: MeanReading | None = None  # what stands for the pages that compensated policies have freed
     observed: tuple[ObservedQueries, ...] = ()  # rows of prefill whose queries a chooser is shown
+    indexed: IndexReading | None = None  # of layers with an index; then there is nothing else
     layers: int = 0  # that have been attended so
 
     @property

@@ -82,7 +82,8 @@ class RowBuilder:
             tokens = tokens[(tokens >= lo) & (tokens < hi)]
             start = int((tokens < view.start).sum())
             slot, offset = np.divmod(tokens - base, self._page_size)
-            table = np.ascontiguousarray(table[:, :, slot] * self._page_size + offset.astype(np.int32))
+            pages = table[:, :, slot]  # -1: none, where a layer with another window has freed it
+            table = np.ascontiguousarray(np.where(pages < 0, -1, pages * self._page_size + offset.astype(np.int32)))
             lo, hi, base = 0, len(tokens), 0
         self._tables.append(table)
         listed = int(view.listed is not None)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
@@ -28,6 +30,59 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+class TensorSource(Protocol):
+    """Named tensors of a checkpoint. A tensor may be a view of a file; `release` says that its pages may leave
+    memory. A view stays valid after that, and reads them again where it must."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> Sequence[int]: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+    def release(self, name: str) -> None: ...
+
+
+def check_tensors(source: TensorSource, wanted: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
+    """Raise ModelFileError unless `source` has exactly the tensors `wanted`. Takes no memory for any."""
+    found = set(source.names())
+    unexpected = found - wanted.keys() - ignored
+    unexpected = {name for name in unexpected if not name.endswith("rotary_emb.inv_freq")}  # older files, computed here
+    for problem, names in (("lacks", wanted.keys() - found), ("has unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ModelFileError(f"the checkpoint {problem} {', '.join(sorted(names)[:5])}{more}")
+    for name, shape in wanted.items():
+        if (given := tuple(source.shape(name))) != shape:
+            raise ModelFileError(f"tensor {name} has shape {list(given)}, the config wants {list(shape)}")
+
+
+class Renamed:
+    """The tensors of `source`, by other names: the parts of names in `renamed` are called what stands there."""
+
+    def __init__(self, source: TensorSource, renamed: Mapping[str, str]) -> None:
+        self._source = source
+        self._published = {_renamed(name, renamed): name for name in source.names()}
+
+    def names(self) -> Iterable[str]:
+        return self._published
+
+    def shape(self, name: str) -> Sequence[int]:
+        return self._source.shape(self._published[name])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._source.tensor(self._published[name])
+
+    def release(self, name: str) -> None:
+        self._source.release(self._published[name])
+
+
+def _renamed(name: str, renamed: Mapping[str, str]) -> str:
+    for part, other in renamed.items():
+        name = name.replace(part, other)
+    return name
 
 
 class Checkpoint:

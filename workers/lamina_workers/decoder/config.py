@@ -1,4 +1,4 @@
-"""The facts of a model's config.json, checked once, with the defaults of each supported family.
+"""The facts of a model's config.json, checked once, with the defaults of its family.
 
 Every number is bounded here, so that a file cannot make later code take memory without limit.
 """
@@ -7,90 +7,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lamina_protocols.messages import LayerSpec
+from lamina_protocols.layers import Index, LayerSpec
 from lamina_workers.decoder.config_keys import Keys
-from lamina_workers.decoder.rope import ROPE_TYPES, RopeConfig
+from lamina_workers.decoder.families import FAMILIES
+from lamina_workers.decoder.family import Family
+from lamina_workers.decoder.index_config import read_index
+from lamina_workers.decoder.latent_config import LatentConfig, latent_scale, read_latent
+from lamina_workers.decoder.layer_kinds import Mixers, read_kinds
+from lamina_workers.decoder.moe_config import MoeConfig, read_moe
+from lamina_workers.decoder.rope import RopeConfig
+from lamina_workers.decoder.rope_keys import read_rope, read_ropes
+from lamina_workers.decoder.state_config import StateConfig, read_states
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
 _MAX_CONFIG_BYTES = 4 << 20
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_UNGATED = {"relu2": "relu2"}
+_WINDOWS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
-    """How one architecture differs from Llama. `defaults` stand in for keys that a config leaves out."""
+class Residuals:
+    """What the residual stream is multiplied by before attention, a state layer or an MLP adds to it, and what that is
+    multiplied by."""
 
-    model_type: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    qkv_bias: bool | None = None  # None: the config's attention_bias says, and o_proj follows it
-    qk_norm: bool = False
-    windows: Literal["never", "always", "flag", "layers"] = "never"  # flag, layers: if use_sliding_window
-    expert_size: str = ""  # the config's name for the width of one expert; "": there are none
-    nope: bool = False  # some layers have no RoPE
-
-
-_FAMILIES = {
-    "LlamaForCausalLM": _Family("llama"),
-    "MistralForCausalLM": _Family("mistral", {"sliding_window": 4096, "num_key_value_heads": 8}, windows="always"),
-    "Qwen2ForCausalLM": _Family("qwen2", {"sliding_window": 4096}, qkv_bias=True, windows="layers"),
-    "Qwen3ForCausalLM": _Family("qwen3", {"sliding_window": 4096, "head_dim": 128}, qk_norm=True, windows="layers"),
-    "SmolLM3ForCausalLM": _Family(
-        "smollm3", {"rope_theta": 2e6, "tie_word_embeddings": True}, windows="layers", nope=True
-    ),
-    "MixtralForCausalLM": _Family(
-        "mixtral",
-        {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "norm_topk_prob": True},
-        windows="always",
-        expert_size="intermediate_size",
-    ),
-    "Qwen3MoeForCausalLM": _Family(
-        "qwen3_moe",
-        {"sliding_window": 4096},
-        qk_norm=True,
-        windows="flag",
-        expert_size="moe_intermediate_size",
-    ),
-}
-
-_ROPE_RANGES = {
-    "factor": (1.0, 1e6),
-    "low_freq_factor": (1e-6, 1e6),
-    "high_freq_factor": (1e-6, 1e6),
-    "beta_fast": (1e-6, 1e6),
-    "beta_slow": (1e-6, 1e6),
-    "mscale": (0.0, 1e3),
-    "mscale_all_dim": (0.0, 1e3),
-    "attention_factor": (1e-6, 1e3),
-}
-_ROPE_REQUIRED = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-# "finetuned" says only how a checkpoint came to be; the rest is read by name.
-_ROPE_KEYS = {*_ROPE_RANGES, "type", "rope_type", "rope_theta", "original_max_position_embeddings", "truncate"} | {
-    "partial_rotary_factor",
-    "finetuned",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class MoeConfig:
-    """Mixture of experts: of `experts` MLPs of `intermediate_size`, each token takes the `top_k` best.
-
-    `normalize`: the weights of those taken are divided by their sum.
-    """
-
-    experts: int
-    top_k: int
-    intermediate_size: int
-    normalize: bool
+    attention: tuple[float, float] = (1.0, 1.0)
+    state: tuple[float, float] = (1.0, 1.0)
+    mlp: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +48,15 @@ class ModelConfig:
 
     `max_position_embeddings` counts what RoPE scaling adds; `rope.positions` is the file's own number.
     `kv_copies`: how often each KV head of the checkpoint stands here, one after another, so that more ranks can share.
-    Per layer: `windows` (None attends all), `rotary` (False: no RoPE), `sparse` (True: experts in place of an MLP).
+    `sinks`: each query head has an attention sink, in every layer.
+    `latent`: attention is over latents. Then there is one KV head, `head_dim` is the latent with what is rotated behind
+    it, and `v_head_dim` the latent alone, which is v.
+    `index`: of the layers that are `indexed`, see `lamina_protocols.layers.Index`.
+    Per layer: `indexed`, `windows` (None attends all), `rotary` (False: no RoPE), `sparse` (True: experts in place of
+    an MLP), `mixers`. `window_rope`: RoPE of layers with a window, where it is another one. `scale` multiplies q.k.
+    Soft caps c turn x into c * tanh(x / c), `soft_cap` for attention. The other scales multiply what the embedding
+    gives, the logits, and an MLP's gate. `states`: what layers with a state have. How a family computes and names its
+    tensors is in `families`.
     """
 
     architecture: str
@@ -110,35 +67,51 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    v_head_dim: int
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    activation: str
+    scale: float
+    soft_cap: float | None
+    logit_soft_cap: float | None
+    embedding_scale: float
+    residuals: Residuals
+    logit_scale: float
+    sinks: bool
     windows: tuple[int | None, ...]
     rotary: tuple[bool, ...]
     sparse: tuple[bool, ...]
+    mixers: tuple[Mixers, ...]
     moe: MoeConfig | None
     rope: RopeConfig
+    window_rope: RopeConfig | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    states: StateConfig | None = None
+    gate_scale: float = 1.0
     kv_copies: int = 1
+    latent: LatentConfig | None = None
+    index: Index | None = None
+    indexed: tuple[bool, ...] = ()
+
+    @property
+    def rotary_dim(self) -> int:
+        """The numbers of a head among which are those that RoPE turns."""
+        return self.head_dim if self.latent is None else self.latent.rotary
+
+    @property
+    def family(self) -> Family:
+        """How it computes, and names its tensors."""
+        return FAMILIES[self.architecture]
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
-        """Read `config.json` in the folder `path`. Raises ModelFileError where it is missing or no JSON object."""
-        file = Path(path) / "config.json"
-        try:
-            if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
-                raise ModelFileError(f"{file} has {size} bytes, allowed are {_MAX_CONFIG_BYTES}")
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelFileError(f"cannot read {file}: {error}") from error
-        if not isinstance(raw, dict):
-            raise ModelFileError(f"{file} holds a {type(raw).__name__}, expected an object")
-        return cls.from_dict(raw)
+        """The model in the folder `path`. Raises ModelFileError, UnsupportedModelError."""
+        return cls.from_dict(read_config_json(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -146,68 +119,115 @@ class ModelConfig:
 
         Raises UnsupportedModelError for what Lamina lacks, ModelFileError for what is missing or out of bounds.
         """
-        architecture, family = _family(raw)
-        keys = Keys(raw, family.defaults)
-        if (activation := keys.text("hidden_act", "silu")) != "silu":
-            raise UnsupportedModelError(f"hidden_act {activation!r} is not supported; supported: 'silu'")
-        layers = keys.integer("num_hidden_layers", 1, 1024)
+        architecture, family, keys = _read_family(raw)
+        mixers, sparse = read_kinds(keys, family)
+        layers = len(mixers)
         hidden = keys.integer("hidden_size", 1, 1 << 17)
-        heads = keys.integer("num_attention_heads", 1, 4096)
-        kv_heads = keys.integer("num_key_value_heads", 1, 4096, default=heads)
-        if heads % kv_heads:
-            raise ModelFileError(f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
-        if not keys.given("head_dim") and hidden % heads:
-            raise ModelFileError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-        head_dim = keys.integer("head_dim", 4, 1024, default=hidden // heads)
-        if head_dim % 2:
-            raise ModelFileError(f"head_dim {head_dim} is odd; RoPE needs an even one")
-        moe, sparse = _moe(keys, family, layers)
-        rotary = _rotary(keys, layers) if family.nope else (True,) * layers
-        bias = keys.flag("attention_bias", False)
-        rope = _rope(_rope_parameters(keys), keys.integer("max_position_embeddings", 1, 1 << 30))
+        latent = read_latent(keys, hidden) if family.latent else None
+        heads, kv_heads, head_dim = _heads(keys, hidden, latent)
+        moe, sparse = (None, sparse) if sparse and not any(sparse) else read_moe(keys, family, layers, sparse)
+        listed = _rotary(keys, family, layers)
+        windows = _windows(keys, family, listed)
+        rotary = tuple(window is not None for window in windows) if family.rotary == "windowed" else listed
+        rope, window_rope = read_ropes(keys, head_dim if latent is None else latent.rotary, family)
+        embedding, residual, logits = _scales(keys, family, layers, hidden)
+        index, indexed = read_index(keys, family, layers, kv_heads, head_dim, latent.rotary if latent else 0)
         return cls(
             architecture=architecture,
             vocab_size=keys.integer("vocab_size", 1, 1 << 22),
             hidden_size=hidden,
-            intermediate_size=keys.integer("intermediate_size", 1, 1 << 20),
+            intermediate_size=keys.integer(family.mlp_size, 1, 1 << 20),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=keys.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
+            v_head_dim=keys.integer("v_head_dim", 1, 1024, default=head_dim) if latent is None else latent.rank,
+            rms_norm_eps=keys.number(family.eps, 0.0, 1.0, default=1e-6),
             max_position_embeddings=rope.context,
             tie_word_embeddings=keys.flag("tie_word_embeddings", False),
-            qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
-            o_bias=bias if family.qkv_bias is None else False,
-            mlp_bias=keys.flag("mlp_bias", False),
-            qk_norm=family.qk_norm,
-            windows=_windows(keys, family, rotary),
+            qkv_bias=keys.holds(family.qkv_bias),
+            o_bias=keys.holds(family.o_bias),
+            mlp_bias=keys.holds(family.mlp_bias),
+            activation=_activation(keys, family),
+            scale=_scale(keys, head_dim) if latent is None else latent_scale(latent, rope),
+            soft_cap=_soft_cap(keys, "attn_logit_softcapping"),
+            logit_soft_cap=_soft_cap(keys, "final_logit_softcapping"),
+            embedding_scale=embedding,
+            residuals=_residuals(keys, family, residual),
+            logit_scale=logits,
+            sinks=family.sinks,
+            windows=windows,
             rotary=rotary,
             sparse=sparse,
+            mixers=mixers,
             moe=moe,
             rope=rope,
+            window_rope=window_rope,
             bos_token_id=next(iter(keys.token_ids("bos_token_id")), None),
             eos_token_ids=keys.token_ids("eos_token_id"),
+            latent=latent,
+            index=index,
+            indexed=indexed,
+            states=read_states(keys, family),
+            gate_scale=_mlp_multipliers(keys)[0],
         )
 
     def with_rope_scaling(self, scaling: Mapping[str, Any]) -> ModelConfig:
         """This model with another RoPE scaling, given as config.json's `rope_scaling`; the base stays unless given."""
-        rope = _rope({"rope_theta": self.rope.theta, **scaling}, self.rope.positions)
-        return replace(self, rope=rope, max_position_embeddings=rope.context)
+        given = {"rope_theta": self.rope.theta, "partial_rotary_factor": self.rope.turned / self.rotary_dim, **scaling}
+        family = replace(self.family, interleaved=self.rope.interleaved)
+        other = read_rope(given, self.rope.positions, self.rotary_dim, family)
+        window_rope = self.window_rope
+        if any(window is not None for window in self.windows) and self.family.windows == "pattern":
+            window_rope = window_rope or self.rope  # a window needs no scaling
+        scale = self.scale if self.latent is None else latent_scale(self.latent, other)
+        return replace(self, rope=other, window_rope=window_rope, max_position_embeddings=other.context, scale=scale)
+
+    def mixer_layers(self) -> tuple[tuple[int, Literal["attention", "state"]], ...]:
+        """The layer and the kind of each mixer, in the order in which a forward pass comes to them: what messages call
+        a layer. A layer that is an MLP alone has none."""
+        return tuple((layer, kind) for layer, kinds in enumerate(self.mixers) for kind in kinds)
+
+    @property
+    def attention_layers(self) -> int:
+        """How many layers have attention."""
+        return sum("attention" in kinds for kinds in self.mixers)
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether a layer has an MLP or experts."""
+        return self.family.mixers != "alternating" or not self.mixers[layer]
+
+    def layer_ropes(self) -> tuple[RopeConfig | None, ...]:
+        """RoPE of each mixer; None where it has none."""
+        windowed = self.window_rope or self.rope
+        return tuple(
+            (self.rope if self.windows[layer] is None else windowed)
+            if kind == "attention" and self.rotary[layer]
+            else None
+            for layer, kind in self.mixer_layers()
+        )
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
-        """The specification of each layer for holders."""
+        """The specification of each mixer for holders."""
         return tuple(
-            LayerSpec(
-                kv_layer=layer,
-                heads=self.num_attention_heads,
-                kv_heads=self.num_key_value_heads,
-                d_k=self.head_dim,
-                d_v=self.head_dim,
-                scale=self.head_dim**-0.5,
-                window=window,
-            )
-            for layer, window in enumerate(self.windows)
+            self.states.spec(mixer, layer, self.num_hidden_layers)
+            if kind == "state" and self.states is not None
+            else self._attention_spec(mixer, layer)
+            for mixer, (layer, kind) in enumerate(self.mixer_layers())
+        )
+
+    def _attention_spec(self, mixer: int, layer: int) -> LayerSpec:
+        return LayerSpec(
+            kv_layer=mixer,
+            heads=self.num_attention_heads,
+            kv_heads=self.num_key_value_heads,
+            d_k=self.head_dim,
+            d_v=self.v_head_dim,
+            scale=self.scale,
+            window=self.windows[layer],
+            soft_cap=self.soft_cap,
+            kind="attention" if self.latent is None else "latent",
+            index=self.index if self.indexed and self.indexed[layer] else None,
         )
 
     def fingerprint(self) -> str:
@@ -215,97 +235,150 @@ class ModelConfig:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def _family(raw: Mapping[str, Any]) -> tuple[str, _Family]:
+def read_config_json(path: str | Path) -> dict[str, Any]:
+    """Read `config.json` in the folder `path`. Raises ModelFileError where it is missing or no JSON object."""
+    file = Path(path) / "config.json"
+    try:
+        if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
+            raise ModelFileError(f"{file} has {size} bytes, allowed are {_MAX_CONFIG_BYTES}")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFileError(f"cannot read {file}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelFileError(f"{file} holds a {type(raw).__name__}, expected an object")
+    return raw
+
+
+def _read_family(raw: Mapping[str, Any]) -> tuple[str, Family, Keys]:
+    """The architecture's name, its family with what the config changes of it, and the keys by their usual names."""
+    architecture, family = _family(raw)
+    if family.multimodal and isinstance(text := raw.get("text_config"), Mapping):
+        raw = {**raw, **text}
+    keys = Keys({**raw, **{name: raw[key] for key, name in family.aliases.items() if key in raw}}, family.defaults)
+    if keys.given("use_bidirectional_attention") and keys.flag("use_bidirectional_attention", False):
+        raise UnsupportedModelError("use_bidirectional_attention is not supported; supported: causal attention")
+    if keys.given("rope_interleave"):
+        family = replace(family, interleaved=keys.flag("rope_interleave", True))
+    return architecture, family, keys
+
+
+def _family(raw: Mapping[str, Any]) -> tuple[str, Family]:
     """The architecture's name and family, by `architectures`, else by `model_type`."""
     named = raw.get("architectures")
     if isinstance(named, list) and named and isinstance(named[0], str):
-        if (family := _FAMILIES.get(named[0])) is not None:
+        if (family := FAMILIES.get(named[0])) is not None:
             return named[0], family
         wanted = f"architecture {named[0]!r}"
     else:
         wanted = f"model_type {raw.get('model_type')!r}"
-        for architecture, family in _FAMILIES.items():
+        for architecture, family in FAMILIES.items():
             if family.model_type == raw.get("model_type"):
                 return architecture, family
-    raise UnsupportedModelError(f"{wanted} is not supported; supported: {', '.join(_FAMILIES)}")
+    raise UnsupportedModelError(f"{wanted} is not supported; supported: {', '.join(FAMILIES)}")
 
 
-def _windows(keys: Keys, family: _Family, rotary: tuple[bool, ...]) -> tuple[int | None, ...]:
+def _activation(keys: Keys, family: Family) -> str:
+    """The activation of MLPs, as kernels name it."""
+    if family.ungated_mlp:
+        name, known, given = "mlp_hidden_act", _UNGATED, keys.text("mlp_hidden_act")
+    else:
+        name, known = "hidden_activation" if keys.given("hidden_activation") else "hidden_act", _ACTIVATIONS
+        given = keys.text(name, "silu")
+    if given not in known:
+        raise UnsupportedModelError(f"{name} {given!r} is not supported; supported: {', '.join(map(repr, known))}")
+    return known[given]
+
+
+def _heads(keys: Keys, hidden: int, latent: LatentConfig | None) -> tuple[int, int, int]:
+    """Query heads, KV heads, and the numbers in each."""
+    heads = keys.integer("num_attention_heads", 1, 4096)
+    if latent is not None:
+        return heads, 1, latent.rank + latent.rotary
+    kv_heads = keys.integer("num_key_value_heads", 1, 4096, default=heads)
+    if heads % kv_heads:
+        raise ModelFileError(f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
+    if not keys.given("head_dim") and hidden % heads:
+        raise ModelFileError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    head_dim = keys.integer("head_dim", 4, 1024, default=hidden // heads)
+    if head_dim % 2:
+        raise ModelFileError(f"head_dim {head_dim} is odd; RoPE needs an even one")
+    return heads, kv_heads, head_dim
+
+
+def _scales(keys: Keys, family: Family, layers: int, hidden: int) -> tuple[float, float, float]:
+    """What multiplies the embedding, what layers add, and the logits."""
+    embedding, residual, logits = (keys.number(key, 1e-6, 1e6, 1.0) if key else 1.0 for key in family.scales)
+    if family.embedding_root:
+        embedding *= hidden**0.5
+    if family.depth_scales:
+        residual = keys.number("scale_depth", 1e-6, 1e6, default=layers**0.5) / layers**0.5
+        logits = hidden / keys.number("dim_model_base", 1.0, 1e6, default=hidden)
+    return embedding, residual, 1 / logits if family.divides_logits else logits
+
+
+def _scale(keys: Keys, head_dim: int) -> float:
+    if keys.given("key_multiplier"):  # Falcon-H1
+        q_and_k = keys.number("attention_in_multiplier", 1e-6, 1e6, default=1.0) ** 2
+        return q_and_k * keys.number("key_multiplier", 1e-6, 1e6) / math.sqrt(head_dim)
+    if keys.given("attention_multiplier"):  # Granite
+        return keys.number("attention_multiplier", 1e-6, 1e6)
+    return 1 / math.sqrt(keys.number("query_pre_attn_scalar", 1e-6, 1e6, default=head_dim))  # Gemma
+
+
+def _soft_cap(keys: Keys, name: str) -> float | None:
+    return keys.number(name, 1e-3, 1e6) if keys.given(name) else None
+
+
+def _windows(keys: Keys, family: Family, rotary: tuple[bool, ...]) -> tuple[int | None, ...]:
     layers = len(rotary)
-    on = family.windows == "always" or (family.windows != "never" and keys.flag("use_sliding_window", False))
+    on = family.windows in ("always", "pattern") or (
+        family.windows != "never" and keys.flag("use_sliding_window", False)
+    )
     if not on or not keys.given("sliding_window"):
         return (None,) * layers
     window = keys.integer("sliding_window", 1, 1 << 30)
-    if family.windows != "layers":
+    if family.windows in ("always", "flag"):
         return (window,) * layers
     if keys.given("layer_types"):
-        kinds = keys.items("layer_types", ("full_attention", "sliding_attention"), layers)
+        kinds = keys.items("layer_types", _WINDOWS, layers)
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    if family.nope:  # SmolLM3 windows the layers that have no RoPE
+    if family.windows == "pattern":
+        pattern = keys.integer("sliding_window_pattern", 1, 1024, default=family.pattern)
+        return tuple(window if (layer + 1) % pattern else None for layer in range(layers))
+    if family.rotary == "listed":  # SmolLM3 windows the layers that have no RoPE
         return tuple(None if rotates else window for rotates in rotary)
-    first = keys.integer("max_window_layers", 0, 1024, default=28)
+    first = keys.integer("max_window_layers", 0, 1024)
     return tuple(window if layer >= first else None for layer in range(layers))
 
 
-def _rotary(keys: Keys, layers: int) -> tuple[bool, ...]:
-    """SmolLM3: `no_rope_layers` has, despite its name, 1 for a layer with RoPE. Without it, every nth has none."""
+def _residuals(keys: Keys, family: Family, added: float) -> Residuals:
+    """`added`: what all that is added to the residual stream is multiplied by."""
+    found = {"attention": (1.0, added), "state": (1.0, added), "mlp": (1.0, added)}
+    for part, (kept, scale) in family.factors.items():
+        found[part] = keys.number(kept, -1e6, 1e6, default=1.0), keys.number(scale, -1e6, 1e6, default=1.0)
+    if family.mixers == "both":  # what multiplies v multiplies the output; with a bias it would not
+        into, out = (keys.number(f"attention_{way}_multiplier", 1e-6, 1e6, default=1.0) for way in ("in", "out"))
+        if into != 1.0 and keys.flag("attention_bias", False):
+            raise UnsupportedModelError("attention_bias is not supported with attention_in_multiplier")
+        found["attention"] = 1.0, into * out
+        found["state"] = 1.0, keys.number("ssm_out_multiplier", 1e-6, 1e6, default=1.0)
+        found["mlp"] = 1.0, _mlp_multipliers(keys)[1]
+    return Residuals(**found)
+
+
+def _mlp_multipliers(keys: Keys) -> tuple[float, ...]:
+    """Falcon-H1's, of an MLP's gate, and of what it gives."""
+    return keys.numbers("mlp_multipliers", 1e-6, 1e6, 2) if keys.given("mlp_multipliers") else (1.0, 1.0)
+
+
+def _rotary(keys: Keys, family: Family, layers: int) -> tuple[bool, ...]:
+    """Which layers have RoPE, where windows do not say so.
+
+    SmolLM3: `no_rope_layers` has, despite its name, 1 for a layer with RoPE. Without it, every nth has none.
+    """
+    if family.rotary != "listed":
+        return (family.rotary != "typed" or keys.get("position_embedding_type") == "rope",) * layers
     if keys.given("no_rope_layers"):
         return tuple(item == 1 for item in keys.items("no_rope_layers", (0, 1), layers))
     interval = keys.integer("no_rope_layer_interval", 1, 1024, default=4)
     return tuple((layer + 1) % interval != 0 for layer in range(layers))
-
-
-def _moe(keys: Keys, family: _Family, layers: int) -> tuple[MoeConfig | None, tuple[bool, ...]]:
-    if not family.expert_size:
-        return None, (False,) * layers
-    # transformers 5 writes num_local_experts also where published configs have num_experts.
-    experts = keys.integer("num_local_experts" if keys.given("num_local_experts") else "num_experts", 1, 4096)
-    config = MoeConfig(
-        experts=experts,
-        top_k=keys.integer("num_experts_per_tok", 1, experts),
-        intermediate_size=keys.integer(family.expert_size, 1, 1 << 20),
-        normalize=keys.flag("norm_topk_prob", False),
-    )
-    step = keys.integer("decoder_sparse_step", 1, 1024, default=1)
-    dense = set(keys.items("mlp_only_layers", range(1024)))
-    return config, tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
-
-
-def _rope_parameters(keys: Keys) -> dict[str, Any]:
-    """RoPE's parameters from where transformers 4 (`rope_scaling` beside `rope_theta`) or 5 puts them."""
-    found = keys.table("rope_scaling") or keys.table("rope_parameters")
-    beside = ("rope_theta", "original_max_position_embeddings")
-    return {**{name: keys.get(name) for name in beside if keys.given(name)}, **found}
-
-
-def _rope(parameters: Mapping[str, Any], positions: int) -> RopeConfig:
-    """Check RoPE parameters. What is unknown is refused, since ignoring it would compute something else."""
-    keys = Keys(parameters, {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0})
-    kind = keys.text("rope_type", keys.text("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise UnsupportedModelError(f"RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if unknown := sorted(parameters.keys() - _ROPE_KEYS):
-        raise UnsupportedModelError(
-            f"RoPE parameter {unknown[0]!r} is not supported; supported: {', '.join(sorted(_ROPE_KEYS))}"
-        )
-    if (partial := keys.number("partial_rotary_factor", 0.0, 1.0)) != 1.0:
-        raise UnsupportedModelError(f"partial_rotary_factor {partial:g} is not supported; supported: 1")
-    original = keys.integer("original_max_position_embeddings", 1, 1 << 30, default=positions)
-    numbers = {
-        name: keys.number(name, *bounds)
-        for name, bounds in _ROPE_RANGES.items()
-        if keys.given(name) or name in _ROPE_REQUIRED[kind]
-    }
-    if kind == "yarn":
-        numbers.setdefault("factor", max(1.0, positions / original))
-    if kind == "llama3" and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
-        low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
-        raise ModelFileError(f"high_freq_factor is {high:g}, expected more than low_freq_factor {low:g}")
-    return RopeConfig(
-        kind=kind,
-        theta=keys.number("rope_theta", 1.001, 1e15),
-        positions=positions,
-        original=original,
-        truncate=keys.flag("truncate", True),
-        **numbers,
-    )

@@ -45,6 +45,10 @@ class Keys:
             raise ModelFileError(f"{name} is {value!r:.80}, expected true or false")
         return value
 
+    def holds(self, said: bool | str) -> bool:
+        """What a family says, or else the flag of the name that it gives; false where that is absent."""
+        return said if isinstance(said, bool) else self.flag(said, False)
+
     def text(self, name: str, default: str | None = None) -> str:
         value = self._value(name, default)
         if type(value) is not str:
@@ -59,6 +63,13 @@ class Keys:
         if length is not None and len(value) < length:
             raise ModelFileError(f"{name} has {len(value)} entries, expected {length}, one a layer")
         return tuple(value[:length])
+
+    def numbers(self, name: str, low: float, high: float, length: int) -> tuple[float, ...]:
+        """A list of `length` numbers."""
+        value = self._value(name, None)
+        if type(value) is not list or len(value) != length:
+            raise ModelFileError(f"{name} is {value!r:.80}, expected a list of {length} numbers")
+        return tuple(Keys({name: item}, {}).number(name, low, high) for item in value)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """One id or a list of them; none where the key is absent."""

@@ -1,4 +1,4 @@
-"""A decoder's weights: their names in a checkpoint, their shapes, and the part of each that a rank keeps.
+"""A decoder's weights, and the part of each that a rank keeps.
 
 Maps whose outputs are split among ranks (q, k, v; gate and up; the head) are cut by rows, maps whose inputs are
 (attention's output, down) by columns, and the ranks' products are summed. The bias of such a sum belongs to rank 0
@@ -8,59 +8,72 @@ alone: a share of it on each rank would be rounded once a rank. Norms and router
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
 
 import torch
 
-from lamina_kernels.dense import Linear, repacks
-from lamina_kernels.paged import memory
+from lamina_kernels.dense import HeadLinears, Linear, repacks
+from lamina_workers.decoder.checkpoint import Renamed, TensorSource, check_tensors
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.moe import Experts, Mlp
-from lamina_workers.decoder.shard import WHOLE, RankShape, Shard, local, rank_shape
-from lamina_workers.errors import ModelFileError
-
-_ALIGNMENT = 64  # bytes, one cache line
-_EVERY = slice(None)
-_ALL = (_EVERY,)
-_EMBEDDING, _HEAD, _NORM = "model.embed_tokens", "lm_head", "model.norm"
-
-
-class TensorSource(Protocol):
-    """Named tensors of a checkpoint. A tensor may be a view of a file; `release` says that its pages may leave
-    memory. A view stays valid after that, and reads them again where it must."""
-
-    def names(self) -> Iterable[str]: ...
-
-    def shape(self, name: str) -> Sequence[int]: ...
-
-    def tensor(self, name: str) -> torch.Tensor: ...
-
-    def release(self, name: str) -> None: ...
+from lamina_workers.decoder.index import HeadIndex, LatentIndex, load_index
+from lamina_workers.decoder.latent import LatentAttention, query_rows, rotated_last
+from lamina_workers.decoder.latent_config import LatentConfig
+from lamina_workers.decoder.mlp_weights import MlpWeights, load_mlp
+from lamina_workers.decoder.rope import head_order
+from lamina_workers.decoder.shard import WHOLE, RankShape, Shard, kv_rows, local, rank_shape
+from lamina_workers.decoder.stacked_experts import SeparateExperts, found_stacked, published_shapes
+from lamina_workers.decoder.state_layers import OutputGate, StateWeights
+from lamina_workers.decoder.state_weights import load_state
+from lamina_workers.decoder.weight_loader import ALIGNMENT, ALL, Loader, part_of
+from lamina_workers.decoder.weight_names import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    norm_names,
+    projection_names,
+    tensor_shapes,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer. qkv maps to `(heads + 2 * kv_heads) * d`, in the order q, k, v. Norms: `[hidden]`, `[d]`."""
+class MixerWeights:
+    """One mixer, attention or a state layer, and what follows it up to the next one.
 
-    input_norm: torch.Tensor
+    qkv maps to `(heads + kv_heads) * d_k + kv_heads * d_v` of attention, or to the inputs of a state layer, in the
+    order q, k, v. Norms: `[hidden]`, of q and k `[d_k]` or as wide as all heads; None where the family has none there.
+    sinks: float32 `[heads]`. `state`: None where the mixer is attention. `gate`: of the mixer's output. `residual`: its
+    factors in `Residuals`. `mlps`: one, except where layers are an MLP alone, or none where it `joins` the next mixer,
+    which reads the same stream: what both give is added at once. latent: where attention is over latents; then qkv maps
+    to queries, or to what they are made of, and to latents. index: of a layer that has one.
+    """
+
     qkv: Linear
-    qk_norms: tuple[torch.Tensor, torch.Tensor] | None
     output: Linear
-    post_norm: torch.Tensor
-    mlp: Mlp | Experts
+    residual: tuple[float, float]
+    input_norm: torch.Tensor | None = None
+    attended_norm: torch.Tensor | None = None
+    qk_norms: tuple[torch.Tensor, torch.Tensor] | None = None
+    sinks: torch.Tensor | None = None
+    gate: OutputGate | None = None
+    state: StateWeights | None = None
+    latent: LatentAttention | None = None
+    index: HeadIndex | LatentIndex | None = None
+    mlps: tuple[MlpWeights, ...] = ()
+    joins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """All layers, the embedding, the last norm and the head, of one rank or of the whole model.
+    """All mixers as `layers`, the embedding, the last norm and the head, of one rank or of the whole model.
 
     embedding: `[vocab, hidden]`, perhaps in another dtype than the rest; or only the rank's part of the vocabulary.
     """
 
     embedding: torch.Tensor
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[MixerWeights, ...]
     norm: torch.Tensor
     head: Linear
 
@@ -82,93 +95,46 @@ def load_weights(
     `progress(done, total)` counts tensors, those without a part for this rank too. Raises ModelFileError naming tensors
     that are missing, unexpected, or of another shape.
     """
+    if config.family.renamed:
+        source = Renamed(source, config.family.renamed)
+    config = found_stacked(config, source.names())
     wanted = tensor_shapes(config)
-    check_tensors(source, wanted, ignored={f"{_HEAD}.weight"} if config.tie_word_embeddings else set())
+    ignored = {name for name in source.names() if re.fullmatch(config.family.unread, name)}
+    if config.tie_word_embeddings:
+        ignored.add(f"{HEAD}.weight")
+    if config.latent is not None:  # layers behind the last one predict further tokens, and are not used here
+        behind = f"model.layers.{config.num_hidden_layers}."
+        ignored |= {name for name in source.names() if name.startswith(behind)}
+    check_tensors(source, published_shapes(config, wanted), ignored)
+    if config.moe is not None and config.moe.stacked:
+        source = SeparateExperts(source, config, wanted)
     shape = rank_shape(config, shard)
-    room = sum(math.prod(of) * dtype.itemsize + _ALIGNMENT for of in _kept_shapes(config, shard, shape))
-    load = _Loader(source, dtype, device, progress or (lambda done, total: None), len(wanted), room)
-    own = (_slice(shape.vocabulary),)
+    room = sum(math.prod(of) * dtype.itemsize + ALIGNMENT for of in _kept_shapes(config, shard, shape))
+    load = Loader(source, dtype, device, progress or (lambda done, total: None), len(wanted), room)
+    own = (part_of(shape.vocabulary),)
     if split_embedding is None:
         split_embedding = device.type != "cpu"
-    looked_up = own if split_embedding else _ALL
+    looked_up = own if split_embedding else ALL
     # The largest tensor first, while the copy that is made of it stands beside little else.
     if config.tie_word_embeddings:
-        weight = load.copy(f"{_EMBEDDING}.weight", own)
+        weight = load.copy(f"{EMBEDDING}.weight", own)
         shared = not repacks(weight) and (split_embedding or shard.ranks == 1)
-        embedding = weight if shared else source.tensor(f"{_EMBEDDING}.weight")[looked_up[0]]
+        embedding = weight if shared else source.tensor(f"{EMBEDDING}.weight")[looked_up[0]]
         head = Linear(weight)
         del weight
     else:
-        head = load.linear([_HEAD], rows=[own])
+        head = load.linear([HEAD], rows=[own])
         keep = load.view if device.type == "cpu" else load.copy
-        embedding = keep(f"{_EMBEDDING}.weight", looked_up)
-    layers = tuple(_load_layer(config, load, layer, shard, shape) for layer in range(config.num_hidden_layers))
-    return DecoderWeights(embedding, layers, load.copy(f"{_NORM}.weight"), head)
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint of `config`, by the name under which Hugging Face models are published."""
-    hidden, d = config.hidden_size, config.head_dim
-    q, kv = config.num_attention_heads * d, config.num_key_value_heads // config.kv_copies * d
-    shapes: dict[str, tuple[int, ...]] = {f"{_NORM}.weight": (hidden,)}
-
-    def linear(name: str, n_out: int, n_in: int, bias: bool = False) -> None:
-        shapes[f"{name}.weight"] = (n_out, n_in)
-        if bias:
-            shapes[f"{name}.bias"] = (n_out,)
-
-    for name in (_EMBEDDING,) if config.tie_word_embeddings else (_EMBEDDING, _HEAD):
-        linear(name, config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        at = f"model.layers.{layer}"
-        shapes[f"{at}.input_layernorm.weight"] = shapes[f"{at}.post_attention_layernorm.weight"] = (hidden,)
-        for name, width in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-            linear(f"{at}.self_attn.{name}", width, hidden, config.qkv_bias)
-        linear(f"{at}.self_attn.o_proj", hidden, q, config.o_bias)
-        if config.qk_norm:
-            shapes[f"{at}.self_attn.q_norm.weight"] = shapes[f"{at}.self_attn.k_norm.weight"] = (d,)
-        router, mlps = _mlp_names(config, layer)
-        size, bias = config.intermediate_size, config.mlp_bias
-        if router is not None and config.moe is not None:
-            size, bias = config.moe.intermediate_size, False
-            linear(router, config.moe.experts, hidden)
-        for gate, up, down in mlps:
-            linear(gate, size, hidden, bias)
-            linear(up, size, hidden, bias)
-            linear(down, hidden, size, bias)
-    return shapes
-
-
-def check_tensors(source: TensorSource, wanted: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
-    """Raise ModelFileError unless `source` has exactly the tensors `wanted`. Takes no memory for any."""
-    found = set(source.names())
-    unexpected = found - wanted.keys() - ignored
-    unexpected = {name for name in unexpected if not name.endswith("rotary_emb.inv_freq")}  # older files, computed here
-    for problem, names in (("lacks", wanted.keys() - found), ("has unexpected", unexpected)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ModelFileError(f"the checkpoint {problem} {', '.join(sorted(names)[:5])}{more}")
-    for name, shape in wanted.items():
-        if (given := tuple(source.shape(name))) != shape:
-            raise ModelFileError(f"tensor {name} has shape {list(given)}, the config wants {list(shape)}")
-
-
-def _mlp_names(config: ModelConfig, layer: int) -> tuple[str | None, list[tuple[str, str, str]]]:
-    """The router's name, if any, and (gate, up, down) of the layer's MLP or of each of its experts."""
-    at = f"model.layers.{layer}.mlp"
-    block, names = at, ("gate_proj", "up_proj", "down_proj")
-    if config.architecture == "MixtralForCausalLM":
-        block, names = f"model.layers.{layer}.block_sparse_moe", ("w1", "w3", "w2")
-    if config.moe is None or not config.sparse[layer]:
-        return None, [(f"{at}.gate_proj", f"{at}.up_proj", f"{at}.down_proj")]
-    gate, up, down = names
-    experts = [f"{block}.experts.{expert}" for expert in range(config.moe.experts)]
-    return f"{block}.gate", [(f"{expert}.{gate}", f"{expert}.{up}", f"{expert}.{down}") for expert in experts]
+        embedding = keep(f"{EMBEDDING}.weight", looked_up)
+    layers = tuple(_load_mixers(config, load, shard, shape))
+    return DecoderWeights(embedding, layers, load.norm(NORM, config.family.norm_offset), head)
 
 
 def _kept_shapes(config: ModelConfig, shard: Shard, shape: RankShape) -> list[Sequence[int]]:
     """The shapes of the rank's parts of all tensors: those of a model that is as small."""
-    moe = config.moe if config.moe is None else replace(config.moe, experts=len(shape.experts))
+    moe = config.moe
+    if moe is not None:
+        moe = replace(moe, experts=len(shape.experts), shared=len(shape.shared))
     small = replace(
         local(config, shard),
         intermediate_size=len(shape.columns),
@@ -176,135 +142,105 @@ def _kept_shapes(config: ModelConfig, shard: Shard, shape: RankShape) -> list[Se
         moe=moe,
         kv_copies=1,
     )
-    routers = [(config.moe.experts, config.hidden_size)] * sum(config.sparse) if config.moe is not None else []
-    return [*tensor_shapes(small).values(), *routers]
+    routers = [(config.moe.experts, config.hidden_size + 1)] * sum(config.sparse) if config.moe is not None else []
+    pieces = [(0,)] * 8 * len(config.mixer_layers())  # a tensor may be cut into maps, each of which is aligned
+    return [*tensor_shapes(small).values(), *routers, *pieces]
 
 
-def _load_layer(config: ModelConfig, load: _Loader, layer: int, shard: Shard, shape: RankShape) -> LayerWeights:
-    at = f"model.layers.{layer}"
-    attention = f"{at}.self_attn"
-    router, names = _mlp_names(config, layer)
-    mlp: Mlp | Experts
-    if router is not None and config.moe is not None:
-        own = names[_slice(shape.experts)]
-        for name in (name for names_of_one in names if names_of_one not in own for name in names_of_one):
-            load.skip(f"{name}.weight")
-        experts = [Mlp(load.linear([gate, up]), load.linear([down])) for gate, up, down in own]
-        mlp = Experts(load.linear([router]), experts, config.moe.top_k, config.moe.normalize, shape.experts.start)
+def _load_mixers(config: ModelConfig, load: Loader, shard: Shard, shape: RankShape) -> list[MixerWeights]:
+    found: list[MixerWeights] = []
+    for layer, kinds in enumerate(config.mixers):
+        before, behind = (
+            load.norm(f"model.layers.{layer}.{name}", config.family.norm_offset) if name and kinds else None
+            for name in norm_names(config.family)[:2]
+        )
+        for i, kind in enumerate(kinds):
+            load_mixer = _load_state if kind == "state" else _load_attention
+            mixer = load_mixer(config, load, layer, shard, shape)
+            found.append(replace(mixer, input_norm=before, attended_norm=behind, joins=i < len(kinds) - 1))
+        if config.has_mlp(layer):
+            mlp = load_mlp(config, load, layer, shard, shape)
+            found[-1] = replace(found[-1], mlps=(*found[-1].mlps, mlp))
+    return found
+
+
+def _load_state(config: ModelConfig, load: Loader, layer: int, shard: Shard, shape: RankShape) -> MixerWeights:
+    qkv, state, gate, output = load_state(config, load, layer, shard, shape)
+    return MixerWeights(qkv, output, config.residuals.state, gate=gate, state=state)
+
+
+def _load_attention(config: ModelConfig, load: Loader, layer: int, shard: Shard, shape: RankShape) -> MixerWeights:
+    family, order = config.family, head_order(config.rope, config.rotary_dim)
+    attention = f"model.layers.{layer}.self_attn"
+    latent, value, gates = None, config.v_head_dim, []
+    if config.latent is not None:
+        qkv, latent = _load_latent(config, config.latent, load, layer, shape)
+        value = config.latent.value
     else:
-        ((gate, up, down),) = names
-        columns = _slice(shape.columns)
-        gate_up = load.linear([gate, up], config.mlp_bias, [[columns], [columns]])
-        mlp = Mlp(gate_up, load.summed(down, config.mlp_bias, columns, shard.rank == 0))
-    d, copies = config.head_dim, config.kv_copies
-    heads = _slice(shape.heads, d)
-    kv = [slice(head // copies * d, (head // copies + 1) * d) for head in shape.kv_heads] if copies > 1 else None
-    kv = kv or [_slice(shape.kv_heads, d)]
+        turned = (len(shape.heads) + len(shape.kv_heads)) * config.head_dim  # rows of q and k
+        parts = list(zip(projection_names(config, layer), _qkv_rows(config, shape), strict=True))
+        gate = [[(parts[0][0], _head_rows(config, shape, gate=True))]] if family.gated else []
+        qkv, *gates = load.apart([parts, *gate], config.qkv_bias, order, turned)
     qk_norms = None
-    if config.qk_norm:
-        qk_norms = load.copy(f"{attention}.q_norm.weight"), load.copy(f"{attention}.k_norm.weight")
-    return LayerWeights(
-        input_norm=load.copy(f"{at}.input_layernorm.weight"),
-        qkv=load.linear([f"{attention}.{part}_proj" for part in "qkv"], config.qkv_bias, [[heads], kv, kv]),
+    if family.qk_norm:
+        q_norm, k_norm = (f"{attention}.{name}" for name in family.qk_norm_names)
+        qk_norms = load.norm(q_norm, family.norm_offset, order), load.norm(k_norm, family.norm_offset, order)
+    attended = part_of(shape.heads, value)
+    return MixerWeights(
+        qkv=qkv,
         qk_norms=qk_norms,
-        output=load.summed(f"{attention}.o_proj", config.o_bias, heads, shard.rank == 0),
-        post_norm=load.copy(f"{at}.post_attention_layernorm.weight"),
-        mlp=mlp,
+        sinks=load.copy(f"{attention}.sinks", [part_of(shape.heads)]).float() if config.sinks else None,
+        output=load.summed(f"{attention}.o_proj", config.o_bias, attended, shard.rank == 0),
+        residual=config.residuals.attention,
+        gate=OutputGate(gates[0], torch.sigmoid) if gates else None,
+        latent=latent,
+        index=load_index(config, load, layer, shape, order),
     )
 
 
-def _slice(part: range, size: int = 1) -> slice:
-    """Where the things `part` lie, each `size` long."""
-    return slice(part.start * size, part.stop * size)
+def _load_latent(
+    config: ModelConfig, latent: LatentConfig, load: Loader, layer: int, shape: RankShape
+) -> tuple[Linear, LatentAttention]:
+    """The map to queries, or to what they are made of, and to latents; and what follows it."""
+    at, heads = f"model.layers.{layer}.self_attn", len(shape.heads)
+    of_query, of_latent = latent.plain + latent.rotary, latent.rank + latent.rotary
+    own = [part_of(shape.heads, of_query)]
+    order_of = partial(rotated_last, rope=config.rope, rotary=latent.rotary)
+    query_order, latent_order = order_of(of_query, heads), order_of(of_latent, 1)
+    first = query_rows(latent, heads)
+    order = None
+    if latent_order is not None:
+        before = torch.arange(first) if latent.query_rank or query_order is None else query_order
+        order = torch.cat((before, first + latent_order))
+    rows = [ALL if latent.query_rank else own, ALL]
+    projection = load.linear(projection_names(config, layer), rows=rows, order=order, turned=first + of_latent)
+    query_norm = query_up = None
+    if latent.query_rank:
+        query_norm = load.norm(f"{at}.q_a_layernorm", 0.0)
+        query_up = load.linear([f"{at}.q_b_proj"], rows=[own], order=query_order, turned=heads * of_query)
+    norm = load.norm(f"{at}.kv_a_layernorm", 0.0)
+    up = load.rows(f"{at}.kv_b_proj.weight", part_of(shape.heads, latent.plain + latent.value))
+    of_heads = up.view(heads, -1, latent.rank)
+    key_up, value_up = of_heads[:, : latent.plain].transpose(1, 2), of_heads[:, latent.plain :]
+    ups = (HeadLinears(load.keep(x)) for x in (key_up, value_up))
+    return projection, LatentAttention(latent, query_norm, query_up, norm, *ups)
 
 
-def _length(part: slice, of: int) -> int:
-    return len(range(*part.indices(of)))
+def _qkv_rows(config: ModelConfig, shape: RankShape) -> list[list[slice]]:
+    """The rank's rows of the maps to q, k and v, or of the map that has all."""
+    d, d_v = config.head_dim, config.v_head_dim
+    rows = [_head_rows(config, shape), kv_rows(config, shape, d), kv_rows(config, shape, d_v)]
+    if not config.family.qkv:
+        return rows
+    k_first = config.num_attention_heads * d
+    firsts = (0, k_first, k_first + config.num_key_value_heads // config.kv_copies * d)
+    return [[slice(each.start + at, each.stop + at) for at, of in zip(firsts, rows, strict=True) for each in of]]
 
 
-class _Loader:
-    """Takes tensors, or parts of them, out of a source one by one; holds no more than one of them twice.
-
-    `rows` of a tensor are slices of its first dimension, side by side in the copy; `columns` is one of its second.
-    """
-
-    def __init__(
-        self,
-        source: TensorSource,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Callable[[int, int], None],
-        total: int,
-        room: int,
-    ) -> None:
-        self._source = source
-        self._dtype = dtype
-        self._device = device
-        self._progress = progress
-        self._done, self._total = 0, total
-        # Weights are streamed in every step, so on a CPU they lie in one block of huge pages.
-        self._arena = memory.allocate(room) if device.type == "cpu" else None
-        self._used = 0
-
-    def linear(self, names: Sequence[str], bias: bool = False, rows: Sequence[Sequence[slice]] | None = None) -> Linear:
-        """One map out of those called `names`, their outputs side by side; `rows`: those of each that are kept."""
-        rows = rows or [_ALL] * len(names)
-        weight = self._join([f"{name}.weight" for name in names], rows)
-        return Linear(weight, self._join([f"{name}.bias" for name in names], rows) if bias else None)
-
-    def summed(self, name: str, bias: bool, columns: slice, keeps_bias: bool) -> Linear:
-        """A map of which each rank has some inputs, `columns`, and one rank the bias."""
-        weight = self._join([f"{name}.weight"], [_ALL], columns)
-        if bias and not keeps_bias:
-            self.skip(f"{name}.bias")
-        return Linear(weight, self.copy(f"{name}.bias") if bias and keeps_bias else None)
-
-    def copy(self, name: str, rows: Sequence[slice] = _ALL) -> torch.Tensor:
-        return self._join([name], [rows])
-
-    def view(self, name: str, rows: Sequence[slice] = _ALL) -> torch.Tensor:
-        """The source's own tensor, in its dtype; `rows`: one slice."""
-        tensor = self._tensor(name)[rows[0]]
-        self._count(name)
-        return tensor
-
-    def skip(self, name: str) -> None:
-        """Nothing of this tensor is kept."""
-        self._count(name)
-
-    def _join(self, names: Sequence[str], rows: Sequence[Sequence[slice]], columns: slice = _EVERY) -> torch.Tensor:
-        """The tensors `names`, concatenated along their first dimension in a copy of the loader's dtype."""
-        shapes = [self._source.shape(name) for name in names]
-        n_rows = sum(_length(part, shape[0]) for of, shape in zip(rows, shapes, strict=True) for part in of)
-        width = [_length(columns, n) for n in shapes[0][1:]]
-        joined = self._empty((n_rows, *width))
-        first = 0
-        for name, of in zip(names, rows, strict=True):
-            tensor = self._tensor(name)
-            for part in of:
-                piece = tensor[part, columns] if width else tensor[part]
-                joined[first : first + len(piece)].copy_(piece)
-                first += len(piece)
-            self._count(name)
-        return joined
-
-    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Room for a tensor: for good where it will be kept, for the moment where `Linear` makes its own copy."""
-        if self._arena is not None:
-            end = self._used + math.prod(shape) * self._dtype.itemsize
-            kept = self._arena[self._used : end].view(self._dtype).view(shape)
-            if kept.ndim != 2 or not repacks(kept):
-                self._used = end + -end % _ALIGNMENT
-                return kept
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        tensor = self._source.tensor(name)
-        if not tensor.is_floating_point():
-            raise ModelFileError(f"tensor {name} holds {tensor.dtype}, expected floating point")
-        return tensor
-
-    def _count(self, name: str) -> None:
-        self._source.release(name)
-        self._done += 1
-        self._progress(self._done, self._total)
+def _head_rows(config: ModelConfig, shape: RankShape, gate: bool = False) -> list[slice]:
+    """The rank's rows of the map to q; with `gate` those of its other half, head by head, that attention's output is
+    gated by."""
+    d = config.head_dim
+    if not config.family.gated:
+        return [part_of(shape.heads, d)]
+    return [slice(first, first + d) for first in ((2 * head + gate) * d for head in shape.heads)]

@@ -10,12 +10,14 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from lamina_workers.decoder.collective import Collective
-from lamina_workers.decoder.model import Batch, Decoder, Forward, Rotation
+from lamina_workers.decoder.latent import Rotation
+from lamina_workers.decoder.model import Batch, Decoder, Forward
 from lamina_workers.decoder.moe import Experts
 
 logger = logging.getLogger("lamina")
@@ -71,7 +73,7 @@ class CudaGraphs:
 @dataclass(frozen=True, slots=True)
 class _Inputs:
     """Where the graphs of one bucket read: hidden `[B, hidden_size]`, rotation `[B, d / 2]` twice, attended
-    `[B, heads * d]`."""
+    `[B, heads * d_v]`."""
 
     hidden: torch.Tensor
     rotation: tuple[torch.Tensor, torch.Tensor]
@@ -107,7 +109,9 @@ class _Around(Decoder):
     def _settled(self, index: int) -> bool:
         """Whether the work after the attention of a layer is the same for all tokens, without other ranks. With experts
         the host must see which have work; and a graph would go on calling a group that was replaced."""
-        return self._collective is None and not isinstance(self._weights.layers[index].mlp, Experts)
+        layer = self._weights.layers[index]
+        experts = any(isinstance(of.mlp, Experts) for of in layer.mlps)
+        return self._collective is None and not experts and layer.state is None
 
 
 class _Run(_Around):
@@ -128,50 +132,41 @@ class _Run(_Around):
     def _before_attention(
         self, index: int, hidden: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        size = bucket(len(hidden), self._buckets)
-        if size is None:
-            return self._plain._before_attention(index, hidden, rotation)
-        inputs = self._filled(size, hidden, rotation)
-
-        def work() -> Tensors:
-            return self._plain._before_attention(index, inputs.hidden, rotation and inputs.rotation)
-
-        graph = self._launched("before", index, size, work)
-        if graph is None:
-            return self._plain._before_attention(index, hidden, rotation)
-        q, k, v = graph.first(len(hidden))
+        q, k, v = self._from_hidden("before", self._plain._before_attention, index, hidden, rotation)
         return q, k, v
 
     def _before_query(self, index: int, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        size = bucket(len(hidden), self._buckets)
-        if size is None:
-            return self._plain._before_query(index, hidden, rotation)
-        inputs = self._filled(size, hidden, rotation)
-
-        def work() -> Tensors:
-            return self._plain._before_query(index, inputs.hidden, rotation and inputs.rotation)
-
-        graph = self._launched("query", index, size, work)
-        if graph is None:
-            return self._plain._before_query(index, hidden, rotation)
-        q, normed = graph.first(len(hidden))
+        q, normed = self._from_hidden("query", self._plain._before_query, index, hidden, rotation)
         return q, normed
+
+    def _from_hidden(
+        self,
+        part: str,
+        plain: Callable[[int, torch.Tensor, Rotation], Tensors],
+        index: int,
+        hidden: torch.Tensor,
+        rotation: Rotation,
+    ) -> Tensors:
+        """The results of a slice that reads what enters a layer: by its graph where there can be one."""
+        size = bucket(len(hidden), self._buckets)
+        if size is not None:
+            inputs = self._filled(size, hidden, rotation)
+            work = partial(plain, index, inputs.hidden, rotation and inputs.rotation)
+            if (graph := self._launched(part, index, size, work)) is not None:
+                return graph.first(len(hidden))
+        return plain(index, hidden, rotation)
 
     def _keys_values(self, index: int, normed: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         size = bucket(len(normed), self._buckets)
-        if size is None:
-            return self._plain._keys_values(index, normed, rotation)
-        inputs = self._inputs_of(size)
-        _, whole = self._graphs["query", index, size].results  # `normed` is in it, and the angles are where q had them
-
-        def work() -> Tensors:
-            return self._plain._keys_values(index, whole, rotation and inputs.rotation)
-
-        graph = self._launched("keys", index, size, work)
-        if graph is None:
-            return self._plain._keys_values(index, normed, rotation)
-        k, v = graph.first(len(normed))
-        return k, v
+        if size is not None:
+            inputs = self._inputs_of(size)
+            # `normed` is in what the query's graph gives, and the angles are where q had them.
+            _, whole = self._graphs["query", index, size].results
+            work = partial(self._plain._keys_values, index, whole, rotation and inputs.rotation)
+            if (graph := self._launched("keys", index, size, work)) is not None:
+                k, v = graph.first(len(normed))
+                return k, v
+        return self._plain._keys_values(index, normed, rotation)
 
     def _after_attention(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         size = bucket(len(hidden), self._buckets)
@@ -222,11 +217,11 @@ class _Run(_Around):
             def zeros(width: int, dtype: torch.dtype) -> torch.Tensor:
                 return torch.zeros(size, width, dtype=dtype, device=self.device)
 
-            half = config.head_dim // 2
+            half = config.rotary_dim // 2
             found = self._inputs[size] = _Inputs(
-                hidden=zeros(config.hidden_size, self.dtype),
+                hidden=zeros(config.hidden_size * (2 if config.family.mixers == "both" else 1), self.dtype),
                 rotation=(zeros(half, torch.float32), zeros(half, torch.float32)),
-                attended=zeros(config.num_attention_heads * config.head_dim, self.dtype),
+                attended=zeros(config.num_attention_heads * config.v_head_dim, self.dtype),
             )
         return found
 

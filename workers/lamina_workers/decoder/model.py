@@ -1,6 +1,7 @@
-"""The decoder: a forward pass that is a coroutine, cut at attention.
+"""The decoder: a forward pass that is a coroutine, cut at mixers: attention, or a layer that keeps a state.
 
-It yields queries, keys and values, and its driver sends back the attention output.
+It yields queries, keys and values, or the inputs of a state, and its driver sends back what comes of them. Layers are
+numbered as holders do, by their mixers: an MLP alone belongs to the mixer before it, and a layer with two is two.
 
 Between two yields stands one plain function of tensors: `_before_attention`, or `_after_attention`. Where a batch has
 few rows and the machine can, both are one compiled program, a span from one attention to the next.
@@ -10,7 +11,7 @@ the sums over ranks are made inside `_after_attention`. All ranks run the same b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from lamina_kernels.cpu.spans import MAX_ROWS
-from lamina_kernels.dense import Linear, add_rms_norm, rms_norm, split_heads
+from lamina_kernels.dense import Linear, add_rms_norm, layer_norm, rms_norm, soft_cap
+from lamina_kernels.states.layout import StateConstants
+from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_spans import decoder_spans
-from lamina_workers.decoder.decoder_weights import DecoderWeights, LayerWeights, TensorSource, load_weights
+from lamina_workers.decoder.decoder_weights import DecoderWeights, MixerWeights, load_weights
+from lamina_workers.decoder.heads import project, split
+from lamina_workers.decoder.latent import Rotation, query_rows
 from lamina_workers.decoder.rope import Rotary
 from lamina_workers.decoder.shard import WHOLE, Shard, local, rank_shape
 
@@ -34,8 +39,8 @@ class Batch:
     """The tokens of one forward pass, of any number of sequences.
 
     token_ids, positions: int64 `[T]`. sampled: int64 `[S]`, indices into the T tokens whose logits are wanted.
-    rope_lengths: int64 `[T]`, per token the larger of its sequence's prompt length and its position + 1; needed by
-    dynamic RoPE only, else None. All on the decoder's device.
+    rope_lengths: int64 `[T]`, per token the larger of its sequence's prompt length and its position + 1; needed where
+    RoPE is `by_length`, else None. All on the decoder's device.
     """
 
     token_ids: torch.Tensor
@@ -46,8 +51,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class QueryReady:
-    """The queries of `layer`. q: `[T, heads, d_k]` in the decoder's dtype, rotated, not scaled. `early`: k and v are
-    computed when the pass goes on, else they are there already."""
+    """The queries of `layer`. q: `[T, heads, query_width]` of its `LayerSpec`, mostly d_k wide, in the decoder's dtype,
+    rotated, not scaled. `early`: k and v are computed when the pass goes on, else they are there already."""
 
     layer: int
     q: torch.Tensor
@@ -56,7 +61,11 @@ class QueryReady:
 
 @dataclass(frozen=True, slots=True)
 class KeyValueReady:
-    """The keys and values of `layer`. k: `[T, kv_heads, d_k]`, rotated; v: `[T, kv_heads, d_v]`.
+    """The keys and values of `layer`. k: `[T, kv_heads, key_width]`, mostly d_k, rotated; v: `[T, kv_heads, d_v]`, or
+    of latents `[T, 1, 0]`.
+
+    `sinks`, float32 `[heads]`: the logit of one more key of each head, whose value is zeros; None where there are none.
+    The driver merges them in (`lamina_kernels.partial.with_sinks`); holders do not know them.
 
     In answer to it the driver sends the attention output, `[T, heads, d_v]` or `[T, heads * d_v]`. Or it goes on
     elsewhere with that and `hidden`, `[T, hidden_size]`, the residual stream that entered the layer.
@@ -66,16 +75,30 @@ class KeyValueReady:
     k: torch.Tensor
     v: torch.Tensor
     hidden: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
 
-Rotation = tuple[torch.Tensor, torch.Tensor] | None
-"""cos and sin of the batch's positions, float32 `[T, d / 2]`; None in a layer without RoPE."""
+@dataclass(frozen=True, slots=True)
+class StateReady:
+    """The inputs of `layer`, which keeps a state. x: `[T, 2 * key_heads * d_k + heads * d_v]` in the decoder's dtype,
+    in the order q, k, v, before the convolution; gates: float32 `[T, heads, g]`, as in `messages.Advance`.
+
+    In answer to it the driver sends the output, `[T, heads * d_v]`. `hidden` as in `KeyValueReady`.
+    """
+
+    layer: int
+    x: torch.Tensor
+    gates: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+Event = QueryReady | KeyValueReady | StateReady
 
 Entering = tuple[torch.Tensor, ...]
-"""What a span has made of the residual stream: q, k and v, or where q comes first the normed stream; of what leaves the
-last layer the logits, or the normed stream. Empty: nothing yet."""
+"""What a span has made of the residual stream: q, k and v, or where q comes first the normed stream; the inputs of a
+state and its gates; of what leaves the last layer the logits, or the normed stream. Empty: nothing yet."""
 
-Forward = Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]
+Forward = Generator[Event, torch.Tensor | None, torch.Tensor]
 
 
 class Decoder:
@@ -103,7 +126,11 @@ class Decoder:
         self.dtype = weights.norm.dtype
         self.device = weights.norm.device
         self._weights = weights
-        self._rope = Rotary(config.rope, config.head_dim, self.device)
+        of_layers = config.layer_ropes()
+        ropes = [rope for rope in dict.fromkeys(of_layers) if rope is not None]
+        self._ropes = [Rotary(rope, config.rotary_dim, self.device) for rope in ropes]
+        # Behind the last layer there is none, as in a layer without one: the number of what stands behind all ropes.
+        self._turns = [*(len(ropes) if rope is None else ropes.index(rope) for rope in of_layers), len(ropes)]
         # By whether q comes first: those are made when they are first wanted.
         self._spans = {False: decoder_spans(self.config, weights) if shard.ranks == 1 else None}
 
@@ -150,28 +177,36 @@ class Decoder:
         another decoder of the same weights has come so far. `query_first`: k and v are computed after q was yielded,
         else before it.
 
-        Per layer it yields QueryReady, then KeyValueReady, which is answered by `send(attention output)`.
-        `hidden`, `[T, hidden_size]`, is the residual stream that enters `first_layer` (None: the embedding). It is
-        all that lives across a layer, and is never changed in place, so a run can start again from it.
+        Per layer it yields QueryReady, then KeyValueReady, or only StateReady; the last one is answered by `send(output
+        of attention or state)`. `hidden`, `[T, hidden_size]`, is the residual stream that enters `first_layer` (None:
+        the embedding). It is all that lives across a layer, and is never changed in place, so a run can start again
+        from it.
         Raises RankLost where another rank is gone.
         """
         layers = self._weights.layers
         if not 0 <= first_layer < len(layers) or (hidden is None and (first_layer or attended is not None)):
             raise ValueError(f"first_layer is {first_layer}, allowed is 0 to {len(layers) - 1}, above 0 with hidden")
+        query_first = query_first and self.config.index is None  # an index chooses among all keys
         if query_first and True not in self._spans:
             self._split_projections()
         if hidden is None:
             hidden = self._embed(batch.token_ids)
-        angles = self._rope(batch.positions, batch.rope_lengths)
+        angles = self._rotations(batch)
         entering: Entering = ()
         if attended is None and not first_layer:
-            hidden, entering = self._span(0, hidden, None, angles, query_first)
+            hidden, entering = self._span(0, hidden, None, angles[0], query_first)
         for index in range(first_layer, len(layers)):
             if attended is None:
-                attended = yield from self._to_attention(index, hidden, angles, entering, query_first)
+                if (state := layers[index].state) is None:
+                    attended = yield from self._to_attention(index, hidden, angles[index], entering, query_first)
+                else:
+                    x, gates = entering or state.inputs(layers[index].qkv, self._entering(layers[index], hidden))
+                    attended = yield StateReady(index, x, gates, hidden)
+                if attended is None:
+                    raise ValueError(f"layer {index} needs the output that answers its last event, got None")
             if index == len(layers) - 1:  # past the last attention, only the sampled tokens matter
                 hidden, attended = hidden[batch.sampled], attended[batch.sampled]
-            hidden, entering = self._span(index + 1, hidden, attended, angles, query_first)
+            hidden, entering = self._span(index + 1, hidden, attended, angles[index + 1], query_first)
             attended = None
         logits = self._logits(hidden, entering)
         if self._collective is None:
@@ -179,11 +214,23 @@ class Decoder:
         whole = self._collective.gather_columns(logits, self._widths)
         return logits.new_empty(0, self.config.vocab_size) if whole is None else whole
 
+    def state_constants(self) -> dict[int, StateConstants]:
+        """By layer, what holders need of each that keeps a state, beside its spec."""
+        return {i: layer.state.constants for i, layer in enumerate(self._weights.layers) if layer.state is not None}
+
+    def _rotations(self, batch: Batch) -> Sequence[Rotation]:
+        """That of each layer, and None past the last one."""
+        found: list[Rotation] = [rotary(batch.positions, batch.rope_lengths) for rotary in self._ropes]
+        found.append(None)
+        return [found[turn] for turn in self._turns]
+
     def _split_projections(self) -> None:
         """Make it possible to compute q alone."""
-        rows = self.config.num_attention_heads * self.config.head_dim
+        heads, latent = self.config.num_attention_heads, self.config.latent
+        rows = heads * self.config.head_dim if latent is None else query_rows(latent, heads)
         for layer in self._weights.layers:
-            layer.qkv.split(rows)
+            if layer.state is None:
+                layer.qkv.split(rows)
         plain = self._spans[False]
         self._spans[True] = None if plain is None else decoder_spans(self.config, self._weights, query_first=True)
 
@@ -192,7 +239,7 @@ class Decoder:
         index: int,
         hidden: torch.Tensor,
         attended: torch.Tensor | None,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        rotation: Rotation,
         query_first: bool,
     ) -> tuple[torch.Tensor, Entering]:
         """The residual stream that enters layer `index`, or the end, and what a span has made of it.
@@ -202,27 +249,35 @@ class Decoder:
         spans = self._spans[query_first]
         if spans is None or not 0 < len(hidden) <= MAX_ROWS:
             return hidden if attended is None else self._after_attention(index - 1, hidden, attended), ()
-        rotary = index < len(self.config.rotary) and self.config.rotary[index]
-        hidden, *entering = spans.run(index, hidden, attended, angles if rotary else None)
+        hidden, *entering = spans.run(index, hidden, attended, rotation)
         return hidden, tuple(entering)
 
     def _logits(self, hidden: torch.Tensor, entering: Entering) -> torch.Tensor:
         """Float32 `[n, vocab]`, of the rank's part of the vocabulary."""
-        (result,) = entering or (rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps),)
+        (result,) = entering or (self._norm(hidden, self._weights.norm),)
         if entering and result.dtype == torch.float32:  # a span's normed stream is bfloat16
-            return result
-        return self._weights.head.float32(result)
+            return self._scaled(result)
+        return self.head(result)
+
+    def head(self, normed: torch.Tensor) -> torch.Tensor:
+        """Float32 `[n, vocab]`, of the rank's part of the vocabulary, from the normed residual stream behind the last
+        layer, `[n, hidden_size]`."""
+        return self._scaled(self._weights.head.float32(normed))
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        return logits if self.config.logit_soft_cap is None else soft_cap(logits, self.config.logit_soft_cap)
 
     def _to_attention(
         self,
         index: int,
         hidden: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        rotation: Rotation,
         entering: Entering,
         query_first: bool,
-    ) -> Generator[QueryReady | KeyValueReady, torch.Tensor | None, torch.Tensor]:
+    ) -> Generator[Event, torch.Tensor | None, torch.Tensor | None]:
         """The attention output of layer `index`, which `hidden` enters."""
-        rotation = angles if self.config.rotary[index] else None
         if query_first:
             if entering:
                 (normed,) = entering
@@ -234,44 +289,45 @@ class Decoder:
         else:
             q, k, v = entering or self._before_attention(index, hidden, rotation)
             yield QueryReady(index, q)
-        attended = yield KeyValueReady(index, k, v, hidden)
-        if attended is None:
-            raise ValueError(f"layer {index} needs the attention output sent in answer to KeyValueReady, got None")
-        return attended
+        return (yield KeyValueReady(index, k, v, hidden, self._weights.layers[index].sinks))
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream that enters layer 0, `[T, hidden_size]`."""
+        scale = self.config.embedding_scale
         if not self._split_embedding or self._collective is None:
-            return F.embedding(token_ids, self._weights.embedding).to(self.dtype)
-        rows = token_ids - self._first_token
-        foreign = (rows < 0) | (rows >= len(self._weights.embedding))
-        found = F.embedding(rows.masked_fill(foreign, 0), self._weights.embedding).to(self.dtype)
-        return self._collective.all_reduce(found.masked_fill_(foreign.unsqueeze(-1), 0))
+            found = F.embedding(token_ids, self._weights.embedding).to(self.dtype)
+        else:
+            rows = token_ids - self._first_token
+            foreign = (rows < 0) | (rows >= len(self._weights.embedding))
+            found = F.embedding(rows.masked_fill(foreign, 0), self._weights.embedding).to(self.dtype)
+            found = self._collective.all_reduce(found.masked_fill_(foreign.unsqueeze(-1), 0))
+        if scale == 1.0:
+            return found
+        return found * torch.tensor(scale, dtype=self.dtype, device=self.device)  # rounded first, as in training
 
     def _before_attention(
         self, index: int, hidden: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Layer `index`: q `[T, heads, d]`, k and v `[T, kv_heads, d]` from hidden `[T, hidden_size]`."""
+        """Layer `index`: q `[T, heads, d_k]`, k `[T, kv_heads, d_k]` and v `[T, kv_heads, d_v]` from hidden `[T,
+        hidden_size]`; q and k are wider in a layer with an index."""
         layer = self._weights.layers[index]
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps))
-        return self._split(layer, qkv, heads, kv_heads, rotation)
+        return project(self.config, layer, self._entering(layer, hidden), rotation)
 
     def _before_query(self, index: int, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """Layer `index`: q alone, and the normed hidden that k and v are computed from."""
-        normed = rms_norm(hidden, self._weights.layers[index].input_norm, self.config.rms_norm_eps)
+        normed = self._entering(self._weights.layers[index], hidden)
         return self._query(index, normed, rotation), normed
 
     def _query(self, index: int, normed: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         layer = self._weights.layers[index]
-        q, _, _ = self._split(layer, self._half(index, 0)(normed), self.config.num_attention_heads, 0, rotation)
-        return q
+        projected = self._half(index, 0)(normed)
+        return split(self.config, layer, projected, self.config.num_attention_heads, 0, rotation)[0]
 
     def _keys_values(self, index: int, normed: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """Layer `index`: what `_before_query` has left to do."""
         layer = self._weights.layers[index]
-        _, k, v = self._split(layer, self._half(index, 1)(normed), 0, self.config.num_key_value_heads, rotation)
-        return k, v
+        projected = self._half(index, 1)(normed)
+        return split(self.config, layer, projected, 0, self.config.num_key_value_heads, rotation)[1:]
 
     def _half(self, index: int, which: int) -> Linear:
         halves = self._weights.layers[index].qkv.halves
@@ -284,22 +340,59 @@ class Decoder:
 
         attended: `[n, heads, d]` or `[n, heads * d]`.
         """
-        layer, collective = self._weights.layers[index], self._collective
-        delta = layer.output(attended.flatten(1))
-        if collective is not None:
-            delta = collective.all_reduce(delta)
-        normed, hidden = add_rms_norm(delta, hidden, layer.post_norm, self.config.rms_norm_eps)
-        delta = layer.mlp(normed)
-        if collective is not None:
-            delta = collective.all_reduce(delta)
+        layer, family = self._weights.layers[index], self.config.family
+        joined: list[torch.Tensor] = []  # what the mixer has given that joins this one
+        if hidden.shape[1] > self.config.hidden_size:
+            hidden, *joined = (part.contiguous() for part in hidden.split(self.config.hidden_size, -1))
+        attended = attended.flatten(1) if layer.latent is None else layer.latent.values(attended)
+        if layer.gate is not None or family.normed_stream or family.norms.parallel:
+            normed = self._norm(hidden, layer.input_norm)
+            hidden = normed if family.normed_stream else hidden
+            attended = attended if layer.gate is None else layer.gate(attended, normed, self._total)
+        delta = self._added(layer.output(attended), layer.attended_norm, layer.residual)
+        if layer.joins:
+            return torch.cat((hidden, delta), -1)
+        delta = sum(joined, delta)
+        hidden = self._kept(hidden, layer.residual)
+        for of in layer.mlps:
+            if family.norms.parallel:
+                hidden = hidden + delta
+            else:
+                normed, hidden = self._add(delta, hidden, of.norm)
+            hidden = self._kept(normed if family.normed_stream else hidden, of.residual)
+            delta = self._added(of.mlp(normed), of.norm_behind, of.residual)
         return hidden + delta
 
-    def _split(
-        self,
-        layer: LayerWeights,
-        projected: torch.Tensor,
-        heads: int,
-        kv_heads: int,
-        rotation: Rotation,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return split_heads(projected, heads, kv_heads, rotation, layer.qk_norms, self.config.rms_norm_eps)
+    def _add(
+        self, delta: torch.Tensor, hidden: torch.Tensor, norm: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of the sum, and the sum."""
+        if self.config.family.norm == "rms" and norm is not None:
+            return add_rms_norm(delta, hidden, norm, self.config.rms_norm_eps)
+        hidden = hidden + delta
+        return self._norm(hidden, norm), hidden
+
+    def _entering(self, layer: MixerWeights, hidden: torch.Tensor) -> torch.Tensor:
+        """What a mixer reads of what enters it."""
+        if hidden.shape[1] > self.config.hidden_size:
+            hidden = hidden[:, : self.config.hidden_size].contiguous()
+        return self._norm(hidden, layer.input_norm)
+
+    def _added(self, delta: torch.Tensor, norm: torch.Tensor | None, residual: tuple[float, float]) -> torch.Tensor:
+        """What a mixer or an MLP adds to the residual stream: the sum over ranks, normed and scaled."""
+        delta = self._norm(self._total(delta), norm)
+        return delta if residual[1] == 1.0 else delta * residual[1]
+
+    def _kept(self, hidden: torch.Tensor, residual: tuple[float, float]) -> torch.Tensor:
+        return hidden if residual[0] == 1.0 else hidden * residual[0]
+
+    def _total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks."""
+        return part if self._collective is None else self._collective.all_reduce(part)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """x: `[n, d]`; itself where there is no norm."""
+        if weight is None:
+            return x
+        norm = rms_norm if self.config.family.norm == "rms" else layer_norm
+        return norm(x, weight, self.config.rms_norm_eps)

@@ -1,7 +1,7 @@
 """Rotary position embeddings: frequencies of every supported scaling, and cos and sin of a batch's positions.
 
-For `dynamic`, each token has the length that its frequencies are made for. The formulas are those of transformers'
-`modeling_rope_utils`, in the same float32 arithmetic.
+For `dynamic` and `longrope`, each token has the length that its frequencies are made for. The formulas are those of
+transformers' `modeling_rope_utils`, in the same float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
     """One RoPE. `theta` is the base; `positions` the length that the config calls max_position_embeddings.
 
-    `original` is the length of pre-training (yarn, llama3; elsewhere equal to `positions`). Each scaling reads
-    the fields that its formula names and ignores the others.
+    `original` is the length of pre-training (yarn, longrope, llama3; elsewhere equal to `positions`). Each scaling
+    reads the fields that its formula names and ignores the others. Of each head the first `turned` numbers are turned;
+    0: all. `interleaved`: number 2i is turned against 2i + 1, else i against i + turned / 2. Of both, `head_order`
+    makes halves that are turned against each other.
     """
 
     kind: str
@@ -35,17 +38,40 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    turned: int = 0
+    interleaved: bool = False
+
+    @property
+    def by_length(self) -> bool:
+        """Whether a token's frequencies depend on the length of its sequence."""
+        return self.kind in ("dynamic", "longrope")
 
     @property
     def context(self) -> int:
-        """Positions that this RoPE is made for. llama3 configs already count the factor in, the others don't."""
-        if self.kind in ("default", "llama3"):
+        """Positions that this RoPE is made for. Some configs already count the factor in, the others don't."""
+        if self.kind in ("default", "llama3", "longrope"):
             return self.positions
         return int((self.original if self.kind == "yarn" else self.positions) * self.factor)
 
 
+def head_order(rope: RopeConfig, dim: int) -> torch.Tensor | None:
+    """Where each of a head's `dim` numbers is to be taken from, so that i is turned against i + dim / 2: int64 `[dim]`;
+    None where they stand so already. Neither products of queries and keys nor norms over a head depend on the order."""
+    turned = rope.turned or dim
+    if turned == dim and not rope.interleaved:
+        return None
+    first, second = torch.arange(turned).view(-1, 2).T if rope.interleaved else torch.arange(turned).view(2, -1)
+    still = torch.arange(turned, dim).view(2, -1)
+    return torch.cat((first, still[0], second, still[1]))
+
+
 def inverse_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
-    """Float32 `[dim / 2]`: radians per position. For `dynamic`, those of lengths up to `rope.positions`."""
+    """Float32 `[dim / 2]`: radians per position. For `dynamic` and `longrope`, those of lengths up to `positions` and
+    `original`."""
+    if rope.kind == "longrope":
+        return (torch.tensor(rope.short_factor) * _powers(rope.theta, dim)).reciprocal()
     base = _powers(rope.theta, dim).reciprocal()
     if rope.kind == "linear":
         return base / rope.factor
@@ -56,25 +82,32 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
     return base
 
 
-def dynamic_frequencies(rope: RopeConfig, dim: int, lengths: torch.Tensor) -> torch.Tensor:
-    """Dynamic NTK: float32 `[T, dim / 2]`, for int64 `lengths` `[T]`.
+def frequencies_by_length(rope: RopeConfig, dim: int, lengths: torch.Tensor) -> torch.Tensor:
+    """Float32 `[T, dim / 2]`, for int64 `lengths` `[T]`.
 
+    LongRoPE (arXiv 2402.13753): beyond `original` positions other divisors hold. Dynamic NTK:
     theta' = theta * (factor * n / positions - (factor - 1)) ^ (dim / (dim - 2)), n = max(length, positions).
     """
+    if rope.kind == "longrope":
+        factors = torch.tensor((rope.short_factor, rope.long_factor), device=lengths.device)
+        divisors = factors[(lengths > rope.original).long()]
+        return (divisors * rope.theta ** _exponents(dim, lengths.device)).reciprocal()
     ratio = rope.factor * lengths.clamp(min=rope.positions) / rope.positions - (rope.factor - 1)
     theta = rope.theta * ratio ** (dim / (dim - 2))  # [T]
     return (theta.unsqueeze(-1) ** _exponents(dim, lengths.device)).reciprocal()
 
 
 def attention_scale(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by: 1, except for yarn (arXiv 2309.00071, section 3.4)."""
-    if rope.kind != "yarn":
+    """What cos and sin are multiplied by: 1, except for yarn (arXiv 2309.00071, section 3.4) and longrope."""
+    if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.kind == "longrope":
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original)) if rope.factor > 1 else 1.0
     if rope.mscale and rope.mscale_all_dim:
-        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
-    return _mscale(rope.factor, 1.0)
+        return scaled_attention(rope.factor, rope.mscale) / scaled_attention(rope.factor, rope.mscale_all_dim)
+    return scaled_attention(rope.factor, 1.0)
 
 
 class Rotary:
@@ -82,24 +115,30 @@ class Rotary:
 
     def __init__(self, rope: RopeConfig, dim: int, device: torch.device | str = "cpu") -> None:
         self._rope = rope
-        self._dim = dim
+        self._turned = rope.turned or dim
+        self._still = (dim - self._turned) // 2  # pairs, in the order of `head_order`
         self._scale = attention_scale(rope)
-        self._frequencies = inverse_frequencies(rope, dim).to(device)
+        self._frequencies = inverse_frequencies(rope, self._turned).to(device)
 
     def __call__(self, positions: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, float32 `[T, dim / 2]` each, for int64 positions `[T]`.
 
-        `lengths`, int64 `[T]`, is needed by `dynamic`: the length whose frequencies a token gets. With the larger of
-        prompt length and position + 1 a token's rotation does not depend on how its prompt was cut into chunks.
+        `lengths`, int64 `[T]`, is needed where RoPE is `by_length`: the length whose frequencies a token gets. With
+        the larger of prompt length and position + 1 a token's rotation does not depend on how its prompt was cut into
+        chunks.
         """
         frequencies = self._frequencies
-        if self._rope.kind == "dynamic":
+        if self._rope.by_length:
             if lengths is None:
-                raise ValueError("dynamic RoPE needs rope_lengths for each token, got None")
-            frequencies = dynamic_frequencies(self._rope, self._dim, lengths)
+                raise ValueError(f"{self._rope.kind} RoPE needs rope_lengths for each token, got None")
+            frequencies = frequencies_by_length(self._rope, self._turned, lengths)
         angles = positions.unsqueeze(-1).float() * frequencies
         cos, sin = angles.cos(), angles.sin()
-        return (cos, sin) if self._scale == 1.0 else (cos * self._scale, sin * self._scale)
+        if self._scale != 1.0:
+            cos, sin = cos * self._scale, sin * self._scale
+        if self._still:
+            cos, sin = F.pad(cos, (0, self._still), value=1.0), F.pad(sin, (0, self._still))
+        return cos, sin
 
 
 def _exponents(dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -111,7 +150,8 @@ def _powers(theta: float, dim: int) -> torch.Tensor:
     return powers
 
 
-def _mscale(factor: float, weight: float) -> float:
+def scaled_attention(factor: float, weight: float) -> float:
+    """YaRN's factor of attention (arXiv 2309.00071, section 3.4) for a context `factor` times as long."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.state_config import StateConfig
 from lamina_workers.errors import RanksError
 
 _BLOCK = 64  # columns and rows are cut at multiples of it where there are enough: kernels take whole registers
@@ -33,13 +34,17 @@ WHOLE = Shard(0, 1)
 @dataclass(frozen=True, slots=True)
 class RankShape:
     """What a rank owns, in numbers of the whole model: query heads, KV heads, columns of the MLP's intermediate
-    dimension, experts (perhaps none), and rows of the vocabulary."""
+    dimension, experts (perhaps none), columns of the expert that all tokens share, rows of the vocabulary, and heads of
+    state layers with those of their q and k (perhaps none)."""
 
     heads: range
     kv_heads: range
     columns: range
     experts: range
+    shared: range
     vocabulary: range
+    states: range = range(0)
+    state_keys: range = range(0)
 
 
 def with_ranks(config: ModelConfig, ranks: int) -> ModelConfig:
@@ -50,17 +55,47 @@ def with_ranks(config: ModelConfig, ranks: int) -> ModelConfig:
     Raises RanksError where there are more ranks than query heads, or than another dimension that is cut.
     """
     limits = {"query heads": config.num_attention_heads, "tokens in its vocabulary": config.vocab_size}
+    if config.family.qk_norm == "whole" and ranks > 1:
+        raise RanksError(f"{ranks} ranks cannot share a model whose q and k are normed over all heads; allowed: 1")
     if not all(config.sparse):
         limits["columns in its MLPs"] = config.intermediate_size
+    if config.moe is not None and config.moe.shared:
+        limits["columns in its shared experts"] = config.moe.shared
     for name, limit in limits.items():
         if not 1 <= ranks <= limit:
             raise RanksError(f"the model cannot be cut among {ranks} ranks: it has {limit} {name}, so 1 to {limit}")
+    if config.states is not None:
+        config = replace(config, states=_states_with_ranks(config.states, ranks))
     kv_heads = config.num_key_value_heads
     group = config.num_attention_heads // kv_heads
-    copies = next(n for n in range(1, group + 1) if group % n == 0 and kv_heads * n >= ranks)
+    if config.latent is not None and group % ranks:
+        raise RanksError(
+            f"{ranks} ranks cannot share a latent, which each keeps whole for its query heads: {ranks} must divide "
+            f"the {group} query heads"
+        )
+    copies = _copies(kv_heads, config.num_attention_heads, ranks)
     if copies == 1:
         return config
     return replace(config, num_key_value_heads=kv_heads * copies, kv_copies=config.kv_copies * copies)
+
+
+def _states_with_ranks(states: StateConfig, ranks: int) -> StateConfig:
+    if not 1 <= ranks <= states.heads:
+        raise RanksError(
+            f"the model cannot be cut among {ranks} ranks: a state layer has {states.heads} heads, so 1 to "
+            f"{states.heads}"
+        )
+    copies = _copies(states.key_heads, states.heads, ranks)
+    width = states.heads * states.d_v
+    if copies > 1 and states.d_v < states.norm < width:
+        raise RanksError(f"{ranks} ranks cannot share a norm over {states.norm} of {width} numbers of a state layer")
+    return replace(states, key_heads=states.key_heads * copies, key_copies=states.key_copies * copies)
+
+
+def _copies(shared: int, heads: int, ranks: int) -> int:
+    """How often each of the `shared` heads, which `heads` heads read, must stand so that each rank has one."""
+    group = heads // shared
+    return next(n for n in range(1, group + 1) if group % n == 0 and shared * n >= ranks)
 
 
 def rank_shape(config: ModelConfig, shard: Shard) -> RankShape:
@@ -68,14 +103,19 @@ def rank_shape(config: ModelConfig, shard: Shard) -> RankShape:
     kv_heads = config.num_key_value_heads
     if shard.ranks > kv_heads:
         raise ValueError(f"{shard.ranks} ranks cannot share {kv_heads} KV heads; with_ranks makes them enough")
-    own = _apportion(kv_heads, shard)
-    group = config.num_attention_heads // kv_heads
+    own = heads_of(kv_heads, shard)
+    group, states = config.num_attention_heads // kv_heads, config.states
+    state_keys = _apportion(0 if states is None else states.key_heads, shard)
+    state_group = 0 if states is None else states.heads // states.key_heads
     return RankShape(
         heads=range(own.start * group, own.stop * group),
         kv_heads=own,
         columns=_apportion(config.intermediate_size, shard, _BLOCK),
         experts=_apportion(config.moe.experts if config.moe is not None else 0, shard),
+        shared=_apportion(config.moe.shared if config.moe is not None else 0, shard, _BLOCK),
         vocabulary=_apportion(config.vocab_size, shard, _BLOCK),
+        states=range(state_keys.start * state_group, state_keys.stop * state_group),
+        state_keys=state_keys,
     )
 
 
@@ -84,7 +124,30 @@ def local(config: ModelConfig, shard: Shard) -> ModelConfig:
     if shard.ranks == 1:
         return config
     shape = rank_shape(config, shard)
-    return replace(config, num_attention_heads=len(shape.heads), num_key_value_heads=len(shape.kv_heads), kv_copies=1)
+    heads, kv_heads = len(shape.heads), len(shape.kv_heads)
+    states = config.states
+    if states is not None:
+        states = replace(
+            states,
+            heads=len(shape.states),
+            key_heads=len(shape.state_keys),
+            slopes=states.slopes[shape.states.start : shape.states.stop],
+            key_copies=1,
+        )
+    return replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads, states=states, kv_copies=1)
+
+
+def heads_of(count: int, shard: Shard) -> range:
+    """Which of `count` KV heads of a layer a rank owns."""
+    return _apportion(count, shard)
+
+
+def kv_rows(config: ModelConfig, shape: RankShape, width: int) -> list[slice]:
+    """A rank's rows of a map to what each KV head of the checkpoint has, `width` numbers each."""
+    heads, copies = shape.kv_heads, config.kv_copies
+    if copies == 1:
+        return [slice(heads.start * width, heads.stop * width)]
+    return [slice(head // copies * width, (head // copies + 1) * width) for head in heads]
 
 
 def _apportion(total: int, shard: Shard, block: int = 1) -> range:

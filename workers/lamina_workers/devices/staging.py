@@ -139,7 +139,7 @@ class Direct:
         return index
 
     def down(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-        flat = x.view(-1, x.shape[-1])
+        flat = x.flatten(0, -2)
         return flat if index is None else flat[index]
 
     def landed(self) -> None:
@@ -226,7 +226,7 @@ class Staged:
         return None if index is None else index.to(self._runtime.device)
 
     def down(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x
+        flat = x.flatten(0, -2) if x.ndim > 1 else x
         if index is not None:
             picked = self._now.memory((len(index), flat.shape[1]), flat.dtype)
             flat = flat[index] if picked is None else torch.index_select(flat, 0, index, out=picked)

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lamina_workers.errors import KernelsUnavailable
 from lamina_workers.indexes.key_index import Floats
-
-Storage = Literal["float32", "bfloat16", "float16", "int8"]
-STORAGES = ("float32", "bfloat16", "float16", "int8")
-LIMITS = {"float16": 65504.0}  # of the numbers in keys, beyond those of all storages
-_CODES = {"bfloat16": "QT_bf16", "float16": "QT_fp16", "int8": "QT_8bit"}
 
 
 @cache
@@ -57,14 +52,15 @@ def _resources() -> Any:
     return module().StandardGpuResources()
 
 
-def graph(keys: Floats, neighbours: npt.NDArray[np.int32], entry: int, storage: Storage) -> Any:
+def graph(keys: Floats, neighbours: npt.NDArray[np.int32], entry: int) -> Any:
     """An `IndexHNSW` with one level, whose links are `neighbours`: int32 `[n, slots]`, slots even, -1 ends a list.
 
-    FAISS keeps a copy of the keys in `storage`. Under inner products it needs no negated distances since 1.14.3.
+    FAISS keeps a copy of the keys in bfloat16. Under inner products it needs no negated distances since 1.14.3.
     """
     faiss = module()
     n, slots = neighbours.shape
-    kept = _storage(keys, storage)
+    kept = faiss.IndexScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_bf16, faiss.METRIC_INNER_PRODUCT)
+    kept.add(keys)
     index = faiss.IndexHNSW(kept, slots // 2)  # level 0 has 2 M slots; faiss's Python keeps a reference to `kept`
     index.ntotal = n
     for name, values in (
@@ -78,18 +74,16 @@ def graph(keys: Floats, neighbours: npt.NDArray[np.int32], entry: int, storage: 
     return index
 
 
-def inverted_lists(keys: Floats, lists: int, storage: Storage) -> Any:
-    """An IVF over the keys with `lists` lists, whose centroids FAISS trains as unit vectors under inner products."""
+def inverted_lists(keys: Floats, lists: int) -> Any:
+    """An IVF over the keys, kept in bfloat16, with `lists` lists, whose centroids FAISS trains as unit vectors under
+    inner products."""
     faiss = module()
     d = keys.shape[1]
-    index = faiss.index_factory(d, f"IVF{lists},{_FACTORY[storage]}", faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(d, f"IVF{lists},SQbf16", faiss.METRIC_INNER_PRODUCT)
     index.cp.min_points_per_centroid = 1  # short segments are allowed; the warning would go to stderr
     index.train(keys)
     index.add(keys)
     return index
-
-
-_FACTORY = {"float32": "Flat", "bfloat16": "SQbf16", "float16": "SQfp16", "int8": "SQ8"}
 
 
 @cache
@@ -132,21 +126,6 @@ def _statistics() -> Any:
     return module().cvar
 
 
-def _storage(keys: Floats, storage: Storage) -> Any:
-    """Keys in `storage`, trained on them where it needs training."""
-    faiss = module()
-    d = keys.shape[1]
-    if storage == "float32":
-        kept = faiss.IndexFlatIP(d)
-    else:
-        kept = faiss.IndexScalarQuantizer(
-            d, getattr(faiss.ScalarQuantizer, _CODES[storage]), faiss.METRIC_INNER_PRODUCT
-        )
-        kept.train(keys)
-    kept.add(keys)
-    return kept
-
-
-def code_bytes(d: int, storage: Storage) -> int:
-    """Bytes of one key in `storage`."""
-    return d * {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[storage]
+def code_bytes(d: int) -> int:
+    """Bytes of one key in an index."""
+    return 2 * d

@@ -8,69 +8,46 @@ One graph serves all query heads of a KV head: its lists are the union of theirs
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lamina_workers.indexes import faiss_host
-from lamina_workers.indexes.faiss_host import Storage
 from lamina_workers.indexes.graph_links import Links, connect, link, reachable
 from lamina_workers.indexes.key_index import LARGEST, Floats, Found, ascending, check_keys, check_queries
 
+LISTED = 200  # exact best keys of each sampled query; 2048 is the most that FAISS finds on a GPU
+SLOTS = 32  # links a key has room for, an even number; two of them are kept for what makes every key reachable
+EFFORT = 160  # candidates that a search keeps; never less than it is asked for
 _WANTED_BY = 4096  # queries among which the best one is searched for a key that no list holds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphConfig:
-    """How a graph is made. The defaults are those of `scripts/bench/retrieval.py`'s curves."""
-
-    listed: int = 200
-    """Exact best keys of each sampled query; 2048 is the most that FAISS finds on a GPU."""
-    slots: int = 32
-    """Links a key has room for; two of them are kept for what makes every key reachable."""
-    storage: Storage = "bfloat16"
-    """Of the copy of the keys that searches read."""
-    effort: int = 160
-    """Candidates that a search keeps; never less than it is asked for."""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("listed", 2, 2048), ("slots", 4, 512), ("effort", 1, 2**20)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed are {low} to {high}")
-        if self.slots % 2:
-            raise ValueError(f"slots is {self.slots}; allowed are even numbers")
-        if self.storage not in faiss_host.STORAGES:
-            raise ValueError(f"storage is {self.storage!r}; allowed are {', '.join(faiss_host.STORAGES)}")
 
 
 class GraphSegment:
     """A graph over the keys at [lo, hi). See `key_index.Segment`; `effort` is FAISS's efSearch."""
 
-    def __init__(
-        self, index: Any, links: Links, linked: int, lo: int, d: int, config: GraphConfig, build_seconds: float
-    ) -> None:
-        self._index, self._d, self._config = index, d, config
+    def __init__(self, index: Any, links: Links, linked: int, lo: int, d: int, build_seconds: float) -> None:
+        self._index, self._d = index, d
         self._n = len(links)
         self.linked = linked
         """Keys that some sampled query asks for; the others can be reached, but nothing else leads to them."""
         self.lo, self.hi = lo, lo + self._n
         self.build_seconds = build_seconds
-        code = faiss_host.code_bytes(d, config.storage)
-        self.nbytes = self._n * code + links.nbytes + self._n * 12  # FAISS keeps an offset and a level for each key
+        self.nbytes = self._n * (faiss_host.code_bytes(d) + 12) + links.nbytes  # FAISS keeps an offset and a level
 
     def search(self, q: Floats, k: int, effort: int | None = None) -> Found:
         q = check_queries(q, self._d, k)
         k = min(k, self._n)
         # FAISS ends a walk by efSearch alone, and would find less than k with a smaller one.
-        params = faiss_host.graph_effort(max(k, effort or self._config.effort))
+        params = faiss_host.graph_effort(max(k, effort or EFFORT))
         before = faiss_host.graph_distances()
         indices, scores = faiss_host.search(self._index, q, k, params)
         entries = len(q)  # FAISS does not count the first key of a walk
         return ascending(indices + self.lo, scores, faiss_host.graph_distances() - before + entries)
 
 
-def build_graph(keys: Floats, queries: Floats, lo: int = 0, config: GraphConfig | None = None) -> GraphSegment:
+def build_graph(
+    keys: Floats, queries: Floats, lo: int = 0, *, listed: int = LISTED, slots: int = SLOTS
+) -> GraphSegment:
     """The graph over the keys at positions lo, lo + 1, ...
 
     keys: float32 `[n, d]`, rotated. queries: float32 `[m, d]`, those of all query heads that share the KV head, sampled
@@ -80,23 +57,22 @@ def build_graph(keys: Floats, queries: Floats, lo: int = 0, config: GraphConfig 
     dtype or size, KernelsUnavailable without FAISS.
     """
     begun = time.perf_counter()
-    config = config or GraphConfig()
-    check_keys(keys, lo, faiss_host.LIMITS.get(config.storage, LARGEST))
+    check_keys(keys, lo)
     if queries.dtype != np.float32 or queries.ndim != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(f"queries are {queries.dtype} {list(queries.shape)}; allowed is float32 [m, {keys.shape[1]}]")
     queries = queries[(np.abs(queries) <= LARGEST).all(axis=1)]
     if not len(queries):
         raise ValueError("no query is finite; allowed is one or more that a graph can be built from")
-    indices, scores = faiss_host.nearest(queries, keys, min(config.listed, len(keys)))
+    indices, scores = faiss_host.nearest(queries, keys, min(listed, len(keys)))
     lists = indices.astype(np.int32)
-    links = link(keys, lists, config.slots, config.slots - 2)
+    links = link(keys, lists, slots, slots - 2)
     linked = int((links[:, 0] >= 0).sum())
     entry = int(np.bincount(lists[:, 0]).argmax())
     lonely = np.flatnonzero(~reachable(links, entry)).astype(np.int32)
     if len(lonely):
         connect(links, entry, lonely, lists[_wanted_by(keys[lonely], queries, scores)])
-    index = faiss_host.graph(keys, links, entry, config.storage)
-    return GraphSegment(index, links, linked, lo, keys.shape[1], config, time.perf_counter() - begun)
+    index = faiss_host.graph(keys, links, entry)
+    return GraphSegment(index, links, linked, lo, keys.shape[1], time.perf_counter() - begun)
 
 
 def _wanted_by(keys: Floats, queries: Floats, scores: Floats) -> np.ndarray[Any, np.dtype[np.int64]]:

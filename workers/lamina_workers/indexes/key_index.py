@@ -117,19 +117,19 @@ def ascending(positions: Positions, scores: Floats, distances: int) -> Found:
     return Found(positions[row, order], scores[row, order], distances)
 
 
-def check_keys(keys: Floats, lo: int, limit: float = LARGEST) -> None:
-    """Raises ValueError unless keys are float32 `[n, d]`, contiguous, within `limit`, and n and `lo` make sense."""
+def check_keys(keys: Floats, lo: int) -> None:
+    """Raises ValueError unless keys are float32 `[n, d]`, contiguous, within LARGEST, and n and `lo` make sense."""
     if keys.dtype != np.float32 or keys.ndim != 2 or not keys.flags.c_contiguous:
         raise ValueError(f"keys are {keys.dtype} {list(keys.shape)}; allowed is contiguous float32 [n, d]")
     if not 1 <= len(keys) < 2**31 or not 1 <= keys.shape[1] <= 1024:
         raise ValueError(f"keys are {list(keys.shape)}; allowed are 1 to 2**31 - 1 keys of 1 to 1024 numbers")
     if lo < 0:
         raise ValueError(f"lo is {lo}; allowed is 0 or more")
-    good = np.abs(keys) <= limit  # false for NaN
+    good = np.abs(keys) <= LARGEST  # false for NaN
     if not good.all():
         bad, channel = np.argwhere(~good)[0]
         raise ValueError(
-            f"the key at position {lo + bad} holds {keys[bad, channel]}; allowed are -{limit:g} to {limit:g}"
+            f"the key at position {lo + bad} holds {keys[bad, channel]}; allowed are -{LARGEST:g} to {LARGEST:g}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Between the model and the holders: q, k, v of a layer in, attention output out.
+"""Between the model and the holders: q, k, v of a layer in, attention output out. Layers with states: `state_traffic`.
 
 The model worker computes the *present* (a batch's own tokens, causal inside each row), holders compute the *past*
 (keys below a row's start), and the partials merge. A holder in this process may be asked to fuse the two. A run that
@@ -11,41 +11,42 @@ fastest, and one tensor must cross back wherever the merge is. Only tensors to a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from lamina_kernels.partial import Partial, empty
-from lamina_protocols.messages import HolderConfig
+from lamina_kernels.partial import Partial, empty, with_sinks
+from lamina_protocols.layers import STATES, HolderConfig, LayerSpec
+from lamina_protocols.pools import Pool, pools
 from lamina_protocols.routes import Route, Span
-from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels
-from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
-from lamina_workers.devices.staging import Staging, staging_for
+from lamina_workers.decoder.model import Event, Forward, KeyValueReady, QueryReady, StateReady
+from lamina_workers.devices.staging import DIRECT, Staging, staging_for
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.compiled_exchange import CompiledExchange, ExchangeMaker
 from lamina_workers.model_worker.fresh_attention import FreshAttention
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer, holder_traffic
+from lamina_workers.model_worker.state_traffic import StateExchange, StateHolder, check_heads
 from lamina_workers.model_worker.waiting import Suspended, Waiting
 from lamina_workers.ports.port import InProcess, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
-Pausing = Generator[QueryReady | KeyValueReady | Waiting, torch.Tensor | None, torch.Tensor]
+Pausing = Generator[Event | Waiting, torch.Tensor | None, torch.Tensor]
 """A forward pass that may itself wait before a layer, for an input that comes from elsewhere."""
 
 
 class LayerExchange:
-    """A batch at all its holders, one layer after the other: sends q, k and v, takes the answers, and counts the time
-    into `times`. There is one for each batch, since a step has as many exchanges as layers."""
+    """The rows of one pool of a batch at all their holders, one layer after the other: sends q, k and v, takes the
+    answers, and counts the time into `times`. There is one for each batch and pool, since a step has as many exchanges
+    as layers. ids: epoch and number of the batch."""
 
-    def __init__(self, epoch: int, batch: int, traffic: Sequence[HolderTraffic], times: Times) -> None:
-        self.batch = batch
+    def __init__(self, ids: tuple[int, int], traffic: Sequence[HolderTraffic], times: Times) -> None:
+        self._epoch, self.batch = ids
         self.readers = [holder for holder in traffic if holder.reads]
         self.remote = any(not holder.here for holder in self.readers)
         self.layer = -1
         self.q: torch.Tensor
-        self._epoch = epoch
         self._traffic = traffic
         self._times = times
 
@@ -93,20 +94,36 @@ class LayerExchange:
         self._times.answered += self._answered
 
 
-class _Lane(NamedTuple):
-    """The pages and buffers of one run at a time."""
+class _PoolLane(NamedTuple):
+    """The pages and buffers of one run at a time for the layers of one pool, whose specs are `layers`."""
 
+    layers: tuple[LayerSpec, ...]
     present: FreshAttention
-    staging: Staging
     exchanges: ExchangeMaker
+
+
+class _Lane(NamedTuple):
+    """What one run at a time works with. `pools`: by number, those of attention."""
+
+    staging: Staging
+    pools: dict[int, _PoolLane]
+
+
+class _PoolRun(NamedTuple):
+    """A batch in the layers of one pool. `fused`: holders attend all of its own tokens."""
+
+    layers: tuple[LayerSpec, ...]
+    present: FreshAttention
+    traffic: tuple[HolderTraffic, ...]
+    exchange: LayerExchange
+    fused: bool
 
 
 class AttentionMerge:
     """Answers forward passes. One thread; each batch has a run of its own, on a stream of its own where there are any.
 
-    `device` is the model's; `staging` makes the way from it to holders elsewhere, for one run more.
-    `patience`: seconds that a holder may take for an answer, above what its work is expected to take. `watch` runs
-    while a run is in the attention of a layer and not suspended.
+    `device` is the model's. `patience`: seconds that a holder may take for an answer, above what its work is expected
+    to take. `watch` runs while a run is in the attention of a layer and not suspended.
     """
 
     def __init__(
@@ -116,16 +133,16 @@ class AttentionMerge:
         patience: float = 10.0,
         watch: Stopwatch | None = None,
         device: torch.device = CPU,
-        staging: Callable[[], Staging] | None = None,
     ) -> None:
         self._watch = watch or Stopwatch(time.perf_counter)
         self._config = config
-        self._layers = config.layers
-        self._policies = HeadPolicies.of(config)
+        self._pools = pools(config)
+        where = {n: (p, at) for p, pool in enumerate(self._pools) for at, n in enumerate(pool.layers)}
+        self._places = [where[number] for number in range(len(config.layers))]  # of a layer: its pool, its number there
         self._threads = threads
         self._patience = patience
         self._device = device
-        self._staging = staging or staging_for(device)
+        self._staging = staging_for(device)
         self._kernels = attention_kernels(device)
         self._idle: list[_Lane] = []  # pages and buffers to use again
         self.times = Times()  # of the run that has ended last
@@ -155,8 +172,12 @@ class AttentionMerge:
             self._idle.append(lane)
 
     def _lane(self) -> _Lane:
-        present = FreshAttention(self._config, self._policies, self._threads, self._device)
-        return _Lane(present, self._staging(), ExchangeMaker(self._layers))
+        attention = {n: pool for n, pool in enumerate(self._pools) if pool.config.layers[0].kind not in STATES}
+        return _Lane(self._staging(), {n: self._pool_lane(n, pool) for n, pool in attention.items()})
+
+    def _pool_lane(self, number: int, pool: Pool) -> _PoolLane:
+        layers = pool.config.layers
+        return _PoolLane(layers, FreshAttention(pool.config, self._threads, self._device), ExchangeMaker(number, pool))
 
     def _run(
         self,
@@ -167,59 +188,99 @@ class AttentionMerge:
         routes: Mapping[Replies, Sequence[Route]],
         suspends: bool,
     ) -> Suspended:
-        present, staging, exchanges = lane
-        traffic = [self._traffic(staging, replies, spans, routed) for replies, routed in routes.items() if routed]
-        # A holder here attends while it is sent to: the others are asked first, and attend meanwhile.
-        traffic.sort(key=lambda holder: holder.here)
-        for holder in traffic:
-            if holder.replies.frames is not None:  # while it computes it reads nothing
-                holder.replies.frames.patience = max(holder.replies.frames.patience, holder.timeout)
         times = Times()
-        exchange = LayerExchange(*ids, traffic, times)
-        fused = {route.source for routed in routes.values() for route in routed if route.row.fused}
-        unfused = [source for source in range(len(spans)) if source not in fused]
-        compiled: CompiledExchange | None = None
+        of_pools = [
+            {replies: [route for route in routed if route.pool == number] for replies, routed in routes.items()}
+            for number in range(len(self._pools))
+        ]
+        begun = [(n, ids, spans, of_pool, times) for n, of_pool in enumerate(of_pools)]
+        runs = {each[0]: self._begun(lane, *each) for each in begun if each[0] in lane.pools}
+        states = {each[0]: self._begun_states(lane, *each) for each in begun if each[0] not in lane.pools}
+        all_compiled: dict[int, CompiledExchange | None] = {}  # by pool
         try:
-            present.begin(spans, unfused)
             event = next(forward)
-            if not unfused and self._device.type == "cpu" and isinstance(event, QueryReady):
-                tokens = sum(span.count for span in spans)
-                compiled = exchanges.begin(traffic, ids, tokens, event.q.dtype, times)
+            tokens = sum(span.count for span in spans)
+            for n, run in runs.items():
+                made = None
+                if run.fused and self._device.type == "cpu" and isinstance(event, QueryReady | StateReady):
+                    dtype = (event.q if isinstance(event, QueryReady) else event.x).dtype
+                    made = lane.pools[n].exchanges.begin(run.traffic, ids, tokens, dtype, times)
+                all_compiled[n] = made
             while True:
                 while isinstance(event, Waiting):
                     yield event
                     event = next(forward)
-                staging.turn()
-                if not isinstance(event, QueryReady):
-                    raise TypeError(f"the model yields QueryReady first in each layer, got {type(event).__name__}")
-                exchange.begin(event.layer, event.q)
-                if event.early and compiled is None:
-                    exchange.ask()
-                event = forward.send(None)
-                if not isinstance(event, KeyValueReady):
-                    raise TypeError(f"the model yields KeyValueReady after QueryReady, got {type(event).__name__}")
+                lane.staging.turn()
+                pool, within = self._places[event.layer]
+                if isinstance(event, StateReady):
+                    answering = states[pool].advance(event, suspends)
+                else:
+                    run, compiled = runs[pool], all_compiled[pool]
+                    kv = _keys_values(run.exchange, event, forward, early=compiled is None)
+                    if compiled is not None:
+                        answering = compiled.attend(event.layer, run.exchange.q, kv, suspends, self._watch)
+                    else:
+                        answering = self._attend(run, within, kv, suspends)
                 self._watch.start()
                 try:
-                    if compiled is not None:
-                        attended = yield from compiled.attend(exchange.layer, exchange.q, event, suspends, self._watch)
-                    else:
-                        attended = yield from self._attend(exchange, present, event, suspends)
+                    answer = yield from answering
                 finally:
                     self._watch.stop()
-                event = forward.send(attended)
+                event = forward.send(answer)
         except StopIteration as stop:
             result: torch.Tensor = stop.value
             return result
         finally:
-            if compiled is not None:
-                compiled.close()
+            for each in all_compiled.values():
+                if each is not None:
+                    each.close()
             self.times = times
 
-    def _attend(self, exchange: LayerExchange, present: FreshAttention, kv: KeyValueReady, suspends: bool) -> Suspended:
-        """[T, heads * d_v]: the present merged with every holder's partial."""
-        spec, q = self._layers[exchange.layer], exchange.q
+    def _begun(
+        self, lane: _Lane, number: int, ids: tuple[int, int], spans: Sequence[Span],
+        routes: Mapping[Replies, Sequence[Route]], times: Times,
+    ) -> _PoolRun:  # fmt: skip
+        """Begin a batch in the layers of one pool of attention, of whose parts the routes are."""
+        layers, present, _ = lane.pools[number]
+        traffic = []
+        for replies, routed in routes.items():
+            if routed:
+                direct = self._is_direct(replies)
+                traffic.append(holder_traffic(layers[0], lane.staging, direct, self._patience, replies, spans, routed))
+        fused = {route.source for routed in routes.values() for route in routed if route.row.fused}
+        # A holder here attends while it is sent to: the others are asked first, and attend meanwhile.
+        traffic.sort(key=lambda holder: holder.here)
+        for holder in traffic:
+            _be_patient(holder.replies, holder.timeout)
+        unfused = [source for source in range(len(spans)) if source not in fused]
+        present.begin(spans, unfused)
+        return _PoolRun(layers, present, tuple(traffic), LayerExchange(ids, traffic, times), not unfused)
+
+    def _begun_states(
+        self, lane: _Lane, number: int, ids: tuple[int, int], spans: Sequence[Span],
+        routes: Mapping[Replies, Sequence[Route]], times: Times,
+    ) -> StateExchange:  # fmt: skip
+        """Begin a batch in the layers of one pool of states."""
+        spec = self._pools[number].config.layers[0]
+        check_heads(spec, len(spans), routes)
+        holders = []
+        for replies, routed in routes.items():
+            if routed:
+                way = DIRECT if self._is_direct(replies) else lane.staging
+                holders.append(StateHolder(spec, way, self._patience, replies, spans, routed))
+                _be_patient(replies, holders[-1].timeout)
+        return StateExchange(ids, holders, times, self._watch)
+
+    def _is_direct(self, replies: Replies) -> bool:
+        """Whether a holder is on the model's device, so that nothing is copied."""
+        return isinstance(replies.port, InProcess) and replies.port.device == self._device
+
+    def _attend(self, run: _PoolRun, layer: int, kv: KeyValueReady, suspends: bool) -> Suspended:
+        """[T, heads * d_v]: the present merged with every holder's partial, in a layer of the pool."""
+        spec, exchange = run.layers[layer], run.exchange
+        q = exchange.q
         exchange.send(kv)
-        whole = present.attend(exchange.layer, q, kv.k, kv.v)
+        whole = run.present.attend(layer, q, kv.k, kv.v)
         for holder in exchange.readers:
             waits = time.perf_counter()
             if suspends and not holder.replies.ready(exchange.batch):
@@ -243,11 +304,24 @@ class AttentionMerge:
             raise HolderFault(f"nothing attends layer {exchange.layer}: no holder fuses and no present was computed")
         if exchange.remote:
             exchange.finish()
-        return whole.out.view(len(q), -1)
+        out = whole.out if kv.sinks is None else with_sinks(whole, kv.sinks)
+        return out.view(len(q), -1)
 
-    def _traffic(
-        self, staging: Staging, replies: Replies, spans: Sequence[Span], routes: Sequence[Route]
-    ) -> HolderTraffic:
-        port = replies.port
-        direct = isinstance(port, InProcess) and port.device == self._device
-        return holder_traffic(self._layers[0], staging, direct, self._patience, replies, spans, routes)
+
+def _keys_values(exchange: LayerExchange, event: Event, forward: Forward | Pausing, early: bool) -> KeyValueReady:
+    """Begin a layer with its queries, and let the model go on to k and v. `early`: q may be sent before."""
+    if not isinstance(event, QueryReady):
+        raise TypeError(f"the model yields QueryReady first in each layer, got {type(event).__name__}")
+    exchange.begin(event.layer, event.q)
+    if event.early and early:
+        exchange.ask()
+    kv = forward.send(None)
+    if not isinstance(kv, KeyValueReady):
+        raise TypeError(f"the model yields KeyValueReady after QueryReady, got {type(kv).__name__}")
+    return kv
+
+
+def _be_patient(replies: Replies, timeout: float) -> None:
+    """A holder may take that long for an answer, and while it computes it reads nothing."""
+    if replies.frames is not None:
+        replies.frames.patience = max(replies.frames.patience, timeout)

@@ -20,9 +20,9 @@ from lamina_kernels.cpu.exchange_loop import exchange_kernel
 from lamina_kernels.cpu.layer_work import LayerWork, functions
 from lamina_kernels.cpu.merge import merge_block, merge_kernel
 from lamina_kernels.paged.pages import FLOATS
-from lamina_kernels.partial import Partial
+from lamina_kernels.partial import Partial, with_sinks
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.messages import LayerSpec
+from lamina_protocols.pools import Pool
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT
 from lamina_workers.model_worker.holder_traffic import HolderTraffic
@@ -32,18 +32,17 @@ from lamina_workers.ports.direct import Buffer, compiled, enabled
 from lamina_workers.ports.port import FramePort, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
-_NOTHING = memoryview(b"")
-
 
 class CompiledExchange:
-    """The layers of one batch at a time. Made by `compiled_exchange`; `close` it before holders forget the batch. Then
-    it can `begin` another batch of the same shape."""
+    """The layers of one pool, of one batch at a time. Made by an `ExchangeMaker`; `close` it before holders forget the
+    batch. Then it can `begin` another batch of the same shape."""
 
     def __init__(
-        self, layers: Sequence[LayerSpec], holders: Sequence[tuple[HolderTraffic, FramePort | LayerWork]],
+        self, number: int, pool: Pool, holders: Sequence[tuple[HolderTraffic, FramePort | LayerWork]],
         tokens: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        spec = layers[0]
+        spec = pool.config.layers[0]  # as any of them
+        self._number, self._layers = number, np.array(pool.layers)
         self._spec, self._tokens = spec, tokens
         self._here: list[tuple[HolderTraffic, LayerWork]] = [
             (holder, way) for holder, way in holders if isinstance(way, LayerWork)
@@ -51,7 +50,7 @@ class CompiledExchange:
         elsewhere = [(holder, way) for holder, way in holders if not isinstance(way, LayerWork)]
         self._blocks = (blocks.Remote * max(len(elsewhere), 1))()
         self._remotes = [
-            RemoteHolder(holder, way, block, spec, len(layers), dtype, tokens)
+            RemoteHolder(holder, way, block, spec, pool.layers[-1] + 1, dtype, tokens)
             for (holder, way), block in zip(elsewhere, self._blocks, strict=False)
         ]
         self._lent = [(remote, remote.direct) for remote in self._remotes if remote.direct is not None]
@@ -89,16 +88,16 @@ class CompiledExchange:
             setattr(block, field, value)
         out = torch.empty(gathered.queries, spec.d_v, dtype=dtype)
         lse = torch.empty(gathered.queries)
-        taken = self._taken_here[holder.replies] = np.zeros(work.layers, np.int64)
+        taken = self._taken_here[holder.replies] = np.zeros(work.layers[-1] + 1, np.int64)
         block.work, block.out, block.lse, block.taken = work.address, out.data_ptr(), lse.data_ptr(), taken.ctypes.data
         return Partial(out, lse)
 
-    def _merged(self, answers: Sequence[tuple[HolderTraffic, Partial]], dtype: torch.dtype) -> torch.Tensor:
-        """`[T, heads * d_v]`, into which all answers are merged; the answer itself where one has everything."""
-        spec, tokens = self._spec, self._tokens
-        total = tokens * spec.heads
+    def _merged(self, answers: Sequence[tuple[HolderTraffic, Partial]], dtype: torch.dtype) -> Partial:
+        """Of all vectors, what all answers are merged into; the answer itself where one has everything."""
+        spec = self._spec
+        total = self._tokens * spec.heads
         if len(answers) == 1 and answers[0][0].queries is None and len(answers[0][1].out) == total:
-            return answers[0][1].out.view(tokens, -1)
+            return answers[0][1]
         whole = Partial(torch.empty(total, spec.d_v, dtype=dtype), torch.empty(total))
         merges = []
         for holder, answer in answers:
@@ -113,7 +112,7 @@ class CompiledExchange:
         x.whole, x.whole_lse, x.whole_out = total, whole.lse.data_ptr(), whole.out.data_ptr()
         x.whole_bytes = whole.out.nbytes
         self._keep += [merges, addresses, whole]
-        return whole.out.view(tokens, -1)
+        return whole
 
     @property
     def fits(self) -> bool:
@@ -153,7 +152,8 @@ class CompiledExchange:
                 raise remote.port.overdue(remote.holder.timeout)
             elif result != blocks.INTERRUPTED:
                 remote.holder.replies.read(remote.left(self._asked))
-        return self._answer
+        out = self._answer.out if kv.sinks is None else with_sinks(self._answer, kv.sinks)
+        return out.view(self._tokens, -1)
 
     @property
     def _asked(self) -> int:
@@ -217,27 +217,29 @@ class CompiledExchange:
 
     def close(self) -> None:
         """No more frames are expected. Counts what the batch took."""
-        x, done = self._block, self._block.layer
+        x = self._block
+        done = self._layers[: int(np.searchsorted(self._layers, x.layer))]
         for remote in self._remotes:
             remote.close(self._asked)
             if remote.queries:
-                remote.holder.replies.measured((remote.taken[:done] * 1e-9).tolist())
+                remote.holder.replies.measured((remote.taken[done] * 1e-9).tolist())
         for holder, work in self._here:
             replies = holder.replies
             if replies.computing is not None:
-                replies.computing.worked(self._batch, range(done), work)
+                replies.computing.worked(self._batch, self._number, range(len(done)), work)
             if holder.reads:
-                replies.measured((self._taken_here[replies][:done] * 1e-9).tolist())
+                replies.measured((self._taken_here[replies][done] * 1e-9).tolist())
         times = self._times
-        times.local, times.remote = x.local * 1e-9, x.remote * 1e-9
-        times.answered, times.waited = x.answered * 1e-9, x.waited * 1e-9
+        times.local, times.remote = times.local + x.local * 1e-9, times.remote + x.remote * 1e-9
+        times.answered, times.waited = times.answered + x.answered * 1e-9, times.waited + x.waited * 1e-9
 
 
 class ExchangeMaker:
-    """Makes the compiled exchanges of one batch after the other, the next from the last one where they are alike."""
+    """Makes the compiled exchanges of one batch after the other in the layers of the pool `number`, the next from the
+    last one where they are alike."""
 
-    def __init__(self, layers: Sequence[LayerSpec]) -> None:
-        self._layers = layers
+    def __init__(self, number: int, pool: Pool) -> None:
+        self._number, self._pool = number, pool
         self._key: tuple[Any, ...] = ()
         self._last: CompiledExchange | None = None
         self._traffic: Sequence[HolderTraffic] = ()  # keeps what the key names
@@ -250,37 +252,34 @@ class ExchangeMaker:
         traffic = [holder for holder in traffic if holder.reads or holder.stores]  # the others are sent nothing
         if not enabled() or dtype not in FLOATS or not traffic:
             return None
-        ways = [_way(holder, ids[1], dtype, self._layers, tokens) for holder in traffic]
+        ways = [self._way(holder, ids[1], dtype, tokens) for holder in traffic]
         holders = [(holder, way) for holder, way in zip(traffic, ways, strict=True) if way is not None]
         if len(holders) < len(traffic):
             return None
         key = (tokens, dtype, *map(_shape, holders))
         if self._last is None or key != self._key:
-            self._last = CompiledExchange(self._layers, holders, tokens, dtype)
+            self._last = CompiledExchange(self._number, self._pool, holders, tokens, dtype)
             self._key, self._traffic = key, traffic
         if not self._last.fits:
             return None
         self._last.begin(traffic, ids, times)
         return self._last
 
+    def _way(self, holder: HolderTraffic, batch: int, dtype: torch.dtype, tokens: int) -> FramePort | LayerWork | None:
+        computing = holder.replies.computing
+        if holder.way is not DIRECT:
+            return None
+        if computing is None:
+            return holder.replies.frames
+        work = computing.layer_work(batch, self._number)
+        if work is None or not work.query == work.loaded == dtype:
+            return None
+        # Compiled code checks nothing: what the holder planned must be what it gets. Where it is not, Python says so.
+        counts = counts_of(holder, self._pool.config.layers[0], tokens)
+        return work if (work.queries, work.fresh, work.layers) == (*counts, self._pool.layers) else None
+
 
 def _shape(holder_way: tuple[HolderTraffic, FramePort | LayerWork]) -> tuple[Any, ...]:
     """What an exchange is made from, of one holder. Indices of the same rows are the same object."""
     holder, way = holder_way
     return id(way), holder.reads, holder.stores, id(holder.queries), id(holder.fresh), holder.rounds
-
-
-def _way(
-    holder: HolderTraffic, batch: int, dtype: torch.dtype, layers: Sequence[LayerSpec], tokens: int
-) -> FramePort | LayerWork | None:
-    computing = holder.replies.computing
-    if holder.way is not DIRECT:
-        return None
-    if computing is None:
-        return holder.replies.frames
-    work = computing.layer_work(batch)
-    if work is None or not work.query == work.loaded == dtype:
-        return None
-    # Compiled code checks nothing: what the holder planned must be what it gets. Where it is not, Python says so.
-    counts = counts_of(holder, layers[0], tokens)
-    return work if (work.queries, work.fresh, work.layers) == (*counts, len(layers)) else None

@@ -10,7 +10,7 @@ import torch
 
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty
-from lamina_protocols.messages import HolderConfig
+from lamina_protocols.layers import HolderConfig
 from lamina_protocols.routes import Span
 from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
@@ -22,13 +22,14 @@ _FEW_VECTORS = 4096  # query vectors of a batch's own tokens that one thread att
 
 
 class FreshAttention:
-    """Attention of a batch's own tokens, causal inside each span, over pages that live for one layer.
+    """Attention of a batch's own tokens in the layers of one pool, of which `config` is; causal inside each span, over
+    pages that live for one layer. Layers are numbered within the pool.
 
     The pages have the holders' layout, so k and v are rounded to the cache's dtype here as they are there. Spans that
     a fused holder attends are left out.
     """
 
-    def __init__(self, config: HolderConfig, policies: HeadPolicies, threads: int, device: torch.device) -> None:
+    def __init__(self, config: HolderConfig, threads: int, device: torch.device) -> None:
         self._layers = config.layers
         self._threads = threads
         self._device = device
@@ -36,7 +37,7 @@ class FreshAttention:
         self._pages = Pages.allocate(page_layout(config, device), 1, device)
         self._slots: Any = None
         self._plans: dict[LayerPolicies, Any] = {}  # by the heads' policies; empty where no span was chosen
-        self._policies = policies.reads
+        self._policies = HeadPolicies.of(config).reads
         self._queries: torch.Tensor | None = None  # which vectors of the flat q they are, None: all
         self._fresh: torch.Tensor | None = None  # and of the flat k and v
         self._tokens = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -12,18 +12,19 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels.partial import Partial
-from lamina_protocols.messages import Attended, Exchange, Fresh, LayerSpec, Query
+from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages import Attended, Exchange, Fresh, Query
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT, Staging
 from lamina_workers.ports.port import InProcess, Replies
 
-SLOWEST = 1e8  # multiplications and additions a second of attention that any holder is trusted to do
+_SLOWEST = 1e8  # multiplications and additions a second of attention that any holder is trusted to do
 
 
 @dataclass(frozen=True, slots=True)
 class HolderTraffic:
-    """The messages of a batch to and from one holder, the same in every layer.
+    """The messages of a batch to and from one holder, the same in every layer of a pool.
 
     `way` copies tensors to the holder and back. `here`: it is in this process. `fused`: it attends tokens of the batch
     itself, so it needs k and v before its queries can be answered. `queries` and `fresh` are indices into the flat q
@@ -97,19 +98,18 @@ def holder_traffic(
     spans: Sequence[Span],
     routes: Sequence[Route],
 ) -> HolderTraffic:
-    """The traffic of a batch of `spans` with the holder of `routes`.
+    """The traffic of a batch of `spans` with the holder of `routes`, in the layers of their pool.
 
-    spec: of any layer, since shapes are alike; direct: the holder is on the model's device, so nothing is copied;
+    spec: of any layer of the pool; direct: the holder is on the model's device, so nothing is copied;
     patience: seconds that an answer may take above its expected time.
     """
     first = list(accumulate((span.count for span in spans), initial=0))
-    parts, pairs = [], 0
+    parts = []
     for route in routes:
         row, (lo, hi), token = route.row, route.stored, first[route.source]
         reads = 0
         if row.read is not None:
             reads = row.count
-            pairs += (row.read[1] - row.read[0]) * reads * len(route.heads)
         begin, end = (lo + token - row.start, hi + token - row.start) if lo < hi else (0, 0)
         parts.append((token, reads, begin, end, route.heads))
     queries, rounds, fresh = _vectors(tuple(parts), first[-1], spec.heads, spec.kv_heads)
@@ -123,8 +123,15 @@ def holder_traffic(
         queries=staging.index(queries),
         rounds=rounds,
         fresh=staging.index(fresh),
-        timeout=patience + pairs * spec.group * (spec.d_k + spec.d_v) / SLOWEST,
+        timeout=patience + slowest_seconds(spec, routes),
     )
+
+
+def slowest_seconds(spec: LayerSpec, routes: Iterable[Route]) -> float:
+    """How long a holder may attend these rows, in a layer of their pool, of which `spec` is any."""
+    reads = ((route.row, len(route.heads)) for route in routes)
+    pairs = sum((row.read[1] - row.read[0]) * row.count * heads for row, heads in reads if row.read is not None)
+    return pairs * spec.group * (spec.d_k + spec.d_v) / _SLOWEST
 
 
 def check_answer(replies: Replies, out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

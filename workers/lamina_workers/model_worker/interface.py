@@ -18,22 +18,22 @@ from lamina_workers.ports.timing import Link, Times
 
 @dataclass(frozen=True, slots=True)
 class BatchWork:
-    """The tokens of a batch. token_ids: all spans' ids, one after the other. `sampled` are indices into them whose
-    next token is wanted, `sampling` says how, one entry each. rope_lengths: one a token (see `model.Batch`)."""
+    """The tokens of a batch. `prompts`: the length of each span's prompt. token_ids: all spans' ids, one after the
+    other. `sampled` are indices into them whose next token is wanted, `sampling` says how, one entry each."""
 
     spans: tuple[Span, ...]
+    prompts: tuple[int, ...]
     token_ids: Sequence[int]
-    rope_lengths: Sequence[int]
     sampled: tuple[int, ...]
     sampling: tuple[RowSampling, ...]
 
 
 class Seat(NamedTuple):
-    """A holder of one rank at an attention worker: its pool in pages, its weight among the holders of the rank, and
-    the parts that it keeps from the previous engine."""
+    """A holder of one rank at an attention worker: the pages of each of its pools, its weight among the holders of the
+    rank, and the parts that it keeps from the previous engine."""
 
     rank: int
-    pages: int
+    pages: tuple[int, ...]
     weight: int
     kept: Surveyed | None = None
 

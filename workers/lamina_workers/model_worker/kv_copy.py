@@ -11,7 +11,8 @@ from lamina_protocols.messages import Fetched, FetchedPages
 
 
 class Move(NamedTuple):
-    """Positions [lo, hi) of part `source` at holder `origin` are to be copied to part `target` at holder `to`.
+    """Positions [lo, hi) of part `source` at holder `origin` are to be copied to part `target` at holder `to`. Both are
+    in the pool number `pool`.
 
     Of the `source_heads` that the one has, those from place `source_first` on, `heads` of them, come to the places from
     `target_first` on of the `target_heads` that the other has. `paged`: a page begins at `lo` in both parts.
@@ -29,18 +30,18 @@ class Move(NamedTuple):
     target_heads: int
     target_first: int
     paged: bool
+    pool: int = 0
 
 
 class Copy:
-    """Several moves: the ranges to ask for, and the vectors or pages that their targets store. Each range of a part is
-    asked for once, for all of its heads. `heads`: how many a source has, by holder and part; `paged`: whether whole
-    pages can be taken."""
+    """Several moves in one pool: the ranges to ask for, and the vectors or pages that their targets store. Each range
+    of a part is asked for once, for all of its heads. `heads`: how many a source has, by holder and part; `paged`:
+    whether whole pages can be taken."""
 
     def __init__(self, moves: Sequence[Move]) -> None:
         self.sources = list(dict.fromkeys((move.origin, move.source, move.lo, move.hi) for move in moves))
         self.heads = {(move.origin, move.source): move.source_heads for move in moves}
         self.paged = all(move.paged for move in moves)
-        self.origins = {move.origin for move in moves}
         at = {source: index for index, source in enumerate(self.sources)}
         self._targets: dict[tuple[int, int], list[tuple[int, Move]]] = {}  # answers, by holder and part
         for move in moves:
@@ -56,7 +57,7 @@ class Copy:
             rows.setdefault(number, []).append(_put_together(several))
         for number, each in rows.items():
             joined = each[0] if len(each) == 1 else torch.cat(each, dim=1)
-            yield number, joined.reshape(-1, joined.shape[-1])
+            yield number, joined.flatten(0, -2)
 
     def filled(self, arrived: Sequence[Fetched]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """For each target holder k and v of its rows, as `Fresh` has them; `arrived` answers `sources`, in order."""
@@ -79,10 +80,10 @@ def _assembled(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
         return first
     whole = first.new_empty(move.hi - move.lo, move.target_heads, first.shape[-1])
     for vectors, move in pieces:
-        of = vectors.view(move.hi - move.lo, move.source_heads, -1)
+        of = vectors.view(move.hi - move.lo, move.source_heads, vectors.shape[-1])
         taken = of[:, move.source_first : move.source_first + move.heads]
         whole[:, move.target_first : move.target_first + move.heads] = taken
-    return whole.view(-1, first.shape[-1])
+    return whole.flatten(0, -2)
 
 
 def _put_together(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:

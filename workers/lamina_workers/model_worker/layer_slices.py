@@ -16,7 +16,7 @@ from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.routes import HolderBatch
 from lamina_protocols.waiting import Waiter
-from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
+from lamina_workers.decoder.model import Batch, Decoder, QueryReady
 from lamina_workers.decoder.sampler import RowSampling, Sampled, sample
 from lamina_workers.model_worker.attention_merge import Pausing
 from lamina_workers.model_worker.waiting import Suspended, Waiting
@@ -165,7 +165,7 @@ class SlicedBatch:
                 forward = self._decoder.forward(self._batch, hidden, number - 1, attended, first)
             try:
                 event = next(forward)
-                while not isinstance(event, KeyValueReady):
+                while isinstance(event, QueryReady):
                     yield event
                     event = next(forward)
             except StopIteration as stop:

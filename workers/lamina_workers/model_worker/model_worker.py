@@ -7,12 +7,14 @@ a holder.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 
 from lamina_protocols.channels import Credentials
+from lamina_protocols.layers import STATES, HolderConfig
 from lamina_protocols.messages import (
     Announced,
     Announcement,
@@ -22,8 +24,8 @@ from lamina_protocols.messages import (
     FetchPages,
     Fresh,
     FreshPages,
-    HolderConfig,
 )
+from lamina_protocols.pools import Pool, pools
 from lamina_protocols.routes import HolderBatch, Route
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.decoder.model import Batch, Decoder, Forward
@@ -34,6 +36,7 @@ from lamina_workers.model_worker.holder_traffic import query_goes_first
 from lamina_workers.model_worker.interface import BatchWork, Returned, ReturnedPeer, Seat
 from lamina_workers.model_worker.kv_copy import Copy, Move
 from lamina_workers.model_worker.layer_slices import SlicedBatch
+from lamina_workers.model_worker.state_traffic import send_constants
 from lamina_workers.model_worker.waiting import Waiting, result
 from lamina_workers.ports.port import AttentionPort, InProcess, Replies, Transported
 from lamina_workers.ports.timing import Link, Stopwatch, Times
@@ -65,15 +68,21 @@ class ModelWorker:
         self._decoder = decoder
         self._clock = clock
         self._watch = Stopwatch(clock)
-        self._replies = {number: Replies(port, clock) for number, port in ports.items()}
+        self._constants = decoder.state_constants()
+        self._replies: dict[int, Replies] = {}
         self._merge = AttentionMerge(holder, threads, patience, self._watch, decoder.device)
         self._holder = holder
         self._patience = patience
         self._epoch = epoch
         self._batch = 0
+        for number, port in ports.items():
+            self._replies[number] = Replies(port, clock)
+            with contextlib.suppress(HolderLost):  # then it is among those that are lost
+                send_constants(port, epoch, self._constants)
 
     def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
-        """There is one holder more. There are no other ranks."""
+        """There is one holder more. There are no other ranks. Raises HolderLost where it is gone."""
+        send_constants(port, self._epoch, self._constants)
         self._replies[number] = Replies(port, self._clock)
         return ()
 
@@ -209,25 +218,32 @@ class ModelWorker:
         target; together the moves fill all heads of each of these rows. No holder is both origin and target.
         Blocks until all is sent. Returns whether every target had room; where one has not, nothing counts as done.
 
-        Whole pages go as they lie where they begin alike and all these holders lay them out alike."""
+        Whole pages go as they lie where they begin alike and all these holders lay them out alike; so do states, which
+        are of one position: a move of them is of [0, that position)."""
         batch, answers = self.announce_now(shares)
         if not all(reply.accepted for reply in answers.values()):
             return False
-        copy = Copy(moves)
-        for number in copy.origins:
+        origins = {move.origin for move in moves}
+        for number in origins:
             self._replies[number].expect(self._epoch, batch)
         try:
-            names = {self._replies[number].port.page_layout for number in (*copy.origins, *shares)}
-            layers = range(len(self._holder.layers))
-            if copy.paged and len(names) == 1 and names != {""}:
-                left = self._copy_pages(copy, batch)
-                self._copy_vectors(copy, batch, [at for at in layers if self._holder.layers[at].kv_layer in left])
-            else:
-                self._copy_vectors(copy, batch, layers)
+            names = {self._replies[number].port.page_layout for number in (*origins, *shares)}
+            alike = len(names) == 1 and names != {""}
+            for number, pool in enumerate(pools(self._holder)):
+                if own := [move for move in moves if move.pool == number]:
+                    self._copy_pool(Copy(own), batch, number, pool, alike)
         finally:
-            for number in copy.origins:
+            for number in origins:
                 self._replies[number].forget(batch)
         return True
+
+    def _copy_pool(self, copy: Copy, batch: int, number: int, pool: Pool, alike: bool) -> None:
+        """Copy what one pool keeps. `alike`: the holders lay out their pages alike."""
+        left = set(range(len(pool.layers)))
+        if (copy.paged and alike) or pool.config.layers[0].kind in STATES:  # states have no vectors
+            left = self._copy_pages(copy, batch, number, pool.config)
+        layers = zip(pool.layers, pool.config.layers, strict=True)
+        self._copy_vectors(copy, batch, [layer for layer, spec in layers if spec.kv_layer in left])
 
     def _copy_vectors(self, copy: Copy, batch: int, layers: Sequence[int]) -> None:
         """Copy these layers token by token."""
@@ -248,18 +264,21 @@ class ModelWorker:
         vectors = (hi - lo) * copy.heads[origin, handle]
         found = tuple(reply.k.shape), tuple(reply.v.shape)
         floats = reply.k.is_floating_point() and reply.k.dtype == reply.v.dtype
-        if not floats or found != ((vectors, spec.d_k), (vectors, spec.d_v)):
+        if not floats or found != ((vectors, spec.key_width), (vectors, spec.own_v)):
             raise replies.unfit(f"{vectors} vectors of K and of V were due, got {reply.k.dtype} {found}")
         return reply
 
-    def _copy_pages(self, copy: Copy, batch: int) -> set[int]:
-        """Copy all layers with KV page by page. Returns the layers of which an origin has not all pages."""
-        size, count = self._holder.page_size, 1 + max(spec.kv_layer for spec in self._holder.layers)
-        of_page = page_bytes(self._holder)
-        pages = [copy.heads[origin, handle] * -(-(hi - lo) // size) for origin, handle, lo, hi in copy.sources]
+    def _copy_pages(self, copy: Copy, batch: int, pool: int, config: HolderConfig) -> set[int]:
+        """Copy all layers of a pool with KV page by page. Returns those of which an origin has not all pages."""
+        states, count = config.layers[0].kind in STATES, 1 + max(spec.kv_layer for spec in config.layers)
+        of_page = page_bytes(config)
+        pages = [
+            copy.heads[origin, handle] * (1 if states else -(-(hi - lo) // config.page_size))
+            for origin, handle, lo, hi in copy.sources
+        ]
         step = max(1, _FRAME // (sum(pages) * of_page))
         frames = [(first, min(step, count - first)) for first in range(0, count, step)]
-        here = any(isinstance(self._replies[number].port, InProcess) for number in copy.origins)
+        here = any(isinstance(self._replies[origin].port, InProcess) for origin, *_ in copy.sources)
         most = 1 if here else _FRAMES_AHEAD
         asked = 0
         left: set[int] = set()
@@ -274,11 +293,11 @@ class ModelWorker:
             ]
             for reply, due, (origin, *_) in zip(arrived, pages, copy.sources, strict=True):
                 found = reply.pages.dtype, tuple(reply.pages.shape)
-                if reply.pages.numel() and found != (torch.uint8, (layers * due, of_page)):
+                if (reply.pages.numel() or states) and found != (torch.uint8, (layers * due, of_page)):
                     raise self._replies[origin].unfit(f"pages [{layers * due}, {of_page}] were due, got {found}")
             if all(reply.pages.numel() for reply in arrived):
                 for target, content in copy.pages(arrived, layers):
-                    self._send(target, FreshPages(self._epoch, batch, first, layers, content))
+                    self._send(target, FreshPages(self._epoch, batch, pool, first, layers, content))
             else:
                 left.update(range(first, first + layers))
         return left
@@ -334,10 +353,13 @@ class ModelWorker:
     def _to_device(self, work: BatchWork) -> Batch:
         device = self._decoder.device
         positions = [p for span in work.spans for p in range(span.start, span.start + span.count)]
-        dynamic = self._decoder.config.rope.kind == "dynamic"
+        rope_lengths = None
+        if self._decoder.config.rope.by_length:
+            prompts = [length for span, length in zip(work.spans, work.prompts, strict=True) for _ in range(span.count)]
+            rope_lengths = torch.tensor([max(n, p + 1) for n, p in zip(prompts, positions, strict=True)], device=device)
         return Batch(
             token_ids=torch.tensor(work.token_ids, device=device),
             positions=torch.tensor(positions, device=device),
             sampled=torch.tensor(work.sampled, dtype=torch.int64, device=device),
-            rope_lengths=torch.tensor(work.rope_lengths, device=device) if dynamic else None,
+            rope_lengths=rope_lengths,
         )

@@ -11,7 +11,8 @@ import torch
 
 from lamina_kernels.cpu import exchange_blocks as blocks
 from lamina_protocols.layer_frames import frames_between, seconds_stand, set_batch, set_layer
-from lamina_protocols.messages import Attended, LayerSpec
+from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages import Attended
 from lamina_protocols.tensors import dtype_name
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer
 from lamina_workers.ports.direct import Buffer
@@ -26,8 +27,11 @@ class Gathered:
     def __init__(self, holder: HolderTraffic, spec: LayerSpec, tokens: int, itemsize: int) -> None:
         self.queries, self.fresh = counts_of(holder, spec, tokens)
         self.fields: dict[str, int] = {}
-        sides = (("q", self.queries, holder.queries, spec.d_k), ("k", self.fresh, holder.fresh, spec.d_k),
-                 ("v", self.fresh, holder.fresh, spec.d_v))  # fmt: skip
+        sides = (
+            ("q", self.queries, holder.queries, spec.query_width),
+            ("k", self.fresh, holder.fresh, spec.key_width),
+            ("v", self.fresh, holder.fresh, spec.own_v),
+        )
         for name, count, index, width in sides:
             self.fields |= {f"{name}_count": count, f"{name}_bytes": width * itemsize}
             if count and index is not None:
@@ -43,7 +47,7 @@ class RemoteHolder:
     ) -> None:  # fmt: skip
         gathered = Gathered(holder, spec, tokens, dtype.itemsize)
         name = dtype_name(dtype)
-        asked, answer = frames_between(gathered.queries, gathered.fresh, spec.d_k, spec.d_v, name, name)
+        asked, answer = frames_between(gathered.queries, gathered.fresh, spec, name, name)
         self.holder = holder
         self.port = port
         self.direct = port.direct

@@ -10,7 +10,9 @@ from lamina_kernels import dense
 from lamina_kernels.cpu.exchange_loop import exchange_kernel
 from lamina_kernels.cpu.launch import load_each
 from lamina_kernels.sketches import sketches
-from lamina_protocols.messages import HolderConfig
+from lamina_kernels.states import advance
+from lamina_protocols.layers import STATES, HolderConfig
+from lamina_protocols.pools import pools
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
 from lamina_workers.ports.direct import enabled
@@ -26,12 +28,16 @@ def prepare_kernels(
 
     `places`: where the model is, and where KV is kept; the present is attended where the model is.
     """
-    stages: list[tuple[str, Iterable[tuple[int, int]]]] = [
-        ("attention kernels", attention_kernels(where).prepare(page_layout(holder, where)))
-        for where in dict.fromkeys(places)
-    ]
-    if HeadPolicies.of(holder).sketched:
-        stages.append(("sketch kernels", sketches.prepare(page_layout(holder))))
+    stages: list[tuple[str, Iterable[tuple[int, int]]]] = []
+    for pool in pools(holder):
+        if pool.config.layers[0].kind in STATES:
+            stages.append(("state kernels", advance.prepare()))
+            continue
+        for where in dict.fromkeys(places):
+            layout = page_layout(pool.config, where)
+            stages.append(("attention kernels", attention_kernels(where).prepare(layout)))
+        if HeadPolicies.of(pool.config).sketched:
+            stages.append(("sketch kernels", sketches.prepare(page_layout(pool.config))))
     stages.append(("dense kernels", dense.prepare(dtype, places[0])))
     if enabled():
         stages.append(("exchange kernels", load_each((exchange_kernel,))))

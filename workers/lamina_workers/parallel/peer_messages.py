@@ -2,8 +2,8 @@
 
 A worker connects, sends `Hello`, gets `Begin` with what to load, and sends `Progress` and `Ready`, or `Failed`. From
 then on model worker 0 commands. `Join`, `Announce`, `Copy`, `SurveySeat`, `LeaveGroup` and `JoinGroup` have one answer
-each, in order; so has `Execute` where its logits are wanted. A failure of a command that names a batch comes as a
-`BatchFailed` of that batch: in the place of the answer where there is one, else by itself. The others have no answer.
+each, in order. A failure of a command that names a batch comes as a `BatchFailed` of that batch: in the place of the
+answer where there is one, else by itself. The others have no answer.
 
 Model worker 0 numbers the batches, and the numbers grow.
 """
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lamina_protocols.messages import Announced, HolderConfig, Surveyed
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Announced, Surveyed
+from lamina_protocols.routes import HolderBatch, Span
 from lamina_workers.model_worker.kv_copy import Move
 
 # From a model worker.
@@ -70,14 +71,6 @@ class Answers:
 
     batch: int
     answers: Mapping[int, Announced]
-
-
-@dataclass(frozen=True, slots=True)
-class Executed:
-    """A batch is complete. logits: float32 `[S, vocab]`."""
-
-    batch: int
-    logits: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,35 +208,33 @@ class Announce:
 
 @dataclass(frozen=True, slots=True)
 class Execute:
-    """Run the batch that every holder has accepted. `wanted`: the logits are the answer; else another rank has them.
-    `suspends`: other batches may go on while this one waits.
+    """Run the batch that every holder has accepted, with nothing beside it.
 
-    spans: starts, then counts. token_ids, rope_lengths: int64 `[T]`, sampled: int64 `[S]`, as int8 `[n, 8]` each.
+    The other fields are those of `BatchWork`, whose sampling stays with model worker 0.
     """
 
     batch: int
-    wanted: bool
-    suspends: bool
-    spans: tuple[int, ...]
-    token_ids: torch.Tensor
-    rope_lengths: torch.Tensor
-    sampled: torch.Tensor
+    spans: tuple[Span, ...]
+    prompts: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    sampled: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StartBatch:
     """Take part in a batch that model worker 0 has announced under this number: `Slice` commands follow, until the last
-    one or `Drop`. `shares` are those of its rows, without operations. `plain` are the entries of `sampled` that need
-    nothing but the likeliest token. The rest as in `Execute`."""
+    one or `Drop`. `suspends`: other batches may go on while this one waits. `shares` are those of its rows, without
+    operations. `plain` are the entries of `sampled` that need nothing but the likeliest token. The rest as in
+    `Execute`."""
 
     batch: int
     suspends: bool
     shares: Mapping[int, HolderBatch]
     plain: tuple[int, ...]
-    spans: tuple[int, ...]
-    token_ids: torch.Tensor
-    rope_lengths: torch.Tensor
-    sampled: torch.Tensor
+    spans: tuple[Span, ...]
+    prompts: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    sampled: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,23 +301,12 @@ class Stop:
     """Let all holders go and end."""
 
 
+# A message's tag is its place in its union: both sides are of one version, which `Hello`, the first report, tells.
 Command = (
-    Begin
-    | Join
-    | Leave
-    | Announce
-    | Execute
-    | StartBatch
-    | Slice
-    | Drop
-    | Copy
-    | BeginEpoch
-    | SurveySeat
-    | LeaveGroup
-    | JoinGroup
-    | Stop
-)
+    Begin | Join | Leave | Announce | Execute | StartBatch | Slice | Drop | Copy | BeginEpoch | SurveySeat | LeaveGroup
+    | JoinGroup | Stop
+)  # fmt: skip
 Report = (
-    Hello | Progress | Ready | Failed | Joined | Answers | Executed | Sliced | Chosen | Copied | SeatSurveyed
-    | LeftGroup | JoinedGroup | BatchFailed
+    Hello | Progress | Ready | Failed | Joined | Answers | Sliced | Chosen | Copied | SeatSurveyed | LeftGroup
+    | JoinedGroup | BatchFailed
 )  # fmt: skip

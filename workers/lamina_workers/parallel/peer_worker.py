@@ -19,13 +19,11 @@ from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.routes import HolderBatch
 from lamina_workers.attention_worker.device_worker import attention_worker
+from lamina_workers.converted.models import decoder_of, for_ranks, load_model, model_config
 from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.collective import Collective
-from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.decoder_weights import load_weights
-from lamina_workers.decoder.graphs import sliced
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
+from lamina_workers.decoder.shard import WHOLE, Shard
 from lamina_workers.devices import available as devices
 from lamina_workers.errors import HolderFault, ModelFileError, RankLost, faults
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, likeliest
@@ -192,13 +190,10 @@ class PeerWorker:
         own, shares = self._batches.pop(command.batch)
         try:
             with faults():
-                logits = yield from self._standing.compute(work, own, shares, command.suspends)
+                yield from self._standing.compute(work, own, shares, False)
         except HolderFault as fault:
             self._parts.leave_group()  # it wakes the ranks that wait for this one's part
             self._faulted(command.batch, fault)
-            return
-        if command.wanted:
-            self._send(peer_messages.Executed(command.batch, logits.float().cpu()))
 
     @torch.inference_mode()
     def _slice(self, command: peer_messages.Slice) -> _Run:
@@ -326,11 +321,11 @@ class _Parts:
         path = Path(folder)
         if (found := fingerprint(path)) != begin.model:
             raise ModelFileError(f"the model in {path} has fingerprint {found:.16}, model worker 0's {begin.model:.16}")
-        model = ModelConfig.from_folder(path)
+        model = model_config(path)
         if begin.rope_scaling:
             model = model.with_rope_scaling(json.loads(begin.rope_scaling))
         self._begin = begin
-        self._config = with_ranks(model, begin.ranks)
+        self._config = for_ranks(model, begin.ranks)
         self._shard = Shard(begin.rank, begin.ranks) if begin.ranks > 1 else WHOLE
         self._decoder: Decoder | None = None
         self.device = devices.find("device", begin.device)
@@ -339,7 +334,7 @@ class _Parts:
         self._attention_device = devices.find("attention_device", begin.attention_device, prefer_gpu=False)
         prepare_kernels(begin.holder, dtype, (self.device, self._attention_device), progress)
         with Checkpoint(path) as checkpoint, torch.inference_mode():
-            self._weights = load_weights(
+            self._weights = load_model(
                 self._config, checkpoint, dtype, self.device, lambda *done: progress("loading", *done), self._shard
             )
 
@@ -353,7 +348,7 @@ class _Parts:
         """The worker, one of `group` where it is one of several ranks."""
         begin = self._begin
         with torch.inference_mode():
-            self._decoder = sliced(Decoder(self._config, self._weights, self._shard, group), begin.compile)
+            self._decoder = decoder_of(self._config, self._weights, self._shard, group, begin.compile)
         return ModelWorker(self._decoder, begin.holder, ports, begin.threads, begin.patience, epoch=epoch)
 
     def enter_group(self, group: Collective) -> None:

@@ -166,17 +166,7 @@ class Peer:
             raise self.give_up(str(error)) from error
         if isinstance(report, peer_messages.BatchFailed):
             self.lost.update(report.lost)
-        if isinstance(
-            report,
-            (
-                peer_messages.Answers,
-                peer_messages.Executed,
-                peer_messages.Sliced,
-                peer_messages.Chosen,
-                peer_messages.Copied,
-                peer_messages.BatchFailed,
-            ),
-        ):
+        if hasattr(report, "batch"):  # of a batch that is not expected any more it is dropped
             if report.batch in self._waiting:
                 self._waiting[report.batch].append(report)
         else:

@@ -19,11 +19,13 @@ from typing import TypeVar
 import torch
 
 from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import Announced, HolderConfig
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Announced
+from lamina_protocols.pools import pools
 from lamina_protocols.routes import HolderBatch
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, RankLost
-from lamina_workers.model_worker.holder_traffic import SLOWEST
+from lamina_workers.model_worker.holder_traffic import slowest_seconds
 from lamina_workers.model_worker.interface import BatchWork, Returned, Seat
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, chosen, plain_rows, rotates, rotation
@@ -265,16 +267,12 @@ class PipelineReplicas:
 
     def _allowed(self, shares: Mapping[int, HolderBatch]) -> float:
         """Seconds that a replica may take for a slice: the time of its holders, for each batch that is under way."""
-        spec = self._config.layers[0]
         most = max(
-            sum(
-                (row.read[1] - row.read[0]) * row.count * len(route.heads)
-                for route in share.routes
-                if (row := route.row).read is not None
-            )
+            slowest_seconds(pool.config.layers[0], (route for route in share.routes if route.pool == number))
+            for number, pool in enumerate(pools(self._config))
             for share in shares.values()
         )
-        seconds = self._patience + most * spec.group * (spec.d_k + spec.d_v) / SLOWEST
+        seconds = self._patience + most
         return _SLACK + seconds * (1 + len(self._suspended))
 
     def _patiently(self, run: Generator[Waiting, None, R]) -> Generator[Waiting, None, R]:

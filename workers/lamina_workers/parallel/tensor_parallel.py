@@ -7,15 +7,17 @@ must come to the same sums in the same order. A failure is blamed on the rank or
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
 
 from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import Announced, HolderConfig, Surveyed
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Announced, Surveyed
 from lamina_protocols.routes import HolderBatch
-from lamina_workers.attention_worker.page_layout import page_cost
+from lamina_workers.attention_worker.page_layout import page_counts
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost, faults
@@ -36,7 +38,8 @@ _WEIGHT_UNIT = 1 << 20  # bytes of KV memory that one unit of a holder's weight 
 
 def seat(rank: int, capacity: int, config: HolderConfig) -> Seat:
     """A rank's holder of `capacity` bytes."""
-    return Seat(rank, capacity // page_cost(config), max(1, capacity // _WEIGHT_UNIT))
+    pages = page_counts(dataclasses.replace(config, kv_memory=capacity))
+    return Seat(rank, pages, max(1, capacity // _WEIGHT_UNIT))
 
 
 class TensorParallelWorkers:
@@ -138,7 +141,7 @@ class TensorParallelWorkers:
         if self._under_way is None or self._under_way[0] != batch:
             raise HolderFault(f"batch {batch} was given up")
         (_, own, its), self._under_way = self._under_way, None
-        command = peer_codec.execute(batch, work, wanted=False, suspends=False)
+        command = peer_codec.execute(batch, work)
         try:
             for peer in self._peers.values():
                 peer.expect(batch)

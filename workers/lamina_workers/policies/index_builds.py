@@ -25,15 +25,11 @@ PROMPT, LATER = 3072, 1024  # positions whose queries are kept: of prefill, and 
 PAUSE, LONGEST_PAUSE = 16, 1024  # steps in which full scans choose for a head whose index misses too much
 
 
-def _graph(keys: Floats, queries: Floats, lo: int) -> Segment:
-    return build_graph(keys, queries, lo)
-
-
 def _ivf(keys: Floats, queries: Floats, lo: int) -> Segment:
     return build_ivf(keys, lo)
 
 
-BUILDS: Mapping[str, Build] = MappingProxyType({"graph": _graph, "ivf": _ivf})
+BUILDS: Mapping[str, Build] = MappingProxyType({"graph": build_graph, "ivf": _ivf})
 ASKED = {"graph": 64, "ivf": 0}  # sampled positions without which there is no build
 
 

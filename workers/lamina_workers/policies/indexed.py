@@ -26,7 +26,7 @@ from lamina_kernels.paged.pages import gather
 from lamina_kernels.paged.rows import Ints
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches import sketches
-from lamina_protocols.messages import LayerSpec
+from lamina_protocols.layers import LayerSpec
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Found, KeyIndex
 from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, everything
@@ -220,7 +220,8 @@ class Indexed:
         return max(tokens) >= self._policy.least or self._scanning.worth(tokens)
 
     def plan(self, items: Items) -> _Plan:
-        at = bounds(self._policy, items, self._at.page_size)
+        policy = self._policy
+        at = bounds(policy.sink, policy.recent, policy.budget, items, self._at.page_size)
         return _Plan(items, at, [_spread(lo, hi) for lo, hi in zip(at.sinks.tolist(), at.recent.tolist(), strict=True)])
 
     def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
@@ -251,7 +252,7 @@ class Indexed:
             missed[i] = _missed(plan, i, index.hi // size, chosen, log_mass[i], logits)
             self._adapt(head, float(missed[i].max()), np.count_nonzero(chosen) / len(chosen))
             pages[i] = items.tables[i][spec.kv_layer][np.flatnonzero(chosen)]
-            read += hits.distances * faiss_host.code_bytes(queries.shape[2], "bfloat16")
+            read += hits.distances * faiss_host.code_bytes(queries.shape[2])
         if not others:
             return Choice(*lists(pages), missed.reshape(-1), read)
         of_group = (np.array(others)[:, None] * items.group + np.arange(items.group)).reshape(-1)

@@ -15,27 +15,21 @@ import numpy as np
 import torch
 
 from lamina_kernels.sketches.layout import LEVELS
-from lamina_protocols.messages import LayerSpec
-from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Int32, Items, everything
-from lamina_workers.policies.page_budget import Bounds, best, bounds, lists
+from lamina_protocols.layers import LayerSpec
+from lamina_workers.policies.chooser import Choice, Chooser, Holding, Int32, Items, everything
+from lamina_workers.policies.page_budget import Bounds, Budgeted, best, bounds, lists
 from lamina_workers.policies.policy import LONGEST
 
 
 @dataclass(frozen=True)
-class PageTopK(Adaptive):
-    """`sink` first and `recent` last tokens are always read, and of all pages the share `budget` beside them, at least
-    `least` pages."""
+class PageTopK(Budgeted):
+    """A `Budgeted` policy whose budget is `least` pages or more."""
 
     name: ClassVar[str] = "page_top_k"
-    sink: int = 64
-    recent: int = 256
-    budget: float = 0.25
     least: int = 8
 
     def __post_init__(self) -> None:
-        self.check("sink", 0, LONGEST)
-        self.check("recent", 1, LONGEST)
-        self.check("budget", 0, 1)
+        super().__post_init__()
         self.check("least", 0, LONGEST)
 
     def chooser(self, at: Holding) -> Chooser:
@@ -57,8 +51,9 @@ class _Bounding:
         return True
 
     def plan(self, items: Items) -> _Plan:
-        at = bounds(self._policy, items, self._at.page_size)
-        np.maximum(at.picks, self._policy.least, out=at.picks)
+        policy = self._policy
+        at = bounds(policy.sink, policy.recent, policy.budget, items, self._at.page_size)
+        np.maximum(at.picks, policy.least, out=at.picks)
         return _Plan(items, at)
 
     def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:

@@ -20,7 +20,7 @@ import torch
 from lamina_kernels.paged.rows import Ints
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches import sketches
-from lamina_protocols.messages import LayerSpec
+from lamina_protocols.layers import LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Items, everything
 from lamina_workers.policies.memory import Memories, Records, full_scan_kernel, limits, read_kernel

@@ -17,6 +17,7 @@ from lamina_kernels.cpu.layer_work import LayerWork
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages import (
+    Advanced,
     Announced,
     Attended,
     Fault,
@@ -41,7 +42,7 @@ _MOST_FAULTS = 6  # of a holder in a row; a request that is to blame for faults 
 _MOST_PARTS = 1 << 18  # of an answered survey
 _FAILURES = 64  # batches with a failure that is not reported yet
 
-R = TypeVar("R", Announced, Attended, Fetched, FetchedPages, Surveyed)
+R = TypeVar("R", Advanced, Announced, Attended, Fetched, FetchedPages, Surveyed)
 
 
 class AttentionPort(Protocol):
@@ -169,11 +170,11 @@ class FramePort(Protocol):
 class ComputingPort(Protocol):
     """A port to a holder in this process whose layers compiled code may compute."""
 
-    def layer_work(self, batch: int) -> LayerWork | None:
-        """The work of an accepted batch; None where it needs Python."""
+    def layer_work(self, batch: int, pool: int) -> LayerWork | None:
+        """The work of an accepted batch in the layers of a pool; None where it needs Python."""
 
-    def worked(self, batch: int, layers: range, work: LayerWork) -> None:
-        """These layers of it are done."""
+    def worked(self, batch: int, pool: int, layers: range, work: LayerWork) -> None:
+        """These layers of it are done, by their numbers within the pool."""
 
 
 class Replies:
@@ -367,12 +368,12 @@ class LocalAttention:
         """Whether a reply is there: always, once something that has one was sent."""
         return bool(self._replies)
 
-    def layer_work(self, batch: int) -> LayerWork | None:
+    def layer_work(self, batch: int, pool: int) -> LayerWork | None:
         self.settle()
-        return self._worker.layer_work(batch) if enabled() and not self.failing(batch) else None
+        return self._worker.layer_work(batch, pool) if enabled() and not self.failing(batch) else None
 
-    def worked(self, batch: int, layers: range, work: LayerWork) -> None:
-        self._worker.worked(batch, layers, work)
+    def worked(self, batch: int, pool: int, layers: range, work: LayerWork) -> None:
+        self._worker.worked(batch, pool, layers, work)
 
     def close(self) -> None:
         """Nothing to do: the worker ends with its owner."""

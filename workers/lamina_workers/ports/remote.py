@@ -17,19 +17,8 @@ from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel, ChannelClosed, split_address
 from lamina_protocols.control import FAREWELL
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.messages import (
-    PROTOCOL_VERSION,
-    Announced,
-    Attended,
-    Fault,
-    Fetched,
-    FetchedPages,
-    HolderConfig,
-    Reply,
-    Request,
-    Surveyed,
-    answered,
-)
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import PROTOCOL_VERSION, Fault, Reply, Request, answered
 from lamina_protocols.service import WorkerBusy, WorkerClient
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.data_channel import ChannelOptions, open_channel
@@ -39,9 +28,9 @@ logger = logging.getLogger("lamina")
 
 _BUSY_PAUSE = 0.1  # seconds
 _GOODBYE_S = 2.0
+_FAREWELL_S = 1.0  # for a reason to arrive
 _BEAT_S = 0.05, 5.0  # between two heartbeats: the least, the most
 _USUAL = ChannelOptions()
-_REPLIES = (Announced, Attended, Fetched, FetchedPages, Surveyed, Fault)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +141,7 @@ class RemoteAttention:
             reply = codec.decode(frame)
         except ProtocolError as error:
             raise self._gone(str(error)) from error
-        if not isinstance(reply, _REPLIES):
+        if not isinstance(reply, Reply):
             raise self._gone(f"it sent a {type(reply).__name__}")
         if isinstance(reply, Fault) and (reply.epoch, reply.batch) == FAREWELL:
             raise self._gone(f"it ended the session: {reply.reason}")
@@ -235,7 +224,8 @@ class RemoteAttention:
                 continue
             answered_at = time.monotonic()
             self._draining = state == "draining"
-            if state == "ended":
+            # The reason comes over the channel, to the one that reads there, and may still be on its way.
+            if state == "ended" and not self._closed.wait(_FAREWELL_S):
                 self._end("the worker has ended the session")
 
 
@@ -264,6 +254,7 @@ def connect(
         PROTOCOL_VERSION, control.package_version(), session, model, compute_dtype, holder.dtype, holder.page_size,
         holder.layers, channel.local_channel, channel.data_channel,
         secrets.token_hex(16) if seat.engine is None else seat.engine, seat.seat, seat.seat_share, seat.linger,
+        holder.sequence_tokens,
     )  # fmt: skip
     client = WorkerClient(address, channel.shown)
     try:

@@ -1,0 +1,1 @@
+"""The choice of keys by a layer's own index."""

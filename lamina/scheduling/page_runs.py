@@ -1,0 +1,168 @@
+"""Which sequences and prefixes share which pages, so that each page is counted once. Pure.
+
+What an owner, a sequence or a prefix, has of a share is a path of runs, from a root to a leaf of its own. All owners
+below a run have its pages; nobody else has them. So a leaf's pages are free once its owner is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages, Share
+
+
+@dataclass(eq=False, slots=True)
+class Run:
+    """The pages of a share at positions [lo, hi); `hi` of a sequence's leaf is not kept, since it grows.
+
+    `users` counts the leaves below that are in use. Without any, `floor` is the lowest floor of these leaves.
+    """
+
+    share: Share
+    lo: int
+    hi: int
+    parent: Run | None = None
+    floor: int = 0
+    users: int = 1
+    children: set[Run] = field(default_factory=set)
+
+    def path(self) -> Iterator[Run]:
+        """This run and those above it."""
+        at: Run | None = self
+        while at is not None:
+            yield at
+            at = at.parent
+
+
+Runs = dict[Share, Run]
+"""The leaves of one owner, by share."""
+
+
+class PageRuns:
+    """The runs of one engine. `unused` has the pages that are in no sequence, nor in a prefix that is in use.
+
+    `weigh(layout, lo, hi, floor)` counts the pages of positions [lo, hi) that an owner with that floor keeps.
+    """
+
+    def __init__(self, page_size: int, weigh: Callable[[Layout, int, int, int], Pages]) -> None:
+        self.unused = NO_PAGES
+        self._size = page_size
+        self._weigh = weigh
+
+    def open(self, layout: Layout, known: int = 0) -> Runs:
+        """The leaves of a new sequence. Nobody knows who has the pages of its first `known` tokens, too."""
+        return {share: Run(share, max(share.lo, self._end(known)), 0) for share in layout}
+
+    def fork(self, source: Runs, length: int, prefix: bool = False, floor: int = 0, users: int = 1) -> Runs:
+        """The leaves of an owner that shares the first `length` tokens of another. Those of a prefix are whole pages,
+        which have this floor, and may be without users."""
+        forks, cut = {}, self._end(length)
+        for share, leaf in source.items():
+            parent = self._ends(leaf, cut)
+            forks[share] = fork = Run(share, max(share.lo, cut), length if prefix else 0, parent, floor, 0)
+            if parent is not None:
+                parent.children.add(fork)
+                for run in parent.path():
+                    if not run.users:
+                        self.unused -= self._pages(run)
+                    run.floor = min(run.floor, floor)
+                    if not run.users:
+                        self.unused += self._pages(run)
+            self._use(fork, users)
+        return forks
+
+    def use(self, runs: Runs, users: int) -> None:
+        """A prefix is in use (1), or not any more (-1)."""
+        for leaf in runs.values():
+            self._use(leaf, users)
+
+    def close(self, runs: Runs) -> None:
+        """Their owner is closed."""
+        for leaf in runs.values():
+            self._use(leaf, -leaf.users)
+            self._cut_off(leaf)
+            self.unused -= self._pages(leaf)
+
+    def relocate(self, runs: Runs, kept: Container[Share] = (), new: Layout = ()) -> None:
+        """A sequence has lost all shares but these, and has new ones, which nobody shares."""
+        gone = {share: leaf for share, leaf in runs.items() if share not in kept}
+        self.close(gone)
+        for share in gone:
+            del runs[share]
+        runs.update(self.open(new))
+
+    def rewrite(self, runs: Runs, start: int) -> None:
+        """A sequence writes its tokens from `start` on into pages of its own."""
+        for leaf in runs.values():
+            cut = max(leaf.share.lo, start - start % self._size)
+            if leaf.lo > cut:
+                parent = self._ends(leaf, cut)
+                self._use(leaf, -1)
+                self._cut_off(leaf)
+                leaf.lo, leaf.parent = cut, parent
+                if parent is not None:
+                    parent.children.add(leaf)
+                self._use(leaf, 1)
+
+    def own(self, runs: Iterable[Run]) -> Pages:
+        """The pages of these leaves of prefixes, which nobody else has."""
+        pages = NO_PAGES
+        for run in runs:
+            pages += self._pages(run)
+        return pages
+
+    def _end(self, length: int) -> int:
+        return length + -length % self._size
+
+    def _pages(self, run: Run) -> Pages:
+        return self._weigh((run.share,), run.lo, run.hi, run.floor)
+
+    def _use(self, leaf: Run, users: int) -> None:
+        if not users:
+            return
+        for run in leaf.path():
+            before, run.users = run.users, run.users + users
+            if not before:
+                self.unused -= self._pages(run)
+            elif not run.users:
+                run.floor = min((child.floor for child in run.children), default=run.floor)
+                self.unused += self._pages(run)
+
+    def _ends(self, leaf: Run, cut: int) -> Run | None:
+        """The run on a leaf's path that ends at `cut`, where whole pages end. None where the path begins there."""
+        run = leaf
+        while run.lo >= cut:
+            if run.parent is None or run.parent.hi <= cut:
+                return run.parent
+            run = run.parent
+        upper = Run(run.share, run.lo, cut, run.parent, run.floor, run.users, {run})
+        if run.parent is not None:
+            run.parent.children.remove(run)
+            run.parent.children.add(upper)
+        run.parent, run.lo = upper, cut
+        return upper
+
+    def _cut_off(self, leaf: Run) -> None:
+        """Take a leaf without users off its path. Where a single run is left beside it, its parent is one with that."""
+        parent, leaf.parent = leaf.parent, None
+        if parent is None:
+            return
+        above = [run for run in parent.path() if not run.users]
+        for run in above:
+            self.unused -= self._pages(run)
+        parent.children.remove(leaf)
+        if len(parent.children) == 1:
+            (only,) = parent.children
+            if not only.users:
+                self.unused -= self._pages(only)
+                above.insert(0, only)
+            only.lo, only.parent = parent.lo, parent.parent
+            if parent.parent is not None:
+                parent.parent.children.remove(parent)
+                parent.parent.children.add(only)
+            if parent in above:
+                above.remove(parent)
+        for run in above:
+            run.floor = min((child.floor for child in run.children), default=run.floor)
+            self.unused += self._pages(run)

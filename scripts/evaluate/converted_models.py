@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Which of transformers' causal language models Lamina runs, and how: writes docs/models.md.
+
+    scripts/evaluate/converted_models.py [--only gemma2 phi3] [--jobs 2] [--out docs/models.md]
+
+Of each model type a tiny random checkpoint is made, loaded as Lamina loads any folder, and its logits are compared with
+transformers' in float32: a prompt at once, in chunks, and decoded tokens beside another sequence's, through a real
+attention worker. Each model has a process of its own, and a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import tiny_models
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+from lamina.errors import LaminaError
+from lamina_workers.converted.decoder import ConvertedDecoder
+from lamina_workers.converted.models import model_config
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 150  # seconds for one model
+CLOSE = 1e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="these model types, and no file is written")
+    parser.add_argument("--found", type=Path, help="keep what was found here, and do not look again for what is there")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "models.md")
+    args = parser.parse_args()
+    found: dict[str, dict[str, Any]] = {}
+    if args.found and args.found.exists():
+        found = {row["kind"]: row for row in map(json.loads, args.found.read_text().splitlines())}
+    for kind in args.only or NAMES:
+        if kind in found and not args.only:
+            continue
+        row = found[kind] = in_a_process(kind)
+        print(kind, row["how"], row["why"], flush=True)
+        if args.found:
+            with args.found.open("a") as file:
+                print(json.dumps(row), file=file)
+    if not args.only:
+        args.out.write_text(table([found[kind] for kind in NAMES], transformers.__version__), encoding="utf-8")
+
+
+def in_a_process(kind: str) -> dict[str, Any]:
+    """`examined`, in a process of its own."""
+    near, far = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(kind, far))  # it has transformers already
+    child.start()
+    far.close()
+    try:
+        if near.poll(LIMIT):
+            found: dict[str, Any] = json.loads(near.recv_bytes())
+            return found
+        return {"kind": kind, "how": "failed", "why": f"it took longer than {LIMIT} seconds"}
+    except EOFError:
+        return {"kind": kind, "how": "failed", "why": "its process ended"}
+    finally:
+        child.kill()
+        child.join()
+
+
+def _child(kind: str, to: Connection) -> None:
+    to.send_bytes(json.dumps(examined(kind)).encode())
+
+
+def examined(kind: str) -> dict[str, Any]:
+    """How one model type runs, and why not, if so."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    def row(how: str, why: str = "") -> dict[str, Any]:
+        why = why.rpartition("It is not converted either: ")[2]  # the native families are the same for all
+        return {"kind": kind, "how": how, "why": why.replace("\n", " ").replace("|", "/")[:200]}
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            tiny_models.write_config(kind, folder)
+            model_config(folder)  # what is refused by its config alone is not built
+            model = tiny_models.make(kind, folder)
+        except LaminaError as error:
+            return row("refused", str(error))
+        except Exception as error:  # noqa: BLE001  # whatever transformers says of a config that it cannot build
+            return row("failed", f"no tiny checkpoint: {type(error).__name__} {error}")
+        try:
+            decoder = tiny_models.load(folder)
+        except LaminaError as error:
+            return row("refused", str(error))
+        try:
+            worst = tiny_models.difference(model, folder, decoder)
+        except Exception as error:  # noqa: BLE001  # the table says what
+            return row("failed", f"{type(error).__name__} {error}")
+    if not worst < CLOSE:
+        return row("failed", f"logits differ by {worst:.1e}")
+    if not isinstance(decoder, ConvertedDecoder):
+        return row("native", f"{worst:.0e}")
+    return row("slices" if decoder.in_slices else "module", f"{worst:.0e}")
+
+
+def table(rows: list[dict[str, Any]], version: str) -> str:
+    """docs/models.md."""
+    counts = {
+        how: sum(row["how"] == how for row in rows) for how in ("native", "slices", "module", "refused", "failed")
+    }
+    lines = [f"| {row['kind']} | {row['how']} | {row['why']} |" for row in rows]
+    return TEXT.format(version=version, rows="\n".join(lines), total=len(rows), **counts)
+
+
+TEXT = """# Which models run
+
+`scripts/evaluate/converted_models.py` has written this page, with transformers {version}. Lamina runs a model in one
+of three ways, chosen when it is loaded:
+
+- **native** ({native} of {total} model types): Lamina has a class for it. It needs no transformers, has tensor
+  parallelism, calibration and `rope_scaling`.
+- **slices** ({slices}): transformers' own code is recorded once, without weights, and cut at each attention. Needs
+  `pip install "lamina[any]"`. What lives across each cut: `lamina models show MODEL --slices`.
+- **module** ({module}): the forward pass cannot be recorded, since what it does depends on the tokens. transformers'
+  module runs and stops at each attention. Its batches cannot go round among model workers.
+
+The others are refused by name ({refused}), or the tiny checkpoint could not be compared ({failed}). Remote code is
+never run. The number in the last column is the largest difference of logits from transformers' in float32, of a tiny
+random checkpoint. Real ones can still be refused for what a tiny one does not have, such as heads of more than 256
+numbers (Gemma 4), which the kernels do not keep.
+
+| model type | how | difference, or why not |
+| --- | --- | --- |
+{rows}
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Models whose own index chooses what each token reads, against transformers, in every placement."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from real_workers import WorkerProcess, until, worker_process, write_tiny_model
+
+from lamina import LLM, Completion
+from lamina.errors import InvalidRequest, PolicyError
+from lamina_workers.decoder.config import ModelConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
+
+M3 = {
+    "architectures": ["MiniMaxM3VLForCausalLM"],
+    "model_type": "minimax_m3_vl_text",
+    "rope_theta": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "intermediate_size": 40,
+    "dense_intermediate_size": 96,
+    "shared_intermediate_size": 48,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "index_n_heads": 3,
+    "index_head_dim": 16,
+    "index_block_size": 16,
+    "index_topk_blocks": 3,
+    "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+}
+PROMPTS = [[(3 * i * i + n) % 101 for i in range(n)] for n in (1, 17, 70, 200)]
+LENGTH = 24
+
+
+V32 = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "num_key_value_heads": 6,
+    "rope_theta": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 40,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "index_topk": 40,
+    "index_n_heads": 24,
+    "index_head_dim": 32,
+}
+MODELS = {"blocks of MiniMax-M3": M3, "tokens of DeepSeek V3.2": V32}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "model", **MODELS[request.param])
+
+
+def most(model: Path) -> int:
+    """How many attention workers can share the KV heads, of two."""
+    return min(2, ModelConfig.from_folder(model).num_key_value_heads)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[list[WorkerProcess]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(worker_process()) for _ in range(2)]
+
+
+@contextlib.contextmanager
+def engine(model: Path, workers: Sequence[WorkerProcess] = (), **options: Any) -> Iterator[LLM]:
+    for worker in workers:
+        until(lambda worker=worker: not worker.status().session)  # the last engine's
+    options = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "8MiB"} | options
+    if workers:
+        options |= {"attention_workers": [worker.address for worker in workers], "local_share": 0}
+    with LLM(model, **{"max_batch_tokens": 64} | options) as llm:
+        yield llm
+
+
+def generated(llm: LLM, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[Completion]:
+    return llm.generate(prompts, max_tokens=LENGTH, temperature=0, ignore_eos=True, logprobs=20)
+
+
+def off(reference: transformers.PreTrainedModel, found: Sequence[Completion]) -> float:
+    """The largest difference of a log probability from that of transformers, of which the whole text is one prompt."""
+    largest = 0.0
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
+        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        for wanted, given in zip(expected, completion.logprobs or (), strict=True):
+            largest = max(largest, *(abs(each.logprob - float(wanted[each.token_id])) for each in given.top))
+    return largest
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_batch_tokens": 7}, {"page_size": 32}, {"page_size": 256}],
+    ids=["whole", "small chunks", "blocks inside pages", "one page"],
+)
+def test_logits_are_those_of_transformers(
+    model: Path, reference: transformers.PreTrainedModel, options: dict[str, Any]
+) -> None:
+    with engine(model, **options) as llm:
+        assert off(reference, generated(llm)) < 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_attention_workers_by_heads_change_nothing(
+    model: Path, reference: transformers.PreTrainedModel, workers: list[WorkerProcess], count: int
+) -> None:
+    if count > most(model):
+        with pytest.raises(InvalidRequest, match=r"one KV head.*one attention worker"), engine(model, workers):
+            pass
+        return
+    with engine(model, workers[:count]) as llm:
+        assert off(reference, generated(llm)) < 1e-4
+        assert all(worker.status().queries > 0 for worker in workers[:count])
+
+
+@pytest.mark.parametrize("kv_memory", ["8MiB", "200KiB"], ids=["with local copies", "without room for local copies"])
+def test_a_worker_that_is_killed_changes_nothing(
+    model: Path, reference: transformers.PreTrainedModel, kv_memory: str
+) -> None:
+    if most(model) < 2:
+        pytest.skip("one KV head has one worker, without which nothing goes on")
+    with (
+        worker_process() as first,
+        worker_process() as second,
+        engine(model, [first, second], kv_memory=kv_memory) as llm,
+    ):
+        texts: list[list[int]] = [[] for _ in PROMPTS]
+        sampling = {"max_tokens": LENGTH, "temperature": 0, "ignore_eos": True}
+        for number, event in enumerate(llm.stream(PROMPTS, **sampling)):
+            texts[event.prompt_index].append(event.token_id)
+            if number == LENGTH * len(PROMPTS) // 2:
+                second.process.kill()
+        again = generated(llm)
+        assert [list(each.token_ids) for each in again] == texts
+        assert off(reference, again) < 1e-4
+
+
+@pytest.mark.real
+def test_ranks_change_nothing(model: Path, reference: transformers.PreTrainedModel) -> None:
+    with engine(model, model_workers=2, kv_memory="16MiB") as llm:
+        assert off(reference, generated(llm)) < 1e-4
+    with engine(model, model_workers=2, attention_workers=2, local_share=0, kv_memory="16MiB") as llm:
+        assert off(reference, generated(llm)) < 1e-4
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_prefix_of_the_cache_has_its_index_keys(
+    model: Path, reference: transformers.PreTrainedModel, workers: list[WorkerProcess], count: int
+) -> None:
+    with engine(model, workers[: min(count, most(model))]) as llm:
+        generated(llm)
+        again = generated(llm)
+        assert again[-1].usage.cached_tokens >= 192
+        assert off(reference, again) < 1e-4
+
+
+def test_less_is_read(model: Path, workers: list[WorkerProcess]) -> None:
+    """In each layer with an index, at each head, the chosen ones of up to 224 keys, and all index keys."""
+    specs = ModelConfig.from_folder(model).layer_specs()
+    spec, index = next((spec, spec.index) for spec in specs if spec.index is not None)
+    with engine(model, workers[: most(model)]) as llm:
+        long = generated(llm)[-1]
+    keys = sum(range(201, 201 + LENGTH - 1))
+    chosen = index.top * index.block * (LENGTH - 1) / keys
+    scanned = index.width / (spec.d_k + spec.own_v) * most(model) / spec.kv_heads  # once at each worker
+    indexed = sum(spec.index is not None for spec in specs)
+    read = (long.stats["kv_read"] * len(specs) - (len(specs) - indexed)) / indexed  # the other layers read all
+    assert 0.8 * chosen + scanned < read < 1.2 * chosen + scanned < 0.95
+
+
+def test_int8_kv_changes_first_tokens_by_little(model: Path) -> None:
+    def first(kv_dtype: str) -> dict[tuple[int, int], float]:
+        with engine(model, kv_dtype=kv_dtype) as llm:
+            found = llm.generate(PROMPTS, max_tokens=1, temperature=0, ignore_eos=True, logprobs=20)
+        return {
+            (number, each.token_id): each.logprob
+            for number, completion in enumerate(found)
+            for each in completion.logprobs[0].top
+        }
+
+    exact, rounded = first("float32"), first("int8")
+    both = exact.keys() & rounded.keys()
+    spread = max(exact.values()) - min(exact.values())
+    assert len(both) > 0.8 * len(exact)
+    # Of one prompt another key may be chosen, which moves much in a random model: so most are looked at, not all.
+    off_by = sorted(abs(exact[key] - rounded[key]) for key in both)
+    assert 0 < off_by[len(off_by) * 3 // 4] < 0.1 * spread
+
+
+def test_what_an_index_cannot_have_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(InvalidRequest, match=r"shard is 'sequence'.*index.*shard='heads'"),
+        engine(model, attention_workers=2, shard="sequence"),
+    ):
+        pass
+    with (
+        pytest.raises(PolicyError, match=r"index chooses.*page_top_k.*allowed: full"),
+        engine(model, policy="page_top_k"),
+    ):
+        pass

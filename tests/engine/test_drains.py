@@ -1,0 +1,282 @@
+"""Attention workers are drained while requests run: nothing is computed again where there is room, and nobody waits."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_rig import BytesPort, Rig
+from kv_pools import pool_of
+from real_workers import until, worker_process, write_tiny_model
+
+from lamina import LLM
+from lamina.errors import EngineError, InvalidRequest
+from lamina.sampling_params import SamplingParams
+from lamina.scheduling.step_tuner import StepTuner
+from lamina_protocols.messages import Fetch, FetchPages, Request
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.errors import HolderLost, KVError
+
+chance = random.Random(11)
+PROMPTS = [[chance.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
+TOKENS = 150
+PAGES = 9  # of 16 tokens of a sequence: three layers, three heads
+
+
+@pytest.fixture(scope="module")
+def expected(decoder: Any) -> list[list[int]]:
+    rig = Rig(decoder)
+    tokens = rig.generate(PROMPTS, max_tokens=TOKENS)
+    rig.close()
+    return [sample for (sample,) in tokens]
+
+
+class Streams:
+    """Requests of which each has its first tokens."""
+
+    def __init__(self, rig: Rig, tokens: int = 1) -> None:
+        params = SamplingParams(max_tokens=TOKENS).with_defaults({})
+        self._inboxes = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
+        self._tokens: list[list[int]] = [[] for _ in PROMPTS]
+        self._read(tokens)
+
+    def _read(self, count: int) -> None:
+        for tokens, inbox in zip(self._tokens, self._inboxes, strict=True):
+            while len(tokens) < count:
+                for output in inbox.get(timeout=60):
+                    if output.error is not None:
+                        raise output.error
+                    tokens.append(output.token)
+
+    def tokens(self) -> list[list[int]]:
+        """All of them, once the requests have ended."""
+        self._read(TOKENS)
+        return self._tokens
+
+
+class Fetched:
+    """Ports that do something instead when KV is fetched for the nth time, counted over all of them together."""
+
+    def __init__(self, at: int, happens: Callable[[], None]) -> None:
+        self._left, self._happens = at, happens
+
+    def __call__(self, worker: AttentionWorker) -> BytesPort:
+        return BytesPort(worker, self._before)
+
+    def _before(self, request: Request) -> None:
+        if isinstance(request, Fetch | FetchPages):
+            self._left -= 1
+            if self._left == 0:
+                self._happens()
+
+
+def fails(error: Exception) -> Callable[[], None]:
+    def happens() -> None:
+        raise error
+
+    return happens
+
+
+@contextmanager
+def held(rig: Rig) -> Iterator[None]:
+    """The engine stands still between two batches; what is asked of it meanwhile comes at once."""
+    stands, goes = threading.Event(), threading.Event()
+    rig.engine.snapshot(lambda _: (stands.set(), goes.wait(60)))
+    assert stands.wait(60)
+    yield
+    goes.set()
+
+
+def counted(rig: Rig) -> tuple[int, int]:
+    counters = rig.scheduler.counters
+    return counters.preempted, counters.rebuilt_tokens
+
+
+@pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_two_workers_are_drained_at_once_and_nothing_is_computed_again(decoder, expected, shard, lanes):
+    rig = Rig(decoder, shard=shard, weights=(1, 1, 1, 1), lanes=lanes, prefix_cache=True)
+    streams = Streams(rig)
+    with held(rig):
+        done = [rig.engine.drain(name) for name in ("worker-2", "worker-3")]
+        again = rig.engine.drain("worker-2")
+    assert all(each.result(timeout=60) > 0 for each in done)
+    with pytest.raises(InvalidRequest, match="worker-2 is being drained already"):
+        again.result(timeout=60)
+    assert streams.tokens() == expected
+    assert counted(rig) == (0, 0)
+    assert all(pool_of(rig.workers[number]).store.free_pages == rig.pages for number in (2, 3))
+    rig.close()
+
+
+def test_others_get_tokens_while_a_worker_is_drained(decoder, expected):
+    """All batches were given up to before the first sequence moved, and waited until the last one had."""
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+    streams = Streams(rig)
+    migration, ledger = rig.engine._drains._migration, rig.scheduler.running
+    step, lengths = migration.step, []
+    migration.step = lambda seconds: (lengths.append([len(each.tokens) for each in ledger]), step(1e-9))[1]  # a page
+    assert rig.engine.drain("worker-1").result(timeout=60) > 0
+    first, last = lengths[0], lengths[-1]
+    assert len(lengths) > 5
+    assert all(after > before for before, after in zip(first, last, strict=True))
+    assert streams.tokens() == expected
+    rig.close()
+
+
+def test_the_last_worker_is_kept_when_two_are_to_go(decoder, expected):
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+    streams = Streams(rig)
+    with held(rig):
+        one, two = rig.engine.drain("worker-1"), rig.engine.drain("worker-2")
+    with pytest.raises(InvalidRequest, match="worker-2 is the only attention worker"):
+        two.result(timeout=60)
+    assert one.result(timeout=60) > 0
+    assert streams.tokens() == expected
+    rig.close()
+
+
+def test_a_worker_stays_when_no_other_is_left_to_take_its_kv(decoder, expected):
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+    streams = Streams(rig)
+    with held(rig):
+        done = rig.engine.drain("worker-1")
+        rig.engine.leave("worker-2")
+    with pytest.raises(EngineError, match="worker-1 could not be drained: no other attention worker is left"):
+        done.result(timeout=60)
+    assert streams.tokens() == expected
+    assert set(rig.engine._holders.names.values()) == {"worker-1"}
+    rig.close()
+
+
+def test_a_worker_that_is_lost_meanwhile_is_not_drained(decoder, expected):
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=Fetched(2, fails(HolderLost("killed"))))
+    streams = Streams(rig)
+    with pytest.raises(EngineError, match="worker-1 could not be drained: it is lost"):
+        rig.engine.drain("worker-1").result(timeout=60)
+    assert streams.tokens() == expected
+    rig.close()
+
+
+def test_a_drain_ends_with_the_fault_of_a_move_and_may_be_tried_again(decoder, expected):
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=Fetched(2, fails(KVError("broken"))))
+    streams = Streams(rig)
+    with pytest.raises(EngineError, match=r"worker-1 could not be drained: .*broken"):
+        rig.engine.drain("worker-1").result(timeout=60)
+    assert rig.engine.drain("worker-1").result(timeout=60) > 0
+    assert streams.tokens() == expected
+    assert counted(rig) == (0, 0)
+    rig.close()
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_drain_ends_with_an_error_when_the_engine_stops(decoder, breaks):
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+    Streams(rig)
+
+    def broken(seconds: float) -> None:
+        raise RuntimeError("a fault of our own")
+
+    with held(rig):
+        if breaks:
+            rig.engine._drains._migration.step = broken
+        done = rig.engine.drain("worker-1")
+        if not breaks:
+            rig.engine.close()
+    with pytest.raises(EngineError, match="of our own" if breaks else "the engine has stopped"):
+        done.result(timeout=60)
+    rig.close()
+
+
+def test_sequences_without_room_elsewhere_are_computed_again_and_the_others_move(decoder, expected):
+    """The other worker has room for half of them."""
+    rig = Rig(decoder, shard="heads", weights=(1, 1), pages=PAGES * 24, prefix_cache=True)
+    streams = Streams(rig, 90)
+    assert counted(rig) == (0, 0)
+    assert rig.engine.drain("worker-1").result(timeout=60) > 0
+    assert rig.scheduler.counters.preempted > 0
+    assert streams.tokens() == expected
+    rig.close()
+
+
+def test_cached_prefixes_elsewhere_make_room_for_a_move(decoder, expected):
+    """Pages of prefixes that nobody used counted as taken: all that was drained was computed again."""
+    longest = -(-(max(map(len, PROMPTS)) + TOKENS) // 16) + 1
+    rig = Rig(decoder, shard="heads", weights=(1, 1), pages=PAGES * 2 * longest, prefix_cache=True)
+    for _ in range(6):
+        rig.generate([[chance.randrange(101) for _ in range(200)]], max_tokens=1)
+    streams = Streams(rig)
+    evicted = rig.scheduler.counters.evicted
+    assert rig.engine.drain("worker-1").result(timeout=60) > 0
+    assert rig.scheduler.counters.evicted > evicted
+    assert rig.scheduler.counters.preempted == 0
+    assert streams.tokens() == expected
+    rig.close()
+
+
+def test_an_idle_engine_lets_a_worker_with_cached_prefixes_go(decoder):
+    rig = Rig(decoder, shard="sequence", weights=(1, 1, 1), prefix_cache=True)
+    rig.generate(PROMPTS, max_tokens=40)
+    assert rig.engine.drain("worker-2").result(timeout=60) == 0
+    assert pool_of(rig.workers[2]).store.free_pages == rig.pages
+    assert len(rig.generate(PROMPTS[:1], max_tokens=5)[0][0]) == 5
+    rig.close()
+
+
+def test_a_sequence_in_prefill_stays_until_its_prompt_is_computed(decoder, expected):
+    rig = Rig(
+        decoder,
+        shard="heads",
+        weights=(1, 1),
+        max_batch_tokens=16,
+        local_pool=2000,
+        local_tier=True,
+        tuner=StepTuner(share=0.0),
+    )
+    params = SamplingParams(max_tokens=TOKENS).with_defaults({})
+    with held(rig):
+        inboxes = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
+    until(lambda: len(rig.scheduler.running) > 0)
+    done = rig.engine.drain("worker-1")
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    for so_far, inbox in zip(tokens, inboxes, strict=True):
+        while len(so_far) < TOKENS:
+            so_far += [output.token for output in inbox.get(timeout=60)]
+    assert tokens == expected
+    done.result(timeout=60)
+    assert counted(rig) == (0, 0)
+    rig.close()
+
+
+def test_eight_streams_over_two_processes_keep_their_text_while_one_is_drained(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    prompts = [[chance.randrange(101) for _ in range(20 + 11 * n)] for n in range(8)]
+    options: dict[str, Any] = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "16MiB", "lanes": 1}
+
+    def tokens(llm: LLM, drained: str = "") -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in prompts]
+        for event in llm.stream(prompts, max_tokens=120, temperature=0, ignore_eos=True):
+            if drained and all(found):
+                done.append(llm._runtime.engine.drain(drained))  # type: ignore[union-attr]
+                drained = ""
+            found[event.prompt_index].append(event.token_id)
+        return found
+
+    done: list[Any] = []
+    with worker_process() as one, worker_process() as two:
+        options["attention_workers"] = [one.address, two.address]
+        with LLM(model, local_share=0, **options) as llm:
+            undisturbed = tokens(llm)
+            names = list(llm._runtime.engine._holders.names.values())  # type: ignore[union-attr]
+            assert tokens(llm, names[0]) == undisturbed
+            assert done[0].result(timeout=60) > 0
+            assert list(llm._runtime.engine._holders.names.values()) == names[1:]  # type: ignore[union-attr]
+            counters = llm._runtime.engine._scheduler.counters  # type: ignore[union-attr]
+            assert (counters.preempted, counters.rebuilt_tokens) == (0, 0)
+            until(lambda: one.status().free_pages == one.status().total_pages)
+            assert tokens(llm) == undisturbed

@@ -1,0 +1,75 @@
+"""A worker that refuses without reason is given up, and costs no more than that: its sequences go on elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_rig import BytesPort, Rig, collect
+
+from lamina.sampling_params import SamplingParams
+from lamina.scheduling.refusals import TRIES
+from lamina_protocols.messages import Request, answered
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0).with_defaults({})
+LONG = [3 + at % 90 for at in range(700)]
+
+
+class LossyPort(BytesPort):
+    """A port that loses messages without a reply, once `loses`; nobody notices."""
+
+    def __init__(self, worker: AttentionWorker, name: str, loses: Callable[[Request], bool]) -> None:
+        super().__init__(worker)
+        self.name = name
+        self._loses = loses
+
+    def send(self, request: Request) -> None:
+        if answered(request) or not self._loses(request):
+            super().send(request)
+
+
+def rig_with(decoder: Any, loses: Callable[[int, Request], bool], **options: Any) -> Rig:
+    made: list[int] = []
+
+    def port(worker: AttentionWorker) -> LossyPort:
+        made.append(len(made) + 1)
+        number = made[-1]
+        return LossyPort(worker, f"worker-{number}", lambda request: loses(number, request))
+
+    return Rig(decoder, weights=(1, 1, 1), max_batch_tokens=64, port=port, **options)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("shard", ["heads", "sequence"])
+def test_link_that_loses_every_store_message_costs_its_holder(decoder, shard, lanes):
+    """The prompt was cut back, computed and lost again for ever: nobody counted how often."""
+    rig = Rig(decoder)
+    expected = [rig.generate([prompt], max_tokens=12)[0] for prompt in (LONG, LONG[:5])]
+    rig.close()
+    rig = rig_with(decoder, lambda number, request: number == 2, shard=shard, lanes=lanes)
+    inboxes = [rig.submit(prompt, GREEDY)[1] for prompt in (LONG, LONG[:5])]
+    assert [collect(inbox) for inbox in inboxes] == expected
+    assert rig.ports[2].closed
+    assert not rig.ports[1].closed
+    assert not rig.ports[3].closed
+    assert rig.scheduler.counters.preempted == 0
+    rig.close()
+
+
+def test_messages_lost_now_and_then_cost_no_holder(decoder):
+    rig = Rig(decoder)
+    expected = rig.generate([LONG], max_tokens=12)
+    rig.close()
+    sent: list[Request] = []
+
+    def loses(number: int, request: Request) -> bool:
+        sent.extend([request] * (number == 2))
+        return number == 2 and len(sent) % 10 == 0
+
+    rig = rig_with(decoder, loses, shard="heads")
+    assert rig.generate([LONG], max_tokens=12) == expected
+    assert len(sent) > 10 * TRIES
+    assert not any(port.closed for port in rig.ports.values())
+    rig.close()

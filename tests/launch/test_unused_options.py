@@ -1,0 +1,78 @@
+"""What an option does in vain is said."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_workers import write_tiny_model
+
+from lamina import LLM
+from lamina.config import EngineConfig
+from lamina.launch.unused_options import unused_options
+from lamina_protocols.layers import HolderConfig, LayerSpec
+
+
+def holder(policy: str = "", window: int | None = None) -> HolderConfig:
+    """Three layers, of which the first two have the window."""
+    policies = (policy,) * 2 if policy else ()
+    specs = [LayerSpec(i, 4, 2, 16, 16, 0.25, window if i < 2 else None, policies=policies) for i in range(3)]
+    return HolderConfig(tuple(specs), 16, "float32", 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, []),
+        ({"shard": "sequence"}, ["shard='sequence' does nothing without attention_workers"]),
+        ({"local_share": 0.5, "attention_workers": 1}, []),
+        ({"deterministic": True}, []),
+        ({"tls_dir": "x", "token_file": "y"}, ["tls_dir='x'", "token_file='y'"]),
+        ({"model_parallel": "replicas"}, ["model_parallel='replicas' does nothing with one model worker"]),
+        ({"worker_linger": 5, "attention_workers": 1}, ["worker_linger=5 does nothing without a journal"]),
+        ({"worker_linger": 5, "journal": "j"}, []),
+    ],
+)
+def test_options_without_what_they_are_for(options: dict[str, Any], said: list[str]) -> None:
+    found = list(unused_options(EngineConfig(**options), holder()))
+    assert len(found) == len(said)
+    assert all(each.startswith(begin) for each, begin in zip(found, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("policy", "window", "said"),
+    [
+        ("streaming(sink=0, recent=8)", None, []),
+        ("streaming(sink=0, recent=8)", 8, ["changes nothing in 2 of 3 layers: their own windows are as narrow"]),
+        ("streaming(sink=4, recent=7)", 8, ["chooses within the model's own window in 2 of 3 layers"]),
+        ("retrieval", 512, ["chooses within the model's own window in 2 of 3 layers"]),
+    ],
+)
+def test_a_policy_in_layers_with_a_window(policy: str, window: int | None, said: list[str]) -> None:
+    found = list(unused_options(EngineConfig(policy=policy), holder(policy, window)))
+    assert found == [f"policy={policy!r} {each}" for each in said]
+
+
+def test_what_is_of_kv_with_states_alone() -> None:
+    state = LayerSpec(0, 4, 4, 16, 16, 1.0, kind="gated_delta", key_heads=2, conv=4)
+    alone = HolderConfig((state,), 16, "float32", 1 << 20)
+    options = {"policy": "streaming(sink=0, recent=8)", "kv_dtype": "int8", "shard": "sequence", "attention_workers": 1}
+    found = list(unused_options(EngineConfig(**options), alone))
+    assert found == [
+        f"{name}={options[name]!r} does nothing with this model: no layer keeps KV"
+        for name in ("policy", "kv_dtype", "shard")
+    ]
+    beside = replace(alone, layers=(state, LayerSpec(1, 4, 2, 16, 16, 0.25)))
+    assert not list(unused_options(EngineConfig(**options), beside))
+
+
+def test_it_is_said_once_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An option that did nothing was swallowed."""
+    with caplog.at_level(logging.WARNING, "lamina"), LLM(write_tiny_model(tmp_path / "m"), shard="sequence") as llm:
+        llm.generate([[1, 2, 3]] * 2, max_tokens=3)
+    assert [r.message for r in caplog.records if "does nothing" in r.message] == [
+        "shard='sequence' does nothing without attention_workers"
+    ]

@@ -1,0 +1,297 @@
+"""Families with layers that keep states, against transformers, and cut among ranks."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_attention import DenseAttention
+from hybrid_families import FAMILIES
+from reference_models import Tensors, check_against, load, reference
+from safetensors.torch import load_file
+
+from lamina_kernels.cpu import few_rows, programs
+from lamina_kernels.cpu.spans import Spans
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.graphs import Captured, Compiled, Work
+from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady, StateReady
+from lamina_workers.decoder.shard import Shard, with_ranks
+from lamina_workers.errors import ModelFileError, RanksError, UnsupportedModelError
+
+# Newer transformers would rather have it called `cache`, older ones know only this name.
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_equals_transformers(family: str, tmp_path: Path) -> None:
+    model = reference(*FAMILIES[family])
+    check_against(model, load(model, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5"])
+def test_spans_change_no_bit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_type, options = FAMILIES[kind]
+    if kind == "qwen3_next":
+        options = options | {"mlp_only_layers": [0, 1, 2, 3]}
+    model = reference(model_type, options)
+    decoder, taken = load(model, tmp_path, torch.bfloat16), []
+    run = Spans.run
+    monkeypatch.setattr(Spans, "run", lambda self, index, *given: taken.append(index) or run(self, index, *given))
+    with torch.inference_mode():
+        found = DenseAttention(decoder, 9)
+        logits = [found.run(range(3 + at, 3 + at + count)) for at, count in ((0, 9), (9, 1), (10, 2))]
+        if few_rows.can_multiply(torch.zeros(4, 32, dtype=torch.bfloat16)) and programs.can_run():
+            assert taken == [*range(5)] * 3
+        monkeypatch.setattr("lamina_workers.decoder.model.decoder_spans", lambda *_, **__: None)
+        plain = DenseAttention(load(model, tmp_path, torch.bfloat16), 9)
+        for expected, (at, count) in zip(logits, ((0, 9), (9, 1), (10, 2)), strict=True):
+            assert torch.equal(plain.run(range(3 + at, 3 + at + count)), expected)
+
+
+class Threads:
+    """The group of ranks that are threads of this process."""
+
+    def __init__(self, rank: int, parts: list[torch.Tensor], barrier: threading.Barrier) -> None:
+        self.rank, self.ranks, self.seconds = rank, len(parts), 0.0
+        self._parts, self._barrier = parts, barrier
+
+    def _exchanged(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self._parts[self.rank] = x.clone()
+        self._barrier.wait()
+        found = list(self._parts)
+        self._barrier.wait()
+        return found
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchanged(x)).sum(0)
+
+    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        parts = self._exchanged(x)
+        return None if self.rank else torch.cat(parts, -1)
+
+    def close(self) -> None:
+        self._barrier.abort()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_compute_what_one_process_computes(family: str, ranks: int, tmp_path: Path) -> None:
+    """Heads of q and k stand once on each rank, or are shared by several."""
+    expected = load(reference(*FAMILIES[family]), tmp_path)
+    tensors = Tensors(load_file(tmp_path / "model.safetensors"))
+    config = with_ranks(ModelConfig.from_folder(tmp_path), ranks)
+    parts, barrier = [torch.empty(0)] * ranks, threading.Barrier(ranks, timeout=60)
+    tokens, counts = [(7 * i) % 97 for i in range(30)], [9, 20, 1]
+
+    def run(decoder: Decoder) -> torch.Tensor:
+        with torch.inference_mode():
+            sequence = DenseAttention(decoder, len(tokens))
+            return torch.cat([sequence.run(tokens[sequence.length :][:count]) for count in counts])
+
+    found: dict[int, torch.Tensor] = {}
+
+    def child(rank: int) -> None:
+        try:
+            group = Threads(rank, parts, barrier)
+            decoder = Decoder.load(config, tensors, torch.float32, shard=Shard(rank, ranks), collective=group)
+            found[rank] = run(decoder)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=child, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(found[0], run(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("query_first", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_goes_on_from_each_mixer(family: str, query_first: bool, tmp_path: Path) -> None:
+    """Before it, and behind it: from what lives across it, in another run, as graphs or not."""
+    decoder = load(reference(*FAMILIES[family]), tmp_path)
+    batch = Batch(torch.arange(5) * 7 % 97, torch.arange(5), torch.tensor([4, 0]))
+    with torch.inference_mode():
+        events, logits = driven(decoder.forward(batch, query_first=query_first), decoder.config)
+        assert [event.layer for event in events] == list(range(len(decoder.config.layer_specs())))
+        for event in events:
+            assert event.hidden is not None
+            for other in (decoder, Captured(decoder, Again)):
+                attended = answer(event, decoder.config)
+                rest = other.forward(batch, event.hidden, event.layer, attended, query_first)
+                torch.testing.assert_close(driven(rest, decoder.config)[1], logits, rtol=0, atol=1e-5)
+                rest = other.forward(batch, event.hidden, event.layer, None, query_first)
+                torch.testing.assert_close(driven(rest, decoder.config)[1], logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler warns of what torch uses
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1"])
+def test_compiled_says_the_same(family: str, tmp_path: Path) -> None:
+    decoder = load(reference(*FAMILIES[family]), tmp_path)
+    batch = Batch(torch.arange(5) * 7 % 97, torch.arange(5), torch.tensor([4, 0]))
+    with torch.inference_mode():
+        found = [
+            driven(each.forward(batch), decoder.config)[1] for each in (decoder, Compiled(decoder, backend="eager"))
+        ]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+class Again:
+    """Records by keeping the work: a launch does it again, into the tensors that it gave first."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+        results = tuple(x.clone() for x in work())
+
+        def launch() -> None:
+            for result, x in zip(results, work(), strict=True):
+                result.copy_(x)
+
+        return launch, results
+
+
+def answer(event: KeyValueReady | StateReady, config: ModelConfig) -> torch.Tensor:
+    """Some output of a mixer, which depends on what the decoder gives for it."""
+    spec = config.layer_specs()[event.layer]
+    if isinstance(event, StateReady):
+        factor = 1 + event.gates.sum((1, 2)).tanh().unsqueeze(-1)
+        return (event.x[:, -spec.heads * spec.d_v :] * factor).to(event.x.dtype)
+    mixed = event.k[..., : spec.d_v].sigmoid() + (event.v if event.v.shape[-1] else 0)
+    return mixed.repeat_interleave(spec.group, 1).flatten(1)
+
+
+def driven(forward: Forward, config: ModelConfig) -> tuple[list[KeyValueReady | StateReady], torch.Tensor]:
+    """The events that are answered, and the logits."""
+    events: list[KeyValueReady | StateReady] = []
+    try:
+        event = next(forward)
+        while True:
+            if isinstance(event, QueryReady):
+                event = next(forward)
+                continue
+            events.append(event)
+            event = forward.send(answer(event, config))
+    except StopIteration as end:
+        return events, end.value
+
+
+def small(family: str, **changes: Any) -> ModelConfig:
+    kind, options = FAMILIES[family]
+    model = reference(kind, options)
+    return ModelConfig.from_dict({**model.config.to_dict(), **changes})
+
+
+def test_mixers_are_numbered_as_they_come() -> None:
+    specs = small("minimax").layer_specs()
+    assert [spec.kind for spec in specs] == ["attention", "lightning", "lightning"]
+    assert [spec.kv_layer for spec in specs] == [0, 1, 2]
+    assert len(specs[1].decays) == specs[1].kv_heads
+    assert all(0 > later > before for before, later in zip(specs[1].decays, specs[2].decays, strict=True))
+
+
+def test_says_what_is_not_supported() -> None:
+    with pytest.raises(UnsupportedModelError, match="layer_types has 'other'; allowed: 'full_attention', 'linear_att"):
+        small("minimax", layer_types=["other", "full_attention", "linear_attention"])
+    with pytest.raises(UnsupportedModelError, match="a state has 24 x 24 numbers; allowed of each: multiples of 16"):
+        small("minimax", head_dim=24)
+    with pytest.raises(RanksError, match="5 ranks"):
+        with_ranks(small("minimax"), 5)
+
+
+def test_text_of_a_model_for_pictures_too(tmp_path: Path) -> None:
+    """Its config is nested, its names have a prefix, its experts are stacked, and other tensors stand beside them."""
+    plain = load(reference(*FAMILIES["qwen3_5_moe"]), tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    named = {name.replace("model.", "model.language_model."): tensor for name, tensor in found.items()}
+    for layer in range(4):
+        at = f"model.language_model.layers.{layer}.mlp.experts"
+        gates, ups, downs = (
+            torch.stack([named.pop(f"{at}.{expert}.{part}_proj.weight") for expert in range(5)])
+            for part in ("gate", "up", "down")
+        )
+        named |= {f"{at}.gate_up_proj": torch.cat((gates, ups), 1), f"{at}.down_proj": downs}
+    named |= {"model.visual.patch": torch.zeros(3), "mtp.norm.weight": torch.zeros(3)}
+    text = json.loads((tmp_path / "config.json").read_text())
+    del text["architectures"]
+    text["rope_parameters"] |= {"mrope_section": [1, 1, 1], "mrope_interleaved": True}
+    raw = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "text_config": text}
+    decoder = Decoder.load(ModelConfig.from_dict(raw), Tensors(named), torch.float32)
+    with torch.inference_mode():
+        logits = [DenseAttention(each, 20).run(range(20)) for each in (plain, decoder)]
+    assert torch.equal(*logits)
+
+
+def test_kinds_of_layers_as_older_configs_write_them() -> None:
+    for kinds in (["mamba", "mlp", "attention", "mamba", "mlp", "mlp"], "M-*M--"):
+        name = "layers_block_type" if isinstance(kinds, list) else "hybrid_override_pattern"
+        found = small("nemotron_h", **{"layers_block_type": None, "num_hidden_layers": 6, name: kinds})
+        assert found.mixers == small("nemotron_h").mixers == (("state",), (), ("attention",), ("state",), (), ())
+    granite = small("granite 4", layer_types=["mamba", "attention", "mamba", "mamba"])
+    assert granite.mixers == small("granite 4").mixers
+    assert [spec.kind for spec in small("falcon_h1").layer_specs()] == ["mamba2", "attention"] * 3
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "complaint"),
+    [
+        ("nemotron_h", {"hybrid_override_pattern": "M-X"}, "layer_types has 'X'; allowed: 'full_attention'"),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mlp", "mamba"]},
+            "the first layer is 'mlp'; allowed: attention or a state",
+        ),
+        (
+            "granite 4",
+            {"layer_types": ["mlp"] * 4},
+            "layer_types has 'mlp'; allowed: 'full_attention', 'linear_attention'",
+        ),
+        ("falcon_h1", {"attention_bias": True}, "attention_bias is not supported with attention_in_multiplier"),
+        ("falcon_h1", {"mamba_proj_bias": True}, "mamba_proj_bias is not supported with ssm_multipliers"),
+        (
+            "qwen3_next",
+            {"hidden_act": "gelu_pytorch_tanh"},
+            "hidden_act 'gelu_pytorch_tanh' is not supported",
+        ),
+        ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act 'gelu' is not supported with states"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "hidden_act 'silu' is not supported; supported: 'relu2'"),
+    ],
+)
+def test_says_what_a_family_does_not_support(family: str, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=complaint):
+        small(family, **changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "complaint"),
+    [
+        ("qwen3_next", {"linear_num_key_heads": 3}, "a state layer has 4 heads; allowed: multiples of 3, of its q"),
+        ("granite 4", {"mamba_n_groups": 3}, "mamba_n_groups 3 must divide mamba_n_heads 4"),
+        ("granite 4", {"mamba_d_head": 16}, "mamba_n_heads 4 of 16 numbers are 64; allowed: 128"),
+        ("granite 4", {"layer_types": ["mamba"] * 3}, "num_hidden_layers is 4, expected 3 as kinds"),
+        ("granite 4", {"time_step_limit": [1, 0]}, r"time_step_limit is \[1, 0\], expected two numbers"),
+        ("granite 4", {"layer_types": "mamba"}, "layer_types is 'mamba', expected a list of kinds"),
+    ],
+)
+def test_says_what_is_wrong(family: str, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ModelFileError, match=complaint):
+        small(family, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_stays_near_float32(family: str, tmp_path: Path) -> None:
+    """Where rounding changes which experts a token takes, that is not very near."""
+    exact = load(reference(*FAMILIES[family]), tmp_path)
+    rounded = load(reference(*FAMILIES[family]), tmp_path, torch.bfloat16)
+    tokens = [(7 * i) % 97 for i in range(30)]
+    with torch.inference_mode():
+        expected, found = (DenseAttention(decoder, len(tokens)).run(tokens) for decoder in (exact, rounded))
+        nothing = Batch(*[torch.arange(0)] * 3)
+        assert driven(rounded.forward(nothing), rounded.config)[1].shape == (0, 97)
+    assert (found - expected).abs().mean() < (0.2 if exact.config.moe else 0.1) * expected.std()
+    assert (found - expected).abs().max() > 0

@@ -1,0 +1,118 @@
+"""Checkpoints that keep all experts of a layer in one tensor, as floats and in MXFP4, against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import check_against, reference
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from lamina_workers.decoder.checkpoint import Checkpoint
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.stacked_experts import from_mxfp4
+from lamina_workers.errors import ModelFileError, UnsupportedModelError
+
+# Newer transformers would rather have it called `cache`, older ones know only this name.
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
+
+OPTIONS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}
+MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
+
+
+def random_mxfp4(n: int, blocks: int, experts: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(n)
+    numbers = torch.randint(0, 256, (experts, n, blocks, 16), generator=draw, dtype=torch.uint8)
+    return numbers, torch.randint(121, 126, (experts, n, blocks), generator=draw, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, Path]:
+    """transformers' model with experts that MXFP4 has exactly, and the same as it is published."""
+    model = reference("gpt_oss", OPTIONS)
+    folder = tmp_path_factory.mktemp("mxfp4")
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, n_in, n_out = tensors.pop(name).shape
+        blocks, scales = random_mxfp4(n_out, n_in // 32, experts)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        with torch.no_grad():
+            parameters[name].copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | MXFP4))
+    return model, folder
+
+
+def test_mxfp4_is_what_the_format_says() -> None:
+    blocks = torch.zeros(2, 1, 16, dtype=torch.uint8)
+    blocks[0, 0, :8] = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], dtype=torch.uint8)
+    blocks[1, 0, 0] = 0x2F
+    found = from_mxfp4(blocks, torch.tensor([[128], [126]], dtype=torch.uint8))
+    ladder = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    expected = torch.zeros(2, 32)
+    expected[0, :16] = torch.tensor([2 * x for x in ladder] + [-2 * x for x in ladder])
+    expected[1, :2] = torch.tensor([-3.0, 0.5])
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.float(), expected)
+
+
+def test_mxfp4_is_read_as_transformers_reads_it() -> None:
+    blocks = torch.arange(256, dtype=torch.uint8).repeat(4, 1).view(4, 16, 16)
+    scales = torch.arange(0, 64, dtype=torch.uint8).view(4, 16) + 95
+    expected = convert_moe_packed_tensors(blocks[None], scales[None], dtype=torch.float32)[0].T
+    assert torch.equal(from_mxfp4(blocks, scales).float(), expected)
+    every_scale = torch.arange(0, 255, dtype=torch.uint8)[:, None]
+    lowest = from_mxfp4(torch.full((255, 1, 16), 0x33, dtype=torch.uint8), every_scale)
+    assert torch.equal(lowest[:, 0].double(), 1.5 * 2.0 ** (torch.arange(255).double() - 127))
+
+
+def test_a_checkpoint_in_mxfp4_equals_transformers(published: tuple[object, Path]) -> None:
+    model, folder = published
+    with Checkpoint(folder) as checkpoint:
+        decoder = Decoder.load(ModelConfig.from_folder(folder), checkpoint, torch.float32)
+    check_against(model, decoder)
+
+
+def spoilt(folder: Path, to: Path, change: str) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    if change == "missing":
+        del tensors[name]
+    elif change == "shape":
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    else:
+        tensors[name] = tensors[name].float()
+    save_file(tensors, to / "model.safetensors")
+    (to / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return to
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", "lacks model.layers.1.mlp.experts.down_proj_scales"),
+        ("shape", r"down_proj_scales has shape \[4, 63, 3\], the config wants \[4, 64, 3\]"),
+        ("dtype", "down_proj_scales holds torch.float32, expected torch.uint8"),
+    ],
+)
+def test_a_spoilt_checkpoint_is_named(
+    published: tuple[object, Path], tmp_path: Path, change: str, message: str
+) -> None:
+    folder = spoilt(published[1], tmp_path, change)
+    with Checkpoint(folder) as checkpoint, pytest.raises(ModelFileError, match=message):
+        Decoder.load(ModelConfig.from_folder(folder), checkpoint, torch.float32)
+
+
+def test_other_ways_to_keep_experts_are_refused(published: tuple[object, Path]) -> None:
+    raw = json.loads((published[1] / "config.json").read_text())
+    with pytest.raises(UnsupportedModelError, match="quant_method 'gptq' is not supported; supported: 'mxfp4'"):
+        ModelConfig.from_dict(raw | {"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(ModelFileError, match="hidden_size 72 and 96, of an expert, must be multiples of 32"):
+        ModelConfig.from_dict(raw | {"hidden_size": 72})

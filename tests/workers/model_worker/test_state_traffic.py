@@ -1,0 +1,399 @@
+"""Layers with states over attention workers, behind every kind of port, against the recurrence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import dense_holders
+import pytest
+import torch
+from attention_servers import WAYS, connected, running
+from exchange_peers import EXCHANGES, Joints, exchanged
+from state_layers import D_V, HEADS, KINDS, Inputs, config, constants
+
+from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages import Advance, Advanced, Announced, Announcement, Attended, Fault, Fork, Open, Row
+from lamina_protocols.routes import HolderBatch, Route, Span
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.decoder.model import KeyValueReady, QueryReady, StateReady
+from lamina_workers.errors import HolderFault, HolderLost
+from lamina_workers.model_worker.attention_merge import AttentionMerge
+from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.model_worker.state_traffic import send_constants
+from lamina_workers.model_worker.waiting import result
+from lamina_workers.ports.port import LocalAttention, Replies, survey
+
+ALL = tuple(range(HEADS))
+CUTS = {  # where holders are, and the heads of each
+    "here": [("here", ALL)],
+    "there": [("there", ALL)],
+    "two": [("there", (0, 1)), ("there", (2, 3))],
+    "mixed": [("there", (0, 3)), ("here", (1, 2))],
+    "three": [("there", (2,)), ("here", (0, 1)), ("there", (3,))],
+}
+
+
+class Tier:
+    """Holders of states and the model's side of them. Sequences go by number; a part's handle is that number."""
+
+    def __init__(self, kind: str, cut: str, dtype: torch.dtype = torch.float32, knowing: int = 9) -> None:
+        """`knowing`: how many of the holders are told constants."""
+        self.config = config(kind)
+        self.heads = [heads for _, heads in CUTS[cut]]
+        self.joints = Joints()
+        self.workers = [AttentionWorker(self.config) for _ in self.heads]
+        self.ports = [
+            LocalAttention(worker) if place == "here" else self.joints(worker)
+            for worker, (place, _) in zip(self.workers, CUTS[cut], strict=True)
+        ]
+        self.replies = [Replies(port) for port in self.ports]
+        self.merge = AttentionMerge(self.config)
+        self.batch = 0
+        self.dtype = dtype
+        self.operations = 0
+        for port in self.ports[:knowing]:
+            self.tell(port)
+
+    def tell(self, port):
+        for layer, of in enumerate(self.config.layers):
+            if of.conv:
+                port.send(constants(of, layer))
+
+    def announce(self, rows, operations=(), epoch=1):
+        """Announce rows (sequence, start, end) at all holders: their answers."""
+        self.batch += 1
+        answers = []
+        for port, heads in zip(self.ports, self.heads, strict=True):
+            own = [dataclasses.replace(each, heads=heads) if isinstance(each, Open) else each for each in operations]
+            asked = tuple(Row(handle, start, end - start, (0, start) if start else None, True)
+                          for handle, start, end in rows)  # fmt: skip
+            port.send(Announcement(epoch, self.batch, self.operations, tuple(own), asked))
+            answers.append(port.receive(10))
+        self.operations += len(operations)
+        return answers
+
+    def forward(self, parts, layers=2):
+        """What a decoder yields for parts (sequence, start, end, inputs). Returns the outputs of so many layers."""
+        outs = []
+        for layer in range(layers):
+            x = torch.cat([inputs.x[layer][start:end] for _, start, end, inputs in parts]).to(self.dtype)
+            gates = torch.cat([inputs.gates[layer][start:end] for _, start, end, inputs in parts])
+            answer = yield StateReady(layer, x, gates)
+            outs.append(answer.clone())
+        return torch.stack(outs)
+
+    def run(self, parts, epoch=1, layers=2):
+        """Run the announced batch."""
+        spans = [Span(start, end - start) for _, start, end, _ in parts]
+        routes = {}
+        for replies, heads in zip(self.replies, self.heads, strict=True):
+            routes[replies] = [
+                Route(source, heads, Row(handle, start, end - start, (0, start) if start else None, True), (start, end))
+                for source, (handle, start, end, _) in enumerate(parts)
+            ]
+            replies.expect(epoch, self.batch)
+        return result(self.merge.run(self.forward(parts, layers), epoch, self.batch, spans, routes))
+
+    def step(self, parts, operations=(), epoch=1):
+        """Announce and run: the outputs `[layers, T, heads * d_v]`."""
+        answers = self.announce([part[:3] for part in parts], operations, epoch)
+        assert all(answer.accepted for answer in answers), answers
+        return self.run(parts, epoch)
+
+    def check(self):
+        for worker in self.workers:
+            worker.check_integrity()
+
+
+@pytest.fixture
+def tier() -> Iterator:
+    made = []
+
+    def make(*asked, **options):
+        made.append(Tier(*asked, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.joints.close()
+
+
+def opened(handle):
+    return Open(handle, 0, ALL, 0, 1000)
+
+
+def inputs_of(kind, tokens, seed=0):
+    return Inputs.random(config(kind).layers, tokens, seed)
+
+
+def close(found, inputs, start, end):
+    wanted = torch.stack([each[start:end] for each in inputs.outputs()])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_then_single_tokens(tier, kind, cut):
+    """Two sequences, the second a token behind, in chunks of 1, 7 and the rest, then in decode."""
+    at, one, two = tier(kind, cut), inputs_of(kind, 24), inputs_of(kind, 23, seed=1)
+    operations = [opened(1), opened(2)]
+    for start, end in ((0, 1), (1, 8), (8, 20), (20, 21), (21, 22), (22, 23), (23, 24)):
+        behind = max(0, start - 1)
+        parts = [(1, start, end, one), (2, behind, end - 1, two)] if end > 1 else [(1, start, end, one)]
+        found = at.step(parts, operations if end == 1 else [])
+        close(found[:, : end - start], one, start, end)
+        if end > 1:
+            close(found[:, end - start :], two, behind, end - 1)
+    at.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_runs_again_from_its_start(tier, kind):
+    """Whole, and where it was given up after the first layer; in a new epoch too."""
+    at, inputs = tier(kind, "mixed"), inputs_of(kind, 16)
+    at.step([(1, 0, 5, inputs)], [opened(1)])
+    close(at.step([(1, 5, 9, inputs)]), inputs, 5, 9)
+    assert all(answer.accepted for answer in at.announce([(1, 5, 12)]))
+    at.run([(1, 5, 12, inputs)], layers=1)
+    (there, here) = at.announce([(1, 12, 13)], epoch=2)
+    assert (there.accepted, there.starts, here.starts) == (False, (5,), (5,))
+    close(at.step([(1, 5, 12, inputs)], epoch=2), inputs, 5, 12)
+    close(at.step([(1, 12, 16, inputs)], epoch=2), inputs, 12, 16)
+    at.check()
+
+
+def test_batches_of_two_lanes(tier):
+    at, one, two = tier("gated_delta", "mixed"), inputs_of("gated_delta", 9), inputs_of("gated_delta", 9, seed=1)
+    operations = [opened(1), opened(2)]
+    for start, end in ((0, 4), (4, 5), (5, 6), (6, 9)):
+        at.announce([(1, start, end)], operations)
+        operations = []
+        first = at.batch
+        at.announce([(2, start, end)])
+        close(at.run([(2, start, end, two)]), two, start, end)
+        at.batch, last = first, at.batch
+        close(at.run([(1, start, end, one)]), one, start, end)
+        at.batch = last
+    at.check()
+
+
+def test_what_is_kept_survives_its_engine(tier):
+    """A survey says what is whole; the next engine goes on from there."""
+    at, inputs = tier("mamba2", "mixed"), inputs_of("mamba2", 16)
+    at.step([(1, 0, 5, inputs)], [opened(1)])
+    at.step([(1, 5, 9, inputs), (2, 0, 3, inputs)], [opened(2)])
+    at.announce([(2, 3, 4)])
+    at.run([(2, 3, 4, inputs)], layers=1)
+    for port, heads in zip(at.ports, at.heads, strict=True):
+        found = survey(port, 10, past=1)
+        assert [(part.handle, part.heads, part.lo, part.held, part.floor) for part in found.parts] == [
+            (1, heads, 0, 9, 5),
+            (2, heads, 0, 3, 3),
+        ]
+    found = at.step([(1, 9, 10, inputs), (2, 3, 9, inputs)], epoch=2)
+    close(found[:, :1], inputs, 9, 10)
+    close(found[:, 1:], inputs, 3, 9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forks(tier, kind):
+    at, inputs = tier(kind, "two"), inputs_of(kind, 16)
+    other = Inputs(inputs.specs, [torch.cat([x[:6], x[6:].flip(0)]) for x in inputs.x], inputs.gates)
+    at.step([(1, 0, 6, inputs)], [opened(1)])
+    found = at.step([(1, 6, 12, inputs), (2, 6, 10, other)], [Fork(2, 1, 6)])
+    close(found[:, :6], inputs, 6, 12)
+    close(found[:, 6:], other, 6, 10)
+    found = at.step([(3, 6, 12, inputs), (2, 10, 11, other)], [Fork(3, 1, 6)])  # where part 1 was before
+    close(found[:, :6], inputs, 6, 12)
+    close(found[:, 6:], other, 10, 11)
+    at.check()
+
+
+def test_inputs_travel_in_the_compute_dtype(tier):
+    at, inputs = tier("gated_delta", "two", dtype=torch.bfloat16), inputs_of("gated_delta", 9)
+    found = at.step([(1, 0, 9, inputs)], [opened(1)])
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found[0].float(), inputs.outputs()[0], rtol=0.05, atol=0.05)
+
+
+def test_a_holder_here_is_given_the_tensors_themselves(tier):
+    at, inputs = tier("mamba2", "here"), inputs_of("mamba2", 9)
+    seen = []
+    send = at.ports[0].send
+    at.ports[0].send = lambda request: (seen.append(request), send(request))[1]
+    at.announce([(1, 0, 9)], [opened(1)])
+    forward = at.forward([(1, 0, 9, inputs)])
+    given = []
+
+    def kept():
+        event = next(forward)
+        while True:
+            given.append(event)
+            try:
+                event = forward.send((yield event))
+            except StopIteration as stop:
+                return stop.value
+
+    route = Route(0, ALL, Row(1, 0, 9, None, True), (0, 9))
+    at.replies[0].expect(1, 1)
+    result(at.merge.run(kept(), 1, 1, [Span(0, 9)], {at.replies[0]: [route]}))
+    sent = [each for each in seen if isinstance(each, Advance)]
+    for event, message in zip(given, sent, strict=True):
+        assert message.x.data_ptr() == event.x.data_ptr()
+        assert message.gates.data_ptr() == event.gates.data_ptr()
+
+
+LIES = {
+    "too few": lambda reply: dataclasses.replace(reply, out=reply.out[1:]),
+    "too wide": lambda reply: dataclasses.replace(reply, out=reply.out.repeat(1, 2)),
+    "flat": lambda reply: dataclasses.replace(reply, out=reply.out.flatten()),
+    "another dtype": lambda reply: dataclasses.replace(reply, out=reply.out.half()),
+    "another layer": lambda reply: dataclasses.replace(reply, layer=1 - reply.layer),
+    "another message": lambda reply: Attended(reply.epoch, reply.batch, reply.layer, reply.out, reply.out[:, 0]),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_worker_that_lies_is_lost_alone(tier, lie):
+    at, inputs = tier("gated_delta", "two"), inputs_of("gated_delta", 9)
+    liar = at.joints.made[0].worker
+    told, handle = LIES[lie], liar.handle
+
+    def bent(request):
+        reply = handle(request)
+        return told(reply) if isinstance(reply, Advanced) else reply
+
+    liar.handle = bent
+    with pytest.raises(HolderLost, match="worker-1: "):
+        at.step([(1, 0, 9, inputs)], [opened(1)])
+    assert [port.closed for port in at.ports] == [True, False]
+
+
+def test_a_fault_at_a_holder_ends_the_batch_alone(tier):
+    """Here: constants have not come."""
+    at, inputs = tier("kda", "two", knowing=1), inputs_of("kda", 9)
+    with pytest.raises(HolderFault, match="for batch 1, which has no constants"):
+        at.step([(1, 0, 9, inputs)], [opened(1)])
+    for replies in at.replies:
+        replies.forget(1)
+    at.tell(at.ports[1])
+    close(at.step([(1, 0, 9, inputs)]), inputs, 0, 9)
+
+
+def test_a_head_that_nobody_has_is_named(tier):
+    at, inputs = tier("kda", "two"), inputs_of("kda", 9)
+    at.heads[1] = (3,)
+    at.announce([(1, 0, 9)], [opened(1)])
+    with pytest.raises(HolderFault, match="no holder has the state of head 2 for span 0, it needs all 4"):
+        at.run([(1, 0, 9, inputs)])
+
+
+def test_constants_are_sent_for_all_layers_that_have_some(tier):
+    at, inputs = tier("mamba2", "two", knowing=0), inputs_of("mamba2", 9)
+    for port in at.ports:
+        send_constants(port, 7, {layer: inputs.constants(layer) for layer in (0, 1)})
+    close(at.step([(1, 0, 9, inputs)], [opened(1)]), inputs, 0, 9)
+
+
+class Hybrid:
+    """Attention between two layers with states, three pools of one worker, and a sequence with a part in each."""
+
+    def __init__(self, port_to):
+        delta, mamba = config("gated_delta").layers[0], config("mamba2").layers[0]
+        attention = LayerSpec(1, *dataclasses.astuple(dense_holders.CONFIG.layers[0])[1:6])
+        layers = (delta, attention, dataclasses.replace(mamba, kv_layer=2))
+        self.worker = AttentionWorker(HolderConfig(layers, 16, "float32", 1 << 22))
+        self.port = port_to(self.worker)
+        self.replies = Replies(self.port)
+        self.merge = AttentionMerge(self.worker.config)
+        self.inputs = Inputs.random((delta, mamba), 20, 0)
+        self.dense = dense_holders.Model([Span(0, 20)])
+        self.heads = (ALL, dense_holders.BOTH, ALL)
+        self.batch = 0
+        for at, layer in ((0, 0), (1, 2)):
+            self.port.send(dataclasses.replace(constants(self.inputs.specs[at], at), layer=layer))
+
+    def forward(self, start, end):
+        inputs, dense = self.inputs, self.dense
+        found = [(yield StateReady(0, inputs.x[0][start:end], inputs.gates[0][start:end])).clone()]
+        yield QueryReady(1, dense.q[0][start:end])
+        found.append((yield KeyValueReady(1, dense.k[0][0][start:end], dense.v[0][0][start:end])).clone())
+        found.append((yield StateReady(2, inputs.x[1][start:end], inputs.gates[1][start:end])).clone())
+        return found
+
+    def step(self, start, end):
+        """In decode attention is fused."""
+        self.batch += 1
+        past = (0, start) if start else None
+        reads = (past, (0, end) if end == start + 1 else past, past)
+        rows = tuple(Row(pool + 1, start, end - start, reads[pool], True) for pool in range(3))
+        opens = tuple(Open(pool + 1, pool, self.heads[pool], 0, 100) for pool in range(3) if not start)
+        self.replies.expect(1, self.batch)
+        self.port.send(Announcement(1, self.batch, 0 if opens else 3, opens, rows))
+        answer = self.replies.take(Announced, self.batch, None, 10)
+        assert answer.accepted, answer
+        assert len(answer.free_pages) == 3
+        routes = {self.replies: [Route(0, self.heads[p], rows[p], (start, end), p) for p in range(3)]}
+        spans = [Span(start, end - start)]
+        first, second, third = result(self.merge.run(self.forward(start, end), 1, self.batch, spans, routes))
+        self.replies.forget(self.batch)
+        close(torch.stack([first, third]), self.inputs, start, end)
+        torch.testing.assert_close(second, self.dense.dense()[0][start:end], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", EXCHANGES)
+@pytest.mark.parametrize("place", ["here", "local", "tcp", "grpc"])
+def test_layers_of_several_kinds_at_one_worker(place, way):
+    with exchanged(way), Joints("local" if place == "here" else place) as joints:
+        hybrid = Hybrid(LocalAttention if place == "here" else joints)
+        for start, end in ((0, 9), (9, 12), *((at, at + 1) for at in range(12, 20))):
+            hybrid.step(start, end)
+        assert [part.held for pool in hybrid.worker.pools for part in pool.parts().values()] == [20, 20, 20]
+        hybrid.worker.check_integrity()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_copied_from_one_holder_to_another(tier, kind):
+    """Of two holders that have two heads each, to one that gets all of them; they go on there."""
+    at, to, inputs = tier(kind, "two"), tier(kind, "there"), inputs_of(kind, 12)
+    at.step([(1, 0, 5, inputs)], [opened(1)])
+    at.step([(1, 5, 8, inputs)])
+    decoder = SimpleNamespace(device=torch.device("cpu"), state_constants=dict)
+    model_worker = ModelWorker(decoder, at.config, dict(enumerate((*at.ports, *to.ports))), epoch=2)
+    for position in (5, 8):
+        row = Row(position, 0, position, None, True)
+        share = HolderBatch(to.operations, (opened(position),), (Route(0, ALL, row, (0, position)),))
+        to.operations += 1
+        moves = [Move(n, 1, 2, position, 0, position, 2, 2, 0, 4, 2 * n, True) for n in range(2)]
+        assert model_worker.copy(moves, {2: share})
+        close(to.step([(position, position, 12, inputs)], epoch=model_worker.epoch + 1), inputs, position, 12)
+        model_worker.next_epoch(model_worker.epoch + 2)
+    to.check()
+    moves = [Move(0, 1, 2, 9, 0, 7, 2, 2, 0, 2, 0, True)]
+    share = HolderBatch(to.operations, (opened(9),), (Route(0, (0, 1), Row(9, 0, 7, None, True), (0, 7)),))
+    with pytest.raises(HolderFault, match=r"states of part 1 at \[0, 7\), it has those that end at \[5, 8\]"):
+        model_worker.copy(moves, {2: share})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_worker_of_its_own_keeps_states(way):
+    """Handshake, constants and inputs over every transport; what does not fit is answered with a fault."""
+    asked, inputs = config("gated_delta"), inputs_of("gated_delta", 9)
+    options = {"layers": asked.layers, **WAYS[way]}
+    with running(kv_memory=asked.kv_memory) as (_, address), connected(address, **options) as port:
+        for layer, of in enumerate(asked.layers):
+            port.send(constants(of, layer))
+        port.send(Announcement(1, 1, 0, (opened(1),), (Row(1, 0, 9, None, True),)))
+        assert isinstance(port.receive(10), Announced)
+        x, gates = inputs.x[0].view(-1), inputs.gates[0].view(-1)
+        for bad in (Advance(1, 1, 0, x[1:], gates), Advance(1, 1, 0, x, gates.half()), Advance(1, 1, 5, x, gates)):
+            port.send(bad)
+            assert isinstance(port.receive(10), Fault)
+        port.send(Advance(1, 1, 0, x, gates))
+        reply = port.receive(10)
+        assert isinstance(reply, Advanced)
+        assert reply.seconds > 0
+        torch.testing.assert_close(reply.out.view(9, HEADS * D_V), inputs.outputs()[0], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,306 @@
+"""A pool of attention layers at one worker: appends and attends the KV of its parts.
+
+Promises that a batch touches the pages alone that its rows have reserved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lamina_kernels.cpu.layer_work import LayerWork, layer_work
+from lamina_kernels.paged.pages import Pages, store_whole
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import MAX_PAYLOAD
+from lamina_protocols.messages import (
+    Attended,
+    Close,
+    Constants,
+    Exchange,
+    Fetch,
+    Fetched,
+    FetchedPages,
+    FetchPages,
+    Fork,
+    Fresh,
+    FreshPages,
+    Operation,
+    PartHeld,
+    Query,
+    Reply,
+    Row,
+    Usage,
+)
+from lamina_protocols.pools import Pool
+from lamina_workers.attention_worker.batch import Counters, KVBatch
+from lamina_workers.attention_worker.decode_rows import DecodeRows, is_next
+from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.attention_worker.kv_fetch import KvFetch, indices, layers_of, page_slots
+from lamina_workers.attention_worker.kv_parts import Part, Reservation
+from lamina_workers.attention_worker.kv_store import KVStore
+from lamina_workers.attention_worker.page_layout import attention_kernels, layout_name, page_count, page_layout
+from lamina_workers.attention_worker.paged_reader import PagedReader
+from lamina_workers.attention_worker.pool import Layered
+from lamina_workers.devices.available import room_for
+
+_WORKS = 4  # of batches that took turns last: one for each lane
+
+
+class KVPool:
+    """A `LayerPool` of attention layers. `number`: which pool of the worker it is. What it does is counted in
+    `counters`. Raises as `AttentionWorker` does."""
+
+    def __init__(self, number: int, pool: Pool, threads: int, device: torch.device, counters: Counters) -> None:
+        self.config = config = pool.config
+        self._number = number
+        self._numbers = pool.layers
+        self._device = device
+        self._counters = counters
+        self._kernels = attention_kernels(device)
+        self._policies = HeadPolicies.of(config)
+        self.n_pages = page_count(config, device)
+        layout = page_layout(config, device)
+        for _ in self._kernels.prepare(layout):
+            pass
+        with room_for("KV pages", self.n_pages * layout.page_bytes, device):
+            self.store = KVStore(config, self._policies, self.n_pages)
+            self.pages = Pages.allocate(layout, self.n_pages, device)
+        self.layout = layout_name(layout)
+        self.reader = PagedReader(config, self._policies, self._kernels, self.pages, self.store, threads)
+        self._fetching = KvFetch(config, self.store, self.pages, self.reader, device)
+        self._kv_layers = {spec.kv_layer for spec in config.layers}
+        # of the rows of a batch: their queries in two bytes a number fill a frame
+        self.most_heads = MAX_PAYLOAD // max(2 * spec.group * spec.query_width for spec in config.layers)
+        self._updated: tuple[Sequence[Operation], Reservation]
+        self._unsettled: tuple[KVBatch, int, Exchange] | None = None
+        self._works: dict[tuple[Any, ...], LayerWork] = {}  # the last ones, by what they were made of
+
+    # Parts.
+
+    @property
+    def free_pages(self) -> int:
+        return self.store.free_pages
+
+    def parts(self) -> dict[int, Part]:
+        return self.store.parts()
+
+    def has(self, handle: int) -> bool:
+        return self.store.has(handle)
+
+    def held(self, handle: int) -> PartHeld:
+        part = self.store.part(handle)
+        return PartHeld(handle, self._number, part.heads, part.lo, part.hi, part.stored, self.store.floor(part))
+
+    @property
+    def counts_usage(self) -> bool:
+        return self.reader.tallies is not None
+
+    def usage(self, handle: int) -> Usage:
+        return self.reader.usage(handle)
+
+    def update(self, operations: Sequence[Operation], rows: Sequence[Row]) -> tuple[int, ...]:
+        reservation = self.store.update(operations, rows)
+        self._updated = operations, reservation
+        return reservation.floors
+
+    def commit(self) -> None:
+        operations, reservation = self._updated
+        for operation in operations:
+            if isinstance(operation, Close):
+                self.reader.forget(operation.handle)
+            elif isinstance(operation, Fork):
+                self.reader.forked(operation)
+        self.reader.absorb(reservation.absorbed)
+        if reservation.copies_from.size:
+            source, target = map(indices, (reservation.copies_from, reservation.copies_to))
+            self._kernels.copy(self.pages, source, target)
+
+    def revert(self) -> None:
+        self.store.revert()
+
+    def check_integrity(self) -> None:
+        self.store.check_integrity()
+
+    # Batches.
+
+    def size(self, rows: Sequence[Row]) -> int:
+        heads = sum(row.count * len(self.store.part(row.handle).heads) for row in rows)
+        if heads > self.most_heads:
+            raise ProtocolError(f"rows of {heads} tokens times KV heads, allowed: {self.most_heads}")
+        return heads
+
+    def begin(self, rows: Sequence[Row], delay: float) -> KVBatch:
+        stores = tuple(self._stores(rows))
+        try:
+            readings = self.reader.readings([row for row in rows if row.read is not None])
+            # Planned now, before the first layer. Rows that only store may come as whole pages, which need no plan.
+            places = self._plan(stores) if stores and readings else None
+        except ValueError as error:
+            raise ProtocolError(f"rows that no batch can have: {error}") from error
+        fused, missing = any(row.fused for row in rows), set(self._kv_layers)
+        return KVBatch(rows, fused, stores, missing, places, self.reader.sealed(rows), readings, delay)
+
+    def follows(self, batch: KVBatch, rows: Sequence[Row]) -> bool:
+        if not rows:
+            return True
+        if not self.reader.plain or len(batch.readings) != 1 or (batch.stores and batch.missing):
+            return False
+        if batch.series is None and is_next(batch.rows, rows):
+            (reading,) = batch.readings.values()
+            batch.series = DecodeRows.of(self.store, self._kernels, batch.rows, reading.plan, batch.places)
+        return batch.series is not None and batch.series.follows(rows)
+
+    def follow(self, batch: KVBatch, rows: Sequence[Row], delay: float) -> KVBatch:
+        if batch.series is None:  # there are no rows
+            return batch
+        (reading,) = batch.readings.values()
+        reading.plan, reading.layers = batch.series.next(rows), 0
+        stores = tuple(row for row in rows if row.store)
+        return KVBatch(
+            rows, batch.fused, stores, set(self._kv_layers), batch.places, None, batch.readings, delay, batch.series
+        )
+
+    def end(self, batch: KVBatch) -> None:
+        self.reader.end(batch.readings.values())
+
+    def _stores(self, rows: Sequence[Row]) -> Iterator[Row]:
+        for row in rows:
+            part = self.store.part(row.handle)
+            if any(row.stored(part.lo, part.hi)):
+                yield row
+
+    def _plan(self, stores: Iterable[Row]) -> Any:
+        slots = [self.store.slots(row) for row in stores]
+        each = np.concatenate([s.reshape(s.shape[0], -1) for s in slots], axis=1)
+        return self._kernels.plan_append(self.pages, torch.from_numpy(each))
+
+    # Messages.
+
+    @property
+    def unsettled(self) -> int | None:
+        return self._unsettled[2].batch if self._unsettled else None
+
+    def settle(self) -> None:
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled is not None:
+            self._append(*unsettled)
+
+    def handle(self, batch: KVBatch, layer: int, message: Layered) -> Reply | None:
+        match message:
+            case Query():
+                return self._attend(batch, layer, message)
+            case Fresh():
+                self._append(batch, layer, message)
+                return None
+            case Exchange() if batch.fused:
+                self._append(batch, layer, message)
+                return self._attend(batch, layer, message)
+            case Exchange():
+                reply = self._attend(batch, layer, message)
+                self._unsettled = batch, layer, message
+                return reply
+        raise self._refused(message)
+
+    def constants(self, layer: int, message: Constants) -> None:
+        raise self._refused(message)
+
+    def fetch(self, layer: int, message: Fetch) -> Fetched:
+        return self._fetching.fetch(layer, message)
+
+    def fetch_pages(self, message: FetchPages) -> FetchedPages:
+        return self._fetching.fetch_pages(message)
+
+    def store_pages(self, batch: KVBatch, message: FreshPages) -> None:
+        layers = layers_of(message, self.config)
+        tables, vectors = [], 0
+        for row in batch.stores:
+            part = self.store.part(row.handle)
+            first, end = row.stored(part.lo, part.hi)
+            table = part.table[layers, :, page_slots(part.lo, first, end, self.config.page_size)]
+            tables.append(table.reshape(message.layers, -1))
+            vectors += message.layers * len(part.heads) * (end - first)
+        if not tables:
+            raise ProtocolError(f"{len(message.pages)} fresh pages for batch {message.batch}, which stores 0")
+        index = indices(np.concatenate(tables, axis=1).reshape(-1))
+        try:
+            store_whole(self.pages, index.to(self._device), message.pages.to(self._device))
+        except ValueError as error:
+            raise ProtocolError(f"fresh pages of batch {message.batch}: {error}") from error
+        self._stored(batch, range(layers.start, layers.stop))
+        self._counters.vectors_stored += vectors
+
+    def _append(self, batch: KVBatch, layer: int, message: Fresh | Exchange) -> None:
+        kv_layer = self.config.layers[layer].kv_layer
+        if not batch.stores:
+            raise ProtocolError(f"{len(message.k)} fresh vectors for batch {message.batch}, which stores 0")
+        try:
+            if batch.places is None:
+                batch.places = self._plan(batch.stores)
+            self._kernels.append(self.pages, batch.places, kv_layer, message.k, message.v)
+        except ValueError as error:
+            raise ProtocolError(f"fresh vectors of batch {message.batch}: {error}") from error
+        self._stored(batch, (kv_layer,))
+        self._counters.vectors_stored += len(message.k)
+
+    def _stored(self, batch: KVBatch, layers: Iterable[int]) -> None:
+        """All K and V that a batch stores in these layers have come."""
+        for layer in layers:
+            self.reader.seal(batch.sealed, layer)
+            batch.missing.discard(layer)
+        if not batch.missing:
+            self.store.stored(batch.stores)
+
+    def _attend(self, batch: KVBatch, layer: int, message: Query | Exchange) -> Attended:
+        if not batch.readings:
+            raise ProtocolError(f"query for batch {message.batch}, none of whose rows read")
+        reading = batch.readings[self._policies.reads[layer]]
+        begun = time.perf_counter()
+        try:
+            out, lse = self.reader.attend(reading, layer, message.q)
+        except ValueError as error:
+            raise ProtocolError(f"query of batch {message.batch}: {error}") from error
+        if batch.delay:
+            time.sleep(batch.delay)
+        self._counters.queries += len(message.q)
+        return Attended(message.epoch, message.batch, message.layer, out, lse, time.perf_counter() - begun)
+
+    def _refused(self, message: Layered | Constants) -> ProtocolError:
+        name, kind = type(message).__name__, self.config.layers[0].kind
+        return ProtocolError(f"{name} for layer {message.layer}, whose kind is {kind}; allowed: Query, Fresh, Exchange")
+
+    # Layers without Python.
+
+    def layer_work(self, batch: KVBatch) -> LayerWork | None:
+        """The work of a batch in flight for compiled callers, which `worked` counts; None where it needs Python: other
+        kernels, choosers, means, sketches to be made."""
+        if batch.sealed is not None or (batch.stores and batch.places is None):
+            return None
+        # Batches of a series have plans with the same blocks, so they have the same work.
+        blocks = [None if reading.plan is None else id(reading.plan.arguments) for reading in batch.readings.values()]
+        key = (*blocks, id(batch.places), batch.fused)
+        work = self._works.get(key)
+        if work is None and (readings := self.reader.layer_readings(batch.readings, self._numbers)) is not None:
+            work = layer_work(readings, batch.places, batch.fused)
+            if work is not None:
+                kept = list(self._works.items())[1 - _WORKS :]  # what they are made of stays, so no address comes again
+                self._works = {**dict(kept), key: work}
+        if work is not None:
+            work.block.delay = round(batch.delay * 1e6)
+        return work
+
+    def worked(self, batch: KVBatch, layers: range, work: LayerWork) -> None:
+        """These layers of a batch in flight, by their numbers within the pool, were stored and attended by compiled
+        code."""
+        if batch.stores:
+            self._stored(batch, (spec.kv_layer for spec in self.config.layers[layers.start : layers.stop]))
+        if len(batch.readings) == 1:
+            next(iter(batch.readings.values())).layers += len(layers)
+        elif batch.readings:
+            for policies in self._policies.reads[layers.start : layers.stop]:
+                batch.readings[policies].layers += 1
+        self._counters.queries += work.queries * len(layers)
+        self._counters.vectors_stored += work.fresh * len(layers)

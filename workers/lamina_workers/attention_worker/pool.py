@@ -1,0 +1,133 @@
+"""What an attention worker asks of a pool, whatever its layers keep: pages of KV, or states.
+
+Layers are numbered within the pool. Operations and rows are those of the pool's own parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import (
+    Advance,
+    Constants,
+    Exchange,
+    Fetch,
+    FetchPages,
+    Fresh,
+    FreshPages,
+    Operation,
+    PartHeld,
+    Query,
+    Reply,
+    Row,
+    Usage,
+)
+
+Layered = Query | Fresh | Exchange | Advance  # a layer's message, of a batch in flight
+B = TypeVar("B")
+
+
+class PoolPart(Protocol):
+    """A part: heads `heads`, positions [lo, held) of at most [lo, hi)."""
+
+    heads: tuple[int, ...]
+    lo: int
+    hi: int
+
+    @property
+    def held(self) -> int: ...
+
+
+class LayerPool(Protocol[B]):
+    """The layers of one shape at one worker. B: what it keeps of a batch in flight, its rows in this pool.
+
+    A worker announces to all its pools: each gets `update`, then all get `commit`, or, where one has raised, those that
+    have not get `revert`. Then each gets `begin`. `layout` names how its pages are laid out, `most_heads` how many
+    tokens times heads a batch may have.
+    """
+
+    config: HolderConfig
+    layout: str
+    n_pages: int
+    most_heads: int
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages no part holds."""
+
+    @property
+    def unsettled(self) -> int | None:
+        """The batch of which something waits to be stored."""
+
+    @property
+    def counts_usage(self) -> bool:
+        """Whether `usage` says more than what is held."""
+
+    def parts(self) -> Mapping[int, PoolPart]:
+        """All parts by handle, as they are now. May be called from any thread."""
+
+    def has(self, handle: int) -> bool:
+        """Whether there is such a part."""
+
+    def held(self, handle: int) -> PartHeld:
+        """What a part keeps. Raises KVError where there is no such part."""
+
+    def usage(self, handle: int) -> Usage:
+        """What a part has read and keeps."""
+
+    def update(self, operations: Sequence[Operation], rows: Sequence[Row]) -> tuple[int, ...]:
+        """Apply operations in order, cut back the parts that rows store to, reserve for all rows. Returns the floor of
+        each row's part.
+
+        Raises PoolExhausted, TornParts, or KVError for what parts do not allow; whatever it raises, nothing has
+        changed.
+        """
+
+    def commit(self) -> None:
+        """The last update stays: what depends on it is done now."""
+
+    def revert(self) -> None:
+        """Take back the last update, with nothing done since."""
+
+    def size(self, rows: Sequence[Row]) -> int:
+        """Tokens times heads of rows, by which batches in flight are counted. Raises ProtocolError for more than
+        `most_heads`."""
+
+    def begin(self, rows: Sequence[Row], delay: float) -> B:
+        """Plan a batch, once for all its layers. `delay`: seconds to add to each layer. Raises ProtocolError for rows
+        that no batch can have."""
+
+    def follows(self, batch: B, rows: Sequence[Row]) -> bool:
+        """Whether `rows` are those of `batch`, each a token further, and `follow` can take them. False is always
+        allowed."""
+
+    def follow(self, batch: B, rows: Sequence[Row], delay: float) -> B:
+        """As `update` without operations, `commit` and `begin`, for rows that follow. They release nothing."""
+
+    def end(self, batch: B) -> None:
+        """A batch is complete, or given up."""
+
+    def handle(self, batch: B, layer: int, message: Layered) -> Reply | None:
+        """Answer one message of a layer. Raises ProtocolError for a kind of message that the layer does not take, or a
+        wrong shape."""
+
+    def constants(self, layer: int, message: Constants) -> None:
+        """Keep a layer's constants. Raises ProtocolError where it has none."""
+
+    def settle(self) -> None:
+        """Store what the last message brought, if that was not done yet."""
+
+    def fetch(self, layer: int, message: Fetch) -> Reply:
+        """What a part holds. Raises KVError where it does not hold it."""
+
+    def fetch_pages(self, message: FetchPages) -> Reply:
+        """The pages of a part. Raises KVError where it does not hold them, ProtocolError for layers that are not
+        there."""
+
+    def store_pages(self, batch: B, message: FreshPages) -> None:
+        """Store whole pages of a batch's rows."""
+
+    def check_integrity(self) -> None:
+        """Raise KVError unless all that is kept agrees."""

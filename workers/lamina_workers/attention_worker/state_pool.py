@@ -1,0 +1,254 @@
+"""The states of one pool: an arena of records, the plan of a batch, and the kernel that advances them.
+
+All layers of a batch go through one plan. Records that a batch reads are not written by it, so it can run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lamina_kernels.paged import memory
+from lamina_kernels.states import advance as kernel
+from lamina_kernels.states.layout import StateConstants, StateRows
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import MAX_PAYLOAD
+from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages import (
+    Advance,
+    Advanced,
+    Constants,
+    Fetch,
+    FetchedPages,
+    FetchPages,
+    FreshPages,
+    Operation,
+    PartHeld,
+    Reply,
+    Row,
+    Usage,
+)
+from lamina_protocols.pools import Pool
+from lamina_workers.attention_worker.batch import Counters
+from lamina_workers.attention_worker.pool import Layered
+from lamina_workers.attention_worker.state_records import state_layout, state_pages
+from lamina_workers.attention_worker.state_store import StatePart, StateStore, Step
+from lamina_workers.devices.available import room_for
+from lamina_workers.errors import KVError, UnsupportedModelError
+
+
+@dataclass(slots=True)
+class StateBatch:
+    """Of a batch, the rows of one pool of states: the kernels' plan, None where there are no rows, and the layers whose
+    inputs have not come yet. `turned`: the plan that reads what this one writes, and the other way round."""
+
+    rows: Sequence[Row]
+    plan: kernel.Plan | None
+    turned: kernel.Plan | None
+    missing: set[int]
+    vectors: int  # tokens times heads
+    delay: float  # seconds to add to each layer
+
+
+class StatePool:
+    """A `LayerPool` of layers that keep states. `number`: which pool of the worker it is. What it does is counted in
+    `counters`.
+
+    Raises UnsupportedModelError for layers that its records cannot keep, KVError for too little memory,
+    NotEnoughMemory where the device lacks it.
+    """
+
+    unsettled: int | None = None  # a state is read after it was updated, so nothing waits
+    counts_usage = False
+
+    def __init__(self, number: int, pool: Pool, threads: int, device: torch.device, counters: Counters) -> None:
+        config = pool.config
+        shape = state_layout(config)
+        if device.type != "cpu":
+            raise UnsupportedModelError(f"{shape.kind} layers on {device}; their states are kept on a CPU")
+        self.config = config
+        self.n_pages = state_pages(config)
+        for _ in kernel.prepare():
+            pass
+        self.layout = f"{shape.kind} {shape.d_k} {shape.d_v} {shape.conv}"
+        # of the rows of a batch: their outputs in two bytes a number and their gates fill a frame
+        self.most_heads = MAX_PAYLOAD // (2 * shape.d_v + 4 * shape.gates)
+        self._number = number
+        self._shape = shape
+        self._threads = threads
+        self._counters = counters
+        with room_for("states", self.n_pages * shape.page_bytes, device):
+            self.store = StateStore(config, self.n_pages)
+            flat = memory.allocate(self.n_pages * shape.page_bytes)
+        self._arena = flat.view(torch.float32).view(self.n_pages, shape.record)
+        self._constants = {at: _constants(spec) for at, spec in enumerate(config.layers) if not spec.conv}
+        self._steps: tuple[Step, ...] = ()  # of the last update
+
+    # Parts.
+
+    @property
+    def free_pages(self) -> int:
+        return self.store.free_pages
+
+    def parts(self) -> Mapping[int, StatePart]:
+        return self.store.parts()
+
+    def has(self, handle: int) -> bool:
+        return self.store.has(handle)
+
+    def held(self, handle: int) -> PartHeld:
+        part = self.store.part(handle)
+        return PartHeld(handle, self._number, part.heads, 0, part.hi, part.stored, part.before)
+
+    def usage(self, handle: int) -> Usage:
+        """States are read in full, and there is nothing to leave out."""
+        held = sum(records.pages.size for records in self.store.part(handle).owned())
+        return Usage(0, 0, 0.0, 0, 0.0, held, held)
+
+    def update(self, operations: Sequence[Operation], rows: Sequence[Row]) -> tuple[int, ...]:
+        self._steps = self.store.update(operations, rows)
+        return tuple(row.start for row in rows)
+
+    def commit(self) -> None:
+        self.store.commit()
+
+    def revert(self) -> None:
+        self.store.revert()
+
+    def check_integrity(self) -> None:
+        self.store.check_integrity()
+
+    # Batches.
+
+    def size(self, rows: Sequence[Row]) -> int:
+        heads = sum(row.count * len(self.store.part(row.handle).heads) for row in rows)
+        if heads > self.most_heads:
+            raise ProtocolError(f"rows of {heads} tokens times heads, allowed: {self.most_heads}")
+        return heads
+
+    def begin(self, rows: Sequence[Row], delay: float) -> StateBatch:
+        layers, vectors = set(range(len(self.config.layers))), self.size(rows)
+        if not rows:
+            return StateBatch(rows, None, None, layers, vectors, delay)
+        spec, steps = self.config.layers[0], self._steps
+        count, heads = [step.count for step in steps], [np.array(step.heads, np.int64) for step in steps]
+        counted = StateRows(np.array(count, np.int64), heads, spec.kv_heads // spec.key_heads)
+        source = np.concatenate([step.source for step in steps], axis=1)
+        target = np.concatenate([step.target for step in steps], axis=1)
+        plan = kernel.plan(self._shape, self._arena, counted, source, target, self._threads)
+        return StateBatch(rows, plan, None, layers, vectors, delay)
+
+    def follows(self, batch: StateBatch, rows: Sequence[Row]) -> bool:
+        alike = len(rows) == len(batch.rows) and all(
+            new.handle == old.handle and old.count == 1 for new, old in zip(rows, batch.rows, strict=True)
+        )
+        return alike and not (rows and batch.missing) and self.store.follows(rows)
+
+    def follow(self, batch: StateBatch, rows: Sequence[Row], delay: float) -> StateBatch:
+        self.store.follow(rows)
+        plan, was = batch.turned, batch.plan
+        if plan is None and was is not None:
+            plan = kernel.with_pages(was, was.target, was.source)
+        layers = set(range(len(self.config.layers)))
+        return StateBatch(rows, plan, was, layers, batch.vectors, delay)
+
+    def end(self, batch: StateBatch) -> None:
+        """There is nothing to give back: records are their parts' own."""
+
+    # Messages.
+
+    def constants(self, layer: int, message: Constants) -> None:
+        spec = self.config.layers[layer]
+        for name, dimensions in (("conv", 2), ("bias", 1), ("skip", 1)):
+            x = getattr(message, name)
+            if x.numel() and (x.ndim != dimensions or x.dtype != torch.float32):
+                raise ProtocolError(
+                    f"{name} of layer {message.layer} is {x.dtype} {list(x.shape)}, allowed: float32, {dimensions}-D"
+                )
+        given = (x.clone() if x.numel() else None for x in (message.conv, message.bias, message.skip))
+        constants = _constants(spec, *given)
+        try:
+            constants.check(self._shape, spec.kv_heads // spec.key_heads, spec.kv_heads)
+        except ValueError as error:
+            raise ProtocolError(f"constants of layer {message.layer}: {error}") from error
+        self._constants[layer] = constants
+
+    def handle(self, batch: StateBatch, layer: int, message: Layered) -> Advanced:
+        constants = self._constants.get(layer)
+        if not isinstance(message, Advance):
+            raise self._refused(message)
+        if batch.plan is None or constants is None:
+            lacks = "rows" if batch.plan is None else "constants"
+            raise ProtocolError(f"inputs of layer {message.layer} for batch {message.batch}, which has no {lacks}")
+        begun = time.perf_counter()
+        try:
+            out = kernel.advance(batch.plan, layer, message.x, message.gates, constants)
+        except ValueError as error:
+            raise ProtocolError(f"inputs of batch {message.batch}: {error}") from error
+        if batch.delay:
+            time.sleep(batch.delay)
+        self._stored(batch, (layer,))
+        self._counters.queries += batch.vectors
+        self._counters.vectors_stored += batch.vectors
+        return Advanced(message.epoch, message.batch, message.layer, out, time.perf_counter() - begun)
+
+    def settle(self) -> None:
+        """Nothing waits to be stored."""
+
+    def fetch(self, layer: int, message: Fetch) -> Reply:
+        raise self._refused(message)
+
+    def fetch_pages(self, message: FetchPages) -> FetchedPages:
+        part = self.store.part(message.handle)
+        records = part.at(message.hi)
+        if records is None or message.lo != 0 or message.hi == 0:
+            there = sorted({each.position for each in part.written()})
+            raise KVError(
+                f"states of part {message.handle} at [{message.lo}, {message.hi}), it has those that end at {there}"
+            )
+        index = torch.from_numpy(records.pages[self._layers_of(message)].reshape(-1).astype(np.int64))
+        pages = self._arena[index].view(torch.uint8)
+        return FetchedPages(message.epoch, message.batch, message.layer, pages)
+
+    def store_pages(self, batch: StateBatch, message: FreshPages) -> None:
+        layers = self._layers_of(message)
+        if batch.plan is None:
+            raise ProtocolError(f"{len(message.pages)} fresh pages for batch {message.batch}, which stores 0")
+        target = batch.plan.target[layers].reshape(-1)
+        due = len(target), self._shape.page_bytes
+        if message.pages.shape != due or message.pages.dtype != torch.uint8:
+            found = f"{message.pages.dtype} {list(message.pages.shape)}"
+            raise ProtocolError(f"fresh pages of batch {message.batch} are {found}, allowed: uint8 {list(due)}")
+        self._arena[torch.from_numpy(target.astype(np.int64))] = message.pages.view(torch.float32)
+        self._stored(batch, range(layers.start, layers.stop))
+        self._counters.vectors_stored += message.layers * batch.vectors
+
+    def _layers_of(self, message: FetchPages | FreshPages) -> slice:
+        first, end, there = message.layer, message.layer + message.layers, len(self.config.layers)
+        if not 0 <= first < end <= there:
+            raise ProtocolError(f"states of layers [{first}, {end}), there are {there}")
+        return slice(first, end)
+
+    def _stored(self, batch: StateBatch, layers: Iterable[int]) -> None:
+        """These layers have all that a batch writes."""
+        batch.missing.difference_update(layers)
+        if not batch.missing:
+            self.store.stored(batch.rows)
+
+    def _refused(self, message: Layered | Fetch) -> ProtocolError:
+        name = type(message).__name__
+        return ProtocolError(f"{name} for layer {message.layer}, whose kind is {self._shape.kind}; allowed: Advance")
+
+
+def _constants(
+    spec: LayerSpec,
+    conv: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+) -> StateConstants:
+    decays = torch.tensor(spec.decays) if spec.decays else None
+    return StateConstants(spec.kv_heads, spec.key_heads, spec.scale, conv, bias, skip, decays)

@@ -1,0 +1,258 @@
+"""Records of states: allocate, fork, run again, free, account.
+
+A page of a state pool is the record of one mixer and one head at one position of a sequence: all that the layer
+remembers of the tokens before it. A part has the records at `held`, and those at `before`, the start of its last row,
+so that a batch which has not ended can run again from there. A record is written once, by the batch that ends at its
+position, and never overwritten while another part shares it. A snapshot is nothing of its own: it is a fork.
+
+`update` is all or nothing, and can be taken back by `revert` until `commit`. Nothing else allocates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Close, Fork, Open, Operation, Row
+from lamina_workers.attention_worker.page_pool import Int32
+from lamina_workers.attention_worker.part_table import PartTable
+from lamina_workers.errors import KVError, PoolExhausted, TornParts
+
+NO_RECORD = -1  # in a table: zeros, the state before the first token
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Records:
+    """The records of all mixers and heads of a part at one position. pages: int32 `[mixers, heads]`, all NO_RECORD at
+    position 0."""
+
+    position: int
+    pages: Int32
+
+
+@dataclasses.dataclass(slots=True)
+class StatePart:
+    """What this holder keeps of one sequence: the states of value heads `heads` at `last` and at `earlier`, which are
+    one and the same in a new fork. `whole`: all mixers have written what `last` names; not so while a batch is under
+    way, and after one that did not end with all its mixers."""
+
+    heads: tuple[int, ...]
+    hi: int
+    last: Records
+    earlier: Records
+    whole: bool = True
+    lo: int = 0  # states are never cut by positions
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tables, which forks share in full."""
+        return 2 * self.last.pages.nbytes
+
+    @property
+    def held(self) -> int:
+        """Tokens for which there are records."""
+        return self.last.position
+
+    @property
+    def before(self) -> int:
+        """The start of the last row: the lowest length but 0 to which the part can return."""
+        return self.earlier.position
+
+    @property
+    def stored(self) -> int:
+        """The last position whose records are written in every mixer."""
+        return self.held if self.whole else self.before
+
+    def at(self, position: int) -> Records | None:
+        """What is written of this position; None where nothing is."""
+        return next((each for each in self.written() if each.position == position), None)
+
+    def written(self) -> tuple[Records, ...]:
+        """What a row can start from, or a fork hold, besides nothing at all."""
+        return (self.last, self.earlier) if self.whole else (self.earlier,)
+
+    def owned(self) -> Iterator[Records]:
+        """The different records that take pages."""
+        yield from (each for each in dict.fromkeys((self.last, self.earlier)) if each.position)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """What one row reads and writes. source, target: int32 `[mixers, heads]`; a source of NO_RECORD is zeros."""
+
+    heads: tuple[int, ...]
+    count: int
+    source: Int32
+    target: Int32
+
+
+class StateStore(PartTable[StatePart]):
+    """The tables and the page pool of one state pool: numbers of records, not their contents."""
+
+    def __init__(self, config: HolderConfig, n_pages: int) -> None:
+        super().__init__(config, n_pages)
+        self._mixers = len(config.layers)
+        self._kv_heads = config.layers[0].kv_heads
+
+    def update(self, operations: Iterable[Operation], rows: Sequence[Row]) -> tuple[Step, ...]:
+        """Apply operations in order, then give each row the records that it reads and those that it writes.
+
+        Raises PoolExhausted (pages short), TornParts (a row starts where no record is) or KVError (unknown handle, a
+        part with two rows, a fork where no record is). Whatever it raises, nothing has changed. Else the next call is
+        `commit` or `revert`.
+        """
+        try:
+            for operation in operations:
+                self._apply(operation)
+            self._check(rows)
+            targets = [self._turn(self._parts[row.handle], row) for row in rows]  # releases before anything takes
+            turned = [(self._parts[row.handle], row, target) for row, target in zip(rows, targets, strict=True)]
+            needed = sum(self._mixers * len(part.heads) for part, _, target in turned if target is None)
+            if needed > self._pool.free:
+                raise PoolExhausted(f"{needed} pages needed, {self._pool.free} of {self.n_pages} are free")
+            return tuple(self._write(*each) for each in turned)
+        except BaseException:
+            self.revert()
+            raise
+
+    def commit(self) -> None:
+        """What the last `update` has done stays."""
+        self._undo.clear()
+
+    def follows(self, rows: Iterable[Row]) -> bool:
+        """Whether each row is the next token of a part whose older records can be written: no other part has them."""
+        return all(
+            part.whole and row.store and row.count == 1 and 0 < part.before < part.held == row.start < part.hi
+            and not self._shared(part.earlier)
+            for row in rows if (part := self._parts[row.handle])
+        )  # fmt: skip
+
+    def follow(self, rows: Iterable[Row]) -> None:
+        """As `update` and `commit` for rows that follow: what a part's last row read is now what its next one writes,
+        and the other way round."""
+        for row in rows:
+            part = self._parts[row.handle]
+            part.last, part.earlier = Records(row.start + 1, part.earlier.pages), part.last
+            part.whole = False
+
+    def stored(self, rows: Iterable[Row]) -> None:
+        """All mixers have written what these rows of one batch write."""
+        for row in rows:
+            self._parts[row.handle].whole = True
+
+    def starts(self, rows: Iterable[Row]) -> tuple[int, ...]:
+        """Where each row can start at most: at its own start, or below where a record is; 0 where there is none."""
+        return tuple(
+            max((each.position for each in self.part(row.handle).written() if each.position <= row.start), default=0)
+            for row in rows
+        )
+
+    def check_integrity(self) -> None:
+        """Raise KVError unless tables, reference counts and the free stack agree."""
+        counted = np.zeros(self.n_pages, np.int32)
+        for handle, part in self._parts.items():
+            if not 0 <= part.before <= part.held <= part.hi or (part.before == part.held) != (
+                part.last is part.earlier
+            ):
+                raise KVError(f"part {handle} has records at {part.before} and {part.held} of {part.hi}")
+            for records in (part.last, part.earlier):
+                pages = records.pages
+                if (
+                    pages.shape != (self._mixers, len(part.heads))
+                    or (pages.max() if records.position == 0 else -1) >= 0
+                ):
+                    raise KVError(f"part {handle} has pages {pages.shape} at {records.position}")
+            for records in part.owned():
+                if records.pages.min() < 0 or records.pages.max() >= self.n_pages:
+                    raise KVError(f"part {handle} names page {records.pages.max()} of {self.n_pages}")
+                np.add.at(counted, records.pages, 1)
+        self._check_tables()
+        self._pool.check_integrity(counted)
+
+    # The operations. Each appends to `_undo` what takes it back.
+
+    def _apply(self, operation: Operation) -> None:
+        if not isinstance(operation, Close) and operation.handle in self._parts:
+            raise KVError(f"handle {operation.handle} is in use; handles are never reused")
+        match operation:
+            case Open(handle, _, heads, _, hi):
+                self._check_open(operation)
+                nothing = Records(0, np.full((self._mixers, len(heads)), NO_RECORD, np.int32))
+                self._insert(handle, StatePart(heads, hi, nothing, nothing))
+            case Fork(handle, parent, length):
+                source = self.part(parent)
+                records = source.at(length)
+                if records is None:
+                    there = sorted({each.position for each in source.written()})
+                    raise KVError(f"cannot fork part {parent} at {length}, it has states at {there}")
+                if length:
+                    self._pool.share(records.pages)
+                self._insert(handle, StatePart(source.heads, source.hi, records, records))
+            case Close(handle):
+                for records in self._remove(handle).owned():
+                    self._pool.release(records.pages)
+
+    def _check_open(self, open_: Open) -> None:
+        heads = open_.heads
+        if not heads or heads[0] < 0 or heads[-1] >= self._kv_heads or any(a >= b for a, b in pairwise(heads)):
+            raise KVError(f"part {open_.handle} names heads {heads}, allowed: ascending ones below {self._kv_heads}")
+        if open_.lo != 0 or open_.hi < 1:
+            raise KVError(
+                f"part {open_.handle} of states has range [{open_.lo}, {open_.hi}), allowed: from 0, not empty"
+            )
+
+    def _check(self, rows: Sequence[Row]) -> None:
+        starts = self.starts(rows)
+        if starts != tuple(row.start for row in rows):
+            raise TornParts(starts)
+        handles = Counter(row.handle for row in rows)
+        for row in rows:
+            hi = self._parts[row.handle].hi
+            if not row.store or row.count < 1 or row.start + row.count > hi:
+                raise KVError(
+                    f"row of part {row.handle} at [{row.start}, {row.start + row.count}), allowed: one that stores and "
+                    f"ends by {hi}"
+                )
+            if handles[row.handle] > 1:
+                raise KVError(f"part {row.handle} has {handles[row.handle]} rows; a part that is stored to has one")
+
+    def _turn(self, part: StatePart, row: Row) -> Int32 | None:
+        """Let a part keep its records at the row's start alone, as `earlier`. Returns pages of it that nobody else has
+        and that the row can write to; None where it has none."""
+        source = part.at(row.start) or Records(0, np.full_like(part.last.pages, NO_RECORD))
+        spare: Int32 | None = None
+        for records in part.owned():
+            if records is source:
+                continue
+            if spare is None and not self._shared(records):
+                spare = records.pages
+            else:
+                self._pool.release(records.pages)
+        self._set(part, source, source, True)
+        return spare
+
+    def _shared(self, records: Records) -> bool:
+        """Whether several parts have these. They are taken, shared and released whole, so one page tells of all."""
+        return bool(self._pool.shared(records.pages[0, :1])[0])
+
+    def _write(self, part: StatePart, row: Row, target: Int32 | None) -> Step:
+        """Give a part the records at the row's end, which nothing has written yet."""
+        if target is None:
+            target = self._pool.take(self._mixers * len(part.heads)).reshape(self._mixers, -1)
+        source = part.earlier
+        self._set(part, Records(row.start + row.count, target), source, False)
+        return Step(part.heads, row.count, source.pages, target)
+
+    def _set(self, part: StatePart, last: Records, earlier: Records, whole: bool) -> None:
+        was = part.last, part.earlier, part.whole
+
+        def undo() -> None:
+            part.last, part.earlier, part.whole = was
+
+        part.last, part.earlier, part.whole = last, earlier, whole
+        self._undo.append(undo)

@@ -1,0 +1,112 @@
+"""A layer's own index: what it computes of the residual stream beside q, k and v, and its tensors.
+
+Holders choose by it which keys are attended; see `lamina_protocols.layers.Index`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from lamina_kernels.dense import Linear, rms_norm, rotate, split_heads
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.latent import EPS, Rotation
+from lamina_workers.decoder.rope import head_order
+from lamina_workers.decoder.shard import RankShape, kv_rows
+from lamina_workers.decoder.weight_loader import ALL, Loader
+from lamina_workers.decoder.weight_names import index_names
+
+
+@dataclass(frozen=True, slots=True)
+class HeadIndex:
+    """MiniMax-M3's: one index query for each KV head, normed and rotated as the queries are.
+
+    projection: to `(kv_heads + 1) * width`, index queries and then the index key. norms: `[width]`, of both."""
+
+    projection: Linear
+    norms: tuple[torch.Tensor, torch.Tensor]
+    kv_heads: int
+    eps: float
+
+    def __call__(
+        self, normed: torch.Tensor, projected: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index queries `[n, kv_heads, width]` and index keys `[n, 1, width]`, of the normed residual stream alone."""
+        q, k, _ = split_heads(self.projection(normed), self.kv_heads, 1, rotation, self.norms, self.eps, 0)
+        return q, k
+
+
+@dataclass(frozen=True, slots=True)
+class LatentIndex:
+    """DeepSeek V3.2's (arXiv 2512.02556): `heads` index queries of what q is made of, whose first `rotary` numbers are
+    rotated, and a weight of each. Positive factors of all weights, which change no choice, are left out.
+
+    query_norm: `[query_rank]`; query_up: to `heads * width`; projection: of the residual stream to the index key and
+    the weights, `width + heads`; key_norm: weight and bias, `[width]`."""
+
+    query_norm: torch.Tensor
+    query_up: Linear
+    projection: Linear
+    key_norm: tuple[torch.Tensor, torch.Tensor]
+    heads: int
+    rotary: int
+
+    def __call__(
+        self, normed: torch.Tensor, projected: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index queries with their weights behind them, `[n, 1, heads * width + heads]`, and index keys
+        `[n, 1, width]`, of the normed residual stream and what q is made of, which `projected` begins with."""
+        rank = len(self.query_norm)
+        q = self.query_up(rms_norm(projected[:, :rank].contiguous(), self.query_norm, EPS))
+        width = self.query_up.n_out // self.heads
+        k, weights = self.projection(normed).split((width, self.heads), -1)
+        k = F.layer_norm(k, (width,), *self.key_norm, EPS)
+        q, k = (self._rotated(x.unflatten(-1, (-1, width)), rotation) for x in (q, k))
+        return torch.cat((q.flatten(1), weights), -1).unsqueeze(1), k
+
+    def _rotated(self, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        if rotation is None:
+            return x
+        return torch.cat((rotate(x[..., : self.rotary], *rotation), x[..., self.rotary :]), -1)
+
+
+def beside(
+    q: torch.Tensor, k: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k with an index's queries `[n, kv_heads, numbers]` and keys `[n, 1, width]` behind them, as `LayerSpec`
+    says."""
+    (n, heads, _), kv_heads = q.shape, k.shape[1]
+    pieces = F.pad(queries, (0, -queries.shape[-1] % (heads // kv_heads)))
+    pieces = pieces.view(n, heads, pieces.shape[-1] * kv_heads // heads)
+    return torch.cat((q, pieces), -1), torch.cat((k, keys.expand(-1, kv_heads, -1)), -1)
+
+
+def load_index(
+    config: ModelConfig, load: Loader, layer: int, shape: RankShape, order: torch.Tensor | None
+) -> HeadIndex | LatentIndex | None:
+    """A rank's part of a layer's index, if it has one. `order`: of the numbers of the layer's heads."""
+    index = config.index
+    if index is None or not config.indexed[layer]:
+        return None
+    names = index_names(config, layer)
+    if config.latent is None:
+        of_q, of_k, *norms = names
+        rows, turned = [kv_rows(config, shape, index.width), ALL], (len(shape.kv_heads) + 1) * index.width
+        projection = load.linear([of_q, of_k], rows=rows, order=order, turned=turned)
+        q_norm, k_norm = (load.norm(name, config.family.norm_offset, order) for name in norms)
+        return HeadIndex(projection, (q_norm, k_norm), len(shape.kv_heads), config.rms_norm_eps)
+    up, of_k, weights, norm = names
+    rotary = config.latent.rotary
+    own = head_order(replace(config.rope, interleaved=config.family.index_interleaved), rotary)
+    order = None if own is None else torch.cat((own, torch.arange(rotary, index.width)))
+    bias = load.copy(f"{norm}.bias")
+    return LatentIndex(
+        query_norm=load.norm(f"model.layers.{layer}.self_attn.q_a_layernorm", 0.0),
+        query_up=load.linear([up], order=order, turned=index.heads * index.width),
+        projection=load.linear([of_k, weights], order=order, turned=index.width),
+        key_norm=(load.norm(norm, 0.0, order), bias if order is None else bias[order.to(bias.device)]),
+        heads=index.heads,
+        rotary=rotary,
+    )

@@ -1,0 +1,104 @@
+"""RoPE's parameters as a config.json has them, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lamina_workers.decoder.config_keys import Keys
+from lamina_workers.decoder.family import Family
+from lamina_workers.decoder.rope import ROPE_TYPES, RopeConfig
+from lamina_workers.errors import ModelFileError, UnsupportedModelError
+
+_RANGES = {
+    "factor": (1.0, 1e6),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+    "mscale": (0.0, 1e3),
+    "mscale_all_dim": (0.0, 1e3),
+    "attention_factor": (1e-6, 1e3),
+}
+_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "longrope": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+# "finetuned" says only how a checkpoint came to be; the rest is read by name.
+_KEYS = {*_RANGES, "type", "rope_type", "rope_theta", "original_max_position_embeddings", "truncate"} | {
+    *("partial_rotary_factor", "finetuned", "short_factor", "long_factor", "alpha"),
+}
+_BESIDE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+# Places of a picture's parts; of text alone, all three are a token's position.
+_PLACES = ("mrope_section", "mrope_interleaved")
+_FULL, _WINDOWED = "full_attention", "sliding_attention"  # kinds of layers, where each has RoPE of its own
+
+
+def read_ropes(keys: Keys, dim: int, family: Family) -> tuple[RopeConfig, RopeConfig | None]:
+    """RoPE of a model whose heads have `dim` numbers, and that of its layers with a window where it is another.
+
+    Parameters are where transformers 4 (`rope_scaling` beside `rope_theta`) or 5 (`rope_parameters`) puts them.
+    """
+    positions = keys.integer("max_position_embeddings", 1, 1 << 30)
+    found = keys.table("rope_scaling") or keys.table("rope_parameters")
+    if family.multimodal:
+        found = {name: value for name, value in found.items() if name not in _PLACES}
+    beside = {name: keys.get(name) for name in _BESIDE if keys.given(name)}
+    local = {"rope_theta": keys.get("rope_local_base_freq")} if keys.given("rope_local_base_freq") else None
+    if _FULL in found or _WINDOWED in found:
+        both = Keys(found, {_FULL: {}, _WINDOWED: {}})
+        found, local = both.table(_FULL), {**(local or beside), **both.table(_WINDOWED)}
+    whole = read_rope({**beside, **found}, positions, dim, family)
+    windowed = whole if local is None else read_rope(local, positions, dim, family)
+    return whole, None if windowed == whole else windowed
+
+
+def read_rope(parameters: Mapping[str, Any], positions: int, dim: int, family: Family) -> RopeConfig:
+    """Check RoPE parameters. What is unknown is refused, since ignoring it would compute something else."""
+    keys = Keys(parameters, {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0})
+    kind = keys.text("rope_type", keys.text("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise UnsupportedModelError(f"RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if unknown := sorted(parameters.keys() - _KEYS):
+        raise UnsupportedModelError(
+            f"RoPE parameter {unknown[0]!r} is not supported; supported: {', '.join(sorted(_KEYS))}"
+        )
+    if (partial := keys.number("partial_rotary_factor", 0.0, 1.0)) != 1.0 and not family.partial:
+        raise UnsupportedModelError(f"partial_rotary_factor {partial:g} is not supported; supported for this model: 1")
+    turned = int(dim * partial + 1e-6)
+    if turned < 2 or turned % 2:
+        raise ModelFileError(f"RoPE turns {turned} of a head's {dim} numbers; allowed is an even number of at least 2")
+    original = keys.integer("original_max_position_embeddings", 1, 1 << 30, default=positions)
+    theta = keys.number("rope_theta", 1.001, 1e15)
+    if kind == "dynamic" and keys.given("alpha"):  # Hunyuan's: the base is another, whatever the length
+        kind, theta = "default", theta * keys.number("alpha", 1e-6, 1e6) ** (dim / (dim - 2))
+    numbers = {
+        name: keys.number(name, *bounds)
+        for name, bounds in _RANGES.items()
+        if keys.given(name) or name in _REQUIRED[kind]
+    }
+    if kind in ("yarn", "longrope"):
+        numbers.setdefault("factor", max(1.0, positions / original))
+    if kind == "llama3" and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
+        low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+        raise ModelFileError(f"high_freq_factor is {high:g}, expected more than low_freq_factor {low:g}")
+    short, long = (
+        keys.numbers(name, 1e-6, 1e6, turned // 2) if kind == "longrope" else ()
+        for name in ("short_factor", "long_factor")
+    )
+    return RopeConfig(
+        kind=kind,
+        theta=theta,
+        positions=positions,
+        original=original,
+        truncate=keys.flag("truncate", True),
+        turned=turned,
+        interleaved=family.interleaved,
+        short_factor=short,
+        long_factor=long,
+        **numbers,
+    )
