@@ -20,7 +20,7 @@ from engine_rig import DEVICE, tiny_decoder
 from lamina_workers.attention_worker.page_layout import attention_kernels
 from lamina_workers.decoder.model import Decoder
 
-# No test measures time. CI draws the same cases for the same code, so that a red run is the change's; people draw new ones.
+# No test measures time. CI draws the same cases for the same code, so a red run is the change's; people draw new ones.
 settings.register_profile("lamina", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("lamina")
 
