@@ -71,7 +71,8 @@ class Completion:
     `stats` has counts by name: `preemptions` and `cached_tokens`. If a KV policy or an index of the model saved
     something in decode, it also has `kv_read` (bytes) and `kv_held` (pages) as shares of what reading and keeping
     everything would take, and if the policy estimates the attention mass that was not read, `missed_mass` and the worst
-    query's `missed_mass_worst`.
+    query's `missed_mass_worst`. If drafts were verified, it has `draft_tokens`, `accepted_tokens` and their share
+    `acceptance`.
     """
 
     samples: tuple[Sample, ...]

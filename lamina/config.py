@@ -13,6 +13,7 @@ from typing import Any
 
 from lamina.errors import InvalidRequest
 from lamina.scheduling.kv_layouts import SHARDS
+from lamina.scheduling.speculation import MAX_DRAFTS
 from lamina_workers.devices.names import check_names
 from lamina_workers.errors import DeviceError
 
@@ -20,17 +21,26 @@ DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 PAGE_SIZES = (16, 32, 64, 128, 256)
+WEIGHTS = ("auto", "packed", "bfloat16", "float32")
+QUANTIZE = ("int4", "int8", None)
 DATA_CHANNELS = ("grpc", "tcp")
 MODEL_PARALLEL = ("tensor", "replicas")
 QUERY_FIRST = ("auto", "always", "never")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": DTYPES, "kv_dtype": KV_DTYPES, "page_size": PAGE_SIZES, "shard": SHARDS, "model_parallel": MODEL_PARALLEL,
     "query_first": QUERY_FIRST,
-    "data_channel": DATA_CHANNELS,
+    "data_channel": DATA_CHANNELS, "weights": WEIGHTS, "quantize": QUANTIZE,
 }  # fmt: skip
 _SECONDS = (("worker_timeout", 0.1, 86400), ("recovery_timeout", 0.1, 86400), ("worker_linger", 0, 3600))
-_INTEGERS = (("max_model_len", 2**24), ("sequence_tokens", 2**24), ("max_batch_tokens", 2**20), ("threads", 1024))
+_INTEGERS = (
+    ("max_model_len", 2**24),
+    ("sequence_tokens", 2**24),
+    ("max_batch_tokens", 2**20),
+    ("threads", 1024),
+    ("num_speculative_tokens", MAX_DRAFTS),
+)
 _UNMEASURED: dict[str, Any] = {"lanes": 1, "query_first": "never", "local_share": 0}  # instead of "auto"
+DEFAULT_DRAFTS = 8
 MAX_WORKERS = 1024
 MAX_LANES = 8
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -41,7 +51,14 @@ class EngineConfig:
     """The keywords of `LLM(...)`. None and "auto" leave a choice to the machine or the model."""
 
     dtype: str = "auto"
-    """Of weights and computing; auto: bfloat16 where the device has it, else float32."""
+    """Of computing, and of weights that are not packed; auto: bfloat16 where the device has it, else float32."""
+    weights: str = "auto"
+    """How weights that the model's files have in few bits (GGUF, GPTQ, AWQ, compressed-tensors) are kept: packed, or as
+    numbers of bfloat16 or float32, which is then the dtype of computing too; auto: packed on a CPU, where Lamina has
+    the model's family."""
+    quantize: str | None = None
+    """On a CPU, pack weights that the files have as floats while they are loaded: int4 (the embedding and the head
+    int8) or int8."""
     device: str | Sequence[str] = "auto"
     """Of the dense layers: cpu, cuda (one GPU for each model worker) or cuda:N, or a name for each model worker; auto:
     cuda if there are enough GPUs, else cpu."""
@@ -75,6 +92,12 @@ class EngineConfig:
     policy: str | Path | None = None
     """What each KV head reads and keeps: None or "full" for everything, "auto" for the keys that matter, another policy
     for all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
+    speculate: str | Path | None = None
+    """What proposes drafts, the next tokens of each sequence, which the model verifies together: "ngram" for what
+    followed the same tokens earlier in the text, or a smaller model of the same vocabulary (an alias, a folder, a GGUF
+    file or a hub id). The text stays the same. None: nothing does."""
+    num_speculative_tokens: int | None = None
+    """The most drafts of a sequence in a step, 1 to 16; as many are made as pay by what is measured. None: 8."""
     rope_scaling: Mapping[str, Any] | None = None
     """Overrides the RoPE scaling of the model's config, for contexts longer than it allows."""
     model_workers: int = 1
@@ -133,7 +156,11 @@ class EngineConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not low <= value <= most:
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {low} to {most} seconds")
-        for name, what in (("journal", "a folder, or None"), ("policy", '"auto", a policy, or a file ending in .toml')):
+        for name, what in (
+            ("journal", "a folder, or None"),
+            ("policy", '"auto", a policy, or a file ending in .toml'),
+            ("speculate", '"ngram", a model, or None'),
+        ):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (str, Path)) and str(value).strip()):
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed is {what}")
@@ -147,8 +174,14 @@ class EngineConfig:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r:.80}; allowed is True or False")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, Mapping):
             raise InvalidRequest(f"rope_scaling is {self.rope_scaling!r:.80}; allowed is a mapping as in config.json")
+        self._check_weights()
         if self.kv_memory is not None:
             object.__setattr__(self, "kv_memory", parse_size("kv_memory", self.kv_memory))
+        if self.deterministic and self.speculate is not None:
+            raise InvalidRequest(
+                f"speculate is {str(self.speculate)!r:.80} with deterministic, but how many drafts are verified is "
+                "measured, and changes how sums are rounded; allowed is one of the two"
+            )
         if self.deterministic:
             object.__setattr__(self, "prefix_cache", False)
             for name, fixed in _UNMEASURED.items():
@@ -166,6 +199,11 @@ class EngineConfig:
         return self.model_workers if self.model_parallel == "replicas" else 1
 
     @property
+    def most_drafts(self) -> int:
+        """The most drafts of a sequence in a step; 0 without speculation."""
+        return 0 if self.speculate is None else self.num_speculative_tokens or DEFAULT_DRAFTS
+
+    @property
     def linger(self) -> float:
         """Seconds that attention workers keep KV once its channel is closed: 0 if no engine could come back for it."""
         return self.worker_linger if self.journal is not None or self.ranks > 1 else 0.0
@@ -174,6 +212,20 @@ class EngineConfig:
     def holders_here(self) -> int:
         """How many holders of KV this machine has: the engine's own, and attention workers that are started here."""
         return 1 + (self.attention_workers if isinstance(self.attention_workers, int) and not self.cluster else 0)
+
+    def _check_weights(self) -> None:
+        if self.weights in ("bfloat16", "float32"):
+            if self.dtype not in ("auto", self.weights):
+                raise InvalidRequest(
+                    f"weights is {self.weights!r} and dtype {self.dtype!r}; allowed are the same for both, or one of "
+                    "them left auto"
+                )
+            if self.quantize is not None:
+                raise InvalidRequest(
+                    f"weights is {self.weights!r} and quantize {self.quantize!r}; allowed beside quantize are auto and "
+                    "packed"
+                )
+            object.__setattr__(self, "dtype", self.weights)
 
     def _check_workers(self) -> None:
         if type(self.model_workers) is not int or not 1 <= self.model_workers <= MAX_WORKERS:

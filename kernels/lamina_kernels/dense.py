@@ -6,7 +6,7 @@ over memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +14,44 @@ import torch.nn.functional as F
 from lamina_kernels.cpu import dense_loops, few_rows, gate_loops, programs
 from lamina_kernels.cpu.emitter import Kind, cpu_has, kind_of
 from lamina_kernels.cpu.launch import load_each
+from lamina_kernels.packed import matrix as packed
+from lamina_kernels.packed.matrix import PackedMatrix
+
+Weight = torch.Tensor | tuple[PackedMatrix, ...]
+"""W `[n_out, n_in]`, or the matrices whose rows are those of W, one behind the other."""
 
 
 class Linear:
     """y = x W^T + b, in the layout that the machine at hand multiplies fastest. Takes W over.
 
-    weight: `[n_out, n_in]`; bias: `[n_out]` or None; both in the dtype that x will have. In bfloat16 on a CPU, W is
-    prepacked for oneDNN where that has matrix units to feed (AMX); elsewhere it stays as it is: few rows of x are
-    multiplied by `few_rows`, which reads W faster, and many by oneDNN, which repacks W in a small part of its time.
+    weight: `[n_out, n_in]`, or packed matrices whose rows are those of W, one matrix behind the other; bias: `[n_out]`
+    or None; what is not packed has the dtype that x will have. In bfloat16 on a CPU, W is prepacked for oneDNN where
+    that has matrix units to feed (AMX); elsewhere it stays as it is: few rows of x are multiplied by `few_rows`, which
+    reads W faster, and many by oneDNN, which repacks W in a small part of its time.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.n_out, self.n_in = weight.shape
+    def __init__(
+        self, weight: torch.Tensor | PackedMatrix | Sequence[PackedMatrix], bias: torch.Tensor | None = None
+    ) -> None:
         self.halves: tuple[Linear, Linear] | None = None
         """What `split` has made."""
         self._bias = bias
+        self._parts = () if isinstance(weight, torch.Tensor) else _parts(weight)
+        if not isinstance(weight, torch.Tensor):
+            self.n_out, self.n_in = sum(part.shape[0] for part in self._parts), self._parts[0].shape[1]
+            self._packed = self._few = False
+            packed.load_kernels(self._parts)
+            return
+        self.n_out, self.n_in = weight.shape
         self._packed = repacks(weight)
         self._few = not self._packed and few_rows.can_multiply(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: `[n, n_in]` -> `[n, n_out]`. n may be 0."""
+        if self._parts:
+            product = packed.multiply(self._parts, x)
+            return product if self._bias is None else product.add_(self._bias)
         if torch.compiler.is_compiling() and not self._packed:  # torch.compile can follow this way alone
             return F.linear(x, self._weight, self._bias)
         if not len(x):  # the compiled ways refuse
@@ -50,16 +67,22 @@ class Linear:
         return F.linear(x, self._weight, self._bias)
 
     @property
-    def few_rows(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """W and the bias, where up to `few_rows.MAX_ROWS` rows are multiplied by `few_rows`; else None."""
+    def few_rows(self) -> tuple[Weight, torch.Tensor | None] | None:
+        """W and the bias, where W is packed or `few_rows` multiplies up to `few_rows.MAX_ROWS` rows; else None."""
+        if self._parts:
+            return self._parts, self._bias
         return (self._weight, self._bias) if self._few else None
 
     def split(self, rows: int) -> tuple[Linear, Linear]:
         """The first `rows` outputs and the others as maps of their own; from then on they are the `halves`.
 
         They share W. Where W was repacked they take its place, since there is no part of it to share: then a call of
-        the whole map is one of each half.
+        the whole map is one of each half. Packed matrices are cut at multiples of 16 rows, and nowhere else.
         """
+        if self.halves is None and self._parts:
+            biases = (None, None) if self._bias is None else (self._bias[:rows], self._bias[rows:])
+            first, second = _cut(self._parts, rows)
+            self.halves = Linear(first, biases[0]), Linear(second, biases[1])
         if self.halves is None:
             weight = self._weight.to_dense() if self._packed else self._weight
             biases = (None, None) if self._bias is None else (self._bias[:rows], self._bias[rows:])
@@ -70,6 +93,9 @@ class Linear:
 
     def float32(self, x: torch.Tensor) -> torch.Tensor:
         """Like a call, but the result is float32, and not rounded to x's dtype first where that costs nothing."""
+        if self._parts:
+            product = packed.multiply(self._parts, x, torch.float32)
+            return product if self._bias is None else product.add_(self._bias)
         if not self._few or self._bias is not None:
             return self(x).float()
         slices = [few_rows.multiply(part, self._weight, torch.float32) for part in x.split(few_rows.MAX_ROWS)]
@@ -191,6 +217,29 @@ def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
 def compiled(x: torch.Tensor) -> bool:
     """Whether `dense_loops` computes it: those know no gradients."""
     return x.is_cpu and x.dtype in dense_loops.DTYPES and not (x.requires_grad or torch.compiler.is_compiling())
+
+
+def _parts(weight: PackedMatrix | Sequence[PackedMatrix]) -> tuple[PackedMatrix, ...]:
+    parts = (weight,) if isinstance(weight, PackedMatrix) else tuple(weight)
+    widths = sorted({part.shape[1] for part in parts})
+    if len(widths) != 1:
+        raise ValueError(f"packed matrices must be at least one and have one n_in, got {len(parts)} with {widths}")
+    return parts
+
+
+def _cut(parts: Sequence[PackedMatrix], rows: int) -> tuple[list[PackedMatrix], list[PackedMatrix]]:
+    """The first `rows` rows of the parts, and the others."""
+    first: list[PackedMatrix] = []
+    second: list[PackedMatrix] = []
+    for part in parts:
+        n_out = part.shape[0]
+        here = min(max(rows, 0), n_out)
+        if here:
+            first.append(part.part(slice(0, here)))
+        if here < n_out:
+            second.append(part.part(slice(here, n_out)))
+        rows -= n_out
+    return first, second
 
 
 def repacks(weight: torch.Tensor) -> bool:

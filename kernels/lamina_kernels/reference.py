@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lamina_kernels.cpu.merge import check_merge
@@ -77,7 +76,7 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     return Plan(pages, rows, check_rows(pages, rows))
 
 
-def grown(plan: Plan, growing: npt.NDArray[np.bool_]) -> None:
+def grown(plan: Plan) -> None:
     """None: batches are planned anew."""
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from lamina_kernels.paged.pages import PageLayout, Pages
@@ -22,11 +20,13 @@ logger = logging.getLogger("lamina")
 
 
 class Grown(Protocol):
-    """The plans of rows that grow from batch to batch."""
+    """The plans of rows that go on from batch to batch."""
 
-    def next(self, moved: Mapping[int, Table]) -> Any:
-        """The plan of the rows one token later. The plan before it is not valid any more. Rows in `moved`, by number,
-        have other tables from now on, of the same layers and heads."""
+    def next(self, start: Sequence[int], count: Sequence[int], hi: Sequence[int], moved: Mapping[int, Table]) -> Any:
+        """The plan of the same rows with other queries: the first position, how many they are and up to where they
+        read, of each row. Where rows have more keys, these are before the queries or are the queries' own. The plan
+        before it is not valid any more. Rows in `moved`, by number, have other tables from now on, of the same layers
+        and heads."""
 
 
 class Kernels(Protocol):
@@ -46,9 +46,9 @@ class Kernels(Protocol):
         Their tables and biases may be kept, not copied: they must not change while the plan is used.
         """
 
-    def grown(self, plan: Any, growing: npt.NDArray[np.bool_]) -> Grown | None:
-        """Makes the plans of the next batches of a plan, where each row begins one token later every time. `growing`,
-        bool `[rows]`: which of them read one key more every time. None where that does not follow from the plan.
+    def grown(self, plan: Any) -> Grown | None:
+        """Makes the plans of the next batches of a plan, of the same rows, each further than before. None where that
+        does not follow from the plan.
 
         Only then may the slots of an append plan change, between batches, in memory that the caller keeps. Nothing is
         checked again: the pages of new keys must be in the plan's tables before they are read, and exist.

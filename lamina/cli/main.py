@@ -7,7 +7,6 @@ stdout carries answers and nothing else; progress, statistics and errors go to s
 from __future__ import annotations
 
 import errno
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -249,19 +248,19 @@ def pull(model: opt.ModelName) -> None:
 def show(model: opt.ModelName, as_json: opt.JsonLines = False, slices: opt.Slices = False) -> None:
     """Describe a model; fetches it first where it is not here yet."""
     from lamina.models.resolve import resolve
+    from lamina.models.weight_memory import weight_memory
     from lamina_workers.converted.models import live_across, model_config, way
-    from lamina_workers.decoder.safetensors_files import find_tensors
 
     with ProgressBars() as progress:
         folder = resolve(decode_argument(model), progress)
     config = model_config(folder)
-    tensors = find_tensors(folder).values()
+    weights = weight_memory(folder)
     windows = sorted({window for window in config.windows if window is not None})
     facts = {
         "folder": str(folder),
         "architecture": config.architecture,
-        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
-        "weight_bytes": sum(tensor.nbytes for tensor in tensors),
+        "parameters": weights.parameters,
+        "weight_bytes": weights.stored,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "query_heads": config.num_attention_heads,
@@ -275,9 +274,13 @@ def show(model: opt.ModelName, as_json: opt.JsonLines = False, slices: opt.Slice
     }
     live = live_across(config) if slices else []
     if as_json:
-        print_json(facts | ({"live_across": live} if slices else {}))
-    else:
-        print_rows([*((name, str(value)) for name, value in facts.items()), *_live_rows(live)])
+        print_json(facts | {"weight_memory": weights.ways} | ({"live_across": live} if slices else {}))
+        return
+    kept = (
+        (f"weights, {name}", f"{show_bytes(count)}, {count / weights.parameters:.3g} bytes each")
+        for name, count in weights.ways.items()
+    )
+    print_rows([*((name, str(value)) for name, value in facts.items()), *kept, *_live_rows(live)])
 
 
 def _kept(folder: Path) -> dict[str, Any]:

@@ -120,6 +120,10 @@ class EngineOptions:
     """The options of every command that loads a model: fields of `EngineConfig`, and a plan file with some of them."""
 
     dtype: Annotated[str | None, _engine_option("float32, bfloat16 or auto.")] = None
+    weights: Annotated[
+        str | None, _engine_option("Weights that the files have in few bits: packed, bfloat16, float32 or auto.")
+    ] = None
+    quantize: Annotated[str | None, _engine_option("Pack weights that the files have as floats: int4 or int8.")] = None
     device: Annotated[
         str | None, _engine_option("Of the dense layers: cpu, cuda, cuda:N or auto; with commas, one a model worker.")
     ] = None
@@ -139,6 +143,10 @@ class EngineOptions:
     policy: Annotated[
         str | None, _engine_option("What each KV head reads and keeps: full, auto, a policy, or a .toml file.")
     ] = None
+    speculate: Annotated[
+        str | None, _engine_option("Draft tokens to be verified together: ngram, or a smaller model.")
+    ] = None
+    num_speculative_tokens: Annotated[int | None, _integer_option("The most drafts of a sequence.", "Engine")] = None
     max_model_len: Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")] = None
     sequence_tokens: Annotated[
         int | None, _integer_option("A usual length in tokens, to deal memory among unlike layers.", "Engine")

@@ -20,6 +20,7 @@ from lamina.errors import InvalidRequest
 from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
+    from lamina.simulator.costs.speculation import Speculation
     from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
 
@@ -39,6 +40,15 @@ Prefill = Annotated[bool, typer.Option("--prefill/--no-prefill", help="Prompts a
 EfficiencyName = Annotated[
     str, typer.Option(help="Of devices without measurements: roofline (their best), or typical (see hardware.toml).")
 ]
+Weights = Annotated[
+    str, typer.Option(help="auto, bfloat16, float32, int4, int8, a kind such as q4_k, or bytes a weight such as 0.61.")
+]
+Speculate = Annotated[str | None, typer.Option(help="What drafts: ngram, or a model the simulator knows.")]
+Drafts = Annotated[int, typer.Option("--num-speculative-tokens", help="Drafts of a sequence and step, at most.")]
+Acceptance = Annotated[
+    float | None, typer.Option(help="The chance of a draft, where those before it were accepted; needed to speculate.")
+]
+Proposed = Annotated[float, typer.Option(help="Of n-grams, the share of steps in which there are drafts.")]
 Seed = Annotated[int, typer.Option(help="For traces that are drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -60,6 +70,11 @@ class PlanOptions:
     trace_dir: TraceDir = None
     prefill: Prefill = True
     efficiency: EfficiencyName = "typical"
+    weights: Weights = "auto"
+    speculate: Speculate = None
+    num_speculative_tokens: Drafts = 8
+    acceptance: Acceptance = None
+    proposed: Proposed = 1.0
     verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 5
     out: Annotated[Path | None, typer.Option(help="Write the winner here, for --plan and --check.")] = None
     html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None
@@ -102,9 +117,10 @@ def plan(asked: PlanOptions) -> None:
     from lamina.simulator.planning.plan_file import write
     from lamina.simulator.traces.catalogue import trace as trace_of
 
-    shape, devices = shape_of(asked.model), asked.devices()
+    shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices()
     trace = trace_of(asked.trace, asked.count, asked.seed, asked.trace_dir)
-    request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill)
+    drafts = parse_speculation(asked)
+    request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     with ProgressBars() as progress:
         found = make_plan(request, check=asked.verify, seed=asked.seed, progress=progress)
     if asked.out is not None:
@@ -142,6 +158,11 @@ class SimulateOptions:
     ] = None
     prefill: Prefill = True
     efficiency: EfficiencyName = "typical"
+    weights: Weights = "auto"
+    speculate: Speculate = None
+    num_speculative_tokens: Drafts = 8
+    acceptance: Acceptance = None
+    proposed: Proposed = 1.0
     seed: Seed = 0
     as_json: Json = False
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False
@@ -167,7 +188,8 @@ def simulate(asked: SimulateOptions) -> None:
 
     catalogue = catalogues.load(asked.hardware)
     known = catalogue if roofline else catalogues.with_efficiency(catalogue)
-    choice = Choice(shape_of(asked.model), known, parse_policy(asked.policy), asked.lanes, asked.link)
+    shape, drafts = shape_of(asked.model).with_weights(asked.weights), parse_speculation(asked)
+    choice = Choice(shape, known, parse_policy(asked.policy), asked.lanes, asked.link, drafts)
     systems = [build(name, choice) for name in _names(asked.system)]
     trace = trace_of(asked.trace, asked.count or None, asked.seed, asked.trace_dir)
     if rate is not None:
@@ -175,7 +197,7 @@ def simulate(asked: SimulateOptions) -> None:
     with ProgressBars() as progress:
         results = compare(
             systems, trace, slo=slo, prefill=asked.prefill, seed=asked.seed, progress=progress,
-            assumptions=assumed(catalogue, roofline, asked.prefill, trace),
+            assumptions=assumed(catalogue, roofline, asked.prefill, trace, choice),
         )  # fmt: skip
     if asked.out is not None:
         write_runs(asked.out, systems, results, slo)
@@ -261,6 +283,25 @@ def parse_policy(words: str | None) -> Any:
     except ValueError as error:
         raise InvalidRequest(f"policy is {words!r:.80}; allowed is NAME=READ,HELD, such as auto=0.31,1") from error
     return KvPolicy(name, read, held)
+
+
+def parse_speculation(asked: PlanOptions | SimulateOptions) -> Speculation | None:
+    """What drafts, with its acceptance; None where nothing does. Raises InvalidRequest."""
+    from lamina.simulator.costs.models import model as shape_of
+    from lamina.simulator.costs.speculation import NGRAM, Speculation
+
+    name, acceptance = asked.speculate, asked.acceptance
+    if name is None:
+        if acceptance is not None or asked.proposed != 1:
+            raise InvalidRequest("--acceptance or --proposed was given; it needs --speculate")
+        return None
+    if acceptance is None:
+        raise InvalidRequest(
+            "--speculate was given; it needs --acceptance, from 0 to 1: of the first drafts of rows, how many were "
+            "accepted, as `Completion.stats` or /metrics count them"
+        )
+    draft = None if name == NGRAM else shape_of(name)
+    return Speculation(acceptance, asked.num_speculative_tokens, asked.proposed, name, draft)
 
 
 def _check(path: Path, as_json: bool) -> None:

@@ -110,6 +110,7 @@ def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, p
         f"{found.plan.system.model.name} on {asked.name}: {asked.requests} requests, {rate}, prompts of "
         f"{asked.prompt:.0f} and outputs of {asked.output:.0f} tokens in the mean; SLO {slo}{bound}"
     )
+    from lamina.simulator.planning.comparison import chosen
     from lamina.simulator.reports.memory import kept, room
 
     typer.echo(f"It keeps {kept(found.plan.system.model)}; the winner has {room(found.plan.system)}")
@@ -131,6 +132,8 @@ def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, p
         typer.echo("  Devices without measurements reach what is typical: [typical] in hardware.toml has the sources.")
     if not prefill:
         typer.echo("  Prompts are computed elsewhere, at no cost here.")
+    for what, said in chosen(found.plan.system.model, found.plan.system.speculation).items():
+        typer.echo(f"  {what.capitalize()}: {said}.")
     for remark in found.plan.remarks():
         typer.echo(f"  To deploy: {remark}.")
     if out is not None and not found.plan.engine:

@@ -14,7 +14,7 @@ Delivery: TypeAlias = tuple[EngineRequest, list[EngineOutput]]
 """A request and its outputs of one batch: the arguments of an `EngineRequest.sink`."""
 
 Event: TypeAlias = tuple[Any, ...]
-"""("outputs", id, outputs, scheduled, cached tokens, preemptions, savings) | ("prefilled", id, done, total) |
+"""("outputs", id, outputs, scheduled, cached tokens, preemptions, savings, drafts) | ("prefilled", id, done, total) |
 ("progress", what, done, total) | ("snapshot", number, fields) | ("log", level, text) | ("halted", whether) |
 ("stopped", why).
 

@@ -72,8 +72,16 @@ class OutputProcessor:
                 "preemptions": request.preemptions,
                 "cached_tokens": request.cached_tokens,
                 **request.spared.stats(),
+                **draft_stats(request.drafted, request.accepted),
             },
         )
+
+
+def draft_stats(drafted: int, accepted: int) -> dict[str, float]:
+    """Drafts of a request that were verified, those that became tokens, and their share; empty without drafts."""
+    if not drafted:
+        return {}
+    return {"draft_tokens": drafted, "accepted_tokens": accepted, "acceptance": accepted / drafted}
 
 
 class _Growing:

@@ -215,6 +215,7 @@ class RemoteEngine:
         cached: int,
         preempted: int,
         savings: Sequence[float],
+        drafts: Sequence[int],
     ) -> None:
         entry = self._open.get(request_id)
         if entry is None:  # its client could not take its outputs
@@ -224,6 +225,7 @@ class RemoteEngine:
             request.scheduled = None if scheduled is None else entry.start + scheduled
             request.cached_tokens = cached
         request.preemptions, request.spared = preempted, KvSavings(*savings)
+        request.drafted, request.accepted = drafts
         decoded = [decode_output(output, entry.start) for output in outputs]
         for output in decoded:
             if output.token is not None:

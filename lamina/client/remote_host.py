@@ -111,9 +111,9 @@ class EngineHost:
                 del self._open[request_id]
         encoded = [encode_output(output, start) for output in outputs]
         scheduled = None if request.scheduled is None else request.scheduled - start
-        self._events.put(
-            ("outputs", request_id, encoded, scheduled, request.cached_tokens, request.preemptions, request.spared)
-        )
+        drafts = (request.drafted, request.accepted)
+        known = (scheduled, request.cached_tokens, request.preemptions, request.spared, drafts)
+        self._events.put(("outputs", request_id, encoded, *known))
 
 
 def disclaim_later(disclaim: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lamina.messages.engine_request import EngineRequest
 from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina_protocols.routes import Span
-from lamina_workers.decoder.sampler import RowSampling, TokenHistory
+from lamina_workers.decoder.sampler import RowSampling, TokenCounts, TokenHistory
 from lamina_workers.model_worker.interface import BatchWork
 
 if TYPE_CHECKING:
@@ -22,28 +22,38 @@ def batch_work(
     constraints: Mapping[ScheduledSequence, Constraint],
 ) -> BatchWork:
     """The tokens of a plan's rows. `requests` has every row's sequence, `histories` the sequences with penalties,
-    `constraints` those with constrained text."""
+    `constraints` those with constrained text; these have foreseen what may come after their drafts."""
     token_ids: list[int] = []
-    sampled, sampling = [], []
+    sampled: list[int] = []
+    sampling: list[RowSampling] = []
     for row in plan.rows:
-        token_ids += row.sequence.tokens[row.start : row.start + row.count]
+        sequence = row.sequence
+        token_ids += sequence.tokens[row.start : row.start + row.known]
         if row.sample:
-            sampled.append(len(token_ids) - 1)
-            sequence = row.sequence
-            sampling.append(_sampling(sequence, requests[sequence], histories.get(sequence), constraints.get(sequence)))
+            sampled += range(len(token_ids) - 1, len(token_ids) + len(row.drafts))
+            history, constraint = histories.get(sequence), constraints.get(sequence)
+            for drafts in range(row.samples):
+                counts = history if history is None or not drafts else history.ahead(row.drafts[:drafts])
+                sampling.append(_sampling(sequence, requests[sequence], counts, constraint, drafts))
+        token_ids += row.drafts
     spans = tuple(Span(row.start, row.count) for row in plan.rows)
     prompts = tuple(len(row.sequence.request.prompt) for row in plan.rows)
     return BatchWork(spans, prompts, token_ids, tuple(sampled), tuple(sampling))
 
 
 def _sampling(
-    sequence: ScheduledSequence, request: EngineRequest, history: TokenHistory | None, constraint: Constraint | None
+    sequence: ScheduledSequence,
+    request: EngineRequest,
+    history: TokenHistory | TokenCounts | None,
+    constraint: Constraint | None,
+    drafts: int,
 ) -> RowSampling:
+    """How the token is sampled that follows so many drafts: as if they had been generated."""
     params = request.params
-    position = len(sequence.tokens) - len(request.request.prompt)
+    position = len(sequence.tokens) - len(request.request.prompt) + drafts
     suppressed = tuple(request.request.stop_token_ids) if position < params.min_tokens else ()
     if constraint is not None:  # it has precedence over the other limits
-        suppressed = constraint.impossible(suppressed, params.ignore_eos)
+        suppressed = constraint.impossible(suppressed, params.ignore_eos, drafts)
     return RowSampling(
         temperature=params.temperature or 0.0,
         top_p=params.top_p or 1.0,
@@ -55,7 +65,7 @@ def _sampling(
         history=history,
         logit_bias=params.logit_bias,
         suppressed=suppressed,
-        allowed=None if constraint is None else constraint.allowed,
+        allowed=None if constraint is None else constraint.after(drafts),
         seed=request.seed,
         sample_index=sequence.sample,
         position=position,

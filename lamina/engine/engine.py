@@ -12,10 +12,12 @@ import queue
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from lamina.completions import FinishReason
 from lamina.engine.batch_input import batch_work
+from lamina.engine.drafting import Drafting
 from lamina.engine.drains import Drains
 from lamina.engine.failures import FailureReports, Failures, WaitDeadline
 from lamina.engine.holders import Holders
@@ -24,6 +26,7 @@ from lamina.engine.kv_migration import KvMigration
 from lamina.engine.mailbox import Mailbox
 from lamina.engine.masks import Masks
 from lamina.engine.observers import BatchDone, BatchObserver
+from lamina.engine.proposer import Proposer
 from lamina.engine.request_registry import RequestRegistry
 from lamina.engine.snapshots import take_snapshot
 from lamina.engine.stats import EngineStats, savings
@@ -36,8 +39,10 @@ from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.refusals import TRIES
 from lamina.scheduling.request import Plan, ScheduledSequence
+from lamina.scheduling.speculation import Speculation
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
+from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
 from lamina_workers.errors import HolderFault, HolderLost, faults
 from lamina_workers.model_worker.interface import Workers
@@ -56,7 +61,8 @@ class Engine:
     """Requests in, outputs out. A thread of the caller must `run` it; the other public methods are for any thread.
 
     Attention workers are the holders of `control` that have a name. Where none is left, requests wait for one to join,
-    `wait` seconds at most. `clock`: seconds. With a `recorder` the engine keeps a journal.
+    `wait` seconds at most. `clock`: seconds. With a `recorder` the engine keeps a journal. With a `proposer` it
+    verifies drafts, as many as `speculation` deals.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class Engine:
         grammars: Grammars | None = None,
         recorder: Recorder | None = None,
         wait: float = 60.0,
+        speculation: Speculation | None = None,
+        proposer: Proposer | None = None,
         reports: FailureReports | None = None,
     ) -> None:
         self._worker = worker
@@ -78,7 +86,8 @@ class Engine:
         self._mailbox = Mailbox()
         self._stats = EngineStats(clock())
         self._masks = Masks(self._mailbox.post)
-        self._registry = RequestRegistry(self._scheduler, clock, self._masks, grammars, recorder)
+        self._drafting = Drafting(proposer, speculation, self._stats, clock)
+        self._registry = RequestRegistry(self._scheduler, clock, self._masks, grammars, recorder, self._drafting.ended)
         self._in_flight = InFlight(worker, control, self._stats)
         migration = KvMigration(worker, control, clock)
         names = {number: holder.name for number, holder in control.placement.holders.items() if holder.name}
@@ -91,7 +100,7 @@ class Engine:
             reports or FailureReports(),
         )  # fmt: skip
         self._holders.listeners = (self._stats, self._tiering, self._drains, self._failures)
-        self._observers: tuple[BatchObserver, ...] = (self._failures, self._stats, self._tiering)
+        self._observers: tuple[BatchObserver, ...] = (self._failures, self._stats, self._tiering, self._drafting)
 
     # Any thread.
 
@@ -224,7 +233,7 @@ class Engine:
     def _snapshot(self, sink: Callable[[Snapshot], None]) -> None:
         taken = take_snapshot(
             self._stats, self._control, self._worker.links(), self._holders.names, self._worker.attention_seconds,
-            self._tiering.local_share, self._clock(),
+            self._tiering.local_share, self._clock(), self._drafting.counts,
         )  # fmt: skip
         try:
             sink(taken)
@@ -242,6 +251,7 @@ class Engine:
         self._move()
         while len(self._in_flight) < self._control.tuner.lanes and not self._in_flight.full:
             since = self._clock()
+            self._propose()
             step = self._control.plan(alone=not self._in_flight)
             self._stats.plan_seconds += self._clock() - since
             if step is None:
@@ -250,6 +260,11 @@ class Engine:
             self._in_flight.add(self._begin(step))
         if self._in_flight:
             self._advance(self._in_flight.next())
+
+    def _propose(self) -> None:
+        """Have drafts proposed for the next batch."""
+        if self._drafting.on:
+            self._drafting.propose(self._scheduler.decoding(self._control.tuner.lanes), self._registry, self._masks)
 
     def _move(self) -> None:
         """Move sequences between holders, and let drained workers go."""
@@ -318,6 +333,7 @@ class Engine:
                 short = {number for number, answer in answers.items() if not answer.accepted}
                 self._tiering.abandon(short)  # moves take pages that others need
             for sequence in self._control.refused(step, answers):
+                self._registry.forget(sequence)
                 if request := self._registry.of(sequence):
                     self._registry.fail(request, EngineError(f"the holders have no room: {why}"))
             return False
@@ -342,13 +358,16 @@ class Engine:
         now, running = self._clock(), len(self._scheduler.running)
         self._scheduler.fair_share.took(sum(row.count for row in plan.rows), now - since)
         local, remote = self._control.tokens_read(plan)
-        rows = [row for row in plan.rows if row.sample]
-        for row, token in zip(rows, sampled.tokens, strict=True):
-            if token is None:
+        reports: dict[ScheduledSequence, list[RowLogprobs | None]] = {}
+        drawn = iter(zip(sampled.tokens, sampled.logprobs, strict=True))
+        for row in (row for row in plan.rows if row.sample):
+            of_row = list(islice(drawn, row.samples))
+            reports[row.sequence] = [report for _, report in of_row]
+            if of_row[0][0] is None and not row.drafts:
                 self._corrupted(row.sequence)
         prompt_tokens = self._registry.follow_prefill(plan)
-        reports = dict(zip((row.sequence for row in rows), sampled.logprobs, strict=True))
-        outcomes = self._control.recorded(plan, [token or 0 for token in sampled.tokens])
+        outcomes = self._control.recorded(plan, sampled.tokens)
+        self._drafting.recorded(plan, outcomes, self._registry.requests)
         outputs = self._registry.outputs(outcomes, reports, now)
         done = BatchDone(
             plan, outputs.by_request, prompt_tokens, len(outcomes), running, local, remote,

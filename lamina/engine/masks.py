@@ -1,4 +1,5 @@
-"""Constraints go on by their new tokens here, so that the engine's thread never waits for an expensive mask."""
+"""Constraints go on by their new tokens here, and look ahead along drafts, so that the engine's thread never waits for
+an expensive mask."""
 
 from __future__ import annotations
 
@@ -27,15 +28,18 @@ _NICE = 10  # of the thread with slow masks: the step's threads go first
 
 @dataclass(eq=False, slots=True)
 class Advance:
-    """A constraint on its way over `tokens`. `error`: why it could not go on."""
+    """A constraint on its way over `tokens`, or where they are `drafts` a look ahead along them. `error`: why it could
+    not go on. `arrived` is called with it where nobody waited for it."""
 
     sequence: ScheduledSequence
     constraint: Constraint
     tokens: Sequence[int]
+    drafts: bool = False
     error: InvalidRequest | None = None
     over: bool = False
     late: bool = False  # nobody waits for it: it is announced when it is over
     done: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    arrived: Callable[[Advance], None] = lambda _: None
 
 
 class Masks:
@@ -50,16 +54,14 @@ class Masks:
         self._lock = threading.Lock()  # of `over` and `late` of each
         self._numbers = count()
         self._queues: dict[bool, queue.PriorityQueue[tuple[float, int, Advance | None]]] = {}  # by whether it is slow
-        self._arrived: Callable[[Advance], None] = lambda _: None
 
     def begin(self, advances: Sequence[Advance], arrived: Callable[[Advance], None]) -> list[Advance]:
         """Have constraints go on, and wait for those that were fast so far as long as patience lasts. Returns those
         that are there. The sequences of the others are `held`, and `arrived` is called with each when it is there."""
-        self._arrived = arrived
         done, waited = threading.Semaphore(0), 0
         for advance in advances:
             slow = advance.late = advance.constraint.slow
-            advance.done = done
+            advance.done, advance.arrived = done, arrived
             waited += not slow
             self._queue(slow).put((advance.constraint.spent, next(self._numbers), advance))
         end = time.monotonic() + self._patience
@@ -95,7 +97,8 @@ class Masks:
         while (advance := waiting.get()[2]) is not None:
             if advance.sequence.finish_reason in (None, "length"):  # else nobody asks any more
                 try:
-                    advance.constraint.advance(*advance.tokens)
+                    go = advance.constraint.foresee if advance.drafts else advance.constraint.advance
+                    go(*advance.tokens)
                 except InvalidRequest as error:
                     advance.error = error.with_traceback(None)  # it would keep the matcher
                 except BaseException as error:  # noqa: BLE001  # a panic in Rust
@@ -110,4 +113,4 @@ class Masks:
     def _there(self, advance: Advance) -> None:
         self.late -= 1
         advance.sequence.held = False
-        self._arrived(advance)
+        advance.arrived(advance)

@@ -34,8 +34,8 @@ class BatchDone:
 
     @property
     def prefill(self) -> bool:
-        """Whether a row has more than one token."""
-        return any(row.count > 1 for row in self.plan.rows)
+        """Whether a row has more than one known token."""
+        return any(row.known > 1 for row in self.plan.rows)
 
 
 class BatchObserver(Protocol):

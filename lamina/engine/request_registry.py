@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
 
 class RequestRegistry:
     """`requests` by id, and for the samples that need them `histories` of tokens and `constraints`. With a `recorder`
-    every output is in the journal before a client gets it."""
+    every output is in the journal before a client gets it. `ended` is called with each sample that has ended."""
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class RequestRegistry:
         masks: Masks,
         grammars: Grammars | None = None,
         recorder: Recorder | None = None,
+        ended: Callable[[ScheduledSequence], None] = lambda _: None,
     ) -> None:
         self.requests: dict[str, EngineRequest] = {}
         self.histories: dict[ScheduledSequence, TokenHistory] = {}
@@ -54,6 +55,7 @@ class RequestRegistry:
         self._clock = clock
         self._masks = masks
         self._recorder = recorder
+        self._ended = ended
         self._resumption = Resumption(recorder, scheduler, grammars)
 
     def of(self, sample: ScheduledSequence) -> EngineRequest | None:
@@ -92,22 +94,24 @@ class RequestRegistry:
             self._recorder.begins(dict.fromkeys(row.sequence.request.id for row in tried))
 
     def outputs(
-        self, outcomes: Sequence[Outcome], reports: Mapping[ScheduledSequence, RowLogprobs | None], now: float
+        self, outcomes: Sequence[Outcome], reports: Mapping[ScheduledSequence, Sequence[RowLogprobs | None]], now: float
     ) -> Outputs:
-        """The outputs of a complete batch; `reports` are the log probabilities of the sequences that sampled. Ends the
+        """The outputs of a complete batch; `reports` are the log probabilities of each sequence's tokens. Ends the
         samples that are complete by their constraint."""
-        batch = Outputs({}, [])
+        batch, new = Outputs({}, []), dict[ScheduledSequence, list[Outcome]]()
+        for outcome in outcomes:
+            new.setdefault(outcome.sequence, []).append(outcome)
         followed = [
-            Advance(sequence, constraint, (token,))
-            for sequence, token, reason in outcomes
-            if reason != "stop" and (constraint := self.constraints.get(sequence)) is not None
+            Advance(sequence, constraint, [outcome.token for outcome in those])
+            for sequence, those in new.items()
+            if those[-1].finish_reason != "stop" and (constraint := self.constraints.get(sequence)) is not None
         ]
         advanced = {each.sequence: each for each in self._masks.begin(followed, self._advanced)} if followed else {}
-        for outcome in outcomes:
-            sequence = outcome.sequence
-            if sequence in self.histories:
-                self.histories[sequence].append(outcome.token)
-            reason = outcome.finish_reason
+        for sequence, those in new.items():
+            if (history := self.histories.get(sequence)) is not None:
+                for outcome in those:
+                    history.append(outcome.token)
+            reason = those[-1].finish_reason
             if (advance := advanced.get(sequence)) is not None:
                 if advance.error is not None:
                     batch.strayed.append((self.requests[sequence.request.id], advance.error))
@@ -116,8 +120,11 @@ class RequestRegistry:
                     reason = "stop"
             elif sequence.held and reason == "length":
                 reason = None  # it may be "stop": `_advanced` ends the sample
-            output = EngineOutput(sequence.sample, outcome.token, reason, reports[sequence], at=now)
-            batch.by_request.setdefault(sequence.request.id, []).append(output)
+            reasons = [*(None for _ in those[1:]), reason]
+            batch.by_request.setdefault(sequence.request.id, []).extend(
+                EngineOutput(sequence.sample, outcome.token, end, report, at=now)
+                for outcome, end, report in zip(those, reasons, reports[sequence], strict=False)
+            )
             if reason is not None:
                 self.forget(sequence)
         return batch
@@ -236,6 +243,7 @@ class RequestRegistry:
         """A sample has ended."""
         self.histories.pop(sequence, None)
         self.constraints.pop(sequence, None)
+        self._ended(sequence)
         request = self.requests.get(sequence.request.id)
         if request is not None:
             request.preemptions += sequence.preemptions

@@ -10,6 +10,7 @@ from lamina.engine.stats import EngineStats
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.kv_shares import Pages
+from lamina.scheduling.speculation import SpeculationCounts
 from lamina_workers.ports.timing import Link
 
 _NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)
@@ -23,10 +24,13 @@ def take_snapshot(
     attention_seconds: float,
     local_share: float,
     now: float,
+    drafts: SpeculationCounts | None = None,
 ) -> Snapshot:
     """What the engine is doing now. `links` are those to the holders of rank 0, `names` those of attention workers, by
-    number of the holder. `now`: by the engine's clock."""
+    number of the holder. `now`: by the engine's clock. `drafts`: what became of
+    them, None without speculation."""
     scheduler = control.scheduler
+    drafts = drafts or SpeculationCounts()
     counters, uptime, named = scheduler.counters, now - stats.began, _Names(control, links, names)
     counted = asdict(stats) | {"batch_counts": tuple(stats.batch_counts), "missing": tuple(stats.missing)}
     return Snapshot(
@@ -43,6 +47,10 @@ def take_snapshot(
         rebuilt_tokens=counters.rebuilt_tokens,
         model_seconds=max(0.0, uptime - stats.idle_seconds - attention_seconds),
         attention_seconds=attention_seconds,
+        drafts=drafts.drafts,
+        draft_tokens=drafts.draft_tokens,
+        accepted_tokens=drafts.accepted_tokens,
+        accepted_at=tuple(drafts.accepted_at),
         page_size=scheduler.config.page_size,
         cached_pages=named.pages(scheduler.running.prefix_cache.evictable),
         holders=tuple(named.holders()),

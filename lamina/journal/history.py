@@ -152,10 +152,12 @@ class History:
     def _row(self, row: BatchRow) -> None:
         sample = self.requests[row.request_id].samples[row.sample]
         sample.handle, sample.computed = row.handle, row.computed
-        if row.token is not None:
+        if len(row.tokens) != len(row.logprobs):
+            raise ValueError(f"{len(row.tokens)} tokens with {len(row.logprobs)} reports")
+        if row.tokens:
             self.requests[row.request_id].tries = 0
-            sample.tokens.append(row.token)
-            sample.logprobs.append(row.logprobs)
+            sample.tokens += row.tokens
+            sample.logprobs += row.logprobs
         if row.reason is not None:
             sample.reason = row.reason
             self._ended(row.request_id)

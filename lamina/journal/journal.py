@@ -30,7 +30,7 @@ from lamina_protocols.control import package_version
 
 logger = logging.getLogger("lamina")
 
-FORMAT = 2
+FORMAT = 3
 MAX_RECORD = 1 << 28  # bytes
 NAME = "journal"
 _MAGIC = b"lamina journal\r\n"  # a transfer that changes line ends is noticed

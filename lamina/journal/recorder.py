@@ -67,24 +67,28 @@ class Recorder:
 
     def batch(self, plan: Plan, outputs: Mapping[str, Sequence[EngineOutput]]) -> None:
         """A batch is complete. It is written before clients get its outputs."""
-        sampled = {(request_id, output.sample): output for request_id, batch in outputs.items() for output in batch}
+        sampled: dict[tuple[str, int], list[EngineOutput]] = {}
+        for request_id, batch in outputs.items():
+            for output in batch:
+                sampled.setdefault((request_id, output.sample), []).append(output)
         rows = []
         for row in plan.rows:
             sequence = row.sequence
             request_id = sequence.request.id
             if row.rebuild or request_id not in self._journal.history.requests:
                 continue
-            output = sampled.get((request_id, sequence.sample))
-            if output is None and sequence.finish_reason is not None:  # it ended meanwhile
+            own = sampled.get((request_id, sequence.sample), [])
+            reason = own[-1].finish_reason if own else None
+            if not own and sequence.finish_reason is not None:  # it ended meanwhile
                 self._parts.pop(sequence, None)
                 continue
-            if output is None or output.finish_reason is sequence.finish_reason is None:
+            if not own or reason is sequence.finish_reason is None:
                 self._keep(sequence, row.handle)
             else:
                 self._parts.pop(sequence, None)
-            token, reason, logprobs = (None, None, None) if output is None else _plain(output)
-            end = row.start + row.count
-            rows.append(BatchRow(request_id, sequence.sample, row.handle, end, token, reason, logprobs))
+            end = row.start + row.known + max(0, len(own) - 1)  # the last token has no KV
+            tokens, reports = tuple(output.token or 0 for output in own), tuple(map(_report, own))
+            rows.append(BatchRow(request_id, sequence.sample, row.handle, end, tokens, reason, reports))
         if rows:
             self._journal.append(BatchRecord(tuple(rows)))
         self._journal.commit()
@@ -191,10 +195,9 @@ def _same(known: KnownRequest, request: EngineRequest) -> bool:
     return recorded == (asked.prompt, asked.max_tokens, asked.n, request.seed)
 
 
-def _plain(output: EngineOutput) -> tuple[int | None, str | None, Any]:
+def _report(output: EngineOutput) -> Any:
     report = output.logprobs
-    logprobs = None if report is None else (report.chosen, tuple(report.top))
-    return output.token, output.finish_reason, logprobs
+    return None if report is None else (report.chosen, tuple(report.top))
 
 
 def _output(sample: int, token: int | None, reason: Any, logprobs: Any, at: float) -> EngineOutput:

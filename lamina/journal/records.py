@@ -47,15 +47,16 @@ class SampleRecord(NamedTuple):
 
 
 class BatchRow(NamedTuple):
-    """The result of a batch for one sample: `computed` of its tokens have KV under `handle`, and what was sampled."""
+    """The result of a batch for one sample: its new tokens with their log probabilities, and why it ended with the last
+    of them, if it did; `computed` of all its tokens have KV under `handle`."""
 
     request_id: str
     sample: int
     handle: int
     computed: int
-    token: int | None
+    tokens: tuple[int, ...]
     reason: str | None
-    logprobs: Any
+    logprobs: tuple[Any, ...]
 
 
 class BatchRecord(NamedTuple):

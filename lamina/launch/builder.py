@@ -29,12 +29,14 @@ from lamina.launch.journal_setup import Identity, identify, open_journal, recove
 from lamina.launch.kv_sizing import Sizes, check_room, indexed_pools, size_kv
 from lamina.launch.model_files import ModelFiles, load
 from lamina.launch.model_pool import ModelWorkerPool, begins
+from lamina.launch.speculation import DraftFiles, find_drafts, load_proposer
 from lamina.launch.unused_options import unused_options
 from lamina.messages.engine_request import EngineRequest, unwatched
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SchedulerConfig
+from lamina.scheduling.speculation import Speculation
 from lamina.scheduling.step_tuner import StepTuner
 from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
@@ -170,6 +172,7 @@ def _build(
 ) -> Runtime:
     files = load(name, config, progress)
     sizes = size_kv(files, config, this_machine())
+    drafts = find_drafts(files, sizes, config, progress)
     torch.set_num_threads(sizes.own_threads)
     for said in unused_options(config, sizes.holder):
         logger.warning("%s", said)
@@ -179,7 +182,7 @@ def _build(
             undo.callback(journal.close)
         pools = connect(files, sizes, config, journal, attention_workers, model_workers, undo)
         pools.begin(progress)
-        runtime = assemble(files, sizes, pools, config, progress)
+        runtime = assemble(files, sizes, pools, config, progress, drafts)
         undo.pop_all()
     logger.info(
         "%s: %s on %s, KV %s for %d tokens, %d threads",
@@ -216,12 +219,20 @@ def connect(
     return Pools(journal, identity, attention, models)
 
 
-def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig, progress: Progress | None) -> Runtime:
+def assemble(
+    files: ModelFiles,
+    sizes: Sizes,
+    pools: Pools,
+    config: EngineConfig,
+    progress: Progress | None,
+    drafts: DraftFiles | None = None,
+) -> Runtime:
     """Load the model, join the workers and put the engine together; it runs once its thread calls `run`. Raises
     EngineError where workers do not start, InvalidRequest where the KV memory is too small."""
     prepare_kernels(sizes.ranks[0], sizes.dtype, (sizes.device, sizes.attention_device), progress)
-    weights = files.weights(sizes.dtype, sizes.device, Shard(0, config.ranks), progress)
+    weights = files.weights(sizes.dtype, sizes.packing, sizes.device, Shard(0, config.ranks), progress)
     worker = _model_workers(files, sizes, pools, config, weights)
+    proposer = load_proposer(drafts, sizes, config, progress)
     holders = {
         rank: Holder(page_counts(holder, sizes.attention_device), fused=True, rank=rank)
         for rank, holder in enumerate(sizes.ranks)
@@ -261,6 +272,8 @@ def assemble(files: ModelFiles, sizes: Sizes, pools: Pools, config: EngineConfig
         grammars=inputs.grammars,
         recorder=recorder,
         wait=config.recovery_timeout,
+        speculation=Speculation(config.most_drafts) if proposer is not None else None,
+        proposer=proposer,
         reports=FailureReports(
             lost=unlost if pools.attention is None else pools.attention.workers.lost,
             rebuilt=unwatched if progress is None else partial(progress, "rebuilding lost KV"),

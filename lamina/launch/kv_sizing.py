@@ -20,8 +20,9 @@ from lamina_protocols.layers import STATES, HolderConfig, LayerSpec
 from lamina_protocols.pools import pools
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost
-from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.model_checkpoint import fingerprint
+from lamina_workers.decoder.packing import Packing
 from lamina_workers.decoder.shard import Shard, heads_of
 from lamina_workers.devices.available import find_each, memory_available
 from lamina_workers.errors import PolicyError, RanksError
@@ -36,12 +37,13 @@ SEQUENCE_TOKENS = 4096  # of a usual sequence, at most
 class Sizes:
     """What a model takes of the machine.
 
-    `devices` has one for each model worker. `threads` are the CPU threads of one step on this machine, `own_threads`
-    those of each model worker. `holder` is what holders of the whole model's KV are built from, `ranks` the part of
-    each rank.
+    `packing`: which weights stay packed. `devices` has one for each model worker. `threads` are the CPU threads of one
+    step on this machine, `own_threads` those of each model worker. `holder` is what holders of the whole model's KV are
+    built from, `ranks` the part of each rank.
     """
 
     dtype: torch.dtype
+    packing: Packing
     devices: tuple[torch.device, ...]
     attention_device: torch.device
     threads: int
@@ -79,6 +81,7 @@ def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
         own_threads = max(1, threads // config.model_workers)
     devices, attention = _model_devices(config), attention_devices(config)
     dtype = _dtype(config.dtype, devices[0], machine)
+    packing = files.packing(config, devices, dtype)
     holder = holder_config(files.path, files.model, config, dtype, machine)
     _check_shard(config, holder)
     for pool in pools(holder):
@@ -87,7 +90,7 @@ def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
                 HeadPolicies.of(pool.config).check(device)
     limits = limits_of(config, files.model, holder, machine)
     ranks = _rank_holders(holder, config.ranks)
-    return Sizes(dtype, devices, attention[0], threads, own_threads, holder, ranks, limits)
+    return Sizes(dtype, packing, devices, attention[0], threads, own_threads, holder, ranks, limits)
 
 
 def _check_shard(config: EngineConfig, holder: HolderConfig) -> None:
@@ -234,6 +237,7 @@ def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, ma
         prefix_cache=prefix_cache,
         states=states,
         snapshot_tokens=max(SNAPSHOT_TOKENS, config.page_size) if states and prefix_cache else None,
+        max_drafts=0 if states else config.most_drafts,
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,10 @@ from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer, read_json
-from lamina_workers.converted.models import Weights, for_ranks, load_model, model_config
-from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
+from lamina_workers.converted.models import Weights, for_ranks, load_model, model_config, way
 from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.decoder.packing import Packing, kept_bytes, packed_kind
 from lamina_workers.decoder.shard import Shard
 from lamina_workers.devices.available import room_for
 
@@ -35,13 +35,45 @@ class ModelFiles:
     tokenizer: Tokenizer
     generation_config: Mapping[str, Any]
 
-    def weights(self, dtype: torch.dtype, device: torch.device, shard: Shard, progress: Progress | None) -> Weights:
+    def weights(
+        self, dtype: torch.dtype, packing: Packing, device: torch.device, shard: Shard, progress: Progress | None
+    ) -> Weights:
         """The weights of one rank. Raises ModelFileError, UnsupportedModelError, NotEnoughMemory."""
         report = unwatched if progress is None else partial(progress, "loading")
-        with Checkpoint(self.path) as checkpoint, torch.inference_mode():
-            shapes = (checkpoint.shape(name) for name in checkpoint.names())
-            with room_for("the weights", sum(map(math.prod, shapes)) * dtype.itemsize // shard.ranks, device):
-                return load_model(self.model, checkpoint, dtype, device, report, shard)
+        with (
+            open_checkpoint(self.path) as checkpoint,
+            torch.inference_mode(),
+            room_for("the weights", lambda: kept_bytes(checkpoint, dtype, packing) // shard.ranks, device),
+        ):
+            return load_model(self.model, checkpoint, dtype, device, report, shard, packing)
+
+    def packing(self, config: EngineConfig, devices: Sequence[torch.device], dtype: torch.dtype) -> Packing:
+        """Which weights stay packed, or become so, on these devices. Raises InvalidRequest where what the config asks
+        for is not possible."""
+        with open_checkpoint(self.path) as checkpoint:
+            kind = packed_kind(checkpoint)
+        asked = f"quantize is {config.quantize!r}" if config.quantize else f"weights is {config.weights!r}"
+        obstacle = self._obstacle(devices, dtype)
+        if config.quantize:
+            if kind is not None:
+                raise InvalidRequest(f"{asked}, but the weights are packed already, as {kind}; allowed is None")
+            if obstacle:
+                raise InvalidRequest(f"{asked}, but {obstacle}; allowed here is None")
+            return Packing(quantize=config.quantize)
+        if config.weights == "packed" and (obstacle or kind is None):
+            why = obstacle or "the checkpoint has floats, which quantize=... would pack"
+            raise InvalidRequest(f"{asked}, but {why}; allowed here are auto, bfloat16 and float32")
+        return Packing(packed=config.weights in ("auto", "packed") and kind is not None and not obstacle)
+
+    def _obstacle(self, devices: Sequence[torch.device], dtype: torch.dtype) -> str:
+        """Why packed weights cannot be multiplied; "": they can."""
+        if way(self.model) == "converted":
+            return f"{self.model.architecture} is converted, which runs unpacked weights only"
+        if others := [str(device) for device in devices if device.type != "cpu"]:
+            return f"there are no kernels for packed weights on {others[0]} (Lamina has no extra with torchao's yet)"
+        if dtype not in (torch.bfloat16, torch.float32):
+            return f"packed weights are multiplied in bfloat16 or float32, and dtype is {dtype}".replace("torch.", "")
+        return ""
 
 
 def load(name: str | Path, config: EngineConfig, progress: Progress | None) -> ModelFiles:

@@ -154,6 +154,8 @@ def begins(config: EngineConfig, files: ModelFiles, sizes: Sizes, identity: Iden
             model=files.fingerprint,
             rope_scaling="" if scaling is None else json.dumps(dict(scaling)),
             dtype=sizes.dtype_name,
+            packed=sizes.packing.packed,
+            quantize=sizes.packing.quantize,
             device=str(sizes.devices[rank]),
             attention_device=str(sizes.attention_device),
             compile=config.compile,

@@ -27,6 +27,8 @@ def unused_options(config: EngineConfig, holder: HolderConfig) -> Iterator[str]:
         for name in _FOR_ATTENTION_WORKERS:
             if name in given:
                 yield f"{name}={getattr(config, name)!r:.80} does nothing without attention_workers"
+    if "num_speculative_tokens" in given and config.speculate is None:
+        yield f"num_speculative_tokens={config.num_speculative_tokens} does nothing without speculate"
     if "model_parallel" in given and config.model_workers == 1:
         yield f"model_parallel={config.model_parallel!r} does nothing with one model worker"
     if "sequence_tokens" in given and len(pools(holder)) == 1:

@@ -26,9 +26,9 @@ from lamina_protocols.pools import pools
 from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.converted.models import decoder_of, load_model, model_config
-from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady, StateReady
+from lamina_workers.decoder.model_checkpoint import open_checkpoint
 from lamina_workers.ports.port import LocalAttention
 
 _HOLDER = 0
@@ -50,7 +50,7 @@ def loaded(name: str | Path, engine: EngineConfig) -> Iterator[tuple[Path, Model
     dtype: torch.dtype = getattr(torch, native_dtype(machine)[0] if engine.dtype == "auto" else engine.dtype)
     tokenizer = Tokenizer(path)
     try:
-        with Checkpoint(path) as checkpoint, torch.inference_mode():
+        with open_checkpoint(path) as checkpoint, torch.inference_mode():
             decoder = decoder_of(model, load_model(model, checkpoint, dtype, torch.device("cpu")))
         yield path, model, decoder, tokenizer
     finally:

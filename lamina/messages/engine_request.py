@@ -79,6 +79,8 @@ class EngineRequest:
     scheduled: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
+    drafted: int = 0  # drafts of all samples that were verified
+    accepted: int = 0  # those of them that became tokens
     spared: KvSavings = NOTHING_SPARED
     unfinished: int = 0
     received: tuple[tuple[tuple[int, ...], bool], ...] | None = None

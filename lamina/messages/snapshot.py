@@ -113,6 +113,10 @@ class Snapshot:
     returned_workers: int = 0  # model workers that were gone and came back
     plan_seconds: float = 0.0
     announce_seconds: float = 0.0
+    drafts: int = 0  # rows with drafts that were verified
+    draft_tokens: int = 0  # their drafts
+    accepted_tokens: int = 0  # those that became tokens
+    accepted_at: tuple[int, ...] = ()  # the same by position in their row; empty without speculation
     local_share: float = 1.0  # of the tokens of sequences with KV: the share whose KV is in the engine's process
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,7 +129,7 @@ class Snapshot:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Snapshot:
         """The snapshot of `as_dict`'s fields, lists standing for tuples."""
-        tuples = {name: tuple(fields[name]) for name in ("batch_counts", "missing") if name in fields}
+        tuples = {name: tuple(fields[name]) for name in ("batch_counts", "missing", "accepted_at") if name in fields}
         holders = tuple(
             HolderSnapshot(
                 **{**holder, "exchange_counts": tuple(holder["exchange_counts"]), "pools": _pairs(holder["pools"])}

@@ -1,7 +1,6 @@
-"""A GGUF file becomes a folder that Hugging Face's loaders and ours read: config, bf16 weights, tokenizer.
+"""A GGUF file gets a folder as Hugging Face models have one: config, tokenizer, and a record of where its weights are.
 
-Names and layouts are those of llama.cpp's converter, for the families below. Memory is bounded by one block of rows,
-whatever the file's size.
+The weights stay in the file. Names and layouts are those of llama.cpp's converter, for the families below.
 """
 
 from __future__ import annotations
@@ -10,20 +9,17 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from lamina.models.cache import FileRecord, write_file
 from lamina.models.gguf_files import GgufFile
 from lamina.models.gguf_tokenizer import tokenizer_files
-from lamina.system.progress import Progress
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.safetensors_files import SINGLE_FILE
+from lamina_workers.decoder.gguf_checkpoint import RECORD, GgufEntry, GgufRecord
 from lamina_workers.decoder.weight_names import norm_names, tensor_shapes
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
@@ -53,8 +49,8 @@ _MAX_LAYERS = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """One tensor to write: its name and shape, the GGUF tensor it comes from, how many heads are permuted there
-    (0: its rows are in order), and what was added to its values there."""
+    """One tensor: its name and shape, the GGUF tensor that it is, how many heads are permuted there (0: its rows are in
+    order), and what was added to its values there."""
 
     name: str
     source: str
@@ -63,21 +59,26 @@ class _Target:
     added: float = 0.0
 
 
-def convert(file: GgufFile, folder: Path, progress: Progress) -> dict[str, FileRecord]:
-    """Write `file` into the empty folder `folder`. Returns a record of each file written, by name.
+def convert(file: GgufFile, folder: Path, path: str) -> dict[str, FileRecord]:
+    """Write what says how to run `file` into the empty folder `folder`. Returns a record of each file written, by name.
+    `path`: where the file is found from there.
 
     Raises UnsupportedModelError for a model that Lamina cannot represent, ModelFileError where the file contradicts
     itself, and OSError as it comes.
     """
     config = _config(file)
-    targets = list(_targets(file, config))
-    contents = {"config.json": config, **tokenizer_files(file.path, file.metadata)}
-    written = {
+    tensors = {target.name: _entry(file, target) for target in _targets(file, config)}
+    record = GgufRecord(path, file.size, file.header, file.header_sha256(), tensors)
+    contents = {"config.json": config, **tokenizer_files(file.path, file.metadata), RECORD: asdict(record)}
+    return {
         name: write_file(folder / name, iter([json.dumps(content, indent=2, ensure_ascii=False).encode()]))
         for name, content in contents.items()
     }
-    written[SINGLE_FILE] = write_file(folder / SINGLE_FILE, _safetensors(file, targets, progress))
-    return written
+
+
+def _entry(file: GgufFile, target: _Target) -> GgufEntry:
+    tensor = file.tensors[target.source]
+    return GgufEntry(tensor.kind.name, tensor.shape, tensor.offset, target.permuted, target.added)
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
@@ -217,39 +218,6 @@ def _target(model: ModelConfig, name: str, shape: tuple[int, ...]) -> _Target:
     # What a family adds to the weights of norms when it computes, llama.cpp's converter adds before.
     added = model.family.norm_offset if part.endswith("norm") else 0.0
     return _Target(name, source, shape, permuted, added)
-
-
-def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
-    """For each row of a Hugging Face q or k projection, its row in a GGUF of the llama family: int64 `[rows]`.
-
-    Hugging Face rotates dimension i of a head with i + d/2, llama.cpp 2i with 2i + 1, so its converter
-    (convert_hf_to_gguf.py, `permute`) interleaves the halves.
-    """
-    return np.arange(rows, dtype=np.int64).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-
-
-def _safetensors(file: GgufFile, targets: list[_Target], progress: Progress) -> Iterator[bytes]:
-    """The bytes of a safetensors file with `targets` in bf16, block by block."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    total = 0
-    for target in targets:
-        size = 2 * math.prod(target.shape)
-        header[target.name] = {"dtype": "BF16", "shape": target.shape, "data_offsets": [total, total + size]}
-        total += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data starts aligned
-    yield len(encoded).to_bytes(8, "little") + encoded
-    done = 0
-    progress("converting", done, total)
-    for target in targets:
-        order = _unpermuted(target.shape[0], target.permuted) if target.permuted else None
-        for block in file.rows(target.source, order):
-            values = torch.from_numpy(np.require(block, requirements="W"))
-            rounded = values.sub(target.added).to(torch.bfloat16)
-            data = rounded.view(torch.uint8).numpy().tobytes()
-            yield data
-            done += len(data)
-            progress("converting", done, total)
 
 
 class _Keys:

@@ -6,6 +6,7 @@ was compared with the file's.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import struct
@@ -58,7 +59,12 @@ class GgufFile:
             raise ModelFileError(f"cannot read {self.path}: {error}") from error
         reader = _Reader(self.path, self._map)
         self.metadata, self.tensors = _read_header(reader)
-        _check_offsets(self.path, self.tensors, reader.position, len(self._map))
+        self.header, self.size = reader.position, len(self._map)  # bytes
+        _check_offsets(self.path, self.tensors, self.header, self.size)
+
+    def header_sha256(self) -> str:
+        """The hex SHA-256 of all before the tensors' data."""
+        return hashlib.sha256(self._map[: self.header]).hexdigest()
 
     def rows(self, name: str, order: npt.NDArray[np.int64] | None = None) -> Iterator[npt.NDArray[np.float32]]:
         """The tensor `name` as float32 blocks `[some rows, last dimension]`, of 16 MiB or one row at most.

@@ -12,6 +12,7 @@ from typing import Any
 from lamina.system.progress import Progress
 from lamina_workers.errors import DiskFullError, ModelFileError
 
+_RECORD = "gguf.json"  # of Lamina's own cache; it could name any file of this machine
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # never pickles: loading them can run code
 
 
@@ -23,7 +24,11 @@ def download(hub_id: str, progress: Progress) -> Path:
     from huggingface_hub import snapshot_download  # takes 0.2 s to load
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_FILES), tqdm_class=_bar(hub_id, progress)))
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=list(_FILES), ignore_patterns=[_RECORD], tqdm_class=_bar(hub_id, progress)
+            )
+        )
     except Exception as error:  # the library lets errors of its HTTP client through
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise DiskFullError(f"no room to fetch {hub_id}: {error}") from error

@@ -14,10 +14,11 @@ from lamina.models.aliases import ALIASES, Alias
 from lamina.models.cache import FileRecord, cache_folder, folder_name, get_or_create
 from lamina.models.part_download import download_parts
 from lamina.system.progress import Progress
-from lamina_workers.decoder.safetensors_files import find_tensors
 from lamina_workers.errors import ModelFileError
 
-_CONVERSION = 1  # counts up when a conversion gives other files, so that older ones are not taken for them
+_CONVERSION = 2  # counts up when a conversion gives other files, so that older ones are not taken for them
+GGUF_FILE = "model.gguf"
+"""An alias's own file, in its folder."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FORMS = "an alias ({aliases}), a folder with config.json, a .gguf file, or a hub id such as org/name"
 
@@ -27,7 +28,8 @@ def _silent(what: str, done: int, total: int | None) -> None:
 
 
 def resolve(name: str | Path, progress: Progress | None = None) -> Path:
-    """The folder of the model `name`: config.json, safetensors weights, tokenizer. Fetches and converts at need.
+    """The folder of the model `name`: config.json, tokenizer, and safetensors weights or a record of the GGUF file that
+    has them. Fetches what is not there.
 
     `name` is an alias, a path to a folder or a GGUF file, or a hub id; an alias goes before a folder of that name
     (write `./name` for the folder). `progress` gets each step. Raises InvalidRequest where the name means
@@ -48,7 +50,7 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
     if is_folder:
         return _checked(path)
     if is_file:
-        return _from_gguf(path, progress)
+        return _from_gguf(path)
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
         return _checked(hub_download.download(text, progress))
     raise InvalidRequest(f"no model {text!r:.200}; allowed is {_FORMS.format(aliases=', '.join(ALIASES))}")
@@ -61,41 +63,44 @@ def alias_folder(name: str) -> Path:
 
 
 def _fetch(name: str, alias: Alias, target: Path, folder: Path, progress: Progress) -> dict[str, FileRecord]:
-    """Fetch and convert an alias into `folder`, which becomes `target`.
+    """Fetch an alias into `folder`, which becomes `target`.
 
     Beside `target` is the file as it comes, so that a later try goes on where the network or the user ended this one.
     """
     gguf = target.with_name(f"{target.name}.download")
     try:
         download_parts(alias.parts, alias.sha256, gguf, f"downloading {name}", folder, progress)
-        records = _convert(gguf, folder, progress)
+        records = _convert(gguf, folder, GGUF_FILE)
     except OSError:  # the disk may be full
         gguf.unlink(missing_ok=True)
         raise
-    gguf.unlink()
+    records[GGUF_FILE] = FileRecord(gguf.stat().st_size, alias.sha256)
+    gguf.rename(folder / GGUF_FILE)
     return records
 
 
-def _from_gguf(file: Path, progress: Progress) -> Path:
+def _from_gguf(file: Path) -> Path:
     if file.suffix != ".gguf":
         raise ModelFileError(f"{file} is refused: allowed is a .gguf file, or a folder with config.json and weights")
     state = file.resolve().stat()
     identity = f"{_CONVERSION} {file.resolve()} {state.st_size} {state.st_mtime_ns}"
     folder = cache_folder() / folder_name(file.stem, identity)
-    return get_or_create(folder, lambda target: _convert(file, target, progress))
+    return get_or_create(folder, lambda target: _convert(file, target, str(file.resolve())))
 
 
-def _convert(gguf: Path, folder: Path, progress: Progress) -> dict[str, FileRecord]:
-    # Imported here because they load torch and numpy, which a converted model does not need at this point.
+def _convert(gguf: Path, folder: Path, path: str) -> dict[str, FileRecord]:
+    # Imported here because they load numpy and the gguf package, which a model with a folder does not need.
     from lamina.models.gguf_conversion import convert
     from lamina.models.gguf_files import GgufFile
 
-    return convert(GgufFile(gguf), folder, progress)
+    return convert(GgufFile(gguf), folder, path)
 
 
 def _checked(folder: Path) -> Path:
+    from lamina_workers.decoder.model_checkpoint import check_weights  # it loads torch
+
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise ModelFileError(f"{folder} has no {name}; a folder needs config.json, tokenizer.json and weights")
-    find_tensors(folder)  # refuses pickles, and files that are not whole
+    check_weights(folder)  # refuses pickles, and files that are not whole
     return folder

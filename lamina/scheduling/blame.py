@@ -39,7 +39,7 @@ class Blame:
         caller ends it."""
         for row in rows:
             if row.sequence.finish_reason is None:
-                self.suspect(row.sequence, 1, row.start, row.start + row.count)
+                self.suspect(row.sequence, 1, row.start, row.start + row.known)
         alone = rows[0].sequence if len(rows) == 1 else None
         return alone if alone is not None and self._failures(alone) >= TRIES else None
 
@@ -53,7 +53,7 @@ class Blame:
     def passed(self, row: PlannedRow) -> None:
         """A batch with this row went well."""
         places = self._suspects.get(row.sequence)
-        while places and row.start + row.count >= places[-1].end:
+        while places and row.start + row.known >= places[-1].end:
             places.pop()
         if places == []:
             del self._suspects[row.sequence]

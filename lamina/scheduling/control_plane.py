@@ -137,9 +137,8 @@ class ControlPlane:
         """Holders have answered an announcement of operations outside of any step."""
         self.scheduler.ledger.update_free(self._applied(batches, answers))
 
-    def recorded(self, plan: Plan, tokens: Sequence[int]) -> list[Outcome]:
-        """The batch is complete. `tokens` has one token for each row that samples, in row order. Sequences that were
-        ended meanwhile have no outcome."""
+    def recorded(self, plan: Plan, tokens: Sequence[int | None]) -> list[Outcome]:
+        """The batch is complete: see `Scheduler.record`."""
         return self.scheduler.record(plan, tokens)
 
     def dropped(self, step: Step) -> None:

@@ -69,6 +69,7 @@ class KvRebuild:
         substitutes = self._substitutes(sequence, lost, spare, source, length)
         if substitutes is None:
             return None
+        sequence.stored = 0
         kept = tuple(share for share in sequence.layout if share.holder != holder)
         self._runs.relocate(sequence.runs, kept, substitutes)
         sequence.layout = (*kept, *substitutes)

@@ -35,7 +35,7 @@ class LocalCopies:
     def fit(self, rows: Iterable[PlannedRow], opens: bool) -> None:
         """Fit the copies of these rows, by order, into what the rows leave, and count their pages for the next plan. A
         copy that does not fit is closed; new ones are made only where it `opens` any."""
-        reading = (row for row in rows if row.count > 1 or row.sequence.local_copy)
+        reading = (row for row in rows if row.known > 1 or row.sequence.local_copy)
         layouts = {row: layout for row in reading if (layout := self._layout(row, opens))}
         if not layouts:
             return

@@ -6,6 +6,8 @@ free. So a refusal is rare, and each reply corrects the estimate.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Layouts, Pages, Place
 from lamina.scheduling.request import (
@@ -84,7 +86,8 @@ class PageLedger:
             return records
         layout, floor, held = sequence.layout, sequence.floor, self._config.held
         shared = min(start, max((run.lo for run in sequence.runs.values()), default=0))
-        pages = held(layout, shared, start + count, floor, start) - held(layout, shared, start, floor)
+        before = max(start, min(sequence.stored, start + count))
+        pages = held(layout, shared, start + count, floor, start) - held(layout, shared, before, floor)
         if sequence.copies and start % size:
             pages += self._config.page_set(layout, start)
         return pages + records if records else pages
@@ -101,6 +104,16 @@ class PageLedger:
             return PlannedRow(sequence, sequence.handle, start, count, sample=False, rebuild=True)
         sequence.planned = end
         return PlannedRow(sequence, sequence.handle, start, count, sample=end == len(sequence.tokens))
+
+    def further(self, row: PlannedRow, tokens: int) -> Pages:
+        """The most pages that a reserved row takes with so many tokens more."""
+        return self._cost(row.sequence, row.count + tokens) - self._cost(row.sequence, row.count)
+
+    def speculate(self, row: PlannedRow, drafts: tuple[int, ...]) -> PlannedRow:
+        """A reserved row with drafts besides."""
+        self.draft(self.further(row, len(drafts)))
+        row.sequence.planned += len(drafts)
+        return replace(row, count=row.count + len(drafts), drafts=drafts)
 
     def draft(self, pages: Pages) -> None:
         """Count pages that the next plan takes."""

@@ -345,18 +345,18 @@ class Placement:
         start, end = row.start, row.start + row.count
         copy = row.sequence.local_copy
         below = copy[0].share.lo if copy else start
-        chooses = row.count == 1 and row.sample  # decode, or a prompt's last token alone: other rows read all
-        fuses = self.fuses and chooses and not row.rebuild and not copy
+        chooses = row.decodes  # other rows read all
+        fuses = self.fuses and chooses and not copy
         missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
         routes = []
         for part in self._parts[row.handle]:
             share = part.share
             store = start < share.hi and end > share.lo and (not row.rebuild or share in missing)
-            # A single token is attended where it is stored: that spares the model worker its own attention and a merge.
+            # Decode is attended where it is stored: that spares the model worker its own attention and a merge.
             # What is computed again is not: of the parts that hold it only the lost ones store it.
             fused = self.holders[share.holder].fused or (store and fuses) or (share.pool in self._indexed and not copy)
             fused = fused and share.pool not in self.states
-            read_end = end if fused else min(below, share.hi)
+            read_end = min(end if fused else below, share.hi)
             read = (share.lo, read_end) if read_end > share.lo else None
             if read or store:
                 message = Row(part.handle, start, row.count, read, store, chooses)

@@ -79,9 +79,11 @@ class ScheduledSequence:
     rebuild: Rebuild | None = None  # what must be computed again before it can go on
     local_copy: tuple[Part, ...] = ()  # what its rows read and store besides, while its prompt or a rebuild is computed
     copied: int = 0  # up to where the copy has KV, with that of a row in flight
+    drafts: tuple[int, ...] = ()  # guesses of the tokens that follow, for its next row; the engine sets them
 
     # For the count of pages.
     floor: int = 0  # the lowest length to which its KV can be cut or forked, by the holders' answers
+    stored: int = 0  # up to where holders surely have pages of it, which may be beyond `computed`: of rejected drafts
     runs: Runs = field(default_factory=dict)  # by share, the pages that it shares with none
     copies: bool = False  # whether its next write may fall into a shared page, which the holder copies first
     siblings: list[ScheduledSequence] = field(default_factory=list)  # samples that wait for this one's prompt
@@ -155,7 +157,9 @@ class RetainedKv(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
     """Compute `count` tokens of `sequence` from position `start` on, and sample after them if `sample`. In a `rebuild`
-    row they were computed before, and only the missing shares store them."""
+    row they were computed before, and only the missing shares store them.
+
+    The last of them may be `drafts`: then a token is sampled after each draft too, which verifies the next one."""
 
     sequence: ScheduledSequence
     handle: int
@@ -163,6 +167,23 @@ class PlannedRow:
     count: int
     sample: bool
     rebuild: bool = False
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> int:
+        """How many of its tokens are known to be the sequence's: all but the drafts."""
+        return self.count - len(self.drafts)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on after the last known token: a row of decode, with or without drafts, or a prompt's last
+        token alone."""
+        return self.sample and self.known == 1
+
+    @property
+    def samples(self) -> int:
+        """How many tokens are sampled."""
+        return 1 + len(self.drafts) if self.sample else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,7 +194,7 @@ class Plan:
 
 
 class Outcome(NamedTuple):
-    """One sampled token, and why the sequence ended with it, if it did."""
+    """One new token of a sequence, and why the sequence ended with it, if it did."""
 
     sequence: ScheduledSequence
     token: int
@@ -237,7 +258,8 @@ class SchedulerConfig:
     KV head. A pool of states has no groups; `states` has such pools, with the number of their layers. A page there is
     one record: the state of one layer and head after some tokens. A sequence has two of each, and can be forked only
     where it has one. So that prefixes can be shared, prompts are computed up to each multiple of `snapshot_tokens`
-    tokens, where the prefix cache keeps the states; None without states or prefix cache.
+    tokens, where the prefix cache keeps the states; None without states or prefix cache. A row has `max_drafts` drafts
+    at most; none with states, which cannot be taken back by so many tokens.
     """
 
     max_batch_tokens: int
@@ -248,11 +270,14 @@ class SchedulerConfig:
     prefix_cache: bool = True
     states: Mapping[int, int] = field(default_factory=dict)
     snapshot_tokens: int | None = None
+    max_drafts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences", "max_model_len", "page_size"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; allowed is 1 or more")
+        if self.max_drafts < 0 or (self.max_drafts and self.states):
+            raise InvalidRequest(f"max_drafts is {self.max_drafts}; allowed is 0 or more, and 0 with states")
         every = self.snapshot_tokens
         if (every is None) != (not (self.states and self.prefix_cache)) or (every or 0) % self.page_size:
             raise InvalidRequest(

@@ -9,10 +9,12 @@ from lamina.scheduling.admission import Admission
 from lamina.scheduling.blame import Blame
 from lamina.scheduling.fair_share import FairShare
 from lamina.scheduling.kv_rebuild import KvRebuild
+from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.local_copies import LocalCopies
 from lamina.scheduling.page_ledger import PageLedger
 from lamina.scheduling.request import PlannedRow, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.running import RunningSequences
+from lamina.scheduling.speculation import left_to_draft
 
 
 class RowPlanner:
@@ -78,7 +80,33 @@ class RowPlanner:
             budget -= count
             rows_left[tenant] -= 1
             prefill[tenant] -= count if left > 1 or younger is not idle else 0
+        self._speculate(rows, budget, prefill)
         return rows
+
+    def _speculate(self, rows: list[PlannedRow], budget: int, left: Counter[str]) -> None:
+        """Let the rows that decode have their drafts: `budget` tokens at most, what is `left` of each tenant's share,
+        and no page that anybody may need."""
+        spare: Pages | None = None
+        for at, row in enumerate(rows):
+            sequence, tenant = row.sequence, row.sequence.request.tenant
+            drafts, sequence.drafts = sequence.drafts, ()
+            if not drafts or not row.decodes or sequence.local_copy:
+                continue
+            most = min(len(drafts), self._config.max_drafts, budget, left[tenant], left_to_draft(sequence))
+            # A row is attended where it is stored, so it does not cross from one share into the next.
+            border = min(share.hi for share in sequence.layout if share.lo <= row.start < share.hi)
+            most = self._blame.in_company(sequence, min(1 + most, border - row.start)) - 1
+            while most > 0 and (cost := self._ledger.further(row, most)):
+                if spare is None:
+                    spare = self._running.spare() - self._running.giving_way
+                if spare.covers(cost):
+                    spare -= cost
+                    break
+                most -= 1
+            if most > 0:
+                rows[at] = self._ledger.speculate(row, drafts[:most])
+                budget -= most
+                left[tenant] -= most
 
     def _dealt(
         self, idle: Sequence[ScheduledSequence], budget: int
@@ -89,13 +117,15 @@ class RowPlanner:
         Of a tenant that gets less than it wants, those decode that have waited longest, and half of what it gets goes
         to its prompts. The oldest sequence always decodes: it may be the only one for which there is room.
         """
-        wanted = Counter(self._admission.wanted())
+        wanted, drafts = Counter(self._admission.wanted()), Counter[str]()
         decoding = defaultdict[str, list[ScheduledSequence]](list)
         for sequence in idle:
-            wanted[sequence.request.tenant] += sequence.left
+            tenant = sequence.request.tenant
+            wanted[tenant] += sequence.left
             if sequence.left == 1:
-                decoding[sequence.request.tenant].append(sequence)
-        dealt = self._fair_share.deal(wanted, budget)
+                decoding[tenant].append(sequence)
+                drafts[tenant] += len(sequence.drafts)
+        dealt = self._fair_share.deal(wanted + drafts, budget)
         decodes, prefill, rows_left = set(idle[:1]), Counter[str](), Counter[str]()
         for tenant, wants in wanted.items():
             rows, tokens, most = decoding[tenant], budget, self._most_rows

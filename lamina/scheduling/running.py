@@ -125,13 +125,14 @@ class RunningSequences:
         sequence.handle = sequence.rebuild = None
         self.runs.relocate(sequence.runs)
         sequence.layout, sequence.forked = (), set()
-        sequence.computed = sequence.planned = sequence.floor = 0
-        sequence.copies = False
+        sequence.computed = sequence.planned = sequence.floor = sequence.stored = 0
+        sequence.copies, sequence.drafts = False, ()
 
     def cut(self, sequence: ScheduledSequence, length: int) -> None:
         """Keep the first `length` tokens of an idle sequence, not fewer than its floor. The rest is computed again, at
         all holders alike."""
         sequence.computed = sequence.planned = length
+        sequence.stored, sequence.drafts = 0, ()
         sequence.copies = True
         sequence.rebuild = None
 
@@ -185,7 +186,7 @@ class RunningSequences:
         self.drop_local_copy(sequence)
         kept = [share for share in layout if share in sequence.runs]
         self.runs.relocate(sequence.runs, kept, tuple(share for share in layout if share not in kept))
-        sequence.layout = layout
+        sequence.layout, sequence.stored = layout, 0
         sequence.copies = sequence.copies and bool(kept)
         sequence.forked = sequence.forked if kept else set()
 
@@ -250,8 +251,9 @@ class RunningSequences:
 
     def most(self) -> Pages:
         """The most pages that can be taken, batches under way and failed ones included: each sequence may have all its
-        known tokens there, and a copy of a page. Pages of which nobody knows who has them count for each. What a policy
-        lets go is counted until it must be gone: a row or a copy later, and never in a share whose range is full."""
+        known tokens there, drafts, and a copy of a page. Pages of which nobody knows who has them count for each. What
+        a policy lets go is counted until it must be gone: a row or a copy later, and never in a share whose range is
+        full."""
         pages = self._ledger.moving
         leaves = {leaf for sequence in self.sequences for leaf in sequence.runs.values()}
         prefixes = (leaf for node in self.prefix_cache for leaf in node.runs.values())
@@ -259,7 +261,8 @@ class RunningSequences:
             pages += self._most(run, run.hi, run.floor)
         pages += self.prefix_cache.snapshots
         for sequence in self.sequences:
-            known, floor = len(sequence.tokens), sequence.floor if sequence.rebuild is None else 0
+            known = len(sequence.tokens) + self._config.max_drafts
+            floor = sequence.floor if sequence.rebuild is None else 0
             pages += self._config.page_set(sequence.layout, sequence.computed)
             pages += self._config.records(sequence.layout, 2)
             for leaf in sequence.runs.values():

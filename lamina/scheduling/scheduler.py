@@ -6,7 +6,8 @@ The life of a plan: `plan`, then `accepted` or `refused` as the holders answer; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import islice
 
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
@@ -30,6 +31,7 @@ from lamina.scheduling.request import (
 )
 from lamina.scheduling.row_planner import RowPlanner
 from lamina.scheduling.running import RunningSequences
+from lamina.scheduling.verification import verified
 
 
 class Scheduler:
@@ -149,6 +151,12 @@ class Scheduler:
 
     # Plans.
 
+    def decoding(self, lanes: int = 1) -> list[ScheduledSequence]:
+        """The sequences that decode in the next plan, about: where tenants share, some may not. Their `drafts` may be
+        set now."""
+        idle = [sequence for sequence in self.running if sequence.decodes and sequence.idle]
+        return idle[: max(1, -(-len(self.running) // lanes))]
+
     def plan(self, lanes: int = 1) -> Plan | None:
         """The next batch, or None where nothing can be done before a plan in flight is over.
 
@@ -162,7 +170,7 @@ class Scheduler:
         if not rows:
             return None
         self.copies.fit(rows, opens=not self._refused)
-        rows.sort(key=lambda row: row.count > 1)  # decode first
+        rows.sort(key=lambda row: (row.known > 1, bool(row.drafts)))  # decode first
         plan = self.ledger.plan(rows)
         self._in_flight.add(plan)
         return plan
@@ -188,6 +196,8 @@ class Scheduler:
             # Floors only rise: holders that do not store may have a higher one, and a holder that got a part by a move
             # does not know what was let go before.
             row.sequence.floor = max(row.sequence.floor, floor)
+            if not row.rebuild:
+                row.sequence.stored = row.start + row.count
             if row.sequence.copies and not row.rebuild:
                 self.running.rewritten(row.sequence, row.start)
 
@@ -247,16 +257,17 @@ class Scheduler:
             else:
                 self.running.cut(row.sequence, start)
 
-    def record(self, plan: Plan, tokens: Sequence[int]) -> list[Outcome]:
-        """The batch is complete. `tokens` has one sampled token for each row that samples, in row order. Sequences
-        that were ended meanwhile have no outcome."""
-        sampled = sum(row.sample for row in plan.rows)
+    def record(self, plan: Plan, tokens: Sequence[int | None]) -> list[Outcome]:
+        """The batch is complete. `tokens` has the tokens that were sampled, `row.samples` of each row, in row order;
+        None where the logits allow none. Drafts are accepted while they are what was sampled: a sequence has one
+        outcome more than accepted drafts, and none where it was ended meanwhile, or its row is tried again."""
+        sampled = sum(row.samples for row in plan.rows)
         if len(tokens) != sampled:
-            raise EngineError(f"{len(tokens)} tokens for {sampled} rows that sample")
+            raise EngineError(f"{len(tokens)} tokens, but the plan samples {sampled}")
         if self.ledger.awaits(plan):
             raise EngineError("a plan was recorded before it was accepted")
         self._land(plan)
-        outcomes = []
+        outcomes: list[Outcome] = []
         drawn = iter(tokens)
         for row in plan.rows:
             sequence = row.sequence
@@ -270,22 +281,36 @@ class Scheduler:
                 if sequence.finish_reason is not None:
                     self.running.retire(sequence)
                 continue
-            sequence.computed = sequence.planned
-            token = next(drawn) if row.sample else None
+            sequence.computed = sequence.planned = row.start + row.known
+            of_row = list(islice(drawn, row.samples))
+            if row.drafts and of_row[0] is None:  # a draft may have spoilt the row: it is tried again alone, without
+                sequence.computed = sequence.planned = row.start
+                if sequence.finish_reason is None:
+                    self.blame.suspect(sequence, 1, row.start, row.start + row.known)
+                of_row.clear()
             self.running.prefix_cache.advance(sequence)
             if sequence.finish_reason is not None:
                 self.running.retire(sequence)
                 continue
             if sequence.siblings and sequence.computed >= len(sequence.request.prompt):
                 self.admission.admit_siblings(sequence)
-            if token is not None:
+            if row.sample:
                 self.running.drop_local_copy(sequence)
-                sequence.tokens.append(token)
-                reason = sequence.ends_with(token)
-                outcomes.append(Outcome(sequence, token, reason))
-                if reason is not None:
-                    self.end(sequence, reason)
+                outcomes += self._sampled(sequence, verified(row.drafts, of_row))
         return outcomes
+
+    def _sampled(self, sequence: ScheduledSequence, tokens: Sequence[int]) -> Iterator[Outcome]:
+        """Add a row's tokens, of which all but the last have KV, up to the one that ends the sequence."""
+        sequence.drafts = ()
+        for token in tokens:
+            sequence.tokens.append(token)
+            sequence.computed = sequence.planned = len(sequence.tokens) - 1
+            reason = sequence.ends_with(token)
+            if reason is not None:
+                self.end(sequence, reason)
+            yield Outcome(sequence, token, reason)
+            if reason is not None:
+                return
 
     def drop(self, plan: Plan) -> None:
         """The batch failed. Nothing of it counts; its rows are planned again."""
@@ -309,6 +334,7 @@ class Scheduler:
         self._land(plan)
         for row in plan.rows:
             row.sequence.planned, row.sequence.copied = row.sequence.computed, row.start
+            row.sequence.stored = 0  # it may have been cut
             if row.sequence.rebuild is not None:
                 row.sequence.rebuild.planned = row.sequence.rebuild.at
             if row.sequence.finish_reason is not None:

@@ -100,6 +100,8 @@ class Constraint:
         self.allowed: NDArray[np.int32] = self._mask[: shape.words]
         """One bit a token, int32 `[ceil(V / 32)]` for V logits; token t is bit t % 32 of word t // 32. An end-of-text
         token is allowed exactly where the text may end. The next `advance` overwrites it."""
+        self.foreseen: tuple[NDArray[np.int32], ...] = ()
+        """The same after each of the tokens that `foresee` got last. The next `advance` forgets them."""
         self._go_on(())
 
     @property
@@ -107,10 +109,26 @@ class Constraint:
         """Whether the last mask by this schema or grammar took long, in this sample or another."""
         return self._pace.slow
 
+    def foresee(self, *tokens: int) -> None:
+        """Note in `foreseen` what may come after each of some tokens, up to one that is not allowed, or that none may
+        follow. Their masks do not count as spent."""
+        masks: list[NDArray[np.int32]] = []
+        with suppress(InvalidRequest):
+            ahead = Constraint(self._matcher.deep_copy(), self._shape, self._pace)
+            for token in tokens:
+                if self.slow:
+                    break
+                ahead.advance(token)
+                if ahead.finished:
+                    break
+                masks.append(ahead.allowed.copy())
+        self.foreseen = tuple(masks)
+
     def advance(self, *tokens: int) -> None:
         """Add sampled tokens. Raises InvalidRequest where one was not allowed, or the masks cost too much: the next
         one, or all so far."""
         self._tokens += len(tokens)
+        self.foreseen = ()
         self._go_on(tokens)
         if self.spent > (most := MASK_SECONDS + MASK_SECONDS_A_TOKEN * self._tokens):
             raise InvalidRequest(
@@ -119,12 +137,17 @@ class Constraint:
                 f"{most:.1f} s. Ask for a less ambiguous schema or grammar"
             )
 
-    def impossible(self, tokens: Sequence[int], ignore_eos: bool) -> tuple[int, ...]:
-        """`tokens` and, with `ignore_eos`, the end-of-text tokens; none of them where only they are allowed."""
+    def after(self, drafts: int) -> NDArray[np.int32]:
+        """`allowed`, or what it will be after so many of the foreseen tokens."""
+        return self.foreseen[drafts - 1] if drafts else self.allowed
+
+    def impossible(self, tokens: Sequence[int], ignore_eos: bool, drafts: int = 0) -> tuple[int, ...]:
+        """`tokens` and, with `ignore_eos`, the end-of-text tokens; none of them where only they are allowed, after so
+        many of the foreseen tokens."""
         unwanted = (*tokens, *self._shape.eos_ids) if ignore_eos else tuple(tokens)
         if not unwanted:
             return ()
-        left = self.allowed.view(np.uint32).copy()
+        left = self.after(drafts).view(np.uint32).copy()
         for token in unwanted:
             left[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
         return unwanted if left.any() else ()

@@ -52,6 +52,11 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token by its own spelling, added tokens included."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model can be given messages."""
         return self._template is not None

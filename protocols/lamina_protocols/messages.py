@@ -60,10 +60,10 @@ class Row:
     """What one part does in a batch for `count` tokens at positions [start, start + count).
 
     `read` is the range of positions whose keys the holder attends, or None. It ends at `start` at most, unless
-    it ends at `start + count`: then the holder stores first and attends the row's own tokens too, causally
-    (`fused`), and the model worker does not attend them. A row that is computed again may so read own tokens that its
-    part has stored before. `store` cuts the part back to `start`, then keeps the row's K and V. With `chooses`, set in
-    decode, adaptive policies may read less; otherwise they read everything.
+    it ends at `start + count`, or below that where the part's range ends: then the holder stores first and attends the
+    row's own tokens too, causally (`fused`), and the model worker does not attend them. A row that is computed again
+    may so read own tokens that its part has stored before. `store` cuts the part back to `start`, then keeps the row's
+    K and V. With `chooses`, set in decode, adaptive policies may read less; otherwise they read everything.
     """
 
     handle: int

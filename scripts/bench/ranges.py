@@ -137,11 +137,13 @@ def main() -> None:
     parser.add_argument("--log", default=os.devnull, metavar="FILE", help="for what the engines say")
     args = parser.parse_args()
     from lamina.models.resolve import resolve
+    from lamina.simulator.costs.models import from_folder
     from lamina.system.machine import this_machine
 
     folder = resolve(args.model)
     config = json.loads((folder / "config.json").read_text())
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    model = from_folder(folder)
+    weights = int(model.weights_read(1) * 2 / model.element)  # in bfloat16
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     layers = config["num_hidden_layers"]
     kv_bytes = layers * config["num_key_value_heads"] * head_dim * 2 * 2

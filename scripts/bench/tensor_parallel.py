@@ -42,9 +42,9 @@ class Rank:
         from lamina_protocols.layers import HolderConfig
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
         from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
-        from lamina_workers.decoder.checkpoint import Checkpoint
         from lamina_workers.decoder.config import ModelConfig
         from lamina_workers.decoder.model import Decoder
+        from lamina_workers.decoder.model_checkpoint import open_checkpoint
         from lamina_workers.decoder.shard import Shard, with_ranks
         from lamina_workers.parallel.collectives import Meeting, join
         from lamina_workers.ports.port import LocalAttention
@@ -57,7 +57,7 @@ class Rank:
         if ranks > 1:
             self._collectives["gloo"] = BareGloo(rank, ranks, f"{place}/gloo")
         shard, config = Shard(rank, ranks), with_ranks(ModelConfig.from_folder(model), ranks)
-        with Checkpoint(model) as checkpoint, torch.inference_mode():
+        with open_checkpoint(model) as checkpoint, torch.inference_mode():
             self._decoder = Decoder.load(
                 config, checkpoint, self._dtype, shard=shard, collective=self._collectives["lamina"]
             )

@@ -30,10 +30,10 @@ from lamina.measure.probe import Probe
 from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
-from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.model_checkpoint import open_checkpoint
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def load(name: str, config: EngineConfig, layers: int) -> Iterator[tuple[Probe, 
     dtype: torch.dtype = getattr(torch, native_dtype(machine)[0] if config.dtype == "auto" else config.dtype)
     tokenizer = Tokenizer(path)
     try:
-        with Checkpoint(path) as checkpoint, torch.inference_mode():
+        with open_checkpoint(path) as checkpoint, torch.inference_mode():
             weights = load_weights(whole, checkpoint, dtype, torch.device("cpu"))
             decoder = Decoder(model, dataclasses.replace(weights, layers=weights.layers[:layers]))
         yield Probe(model, decoder, holder_config(path, model, config, dtype, machine), threads), tokenizer

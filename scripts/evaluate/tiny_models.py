@@ -17,8 +17,8 @@ from lamina.measure.probe import Probe
 from lamina.system.machine import this_machine
 from lamina_workers.converted.config import converted_config
 from lamina_workers.converted.models import decoder_of, load_model, model_config
-from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.model_checkpoint import open_checkpoint
 
 VOCABULARY = 97
 PROMPT, DECODED = 41, 6
@@ -134,7 +134,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, converts: bool = Fals
     """The decoder that Lamina makes of a folder; `converts`: not as a native family."""
     raw = json.loads((folder / "config.json").read_text())
     config = converted_config(raw) if converts else model_config(folder)
-    with Checkpoint(folder) as checkpoint, torch.inference_mode():
+    with open_checkpoint(folder) as checkpoint, torch.inference_mode():
         return decoder_of(config, load_model(config, checkpoint, dtype, torch.device("cpu")))
 
 

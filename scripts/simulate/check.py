@@ -36,11 +36,11 @@ from lamina.measure.hardware.hardware_calibration import BYTES, FITTED, NAME
 from lamina.measure.hardware.plan_check import TOKENS
 from lamina.models.resolve import resolve
 from lamina.simulator.costs import hardware
-from lamina.simulator.costs.cost_model import Load
+from lamina.simulator.costs.cost_model import Load, StepCost
 from lamina.simulator.costs.hardware import Catalogue
 from lamina.simulator.costs.model_configs import from_folder
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.systems import Colocated, Offloaded, StepCost
+from lamina.simulator.costs.systems import Colocated, Offloaded
 from lamina.system.machine import native_dtype, this_machine
 
 CELLS = (

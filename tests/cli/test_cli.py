@@ -16,6 +16,7 @@ from real_workers import write_tiny_model
 
 from lamina.cli.terminal import iter_lines
 from lamina.errors import EngineError, InvalidRequest, ModelFileError
+from lamina.models.weight_memory import weight_memory
 from lamina.sampling_params import SamplingParams
 from lamina_workers.errors import DiskFullError
 
@@ -206,7 +207,10 @@ def test_a_model_is_described_with_what_lives_across_its_attentions(lamina: Lami
         0,
     )
     assert (facts["runs"], facts["live_across"]) == ("native", ["64 x bfloat16"] * 3)
+    assert facts["weight_memory"] == weight_memory(Path(folder)).ways
+    assert facts["weight_memory"]["bfloat16"] == 2 * facts["parameters"]
     rows = lamina("models", "show", folder, "--slices").stdout.splitlines()
+    assert ["weights,", "float32", "0.5", "MiB,", "4", "bytes", "each"] in [row.split() for row in rows]
     assert rows[-1].split("  ")[0] == "live across attention 0-2"
     assert rows[-1].endswith("64 x bfloat16, a token")
 

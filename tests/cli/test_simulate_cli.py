@@ -149,6 +149,44 @@ def test_systems_are_compared_and_everything_is_written(tmp_path: Path) -> None:
     assert [float(row["tokens_per_second"]) for row in rows] == [as_json[0]["tokens_per_second"]]
 
 
+def test_packed_weights_and_drafts_are_faster_and_said() -> None:
+    def run(*words: str) -> dict[str, Any]:
+        words = ("simulate", "--system", "chunked", "-m", "llama-3-8b", "--json", *FEW, *words)
+        found: dict[str, Any] = json.loads(lamina(*words).stdout)["results"][0]
+        return found
+
+    drafted = ("--speculate", "ngram", "--acceptance", "0.6", "--proposed", "0.5")
+    plain, packed, both = run(), run("--weights", "q4_k"), run("--weights", "q4_k", *drafted)
+    assert plain["tpot"]["mean"] > packed["tpot"]["mean"] > both["tpot"]["mean"]
+    assert plain["kv_tokens"] < packed["kv_tokens"] == both["kv_tokens"]
+    assert both["assumptions"]["weights"].startswith("q4_k, 0.578125 bytes each")
+    assert both["assumptions"]["speculation"].startswith("up to 8 drafts by ngram in 50% of the steps")
+    assert "weights" not in plain["assumptions"]
+
+
+def test_a_plan_on_hosts_is_packed_and_speculates(tmp_path: Path) -> None:
+    (tmp_path / "hosts.toml").write_text('systems = ["chunked"]\n[[have]]\ndevice = "epyc-genoa"\ncount = 1\n')
+    words = ["plan", "-m", "llama-3.2-1b", "--inventory", str(tmp_path / "hosts.toml"), "--verify", "1", *FEW]
+    words += [
+        "--weights",
+        "int4",
+        "--speculate",
+        "llama-3.2-1b",
+        "--acceptance",
+        "0.8",
+        "--num-speculative-tokens",
+        "3",
+    ]
+    result = lamina(*words, "--out", str(tmp_path / "plan.toml"))
+    assert result.exit_code == 0, result.output
+    assert "  Weights: int4, 0.5625 bytes each" in result.stdout
+    assert "  Speculation: up to 3 drafts by llama-3.2-1b in 100% of the steps" in result.stdout
+    engine = plan_file.read(tmp_path / "plan.toml").engine
+    assert {name: engine[name] for name in ("quantize", "speculate", "num_speculative_tokens")} == {
+        "quantize": "int4", "speculate": "llama-3.2-1b", "num_speculative_tokens": 3,
+    }  # fmt: skip
+
+
 def test_the_roofline_and_prompts_elsewhere_are_faster() -> None:
     def tokens(*words: str) -> float:
         found = json.loads(lamina("simulate", "--system", "lamina", "--json", "--rate", "max", *FEW, *words).stdout)
@@ -210,6 +248,14 @@ def test_a_check_prints_predicted_beside_measured(planned: tuple[Any, Path], mon
         (["simulate", "--policy", "auto"], "policy is 'auto'; allowed is NAME=READ,HELD"),
         (["simulate", "--policy", "auto=2,1"], "read of policy 'auto' is 2.0"),
         (["simulate", "--json", "--csv"], "--json and --csv"),
+        (["simulate", "--weights", "iq2_xs"], "weights is 'iq2_xs'; allowed are float32, bfloat16, int4"),
+        (["simulate", "--speculate", "ngram"], "it needs --acceptance"),
+        (["simulate", "--acceptance", "0.5"], "it needs --speculate"),
+        (["simulate", "--speculate", "ngram", "--acceptance", "2"], "acceptance is 2.0"),
+        (["simulate", "--speculate", "ngram", "--acceptance", "0.5", "--num-speculative-tokens", "17"], "is 17"),
+        (["simulate", "--speculate", "smollm2-135m", "--acceptance", "0.5"], "a vocabulary of 49152"),
+        (["plan", "--speculate", "elephant", "--acceptance", "0.5"], "unknown model 'elephant'"),
+        (["plan", "-m", "glm-5", "--speculate", "ngram", "--acceptance", "0.5", *FEW], "each draft chooses its own"),
         (["generate", "x", "--plan", "no.toml"], "no.toml: there is no such file"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from real_workers import WorkerProcess, until, worker_process, write_tiny_model
+from scripted_drafts import Always, Scripted, texts_of
 
 from lamina import LLM, Completion
 from lamina.errors import InvalidRequest, PolicyError
@@ -134,6 +135,23 @@ def test_attention_workers_by_heads_change_nothing(
     with engine(model, workers[:count]) as llm:
         assert off(reference, generated(llm)) < 1e-4
         assert all(worker.status().queries > 0 for worker in workers[:count])
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["one process", "attention workers"])
+def test_drafts_are_cut_back_from_what_an_index_chooses_among(
+    model: Path, reference: transformers.PreTrainedModel, workers: list[WorkerProcess], remote: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with engine(model) as llm:
+        plain = generated(llm)
+    texts = texts_of(PROMPTS, [[completion.token_ids] for completion in plain])
+    monkeypatch.setattr("lamina.launch.builder.Speculation", Always)
+    monkeypatch.setattr("lamina.launch.builder.load_proposer", lambda *_: Scripted(texts, "some", 101))
+    with engine(model, workers[: most(model)] if remote else (), speculate="ngram") as llm:
+        found = generated(llm)
+    assert [completion.token_ids for completion in found] == [completion.token_ids for completion in plain]
+    assert off(reference, found) < 1e-4
+    assert all(0 < c.stats["accepted_tokens"] < c.stats["draft_tokens"] for c in found)
 
 
 @pytest.mark.parametrize("kv_memory", ["8MiB", "200KiB"], ids=["with local copies", "without room for local copies"])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from engine_rig import BytesPort, Rig
 from policy_bench import STATIC, TIGHT, under
+from scripted_drafts import Scripted, texts_of
 
 from lamina_protocols.messages import Announcement, Exchange, Fresh
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -141,3 +142,16 @@ def test_a_lost_holder(policy, model, expected, placement, death):
     assert whole(got)
     if policy in STATIC:
         assert got == expected
+
+
+@pytest.mark.parametrize("shard", [{}, SHARDS["heads"], SHARDS["ranges"]], ids=["one holder", "heads", "ranges"])
+def test_drafts_keep_the_text_of_static_policies_and_lose_no_token_of_others(policy, model, expected, shard):
+    """Rows with drafts read everything where policies choose, so there the text may differ."""
+    proposer = Scripted(texts_of(PROMPTS, expected), "some", model.config.vocab_size)
+    rig = Rig(model, proposer=proposer, prefix_cache=True, **shard)
+    for _ in range(2):
+        got = rig.generate(PROMPTS, **GREEDY)
+        assert [[len(sample) for sample in samples] for samples in got] == [[24]] * len(PROMPTS)
+        assert got == expected or policy not in STATIC
+    assert rig.engine._drafting.counts.drafts > 0
+    rig.close()

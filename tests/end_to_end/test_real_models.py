@@ -14,6 +14,7 @@ from real_models import fetched, greedy_tokens, token_prompts
 from real_workers import WorkerProcess, worker_process
 
 from lamina import LLM, InvalidRequest
+from lamina.models.export import export
 from lamina_workers.decoder.config import ModelConfig
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
@@ -35,7 +36,7 @@ def prompts(path: Path) -> list[list[int]]:
 
 @contextlib.contextmanager
 def running(path: Path, **options: Any) -> Iterator[LLM]:
-    with LLM(path, dtype="float32", kv_memory=KV_MEMORY, max_model_len=5000, **options) as llm:
+    with LLM(path, weights="float32", kv_memory=KV_MEMORY, max_model_len=5000, **options) as llm:
         yield llm
 
 
@@ -55,9 +56,12 @@ def alone(path: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(path: Path, prompts: list[list[int]], alone: list[list[int]]) -> list[list[int]]:
+def expected(
+    path: Path, prompts: list[list[int]], alone: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> list[list[int]]:
     """Greedy tokens of transformers, each list as far as no two logits are as good as equal."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    unpacked = export(path, tmp_path_factory.mktemp("unpacked") / "model", torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
     return [greedy_tokens(model, prompt, tokens) for prompt, tokens in zip(prompts, alone, strict=True)]
 
 

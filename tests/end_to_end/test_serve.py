@@ -23,7 +23,7 @@ from lamina import LLM
 
 pytestmark = [pytest.mark.data, pytest.mark.real, pytest.mark.timeout(600)]
 
-ENGINE = ("--threads", "1", "--kv-memory", "256MiB", "--dtype", "float32")  # so that no near tie depends on the batch
+ENGINE = ("--threads", "1", "--kv-memory", "256MiB", "--weights", "float32")  # so that no near tie depends on the batch
 ASKED = [{"role": "user", "content": "Name a king and a river, as JSON."}]
 WORDS = ("the", "a", "sea", "ship", "king", "night", "river", "stone", "tree", "light", "under", "over", "again")
 
@@ -76,7 +76,7 @@ def quiet(server: Server) -> bool:
 
 def test_it_answers_as_the_engine_does(server: Server) -> None:
     texts = streams(server.url, 4, max_tokens=24, temperature=0)
-    with LLM("smollm2-135m", threads=1, kv_memory="256MiB", dtype="float32", attention_workers=1) as llm:
+    with LLM("smollm2-135m", threads=1, kv_memory="256MiB", weights="float32", attention_workers=1) as llm:
         expected = [c.text for c in llm.generate([prompt(at) for at in range(4)], max_tokens=24, temperature=0)]
     assert texts == expected
 
@@ -279,12 +279,11 @@ def test_a_model_that_is_not_there_ends_it_with_an_error() -> None:
 def test_an_engine_that_cannot_start_again_ends_the_server(tmp_path: Any) -> None:
     from shutil import copytree
 
-    from lamina.models.resolve import resolve
+    from lamina.models.resolve import GGUF_FILE, resolve
 
     folder = copytree(resolve("smollm2-135m"), tmp_path / "model")
     with serving(*ENGINE, model=str(folder)) as server:
-        for weights in folder.glob("*.safetensors"):
-            weights.unlink()
+        (folder / GGUF_FILE).unlink()
         os.kill(server.engine, signal.SIGKILL)
         assert server.process.wait(60) == 1
         assert "could not start again" in server.log

@@ -14,6 +14,7 @@ from real_models import token_prompts
 
 import lamina
 from lamina import LLM, EngineError, InvalidRequest, SamplingParams
+from lamina.models.export import export
 from lamina.models.resolve import resolve
 from lamina.scheduling.kv_shares import Share
 
@@ -23,6 +24,12 @@ pytestmark = [pytest.mark.data, pytest.mark.real]
 @pytest.fixture(scope="module")
 def path():
     return resolve("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def unpacked(path, tmp_path_factory):
+    """The model as transformers reads it, in float32."""
+    return export(path, tmp_path_factory.mktemp("smollm2") / "model", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,8 @@ def prompts(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def reference(path):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+def reference(unpacked):
+    return transformers.AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def expected(reference, prompts):
 
 @pytest.mark.timeout(900)
 def test_greedy_tokens_equal_transformers_one_by_one_and_together(path, prompts, expected):
-    with LLM(path, dtype="float32", max_batch_tokens=256, kv_memory="1GiB") as llm:
+    with LLM(path, weights="float32", max_batch_tokens=256, kv_memory="1GiB") as llm:
         params = SamplingParams(max_tokens=64, ignore_eos=True)
         together = llm.generate(prompts, params)
         again = llm.generate(prompts[-1:], params)
@@ -82,20 +89,20 @@ def test_greedy_tokens_equal_transformers_one_by_one_and_together(path, prompts,
 
 
 @pytest.mark.timeout(900)
-def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, reference, prompts):
+def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, unpacked, reference, prompts):
     from lamina.measure.probe import Probe
     from lamina_protocols.layers import HolderConfig
-    from lamina_workers.decoder.checkpoint import Checkpoint
     from lamina_workers.decoder.config import ModelConfig
     from lamina_workers.decoder.model import Decoder
+    from lamina_workers.decoder.model_checkpoint import open_checkpoint
 
     prompt = prompts[-1]
-    half = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    half = transformers.AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         exact = reference(torch.tensor([prompt])).logits[0].argmax(-1)
         theirs = half(torch.tensor([prompt])).logits[0].argmax(-1)
     model = ModelConfig.from_folder(path)
-    with Checkpoint(path) as checkpoint, torch.inference_mode():
+    with open_checkpoint(path) as checkpoint, torch.inference_mode():
         decoder = Decoder.load(model, checkpoint, torch.bfloat16)
         probe = Probe(model, decoder, HolderConfig(model.layer_specs(), 32, "bfloat16", 1 << 28))
         handle = probe.open()
@@ -108,19 +115,22 @@ LOAD = """
 import resource, sys, torch
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.checkpoint import Checkpoint
+from lamina_workers.decoder.model_checkpoint import open_checkpoint
+from lamina_workers.decoder.packing import Packing, kept_bytes
 
 config = ModelConfig.from_folder(sys.argv[1])
 torch.ones(8, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with Checkpoint(sys.argv[1]) as checkpoint, torch.inference_mode():
-    size = checkpoint.nbytes * (2 if sys.argv[2] == "float32" else 1)
-    decoder = Decoder.load(config, checkpoint, getattr(torch, sys.argv[2]))
+packing = Packing(packed=sys.argv[2] == "packed")
+dtype = torch.bfloat16 if packing.packed else getattr(torch, sys.argv[2])
+with open_checkpoint(sys.argv[1]) as checkpoint, torch.inference_mode():
+    size = kept_bytes(checkpoint, dtype, packing)
+    decoder = Decoder.load(config, checkpoint, dtype, packing=packing)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / size)
 """
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["packed", "bfloat16", "float32"])
 def test_loading_raises_the_peak_of_memory_by_little_more_than_the_weights(path, dtype):
     done = subprocess.run([sys.executable, "-c", LOAD, path, dtype], capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 1.3

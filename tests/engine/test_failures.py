@@ -129,7 +129,7 @@ SEQUENCES: dict[str, Any] = {
 
 
 def lane(*requests: str) -> Lane:
-    rows = tuple(SimpleNamespace(sequence=SEQUENCES[name], start=7, count=1) for name in requests)
+    rows = tuple(SimpleNamespace(sequence=SEQUENCES[name], start=7, count=1, known=1) for name in requests)
     return Lane(Step(cast(Any, SimpleNamespace(rows=rows)), {}))
 
 

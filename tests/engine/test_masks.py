@@ -86,7 +86,10 @@ class Slow:
     def advance(self, *tokens: int) -> None:
         assert self._gate.wait(60)
 
-    def impossible(self, tokens: Any, ignore_eos: bool) -> tuple[int, ...]:
+    def after(self, drafts: int) -> Any:
+        return self.allowed
+
+    def impossible(self, tokens: Any, ignore_eos: bool, drafts: int) -> tuple[int, ...]:
         return tuple(tokens)
 
 

@@ -33,7 +33,7 @@ def request(name: str = "a", n: int = 1, prompt: tuple[int, ...] = (1, 2, 3)) ->
 
 
 def token(value: int, name: str = "a", sample: int = 0, computed: int = 3, reason: str | None = None) -> Record:
-    return from_plain(("batch", ((name, sample, 4, computed, value, reason, (-0.5, ((value, -0.5),))),)))
+    return from_plain(("batch", ((name, sample, 4, computed, (value,), reason, ((-0.5, ((value, -0.5),)),)),)))
 
 
 RECORDS: list[Record] = [
@@ -41,7 +41,7 @@ RECORDS: list[Record] = [
     from_plain(("kept", "a", 0, (PART,))),
     token(11),
     request("b", n=2),
-    from_plain(("batch", (("a", 0, 4, 4, 12, None, None), ("b", 0, 5, 3, None, None, None)))),
+    from_plain(("batch", (("a", 0, 4, 4, (12,), None, (None,)), ("b", 0, 5, 3, (), None, ())))),
     from_plain(("known", "b", 1, (8, 9), (None, None), None, 6, 2, (PART,))),
     from_plain(("end", "b", ((0, "stop"),))),
     token(13, computed=5),
@@ -372,10 +372,10 @@ def test_history_gives_the_unfinished_requests_of_any_records(data: st.DataObjec
             rows = []
             for name, at in data.draw(st.lists(st.sampled_from(model.open()), min_size=1, max_size=4, unique=True)):
                 tokens, _, _, parts = model.samples[name][at]
-                value = data.draw(st.none() | st.integers(0, 9))
-                reason = None if value is None else data.draw(st.sampled_from([None, None, "stop", "length"]))
-                rows.append((name, at, 5, step, value, reason, None))
-                model.samples[name][at] = (tokens + ([] if value is None else [value]), reason, step, parts)
+                new = data.draw(st.lists(st.integers(0, 9), max_size=3))
+                reason = data.draw(st.sampled_from([None, None, "stop", "length"])) if new else None
+                rows.append((name, at, 5, step, tuple(new), reason, (None,) * len(new)))
+                model.samples[name][at] = (tokens + new, reason, step, parts)
             history.apply(from_plain(("batch", tuple(rows))))
         elif kind == "kept":
             moved = (("there", 0, step, 0, (0,), 0, 64),)

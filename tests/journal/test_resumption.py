@@ -20,6 +20,7 @@ from engine_process import EngineProcess
 from engine_rig import holder_config, tiny_decoder
 from kv_pools import pool_of
 from real_workers import until, worker_process, write_tiny_model
+from scripted_drafts import Always, Scripted, Texts, texts_of
 from small_grammars import EOS, GRAMMARS, VOCABULARY
 
 from lamina import LLM
@@ -89,17 +90,19 @@ class World:
     def __init__(
         self, decoder: Decoder, folder: Path, *, shard: str = "heads", workers: int = 2, local_pool: int = 0,
         lanes: int = 1, prefix_cache: bool = False, max_batch_tokens: int = 64, pages: int = PAGES,
-        journal: bool = True,
+        journal: bool = True, texts: Texts | None = None,
     ) -> None:  # fmt: skip
         self.decoder, self.folder = decoder, folder
         self.shard, self.local_pool, self.lanes = shard, local_pool, lanes
         self.journal = journal
         self.pages = pages
+        self.texts = texts  # of which there are drafts, some of them wrong
         self.holder = holder_config(decoder, pages, 16)
         self.workers = {f"host:{at}": AttentionWorker(self.holder) for at in range(workers)}
         self.limits = SchedulerConfig(
             max_batch_tokens=max_batch_tokens, max_sequences=64, max_model_len=2048, page_size=16,
             page_groups=page_groups(self.holder), prefix_cache=prefix_cache,
+            max_drafts=4 if texts else 0,
         )  # fmt: skip
         self.lives = 0
         self._last: Life | None = None
@@ -142,7 +145,11 @@ class Life:
         worker = ModelWorker(world.decoder, world.holder, everybody)
         self.journal = Journal(world.folder, FACTS) if world.journal else None
         recorder = None if self.journal is None else Recorder(self.journal, placement, worker.address)
-        self.engine = Engine(worker, control, time.monotonic, grammars=GRAMMARS, recorder=recorder)
+        drafting: dict[str, Any] = {}
+        if world.texts is not None:
+            drafting["proposer"] = Scripted(world.texts, "some", VOCABULARY, world.lives)
+            drafting["speculation"] = Always(4)
+        self.engine = Engine(worker, control, time.monotonic, grammars=GRAMMARS, recorder=recorder, **drafting)
         self.unfinished: tuple[EngineRequest, ...] = ()
         worker.begin_after(max(kept.last_epoch for kept in surveys.values()))
         if self.journal is not None and recorder is not None:
@@ -290,6 +297,29 @@ def test_tokens_stay_the_same_when_an_engine_dies_at_any_moment(
             client.run(world.life(Fate(moments.randrange(total // 20))), resumed=True)
         client.run(world.life(Fate()), resumed=True)
         same(client, expected)
+
+
+@pytest.mark.parametrize("shard", ["heads", "sequence"])
+def test_tokens_stay_the_same_when_an_engine_that_verifies_drafts_dies_at_any_moment(
+    shard: str, model: Decoder, expected: Client, tmp_path: Path
+) -> None:
+    """What was rejected is with the holders, and the journal does not count it."""
+    texts = texts_of(
+        (prompt for prompt, _ in ASKED.values()),
+        ([tokens for tokens, _ in samples] for samples in expected.texts().values()),
+    )
+    options: dict[str, Any] = {"shard": shard, "texts": texts, "lanes": 2}
+    total = steps(model, tmp_path / "whole", **options)
+    moments = random.Random(shard)
+    for number in range(3):
+        world, client = World(model, tmp_path / str(number), **options), Client(ASKED)
+        with pytest.raises(Killed):
+            client.run(world.life(Fate(total // 2 + moments.randrange(total // 3))))
+        life = world.life(Fate())
+        client.run(life, resumed=True)
+        same(client, expected)
+        life.until(lambda life=life: not life.engine._control.has_work)  # type: ignore[misc]
+        assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
 
 
 def test_engine_finishes_recovered_requests_before_a_client_returns(

@@ -296,6 +296,29 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
         assert torch.equal(alone.out, together.out[first : first + n])
 
 
+@every_dtype
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_tokens_of_a_row_are_attended_bit_for_bit_as_if_each_were_alone(dtype: torch.dtype, group: int) -> None:
+    """So drafts that are verified together change no text."""
+    given_ = [Row(700, 17, 0, 717), Row(130, 5, 0, 135), Row(300, 6, 128, 306, 128)]
+    world = build(cpu_decode, PageLayout(32, 64, 80, dtype), given_, group=group)
+    together = attend(cpu_decode, world, threads=1)
+    heads = 2 * group
+    for i, row in enumerate(given_):
+        for token in range(row.count):
+            first = int(world.rows.first[i]) + token * heads
+            one = np.ones(1, np.int64)
+            rows = dataclasses.replace(
+                take(world.rows, [i]), first=0 * one, count=one, start=(row.start + token) * one,
+                hi=(row.start + token + 1) * one,
+            )  # fmt: skip
+            alone = attend(
+                cpu_decode, dataclasses.replace(world, rows=rows, q=world.q[first : first + heads]), threads=1
+            )
+            assert torch.equal(alone.out, together.out[first : first + heads])
+            assert torch.equal(alone.lse, together.lse[first : first + heads])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_rows_that_grow_are_attended_as_if_planned_anew(layout: PageLayout, threads: int) -> None:
@@ -305,12 +328,12 @@ def test_rows_that_grow_are_attended_as_if_planned_anew(layout: PageLayout, thre
     growing = np.array([True] * len(last) + [False])
     start, hi = world.rows.start, world.rows.hi
     rows = dataclasses.replace(world.rows, start=start - steps, hi=hi - steps * growing)
-    grown = cpu_decode.grown(cpu_decode.plan(world.pages, rows, threads), growing)
+    grown = cpu_decode.grown(cpu_decode.plan(world.pages, rows, threads))
     assert grown is not None
     for left in reversed(range(steps)):
         moved = {1: rows.tables[1].copy()} if left % 7 == 0 else {}
-        plan = grown.next(moved)
         anew = changed(world, start=start - left, hi=hi - left * growing)
+        plan = grown.next(*(x.tolist() for x in (anew.rows.start, anew.rows.count, anew.rows.hi)), moved)
         one = cpu_decode.attend(world.pages, plan, 1, world.q, world.scale)
         other = attend(cpu_decode, anew, threads=threads)
         assert relative_error(one.out, other.out) <= CLOSE[layout.dtype]
@@ -319,17 +342,48 @@ def test_rows_that_grow_are_attended_as_if_planned_anew(layout: PageLayout, thre
     assert relative_error(one.out, expected.out) <= LIMITS[layout.dtype]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_rows_of_several_tokens_go_on_as_if_planned_anew(layout: PageLayout, threads: int, seed: int) -> None:
+    """Each row starts again up to as many tokens further as it had, with the same number of tokens or another."""
+    rng = np.random.default_rng(seed)
+    most = [Row(900, 17, 0, 917), Row(760, 17, 64, 777, 64), Row(600, 17, 0, 600), Row(900, 17, 0, 90)]
+    world = build(cpu_decode, layout, most)  # the last but one does not attend its own tokens, the last is full
+    start, count = np.array([200, 300, 100, 200]), np.ones(4, np.int64)
+
+    def turn() -> World:
+        hi = np.array([*(start + count)[:2], start[2], 90])
+        vectors = count * world.rows.kv_heads * world.rows.group
+        rows = dataclasses.replace(world.rows, start=start, count=count, hi=hi, first=np.cumsum(vectors) - vectors)
+        return dataclasses.replace(world, rows=rows, q=world.q[: int(vectors.sum())])
+
+    grown = cpu_decode.grown(cpu_decode.plan(world.pages, turn().rows, threads))
+    assert grown is not None
+    for step in range(40):
+        start = start + rng.integers(1, count + 1)
+        if step % 3 == 0:
+            count = rng.integers(1, 18, 4) if step % 2 else np.full(4, 5)
+        anew = turn()
+        moved = {1: anew.rows.tables[1].copy()} if step % 7 == 0 else {}
+        plan = grown.next(*(x.tolist() for x in (anew.rows.start, anew.rows.count, anew.rows.hi)), moved)
+        one = cpu_decode.attend(world.pages, plan, 1, anew.q, world.scale)
+        other = attend(cpu_decode, anew, threads=threads)
+        assert relative_error(one.out, other.out) <= CLOSE[layout.dtype]
+        assert lse_error(one.lse, other.lse) <= CLOSE[layout.dtype]
+
+
 @pytest.mark.parametrize(
     "row",
     [
-        Row(300, 2, 0, 302), Row(300, 1, 0, 301, window=40), Row(300, 1, 0, 301, listed=1), Row(300, 1, 0, 0),
+        Row(300, 1, 0, 301, window=40), Row(300, 1, 0, 301, listed=1), Row(300, 1, 0, 0),
         Row(300, 1, 0, 301, biased=True),
     ],
-    ids=["queries", "window", "list", "nothing", "bias"],
+    ids=["window", "list", "nothing", "bias"],
 )  # fmt: skip
 def test_plans_that_do_not_follow_are_not_grown(row: Row) -> None:
     world = build(cpu_decode, LAYOUTS[0], [Row(200, 1, 0, 201), row])
-    assert cpu_decode.grown(cpu_decode.plan(world.pages, world.rows), np.ones(2, bool)) is None
+    assert cpu_decode.grown(cpu_decode.plan(world.pages, world.rows)) is None
 
 
 def changed(world: World, **columns: object) -> World:
@@ -353,6 +407,17 @@ def test_ranges_merge_to_the_whole(kernels: Kernels, dtype: torch.dtype) -> None
     whole, merged = attend(kernels, world), merge(parts)
     assert relative_error(merged.out, whole.out) <= CLOSE[dtype]
     assert lse_error(merged.lse, whole.lse) <= CLOSE[dtype]
+
+
+@both
+@every_dtype
+def test_ranges_that_meet_among_the_queries_merge_to_the_whole(kernels: Kernels, dtype: torch.dtype) -> None:
+    world = build(kernels, PageLayout(16, 64, 64, dtype), [Row(330, 7, 0, 337)])
+    parts = [attend(kernels, changed(world, lo=np.array([lo]), hi=np.array([hi]))) for lo, hi in ((0, 333), (333, 337))]
+    whole, merged = attend(kernels, world), merge(parts)
+    assert relative_error(merged.out, whole.out) <= CLOSE[dtype]
+    assert lse_error(merged.lse, whole.lse) <= CLOSE[dtype]
+    assert torch.equal(parts[1].lse == -torch.inf, (torch.arange(len(whole.lse)) < 3 * 6))
 
 
 @both

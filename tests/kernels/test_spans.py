@@ -10,8 +10,11 @@ import torch
 
 from lamina_kernels.cpu import few_rows, programs
 from lamina_kernels.cpu.gate_loops import gate_output, recurrence_gates
-from lamina_kernels.cpu.spans import MAX_ROWS, Behind, Gate, Heads, Span, Spans, States
 from lamina_kernels.dense import Linear, add_rms_norm, gelu_tanh_mul, rms_norm, silu_mul, split_heads
+from lamina_kernels.packed.layout import Format
+from lamina_kernels.packed.matrix import PackedMatrix
+from lamina_kernels.spans import MAX_ROWS, Behind, Gate, Heads, Map, Span, Spans, States
+from tests.support.packed_weights import random_packed
 
 HIDDEN, INNER, HEADS, KV_HEADS, D, VOCAB, EPS = 64, 1056, 6, 2, 32, 36, 1e-5
 
@@ -25,8 +28,31 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
 
 
-def linear(n_out: int, n_in: int, seed: int, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def linear(n_out: int, n_in: int, seed: int, bias: bool) -> Map:
     return random(n_out, n_in, seed=seed, scale=n_in**-0.5), random(n_out, seed=seed + 1) if bias else None
+
+
+def pack(by: Map) -> Map:
+    """Other weights of the shape: packed, in two parts of two formats, the second of an odd size."""
+    n_out, n_in = by[0].shape
+    sizes = n_out // 2 + 3, n_out - n_out // 2 - 3
+    drawn = [random_packed(f, n, n_in, seed=n) for f, n in zip((Format.U5M, Format.U4), sizes, strict=True)]
+    return tuple(PackedMatrix((len(of.values), n_in), of.format, of.data) for of in drawn), by[1]
+
+
+def pack_span(span: Span) -> Span:
+    behind, then = span.behind, span.then
+    if behind is not None:
+        gate = behind.gate and replace(behind.gate, map=pack(behind.gate.map))
+        maps = {name: pack(getattr(behind, name)) for name in ("output", "gate_up", "down")}
+        behind = replace(behind, gate=gate, **maps)
+    if isinstance(then, States):
+        then = replace(then, qkv=pack(then.qkv), gates=pack(then.gates))
+    elif isinstance(then, Heads):
+        then = replace(then, qkv=pack(then.qkv))
+    elif then is not None:
+        then = pack((then, None))[0]
+    return Span(behind, span.norm, then)
 
 
 def make(bias: bool, qk_norms: bool, gemma: bool = False) -> list[Span]:
@@ -74,9 +100,9 @@ def one_by_one(
     normed = rms_norm(hidden, span.norm, EPS)
     if span.then is None:
         return hidden, normed
-    if isinstance(span.then, torch.Tensor):
-        return hidden, Linear(span.then).float32(normed)
     to = span.then
+    if not isinstance(to, Heads | States):
+        return hidden, Linear(to).float32(normed)
     if isinstance(to, States):
         return hidden, Linear(*to.qkv)(normed), recurrence_gates(Linear(*to.gates)(normed), to.rate, to.offset)
     return hidden, *split_heads(Linear(*to.qkv)(normed), to.heads, to.kv_heads, rotation, to.norms, EPS)
@@ -108,6 +134,12 @@ def test_equals_the_operations_one_by_one(rows, bias, qk_norms, gemma, rotates, 
 @pytest.mark.parametrize("rows", [1, 9, MAX_ROWS])
 def test_equals_the_operations_of_states(rows, silu, normed, threads):
     check(make_hybrid(silu, normed), rows, rotates=True)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 17, MAX_ROWS])
+def test_equals_the_operations_on_packed_weights(rows, threads):
+    packed = [pack_span(span) for span in (*make(True, True), *make_hybrid(silu=True, normed=True))]
+    check(packed, rows, rotates=True)
 
 
 def check(made, rows, rotates):

@@ -27,6 +27,10 @@ from lamina_kernels.paged import pages
         ("worker_linger", True, "0 to 3600 seconds"),
         ("journal", " ", "a folder, or None"),
         ("policy", 3, "a file ending in .toml"),
+        ("speculate", " ", '"ngram", a model, or None'),
+        ("speculate", 3, '"ngram", a model, or None'),
+        ("num_speculative_tokens", 0, "from 1 to 16"),
+        ("num_speculative_tokens", 17, "from 1 to 16"),
         ("device", "tpu", "cpu"),
         ("threads", 0, "from 1 to 1024"),
         ("compile", 1, "True or False"),
@@ -47,6 +51,14 @@ def test_a_setting_is_refused_with_its_name_and_what_is_allowed(name: str, value
         EngineConfig(**{name: value})
     assert name in str(refused.value)
     assert allowed in str(refused.value)
+
+
+def test_speculation_is_not_deterministic_and_has_a_most() -> None:
+    with pytest.raises(InvalidRequest, match="speculate is 'ngram' with deterministic"):
+        EngineConfig(speculate="ngram", deterministic=True)
+    assert EngineConfig().most_drafts == EngineConfig(num_speculative_tokens=3).most_drafts == 0
+    assert EngineConfig(speculate="ngram").most_drafts == 8
+    assert EngineConfig(speculate="ngram", num_speculative_tokens=3).most_drafts == 3
 
 
 def test_kv_can_be_kept_in_the_dtypes_that_kernels_have() -> None:

@@ -34,6 +34,8 @@ def holder(policy: str = "", window: int | None = None) -> HolderConfig:
         ({"model_parallel": "replicas"}, ["model_parallel='replicas' does nothing with one model worker"]),
         ({"worker_linger": 5, "attention_workers": 1}, ["worker_linger=5 does nothing without a journal"]),
         ({"worker_linger": 5, "journal": "j"}, []),
+        ({"num_speculative_tokens": 3}, ["num_speculative_tokens=3 does nothing without speculate"]),
+        ({"num_speculative_tokens": 3, "speculate": "ngram"}, []),
     ],
 )
 def test_options_without_what_they_are_for(options: dict[str, Any], said: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import typer
@@ -12,9 +13,11 @@ from typer.testing import CliRunner
 from lamina.cli.bench import bench_app
 from lamina.cli.main import Commands
 from lamina.config import EngineConfig
-from lamina.measure.bench.decode import bench, dtypes, record, row, step_bytes, table
+from lamina.measure.bench.decode import Result, bench, dtypes, kept_as, record, row, step_bytes, table
 from lamina.measure.hardware.plan_check import Measured
+from lamina.models.weight_memory import WeightMemory
 from lamina.simulator.costs.models import model
+from lamina.simulator.costs.packing import Packing
 from lamina.system.machine import Machine
 
 app = typer.Typer(cls=Commands)
@@ -43,6 +46,35 @@ def test_a_row_has_medians():
     assert found.of_roofline == pytest.approx(2.5)
     assert found.roofline_ms == pytest.approx(50)
     assert found.prefill_tokens_per_second == pytest.approx(4 * 96 / 0.04)
+
+
+def test_packed_weights_are_read_as_they_are_kept():
+    """smollm2-135m: 134,479,872 weights of matrices and 35,136 of norms. Kept in 80,000,000 bytes, the norms are 70,272
+    of them; a step reads all, since the head is the input table."""
+    shape, memory = (
+        model("smollm2-135m"),
+        WeightMemory(134_515_008, 96_000_000, {"bfloat16": 269_030_016, "packed": 80_000_000}),
+    )
+    kept = kept_as(shape, memory, EngineConfig(device="cpu"))
+    assert kept.packing == Packing("packed", (80_000_000 - 70_272) / 134_479_872)
+    assert kept.weight_bytes == pytest.approx(80_000_000)
+    assert step_bytes(kept, Measured(1, 0.0, 1, 1, 1, 9, 1), 2.0, 2.0) == pytest.approx(80_000_000)
+    for other in ({"weights": "bfloat16"}, {"quantize": "int8"}, {"device": "cuda"}):
+        assert kept_as(shape, memory, EngineConfig(**{"device": "cpu"} | other)) == shape
+
+
+def test_drafts_give_several_tokens_for_weights_and_kv_read_once():
+    """Two sequences, 3 tokens each in a step of 20 ms: 300 tokens/s, and the bytes of a step without drafts."""
+    run = Measured(2, 100.0, 0.02, 0.02, 0.02, 9, 1.0, 0.02, tokens=3.0)
+    found = row(96, [(run, 1e9)], 1e6)
+    assert (found.tokens_per_second, found.tokens_per_step, found.step_ms) == (pytest.approx(300), 3, pytest.approx(20))
+    shape = model("smollm2-135m")
+    assert step_bytes(shape, run, 2.0, 2.0) == step_bytes(shape, Measured(2, 100.0, 1, 1, 1, 9, 1), 2.0, 2.0)
+    shown = table(Result("m", {}, "bfloat16", "bfloat16", 9, 1, (found,)))
+    assert shown.splitlines()[1].split()[-1] == "tok/step"
+    assert "tok/step" not in table(
+        Result("m", {}, "bfloat16", "bfloat16", 9, 1, (replace(found, tokens_per_step=1.0),))
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,6 +127,7 @@ def test_a_small_model_is_measured_here(tmp_path):
     assert ("measuring", 6, 6) in told
     lines = table(found).splitlines()
     assert len(lines) == 5
+    assert found.weight_bytes == 0
     assert "float32" in lines[0]
     fields = json.loads(json.dumps(record(found, PLAIN, date="d", version="v")))
     assert (fields["schema"], fields["rows"][2]["batch"], fields["options"]["threads"]) == ("lamina.bench.decode", 2, 1)
@@ -108,3 +141,13 @@ def test_a_policy_reads_less(tmp_path):
         for policy in ("streaming(sink=32, recent=32)", "full")
     )
     assert spared < whole
+
+
+@pytest.mark.parametrize("more", [{"quantize": "int8"}, {"speculate": "ngram", "num_speculative_tokens": 2}])
+def test_packed_weights_and_drafts_are_measured_here(tmp_path, more):
+    folder = str(write_tiny_model(tmp_path / "m"))
+    options = {"threads": 1, "kv_memory": 1 << 22, "dtype": "float32", "device": "cpu"} | more
+    found = bench(folder, options, [(2, 64)], steps=8, rounds=1, read=lambda: 1e9)
+    assert found.rows[0].tokens_per_step >= 1
+    assert (found.weight_bytes > 0) is ("quantize" in more)
+    assert ("weights packed" in table(found)) is ("quantize" in more)

@@ -66,6 +66,19 @@ def test_only_gaps_count_in_which_all_sequences_decode():
     assert found.low <= found.seconds <= found.high
 
 
+def test_tokens_of_one_step_come_together():
+    """Steps of 100 ms that give 3, 1, 2 and 3 tokens, each 0.1 ms after the one before: 9 tokens after the first in 4
+    steps, so 2.25 a step."""
+    times, now = [0.0], 0.0
+    for tokens in (3, 1, 2, 3):
+        now += 0.1
+        times += [now + 1e-4 * number for number in range(tokens)]
+    found = steady([times], 100, 4, drafts=True)
+    assert (found.gaps, found.tokens) == (4, pytest.approx(2.25))
+    assert found.seconds == pytest.approx(0.1)
+    assert steady([times], 100, 4).tokens == 1
+
+
 def test_sequences_that_hardly_decoded_together_say_nothing():
     with pytest.raises(EngineError, match="decoded together for 2 gaps"):
         steady([[0.0, 1.0, 2.0], [1.0, 2.0]], 8, 4)

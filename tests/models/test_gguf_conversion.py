@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_writing import FAMILIES, silent, tiny, write_gguf
+from gguf_writing import FAMILIES, tiny, write_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lamina.errors import LaminaError, ModelFileError, UnsupportedModelError
+from lamina.models.export import export
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
 
@@ -21,8 +22,13 @@ def converted(path: Path) -> Path:
     """The folder that a GGUF file becomes."""
     folder = path.with_suffix("")
     folder.mkdir()
-    convert(GgufFile(path), folder, silent)
+    convert(GgufFile(path), folder, str(path))
     return folder
+
+
+def unpacked(path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The same as transformers reads it."""
+    return export(converted(path), path.with_suffix(".unpacked"), dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -31,14 +37,12 @@ def test_a_converted_gguf_is_the_model_it_was_made_of(tmp_path: Path, family: st
     weights = model.state_dict()
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight")
-    folder = converted(write_gguf(tmp_path / "x.gguf", model.config, weights))
+    folder = unpacked(write_gguf(tmp_path / "x.gguf", model.config, weights))
     written = load_file(folder / "model.safetensors")
     assert written.keys() == weights.keys()
     for name, tensor in weights.items():
-        assert torch.equal(written[name], tensor.to(torch.bfloat16)), name
+        assert torch.equal(written[name], tensor), name
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.to(torch.bfloat16).to(torch.float32)
     ids = torch.randint(0, 300, (1, 77), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -50,7 +54,7 @@ def test_the_model_is_the_one_that_transformers_reads_from_the_gguf(tmp_path: Pa
     weights = {name: t.to(torch.bfloat16) for name, t in model.state_dict().items() if name != "lm_head.weight"}
     path = write_gguf(tmp_path / "x.gguf", model.config, weights)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
-    ours = AutoModelForCausalLM.from_pretrained(converted(path), dtype=torch.float32).eval()
+    ours = AutoModelForCausalLM.from_pretrained(unpacked(path), dtype=torch.float32).eval()
     if family == "gemma3":  # the scale of its scores is not in the file, and they always take 256
         assert ours.config.query_pre_attn_scalar == 8
         theirs.config.query_pre_attn_scalar = 8

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from gguf_writing import write_tiny_llama
 
+from lamina.models.export import export
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
 
@@ -78,10 +79,13 @@ def _hash(content: bytes) -> str:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    (tmp_path / "tiny").mkdir()
-    convert(GgufFile(write_tiny_llama(tmp_path / "tiny.gguf")), tmp_path / "tiny", lambda *call: None)
+    gguf = write_tiny_llama(tmp_path / "tiny.gguf")
+    (tmp_path / "own").mkdir()
+    convert(GgufFile(gguf), tmp_path / "own", str(gguf))
+    export(tmp_path / "own", tmp_path / "tiny")
     files = {file.name: file.read_bytes() for file in (tmp_path / "tiny").iterdir()}
-    server = Hub(files | {"pytorch_model.bin": b"a pickle", "README.md": b"words", "model.gguf": b"GGUF"})
+    others = {"pytorch_model.bin": b"a pickle", "README.md": b"words", "model.gguf": b"GGUF", "gguf.json": b"{}"}
+    server = Hub(files | others)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -101,7 +105,7 @@ def test_weights_and_tokenizer_are_fetched_and_pickles_are_not(tmp_path: Path, h
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""  # no bar is drawn
     folder, names, calls = json.loads(process.stdout)
-    wanted = hub.files.keys() - {"pytorch_model.bin", "README.md", "model.gguf"}
+    wanted = hub.files.keys() - {"pytorch_model.bin", "README.md", "model.gguf", "gguf.json"}
     assert set(names) == hub.fetched == wanted
     assert [call[0] for call in calls] == ["fetching org/tiny"]
     again = run(tmp_path, RESOLVE, HF_HUB_OFFLINE="1")

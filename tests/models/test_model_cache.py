@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from gguf_writing import silent, write_tiny_llama
+from gguf_writing import write_tiny_llama
 
 from lamina.errors import ModelFileError, UnsupportedModelError
 from lamina.models import cache as model_cache
@@ -68,8 +68,8 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     tiny_gguf = write_tiny_llama(tmp_path / "tiny.gguf")
 
     def onto_full_disk(folder: Path) -> dict[str, FileRecord]:
-        (folder / "model.safetensors").symlink_to("/dev/full")
-        return convert(GgufFile(tiny_gguf), folder, silent)
+        (folder / "tokenizer.json").symlink_to("/dev/full")
+        return convert(GgufFile(tiny_gguf), folder, str(tiny_gguf))
 
     with pytest.raises(DiskFullError, match=r"no room to write .*x.*bytes are free") as caught:
         get_or_create(tmp_path / "x", onto_full_disk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -18,7 +19,10 @@ from lamina.errors import InvalidRequest, ModelFileError
 from lamina.models import cache as model_cache
 from lamina.models import resolve as models
 from lamina.models.cache import is_whole, verify
-from lamina_workers.decoder.checkpoint import Checkpoint
+from lamina.models.export import export
+from lamina.models.gguf_files import GgufFile
+from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.decoder.packing import packed_kind
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +55,12 @@ def test_a_changed_gguf_is_converted_again(tiny_gguf: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
 def test_a_damaged_folder_is_made_again(tiny_gguf: Path, damage: str) -> None:
     folder = models.resolve(tiny_gguf)
-    weights = folder / "model.safetensors"
+    record = folder / "gguf.json"
     match damage:
         case "truncate":
-            os.truncate(weights, 100)
+            os.truncate(record, 100)
         case "remove":
-            weights.unlink()
+            record.unlink()
         case "manifest":
             (folder / "manifest.json").write_text("[")
     assert not is_whole(folder)
@@ -66,7 +70,7 @@ def test_a_damaged_folder_is_made_again(tiny_gguf: Path, damage: str) -> None:
 
 def test_verify_sees_one_changed_bit(tiny_gguf: Path) -> None:
     folder = models.resolve(tiny_gguf)
-    with (folder / "model.safetensors").open("r+b") as stream:
+    with (folder / "gguf.json").open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         last = stream.read(1)[0]
         stream.seek(-1, os.SEEK_END)
@@ -76,12 +80,39 @@ def test_verify_sees_one_changed_bit(tiny_gguf: Path) -> None:
         verify(folder)
 
 
-def test_progress_reaches_its_total(tiny_gguf: Path) -> None:
-    calls: list[tuple[str, int, int | None]] = []
-    models.resolve(tiny_gguf, lambda *call: calls.append(call))
-    assert {what for what, _, _ in calls} == {"converting"}
-    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
-    assert calls[-1][1] == calls[-1][2]
+def test_the_folder_of_a_gguf_has_none_of_its_weights(tiny_gguf: Path) -> None:
+    folder = models.resolve(tiny_gguf)
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json", "generation_config.json", "gguf.json", "manifest.json", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    with open_checkpoint(folder) as checkpoint:
+        assert "model.layers.1.mlp.up_proj.weight" in checkpoint.names()
+
+
+def test_a_gguf_that_became_another_is_named(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(tiny_gguf.read_bytes())
+    folder = models.resolve(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelFileError, match=r"x\.gguf has \d+ bytes and is not the file of"):
+        models.resolve(folder)
+    path.unlink()
+    with pytest.raises(ModelFileError, match=r"cannot read .*x\.gguf"):
+        models.resolve(folder)
+
+
+def test_a_fingerprint_does_not_depend_on_the_place(tiny_gguf: Path, tmp_path: Path) -> None:
+    first = models.resolve(tiny_gguf)
+    path = tmp_path / "elsewhere.gguf"
+    path.write_bytes(tiny_gguf.read_bytes())
+    second = models.resolve(path)
+    assert first != second
+    assert fingerprint(first) == fingerprint(second)
+    content = bytearray(path.read_bytes())
+    content[max(GgufFile(path).tensors.values(), key=lambda tensor: tensor.nbytes).offset] ^= 1
+    path.write_bytes(content)
+    assert fingerprint(models.resolve(path)) != fingerprint(first)
 
 
 _RESOLVE = "import sys; from lamina.models.resolve import resolve; sys.stdout.write(str(resolve(sys.argv[1])))"
@@ -90,7 +121,7 @@ _RESOLVE = "import sys; from lamina.models.resolve import resolve; sys.stdout.wr
 def test_a_limit_on_file_size_leaves_nothing_half_written(tmp_path: Path, tiny_gguf: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-c", _RESOLVE, str(tiny_gguf)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),  # config fits, weights don't
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000)),  # config fits, not the rest
         capture_output=True,
         text=True,
         check=False,
@@ -139,9 +170,10 @@ def test_smollm2_is_what_its_gguf_says(tmp_path: Path) -> None:
     assert config["rope_theta"] == 100000.0
     assert config["tie_word_embeddings"] is True
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2]
-    with Checkpoint(folder) as checkpoint:
-        assert checkpoint.nbytes == 2 * 134_515_008
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with open_checkpoint(folder) as checkpoint:
+        assert sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()) == 134_515_008
+        assert packed_kind(checkpoint) is not None
+    model = AutoModelForCausalLM.from_pretrained(export(folder, tmp_path / "model"), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_writing import SIZES, silent, write_gguf
+from gguf_writing import SIZES, write_gguf
 from ray_nodes import Namespaces, cluster, join
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -35,5 +35,5 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gguf = write_gguf(folder / "tiny.gguf", config, {name: torch.randn_like(w) * 0.3 for name, w in weights.items()})
     converted = folder / "converted"
     converted.mkdir()
-    convert(GgufFile(gguf), converted, silent)
+    convert(GgufFile(gguf), converted, str(gguf))
     return converted

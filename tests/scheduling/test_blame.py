@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import cast
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,4 +141,4 @@ def sequence(number: int) -> ScheduledSequence:
 
 
 def row(suspect: ScheduledSequence, start: int, count: int = 1) -> PlannedRow:
-    return cast(PlannedRow, SimpleNamespace(sequence=suspect, start=start, count=count))
+    return PlannedRow(suspect, 1, start, count, sample=True)

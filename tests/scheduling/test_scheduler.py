@@ -34,7 +34,7 @@ def test_scheduler_refuses_answers_out_of_order() -> None:
     scheduler.accepted(plan, Pages({(0, 0): 60}), [0])
     with pytest.raises(EngineError, match="not waiting for an answer"):
         scheduler.accepted(plan, Pages({(0, 0): 60}), [0])
-    with pytest.raises(EngineError, match="2 tokens for 1 rows"):
+    with pytest.raises(EngineError, match="2 tokens, but the plan samples 1"):
         scheduler.record(plan, [1, 2])
     scheduler.record(plan, [1])
     with pytest.raises(EngineError, match="not in flight"):

@@ -84,6 +84,7 @@ def test_what_the_engine_says_is_rendered() -> None:
             model_seconds=1.5, attention_seconds=2.5, idle_seconds=6.0, kv_read=1.0, kv_whole=4.0, missed_mass=0.5,
             missed_queries=50.0, lost_holders=1, missing=("w9",), corrupted=2, batch_tokens=44, returned_workers=3,
             plan_seconds=0.25, announce_seconds=0.75,
+            drafts=5, draft_tokens=20, accepted_tokens=12, accepted_at=(5, 4, 3, 0),
             batch_counts=(1, 2, *(0,) * (len(BATCH_BUCKETS) - 1)),
         ),
         restarts=2,
@@ -96,6 +97,11 @@ def test_what_the_engine_says_is_rendered() -> None:
     assert value(found, "lamina:generation_tokens_total") == 9
     assert [value(found, "lamina:tier_seconds_total", tier=t) for t in ("model", "attention", "idle")] == [1.5, 2.5, 6]
     assert value(found, "lamina:plan_seconds_total") == 0.25
+    assert value(found, "lamina:spec_decode_num_drafts_total") == 5
+    assert value(found, "lamina:spec_decode_num_draft_tokens_total") == 20
+    assert value(found, "lamina:spec_decode_num_accepted_tokens_total") == 12
+    per_position = "lamina:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [value(found, per_position, position=str(at)) for at in range(4)] == [5, 4, 3, 0]
     assert value(found, "lamina:announce_seconds_total") == 0.75
     assert value(found, "lamina:kv_read_ratio") == 0.25
     assert value(found, "lamina:missed_mass_ratio") == 0.01

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.data
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Name three colours."}]
 PROMPT = "The capital of France is"
-STEADY: dict[str, Any] = {"dtype": "float32", "prefix_cache": False}  # no answer depends on what ran before
+STEADY: dict[str, Any] = {"weights": "float32", "prefix_cache": False}  # no answer depends on what ran before
 
 
 @pytest.fixture(scope="module")

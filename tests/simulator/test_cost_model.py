@@ -13,6 +13,7 @@ from lamina.simulator.costs.cost_model import (
     FULL,
     KvPolicy,
     Load,
+    StepCost,
     all_reduce_time,
     attention_time,
     busiest_share,
@@ -24,7 +25,7 @@ from lamina.simulator.costs.cost_model import (
 )
 from lamina.simulator.costs.hardware import Efficiency, load
 from lamina.simulator.costs.models import model
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, StepCost, power, price
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, power, price
 from lamina.simulator.event_loop.instance import holders_of
 
 HARDWARE = load()

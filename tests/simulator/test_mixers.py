@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.capacity import UNBOUNDED
 from lamina.simulator.costs.cost_model import (
     Load,
     attention_time,
@@ -21,7 +22,7 @@ from lamina.simulator.costs.cost_model import (
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.mixers import ChoiceShape, StateShape
 from lamina.simulator.costs.models import PRESETS, model
-from lamina.simulator.costs.systems import UNBOUNDED, Colocated, Disaggregated, Offloaded
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import simulate
 from lamina.simulator.traces.arrivals import Arrival, Trace
 

@@ -18,6 +18,7 @@ from lamina.llm import LLM
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.models import model
+from lamina.simulator.costs.speculation import Speculation
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.tables import MAX_BYTES
 from lamina.simulator.event_loop.simulate import Slo
@@ -32,6 +33,10 @@ SYSTEMS: dict[str, System] = {
     "on hosts": dop(2, 3, attention=EPYC, shard="sequence", workers=6),
     "experts": Colocated(model=model("qwen3-30b-a3b"), device=H100),
     "states": replace(dop(2, 4), model=model("kimi-linear-48b-a3b"), shard="sequence", sequence_tokens=1000),
+    "packed": Colocated(model=BIG.with_weights("int4"), device=EPYC),
+    "a mix": Colocated(model=BIG.with_weights("0.61"), device=EPYC),
+    "n-grams": replace(dop(2, 4), speculation=Speculation(0.7, 8, 0.5)),
+    "drafts": replace(together(4), speculation=Speculation(0.7, 4, name="./draft", draft=model("llama-3-8b"))),
     "choices": Colocated(model=model("glm-5"), device=replace(H100, memory=1e12), tensor_parallel=8),
 }
 PREDICTED = Prediction("closed form", 4.0, 800.0, 0.03, 0.5, 0.99, 41.5, 44.24, 15.4)
@@ -100,6 +105,23 @@ def test_the_engine_has_what_the_plan_counts_on() -> None:
     assert "attention_workers" not in alone
     assert alone["kv_memory"] == pytest.approx(0.9 * 4 * 80e9 - BIG.weight_bytes, rel=1e-5)  # whole tokens
     assert engine_keywords(replace(together(4), chunked_prefill=False), 5000)["max_batch_tokens"] == 5000
+
+
+def test_the_engine_keeps_weights_and_drafts_as_planned() -> None:
+    assert engine_keywords(SYSTEMS["packed"], 4096)["quantize"] == "int4"
+    assert engine_keywords(SYSTEMS["a mix"], 4096)["weights"] == "packed"
+    drafts = engine_keywords(SYSTEMS["drafts"], 4096)
+    assert (drafts["speculate"], drafts["num_speculative_tokens"]) == ("./draft", 4)
+    ngrams = engine_keywords(SYSTEMS["n-grams"], 4096)
+    assert (ngrams["speculate"], ngrams["num_speculative_tokens"]) == ("ngram", 8)
+    assert not {"weights", "quantize", "speculate"} & engine_keywords(together(4), 4096).keys()
+
+
+def test_a_plan_says_that_no_gpu_keeps_weights_packed() -> None:
+    packed = plan_of(replace(together(4), model=BIG.with_weights("int4")))
+    assert packed.remarks() == ["weights stay packed on CPUs alone, so an engine on h100 computes with 16 bits"]
+    assert "quantize" not in packed.engine
+    assert plan_of(SYSTEMS["packed"]).remarks() == []
 
 
 def test_devices_without_a_network_are_one_machine() -> None:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from lamina.text.structured_output import Grammars
 
 from kv_pools import pool_of
+from scripted_drafts import Always
 
 from lamina.engine.engine import Engine
+from lamina.engine.proposer import Proposer
 from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
@@ -81,6 +83,9 @@ class Tensors:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name]
+
+    def packed(self, name: str) -> None:
+        return None
 
     def release(self, name: str) -> None:
         pass
@@ -157,7 +162,7 @@ class Rig:
     `shard=None` is one holder that fuses, as in one process. Otherwise there are holders without fusing, one for each
     number in `weights`, and where `local_pool` gives pages a local one for copies of prompts, and with a `local_tier`
     for whole sequences. Without `fuses` q goes first in decode, to ports that are not in this
-    process.
+    process. With a `proposer` sequences get up to `drafts` drafts whenever they can.
     """
 
     def __init__(
@@ -178,6 +183,8 @@ class Rig:
         wait: float = 60.0,
         fuses: bool = True,
         grammars: Grammars | None = None,
+        proposer: Proposer | None = None,
+        drafts: int = 4,
         port: Callable[[AttentionWorker], AttentionPort] = LocalAttention,
         around: Callable[[ModelWorker, dict[int, AttentionPort]], Any] = lambda worker, ports: worker,
     ) -> None:
@@ -190,6 +197,7 @@ class Rig:
             page_size=page_size,
             page_groups=page_groups(self.holder),
             prefix_cache=prefix_cache,
+            max_drafts=0 if proposer is None else drafts,
         )
         holders = {
             number: Holder((pages,), weight, fused=shard is None, name=f"worker-{number}")
@@ -224,6 +232,8 @@ class Rig:
             time.monotonic,
             grammars=grammars,
             wait=wait,
+            speculation=None if proposer is None else Always(drafts),
+            proposer=proposer,
         )
         self._thread = threading.Thread(target=self.engine.run, daemon=True)
         self._thread.start()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,36 @@ def permuted(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, config: Any, weights: dict[str, torch.Tensor], **extra: Any) -> Path:
-    """A GGUF of a Hugging Face model, written by the reference library in the way of llama.cpp's converter."""
+def random_blocks(kind: str, n_out: int, n_in: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Rows of ggml's blocks, uint8, whose numbers are as large as those of a model. The reference library cannot make
+    K kinds, but any bytes are codes and scales; only the factors of the scales are put in."""
+    draw = np.random.default_rng(seed)
+    code = gguf.GGMLQuantizationType[kind]
+    if not kind.endswith("_K"):
+        return gguf.quants.quantize(draw.standard_normal((n_out, n_in), dtype=np.float32) * n_in**-0.5, code)
+    raw = draw.integers(0, 256, (n_out, n_in // 256, gguf.GGML_QUANT_SIZES[code][1]), dtype=np.uint8)
+    factor = (draw.uniform(0.5, 1.0, (n_out, n_in // 256, 1)) * n_in**-0.5).astype(np.float32)
+
+    def half(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return x.astype(np.float16).view(np.uint8)
+
+    if kind == "Q2_K":
+        raw[..., -4:-2], raw[..., -2:] = half(factor / 32), half(factor / 16)
+    elif kind == "Q6_K":
+        raw[..., -2:] = half(factor / 2048)
+    else:
+        raw[..., :2], raw[..., 2:4] = half(factor / (32 << (kind == "Q5_K")) / 8), half(factor / 32)
+    return raw.reshape(n_out, -1)
+
+
+def write_gguf(
+    path: Path, config: Any, weights: dict[str, torch.Tensor], kinds: Mapping[str, str] | None = None, **extra: Any
+) -> Path:
+    """A GGUF of a Hugging Face model, written by the reference library in the way of llama.cpp's converter.
+
+    kinds: for the ends of the file's names, such as "attn_q.weight", random blocks of that kind in the place of the
+    weights.
+    """
     arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer = gguf.GGUFWriter(path, arch)
@@ -107,7 +137,13 @@ def write_gguf(path: Path, config: Any, weights: dict[str, torch.Tensor], **extr
                 values = permuted(values, count)
         if arch == "gemma3" and name.endswith("norm.weight"):
             values = values + 1  # as llama.cpp's converter does
-        writer.add_tensor(gguf_name(name, arch), np.ascontiguousarray(values))
+        own = gguf_name(name, arch)
+        kind = next((kind for end, kind in (kinds or {}).items() if own.endswith(end)), None)
+        if kind is None:
+            writer.add_tensor(own, np.ascontiguousarray(values))
+        else:
+            blocks = random_blocks(kind, *values.shape, seed=zlib.crc32(own.encode()))
+            writer.add_tensor(own, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -20,6 +20,7 @@ from lamina_workers.decoder.collective import Collective
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.model_checkpoint import open_checkpoint
 from lamina_workers.decoder.shard import Shard, with_ranks
 from lamina_workers.errors import RankLost
 from lamina_workers.parallel.collectives import Meeting, join
@@ -129,7 +130,7 @@ def greedy(shard: Shard, group: Collective | None, folder: Path, prompts: list[l
     """Twelve tokens after each prompt."""
     config = with_ranks(ModelConfig.from_folder(folder), shard.ranks)
     texts = []
-    with Checkpoint(folder) as checkpoint, torch.inference_mode():
+    with open_checkpoint(folder) as checkpoint, torch.inference_mode():
         decoder = Decoder.load(config, checkpoint, torch.float32, shard=shard, collective=group)
         for prompt in prompts:
             sequence, text = DenseAttention(decoder, len(prompt)), list(prompt)

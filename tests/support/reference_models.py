@@ -45,6 +45,9 @@ class Tensors(dict[str, torch.Tensor]):
     def tensor(self, name: str) -> torch.Tensor:
         return self[name]
 
+    def packed(self, name: str) -> None:
+        return None
+
     def release(self, name: str) -> None:
         self.released.append(name)
 

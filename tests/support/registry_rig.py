@@ -84,7 +84,7 @@ class Rig:
         """One batch, in which every row that samples gives `token`."""
         plan = plan or self.plan()
         rows = [row for row in plan.rows if row.sample]
-        reports = {row.sequence: RowLogprobs(-1.0, ()) for row in rows}
+        reports = {row.sequence: [RowLogprobs(-1.0, ())] for row in rows}
         outcomes = self.scheduler.record(plan, [token] * len(rows))
         self.registry.publish(plan, self.registry.outputs(outcomes, reports, self.now))
 

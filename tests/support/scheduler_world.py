@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -283,6 +284,8 @@ class World:
         self.computed_tokens = 0
         self.batches: list[Plan] = []
         self.refusals = 0
+        self.chance = random.Random(total_pages)  # of drafts
+        self.accepted = 0
 
     def add(self, prompt: list[int], max_tokens: int = 4, **options: object) -> tuple[ScheduledSequence, ...]:
         request = Request(str(len(self.samples)), tuple(prompt), max_tokens, **options)  # type: ignore[arg-type]
@@ -290,7 +293,16 @@ class World:
         self.samples += samples
         return samples
 
+    def propose(self) -> None:
+        """Drafts for the sequences that decode, of which any number of the first ones are right."""
+        for sequence in self.scheduler.decoding() if self.config.max_drafts else ():
+            tokens, right = list(sequence.tokens), self.chance.randrange(5)
+            for number in range(self.chance.randrange(5)):
+                tokens.append((next_token(tokens, sequence.sample) + (number >= right)) % 4)
+            sequence.drafts = tuple(tokens[len(sequence.tokens) :])
+
     def plan(self, lanes: int = 1) -> bool:
+        self.propose()
         plan = self.scheduler.plan(lanes)
         if plan is not None:
             self.check_budgets(plan)
@@ -318,8 +330,10 @@ class World:
         for row in plan.rows:
             assert row.count > 0
             assert row.start == row.sequence.computed
-            assert row.sample == (row.start + row.count == len(row.sequence.tokens))
-        counts = [row.count for row in plan.rows]
+            assert row.sample == (row.start + row.known == len(row.sequence.tokens))
+            assert len(row.drafts) <= (self.config.max_drafts if row.decodes else 0)
+            assert row.start + row.count <= row.sequence.longest
+        counts = [row.known for row in plan.rows]
         assert counts == sorted(counts, key=lambda count: count > 1), "decode rows come first"
 
     def answer(self) -> bool:
@@ -350,16 +364,22 @@ class World:
             if at < lost:
                 self.spoil(row)
             else:
-                self.holder.write(row.handle, row.start, row.sequence.tokens[: row.start + row.count])
+                self.holder.write(row.handle, row.start, [*row.sequence.tokens[: row.start + row.known], *row.drafts])
             if not row.sequence.sound:
                 self.spoil(row)
             self.computed_tokens += row.count
-            if row.sample:
-                tokens.append(next_token(row.sequence.tokens, row.sequence.sample))
+            tokens += [
+                next_token([*row.sequence.tokens, *row.drafts[:drafts]], row.sequence.sample)
+                for drafts in range(row.samples)
+            ]
+        before = {row.sequence: len(row.sequence.tokens) for row in plan.rows}
         outcomes = self.scheduler.record(plan, tokens)
-        for outcome in outcomes:
-            assert outcome.sequence.tokens[-1] == outcome.token
-            assert outcome.finish_reason == outcome.sequence.finish_reason
+        self.accepted += len(outcomes) - len({outcome.sequence for outcome in outcomes})
+        for sequence, tokens_before in before.items():
+            own = [outcome for outcome in outcomes if outcome.sequence is sequence]
+            assert sequence.tokens[tokens_before:] == [outcome.token for outcome in own]
+            assert all(outcome.finish_reason is None for outcome in own[:-1])
+            assert not own or own[-1].finish_reason == sequence.finish_reason
 
     def drop(self, index: int = 0) -> None:
         """The batch fails half way: some of its KV is written, and is wrong."""
@@ -475,6 +495,7 @@ class Machine(RuleBasedStateMachine):
         memory=st.sampled_from([1.0, 1.5, 3.0]),
         hidden=st.sampled_from([0, 0, 5]),
         prefix_cache=st.booleans(),
+        max_drafts=st.sampled_from([0, 2, 4]),
     )
     def start(
         self,
@@ -484,8 +505,10 @@ class Machine(RuleBasedStateMachine):
         memory: float,
         hidden: int,
         prefix_cache: bool,
+        max_drafts: int,
     ) -> None:
         changes = {"page_groups": groups, "page_size": page_size, "max_batch_tokens": max_batch_tokens}
+        changes["max_drafts"] = max_drafts
         total = int(most(config(**changes), 48) * memory) + hidden
         self.world = World(config(**changes, max_model_len=48, prefix_cache=prefix_cache), total, hidden=hidden)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import ne, sub
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lamina_kernels.cpu.emitter import kind_of
@@ -39,7 +39,7 @@ from lamina_kernels.paged.pages import (
     gather,
 )
 from lamina_kernels.paged.rows import EVERYTHING, Ints, Rows, Table, check_attend, check_rows
-from lamina_kernels.paged.schedule import MAX_ROWS, PIECE, Pieces, cut, deal
+from lamina_kernels.paged.schedule import MAX_ROWS, PIECE, Pieces, block_tokens, cut, deal
 from lamina_kernels.partial import Partial
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
 
 APPEND_SHARE = 256  # vectors that are worth a thread
 DEAL_EVERY = 16  # tokens: at most so many keys of each head are in a share too many
+KEPT_PLANS = 32
 _NONE_MOVED: Mapping[int, Table] = {}
 
 _Arguments, _AppendArguments = block_type(ARGUMENTS), block_type(APPEND)
@@ -103,8 +104,7 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     check_order(pages, Order.CHANNELS)
     missing = check_rows(pages, rows)
     pieces, starts = deal(cut(rows), threads)
-    vectors = -(-int(pieces["rows"].max(initial=1)) // TILE) * TILE
-    return _assemble(pages, pieces, starts, vectors, _partials(pieces), rows, missing)
+    return _assemble(pages, pieces, starts, _room(pieces), _partials(pieces), rows, missing)
 
 
 def _partials(pieces: Pieces) -> int:
@@ -112,12 +112,9 @@ def _partials(pieces: Pieces) -> int:
     return int(pieces["rows"][pieces["partial"] >= 0].sum())
 
 
-def _dealt_anew(plan: Plan, rows: Rows) -> Plan:
-    """The plan, whose rows have changed, with other pieces and the same scratch and block of arguments."""
-    a, scratch = plan.arguments, plan.keep[3]
-    pieces, starts = deal(cut(rows), a.shares)
-    partial_out = _point_to(a, pieces, starts, _partials(pieces), plan.pages.layout.d_v)
-    return dataclasses.replace(plan, keep=(rows, pieces, starts, scratch, partial_out))
+def _room(pieces: Pieces) -> int:
+    """For how many query vectors a piece needs scratch."""
+    return -(-int(pieces["rows"].max(initial=1)) // TILE) * TILE
 
 
 def _point_to(a: Any, pieces: Pieces, starts: Ints, partials: int, d_v: int) -> torch.Tensor:
@@ -128,55 +125,95 @@ def _point_to(a: Any, pieces: Pieces, starts: Ints, partials: int, d_v: int) -> 
     return partial_out
 
 
-def grown(plan: Plan, growing: npt.NDArray[np.bool_]) -> Grown | None:
-    """Makes the plans of the next batches of a plan, where each row begins one token later every time. `growing`, bool
-    `[rows]`: which of them read one key more every time. None where that does not follow from the plan: for rows of
-    several queries or without keys, with windows, lists or biases.
+def grown(plan: Plan) -> Grown | None:
+    """Makes the plans of the next batches of a plan, of the same rows, each further than before. None where that does
+    not follow from the plan: for rows without keys, with windows, lists or biases.
 
     Nothing is checked again: the pages of new keys must be in the plan's tables before they are read, and exist.
     """
     rows: Rows = plan.keep[0]
-    plain = (rows.count == 1) & (rows.lo < rows.hi) & (rows.window >= EVERYTHING) & (rows.listed == 0)
-    if not plain.all() or rows.bias or plan.missing or len(growing) != len(rows):
-        return None
-    return Grown(plan, dataclasses.replace(rows, start=rows.start.copy(), hi=rows.hi.copy()), growing)
+    plain = (rows.lo < rows.hi) & (rows.window >= EVERYTHING) & (rows.listed == 0)
+    return Grown(plan) if plain.all() and not rows.bias and not plan.missing else None
 
 
 class Grown:
-    """Plans of rows that grow by a token from batch to batch. They are made in place, so only the last one is valid.
-    Every DEAL_EVERY tokens their work is dealt anew, so that shares stay equal."""
+    """Plans of rows that go on from batch to batch. They are made in place, so only the last one is valid. At the
+    latest after DEAL_EVERY tokens their work is dealt anew, so that shares stay equal; so it is where a row has another
+    number of queries. For each number of query vectors that a batch has there is a plan of its own, of the last
+    `KEPT_PLANS` numbers."""
 
-    def __init__(self, plan: Plan, rows: Rows, growing: npt.NDArray[np.bool_]) -> None:
-        self._rows = rows
-        self._growing = growing
+    def __init__(self, plan: Plan) -> None:
+        pieces = plan.keep[1]
+        self._plans = {plan.n: (_room(pieces), plan)}  # with the query vectors of a piece for which there is scratch
         self._follow(plan)
 
     def _follow(self, plan: Plan) -> None:
-        """Note which pieces end where a growing row ends: the last ones of their outputs."""
-        self._plan, self._age = plan, 0
-        _, pieces, *_ = plan.keep
+        """Note which pieces belong to each row, and which end where a row's keys end: the last ones of their
+        outputs."""
+        rows, pieces, *_ = plan.keep
+        self._plan, self._rows = plan, rows
+        # As they are now; those of the plan's rows are of the last deal.
+        self._start, self._count, self._hi = rows.start.tolist(), rows.count.tolist(), rows.hi.tolist()
+        self._dealt_at = max(self._start)
+        blocks = -(-rows.count // block_tokens(rows.group))
         output = pieces["output"]
-        last = np.flatnonzero(np.append(output[1:] != output[:-1], True))
-        self._ends = np.zeros(len(pieces), np.int64)
-        self._ends[last[np.repeat(self._growing, self._rows.kv_heads)]] = 1
-        self._position, self._hi = pieces["position"], pieces["hi"]
+        self._of_piece = np.repeat(np.arange(len(rows)), rows.kv_heads * blocks)[output]
+        self._last = np.append(output[1:] != output[:-1], True)
+        self._position, self._end = pieces["position"], pieces["hi"]
+        self._growing: list[bool] = []
+        self._ends = np.zeros(0, np.int64)
 
-    def next(self, moved: Mapping[int, Table] = _NONE_MOVED) -> Plan:
-        """The plan of the rows one token later: the same object, or another one with the same block of arguments. Rows
-        in `moved` have other tables from now on, of the same layers and heads."""
-        self._age += 1
-        if self._age < DEAL_EVERY and not moved:
-            self._position += 1
-            self._hi += self._ends
+    def next(
+        self, start: Sequence[int], count: Sequence[int], hi: Sequence[int],
+        moved: Mapping[int, Table] = _NONE_MOVED,
+    ) -> Plan:  # fmt: skip
+        """The plan of the rows with other queries: the first position, how many they are and up to where they read, of
+        each row. Where rows have more keys, these are before the queries or are the queries' own. The same plan as
+        before, or another one. Rows in `moved`, by number, have other tables from now on, of the same layers and
+        heads."""
+        if count == self._count and not moved and max(start) < self._dealt_at + DEAL_EVERY:
+            self._move(start, hi)
             return self._plan
         rows = self._rows
-        np.add(rows.start, self._age, out=rows.start)
-        np.add(rows.hi, self._age * self._growing, out=rows.hi)
-        if moved:
-            tables = [moved.get(number, table) for number, table in enumerate(rows.tables)]
-            self._rows = rows = dataclasses.replace(rows, tables=tables)
-        self._follow(_dealt_anew(self._plan, rows))
+        begins, counts, ends = (np.array(x, np.int64) for x in (start, count, hi))
+        vectors = counts * rows.kv_heads * rows.group
+        tables = [moved.get(number, table) for number, table in enumerate(rows.tables)] if moved else rows.tables
+        self._follow(self._dealt(dataclasses.replace(
+            rows, first=np.cumsum(vectors) - vectors, start=begins, count=counts, hi=ends, tables=tables
+        )))  # fmt: skip
         return self._plan
+
+    def _move(self, start: Sequence[int], hi: Sequence[int]) -> None:
+        """The rows' queries are further, but as many as before."""
+        steps = list(map(sub, start, self._start))
+        growing = list(map(ne, hi, self._hi))
+        if growing != self._growing:
+            self._growing = growing
+            self._ends = np.where(self._last, np.array(growing, np.int64)[self._of_piece], 0)
+        if steps.count(steps[0]) == len(steps):  # which takes half the time
+            self._position += steps[0]
+            self._end += self._ends if steps[0] == 1 else self._ends * steps[0]
+        else:
+            of_pieces = np.array(steps, np.int64)[self._of_piece]
+            self._position += of_pieces
+            self._end += self._ends * of_pieces
+        self._start, self._hi = start, hi
+
+    def _dealt(self, rows: Rows) -> Plan:
+        """A plan of these rows: with the scratch and the block of arguments of one of as many query vectors, where
+        there was one."""
+        n, plan = rows.n, self._plan
+        pieces, starts = deal(cut(rows), plan.arguments.shares)
+        room, last = self._plans.pop(n, (0, plan))
+        if _room(pieces) <= room:
+            a, scratch = last.arguments, last.keep[3]
+            partial_out = _point_to(a, pieces, starts, _partials(pieces), plan.pages.layout.d_v)
+            plan = dataclasses.replace(last, keep=(rows, pieces, starts, scratch, partial_out))
+        else:
+            room = _room(pieces)
+            plan = _assemble(plan.pages, pieces, starts, room, _partials(pieces), rows)
+        self._plans = {**dict(list(self._plans.items())[1 - KEPT_PLANS :]), n: (room, plan)}
+        return plan
 
 
 def _assemble(

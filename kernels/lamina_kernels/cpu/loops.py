@@ -43,6 +43,7 @@ from lamina_kernels.paged.schedule import PIECE
 logger = logging.getLogger("lamina")
 
 FEW = 4  # query vectors that are few
+ALIKE = 32  # tokens of a row that are attended as if each were alone
 WIDE = 64  # channels that `accumulate` passes over at once, for few query vectors
 FETCHES_NEAR = emitter.fetches_near()
 
@@ -159,9 +160,11 @@ def _block(kind: int, a: Any, piece: Any, begin: int, width: int) -> int:
 
     A page alone where the next one follows it in memory and one pass reads each of its bytes in order: then the
     hardware fetches better than we do, but on CPUs with FETCHES_NEAR. For few query vectors half a block, so that
-    prefetches come in smaller bursts.
+    prefetches come in smaller bursts. Weights are rounded by blocks, so a few tokens together have the blocks that
+    each has alone.
     """
-    if piece.rows > FEW:
+    alike = piece.group <= FEW and piece.rows <= ALIKE * piece.group
+    if piece.rows > FEW and not alike:
         return BLOCK
     in_order = kind != Kind.INT8 and width == a.page_size and a.d_v <= WIDE and not piece.listed
     if not FETCHES_NEAR and in_order and begin + width < piece.hi:

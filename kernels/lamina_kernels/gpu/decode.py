@@ -133,7 +133,7 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     )
 
 
-def grown(plan: Plan, growing: npt.NDArray[np.bool_]) -> None:
+def grown(plan: Plan) -> None:
     """None: batches are planned anew, since what they read is copied to the device."""
 
 

@@ -45,10 +45,15 @@ PIECE = np.dtype(
 Pieces = npt.NDArray[Any]
 
 
+def block_tokens(group: Ints) -> Ints:
+    """How many tokens of a row are in one block, by the query heads to a KV head."""
+    return np.maximum(MAX_ROWS // group, 1)
+
+
 def cut(rows: Rows) -> Pieces:
     """Every KV head's blocks of at most MAX_ROWS query vectors, with the keys that any of them sees: one piece for
     each output, two where it sees sinks apart from its window."""
-    tokens = np.maximum(MAX_ROWS // rows.group, 1)
+    tokens = block_tokens(rows.group)
     blocks = -(-rows.count // tokens)
     outputs = rows.kv_heads * blocks
     row = np.repeat(np.arange(len(rows)), outputs)

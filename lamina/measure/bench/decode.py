@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
 from lamina.measure.hardware.plan_check import Measured, measure_in_turn
+from lamina.models.weight_memory import WeightMemory, weight_memory
 from lamina.simulator.costs.models import ModelShape, from_folder
+from lamina.simulator.costs.packing import Packing
 from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.system.progress import Progress
 
@@ -35,7 +37,8 @@ Read = Callable[[], float]
 @dataclass(frozen=True, slots=True)
 class Row:
     """`batch` sequences after prompts of `context` tokens. `step_ms` and `p99_ms` are milliseconds a decode step,
-    medians over the rounds; `step_bytes` is what a step reads, `roofline_ms` how long reading that takes at best."""
+    medians over the rounds; `step_bytes` is what a step reads, `roofline_ms` how long reading that takes at best.
+    `tokens_per_step`: of a sequence, above 1 where drafts were accepted. What a draft model reads is not counted."""
 
     batch: int
     context: int
@@ -46,6 +49,7 @@ class Row:
     bytes_per_second: float
     memory_bytes_per_second: float
     prefill_tokens_per_second: float
+    tokens_per_step: float = 1.0
 
     @property
     def roofline_ms(self) -> float:
@@ -59,7 +63,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All rows of a run, and what ran: `options` are those given to `LLM`, `dtype` and `kv_dtype` what they mean."""
+    """All rows of a run, and what ran: `options` are those given to `LLM`, `dtype` and `kv_dtype` what they mean.
+    `weight_bytes`: of a matrix's weight in the mean, where they are packed; 0: they are of `dtype`."""
 
     model: str
     options: Mapping[str, Any]
@@ -68,6 +73,7 @@ class Result:
     steps: int
     rounds: int
     rows: tuple[Row, ...]
+    weight_bytes: float = 0.0
 
 
 def bench(
@@ -85,9 +91,10 @@ def bench(
     with contextlib.ExitStack() as stack:
         reading = read or stack.enter_context(_reading(config.device))
         llm = stack.enter_context(LLM(model, progress=progress, **{**options, "prefix_cache": False}))
-        shape = from_folder(llm.model_path)
+        shape = kept_as(from_folder(llm.model_path), weight_memory(llm.model_path), config)
         found: dict[tuple[int, int], list[tuple[Measured, float]]] = {}
-        for cell, run in measure_in_turn(llm, cells, steps, rounds, progress):
+        drafts = config.speculate is not None
+        for cell, run in measure_in_turn(llm, cells, steps, rounds, progress, drafts):
             found.setdefault(cell, []).append((run, reading()))
         kept = {context: _kept(llm, context) if config.policy not in (None, "full") else 1.0 for _, context in cells}
     weight, element = _ELEMENT[dtype], _ELEMENT[kv_dtype]
@@ -95,13 +102,23 @@ def bench(
         row(context, runs, step_bytes(shape, runs[0][0], weight, element, kept[context]))
         for (_, context), runs in found.items()
     )
-    return Result(model, dict(options), dtype, kv_dtype, steps, rounds, rows)
+    packed = shape.packing.nbytes if shape.packing is not None else 0.0
+    return Result(model, dict(options), dtype, kv_dtype, steps, rounds, rows, packed)
+
+
+def kept_as(shape: ModelShape, memory: WeightMemory, config: EngineConfig) -> ModelShape:
+    """The shape with the mean bytes of its matrices' weights, where the engine keeps them packed."""
+    way = config.quantize or ("packed" if config.weights in ("auto", "packed") else "")
+    if way not in memory.ways or _on_gpu(config.device):
+        return shape
+    floats = 2 * (shape.parameters - shape.packable)
+    return replace(shape, packing=Packing(way, (memory.ways[way] - floats) / shape.packable))
 
 
 def step_bytes(shape: ModelShape, run: Measured, weight: float, element: float, kept: float = 1.0) -> float:
     """What one step reads: all weights but the input table, and the share `kept` of each sequence's KV. `weight` and
-    `element` are bytes of a weight and of an element of the KV."""
-    weights = shape.weights_read(run.batch) * weight / shape.element
+    `element` are bytes of a weight that is not packed and of an element of the KV."""
+    weights = replace(shape, element=weight).weights_read(run.batch * run.tokens)
     return weights + run.batch * shape.kv_bytes_read(run.context, element) * kept
 
 
@@ -109,16 +126,18 @@ def row(context: int, runs: Sequence[tuple[Measured, float]], nbytes: float) -> 
     """The medians of several measurements of a cell, each with the reading rate beside it."""
     first = runs[0][0]
     step = statistics.median(run.seconds for run, _ in runs)
+    tokens = statistics.median(run.tokens for run, _ in runs)
     return Row(
         batch=first.batch,
         context=context,
         step_ms=step * 1e3,
         p99_ms=statistics.median(run.p99 for run, _ in runs) * 1e3,
-        tokens_per_second=first.batch / step,
+        tokens_per_second=first.batch * tokens / step,
         step_bytes=nbytes,
         bytes_per_second=nbytes / step,
         memory_bytes_per_second=statistics.median(rate for _, rate in runs),
         prefill_tokens_per_second=first.batch * context / statistics.median(run.first for run, _ in runs),
+        tokens_per_step=tokens,
     )
 
 
@@ -134,7 +153,8 @@ def table(found: Result) -> str:
     """One line a cell, under a heading."""
     memory = statistics.median(each.memory_bytes_per_second for each in found.rows)
     heading = ("batch", "context", "tok/s", "ms/step", "p99", "MB/step", "GB/s", "of memory", "prefill tok/s")
-    lines = [heading] + [
+    lines: list[tuple[str, ...]] = [heading]
+    lines += [
         (
             str(each.batch),
             str(each.context),
@@ -148,9 +168,13 @@ def table(found: Result) -> str:
         )
         for each in found.rows
     ]
+    if any(each.tokens_per_step > 1 for each in found.rows):
+        tokens = ["tok/step", *(f"{each.tokens_per_step:.2f}" for each in found.rows)]
+        lines = [(*line, more) for line, more in zip(lines, tokens, strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    about = f"{found.model} in {found.dtype}, KV in {found.kv_dtype}; memory gives {memory / 1e9:.1f} GB/s"
+    packed = f", weights packed in {found.weight_bytes:.3g} bytes each" if found.weight_bytes else ""
+    about = f"{found.model} in {found.dtype}{packed}, KV in {found.kv_dtype}; memory gives {memory / 1e9:.1f} GB/s"
     return "\n".join([about, *shown]) + "\n"
 
 
@@ -168,6 +192,7 @@ def record(found: Result, machine: Machine, *, date: str, version: str) -> dict[
         },
         "dtype": found.dtype,
         "kv_dtype": found.kv_dtype,
+        "weight_bytes": found.weight_bytes,
         "steps": found.steps,
         "rounds": found.rounds,
         "rows": [

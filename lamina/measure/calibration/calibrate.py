@@ -26,9 +26,9 @@ from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.converted.config import ConvertedConfig
-from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.errors import UnsupportedModelError
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy
@@ -205,7 +205,7 @@ def _evidence(
 ) -> Evidence:
     if settings.scores is not None and settings.scores.exists():
         return Evidence.load(settings.scores, mark, allowed)
-    with Checkpoint(bench.path) as checkpoint:
+    with open_checkpoint(bench.path) as checkpoint:
         subject = Subject(bench.probe(context), TorchPath(bench.model, checkpoint), bench.tokenizer, texts)
     streaming = Streaming(settings.sink, settings.recent)
     evidence = gather(subject, context, allowed, streaming, settings.steps, settings.seed, progress)

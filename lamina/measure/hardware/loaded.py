@@ -17,10 +17,10 @@ from lamina.system.machine import native_dtype, this_machine
 from lamina_kernels import dense
 from lamina_protocols.layers import HolderConfig
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
-from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
 from lamina_workers.decoder.model import Batch, Decoder
+from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
 
 STEPS = 256
 """Decode steps that a cell has room for."""
@@ -54,7 +54,7 @@ def load(model: str, cells: Sequence[Sequence[int]], device: str = "cpu") -> Loa
     for steps in (attention_kernels().prepare(page_layout(holder)), dense.prepare(dtype, torch.device(device))):
         for _ in steps:
             pass
-    with Checkpoint(path) as checkpoint, torch.inference_mode():
+    with open_checkpoint(path) as checkpoint, torch.inference_mode():
         weights = load_weights(config, checkpoint, dtype, torch.device(device))
     return Loaded(config, weights, Decoder(config, weights), holder, fingerprint(path), dtype, machine.cores)
 

@@ -32,6 +32,8 @@ MOST_SEQUENCES = 16
 MOST_TOKENS = 1 << 15
 """Of all prompts of a cell of `check`."""
 _SHORT = 64
+_TOGETHER = 0.1
+"""Of the mean gap of a sequence: tokens that are nearer than that came of one step, which verified drafts."""
 
 Times = Sequence[Sequence[float]]
 """Of each sequence: when each of its tokens came, in seconds."""
@@ -42,7 +44,7 @@ class Measured:
     """A decode step of `batch` sequences, each of which read `context` tokens of KV in the mean.
 
     `seconds` is the median, `low` and `high` are the quartiles over `gaps` gaps, `p99` the 99th percentile. `first`:
-    seconds from the start until all sequences had their first token.
+    seconds from the start until all sequences had their first token. `tokens`: of a sequence in a step, in the mean.
     """
 
     batch: int
@@ -53,11 +55,13 @@ class Measured:
     gaps: int
     first: float
     p99: float = 0.0
+    tokens: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One cell of a check; `context` is the mean of what each sequence read. Milliseconds a decode step."""
+    """One cell of a check; `context` is the mean of what each sequence read. Milliseconds a token of each sequence: a
+    decode step, or its share of one that verified drafts."""
 
     batch: int
     context: float
@@ -65,8 +69,9 @@ class Row:
     measured_ms: float
 
 
-def measure(llm: LLM, batch: int, context: int, tokens: int = TOKENS, seed: int = 0) -> Measured:
-    """Decode `batch` random prompts of `context` tokens, greedily and past any end token, and time the steps.
+def measure(llm: LLM, batch: int, context: int, tokens: int = TOKENS, seed: int = 0, drafts: bool = False) -> Measured:
+    """Decode `batch` random prompts of `context` tokens, greedily and past any end token, and time the steps; with
+    `drafts` a step may give a sequence several tokens.
 
     `llm` should have no prefix cache and be idle. Raises InvalidRequest where that is longer than it can take,
     EngineError where the sequences did not decode together for long enough.
@@ -85,11 +90,16 @@ def measure(llm: LLM, batch: int, context: int, tokens: int = TOKENS, seed: int 
     start = time.perf_counter()
     for event in llm.stream(prompts, max_tokens=count, ignore_eos=True, temperature=0):
         times[event.prompt_index].append(time.perf_counter() - start)
-    return steady(times, context, tokens // 2)
+    return steady(times, context, tokens // 2, drafts)
 
 
 def measure_in_turn(
-    llm: LLM, cells: Sequence[tuple[int, int]], tokens: int, rounds: int, progress: Progress | None
+    llm: LLM,
+    cells: Sequence[tuple[int, int]],
+    tokens: int,
+    rounds: int,
+    progress: Progress | None,
+    drafts: bool = False,
 ) -> Iterator[tuple[tuple[int, int], Measured]]:
     """Measure each (batch, context) in turn, `rounds` times, after a step that warms up."""
     measure(llm, 1, _SHORT, tokens=8)
@@ -97,7 +107,7 @@ def measure_in_turn(
         for at, (batch, context) in enumerate(cells):
             if progress is not None:
                 progress("measuring", number * len(cells) + at, rounds * len(cells))
-            yield (batch, context), measure(llm, batch, context, tokens, number)
+            yield (batch, context), measure(llm, batch, context, tokens, number, drafts)
     if progress is not None:
         progress("measuring", rounds * len(cells), rounds * len(cells))
 
@@ -107,20 +117,26 @@ def needed(batch: int, context: int, tokens: int) -> int:
     return tokens + (batch - 1) * (context // CHUNK + 1)
 
 
-def steady(times: Times, context: int, least: int) -> Measured:
-    """The step while every sequence decodes. Raises EngineError where there are less than `least` gaps of it."""
+def steady(times: Times, context: int, least: int, drafts: bool = False) -> Measured:
+    """The step while every sequence decodes. Raises EngineError where there are less than `least` gaps of it. With
+    `drafts`, tokens that came together count as one step's."""
     begin, end = max(own[0] for own in times), min(own[-1] for own in times)
     gaps, read = [], []
     for own in times:
+        nearest = _TOGETHER * (own[-1] - own[0]) / max(1, len(own) - 1) if drafts else -1.0
+        step = own[0]
         for number, (before, after) in enumerate(pairwise(own), 1):
             if begin <= before and after <= end:
-                gaps.append(after - before)
                 read.append(context + number)  # the token that is fed in attends itself
-    if len(gaps) < max(2, least):
-        raise EngineError(f"all sequences decoded together for {len(gaps)} gaps, too few to measure a step")
+                if after - before > nearest:
+                    gaps.append(after - step)
+            if after - before > nearest:
+                step = after
+    if len(read) < max(2, least) or len(gaps) < 2:
+        raise EngineError(f"all sequences decoded together for {len(read)} gaps, too few to measure a step")
     low, middle, high = statistics.quantiles(gaps, n=4, method="inclusive")
     p99 = statistics.quantiles(gaps, n=100, method="inclusive")[-1]
-    return Measured(len(times), statistics.fmean(read), middle, low, high, len(gaps), begin, p99)
+    return Measured(len(times), statistics.fmean(read), middle, low, high, len(gaps), begin, p99, len(read) / len(gaps))
 
 
 def check(plan: Plan | str | Path, progress: Progress | None = None, rounds: int = 3) -> list[Row]:
@@ -135,9 +151,10 @@ def check(plan: Plan | str | Path, progress: Progress | None = None, rounds: int
     if not isinstance(plan, Plan):
         plan = read(plan)
     keywords = plan.keywords(prefix_cache=False)
+    drafts = keywords.get("speculate") is not None
     with LLM(plan.model, progress=progress, **keywords) as llm:
         found: dict[tuple[int, int], list[Measured]] = {}
-        for cell, run in measure_in_turn(llm, cells_of(plan, llm.max_model_len), TOKENS, rounds, progress):
+        for cell, run in measure_in_turn(llm, cells_of(plan, llm.max_model_len), TOKENS, rounds, progress, drafts):
             found.setdefault(cell, []).append(run)
     return [row(plan, runs) for runs in found.values()]
 
@@ -162,7 +179,7 @@ def row(plan: Plan, runs: Sequence[Measured]) -> Row:
     """The median of several runs of a cell beside the plan's own prediction of it."""
     batch, context = runs[0].batch, statistics.fmean(run.context for run in runs)
     predicted = plan.system.step(Load(decode=batch, context=context)).seconds
-    return Row(batch, context, predicted * 1e3, statistics.median(run.seconds for run in runs) * 1e3)
+    return Row(batch, context, predicted * 1e3, statistics.median(run.seconds / run.tokens for run in runs) * 1e3)
 
 
 def _vocabulary(llm: LLM) -> int:

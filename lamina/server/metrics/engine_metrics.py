@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
@@ -31,6 +31,9 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "kv_whole": ("kv_whole_bytes", "What reading all of that KV would have taken."),
     "missed_mass": ("missed_mass", "Estimated attention mass that queries did not read, summed over queries."),
     "missed_queries": ("missed_mass_queries", "Query vectors that the estimates of missed mass are of."),
+    "drafts": ("spec_decode_num_drafts", "Rows with drafts that were verified."),
+    "draft_tokens": ("spec_decode_num_draft_tokens", "Drafts that were verified."),
+    "accepted_tokens": ("spec_decode_num_accepted_tokens", "Drafts that became tokens."),
 }
 """By field of the snapshot, the metric's name without prefix and suffix, and its documentation."""
 
@@ -47,12 +50,14 @@ class EngineMetrics:
         self._alive = False
         self._before = dict.fromkeys(_SUMS, 0.0)  # the counts of previous engines
         self._batches_before = (0,) * (len(BATCH_BUCKETS) + 1)
+        self._accepted_before: tuple[int, ...] = ()
 
     def see(self, snapshot: Snapshot | None, alive: bool) -> None:
         """Take the engine's newest snapshot, None where there is none, and whether the engine serves requests."""
         latest = self._latest
         if snapshot is not None and latest is not None and snapshot.began != latest.began:
             self._batches_before = self._batches(latest)
+            self._accepted_before = self._accepted(latest)
             self._before = {name: self._total(latest, name) for name in _SUMS}
         self._latest, self._alive = snapshot or latest, alive
 
@@ -76,6 +81,14 @@ class EngineMetrics:
         for tier, name in _TIERS.items():
             tiers.add_metric((*self._values, tier), self._total(latest, name))
         yield tiers
+        accepted = CounterMetricFamily(
+            "lamina:spec_decode_num_accepted_tokens_per_pos",
+            "Drafts that became tokens, by their position in their row.",
+            labels=(*_LABELS, "position"),
+        )
+        for position, count in enumerate(self._accepted(latest)):
+            accepted.add_metric((*self._values, str(position)), count)
+        yield accepted
 
     def _batch_sizes(self, latest: Snapshot | None) -> Metric:
         sizes = HistogramMetricFamily("lamina:iteration_tokens_total", "Tokens computed in a batch.", labels=_LABELS)
@@ -149,6 +162,10 @@ class EngineMetrics:
         if snapshot is None:
             return self._batches_before
         return tuple(map(sum, zip(self._batches_before, snapshot.batch_counts, strict=True)))
+
+    def _accepted(self, snapshot: Snapshot | None) -> tuple[int, ...]:
+        both = zip_longest(self._accepted_before, snapshot.accepted_at if snapshot else (), fillvalue=0)
+        return tuple(map(sum, both))
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(f"lamina:{name}", text, labels=_LABELS)

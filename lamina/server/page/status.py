@@ -22,6 +22,7 @@ _NUMBERS = (
     *("lost_holders", "joined_holders", "returned_workers", "rebuilt_tokens"),
     *("model_seconds", "attention_seconds", "idle_seconds"),
     *("kv_read", "kv_whole", "missed_mass", "missed_queries"),
+    *("drafts", "draft_tokens", "accepted_tokens"),
 )
 _OF_NOBODY = ("began", "uptime", "running", "waiting", "lanes", "page_size")  # numbers that count no work
 
@@ -105,6 +106,7 @@ def of_one(snapshot: Snapshot, sequences: Sequence[SequenceSnapshot], held: int)
         **zeros,
         running=running,
         waiting=max(0, held - running),
+        accepted_at=(),
         cached_pages={},
         sequences=tuple(sequences),
         holders=tuple(holders),

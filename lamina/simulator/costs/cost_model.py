@@ -15,6 +15,8 @@ from lamina.simulator.costs.hardware import Device, Link, at
 from lamina.simulator.costs.models import ModelShape
 from lamina.simulator.costs.tables import number_within, whole
 
+FEW_TOKENS = 32
+"""Tokens of a batch up to which packed weights are multiplied as they are on every CPU."""
 ALPHA = 0.2
 """The slowdown by the network that Lamina's minimum bandwidth allows (section 4.1)."""
 
@@ -55,7 +57,8 @@ class Load:
     `prefill_tokens` whose queries meet `prefill_pairs` keys in all, reading `prefill_keys` tokens of KV.
 
     `prefix_tokens` of the prefill's tokens meet `prefix_pairs` keys besides, of what is held where decode reads it.
-    `prompts` of its prompts end in it, whose states go to where decode reads them.
+    `prompts` of its prompts end in it, whose states go to where decode reads them. Each of the decoding sequences has
+    `drafts` tokens in the mean that are verified beside its own, over the same KV, which is read once.
     """
 
     decode: float
@@ -66,17 +69,23 @@ class Load:
     prefix_tokens: float = 0.0
     prefix_pairs: float = 0.0
     prompts: float = 0.0
+    drafts: float = 0.0
 
     def __post_init__(self) -> None:
         # NaN compares false.
-        if not (0 <= self.decode < math.inf and 0 <= self.context < math.inf and 0 <= self.prefill_tokens < math.inf):
+        if not all(0 <= count < math.inf for count in (self.decode, self.context, self.prefill_tokens, self.drafts)):
             raise InvalidRequest(f"a batch is {self}; allowed are finite numbers, 0 or more")
         if not self.prefill_tokens and (self.prefill_pairs or self.prefix_pairs or self.prompts):
             raise InvalidRequest(f"a batch is {self}; allowed are pairs and ends of a prefill that has tokens")
 
     @property
+    def decode_tokens(self) -> float:
+        """Of the decoding sequences, drafts included. Each needs logits."""
+        return self.decode * (1 + self.drafts)
+
+    @property
     def tokens(self) -> float:
-        return self.decode + self.prefill_tokens
+        return self.decode_tokens + self.prefill_tokens
 
     def divided(self, lanes: int) -> Load:
         """The largest of `lanes` equal parts, whole sequences each."""
@@ -89,6 +98,29 @@ class Load:
             self.prefix_tokens / lanes,
             self.prefix_pairs / lanes,
             self.prompts / lanes,
+            self.drafts,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """One batch: its seconds, those in which each tier was busy, and the bytes that crossed the link."""
+
+    seconds: float
+    model: float = 0.0
+    attention: float = 0.0
+    network: float = 0.0
+    link_bytes: float = 0.0
+
+    def shared(self, whole: StepCost, tokens: float) -> StepCost:
+        """A `tokens`th of this, and all that another step takes beyond it."""
+        keep = 1 / tokens - 1
+        return StepCost(
+            whole.seconds + keep * self.seconds,
+            whole.model + keep * self.model,
+            whole.attention + keep * self.attention,
+            whole.network + keep * self.network,
+            whole.link_bytes + keep * self.link_bytes,
         )
 
 
@@ -103,7 +135,9 @@ def dense_time(model: ModelShape, device: Device, count: int, load: Load) -> flo
     )
     if count > 1:
         overhead += model.all_reduces * all_reduce_time(device, count, tokens * model.hidden * model.activation)
-    return _roofline(moved, flops, device, model.element) / count / at(efficiency.dense, tokens) + overhead
+    if device.unpack:
+        overhead += model.unpacked(tokens, load.decode_tokens, FEW_TOKENS) / device.unpack / count
+    return _roofline(moved, flops, device, model, tokens) / count / at(efficiency.dense, tokens) + overhead
 
 
 def kv_projection_time(model: ModelShape, device: Device, count: int, load: Load) -> float:
@@ -115,21 +149,25 @@ def kv_projection_time(model: ModelShape, device: Device, count: int, load: Load
     if not load.tokens:
         return 0.0
     moved, flops = _dense_work(model, load)
-    whole = _roofline(moved, flops, device, model.element)
-    others = _roofline(
-        moved - model.kv_projection_bytes, flops - model.kv_projection_flops(load.tokens), device, model.element
-    )
+    whole = _roofline(moved, flops, device, model, load.tokens)
+    less = flops - model.kv_projection_flops(load.tokens)
+    others = _roofline(moved - model.kv_projection_bytes, less, device, model, load.tokens)
     return (whole - others) / count / at(device.efficiency.dense, load.tokens)
 
 
 def _dense_work(model: ModelShape, load: Load) -> tuple[float, float]:
     """Bytes and FLOPs of the dense layers of one batch, which has tokens."""
     moved = model.weights_read(load.tokens) + 2 * model.activation * load.tokens * model.hidden
-    return moved, model.dense_flops(load.tokens, max(1, load.decode))
+    return moved, model.dense_flops(load.tokens, max(1, load.decode_tokens))
 
 
-def _roofline(moved: float, flops: float, device: Device, element: float) -> float:
-    """Seconds at the best rates of one device."""
+def _roofline(moved: float, flops: float, device: Device, model: ModelShape, tokens: float) -> float:
+    """Seconds at the best rates of one device. CPUs multiply packed weights in 8 bits, those that unpack them for many
+    tokens in 16 then; other devices multiply in 16."""
+    element = model.element
+    if model.packing is not None:
+        packed = device.kind == "cpu" and (not device.unpack or tokens <= FEW_TOKENS)
+        element = 1.0 if packed else 2.0
     return max(moved / device.bandwidth, flops / rate(device, element))
 
 
@@ -154,7 +192,8 @@ def attention_time(
     queries: float | None = None,
 ) -> float:
     """Seconds of the attention of one batch's decode rows over their past, on the device that has most to do: it reads
-    the share `busiest` of the KV, and computes the share `queries` of the query heads (None: the same).
+    the share `busiest` of the KV, and computes the share `queries` of the query heads (None: the same). A sequence's
+    drafts are computed over what is read for it once.
 
     Prefill's rows over a prefix that is held here are in it: they read it once, and compute each pair.
     """
@@ -164,7 +203,8 @@ def attention_time(
         return 0.0
     efficiency, read = device.efficiency, policy.tokens_read(load.context)
     queries = busiest if queries is None else queries
-    work = [(load.decode * nbytes, load.decode * flops) for nbytes, flops in model.attention_work(read, kv_element)]
+    each = load.decode, load.decode_tokens
+    work = [(each[0] * nbytes, each[1] * flops) for nbytes, flops in model.attention_work(read, kv_element)]
     if load.prefix_tokens:
         keys = load.prefix_pairs / load.prefix_tokens
         more = model.attention_work(keys, kv_element)
@@ -279,12 +319,12 @@ def exchange_time(
     `copies`: how many workers each query goes to, and a partial output of its width comes back from: 1 where they share
     heads, all where they share ranges. `workers`: how many share one machine.
     """
-    element, rows = model.activation, load.decode + load.prefix_tokens
+    element, rows = model.activation, load.decode_tokens + load.prefix_tokens
     asked = rows * copies * sum(group.layers * group.asked_elements for group in model.groups) * element
     answered = rows * copies * sum(group.layers * group.output_elements for group in model.groups) * element
     asked += load.decode * model.state_bytes_sent(element)
     answered += load.decode * model.state_bytes_returned(element)
-    kept, stored = (model.kv_bytes_per_token(element) * count for count in (load.decode, load.prefill_tokens))
+    kept, stored = (model.kv_bytes_per_token(element) * count for count in (load.decode_tokens, load.prefill_tokens))
     stored += load.prompts * model.state_bytes
     trips = (model.attentions if rows else 0) + (model.states if load.decode else 0)
     a_layer = link.round_trip + (workers - 1) * link.worker_time + rows * workers * link.row_time

@@ -55,6 +55,7 @@ _LIMITS = {
     "power": (0.0, 1e6),
     "interconnect": (0.0, 1e16),
     "network": (0.0, 1e16),
+    "unpack": (0.0, 1e16),
     "round_trip": _TIME,
     "worker_time": _TIME,
     "row_time": _TIME,
@@ -155,8 +156,9 @@ class Device:
     """One accelerator, or one socket of a host that computes on its CPU; `kind` is one of `KINDS`.
 
     `flops` are dense ones of 16-bit floats, `flops_8bit` of 8-bit ones (0: as 16-bit); `interconnect` is each way, to
-    its neighbours in one machine, `network` out of the machine; 0 stands for none. `power` 0: not published. `sources`
-    says for each number where it is from.
+    its neighbours in one machine, `network` out of the machine; 0 stands for none. `power` 0: not published. `unpack`:
+    packed weights a second that become 16 bits before many tokens are multiplied with them; 0: they are multiplied as
+    they are. `sources` says for each number where it is from.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Device:
     power: float = 0.0
     interconnect: float = 0.0
     network: float = 0.0
+    unpack: float = 0.0
     efficiency: Efficiency = ROOFLINE
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lamina.simulator.costs.mixers import STATE_RECORDS, ChoiceShape, StateShape
+from lamina.simulator.costs.packing import FLOATS, Packing, packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,18 @@ class ModelShape:
     published_weight_bytes: float | None = None
     """The weights' bytes as a paper prints them, where they differ from the count; they are used then."""
     vectors: int = 0
+    packing: Packing | None = None
+    """How matrices are kept in few bits; None: all weights take `element` bytes each."""
+
+    def with_weights(self, name: str) -> ModelShape:
+        """The model with its weights kept in that way: a float's name, or what `packing` knows; "auto" leaves them.
+        Raises InvalidRequest."""
+        if name == "auto":
+            return self
+        if (element := FLOATS.get(name)) is None:
+            return replace(self, packing=packing(name))
+        published = self.published_weight_bytes if element == self.element else None
+        return replace(self, element=element, published_weight_bytes=published, packing=None)
 
     @property
     def activation(self) -> float:
@@ -129,18 +142,45 @@ class ModelShape:
     @property
     def weight_bytes(self) -> float:
         """What the weights take in memory."""
-        return self.parameters * self._stored
+        if self.packing is None:
+            return self.parameters * self._float
+        tables = self.embedding + (0 if self.tied else self.head)
+        layers = self.packable - tables
+        return tables * self._table + layers * self._stored + (self.parameters - self.packable) * self._float
 
     def weights_read(self, tokens: float) -> float:
         """Bytes of weights that a batch of `tokens` tokens reads: all but the input table, and of the experts as many
         as the batch is expected to use."""
         if tokens <= 0:
             return 0.0
-        read = float(self.head + self.vectors)
+        vectors = self.vectors + sum(group.layers * group.vectors for group in self.groups)
+        layers = self.matrices + self.expert_parameters(tokens)
+        return self.head * self._table + layers * self._stored + vectors * self._float
+
+    @property
+    def packable(self) -> int:
+        """Parameters of all matrices: what may be packed."""
+        return self.parameters - self.vectors - sum(group.layers * group.vectors for group in self.groups)
+
+    @property
+    def matrices(self) -> int:
+        """Parameters of all layers that every token is multiplied with: all but experts, norms and biases."""
+        return sum(group.layers * (group.projections + group.mlp) for group in self.groups)
+
+    def expert_parameters(self, tokens: float) -> float:
+        """Of the experts that so many tokens are expected to use."""
+        return sum(group.layers * group.experts_read(tokens) * group.expert for group in self.groups)
+
+    def unpacked(self, tokens: float, sampled: float, most: float) -> float:
+        """Packed weights that are multiplied with more than `most` tokens of a batch, of which `sampled` need
+        logits."""
+        if self.packing is None:
+            return 0.0
+        found = float(self.matrices * (tokens > most) + self.head * (sampled > most))
         for group in self.groups:
-            always = group.projections + group.mlp + group.vectors
-            read += group.layers * (always + group.experts_read(tokens) * group.expert)
-        return read * self._stored
+            if group.experts and tokens * group.top_k / group.experts > most:
+                found += group.layers * group.experts_read(tokens) * group.expert
+        return found
 
     def dense_flops(self, tokens: float, sampled: float | None = None) -> float:
         """FLOPs of all but attention for a batch of `tokens` tokens, of which `sampled` (None: all) need logits."""
@@ -255,6 +295,16 @@ class ModelShape:
         return sum(group.layers * number(group.state) for group in self.groups if group.state is not None)
 
     @property
+    def _table(self) -> float:
+        """Bytes of a weight of the input table and the head in memory."""
+        return self._stored if self.packing is None else self.packing.table or self.packing.nbytes
+
+    @property
     def _stored(self) -> float:
-        """Bytes of a parameter in memory."""
+        """Bytes of a matrix's weight of a layer in memory."""
+        return self._float if self.packing is None else self.packing.nbytes
+
+    @property
+    def _float(self) -> float:
+        """Bytes of a weight that is not packed."""
         return self.element if self.published_weight_bytes is None else self.published_weight_bytes / self.parameters

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.capacity import MEMORY_SHARE, SEQUENCE_TOKENS, UNBOUNDED, Capacity, capacity_of, room_beside
 from lamina.simulator.costs.cost_model import (
     FULL,
     Exchange,
     KvPolicy,
     Load,
+    StepCost,
     attention_time,
     busiest_share,
     dense_time,
@@ -27,39 +29,15 @@ from lamina.simulator.costs.cost_model import (
 )
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.models import ModelShape
+from lamina.simulator.costs.speculation import Speculation, best_drafts, token_cost
 from lamina.simulator.costs.tables import number_within, whole
 
-MEMORY_SHARE = 0.9
-"""The share of a device's memory for weights and KV; the rest is for activations. vLLM's default, too."""
 MOST = 1 << 24
 """Bounds of devices of a kind, of lanes, and of tokens of a batch."""
 PAGE_SIZE = 16
 """Tokens of a KV page: vLLM's default."""
-SEQUENCE_TOKENS = 4096
-"""Tokens of the sequences for which memory is divided between KV and states: the engine's default."""
-UNBOUNDED = 1 << 40
-"""Tokens, or sequences, of what takes no memory."""
 IDLE_POWER = 0.3
 """The share of a device's power that it draws while it waits. Assumed: no vendor publishes it."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """One batch: its seconds, those in which each tier was busy, and the bytes that crossed the link."""
-
-    seconds: float
-    model: float = 0.0
-    attention: float = 0.0
-    network: float = 0.0
-    link_bytes: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """How many tokens' KV fit, and how many sequences' states; `UNBOUNDED` of what a model does not have."""
-
-    tokens: int
-    sequences: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +58,11 @@ class Colocated:
     kv_element: float = 2.0
     memory_share: float = MEMORY_SHARE
     sequence_tokens: int = SEQUENCE_TOKENS
+    speculation: Speculation | None = None
     label: str = ""
 
     def __post_init__(self) -> None:
+        _check_speculation(self.speculation, self.model)
         for name in ("tensor_parallel", "batch_tokens", "max_sequences", "sequence_tokens"):
             whole(name, getattr(self, name), 1, MOST)
         number_within("kv_element", self.kv_element, 0.25, 8)
@@ -107,11 +87,12 @@ class Colocated:
     @property
     def capacity(self) -> Capacity:
         """What fits beside the weights. Raises InvalidRequest where not even they do."""
-        count = self.tensor_parallel
-        room = _room(self.model, self.device, count, self.memory_share)
+        count, draft = self.tensor_parallel, _draft(self.speculation)
+        room = room_beside(self.model, self.device, count, self.memory_share, draft)
         # With more devices than heads, each head is kept more than once.
         copies = busiest_share(self.model, count) * count, state_share(self.model, count) * count
-        return _capacity(self, room, copies)
+        beside = 0.0 if draft is None else draft.kv_bytes_per_token()
+        return capacity_of(self.model, self.policy, self.kv_element, self.sequence_tokens, room, copies, beside)
 
     @property
     def kv_tokens(self) -> int:
@@ -125,6 +106,10 @@ class Colocated:
         return self.kv_tokens
 
     def step(self, load: Load) -> StepCost:
+        """All sequences go on by one token, by speculation in the mean."""
+        return token_cost(self.speculation, load, self._step)
+
+    def _step(self, load: Load) -> StepCost:
         model, device, count = self.model, self.device, self.tensor_parallel
         # A prefix lies where everything lies: its pairs are like those of the rest of the prompt.
         load = replace(load, prefill_pairs=load.prefill_pairs + load.prefix_pairs, prefix_pairs=0.0, prefix_tokens=0.0)
@@ -135,6 +120,8 @@ class Colocated:
             model, device, load, self.policy, self.kv_element, busiest=busiest_share(model, count), queries=1 / count
         )
         attention += state_time(model, device, load, state_share(model, count))
+        if self.speculation is not None:
+            dense += self.speculation.draft_time(device, load)
         return StepCost(dense + attention, dense, attention)
 
 
@@ -168,6 +155,10 @@ class Disaggregated:
     @property
     def policy(self) -> KvPolicy:
         return self.decode.policy
+
+    @property
+    def speculation(self) -> Speculation | None:
+        return self.decode.speculation
 
     @property
     def max_batch_tokens(self) -> int:
@@ -252,9 +243,11 @@ class Offloaded:
     memory_share: float = MEMORY_SHARE
     sequence_tokens: int = SEQUENCE_TOKENS
     workers: int | None = None
+    speculation: Speculation | None = None
     label: str = ""
 
     def __post_init__(self) -> None:
+        _check_speculation(self.speculation, self.model)
         counts = (
             *("model_count", "attention_count", "model_replicas", "lanes", "batch_tokens", "max_sequences"),
             "sequence_tokens",
@@ -284,8 +277,18 @@ class Offloaded:
     @property
     def capacity(self) -> Capacity:
         """What fits. Raises InvalidRequest where the weights do not."""
-        _room(self.model, self.model_device, self.model_count, self.memory_share)
-        return _capacity(self, self.attention_count * self.attention_device.memory * self.memory_share)
+        room = self.attention_count * self.attention_device.memory * self.memory_share
+        found = capacity_of(self.model, self.policy, self.kv_element, self.sequence_tokens, room)
+        draft, beside = _draft(self.speculation), self._model_room
+        if draft is None:
+            return found
+        return Capacity(min(found.tokens, int(beside / draft.kv_bytes_per_token())), found.sequences)
+
+    @property
+    def _model_room(self) -> float:
+        """Bytes beside the weights."""
+        draft = _draft(self.speculation)
+        return room_beside(self.model, self.model_device, self.model_count, self.memory_share, draft)
 
     @property
     def kv_tokens(self) -> int:
@@ -293,9 +296,8 @@ class Offloaded:
 
     @property
     def prompt_tokens(self) -> int:
-        room = _room(self.model, self.model_device, self.model_count, self.memory_share)
         a_token = self.model.kv_bytes_per_token(self.kv_element)
-        return int(room / a_token) if a_token else UNBOUNDED
+        return int(self._model_room / a_token) if a_token else UNBOUNDED
 
     @property
     def wire(self) -> float:
@@ -309,6 +311,8 @@ class Offloaded:
         dense = dense_time(model, device, count, load)
         dense += prefill_attention_time(model, device, count, load, self.kv_element)
         dense += prefill_state_time(model, device, count, load)
+        if self.speculation is not None:
+            dense += self.speculation.draft_time(device, load)
         by_heads = self.shard == "heads"
         cells = max(1, load.decode * (kv_heads(model) if by_heads else self.attention_count))
         busiest = -(-cells // self.attention_count) / cells  # whole heads, dealt out evenly over all sequences
@@ -323,16 +327,26 @@ class Offloaded:
 
     def query_first(self, load: Load) -> bool:
         """Whether the engine sends q before k and v, in decode of all these sequences."""
-        return self.overlap and self._step(load, True).seconds < self._step(load).seconds
+        return self.overlap and self._ordered(load, True).seconds < self._ordered(load).seconds
+
+    def drafted(self, load: Load) -> Load:
+        """A batch of decode alone, with the drafts that pay."""
+        if self.speculation is None:
+            return load
+        return self.speculation.load(load, best_drafts(self.speculation, load, self._step)[0])
 
     def step(self, load: Load) -> StepCost:
-        """All sequences go on by one token: `lanes` batches, each with its share of them."""
-        together = self._step(load)
+        """All sequences go on by one token, by speculation in the mean: `lanes` batches with their shares of them."""
+        return token_cost(self.speculation, load, self._step)
+
+    def _step(self, load: Load) -> StepCost:
+        """In the better order of messages."""
+        together = self._ordered(load)
         if not self.overlap:
             return together
-        return min(together, self._step(load, True), key=lambda cost: cost.seconds)
+        return min(together, self._ordered(load, True), key=lambda cost: cost.seconds)
 
-    def _step(self, load: Load, query_first: bool = False) -> StepCost:
+    def _ordered(self, load: Load, query_first: bool = False) -> StepCost:
         lanes = int(min(self.lanes, max(1, load.decode)))
         lane = self.lane(load.divided(lanes), query_first)
         # The largest lane sets the pace; all of them together have no more sequences than there are.
@@ -367,29 +381,14 @@ def power(system: System, utilisation: tuple[float, ...]) -> float:
     )
 
 
-def _room(model: ModelShape, device: Device, count: int, share: float) -> float:
-    """Bytes that weights leave for KV."""
-    room = count * device.memory * share - model.weight_bytes
-    if room <= 0:
-        raise InvalidRequest(
-            f"model {model.name!r} has {model.weight_bytes / 1e9:.1f} GB of weights; {count}x {device.name} have "
-            f"{count * device.memory / 1e9:.1f} GB, of which {share:.0%} may be used; allowed is a model that leaves "
-            "room for KV"
-        )
-    return room
+def _draft(speculation: Speculation | None) -> ModelShape | None:
+    """The model whose weights and KV the drafts need."""
+    return None if speculation is None else speculation.draft
 
 
-def _capacity(system: Colocated | Offloaded, room: float, copies: tuple[float, float] = (1.0, 1.0)) -> Capacity:
-    """What so many bytes hold, divided as the engine does it: in proportion to what sequences of `sequence_tokens`
-    tokens take. `copies`: how often KV and states are kept."""
-    model = system.model
-    a_token = model.kv_bytes_per_token(system.kv_element) * copies[0]
-    a_sequence = model.state_bytes_held * copies[1]
-    if not a_sequence:
-        return Capacity(int(room / a_token / system.policy.held) if a_token else UNBOUNDED, UNBOUNDED)
-    sequences = room / (a_token * system.sequence_tokens + a_sequence)
-    tokens = int(sequences * system.sequence_tokens / system.policy.held) if a_token else UNBOUNDED
-    return Capacity(tokens, int(sequences))
+def _check_speculation(speculation: Speculation | None, model: ModelShape) -> None:
+    if speculation is not None:
+        speculation.check(model)
 
 
 def _wire(link: Link, *ends: Device) -> float:

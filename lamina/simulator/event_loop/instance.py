@@ -13,9 +13,9 @@ from lamina.scheduling.control_plane import ControlPlane, Step, refusal
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SNAPSHOT_TOKENS, PageGroup, Plan, Request, ScheduledSequence, SchedulerConfig
-from lamina.simulator.costs.cost_model import Load, kv_heads
+from lamina.simulator.costs.cost_model import Load, StepCost, kv_heads
 from lamina.simulator.costs.mixers import STATE_RECORDS
-from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, StepCost, System
+from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System
 from lamina.simulator.event_loop.holder_counter import HolderCounter
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina.simulator.event_loop.record_counter import RecordCounter

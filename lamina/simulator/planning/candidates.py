@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.capacity import SEQUENCE_TOKENS
 from lamina.simulator.costs.cost_model import KvPolicy, kv_heads
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.models import ModelShape
-from lamina.simulator.costs.systems import SEQUENCE_TOKENS, Colocated, Disaggregated, Offloaded, System, price
+from lamina.simulator.costs.speculation import Speculation
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.planning.inventory import Inventory
 
 DEGREES = (1, 2, 4, 8)
@@ -40,13 +42,14 @@ def candidates(
     budget: float | None = None,
     prefill: bool = True,
     sequence_tokens: int = SEQUENCE_TOKENS,
+    speculation: Speculation | None = None,
 ) -> tuple[Candidate, ...]:
     """All that fit the inventory, the devices' memory and the budget (dollars an hour; None: any). Without `prefill`
     none has devices for it, or differs from another in how it treats prompts. Memory is divided between KV and states
     for sequences of `sequence_tokens` tokens.
 
-    Raises InvalidRequest where there are none, naming what the model needs and what there is, or what the cheapest
-    costs; and where there are more than `MAX_CANDIDATES`.
+    Raises InvalidRequest where drafts cannot be verified; where there are none, naming what the model needs and what
+    there is, or what the cheapest costs; and where there are more than `MAX_CANDIDATES`.
     """
     if budget is not None and not 0 < budget < float("inf"):
         raise InvalidRequest(f"budget is {budget}; allowed are dollars an hour above 0")
@@ -55,6 +58,8 @@ def candidates(
     for system in _systems(model, inventory, prefill):
         if model.states:
             system = _for_sequences(system, sequence_tokens)
+        if speculation is not None:
+            system = speculating(system, speculation)
         count = _replicas(system, inventory)
         if count < 1 or not _fits(system):
             continue
@@ -78,6 +83,13 @@ def candidates(
             f"{price(cheapest):.2f}"
         )
     raise InvalidRequest(_nowhere(model, inventory))
+
+
+def speculating(system: System, speculation: Speculation) -> System:
+    """The system with such drafts in decode. Raises InvalidRequest where they cannot be verified."""
+    if isinstance(system, Disaggregated):
+        return replace(system, decode=replace(system.decode, speculation=speculation))
+    return replace(system, speculation=speculation)
 
 
 def _for_sequences(system: System, tokens: int) -> System:

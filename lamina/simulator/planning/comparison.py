@@ -11,11 +11,12 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import FULL, KvPolicy, Load, kv_heads, kv_projection_time
 from lamina.simulator.costs.hardware import Catalogue, Device
 from lamina.simulator.costs.shapes import ModelShape
+from lamina.simulator.costs.speculation import Speculation
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.timeline import LayerTimes, chrome_trace, step_timeline
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.planning.candidates import DEGREES
+from lamina.simulator.planning.candidates import DEGREES, speculating
 from lamina.simulator.planning.inventory import SYSTEMS
 from lamina.simulator.traces.arrivals import Trace
 
@@ -38,6 +39,7 @@ class Choice:
     policy: KvPolicy = FULL
     lanes: int = 2
     link: str | None = None
+    speculation: Speculation | None = None
 
 
 def build(spec: str, choice: Choice) -> System:
@@ -62,7 +64,8 @@ def build(spec: str, choice: Choice) -> System:
         devices = [(known.device(first), _count(spec, a))]
         if second is not None:
             devices.append((known.device(second), _count(spec, b)))
-    return _built(kind, devices, choice)
+    system = _built(kind, devices, choice)
+    return system if choice.speculation is None else speculating(system, choice.speculation)
 
 
 def compare(
@@ -88,7 +91,7 @@ def compare(
     return results
 
 
-def assumed(catalogue: Catalogue, roofline: bool, prefill: bool, trace: Trace) -> dict[str, str]:
+def assumed(catalogue: Catalogue, roofline: bool, prefill: bool, trace: Trace, choice: Choice) -> dict[str, str]:
     """What a comparison takes for granted, in words."""
     said = {}
     if roofline:
@@ -103,15 +106,29 @@ def assumed(catalogue: Catalogue, roofline: bool, prefill: bool, trace: Trace) -
         said["prefill"] = (
             "prompts are computed elsewhere, at no cost here: decode alone, as in the Lamina paper's evaluation"
         )
+    said |= chosen(choice.model, choice.speculation)
     if trace.name.endswith("(synthetic)"):
         said["trace"] = "drawn from the published trace's quantiles, as its file is not here"
     return said
 
 
+def chosen(model: ModelShape, speculation: Speculation | None) -> dict[str, str]:
+    """What is assumed of packed weights and of drafts, in words."""
+    said = {}
+    if (packing := model.packing) is not None:
+        said["weights"] = f"{packing.name}, {packing.nbytes:g} bytes each; norms and biases are floats"
+    if speculation is not None:
+        said["speculation"] = (
+            f"up to {speculation.tokens} drafts by {speculation.name} in {speculation.proposed:.0%} of the steps, each "
+            f"accepted with the chance {speculation.acceptance:g} where those before it were; none where none pay"
+        )
+    return said
+
+
 def step_trace(system: Offloaded, batch: float, context: float) -> str:
-    """A Chrome trace of one decode step of all lanes, with so many sequences in decode in all."""
+    """A Chrome trace of one decode step of all lanes, with so many sequences in decode in all, and their drafts."""
     layers = system.model.attentions + system.model.states
-    load = Load(max(1, round(batch)), context)
+    load = system.drafted(Load(max(1, round(batch)), context))
     rows = load.divided(min(system.lanes, int(load.decode)))
     first = system.query_first(load)
     lane = system.lane(rows, first)

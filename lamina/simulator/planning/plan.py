@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lamina.simulator.costs.shapes import ModelShape
+from lamina.simulator.costs.speculation import Speculation
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import candidates
@@ -34,6 +35,7 @@ class PlanRequest:
     budget: float | None = None
     rate: float | None = None
     prefill: bool = True
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,9 @@ def make_plan(asked: PlanRequest, *, check: int = TOP, seed: int = 0, progress: 
     slo, prefill, wanted = asked.slo, asked.prefill, demand(asked.trace)
     if asked.rate is not None:
         wanted = wanted.at_rate(asked.rate)
-    every = candidates(asked.model, asked.inventory, asked.budget, prefill, max(1, round(wanted.context)))
+    every = candidates(
+        asked.model, asked.inventory, asked.budget, prefill, max(1, round(wanted.context)), asked.speculation
+    )
     ranked = rank(every, wanted, slo, prefill=prefill, progress=progress)
     if check:
         chosen = top(ranked, check)

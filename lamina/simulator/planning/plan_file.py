@@ -27,6 +27,7 @@ from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.hardware import Catalogue, Device, Link
+from lamina.simulator.costs.packing import QUANTIZED
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.tables import known_keys, number_within, read_tables, text, whole
@@ -42,7 +43,7 @@ KINDS: Mapping[str, type[System]] = {
 ENGINE_KEYS = (
     "dtype", "kv_memory", "kv_dtype", "page_size", "max_model_len", "max_batch_tokens", "threads", "prefix_cache",
     "policy", "attention_workers", "shard", "cluster", "lanes", "local_share", "model_workers", "model_parallel",
-    "sequence_tokens",
+    "sequence_tokens", "weights", "quantize", "speculate", "num_speculative_tokens",
 )  # fmt: skip
 """Keywords that a plan may set. Credentials and channels belong to the deployment."""
 _MAX_ITEMS, _MAX_NUMBER = 1024, 1e18
@@ -112,7 +113,11 @@ class Plan:
 
     def remarks(self) -> list[str]:
         """Where the engine differs from what was planned, in words."""
-        return [f"the plan has {self.replicas} replicas; this deploys one of them"] if self.replicas > 1 else []
+        said = [f"the plan has {self.replicas} replicas; this deploys one of them"] if self.replicas > 1 else []
+        dense = self.system.devices[0][0]
+        if self.system.model.packing is not None and dense.kind != "cpu":
+            said.append(f"weights stay packed on CPUs alone, so an engine on {dense.name} computes with 16 bits")
+        return said
 
 
 def engine_keywords(system: System, longest: int) -> dict[str, Any]:
@@ -138,6 +143,11 @@ def engine_keywords(system: System, longest: int) -> dict[str, Any]:
         found["sequence_tokens"] = system.sequence_tokens
     if system.policy.name != "full":
         found["policy"] = system.policy.name
+    if model.packing is not None and system.devices[0][0].kind == "cpu":
+        name = model.packing.name
+        found |= {"quantize": name} if name in QUANTIZED else {"weights": "packed"}
+    if (drafts := system.speculation) is not None:
+        found |= {"speculate": drafts.name, "num_speculative_tokens": drafts.tokens}
     return found
 
 

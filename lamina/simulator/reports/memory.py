@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from lamina.simulator.costs.capacity import UNBOUNDED
 from lamina.simulator.costs.mixers import STATE_RECORDS
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.systems import UNBOUNDED, System
+from lamina.simulator.costs.systems import System
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 

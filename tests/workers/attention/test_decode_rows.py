@@ -143,8 +143,8 @@ def prompt(handle: int, count: int, fused: bool = True) -> Row:
     return Row(handle, 0, count, (0, count) if fused else None, True)
 
 
-def decode(handle: int, start: int, fused: bool = True) -> Row:
-    return Row(handle, start, 1, (0, start + fused), True, True)
+def decode(handle: int, start: int, fused: bool = True, count: int = 1) -> Row:
+    return Row(handle, start, count, (0, start + count * fused), True, True)
 
 
 def opened(pair: Pair, lengths: dict[int, int]) -> None:
@@ -164,6 +164,43 @@ def test_rows_that_grow_are_stored_and_attended_as_if_planned_anew(fused: bool) 
         pair.run(rows)
     assert pair.following.followed == 69  # all but the first
     assert pair.following.counters == pair.anew.counters
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("count", [5, None])
+def test_rows_that_verify_drafts_are_stored_and_attended_as_if_planned_anew(fused: bool, count: int | None) -> None:
+    """Of each row's tokens some are accepted, and the next row starts behind these."""
+    rng = random.Random(7)
+    pair = Pair()
+    held = {1: 5, 2: 16, 3: 31, 4: 100}
+    opened(pair, held)
+    for _ in range(40):
+        rows = [decode(handle, start, fused, count or rng.randint(1, 17)) for handle, start in held.items()]
+        assert pair.announce((), rows).accepted
+        pair.run(rows)
+        held = {row.handle: row.start + rng.randint(1, row.count) for row in rows}
+    assert pair.following.followed == 39
+    assert pair.following.counters == pair.anew.counters
+
+
+def test_a_row_across_the_end_of_a_range_is_planned_anew_and_stored_in_both() -> None:
+    pair = Pair()
+    rows = [Row(1, 0, 30, (0, 30), True), Row(2, 0, 30, None, True)]
+    assert pair.announce([Open(1, 0, (0, 1), 0, 32), Open(2, 0, (0, 1), 32, 64)], rows[:1]).accepted
+    pair.run(rows[:1])
+    for start, count in ((30, 5), (31, 4), (31, 1), (32, 5), (34, 3)):
+        rows = [
+            Row(handle, start, count, read, start < hi and start + count > lo, True)
+            for handle, lo, hi in ((1, 0, 32), (2, 32, 64))
+            if (read := (lo, min(start + count, hi)))[0] < read[1]
+        ]
+        assert pair.announce((), rows).accepted
+        stored = [row.stored(*((0, 32) if row.handle == 1 else (32, 64))) for row in rows]
+        pair.store(sum(2 * (end - first) for first, end in stored))
+        q = torch.randn(sum(row.count for row in rows) * 6, 16, generator=pair.generator)
+        for worker in pair.workers:
+            assert isinstance(worker.handle(Query(1, pair.batch, 0, q)), Attended)
+        pair.check()
 
 
 def test_a_range_that_is_full_is_read_beside_those_that_grow() -> None:
@@ -260,6 +297,11 @@ def test_rows_follow_only_the_same_rows_a_token_further() -> None:
     assert is_next(last, further)
     for row in (decode(1, 20), decode(1, 22), decode(3, 21)):
         assert not is_next(last, (row, further[1]))
+    longer = (decode(1, 20, count=4), decode(2, 30))
+    for row in (decode(1, 21), decode(1, 24), decode(1, 22, count=17)):
+        assert is_next(longer, (row, further[1]))
+    for row in (decode(1, 20, count=4), decode(1, 25, count=4), decode(1, 22, count=100), decode(1, 22, False, 4)):
+        assert not is_next(longer, (row, further[1]))
     for change in (
         {"read": (0, 21)}, {"read": (1, 22)}, {"read": None}, {"store": False}, {"chooses": False}, {"count": 2},
     ):  # fmt: skip
@@ -275,7 +317,7 @@ def test_random_batches_are_as_if_planned_anew(seed: int) -> None:
     held: dict[int, int] = {}
     last: list[int] = []
     handles = 0
-    for _ in range(80):
+    for _ in range(120):
         operations: list[Operation] = []
         rows: list[Row] = []
         held_after = dict(held)
@@ -306,13 +348,19 @@ def test_random_batches_are_as_if_planned_anew(seed: int) -> None:
             last = known
             limits = {handle: part.hi for handle, part in pair.anew.store.parts().items()}
             fused = rng.random() < 0.95
-            rows += [decode(h, held_after[h], fused) for h in known if 0 < held_after[h] < limits[h]]
+            drafts = rng.choice([0, 0, 4, rng.randint(0, 16)])
+            counts = {h: 1 + rng.choice([drafts, drafts, rng.randint(0, drafts)]) for h in known}
+            rows += [
+                decode(h, held_after[h], fused, counts[h]) for h in known if 0 < held_after[h] <= limits[h] - counts[h]
+            ]
         answer = pair.announce(operations, rows)
         for row, start in zip(rows, answer.starts, strict=False):  # a batch before did not come to its end
             if row.handle in held:
                 held[row.handle] = start
         if answer.accepted:
-            held = held_after | {row.handle: row.start + row.count for row in rows}
+            held = held_after | {
+                row.handle: row.start + (rng.randint(1, row.count) if row.chooses else row.count) for row in rows
+            }
             if rows and rng.random() < 0.9:
                 pair.run(rows)
     assert pair.following.followed > 5

@@ -38,7 +38,8 @@ from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)
 BEGIN = peer_messages.Begin(
-    1, 2, "/a/folder", "abc", "", "float32", "cpu", "cpu", False, 1, HOLDER, 10.0, "ab" * 16, 60.0, True, "grpc",
+    1, 2, "/a/folder", "abc", "", "float32", True, "int8", "cpu", "cpu", False, 1, HOLDER, 10.0,
+    "ab" * 16, 60.0, True, "grpc",
     10.0, 3,
 )  # fmt: skip
 SHARE = HolderBatch(

@@ -34,8 +34,8 @@ from lamina_protocols.routes import HolderBatch, Route, Span
 from lamina_protocols.socket_connections import connect_unix
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
-from lamina_workers.decoder.checkpoint import fingerprint
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
+from lamina_workers.decoder.model_checkpoint import fingerprint
 from lamina_workers.decoder.sampler import RowSampling, sample
 from lamina_workers.model_worker.attention_merge import LayerExchange
 from lamina_workers.model_worker.interface import BatchWork
@@ -318,8 +318,8 @@ class Rotating:
     def replica(self, rank: int, holder: HolderConfig) -> Peer:
         begin = peer_messages.Begin(
             rank=rank, ranks=1, folder=str(self._model), model=fingerprint(self._model), rope_scaling="",
-            dtype="float32", device="cpu", attention_device="cpu", compile=False, threads=1, holder=holder,
-            patience=10.0, engine=ENGINE, linger=0.0, local_channel=True,
+            dtype="float32", packed=False, quantize="", device="cpu", attention_device="cpu", compile=False,
+            threads=1, holder=holder, patience=10.0, engine=ENGINE, linger=0.0, local_channel=True,
             data_channel="grpc", lost_after=10.0, epoch=1,
         )  # fmt: skip
         ready: list[Peer] = []

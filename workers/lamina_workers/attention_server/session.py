@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from lamina_kernels.cpu.layer_work import LayerWork
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 _SPARE = 4
+_SPARE_BYTES = 16 << 20  # of the frames of further ones: decode batches of many numbers of tokens
 # Batches at once, counted in each pool. Each keeps its frames, and an engine decides how large they are.
 _MOST_SERVED = 16
 _LAYERED = (Query, Fresh, Exchange)
@@ -155,7 +157,13 @@ class EngineSeat:
                 strayed = failed or not batch.passed(request.layer)
             if strayed or not batch.live or not worker.in_flight(number):
                 layers.withdraw(batch)
-                self._spare = [self._served.pop(key), *self._spare[: _SPARE - 1]]
+                spare = [self._served.pop(key), *self._spare]
+                total = accumulate(each.largest for each in spare)
+                self._spare = [
+                    each
+                    for n, (each, size) in enumerate(zip(spare, total, strict=True))
+                    if n < _SPARE or (size <= _SPARE_BYTES and n < _MOST_SERVED)
+                ]
 
     def _offer(self, request: Request, port: LocalAttention) -> None:
         """Offer the batch that was accepted just now, if it is one."""

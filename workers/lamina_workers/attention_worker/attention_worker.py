@@ -302,7 +302,7 @@ class AttentionWorker:
 
     def _followed(self, message: Announcement) -> bool:
         """Whether the announced batch could be made of one in flight, whose place it takes: it has that one's rows,
-        each a token further. If not, nothing has changed."""
+        each further. If not, nothing has changed."""
         if not message.rows:
             return False
         first = message.rows[0].handle
@@ -311,7 +311,7 @@ class AttentionWorker:
             return False
         own = [[message.rows[n] for n in of_pool] for of_pool in batch.numbers]
         pairs = list(zip(self.pools, batch.pools, own, strict=True))
-        if not all(pool.follows(kept, rows) for pool, kept, rows in pairs):
+        if not all(pool.follows(kept, rows) for pool, kept, rows in pairs) or not self._resized(batch, message.rows):
             return False
         self._last_batch = message.batch
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
@@ -320,6 +320,25 @@ class AttentionWorker:
         del self._batches[last]
         self._batches[message.batch] = batch
         self.counters.batches += 1
+        return True
+
+    def _resized(self, batch: Batch, rows: Sequence[Row]) -> bool:
+        """Whether a batch in flight could have these rows instead, which are of the same parts, and no others need go
+        for it. It counts so much then."""
+        if [row.count for row in rows] == [row.count for row in batch.rows]:
+            return True
+        own = [[rows[n] for n in of_pool] for of_pool in batch.numbers]
+        most, others = max(pool.most_heads for pool in self.pools), batch.heads + _BATCH
+        try:
+            heads = sum(pool.size(some) for pool, some in zip(self.pools, own, strict=True))
+        except ProtocolError:
+            return False
+        if (
+            heads > batch.heads
+            and sum(b.heads + _BATCH for b in self._batches.values()) - others > _IN_FLIGHT * most - heads
+        ):
+            return False
+        batch.heads = heads
         return True
 
     def _delay(self, rows: Sequence[Row]) -> float:

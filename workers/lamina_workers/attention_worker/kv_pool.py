@@ -47,7 +47,7 @@ from lamina_workers.attention_worker.paged_reader import PagedReader
 from lamina_workers.attention_worker.pool import Layered
 from lamina_workers.devices.available import room_for
 
-_WORKS = 4  # of batches that took turns last: one for each lane
+_WORKS = 32  # of batches that took turns last: for each lane, and for each number of tokens that its batches have
 
 
 class KVPool:
@@ -151,17 +151,18 @@ class KVPool:
             return False
         if batch.series is None and is_next(batch.rows, rows):
             (reading,) = batch.readings.values()
-            batch.series = DecodeRows.of(self.store, self._kernels, batch.rows, reading.plan, batch.places)
+            batch.series = DecodeRows.of(self.store, self._kernels, self.pages, batch.rows, reading.plan, batch.places)
         return batch.series is not None and batch.series.follows(rows)
 
     def follow(self, batch: KVBatch, rows: Sequence[Row], delay: float) -> KVBatch:
         if batch.series is None:  # there are no rows
             return batch
         (reading,) = batch.readings.values()
-        reading.plan, reading.layers = batch.series.next(rows), 0
+        reading.plan, places = batch.series.next(rows)
+        reading.layers = 0
         stores = tuple(row for row in rows if row.store)
         return KVBatch(
-            rows, batch.fused, stores, set(self._kv_layers), batch.places, None, batch.readings, delay, batch.series
+            rows, batch.fused, stores, set(self._kv_layers), places, None, batch.readings, delay, batch.series
         )
 
     def end(self, batch: KVBatch) -> None:

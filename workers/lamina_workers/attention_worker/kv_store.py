@@ -62,26 +62,41 @@ class KVStore(PartTable[Part]):
             self.revert()
             raise
 
-    def can_extend(self, parts: Sequence[Part]) -> bool:
-        """Whether there is room for the next token of each part: none is full, and pages are not short."""
-        begun = sum(len(part.heads) for part in parts if not (part.held - part.lo) % self.config.page_size)
-        return self._layers * begun <= self._pool.free and all(part.held < part.hi for part in parts)
+    def can_go_on(self, parts: Sequence[Part], rows: Sequence[Row]) -> bool:
+        """Whether each part can store its row: its range reaches so far, and pages are not short."""
+        size, more = self.config.page_size, 0
+        for part, row in zip(parts, rows, strict=True):
+            end = row.start + row.count
+            if end > part.hi:
+                return False
+            if end > part.held:
+                more += len(part.heads) * ((part.lo - part.held) // size - (part.lo - end) // size)
+        return self._layers * more <= self._pool.free
 
-    def extend(self, parts: Sequence[Part]) -> list[tuple[int, Int32]]:
-        """Reserve the next token of each part, for which there is room: as `update` would for a row each, where parts
-        are different, release nothing and own the page at their end. Returns the parts, by number, for which a page
-        begins, with this page in each layer and head, int32 `[layers, heads]`; its table may be another one."""
-        size, given = self.config.page_size, []
-        for number, part in enumerate(parts):
-            if not (part.held - part.lo) % size:
-                taken = self._pool.take(self._layers * len(part.heads)).reshape(self._layers, -1)
-                slot = (part.held - part.lo) // size
-                self._widen(part, slot + 1)
-                part.table[:, :, slot] = taken
-                given.append((number, taken))
-            part.held += 1
+    def go_on(self, parts: Sequence[Part], rows: Sequence[Row]) -> set[int]:
+        """Cut each part back to its row's start, and reserve for the row, for which there is room: as `update` would,
+        where parts are different, release nothing and own the pages that are written. Returns the parts, by number,
+        that have other pages now; the table of such a part may be another one."""
+        changed = set()
+        for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
+            if row.start < part.held:
+                used, held = self._slots(row.start - part.lo), self._slots(part.held - part.lo)
+                if used < held:
+                    tail = part.table[:, :, used:held]
+                    self._drop(tail, tail != NO_PAGE)
+                    changed.add(number)
+                part.held, part.stored = row.start, min(part.stored, row.start)
+        for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
+            end = row.start + row.count
+            used, slots = self._slots(part.held - part.lo), self._slots(end - part.lo)
+            if used < slots:
+                self._widen(part, slots)
+                fresh = part.table[:, :, used:slots]
+                fresh[...] = self._pool.take(fresh.size).reshape(fresh.shape)
+                changed.add(number)
+            part.held = end
         self._undo.clear()
-        return given
+        return changed
 
     def stored(self, rows: Iterable[Row]) -> None:
         """All KV has come that these rows of one batch store."""
@@ -90,13 +105,19 @@ class KVStore(PartTable[Part]):
             part.stored = part.held
 
     @property
+    def layers(self) -> int:
+        """How many layers have KV of their own."""
+        return self._layers
+
+    @property
     def shares(self) -> int:
         """As long as this number stays the same, nobody has got a share of another part's pages."""
         return self._pool.shares
 
-    def owns_end(self, part: Part) -> bool:
-        """Whether no other part has the page that holds a part's last token, in any layer and head."""
-        return not self._pool.shared(part.table[:, :, self._slots(part.held - part.lo) - 1]).any()
+    def owns_from(self, part: Part, position: int) -> bool:
+        """Whether no other part has the pages that hold a part's tokens from a position on, in any layer and head."""
+        used = self._slots(part.held - part.lo)
+        return not self._pool.shared(part.table[:, :, (position - part.lo) // self.config.page_size : used]).any()
 
     def releases(self, part: Part) -> bool:
         """Whether a part frees pages as it grows."""

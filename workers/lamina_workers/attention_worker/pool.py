@@ -100,8 +100,7 @@ class LayerPool(Protocol[B]):
         that no batch can have."""
 
     def follows(self, batch: B, rows: Sequence[Row]) -> bool:
-        """Whether `rows` are those of `batch`, each a token further, and `follow` can take them. False is always
-        allowed."""
+        """Whether `rows` are those of `batch`, each further, and `follow` can take them. False is always allowed."""
 
     def follow(self, batch: B, rows: Sequence[Row], delay: float) -> B:
         """As `update` without operations, `commit` and `begin`, for rows that follow. They release nothing."""

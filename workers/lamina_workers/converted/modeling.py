@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lamina_protocols.errors import LaminaError
 from lamina_workers.converted.attention_calls import MASKED, NAME, attend, masked_as
 from lamina_workers.converted.experts import experts
-from lamina_workers.decoder.checkpoint import Checkpoint
+from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
 logger = logging.getLogger("lamina")
@@ -110,7 +110,7 @@ def build(kind: Any, config: Any, dtype: torch.dtype, masked: bool = False) -> t
     return _quiet(model)
 
 
-def load(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
+def load(kind: Any, config: Any, checkpoint: TensorSource, dtype: torch.dtype) -> torch.nn.Module:
     """The model with the weights of a checkpoint. What has the same dtype and name there is a view of the file.
 
     Raises ModelFileError naming tensors that are missing, unexpected or of another shape.

@@ -11,13 +11,14 @@ from lamina_workers.converted.config import ConvertedConfig, converted_config
 from lamina_workers.converted.decoder import ConvertedDecoder
 from lamina_workers.converted.self_check import check
 from lamina_workers.converted.weights import ConvertedWeights, cut_live, load_converted
-from lamina_workers.decoder.checkpoint import Checkpoint
+from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.decoder.collective import Collective
 from lamina_workers.decoder.config import ModelConfig, read_config_json
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
 from lamina_workers.decoder.families import FAMILIES
 from lamina_workers.decoder.graphs import sliced
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.packing import UNPACKED, Packing
 from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
 from lamina_workers.errors import RanksError, UnsupportedModelError
 
@@ -71,16 +72,18 @@ def for_ranks(config: ModelConfig, ranks: int) -> ModelConfig:
 
 def load_model(
     config: ModelConfig,
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     shard: Shard = WHOLE,
+    packing: Packing = UNPACKED,
 ) -> Weights:
-    """The weights of `shard`, and what computes with them. Raises ModelFileError, UnsupportedModelError."""
+    """The weights of `shard`, and what computes with them; a converted model's are unpacked. Raises ModelFileError,
+    UnsupportedModelError."""
     if isinstance(config, ConvertedConfig):
         return load_converted(config, checkpoint, dtype, device, progress)
-    return load_weights(config, checkpoint, dtype, device, progress, shard)
+    return load_weights(config, checkpoint, dtype, device, progress, shard, packing=packing)
 
 
 def decoder_of(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lamina_kernels.cpu import programs
-from lamina_kernels.cpu.spans import MAX_ROWS, Behind, Heads, Map, Span, Spans
+from lamina_kernels.dense import Weight
+from lamina_kernels.spans import MAX_ROWS, Behind, Heads, Map, Span, Spans
 from lamina_workers.converted.fusion import RmsNorm, SplitHeads, apply_linear, part, silu_mul
 from lamina_workers.converted.recording import Operation, Ref
 from lamina_workers.converted.slices import Binding, Key, Slices
@@ -91,7 +92,7 @@ def _matched(slices: Slices, index: int) -> _Match | None:
     return _Match(Span(Behind(output_map, post_norm, gate_up, down_map), norm, then), eps, place, tables)
 
 
-def _end(slices: Slices, walk: _Walk, index: int) -> tuple[Heads | torch.Tensor, tuple[Key, Key] | None, Any, Any]:
+def _end(slices: Slices, walk: _Walk, index: int) -> tuple[Heads | Weight, tuple[Key, Key] | None, Any, Any]:
     """What a slice ends with, where cos and sin come from, what that is applied to, and the eps of norms of heads.
     Raises LookupError."""
     first = slices.wanted(index)[0]

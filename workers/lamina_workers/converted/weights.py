@@ -18,7 +18,7 @@ from lamina_workers.converted.fusion import Joined, fused, joined_weights, plain
 from lamina_workers.converted.modeling import build, converting, load, model_class, read_config
 from lamina_workers.converted.recording import NotRecorded, Recording, record
 from lamina_workers.converted.slices import Slices
-from lamina_workers.decoder.checkpoint import Checkpoint
+from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.errors import UnsupportedModelError
 
 logger = logging.getLogger("lamina")
@@ -39,7 +39,7 @@ class ConvertedWeights:
 
 def load_converted(
     config: ConvertedConfig,
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
@@ -90,7 +90,7 @@ def cut_live(config: ConvertedConfig, dtype: torch.dtype) -> tuple[tuple[str, ..
 
 def _settle(
     model: torch.nn.Module,
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     device: torch.device,
     progress: Callable[[int, int], None],
     together: Sequence[Joined],
@@ -100,7 +100,7 @@ def _settle(
     if device.type != "cpu":
         model.to(device)
         return
-    views = {checkpoint.tensor(name).data_ptr(): name for name in checkpoint.names()}
+    views = {checkpoint.tensor(name).data_ptr(): name for name in checkpoint.names() if checkpoint.packed(name) is None}
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     others = {
         id(parameter)

@@ -6,7 +6,6 @@ one by one never holds them twice.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from lamina_workers.decoder.packed_tensors import PackedTensor
 from lamina_workers.decoder.safetensors_files import TensorInfo, find_tensors
 from lamina_workers.errors import ModelFileError
 
@@ -34,13 +34,18 @@ _DTYPES = {
 
 class TensorSource(Protocol):
     """Named tensors of a checkpoint. A tensor may be a view of a file; `release` says that its pages may leave
-    memory. A view stays valid after that, and reads them again where it must."""
+    memory. A view stays valid after that, and reads them again where it must.
+
+    `packed` is the matrix as the checkpoint has it, where that is not as floats, else None; `tensor` has its floats.
+    """
 
     def names(self) -> Iterable[str]: ...
 
     def shape(self, name: str) -> Sequence[int]: ...
 
     def tensor(self, name: str) -> torch.Tensor: ...
+
+    def packed(self, name: str) -> PackedTensor | None: ...
 
     def release(self, name: str) -> None: ...
 
@@ -74,6 +79,9 @@ class Renamed:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._source.tensor(self._published[name])
+
+    def packed(self, name: str) -> PackedTensor | None:
+        return self._source.packed(self._published[name])
 
     def release(self, name: str) -> None:
         self._source.release(self._published[name])
@@ -135,6 +143,10 @@ class Checkpoint:
             data = data.clone()
         return data.view(dtype).view(info.shape)
 
+    def packed(self, name: str) -> PackedTensor | None:
+        """None: a safetensors file has floats, or the integers that `quantized_tensors` reads."""
+        return None
+
     def release(self, name: str) -> None:
         """Give back the memory that reading `name` took. Views of it stay valid and are read from the file again."""
         info = self._info(name)
@@ -160,29 +172,3 @@ class Checkpoint:
             return self._tensors[name]
         except KeyError:
             raise ModelFileError(f"{self._folder} has no tensor {name!r} (or is closed)") from None
-
-
-def fingerprint(folder: str | Path) -> str:
-    """A name for a model that takes no reading of all of it: a hash of its config, of every tensor's name,
-    dtype and shape, and of the beginning of its largest tensors. 32 hexadecimal digits.
-
-    Raises ModelFileError as `Checkpoint` does.
-    """
-    path = Path(folder)
-    tensors = find_tensors(path)
-    digest = hashlib.sha256()
-    try:
-        digest.update((path / "config.json").read_bytes())
-        for name, info in sorted(tensors.items()):
-            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-        for _, info in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0]))[:_SAMPLED]:
-            with info.file.open("rb") as stream:
-                stream.seek(info.offset)
-                digest.update(stream.read(min(info.nbytes, _SAMPLE_BYTES)))
-    except OSError as error:
-        raise ModelFileError(f"cannot read {folder}: {error}") from error
-    return digest.hexdigest()[:32]
-
-
-_SAMPLED = 32  # tensors
-_SAMPLE_BYTES = 4096

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from lamina_kernels.cpu import programs
-from lamina_kernels.cpu.spans import Behind, Gate, Heads, Span, Spans, States
-from lamina_kernels.dense import Linear, gelu_tanh_mul, silu_mul
+from lamina_kernels.dense import Linear, Weight, gelu_tanh_mul, silu_mul
+from lamina_kernels.spans import Behind, Gate, Heads, Span, Spans, States
 from lamina_workers.decoder.config import ModelConfig, Residuals
 from lamina_workers.decoder.decoder_weights import DecoderWeights, MixerWeights
 from lamina_workers.decoder.moe import Mlp
@@ -17,18 +17,18 @@ from lamina_workers.decoder.state_layers import OutputGate
 def decoder_spans(config: ModelConfig, weights: DecoderWeights, query_first: bool = False) -> Spans | None:
     """Span i ends before the mixer of layer i, with the inputs of a state, or with q, k and v (`query_first`: with the
     normed residual stream); the one past the last layer ends with the logits, or with the normed stream where the head
-    has to be applied to that. None where a map is not multiplied by `few_rows`, or a layer is not built as those of
-    Llama or Qwen3-Next."""
+    has to be applied to that. None where a map is neither packed nor multiplied by `few_rows`, or a layer is not built
+    as those of Llama or Qwen3-Next."""
     family = config.family
     if family.norm != "rms" or family.qk_norm not in ("", "head") or config.residuals != Residuals():
         return None
     plain = not (family.norms.parallel or family.normed_stream)
     if not plain or config.v_head_dim != config.head_dim:
         return None
-    if not programs.can_run():
+    if not programs.can_run() or weights.norm.dtype != torch.bfloat16:  # packed maps take float32 too
         return None
     behind: list[Behind | None] = [None]
-    ends: list[Heads | States | torch.Tensor | None] = []
+    ends: list[Heads | States | Weight | None] = []
     for layer in weights.layers:
         found, inputs = _behind(layer), _inputs(config, layer)
         if found is None or inputs is None:
@@ -77,6 +77,6 @@ def _inputs(config: ModelConfig, layer: MixerWeights) -> Heads | States | None:
     return States(qkv, gates, state.rate, state.offset)
 
 
-def _head(head: Linear) -> torch.Tensor | None:
+def _head(head: Linear) -> Weight | None:
     found = head.few_rows
     return found[0] if found is not None and found[1] is None else None

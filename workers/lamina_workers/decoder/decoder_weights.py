@@ -14,20 +14,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from lamina_kernels.dense import HeadLinears, Linear, repacks
+from lamina_kernels.packed.layout import ROWS
+from lamina_kernels.packed.matrix import PackedMatrix
 from lamina_workers.decoder.checkpoint import Renamed, TensorSource, check_tensors
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.index import HeadIndex, LatentIndex, load_index
 from lamina_workers.decoder.latent import LatentAttention, query_rows, rotated_last
 from lamina_workers.decoder.latent_config import LatentConfig
 from lamina_workers.decoder.mlp_weights import MlpWeights, load_mlp
+from lamina_workers.decoder.packing import ALIGNMENT, UNPACKED, Packing
 from lamina_workers.decoder.rope import head_order
 from lamina_workers.decoder.shard import WHOLE, RankShape, Shard, kv_rows, local, rank_shape
 from lamina_workers.decoder.stacked_experts import SeparateExperts, found_stacked, published_shapes
 from lamina_workers.decoder.state_layers import OutputGate, StateWeights
 from lamina_workers.decoder.state_weights import load_state
-from lamina_workers.decoder.weight_loader import ALIGNMENT, ALL, Loader, part_of
+from lamina_workers.decoder.weight_loader import ALL, Loader, part_of
 from lamina_workers.decoder.weight_names import (
     EMBEDDING,
     HEAD,
@@ -69,13 +73,20 @@ class MixerWeights:
 class DecoderWeights:
     """All mixers as `layers`, the embedding, the last norm and the head, of one rank or of the whole model.
 
-    embedding: `[vocab, hidden]`, perhaps in another dtype than the rest; or only the rank's part of the vocabulary.
+    embedding: `[vocab, hidden]`, perhaps in another dtype than the rest, or packed; or only the rank's part of the
+    vocabulary.
     """
 
-    embedding: torch.Tensor
+    embedding: torch.Tensor | PackedMatrix
     layers: tuple[MixerWeights, ...]
     norm: torch.Tensor
     head: Linear
+
+    def embedded(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding by their numbers `[T]`: `[T, hidden]` in the dtype of the rest."""
+        if isinstance(self.embedding, PackedMatrix):
+            return self.embedding.rows(rows, self.norm.dtype)
+        return F.embedding(rows, self.embedding).to(self.norm.dtype)
 
 
 def load_weights(
@@ -86,12 +97,13 @@ def load_weights(
     progress: Callable[[int, int], None] | None = None,
     shard: Shard = WHOLE,
     split_embedding: bool | None = None,
+    packing: Packing = UNPACKED,
 ) -> DecoderWeights:
     """Check all of `source` against `config`, then convert and pack what belongs to `shard`, releasing each tensor.
 
     On a CPU an embedding that is nothing else stays the source's view in the source's dtype, so that only rows that
     occur take memory; therefore every rank has all of it. Elsewhere, and with `split_embedding`, a rank has its part of
-    the vocabulary. Nothing outside the rank's part of a tensor is read.
+    the vocabulary. Nothing outside the rank's part of a tensor is read. `packing`: what stays packed, on a CPU.
     `progress(done, total)` counts tensors, those without a part for this rank too. Raises ModelFileError naming tensors
     that are missing, unexpected, or of another shape.
     """
@@ -110,24 +122,41 @@ def load_weights(
         source = SeparateExperts(source, config, wanted)
     shape = rank_shape(config, shard)
     room = sum(math.prod(of) * dtype.itemsize + ALIGNMENT for of in _kept_shapes(config, shard, shape))
-    load = Loader(source, dtype, device, progress or (lambda done, total: None), len(wanted), room)
+    load = Loader(source, dtype, device, progress or (lambda done, total: None), len(wanted), room, packing)
     own = (part_of(shape.vocabulary),)
     if split_embedding is None:
         split_embedding = device.type != "cpu"
     looked_up = own if split_embedding else ALL
     # The largest tensor first, while the copy that is made of it stands beside little else.
     if config.tie_word_embeddings:
-        weight = load.copy(f"{EMBEDDING}.weight", own)
-        shared = not repacks(weight) and (split_embedding or shard.ranks == 1)
-        embedding = weight if shared else source.tensor(f"{EMBEDDING}.weight")[looked_up[0]]
-        head = Linear(weight)
-        del weight
+        embedding, head = _load_tied(load, own, looked_up, shard)
     else:
-        head = load.linear([HEAD], rows=[own])
-        keep = load.view if device.type == "cpu" else load.copy
-        embedding = keep(f"{EMBEDDING}.weight", looked_up)
+        head = load.head(HEAD, own)
+        name = f"{EMBEDDING}.weight"
+        packed = load.matrix(name, looked_up)
+        embedding = load.lookup(name, looked_up) if packed is None else packed
     layers = tuple(_load_mixers(config, load, shard, shape))
     return DecoderWeights(embedding, layers, load.norm(NORM, config.family.norm_offset), head)
+
+
+def _load_tied(
+    load: Loader, own: Sequence[slice], looked_up: Sequence[slice], shard: Shard
+) -> tuple[torch.Tensor | PackedMatrix, Linear]:
+    """The embedding and the head of the same numbers: rows to look up, and the rank's `own`, in one memory where they
+    can be."""
+    name = f"{EMBEDDING}.weight"
+    packed = load.matrix(name, looked_up)
+    if packed is not None:
+        whole = looked_up == own or own[0] == slice(0, packed.shape[0])
+        aligned = not own[0].start % ROWS and (not own[0].stop % ROWS or own[0].stop == packed.shape[0])
+        part = packed if whole else packed.part(own[0]) if aligned else load.matrix(name, own)
+        if part is None:
+            raise ValueError(f"a part of {name} is not packed, all of it is")
+        return packed, Linear([part])
+    weight = load.copy(name, own)
+    if not repacks(weight) and (looked_up == own or shard.ranks == 1):
+        return weight, Linear(weight)
+    return load.lookup(name, looked_up, counts=False), Linear(weight)
 
 
 def _kept_shapes(config: ModelConfig, shard: Shard, shape: RankShape) -> list[Sequence[int]]:

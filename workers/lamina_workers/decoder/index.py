@@ -94,7 +94,7 @@ def load_index(
     if config.latent is None:
         of_q, of_k, *norms = names
         rows, turned = [kv_rows(config, shape, index.width), ALL], (len(shape.kv_heads) + 1) * index.width
-        projection = load.linear([of_q, of_k], rows=rows, order=order, turned=turned)
+        projection = load.linear([of_q, of_k], rows=rows, order=order, turned=turned, plain=True)
         q_norm, k_norm = (load.norm(name, config.family.norm_offset, order) for name in norms)
         return HeadIndex(projection, (q_norm, k_norm), len(shape.kv_heads), config.rms_norm_eps)
     up, of_k, weights, norm = names
@@ -104,8 +104,8 @@ def load_index(
     bias = load.copy(f"{norm}.bias")
     return LatentIndex(
         query_norm=load.norm(f"model.layers.{layer}.self_attn.q_a_layernorm", 0.0),
-        query_up=load.linear([up], order=order, turned=index.heads * index.width),
-        projection=load.linear([of_k, weights], order=order, turned=index.width),
+        query_up=load.linear([up], order=order, turned=index.heads * index.width, plain=True),
+        projection=load.linear([of_k, weights], order=order, turned=index.width, plain=True),
         key_norm=(load.norm(norm, 0.0, order), bias if order is None else bias[order.to(bias.device)]),
         heads=index.heads,
         rotary=rotary,

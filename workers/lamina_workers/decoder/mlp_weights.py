@@ -81,12 +81,12 @@ def _experts(config: ModelConfig, moe: MoeConfig, load: Loader, layer: int, shar
     if moe.shared:
         gate, of_shared = shared_names(config, layer)
         mlp = _mlp(load, of_shared, shape.shared, moe.shared, (False, False), gating)
-        shared = mlp, None if gate is None else load.linear([gate])
+        shared = mlp, None if gate is None else load.linear([gate], plain=True)
     latent = None
     if moe.latent:
         into, out = latent_names(config, layer)
         whole = slice(0, moe.latent)
         latent = load.linear([into], config.mlp_bias), load.summed(out, config.mlp_bias, whole, shard.rank == 0)
     bias = load.float32(f"{router}.{CHOICE_BIAS}") if moe.choice.sigmoid else None
-    chooses = Router(load.linear([str(router)], moe.bias), moe, bias)
+    chooses = Router(load.linear([str(router)], moe.bias, plain=True), moe, bias)
     return Experts(chooses, experts, shape.experts.start, shared, latent)

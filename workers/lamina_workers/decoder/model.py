@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
-from lamina_kernels.cpu.spans import MAX_ROWS
 from lamina_kernels.dense import Linear, add_rms_norm, layer_norm, rms_norm, soft_cap
+from lamina_kernels.spans import MAX_ROWS
 from lamina_kernels.states.layout import StateConstants
 from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.decoder.config import ModelConfig
@@ -27,6 +26,7 @@ from lamina_workers.decoder.decoder_spans import decoder_spans
 from lamina_workers.decoder.decoder_weights import DecoderWeights, MixerWeights, load_weights
 from lamina_workers.decoder.heads import project, split
 from lamina_workers.decoder.latent import Rotation, query_rows
+from lamina_workers.decoder.packing import UNPACKED, Packing
 from lamina_workers.decoder.rope import Rotary
 from lamina_workers.decoder.shard import WHOLE, Shard, local, rank_shape
 
@@ -122,7 +122,7 @@ class Decoder:
         shapes = [rank_shape(config, Shard(rank, shard.ranks)) for rank in range(shard.ranks)]
         self._widths = [len(shape.vocabulary) for shape in shapes]  # of each rank's logits
         self._first_token = shapes[shard.rank].vocabulary.start
-        self._split_embedding = len(weights.embedding) < config.vocab_size
+        self._split_embedding = weights.embedding.shape[0] < config.vocab_size
         self.dtype = weights.norm.dtype
         self.device = weights.norm.device
         self._weights = weights
@@ -145,9 +145,12 @@ class Decoder:
         shard: Shard = WHOLE,
         collective: Collective | None = None,
         split_embedding: bool | None = None,
+        packing: Packing = UNPACKED,
     ) -> Decoder:
         """The decoder of a checkpoint, computing in `dtype` on `device`; see `load_weights` for the rest."""
-        weights = load_weights(config, checkpoint, dtype, torch.device(device), progress, shard, split_embedding)
+        weights = load_weights(
+            config, checkpoint, dtype, torch.device(device), progress, shard, split_embedding, packing
+        )
         return cls(config, weights, shard, collective)
 
     @property
@@ -295,11 +298,11 @@ class Decoder:
         """The residual stream that enters layer 0, `[T, hidden_size]`."""
         scale = self.config.embedding_scale
         if not self._split_embedding or self._collective is None:
-            found = F.embedding(token_ids, self._weights.embedding).to(self.dtype)
+            found = self._weights.embedded(token_ids)
         else:
             rows = token_ids - self._first_token
-            foreign = (rows < 0) | (rows >= len(self._weights.embedding))
-            found = F.embedding(rows.masked_fill(foreign, 0), self._weights.embedding).to(self.dtype)
+            foreign = (rows < 0) | (rows >= self._weights.embedding.shape[0])
+            found = self._weights.embedded(rows.masked_fill(foreign, 0))
             found = self._collective.all_reduce(found.masked_fill_(foreign.unsqueeze(-1), 0))
         if scale == 1.0:
             return found

@@ -33,6 +33,15 @@ _BELOW_ONE = 1 - 2.0**-53
 _OPEN = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0, -np.inf).astype(np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """The distinct tokens of a sequence, int64 `[n]`, and how often each was generated, float32 `[n]`: what the
+    penalties need."""
+
+    tokens: NDArray[np.int64]
+    counts: NDArray[np.float32]
+
+
 class TokenHistory:
     """The distinct tokens of one sequence, and how often each was generated: the input of the penalties.
 
@@ -53,6 +62,16 @@ class TokenHistory:
             self._counts = np.concatenate([self._counts, np.zeros(room, np.float32)])
         self._tokens[slot] = token
         self._counts[slot] += 1
+
+    def ahead(self, drafts: Sequence[int]) -> TokenCounts:
+        """What it will be once these tokens are generated too."""
+        fresh = [token for token in dict.fromkeys(drafts) if token not in self._slots]
+        tokens = np.concatenate([self.tokens, np.array(fresh, np.int64)])
+        counts = np.concatenate([self.counts, np.zeros(len(fresh), np.float32)])
+        slots = {token: len(self._slots) + at for at, token in enumerate(fresh)}
+        for token in drafts:
+            counts[slots[token] if token in slots else self._slots[token]] += 1
+        return TokenCounts(tokens, counts)
 
     @property
     def tokens(self) -> NDArray[np.int64]:
@@ -82,7 +101,7 @@ class RowSampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    history: TokenHistory | None = None
+    history: TokenHistory | TokenCounts | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     suppressed: Sequence[int] = ()
     allowed: NDArray[np.int32] | None = field(default=None, compare=False)

@@ -13,6 +13,7 @@ from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.state_config import StateConfig
 from lamina_workers.errors import RanksError
 
+_SUPER = 256  # columns of a block of ggml's K kinds
 _BLOCK = 64  # columns and rows are cut at multiples of it where there are enough: kernels take whole registers
 
 
@@ -110,7 +111,7 @@ def rank_shape(config: ModelConfig, shard: Shard) -> RankShape:
     return RankShape(
         heads=range(own.start * group, own.stop * group),
         kv_heads=own,
-        columns=_apportion(config.intermediate_size, shard, _BLOCK),
+        columns=_apportion(config.intermediate_size, shard, _columns_block(config.intermediate_size, shard)),
         experts=_apportion(config.moe.experts if config.moe is not None else 0, shard),
         shared=_apportion(config.moe.shared if config.moe is not None else 0, shard, _BLOCK),
         vocabulary=_apportion(config.vocab_size, shard, _BLOCK),
@@ -148,6 +149,12 @@ def kv_rows(config: ModelConfig, shape: RankShape, width: int) -> list[slice]:
     if copies == 1:
         return [slice(heads.start * width, heads.stop * width)]
     return [slice(head // copies * width, (head // copies + 1) * width) for head in heads]
+
+
+def _columns_block(columns: int, shard: Shard) -> int:
+    """What columns are cut at multiples of: those of the largest blocks of packed weights, where ranks then still get
+    much the same, so that these stay packed."""
+    return _SUPER if columns % _SUPER == 0 and columns >= 8 * _SUPER * shard.ranks else _BLOCK
 
 
 def _apportion(total: int, shard: Shard, block: int = 1) -> range:

@@ -14,6 +14,7 @@ import torch
 
 from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.packed_tensors import PackedTensor
 from lamina_workers.errors import ModelFileError
 
 MXFP4_BLOCK = 32  # numbers that share a scale
@@ -99,6 +100,10 @@ class SeparateExperts:
                 raise ModelFileError(f"tensor {each} holds {tensor.dtype}, expected torch.uint8")
         blocks, scales = stacked
         return from_mxfp4(blocks[expert, rows], scales[expert, rows])
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """Experts that are stacked are unpacked."""
+        return self._source.packed(name) if self._part.fullmatch(name) is None else None
 
     def release(self, name: str) -> None:
         part = self._part.fullmatch(name)

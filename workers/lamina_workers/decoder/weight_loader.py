@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from lamina_kernels.dense import Linear, repacks
-from lamina_kernels.paged import memory
+from lamina_kernels.packed.matrix import PackedMatrix
+from lamina_kernels.packed.pack import can_pack
 from lamina_workers.decoder.checkpoint import TensorSource
+from lamina_workers.decoder.packed_tensors import EVERY, PackedTensor, chosen, unpack_into
+from lamina_workers.decoder.packing import QUANTIZE, UNPACKED, Arena, Packing, pack_all
 from lamina_workers.errors import ModelFileError
 
-ALIGNMENT = 64
-"""Of each tensor in memory, in bytes: a cache line."""
-_EVERY = slice(None)
-ALL = (_EVERY,)
+logger = logging.getLogger("lamina")
+
+ALL = (EVERY,)
 
 
 class Loader:
     """Takes tensors, or parts of them, out of a source one by one; holds no more than one of them twice.
 
     `rows` of a tensor are slices of its first dimension, side by side in the copy; `columns` is one of its second.
+    Maps stay packed, or become so, as `packing` says, where all of their tensors can.
     """
 
     def __init__(
@@ -32,15 +36,16 @@ class Loader:
         progress: Callable[[int, int], None],
         total: int,
         room: int,
+        packing: Packing = UNPACKED,
     ) -> None:
         self._source = source
         self._dtype = dtype
         self.device = device
         self._progress = progress
         self._done, self._total = 0, total
-        # Weights are streamed in every step, so on a CPU they lie in one block of huge pages.
-        self._arena = memory.allocate(room) if device.type == "cpu" else None
-        self._used = 0
+        self._arena = Arena(room) if device.type == "cpu" else None
+        self._packing = packing
+        self._warned = False
 
     def linear(
         self,
@@ -49,11 +54,13 @@ class Loader:
         rows: Sequence[Sequence[slice]] | None = None,
         order: torch.Tensor | None = None,
         turned: int = 0,
+        plain: bool = False,
     ) -> Linear:
         """One map out of those called `names`, their outputs side by side; `rows`: those of each that are kept. The
-        first `turned` outputs are heads, each of which is put in that `order`."""
+        first `turned` outputs are heads, each of which is put in that `order`. plain: what it gives is chosen by, so
+        floats are not quantised."""
         parts = list(zip(names, rows or [ALL] * len(names), strict=True))
-        return self.apart([parts], bias, order, turned)[0]
+        return self.apart([parts], bias, order, turned, plain)[0]
 
     def apart(
         self,
@@ -61,23 +68,55 @@ class Loader:
         bias: bool = False,
         order: torch.Tensor | None = None,
         turned: int = 0,
+        plain: bool = False,
     ) -> list[Linear]:
         """Maps whose outputs stand in the same tensors: of each, the names of those and its rows in them. `order` and
         `turned` as in `linear`, of the first map."""
         found: list[Linear] = []
         for parts in maps:
-            rows = [of for _, of in parts]
-            weight = self._join([f"{name}.weight" for name, _ in parts], rows, counts=False)
+            rows, own_order = [of for _, of in parts], order if not found else None
             biases = self._join([f"{name}.bias" for name, _ in parts], rows, counts=False) if bias else None
-            if order is not None and not found:
-                _reorder(weight[:turned], order)
-                if biases is not None:
-                    _reorder(biases[:turned], order)
+            if own_order is not None and biases is not None:
+                _reorder(biases[:turned], own_order)
+            weight: torch.Tensor | list[PackedMatrix] | None
+            weight = self._packed(
+                [f"{name}.weight" for name, _ in parts], rows, order=own_order, turned=turned, plain=plain
+            )
+            if weight is None:
+                weight = self._join([f"{name}.weight" for name, _ in parts], rows, counts=False)
+                if own_order is not None:
+                    _reorder(weight[:turned], own_order)
             found.append(Linear(weight, biases))
         for name in dict.fromkeys(name for parts in maps for name, _ in parts):
             for part in ("weight", "bias") if bias else ("weight",):
                 self._count(f"{name}.{part}")
         return found
+
+    def matrix(self, name: str, rows: Sequence[slice] = ALL) -> PackedMatrix | None:
+        """The embedding, where it stays packed or becomes so, for its rows to be looked up."""
+        found = self._packed([name], [rows], wide=True)
+        if found is None:
+            return None
+        self._count(name)
+        return found[0]
+
+    def head(self, name: str, rows: Sequence[slice]) -> Linear:
+        """The map to logits."""
+        weight = self._packed([f"{name}.weight"], [rows], wide=True)
+        if weight is None:
+            return self.linear([name], rows=[rows], plain=True)
+        self._count(f"{name}.weight")
+        return Linear(weight)
+
+    def lookup(self, name: str, rows: Sequence[slice], counts: bool = True) -> torch.Tensor:
+        """Rows of a table that is only looked up: on a CPU the source's own tensor, in its dtype, where that has
+        floats, so that only rows which occur take memory; else a copy. rows: one slice."""
+        if self.device.type != "cpu" or self._source.packed(name) is not None:
+            return self._join([name], [rows], counts=counts)
+        tensor = self._tensor(name)[rows[0]]
+        if counts:
+            self._count(name)
+        return tensor
 
     def norm(self, name: str, offset: float, order: torch.Tensor | None = None) -> torch.Tensor:
         """A norm's weights plus `offset`; those of heads are put in that `order`."""
@@ -88,7 +127,10 @@ class Loader:
 
     def summed(self, name: str, bias: bool, columns: slice, keeps_bias: bool) -> Linear:
         """A map of which each rank has some inputs, `columns`, and one rank the bias."""
-        weight = self._join([f"{name}.weight"], [ALL], columns)
+        weight: torch.Tensor | list[PackedMatrix] | None = self._packed([f"{name}.weight"], [ALL], columns)
+        if weight is None:
+            weight = self._join([f"{name}.weight"], [ALL], columns, counts=False)
+        self._count(f"{name}.weight")
         if bias and not keeps_bias:
             self.skip(f"{name}.bias")
         return Linear(weight, self.copy(f"{name}.bias") if bias and keeps_bias else None)
@@ -120,21 +162,56 @@ class Loader:
             self._count(name)
         return found
 
-    def view(self, name: str, rows: Sequence[slice] = ALL) -> torch.Tensor:
-        """The source's own tensor, in its dtype; `rows`: one slice."""
-        tensor = self._tensor(name)[rows[0]]
-        self._count(name)
-        return tensor
-
     def skip(self, name: str) -> None:
         """Nothing of this tensor is kept."""
         self._count(name)
+
+    def _packed(
+        self,
+        names: Sequence[str],
+        rows: Sequence[Sequence[slice]],
+        columns: slice = EVERY,
+        order: torch.Tensor | None = None,
+        turned: int = 0,
+        plain: bool = False,
+        wide: bool = False,
+    ) -> list[PackedMatrix] | None:
+        """The matrices `names`, one behind the other, packed; None where one of them is to be floats."""
+        if self._arena is None or self._packing == UNPACKED:
+            return None
+        shapes = [tuple(self._source.shape(name)) for name in names]
+        if any(len(shape) != 2 for shape in shapes):
+            return None
+        parts: list[tuple[str, PackedTensor | torch.Tensor, str]] = []
+        for name, of in zip(names, _numbers(shapes, rows, order, turned), strict=True):
+            tensor = self._source.packed(name)
+            kind = self._packing.kind_of(tensor, plain, wide)
+            if kind is None:
+                return None
+            part: PackedTensor | torch.Tensor | None
+            part = chosen(self._tensor(name), of)[:, columns] if tensor is None else tensor.cut(of, columns)
+            if part is None or not can_pack(kind, *part.shape):
+                self._warn(name, kind, tensor, columns)
+                return None
+            parts.append((name, part, kind))
+        bits = QUANTIZE["int8" if wide else self._packing.quantize or "int8"]
+        return pack_all(self._arena, parts, bits)
+
+    def _warn(self, name: str, kind: str, tensor: PackedTensor | None, columns: slice) -> None:
+        """Say once that something is unpacked, and why."""
+        if not self._warned:
+            shape = list(self._source.shape(name))
+            where = "" if columns == EVERY else f" cut at {columns.start} and {columns.stop} of its inputs"
+            logger.warning(
+                "unpacked, since kernels cannot keep it as %s: %s %s%s, perhaps more", kind, name, shape, where
+            )
+            self._warned = True
 
     def _join(
         self,
         names: Sequence[str],
         rows: Sequence[Sequence[slice]],
-        columns: slice = _EVERY,
+        columns: slice = EVERY,
         counts: bool = True,
     ) -> torch.Tensor:
         """The tensors `names`, concatenated along their first dimension in a copy of the loader's dtype. `counts`: they
@@ -145,23 +222,24 @@ class Loader:
         joined = self._empty((n_rows, *width))
         first = 0
         for name, of in zip(names, rows, strict=True):
-            tensor = self._tensor(name)
+            packed = self._source.packed(name)
+            tensor = self._tensor(name) if packed is None else None
             for part in of:
-                piece = tensor[part, columns] if width else tensor[part]
-                joined[first : first + len(piece)].copy_(piece)
-                first += len(piece)
+                n = _length(part, self._source.shape(name)[0])
+                into = joined[first : first + n]
+                if packed is not None:
+                    unpack_into(into, packed, torch.arange(packed.shape[0])[part], columns)
+                elif tensor is not None:
+                    into.copy_(tensor[part, columns] if width else tensor[part])
+                first += n
             if counts:
                 self._count(name)
         return joined
 
     def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Room for a tensor: for good where it will be kept, for the moment where `Linear` makes its own copy."""
-        if self._arena is not None:
-            end = self._used + math.prod(shape) * self._dtype.itemsize
-            kept = self._arena[self._used : end].view(self._dtype).view(shape)
-            if kept.ndim != 2 or not repacks(kept):
-                self._used = end + -end % ALIGNMENT
-                return kept
+        if self._arena is not None and not (len(shape) == 2 and repacks(_like(shape, self._dtype))):
+            return self._arena.take(math.prod(shape) * self._dtype.itemsize).view(self._dtype).view(shape)
         return torch.empty(shape, dtype=self._dtype, device=self.device)
 
     def _tensor(self, name: str) -> torch.Tensor:
@@ -180,6 +258,25 @@ def _reorder(heads: torch.Tensor, order: torch.Tensor) -> None:
     """Put the rows of each head in another order."""
     each = heads.view(-1, len(order), *heads.shape[1:])
     each.copy_(each[:, order.to(heads.device)])
+
+
+def _numbers(
+    shapes: Sequence[tuple[int, ...]], rows: Sequence[Sequence[slice]], order: torch.Tensor | None, turned: int
+) -> list[torch.Tensor]:
+    """The numbers of the rows that are kept of each tensor, heads in their `order`."""
+    found = [torch.cat([torch.arange(n)[part] for part in of]) for (n, *_), of in zip(shapes, rows, strict=True)]
+    if order is None:
+        return found
+    starts = [sum(shape[0] for shape in shapes[:i]) for i in range(len(shapes))]
+    whole = torch.cat([of + start for of, start in zip(found, starts, strict=True)])
+    _reorder(whole[:turned], order.cpu())
+    split = whole.split([len(of) for of in found])  # a head is in one tensor
+    return [of - start for of, start in zip(split, starts, strict=True)]
+
+
+def _like(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A matrix of that shape whose numbers do not matter."""
+    return torch.empty((), dtype=dtype).expand(shape)
 
 
 def _length(part: slice, of: int) -> int:

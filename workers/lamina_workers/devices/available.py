@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,18 +79,19 @@ def memory_available(device: torch.device) -> int | None:
 
 
 @contextmanager
-def room_for(what: str, wanted: int, device: torch.device) -> Iterator[None]:
-    """For code that takes `wanted` bytes for `what`: raises NotEnoughMemory, which names all three, where it fails for
-    want of memory."""
+def room_for(what: str, wanted: int | Callable[[], int], device: torch.device) -> Iterator[None]:
+    """For code that takes `wanted` bytes, or as many as that says, for `what`: raises NotEnoughMemory, which names all
+    three, where it fails for want of memory."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not _lacks_memory(error):
             raise
         there = memory_available(device)
+        count = wanted if isinstance(wanted, int) else wanted()
         left = "an unknown number of" if there is None else str(there)
         raise NotEnoughMemory(
-            f"not enough memory on {device} for {what}: {wanted} bytes wanted, {left} bytes are there"
+            f"not enough memory on {device} for {what}: {count} bytes wanted, {left} bytes are there"
         ) from error
 
 

@@ -32,6 +32,8 @@ from lamina_workers.ports.direct import Buffer, compiled, enabled
 from lamina_workers.ports.port import FramePort, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
+_KEPT_TOKENS = 512
+
 
 class CompiledExchange:
     """The layers of one pool, of one batch at a time. Made by an `ExchangeMaker`; `close` it before holders forget the
@@ -235,14 +237,13 @@ class CompiledExchange:
 
 
 class ExchangeMaker:
-    """Makes the compiled exchanges of one batch after the other in the layers of the pool `number`, the next from the
-    last one where they are alike."""
+    """Makes the compiled exchanges of one batch after the other in the layers of the pool `number`, from an earlier
+    one where they are alike. Those that were used last are kept, of `_KEPT_TOKENS` tokens together."""
 
     def __init__(self, number: int, pool: Pool) -> None:
         self._number, self._pool = number, pool
-        self._key: tuple[Any, ...] = ()
-        self._last: CompiledExchange | None = None
-        self._traffic: Sequence[HolderTraffic] = ()  # keeps what the key names
+        # By what they are made from, with what keeps that; the last one used comes last.
+        self._made: dict[tuple[Any, ...], tuple[CompiledExchange, Sequence[HolderTraffic]]] = {}
 
     def begin(
         self, traffic: Sequence[HolderTraffic], ids: tuple[int, int], tokens: int, dtype: torch.dtype, times: Times
@@ -257,13 +258,16 @@ class ExchangeMaker:
         if len(holders) < len(traffic):
             return None
         key = (tokens, dtype, *map(_shape, holders))
-        if self._last is None or key != self._key:
-            self._last = CompiledExchange(self._number, self._pool, holders, tokens, dtype)
-            self._key, self._traffic = key, traffic
-        if not self._last.fits:
+        made, kept = self._made.pop(key, (None, traffic))
+        if made is None:
+            made = CompiledExchange(self._number, self._pool, holders, tokens, dtype)
+        self._made[key] = made, kept
+        while len(self._made) > 1 and sum(tokens for tokens, *_ in self._made) > _KEPT_TOKENS:
+            del self._made[next(iter(self._made))]
+        if not made.fits:
             return None
-        self._last.begin(traffic, ids, times)
-        return self._last
+        made.begin(traffic, ids, times)
+        return made
 
     def _way(self, holder: HolderTraffic, batch: int, dtype: torch.dtype, tokens: int) -> FramePort | LayerWork | None:
         computing = holder.replies.computing
@@ -282,4 +286,5 @@ class ExchangeMaker:
 def _shape(holder_way: tuple[HolderTraffic, FramePort | LayerWork]) -> tuple[Any, ...]:
     """What an exchange is made from, of one holder. Indices of the same rows are the same object."""
     holder, way = holder_way
-    return id(way), holder.reads, holder.stores, id(holder.queries), id(holder.fresh), holder.rounds
+    rounds = tuple((at.start, at.stop) for at in holder.rounds)
+    return id(way), holder.reads, holder.stores, id(holder.queries), id(holder.fresh), rounds

@@ -140,7 +140,7 @@ def check_answer(replies: Replies, out: torch.Tensor, shape: tuple[int, ...], dt
         raise replies.unfit(f"answers of {out.dtype} {list(out.shape)}, {dtype} {list(shape)} were due")
 
 
-@lru_cache(maxsize=32)  # in decode each batch asks for the same again
+@lru_cache(maxsize=128)  # in decode batches ask for the same again and again
 def _vectors(
     parts: tuple[tuple[int, int, int, int, tuple[int, ...]], ...], tokens: int, heads: int, kv_heads: int
 ) -> tuple[torch.Tensor | None, tuple[slice, ...], torch.Tensor | None]:

@@ -146,6 +146,7 @@ class Begin:
 
     `rank` of `ranks`: with several the worker is a tensor-parallel rank, whose heads `holder` has; with one it is a
     whole replica. `folder` has the model's files, whose fingerprint is `model`; `rope_scaling` is JSON, or empty.
+    `packed` and `quantize` as in `Packing`.
     `holder` is the config of its holders, with the heads of this rank; its `kv_memory` is that of a pool in the
     worker's process, which is on `attention_device`. `compile` as in `graphs.sliced`. `engine`, `linger` and the three
     fields that follow are for its seats (see `remote.SeatOptions`, `ChannelOptions`); `epoch` is that of the engine.
@@ -157,6 +158,8 @@ class Begin:
     model: str
     rope_scaling: str
     dtype: str
+    packed: bool
+    quantize: str
     device: str
     attention_device: str
     compile: bool

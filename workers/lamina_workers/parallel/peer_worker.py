@@ -20,9 +20,10 @@ from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.routes import HolderBatch
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.converted.models import decoder_of, for_ranks, load_model, model_config
-from lamina_workers.decoder.checkpoint import Checkpoint, fingerprint
 from lamina_workers.decoder.collective import Collective
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.decoder.packing import Packing
 from lamina_workers.decoder.shard import WHOLE, Shard
 from lamina_workers.devices import available as devices
 from lamina_workers.errors import HolderFault, ModelFileError, RankLost, faults
@@ -333,9 +334,15 @@ class _Parts:
         torch.set_num_threads(begin.threads)
         self._attention_device = devices.find("attention_device", begin.attention_device, prefer_gpu=False)
         prepare_kernels(begin.holder, dtype, (self.device, self._attention_device), progress)
-        with Checkpoint(path) as checkpoint, torch.inference_mode():
+        with open_checkpoint(path) as checkpoint, torch.inference_mode():
             self._weights = load_model(
-                self._config, checkpoint, dtype, self.device, lambda *done: progress("loading", *done), self._shard
+                self._config,
+                checkpoint,
+                dtype,
+                self.device,
+                lambda *done: progress("loading", *done),
+                self._shard,
+                Packing(begin.packed, begin.quantize),
             )
 
     def pool(self, join: peer_messages.Join) -> LocalAttention:

@@ -174,6 +174,9 @@ function figures(answer) {
   write(byId("kv-of"), `in sequences, ${percent(cached / total)} cache`);
   write(byId("hits"), engine.prefix_queries ? percent(engine.prefix_hits / engine.prefix_queries) : "–");
   write(byId("hits-of"), "of prompts' tokens");
+  byId("drafts-row").hidden = !engine.draft_tokens;
+  write(byId("drafts"), engine.draft_tokens ? percent(engine.accepted_tokens / engine.draft_tokens) : "–");
+  write(byId("drafts-of"), engine.drafts ? `accepted, ${(1 + engine.accepted_tokens / engine.drafts).toFixed(1)} tokens a row` : "");
   const lately = before(RATES);
   const made = lately ? between(lately, engine) : {};
   write(byId("output"), rate(made.output));

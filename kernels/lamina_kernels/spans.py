@@ -1,7 +1,7 @@
 """All that a decoder computes between two attentions, for a few rows in bfloat16, as one program.
 
-The kernels are those of `few_rows` and `dense_loops`, so a span gives the numbers that they give one by one. What it
-saves is Python between them, and a parallel region for each: 40 % of the time at one row of a small model.
+The kernels are those of `few_rows`, `packed` and `dense_loops`, so a span gives the numbers that they give one by one.
+What it saves is Python between them, and a parallel region for each: 40 % of the time at one row of a small model.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import torch
 from lamina_kernels.cpu import dense_loops, few_rows, gate_loops
 from lamina_kernels.cpu.dense_loops import ADD, GELU, NORM, PARALLEL, SILU, SPLIT
 from lamina_kernels.cpu.programs import Program, Step
+from lamina_kernels.dense import Weight
+from lamina_kernels.packed import activations
+from lamina_kernels.packed import multiply as packed
+from lamina_kernels.packed.matrix import PackedMatrix
 
 MAX_ROWS = few_rows.MAX_ROWS
 _HALF = torch.bfloat16
 _SHARES = 2  # of a linear map, for each thread
 
-Map = tuple[torch.Tensor, torch.Tensor | None]
-"""W `[n_out, n_in]`, one that `few_rows` can multiply with, and a bias `[n_out]`."""
+Map = tuple[Weight, torch.Tensor | None]
+"""W `[n_out, n_in]`, one that `few_rows` can multiply with or packed, and a bias `[n_out]`."""
 
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
 """cos and sin, float32 `[n, d / 2]`."""
@@ -88,7 +92,7 @@ class Span:
 
     behind: Behind | None
     norm: torch.Tensor
-    then: Heads | States | torch.Tensor | None
+    then: Heads | States | Weight | None
 
 
 class Spans:
@@ -130,6 +134,24 @@ class _Own(threading.local):
         self.room: dict[tuple[str, int], torch.Tensor] = {}
 
 
+class _Linear:
+    """A linear map within a program: where it reads and writes may be changed from run to run."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.n_out, self.n_in = shape
+        self.reader: Any = None
+        """The block of the step that reads x."""
+        self.writers: list[tuple[Any, str, int]] = []
+        """Blocks with the address of y in a field, so many bytes from where y begins."""
+
+    def read(self, x: int) -> None:
+        self.reader.x = x
+
+    def write(self, y: int) -> None:
+        for block, field, offset in self.writers:
+            setattr(block, field, y + offset)
+
+
 class _Builder:
     """Collects the steps of a program."""
 
@@ -137,7 +159,7 @@ class _Builder:
         self.rows, self.threads = rows, threads
         self.steps: list[Step] = []
         self._room, self._eps = room, eps
-        self._few, self._loops = few_rows.load_kernel(), dense_loops.load_kernel(True)[0]
+        self._loops = dense_loops.load_kernel(True)[0]
 
     def room(self, name: str, width: int) -> int:
         """Where `[rows, width]` inside a span are, for all spans of the thread."""
@@ -146,18 +168,47 @@ class _Builder:
             found = self._room[name, width] = torch.empty(MAX_ROWS, width, dtype=_HALF)
         return found.data_ptr()
 
-    def linear(self, x: int, by: Map, y: int = 0, size: int = 2) -> Any:
-        """y = x W^T + b, for addresses; size: bytes of a number of y. Returns the argument block."""
+    def linear(self, x: int, by: Map, y: int = 0, size: int = 2) -> _Linear:
+        """y = x W^T + b, for addresses; size: bytes of a number of y."""
         weight, bias = by
-        n_out, n_in = weight.shape
-        shares = self.threads * _SHARES
-        block = few_rows.Arguments(
-            shares=shares, x=x, w=weight.data_ptr(), y=y, rows=self.rows, n_in=n_in, n_out=n_out, size=size
-        )
-        self.steps.append(Step(self._few, block, True))
+        made = _Linear(shape_of(weight))
+        if isinstance(weight, torch.Tensor):
+            block = few_rows.Arguments(
+                shares=self.threads * _SHARES, w=weight.data_ptr(), rows=self.rows, n_in=made.n_in, n_out=made.n_out,
+                size=size,
+            )  # fmt: skip
+            made.reader, made.writers = block, [(block, "y", 0)]
+            self.steps.append(Step(few_rows.load_kernel(), block, True))
+        else:
+            self._packed(made, weight, size)
         if bias is not None:
-            self.small(ADD, n_out, n_out, x=y, y=_address("bias", bias, _HALF, n_out))
-        return block
+            added = self.small(ADD, made.n_out, made.n_out, y=_address("bias", bias, _HALF, made.n_out))
+            made.writers.append((added, "x", 0))
+        made.read(x)
+        made.write(y)
+        return made
+
+    def _packed(self, to: _Linear, parts: Sequence[PackedMatrix], size: int) -> None:
+        """The steps of a packed map: x is rounded once, then each part writes beside the one before."""
+        blocks = max(packed.blocks_of(part.format, to.n_in) for part in parts)
+        lines = self._room.get(("lines", blocks))
+        if lines is None:
+            lines = torch.empty(MAX_ROWS, blocks, activations.LINE, dtype=torch.uint8)
+            self._room["lines", blocks] = lines
+        shared = self.rows * to.n_in >= activations.PARALLEL
+        shares = self.threads if shared else 1
+        to.reader = activations.arguments(self.rows, to.n_in, blocks, 2, shares)
+        to.reader.out = lines.data_ptr()
+        self.steps.append(Step(activations.load_kernel(), to.reader, shared or not self.steps))
+        column = 0
+        for part in parts:
+            n_out, _ = part.shape
+            block = packed.arguments(part.format, self.rows, to.n_in, n_out, size, self.threads * _SHARES)
+            block.x, block.blocks, block.w = lines.data_ptr(), blocks, part.data.data_ptr()
+            block.stride = to.n_out * size
+            to.writers.append((block, "y", column * size))
+            self.steps.append(Step(packed.load_kernel(part.format), block, True))
+            column += n_out
 
     def small(self, operation: int, width: int, numbers: int, **fields: int) -> Any:
         """An operation of `dense_loops`. numbers: in a row of x. Returns the argument block."""
@@ -217,7 +268,7 @@ class _Made:
             self._residual.y, self._norm.second = entered, leaving.data_ptr()
             given = _address("attended", attended, _HALF, rows * self._output.n_in)
             if self._gate is None:
-                self._output.x = given
+                self._output.read(given)
             else:
                 entering, gate = self._gate
                 entering.x, gate.x = entered, given
@@ -227,11 +278,12 @@ class _Made:
         elif isinstance(span.then, States):
             x = torch.empty(rows, self._inputs.n_out, dtype=_HALF)
             gates = torch.empty(rows, self._gates.width, 2, dtype=torch.float32)
-            self._inputs.y, self._gates.out = x.data_ptr(), gates.data_ptr()
+            self._inputs.write(x.data_ptr())
+            self._gates.out = gates.data_ptr()
             results = x, gates
         elif span.then is not None:
-            results = (torch.empty(rows, len(span.then), dtype=torch.float32),)
-            self._last.y = results[0].data_ptr()
+            results = (torch.empty(rows, self._last.n_out, dtype=torch.float32),)
+            self._last.write(results[0].data_ptr())
         else:
             results = (torch.empty_like(hidden),)
             self._norm.out = results[0].data_ptr()
@@ -253,7 +305,7 @@ class _Made:
 
 def _gate(builder: _Builder, gate: Gate, width: int) -> tuple[Any, Any]:
     """The steps to "mixed", the gated output. The blocks of the norm of what entered the layer, and of the gate."""
-    n_out = len(gate.map[0])
+    n_out, _ = shape_of(gate.map[0])
     size = n_out if gate.norm is None else gate.group
     if n_out % size:
         raise ValueError(f"a norm by {size} of {n_out} numbers, allowed: a divisor")
@@ -266,8 +318,8 @@ def _gate(builder: _Builder, gate: Gate, width: int) -> tuple[Any, Any]:
     return norm, builder.gates(operation, size, n_out // size, gate.eps, **where)
 
 
-def _states(builder: _Builder, to: States, normed: int) -> tuple[Any, Any]:
-    """The steps to the inputs of a state. The blocks of their map, and of the gates."""
+def _states(builder: _Builder, to: States, normed: int) -> tuple[_Linear, Any]:
+    """The steps to the inputs of a state. Their map, and the block of the gates."""
     heads = len(to.rate)
     raw = builder.room("raw", 2 * heads)
     builder.linear(normed, to.gates, raw)
@@ -277,9 +329,9 @@ def _states(builder: _Builder, to: States, normed: int) -> tuple[Any, Any]:
     return builder.linear(normed, to.qkv), gates
 
 
-def _behind(builder: _Builder, layer: Behind, width: int) -> tuple[Any, Any]:
-    """The steps up to the last residual, "delta" + "total". The blocks of the output projection and of what follows."""
-    inner = layer.down[0].shape[1]
+def _behind(builder: _Builder, layer: Behind, width: int) -> tuple[_Linear, Any]:
+    """The steps up to the last residual, "delta" + "total". The output projection, and the block of what follows."""
+    _, inner = shape_of(layer.down[0])
     normed, total, delta = (builder.room(name, width) for name in ("normed", "total", "delta"))
     gate_up, gated = builder.room("gate_up", 2 * inner), builder.room("gated", inner)
     norm = _address("norm", layer.norm, _HALF, width)
@@ -288,7 +340,7 @@ def _behind(builder: _Builder, layer: Behind, width: int) -> tuple[Any, Any]:
         if weight is not None:
             builder.small(NORM, width, width, x=delta, out=delta, weight=_address("norm", weight, _HALF, width))
 
-    mixed = 0 if layer.gate is None else builder.room("mixed", layer.output[0].shape[1])
+    mixed = 0 if layer.gate is None else builder.room("mixed", shape_of(layer.output[0])[1])
     output = builder.linear(mixed, layer.output, delta)
     norm_delta(layer.attended_norm)
     residual = builder.small(NORM, width, width, x=delta, second=total, out=normed, weight=norm)
@@ -301,7 +353,7 @@ def _behind(builder: _Builder, layer: Behind, width: int) -> tuple[Any, Any]:
 
 def _heads(builder: _Builder, to: Heads, normed: int) -> Any:
     """The steps to q, k and v. The block of the last."""
-    n_out = len(to.qkv[0])
+    n_out, _ = shape_of(to.qkv[0])
     width = n_out // (to.heads + 2 * to.kv_heads)
     if width % 2:
         raise ValueError(f"rotation turns pairs, but a head has {width} numbers")
@@ -311,6 +363,14 @@ def _heads(builder: _Builder, to: Heads, normed: int) -> Any:
     if to.norms is not None:
         fields["weight"], fields["k_weight"] = (_address("norm", x, _HALF, width) for x in to.norms)
     return builder.small(SPLIT, width, n_out, x=qkv, **fields)
+
+
+def shape_of(weight: Weight) -> tuple[int, int]:
+    """n_out and n_in of W."""
+    if isinstance(weight, torch.Tensor):
+        n_out, n_in = weight.shape
+        return n_out, n_in
+    return sum(part.shape[0] for part in weight), weight[0].shape[1]
 
 
 def _address(name: str, x: torch.Tensor, dtype: torch.dtype, numbers: int) -> int:

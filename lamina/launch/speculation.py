@@ -1,0 +1,130 @@
+"""What proposes drafts, built: the checks of a config against the model, a draft model's files, and its loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from lamina.config import EngineConfig
+from lamina.engine.draft_model import LOCAL, DraftModel, DraftModelProposer
+from lamina.engine.ngram import NgramProposer
+from lamina.engine.proposer import Proposer
+from lamina.errors import InvalidRequest
+from lamina.launch.kv_sizing import Sizes, holder_config, state_pools
+from lamina.launch.model_files import ModelFiles, load
+from lamina.system.machine import this_machine
+from lamina.system.progress import Progress
+from lamina.text.tokenizer import Tokenizer
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.pools import pools
+from lamina_workers.attention_worker.device_worker import attention_worker
+from lamina_workers.attention_worker.page_layout import page_cost
+from lamina_workers.converted.models import decoder_of
+from lamina_workers.decoder.packing import Packing
+from lamina_workers.decoder.shard import WHOLE
+from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.model_worker.warmup import prepare_kernels
+from lamina_workers.policies.catalogue import parse
+from lamina_workers.ports.port import LocalAttention
+
+NGRAM = "ngram"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftFiles:
+    """A draft model that fits the model: its files, what of its weights stays packed, what its holder is built from,
+    and how many token ids both know."""
+
+    files: ModelFiles
+    packing: Packing
+    holder: HolderConfig
+    vocabulary: int
+
+
+def find_drafts(files: ModelFiles, sizes: Sizes, config: EngineConfig, progress: Progress | None) -> DraftFiles | None:
+    """Check what the config says of speculation, and read the files of a draft model if it names one.
+
+    Raises InvalidRequest where the model's layers cannot take drafts back or the draft model has another vocabulary,
+    and what `load` raises.
+    """
+    if config.speculate is None:
+        return None
+    _check_layers(config, files, sizes.holder)
+    if config.speculate == NGRAM:
+        return None
+    own = EngineConfig(
+        dtype=config.dtype,
+        weights="auto" if config.weights == "packed" else config.weights,  # the draft's file may have them otherwise
+        kv_dtype=config.kv_dtype,
+        page_size=config.page_size,
+        kv_memory=sizes.holder.kv_memory,
+    )
+    draft = load(config.speculate, own, progress)
+    try:
+        _check_vocabulary(config, files.tokenizer, draft.tokenizer)
+    finally:
+        draft.tokenizer.close()
+    holder = holder_config(draft.path, draft.model, own, sizes.dtype, this_machine())
+    _check_layers(config, draft, holder)
+    memory = holder.kv_memory * _token_bytes(holder) // _token_bytes(sizes.holder)  # for as many tokens
+    vocabulary = min(files.model.vocab_size, draft.model.vocab_size)
+    packing = draft.packing(own, (sizes.device,), sizes.dtype)
+    return DraftFiles(draft, packing, replace(holder, kv_memory=max(memory, _token_bytes(holder))), vocabulary)
+
+
+def load_proposer(
+    drafts: DraftFiles | None, sizes: Sizes, config: EngineConfig, progress: Progress | None
+) -> Proposer | None:
+    """What proposes drafts; None without speculation. Raises what loading a model raises."""
+    if config.speculate is None:
+        return None
+    if drafts is None:
+        return NgramProposer()
+    holder, model = drafts.holder, drafts.files.model
+    prepare_kernels(holder, sizes.dtype, (sizes.device, sizes.attention_device), progress)
+    weights = drafts.files.weights(sizes.dtype, drafts.packing, sizes.device, WHOLE, progress)
+    with torch.inference_mode():
+        decoder = decoder_of(model, weights)
+    port = LocalAttention(attention_worker(holder, sizes.own_threads, sizes.attention_device))
+    worker = ModelWorker(decoder, holder, {LOCAL: port}, sizes.own_threads)
+    heads = tuple(pool.config.layers[0].kv_heads for pool in pools(holder))
+    return DraftModelProposer(DraftModel(worker, heads, model.max_position_embeddings, drafts.vocabulary))
+
+
+def _check_layers(config: EngineConfig, files: ModelFiles, holder: HolderConfig) -> None:
+    """Refuse layers whose past cannot be cut back by the drafts that are not accepted, and those that read the past
+    otherwise for one token than for several."""
+    what = f"speculate is {str(config.speculate)!r:.80}, but {files.model.architecture}"
+    if state_pools(holder):
+        raise InvalidRequest(
+            f"{what} has layers that keep a state, from which drafts cannot be taken back; allowed is None"
+        )
+    texts = {text for spec in holder.layers for text in spec.policies}
+    if chosen := sorted(text.partition("(")[0] for text in texts if parse(text).adaptive or parse(text).compensated):
+        raise InvalidRequest(
+            f"speculate is {str(config.speculate)!r:.80} with the policy {chosen[0]}, which chooses keys for one token "
+            "at a time; allowed are policies that keep what they name, or speculate=None"
+        )
+
+
+def _check_vocabulary(config: EngineConfig, own: Tokenizer, other: Tokenizer) -> None:
+    """Refuse a draft model whose tokens are others."""
+    name, allowed = f"{str(config.speculate)!r:.80}", "allowed is a model of the same vocabulary"
+    if own.vocab_size != other.vocab_size:
+        raise InvalidRequest(
+            f"speculate is {name}, which has a vocabulary of {other.vocab_size} tokens, and the model one of "
+            f"{own.vocab_size}; {allowed}"
+        )
+    ids = other.vocabulary
+    for token, number in sorted(own.vocabulary.items(), key=lambda item: item[1]):
+        if ids.get(token) != number:
+            raise InvalidRequest(
+                f"speculate is {name}, which has {other.token(number)!r:.40} for token {number} of its "
+                f"{other.vocab_size}, and the model {token!r:.40}; {allowed}"
+            )
+
+
+def _token_bytes(holder: HolderConfig) -> int:
+    """What a page of all layers and heads takes."""
+    return sum(page_cost(p.config) * len(p.layers) * p.config.layers[0].kv_heads for p in pools(holder))

@@ -1,0 +1,213 @@
+"""Weights that stay packed: the maps of a decoder are those of the file, for every kind, cut and order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from dense_attention import DenseAttention
+from engine_rig import TINY, Tensors
+from gguf_writing import permuted, write_gguf
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from lamina.models.gguf_conversion import convert
+from lamina.models.gguf_files import GgufFile
+from lamina_kernels.dense import Linear
+from lamina_kernels.packed.matrix import PackedMatrix
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.model_checkpoint import open_checkpoint
+from lamina_workers.decoder.packing import Packing, kept_bytes, packed_kind
+from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
+from lamina_workers.errors import ModelFileError
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 304,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+PACKED = Packing(packed=True)
+PLAIN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+KINDS: dict[str, dict[str, str]] = {kind: {f"{name}.weight": kind for name in (
+    "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd", "output"
+)} for kind in [*PLAIN, "Q4_K", "Q5_K", "Q6_K"]}  # fmt: skip
+KINDS["mixed"] = KINDS["Q4_K"] | {"attn_v.weight": "Q6_K", "ffn_down.weight": "Q6_K", "token_embd.weight": "Q8_0"}
+
+
+def folder_of(tmp_path: Path, kinds: dict[str, str], tied: bool = True, llama: bool = True) -> Path:
+    """A tiny model whose matrices are of these kinds."""
+    torch.manual_seed(0)
+    config = (LlamaConfig if llama else Qwen2Config)(**SIZES, tie_word_embeddings=tied)
+    weights = AutoModelForCausalLM.from_config(config).state_dict()
+    if tied:
+        del weights["lm_head.weight"]
+    gguf_file = write_gguf(tmp_path / "x.gguf", config, weights, kinds)
+    folder = tmp_path / "x"
+    folder.mkdir()
+    convert(GgufFile(gguf_file), folder, str(gguf_file))
+    return folder
+
+
+def loaded(
+    folder: Path, packing: Packing, shard: Shard = WHOLE, dtype: torch.dtype = torch.float32, **more: Any
+) -> DecoderWeights:
+    config = with_ranks(ModelConfig.from_folder(folder), shard.ranks)
+    with open_checkpoint(folder) as source, torch.inference_mode():
+        return load_weights(config, source, dtype, torch.device("cpu"), shard=shard, packing=packing, **more)
+
+
+def numbers(x: Linear | PackedMatrix | torch.Tensor) -> torch.Tensor:
+    """W `[n_out, n_in]`, float32."""
+    if isinstance(x, torch.Tensor):
+        return x.float()
+    if isinstance(x, PackedMatrix):
+        return x.unpack(torch.float32)
+    return x.float32(torch.eye(x.n_in)).T
+
+
+def maps(weights: DecoderWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "embedding", numbers(weights.embedding)
+    yield "head", numbers(weights.head)
+    for i, layer in enumerate(weights.layers):
+        yield f"{i} qkv", numbers(layer.qkv)
+        yield f"{i} output", numbers(layer.output)
+        mlp = layer.mlps[0].mlp
+        yield f"{i} gate_up", numbers(mlp.gate_up)  # type: ignore[union-attr]
+        yield f"{i} down", numbers(mlp.down)  # type: ignore[union-attr]
+
+
+def check_same(found: DecoderWeights, wanted: DecoderWeights) -> None:
+    for (name, ours), (_, theirs) in zip(maps(found), maps(wanted), strict=True):
+        # An identity is rounded to int8 exactly but for its scale.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def is_packed(linear: Linear, folder: Path) -> bool:
+    """Whether a map is rounded as packed ones are: its activations become int8."""
+    x = torch.full((1, linear.n_in), 1.0)
+    x[0, 0] = 1e-4  # beside 1 it is rounded to nothing
+    without = x.clone()
+    without[0, 0] = 0
+    return torch.equal(linear.float32(x), linear.float32(without))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_maps_are_those_of_the_file(tmp_path: Path, kind: str, tied: bool) -> None:
+    folder = folder_of(tmp_path, KINDS[kind], tied)
+    found = loaded(folder, PACKED)
+    assert isinstance(found.embedding, PackedMatrix)
+    assert is_packed(found.head, folder)
+    assert is_packed(found.layers[1].qkv, folder)
+    check_same(found, loaded(folder, Packing()))
+    with open_checkpoint(folder) as source:
+        file = GgufFile(tmp_path / "x.gguf")
+        for ours, theirs in (("self_attn.q_proj", "attn_q"), ("self_attn.v_proj", "attn_v"), ("mlp.up_proj", "ffn_up")):
+            wanted = np.concatenate(list(file.rows(f"blk.1.{theirs}.weight")))
+            tensor = source.tensor(f"model.layers.1.{ours}.weight").numpy()
+            tensor = permuted(tensor, 4) if theirs == "attn_q" else tensor
+            np.testing.assert_allclose(tensor, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_logits_are_close_to_those_of_unpacked_weights(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, KINDS["mixed"], llama=False)
+    config, found = ModelConfig.from_folder(folder), []
+    tokens = torch.randint(304, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    for packing in (PACKED, Packing()):
+        with torch.inference_mode():
+            sequence = DenseAttention(Decoder(config, loaded(folder, packing)), len(tokens))
+            found.append(torch.cat([sequence.run(tokens[:37]), *(sequence.run([token]) for token in tokens[37:])]))
+    packed, unpacked = found
+    assert not torch.equal(packed, unpacked)
+    assert (packed - unpacked).norm() < 0.03 * unpacked.norm()
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q4_K", "mixed"])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_have_the_parts_of_unpacked_weights(tmp_path: Path, kind: str, split: bool, tied: bool) -> None:
+    """K kinds cannot be cut at 128 of 256 inputs: what is not packed is unpacked, and the same."""
+    folder = folder_of(tmp_path, KINDS[kind], tied)
+    for rank in (0, 1):
+        shard = Shard(rank, 2)
+        found = loaded(folder, PACKED, shard, split_embedding=split)
+        check_same(found, loaded(folder, Packing(), shard, split_embedding=split))
+        assert is_packed(found.layers[0].qkv, folder)
+        assert is_packed(found.layers[0].output, folder) == (kind in PLAIN)
+
+
+def test_a_cut_inside_of_a_block_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded(folder_of(tmp_path, KINDS["Q4_K"]), PACKED, Shard(0, 2))
+    (said,) = [record.message for record in caplog.records if "unpacked" in record.message]
+    assert "Q4_K" in said
+    assert "o_proj" in said
+
+
+def test_what_cannot_be_packed_is_unpacked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kinds = KINDS["Q4_0"] | {"attn_k.weight": "Q2_K", "ffn_up.weight": "none"}
+    del kinds["ffn_up.weight"]
+    folder = folder_of(tmp_path, kinds)
+    found = loaded(folder, PACKED)
+    assert not is_packed(found.layers[0].qkv, folder)
+    assert not is_packed(found.layers[0].mlps[0].mlp.gate_up, folder)  # type: ignore[union-attr]
+    assert is_packed(found.layers[0].output, folder)
+    assert "Q2_K" in caplog.text
+    check_same(found, loaded(folder, Packing()))
+
+
+def test_infinite_scales_name_tensor_and_row(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, KINDS["Q8_0"])
+    path = tmp_path / "x.gguf"
+    tensor = GgufFile(path).tensors["blk.1.ffn_down.weight"]
+    content = bytearray(path.read_bytes())
+    content[tensor.offset + 3 * tensor.nbytes // tensor.shape[0] :][:2] = b"\0\x7c"
+    at = tensor.offset + 3 * tensor.nbytes // tensor.shape[0]
+    content[at : at + 2] = b"\0\x7c"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match=r"model\.layers\.1\.mlp\.down_proj\.weight cannot be packed: row 3"):
+        loaded(folder, PACKED)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("int4", 0.12)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_floats_are_quantised_while_they_are_loaded(kind: str, most: float, tied: bool) -> None:
+    overrides = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": tied}
+    config = ModelConfig.from_dict(TINY | overrides)
+    source = Tensors(config)
+    found, wanted = (
+        load_weights(config, source, torch.float32, torch.device("cpu"), packing=packing)
+        for packing in (Packing(quantize=kind), Packing())
+    )
+    assert isinstance(found.embedding, PackedMatrix)
+    for (name, ours), (_, theirs) in zip(maps(found), maps(wanted), strict=True):
+        error = float((ours - theirs).norm() / theirs.norm())
+        assert 1e-4 < error < (0.01 if name in ("embedding", "head") else most), (name, error)
+
+
+def test_routers_are_not_quantised() -> None:
+    overrides = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2}
+    config = ModelConfig.from_dict(TINY | overrides | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64})
+    source = Tensors(config)
+    weights = load_weights(config, source, torch.float32, torch.device("cpu"), packing=Packing(quantize="int4"))
+    experts = weights.layers[0].mlps[0].mlp
+    (router,) = [name for name in source.names() if name.endswith("layers.0.block_sparse_moe.gate.weight")]
+    torch.testing.assert_close(numbers(experts._router._scores), source.tensor(router))  # type: ignore[union-attr]
+
+
+def test_packed_bytes_are_counted(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, KINDS["Q4_0"])
+    with open_checkpoint(folder) as source:
+        packed, floats = (kept_bytes(source, torch.bfloat16, packing) for packing in (PACKED, Packing()))
+        assert packed_kind(source) == "Q4_0"
+    assert 0.25 < packed / floats < 0.35
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0] == (32, 18)
