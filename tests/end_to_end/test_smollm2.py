@@ -152,8 +152,8 @@ def test_a_page_of_kv_takes_exactly_its_keys_and_values(llm):
 
 
 def test_stream_and_generate_agree(llm):
-    whole = llm.generate("The sky is", max_tokens=20)
-    assert "".join(event.text for event in llm.stream("The sky is", max_tokens=20)) == whole.text
+    whole = llm.generate("The sky is", max_tokens=20, ignore_eos=True)
+    assert "".join(event.text for event in llm.stream("The sky is", max_tokens=20, ignore_eos=True)) == whole.text
     assert whole.finish_reason == "length"
     assert len(whole.token_ids) == whole.usage.completion_tokens == 20
 
