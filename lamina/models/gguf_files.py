@@ -66,17 +66,17 @@ class GgufFile:
         """The hex SHA-256 of all before the tensors' data."""
         return hashlib.sha256(self._map[: self.header]).hexdigest()
 
-    def rows(self, name: str, order: npt.NDArray[np.int64] | None = None) -> Iterator[npt.NDArray[np.float32]]:
+    def rows(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
         """The tensor `name` as float32 blocks `[some rows, last dimension]`, of 16 MiB or one row at most.
 
-        `order` permutes the rows; `[n]` row numbers. A one-dimensional tensor is one row.
+        A one-dimensional tensor is one row.
         """
         tensor = self.tensors[name]
         width = tensor.shape[-1]
         raw = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset).reshape(math.prod(tensor.shape[:-1]), -1)
         step = max(1, _BLOCK_BYTES // (4 * width))
         for begin in range(0, len(raw), step):
-            block = raw[begin : begin + step] if order is None else raw[order[begin : begin + step]]
+            block = raw[begin : begin + step]
             try:
                 values = dequantize(np.ascontiguousarray(block), tensor.kind)
             except NotImplementedError as error:

@@ -39,9 +39,11 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpu_time import busy_seconds, family_seconds, wait_until_quiet
@@ -212,13 +214,17 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def start(args: argparse.Namespace, folder: str) -> dict[str, Child]:
-    """The engines by name, those of another checkout behind those of this one, and the bandwidth."""
+def start(args: argparse.Namespace, folder: Path, room: Path) -> dict[str, Child]:
+    """The engines by name, those of another checkout behind those of this one, and the bandwidth. `room`: for the
+    weights as those peers read them that know no GGUF."""
+    from lamina.models.export import export
+
+    unpacked = export(folder, room / "model") if {"vllm", "hf"} & set(args.names) else folder
     options = Options(args.attention_workers, args.shard, args.lanes, args.keep, args.first, args.query_first)
     pythons = {"vllm": args.peer_python, "llamacpp": args.llama_python}
     children = {}
     for name in [*args.names, "bandwidth"]:
-        model = args.gguf if name == "llamacpp" else folder
+        model = args.gguf if name == "llamacpp" else str(unpacked if name in ("vllm", "hf") else folder)
         python = pythons.get(name) or sys.executable
         children[name] = Child(name, python, model, options, log=args.log)
         if args.beside and name not in PEERS:
@@ -244,7 +250,8 @@ def main() -> None:
     print(f"{weights / 1e6:.0f} MB of weights, {kv_bytes} bytes of KV a token; {args.rounds} rounds")
     if args.attention_workers:
         print(f"{args.attention_workers} attention workers by {args.shard}, lanes {args.lanes or 'as chosen'}")
-    children = start(args, str(folder))
+    room = tempfile.TemporaryDirectory(prefix="bench-decode-")
+    children = start(args, folder, Path(room.name))
     peers = [name for name in ("vllm", "hf") if name in args.names and not args.attention_workers]
     baseline = (peers or args.names)[0]
     print(line([column.format(baseline) for column in COLUMNS]))
@@ -260,6 +267,7 @@ def main() -> None:
                     file.writelines(json.dumps({"shape": text, "engine": name, **one._asdict()}) + "\n" for one in own)
     for child in children.values():
         child.close()
+    room.cleanup()
 
 
 if __name__ == "__main__":

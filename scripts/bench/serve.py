@@ -159,6 +159,7 @@ def server(args: argparse.Namespace, endpoint: str) -> Iterator[Callable[[int], 
 @contextmanager
 def vllm(args: argparse.Namespace) -> Iterator[Callable[[int], float]]:
     """vLLM's CPU server on both cores, as many sequences at once as there are streams."""
+    from lamina.models.export import export
     from lamina.models.resolve import resolve
 
     port = _free_port()
@@ -170,15 +171,17 @@ def vllm(args: argparse.Namespace) -> Iterator[Callable[[int], float]]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [
-        args.peer_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve(MODEL)),
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
-        "--max-model-len", "2048", "--max-num-seqs", str(args.streams), "--served-model-name", MODEL,
-    ]  # fmt: skip
-    with _process(command, "", environment):
-        url = f"http://127.0.0.1:{port}"
-        _until_healthy(url)
-        yield lambda number: rate(args, url, "chat")
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as room:
+        model = export(resolve(MODEL), Path(room, "model"))  # vLLM reads no GGUF
+        command = [
+            args.peer_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+            "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
+            "--max-model-len", "2048", "--max-num-seqs", str(args.streams), "--served-model-name", MODEL,
+        ]  # fmt: skip
+        with _process(command, "", environment):
+            url = f"http://127.0.0.1:{port}"
+            _until_healthy(url)
+            yield lambda number: rate(args, url, "chat")
 
 
 def rate(args: argparse.Namespace, url: str, endpoint: str) -> float:

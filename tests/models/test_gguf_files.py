@@ -83,7 +83,7 @@ def test_arrays_are_bounded_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q6_K"])
-def test_rows_come_dequantised_in_any_order(tmp_path: Path, kind: str) -> None:
+def test_rows_come_dequantised(tmp_path: Path, kind: str) -> None:
     random = np.random.default_rng(0)
     code = gguf.GGMLQuantizationType[kind]
     values = random.standard_normal((70, 512), dtype=np.float32)
@@ -99,10 +99,8 @@ def test_rows_come_dequantised_in_any_order(tmp_path: Path, kind: str) -> None:
     writer.close()
     file = GgufFile(tmp_path / "x.gguf")
     wanted = gguf.quants.dequantize(raw, code)
-    order = random.permutation(70)
     assert file.tensors["a"].shape == values.shape
     assert np.array_equal(np.concatenate(list(file.rows("a"))), wanted)
-    assert np.array_equal(np.concatenate(list(file.rows("a", order))), wanted[order])
 
 
 def test_large_tensors_come_in_blocks(tmp_path: Path) -> None:

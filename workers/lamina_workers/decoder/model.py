@@ -148,9 +148,8 @@ class Decoder:
         packing: Packing = UNPACKED,
     ) -> Decoder:
         """The decoder of a checkpoint, computing in `dtype` on `device`; see `load_weights` for the rest."""
-        weights = load_weights(
-            config, checkpoint, dtype, torch.device(device), progress, shard, split_embedding, packing
-        )
+        place = torch.device(device)
+        weights = load_weights(config, checkpoint, dtype, place, progress, shard, split_embedding, packing)
         return cls(config, weights, shard, collective)
 
     @property
